@@ -1,0 +1,5 @@
+"""``python -m ckpt``, the same as ``ckpt``."""
+
+from ckpt.cli import main
+
+main()

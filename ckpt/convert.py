@@ -1,0 +1,276 @@
+"""A checkpoint to a model folder: locate, plan, move, and commit last.
+
+.NAME.partial/    beside the output, while it is made
+  plan.json         what is being made; another plan's leftovers are thrown away
+  *.partial         a shard in the making
+  model-...         shards that are whole; the same command goes on behind them
+NAME/             the same folder, renamed when everything is whole and proven
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ckpt import __version__, model_folder
+from converters import files, gathered, safetensors, stream, torchbin, zero
+from converters.errors import CheckpointError
+from converters.plan import Plan, Tied
+from converters.tensors import DType
+
+Format = Literal["safetensors", "bin"]
+DTYPES = {"fp32": DType.F32, "bf16": DType.BF16, "fp16": DType.F16, "keep": None}
+FORMATS = {"safetensors": safetensors.plan, "bin": torchbin.plan}
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A conversion decided on but not begun: what is read, what is written, and where.
+
+    ``proof`` names what holds the copies that the weights are compared with, if anything does;
+    ``strict`` is whether other values in there are an error.
+    """
+
+    checkpoint: zero.Checkpoint
+    plan: Plan
+    output: Path
+    dtype: str
+    format: Format
+    tied: Tied
+    config: bytes | None
+    companions: tuple[Path, ...]
+    proof: str | None
+    strict: bool
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def staging(self) -> Path:
+        """Where the output is made."""
+        return self.output.with_name(f".{self.output.name}.partial")
+
+
+def prepare(
+    checkpoint: Path,
+    output: Path | None = None,
+    *,
+    tag: str | None = None,
+    dtype: str = "fp32",
+    max_shard_size: int = 5_000_000_000,
+    format: Format = "safetensors",
+    tied: Tied | None = None,
+) -> Conversion:
+    """Plans the conversion of ``checkpoint`` and reads no tensor.
+
+    ``dtype`` is a key of ``DTYPES``, ``max_shard_size`` in bytes. ``output`` defaults to
+    CHECKPOINT-DTYPE. Raises ``CheckpointError`` for a checkpoint that is damaged or not supported.
+    """
+    source = zero.read(checkpoint, tag)
+    root = source.place.root
+    weights, proof, strict = source.weights, "model states", True
+    notes = list(source.notes)
+    if not weights.copies:
+        weights, found = gathered.attach(weights, root)
+        proof, strict = found or "", gathered.belongs(root)
+    tied = tied or model_folder.tied_default(root, weights)
+    plan = FORMATS[format](weights, DTYPES[dtype], max_shard_size, tied)
+    config = model_folder.config(root, _main_dtype(plan))
+    if config is None:
+        notes.append("no config.json in the checkpoint: the output is weights only")
+    if output is None:
+        output = Path(os.path.abspath(checkpoint) + f"-{dtype}")
+    return Conversion(
+        source,
+        plan,
+        output,
+        dtype,
+        format,
+        tied,
+        config,
+        tuple(model_folder.companions(root)),
+        proof if weights.copies else None,
+        strict,
+        tuple(notes),
+    )
+
+
+def _main_dtype(plan: Plan) -> DType:
+    """The floating-point type of most bytes written."""
+    totals: dict[DType, int] = {}
+    for placement in plan.placements():
+        if placement.dtype.floating and placement.dtype.itemsize > 1:
+            totals[placement.dtype] = totals.get(placement.dtype, 0) + placement.nbytes
+    return max(totals, key=lambda dtype: totals[dtype], default=DType.F32)
+
+
+def run(
+    conversion: Conversion,
+    *,
+    verify: bool = True,
+    allow_overflow: bool = False,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Makes the output folder, all at once, and returns what ``conversion.json`` in it says.
+
+    Raises ``CheckpointError``; then nothing is left that looks finished, and after an interruption
+    or a full disk the same call continues with the shards that are missing.
+    """
+    output, staging = conversion.output, conversion.staging
+    _require_place(output, overwrite)
+    try:
+        with _staged(conversion):
+            report = stream.execute(
+                conversion.plan,
+                staging,
+                verify=verify,
+                exact_copies=conversion.strict,
+                allow_overflow=allow_overflow,
+                workers=workers,
+                progress=progress,
+            )
+            facts = describe(conversion) | {"checks": _checks(conversion, report, verify)}
+            _complete(conversion, facts)
+            _commit(staging, output)
+    except CheckpointError as error:
+        if error.kind != "output":
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or output}: {error.strerror}; make room or choose another folder "
+            "with -o, then run the same command again to continue",
+            "output",
+        ) from error
+    return facts
+
+
+def _require_place(output: Path, overwrite: bool) -> None:
+    if output.is_symlink() or output.is_file() or os.path.ismount(output):
+        raise CheckpointError(
+            f"{output} is a file, a link or a mount point; name a new folder with -o", "output"
+        )
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise CheckpointError(
+            f"{output} exists already; --overwrite replaces it, -o names another folder", "output"
+        )
+
+
+@contextmanager
+def _staged(conversion: Conversion) -> Iterator[None]:
+    """The staging folder, locked: empty, or with the whole shards of the same plan."""
+    staging, plan = conversion.staging, conversion.plan
+    staging.mkdir(parents=True, exist_ok=True)
+    with open(staging / PLAN, "a+b") as record:
+        try:
+            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"{staging} is in use: another conversion writes {conversion.output}", "output"
+            ) from error
+        digest = plan.digest().encode()
+        record.seek(0)
+        if record.read() != digest:
+            for path in staging.iterdir():
+                if path.name != PLAN:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            record.truncate(0)
+            record.write(digest)
+            record.flush()
+        there = sum(path.stat().st_size for path in staging.iterdir() if path.is_file())
+        needed = plan.nbytes + sum(path.stat().st_size for path in conversion.companions)
+        free = files.free_space(staging)
+        if needed - there > free:
+            raise CheckpointError(
+                f"{conversion.output.parent} has {free:,} bytes free, the output needs "
+                f"{needed - there:,}; make room or choose another folder with -o",
+                "output",
+            )
+        yield
+
+
+def _complete(conversion: Conversion, facts: dict[str, Any]) -> None:
+    """Everything beside the shards; the index and the record of the conversion last."""
+    staging, root = conversion.staging, conversion.checkpoint.place.root
+    for path in conversion.companions:
+        target = staging / path.relative_to(root)
+        target.parent.mkdir(exist_ok=True)
+        files.write_file(target, path.read_bytes())
+    if conversion.config is not None:
+        files.write_file(staging / "config.json", conversion.config)
+    if conversion.plan.index is not None:
+        name, content = conversion.plan.index
+        files.write_file(staging / name, content)
+    record = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    files.write_file(staging / "conversion.json", record.encode())
+    (staging / PLAN).unlink()
+    files.sync_folder(staging)
+
+
+def _commit(staging: Path, output: Path) -> None:
+    """Renames the finished folder into place, the old one, if any, out of the way first."""
+    old = None
+    if output.is_dir() and any(output.iterdir()):
+        old = output.with_name(f".{output.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(output, old)
+    os.rename(staging, output)
+    files.sync_folder(output.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def describe(conversion: Conversion) -> dict[str, Any]:
+    """The facts of a conversion as JSON has them; names are relative to the checkpoint."""
+    source, plan = conversion.checkpoint, conversion.plan
+    root = source.place.root.resolve()
+    return {
+        "ckpt": __version__,
+        "source": {
+            "tag": source.place.tag,
+            "stage": source.stage,
+            "world_size": source.world_size,
+            "precision": source.precision,
+            "step": source.step,
+            "deepspeed": source.version,
+            "files": [
+                {
+                    "name": os.path.relpath(path.resolve(), root),
+                    "size": path.stat().st_size,
+                    "directory_sha256": digest,
+                }
+                for path, digest in source.files.items()
+            ],
+        },
+        "dtype": conversion.dtype,
+        "format": conversion.format,
+        "files": [{"name": shard.filename, "size": shard.nbytes} for shard in plan.shards],
+        "tensors": sum(1 for _ in plan.placements()),
+        "total_size": plan.total_size,
+        "tied": conversion.tied,
+        "aliases": dict(source.weights.aliases),
+        "absent": dict(source.weights.absent),
+        "notes": list(conversion.notes),
+    }
+
+
+def _checks(conversion: Conversion, report: stream.Report, verify: bool) -> dict[str, Any]:
+    copies = sum(placement.copy is not None for placement in conversion.plan.placements())
+    return {
+        "coverage": "every element of the flat partitions is used once or is padding",
+        "crc32_bytes": report.checked,
+        "no_crc32_bytes": report.unchecked,
+        "compared_with": conversion.proof if verify and copies else None,
+        "compared_tensors": report.compared,
+        "unlike_tensors": report.unlike,
+        "overflowed": report.overflowed,
+        "verified": verify,
+    }

@@ -1,0 +1,95 @@
+"""Element types as numpy arrays, cast with the rounding of torch: to nearest, ties to even.
+
+numpy knows no bfloat16 and no float8; ml_dtypes adds them, and casts fp32 to bf16 at memory speed.
+Both agree with torch on every finite number, infinity and subnormal; a NaN stays a NaN, but which
+of the many NaNs it becomes differs (torch itself differs between its own kernels).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from converters import files
+from converters.tensors import DType, TensorRef
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_NUMPY = {
+    DType.BOOL: "?",
+    DType.U8: "u1",
+    DType.I8: "i1",
+    DType.I16: "<i2",
+    DType.U16: "<u2",
+    DType.F16: "<f2",
+    DType.I32: "<i4",
+    DType.U32: "<u4",
+    DType.F32: "<f4",
+    DType.C64: "<c8",
+    DType.F64: "<f8",
+    DType.I64: "<i8",
+    DType.U64: "<u8",
+}
+_INFINITY = {DType.F16: 0x7C00, DType.BF16: 0x7F80}  # bits; one more is a NaN
+
+
+@cache
+def numpy_dtype(dtype: DType) -> np.dtype[Any]:
+    """The numpy type of ``dtype``; imports ml_dtypes for those numpy lacks."""
+    if dtype in _NUMPY:
+        return np.dtype(_NUMPY[dtype])
+    import ml_dtypes
+
+    added: dict[DType, type] = {
+        DType.BF16: ml_dtypes.bfloat16,
+        DType.F8_E5M2: ml_dtypes.float8_e5m2,
+        DType.F8_E4M3: ml_dtypes.float8_e4m3fn,
+    }
+    return np.dtype(added[dtype])
+
+
+def convert(source: Array, target: Array) -> None:
+    """Fills ``target`` with ``source`` in target's own type.
+
+    From fp64 to 16 bits it goes by way of fp32, as torch does.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if source.dtype == np.float64 and target.dtype.itemsize < 4:
+            source = source.astype(np.float32)
+        np.copyto(target, source, casting="unsafe")
+
+
+def overflows(source: Array, target: Array, dtype: DType) -> int:
+    """How many finite numbers of ``source`` became infinite in ``target`` (fp16 or bf16)."""
+    infinity = _INFINITY.get(dtype)
+    if infinity is None or source.dtype == target.dtype:
+        return 0
+    bits = target.view(np.uint16) & 0x7FFF
+    if not len(bits) or bits.max() < infinity:
+        return 0
+    return int(np.count_nonzero((bits == infinity) & np.isfinite(source)))
+
+
+def differences(rounded: Array, copy: Array) -> int:
+    """How many elements differ, bit for bit, save that any NaN equals any other."""
+    bits = np.dtype(f"u{rounded.dtype.itemsize}")
+    if np.array_equal(rounded.view(bits), copy.view(bits)):
+        return 0
+    unlike = rounded.view(bits) != copy.view(bits)
+    nans = np.isnan(rounded.astype(np.float32)) & np.isnan(copy.astype(np.float32))
+    return int(np.count_nonzero(unlike & ~nans))
+
+
+def load(ref: TensorRef) -> Array:
+    """The elements of a small tensor as a vector, read now."""
+    data = b"".join(files.read_extent(extent) for extent in ref.extents)
+    return np.frombuffer(data, numpy_dtype(ref.dtype))
+
+
+def rounds_to(master: TensorRef, copy: TensorRef) -> bool:
+    """Whether the master weights, rounded to the copy's type, are the copy. Reads both now."""
+    rounded = np.empty(master.numel, numpy_dtype(copy.dtype))
+    convert(load(master), rounded)
+    return not differences(rounded, load(copy))

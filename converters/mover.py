@@ -1,0 +1,188 @@
+"""The threads that move a shard: each takes the next piece, and carries it from end to end.
+
+    pread its runs -> CRC32 of each -> compare with the 16-bit copy -> cast -> pwrite in place
+
+A thread has four buffers of ``CHUNK`` bytes (tensor, copy, rounded, output) and nothing else that
+grows with the model. Every step but the Python between them runs without the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from isal import isal_zlib
+
+from converters import cast, files
+from converters.errors import CheckpointError
+from converters.ledger import Ledger
+from converters.plan import Placement, Shard
+from converters.tensors import DType, Extent, TensorRef
+
+CHUNK = 2 << 20  # bytes of the widest type in a piece; a thread has four such buffers
+OPEN_FILES = 64  # source files a thread holds open
+OUTPUT = Path("output")  # the name that the ledger of a shard's own CRC32s knows it by
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements ``start`` to ``start + count`` of a placement."""
+
+    placement: Placement
+    start: int
+    count: int
+
+
+def default_workers() -> int:
+    """Threads that move bytes; over four brought nothing on any disk here."""
+    return min(4, max(2, os.cpu_count() or 1))
+
+
+class Mover:
+    """The state that the threads moving one shard share."""
+
+    def __init__(self, verify: bool, ledger: Ledger, unlike: set[str], progress: Progress):
+        self.verify, self.ledger, self.unlike, self.progress = verify, ledger, unlike, progress
+        self.output = Ledger()
+        self.overflowed: dict[str, int] = {}
+        self.read = 0
+        self.lock = threading.Lock()
+        self.failure: BaseException | None = None
+        self.stopped = False
+
+    def move(self, shard: Shard, fd: int | None, workers: int | None) -> None:
+        """Moves every tensor of the shard to ``fd``; ``None`` only checks them."""
+        pieces = _pieces(shard)
+        count = workers or default_workers()
+        threads = [
+            threading.Thread(target=self.work, args=(pieces, fd, bool(shard.crc_slots)))
+            for _ in range(count)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        finally:
+            self.stopped = True
+            for thread in threads:
+                thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def work(self, pieces: Iterator[Piece], fd: int | None, sealed: bool) -> None:
+        worker = Worker(self, None if fd is None else files.Writer(fd), sealed)
+        try:
+            while not self.stopped:
+                with self.lock:
+                    piece = next(pieces, None)
+                if piece is None:
+                    break
+                worker.carry(piece)
+                with self.lock:
+                    self.read += piece.count * piece.placement.source.dtype.itemsize
+                    self.progress(piece.count * piece.placement.dtype.itemsize)
+        except BaseException as error:
+            self.failure = self.failure or error
+            self.stopped = True
+        finally:
+            worker.close()
+
+
+def _pieces(shard: Shard) -> Iterator[Piece]:
+    """The shard's tensors in the order of its bytes, cut where a buffer is full."""
+    for placement in sorted(shard.placements, key=lambda placement: placement.offset):
+        types = [placement.source.dtype, placement.dtype]
+        types += [placement.copy.dtype] if placement.copy else []
+        most = CHUNK // max(dtype.itemsize for dtype in types)
+        for start in range(0, placement.source.numel, most):
+            yield Piece(placement, start, min(most, placement.source.numel - start))
+
+
+class Worker:
+    """One thread's buffers and open files."""
+
+    def __init__(self, mover: Mover, writer: files.Writer | None, sealed: bool):
+        self.mover, self.writer, self.sealed = mover, writer, sealed
+        self.buffers = [memoryview(bytearray(CHUNK)) for _ in range(4)]
+        self.fds: OrderedDict[Path, int] = OrderedDict()
+
+    def close(self) -> None:
+        for fd in self.fds.values():
+            os.close(fd)
+
+    def carry(self, piece: Piece) -> None:
+        """Reads, checks, casts and writes one piece."""
+        placement = piece.placement
+        held, output = self.fetch(placement.source, piece, 0), None
+        source = self.array(held, placement.source.dtype)
+        if placement.copy is not None and self.mover.verify:
+            self.compare(piece, source)
+        if placement.dtype is placement.source.dtype:
+            output = held
+        else:
+            output = self.buffers[3][: piece.count * placement.dtype.itemsize]
+            target = self.array(output, placement.dtype)
+            cast.convert(source, target)
+            if lost := cast.overflows(source, target, placement.dtype):
+                with self.mover.lock:
+                    counts = self.mover.overflowed
+                    counts[placement.name] = counts.get(placement.name, 0) + lost
+        at = placement.offset + piece.start * placement.dtype.itemsize
+        if self.sealed:
+            self.mover.output.add(OUTPUT, at, len(output), isal_zlib.crc32(output))
+        if self.writer is not None:
+            self.writer.write(output, at)
+
+    def compare(self, piece: Piece, source: cast.Array) -> None:
+        """Notes the tensor as unlike unless it rounds to its copy."""
+        copy = piece.placement.copy
+        assert copy is not None
+        expected = self.array(self.fetch(copy, piece, 1), copy.dtype)
+        rounded = source
+        if source.dtype != expected.dtype:
+            rounded = self.array(self.buffers[2][: piece.count * copy.dtype.itemsize], copy.dtype)
+            cast.convert(source, rounded)
+        if cast.differences(rounded, expected):
+            self.mover.unlike.add(piece.placement.name)
+
+    def array(self, data: memoryview, dtype: DType) -> cast.Array:
+        return np.frombuffer(data, cast.numpy_dtype(dtype))
+
+    def fetch(self, ref: TensorRef, piece: Piece, buffer: int) -> memoryview:
+        """The piece's bytes of a tensor, in the numbered buffer."""
+        part = ref.narrow(piece.start, piece.count)
+        held = self.buffers[buffer][: part.nbytes]
+        at = 0
+        for extent in part.extents:
+            run = held[at : at + extent.length]
+            self.fill(run, extent)
+            if self.mover.verify:
+                crc = isal_zlib.crc32(run)
+                self.mover.ledger.add(extent.path, extent.offset, extent.length, crc)
+            at += extent.length
+        return held
+
+    def fill(self, run: memoryview, extent: Extent) -> None:
+        try:
+            count = files.read_into(self.open(extent.path), run, extent.offset)
+        except OSError as error:
+            raise CheckpointError(f"{extent.path} cannot be read: {error.strerror}") from error
+        if count != extent.length:
+            raise CheckpointError(f"{extent.path} ends before byte {extent.end}; it is cut short")
+
+    def open(self, path: Path) -> int:
+        if path in self.fds:
+            self.fds.move_to_end(path)
+        else:
+            if len(self.fds) == OPEN_FILES:
+                os.close(self.fds.popitem(last=False)[1])
+            self.fds[path] = os.open(path, os.O_RDONLY)
+        return self.fds[path]

@@ -1,0 +1,153 @@
+"""What the pickles of ``torch.save`` name, and what it means here: tensors located, not built.
+
+The table ``BUILDERS`` is the whole policy: what stands in it is built by the functions of this
+module, everything else a pickle names stays an inert record. Sources: ``torch/_utils.py``,
+``torch/_tensor.py`` and ``torch/serialization.py`` of 0.4 to 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from converters.errors import CheckpointError
+from converters.pickles import Builders, Global, Record, hashable
+from converters.tensors import DType, Extent, TensorRef
+
+MOST_RUNS = 1 << 16  # runs of bytes that one strided tensor may fall into
+
+STORAGES = {
+    "DoubleStorage": DType.F64,
+    "FloatStorage": DType.F32,
+    "HalfStorage": DType.F16,
+    "BFloat16Storage": DType.BF16,
+    "LongStorage": DType.I64,
+    "IntStorage": DType.I32,
+    "ShortStorage": DType.I16,
+    "CharStorage": DType.I8,
+    "ByteStorage": DType.U8,
+    "BoolStorage": DType.BOOL,
+    "ComplexFloatStorage": DType.C64,
+    "UntypedStorage": DType.U8,
+}
+DTYPES = {
+    "float64": DType.F64,
+    "float32": DType.F32,
+    "float16": DType.F16,
+    "bfloat16": DType.BF16,
+    "float8_e4m3fn": DType.F8_E4M3,
+    "float8_e5m2": DType.F8_E5M2,
+    "int64": DType.I64,
+    "int32": DType.I32,
+    "int16": DType.I16,
+    "int8": DType.I8,
+    "uint8": DType.U8,
+    "uint16": DType.U16,
+    "uint32": DType.U32,
+    "uint64": DType.U64,
+    "bool": DType.BOOL,
+    "complex64": DType.C64,
+}
+
+
+def storage_id(pid: Any, path: Path) -> tuple[DType, str, int]:
+    """Element type, key and elements of the storage that a persistent id names."""
+    match pid:
+        case ("storage", Global(name=name), str(key), _, int(numel), *_) if name in STORAGES:
+            return STORAGES[name], key, numel
+    kind = pid[1] if isinstance(pid, tuple) and len(pid) > 1 else pid
+    raise CheckpointError(f"{path}: a storage of kind {kind} is not known", "unsupported")
+
+
+def _tensor(storage: Any, at: Any, shape: Any, stride: Any, *_: Any) -> TensorRef | Record:
+    """``torch._utils._rebuild_tensor_v2``: a view into a storage."""
+    if not isinstance(storage, TensorRef):
+        return Record(Global("torch._utils", "_rebuild_tensor_v2"), (storage, at, shape, stride))
+    numel, size = prod(shape), storage.dtype.itemsize
+    if any(n < 0 for n in (at, *shape, *stride)) or len(shape) != len(stride):
+        raise ValueError(f"a tensor of shape {shape}, stride {stride}, offset {at}")
+    if not numel:
+        return TensorRef(storage.dtype, tuple(shape), ())
+    last = at + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    if last >= storage.numel:
+        raise ValueError(f"a tensor ends at element {last} of a storage of {storage.numel}")
+    run, dims = 1, [(n, step) for n, step in zip(shape, stride, strict=True) if n != 1]
+    while dims and dims[-1][1] == run:
+        run *= dims.pop()[0]
+    if numel // run > MOST_RUNS:
+        return Record(Global("torch", "strided tensor"), (tuple(shape), tuple(stride)))
+    base = storage.extents[0]
+    starts = _starts(at, dims)
+    extents = (Extent(base.path, base.offset + start * size, run * size) for start in starts)
+    return TensorRef(storage.dtype, tuple(shape), tuple(extents))
+
+
+def _starts(at: int, dims: list[tuple[int, int]]) -> Iterator[int]:
+    """The first element of each contiguous run of a view, in row-major order."""
+    for index in product(*(range(n) for n, _ in dims)):
+        yield at + sum(i * step for i, (_, step) in zip(index, dims, strict=True))
+
+
+def _tensor_v3(storage: Any, at: Any, shape: Any, stride: Any, *rest: Any) -> TensorRef | Record:
+    """``torch._utils._rebuild_tensor_v3``: the storage is bytes, the element type is given."""
+    dtype = DTYPES.get(rest[2].name) if isinstance(rest[2], Global) else None
+    if dtype is None or not isinstance(storage, TensorRef):
+        return Record(Global("torch._utils", "_rebuild_tensor_v3"), (shape, rest[2]))
+    typed = TensorRef(dtype, (storage.nbytes // dtype.itemsize,), storage.extents)
+    return _tensor(typed, at, shape, stride)
+
+
+_TENSOR_TYPES = {"Tensor", "Parameter", "Buffer"}
+
+
+def _typed(function: Any, kind: Any, args: Any, state: Any) -> Any:
+    """``torch._tensor._rebuild_from_type_v2``: a tensor with attributes, or of a subclass."""
+    builder = BUILDERS.get((function.module, function.name)) if _is_global(function) else None
+    if builder is None or not _is_global(kind) or kind.name not in _TENSOR_TYPES:
+        return Record(kind, args, state)
+    made = builder(*args)
+    if isinstance(made, TensorRef) and isinstance(state, dict):
+        return TensorRef(made.dtype, made.shape, made.extents, state)
+    return made
+
+
+def _is_global(value: Any) -> bool:
+    return isinstance(value, Global)
+
+
+def _dict(pairs: Any = ()) -> dict[Any, Any]:
+    items = pairs.items() if isinstance(pairs, dict) else pairs
+    return {hashable(key): value for key, value in items}
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _set(values: Any = ()) -> set[Any]:
+    return {hashable(value) for value in values}
+
+
+def _encode(text: str, *_: Any) -> bytes:
+    """``_codecs.encode``: how protocol 2 writes bytes."""
+    return text.encode("latin-1")
+
+
+BUILDERS: Builders = {
+    ("collections", "OrderedDict"): _dict,
+    ("__builtin__", "set"): _set,
+    ("builtins", "set"): _set,
+    ("_codecs", "encode"): _encode,
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): _first,
+    ("torch._utils", "_rebuild_parameter_with_state"): _first,
+    ("torch._tensor", "_rebuild_from_type_v2"): _typed,
+    # an enum of ints; its value is all that is needed (deepspeed/runtime/zero/config.py)
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"): _first,
+}

@@ -1,0 +1,175 @@
+"""``pytorch_model.bin``: ``Weights`` as the plan of files that ``torch.load`` reads, and back.
+
+    NAME/data.pkl | NAME/byteorder | NAME/data/0 | NAME/data/1 | ... | NAME/version | directory
+
+A zip of stored records, each payload at a multiple of 64 bytes as torch has them, so that
+``torch.load(mmap=True)`` works. The pickle holds a plain dict of tensors, nothing but what
+``torch.load(weights_only=True)`` allows; tied names share one storage. Sizes stand in the local
+headers; the CRC32 of a tensor is filled in when its bytes have passed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from zlib import crc32
+
+from converters import rebuild, torchzip
+from converters.errors import CheckpointError
+from converters.plan import Entry, Placement, Plan, Shard, Tied
+from converters.plan import plan as plan_shards
+from converters.safetensors import shard_names
+from converters.tensors import DType, TensorRef, Weights
+
+ALIGNMENT = 64
+_FULL = 0xFFFFFFFF
+_STORAGES = {dtype: name for name, dtype in rebuild.STORAGES.items() if name != "UntypedStorage"}
+_DTYPES = {dtype: name for name, dtype in rebuild.DTYPES.items()}
+
+
+def plan(weights: Weights, dtype: DType | None, max_shard_size: int, tied: Tied) -> Plan:
+    """``pytorch_model.bin``, or shards of at most ``max_shard_size`` bytes and their index."""
+    pattern = "pytorch_model{suffix}.bin"
+    return plan_shards(weights, dtype, max_shard_size, tied, pattern, _shard, shares=True)
+
+
+def _shard(filename: str, entries: Sequence[Entry], shared: Mapping[str, str]) -> Shard:
+    root = filename.removesuffix(".bin")
+    literals: list[tuple[int, bytes]] = []
+    placements: list[Placement] = []
+    slots: list[tuple[int, str]] = []
+    directory: list[tuple[bytes, str | None]] = []
+    at = 0
+
+    def record(name: str, size: int, crc: int, tensor: Entry | None = None) -> None:
+        nonlocal at
+        path = f"{root}/{name}".encode()
+        local, central = _headers(path, size, crc, at)
+        literals.append((at, local))
+        if tensor is not None:
+            slots.append((at + 14, tensor.name))
+            placements.append(tensor.at(at + len(local)))
+        directory.append((central, tensor.name if tensor else None))
+        at += len(local) + size
+
+    def small(name: str, data: bytes) -> None:
+        record(name, len(data), crc32(data))
+        literals.append((at - len(data), data))
+
+    small("data.pkl", _pickle(entries, shared))
+    small("byteorder", b"little")
+    for key, entry in enumerate(entries):
+        record(f"data/{key}", entry.nbytes, 0, entry)
+    small("version", b"3\n")
+    start = at
+    for central, tensor_name in directory:
+        if tensor_name is not None:
+            slots.append((at + 16, tensor_name))
+        literals.append((at, central))
+        at += len(central)
+    end = _end(len(directory), start, at - start)
+    literals.append((at, end))
+    return Shard(filename, at + len(end), tuple(literals), tuple(placements), tuple(slots))
+
+
+def _headers(name: bytes, size: int, crc: int, at: int) -> tuple[bytes, bytes]:
+    """The local and the central header of a record at byte ``at`` (PKWARE APPNOTE 4.3)."""
+    large, far = size >= _FULL, at >= _FULL
+    sizes = struct.pack("<HHQQ", 1, 16, size, size) if large else b""
+    shown = _FULL if large else size
+    version = 45 if large or far else 20
+    # utf-8 names, stored, no time: the first day a zip can name
+    common = struct.pack("<HHHHHIII", version, 0x800, 0, 0, 0x21, crc, shown, shown)
+    gap = -(at + 30 + len(name) + len(sizes) + 4) % ALIGNMENT
+    padding = struct.pack("<HH", 0x4246, gap) + b"Z" * gap
+    local = b"PK\x03\x04" + common + struct.pack("<HH", len(name), len(sizes) + 4 + gap)
+    values = ([size, size] if large else []) + ([at] if far else [])
+    extra = struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values) if values else b""
+    central = b"PK\x01\x02" + struct.pack("<H", version) + common
+    central += struct.pack("<HHHHHII", len(name), len(extra), 0, 0, 0, 0, _FULL if far else at)
+    return local + name + sizes + padding, central + name + extra
+
+
+def _end(count: int, start: int, size: int) -> bytes:
+    """The end of the central directory, in its 64-bit form too where that is needed."""
+    wide = b""
+    if count >= 0xFFFF or start >= _FULL:
+        wide = b"PK\x06\x06" + struct.pack(
+            "<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, size, start
+        )
+        wide += b"PK\x06\x07" + struct.pack("<IQI", 0, start + size, 1)
+    shown = min(count, 0xFFFF)
+    return (
+        wide
+        + b"PK\x05\x06"
+        + struct.pack("<HHHHIIH", 0, 0, shown, shown, min(size, _FULL), min(start, _FULL), 0)
+    )
+
+
+def _pickle(entries: Sequence[Entry], shared: Mapping[str, str]) -> bytes:
+    """The pickle, protocol 2, of a dict of tensors as ``torch._utils`` rebuilds them."""
+    keys = {entry.name: (str(key), entry) for key, entry in enumerate(entries)}
+    out = [b"\x80\x02}("]
+    for name in (*keys, *shared):
+        key, entry = keys[shared.get(name, name)]
+        out += [_text(name), _tensor(key, entry)]
+    return b"".join([*out, b"u."])
+
+
+def _tensor(key: str, entry: Entry) -> bytes:
+    shape = entry.source.shape
+    strides, step = [0] * len(shape), 1
+    for axis in reversed(range(len(shape))):
+        strides[axis] = step
+        step *= max(shape[axis], 1)
+    typed = entry.dtype in _STORAGES
+    storage = _STORAGES[entry.dtype] if typed else "UntypedStorage"
+    module = "torch" if typed else "torch.storage"
+    numel = entry.source.numel if typed else entry.nbytes
+    function = "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3"
+    out = _global("torch._utils", function) + b"(("
+    out += _text("storage") + _global(module, storage) + _text(key) + _text("cpu") + _int(numel)
+    out += b"tQ" + _int(0) + _tuple(shape) + _tuple(strides)
+    out += b"\x89" + _global("collections", "OrderedDict") + b")R"
+    return out + (b"" if typed else _global("torch", _DTYPES[entry.dtype])) + b"tR"
+
+
+def _global(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def _text(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def _int(number: int) -> bytes:
+    if number < 1 << 31:
+        return b"J" + struct.pack("<i", number)
+    data = number.to_bytes(9, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def _tuple(numbers: Iterable[int]) -> bytes:
+    return b"(" + b"".join(map(_int, numbers)) + b"t"
+
+
+def read(path: Path) -> Weights:
+    """The tensors of a ``pytorch_model.bin``, or of a folder's shards named by its index.
+
+    Reads pickles only. ``CheckpointError`` if a file is damaged or holds no dict of tensors.
+    """
+    if path.is_dir():
+        index = path / "pytorch_model.bin.index.json"
+        names = shard_names(index) if index.is_file() else ["pytorch_model.bin"]
+        found: dict[str, TensorRef] = {}
+        for name in names:
+            found |= read(path / name).tensors
+        return Weights(found)
+    root = torchzip.read(path).root
+    if not isinstance(root, dict):
+        raise CheckpointError(f"{path} holds no dict of tensors")
+    return Weights(
+        {n: r for n, r in root.items() if isinstance(n, str) and isinstance(r, TensorRef)}
+    )

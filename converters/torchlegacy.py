@@ -1,0 +1,72 @@
+"""The stream that ``torch.save`` wrote before zips, and writes still on request.
+
+    pickle(magic) | pickle(1001) | pickle(system) | pickle(object) | pickle(storage keys)
+    then for every key: int64 elements | raw bytes          nothing aligned, nothing after
+
+DeepSpeed writes it under ``checkpoint.checkpoint_serialization: false``. Where a storage lies is
+known only after the object, so the object is interpreted twice: once to learn the storages' types,
+once with their places. There are no checksums. Source: ``torch/serialization.py``
+(``_legacy_save``), torch 2.13.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+from converters import rebuild, torchzip
+from converters.errors import CheckpointError
+from converters.pickles import Interpreter
+from converters.tensors import Checksum, DType, Extent, TensorRef
+
+MAGIC = 0x1950A86A20F9469CFC6C
+HEAD = b"\x80\x02\x8a\x0al\xfc\x9cF"  # the first bytes of pickle(MAGIC)
+
+
+def read(path: Path) -> torchzip.TorchFile:
+    """Reads the pickles of ``path`` and none of its tensors. ``CheckpointError`` if damaged."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _read(path, data)
+
+
+def _read(path: Path, data: Any) -> torchzip.TorchFile:
+    seen: dict[str, tuple[DType, int]] = {}
+
+    def remember(pid: Any) -> TensorRef:
+        dtype, key, numel = rebuild.storage_id(pid, path)
+        if len(pid) > 5 and pid[5] is not None:
+            raise CheckpointError(f"{path}: storage {key} is a view of another", "unsupported")
+        seen[key] = (dtype, numel)
+        pretended = Extent(path, 0, numel * dtype.itemsize)
+        return TensorRef(dtype, (numel,), (pretended,) if numel else ())
+
+    first = Interpreter(data, rebuild.BUILDERS, remember, str(path))
+    magic, protocol, _system = first.run(), first.run(), first.run()
+    if (magic, protocol) != (MAGIC, 1001):
+        raise CheckpointError(f"{path}: expected torch's stream 1001, found {protocol!r}")
+    start = first.at
+    first.run()
+    keys = first.run()
+    if not isinstance(keys, list) or sorted(seen) != sorted(map(str, keys)):
+        raise CheckpointError(f"{path}: its list of storages is not that of its tensors")
+
+    places: dict[str, TensorRef] = {}
+    at = first.at
+    for key in map(str, keys):
+        dtype, numel = seen[key]
+        nbytes = numel * dtype.itemsize
+        if int.from_bytes(data[at : at + 8], "little") != numel or at + 8 + nbytes > len(data):
+            raise CheckpointError(f"{path} is cut short or damaged within storage {key}")
+        extents = (Extent(path, at + 8, nbytes),) if nbytes else ()
+        places[key] = TensorRef(dtype, (numel,), extents)
+        at += 8 + nbytes
+
+    def placed(pid: Any) -> TensorRef:
+        return places[rebuild.storage_id(pid, path)[1]]
+
+    second = Interpreter(data, rebuild.BUILDERS, placed, str(path))
+    second.at = start
+    root = second.run()
+    found = (Checksum(extent, None) for ref in places.values() for extent in ref.extents)
+    return torchzip.TorchFile(path, root, tuple(found))

@@ -1,0 +1,163 @@
+"""A file written by ``torch.save``, read as the same object with a ``TensorRef`` for each tensor.
+
+    zip (torch 1.6 and later)         local header | payload | descriptor   for every record
+      NAME/data.pkl                     the object; tensors name their storage by a key
+      NAME/data/0, NAME/data/1, ...     one storage each, stored uncompressed, aligned
+      central directory                 offsets, sizes and CRC32 of the records (0: not computed)
+
+Sizes and CRCs come from the central directory (torch leaves them 0 in the local headers); the
+length of the name and of the padding field come from the local header (they differ from the central
+ones). Only ``data.pkl`` is read. Layout: PyTorch ``caffe2/serialize/inline_container.cc``.
+
+Older streams that are no zip are read by ``torchlegacy``.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+from bisect import bisect_right
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from converters.errors import CheckpointError
+from converters.pickles import Interpreter
+from converters.rebuild import BUILDERS, storage_id
+from converters.tensors import Checksum, Extent, TensorRef
+
+MOST_PICKLE = 1 << 30  # bytes of data.pkl; the largest seen is a few MB
+
+
+@dataclass(frozen=True, slots=True)
+class TorchFile:
+    """A file of ``torch.save``: its root object, and the runs of bytes its storages lie in.
+
+    ``checksums`` are sorted by offset. ``digest`` is the SHA-256 of a zip's central directory,
+    which binds every record's size and CRC32; ``None`` for a stream, which has none.
+    """
+
+    path: Path
+    root: Any
+    checksums: tuple[Checksum, ...]
+    digest: str | None = None
+
+    def storage(self, ref: TensorRef) -> Checksum | None:
+        """The storage that the tensor's first byte lies in; ``None`` for an empty tensor."""
+        if not ref.extents:
+            return None
+        at = bisect_right(self.checksums, ref.extents[0].offset, key=lambda c: c.extent.offset)
+        return self.checksums[at - 1]
+
+
+def read(path: Path) -> TorchFile:
+    """Reads the pickle of ``path`` and none of its tensors. Runs nothing the file names.
+
+    ``CheckpointError`` if the file is damaged, is no file of ``torch.save``, or is too new.
+    """
+    from converters import torchlegacy
+
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+            if head[:4] == b"PK\x03\x04":
+                return _read_zip(path)
+            if head == torchlegacy.HEAD:
+                return torchlegacy.read(path)
+            file_size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}", "incomplete") from error
+    if not file_size:
+        raise CheckpointError(f"{path} is empty; copy it again from where it was saved")
+    if int.from_bytes(head, "little") < file_size and _begins_json(path):
+        raise CheckpointError(
+            f"{path} was written by DeepSpeed's DataStates engine, whose files are not read here; "
+            "load it with that engine and save it again with the default one",
+            "unsupported",
+        )
+    raise CheckpointError(
+        f"{path} is no file of torch.save: it begins with {head[:4]!r}, expected a zip; "
+        "copy it again from where it was saved"
+    )
+
+
+def _begins_json(path: Path) -> bool:
+    """Whether JSON follows an 8-byte length, as DataStates files begin."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        return file.read(1) == b"{"
+
+
+def _read_zip(path: Path) -> TorchFile:
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            if len(names) != 1:
+                raise CheckpointError(f"{path} holds {len(names)} data.pkl, expected one")
+            prefix = names[0].removesuffix("data.pkl")
+            if prefix + "byteorder" in archive.namelist():
+                order = archive.read(prefix + "byteorder")
+                if order != b"little":
+                    raise CheckpointError(f"{path} is {order!r} endian; only little is", "refused")
+            if archive.getinfo(names[0]).file_size > MOST_PICKLE:
+                raise CheckpointError(f"{path}: data.pkl is over {MOST_PICKLE} bytes", "refused")
+            data = archive.read(names[0])
+            infos = {i.filename.removeprefix(prefix): i for i in archive.infolist()}
+            records = _Records(path, file.fileno(), infos)
+            root = Interpreter(data, BUILDERS, records.storage, str(path)).run()
+            file.seek(archive.start_dir)
+            digest = sha256(file.read()).hexdigest()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or cut short ({error}); copy it again from where it was saved"
+        ) from error
+    return TorchFile(path, root, records.checksums(), digest)
+
+
+class _Records:
+    """The storages of a zip, located when a tensor first names them."""
+
+    def __init__(self, path: Path, fd: int, infos: dict[str, zipfile.ZipInfo]):
+        self.path, self.fd, self.infos = path, fd, infos
+        self.size = os.fstat(fd).st_size
+        self.found: dict[str, Checksum] = {}
+
+    def storage(self, pid: Any) -> TensorRef:
+        """The storage that a persistent id names, as a vector of its elements."""
+        dtype, key, numel = storage_id(pid, self.path)
+        if key not in self.found:
+            self.found[key] = self.locate(f"data/{key}")
+        extent = self.found[key].extent
+        if extent.length != numel * dtype.itemsize:
+            raise CheckpointError(
+                f"{self.path}: storage {key} has {extent.length} bytes, "
+                f"its tensor expects {numel * dtype.itemsize}"
+            )
+        return TensorRef(dtype, (numel,), (extent,) if numel else ())
+
+    def locate(self, name: str) -> Checksum:
+        info = self.infos.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.path} has no record {name}, which its data.pkl names")
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise CheckpointError(f"{self.path}: record {name} is compressed; torch stores it")
+        if not info.file_size:
+            return Checksum(Extent(self.path, info.header_offset, 0), None)
+        header = os.pread(self.fd, 30, info.header_offset)
+        if header[:4] != b"PK\x03\x04" or len(header) != 30:
+            raise CheckpointError(f"{self.path}: record {name} is not where the directory says")
+        at = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+        if at + info.file_size > self.size:
+            raise CheckpointError(f"{self.path} is cut short within record {name}")
+        return Checksum(Extent(self.path, at, info.file_size), info.CRC or None)
+
+    def checksums(self) -> tuple[Checksum, ...]:
+        held = [found for found in self.found.values() if found.extent.length]
+        held.sort(key=lambda checksum: checksum.extent.offset)
+        for one, other in pairwise(held):
+            if one.extent.end > other.extent.offset:
+                raise CheckpointError(f"{self.path}: two records overlap; it is damaged")
+        return tuple(held)

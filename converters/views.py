@@ -1,0 +1,125 @@
+"""Names by storage: the trained tensors of ``module`` are views into flat 16-bit storages.
+
+    storage of a group   |--- a ---|------ b ------|- c -|pad|      16 bits an element
+    fp32 partitions      |--- a ---|------ b ------|- c -|          the same element offsets
+
+True for ZeRO-1 and 2, BF16_Optimizer and the fused FP16_Optimizer of every version seen, 0.3.16 to
+0.19.8. It finds names where ``param_shapes`` does not (before 0.5.4), and tied names everywhere:
+they are the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from converters import cast
+from converters.parameters import Parameters
+from converters.states import Shape, State
+from converters.tensors import Extent, TensorRef
+
+_PROBE = 4096  # elements compared to tell groups of equal size apart
+
+
+def place(model: State, ref: TensorRef) -> tuple[Extent, int] | None:
+    """The storage of a tensor and the element it begins at; ``None`` for an empty tensor."""
+    storage = model.file.storage(ref)
+    if storage is None:
+        return None
+    at = ref.extents[0].offset - storage.extent.offset
+    return storage.extent, at // ref.dtype.itemsize
+
+
+def by_view(model: State, flats: Sequence[TensorRef]) -> dict[str, TensorRef]:
+    """Name to master weight, where each of ``flats`` is the fp32 vector of a group.
+
+    Storages and groups are matched by size, and by values where sizes leave a choice.
+    ``CheckpointError`` if there is no match, or more than one.
+    """
+    storages: dict[Extent, dict[str, tuple[int, TensorRef]]] = {}
+    for name, ref in model.module.items():
+        if isinstance(ref, TensorRef) and ref.dtype.floating and (found := place(model, ref)):
+            storages.setdefault(found[0], {})[name] = (found[1], ref)
+    matches = _matches(flats, storages)
+    if len(matches) != 1:
+        raise model.fail(
+            f"{len(matches)} ways to match the {len(flats)} groups of fp32 weights with the "
+            "storages of module, expected one; a rank's file is of another save"
+        )
+    masters: dict[str, TensorRef] = {}
+    for flat, storage in zip(flats, matches[0], strict=True):
+        for name, (at, ref) in storages[storage].items():
+            masters[name] = flat.narrow(at, ref.numel).view(*ref.shape)
+    return masters
+
+
+def _matches(
+    flats: Sequence[TensorRef], storages: Mapping[Extent, Mapping[str, tuple[int, TensorRef]]]
+) -> list[tuple[Extent, ...]]:
+    """Every assignment of a storage to each flat vector that sizes and values allow."""
+    fitting = []
+    for flat in flats:
+        fits = []
+        for storage, named in storages.items():
+            size = storage.length // next(iter(named.values()))[1].dtype.itemsize
+            used = max(at + ref.numel for at, ref in named.values())
+            if used <= flat.numel <= size and _same(flat, named):
+                fits.append(storage)
+        fitting.append(fits)
+    found: list[tuple[Extent, ...]] = [()]
+    for fits in fitting:
+        found = [(*some, one) for some in found for one in fits if one not in some]
+    return found
+
+
+def _same(flat: TensorRef, named: Mapping[str, tuple[int, TensorRef]]) -> bool:
+    """Whether the fp32 vector, rounded, begins each named view with the view's values."""
+    for at, ref in named.values():
+        count = min(ref.numel, _PROBE)
+        if not cast.rounds_to(flat.narrow(at, count), ref.narrow(0, count)):
+            return False
+    return True
+
+
+def complete(
+    model: State, masters: dict[str, TensorRef], shapes: list[dict[str, Shape]] | None
+) -> Parameters:
+    """Adds the frozen parameters and the tied names, which only ``module`` tells.
+
+    A name without a master is tied if its bytes are those of a trained or an earlier tensor of the
+    same shape; otherwise it is frozen (buffers are told apart later, by their names).
+    """
+    found = Parameters(masters, buffers=_buffers(model, shapes))
+    shared = model.root.get("shared_params")
+    owners: dict[tuple[tuple[Extent, ...], Shape], str] = {}
+    module = {name: ref for name, ref in model.module.items() if isinstance(ref, TensorRef)}
+    for name in sorted(module, key=lambda name: name not in masters):
+        ref = module[name]
+        owner = owners.setdefault((ref.extents, ref.shape), name) if ref.numel else name
+        if owner == name and ref.numel and name not in masters and isinstance(shared, dict):
+            told = shared.get(name)  # the only witness where module was cloned
+            owner = told if told in masters and masters[told].shape == ref.shape else name
+        if name in found.buffers:
+            continue
+        if owner != name:
+            masters.pop(name, None)
+            found.aliases[name] = owner
+        elif name in masters:
+            found.copies[name] = ref
+        else:
+            found.frozen[name] = ref
+    return found
+
+
+def _buffers(model: State, shapes: list[dict[str, Shape]] | None) -> frozenset[str]:
+    """The names of buffers. Before 0.4.2 only param_shapes, which named frozen ones too, tells."""
+    named = model.root.get("buffer_names")
+    if isinstance(named, list):
+        return frozenset(name for name in named if isinstance(name, str))
+    known = {name for group in shapes or () for name in group}
+    module = {name: ref for name, ref in model.module.items() if isinstance(ref, TensorRef)}
+    tied = {module[name].extents for name in known if name in module}
+    return frozenset(
+        name
+        for name, ref in module.items()
+        if known and name not in known and ref.extents not in tied
+    )

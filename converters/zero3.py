@@ -1,0 +1,182 @@
+"""Stage 3: names and master weights from the flat sub-groups of all ranks.
+
+Each optimizer file holds one flat fp32 vector per sub-group (``fp32_flat_groups``), each model file
+its rank's pieces of the frozen parameters. ``module`` has nothing but placeholders and buffers, so
+tied names are known only from ``shared_params`` (rank 0, DeepSpeed 0.9.2 and later), and frozen
+values only since 0.9.1.
+
+With NVMe offload the large sub-groups are empty in the file; their bytes are raw fp32 in
+``offloaded_tensors/rankRR/IDS.tensor.swp``, where IDS is the attribute ``ds_id`` of the empty
+tensor. Source: DeepSpeed 0.19.8 ``runtime/zero/stage3.py``, ``runtime/swap_tensor``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+from converters import layout, states
+from converters.errors import CheckpointError
+from converters.parameters import Parameters
+from converters.states import Shape, State
+from converters.tensors import DType, Extent, TensorRef
+
+
+def parameters(folder: Path, models: Sequence[State], ranks: Sequence[State]) -> Parameters:
+    """All parameters of a stage 3 checkpoint; ``CheckpointError`` if something disagrees.
+
+    ``models`` and ``ranks`` are the model and optimizer files in rank order.
+    """
+    _require_one_step(models)
+    key = "fp32_flat_groups"
+    by_rank = [states.tensors(state, state.optimizer.get(key), key) for state in ranks]
+    if len({len(groups) for groups in by_rank}) != 1:
+        raise ranks[-1].fail("the ranks have unlike numbers of sub-groups; saves are mixed")
+    shapes = _sub_groups(models[0], ranks[0], by_rank)
+    masters: dict[str, TensorRef] = {}
+    for index, named in enumerate(shapes):
+        flats = [
+            _flat(folder, state, rank, index, groups[index], layout.length3(named, len(ranks)))
+            for rank, (state, groups) in enumerate(zip(ranks, by_rank, strict=True))
+        ]
+        masters |= dict(layout.stage3(flats, named))
+    recorded = models[0].root.get("buffer_names")
+    found = Parameters(masters, buffers=frozenset(recorded if isinstance(recorded, list) else ()))
+    _add_frozen(models, found)
+    _add_tied(models[0], found)
+    _add_absent(models[0], found)
+    return found
+
+
+def _require_one_step(models: Sequence[State]) -> None:
+    """Raises if the model files are not all of the same step."""
+    for key in ("global_steps", "ds_version"):
+        expected = models[0].root.get(key)
+        for model in models[1:]:
+            if model.root.get(key) != expected:
+                raise model.fail(
+                    f"is of another save than {models[0].path.name}: its {key} is "
+                    f"{model.root.get(key)}, expected {expected}; copy the file of this save here"
+                )
+
+
+def _sub_groups(
+    model: State, rank: State, by_rank: Sequence[Sequence[TensorRef]]
+) -> list[dict[str, Shape]]:
+    """The shapes of each sub-group.
+
+    One dict a sub-group since 0.5.4. Before, one dict in the order of the groups (0.4.3), which is
+    cut where the vectors end; and until 0.3.16 one in the model's order, which is enough only if
+    there is one group and nothing frozen. The lengths prove it either way.
+    """
+    shapes = states.shapes(model, "param_shapes") or states.shapes(rank, "param_shapes")
+    if shapes is None:
+        raise CheckpointError(
+            f"{model.path} records no param_shapes (DeepSpeed 0.3.13 and older), without which "
+            "stage 3 weights have no names and no shapes; load it with that version and save the "
+            "16-bit weights",
+            "unsupported",
+        )
+    lengths = [flat.numel for flat in by_rank[0]]
+    if states.listed(model, rank):
+        if len(shapes) != len(lengths):
+            raise rank.fail(f"{len(lengths)} sub-groups, but param_shapes has {len(shapes)}")
+        return shapes
+    rest = list(shapes[0].items()) if shapes else []
+    cut: list[dict[str, Shape]] = []
+    for length in lengths:
+        group: dict[str, Shape] = {}
+        while rest and layout.length3(group, len(by_rank)) < length:
+            name, shape = rest.pop(0)
+            group[name] = shape
+        cut.append(group)
+    fits = [layout.length3(group, len(by_rank)) for group in cut] == lengths and not rest
+    if not fits or (rank.version is None and len(lengths) > 1):
+        raise CheckpointError(
+            f"{rank.path}: param_shapes of DeepSpeed before 0.4.3 does not tell the order of "
+            f"{len(lengths)} parameter groups with frozen parameters among them, so stage 3 "
+            "weights cannot be named; load it with that version and save the 16-bit weights",
+            "unsupported",
+        )
+    return cut
+
+
+def _flat(
+    folder: Path, state: State, rank: int, index: int, flat: TensorRef, length: int
+) -> TensorRef:
+    """A rank's vector of a sub-group, of exactly ``length`` elements, from wherever it lies."""
+    if flat.numel == length:
+        return flat
+    if flat.numel:
+        raise state.fail(
+            f"sub-group {index} has {flat.numel} elements, expected {length}; the file is of "
+            "another save"
+        )
+    swapped = folder / "offloaded_tensors" / f"rank{rank:02d}"
+    stem = flat.attributes.get("ds_id")
+    path = swapped / f"{stem}.tensor.swp"
+    if not isinstance(stem, str) or "/" in stem or not path.is_file():
+        raise CheckpointError(
+            f"{state.path}: sub-group {index} was offloaded to NVMe, but its file {path} is "
+            "missing; copy the folder offloaded_tensors of every rank here",
+            "incomplete",
+        )
+    nbytes = length * DType.F32.itemsize
+    if not nbytes <= path.stat().st_size < nbytes + (1 << 20):
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size} bytes, expected {nbytes} and some padding; "
+            "it is cut short or of another save"
+        )
+    return TensorRef(DType.F32, (length,), (Extent(path, 0, nbytes),))
+
+
+def _add_frozen(models: Sequence[State], found: Parameters) -> None:
+    """The frozen parameters, from every rank's fragments."""
+    shapes: dict[str, Shape] = {}
+    for group in states.shapes(models[0], "frozen_param_shapes") or ():
+        shapes |= group
+    for name, shape in shapes.items():
+        if not prod(shape):
+            kind = states.tensor(models[0], models[0].module.get(name), name).dtype
+            found.frozen[name] = TensorRef(kind, shape, ())
+            continue
+        parts = []
+        for model in models:
+            fragments = model.root.get("frozen_param_fragments")
+            held = fragments.get(name) if isinstance(fragments, dict) else None
+            parts.append(states.tensor(model, held, f"frozen_param_fragments[{name!r}]"))
+        run = layout.partition_numel(shape, len(models))
+        if all(part.shape == () for part in parts) and run > 1:
+            found.absent[name] = "frozen on NVMe, which DeepSpeed does not save"
+        elif any(part.numel != run for part in parts):
+            raise models[0].fail(
+                f"frozen {name} has pieces of {[part.numel for part in parts]} elements, "
+                f"expected {run} on each rank"
+            )
+        elif models[0].setting("zero_optimization", "zero_quantized_nontrainable_weights"):
+            found.absent[name] = "frozen and quantized; DeepSpeed does not save the scales"
+        else:
+            found.frozen[name] = TensorRef.concat(parts).narrow(0, prod(shape)).view(*shape)
+
+
+def _add_tied(model: State, found: Parameters) -> None:
+    """The tied names that rank 0 recorded. Names with values of their own are not tied."""
+    shared = model.root.get("shared_params")
+    own = found.masters.keys() | found.frozen.keys() | found.absent.keys()
+    for name, owner in (shared if isinstance(shared, dict) else {}).items():
+        if isinstance(name, str) and isinstance(owner, str) and name not in own:
+            found.aliases[name] = owner
+
+
+def _add_absent(model: State, found: Parameters) -> None:
+    """The names of ``module`` whose placeholder is all there is."""
+    known = found.masters | found.frozen | found.aliases | found.absent
+    for name, value in model.module.items():
+        if name in known or name in found.buffers or not isinstance(value, TensorRef):
+            continue
+        if value.shape in ((0,), (1,)):  # (1,) until 0.5
+            found.absent[name] = (
+                "only a placeholder: tied to another name (not recorded before DeepSpeed 0.9.2) or "
+                "frozen (not saved before 0.9.1)"
+            )

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +137,8 @@ def run(
                 workers=workers,
                 progress=progress,
             )
-            facts = describe(conversion) | {"checks": _checks(conversion, report, verify)}
+            facts = describe(conversion, report.digests)
+            facts["checks"] = _checks(conversion, report, verify)
             _complete(conversion, facts)
             _commit(staging, output)
     except CheckpointError as error:
@@ -228,10 +229,24 @@ def _commit(staging: Path, output: Path) -> None:
         shutil.rmtree(old)
 
 
-def describe(conversion: Conversion) -> dict[str, Any]:
-    """The facts of a conversion as JSON has them; names are relative to the checkpoint."""
+def describe(conversion: Conversion, digests: Mapping[Path, str] | None = None) -> dict[str, Any]:
+    """The facts of a conversion as JSON has them; names are relative to the checkpoint.
+
+    A source file's digest is that of its zip directory, which binds all its bytes, or where that
+    has no CRC32s (raw and legacy files), of the CRC32s of what was read: ``digests``.
+    """
     source, plan = conversion.checkpoint, conversion.plan
     root = source.place.root.resolve()
+    held = dict(source.files) | {path: None for path in digests or () if path not in source.files}
+    read = [
+        {
+            "name": os.path.relpath(path.resolve(), root),
+            "size": path.stat().st_size,
+            "directory_sha256": digest,
+            "crc32s_sha256": None if digest else (digests or {}).get(path),
+        }
+        for path, digest in held.items()
+    ]
     return {
         "ckpt": __version__,
         "source": {
@@ -241,14 +256,7 @@ def describe(conversion: Conversion) -> dict[str, Any]:
             "precision": source.precision,
             "step": source.step,
             "deepspeed": source.version,
-            "files": [
-                {
-                    "name": os.path.relpath(path.resolve(), root),
-                    "size": path.stat().st_size,
-                    "directory_sha256": digest,
-                }
-                for path, digest in source.files.items()
-            ],
+            "files": read,
         },
         "dtype": conversion.dtype,
         "format": conversion.format,

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from isal import isal_zlib
 
@@ -60,6 +62,16 @@ class Ledger:
                 crc = isal_zlib.crc32_combine(crc, piece, end - start)
                 at = end
         return crc
+
+    def digests(self, checksums: Iterable[Checksum]) -> dict[Path, str]:
+        """For each file without CRC32s of its own, a SHA-256 of the CRC32s of what was read."""
+        seals: dict[Path, Any] = {}
+        for checksum in checksums:
+            extent = checksum.extent
+            if checksum.crc32 is None:
+                seal = seals.setdefault(extent.path, sha256())
+                seal.update(f"{extent.offset} {extent.length} {self.crc32(checksum)}\n".encode())
+        return {path: seal.hexdigest() for path, seal in seals.items()}
 
     def check(self, checksums: Iterable[Checksum]) -> tuple[int, int]:
         """Bytes whose CRC32 is right, and bytes whose file gives none.

@@ -25,7 +25,8 @@ from converters.plan import Plan, Shard
 class Report:
     """What was moved and what was proven. Sizes are bytes, ``compared`` and ``unlike`` tensors.
 
-    ``unlike`` are tensors whose copy has other values; ``overflowed`` counts numbers by tensor.
+    ``unlike`` are tensors whose copy has other values; ``overflowed`` counts numbers by tensor,
+    ``digests`` stand for source files without CRC32s (``Ledger.digests``).
     """
 
     read: int = 0
@@ -35,6 +36,7 @@ class Report:
     compared: int = 0
     unlike: list[str] = field(default_factory=list)
     overflowed: dict[str, int] = field(default_factory=dict)
+    digests: dict[Path, str] = field(default_factory=dict)
 
 
 def execute(
@@ -78,6 +80,7 @@ def execute(
             raise _unlike(plan, shard, ledger, sorted(unlike)[0])
     if verify:
         report.checked, report.unchecked = ledger.check(plan.checksums)
+        report.digests = ledger.digests(plan.checksums)
         report.compared = sum(p.copy is not None for p in plan.placements()) - len(unlike)
         report.unlike = sorted(unlike)
     files.sync_folder(folder)

@@ -23,7 +23,9 @@ from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
+from converters import files
 from converters.errors import CheckpointError
 from converters.pickles import Interpreter
 from converters.rebuild import BUILDERS, storage_id
@@ -37,7 +39,7 @@ class TorchFile:
     """A file of ``torch.save``: its root object, and the runs of bytes its storages lie in.
 
     ``checksums`` are sorted by offset. ``digest`` is the SHA-256 of a zip's central directory,
-    which binds every record's size and CRC32; ``None`` for a stream, which has none.
+    which binds every record's size and CRC32; ``None`` where CRC32s are missing.
     """
 
     path: Path
@@ -94,19 +96,15 @@ def _begins_json(path: Path) -> bool:
 def _read_zip(path: Path) -> TorchFile:
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            if len(names) != 1:
-                raise CheckpointError(f"{path} holds {len(names)} data.pkl, expected one")
-            prefix = names[0].removesuffix("data.pkl")
-            if prefix + "byteorder" in archive.namelist():
-                order = archive.read(prefix + "byteorder")
-                if order != b"little":
-                    raise CheckpointError(f"{path} is {order!r} endian; only little is", "refused")
-            if archive.getinfo(names[0]).file_size > MOST_PICKLE:
-                raise CheckpointError(f"{path}: data.pkl is over {MOST_PICKLE} bytes", "refused")
-            data = archive.read(names[0])
-            infos = {i.filename.removeprefix(prefix): i for i in archive.infolist()}
-            records = _Records(path, file.fileno(), infos)
+            infos = {info.filename: info for info in archive.infolist()}
+            pickles = [name for name in infos if name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise CheckpointError(f"{path} holds {len(pickles)} data.pkl, expected one")
+            records = _Records(path, file.fileno(), pickles[0].removesuffix("data.pkl"), infos)
+            if (order := records.small("byteorder")) not in (None, b"little"):
+                raise CheckpointError(f"{path} is {order!r} endian; only little is", "refused")
+            data = records.small("data.pkl")
+            assert data is not None
             root = Interpreter(data, BUILDERS, records.storage, str(path)).run()
             file.seek(archive.start_dir)
             digest = sha256(file.read()).hexdigest()
@@ -114,14 +112,15 @@ def _read_zip(path: Path) -> TorchFile:
         raise CheckpointError(
             f"{path} is damaged or cut short ({error}); copy it again from where it was saved"
         ) from error
-    return TorchFile(path, root, records.checksums(), digest)
+    bound = all(info.CRC for info in infos.values() if info.file_size)
+    return TorchFile(path, root, records.checksums(), digest if bound else None)
 
 
 class _Records:
-    """The storages of a zip, located when a tensor first names them."""
+    """The records of a zip; storages are located when a tensor first names them."""
 
-    def __init__(self, path: Path, fd: int, infos: dict[str, zipfile.ZipInfo]):
-        self.path, self.fd, self.infos = path, fd, infos
+    def __init__(self, path: Path, fd: int, prefix: str, infos: dict[str, zipfile.ZipInfo]):
+        self.path, self.fd, self.prefix, self.infos = path, fd, prefix, infos
         self.size = os.fstat(fd).st_size
         self.found: dict[str, Checksum] = {}
 
@@ -138,8 +137,23 @@ class _Records:
             )
         return TensorRef(dtype, (numel,), (extent,) if numel else ())
 
+    def small(self, name: str) -> bytes | None:
+        """The bytes of a record that is no storage; ``None`` if there is none."""
+        if self.prefix + name not in self.infos:
+            return None
+        found = self.locate(name)
+        if found.extent.length > MOST_PICKLE:
+            raise CheckpointError(f"{self.path}: {name} is over {MOST_PICKLE} bytes", "refused")
+        data = files.read_extent(found.extent)
+        if found.crc32 not in (None, crc32(data)):
+            raise CheckpointError(
+                f"{self.path} is damaged: the CRC32 of {name} is {crc32(data):08x}, expected "
+                f"{found.crc32:08x}; copy it again from where it was saved"
+            )
+        return data
+
     def locate(self, name: str) -> Checksum:
-        info = self.infos.get(name)
+        info = self.infos.get(self.prefix + name)
         if info is None:
             raise CheckpointError(f"{self.path} has no record {name}, which its data.pkl names")
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:

@@ -1,0 +1,16 @@
+"""The environment that DeepSpeed needs on a machine without a GPU, set before it is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault(
+    "TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / "ckpt-torch-extensions")
+)
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,89 @@
+"""What the tests compare with: the live engine's values, and how to run the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ckpt.cli import main
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "fixtures"
+SHARED_CORPUS = ROOT.parent / "shared" / "corpus"
+REFUSED = {  # by name; these follow later
+    "aep_z3": "AutoEP",
+    "mics4": "MiCS",
+    "moe_s2": "expert",
+    "nl2": "node",
+    "pp_z1bf": "pipeline",
+    "tp_z2_w4": "tensor or pipeline parallelism",
+}
+
+
+def made() -> list[Path]:
+    """The fixtures of scripts/make_fixtures.py that are folders."""
+    return sorted(p for p in FIXTURES.iterdir() if p.is_dir() and p.name.startswith("zero"))
+
+
+def corpus() -> list[Path]:
+    """The real checkpoints of 14 versions of DeepSpeed that can be converted."""
+    return sorted(p for p in (FIXTURES / "corpus").iterdir() if p.name not in REFUSED)
+
+
+def root_of(save_dir: Path) -> Path:
+    """The folder to convert: a Trainer's checkpoint-2 where there is one."""
+    inner = save_dir / "checkpoint-2"
+    return inner if inner.is_dir() else save_dir
+
+
+def live(save_dir: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """What the engine held when it saved: by kind (fp32, live, buffer, exp_avg, ...) and name."""
+    kinds: dict[str, dict[str, torch.Tensor]] = {}
+    path = save_dir / "live.safetensors"
+    if path.is_file():
+        for key, value in load_file(path).items():
+            kind, _, name = key.partition("/")
+            kinds.setdefault(kind, {})[name] = value
+    return kinds
+
+
+def run(*args: Any, code: int = 0) -> None:
+    """Runs ``ckpt`` in this process and checks its exit code."""
+    with pytest.raises(SystemExit) as exit:
+        main([str(arg) for arg in args])
+    assert exit.value.code == code
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors or .bin shards."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as shard:
+            found |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+    for path in sorted(folder.glob("*.bin")):
+        found |= torch.load(path, weights_only=True, mmap=True)
+    return found
+
+
+def convert(source: Path, folder: Path, *options: Any) -> dict[str, torch.Tensor]:
+    """The weights that ``ckpt to-fp32`` makes of a checkpoint."""
+    run("to-fp32", source, "-o", folder, *options)
+    return weights_in(folder)
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are equal in type, shape and every bit."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    one, other = one.contiguous().reshape(-1), other.contiguous().reshape(-1)
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def raised(tensor: torch.Tensor) -> torch.Tensor:
+    """As fp32 output has it: floating-point values in at least 32 bits."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor

@@ -75,6 +75,7 @@ def cli() -> None:
     type=click.Choice(["safetensors", "bin"]),
     default="safetensors",
     show_default=True,
+    help="model.safetensors or pytorch_model.bin, in shards with an index where it is larger.",
 )
 @click.option(
     "--tied",

@@ -80,7 +80,9 @@ class Interpreter:
                     self.fail(f"opcode {op!r} is not one torch.save writes")
                 step(self)
             result = self.stack.pop()
-        except (IndexError, KeyError, TypeError, ValueError, struct.error, OverflowError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            self.fail(f"{type(error).__name__} {error}")
+        except struct.error as error:
             self.fail(f"{type(error).__name__} {error}")
         if self.stack or result is _MARK:
             self.fail("objects are left over")

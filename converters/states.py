@@ -140,11 +140,11 @@ def progress(state: State) -> dict[str, Any]:
     """
     optimizer = state.optimizer
     inner = optimizer.get("base_optimizer_state", optimizer.get("optimizer_state_dict"))
-    found = {"ds_version": state.version, "zero_stage": optimizer.get("zero_stage")}
+    found = {key: optimizer.get(key) for key in ("zero_stage", "base_optimizer_state_step")}
+    found |= {"ds_version": state.version, "ranks": str(optimizer.get("partition_count"))}
     scaler = optimizer.get("loss_scaler")
     if isinstance(scaler, Record) and isinstance(scaler.state, dict):
         found |= {f"loss scaler {k}": scaler.state.get(k) for k in ("cur_scale", "cur_iter")}
-    found["step"] = optimizer.get("base_optimizer_state_step")
     if isinstance(inner, dict):
         for index, group in enumerate(inner.get("param_groups") or ()):
             if isinstance(group, dict):

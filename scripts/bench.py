@@ -65,14 +65,7 @@ class Cost(NamedTuple):
     peak: int
 
 
-class Bar(NamedTuple):
-    """Something promised, what was measured, and whether it held."""
-
-    promise: str
-    measured: str
-    held: bool
-
-
+Bar = tuple[str, str, bool]  # what is promised, what was measured, whether it held
 Costs = dict[str, list[Cost]]
 Commands = dict[str, list[str]]
 
@@ -203,13 +196,12 @@ def stage_bars(stage: int, costs: Costs) -> Iterator[Bar]:
         peak = max(cost.peak for cost in costs[name]) / MIB
         faster, than_best = (each / wall(costs[name]) for each in (wall(costs[Z2F]), best))
         what = f"stage {stage}, `{name}`"
-        yield Bar(f"{what}: peak at most {mib} MiB", f"{peak:.0f} MiB", peak <= mib)
+        yield (f"{what}: peak at most {mib} MiB", f"{peak:.0f} MiB", peak <= mib)
         measured = f"{faster:.1f} x (its fastest way: {than_best:.1f} x)"
-        yield Bar(f"{what}: {times} x as fast as `{Z2F}`", measured, faster >= times)
-    ratio = wall(costs[FP32]) / wall(costs[CP])
-    synced = wall(costs[FP32]) / wall(costs[CP_SYNC])
+        yield (f"{what}: {times} x as fast as `{Z2F}`", measured, faster >= times)
+    ratio, synced = (wall(costs[FP32]) / wall(costs[name]) for name in (CP, CP_SYNC))
     measured = f"{ratio:.2f} x (of cp and sync: {synced:.2f} x)"
-    yield Bar(f"stage {stage}, `{FP32}`: takes no longer than `cp`", measured, ratio <= 1)
+    yield (f"stage {stage}, `{FP32}`: takes no longer than `cp`", measured, ratio <= 1)
 
 
 def small_bars(costs: Costs) -> Iterator[Bar]:
@@ -217,7 +209,7 @@ def small_bars(costs: Costs) -> Iterator[Bar]:
     for name, limit in (HELP, 150), (SHOW, 1000):
         if name in costs:
             took = wall(costs[name]) * 1000
-            yield Bar(f"`{name}`: under {limit} ms", f"{took:.0f} ms", took < limit)
+            yield (f"`{name}`: under {limit} ms", f"{took:.0f} ms", took < limit)
 
 
 def table(head: str, rows: Iterator[tuple[str, ...]]) -> str:
@@ -244,12 +236,12 @@ def cost_table(costs: Costs) -> str:
 
 def machine(folder: Path) -> str:
     """What was measured on."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     disk = subprocess.check_output(["findmnt", "-nro", "FSTYPE", "-T", folder], text=True)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
     return (
-        f"{len(os.sched_getaffinity(0))} cores ({cpu[1] if cpu else platform.machine()}), "
+        f"{len(os.sched_getaffinity(0))} cores ({cpu[0] if cpu else platform.machine()}), "
         f"{memory:.0f} GiB of memory, {disk.strip()}, Linux {platform.release()}, "
         f"Python {platform.python_version()}, {packages}"
     )
@@ -257,7 +249,7 @@ def machine(folder: Path) -> str:
 
 def report(about: str, tables: dict[str, Costs], bars: list[Bar]) -> str:
     """The page."""
-    rows = ((bar.promise, bar.measured, "yes" if bar.held else "**no**") for bar in bars)
+    rows = ((promise, measured, "yes" if held else "**no**") for promise, measured, held in bars)
     parts = [f"# Performance\n\n{about}", table("bar|measured|held", rows)]
     parts += [f"## {title}\n\n{cost_table(costs)}" for title, costs in tables.items() if costs]
     return "\n".join(parts)

@@ -45,23 +45,27 @@ class Writer:
     """Writes at given offsets of an open file, uncached where the kernel can do that.
 
     Uncached writes reach the disk while the conversion goes on, so that the closing fsync finds
-    nothing left to do: 1.4 GB took 0.4 s with it here, and 0.3 s plus 0.4 s of fsync without.
+    nothing left to do: moving 1.4 GB took 0.4 to 0.6 s with them here, fsync included, and 0.3 s
+    plus 0.4 s of fsync without.
     """
 
     def __init__(self, fd: int):
         self.fd = fd
         self.flags = DONTCACHE
+        self.most = 1 << 30
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
         """Writes all of ``data``; ``OSError`` if that fails."""
         view = memoryview(data)
         while len(view):
             try:
-                count = os.pwritev(self.fd, [view], offset, self.flags)
+                count = os.pwritev(self.fd, [view[: self.most]], offset, self.flags)
             except OSError as error:
                 if not self.flags or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
-                self.flags = 0  # an older kernel or another filesystem: plain writes do as well
+                # an older kernel or another filesystem; large plain writes stalled on ext4 here
+                # (1.4 GB in 2 to 7 s, against 1 s in pieces of 256 KiB)
+                self.flags, self.most = 0, 256 << 10
                 continue
             view, offset = view[count:], offset + count
 

@@ -43,6 +43,7 @@ Builders = Mapping[tuple[str, str], Callable[..., Any]]
 Persistent = Callable[[Any], Any]
 
 _MARK = object()
+_STOP = b"."[0]
 _U16, _U32, _I32 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<i")
 _U64, _F64 = struct.Struct("<Q"), struct.Struct(">d")
 
@@ -73,12 +74,14 @@ class Interpreter:
         """The next object. ``CheckpointError`` if the bytes are no complete pickle."""
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        data, steps = self.data, _OPCODES
         try:
-            while (op := self.take(1)) != b".":
-                step = _OPCODES.get(op)
-                if step is None:
-                    self.fail(f"opcode {op!r} is not one torch.save writes")
-                step(self)
+            while (op := data[self.at]) != _STOP:
+                self.at += 1
+                if op not in steps:
+                    self.fail(f"opcode {bytes((op,))!r} is not one torch.save writes")
+                steps[op](self)
+            self.at += 1
             result = self.stack.pop()
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             self.fail(f"{type(error).__name__} {error}")
@@ -98,6 +101,10 @@ class Interpreter:
         self.at += count
         return taken
 
+    def byte(self) -> int:
+        self.at += 1
+        return self.data[self.at - 1]
+
     def number(self, form: struct.Struct) -> Any:
         return form.unpack(self.take(form.size))[0]
 
@@ -109,9 +116,6 @@ class Interpreter:
         if stop < 0:
             self.fail("a line has no end")
         return self.take(stop + 1 - self.at)[:-1].decode("utf-8")
-
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
 
     def since_mark(self) -> list[Any]:
         stack = self.stack
@@ -147,7 +151,7 @@ class Interpreter:
 
     def obj(self) -> None:
         function, *args = self.since_mark()
-        self.push(Record(function, tuple(args)))
+        self.stack.append(Record(function, tuple(args)))
 
     def build(self) -> None:
         state = self.stack.pop()
@@ -181,7 +185,7 @@ class Interpreter:
 
     def dict_of(self) -> None:
         pairs = self.since_mark()
-        self.push({})
+        self.stack.append({})
         self.set_items(pairs)
 
     def tuple_of(self, count: int) -> None:
@@ -189,17 +193,17 @@ class Interpreter:
         if len(items) != count or any(item is _MARK for item in items):
             self.fail("a tuple is short of items")
         del self.stack[len(self.stack) - count :]
-        self.push(items)
+        self.stack.append(items)
 
     def long(self, count: int) -> None:
-        self.push(int.from_bytes(self.take(count), "little", signed=True))
+        self.stack.append(int.from_bytes(self.take(count), "little", signed=True))
 
     def stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
-        self.push(Global(str(module), str(name)))
+        self.stack.append(Global(str(module), str(name)))
 
     def frozenset_of(self) -> None:
-        self.push(frozenset(hashable(value) for value in self.since_mark()))
+        self.stack.append(frozenset(hashable(value) for value in self.since_mark()))
 
     def persist(self) -> None:
         self.stack[-1] = self.persistent(self.stack[-1])
@@ -207,64 +211,61 @@ class Interpreter:
     def put(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
 
-    def get(self, index: int) -> None:
-        self.push(self.memo[index])
-
 
 _Step = Callable[[Interpreter], Any]
-_OPCODES: dict[bytes, _Step] = {
-    b"\x80": lambda i: i.take(1),  # PROTO
-    b"\x95": lambda i: i.take(8),  # FRAME
-    b"(": lambda i: i.push(_MARK),
-    b"0": lambda i: i.stack.pop(),
-    b"1": lambda i: i.since_mark(),
-    b"2": lambda i: i.push(i.stack[-1]),
-    b"N": lambda i: i.push(None),
-    b"\x88": lambda i: i.push(True),
-    b"\x89": lambda i: i.push(False),
-    b"K": lambda i: i.push(i.take(1)[0]),
-    b"M": lambda i: i.push(i.number(_U16)),
-    b"J": lambda i: i.push(i.number(_I32)),
-    b"\x8a": lambda i: i.long(i.take(1)[0]),
-    b"\x8b": lambda i: i.long(i.number(_U32)),
-    b"G": lambda i: i.push(i.number(_F64)),
-    b"X": lambda i: i.push(i.text(i.number(_U32))),
-    b"\x8c": lambda i: i.push(i.text(i.take(1)[0])),
-    b"\x8d": lambda i: i.push(i.text(i.number(_U64))),
-    b"T": lambda i: i.push(i.take(i.number(_U32)).decode("latin-1")),
-    b"U": lambda i: i.push(i.take(i.take(1)[0]).decode("latin-1")),
-    b"B": lambda i: i.push(i.take(i.number(_U32))),
-    b"C": lambda i: i.push(i.take(i.take(1)[0])),
-    b"\x8e": lambda i: i.push(i.take(i.number(_U64))),
-    b"\x96": lambda i: i.push(i.take(i.number(_U64))),  # BYTEARRAY8
-    b"]": lambda i: i.push([]),
-    b"}": lambda i: i.push({}),
-    b")": lambda i: i.push(()),
-    b"\x8f": lambda i: i.push(set()),
-    b"l": lambda i: i.push(i.since_mark()),
-    b"t": lambda i: i.push(tuple(i.since_mark())),
-    b"\x85": lambda i: i.tuple_of(1),
-    b"\x86": lambda i: i.tuple_of(2),
-    b"\x87": lambda i: i.tuple_of(3),
-    b"d": Interpreter.dict_of,
-    b"\x91": Interpreter.frozenset_of,
-    b"a": lambda i: i.append_all([i.stack.pop()]),
-    b"e": lambda i: i.append_all(i.since_mark()),
-    b"\x90": lambda i: i.append_all(i.since_mark()),  # ADDITEMS
-    b"s": Interpreter.take_set_item,
-    b"u": lambda i: i.set_items(i.since_mark()),
-    b"q": lambda i: i.put(i.take(1)[0]),
-    b"r": lambda i: i.put(i.number(_U32)),
-    b"\x94": lambda i: i.put(len(i.memo)),
-    b"h": lambda i: i.get(i.take(1)[0]),
-    b"j": lambda i: i.get(i.number(_U32)),
-    b"c": lambda i: i.push(Global(i.line(), i.line())),
-    b"\x93": Interpreter.stack_global,
-    b"R": Interpreter.reduce,
-    b"\x81": Interpreter.newobj,
-    b"\x92": Interpreter.newobj_ex,
-    b"o": Interpreter.obj,
-    b"i": lambda i: i.push(Record(Global(i.line(), i.line()), tuple(i.since_mark()))),
-    b"b": Interpreter.build,
-    b"Q": Interpreter.persist,
+_OPCODES: dict[int, _Step] = {
+    b"\x80"[0]: lambda i: i.take(1),  # PROTO
+    b"\x95"[0]: lambda i: i.take(8),  # FRAME
+    b"("[0]: lambda i: i.stack.append(_MARK),
+    b"0"[0]: lambda i: i.stack.pop(),
+    b"1"[0]: lambda i: i.since_mark(),
+    b"2"[0]: lambda i: i.stack.append(i.stack[-1]),
+    b"N"[0]: lambda i: i.stack.append(None),
+    b"\x88"[0]: lambda i: i.stack.append(True),
+    b"\x89"[0]: lambda i: i.stack.append(False),
+    b"K"[0]: lambda i: i.stack.append(i.byte()),
+    b"M"[0]: lambda i: i.stack.append(i.number(_U16)),
+    b"J"[0]: lambda i: i.stack.append(i.number(_I32)),
+    b"\x8a"[0]: lambda i: i.long(i.byte()),
+    b"\x8b"[0]: lambda i: i.long(i.number(_U32)),
+    b"G"[0]: lambda i: i.stack.append(i.number(_F64)),
+    b"X"[0]: lambda i: i.stack.append(i.text(i.number(_U32))),
+    b"\x8c"[0]: lambda i: i.stack.append(i.text(i.byte())),
+    b"\x8d"[0]: lambda i: i.stack.append(i.text(i.number(_U64))),
+    b"T"[0]: lambda i: i.stack.append(i.take(i.number(_U32)).decode("latin-1")),
+    b"U"[0]: lambda i: i.stack.append(i.take(i.byte()).decode("latin-1")),
+    b"B"[0]: lambda i: i.stack.append(i.take(i.number(_U32))),
+    b"C"[0]: lambda i: i.stack.append(i.take(i.byte())),
+    b"\x8e"[0]: lambda i: i.stack.append(i.take(i.number(_U64))),
+    b"\x96"[0]: lambda i: i.stack.append(i.take(i.number(_U64))),  # BYTEARRAY8
+    b"]"[0]: lambda i: i.stack.append([]),
+    b"}"[0]: lambda i: i.stack.append({}),
+    b")"[0]: lambda i: i.stack.append(()),
+    b"\x8f"[0]: lambda i: i.stack.append(set()),
+    b"l"[0]: lambda i: i.stack.append(i.since_mark()),
+    b"t"[0]: lambda i: i.stack.append(tuple(i.since_mark())),
+    b"\x85"[0]: lambda i: i.tuple_of(1),
+    b"\x86"[0]: lambda i: i.tuple_of(2),
+    b"\x87"[0]: lambda i: i.tuple_of(3),
+    b"d"[0]: Interpreter.dict_of,
+    b"\x91"[0]: Interpreter.frozenset_of,
+    b"a"[0]: lambda i: i.append_all([i.stack.pop()]),
+    b"e"[0]: lambda i: i.append_all(i.since_mark()),
+    b"\x90"[0]: lambda i: i.append_all(i.since_mark()),  # ADDITEMS
+    b"s"[0]: Interpreter.take_set_item,
+    b"u"[0]: lambda i: i.set_items(i.since_mark()),
+    b"q"[0]: lambda i: i.put(i.byte()),
+    b"r"[0]: lambda i: i.put(i.number(_U32)),
+    b"\x94"[0]: lambda i: i.put(len(i.memo)),
+    b"h"[0]: lambda i: i.stack.append(i.memo[i.byte()]),
+    b"j"[0]: lambda i: i.stack.append(i.memo[i.number(_U32)]),
+    b"c"[0]: lambda i: i.stack.append(Global(i.line(), i.line())),
+    b"\x93"[0]: Interpreter.stack_global,
+    b"R"[0]: Interpreter.reduce,
+    b"\x81"[0]: Interpreter.newobj,
+    b"\x92"[0]: Interpreter.newobj_ex,
+    b"o"[0]: Interpreter.obj,
+    b"i"[0]: lambda i: i.stack.append(Record(Global(i.line(), i.line()), tuple(i.since_mark()))),
+    b"b"[0]: Interpreter.build,
+    b"Q"[0]: Interpreter.persist,
 }

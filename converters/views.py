@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from converters import cast
 from converters.parameters import Parameters
 from converters.states import Shape, State
 from converters.tensors import Extent, TensorRef
@@ -73,6 +72,8 @@ def _matches(
 
 def _same(flat: TensorRef, named: Mapping[str, tuple[int, TensorRef]]) -> bool:
     """Whether the fp32 vector, rounded, begins each named view with the view's values."""
+    from converters import cast
+
     for at, ref in named.values():
         count = min(ref.numel, _PROBE)
         if not cast.rounds_to(flat.narrow(at, count), ref.narrow(0, count)):

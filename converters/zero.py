@@ -66,7 +66,7 @@ def _read(place: folder.Place) -> Checkpoint:
     if stage == 3 and found.module is not None:
         notes.append(f"{found.module.name} is of another save and was left out")
     if stage == 3 or (found.partitioned and not optimizers):
-        models = [states.read(file) for file in found.partitioned.values()]
+        models = _partitioned(list(found.partitioned.values()))
     else:
         models = [states.read(found.module)] if found.module else []
     _refuse_foreign([*models, *optimizers.values()])
@@ -79,7 +79,7 @@ def _read(place: folder.Place) -> Checkpoint:
         )
     ranks = _whole(place, optimizers)
     if stage == 3 or found.partitioned:
-        _require_ranks(place, len(ranks) or len(models), found.partitioned, "model")
+        _require_ranks(place, len(ranks) or len(found.partitioned), found.partitioned, "model")
     if not ranks and found.partitioned:
         raise CheckpointError(
             f"{place.folder} has no optimizer files, which hold the fp32 weights of stage 3; "
@@ -107,6 +107,15 @@ def _read(place: folder.Place) -> Checkpoint:
         weights,
         (*notes, *parameters.notes),
     )
+
+
+def _partitioned(paths: Sequence[Path]) -> list[State]:
+    """The stage 3 model files. Beyond rank 0's only pieces of frozen parameters are of use."""
+    if not paths:
+        return []
+    first = states.read(paths[0])
+    frozen = first.root.get("frozen_param_shapes")
+    return [first, *(states.read(path) for path in (paths[1:] if frozen else ()))]
 
 
 def _stage(optimizers: Mapping[int, State]) -> int:

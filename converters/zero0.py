@@ -12,7 +12,7 @@ tensor) must agree with that, or the checkpoint is refused. Source: DeepSpeed 0.
 
 from __future__ import annotations
 
-from converters import cast, states, views
+from converters import states, views
 from converters.errors import CheckpointError
 from converters.parameters import Parameters
 from converters.states import State
@@ -40,6 +40,8 @@ def parameters(model: State) -> Parameters:
 
 def _in_order(model: State, groups: list[list[TensorRef]]) -> dict[str, TensorRef]:
     """Name to master weight; each group takes the module's tensors in order."""
+    from converters import cast
+
     untied: dict[object, tuple[str, TensorRef]] = {}
     buffers = model.root.get("buffer_names")
     for name, ref in model.module.items():

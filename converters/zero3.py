@@ -26,7 +26,8 @@ from converters.tensors import DType, Extent, TensorRef
 def parameters(folder: Path, models: Sequence[State], ranks: Sequence[State]) -> Parameters:
     """All parameters of a stage 3 checkpoint; ``CheckpointError`` if something disagrees.
 
-    ``models`` and ``ranks`` are the model and optimizer files in rank order.
+    ``models`` and ``ranks`` are the model and optimizer files in rank order; where nothing is
+    frozen, the model file of rank 0 is enough.
     """
     _require_one_step(models)
     key = "fp32_flat_groups"

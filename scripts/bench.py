@@ -43,6 +43,7 @@ Z2F_BF16 = "zero_to_fp32's function, dtype=bf16"
 
 DEEPSPEED_BF16 = """import sys; from deepspeed.utils.zero_to_fp32 import *
 convert_zero_checkpoint_to_state_dict(*sys.argv[1:], dtype="bf16", safe_serialization=True)"""
+SAME = " `ckpt` and\n`zero_to_fp32 --safe_serialization` wrote the same bits."
 ABOUT = """\
     {command}
 
@@ -50,8 +51,7 @@ A Llama of {gb} GB of fp32 weights, saved in bf16 by two ranks: 12 bytes a param
 optimizer files. Every command ran {runs} times, by turns, with the checkpoint in the page cache;
 before each run the last output was removed and the disk synced. Wall and CPU times are medians;
 memory is the highest peak of any run. The copies copy a file as large as the fp32 weights. `ckpt`
-verifies what it reads and syncs what it writes; `cp` and `zero_to_fp32` do neither. `ckpt` and
-`zero_to_fp32 --safe_serialization` wrote the same bits.
+verifies what it reads and syncs what it writes; `cp` and `zero_to_fp32` do neither.{same}
 
 {machine}.
 """
@@ -152,10 +152,12 @@ def take_turns(commands: Commands, runs: int, checkpoint: Path, to: Path) -> Cos
 def measure_stage(folder: Path, stage: int, gb: float, runs: int, only: str) -> Costs:
     """The costs of all competitors on one checkpoint, and of FP32 on one a quarter as large."""
     checkpoint, twin, to, theirs = (folder / name for name in ("zero", "twin", "to", "theirs"))
+    commands = matching(competitors(checkpoint, twin, to), only)
+    if not commands:
+        return {}
     weights = build(checkpoint, stage, gb)
     run(shell('head -c "$1" /dev/urandom > "$2"', str(4 * weights), twin))
-    commands = matching(competitors(checkpoint, twin, to), only)
-    if {FP32, Z2F_SAFE} <= commands.keys():
+    if {FP32, Z2F_SAFE} <= commands.keys():  # what the page says under SAME
         run(commands[FP32])
         run(competitors(checkpoint, twin, theirs)[Z2F_SAFE])
         run([PYTHON, str(SCRIPTS / "same_tensors.py"), str(to), str(theirs)])
@@ -278,9 +280,11 @@ def main(
         chosen = (2, 3) if stage == "both" else (int(stage),)
         stages = {each: measure_stage(work, each, gb, runs, only) for each in chosen}
         small = measure_small(work, only)
-        command = shlex.join(["python", "scripts/bench.py", *sys.argv[1:]])
-        about = ABOUT.format(command=command, gb=gb, runs=runs, machine=machine(work))
+        where = machine(work)
     bars = [bar for each, costs in stages.items() for bar in stage_bars(each, costs)]
+    command = shlex.join(["python", "scripts/bench.py", *sys.argv[1:]])
+    same = SAME if bars else ""
+    about = ABOUT.format(command=command, gb=gb, runs=runs, same=same, machine=where)
     tables = {f"ZeRO stage {each}": costs for each, costs in stages.items()}
     tables["Small commands"] = small
     page = report(about, tables, [*bars, *small_bars(small)])

@@ -43,7 +43,12 @@ KNOWN = {
     "corpus/mics4": "made with mocked streams, so its values mean nothing",
 }
 # Machine paths must not reach the repository, not even inside a pickle.
-FOREIGN = (b"/work/", b"/root/", b"/home/", b"/usr/", b"ckpt-fixtures-", bytes(HERE.parent))
+FOREIGN = (
+    *(bytes(path) for path in (HERE.parent, Path.home(), Path(sys.prefix), Path(sys.base_prefix))),
+    b"/home/",
+    b"/usr/",
+    b"ckpt-fixtures-",
+)
 
 
 def _environment() -> dict[str, str]:

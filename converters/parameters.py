@@ -47,9 +47,9 @@ def assemble(model: State, parameters: Parameters, sources: Sequence[State]) -> 
             absent[name] = parameters.absent[name]
         elif name in buffers or isinstance(value, TensorRef):
             tensors[name] = states.tensor(model, value, f"module[{name!r}]")
-        elif isinstance(value, Record):
-            states.tensor(model, value, f"module[{name!r}]")
-        else:
+        elif isinstance(value, Record) and not name.endswith("_extra_state"):
+            raise states.no_tensor(model, value, f"module[{name!r}]")
+        else:  # what nn.Module.get_extra_state returned may be anything
             absent[name] = f"no tensor but {type(value).__name__}"
     for name, ref in values.items():
         tensors.setdefault(name, ref)
@@ -68,7 +68,7 @@ def assemble(model: State, parameters: Parameters, sources: Sequence[State]) -> 
 
 
 def located(refs: Iterable[TensorRef], found: Iterable[TorchFile]) -> tuple[Checksum, ...]:
-    """The records of the files that the tensors lie in, sorted; whole raw files carry no CRC."""
+    """The records of the files that the tensors lie in, sorted; runs of raw files have no CRC32."""
     known = {file.path: file.checksums for file in found}
     used: dict[tuple[Path, int], Checksum] = {}
     for extent in (extent for ref in refs for extent in ref.extents):
@@ -77,5 +77,5 @@ def located(refs: Iterable[TensorRef], found: Iterable[TorchFile]) -> tuple[Chec
             at = bisect_right(records, extent.offset, key=lambda c: c.extent.offset) - 1
             used[extent.path, records[at].extent.offset] = records[at]
         else:
-            used.setdefault((extent.path, 0), Checksum(extent, None))
+            used[extent.path, extent.offset] = Checksum(extent, None)
     return tuple(used[key] for key in sorted(used))

@@ -127,8 +127,13 @@ def tensor(state: State, found: Any, what: str) -> TensorRef:
     """``found`` if it is a tensor; ``CheckpointError`` says what it is instead."""
     if isinstance(found, TensorRef):
         return found
+    raise no_tensor(state, found, what)
+
+
+def no_tensor(state: State, found: Any, what: str) -> CheckpointError:
+    """The error for what should be a tensor and is something else."""
     kind = f"a call of {found.of}" if isinstance(found, Record) else type(found).__name__
-    raise CheckpointError(
+    return CheckpointError(
         f"{state.path}: {what} is no plain tensor but {kind}, which is not read", "unsupported"
     )
 

@@ -83,8 +83,8 @@ def sync_folder(folder: Path) -> None:
 def replacing(path: Path) -> Iterator[int]:
     """A file descriptor whose contents become ``path``, all at once and durably, on success."""
     partial = path.with_name(path.name + ".partial")
-    fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             yield fd
             os.fsync(fd)

@@ -71,7 +71,7 @@ def located(refs: Iterable[TensorRef], found: Iterable[TorchFile]) -> tuple[Chec
     """The records of the files that the tensors lie in, sorted; runs of raw files have no CRC32."""
     known = {file.path: file.checksums for file in found}
     used: dict[tuple[Path, int], Checksum] = {}
-    for extent in (extent for ref in refs for extent in ref.extents):
+    for extent in (extent for ref in refs for extent in ref.extents if extent.length):
         records = known.get(extent.path)
         if records:
             at = bisect_right(records, extent.offset, key=lambda c: c.extent.offset) - 1

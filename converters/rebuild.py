@@ -69,8 +69,8 @@ def _tensor(storage: Any, at: Any, shape: Any, stride: Any, *_: Any) -> TensorRe
     numel, size = prod(shape), storage.dtype.itemsize
     if any(n < 0 for n in (at, *shape, *stride)) or len(shape) != len(stride):
         raise ValueError(f"a tensor of shape {shape}, stride {stride}, offset {at}")
-    if not numel:
-        return TensorRef(storage.dtype, tuple(shape), ())
+    if not numel:  # an empty run still tells the storage, which tied names share
+        return TensorRef(storage.dtype, tuple(shape), (_empty(storage.extents[0]),))
     last = at + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if last >= storage.numel:
         raise ValueError(f"a tensor ends at element {last} of a storage of {storage.numel}")
@@ -83,6 +83,10 @@ def _tensor(storage: Any, at: Any, shape: Any, stride: Any, *_: Any) -> TensorRe
     starts = _starts(at, dims)
     extents = (Extent(base.path, base.offset + start * size, run * size) for start in starts)
     return TensorRef(storage.dtype, tuple(shape), tuple(extents))
+
+
+def _empty(extent: Extent) -> Extent:
+    return Extent(extent.path, extent.offset, 0)
 
 
 def _starts(at: int, dims: list[tuple[int, int]]) -> Iterator[int]:

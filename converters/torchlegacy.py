@@ -38,8 +38,7 @@ def _read(path: Path, data: Any) -> torchzip.TorchFile:
         if len(pid) > 5 and pid[5] is not None:
             raise CheckpointError(f"{path}: storage {key} is a view of another", "unsupported")
         seen[key] = (dtype, numel)
-        pretended = Extent(path, 0, numel * dtype.itemsize)
-        return TensorRef(dtype, (numel,), (pretended,) if numel else ())
+        return TensorRef(dtype, (numel,), (Extent(path, 0, numel * dtype.itemsize),))
 
     first = Interpreter(data, rebuild.BUILDERS, remember, str(path))
     magic, protocol, _system = first.run(), first.run(), first.run()
@@ -58,8 +57,7 @@ def _read(path: Path, data: Any) -> torchzip.TorchFile:
         nbytes = numel * dtype.itemsize
         if int.from_bytes(data[at : at + 8], "little") != numel or at + 8 + nbytes > len(data):
             raise CheckpointError(f"{path} is cut short or damaged within storage {key}")
-        extents = (Extent(path, at + 8, nbytes),) if nbytes else ()
-        places[key] = TensorRef(dtype, (numel,), extents)
+        places[key] = TensorRef(dtype, (numel,), (Extent(path, at + 8, nbytes),))
         at += 8 + nbytes
 
     def placed(pid: Any) -> TensorRef:
@@ -68,5 +66,5 @@ def _read(path: Path, data: Any) -> torchzip.TorchFile:
     second = Interpreter(data, rebuild.BUILDERS, placed, str(path))
     second.at = start
     root = second.run()
-    found = (Checksum(extent, None) for ref in places.values() for extent in ref.extents)
+    found = (Checksum(e, None) for ref in places.values() for e in ref.extents if e.length)
     return torchzip.TorchFile(path, root, tuple(found))

@@ -49,7 +49,7 @@ class TorchFile:
 
     def storage(self, ref: TensorRef) -> Checksum | None:
         """The storage that the tensor's first byte lies in; ``None`` for an empty tensor."""
-        if not ref.extents:
+        if not ref.numel:
             return None
         at = bisect_right(self.checksums, ref.extents[0].offset, key=lambda c: c.extent.offset)
         return self.checksums[at - 1]
@@ -135,7 +135,7 @@ class _Records:
                 f"{self.path}: storage {key} has {extent.length} bytes, "
                 f"its tensor expects {numel * dtype.itemsize}"
             )
-        return TensorRef(dtype, (numel,), (extent,) if numel else ())
+        return TensorRef(dtype, (numel,), (extent,))
 
     def small(self, name: str) -> bytes | None:
         """The bytes of a record that is no storage; ``None`` if there is none."""

@@ -1,9 +1,8 @@
 """Stage 3: names and master weights from the flat sub-groups of all ranks.
 
 Each optimizer file holds one flat fp32 vector per sub-group (``fp32_flat_groups``), each model file
-its rank's pieces of the frozen parameters. ``module`` has nothing but placeholders and buffers, so
-tied names are known only from ``shared_params`` (rank 0, DeepSpeed 0.9.2 and later), and frozen
-values only since 0.9.1.
+its rank's pieces of the frozen parameters, since 0.9.1. ``module`` has nothing but placeholders and
+buffers; placeholders of tied names are views of one storage, though an empty one.
 
 With NVMe offload the large sub-groups are empty in the file; their bytes are raw fp32 in
 ``offloaded_tensors/rankRR/IDS.tensor.swp``, where IDS is the attribute ``ds_id`` of the empty
@@ -162,9 +161,21 @@ def _add_frozen(models: Sequence[State], found: Parameters) -> None:
 
 
 def _add_tied(model: State, found: Parameters) -> None:
-    """The tied names that rank 0 recorded. Names with values of their own are not tied."""
-    shared = model.root.get("shared_params")
+    """The tied names: those whose placeholders are views of one storage.
+
+    That tells in every version and on every rank; ``shared_params`` (rank 0, 0.9.2 and later) only
+    where placeholders are told apart. Names with values of their own are not tied.
+    """
     own = found.masters.keys() | found.frozen.keys() | found.absent.keys()
+    named: dict[object, list[str]] = {}
+    for name, value in model.module.items():
+        if isinstance(value, TensorRef) and name not in found.buffers:
+            named.setdefault(value.extents, []).append(name)
+    for names in named.values():
+        owners = [name for name in names if name in own]
+        if len(owners) == 1:
+            found.aliases |= {name: owners[0] for name in names if name != owners[0]}
+    shared = model.root.get("shared_params")
     for name, owner in (shared if isinstance(shared, dict) else {}).items():
         if isinstance(name, str) and isinstance(owner, str) and name not in own:
             found.aliases[name] = owner
@@ -177,7 +188,4 @@ def _add_absent(model: State, found: Parameters) -> None:
         if name in known or name in found.buffers or not isinstance(value, TensorRef):
             continue
         if value.shape in ((0,), (1,)):  # (1,) until 0.5
-            found.absent[name] = (
-                "only a placeholder: tied to another name (not recorded before DeepSpeed 0.9.2) or "
-                "frozen (not saved before 0.9.1)"
-            )
+            found.absent[name] = "frozen, and not saved under stage 3 before DeepSpeed 0.9.1"

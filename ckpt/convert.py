@@ -125,7 +125,7 @@ def run(
     or a full disk the same call continues with the shards that are missing.
     """
     output, staging = conversion.output, conversion.staging
-    _require_place(output, overwrite)
+    _require_place(conversion, overwrite)
     try:
         with _staged(conversion):
             report = stream.execute(
@@ -141,10 +141,6 @@ def run(
             facts["checks"] = _checks(conversion, report, verify)
             _complete(conversion, facts)
             _commit(staging, output)
-    except CheckpointError as error:
-        if error.kind != "output":
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or output}: {error.strerror}; make room or choose another folder "
@@ -154,7 +150,13 @@ def run(
     return facts
 
 
-def _require_place(output: Path, overwrite: bool) -> None:
+def _require_place(conversion: Conversion, overwrite: bool) -> None:
+    output, source = conversion.output, conversion.checkpoint.place
+    kept = [source.folder.resolve(), source.root.resolve(), *source.root.resolve().parents]
+    if output.resolve() in kept:
+        raise CheckpointError(
+            f"{output} holds the checkpoint itself; name another folder with -o", "output"
+        )
     if output.is_symlink() or output.is_file() or os.path.ismount(output):
         raise CheckpointError(
             f"{output} is a file, a link or a mount point; name a new folder with -o", "output"
@@ -167,16 +169,22 @@ def _require_place(output: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _staged(conversion: Conversion) -> Iterator[None]:
-    """The staging folder, locked: empty, or with the whole shards of the same plan."""
+    """The staging folder, locked: empty, or with the whole shards of the same plan.
+
+    It stays behind only where the same command can go on: after an interruption or a failing disk,
+    and with a whole shard in it.
+    """
     staging, plan = conversion.staging, conversion.plan
     staging.mkdir(parents=True, exist_ok=True)
     with open(staging / PLAN, "a+b") as record:
         try:
             fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise CheckpointError(
                 f"{staging} is in use: another conversion writes {conversion.output}", "output"
             ) from error
+        except OSError:
+            pass  # a filesystem without locks
         digest = plan.digest().encode()
         record.seek(0)
         if record.read() != digest:
@@ -186,16 +194,27 @@ def _staged(conversion: Conversion) -> Iterator[None]:
             record.truncate(0)
             record.write(digest)
             record.flush()
-        there = sum(path.stat().st_size for path in staging.iterdir() if path.is_file())
-        needed = plan.nbytes + sum(path.stat().st_size for path in conversion.companions)
-        free = files.free_space(staging)
-        if needed - there > free:
-            raise CheckpointError(
-                f"{conversion.output.parent} has {free:,} bytes free, the output needs "
-                f"{needed - there:,}; make room or choose another folder with -o",
-                "output",
-            )
-        yield
+        try:
+            _require_space(conversion)
+            yield
+        except BaseException as error:
+            unusable = isinstance(error, CheckpointError) and error.kind != "output"
+            if unusable or not any((staging / shard.filename).exists() for shard in plan.shards):
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def _require_space(conversion: Conversion) -> None:
+    staging = conversion.staging
+    there = sum(path.stat().st_size for path in staging.iterdir() if path.is_file())
+    needed = conversion.plan.nbytes + sum(path.stat().st_size for path in conversion.companions)
+    free = files.free_space(staging)
+    if needed - there > free:
+        raise CheckpointError(
+            f"{conversion.output.parent} has {free:,} bytes free, the output needs "
+            f"{needed - there:,}; make room or choose another folder with -o",
+            "output",
+        )
 
 
 def _complete(conversion: Conversion, facts: dict[str, Any]) -> None:

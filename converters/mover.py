@@ -41,7 +41,7 @@ class Piece:
 
 
 def default_workers() -> int:
-    """Threads that move bytes; over four brought nothing on any disk here."""
+    """Threads that move bytes: one reads while another writes; more than four gained nothing."""
     return min(4, max(2, os.cpu_count() or 1))
 
 

@@ -60,14 +60,24 @@ def _matches(
         fits = []
         for storage, named in storages.items():
             size = storage.length // next(iter(named.values()))[1].dtype.itemsize
-            used = max(at + ref.numel for at, ref in named.values())
-            if used <= flat.numel <= size and _same(flat, named):
+            used = _covered(named)
+            if used is not None and used <= flat.numel <= size and _same(flat, named):
                 fits.append(storage)
         fitting.append(fits)
     found: list[tuple[Extent, ...]] = [()]
     for fits in fitting:
         found = [(*some, one) for some in found for one in fits if one not in some]
     return found
+
+
+def _covered(named: Mapping[str, tuple[int, TensorRef]]) -> int | None:
+    """Where the views end that cover a storage from its beginning, without a gap or an overlap."""
+    end = 0
+    for at, length in sorted({(at, ref.numel) for at, ref in named.values()}):
+        if at != end:
+            return None
+        end += length
+    return end
 
 
 def _same(flat: TensorRef, named: Mapping[str, tuple[int, TensorRef]]) -> bool:

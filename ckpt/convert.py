@@ -1,25 +1,16 @@
-"""A checkpoint to a model folder: locate, plan, move, and commit last.
-
-.NAME.partial/    beside the output, while it is made
-  plan.json         what is being made; another plan's leftovers are thrown away
-  *.partial         a shard in the making
-  model-...         shards that are whole; the same command goes on behind them
-NAME/             the same folder, renamed when everything is whole and proven
-"""
+"""A checkpoint to a model folder: locate, plan, move, and commit last (``staging``)."""
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ckpt import __version__, model_folder
+from ckpt import __version__, model_folder, staging
 from converters import files, gathered, safetensors, stream, torchbin, zero
 from converters.errors import CheckpointError
 from converters.plan import Plan, Tied
@@ -28,7 +19,6 @@ from converters.tensors import DType
 Format = Literal["safetensors", "bin"]
 DTYPES = {"fp32": DType.F32, "bf16": DType.BF16, "fp16": DType.F16, "keep": None}
 FORMATS = {"safetensors": safetensors.plan, "bin": torchbin.plan}
-PLAN = "plan.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +42,9 @@ class Conversion:
     notes: tuple[str, ...] = field(default=())
 
     @property
-    def staging(self) -> Path:
-        """Where the output is made."""
-        return self.output.with_name(f".{self.output.name}.partial")
+    def nbytes(self) -> int:
+        """Bytes of the output: shards, index and copied files."""
+        return self.plan.nbytes + sum(path.stat().st_size for path in self.companions)
 
 
 def prepare(
@@ -86,6 +76,8 @@ def prepare(
         notes.append("no config.json in the checkpoint: the output is weights only")
     if output is None:
         output = Path(os.path.abspath(checkpoint) + f"-{dtype}")
+    if output.name in ("", ".."):  # such as "." or "/": only the whole path has a name, or none
+        output = Path(os.path.abspath(output))
     return Conversion(
         source,
         plan,
@@ -124,13 +116,14 @@ def run(
     Raises ``CheckpointError``; then nothing is left that looks finished, and after an interruption
     or a full disk the same call continues with the shards that are missing.
     """
-    output, staging = conversion.output, conversion.staging
-    _require_place(conversion, overwrite)
+    output, source = conversion.output, conversion.checkpoint.place
+    root = source.root.resolve()
+    staging.require_place(output, [source.folder.resolve(), root, *root.parents], overwrite)
     try:
-        with _staged(conversion):
+        with staging.staged(output, conversion.plan, conversion.nbytes) as folder:
             report = stream.execute(
                 conversion.plan,
-                staging,
+                folder,
                 verify=verify,
                 exact_copies=conversion.strict,
                 allow_overflow=allow_overflow,
@@ -139,113 +132,30 @@ def run(
             )
             facts = describe(conversion, report.digests)
             facts["checks"] = _checks(conversion, report, verify)
-            _complete(conversion, facts)
-            _commit(staging, output)
+            _complete(conversion, folder, facts)
     except OSError as error:
+        room = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise CheckpointError(
-            f"{error.filename or output}: {error.strerror}; make room or choose another folder "
-            "with -o, then run the same command again to continue",
+            f"{error.filename or output}: {error.strerror}; {room}choose another folder with -o",
             "output",
         ) from error
     return facts
 
 
-def _require_place(conversion: Conversion, overwrite: bool) -> None:
-    output, source = conversion.output, conversion.checkpoint.place
-    kept = [source.folder.resolve(), source.root.resolve(), *source.root.resolve().parents]
-    if output.resolve() in kept:
-        raise CheckpointError(
-            f"{output} holds the checkpoint itself; name another folder with -o", "output"
-        )
-    if output.is_symlink() or output.is_file() or os.path.ismount(output):
-        raise CheckpointError(
-            f"{output} is a file, a link or a mount point; name a new folder with -o", "output"
-        )
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise CheckpointError(
-            f"{output} exists already; --overwrite replaces it, -o names another folder", "output"
-        )
-
-
-@contextmanager
-def _staged(conversion: Conversion) -> Iterator[None]:
-    """The staging folder, locked: empty, or with the whole shards of the same plan.
-
-    It stays behind only where the same command can go on: after an interruption or a failing disk,
-    and with a whole shard in it.
-    """
-    staging, plan = conversion.staging, conversion.plan
-    staging.mkdir(parents=True, exist_ok=True)
-    with open(staging / PLAN, "a+b") as record:
-        try:
-            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{staging} is in use: another conversion writes {conversion.output}", "output"
-            ) from error
-        except OSError:
-            pass  # a filesystem without locks
-        digest = plan.digest().encode()
-        record.seek(0)
-        if record.read() != digest:
-            for path in staging.iterdir():
-                if path.name != PLAN:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            record.truncate(0)
-            record.write(digest)
-            record.flush()
-        try:
-            _require_space(conversion)
-            yield
-        except BaseException as error:
-            unusable = isinstance(error, CheckpointError) and error.kind != "output"
-            if unusable or not any((staging / shard.filename).exists() for shard in plan.shards):
-                shutil.rmtree(staging, ignore_errors=True)
-            raise
-
-
-def _require_space(conversion: Conversion) -> None:
-    staging = conversion.staging
-    there = sum(path.stat().st_size for path in staging.iterdir() if path.is_file())
-    needed = conversion.plan.nbytes + sum(path.stat().st_size for path in conversion.companions)
-    free = files.free_space(staging)
-    if needed - there > free:
-        raise CheckpointError(
-            f"{conversion.output.parent} has {free:,} bytes free, the output needs "
-            f"{needed - there:,}; make room or choose another folder with -o",
-            "output",
-        )
-
-
-def _complete(conversion: Conversion, facts: dict[str, Any]) -> None:
+def _complete(conversion: Conversion, folder: Path, facts: dict[str, Any]) -> None:
     """Everything beside the shards; the index and the record of the conversion last."""
-    staging, root = conversion.staging, conversion.checkpoint.place.root
+    root = conversion.checkpoint.place.root
     for path in conversion.companions:
-        target = staging / path.relative_to(root)
+        target = folder / path.relative_to(root)
         target.parent.mkdir(exist_ok=True)
         files.write_file(target, path.read_bytes())
     if conversion.config is not None:
-        files.write_file(staging / "config.json", conversion.config)
+        files.write_file(folder / "config.json", conversion.config)
     if conversion.plan.index is not None:
         name, content = conversion.plan.index
-        files.write_file(staging / name, content)
+        files.write_file(folder / name, content)
     record = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
-    files.write_file(staging / "conversion.json", record.encode())
-    (staging / PLAN).unlink()
-    files.sync_folder(staging)
-
-
-def _commit(staging: Path, output: Path) -> None:
-    """Renames the finished folder into place, the old one, if any, out of the way first."""
-    old = None
-    if output.is_dir() and any(output.iterdir()):
-        old = output.with_name(f".{output.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(output, old)
-    os.rename(staging, output)
-    files.sync_folder(output.parent)
-    if old is not None:
-        shutil.rmtree(old)
+    files.write_file(folder / "conversion.json", record.encode())
 
 
 def describe(conversion: Conversion, digests: Mapping[Path, str] | None = None) -> dict[str, Any]:

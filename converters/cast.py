@@ -98,8 +98,13 @@ def load(ref: TensorRef) -> Array:
     return np.frombuffer(data, numpy_dtype(ref.dtype))
 
 
+def rounded(source: Array, dtype: DType) -> Array:
+    """The elements in another type, as a new array."""
+    target = np.empty(len(source), numpy_dtype(dtype))
+    convert(source, target)
+    return target
+
+
 def rounds_to(master: TensorRef, copy: TensorRef) -> bool:
     """Whether the master weights, rounded to the copy's type, are the copy. Reads both now."""
-    rounded = np.empty(master.numel, numpy_dtype(copy.dtype))
-    convert(load(master), rounded)
-    return not differences(rounded, load(copy))
+    return not differences(rounded(load(master), copy.dtype), load(copy))

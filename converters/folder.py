@@ -74,16 +74,26 @@ def find(path: Path, tag: str | None = None) -> Place:
     latest = path / "latest"
     if not latest.is_file():
         raise CheckpointError(f"{path} has no file latest; {_offer(path)}", "incomplete")
-    try:
-        named = latest.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError:
-        named = ""
-    outside = not named or "\0" in named or Path(named).is_absolute() or ".." in Path(named).parts
-    if outside or not (path / named).is_dir():
+    named = _tag_in(latest)
+    if named is None or not (path / named).is_dir():
+        said = repr(named) if named else "no tag"
         raise CheckpointError(
-            f"{latest} names {named[:80]!r}, which is not there; {_offer(path)}", "incomplete"
+            f"{latest} names {said}, which is not there; {_offer(path)}", "incomplete"
         )
     return Place(path, path / named, named)
+
+
+def _tag_in(latest: Path) -> str | None:
+    """The tag that the file names; ``None`` if that can be no folder beside it."""
+    with open(latest, "rb") as file:
+        data = file.read(4096)
+    try:
+        named = data.decode().strip()
+    except UnicodeDecodeError:
+        return None
+    parts = Path(named).parts
+    usable = parts and "\0" not in named and ".." not in parts and not Path(named).is_absolute()
+    return named if usable and all(len(part.encode()) < 256 for part in parts) else None
 
 
 def is_tag_folder(path: Path) -> bool:

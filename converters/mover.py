@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,10 @@ from converters import files
 from converters.errors import CheckpointError
 from converters.ledger import Ledger
 from converters.plan import Placement, Shard
-from converters.tensors import DType, Extent, TensorRef
+from converters.tensors import DType, Extent, Runs, TensorRef
 
 CHUNK = 2 << 20  # bytes of the widest type in a piece; a thread has four such buffers
+MOST_RUNS = 1 << 14  # runs of a strided view in a piece
 OPEN_FILES = 64  # source files a thread holds open
 OUTPUT = Path("output")  # the name that the ledger of a shard's own CRC32s knows it by
 
@@ -56,15 +57,14 @@ class Mover:
         self.lock = threading.Lock()
         self.failure: BaseException | None = None
         self.stopped = False
+        self.stale = False
 
-    def move(self, shard: Shard, fd: int | None, workers: int | None) -> None:
-        """Moves every tensor of the shard to ``fd``; ``None`` only checks them."""
+    def move(self, shard: Shard, fd: int, workers: int | None, *, compare: bool = False) -> None:
+        """Moves every tensor of the shard to ``fd``, or only compares it with what is there."""
         pieces = _pieces(shard)
         count = workers or default_workers()
-        threads = [
-            threading.Thread(target=self.work, args=(pieces, fd, bool(shard.crc_slots)))
-            for _ in range(count)
-        ]
+        args = (pieces, fd, compare, bool(shard.crc_slots))
+        threads = [threading.Thread(target=self.work, args=args) for _ in range(count)]
         for thread in threads:
             thread.start()
         try:
@@ -77,8 +77,8 @@ class Mover:
         if self.failure is not None:
             raise self.failure
 
-    def work(self, pieces: Iterator[Piece], fd: int | None, sealed: bool) -> None:
-        worker = Worker(self, None if fd is None else files.Writer(fd), sealed)
+    def work(self, pieces: Iterator[Piece], fd: int, compare: bool, sealed: bool) -> None:
+        worker = Worker(self, files.Writer(fd), compare, sealed)
         try:
             while not self.stopped:
                 with self.lock:
@@ -102,6 +102,8 @@ def _pieces(shard: Shard) -> Iterator[Piece]:
         types = [placement.source.dtype, placement.dtype]
         types += [placement.copy.dtype] if placement.copy else []
         most = CHUNK // max(dtype.itemsize for dtype in types)
+        if isinstance(runs := placement.source.extents, Runs):
+            most = min(most, MOST_RUNS * runs.length // placement.source.dtype.itemsize)
         for start in range(0, placement.source.numel, most):
             yield Piece(placement, start, min(most, placement.source.numel - start))
 
@@ -109,8 +111,8 @@ def _pieces(shard: Shard) -> Iterator[Piece]:
 class Worker:
     """One thread's buffers and open files."""
 
-    def __init__(self, mover: Mover, writer: files.Writer | None, sealed: bool):
-        self.mover, self.writer, self.sealed = mover, writer, sealed
+    def __init__(self, mover: Mover, writer: files.Writer, compare: bool, sealed: bool):
+        self.mover, self.writer, self.only_compare, self.sealed = mover, writer, compare, sealed
         self.buffers = [memoryview(bytearray(CHUNK)) for _ in range(4)]
         self.fds: OrderedDict[Path, int] = OrderedDict()
 
@@ -129,7 +131,11 @@ class Worker:
         at = placement.offset + piece.start * placement.dtype.itemsize
         if self.sealed:
             self.mover.output.add(OUTPUT, at, len(output), isal_zlib.crc32(output))
-        if self.writer is not None:
+        if self.only_compare:
+            there = self.buffers[1][: len(output)]
+            files.read_into(self.writer.fd, there, at)
+            self.mover.stale |= there != output
+        else:
             self.writer.write(output, at)
 
     def cast(self, placement: Placement, held: memoryview, count: int) -> memoryview:
@@ -166,6 +172,9 @@ class Worker:
         """The piece's bytes of a tensor, in the numbered buffer."""
         part = ref.narrow(piece.start, piece.count)
         held = self.buffers[buffer][: part.nbytes]
+        if isinstance(ref.extents, Runs):
+            self.gather(part.extents, held)
+            return held  # out of order: its CRC32 is left to the closing of the account
         at = 0
         for extent in part.extents:
             run = held[at : at + extent.length]
@@ -175,6 +184,20 @@ class Worker:
                 self.mover.ledger.add(extent.path, extent.offset, extent.length, crc)
             at += extent.length
         return held
+
+    def gather(self, runs: Sequence[Extent], held: memoryview) -> None:
+        """Many small runs, with one read of all between them where that fits into a buffer."""
+        first, last = min(run.offset for run in runs), max(run.end for run in runs)
+        window = self.buffers[3][: last - first]
+        if together := last - first <= CHUNK:
+            self.fill(window, Extent(runs[0].path, first, last - first))
+        at = 0
+        for run in runs:
+            if together:
+                held[at : at + run.length] = window[run.offset - first : run.end - first]
+            else:
+                self.fill(held[at : at + run.length], run)
+            at += run.length
 
     def fill(self, run: memoryview, extent: Extent) -> None:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from converters import states
 from converters.pickles import Record
 from converters.states import State
-from converters.tensors import Checksum, TensorRef, Weights
+from converters.tensors import Checksum, Extent, Runs, TensorRef, Weights
 from converters.torchzip import TorchFile
 
 
@@ -50,7 +50,7 @@ def assemble(model: State, parameters: Parameters, sources: Sequence[State]) -> 
         elif isinstance(value, Record) and not name.endswith("_extra_state"):
             raise states.no_tensor(model, value, f"module[{name!r}]")
         else:  # what nn.Module.get_extra_state returned may be anything
-            absent[name] = f"no tensor but {type(value).__name__}"
+            absent[name] = f"no tensor but {states.kind(value)}"
     for name, ref in values.items():
         tensors.setdefault(name, ref)
     for name, why in parameters.absent.items():
@@ -71,7 +71,7 @@ def located(refs: Iterable[TensorRef], found: Iterable[TorchFile]) -> tuple[Chec
     """The records of the files that the tensors lie in, sorted; runs of raw files have no CRC32."""
     known = {file.path: file.checksums for file in found}
     used: dict[tuple[Path, int], Checksum] = {}
-    for extent in (extent for ref in refs for extent in ref.extents if extent.length):
+    for extent in (extent for ref in refs for extent in _places(ref) if extent.length):
         records = known.get(extent.path)
         if records:
             at = bisect_right(records, extent.offset, key=lambda c: c.extent.offset) - 1
@@ -79,3 +79,8 @@ def located(refs: Iterable[TensorRef], found: Iterable[TorchFile]) -> tuple[Chec
         else:
             used[extent.path, extent.offset] = Checksum(extent, None)
     return tuple(used[key] for key in sorted(used))
+
+
+def _places(ref: TensorRef) -> Sequence[Extent]:
+    """An extent in each record that the tensor lies in; the runs of a view lie in one."""
+    return (ref.extents[0],) if isinstance(ref.extents, Runs) else ref.extents

@@ -113,8 +113,7 @@ class Plan:
                 seal.update(f"{at}\0{len(literal)}\0".encode() + literal)
             for p in shard.placements:
                 seal.update(f"{p.name}\0{p.source.dtype}\0{p.dtype}\0{p.offset}\0".encode())
-                for extent in p.source.extents:
-                    seal.update(f"{extent.path}\0{extent.offset}\0{extent.length}\0".encode())
+                seal.update(repr(p.source.extents).encode())
         for checksum in self.checksums:
             extent = checksum.extent
             seal.update(f"{extent.path}\0{extent.offset}\0{checksum.crc32}\0".encode())

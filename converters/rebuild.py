@@ -7,17 +7,15 @@ module, everything else a pickle names stays an inert record. Sources: ``torch/_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from converters.errors import CheckpointError
 from converters.pickles import Builders, Global, Record, hashable
-from converters.tensors import DType, Extent, TensorRef
+from converters.tensors import DType, Extent, Runs, TensorRef
 
-MOST_RUNS = 1 << 16  # runs of bytes that one strided tensor may fall into
+MOST_RUNS = 1 << 10  # runs that are kept; more are worked out one by one
 
 STORAGES = {
     "DoubleStorage": DType.F64,
@@ -53,19 +51,21 @@ DTYPES = {
 }
 
 
-def storage_id(pid: Any, path: Path) -> tuple[DType, str, int]:
-    """Element type, key and elements of the storage that a persistent id names."""
+def storage_id(pid: Any, path: Path) -> tuple[DType | None, str, int]:
+    """Element type, key and elements of the storage that a persistent id names.
+
+    The type is ``None`` for kinds that are not read, such as complex doubles.
+    """
     match pid:
-        case ("storage", Global(name=name), str(key), _, int(numel), *_) if name in STORAGES:
-            return STORAGES[name], key, numel
-    kind = pid[1] if isinstance(pid, tuple) and len(pid) > 1 else pid
-    raise CheckpointError(f"{path}: a storage of kind {kind} is not known", "unsupported")
+        case ("storage", Global(name=name), str(key), _, int(numel), *_):
+            return STORAGES.get(name), key, numel
+    raise CheckpointError(f"{path}: a pickle names something that is no storage")
 
 
 def _tensor(storage: Any, at: Any, shape: Any, stride: Any, *_: Any) -> TensorRef | Record:
     """``torch._utils._rebuild_tensor_v2``: a view into a storage."""
     if not isinstance(storage, TensorRef):
-        return Record(Global("torch._utils", "_rebuild_tensor_v2"), (storage, at, shape, stride))
+        return Record(storage.of if isinstance(storage, Record) else storage, (shape,))
     numel, size = prod(shape), storage.dtype.itemsize
     if any(n < 0 for n in (at, *shape, *stride)) or len(shape) != len(stride):
         raise ValueError(f"a tensor of shape {shape}, stride {stride}, offset {at}")
@@ -77,22 +77,15 @@ def _tensor(storage: Any, at: Any, shape: Any, stride: Any, *_: Any) -> TensorRe
     run, dims = 1, [(n, step) for n, step in zip(shape, stride, strict=True) if n != 1]
     while dims and dims[-1][1] == run:
         run *= dims.pop()[0]
-    if numel // run > MOST_RUNS:
-        return Record(Global("torch", "strided tensor"), (tuple(shape), tuple(stride)))
     base = storage.extents[0]
-    starts = _starts(at, dims)
-    extents = (Extent(base.path, base.offset + start * size, run * size) for start in starts)
-    return TensorRef(storage.dtype, tuple(shape), tuple(extents))
+    steps = tuple((n, step * size) for n, step in dims)
+    runs = Runs(base.path, base.offset + at * size, run * size, steps)
+    extents = runs if len(runs) > MOST_RUNS else tuple(runs)
+    return TensorRef(storage.dtype, tuple(shape), extents)
 
 
 def _empty(extent: Extent) -> Extent:
     return Extent(extent.path, extent.offset, 0)
-
-
-def _starts(at: int, dims: list[tuple[int, int]]) -> Iterator[int]:
-    """The first element of each contiguous run of a view, in row-major order."""
-    for index in product(*(range(n) for n, _ in dims)):
-        yield at + sum(i * step for i, (_, step) in zip(index, dims, strict=True))
 
 
 def _tensor_v3(storage: Any, at: Any, shape: Any, stride: Any, *rest: Any) -> TensorRef | Record:

@@ -132,10 +132,15 @@ def tensor(state: State, found: Any, what: str) -> TensorRef:
 
 def no_tensor(state: State, found: Any, what: str) -> CheckpointError:
     """The error for what should be a tensor and is something else."""
-    kind = f"a call of {found.of}" if isinstance(found, Record) else type(found).__name__
     return CheckpointError(
-        f"{state.path}: {what} is no plain tensor but {kind}, which is not read", "unsupported"
+        f"{state.path}: {what} is no plain tensor but {kind(found)}, which is not read",
+        "unsupported",
     )
+
+
+def kind(found: Any) -> str:
+    """What a value is, under the name that its pickle gives it."""
+    return str(found.of) if isinstance(found, Record) else type(found).__name__
 
 
 def progress(state: State) -> dict[str, Any]:

@@ -11,6 +11,7 @@ only checked. Nothing is promised about the order in which bytes of a shard arri
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,15 +65,16 @@ def execute(
             progress(shard.nbytes)
             continue
         mover = Mover(verify, ledger, unlike, progress)
-        if done:
-            mover.move(shard, None, workers)
-        else:
+        if not done or not _intact(mover, shard, target, workers):
+            mover = Mover(verify, ledger, unlike, progress)
             with files.replacing(target) as fd:
                 os.ftruncate(fd, shard.nbytes)
                 mover.move(shard, fd, workers)
                 if mover.overflowed and not allow_overflow:
                     _refuse_overflow(shard, mover.overflowed)
-                _finish(shard, fd, mover.output)
+                writer = files.Writer(fd)
+                for at, literal in _literals(shard, mover.output):
+                    writer.write(literal, at)
             report.written += shard.nbytes
         report.read += mover.read
         report.overflowed |= mover.overflowed
@@ -121,13 +123,24 @@ def _refuse_overflow(shard: Shard, overflowed: dict[str, int]) -> None:
     )
 
 
-def _finish(shard: Shard, fd: int, output: Ledger) -> None:
-    """Writes the literals, with the CRC32s of the tensors in their slots."""
+def _intact(mover: Mover, shard: Shard, target: Path, workers: int | None) -> bool:
+    """Whether a shard that an interrupted run left holds what would be written now."""
+    with open(target, "rb") as file:
+        mover.move(shard, file.fileno(), workers, compare=True)
+        return not mover.stale and all(
+            os.pread(file.fileno(), len(literal), at) == literal
+            for at, literal in _literals(shard, mover.output)
+        )
+
+
+def _literals(shard: Shard, output: Ledger) -> Iterator[tuple[int, bytes]]:
+    """The literals, with the CRC32s of the tensors in their slots."""
     placed = {placement.name: placement for placement in shard.placements}
-    writer = files.Writer(fd)
+    slots = dict(shard.crc_slots)
     for at, literal in shard.literals:
-        writer.write(literal, at)
-    for at, name in shard.crc_slots:
-        placement = placed[name]
-        crc = output.runs[OUTPUT][0][placement.offset][1] if placement.nbytes else 0
-        writer.write(crc.to_bytes(4, "little"), at)
+        patched = bytearray(literal)
+        for slot in (slot for slot in slots if at <= slot < at + len(literal)):
+            placement = placed[slots[slot]]
+            crc = output.runs[OUTPUT][0][placement.offset][1] if placement.nbytes else 0
+            patched[slot - at : slot - at + 4] = crc.to_bytes(4, "little")
+        yield at, bytes(patched)

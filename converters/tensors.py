@@ -6,12 +6,12 @@ operations, ``narrow`` and ``concat``, express every way in which ZeRO cuts a te
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 
 class DType(Enum):
@@ -77,6 +77,36 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
+class Runs(Sequence[Extent]):
+    """The runs of a strided view, each worked out when it is asked for.
+
+    ``length`` bytes each; ``dims`` are (count, bytes from one to the next), the outermost first. A
+    transposed matrix has a run for every element, too many to keep.
+    """
+
+    path: Path
+    offset: int
+    length: int
+    dims: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return prod(count for count, _ in self.dims)
+
+    @overload
+    def __getitem__(self, index: int) -> Extent: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Extent]: ...
+    def __getitem__(self, index: int | slice) -> Extent | Sequence[Extent]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        rest, at = range(len(self))[index], self.offset
+        for count, step in reversed(self.dims):
+            rest, place = divmod(rest, count)
+            at += place * step
+        return Extent(self.path, at, self.length)
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRef:
     """A tensor located, not read: row-major elements in the order of ``extents``.
 
@@ -85,11 +115,13 @@ class TensorRef:
 
     dtype: DType
     shape: tuple[int, ...]
-    extents: tuple[Extent, ...]
+    extents: tuple[Extent, ...] | Runs
     attributes: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        held = sum(extent.length for extent in self.extents)
+        runs = self.extents
+        whole = isinstance(runs, Runs)
+        held = len(runs) * runs[0].length if whole else sum(extent.length for extent in runs)
         if held != self.nbytes or any(size < 0 for size in self.shape):
             raise ValueError(
                 f"{self.dtype.value}{list(self.shape)} needs {self.nbytes} bytes, "
@@ -115,8 +147,10 @@ class TensorRef:
         if start < 0 or length < 0 or start + length > self.numel:
             raise ValueError(f"elements {start} to {start + length} of {self.numel}")
         at, stop = start * self.dtype.itemsize, (start + length) * self.dtype.itemsize
-        found, before = [], 0
-        for extent in self.extents:
+        skipped = at // self.extents.length if isinstance(self.extents, Runs) else 0
+        found, before = [], skipped * (self.extents[0].length if skipped else 0)
+        for index in range(skipped, len(self.extents)):
+            extent = self.extents[index]
             first, last = max(at - before, 0), min(stop - before, extent.length)
             if first < last:
                 found.append(Extent(extent.path, extent.offset + first, last - first))

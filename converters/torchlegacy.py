@@ -35,6 +35,8 @@ def _read(path: Path, data: Any) -> torchzip.TorchFile:
 
     def remember(pid: Any) -> TensorRef:
         dtype, key, numel = rebuild.storage_id(pid, path)
+        if dtype is None:  # its size is not known, so neither is the place of what follows
+            raise CheckpointError(f"{path}: storage {key} is of kind {pid[1]}", "unsupported")
         if len(pid) > 5 and pid[5] is not None:
             raise CheckpointError(f"{path}: storage {key} is a view of another", "unsupported")
         seen[key] = (dtype, numel)

@@ -27,7 +27,7 @@ from zlib import crc32
 
 from converters import files
 from converters.errors import CheckpointError
-from converters.pickles import Interpreter
+from converters.pickles import Interpreter, Record
 from converters.rebuild import BUILDERS, storage_id
 from converters.tensors import Checksum, Extent, TensorRef
 
@@ -124,9 +124,11 @@ class _Records:
         self.size = os.fstat(fd).st_size
         self.found: dict[str, Checksum] = {}
 
-    def storage(self, pid: Any) -> TensorRef:
+    def storage(self, pid: Any) -> TensorRef | Record:
         """The storage that a persistent id names, as a vector of its elements."""
         dtype, key, numel = storage_id(pid, self.path)
+        if dtype is None:
+            return Record(pid[1], (key, numel))
         if key not in self.found:
             self.found[key] = self.locate(f"data/{key}")
         extent = self.found[key].extent

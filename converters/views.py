@@ -11,12 +11,14 @@ they are the same bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 
+from converters import matching
 from converters.parameters import Parameters
 from converters.states import Shape, State
-from converters.tensors import Extent, TensorRef
+from converters.tensors import DType, Extent, TensorRef
 
-_PROBE = 4096  # elements compared to tell groups of equal size apart
+PROBE = 1 << 16  # elements looked at to tell tensors apart; all are compared on the way
 
 
 def place(model: State, ref: TensorRef) -> tuple[Extent, int] | None:
@@ -31,43 +33,46 @@ def place(model: State, ref: TensorRef) -> tuple[Extent, int] | None:
 def by_view(model: State, flats: Sequence[TensorRef]) -> dict[str, TensorRef]:
     """Name to master weight, where each of ``flats`` is the fp32 vector of a group.
 
-    Storages and groups are matched by size, and by values where sizes leave a choice.
-    ``CheckpointError`` if there is no match, or more than one.
+    Storages and groups are matched by size, and by values where sizes leave a choice
+    (``matching``). ``CheckpointError`` if there is no match, or a choice between different values.
     """
     storages: dict[Extent, dict[str, tuple[int, TensorRef]]] = {}
     for name, ref in model.module.items():
         if isinstance(ref, TensorRef) and ref.dtype.floating and (found := place(model, ref)):
             storages.setdefault(found[0], {})[name] = (found[1], ref)
-    matches = _matches(flats, storages)
-    if len(matches) != 1:
+    named = [
+        (storage, views, end)
+        for storage, views in storages.items()
+        if (end := _covered(views)) is not None
+    ]
+    flats = [flat for flat in flats if flat.numel]
+    candidates = [
+        {
+            index
+            for index, (storage, views, end) in enumerate(named)
+            if end <= flat.numel <= storage.length // next(iter(views.values()))[1].dtype.itemsize
+            and _same(flat, views)
+        }
+        for flat in flats
+    ]
+
+    def exact_group(group: int) -> bool:
+        _, views, _ = named[min(candidates[group])]
+        return all(exact(flats[group].narrow(at, ref.numel), ref) for at, ref in views.values())
+
+    try:
+        places = matching.assign(candidates, [[index] for index in range(len(flats))], exact_group)
+    except (LookupError, matching.AmbiguousError) as error:
+        ways = "no storage" if isinstance(error, LookupError) else "several storages"
         raise model.fail(
-            f"{len(matches)} ways to match the {len(flats)} groups of fp32 weights with the "
-            "storages of module, expected one; a rank's file is of another save"
-        )
+            f"group {error.args[0]} of the fp32 weights ({flats[error.args[0]].numel} elements) "
+            f"fits {ways} of module by size and values, so its parameters have no names"
+        ) from error
     masters: dict[str, TensorRef] = {}
-    for flat, storage in zip(flats, matches[0], strict=True):
-        for name, (at, ref) in storages[storage].items():
-            masters[name] = flat.narrow(at, ref.numel).view(*ref.shape)
+    for group, index in places.items():
+        for name, (at, ref) in named[index][1].items():
+            masters[name] = flats[group].narrow(at, ref.numel).view(*ref.shape)
     return masters
-
-
-def _matches(
-    flats: Sequence[TensorRef], storages: Mapping[Extent, Mapping[str, tuple[int, TensorRef]]]
-) -> list[tuple[Extent, ...]]:
-    """Every assignment of a storage to each flat vector that sizes and values allow."""
-    fitting = []
-    for flat in flats:
-        fits = []
-        for storage, named in storages.items():
-            size = storage.length // next(iter(named.values()))[1].dtype.itemsize
-            used = _covered(named)
-            if used is not None and used <= flat.numel <= size and _same(flat, named):
-                fits.append(storage)
-        fitting.append(fits)
-    found: list[tuple[Extent, ...]] = [()]
-    for fits in fitting:
-        found = [(*some, one) for some in found for one in fits if one not in some]
-    return found
 
 
 def _covered(named: Mapping[str, tuple[int, TensorRef]]) -> int | None:
@@ -85,8 +90,29 @@ def _same(flat: TensorRef, named: Mapping[str, tuple[int, TensorRef]]) -> bool:
     from converters import cast
 
     for at, ref in named.values():
-        count = min(ref.numel, _PROBE)
+        count = min(ref.numel, PROBE)
         if not cast.rounds_to(flat.narrow(at, count), ref.narrow(0, count)):
+            return False
+    return True
+
+
+def begins(ref: TensorRef, dtype: DType) -> bytes:
+    """A digest of what the tensor begins with, rounded to ``dtype``. Reads it now."""
+    from converters import cast
+
+    head = cast.load(ref.narrow(0, min(ref.numel, PROBE)))
+    return sha256(cast.rounded(head, dtype).tobytes()).digest()
+
+
+def exact(master: TensorRef, copy: TensorRef) -> bool:
+    """Whether the master weights hold nothing beyond their 16-bit copy. Reads both now."""
+    from converters import cast
+
+    for start in range(0, master.numel, PROBE):
+        count = min(PROBE, master.numel - start)
+        values = cast.load(copy.narrow(start, count))
+        wide = cast.rounded(values, master.dtype)
+        if wide.tobytes() != cast.load(master.narrow(start, count)).tobytes():
             return False
     return True
 
@@ -101,7 +127,7 @@ def complete(
     """
     found = Parameters(masters, buffers=_buffers(model, shapes))
     shared = model.root.get("shared_params")
-    owners: dict[tuple[tuple[Extent, ...], Shape], str] = {}
+    owners: dict[object, str] = {}
     module = {name: ref for name, ref in model.module.items() if isinstance(ref, TensorRef)}
     for name in sorted(module, key=lambda name: name not in masters):
         ref = module[name]

@@ -80,9 +80,9 @@ def _read(place: folder.Place) -> Checkpoint:
     ranks = _whole(place, optimizers)
     if stage == 3 or found.partitioned:
         _require_ranks(place, len(ranks) or len(found.partitioned), found.partitioned, "model")
-    if not ranks and found.partitioned:
+    if not ranks and (found.partitioned or _partitions(models[0])):
         raise CheckpointError(
-            f"{place.folder} has no optimizer files, which hold the fp32 weights of stage 3; "
+            f"{place.folder} has no optimizer files, which hold the fp32 weights under ZeRO; "
             "copy the *_optim_states.pt here",
             "incomplete",
         )
@@ -95,6 +95,10 @@ def _read(place: folder.Place) -> Checkpoint:
     if models[0].setting("zero_optimization", "zenflow"):
         parameters.copies.clear()
         parameters.notes.append("ZenFlow: the fp32 weights lag the 16-bit ones; not compared")
+    if stage >= 2 and models[0].root.get("frozen_param_shapes", ()) is None:
+        parameters.notes.append(
+            "saved with exclude_frozen_parameters: frozen weights, if any, are not in it"
+        )
     weights = assemble(models[0], parameters, [*models, *ranks])
     return Checkpoint(
         place,
@@ -205,6 +209,16 @@ def _require_ranks(
 def _ranks(ranks: Sequence[int]) -> str:
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
     return ", ".join(map(str, ranks[:8])) + more
+
+
+def _partitions(model: State) -> bool:
+    """Whether the run kept the optimizer's state in files of its own, so that some must be there.
+
+    Only then the module file names ``param_shapes`` (since 0.6.0) without an optimizer inside.
+    """
+    configured = model.setting("zero_optimization", "stage") in (1, 2, 3)
+    shapes, optimizer = model.root.get("param_shapes"), model.root.get("optimizer")
+    return configured or (shapes is not None and optimizer is None)
 
 
 def _data_parallel(model: State) -> int:

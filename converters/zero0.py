@@ -4,16 +4,17 @@
     fused optimizer   ``fp32_groups_flat``: a vector per group, named by the views of the module
     other optimizer   ``fp32_groups``: lists of tensors without names
 
-The unnamed ones are matched in the order in which the module has them, group by group: a group's
-tensors come in the order of ``named_parameters``. Shapes and values (each rounds to one 16-bit
-tensor) must agree with that, or the checkpoint is refused. Source: DeepSpeed 0.19.8
-``runtime/fp16/fused_optimizer.py`` and ``unfused_optimizer.py``.
+The unnamed ones are matched (``matching``) by shape, by value (each rounds to one 16-bit tensor)
+and by the order of the module within a group. Where that leaves a choice between different fp32
+values, the checkpoint is refused. Source: DeepSpeed 0.19.8 ``runtime/fp16/fused_optimizer.py`` and
+``unfused_optimizer.py``.
 """
 
 from __future__ import annotations
 
-from converters import states, views
+from converters import matching, states, views
 from converters.errors import CheckpointError
+from converters.ledger import Ledger
 from converters.parameters import Parameters
 from converters.states import State
 from converters.tensors import DType, TensorRef
@@ -31,36 +32,67 @@ def parameters(model: State) -> Parameters:
             states.tensors(model, group, f"fp32_groups[{index}]")
             for index, group in enumerate(kept["fp32_groups"])
         ]
-        return views.complete(model, _in_order(model, groups), None)
+        return views.complete(model, _matched(model, groups), None)
     found = views.complete(model, {}, None)
     if any(ref.dtype in (DType.F16, DType.BF16) for ref in found.frozen.values()):
         found.notes.append("no fp32 master weights are saved: some weights are exact to 16 bits")
     return found
 
 
-def _in_order(model: State, groups: list[list[TensorRef]]) -> dict[str, TensorRef]:
-    """Name to master weight; each group takes the module's tensors in order."""
-    from converters import cast
-
+def _matched(model: State, groups: list[list[TensorRef]]) -> dict[str, TensorRef]:
+    """Name to master weight; within a group the masters come in the order of the module."""
+    buffers = model.root.get("buffer_names") or ()
     untied: dict[object, tuple[str, TensorRef]] = {}
-    buffers = model.root.get("buffer_names")
     for name, ref in model.module.items():
-        if isinstance(ref, TensorRef) and name not in (buffers or ()) and ref.numel:
+        if isinstance(ref, TensorRef) and name not in buffers and ref.numel:
             untied.setdefault(ref.extents, (name, ref))
-    masters: dict[str, TensorRef] = {}
-    for index, group in enumerate(groups):
-        left = iter(untied.values())
-        for position, master in enumerate(group):
-            for name, ref in left:
-                fits = name not in masters and ref.shape == master.shape
-                if fits and cast.rounds_to(master, ref):
-                    masters[name] = master
-                    break
-            else:
-                raise CheckpointError(
-                    f"{model.path}: fp32 tensor {position} of group {index} "
-                    f"{list(master.shape)} rounds to no tensor of module, in the order of the "
-                    "model's parameters; without a name it cannot be written",
-                    "unsupported",
-                )
-    return masters
+    named = list(untied.values())
+    masters = [master for group in groups for master in group if master.numel]
+    candidates = _candidates(masters, [ref for _, ref in named])
+    at, members = 0, []
+    for group in groups:
+        count = sum(1 for master in group if master.numel)
+        members.append(range(at, at + count))
+        at += count
+
+    def exact(index: int) -> bool:
+        return views.exact(masters[index], named[min(candidates[index])][1])
+
+    try:
+        places = matching.assign(candidates, members, exact)
+    except LookupError as error:
+        Ledger().check(model.file.checksums)  # damage is the better explanation
+        raise _refused(
+            model, masters, error, "no tensor of module in the order of a group"
+        ) from error
+    except matching.AmbiguousError as error:
+        raise _refused(model, masters, error, "several tensors of module alike") from error
+    return {named[place][0]: masters[index] for index, place in places.items()}
+
+
+def _candidates(masters: list[TensorRef], copies: list[TensorRef]) -> list[set[int]]:
+    """For each master the 16-bit tensors of its shape that it begins as, once rounded."""
+    begins: dict[object, set[int]] = {}
+    kinds: dict[tuple[int, ...], set[DType]] = {}
+    for place, copy in enumerate(copies):
+        kinds.setdefault(copy.shape, set()).add(copy.dtype)
+        begins.setdefault((copy.shape, views.begins(copy, copy.dtype)), set()).add(place)
+    return [
+        {
+            place
+            for kind in kinds.get(master.shape, ())
+            for place in begins.get((master.shape, views.begins(master, kind)), ())
+            if copies[place].dtype is kind
+        }
+        for master in masters
+    ]
+
+
+def _refused(model: State, masters: list[TensorRef], error: Exception, why: str) -> CheckpointError:
+    shape = list(masters[error.args[0]].shape)
+    return CheckpointError(
+        f"{model.path}: fp32 tensor {error.args[0]} {shape} has no name in the file and rounds to "
+        f"{why}, so none can be given to it; load the checkpoint with DeepSpeed and save it under "
+        "ZeRO, which records names",
+        "unsupported",
+    )

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from math import prod
 
 from converters import layout, states, views
+from converters.errors import CheckpointError
 from converters.parameters import Parameters
 from converters.states import Shape, State
 from converters.tensors import TensorRef
@@ -74,9 +75,10 @@ def _walk(
         left = layout.leftover12(group, named, paddings)
         # every rank's run is aligned to two elements since 0.5.2, to one before
         if not 0 <= left < max(2 * len(group), 1):
-            raise state.fail(
-                f"group {index} has {left} elements {'too few' if left < 0 else 'left over'} "
-                f"({sum(part.numel for part in group)} stored); a rank's file is of another save"
+            raise CheckpointError(
+                f"{state.path.parent}: the ranks hold {[part.numel for part in group]} elements of "
+                f"group {index}, its parameters take {sum(prod(n) for n in named.values())}: one "
+                "of the optimizer files is of another save"
             )
         masters |= dict(layout.stage12(group, named, paddings))
         _agree(model, index, named, paddings)

@@ -166,11 +166,11 @@ def _add_tied(model: State, found: Parameters) -> None:
     That tells in every version and on every rank; ``shared_params`` (rank 0, 0.9.2 and later) only
     where placeholders are told apart. Names with values of their own are not tied.
     """
-    own = found.masters.keys() | found.frozen.keys() | found.absent.keys()
+    own = found.masters.keys() | found.frozen.keys() | found.absent.keys() | found.buffers
     named: dict[object, list[str]] = {}
     for name, value in model.module.items():
-        if isinstance(value, TensorRef) and name not in found.buffers:
-            named.setdefault(value.extents, []).append(name)
+        if isinstance(value, TensorRef):
+            named.setdefault((value.extents, value.shape), []).append(name)
     for names in named.values():
         owners = [name for name in names if name in own]
         if len(owners) == 1:
@@ -184,8 +184,10 @@ def _add_tied(model: State, found: Parameters) -> None:
 def _add_absent(model: State, found: Parameters) -> None:
     """The names of ``module`` whose placeholder is all there is."""
     known = found.masters | found.frozen | found.aliases | found.absent
+    early = model.version is None or model.version.startswith(("0.3.", "0.4.", "0.5."))
+    placeholders = ((0,), (1,)) if early else ((0,),)
     for name, value in model.module.items():
         if name in known or name in found.buffers or not isinstance(value, TensorRef):
             continue
-        if value.shape in ((0,), (1,)):  # (1,) until 0.5
+        if value.shape in placeholders:
             found.absent[name] = "frozen, and not saved under stage 3 before DeepSpeed 0.9.1"

@@ -17,7 +17,7 @@ import torch
 from oracles import FIXTURES, ROOT, convert, live, run, same, weights_in
 
 from ckpt import convert as conversion
-from converters import mover, stream
+from converters import files, mover, stream
 from converters.errors import CheckpointError
 
 TRAINER = FIXTURES / "trainer-zero2/checkpoint-2"
@@ -185,6 +185,27 @@ def test_leftovers_of_another_plan_are_not_used(tmp_path: Path) -> None:
     assert all(same(found[name], whole[name]) for name in whole)
 
 
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+@pytest.mark.parametrize("at", [9, -5], ids=["header", "data"])
+def test_a_shard_that_was_damaged_meanwhile_is_written_again(
+    format: str, at: int, tmp_path: Path
+) -> None:
+    def prepare(name: str) -> conversion.Conversion:
+        return conversion.prepare(SOURCE, tmp_path / name, format=format)  # type: ignore[arg-type]
+
+    conversion.run(prepare("whole"))
+    planned = prepare("m")
+    left = tmp_path / ".m.partial"
+    shutil.copytree(tmp_path / "whole", left)
+    (left / "plan.json").write_text(planned.plan.digest())
+    shard = left / planned.plan.shards[0].filename
+    data = bytearray(shard.read_bytes())
+    data[at] ^= 1
+    shard.write_bytes(data)
+    conversion.run(planned)
+    assert files_in(tmp_path / "m") == files_in(tmp_path / "whole")
+
+
 def test_a_killed_conversion_continues(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ckpt", "to-fp32", SOURCE, "-o", tmp_path / "m"]
     command += ["--max-shard-size", "300B"]
@@ -241,15 +262,16 @@ def test_an_output_that_exists_is_replaced_only_on_request(
 
 def test_two_conversions_never_write_the_same_output(tmp_path: Path) -> None:
     planned = conversion.prepare(SOURCE, tmp_path / "m")
-    planned.staging.mkdir()
-    with open(planned.staging / "plan.json", "wb") as record:
+    staging = tmp_path / ".m.partial"
+    staging.mkdir()
+    with open(staging / "plan.json", "wb") as record:
         fcntl.flock(record, fcntl.LOCK_EX)
         with pytest.raises(CheckpointError, match="is in use"):
             conversion.run(planned)
 
 
 def test_a_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion.files, "free_space", lambda _: 100)
+    monkeypatch.setattr(files, "free_space", lambda _: 100)
     with pytest.raises(CheckpointError, match="has 100 bytes free, the output needs") as raised:
         conversion.run(conversion.prepare(SOURCE, tmp_path / "m"))
     assert raised.value.kind == "output"
@@ -261,10 +283,14 @@ def test_the_checkpoint_itself_is_never_overwritten(
 ) -> None:
     source = tmp_path / "c"
     shutil.copytree(SOURCE, source)
-    for output in (source, source / "global_step2", tmp_path, source / "global_step2" / ".."):
+    tag = source / "global_step2"
+    for output in (source, tag, tmp_path, tag / ".."):
         run("to-fp32", source, "-o", output, "--overwrite", code=1)
         assert "holds the checkpoint itself" in capsys.readouterr().err
     assert files_in(source).keys() == files_in(SOURCE).keys()
+    for output in ("/", "", "."):
+        run("to-fp32", source, "-o", output, code=1)
+        assert capsys.readouterr().err.startswith("ckpt: ")
 
 
 @pytest.mark.parametrize("call", ["pwritev", "fsync", "replace"])

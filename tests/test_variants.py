@@ -202,3 +202,103 @@ def test_a_stale_module_file_in_a_stage_3_tag_is_left_out(copy: Copy) -> None:
     source = copy("zero3-bf16-w2")
     shutil.copy(FIXTURES / "zero2-bf16-w2" / TAG / "mp_rank_00_model_states.pt", source / TAG)
     assert "left out" in check(source)["notes"][0]
+
+
+@pytest.mark.parametrize("name", ["zero1-bf16-w2", "zero2-bf16-w2"])
+def test_frozen_tensors_of_any_stride_are_written_in_rows(name: str, copy: Copy) -> None:
+    source = copy(name)
+    (model,) = models(source)
+    base = torch.randn(70, 300).bfloat16()
+    odd = {
+        "frozen.transposed": base.t(),
+        "frozen.channels_last": torch.randn(9, 16, 5, 5).to(memory_format=torch.channels_last),
+        "frozen.steps": torch.randn(200, 40)[::2, ::3],
+        "frozen.large": torch.randn(1100, 1300).bfloat16().t(),
+    }
+    edit(model, lambda state: state["module"].update(odd))
+    found = convert(source, source.with_name("model"))
+    for key, value in odd.items():
+        assert same(found[key], value.float()), key
+    again = convert(source, source.with_name("keep"), "--dtype", "keep")
+    assert all(same(again[key], value) for key, value in odd.items())
+
+
+def test_kinds_of_storage_that_are_not_read_stop_nothing_elsewhere(
+    copy: Copy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = copy("zero2-bf16-w2")
+    (model,) = models(source)
+    strange = torch.ones(2, dtype=torch.complex128)
+    edit(model, lambda state: state.update(client=strange))
+    check(source)
+    edit(model, lambda state: state["module"].update(strange=strange))
+    run("to-fp32", source, "-o", source.with_name("m"), code=1)
+    assert "module['strange'] is no plain tensor but torch.ComplexDouble" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["zero1-bf16-w2", "zero2-fp32-w2", "zero3-bf16-w2", "corpus/o0_16_9_s0bf"]
+)
+def test_all_optimizer_files_missing_is_not_a_run_without_zero(
+    name: str, copy: Copy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = copy(name)
+    for path in optimizers(source):
+        path.unlink()
+    run("to-fp32", source, "-o", source.with_name("m"), code=1)
+    assert "has no optimizer files" in capsys.readouterr().err
+
+
+def test_a_shared_modules_buffer_of_one_element_is_no_placeholder(copy: Copy) -> None:
+    source = copy("zero3-bf16-w2")
+    for model in models(source):
+        edit(model, lambda state: state["module"].update({"again.scale": torch.ones(1)}))
+    check(source)
+
+
+def regrouped(source: Path, groups: list[list[int]], ones: list[str], step: float) -> None:
+    """Stage 0 with LayerNorm weights that are 1.0 in 16 bits and differ by ``step`` in fp32."""
+    (model,) = models(source)
+
+    def change(state: dict) -> None:
+        kept = state["optimizer"]
+        flat = [master for group in kept["fp32_groups"] for master in group]
+        for number, name in enumerate(ones):
+            state["module"][name].fill_(1.0)
+            index = next(i for i, m in enumerate(flat) if m.shape == (7,) and i not in done)
+            done.add(index)
+            flat[index] = torch.full((7,), 1.0 + step * (number + 1))
+        kept["fp32_groups"] = [[flat[i] for i in group] for group in groups]
+
+    done: set[int] = set()
+    edit(model, change)
+
+
+LAYER_NORMS = ["blocks.0.ln.weight", "blocks.0.ln.bias", "blocks.0.down.bias"]
+
+
+def test_equal_16_bit_values_are_told_apart_by_the_order_of_a_group(copy: Copy) -> None:
+    source = copy("zero0-bf16")
+    state = torch.load(models(source)[0], weights_only=False)
+    sizes = [len(group) for group in state["optimizer"]["fp32_groups"]]
+    groups = [list(range(sizes[0])), list(range(sizes[0], sum(sizes)))]
+    regrouped(source, groups, LAYER_NORMS, 1e-4)
+    found = convert(source, source.with_name("model"))
+    for number, name in enumerate(LAYER_NORMS):
+        assert same(found[name], torch.full((7,), 1.0 + 1e-4 * (number + 1))), name
+
+
+def test_what_nothing_tells_apart_is_refused_unless_it_makes_no_difference(
+    copy: Copy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = copy("zero0-bf16")
+    state = torch.load(models(source)[0], weights_only=False)
+    count = sum(len(group) for group in state["optimizer"]["fp32_groups"])
+    alone = [[index] for index in reversed(range(count))]
+    regrouped(source, alone, LAYER_NORMS, 1e-4)
+    run("to-fp32", source, "-o", source.with_name("m"), code=1)
+    assert "rounds to several tensors of module alike" in capsys.readouterr().err
+    shutil.rmtree(source)
+    regrouped(copy("zero0-bf16"), alone, LAYER_NORMS, 0.0)
+    found = convert(source, source.with_name("model"))
+    assert all(same(found[name], torch.ones(7)) for name in LAYER_NORMS)

@@ -1,0 +1,117 @@
+"""A folder that is there whole or not at all, and work on it that can be continued.
+
+.NAME.partial/    beside the output, while it is made
+  plan.json         what is being made; another plan's leftovers are thrown away
+  *.partial         a shard in the making
+  model-...         shards that are whole; the same command goes on behind them
+NAME/             the same folder, renamed when everything in it is whole
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from converters import files
+from converters.errors import CheckpointError
+from converters.plan import Plan
+
+RECORD = "plan.json"
+
+
+def folder_for(output: Path) -> Path:
+    """Where the output is made until it is whole."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def require_place(output: Path, keep: Sequence[Path], overwrite: bool) -> None:
+    """Raises ``CheckpointError`` unless a folder may be made at ``output``; ``keep`` never may."""
+    if not output.name:
+        raise CheckpointError(f"{output} is no folder to make; name another with -o", "output")
+    if output.resolve() in keep:
+        raise CheckpointError(
+            f"{output} holds the checkpoint itself; name another folder with -o", "output"
+        )
+    if output.is_symlink() or output.is_file() or os.path.ismount(output):
+        raise CheckpointError(
+            f"{output} is a file, a link or a mount point; name a new folder with -o", "output"
+        )
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise CheckpointError(
+            f"{output} exists already; --overwrite replaces it, -o names another folder", "output"
+        )
+
+
+@contextmanager
+def staged(output: Path, plan: Plan, nbytes: int) -> Iterator[Path]:
+    """The folder to write into, which becomes ``output`` when the block ends without an error.
+
+    It is locked, and empty or with whole shards of the same plan; ``nbytes`` in all will be needed.
+    It stays behind only where the same command can go on: after an interruption or a failing disk,
+    and with a whole shard in it. ``CheckpointError`` if it is in use or the disk too small.
+    """
+    folder = folder_for(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / RECORD, "a+b") as record:
+        try:
+            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{folder} is in use: another conversion writes {output}", "output"
+            ) from error
+        except OSError:
+            pass  # a filesystem without locks
+        try:
+            digest = plan.digest().encode()
+            record.seek(0)
+            if record.read() != digest:
+                _clear(folder)
+                record.truncate(0)
+                record.write(digest)
+                record.flush()
+            _require_space(folder, output, nbytes)
+            yield folder
+            (folder / RECORD).unlink()
+            _commit(folder, output)
+        except BaseException as error:
+            unusable = isinstance(error, CheckpointError) and error.kind != "output"
+            if unusable or not any((folder / shard.filename).exists() for shard in plan.shards):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != RECORD:
+            path.unlink()
+
+
+def _require_space(folder: Path, output: Path, nbytes: int) -> None:
+    there = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    free = files.free_space(folder)
+    if nbytes - there > free:
+        raise CheckpointError(
+            f"{output.parent} has {free:,} bytes free, the output needs {nbytes - there:,}; "
+            "make room or choose another folder with -o",
+            "output",
+        )
+
+
+def _commit(folder: Path, output: Path) -> None:
+    """Renames the finished folder into place, the old one, if any, out of the way first."""
+    files.sync_folder(folder)
+    old = None
+    if output.is_dir() and any(output.iterdir()):
+        old = output.with_name(f".{output.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(output, old)
+    os.rename(folder, output)
+    files.sync_folder(output.parent)
+    if old is not None:
+        shutil.rmtree(old)

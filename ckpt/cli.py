@@ -7,7 +7,6 @@ output, 2 bad usage, 130 interrupted.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,15 +23,12 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON
 
 
 def _size(_ctx: Any, _param: Any, value: str) -> int:
-    """Bytes of 5GB (10^9, as the Hugging Face tools count), 2GiB or 300B."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?\s*", value.upper())
-    if found is None:
-        raise click.BadParameter(f"{value!r} is no size; write 5GB, 500MB or 2GiB")
-    base, power = 1024 if found[3] else 1000, " KMGT".index(found[2] or " ")
-    size = int(float(found[1]) * base**power)
-    if size < 1:
-        raise click.BadParameter("a shard takes at least one byte")
-    return size
+    from converters.plan import parse_size
+
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

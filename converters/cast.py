@@ -84,9 +84,10 @@ def overflows(source: Array, target: Array, dtype: DType) -> int:
 
 def differences(rounded: Array, copy: Array) -> int:
     """How many elements differ, bit for bit, save that any NaN equals any other."""
+    words = rounded.nbytes // 8 * (8 // rounded.dtype.itemsize)  # elements compared 8 bytes a time
+    if np.array_equal(rounded[:words].view("u8"), copy[:words].view("u8")):
+        rounded, copy = rounded[words:], copy[words:]
     bits = np.dtype(f"u{rounded.dtype.itemsize}")
-    if np.array_equal(rounded.view(bits), copy.view(bits)):
-        return 0
     unlike = rounded.view(bits) != copy.view(bits)
     nans = np.isnan(rounded.astype(np.float32)) & np.isnan(copy.astype(np.float32))
     return int(np.count_nonzero(unlike & ~nans))

@@ -67,6 +67,8 @@ class Writer:
                 # (1.4 GB in 2 to 7 s, against 1 s in pieces of 256 KiB)
                 self.flags, self.most = 0, 256 << 10
                 continue
+            if not self.flags:  # start it on its way to the disk, as an uncached write does
+                os.posix_fadvise(self.fd, offset, count, os.POSIX_FADV_DONTNEED)
             view, offset = view[count:], offset + count
 
 

@@ -64,7 +64,17 @@ def assemble(model: State, parameters: Parameters, sources: Sequence[State]) -> 
     refs = [*tensors.values(), *parameters.copies.values()]
     checksums = located(refs, [state.file for state in sources])
     order = (*model.module, *(n for n in (*tensors, *aliases, *absent) if n not in model.module))
-    return Weights(tensors, aliases, buffers, absent, parameters.copies, checksums, order)
+    frozen = frozenset(parameters.frozen if parameters.masters else ())
+    return Weights(
+        tensors,
+        aliases,
+        buffers,
+        absent,
+        parameters.copies,
+        checksums,
+        order,
+        frozen & tensors.keys(),
+    )
 
 
 def located(refs: Iterable[TensorRef], found: Iterable[TorchFile]) -> tuple[Checksum, ...]:

@@ -10,6 +10,7 @@ greedy in the model's order, a tensor over the limit alone in a shard.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -135,6 +136,18 @@ def output_dtype(name: str, weights: Weights, dtype: DType | None) -> DType:
     if name in weights.buffers:
         return dtype if dtype is DType.F32 and stored.itemsize < 4 else stored
     return dtype
+
+
+def parse_size(text: str) -> int:
+    """Bytes of 5GB (10^9, as the Hugging Face tools count), 2GiB or 300B; ``ValueError``."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?\s*", text.upper())
+    if found is None:
+        raise ValueError(f"{text!r} is no size; write 5GB, 500MB or 2GiB")
+    base, power = 1024 if found[3] else 1000, " KMGT".index(found[2] or " ")
+    size = int(float(found[1]) * base**power)
+    if size < 1:
+        raise ValueError("a shard takes at least one byte")
+    return size
 
 
 def split(sizes: Mapping[str, int], max_shard_size: int) -> list[list[str]]:

@@ -192,10 +192,11 @@ class Weights:
 
     ``tensors`` are in the model's own order. ``aliases`` maps each further name of a tied tensor to
     the name in ``tensors`` whose values it shares. ``buffers`` are the names that are no
-    parameters. ``absent`` maps names the model has, but whose values no file holds, to the reason.
-    ``copies`` are the same values stored a second time in 16 bits (fp32 runs: in fp32), to prove
-    the tensors by. ``checksums`` covers the records of the source files that the tensors lie in.
-    ``order`` has every name, tied and absent ones too, as the model's own state dict orders them.
+    parameters, ``frozen`` those of parameters that are not trained. ``absent`` maps names the model
+    has, but whose values no file holds, to the reason. ``copies`` are the same values stored a
+    second time in 16 bits (fp32 runs: in fp32), to prove the tensors by. ``checksums`` covers the
+    records of the source files that the tensors lie in. ``order`` has every name, tied and absent
+    ones too, as the model's own state dict orders them.
     """
 
     tensors: Mapping[str, TensorRef]
@@ -205,6 +206,7 @@ class Weights:
     copies: Mapping[str, TensorRef] = field(default_factory=dict)
     checksums: tuple[Checksum, ...] = ()
     order: tuple[str, ...] = ()
+    frozen: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for alias, owner in self.aliases.items():

@@ -27,7 +27,8 @@ class Checkpoint:
 
     ``stage`` is the ZeRO stage (0: none) and ``world_size`` the ranks that share the optimizer
     state; ``precision`` is what was trained in. ``files`` maps the state files to their digests
-    (``TorchFile.digest``). ``notes`` are what a user should know of it.
+    (``TorchFile.digest``). ``notes`` are what a user should know of it. ``model`` and ``ranks`` are
+    the module's file and the optimizer files in rank order (``moments`` reads on in them).
     """
 
     place: folder.Place
@@ -38,7 +39,9 @@ class Checkpoint:
     version: str | None
     files: Mapping[Path, str | None]
     weights: Weights
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
+    model: State
+    ranks: tuple[State, ...]
 
 
 def read(path: Path, tag: str | None = None) -> Checkpoint:
@@ -110,6 +113,8 @@ def _read(place: folder.Place) -> Checkpoint:
         {state.path: state.file.digest for state in (*models, *ranks)},
         weights,
         (*notes, *parameters.notes),
+        models[0],
+        tuple(ranks),
     )
 
 

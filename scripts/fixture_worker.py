@@ -209,10 +209,9 @@ def train_tiny(name: str, out: Path) -> None:
     engine.destroy()
 
 
-def train_llama(name: str, out: Path) -> None:
-    """Two steps of a tiny Llama by the Hugging Face Trainer, with a real tokenizer saved too."""
+def llama_trainer(name: str, out: Path) -> Any:
+    """The Hugging Face Trainer of a tiny Llama with a real tokenizer, for two steps in ``out``."""
     import transformers as hf
-    from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     spec = SPECS[name]
@@ -262,9 +261,16 @@ def train_llama(name: str, out: Path) -> None:
     model = hf.AutoModelForCausalLM.from_config(llama)
     rows = torch.randint(4, 64, (16, 8)).tolist()
     data = [{"input_ids": row, "labels": row} for row in rows]
-    trainer = hf.Trainer(model, args, train_dataset=data, processing_class=tokenizer)
+    return hf.Trainer(model, args, train_dataset=data, processing_class=tokenizer)
+
+
+def train_llama(name: str, out: Path) -> None:
+    """Two steps by the Trainer, saved with its tokenizer, and what the engine held then."""
+    from safetensors.torch import save_file
+
+    trainer = llama_trainer(name, out)
     trainer.train()
-    live = live_state(trainer.model_wrapped, spec)
+    live = live_state(trainer.model_wrapped, SPECS[name])
     if torch.distributed.get_rank() == 0:
         save_file(live, Path(name) / "live.safetensors")
     torch.distributed.barrier()

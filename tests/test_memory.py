@@ -39,3 +39,27 @@ def test_memory_stays_under_the_cap(checkpoint: Path, dtype: str, tmp_path: Path
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     assert sum(p.stat().st_size for p in (tmp_path / "m").iterdir()) > CAPS[dtype] // 2
     assert 0 < int(done.stderr) < CAPS[dtype]
+
+
+EXTRA = """
+import re, sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from ckpt.zero_to_fp32 import load_state_dict_from_zero_checkpoint as load
+def held(kind):
+    return 1024 * int(re.search(kind + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1])).float()
+size = sum(p.nbytes for p in model.parameters())
+import ckpt.loading
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+before = held("VmRSS")
+load(model, sys.argv[1])
+print(size, held("VmHWM") - before)
+"""
+
+
+def test_loading_into_a_model_takes_a_chunk_and_not_a_second_model(checkpoint: Path) -> None:
+    command = [sys.executable, "-c", EXTRA, str(checkpoint)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    size, extra = map(int, done.stdout.split()[-2:])
+    assert size > 140e6
+    assert extra < 64 << 20

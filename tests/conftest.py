@@ -6,11 +6,12 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from zlib import crc32
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault(
-    "TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / "ckpt-torch-extensions")
-)
+# One folder for each virtual environment: what DeepSpeed compiles there names its headers.
+_BUILT = f"ckpt-torch-extensions-{crc32(sys.prefix.encode()):08x}"
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / _BUILT))
 sys.path.insert(0, str(Path(__file__).parent))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +61,23 @@ def run(*args: Any, code: int = 0) -> None:
     with pytest.raises(SystemExit) as exit:
         main([str(arg) for arg in args])
     assert exit.value.code == code
+
+
+def torchrun(script: str, *args: Any, ranks: int = 2, limit: int = 900) -> None:
+    """Runs a worker script on a fresh port as real processes; fails with what it said.
+
+    ``limit`` is in seconds: DeepSpeed compiles an extension at its first start.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    command += ["--master_port", port, str(ROOT / script), *map(str, args)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=limit, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:

@@ -71,7 +71,7 @@ def prepare(
         proof, strict = found or "", gathered.belongs(root)
     tied = tied or model_folder.tied_default(root, weights)
     plan = FORMATS[format](weights, DTYPES[dtype], max_shard_size, tied)
-    config = model_folder.config(root, _main_dtype(plan))
+    config = model_folder.config(root, main_dtype(plan))
     if config is None:
         notes.append("no config.json in the checkpoint: the output is weights only")
     if output is None:
@@ -93,7 +93,7 @@ def prepare(
     )
 
 
-def _main_dtype(plan: Plan) -> DType:
+def main_dtype(plan: Plan) -> DType:
     """The floating-point type of most bytes written."""
     totals: dict[DType, int] = {}
     for placement in plan.placements():

@@ -12,7 +12,8 @@ import pytest
 from oracles import FIXTURES, ROOT
 
 HEAVY = {"torch", "deepspeed", "transformers", "huggingface_hub", "accelerate", "lightning"}
-INSIDE_A_TRAINER = {"loading.py", "live.py"}  # modules of ckpt that live in a training process
+# Modules of ckpt that live in a training process.
+INSIDE_A_TRAINER = {"loading.py", *(path.name for path in (ROOT / "ckpt").glob("live*.py"))}
 
 
 def imported(path: Path, everywhere: bool) -> Iterator[str]:

@@ -1,0 +1,174 @@
+"""Ranks that do something together, step by step, and never wait for one that is gone.
+
+A step ends on every rank or fails on every rank: rank 0 hears from all, then releases all. Words go
+through the store of the process group, not through collectives, so whoever is absent has a name and
+nobody hangs. A rank is absent if it neither arrives nor shows a sign of life (``beat``) for
+``timeout`` seconds.
+
+    CALL/STEP/RANK   what a rank brings to a step, JSON     CALL/STEP/go   what rank 0 gives to all
+    CALL/failed      the first failure, JSON                beat/RANK      a sign of life
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+from converters.errors import CheckpointError
+
+Json = Any
+_calls = itertools.count()  # all ranks make the same calls, so they count alike
+
+
+@dataclass(slots=True)
+class Step:
+    """``value`` is what this rank brings, ``heard`` what it got: rank 0 all values, others its."""
+
+    value: Json = None
+    heard: list[Json] = field(default_factory=list)
+
+
+class Ranks:
+    """All ranks of the default process group, in one call of ``what``."""
+
+    def __init__(self, what: str, timeout: float):
+        if not dist.is_initialized():
+            raise CheckpointError("torch.distributed is not initialised; call it while training")
+        self.what, self.timeout = what, timeout
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.call, self.steps = next(_calls), itertools.count()
+        self.store = PrefixStore("ckpt.live", _get_default_store())
+        self.last: str | None = None
+        self.beats, self.beaten = itertools.count(), 0.0
+
+    @contextmanager
+    def step(self) -> Iterator[Step]:
+        """A step that ends when all ranks have taken it.
+
+        ``CheckpointError`` on every rank, naming the rank that failed or is absent.
+        """
+        step = Step()
+        try:
+            self.beat()
+            yield step
+            number = next(self.steps)
+            try:
+                step.heard = self._meet(number, step.value)
+            except dist.DistError as error:
+                raise CheckpointError(
+                    f"rank {self.rank}: the ranks can no longer be reached ({error}); another "
+                    "process of this training has ended",
+                    "output",
+                ) from error
+        except Told:
+            raise
+        except Exception as error:
+            raise self.fail(error) from error
+        except BaseException as error:
+            self.fail(CheckpointError(f"stopped by {type(error).__name__}", "output"))
+            raise
+
+    def beat(self, heed: bool = False) -> None:
+        """Shows the others, once a second at most, that this rank is alive.
+
+        With ``heed`` it raises if one of them has failed meanwhile.
+        """
+        if time.monotonic() - self.beaten > 1:
+            self.beaten = time.monotonic()
+            self.store.set(f"beat/{self.rank}", f"{self.call} {next(self.beats)}")
+            if heed:
+                self.heed()
+
+    def heed(self) -> None:
+        """Raises if a rank has failed."""
+        if self.store.check([f"{self.call}/failed"]):
+            raise self._told(self.store.get(f"{self.call}/failed"))
+
+    def linger(self, seconds: float = 2.0) -> None:
+        """Gives a rank that may know more the time to tell first; raises if it does."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.heed()
+            time.sleep(0.02)
+
+    def fail(self, error: Exception) -> CheckpointError:
+        """Tells all ranks of a failure; returns the first failure that any of them told."""
+        if isinstance(error, Told):
+            return error
+        kind = error.kind if isinstance(error, CheckpointError) else "output"
+        text = str(error)
+        if isinstance(error, OSError):
+            text = f"{error.filename or 'the output'}: {error.strerror}"
+        elif not isinstance(error, CheckpointError):
+            text = f"{type(error).__name__}: {error}"
+        if not text.startswith("rank "):
+            text = f"rank {self.rank}: {text}"
+        told = json.dumps([text, kind])
+        with suppress(dist.DistError):  # nobody to tell; say it here
+            told = self.store.compare_set(f"{self.call}/failed", "", told).decode()
+        return self._told(told)
+
+    def _told(self, told: str | bytes) -> Told:
+        text, kind = json.loads(told)
+        return Told(f"{self.what} failed on {text}", kind)
+
+    def _meet(self, number: int, value: Json) -> list[Json]:
+        go = f"{self.call}/{number}/go"
+        if self.rank:
+            self.store.set(f"{self.call}/{number}/{self.rank}", json.dumps(value))
+            self._await({0: go})
+            return [json.loads(self.store.get(go))]
+        keys = {rank: f"{self.call}/{number}/{rank}" for rank in range(1, self.world)}
+        self._await(keys)
+        values = [value, *(json.loads(self.store.get(key)) for key in keys.values())]
+        for key in (*keys.values(), *((self.last,) if self.last else ())):
+            self.store.delete_key(key)  # all have read it, or they would not be here
+        self.last = go
+        self.store.set(go, json.dumps(value))
+        return values
+
+    def _await(self, keys: dict[int, str]) -> None:
+        """Returns when all keys are there; raises if a rank failed or shows no life."""
+        if not keys:
+            return
+        pause, looked = 0.001, 0.0
+        lives: dict[int, tuple[bytes, float]] = {}
+        while not self.store.check(list(keys.values())):
+            self.heed()
+            self.beat()
+            if (now := time.monotonic()) - looked > self.timeout / 10:
+                looked = now
+                missing = [rank for rank, key in keys.items() if not self.store.check([key])]
+                for rank in missing:
+                    life = self._life(rank)
+                    if rank not in lives or lives[rank][0] != life:
+                        lives[rank] = (life, now)
+                gone = [rank for rank in missing if now - lives[rank][1] > self.timeout]
+                if gone:
+                    self._absent(gone)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+
+    def _life(self, rank: int) -> bytes:
+        key = f"beat/{rank}"
+        return bytes(self.store.get(key)) if self.store.check([key]) else b""
+
+    def _absent(self, gone: list[int]) -> None:
+        which = ", ".join(map(str, gone[:8])) + (" ..." if len(gone) > 8 else "")
+        raise CheckpointError(
+            f"rank {which}: no sign of life for {self.timeout:g} s; every rank has to call "
+            f"{self.what}, see the log of that rank",
+            "output",
+        )
+
+
+class Told(CheckpointError):
+    """A failure that all ranks have been told of."""

@@ -113,7 +113,7 @@ def test_what_is_opened_goes_into_a_model(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(source)
     with ckpt.open(source) as weights:
         model = LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=dict(weights), dtype=torch.float32
+            None, config=config, state_dict=weights, dtype=torch.float32
         )
         again = AutoModelForCausalLM.from_config(config).float()
         assert not again.load_state_dict(weights).missing_keys

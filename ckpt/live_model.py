@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ckpt import model_folder
 from converters.errors import CheckpointError
 from converters.plan import Tied
 from converters.tensors import DType, Extent, TensorRef, Weights
@@ -145,10 +146,7 @@ def tied_default(module: Any, aliases: bool) -> Tied:
     config = config_of(module)
     if not aliases or config is None:
         return "keep"
-    content = config.to_dict()
-    text = content.get("text_config")
-    inner = text.get("tie_word_embeddings", True) if isinstance(text, dict) else True
-    return "drop" if content.get("tie_word_embeddings", inner) is not False else "keep"
+    return "drop" if model_folder.ties(config.to_dict()) else "keep"
 
 
 def config_of(module: Any) -> Any:

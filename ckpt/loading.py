@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ckpt import opened
+from converters import files
 from converters.errors import CheckpointError
 from converters.mover import CHUNK
 from converters.tensors import TensorRef, Weights
@@ -106,7 +107,7 @@ def _fill(target: torch.Tensor, ref: TensorRef) -> None:
         count = min(step, ref.numel - start)
         part = ref.narrow(start, count)
         if same and whole:
-            opened.fill(flat[start : start + count].view(torch.uint8).numpy().data, part)
+            files.fill(flat[start : start + count].view(torch.uint8).numpy().data, part.extents)
         else:
             flat[start : start + count] = torch.as_tensor(opened.read(part, ref.dtype, "pt"))
     if not whole:  # reshape made a copy of a strided tensor

@@ -97,7 +97,11 @@ def tied_default(root: Path, weights: Weights) -> Tied:
     path = root / "config.json"
     if not path.is_file():
         return "keep"
-    content = _object(path)
-    text = content.get("text_config")
+    return "drop" if ties(_object(path)) else "keep"
+
+
+def ties(config: dict[str, Any]) -> bool:
+    """Whether a model's configuration ties its embeddings; true where it does not say."""
+    text = config.get("text_config")
     inner = text.get("tie_word_embeddings", True) if isinstance(text, dict) else True
-    return "drop" if content.get("tie_word_embeddings", inner) is not False else "keep"
+    return config.get("tie_word_embeddings", inner) is not False

@@ -6,8 +6,7 @@ The interface is that of ``safetensors.safe_open`` and of a ``Mapping``, so what
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -180,18 +179,15 @@ def _rows(index: Any, count: int) -> range | None:
 def read(ref: TensorRef, dtype: DType, framework: Framework) -> Array:
     """The tensor in the given type, read now into memory of its own."""
     if framework == "np":
-        import numpy as np
-
         from converters import cast
 
-        held = np.empty(ref.numel, cast.numpy_dtype(ref.dtype))
-        fill(held.view(np.uint8).data, ref)
+        held = cast.load(ref)
         wide = held if dtype is ref.dtype else cast.rounded(held, dtype)
         return wide.reshape(ref.shape)
     import torch
 
     kept = torch.empty(ref.numel, dtype=torch_dtype(ref.dtype))
-    fill(kept.view(torch.uint8).numpy().data, ref)
+    files.fill(kept.view(torch.uint8).numpy().data, ref.extents)
     return kept.to(torch_dtype(dtype)).reshape(ref.shape)
 
 
@@ -204,20 +200,3 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     name = next(name for name, held in DTYPES.items() if held is dtype)
     found: torch.dtype = getattr(torch, name)
     return found
-
-
-def fill(buffer: memoryview, ref: TensorRef) -> None:
-    """Reads the bytes of a tensor; ``CheckpointError`` if a file has become shorter."""
-    at, fds = 0, dict[Path, int]()
-    try:
-        runs: Sequence[Any] = ref.extents
-        for extent in runs:
-            if extent.path not in fds:
-                fds[extent.path] = os.open(extent.path, os.O_RDONLY)
-            run = buffer[at : at + extent.length]
-            if files.read_into(fds[extent.path], run, extent.offset) != extent.length:
-                raise CheckpointError(f"{extent.path} ends before byte {extent.end}; cut short")
-            at += extent.length
-    finally:
-        for fd in fds.values():
-            os.close(fd)

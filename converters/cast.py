@@ -94,9 +94,10 @@ def differences(rounded: Array, copy: Array) -> int:
 
 
 def load(ref: TensorRef) -> Array:
-    """The elements of a small tensor as a vector, read now."""
-    data = b"".join(files.read_extent(extent) for extent in ref.extents)
-    return np.frombuffer(data, numpy_dtype(ref.dtype))
+    """The elements of a tensor as a vector in memory of its own, read now."""
+    held = np.empty(ref.numel, numpy_dtype(ref.dtype))
+    files.fill(held.view(np.uint8).data, ref.extents)
+    return held
 
 
 def rounded(source: Array, dtype: DType) -> Array:

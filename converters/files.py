@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,26 @@ def read_extent(extent: Extent) -> bytes:
     if len(data) != extent.length:
         raise CheckpointError(f"{extent.path} ends before byte {extent.end}; it is cut short")
     return data
+
+
+def fill(buffer: memoryview, extents: Sequence[Extent]) -> None:
+    """Reads extents one after another; ``CheckpointError`` if a file is gone or shorter."""
+    at, fds = 0, dict[Path, int]()
+    try:
+        for extent in extents:
+            if extent.path not in fds:
+                fds[extent.path] = os.open(extent.path, os.O_RDONLY)
+            run = buffer[at : at + extent.length]
+            if read_into(fds[extent.path], run, extent.offset) != extent.length:
+                raise CheckpointError(
+                    f"{extent.path} ends before byte {extent.end}; it is cut short"
+                )
+            at += extent.length
+    except OSError as error:
+        raise CheckpointError(f"{extent.path}: {error.strerror}", "incomplete") from error
+    finally:
+        for fd in fds.values():
+            os.close(fd)
 
 
 def read_into(fd: int, buffer: memoryview, offset: int) -> int:

@@ -62,14 +62,14 @@ def _partitions(checkpoint: Checkpoint) -> Iterator[Partition]:
             yield from _stage3(checkpoint, state, kept)
         elif "local_sub_partitions_of_fp32_groups" in optimizer:
             for index, parts in enumerate(optimizer["local_sub_partitions_of_fp32_groups"]):
-                yield from zip_states(parts, kept[index] if isinstance(kept, list) else ())
+                yield from _paired(parts, kept[index] if isinstance(kept, list) else ())
         else:
-            yield from zip_states(optimizer["single_partition_of_fp32_groups"], _ordered(kept))
+            yield from _paired(optimizer["single_partition_of_fp32_groups"], _ordered(kept))
     if not checkpoint.ranks:
         yield from _without_zero(checkpoint.model)
 
 
-def zip_states(masters: Any, kept: Any) -> Iterator[Partition]:
+def _paired(masters: Any, kept: Any) -> Iterator[Partition]:
     """Master tensors and their state, as far as both go; what is empty has none."""
     for master, state in zip(masters, kept, strict=False):
         if isinstance(master, TensorRef) and master.numel and isinstance(state, dict):
@@ -88,7 +88,7 @@ def _ordered(kept: Any) -> list[Any]:
 def _stage3(checkpoint: Checkpoint, state: State, kept: Any) -> Iterator[Partition]:
     flats = states.tensors(state, state.optimizer["fp32_flat_groups"], "fp32_flat_groups")
     ordered = [kept["state"].get(index) for index in range(len(flats))]
-    yield from zip_states(flats, ordered)
+    yield from _paired(flats, ordered)
     rank = checkpoint.ranks.index(state)
     folder = checkpoint.place.folder / "offloaded_tensors" / f"rank{rank:02d}"
     for flat, held in zip(flats, ordered, strict=True):
@@ -117,4 +117,4 @@ def _without_zero(model: State) -> Iterator[Partition]:
             f"{model.path}: the optimizer's state of an fp32 run without ZeRO has no names",
             "unsupported",
         )
-    yield from zip_states(masters, _ordered(kept["optimizer_state_dict"]))
+    yield from _paired(masters, _ordered(kept["optimizer_state_dict"]))

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from fixture_specs import OFFLOAD, Json, Spec, ds_config
 from fixture_worker import Tiny, live_state, param_groups
 
-import ckpt.live as live
+from ckpt import live
+from ckpt.live import job
 from converters.errors import CheckpointError
 
 SMALL = {"stage3_param_persistence_threshold": 10}  # so that only the smallest stay whole
@@ -156,7 +157,7 @@ def failures(out: Path) -> None:
     engine = start(CASES["zero2-offload"])
     train(engine)
     told: dict[str, tuple[str, float]] = {}
-    real, count = live.masters, iter(range(100))
+    real, count = job.masters, iter(range(100))
 
     def save(**kwargs: Any) -> Path:
         folder = out / f"good{next(count)}"
@@ -182,11 +183,11 @@ def failures(out: Path) -> None:
         ("raises-unshared", own(""), 1),
         ("raises-unshared-0", own(""), 0),
     ):
-        live.masters = broken if rank == by else real
+        job.masters = broken if rank == by else real
         told[name] = caught(live.save_fp32, engine, place / name, timeout=20)
-        live.masters = broken if rank == by else real
+        job.masters = broken if rank == by else real
         told[f"{name}-state"] = caught(live.fp32_state_dict, engine, timeout=20)
-        live.masters = real
+        job.masters = real
         works()
     live.save_fp32(engine, own("unshared"), timeout=20)
     live.save_16bit(engine, own("unshared-16"), timeout=20)
@@ -209,9 +210,9 @@ def failures(out: Path) -> None:
     parameter = engine.module.blocks[1].up.weight
     parameter.data = torch.empty(0, dtype=parameter.dtype)
     told["placeholder"] = caught(live.save_16bit, engine, out / "placeholder", timeout=20)
-    live.masters = real
+    job.masters = real
     if rank == 1:
-        live.masters = lambda *args: os._exit(0)
+        job.masters = lambda *args: os._exit(0)
         (out / "told1.json").write_text(json.dumps(told))
     told["dies"] = caught(live.save_fp32, engine, out / "dies", timeout=3)
     (out / "told0.json").write_text(json.dumps(told))

@@ -14,10 +14,10 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
@@ -25,6 +25,9 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from converters.errors import CheckpointError
 
 Json = Any
+T = TypeVar("T")
+Meeting = Generator[dict[int, str], None, list[Json]]
+TIMEOUT = 600.0  # seconds without a sign of life until a rank counts as absent
 _calls = itertools.count()  # all ranks make the same calls, so they count alike
 
 
@@ -45,7 +48,7 @@ class Ranks:
         self.what, self.timeout = what, timeout
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.call, self.steps = next(_calls), itertools.count()
-        self.store = PrefixStore("ckpt.live", _get_default_store())
+        self.store = PrefixStore("ckpt", _get_default_store())
         self.last: str | None = None
         self.beats, self.beaten = itertools.count(), 0.0
 
@@ -59,15 +62,7 @@ class Ranks:
         try:
             self.beat()
             yield step
-            number = next(self.steps)
-            try:
-                step.heard = self._meet(number, step.value)
-            except dist.DistError as error:
-                raise CheckpointError(
-                    f"rank {self.rank}: the ranks can no longer be reached ({error}); another "
-                    "process of this training has ended",
-                    "output",
-                ) from error
+            step.heard = self.wait(self.meet(step.value))
         except Told:
             raise
         except Exception as error:
@@ -120,14 +115,19 @@ class Ranks:
         text, kind = json.loads(told)
         return Told(f"{self.what} failed on {text}", kind)
 
-    def _meet(self, number: int, value: Json) -> list[Json]:
+    def meet(self, value: Json) -> Meeting:
+        """The end of a step, in pieces: yields the keys it waits for as long as it waits.
+
+        Whoever cannot wait takes one ``next`` now and then; ``wait`` goes through to the end.
+        """
+        number = next(self.steps)
         go = f"{self.call}/{number}/go"
         if self.rank:
             self.store.set(f"{self.call}/{number}/{self.rank}", json.dumps(value))
-            self._await({0: go})
+            yield from self._until({0: go})
             return [json.loads(self.store.get(go))]
         keys = {rank: f"{self.call}/{number}/{rank}" for rank in range(1, self.world)}
-        self._await(keys)
+        yield from self._until(keys)
         values = [value, *(json.loads(self.store.get(key)) for key in keys.values())]
         for key in (*keys.values(), *((self.last,) if self.last else ())):
             self.store.delete_key(key)  # all have read it, or they would not be here
@@ -135,27 +135,41 @@ class Ranks:
         self.store.set(go, json.dumps(value))
         return values
 
-    def _await(self, keys: dict[int, str]) -> None:
-        """Returns when all keys are there; raises if a rank failed or shows no life."""
-        if not keys:
-            return
+    def _until(self, keys: dict[int, str]) -> Iterator[dict[int, str]]:
+        while keys and not self.store.check(list(keys.values())):
+            self.heed()
+            yield keys
+
+    def wait(self, meeting: Generator[dict[int, str], None, T]) -> T:
+        """Goes through a meeting; raises if a rank failed or shows no life."""
         pause, looked = 0.001, 0.0
         lives: dict[int, tuple[bytes, float]] = {}
-        while not self.store.check(list(keys.values())):
-            self.heed()
-            self.beat()
-            if (now := time.monotonic()) - looked > self.timeout / 10:
-                looked = now
-                missing = [rank for rank, key in keys.items() if not self.store.check([key])]
-                for rank in missing:
-                    life = self._life(rank)
-                    if rank not in lives or lives[rank][0] != life:
-                        lives[rank] = (life, now)
-                gone = [rank for rank in missing if now - lives[rank][1] > self.timeout]
-                if gone:
-                    self._absent(gone)
-            time.sleep(pause)
-            pause = min(2 * pause, 0.05)
+        try:
+            while True:
+                try:
+                    keys = next(meeting)
+                except StopIteration as done:
+                    heard: T = done.value
+                    return heard
+                self.beat()
+                if (now := time.monotonic()) - looked > self.timeout / 10:
+                    looked = now
+                    missing = [rank for rank, key in keys.items() if not self.store.check([key])]
+                    for rank in missing:
+                        life = self._life(rank)
+                        if rank not in lives or lives[rank][0] != life:
+                            lives[rank] = (life, now)
+                    gone = [rank for rank in missing if now - lives[rank][1] > self.timeout]
+                    if gone:
+                        self._absent(gone)
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
+        except dist.DistError as error:
+            raise CheckpointError(
+                f"rank {self.rank}: the ranks can no longer be reached ({error}); another "
+                "process of this training has ended",
+                "output",
+            ) from error
 
     def _life(self, rank: int) -> bytes:
         key = f"beat/{rank}"

@@ -11,16 +11,26 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypedDict
 
 import torch
+from isal import isal_zlib
 
 from converters import files
 from converters.errors import CheckpointError
+from converters.ledger import Ledger
 from converters.plan import Placement, Plan, Shard
 from converters.tensors import Weights
 
 PARTIAL = ".partial"
 Run = tuple[int, int]  # the first element, the element after the last
+
+
+class Report(TypedDict):
+    """What one rank wrote: elements by name, and by file the CRC32s of runs of bytes."""
+
+    written: dict[str, list[Run]]
+    crcs: dict[str, list[tuple[int, int, int]]]
 
 
 def make(plan: Plan, folder: Path) -> None:
@@ -51,6 +61,7 @@ class Shards:
 
     def __init__(self, plan: Plan, folder: Path, aliases: dict[str, str]):
         self.written: dict[str, list[Run]] = {}
+        self.ledger = Ledger()
         self.places: dict[str, list[tuple[Shard, Placement]]] = {}
         self.folder = folder
         self.writers: dict[str, files.Writer] = {}
@@ -65,7 +76,16 @@ class Shards:
         for shard, placement in self.places[name]:
             at = placement.offset + start * placement.dtype.itemsize
             self._writer(shard).write(data, at)
+            self.ledger.add(Path(shard.filename), at, data.nbytes, isal_zlib.crc32(data))
         note(self.written, name, start, values.numel())
+
+    def report(self) -> Report:
+        """What was written so far, as JSON has it."""
+        crcs = {
+            str(path): [(start, end, crc) for start, (end, crc) in sorted(starts.items())]
+            for path, (starts, _) in self.ledger.runs.items()
+        }
+        return {"written": self.written, "crcs": crcs}
 
     def _writer(self, shard: Shard) -> files.Writer:
         if shard.filename not in self.writers:
@@ -94,6 +114,25 @@ def note(written: dict[str, list[Run]], name: str, start: int, count: int) -> No
         runs[-1] = (runs[-1][0], start + count)
     else:
         runs.append((start, start + count))
+
+
+def crc32s(plan: Plan, reports: Sequence[Report]) -> dict[str, int]:
+    """The CRC32 of every shard, joined from those of what the ranks wrote."""
+    ledger = Ledger()
+    for shard in plan.shards:
+        for at, literal in shard.literals:
+            ledger.add(Path(shard.filename), at, len(literal), isal_zlib.crc32(literal))
+    for report in reports:
+        for name, runs in report["crcs"].items():
+            for start, end, crc in runs:
+                ledger.add(Path(name), start, end - start, crc)
+    found = {}
+    for shard in plan.shards:
+        end, crc = ledger.runs[Path(shard.filename)][0].get(0, (0, 0))
+        if end != shard.nbytes:
+            raise ValueError(f"{shard.filename}: bytes from {end} on are in no report")
+        found[shard.filename] = crc
+    return found
 
 
 def require_all(weights: Weights, reports: Sequence[dict[str, list[Run]]]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ckpt.live_ranks import Ranks
+from ckpt.ranks import Ranks
 from converters.errors import CheckpointError
 
 Chunk = tuple[str, int, torch.Tensor]  # a name, the first element, elements in CPU memory

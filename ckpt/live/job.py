@@ -1,16 +1,4 @@
-"""Weights out of a running DeepSpeed training, without a checkpoint in between.
-
-    from ckpt import live
-    live.save_fp32(engine, "out/final")            a model folder, fp32
-    live.save_16bit(engine, "out/final-bf16")      the same of the weights the model computes with
-    state_dict = live.fp32_state_dict(engine)      in memory, for models that fit
-
-Every rank must call them, between two steps. The output is planned once, as ``safetensors.plan``
-does for a checkpoint; every rank writes what it holds at its final place, a chunk at a time, and
-rank 0 commits when all have succeeded. Ranks that do not see rank 0's folder send it their part.
-Nothing of the engine is changed, no flag of its configuration is needed, and no rank ever holds
-more of the model than it did.
-"""
+"""One rank's part in saving the weights of a running training: plan, write, commit."""
 
 from __future__ import annotations
 
@@ -26,11 +14,12 @@ from typing import Any
 
 import torch
 
-from ckpt import __version__, convert, live_files, model_folder, staging
-from ckpt.live_model import TORCH, Inventory, config_of, inventory, tied_default
-from ckpt.live_pieces import masters, require_rounds, sixteen_bit
-from ckpt.live_ranks import Ranks
-from ckpt.live_wire import Chunk, Wire
+from ckpt import __version__, convert, model_folder, staging
+from ckpt.live import shards
+from ckpt.live.model import TORCH, Inventory, config_of, inventory, tied_default
+from ckpt.live.pieces import masters, require_rounds, sixteen_bit
+from ckpt.live.wire import Chunk, Wire
+from ckpt.ranks import Ranks
 from converters import files, safetensors
 from converters.errors import CheckpointError
 from converters.plan import Plan, Tied, parse_size
@@ -39,60 +28,20 @@ from converters.tensors import DType
 CHUNK = 1 << 20  # elements copied to the host at a time, 4 MiB of fp32
 NONCE = "nonce"  # the file by which a rank knows that it sees rank 0's folder
 SHOWN = 2.0  # seconds for it to show up on a network filesystem
-TIMEOUT = 600.0  # seconds without a sign of life until a rank counts as absent
-
-
-def save_fp32(
-    engine: Any,
-    output: str | os.PathLike[str],
-    max_shard_size: str | int = "5GB",
-    *,
-    overwrite: bool = False,
-    verify: bool = True,
-    timeout: float = TIMEOUT,
-) -> None:
-    """Saves the optimizer's fp32 weights as a model folder; every rank calls it.
-
-    ``verify`` compares each piece, rounded, with the weights the model computes with; ``timeout``
-    in seconds. Raises ``CheckpointError`` on every rank, naming the rank that failed.
-    """
-    job = _Job(engine, "save_fp32", DType.F32, verify, timeout)
-    job.save(Path(output), max_shard_size, overwrite)
-
-
-def save_16bit(
-    engine: Any,
-    output: str | os.PathLike[str],
-    max_shard_size: str | int = "5GB",
-    *,
-    overwrite: bool = False,
-    timeout: float = TIMEOUT,
-) -> None:
-    """Saves the weights as the model computes with them, each in its own type; every rank calls it.
-
-    What ``engine.save_16bit_model`` is for, without ``stage3_gather_16bit_weights_on_model_save``.
-    Raises ``CheckpointError`` on every rank, for a parameter without values too.
-    """
-    job = _Job(engine, "save_16bit", None, False, timeout)
-    job.save(Path(output), max_shard_size, overwrite)
-
-
-def fp32_state_dict(
-    engine: Any, rank: int | None = 0, *, verify: bool = True, timeout: float = TIMEOUT
-) -> dict[str, torch.Tensor] | None:
-    """The fp32 weights in CPU memory, on ``rank`` or, for ``None``, on all; else ``None``.
-
-    Every rank calls it. Tied names share a tensor; what is no parameter comes as it is, raised to
-    fp32 where it has fewer bits. Raises ``CheckpointError`` on every rank.
-    """
-    return _Job(engine, "fp32_state_dict", DType.F32, verify, timeout).gather(rank)
 
 
 @dataclass
-class _Job:
+class Job:
+    """``dtype`` is what the weights are written in, ``None`` each as it is.
+
+    They are those that the model computes with (``computed``), or those that the optimizer keeps.
+    ``verify`` compares the latter, rounded, with the former.
+    """
+
     engine: Any
     what: str
     dtype: DType | None
+    computed: bool
     verify: bool
     timeout: float
 
@@ -102,8 +51,7 @@ class _Job:
         ranks = Ranks(self.what, self.timeout)
         with ExitStack() as stack:
             with ranks.step() as step:
-                known, tied = self.known()
-                plan = safetensors.plan(known.weights, self.dtype, _bytes(max_shard_size), tied)
+                known, plan, tied = self.planned(max_shard_size)
                 if not ranks.rank:
                     _require_place(output, overwrite)
                 step.value = plan.digest()
@@ -112,45 +60,54 @@ class _Job:
                 if not ranks.rank:
                     _require_same(step.heard)
                     stack.enter_context(staging.staged(output, plan, plan.nbytes))
-                    live_files.make(plan, folder)
+                    shards.make(plan, folder)
                     files.write_file(folder / NONCE, nonce.encode())
                 made.value = nonce
             with ranks.step() as seen:
                 seen.value = not ranks.rank or _sees(folder / NONCE, made.heard[0])
             with ranks.step() as modes:
                 modes.value = seen.heard  # so that all know who writes and who sends
-            reports = self.write(ranks, known, plan, folder, modes.heard[0])
+            senders = [rank for rank, here in enumerate(modes.heard[0]) if not here]
+            reports = self.write(ranks, known, plan, folder, senders)
             with ranks.step():
                 if not ranks.rank:
-                    live_files.require_all(known.weights, reports)
+                    shards.require_all(known.weights, [report["written"] for report in reports])
                     (folder / NONCE).unlink()
-                    live_files.finish(plan, folder)
+                    shards.finish(plan, folder)
                     self.complete(folder, plan, tied, ranks)
                     stack.close()
 
-    def known(self) -> tuple[Inventory, Tied]:
+    def planned(self, max_shard_size: str | int) -> tuple[Inventory, Plan, Tied]:
+        """The tensors, the shards that they go into, and whether tied names are written."""
         known = inventory(self.engine)
-        return known, tied_default(self.engine.module, bool(known.weights.aliases))
+        tied = tied_default(self.engine.module, bool(known.weights.aliases))
+        return (
+            known,
+            safetensors.plan(known.weights, self.dtype, _bytes(max_shard_size), tied),
+            tied,
+        )
 
     def write(
-        self, ranks: Ranks, known: Inventory, plan: Plan, folder: Path, sees: list[bool]
-    ) -> list[dict[str, list[live_files.Run]]]:
-        """Every rank's part into the shards; who wrote what, on rank 0."""
+        self, ranks: Ranks, known: Inventory, plan: Plan, folder: Path, senders: list[int]
+    ) -> list[shards.Report]:
+        """Every rank's part into the shards; who wrote what, on rank 0.
+
+        ``senders`` do not see rank 0's folder and send it their part.
+        """
         aliases = dict(known.weights.aliases)
-        types = _types(plan, aliases)
-        senders = [rank for rank, here in enumerate(sees) if not here]
+        types = written_types(plan, aliases)
         with ranks.step() as step:
             chunks = self.chunks(ranks, known, types)
             line = Wire(ranks, types) if senders else None
             if line and ranks.rank in senders:
                 line.send(chunks, 0)
             else:
-                with live_files.opened(plan, folder, aliases) as shards:
+                with shards.opened(plan, folder, aliases) as held:
                     if line and not ranks.rank:
-                        line.receive(senders, shards.write)
+                        line.receive(senders, held.write)
                     for chunk in chunks:
-                        shards.write(*chunk)
-                step.value = shards.written
+                        held.write(*chunk)
+                step.value = held.report()
         if line:
             line.close()
         return [report for report in step.heard if report]
@@ -159,23 +116,23 @@ class _Job:
         """The weights on one rank or on all."""
         ranks = Ranks(self.what, self.timeout)
         with ranks.step() as step:
-            known, _ = self.known()
+            known = inventory(self.engine)
             plan = safetensors.plan(known.weights, self.dtype, 1 << 62, "drop")
             step.value = plan.digest()
         to = rank or 0
         held: dict[str, torch.Tensor] = {}
-        written: dict[str, list[live_files.Run]] = {}
+        written: dict[str, list[shards.Run]] = {}
 
         def put(name: str, start: int, values: torch.Tensor) -> None:
             held[name].view(-1)[start : start + values.numel()] = values
-            live_files.note(written, name, start, values.numel())
+            shards.note(written, name, start, values.numel())
 
         with ranks.step():
             if not ranks.rank:
                 _require_same(step.heard)
             if not 0 <= to < ranks.world:
                 raise CheckpointError(f"there is no rank {to} among {ranks.world}", "output")
-            types = _types(plan, {})
+            types = written_types(plan, {})
             refs = known.weights.tensors
         with ranks.step():
             line = Wire(ranks, types)
@@ -186,7 +143,7 @@ class _Job:
                 line.receive([other for other in range(ranks.world) if other != to], put)
                 for chunk in chunks:
                     put(*chunk)
-                live_files.require_all(known.weights, [written])
+                shards.require_all(known.weights, [written])
             else:
                 line.send(chunks, to)
         if rank is None:
@@ -206,27 +163,17 @@ class _Job:
         self, ranks: Ranks, known: Inventory, types: dict[str, torch.dtype]
     ) -> Iterator[Chunk]:
         """What this rank holds, in CPU memory and the type it is written in, piece by piece."""
-        low = self.dtype is None
-        for piece in sixteen_bit(known) if low else masters(self.engine, known):
+        for piece in sixteen_bit(known) if self.computed else masters(self.engine, known):
             for start in range(0, piece.values.numel(), CHUNK):
                 part = piece.values[start : start + CHUNK].to("cpu")
                 if self.verify and piece.rounded is not None:
                     require_rounds(piece, part, piece.rounded[start : start + CHUNK].to("cpu"))
                 ranks.beat(heed=True)
-                yield piece.name, piece.start + start, part.to(types[piece.name])
+                yield piece.name, piece.start + start, _cast(piece.name, part, types[piece.name])
 
     def complete(self, folder: Path, plan: Plan, tied: Tied, ranks: Ranks) -> None:
         """Everything beside the shards, the record last."""
-        module = self.engine.module
-        config = config_of(module)
-        if config is not None:
-            config.save_pretrained(folder)
-            content = model_folder.config(folder, convert.main_dtype(plan))
-            if content is not None:
-                files.write_file(folder / "config.json", content)
-            generation = getattr(module, "generation_config", None)
-            if generation is not None:
-                generation.save_pretrained(folder)
+        save_config(self.engine.module, folder, convert.main_dtype(plan))
         if plan.index is not None:
             files.write_file(folder / plan.index[0], plan.index[1])
         files.write_file(folder / "conversion.json", self.record(plan, tied, ranks))
@@ -241,7 +188,7 @@ class _Job:
                 "world_size": ranks.world,
                 "step": int(getattr(self.engine, "global_steps", 0)),
             },
-            "dtype": "fp32" if self.dtype else "keep",
+            "dtype": "keep" if self.dtype is None else "fp32",
             "format": "safetensors",
             "files": [{"name": shard.filename, "size": shard.nbytes} for shard in plan.shards],
             "tensors": sum(1 for _ in plan.placements()),
@@ -250,6 +197,34 @@ class _Job:
             "checks": {"coverage": "every element written once", "compared": self.verify},
         }
         return (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def save_config(module: Any, folder: Path, dtype: DType | None) -> None:
+    """The configuration files of a Hugging Face model, with ``dtype`` as the type of its weights.
+
+    ``None`` leaves the type as it is. Writes nothing for a model without a configuration.
+    """
+    config = config_of(module)
+    if config is None:
+        return
+    config.save_pretrained(folder)
+    content = model_folder.config(folder, dtype) if dtype else None
+    if content is not None:
+        files.write_file(folder / "config.json", content)
+    generation = getattr(module, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+
+
+def _cast(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    cast = values.to(dtype)
+    if dtype is torch.float16 and values.dtype is not dtype:
+        lost = cast.isinf() & ~values.isinf()
+        if bool(lost.any()):
+            raise CheckpointError(
+                f"{name} has {int(lost.sum())} values too large for fp16; write bf16", "output"
+            )
+    return cast
 
 
 def _bytes(size: str | int) -> int:
@@ -289,6 +264,6 @@ def _sees(path: Path, nonce: str) -> bool:
             time.sleep(0.05)
 
 
-def _types(plan: Plan, aliases: dict[str, str]) -> dict[str, torch.dtype]:
+def written_types(plan: Plan, aliases: dict[str, str]) -> dict[str, torch.dtype]:
     """The type each tensor is written in, by the first of its names."""
     return {aliases.get(p.name, p.name): TORCH[p.dtype] for p in plan.placements()}

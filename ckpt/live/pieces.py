@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ckpt.live_model import Inventory
+from ckpt.live.model import Inventory
 from converters.errors import CheckpointError
 
 

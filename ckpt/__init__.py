@@ -5,13 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "open"]
+__all__ = ["Preemption", "Retention", "Saver", "__version__", "open"]
+
+_HOMES = {
+    "Preemption": "ckpt.saving.preemption",
+    "Retention": "ckpt.runs.retention",
+    "Saver": "ckpt.saving.saver",
+    "open": "ckpt.opened",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """``ckpt.open``, loaded when it is first used, so that ``ckpt --help`` stays instant."""
-    if name == "open":
-        from ckpt import opened
+    """What is loaded when it is first used, so that ``ckpt --help`` stays instant."""
+    if name in _HOMES:
+        from importlib import import_module
 
-        return opened.open
+        return getattr(import_module(_HOMES[name]), name)
+    if name in ("live", "trainers"):
+        from importlib import import_module
+
+        return import_module(f"ckpt.{name}")
     raise AttributeError(f"module 'ckpt' has no attribute {name!r}")

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ckpt import __version__
+from ckpt.runs import commands
+from ckpt.terminal import CHECKPOINT, JSON, facts_as_json, progress
 
-CHECKPOINT = click.argument("checkpoint", type=click.Path(path_type=Path))
 TAG = click.option("--tag", help="The tag to read. Default: what the file latest names.")
-JSON = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 
 
 def _size(_ctx: Any, _param: Any, value: str) -> int:
@@ -128,19 +126,19 @@ def to_fp32(
     )
     if dry_run:
         facts = report.dry_run(conversion, verify=not no_verify, workers=workers)
-        click.echo(_as_json(facts) if as_json else report.dry_run_text(conversion, facts))
+        click.echo(facts_as_json(facts) if as_json else report.dry_run_text(conversion, facts))
         return
-    with _progress(conversion.plan.nbytes, conversion.output.name) as progress:
+    with progress(conversion.plan.nbytes, conversion.output.name) as moved:
         facts = convert.run(
             conversion,
             verify=not no_verify,
             allow_overflow=allow_overflow,
             overwrite=overwrite,
             workers=workers,
-            progress=progress,
+            progress=moved,
         )
     if as_json:
-        click.echo(_as_json({"output": str(conversion.output)} | facts))
+        click.echo(facts_as_json({"output": str(conversion.output)} | facts))
         return
     click.echo(conversion.output)
     click.echo(report.verified(facts))
@@ -164,23 +162,11 @@ def show(checkpoint: Path, tag: str | None, tensors: bool, as_json: bool) -> Non
     from converters import zero
 
     facts = report.show(zero.read(checkpoint, tag), tensors)
-    click.echo(_as_json(facts) if as_json else report.show_text(facts))
+    click.echo(facts_as_json(facts) if as_json else report.show_text(facts))
 
 
-def _as_json(facts: dict[str, Any]) -> str:
-    return json.dumps(facts, indent=2, ensure_ascii=False)
-
-
-@contextmanager
-def _progress(total: int, name: str) -> Iterator[Callable[[int], Any]]:
-    """A bar of bytes on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=name, unit="B", unit_scale=True, leave=False) as bar:
-        yield bar.update
+for command in commands.COMMANDS:
+    cli.add_command(command)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ckpt import __version__, model_folder, staging
+from ckpt.runs import locks
 from converters import files, gathered, safetensors, stream, torchbin, zero
 from converters.errors import CheckpointError
 from converters.plan import Plan, Tied
@@ -120,7 +121,10 @@ def run(
     root = source.root.resolve()
     staging.require_place(output, [source.folder.resolve(), root, *root.parents], overwrite)
     try:
-        with staging.staged(output, conversion.plan, conversion.nbytes) as folder:
+        with (
+            locks.reading(source.folder),
+            staging.staged(output, conversion.plan, conversion.nbytes) as folder,
+        ):
             report = stream.execute(
                 conversion.plan,
                 folder,

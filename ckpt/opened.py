@@ -7,12 +7,13 @@ The interface is that of ``safetensors.safe_open`` and of a ``Mapping``, so what
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from converters import files, moments, safetensors, torchbin, zero
+from ckpt.runs import locks
+from converters import files, folder, moments, safetensors, torchbin, zero
 from converters.errors import CheckpointError
 from converters.plan import output_dtype
 from converters.tensors import DType, TensorRef, Weights
@@ -31,11 +32,23 @@ def open(path: str | Path, framework: Framework = "pt", *, tag: str | None = Non
 
     Weights of a ZeRO checkpoint come in fp32 (buffers in at least that, integers as they are);
     others as stored. ``framework`` is that of the tensors, torch or numpy. ``CheckpointError`` if
-    there is nothing that can be opened.
+    there is nothing that can be opened. While it is open, ``ckpt prune`` leaves the checkpoint be.
     """
     path = Path(path)
-    weights, checkpoint = _weights(path, tag)
-    return Opened(path, weights, checkpoint, framework)
+    lock = locks.reading(_place(path, tag))
+    try:
+        weights, checkpoint = _weights(path, tag)
+    except BaseException:
+        lock.release()
+        raise
+    return Opened(path, weights, checkpoint, framework, lock)
+
+
+def _place(path: Path, tag: str | None) -> Path:
+    """The folder that the tensors lie in: the tag's, if ``path`` leads to one."""
+    if path.is_dir() and (tag is not None or (path / "latest").exists()):
+        return folder.find(path, tag).folder
+    return path
 
 
 def _weights(path: Path, tag: str | None) -> tuple[Weights, zero.Checkpoint | None]:
@@ -63,12 +76,14 @@ class Opened(Mapping[str, "Array"]):
     weights: Weights
     checkpoint: zero.Checkpoint | None
     framework: Framework
+    lock: locks.Lock = field(default_factory=locks.Lock, repr=False, compare=False)
 
     def __enter__(self) -> Opened:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is held open."""
+        """Lets go of the checkpoint, which may be deleted from now on."""
+        self.lock.release()
 
     def __len__(self) -> int:
         return len(self.weights.tensors) + len(self.weights.aliases)

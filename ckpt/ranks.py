@@ -94,6 +94,18 @@ class Ranks:
             self.heed()
             time.sleep(0.02)
 
+    def leave(self, wait: bool, seconds: float = 5.0) -> None:
+        """Says that this rank does nothing more here; with ``wait`` until all others have said so.
+
+        For cleaning up after a failure: no longer than ``seconds``, as a rank may be gone.
+        """
+        end = time.monotonic() + seconds
+        keys = [f"{self.call}/left/{rank}" for rank in range(self.world) if rank != self.rank]
+        with suppress(dist.DistError):
+            self.store.set(f"{self.call}/left/{self.rank}", "")
+            while wait and keys and not self.store.check(keys) and time.monotonic() < end:
+                time.sleep(0.01)
+
     def fail(self, error: Exception) -> CheckpointError:
         """Tells all ranks of a failure; returns the first failure that any of them told."""
         if isinstance(error, Told):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
@@ -90,6 +91,41 @@ class Writer:
             if not self.flags:  # start it on its way to the disk, as an uncached write does
                 os.posix_fadvise(self.fd, offset, count, os.POSIX_FADV_DONTNEED)
             view, offset = view[count:], offset + count
+
+
+def reserve(path: Path, nbytes: int) -> None:
+    """Makes a file that takes ``nbytes`` of the disk; ``OSError`` if there is no such room.
+
+    ``fallocate(2)``: at once, where the filesystem offers it; else nothing is tried.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        call = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
+        if not nbytes or call is None:
+            return
+        call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+        if call(fd, 0, 0, nbytes):
+            found = ctypes.get_errno()
+            if found not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise OSError(found, os.strerror(found), str(path))
+    finally:
+        os.close(fd)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Lets two paths of one filesystem change places at once; ``False`` where that is not offered.
+
+    ``renameat2(2)`` with RENAME_EXCHANGE: at no moment is one of the names missing.
+    """
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here = -100  # AT_FDCWD
+    done = call and call(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(2))
+    if done == 0:
+        return True
+    found = ctypes.get_errno()
+    if call and found not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        raise OSError(found, os.strerror(found), str(one), None, str(other))
+    return False
 
 
 def sync_folder(folder: Path) -> None:

@@ -24,9 +24,14 @@ LARGEST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 _WIDTH = {dtype: order for order, dtype in enumerate(DType)}
 
 
-def plan(weights: Weights, dtype: DType | None, max_shard_size: int, tied: Tied) -> Plan:
+def plan(
+    weights: Weights,
+    dtype: DType | None,
+    max_shard_size: int,
+    tied: Tied,
+    pattern: str = "model{suffix}.safetensors",
+) -> Plan:
     """``model.safetensors``, or shards of at most ``max_shard_size`` bytes and their index."""
-    pattern = "model{suffix}.safetensors"
     return plan_shards(weights, dtype, max_shard_size, tied, pattern, _shard, shares=False)
 
 

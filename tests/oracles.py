@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +64,51 @@ def run(*args: Any, code: int = 0) -> None:
     assert exit.value.code == code
 
 
-def torchrun(script: str, *args: Any, ranks: int = 2, limit: int = 900) -> None:
-    """Runs a worker script on a fresh port as real processes; fails with what it said.
+def torchrun(
+    script: str,
+    *args: Any,
+    ranks: int = 2,
+    limit: int = 900,
+    code: int = 0,
+    **environment: str,
+) -> str:
+    """Runs a worker script on a fresh port as real processes; returns what it said on stderr.
 
-    ``limit`` is in seconds: DeepSpeed compiles an extension at its first start.
+    ``limit`` is in seconds: DeepSpeed compiles an extension at its first start. Fails unless the
+    exit code is ``code``; of torchrun that is 1 whatever its processes end with.
     """
+    command = launcher(script, *args, ranks=ranks, port=free_port())
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=limit,
+        env=surroundings() | environment,
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stderr
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
+        return int(probe.getsockname()[1])
+
+
+def launcher(
+    script: str, *args: Any, ranks: int, port: int, options: Sequence[str] = ()
+) -> list[str]:
+    """The command that starts the ranks of one node."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    command += ["--master_port", port, str(ROOT / script), *map(str, args)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=limit, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command += ["--master_port", str(port), *options]
+    return [*command, str(ROOT / script), *map(str, args)]
+
+
+def surroundings() -> dict[str, str]:
+    """The environment of a worker."""
+    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:

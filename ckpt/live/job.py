@@ -17,7 +17,7 @@ import torch
 from ckpt import __version__, convert, model_folder, staging
 from ckpt.live import shards
 from ckpt.live.model import TORCH, Inventory, config_of, inventory, tied_default
-from ckpt.live.pieces import masters, require_rounds, sixteen_bit
+from ckpt.live.pieces import Held, masters, require_rounds, sixteen_bit
 from ckpt.live.wire import Chunk, Wire
 from ckpt.ranks import Ranks
 from converters import files, safetensors
@@ -163,13 +163,17 @@ class Job:
         self, ranks: Ranks, known: Inventory, types: dict[str, torch.dtype]
     ) -> Iterator[Chunk]:
         """What this rank holds, in CPU memory and the type it is written in, piece by piece."""
-        for piece in sixteen_bit(known) if self.computed else masters(self.engine, known):
+        for piece in self.pieces(known):
             for start in range(0, piece.values.numel(), CHUNK):
                 part = piece.values[start : start + CHUNK].to("cpu")
                 if self.verify and piece.rounded is not None:
                     require_rounds(piece, part, piece.rounded[start : start + CHUNK].to("cpu"))
                 ranks.beat(heed=True)
                 yield piece.name, piece.start + start, _cast(piece.name, part, types[piece.name])
+
+    def pieces(self, known: Inventory) -> Iterator[Held]:
+        """What this rank holds, where it lies."""
+        return sixteen_bit(known) if self.computed else masters(self.engine, known)
 
     def complete(self, folder: Path, plan: Plan, tied: Tied, ranks: Ranks) -> None:
         """Everything beside the shards, the record last."""

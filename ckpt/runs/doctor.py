@@ -1,0 +1,277 @@
+"""What a crash left of a run, found and put right.
+
+Nothing that anybody may still be writing is touched: a save holds a lock on ``.lock`` in its
+staging folder, a conversion one on ``plan.json`` in its own, and where no lock can tell, what
+changed in the last ten minutes is left alone. No checkpoint is ever deleted: one that cannot be
+read is renamed, so that nothing takes it for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from itertools import groupby
+from pathlib import Path
+
+from ckpt.runs import locks, manifest, pruning, slim
+from ckpt.runs.run import POINTERS, Checkpoint, Run, is_checkpoint, is_numbered
+from ckpt.staging import RECORD
+from converters import files
+from converters.errors import CheckpointError
+from converters.folder import is_tag_folder
+
+QUIET = 600.0  # seconds without a change, after which nobody is taken to be writing
+LOCK = ".lock"  # what the saver holds a lock on inside .NAME.saving
+_STAGING = {".saving": LOCK, ".partial": RECORD}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something to put right: where, what is wrong, and what ``--fix`` does about it.
+
+    ``remedy`` says it; without one (``None``) it is left to the user.
+    """
+
+    path: Path
+    what: str
+    remedy: str | None = None
+    mend: Callable[[], object] | None = None
+
+
+def diagnose(run: Run) -> list[Finding]:
+    """Everything in the folder that is not as a finished save leaves it; changes nothing."""
+    checkpoints = run.checkpoints()
+    ours = any(c.manifest or any(c.folder.glob("*/*_states.pt*")) for c in checkpoints)
+    found = [*_staging(run), *(f for c in checkpoints for f in _inside(c, ours))]
+    found += [*_doubles(checkpoints), *_stray(run.path)]
+    return [*found, *_pointers(run, checkpoints)]
+
+
+def mend(run: Run) -> tuple[list[Finding], list[Finding]]:
+    """Puts right what can be; returns what was, and what is left to the user.
+
+    Looks again after each round, since pointers depend on which folders are whole.
+    """
+    done: list[Finding] = []
+    while todo := [finding for finding in diagnose(run) if finding.mend]:
+        for finding in todo:
+            assert finding.mend is not None
+            finding.mend()
+            done.append(finding)
+        if len(done) > 100_000:
+            raise CheckpointError(f"{run.path} changes while it is mended; stop what writes it")
+    return done, diagnose(run)
+
+
+def changed_lately(folder: Path) -> bool:
+    """Whether anything in the folder changed within ``QUIET`` seconds.
+
+    By the inodes' times: copying with ``rsync -a`` sets back those of the contents.
+    """
+    newest = 0.0
+    for where, _, names in os.walk(folder):
+        for path in (where, *(os.path.join(where, name) for name in names)):
+            try:
+                newest = max(newest, os.lstat(path).st_ctime)
+            except OSError:
+                return True  # it vanished: somebody is at it
+    return time.time() - newest < QUIET
+
+
+def _staging(run: Run) -> Iterator[Finding]:
+    for entry in sorted(os.scandir(run.path), key=lambda entry: entry.name):
+        path = Path(entry.path)
+        if not entry.name.startswith(".") or not entry.is_dir(follow_symlinks=False):
+            continue
+        if path.suffix == ".trash":
+            what = "a deletion that was interrupted"
+            yield Finding(path, what, "remove it", partial(pruning.remove, path))
+        elif path.suffix in _STAGING and not _at_work(path, _STAGING[path.suffix]):
+            what = "a save" if path.suffix == ".saving" else "a conversion"
+            idle = partial(_remove_idle, path, _STAGING[path.suffix])
+            yield Finding(path, f"{what} that did not finish", "remove it", idle)
+
+
+def _at_work(folder: Path, name: str) -> bool:
+    """Whether somebody works in a staging folder, or may."""
+    lock = locks.exclusive(folder / name)
+    if lock is None:
+        return True
+    with lock:
+        return lock.fd is None and changed_lately(folder)
+
+
+def _remove_idle(folder: Path, name: str) -> None:
+    """Removes a staging folder while holding its lock, unless work began in it just now."""
+    lock = locks.exclusive(folder / name)
+    if lock is not None:
+        with lock:
+            if lock.fd is not None or not changed_lately(folder):
+                pruning.remove(folder)
+
+
+def _inside(checkpoint: Checkpoint, ours: bool) -> Iterator[Finding]:
+    if checkpoint.committed:
+        yield from _unfinished_slim(checkpoint)
+        yield from _inner_latest(checkpoint)
+    else:
+        yield from _not_committed(checkpoint, ours)
+    yield from _stray(checkpoint.folder, checkpoint)
+
+
+def _unfinished_slim(checkpoint: Checkpoint) -> Iterator[Finding]:
+    left = slim.leftovers(checkpoint)
+    if left and not locks.in_use(checkpoint.folder):
+        what = f"weights only, but {len(left)} files of the full checkpoint are still there"
+        yield Finding(checkpoint.folder, what, "remove them", partial(_finish_slim, checkpoint))
+
+
+def _finish_slim(checkpoint: Checkpoint) -> None:
+    slim.execute(slim.plan(checkpoint))
+
+
+def _inner_latest(checkpoint: Checkpoint) -> Iterator[Finding]:
+    held, path = checkpoint.manifest, checkpoint.folder / "latest"
+    if held is None or held.tier != "full" or held.tag is None or held.node:
+        return  # only the first node's folder has one
+    named = Run(checkpoint.folder).target("latest")
+    if named != held.tag:
+        what = "is missing" if named is None else f"names {named!r}, expected {held.tag}"
+        yield Finding(path, what, f"name {held.tag}", partial(_write, path, held.tag))
+
+
+def _write(path: Path, tag: str) -> None:
+    files.write_file(path, tag.encode())
+    files.sync_folder(path.parent)
+
+
+def _not_committed(checkpoint: Checkpoint, ours: bool) -> Iterator[Finding]:
+    """A folder without a valid manifest: torn, or whole and only not committed, or being saved.
+
+    ``ours`` is whether anything in the run is DeepSpeed's; else nothing is judged.
+    """
+    folder, held = checkpoint.folder, checkpoint.manifest
+    if held is None and is_tag_folder(folder):
+        return  # the run is a save_dir of DeepSpeed itself
+    if changed_lately(folder) or locks.in_use(folder):
+        yield Finding(folder, f"not committed, changed in the last minutes: {checkpoint.why}")
+        return
+    if held is not None and held.tag and _lacks_only_latest(folder, held):
+        path = folder / "latest"
+        write = partial(_write, path, held.tag)
+        yield Finding(path, "is missing or cut short", f"name {held.tag}", write)
+        return
+    if ours and is_numbered(folder) and (why := _torn(folder)) is not None:
+        aside = folder.with_name(f".{folder.name}.torn")
+        mend = None if aside.exists() else partial(_rename, folder, aside)
+        remedy = f"rename it to {aside.name}" if mend else None
+        yield Finding(folder, f"torn: {why}", remedy, mend)
+        return
+    yield Finding(folder, f"not committed: {checkpoint.why}; --adopt commits it if it is whole")
+
+
+def _lacks_only_latest(folder: Path, held: manifest.Manifest) -> bool:
+    """Whether a file latest with the tag in it is all that the manifest misses."""
+    wrong = manifest.check(folder, held)
+    if [line.partition(":")[0] for line in wrong] != ["latest"]:
+        return False
+    return held.files["latest"].digest == f"sha256:{sha256(str(held.tag).encode()).hexdigest()}"
+
+
+def _rename(folder: Path, aside: Path) -> None:
+    os.rename(folder, aside)
+    files.sync_folder(folder.parent)
+
+
+def _torn(folder: Path) -> str | None:
+    """Why the folder can be no checkpoint; ``None`` if it is one, or of a kind not judged here.
+
+    A Trainer's without DeepSpeed, or with ``save_only_model``, has no state files to judge by.
+    """
+    from converters import safetensors, zero
+
+    try:
+        zero.read(folder)
+        return None
+    except CheckpointError as error:
+        why = str(error)
+        if error.kind in ("unsupported", "refused"):
+            return None
+    if any(folder.rglob("*_states.pt*")) or not (folder / "trainer_state.json").is_file():
+        return why
+    for name in ("model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"):
+        if (folder / name).is_file():
+            try:
+                safetensors.read(folder / name if name.startswith("adapter") else folder)
+            except CheckpointError as error:
+                return str(error)
+    return None
+
+
+def _doubles(checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
+    committed = [c for c in checkpoints if c.committed]
+    for step, group in groupby(committed, key=lambda c: c.step):
+        names = [checkpoint.name for checkpoint in group]
+        if len(names) > 1:
+            what = f"and {', '.join(names[:-1])} are both of step {step}; delete or move one"
+            yield Finding(committed[0].folder.with_name(names[-1]), what)
+
+
+def _stray(folder: Path, checkpoint: Checkpoint | None = None) -> Iterator[Finding]:
+    """Files under temporary names, which a write that was cut short left."""
+    listed = checkpoint.manifest.files if checkpoint and checkpoint.manifest else {}
+    for path in sorted(folder.rglob("*.partial") if checkpoint else folder.glob("*.partial")):
+        name = path.relative_to(folder).as_posix()
+        plain = path.is_file() and not path.is_symlink()
+        if plain and name not in listed and time.time() - path.lstat().st_ctime >= QUIET:
+            yield Finding(path, "a write that was cut short", "remove it", path.unlink)
+
+
+def _pointers(run: Run, checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
+    fitting = [c for c in checkpoints if c.committed]
+    full = [c for c in fitting if c.tier == "full"]
+    wanted = next(reversed(full or fitting), None)
+    for name in POINTERS:
+        path, text = run.path / name, run.target(name)
+        expected = wanted if name == "latest" else _meant(run, text)
+        if expected is None:
+            yield from _dangling(run, name, text)
+        elif text != expected.pointer:
+            what = _state(run, name, text, expected)
+            yield Finding(
+                path, what, f"name {expected.pointer}", partial(run.point, name, expected)
+            )
+
+
+def _meant(run: Run, text: str | None) -> Checkpoint | None:
+    """The committed checkpoint that a pointer means, even if its tag is gone."""
+    folder = run.path / (text or "").partition("/")[0]
+    if not text or not manifest.is_inside(text) or not folder.is_dir() or not is_checkpoint(folder):
+        return None
+    return next((c for c in run.checkpoints() if c.name == folder.name and c.committed), None)
+
+
+def _dangling(run: Run, name: str, text: str | None) -> Iterator[Finding]:
+    """A pointer that nothing committed fits. One written by DeepSpeed may still lead somewhere."""
+    leads = bool(text) and manifest.is_inside(str(text)) and (run.path / str(text)).is_dir()
+    if text is None or (leads and name == "latest"):
+        return
+    what = f"names {text!r}, which is no committed checkpoint"
+    if name == "best":
+        yield Finding(run.path / name, what, "remove it", partial(run.point, name, None))
+    else:  # without the file DeepSpeed starts from scratch and says so in a warning only
+        yield Finding(run.path / name, what)
+
+
+def _state(run: Run, name: str, text: str | None, expected: Checkpoint) -> str:
+    if text is None:
+        return "is missing"
+    if (found := run.pointer(name)) is None:
+        return f"names {text!r}, which is not there"
+    if found.name == expected.name:
+        return f"names {text!r}, expected {expected.pointer}"
+    return f"names {text!r}, which is {'older' if found.committed else 'not committed'}"

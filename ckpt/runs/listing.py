@@ -1,0 +1,91 @@
+"""What a person reads of a run: its checkpoints as facts and as lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ckpt.runs import locks
+from ckpt.runs.manifest import written
+from ckpt.runs.run import POINTERS, Checkpoint, Run
+
+_AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
+
+
+def facts(run: Run, checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+    """The checkpoints as plain data: sizes in bytes, times in seconds since 1970."""
+    named = {name: (run.target(name) or "").partition("/")[0] for name in POINTERS}
+    return [
+        {
+            "name": checkpoint.name,
+            "folder": str(checkpoint.folder),
+            "step": checkpoint.step,
+            "committed": checkpoint.committed,
+            "why": checkpoint.why,
+            "tier": checkpoint.tier,
+            "nbytes": checkpoint.nbytes,
+            "created": held.created if (held := checkpoint.manifest) else None,
+            "metrics": {name: written(value) for name, value in checkpoint.metrics.items()},
+            "marks": _marks(checkpoint, named),
+            "tag": held.tag if held else None,
+            "stage": held.stage if held else None,
+            "world_size": held.world_size if held else None,
+            "node": held.node if held else None,
+            "nodes": held.nodes if held else None,
+        }
+        for checkpoint in checkpoints
+    ]
+
+
+def _marks(checkpoint: Checkpoint, named: dict[str, str]) -> list[str]:
+    marks = [name for name, target in named.items() if target == checkpoint.name]
+    if checkpoint.pinned:
+        marks.append("pinned")
+    if locks.in_use(checkpoint.folder):
+        marks.append("in use")
+    return marks
+
+
+def lines(found: Sequence[dict[str, Any]]) -> list[str]:
+    """The facts as a table, the newest last."""
+    if not found:
+        return []
+    heads: tuple[str, ...] = ("STEP", "NAME", "TIER", "SIZE", "AGE", "METRICS", "MARKS", "TAG")
+    rows = [heads, *(_row(entry) for entry in found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    made = []
+    for row, entry in zip(rows, [None, *found], strict=True):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        why = f"  not committed: {entry['why']}" if entry and entry["why"] else ""
+        made.append(("  ".join(cells).rstrip() + why).rstrip())
+    return made
+
+
+def _row(entry: dict[str, Any]) -> tuple[str, ...]:
+    from ckpt.report import size
+
+    part = f" {entry['node']}/{entry['nodes']}" if entry["nodes"] not in (None, 1) else ""
+    metrics = ", ".join(f"{name}={_number(value)}" for name, value in entry["metrics"].items())
+    return (
+        "-" if entry["step"] is None else str(entry["step"]),
+        entry["name"],
+        (entry["tier"] or "-") + part,
+        size(entry["nbytes"]),
+        "-" if entry["created"] is None else age(time.time() - entry["created"]),
+        metrics or "-",
+        ", ".join(entry["marks"]) or "-",
+        entry["tag"] or "-",
+    )
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.6g}"
+
+
+def age(seconds: float) -> str:
+    """A span of time for a reader, such as 3h."""
+    for length, unit in _AGES:
+        if seconds >= length:
+            return f"{int(seconds // length)}{unit}"
+    return "0s"

@@ -1,0 +1,147 @@
+"""Who reads a checkpoint right now: locks on its manifest, which end with the process.
+
+    reader     shared flock on manifest.json, for as long as it reads
+    deleter    exclusive flock on it, not waited for; whoever gets it is alone
+
+The kernel drops the locks of a process that is killed, so that nothing stays locked by the dead.
+Where the filesystem has no locks, nobody is seen and nobody is held up. A manifest that is replaced
+is another file: ``slim`` locks the new one before it takes the old one's place.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from ckpt.runs.manifest import NAME
+from converters.errors import CheckpointError
+
+PATIENCE = 10.0  # seconds a reader waits for a deleter; renames take milliseconds
+_HELD = (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN)
+
+
+class Lock:
+    """A lock that is held until ``release``, the end of its ``with`` block, or of the object."""
+
+    def __init__(self, fd: int | None = None):
+        self.fd, self.owner = fd, os.getpid()
+
+    def release(self) -> None:
+        """Gives the lock up; again is no error."""
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            if self.owner == os.getpid():  # a forked child has the lock too, and must not end it
+                with suppress(OSError):
+                    fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        """What is sent to another process, or copied, holds nothing."""
+        return Lock, ()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        self.release()
+
+
+def reading(folder: Path) -> Lock:
+    """Keeps the checkpoint that ``folder`` is, or is the tag of, from being deleted.
+
+    Holds nothing where there is no manifest, or no locks. ``CheckpointError`` if the checkpoint is
+    being deleted.
+    """
+    path = _manifest_of(folder)
+    if path is None:
+        return Lock()
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise _gone(folder) from error
+            return Lock()
+        lock = Lock(fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if _same(fd, path):
+                return lock
+        except OSError as error:
+            if error.errno not in _HELD:
+                lock.release()
+                return lock
+        lock.release()
+        if time.monotonic() > end:
+            raise _gone(folder)
+        time.sleep(0.02)
+
+
+def _gone(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is being deleted or rewritten by another process; choose another checkpoint",
+        "incomplete",
+    )
+
+
+def _manifest_of(folder: Path) -> Path | None:
+    """The manifest of a checkpoint, from its folder or its tag's (which may hold a slash)."""
+    whole = Path(os.path.abspath(folder))
+    for place in (whole, *list(whole.parents)[:2]):
+        if (place / NAME).is_file():
+            return place / NAME
+    return None
+
+
+def alone(folder: Path) -> Lock | None:
+    """The exclusive lock of a checkpoint; ``None`` if somebody reads it.
+
+    Without a manifest, or locks, it holds nothing.
+    """
+    return exclusive(folder / NAME)
+
+
+def exclusive(path: Path) -> Lock | None:
+    """The exclusive lock of a file, not waited for; ``None`` if somebody else has a lock on it."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS wants it writable
+    except OSError:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return Lock()
+    lock = Lock(fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.release()
+        return None if error.errno in _HELD else lock
+    if _same(fd, path):
+        return lock
+    lock.release()
+    return None  # replaced while we looked: whoever did that is using it
+
+
+def _same(fd: int, path: Path) -> bool:
+    """Whether ``path`` still names the file that is open."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError:
+        return False
+
+
+def in_use(folder: Path) -> bool:
+    """Whether somebody reads the checkpoint right now, as far as can be told."""
+    lock = alone(folder)
+    if lock is None:
+        return True
+    lock.release()
+    return False

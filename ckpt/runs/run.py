@@ -1,0 +1,253 @@
+"""The checkpoints of a run's folder, which of them are committed, and the pointers to them.
+
+out/
+  latest                 "checkpoint-500/global_step500": folder and tag, so that ``out`` is a
+  best                   save_dir for DeepSpeed too; "checkpoint-500" for weights only
+  checkpoint-500/        any name; committed or not is told by its manifest alone
+  .anything              never a checkpoint
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt.runs import manifest as manifests
+from ckpt.runs.manifest import Manifest
+from converters import files
+from converters.errors import CheckpointError
+from converters.folder import is_tag_folder
+
+_NUMBERED = re.compile(r"checkpoint-(\d{1,18})")
+_STEP = re.compile(r"(?:checkpoint-|global_step|.*\bstep=)(\d{1,18})\b.*")
+POINTERS = ("latest", "best")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder of a run. ``why`` says why it is not committed, and is ``None`` if it is.
+
+    ``step`` of one without a manifest is what its name says, if anything.
+    """
+
+    folder: Path
+    step: int | None
+    manifest: Manifest | None
+    why: str | None
+    pinned: bool
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def committed(self) -> bool:
+        """Whether the manifest is there, is valid, and every file that it lists has its size."""
+        return self.why is None
+
+    @property
+    def tier(self) -> str | None:
+        """``full`` (training can go on from it) or ``weights``; ``None`` without a manifest."""
+        return self.manifest.tier if self.manifest else None
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Metrics by name, such as eval_loss."""
+        return self.manifest.metrics if self.manifest else {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files listed or, without a manifest, of those on disk."""
+        return self.manifest.nbytes if self.manifest else bytes_under(self.folder)
+
+    @property
+    def pointer(self) -> str:
+        """What ``latest`` holds when it names this checkpoint."""
+        tag = self.manifest.tag if self.manifest and self.manifest.tier == "full" else None
+        return f"{self.name}/{tag}" if tag else self.name
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """What a folder is, by its manifest and the sizes of its files; reads no other bytes.
+
+    ``CheckpointError`` if there is no such folder.
+    """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {what}; expected the folder of a checkpoint", "incomplete")
+    pinned = os.path.exists(folder / manifests.PINNED)
+    why: str | None
+    try:
+        held = manifests.read(folder)
+    except CheckpointError as error:
+        absent = error.kind == "incomplete"
+        why = manifests.ABSENT if absent else str(error).removeprefix(f"{folder}/")
+        return Checkpoint(folder, _step_in(folder), None, why, pinned)
+    wrong = manifests.check(folder, held)
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    why = f"manifest.json lists {wrong[0]}{more}" if wrong else None
+    return Checkpoint(folder, held.step, held, why, pinned)
+
+
+def _step_in(folder: Path) -> int | None:
+    found = _STEP.fullmatch(folder.name)
+    return int(found[1]) if found else None
+
+
+def bytes_under(folder: Path) -> int:
+    """Bytes of all files below a folder; what vanishes meanwhile is not counted."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(where, name)).st_size
+            except OSError:
+                continue
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A folder that checkpoints are saved into."""
+
+    path: Path
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Committed or not, as ``order`` has them; ``CheckpointError`` without such a folder.
+
+        Every folder that does not begin with a dot and has a manifest, is called checkpoint-N, or
+        holds the state files of DeepSpeed.
+        """
+        try:
+            entries = [Path(entry.path) for entry in os.scandir(self.path) if entry.is_dir()]
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: {error.strerror}; expected the folder of a run", "incomplete"
+            ) from error
+        found = []
+        for folder in filter(is_checkpoint, entries):
+            try:
+                found.append(open_checkpoint(folder))
+            except CheckpointError:
+                if folder.is_dir():  # or else it was deleted while we looked
+                    raise
+        return sorted(found, key=order)
+
+    def newest(self, tier: str | None = "full") -> Checkpoint | None:
+        """The committed one of the highest step; ``tier=None`` takes any. Looks at sizes only."""
+        fitting = (c for c in self.checkpoints() if c.committed and tier in (None, c.tier))
+        return max(fitting, key=order, default=None)
+
+    def target(self, name: str = "latest") -> str | None:
+        """The text of a pointer; ``None`` if there is no such file."""
+        try:
+            with open(self.path / name, "rb") as file:
+                return file.read(4096).decode("utf-8", "surrogateescape").strip()
+        except (FileNotFoundError, IsADirectoryError):
+            return None
+
+    def pointer(self, name: str = "latest") -> Checkpoint | None:
+        """The checkpoint that ``latest`` or ``best`` names, committed or not.
+
+        ``None`` if there is no such file, or it names no checkpoint here, or no tag in it.
+        """
+        text = self.target(name)
+        if not text or not manifests.is_inside(text):
+            return None
+        first, _, tag = text.partition("/")
+        folder = self.path / first
+        if first.startswith(".") or not folder.is_dir() or not is_checkpoint(folder):
+            return None
+        return open_checkpoint(folder) if not tag or (folder / tag).is_dir() else None
+
+    def point(self, name: str, checkpoint: Checkpoint | None) -> None:
+        """Makes ``latest`` or ``best`` name a committed checkpoint, durably; ``None`` removes it.
+
+        ``CheckpointError`` for one that is not committed.
+        """
+        if name not in POINTERS:
+            raise ValueError(f"{name!r} is no pointer; expected latest or best")
+        path = self.path / name
+        if checkpoint is None:
+            path.unlink(missing_ok=True)
+        elif checkpoint.why is not None:
+            raise CheckpointError(
+                f"{checkpoint.folder} is not committed ({checkpoint.why}); {name} stays as it is",
+                "refused",
+            )
+        elif self.target(name) == checkpoint.pointer:
+            return
+        else:
+            files.write_file(path, checkpoint.pointer.encode("utf-8", "surrogateescape"))
+        files.sync_folder(self.path)
+
+    def find(self, which: str) -> Checkpoint:
+        """The checkpoint meant by ``latest``, ``best``, a step or a folder's name.
+
+        ``CheckpointError`` if there is none, or several of that step.
+        """
+        if which in POINTERS:
+            if (found := self.pointer(which)) is not None:
+                return found
+            raise CheckpointError(f"{self.path / which} names no checkpoint", "incomplete")
+        named = [c for c in self.checkpoints() if which in (c.name, str(c.step))]
+        if len(named) != 1:
+            what = "no checkpoint" if not named else ", ".join(c.name for c in named)
+            raise CheckpointError(f"{self.path} has {what} for {which}; name one", "incomplete")
+        return named[0]
+
+
+def order(checkpoint: Checkpoint) -> tuple[int, float, str]:
+    """The order of checkpoints: by step (unknown ones first), then the time of saving, then name.
+
+    Times of change play no part: copying a run must not reorder it.
+    """
+    step = -1 if checkpoint.step is None else checkpoint.step
+    return step, checkpoint.manifest.created if checkpoint.manifest else 0.0, checkpoint.name
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder counts among the checkpoints of a run, whole or not."""
+    if folder.name.startswith("."):
+        return False
+    if is_numbered(folder) or _is_file(folder / manifests.NAME):
+        return True
+    try:
+        return is_tag_folder(folder) or any(
+            is_tag_folder(inner) for inner in folder.iterdir() if inner.is_dir()
+        )
+    except OSError:  # lost+found, or what was deleted meanwhile
+        return False
+
+
+def is_numbered(folder: Path) -> bool:
+    """Whether the name is one that trainers resume from by its number, such as checkpoint-500."""
+    return _NUMBERED.fullmatch(folder.name) is not None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def require_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder; ``CheckpointError`` if it is none."""
+    folder = spelt(folder)
+    if folder.is_dir() and not is_checkpoint(folder):
+        raise CheckpointError(
+            f"{folder} holds no checkpoint; expected a folder such as out/checkpoint-500",
+            "incomplete",
+        )
+    return open_checkpoint(folder)
+
+
+def spelt(folder: Path) -> Path:
+    """The path, which ends in the folder's name even where that of "." or ".." was given."""
+    return Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder

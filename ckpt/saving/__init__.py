@@ -1,0 +1,1 @@
+"""What runs inside a training: a saver whose checkpoints are whole or absent."""

@@ -1,0 +1,101 @@
+"""Host memory that copies of a state are kept in while they are written, at most a stated budget.
+
+Kept from save to save: fresh memory costs a page fault for every page, several times the copying.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from converters.errors import CheckpointError
+from converters.plan import parse_size
+
+ALIGNED = 4096  # bytes
+SHARE = 0.5  # of the memory that is available, where no budget is given
+
+
+class Memory:
+    """Copies of at most ``budget`` bytes in all; ``clear`` forgets them, and keeps the memory."""
+
+    def __init__(self, budget: int):
+        self.budget = budget
+        self.held = torch.empty(0, dtype=torch.uint8)
+        self.used = 0
+
+    def reserve(self, nbytes: int, pinned: bool) -> int:
+        """Makes room for ``nbytes`` or as many as the budget has; returns how many that are."""
+        self.clear()
+        wanted = min(nbytes, self.budget)
+        if self.held.numel() < wanted:
+            self.held = torch.empty(0, dtype=torch.uint8)  # the old one goes first
+            self.held = _memory(wanted, pinned)
+        return wanted
+
+    def clear(self) -> None:
+        """The copies are no longer needed."""
+        self.used = 0
+
+    def copy(self, values: torch.Tensor) -> torch.Tensor | None:
+        """The bytes of a vector, copied, or ``None`` if there is no room for them.
+
+        Of a device they are on their way until ``arrived``.
+        """
+        source = values.detach().reshape(-1).view(torch.uint8)
+        start, end = self.used, self.used + source.numel()
+        if end > self.held.numel():
+            return None
+        self.used = -(-end // ALIGNED) * ALIGNED
+        target = self.held[start:end]
+        target.copy_(source, non_blocking=True)
+        return target
+
+    def keep(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy of a vector for which there is room."""
+        copied = self.copy(values)
+        if copied is None:
+            raise ValueError(f"no room for {values.nbytes} bytes")
+        return copied.view(values.dtype)
+
+    def arrived(self, devices: Iterable[torch.device]) -> None:
+        """Waits until all copies from these devices are here."""
+        for device in devices:
+            if device.type != "cpu":
+                getattr(torch, device.type).synchronize(device)
+
+
+def rounded(nbytes: int) -> int:
+    """What a copy of ``nbytes`` takes."""
+    return -(-nbytes // ALIGNED) * ALIGNED
+
+
+def _memory(nbytes: int, pinned: bool) -> torch.Tensor:
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    if pinned:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    held = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        held.madvise(mmap.MADV_HUGEPAGE)  # a 512th of the page faults
+    return torch.frombuffer(held, dtype=torch.uint8)
+
+
+def budget(given: str | int | None, ranks_here: int) -> int:
+    """A budget in bytes; without one, this rank's part of half the memory that is available."""
+    if given is None:
+        return int(SHARE * available() / max(1, ranks_here))
+    try:
+        return parse_size(given) if isinstance(given, str) else max(0, given)
+    except ValueError as error:
+        raise CheckpointError(f"memory: {error}", "output") from error
+
+
+def available() -> int:
+    """Bytes of memory that programs can still get, as Linux estimates it (``/proc/meminfo``)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,75 @@
+"""Where a training stands: what a manifest says of it, and a resume compares.
+
+Source: DeepSpeed 0.19.8 ``runtime/engine.py`` (``global_steps``, ``global_samples``, ``get_lr``,
+``loss_scale``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import sys
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+from ckpt import __version__
+from converters.errors import CheckpointError
+
+
+def progress(engine: Any) -> dict[str, Any]:
+    """Counters, learning rate of each param group, loss scale, and a digest of the configuration.
+
+    All JSON; what this version of DeepSpeed does not offer is left out.
+    """
+    found: dict[str, Any] = {}
+    for name in ("global_steps", "global_samples", "micro_steps", "skipped_steps"):
+        value = getattr(engine, name, None)
+        if isinstance(value, int):
+            found[name] = value
+    if engine.optimizer is not None:
+        found["lr"] = [_number(value) for value in engine.get_lr()]
+        found["loss_scale"] = _number(getattr(engine.optimizer, "cur_scale", None))
+        found["optimizer_step"] = _optimizer_step(engine.optimizer)
+    config = getattr(engine, "config", None)
+    if isinstance(config, dict):
+        text = json.dumps(config, sort_keys=True, default=str)
+        found["config"] = sha256(text.encode()).hexdigest()
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _optimizer_step(optimizer: Any) -> int | None:
+    """The steps that the inner optimizer has counted, at most over its states."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    states = (state for state in getattr(inner, "state", {}).values() if isinstance(state, dict))
+    steps = [_number(state["step"]) for state in states if "step" in state]
+    return int(max(steps)) if steps and all(step is not None for step in steps) else None
+
+
+def _number(value: Any) -> Any:
+    if hasattr(value, "item"):
+        value = value.item()
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if real and math.isfinite(value) else None
+
+
+def metrics(given: Mapping[str, Any] | None) -> dict[str, float]:
+    """Metrics as plain numbers; ``CheckpointError`` names one that is none."""
+    found: dict[str, float] = {}
+    for name, value in (given or {}).items():
+        try:
+            found[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"metric {name} is {value!r}, expected a number", "output"
+            ) from error
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Of what is loaded in this process and writes into checkpoints."""
+    known = ("torch", "deepspeed", "transformers", "accelerate", "lightning", "peft")
+    loaded = {name: getattr(sys.modules.get(name), "__version__", None) for name in known}
+    found = {name: str(version) for name, version in loaded.items() if version is not None}
+    return {"ckpt": __version__, "python": platform.python_version()} | found

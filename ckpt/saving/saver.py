@@ -1,0 +1,270 @@
+"""Sharded ZeRO checkpoints from a plain DeepSpeed loop, each whole or absent.
+
+    saver = ckpt.Saver(engine, "out", retention=ckpt.Retention(last=3), weights="bf16")
+    saver.save(step, metrics={"eval_loss": 1.9})       every rank calls it, between two steps
+    saver.step(step)                                   or this after every step, with every=500
+    saver.close()
+
+A save takes the state down through DeepSpeed's own ``save_checkpoint``, so the files are its own,
+writes them aside and commits them (``commit``). In the background it returns when the state is
+copied; the commit then happens in the next ``save``, ``step`` or ``wait``, on the main thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.runs.retention import Retention
+from ckpt.saving import exits, nodes, preflight
+from ckpt.saving.commit import Commit, Facts
+from ckpt.saving.flight import LAST_WORDS, Flight
+from ckpt.saving.memory import Memory, budget
+from ckpt.saving.preemption import EXIT_CODE, Preemption, Watch, share
+from ckpt.saving.progress import metrics as plain_metrics
+from ckpt.saving.progress import progress, versions
+from ckpt.saving.publish import publish
+from ckpt.saving.taking import take
+from ckpt.saving.weights import KINDS, Weights
+from converters.errors import CheckpointError
+
+Tier = Literal["full", "weights"]
+NAMES = {"full": "checkpoint-{}", "weights": "weights-{}"}
+log = logging.getLogger("ckpt")
+
+
+class Saver:
+    """Saves of one training into ``run``; every rank makes one, and calls the same of it.
+
+    - ``retention``: what to keep (``Retention``); ``None`` keeps everything
+    - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model folder too; ``None`` none
+    - ``every``: steps between the saves that ``step`` makes: 500, or {"full": 500, "weights": 100}
+    - ``background``: saves return when the state is copied; at most one is under way
+    - ``memory``: most bytes of copies on this rank ("8GB"), by default its part of half the memory
+      that is free; what does not fit is written before the save returns
+    - ``tokenizer``: anything with ``save_pretrained``; goes into the folder
+    - ``preemption``: what asks the training to stop (``Preemption``), heeded by ``step``
+    - ``preflight``: tries now what saves will need, and fails in seconds rather than days
+    - ``timeout``: seconds without a sign of life until a rank counts as absent
+
+    ``CheckpointError`` on every rank if one fails; the training's own state is never touched.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        run: str | os.PathLike[str],
+        *,
+        retention: Retention | None = None,
+        weights: str | None = None,
+        every: int | Mapping[str, int] | None = None,
+        background: bool = False,
+        memory: str | int | None = None,
+        max_shard_size: str | int = "5GB",
+        tokenizer: Any = None,
+        exclude_frozen_parameters: bool = False,
+        preemption: Preemption | None = None,
+        preflight: bool = True,
+        timeout: float = TIMEOUT,
+    ):
+        self.engine, self.run, self.retention = engine, Path(run).absolute(), retention
+        self.kind, self.max_shard_size, self.tokenizer = weights, max_shard_size, tokenizer
+        self.exclude_frozen_parameters = exclude_frozen_parameters
+        self.background, self.timeout = background, timeout
+        self.every = {"full": every} if isinstance(every, int) else dict(every or {})
+        ranks = Ranks("Saver", timeout)
+        with ranks.step():
+            _require_known(weights, self.every)
+            self.memory = Memory(budget(memory, _ranks_here()))
+        self.nodes = nodes.find(ranks, self.run, nodes.local_storage(engine))
+        if preflight:
+            self._preflight(ranks)
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="ckpt")
+        self.flight: Flight | None = None
+        self.began = 0.0  # when the last save was called
+        self.saved: dict[str, int] = {}  # the step of the last save by tier
+        self.took: float | None = None  # seconds from the call to the commit, last full save
+        self.held = 0.0  # seconds that the last save held the training
+        self.watch = Watch(preemption) if preemption else None
+
+    def _preflight(self, ranks: Ranks) -> None:
+        with ranks.step():
+            weights = self._weights(ranks)
+        needs = preflight.check(self.engine, ranks, self.nodes, self.run, self.retention, weights)
+        if not ranks.rank:
+            log.info("%s: a checkpoint takes %s bytes", self.run, f"{needs:,}")
+
+    def save(
+        self,
+        step: int,
+        metrics: Mapping[str, Any] | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        tier: Tier = "full",
+    ) -> None:
+        """Saves as checkpoint-STEP (tier "weights": as weights-STEP); every rank calls it.
+
+        ``client_state`` is what ``engine.load_checkpoint`` gives back; ``extra`` are this rank's
+        objects with ``state_dict()`` by name. An earlier save is waited for first, and its failure
+        raised. ``CheckpointError`` on every rank if one fails; then nothing is committed.
+        """
+        self.wait()
+        self.began = time.monotonic()
+        ranks = Ranks("save", self.timeout)
+        with ranks.step():
+            facts = self._facts(step, tier, metrics)
+        commit = Commit(ranks, self.nodes, self.run / NAMES[tier].format(step), facts)
+        try:
+            commit.begin()
+            with ranks.step():
+                weights = self._weights(ranks)
+            options = (self.tokenizer, self.exclude_frozen_parameters)
+            work = take(self.engine, commit, weights, client_state or {}, extra, *options)
+            flight = Flight(commit, work)
+            with ranks.step():
+                if self.background:
+                    work.copy(self.memory)
+                else:
+                    flight.write()
+        except BaseException:
+            commit.abandon()
+            raise
+        self.flight = flight
+        if self.background:
+            exits.watch(self)
+            flight.start(self.pool)
+        else:
+            self.wait()
+        self.held = time.monotonic() - self.began
+
+    def _facts(self, step: int, tier: Tier, metrics: Mapping[str, Any] | None) -> Facts:
+        if tier not in NAMES or (tier == "weights" and self.kind is None):
+            raise CheckpointError(
+                f'tier {tier!r}: expected "full", or "weights" of a Saver with weights="bf16", '
+                '"fp16" or "fp32"',
+                "output",
+            )
+        tag = f"global_step{step}" if tier == "full" else None
+        stage = int(self.engine.zero_optimization_stage())
+        said = plain_metrics(metrics)
+        return Facts(int(step), tag, tier, stage, versions(), said, progress(self.engine))
+
+    def _weights(self, ranks: Ranks) -> Weights | None:
+        if self.kind is None:
+            return None
+        return Weights(self.engine, self.kind, self.max_shard_size, ranks)
+
+    def wait(self) -> None:
+        """Returns when the last save is committed; raises its failure, once."""
+        if self.flight is not None:
+            self._land(self.flight)
+
+    def _land(self, flight: Flight, timeout: float | None = None) -> None:
+        self.flight = None
+        exits.forget(self)
+        flight.land(timeout)
+        self._landed(flight)
+
+    def _landed(self, flight: Flight) -> None:
+        facts = flight.commit.facts
+        self.saved[facts.tier] = facts.step
+        if facts.tier == "full":
+            self.took = time.monotonic() - self.began
+        if self.nodes.commits:
+            publish(self.run, self.retention)
+        if not flight.commit.ranks.rank:
+            log.info("committed %s, %.1f s", flight.commit.final, time.monotonic() - self.began)
+
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, Any] | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """To be called by every rank after each step; whether it saved.
+
+        Commits what the background has finished, saves what is due (``every``), and ends the
+        process with exit code 75 after a last save when it was asked to stop (``preemption``).
+        """
+        if self.flight is not None:
+            flight = self.flight
+            try:
+                landed = flight.advance()
+            except BaseException:
+                self.flight = None
+                exits.forget(self)
+                raise
+            if landed:
+                self.flight = None
+                exits.forget(self)
+                self._landed(flight)
+        if self.watch is not None and self.watch.due(step):
+            self._stop(step, metrics, client_state, extra)
+        due = [tier for tier in NAMES if tier in self.every and step % self.every[tier] == 0]
+        if not due:
+            return False
+        self.save(step, metrics, client_state, extra, "full" if "full" in due else "weights")
+        return True
+
+    def _stop(self, step: int, *state: Any) -> None:
+        """The last save, unless it is there or cannot be finished; then the end of the process."""
+        self.wait()
+        assert self.watch is not None
+        left, took = share(Ranks("stop", self.timeout), self.watch.left(), self.took)
+        if left is not None and took is not None and took > left:
+            log.warning("no save of step %d: it would take %.0f s, %.0f are left", step, took, left)
+        elif self.saved.get("full") != step:
+            self.save(step, *state)
+            self.wait()
+        self.close()
+        raise SystemExit(EXIT_CODE)
+
+    def close(self) -> None:
+        """Waits for the last save and ends the saver; raises its failure, if nobody was told."""
+        try:
+            self.wait()
+        finally:
+            self.pool.shutdown()
+            if self.watch is not None:
+                self.watch.close()
+
+    def drain(self) -> None:
+        """``close`` at the end of the process: waits no longer than a minute for absent ranks."""
+        if self.flight is not None:
+            self._land(self.flight, min(self.timeout, LAST_WORDS))
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _require_known(weights: str | None, every: Mapping[str, int]) -> None:
+    if weights is not None and weights not in KINDS:
+        raise CheckpointError(f"weights={weights!r}, expected bf16, fp16, fp32 or None", "output")
+    for tier, steps in every.items():
+        if tier not in NAMES or not isinstance(steps, int) or steps < 1:
+            raise CheckpointError(
+                f"every: {tier!r} each {steps!r} steps, expected full or weights and a number",
+                "output",
+            )
+
+
+def _ranks_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or dist.get_world_size()

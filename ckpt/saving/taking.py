@@ -1,0 +1,78 @@
+"""The state of a training, taken down in the middle of it: all that one save will write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckpt.live.job import save_config
+from ckpt.saving import extras, preflight
+from ckpt.saving.commit import Commit
+from ckpt.saving.engine import Taken, put_in
+from ckpt.saving.weights import Weights
+from ckpt.saving.work import Work
+
+
+def take(
+    engine: Any,
+    commit: Commit,
+    weights: Weights | None,
+    client_state: Mapping[str, Any],
+    extra: Mapping[str, Any] | None,
+    tokenizer: Any = None,
+    exclude_frozen_parameters: bool = False,
+) -> Work:
+    """This rank's part of a save, not yet written but for small files; every rank calls it.
+
+    A full save calls ``engine.save_checkpoint``, which communicates; what is written later is not
+    waited for in any collective. ``CheckpointError`` on every rank if one fails, or if the disk is
+    too small for what all of them are about to write.
+    """
+    ranks, folder, tag = commit.ranks, commit.folder, commit.facts.tag
+    with ranks.step() as step:
+        states = []
+        if tag is not None:
+            options = {"exclude_frozen_parameters": True} if exclude_frozen_parameters else {}
+            with put_in(engine, Taken) as taken:
+                engine.save_checkpoint(
+                    str(folder),
+                    tag=tag,
+                    client_state=dict(client_state),
+                    save_latest=False,
+                    **options,
+                )
+                taken.require()
+            states = taken.captured
+            commit.files |= extras.write(folder, ranks.rank, extra)
+        work = Work(folder, states, weights)
+        work.beat = lambda: ranks.beat(heed=True)
+        step.value = [commit.nodes.folder, work.nbytes]
+    preflight.require_room(ranks, commit.nodes, folder, step.heard, weights)
+    with ranks.step():
+        if not ranks.rank:
+            _beside(engine.module, folder, weights, tokenizer)
+    if weights is not None and commit.nodes.away:
+        _send(commit, weights)
+        work.weights = None
+    elif weights is not None:
+        commit.join = lambda notes: weights.finish(folder, notes)
+    return work
+
+
+def _beside(module: Any, folder: Path, weights: Weights | None, tokenizer: Any) -> None:
+    """What makes the folder a model's, whether the weights are in it or still to be converted."""
+    if weights is not None:
+        weights.make(folder)
+    elif not hasattr(module, "peft_config"):
+        save_config(module, folder, None)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _send(commit: Commit, weights: Weights) -> None:
+    """Weights to rank 0 from ranks that do not see its folder, at once: it takes all ranks."""
+    reports = weights.send(commit.folder, list(commit.nodes.away))
+    with commit.ranks.step():
+        if not commit.ranks.rank:
+            commit.files |= weights.finish(commit.folder, reports)

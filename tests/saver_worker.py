@@ -262,6 +262,56 @@ def kept(out: Path) -> None:
             saver.step(step, {"loss": abs(step - 4) + 1})
 
 
+def llama(out: Path) -> None:
+    """Hugging Face models, whole and with an adapter: folders that from_pretrained loads."""
+    import peft
+    import transformers as hf
+
+    config = hf.LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    adapter = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM"
+    )
+    if not dist.get_rank():
+        torch.manual_seed(7)
+        hf.AutoModelForCausalLM.from_config(config).save_pretrained(out / "base")
+    dist.barrier()
+    for stage in (2, 3):
+        for name in ("whole", "adapter"):
+            folder = out / f"{name}-{stage}"
+            spec = Spec(stage, zero=SMALL if stage == 3 else {})
+            model = hf.AutoModelForCausalLM.from_pretrained(out / "base")
+            torch.manual_seed(8)
+            if name == "adapter":
+                model = peft.get_peft_model(model, adapter)
+            engine = start(spec, model)
+            for _ in range(2):
+                ids = torch.randint(64, (2, 8))
+                engine.backward(engine(input_ids=ids, labels=ids).loss)
+                engine.step()
+            words = Words()
+            with ckpt.Saver(engine, folder, weights="bf16", tokenizer=words) as saver:
+                saver.save(2)
+            everything = live.fp32_state_dict(engine)
+            if everything is not None:
+                torch.save(everything, folder / "live.pt")
+            engine.destroy()
+
+
+class Words:
+    """A tokenizer, as far as a saver knows."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        (Path(folder) / "tokenizer.json").write_text("{}")
+
+
 def nodes(out: Path) -> None:
     """Each of two torchruns is a node; whether they share a folder is up to the test."""
     local = os.environ["LOCAL"] == "1"

@@ -187,6 +187,35 @@ def test_what_is_due_is_saved_and_what_no_rule_keeps_is_deleted(tmp_path: Path) 
     assert (folder / "latest").read_text() == "checkpoint-8/global_step8"
 
 
+def test_folders_are_models_and_adapters_that_their_own_libraries_load(tmp_path: Path) -> None:
+    torchrun(WORKER, tmp_path, "llama", limit=LIMIT)
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    for stage in (2, 3):
+        folder = tmp_path / f"whole-{stage}/checkpoint-2"
+        expected = torch.load(folder.parent / "live.pt")
+        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values()) and model.dtype == torch.bfloat16
+        state = model.state_dict()
+        assert all(same(state[key], value.bfloat16()) for key, value in expected.items())
+        assert "lm_head.weight" not in weights_in(folder)
+        assert (folder / "tokenizer.json").is_file() and (folder / "config.json").is_file()
+
+        folder = tmp_path / f"adapter-{stage}/checkpoint-2"
+        expected = torch.load(folder.parent / "live.pt")
+        files = {path.name for path in folder.iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json"} <= files
+        assert not files & {"model.safetensors", "config.json"}
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        state = PeftModel.from_pretrained(base, folder).state_dict()
+        trained = [key for key in expected if "lora_" in key or "modules_to_save" in key]
+        assert len(trained) == 8 + 5  # A and B of four layers, and all norms
+        for key in trained:
+            assert torch.equal(state[key], expected[key].bfloat16().float()), key
+        assert len(weights_in(folder)) == len(trained)
+
+
 def two_nodes(out: Path, folders: list[Path], local: bool, fails: bool) -> None:
     """Two torchruns of one rank each, joined as nodes."""
     port, started = free_port(), []

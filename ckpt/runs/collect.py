@@ -3,13 +3,16 @@
     /node0/checkpoint-500/   manifest: save 3f.., node 0 of 2, its files
     /node1/checkpoint-500/   manifest: save 3f.., node 1 of 2, its files   -->  DIR: node 0 of 1
 
-Every file is digested while it is copied. A name that two nodes have must have one digest.
+Every file is digested while it is copied. A name that two nodes have must have one digest; but for
+the module's file of stages 0 to 2, of which each node writes one: only rank 0's has the names of
+tied parameters (``shared_params``: DeepSpeed 0.19.8 ``runtime/engine.py``), so node 0's is taken.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +26,7 @@ from ckpt.runs.verify import states
 from converters import files
 from converters.errors import CheckpointError
 
+_MODULE = re.compile(r".*/mp_rank_\d+_model_states\.pt")
 _SAME = ("save", "step", "tag", "tier", "nodes", "stage", "world_size")
 
 
@@ -77,9 +81,12 @@ def plan(folders: Sequence[Path], output: Path) -> Collection:
     for source, held in zip(sources, manifests, strict=True):
         for name, file in held.files.items():
             if listed.setdefault(name, file) != file:
+                if _MODULE.fullmatch(name) and not _same(source.folder, output):
+                    continue
                 raise CheckpointError(
                     f"{source.folder / name} is not the file that {chosen[name] / name} is; which "
-                    "one belongs to the checkpoint cannot be told"
+                    "one belongs to the checkpoint cannot be told; collect node 0's own folder, or "
+                    "into a new one with -o"
                 )
             if name not in chosen or _same(source.folder, output):
                 chosen[name] = source.folder

@@ -17,7 +17,7 @@ from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 
-from ckpt.runs import locks, manifest, pruning, slim
+from ckpt.runs import locks, manifest, pruning, slim, torn
 from ckpt.runs.run import POINTERS, Checkpoint, Run, is_checkpoint, is_numbered
 from ckpt.staging import RECORD
 from converters import files
@@ -165,13 +165,19 @@ def _not_committed(checkpoint: Checkpoint, ours: bool) -> Iterator[Finding]:
         write = partial(_write, path, held.tag)
         yield Finding(path, "is missing or cut short", f"name {held.tag}", write)
         return
-    if ours and is_numbered(folder) and (why := _torn(folder)) is not None:
+    if held is None and (tag := torn.only_tag(folder)) is not None:
+        path = folder / "latest"
+        what = f"is missing or leads nowhere, and {tag} is whole"
+        yield Finding(path, what, f"name {tag}", partial(_write, path, tag))
+        return
+    if ours and is_numbered(folder) and (why := torn.why(folder)) is not None:
         aside = folder.with_name(f".{folder.name}.torn")
         mend = None if aside.exists() else partial(_rename, folder, aside)
         remedy = f"rename it to {aside.name}" if mend else None
         yield Finding(folder, f"torn: {why}", remedy, mend)
         return
-    yield Finding(folder, f"not committed: {checkpoint.why}; --adopt commits it if it is whole")
+    hint = "; --adopt commits it if it is whole" if checkpoint.why == manifest.ABSENT else ""
+    yield Finding(folder, f"not committed: {checkpoint.why}{hint}")
 
 
 def _lacks_only_latest(folder: Path, held: manifest.Manifest) -> bool:
@@ -185,31 +191,6 @@ def _lacks_only_latest(folder: Path, held: manifest.Manifest) -> bool:
 def _rename(folder: Path, aside: Path) -> None:
     os.rename(folder, aside)
     files.sync_folder(folder.parent)
-
-
-def _torn(folder: Path) -> str | None:
-    """Why the folder can be no checkpoint; ``None`` if it is one, or of a kind not judged here.
-
-    A Trainer's without DeepSpeed, or with ``save_only_model``, has no state files to judge by.
-    """
-    from converters import safetensors, zero
-
-    try:
-        zero.read(folder)
-        return None
-    except CheckpointError as error:
-        why = str(error)
-        if error.kind in ("unsupported", "refused"):
-            return None
-    if any(folder.rglob("*_states.pt*")) or not (folder / "trainer_state.json").is_file():
-        return why
-    for name in ("model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"):
-        if (folder / name).is_file():
-            try:
-                safetensors.read(folder / name if name.startswith("adapter") else folder)
-            except CheckpointError as error:
-                return str(error)
-    return None
 
 
 def _doubles(checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:

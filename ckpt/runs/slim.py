@@ -133,14 +133,15 @@ def _repoint(folder: Path) -> None:
 
 def _sweep(folder: Path, slimming: Slimming) -> None:
     tags = {Path(name).parent for name in slimming.removed if "/" in name}
+    tags -= {parent for name in slimming.manifest.files for parent in Path(name).parents}
     for tag in sorted(tag for tag in tags if is_tag(folder / tag)):
         bin_ = folder / tag.parent / f".{tag.name}.trash"
         pruning.remove(bin_)
         os.rename(folder / tag, bin_)
-    for name in slimming.removed:
-        (folder / name).unlink(missing_ok=True)
     for trash in sorted(folder.rglob(".*.trash")):
         pruning.remove(trash)
+    for name in slimming.removed:
+        (folder / name).unlink(missing_ok=True)
     files.sync_folder(folder)
 
 
@@ -160,9 +161,9 @@ def _surplus(folder: Path, held: Manifest) -> Iterator[str]:
     """Files that the manifest does not list and that only a resume would need."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if name in held.files or not path.is_file() or path.is_symlink():
-            continue
         trashed = any(part.startswith(".") and part.endswith(".trash") for part in Path(name).parts)
+        if name in held.files or path.is_symlink() or not (path.is_file() or trashed):
+            continue
         if trashed or _resume_only(name, None) or ("/" in name and is_tag(path.parent)):
             yield name
 
@@ -174,7 +175,8 @@ def _resume_only(name: str, tag: str | None) -> bool:
 
 
 def _bytes(folder: Path, names: tuple[str, ...]) -> int:
-    return sum((folder / name).lstat().st_size for name in names)
+    paths = (folder / name for name in names)
+    return sum(path.lstat().st_size for path in paths if path.is_file())
 
 
 def _require_weights(folder: Path, held: Manifest) -> str:

@@ -1,0 +1,1 @@
+"""Thin adapters: saves of the Hugging Face Trainer, Accelerate and Lightning, committed."""

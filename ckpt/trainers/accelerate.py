@@ -1,0 +1,126 @@
+"""Accelerate's ``save_state``, whole or absent.
+
+    path = ckpt.trainers.accelerate.save_state(accelerator, "out", metrics={"eval_loss": 1.9})
+    accelerator.load_state(path)                    Accelerate's own, as ever
+
+The files are those that Accelerate and DeepSpeed write, in ``out/checkpoint-STEP``. Accelerate
+itself has no hook after saving, writes in place and, with ``total_limit``, deletes before it saves.
+Source: Accelerate 1.15 ``accelerator.py: save_state``, ``checkpointing.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import MODEL_NAME, DistributedType
+
+from ckpt.live.job import save_config
+from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.runs.retention import Retention
+from ckpt.saving import extras, nodes
+from ckpt.saving.commit import Commit, Facts
+from ckpt.saving.progress import metrics as plain_metrics
+from ckpt.saving.progress import progress, versions
+from ckpt.saving.publish import publish
+from ckpt.saving.weights import Weights
+from ckpt.trainers import streamed
+from ckpt.trainers.aside import aside
+from converters.errors import CheckpointError
+
+
+def save_state(
+    accelerator: Any,
+    run: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    retention: Retention | None = None,
+    weights: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    max_shard_size: str | int = "5GB",
+    timeout: float = TIMEOUT,
+    **save_model_func_kwargs: Any,
+) -> Path:
+    """Saves as RUN/checkpoint-STEP what ``accelerator.save_state`` saves, and returns that folder.
+
+    Every rank calls it, between two steps.
+
+    - ``step``: the engine's ``global_steps`` by default
+    - ``metrics``: numbers by name, for ``retention`` (which keeps everything if ``None``)
+    - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model folder too
+    - ``extra``: this rank's objects with ``state_dict()``, by name; those that are registered with
+      the accelerator are saved by it on rank 0
+    - ``timeout``: seconds without a sign of life until a rank counts as absent
+
+    The rest goes to ``accelerator.save_state``. Its own naming and ``total_limit`` do not apply,
+    and its counter does not move. ``CheckpointError`` on every rank if one fails; then nothing is
+    committed, and what was before is untouched.
+    """
+    engines = _engines(accelerator)
+    engine, folder = engines[0], Path(run).absolute()
+    ranks = Ranks("save_state", timeout)
+    found = nodes.find(ranks, folder, nodes.local_storage(engine))
+    with ranks.step():
+        number = int(engine.global_steps if step is None else step)
+        stage = int(engine.zero_optimization_stage())
+        said = plain_metrics(metrics)
+        facts = Facts(number, MODEL_NAME, "full", stage, versions(), said, progress(engine))
+        made = Weights(engine, weights, max_shard_size, ranks) if weights is not None else None
+    commit = Commit(ranks, found, folder / f"checkpoint-{number}", facts)
+    with aside(commit, engines) as staging:
+        options = save_model_func_kwargs | {"save_latest": False}  # the commit writes it
+        with _named_by_us(accelerator.project_configuration, found.local):
+            accelerator.save_state(str(staging), **options)
+        commit.files |= extras.write(staging, ranks.rank, extra)
+        with ranks.step():
+            if not ranks.rank:
+                _beside(engine.module, staging, made)
+        if made is not None:
+            streamed.write(made, commit)
+    if found.commits:
+        publish(folder, retention)
+    return commit.final
+
+
+def _engines(accelerator: Any) -> list[Any]:
+    models = list(accelerator._models)
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise CheckpointError(
+            f"this accelerator runs {accelerator.distributed_type.value}; "
+            "ckpt saves trainings with DeepSpeed, call accelerator.save_state itself",
+            "unsupported",
+        )
+    if not models:
+        raise CheckpointError(
+            "the accelerator has no model; call accelerator.prepare before saving", "unsupported"
+        )
+    return models
+
+
+@contextmanager
+def _named_by_us(configuration: Any, local: bool) -> Iterator[None]:
+    """Accelerate saves where it is told and deletes nothing; after it, all is as it was.
+
+    Each node gets its own copy of what only the main process writes if nodes have folders of their
+    own, for its ranks to load.
+    """
+    names = ("automatic_checkpoint_naming", "save_on_each_node", "iteration")
+    before = {name: getattr(configuration, name) for name in names}
+    configuration.automatic_checkpoint_naming, configuration.save_on_each_node = False, local
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(configuration, name, value)
+
+
+def _beside(module: Any, folder: Path, weights: Weights | None) -> None:
+    """What makes the folder a model's, whether the weights are in it or still to be converted."""
+    if weights is not None:
+        weights.make(folder)
+    elif not hasattr(module, "peft_config"):
+        save_config(module, folder, None)

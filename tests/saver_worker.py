@@ -64,7 +64,11 @@ def cases(out: Path) -> None:
         extra = {"sampler": Sampler()}
         with ckpt.Saver(engine, **now) as saver:
             saver.save(2, {"eval_loss": torch.tensor(1.5)}, {"n": 7}, extra)
-            assert Run(folder / "fore").newest() is not None
+            newest = Run(folder / "fore").newest()
+            assert newest is not None and newest.manifest is not None
+            big = {n: f for n, f in newest.manifest.files.items() if n.endswith((".pt", "tensors"))}
+            saved = sum(file.size for file in big.values())
+            assert 0.8 < (saver.predicted or 0) / saved < 1.2, (name, saver.predicted, saved)
         later = ckpt.Saver(engine, folder / "back", weights="bf16", background=True)
         later.save(2, client_state={"n": 7})
         losses += train(engine, 1)

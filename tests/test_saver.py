@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import convert, free_port, launcher, run, same, surroundings, torchrun, weights_in
+from oracles import (
+    ROOT,
+    convert,
+    free_port,
+    launcher,
+    run,
+    same,
+    surroundings,
+    torchrun,
+    weights_in,
+)
 from saver_worker import CASES
 
 import ckpt
@@ -269,6 +279,17 @@ def test_a_layout_that_contradicts_the_configuration_stops_at_once(
         assert ("is shared by all 2 nodes" if local else "is not shared: node 1 of 2") in text
     for folder in shared:
         assert not list((folder / "run").glob("*")) and not list((folder / "run").glob(".nonce*"))
+
+
+def test_the_script_of_the_docs_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs/saving.md").read_text()
+    (script,) = re.findall(r"^```python torchrun\n(.*?)^```$", page, re.M | re.S)
+    (tmp_path / "train.py").write_text(script)
+    torchrun(str(tmp_path / "train.py"), tmp_path / "out", limit=LIMIT)
+    checkpoints = Run(tmp_path / "out").checkpoints()
+    assert all(checkpoint.committed for checkpoint in checkpoints)
+    newest = Run(tmp_path / "out").newest()
+    assert newest is not None and newest.step == 12 and len(checkpoints) <= 4
 
 
 def test_the_saver_is_found_where_it_is_looked_for() -> None:

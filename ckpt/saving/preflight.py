@@ -32,14 +32,14 @@ def predicted(engine: Any) -> int:
     Without ZeRO some optimizers have no state before their first step; it is not counted then.
     """
     state: dict[str, Any] = {}
-    if getattr(engine, "save_non_zero_checkpoint", False) or not engine.zero_optimization_stage():
+    if engine.save_non_zero_checkpoint:
         state["module"] = engine.module.state_dict()
-    if engine.optimizer is not None and (
-        getattr(engine, "save_zero_checkpoint", False) or "module" in state
-    ):
+        if engine.optimizer is not None and not engine.zero_optimization():
+            state["module"]["optimizer"] = engine.optimizer.state_dict()
+    if engine.save_zero_checkpoint:
         state["optimizer"] = engine.optimizer.state_dict()
     swapped = getattr(getattr(engine.optimizer, "optimizer_swapper", None), "swap_folder", None)
-    total = zips.capture(state).nbytes
+    total = sum(zips.capture(part).size(Path(name)) for name, part in state.items())
     if swapped and os.path.isdir(swapped):
         total += sum(path.stat().st_size for path in Path(swapped).rglob("*") if path.is_file())
     return total

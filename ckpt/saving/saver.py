@@ -86,6 +86,7 @@ class Saver:
             _require_known(weights, self.every)
             self.memory = Memory(budget(memory, _ranks_here()))
         self.nodes = nodes.find(ranks, self.run, nodes.local_storage(engine))
+        self.predicted: int | None = None  # bytes of a save, in this rank's folder
         if preflight:
             self._preflight(ranks)
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="ckpt")
@@ -99,9 +100,8 @@ class Saver:
     def _preflight(self, ranks: Ranks) -> None:
         with ranks.step():
             weights = self._weights(ranks)
-        needs = preflight.check(self.engine, ranks, self.nodes, self.run, self.retention, weights)
-        if not ranks.rank:
-            log.info("%s: a checkpoint takes %s bytes", self.run, f"{needs:,}")
+        place = (self.nodes, self.run, self.retention)
+        self.predicted = preflight.check(self.engine, ranks, *place, weights)
 
     def save(
         self,

@@ -205,6 +205,8 @@ def replace_folder(new: Path, final: Path) -> None:
         os.rename(new, final)
         files.sync_folder(final.parent)
         return
+    if (final / PINNED).exists():
+        (new / PINNED).touch()
     trash = final.with_name(f".{final.name}.trash")
     _discard(trash)
     if files.exchange(new, final):

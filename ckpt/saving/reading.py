@@ -1,0 +1,201 @@
+"""DeepSpeed's own loading, with files that are mapped instead of read into memory.
+
+``engine.load_checkpoint`` asks its ``checkpoint_engine`` for whole files (DeepSpeed 0.19.8
+``runtime/engine.py``: ``_load_checkpoint``, ``_get_all_zero_checkpoint_state_dicts``), and stock
+reads each into memory first. Mapped, a tensor's bytes are read when they are copied to where they
+belong, and what is mapped is the page cache, which all ranks of a node share and the kernel can
+take back. What would keep pointing into a file is copied, one tensor at a time: a training must not
+depend on the file of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import bisect
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+
+from ckpt.saving.memory import available
+from converters.errors import CheckpointError
+
+# Attributes of an optimizer that hold the loss scale, or are parts of it.
+SCALING = ("loss_scaler", "loss_scale_config", "dynamic_loss_scale", "overflow", "clip_grad")
+
+
+class Mapped(CheckpointEngine):
+    """Loads files as maps of them, and can tell which tensors are parts of such.
+
+    ``without``: keys that are taken out of each state. Saving is left to the engine ``before``.
+    """
+
+    def __init__(self, before: Any, without: tuple[str, ...] = ()):
+        super().__init__()
+        self.before, self.without = before, without
+        self.starts: list[int] = []  # addresses of mapped storages, sorted
+        self.ends: dict[int, int] = {}
+
+    def create(self, info: Any) -> None:
+        """As the engine would without us."""
+        self.before.create(info)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """As the engine would without us."""
+        self.before.save(state_dict, path)
+
+    def commit(self, info: Any) -> Any:
+        """As the engine would without us."""
+        return self.before.commit(info)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """The state in a file, its tensors mapped; of torch's old stream format, read."""
+        if is_mappable(path):
+            state = torch.load(path, map_location=self._note, mmap=True, weights_only=False)
+        else:
+            state = self.before.load(path, map_location=map_location)
+        for key in self.without if isinstance(state, dict) else ():
+            state.pop(key, None)
+        return state
+
+    def _note(self, storage: Any, location: str) -> Any:
+        """Where a storage is mapped; it stays there, whatever device it was saved from."""
+        start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        if end > start and self.ends.get(start, 0) < end:
+            if start not in self.ends:
+                bisect.insort(self.starts, start)
+            self.ends[start] = end
+        return storage
+
+    def is_mapped(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's bytes are a file's."""
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.numel():
+            return False
+        address = tensor.untyped_storage().data_ptr()
+        at = bisect.bisect_right(self.starts, address) - 1
+        return at >= 0 and address < self.ends[self.starts[at]]
+
+    def detach(self, held: Any) -> None:
+        """Gives every mapped tensor in ``held`` memory of its own, without changing its identity.
+
+        Looks into dicts, lists, tuples and the attributes of objects that are no modules.
+        """
+        seen: set[int] = set()
+        left = [held]
+        while left:
+            value = left.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, torch.Tensor):
+                if self.is_mapped(value):
+                    value.data = value.data.clone()
+            elif isinstance(value, dict):
+                left.extend(value.values())
+            elif isinstance(value, (list, tuple, set)):
+                left.extend(value)
+            elif not isinstance(value, (type, torch.nn.Module)) and hasattr(value, "__dict__"):
+                left.extend(v for v in vars(value).values() if not callable(v))
+
+
+def is_mappable(path: str | os.PathLike[str]) -> bool:
+    """Whether torch can map the file: it is a zip, not torch's stream format."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+@contextmanager
+def mapped(engine: Any, without: tuple[str, ...] = ()) -> Iterator[Mapped]:
+    """``engine.load_checkpoint`` maps files in this block; after it nothing points into one.
+
+    What the block keeps of the loaded states it gives to ``detach`` itself.
+    """
+    before = engine.checkpoint_engine
+    engine.checkpoint_engine = reader = Mapped(before, without)
+    try:
+        yield reader
+        optimizer = engine.optimizer
+        inner = getattr(optimizer, "optimizer", optimizer)
+        reader.detach([getattr(inner, "state", None), getattr(inner, "param_groups", None)])
+        reader.detach([vars(optimizer).get(name) for name in SCALING] if optimizer else None)
+        reader.detach(engine.lr_scheduler)
+    finally:
+        engine.checkpoint_engine = before
+        gc.collect()  # states in reference cycles would keep the files mapped
+
+
+@contextmanager
+def weights_alone(engine: Any) -> Iterator[None]:
+    """The optimizer takes the fp32 masters of what is loaded in this block, and nothing else.
+
+    For the two options of ``load_checkpoint`` that DeepSpeed 0.19.8 gets wrong: without optimizer
+    states ZeRO-3 loads the weights of whatever ``latest`` names, stages 0 to 2 round the masters to
+    16 bits or keep old ones; ``load_module_only`` of ZeRO-3 loads nothing.
+    """
+    optimizer = engine.optimizer
+    if optimizer is None:
+        yield
+        return
+    load: Callable[..., Any] = optimizer.load_state_dict
+    zero = engine.zero_optimization()
+    held = {name: vars(optimizer)[name] for name in SCALING if name in vars(optimizer)}
+    config = held.get("loss_scale_config")
+    scale = dict(vars(config)) if config is not None else {}
+
+    def masters(*args: Any, **options: Any) -> None:
+        if zero:
+            load(*args, **options | {"load_optimizer_states": False, "load_from_fp32_weights": True})
+        elif hasattr(optimizer, "fp32_groups") or hasattr(optimizer, "fp32_groups_flat"):
+            load(*args, **options | {"load_optimizer_states": False})
+        for name, value in held.items():
+            setattr(optimizer, name, value)
+        if config is not None:
+            vars(config).update(scale)
+
+    optimizer.load_state_dict = masters
+    try:
+        yield
+    finally:
+        del optimizer.load_state_dict
+
+
+def files_of(engine: Any, folder: Path, tag: str) -> list[Path]:
+    """The files that this rank loads; ``CheckpointError`` if one is not there.
+
+    Names: DeepSpeed's own (``_get_ckpt_name``, ``_get_zero_ckpt_name``).
+    """
+    names = [engine._get_ckpt_name(str(folder), tag)]
+    offloaded = bool(engine.zero_nvme_offload_optimizer())
+    if engine.zero_optimization() and engine.optimizer is not None and not offloaded:
+        name = engine._get_zero_ckpt_name(str(folder), tag)
+        other = name.replace("bf16_zero_pp", "zero_pp")  # saved in another precision
+        names.append(name if os.path.exists(name) or not os.path.exists(other) else other)
+    for name in names:
+        if not os.path.isfile(name):
+            raise CheckpointError(
+                f"{name} is not there: the checkpoint is of another world size, ZeRO stage or "
+                "model parallelism than this training, or incomplete; see ckpt verify",
+                "incomplete",
+            )
+    return [Path(name) for name in names]
+
+
+def unmapped(files: list[Path]) -> int:
+    """Bytes of memory that loading these files takes: those that cannot be mapped."""
+    return sum(path.stat().st_size for path in files if not is_mappable(path))
+
+
+def require_memory(folder: Path, needs: list[int]) -> None:
+    """``CheckpointError`` with numbers if the ranks of one node would need more than there is."""
+    wanted, there = sum(needs), available()
+    if there and wanted > there:
+        raise CheckpointError(
+            f"{folder}: {len(needs)} ranks of this node would read {wanted:,} bytes into memory, "
+            f"{there:,} are available; its files are in torch's old format, which cannot be "
+            "mapped: save without checkpoint_serialization=false, or load with fewer ranks a node",
+            "refused",
+        )

@@ -132,9 +132,20 @@ def sync_folder(folder: Path) -> None:
     """Makes the renames in ``folder`` durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        with named(folder):
+            os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Has an ``OSError`` of a descriptor say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextmanager
@@ -144,8 +155,9 @@ def replacing(path: Path) -> Iterator[int]:
     try:
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            yield fd
-            os.fsync(fd)
+            with named(path):
+                yield fd
+                os.fsync(fd)
         finally:
             os.close(fd)
         os.replace(partial, path)

@@ -80,6 +80,9 @@ def find(path: Path, tag: str | None = None) -> Place:
         raise CheckpointError(
             f"{latest} names {said}, which is not there; {_offer(path)}", "incomplete"
         )
+    inner = (path / named).parent
+    if inner != path and (inner / "latest").is_file():  # a run's pointer, checkpoint-5/global_step5
+        return Place(inner, path / named, (path / named).name)
     return Place(path, path / named, named)
 
 

@@ -20,9 +20,11 @@ from fixture_specs import OFFLOAD, Spec
 
 import ckpt
 from ckpt import live
+from ckpt.runs.manifest import check
 from ckpt.runs.run import Run
 from ckpt.saving import zips
 from ckpt.saving.work import Work
+from converters.errors import CheckpointError
 
 CASES = {
     "zero0": Spec(0),
@@ -307,6 +309,62 @@ def llama(out: Path) -> None:
             if everything is not None:
                 torch.save(everything, folder / "live.pt")
             engine.destroy()
+
+
+def faults(out: Path) -> None:
+    """Every file operation of a save fails once, on either rank, in four ways; preloaded."""
+    from faults import faults as layer
+
+    rank, run = dist.get_rank(), out / "run"
+    engine = start(CASES["zero2"])
+    train(engine)
+    kept = ckpt.Retention(last=1)
+    options = {"retention": kept, "weights": "bf16", "max_shard_size": 1000, "timeout": 20}
+    savers = [ckpt.Saver(engine, run, background=later, **options) for later in (False, True)]
+    ends = {"committed": 0, "refused": 0, "leftovers": 0}
+    step, counts = 1, [0, 0]
+    savers[0].save(step)
+    for other in (0, 1):  # how many operations an undisturbed save has on each rank
+        layer.set_here(run)
+        savers[0].save(step := step + 1)
+        mine = torch.tensor([layer.count_here()])
+        layer.stop_here()
+        dist.broadcast(mine, other)
+        counts[other] = int(mine)
+    for by, count in enumerate(counts):
+        for at in range(1, count + 1):
+            for number, kind in enumerate(("enospc", "eio", "fsync", "edquot")):
+                if (at + number) % 2 and kind != "eio":
+                    continue
+                saver = savers[(at + number) // 2 % 2]
+                before = step
+                step += 1
+                dist.barrier()
+                if rank == by:
+                    layer.set_here(run, at, kind)
+                failure = ""
+                try:
+                    saver.save(step)
+                    saver.wait()
+                except CheckpointError as error:
+                    failure = str(error)
+                layer.stop_here()
+                dist.barrier()
+                newest = Run(run).newest()
+                where = (by, at, kind, failure)
+                assert newest is not None and newest.step == (before if failure else step), where
+                assert not failure or failure.startswith(f"save failed on rank {by}: "), where
+                ends["refused" if failure else "committed"] += 1
+                ends["leftovers"] += bool(failure and list(run.glob(".*.saving")))
+                step = newest.step
+                dist.barrier()
+                told = [None, None]
+                dist.all_gather_object(told, bool(failure))
+                assert told[0] == told[1], where
+    newest = Run(run).newest()
+    assert newest is not None and newest.manifest is not None
+    assert check(newest.folder, newest.manifest, data=True) == []
+    tell(out, ends | {"counts": counts})
 
 
 class Words:

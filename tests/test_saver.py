@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import faults
 from oracles import (
     ROOT,
     convert,
@@ -165,6 +166,16 @@ def test_a_failure_on_one_rank_is_told_on_both_and_commits_nothing(tmp_path: Pat
     left = {path.name for path in folder.iterdir() if path.name.startswith(".")}
     assert left <= {".checkpoint-95.saving"}
     assert all(checkpoint.committed for checkpoint in Run(folder).checkpoints())
+
+
+def test_every_file_operation_may_fail_on_every_rank(tmp_path: Path) -> None:
+    """Full disk, quota, I/O error and failed fsync at each of them: committed or refused, on both
+    ranks alike, the newest whole, and never a hang; that is asserted by the worker."""
+    (tmp_path / "run").mkdir()
+    torchrun(WORKER, tmp_path, "faults", limit=LIMIT, **faults.environment(tmp_path / "run"))
+    told = json.loads((tmp_path / "told0.json").read_text())
+    assert min(told["counts"]) >= 10 and sum(told["counts"]) > 100
+    assert told["refused"] > told["committed"] > 0 and told["leftovers"] < 5
 
 
 @pytest.mark.parametrize("kind", ["term", "usr1", "file", "late"])

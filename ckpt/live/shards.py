@@ -38,10 +38,11 @@ def make(plan: Plan, folder: Path) -> None:
     for shard in plan.shards:
         fd = os.open(_path(folder, shard), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            os.ftruncate(fd, shard.nbytes)
-            for at, literal in shard.literals:
-                files.Writer(fd).write(literal, at)
-            os.fsync(fd)
+            with files.named(folder / shard.filename):
+                os.ftruncate(fd, shard.nbytes)
+                for at, literal in shard.literals:
+                    files.Writer(fd).write(literal, at)
+                os.fsync(fd)
         finally:
             os.close(fd)
 
@@ -75,7 +76,8 @@ class Shards:
         data = values.contiguous().view(torch.uint8).numpy().data
         for shard, placement in self.places[name]:
             at = placement.offset + start * placement.dtype.itemsize
-            self._writer(shard).write(data, at)
+            with files.named(self.folder / shard.filename):
+                self._writer(shard).write(data, at)
             self.ledger.add(Path(shard.filename), at, data.nbytes, isal_zlib.crc32(data))
         note(self.written, name, start, values.numel())
 
@@ -100,8 +102,9 @@ def opened(plan: Plan, folder: Path, aliases: dict[str, str]) -> Iterator[Shards
     shards = Shards(plan, folder, aliases)
     try:
         yield shards
-        for writer in shards.writers.values():
-            os.fsync(writer.fd)
+        for name, writer in shards.writers.items():
+            with files.named(folder / name):
+                os.fsync(writer.fd)
     finally:
         for writer in shards.writers.values():
             os.close(writer.fd)

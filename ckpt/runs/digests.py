@@ -6,7 +6,7 @@ Three kinds, each the cheapest that binds all bytes of a file:
                  the CRC32 and size of every record (torch: caffe2/serialize/inline_container.cc).
                  Only where no record's CRC32 is missing (``torchzip``: 0 means not computed)
     crc32:HEX    CRC32 of all bytes, for safetensors: CRC32s of parts can be joined, so that ranks
-                 may write one file together
+                 may write one file together. For other files over 64 MiB too (offloaded states)
     sha256:HEX   of all bytes, for everything else
 """
 
@@ -23,6 +23,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
+LARGE = 64 << 20  # bytes; SHA-256 takes several times as long as CRC32
 CHUNK = 8 << 20  # bytes in memory at a time
 Progress = Callable[[int], object]
 _DIGEST = re.compile(r"(zip|sha256):[0-9a-f]{64}|crc32:[0-9a-f]{8}")
@@ -62,6 +63,8 @@ def digest(path: Path) -> File:
             return File(size, _crc32(file, size, quiet))
         if (directory := _directory(file)) is not None:
             return File(size, f"zip:{directory}")
+        if size > LARGE:
+            return File(size, _crc32(file, size, quiet))
         return File(size, _sha256(file, size, quiet))
 
 

@@ -27,6 +27,7 @@ from typing import Any
 from ckpt.ranks import Ranks
 from ckpt.runs.manifest import NAME, PINNED, File, Manifest, digest
 from ckpt.saving.nodes import Nodes
+from ckpt.saving.renaming import replace_folder
 from converters import files
 from converters.errors import CheckpointError
 
@@ -197,33 +198,6 @@ def committed(commit: Commit) -> Iterator[Path]:
         commit.abandon()
         raise
     commit.finish()
-
-
-def replace_folder(new: Path, final: Path) -> None:
-    """Renames ``new`` to ``final`` durably; what has that name, a link too, goes to the trash."""
-    if not os.path.lexists(final):
-        os.rename(new, final)
-        files.sync_folder(final.parent)
-        return
-    if (final / PINNED).exists():
-        (new / PINNED).touch()
-    trash = final.with_name(f".{final.name}.trash")
-    _discard(trash)
-    if files.exchange(new, final):
-        os.rename(new, trash)
-    else:
-        os.rename(final, trash)
-        os.rename(new, final)
-    files.sync_folder(final.parent)
-    _discard(trash)
-
-
-def _discard(path: Path) -> None:
-    """Removes a folder as far as it can be, or a link: Lightning's ``last.ckpt`` may be one."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _locked(folder: Path) -> int | None:

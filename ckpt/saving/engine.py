@@ -9,7 +9,9 @@ What failed is raised by ``require``, when all are out of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,25 @@ class Taken(CheckpointEngine):
             self._keep(Path(path), zips.capture(state_dict))
         except Exception as error:
             self.failure = self.failure or error
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """As DeepSpeed's, but what fails is told later."""
+        try:
+            os.makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self.failure = self.failure or error
+
+    def later(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``, but what fails is told later."""
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return call(*args, **kwargs)
+            except OSError as error:
+                self.failure = self.failure or error
+                return None
+
+        return wrapped
 
     def _keep(self, path: Path, state: zips.Captured) -> None:
         self.captured.append((path, state))
@@ -70,10 +91,25 @@ class Written(Taken):
 
 @contextmanager
 def put_in(engine: Any, ours: type[Taken]) -> Iterator[Taken]:
-    """Ours in the engine's place for as long as the block lasts."""
+    """Ours in the engine's place for as long as the block lasts.
+
+    The engine itself writes two things between its barriers: the recovery script, on rank 0, and
+    under NVMe offload each rank copies its swap folder, by ``shutil.copytree``. They are made to
+    fail later too.
+    """
     before = engine.checkpoint_engine
     engine.checkpoint_engine = writer = ours(before)
+    copies = bool(engine.zero_nvme_offload_optimizer())
+    script, tree = getattr(engine, "_copy_recovery_script", None), shutil.copytree
+    if script is not None:
+        engine._copy_recovery_script = writer.later(script)
+    if copies:
+        shutil.copytree = writer.later(tree)
     try:
         yield writer
     finally:
         engine.checkpoint_engine = before
+        if script is not None:
+            del engine._copy_recovery_script
+        if copies:
+            shutil.copytree = tree

@@ -1,0 +1,299 @@
+"""The Hugging Face Trainer with checkpoints that are whole or absent.
+
+    class MyTrainer(ckpt.trainers.hf.CommittedCheckpoints, Trainer):      written aside, renamed
+        retention = ckpt.Retention(last=3)
+
+    Trainer(..., callbacks=[ckpt.trainers.hf.CheckpointCallback()])       written in place, for any
+                                                                          Trainer (``hf_callback``)
+
+The first lets the Trainer save into a folder of its own inside the staging folder, lifts what it
+wrote up into that, and commits:
+
+    out/.checkpoint-5.saving/checkpoint-5/*  ->  out/.checkpoint-5.saving/*  ->  out/checkpoint-5/*
+
+Its own rotation finds nothing to delete there; what it pushes to the Hub goes after the commit.
+
+Source: transformers 5.23 ``trainer.py`` (``_save_checkpoint``, ``_get_output_dir``, ``save_model``,
+``_save``, ``_push_from_checkpoint``).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+
+from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.runs import locks
+from ckpt.runs.manifest import digest
+from ckpt.runs.retention import Retention
+from ckpt.saving import extras, nodes, preflight
+from ckpt.saving.commit import Commit, Facts, committed
+from ckpt.saving.engine import Written, put_in
+from ckpt.saving.nodes import Nodes
+from ckpt.saving.preemption import Preemption
+from ckpt.saving.progress import progress, versions
+from ckpt.saving.weights import Weights
+from ckpt.trainers import streamed
+from ckpt.trainers.hf_callback import CheckpointCallback
+from ckpt.trainers.hf_state import (
+    Room,
+    evaluated,
+    lift,
+    publish_beside,
+    require_known,
+    retention_of,
+    room_for,
+    sync_file,
+    sync_files,
+)
+from ckpt.trainers.hf_stop import Stop
+from converters.errors import CheckpointError
+
+__all__ = ["CheckpointCallback", "CommittedCheckpoints"]
+log = logging.getLogger("ckpt")
+
+
+class CommittedCheckpoints(Trainer):
+    """Put before ``Trainer``, or any subclass of it, among the bases of a class.
+
+    Options are attributes of the class:
+
+    - ``retention``: what to keep. Without, the last ``save_total_limit``. The best by
+      ``metric_for_best_model`` is kept beside them, and named by ``out/best``
+    - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model where the Trainer writes none,
+      which is under ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``
+    - ``preemption``: what asks the training to stop (``Preemption``)
+    - ``preflight``: tries at the start what saves will need
+    - ``timeout``: seconds without a sign of life until a rank counts as absent
+    - ``on_failure``: "raise" ends the training with a ``CheckpointError`` on every rank; "warn"
+      goes on without that checkpoint, as when the disk is full, unless a rank is lost
+
+    Without DeepSpeed the Trainer saves as it always does, after a warning.
+    """
+
+    retention: Retention | None = None
+    weights: str | None = None
+    preemption: Preemption | None = None
+    preflight: bool = True
+    timeout: float = TIMEOUT
+    on_failure: Literal["raise", "warn"] = "raise"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        require_known(self.on_failure)
+        self._inner: Path | None = None  # where the Trainer writes; None: not in one of our saves
+        self._failure: Exception | None = None  # of a rank that must not leave the others alone
+        self._pushes = False  # when it is committed
+        self._pushed: list[locks.Lock] = []  # on what is being pushed
+        self._limit: int | None = None  # save_total_limit as it was
+        self._places: dict[Path, Nodes] = {}  # by the folder that checkpoints are saved into
+        self._room = Room(0)
+        self._nbytes = 0  # of this rank's state files
+        self._stop = Stop(None, self.timeout)
+        super().__init__(*args, **kwargs)
+        self.add_callback(_Around(self))
+
+    def _begin(self) -> None:
+        """Before the first step: who shares the folder, and would saves succeed?"""
+        self._stop.close()
+        if not self.is_deepspeed_enabled:
+            if self.is_world_process_zero():
+                log.warning("no DeepSpeed in this training: its checkpoints are not committed")
+            return
+        self._limit = self.args.save_total_limit or self._limit
+        self.args.save_total_limit = None  # it deletes at the end of a training too
+        ranks, engine = Ranks("train", self.timeout), self._engine()
+        with ranks.step():
+            if any(isinstance(c, CheckpointCallback) for c in self.callback_handler.callbacks):
+                raise CheckpointError(
+                    "CommittedCheckpoints and CheckpointCallback both commit; use one of them",
+                    "unsupported",
+                )
+            gathers = not self._leaves_out_weights()
+            self._room = room_for(engine.module, gathers)
+            self._nbytes = preflight.predicted(engine)
+            if not gathers and self.weights is not None:
+                self._room = Room(Weights(engine, self.weights, "5GB", ranks).nbytes)
+        run = Path(super()._get_output_dir(None)).absolute()
+        place = self._place(ranks, run)
+        if self.preflight:
+            keep = retention_of(self.retention, self.args, self._limit)
+            preflight.check(engine, ranks, place, run, keep, cast(Any, self._room))
+        self._stop = Stop(self.preemption, self.timeout)
+
+    def _engine(self) -> Any:
+        return self.model_wrapped
+
+    def _place(self, ranks: Ranks, run: Path) -> Nodes:
+        if run not in self._places:
+            self._places[run] = nodes.find(ranks, run, nodes.local_storage(self._engine()))
+        return self._places[run]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As the Trainer's, committed."""
+        if not self.is_deepspeed_enabled:
+            super()._save_checkpoint(model, trial)
+            return
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        final = os.path.join(super()._get_output_dir(trial), name)
+        run = Path(final).absolute().parent
+        best, self._pushes = self.state.best_model_checkpoint, False
+        ranks = Ranks("save", self.timeout)
+        try:
+            place = self._place(ranks, run)
+            with ranks.step():
+                facts = self._facts()
+            self._write(Commit(ranks, place, run / name, facts), model, trial, final)
+        except CheckpointError as error:
+            self.state.best_model_checkpoint = best
+            if self.on_failure == "raise" or self._stop.stopping:
+                raise
+            self._go_on(error)
+            return
+        pushing = getattr(self, "push_in_progress", None)
+        if pushing is None or pushing.is_done():
+            self._pushed.clear()  # which gives up the locks
+        if place.commits:
+            keep = retention_of(self.retention, self.args, self._limit)
+            publish_beside(run, keep, [self.state.best_model_checkpoint])
+        if self._pushes:
+            super()._push_from_checkpoint(final)
+            if self.is_world_process_zero():  # the one that pushes
+                self._pushed.append(locks.reading(Path(final)))
+
+    def _facts(self) -> Facts:
+        engine, step = self._engine(), int(self.state.global_step)
+        tier = "weights" if self.args.save_only_model else "full"
+        tag = None if self.args.save_only_model else f"global_step{engine.global_steps}"
+        stage, said = int(engine.zero_optimization_stage()), evaluated(self.state)
+        return Facts(step, tag, tier, stage, versions(), said, progress(engine))
+
+    def _write(self, commit: Commit, model: Any, trial: Any, final: str) -> None:
+        """The Trainer's save into the staging folder, and its commit."""
+        ranks, room = commit.ranks, cast(Any, self._room)
+        with committed(commit) as staging:
+            with ranks.step() as step:
+                step.value = [commit.nodes.folder, self._nbytes if commit.facts.tag else 0]
+            preflight.require_room(ranks, commit.nodes, staging, step.heard, room)
+            inner = staging / commit.final.name
+            with ranks.step(), put_in(self._engine(), Written) as writer:
+                self._inner, self._failure = inner, None
+                try:
+                    super()._save_checkpoint(model, trial)
+                finally:  # of a full disk, say, the first that failed tells more
+                    self._inner = None
+                    if self._failure is not None:
+                        raise self._failure
+                    writer.require()
+                self._name_best(inner, final)
+                if commit.nodes.leads and not commit.nodes.commits:
+                    sync_files(inner)
+            assert isinstance(writer, Written)
+            commit.files |= {p.relative_to(inner).as_posix(): f for p, f in writer.files.items()}
+            with ranks.step():
+                commit.files |= self._own(inner, ranks.rank)
+            with ranks.step():
+                if commit.nodes.commits:
+                    lift(inner)
+            if self.weights is not None and self._leaves_out_weights():
+                self._stream(commit, self.weights)
+
+    def _name_best(self, inner: Path, final: str) -> None:
+        """The best checkpoint by the path that it will have, in the state and in its file."""
+        written, number = self.state.best_model_checkpoint, self.state.best_global_step
+        if number:
+            best = os.path.join(os.path.dirname(final), f"{PREFIX_CHECKPOINT_DIR}-{number}")
+            if number == self.state.global_step or os.path.exists(best):
+                self.state.best_model_checkpoint = best
+        if self.args.should_save and self.state.best_model_checkpoint != written:
+            self.state.save_to_json(str(inner / TRAINER_STATE_NAME))
+
+    def _own(self, inner: Path, rank: int) -> Any:
+        """This rank's random states: the Trainer's, on disk now, and ours, which are no pickle."""
+        if self.args.save_only_model:
+            return {}
+        found = extras.write(inner.parent, rank, None)
+        path = inner / f"rng_state_{self.args.process_index}.pth"
+        if path.exists():
+            sync_file(path)
+            found[path.name] = digest(path)
+        return found
+
+    def _stream(self, commit: Commit, kind: str) -> None:
+        with commit.ranks.step():
+            made = Weights(self._engine(), kind, "5GB", commit.ranks)
+        with commit.ranks.step():
+            if not commit.ranks.rank:
+                made.make(commit.folder)
+        streamed.write(made, commit)
+
+    def _go_on(self, error: CheckpointError) -> None:
+        """Returns when all ranks are out of the save; raises if one is not, for its communication
+        would then meet that of the training."""
+        if self.is_world_process_zero():
+            log.warning("step %d is not saved: %s", self.state.global_step, error)
+        with Ranks("train", self.timeout).step():
+            pass
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._inner.parent) if self._inner else super()._get_output_dir(trial)
+
+    def _leaves_out_weights(self) -> bool:
+        """Whether the Trainer writes no 16-bit model, but the engine's files, and those twice."""
+        engine = self._engine()
+        if engine.zero_optimization_stage() != 3 or hasattr(engine.module, "peft_config"):
+            return False
+        return not engine.zero_gather_16bit_weights_on_model_save()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's. In a save without 16-bit weights, the configuration and tokenizer."""
+        once = self.weights is not None or not self.args.save_only_model
+        if self._inner is None or output_dir is None or not (once and self._leaves_out_weights()):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, state_dict={})
+        if self.args.should_save:
+            for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME):  # without any values
+                Path(output_dir, name).unlink(missing_ok=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self._inner is None:
+            super()._save(output_dir, state_dict)
+            return
+        try:
+            super()._save(output_dir, state_dict)
+        except Exception as error:  # the other ranks are on their way to a barrier
+            self._failure = self._failure or error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._inner is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+        self._pushes = self._inner is not None
+
+
+class _Around(TrainerCallback):
+    """Tells the Trainer what callbacks are told."""
+
+    def __init__(self, trainer: CommittedCheckpoints):
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer._begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._stop.decide(args, state, control)
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        self.trainer._stop.begins()
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self.trainer._stop.saved()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.trainer._stop.close()

@@ -1,0 +1,208 @@
+"""Commits for any Trainer: it writes in place, as ever, and the manifest alone is the commit.
+
+    out/checkpoint-500/     the Trainer's files; not committed while there is no manifest
+    out/latest, out/best    moved when it is there
+
+Before the Trainer writes over a folder of that name its manifest is removed. That is known in
+``on_step_end`` and ``on_epoch_end`` (``control.should_save``) and, with ``save_strategy="best"``,
+in ``on_evaluate``; ``enable_jit_checkpoint`` saves without telling and is refused.
+
+Source: transformers 5.23 ``trainer.py`` (``_maybe_log_save_evaluate``: save, then ``on_save``),
+``trainer_callback.py``. Callbacks are shown the model and the optimizer, but not the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedOptimizerWrapper
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+
+from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.runs.manifest import NAME
+from ckpt.runs.retention import Retention
+from ckpt.saving import extras, nodes, preflight
+from ckpt.saving.commit import Commit, Facts, committed
+from ckpt.saving.nodes import Nodes
+from ckpt.saving.preemption import Preemption
+from ckpt.saving.progress import progress, versions
+from ckpt.trainers.hf_state import (
+    Shown,
+    evaluated,
+    is_new_best,
+    publish_beside,
+    require_known,
+    retention_of,
+    room_for,
+    sync_files,
+)
+from ckpt.trainers.hf_stop import Stop
+from converters import files
+from converters.errors import CheckpointError
+
+log = logging.getLogger("ckpt")
+
+
+class CheckpointCallback(TrainerCallback):
+    """Commits what a Trainer saves, when all ranks have written it; then pointers, then pruning.
+
+    - ``retention``: what to keep. Without, ``save_total_limit`` is what to keep; the Trainer's own
+      rotation, which deletes before anything is verified, is switched off either way
+    - ``preemption``: what asks the training to stop (``Preemption``)
+    - ``preflight``: tries at the start what saves will need
+    - ``timeout``: seconds without a sign of life until a rank counts as absent
+    - ``on_failure``: "raise" ends the training with a ``CheckpointError`` on every rank, "warn"
+      goes on without that checkpoint
+
+    It stays out of trainings without DeepSpeed and of hyperparameter searches, with a warning.
+    """
+
+    def __init__(
+        self,
+        retention: Retention | None = None,
+        *,
+        preemption: Preemption | None = None,
+        preflight: bool = True,
+        timeout: float = TIMEOUT,
+        on_failure: Literal["raise", "warn"] = "raise",
+    ):
+        require_known(on_failure)
+        self.retention, self.preemption, self.preflight = retention, preemption, preflight
+        self.timeout, self.on_failure = timeout, on_failure
+        self.limit: int | None = None  # save_total_limit as it was
+        self.nodes: Nodes | None = None  # None: not at work
+        self.run = Path()
+        self.stop = Stop(None, timeout)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
+        """Finds out who shares the folder, and whether saves would succeed."""
+        self.nodes = None
+        self.stop.close()
+        if not isinstance(seen.get("optimizer"), DeepSpeedOptimizerWrapper):
+            _stay_out(state, "no DeepSpeed in this training")
+            return
+        if state.is_hyper_param_search:
+            _stay_out(state, "a hyperparameter search")
+            return
+        self.run = Path(args.output_dir).absolute()
+        self.limit, args.save_total_limit = args.save_total_limit or self.limit, None
+        ranks = Ranks("CheckpointCallback", self.timeout)
+        with ranks.step():
+            _require_told(args)
+            engine, config = _shown(state, seen, ranks.rank), _config()
+        local = bool(config.get("checkpoint", {}).get("use_node_local_storage", False))
+        self.nodes = nodes.find(ranks, self.run, local or args.save_on_each_node)
+        if self.preflight:
+            zero = config.get("zero_optimization", {})
+            gather = engine.stage < 3 or zero.get("stage3_gather_16bit_weights_on_model_save")
+            room: Any = room_for(engine.module, bool(gather))
+            keep = retention_of(self.retention, args, self.limit)
+            preflight.check(engine, ranks, self.nodes, self.run, keep, room)
+        self.stop = Stop(self.preemption, self.timeout)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
+        """Takes the manifest away from what is about to be written over, and stops when asked."""
+        if self.nodes is not None:
+            self.stop.decide(args, state, control)
+            if control.should_save:
+                self._uncommit(args, state)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
+        """As ``on_step_end``; the Trainer may save here too."""
+        if self.nodes is not None:
+            self.stop.begins()
+            if control.should_save:
+                self._uncommit(args, state)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **seen: Any
+    ) -> None:
+        """As ``on_step_end``, where the evaluation decides whether to save."""
+        decides = self.nodes is not None and args.save_strategy == SaveStrategy.BEST
+        if decides and is_new_best(args, state, metrics or {}):
+            self._uncommit(args, state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
+        """Commits; ranks come here one by one, each when it has written its files."""
+        if self.nodes is None:
+            return
+        ranks = Ranks("save", self.timeout)
+        try:
+            self._commit(ranks, self.nodes, args, state, seen)
+        except CheckpointError as error:
+            if self.on_failure == "raise" or self.stop.stopping:
+                raise
+            if not ranks.rank:
+                log.warning("step %d is not committed: %s", state.global_step, error)
+            return
+        if self.nodes.commits:
+            keep = retention_of(self.retention, args, self.limit)
+            publish_beside(self.run, keep, [state.best_model_checkpoint])
+        self.stop.saved()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
+        """Ends its work until the next training begins."""
+        self.stop.close()
+        self.nodes = None
+
+    def _folder(self, state: Any) -> Path:
+        return self.run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+    def _uncommit(self, args: Any, state: Any) -> None:
+        """On the rank that commits; no other writes before it has gone through a barrier."""
+        path = self._folder(state) / NAME
+        if self.nodes is not None and self.nodes.commits and path.exists():
+            path.unlink()
+            files.sync_folder(path.parent)
+            metric = retention_of(None, args, None)  # so that best moves too, and nothing goes
+            publish_beside(self.run, metric, [])
+
+    def _commit(self, ranks: Ranks, place: Nodes, args: Any, state: Any, seen: Any) -> None:
+        with ranks.step():
+            engine, step = _shown(state, seen, ranks.rank), int(state.global_step)
+            tier = "weights" if args.save_only_model else "full"
+            tag = None if args.save_only_model else f"global_step{step}"
+            said = evaluated(state)
+            facts = Facts(step, tag, tier, engine.stage, versions(), said, progress(engine))
+        commit = Commit(ranks, place, self._folder(state), facts, in_place=True)
+        with committed(commit) as folder:
+            if tag is not None and not (folder / tag).is_dir():
+                raise CheckpointError(
+                    f"{folder} has no {tag}, where DeepSpeed's files of this step should be; see "
+                    "whether the Trainer's _save_checkpoint is replaced by one that does not call "
+                    "the engine's save_checkpoint",
+                    "output",
+                )
+            if tag is not None:
+                commit.files |= extras.write(folder, ranks.rank, None)
+            if place.leads and not place.commits:
+                sync_files(folder)
+
+
+def _stay_out(state: Any, why: str) -> None:
+    if state.is_world_process_zero:
+        log.warning("%s: its checkpoints are not committed", why)
+
+
+def _require_told(args: Any) -> None:
+    if getattr(args, "enable_jit_checkpoint", False):
+        raise CheckpointError(
+            "enable_jit_checkpoint saves without telling callbacks, and each rank when it likes; "
+            "unset it and pass CheckpointCallback(preemption=ckpt.Preemption())",
+            "unsupported",
+        )
+
+
+def _config() -> dict[str, Any]:
+    """DeepSpeed's configuration, wherever it came from."""
+    found: dict[str, Any] = AcceleratorState().deepspeed_plugin.deepspeed_config
+    return found
+
+
+def _shown(state: Any, seen: Any, rank: int) -> Shown:
+    stage = int(_config().get("zero_optimization", {}).get("stage", 0))
+    return Shown(seen["model"], seen["optimizer"].optimizer, stage, rank, int(state.global_step))

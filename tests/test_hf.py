@@ -1,0 +1,196 @@
+"""The Hugging Face Trainer on two real ranks: what it saves is committed, and nothing changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from oracles import ROOT, convert, same, torchrun
+from run_folders import small
+from safetensors.torch import load_file
+
+from ckpt import Retention
+from ckpt.runs import manifest
+from ckpt.runs.run import Run
+from ckpt.trainers.hf_state import evaluated, is_new_best, publish_beside, retention_of
+
+pytestmark = pytest.mark.xdist_group("training")
+WORKER = str((ROOT / "tests/hf_worker.py").relative_to(ROOT))
+FILE = "model.safetensors"
+OURS = {"manifest.json", "rng_state_0.state", "rng_state_1.state"}
+
+
+def listed(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two states are the same to the bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and same(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if hasattr(one, "__dict__"):
+        return type(one) is type(other) and equal(vars(one), vars(other))
+    return bool(one == other)
+
+
+def state_file(path: Path) -> Any:
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_training_sees_no_difference_and_finds_what_the_trainer_alone_would_save(
+    tmp_path: Path, stage: int
+) -> None:
+    torchrun(WORKER, tmp_path, "same", stage, limit=300)
+    here = tmp_path / "here"
+    for kind in ("", "-peft"):
+        stock = here / f"stock{kind}/checkpoint-6"
+        for form in ("mixin", "callback"):
+            mine = here / f"{form}{kind}/checkpoint-6"
+            assert listed(mine) - listed(stock) == OURS
+            assert listed(stock) <= listed(mine)
+            for path in stock.rglob("*.pt"):
+                name = path.relative_to(stock)
+                assert equal(state_file(path), state_file(mine / name)), name
+            for name in ("config.json", "tokenizer.json", "adapter_config.json", "latest"):
+                if (stock / name).exists():
+                    assert json.dumps((stock / name).read_text()) == json.dumps(
+                        (mine / name).read_text()
+                    )
+            for path in stock.glob("*.safetensors"):
+                theirs, ours = load_file(path), load_file(mine / path.name)
+                assert equal(theirs, ours)
+            found = manifest.read(mine)
+            assert manifest.check(mine, found, data=True) == []
+            assert (found.tier, found.step, found.stage, found.tag) == (
+                "full",
+                6,
+                stage,
+                "global_step6",
+            )
+            if not kind:
+                assert set(found.metrics) == {"eval_loss"}
+    for rank in (0, 1):
+        ends = json.loads((tmp_path / f"best{rank}.json").read_text())
+        theirs, ours = ends["stock-best"], ends["mixin-best"]
+        assert ours[1] == theirs[1]
+        assert (theirs[0], ours[0]) == ("stock-best/checkpoint-2", "mixin-best/checkpoint-2")
+    for step in (2, 6):
+        text = (here / f"mixin-best/checkpoint-{step}/trainer_state.json").read_text()
+        assert json.loads(text)["best_model_checkpoint"] == "mixin-best/checkpoint-2"
+        assert "saving" not in text
+    if stage == 2:
+        expected = convert(here / "stock/checkpoint-6", tmp_path / "stock-fp32")
+        assert equal(expected, convert(here / "mixin/checkpoint-6", tmp_path / "mixin-fp32"))
+        run = convert(here / "mixin", tmp_path / "run-fp32")  # by its latest
+        assert equal(expected, {name: run[name] for name in expected})
+
+
+def test_what_is_kept_what_is_written_and_when_it_stops(tmp_path: Path) -> None:
+    torchrun(WORKER, tmp_path, "keeping", 3, limit=300)
+    from transformers import AutoModelForCausalLM
+
+    gathered = tmp_path / "gathered/checkpoint-6"
+    streamed, left_out = tmp_path / "streamed/checkpoint-6", tmp_path / "left-out/checkpoint-6"
+    assert FILE not in listed(left_out)
+    assert equal(load_file(gathered / FILE), load_file(streamed / FILE))
+    assert json.loads((gathered / "config.json").read_text()) == json.loads(
+        (streamed / "config.json").read_text()
+    )
+    model = AutoModelForCausalLM.from_pretrained(streamed)
+    assert same(
+        model.model.embed_tokens.weight, load_file(gathered / FILE)["model.embed_tokens.weight"]
+    )
+    assert manifest.check(streamed, manifest.read(streamed), data=True) == []
+
+
+def test_a_rank_that_fails_is_told_on_all_and_nothing_is_committed(tmp_path: Path) -> None:
+    torchrun(WORKER, tmp_path, "failing", 3, limit=300)
+    for rank in (0, 1):
+        told = json.loads((tmp_path / f"told{rank}.json").read_text())
+        said = "model.safetensors: No space left on device"
+        assert told == {
+            "model": f"save failed on rank 0: {said}",
+            "random": f"save failed on rank 1: {said}",
+        }
+
+
+@pytest.mark.parametrize("end", ["killed", "midway"])
+def test_a_rank_that_is_lost_leaves_the_checkpoint_before(tmp_path: Path, end: str) -> None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    with pytest.raises(AssertionError):
+        torchrun(WORKER, tmp_path, end, 3, limit=120)
+    if end == "midway":
+        told = (tmp_path / "told0").read_text()
+        assert told == "save failed on rank 0: zero_to_fp32.py: No space left on device"
+    run = Run(tmp_path / "mixin")
+    assert [c.name for c in run.checkpoints()] == ["checkpoint-2"]
+    newest = run.newest()
+    assert newest is not None and get_last_checkpoint(str(run.path)) == str(newest.folder)
+    assert run.target() == "checkpoint-2/global_step2"
+
+
+def arguments(**given: Any) -> Any:
+    return SimpleNamespace(**{"metric_for_best_model": None, "greater_is_better": None, **given})
+
+
+def test_what_to_keep_is_what_was_asked_and_the_best() -> None:
+    tracked = arguments(metric_for_best_model="loss", greater_is_better=False)
+    best = ("eval_loss", "min", 1)
+    asked = Retention(last=3, best=("eval_acc", "max", 2))
+    assert retention_of(None, arguments(), None) is None
+    assert retention_of(None, arguments(), 0) is None
+    assert retention_of(None, arguments(), 2) == Retention(last=2)
+    assert retention_of(None, tracked, 2) == Retention(last=2, best=best)
+    assert retention_of(None, tracked, None) == Retention(every=1, best=best)
+    assert retention_of(Retention(), tracked, 2) == Retention(every=1, best=best)
+    assert retention_of(Retention(last=5), tracked, 2) == Retention(last=5, best=best)
+    assert retention_of(asked, tracked, 2) == asked
+
+
+def test_metrics_are_those_of_this_step() -> None:
+    logs: list[dict[str, Any]] = [
+        {"eval_loss": 9.0, "step": 2},
+        {"loss": 1.0, "step": 4},
+        {"eval_a_loss": 3.0, "eval_a_runtime": 1.0, "epoch": 1.0, "step": 4},
+        {"eval_b_loss": 2, "eval_b_steps_per_second": 1.0, "eval_b_text": "no", "step": 4},
+    ]
+    state = SimpleNamespace(log_history=logs, global_step=4)
+    assert evaluated(state) == {"eval_a_loss": 3.0, "eval_b_loss": 2.0}
+    assert evaluated(SimpleNamespace(log_history=logs, global_step=6)) == {}
+
+
+@pytest.mark.parametrize(
+    ("greater", "before", "value", "new"),
+    [
+        (True, None, 1.0, True),
+        (True, 1.0, 1.0, False),
+        (True, 1.0, 2.0, True),
+        (False, 1.0, 2.0, False),
+        (False, 1.0, 0.5, True),
+        (False, None, float("nan"), False),
+    ],
+)
+def test_a_new_best_is_what_the_trainer_takes_for_one(
+    greater: bool, before: float | None, value: float, new: bool
+) -> None:
+    args = arguments(metric_for_best_model="loss", greater_is_better=greater)
+    assert is_new_best(args, SimpleNamespace(best_metric=before), {"eval_loss": value}) is new
+    assert not is_new_best(args, SimpleNamespace(best_metric=before), {"eval_other": value})
+
+
+def test_the_trainers_best_stays_though_a_later_one_is_as_good(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        small(tmp_path, step, {"eval_loss": 1.0 if step in (2, 4) else 5.0})
+    keep = Retention(last=1, best=("eval_loss", "min", 1))
+    publish_beside(tmp_path, keep, [str(tmp_path / "checkpoint-2"), None, str(tmp_path / "gone")])
+    assert [c.step for c in Run(tmp_path).checkpoints()] == [2, 4, 8]

@@ -200,12 +200,15 @@ def test_the_end_of_the_process_finishes_a_save_or_fails(tmp_path: Path) -> None
 
 
 def test_what_is_due_is_saved_and_what_no_rule_keeps_is_deleted(tmp_path: Path) -> None:
-    torchrun(WORKER, tmp_path, "kept", limit=LIMIT)
+    torchrun(WORKER, tmp_path, "kept", ranks=3, limit=LIMIT)
     folder = tmp_path / "run"
     names = [checkpoint.name for checkpoint in Run(folder).checkpoints()]
     assert names == ["checkpoint-4", "checkpoint-6", "checkpoint-8", "weights-9"]
     assert (folder / "best").read_text() == "checkpoint-4/global_step4"
     assert (folder / "latest").read_text() == "checkpoint-8/global_step8"
+    source = zero.read(folder)  # by the run's own pointer
+    assert source.world_size == 3 and source.step == 8
+    run("verify", folder, "--data")
 
 
 def test_folders_are_models_and_adapters_that_their_own_libraries_load(tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ class Saver:
             self._preflight(ranks)
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="ckpt")
         self.flight: Flight | None = None
+        self.last: Ranks | None = None  # of the last save
         self.began = 0.0  # when the last save was called
         self.saved: dict[str, int] = {}  # the step of the last save by tier
         self.took: float | None = None  # seconds from the call to the commit, last full save
@@ -171,6 +172,7 @@ class Saver:
     def _land(self, flight: Flight, timeout: float | None = None) -> None:
         self.flight = None
         exits.forget(self)
+        self.last = flight.commit.ranks
         flight.land(timeout)
         self._landed(flight)
 
@@ -205,6 +207,7 @@ class Saver:
                 exits.forget(self)
                 raise
             if landed:
+                self.last = flight.commit.ranks
                 self.flight = None
                 exits.forget(self)
                 self._landed(flight)
@@ -233,6 +236,7 @@ class Saver:
         """Waits for the last save and ends the saver; raises its failure, if nobody was told."""
         try:
             self.wait()
+            self._part()
         finally:
             self.pool.shutdown()
             if self.watch is not None:
@@ -242,6 +246,13 @@ class Saver:
         """``close`` at the end of the process: waits no longer than a minute for absent ranks."""
         if self.flight is not None:
             self._land(self.flight, min(self.timeout, LAST_WORDS))
+            self._part()
+
+    def _part(self) -> None:
+        """Lets all ranks hear of the last commit before rank 0, which may host the store, ends."""
+        if self.last is not None:
+            self.last.leave(wait=not self.last.rank)
+            self.last = None
 
     def __enter__(self) -> Saver:
         return self

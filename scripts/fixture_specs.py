@@ -109,3 +109,18 @@ def ds_config(spec: Spec) -> Json:
     elif spec.dtype == "fp16":  # a small scale, so that no step is skipped for overflow
         config["fp16"] = {"enabled": True, "initial_scale_power": 8}
     return config
+
+
+def tiny_llama(**more: Any) -> Any:
+    """The configuration of the Llama that all of these trainings use."""
+    import transformers as hf
+
+    return hf.LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        **more,
+    )

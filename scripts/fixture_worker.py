@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fixture_specs import SPECS, WORDS, Json, Spec, ds_config
+from fixture_specs import SPECS, WORDS, Json, Spec, ds_config, tiny_llama
 from torch import nn
 
 
@@ -247,16 +247,7 @@ def llama_trainer(name: str, out: Path) -> Any:
         eos_token="</s>",
         pad_token="<pad>",
     )
-    llama = hf.LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        tie_word_embeddings=spec.tied,
-    )
+    llama = tiny_llama(max_position_embeddings=32, tie_word_embeddings=spec.tied)
     torch.manual_seed(1234)
     model = hf.AutoModelForCausalLM.from_config(llama)
     rows = torch.randint(4, 64, (16, 8)).tolist()

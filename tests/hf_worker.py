@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import transformers as hf
 from accelerate.state import AcceleratorState
+from fixture_specs import tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -123,17 +124,7 @@ def make(
         **more,
     }
     args = hf.TrainingArguments(output_dir=str(out), deepspeed=config(stage, **zero), **options)
-    llama = hf.LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=32,
-        attention_dropout=0.1,
-        tie_word_embeddings=True,
-    )
+    llama = tiny_llama(max_position_embeddings=32, attention_dropout=0.1, tie_word_embeddings=True)
     torch.manual_seed(1234)
     model: Any = hf.AutoModelForCausalLM.from_config(llama)
     if peft:

@@ -19,7 +19,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-from fixture_specs import OFFLOAD, Json, Spec, ds_config
+from fixture_specs import OFFLOAD, Json, Spec, ds_config, tiny_llama
 from fixture_worker import Tiny, live_state, param_groups
 
 from ckpt import live
@@ -273,15 +273,7 @@ def llama(out: Path) -> None:
     """A Hugging Face model: configuration and tied names."""
     import transformers as hf
 
-    config = hf.LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
+    config = tiny_llama(tie_word_embeddings=True)
     torch.manual_seed(7)
     engine = start(Spec(2), hf.AutoModelForCausalLM.from_config(config))
     ids = torch.randint(64, (2, 8))

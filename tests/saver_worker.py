@@ -16,7 +16,7 @@ from live_worker import SMALL, caught, start, train
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
-from fixture_specs import OFFLOAD, Spec
+from fixture_specs import OFFLOAD, Spec, tiny_llama
 
 import ckpt
 from ckpt import live
@@ -273,15 +273,7 @@ def llama(out: Path) -> None:
     import peft
     import transformers as hf
 
-    config = hf.LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
+    config = tiny_llama(tie_word_embeddings=True)
     adapter = peft.LoraConfig(
         r=2, target_modules=["q_proj", "down_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM"
     )

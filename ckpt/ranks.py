@@ -6,7 +6,7 @@ nobody hangs. A rank is absent if it neither arrives nor shows a sign of life (`
 ``timeout`` seconds.
 
     CALL/STEP/RANK   what a rank brings to a step, JSON     CALL/STEP/go   what rank 0 gives to all
-    CALL/failed      the first failure, JSON                beat/RANK      a sign of life
+    CALL/failed      the first failure, JSON                CALL/beat/RANK a sign of life
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Ranks:
         """
         if time.monotonic() - self.beaten > 1:
             self.beaten = time.monotonic()
-            self.store.set(f"beat/{self.rank}", f"{self.call} {next(self.beats)}")
+            self.store.set(f"{self.call}/beat/{self.rank}", str(next(self.beats)))
             if heed:
                 self.heed()
 
@@ -184,7 +184,7 @@ class Ranks:
             ) from error
 
     def _life(self, rank: int) -> bytes:
-        key = f"beat/{rank}"
+        key = f"{self.call}/beat/{rank}"
         return bytes(self.store.get(key)) if self.store.check([key]) else b""
 
     def _absent(self, gone: list[int]) -> None:

@@ -79,6 +79,8 @@ def cases(out: Path) -> None:
             time.sleep(0.01)
         tight = ckpt.Saver(engine, folder / "tight", background=True, memory=300, weights="fp32")
         tight.save(3)
+        with ckpt.Saver(engine, folder / "whole", weights="fp32") as whole:
+            whole.save(3)
         losses += train(engine, 1)
         tight.save(4, tier="weights")
         losses += train(engine, 2)

@@ -31,13 +31,18 @@ class Outcome:
     nbytes: int
 
 
-def prune(run: Run, retention: Retention, dry_run: bool = False) -> list[Outcome]:
+def prune(
+    run: Run, retention: Retention, dry_run: bool = False, just: str | None = None
+) -> list[Outcome]:
     """Deletes what ``retention`` does not keep; returns what became of every committed checkpoint.
 
+    ``just`` names one that was saved just now, which stays whatever its step.
     One that somebody reads is kept for now. ``OSError`` if the folder cannot be written.
     """
     committed = [c for c in run.checkpoints() if c.committed]
     reasons = retention.keep(facts(run, committed))
+    if just is not None:
+        reasons[just] = (*reasons.get(just, ()), "just saved")
     if not dry_run:
         for folder in trash(run):
             remove(folder)

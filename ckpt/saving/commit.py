@@ -74,6 +74,7 @@ class Commit:
         self.join: Callable[[list[Any]], Found] | None = None
         self.save = ""
         self.lock: int | None = None
+        self.open = False  # begun and not over, on the rank that commits
 
     def begin(self) -> None:
         """Makes the empty folder; ``CheckpointError`` on every rank unless all save the same."""
@@ -84,6 +85,7 @@ class Commit:
                 _require_same(step.heard)
             if self.nodes.commits and not self.in_place:
                 self._make()
+            self.open = self.nodes.commits
             made.value = uuid.uuid4().hex
         self.save = made.heard[0]
 
@@ -136,8 +138,9 @@ class Commit:
 
         What cannot be removed stays recognisable by its name.
         """
-        if self.lock is None and self.nodes.commits:
-            return  # done already, or somebody else's
+        if self.nodes.commits and not self.open:
+            return  # committed, removed, or somebody else's
+        self.open = False
         self.ranks.leave(wait=self.nodes.commits)
         if self.nodes.commits and self.in_place:
             (self.folder / NAME).unlink(missing_ok=True)
@@ -184,6 +187,7 @@ class Commit:
             files.sync_folder(folder)
         if not self.in_place:
             replace_folder(self.folder, self.final)
+        self.open = False
         self._unlock()
 
 

@@ -21,6 +21,8 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from ckpt.runs.manifest import File
 from ckpt.saving import zips
 
+_STEPS = ("_save_checkpoint", "_save_zero_checkpoint")  # between barriers, without any in them
+
 
 class Taken(CheckpointEngine):
     """States as ``engine.save_checkpoint`` hands them over: ``captured``, not written."""
@@ -54,7 +56,7 @@ class Taken(CheckpointEngine):
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             try:
                 return call(*args, **kwargs)
-            except OSError as error:
+            except Exception as error:
                 self.failure = self.failure or error
                 return None
 
@@ -93,23 +95,23 @@ class Written(Taken):
 def put_in(engine: Any, ours: type[Taken]) -> Iterator[Taken]:
     """Ours in the engine's place for as long as the block lasts.
 
-    The engine itself writes two things between its barriers: the recovery script, on rank 0, and
-    under NVMe offload each rank copies its swap folder, by ``shutil.copytree``. They are made to
-    fail later too.
+    What the engine itself does between its barriers is made to fail later too: making the states
+    (of the user's scheduler, say), writing the recovery script and, under NVMe offload, copying the
+    swap folder by ``shutil.copytree``.
     """
-    before = engine.checkpoint_engine
+    before, tree = engine.checkpoint_engine, shutil.copytree
     engine.checkpoint_engine = writer = ours(before)
+    steps = [name for name in _STEPS if hasattr(engine, name)]
     copies = bool(engine.zero_nvme_offload_optimizer())
-    script, tree = getattr(engine, "_copy_recovery_script", None), shutil.copytree
-    if script is not None:
-        engine._copy_recovery_script = writer.later(script)
+    for name in steps:
+        setattr(engine, name, writer.later(getattr(engine, name)))
     if copies:
         shutil.copytree = writer.later(tree)
     try:
         yield writer
     finally:
         engine.checkpoint_engine = before
-        if script is not None:
-            del engine._copy_recovery_script
+        for name in steps:
+            delattr(engine, name)
         if copies:
             shutil.copytree = tree

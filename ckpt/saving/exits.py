@@ -1,6 +1,7 @@
 """The end of the process: saves under way are finished, and a lost one shows in the exit code.
 
-Handlers run in the reverse order of their registration, so the one that sets the code comes last.
+Handlers run in the reverse order of their registration, so the one that sets the code comes last of
+ours. It ends the process there, as nothing else can set an exit code by then.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ import os
 import sys
 from typing import Any
 
-_flying: set[Any] = set()
+_flying: dict[Any, None] = {}  # in the order in which all ranks began
 _failed: list[str] = []
 
 
 def watch(saver: Any) -> None:
     """It has a save under way: at the end of the process, ``saver.drain`` is called."""
-    _flying.add(saver)
+    _flying[saver] = None
 
 
 def forget(saver: Any) -> None:
     """It has none."""
-    _flying.discard(saver)
+    _flying.pop(saver, None)
 
 
 @atexit.register

@@ -9,6 +9,7 @@ from ckpt.saving.commit import Commit
 from ckpt.saving.work import Work
 from converters.errors import CheckpointError
 
+FAREWELL = 10.0  # seconds, where this rank has failed and the others may wait elsewhere
 LAST_WORDS = 60.0  # seconds that the end of the process waits for a rank without a sign of life
 
 
@@ -41,6 +42,8 @@ class Flight:
             yield {}
         if self.written is not None:
             self.written.result()
+        if not self.work.done:
+            raise CheckpointError("its files were not written", "output")
         self.commit.files |= self.work.files
         self.commit.note = self.work.report
         yield from self.commit.finishing()
@@ -65,11 +68,15 @@ class Flight:
             raise self._crash(error) from error
         return self.over
 
+    def stop(self) -> None:
+        """Returns when the thread no longer writes; it notices a failure within a second."""
+        if self.written is not None:
+            self.written.exception()
+
     def _crash(self, error: BaseException) -> BaseException:
         self.over = True
         told = error if isinstance(error, Exception) else CheckpointError(f"stopped by {error!r}")
         failure = self.commit.ranks.fail(told)
-        if self.written is not None:
-            self.written.exception()  # the thread notices within a second, or a chunk
+        self.stop()
         self.commit.abandon()
         return failure if isinstance(error, Exception) else error

@@ -6,10 +6,13 @@ Kept from save to save: fresh memory costs a page fault for every page, several 
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from converters.errors import CheckpointError
 from converters.plan import parse_size
@@ -24,6 +27,7 @@ class Memory:
     def __init__(self, budget: int):
         self.budget = budget
         self.held = torch.empty(0, dtype=torch.uint8)
+        self.pinned = False
         self.used = 0
 
     def reserve(self, nbytes: int, pinned: bool) -> int:
@@ -31,7 +35,10 @@ class Memory:
         self.clear()
         wanted = min(nbytes, self.budget)
         if self.held.numel() < wanted:
+            if self.pinned:
+                _cuda().cudaHostUnregister(self.held.data_ptr())
             self.held = torch.empty(0, dtype=torch.uint8)  # the old one goes first
+            self.pinned = pinned and torch.cuda.is_available()
             self.held = _memory(wanted, pinned)
         return wanted
 
@@ -75,18 +82,26 @@ def rounded(nbytes: int) -> int:
 def _memory(nbytes: int, pinned: bool) -> torch.Tensor:
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
-    if pinned:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     held = mmap.mmap(-1, nbytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         held.madvise(mmap.MADV_HUGEPAGE)  # a 512th of the page faults
-    return torch.frombuffer(held, dtype=torch.uint8)
+    found = torch.frombuffer(held, dtype=torch.uint8)
+    if pinned and torch.cuda.is_available():
+        # not torch's pinned memory: that is rounded up to a power of two, and kept when freed
+        _cuda().cudaHostRegister(found.data_ptr(), nbytes, 0)
+    return found
 
 
-def budget(given: str | int | None, ranks_here: int) -> int:
+def _cuda() -> Any:
+    runtime: Any = torch.cuda
+    return runtime.cudart()
+
+
+def budget(given: str | int | None) -> int:
     """A budget in bytes; without one, this rank's part of half the memory that is available."""
     if given is None:
-        return int(SHARE * available() / max(1, ranks_here))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or dist.get_world_size()
+        return int(SHARE * available() / here)
     try:
         return parse_size(given) if isinstance(given, str) else max(0, given)
     except ValueError as error:

@@ -1,8 +1,8 @@
 """Being asked to stop: one save at the same step on all ranks, and an exit code that says so.
 
-A signal or a file only sets a flag. The first rank that sees it at a step names the next step as
-the last, in the store of the process group; training communicates at every step, so all ranks see
-it before they are past that one.
+A signal or a file only sets a flag. The first rank that sees it after an optimizer step names the
+next one as the last, in the store of the process group. An optimizer step communicates, and ``due``
+waits for the device, so no rank is through the next one before that is told.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
@@ -66,13 +67,18 @@ class Watch:
 
     def _told(self, number: int, _frame: FrameType | None) -> None:
         self._ask(signal.Signals(number).name)
+        before = getattr(self.before.get(number), "__self__", None)
+        if isinstance(before, Watch):  # of another saver
+            before._told(number, _frame)
 
     def _ask(self, by: str) -> None:
         if self.asked is None:
             self.asked, self.by = time.monotonic(), by
 
     def due(self, step: int) -> bool:
-        """Whether ``step`` is the last; all ranks call it after each step of training."""
+        """Whether ``step`` is the last; all ranks call it after each optimizer step, counted."""
+        if (device := torch.accelerator.current_accelerator()) is not None:
+            torch.accelerator.synchronize(device)
         file = self.preemption.file
         if file is not None and not dist.get_rank() and time.monotonic() - self.looked > 1:
             self.looked = time.monotonic()
@@ -100,7 +106,8 @@ class Watch:
     def close(self) -> None:
         """Puts the handlers back that were there before."""
         for number, handler in self.before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            if signal.getsignal(number) == self._told:  # nobody took it over meanwhile
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self.before = {}
 
 

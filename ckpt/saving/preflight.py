@@ -26,14 +26,23 @@ from converters.errors import CheckpointError
 TRIAL = 1 << 20  # bytes of the state that each rank writes and reads back
 
 
-def predicted(engine: Any) -> int:
+def predicted(engine: Any, exclude_frozen_parameters: bool = False) -> int:
     """Bytes of this rank's state files, from what the engine would hand over now.
 
     Without ZeRO some optimizers have no state before their first step; it is not counted then.
     """
     state: dict[str, Any] = {}
     if engine.save_non_zero_checkpoint:
-        state["module"] = engine.module.state_dict()
+        frozen = [p for p in engine.module.parameters() if not p.requires_grad]
+        without = {id(p) for p in frozen} if exclude_frozen_parameters else set()
+        named = engine.module.state_dict(keep_vars=True)
+        kept = {name: held for name, held in named.items() if id(held) not in without}
+        state["module"] = {
+            name: held.detach() if isinstance(held, torch.Tensor) else held
+            for name, held in kept.items()
+        }
+        if engine.zero_optimization_stage() == 3 and not without:
+            state["module"][""] = [p.ds_tensor.detach() for p in frozen if hasattr(p, "ds_tensor")]
         if engine.optimizer is not None and not engine.zero_optimization():
             state["module"]["optimizer"] = engine.optimizer.state_dict()
     if engine.save_zero_checkpoint:
@@ -52,6 +61,7 @@ def check(
     run: Path,
     retention: Retention | None,
     weights: Weights | None,
+    exclude_frozen_parameters: bool = False,
 ) -> int:
     """Raises ``CheckpointError`` on every rank if a save would fail; every rank calls it.
 
@@ -59,13 +69,15 @@ def check(
     """
     trial = run / f".preflight-{ranks.rank}"
     with ranks.step() as step:
-        mine = predicted(engine)
-        _try(engine, trial)
-        _ask(trial, mine)
+        mine = predicted(engine, exclude_frozen_parameters)
+        try:
+            _try(engine, trial)
+            _ask(trial, mine)
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
         step.value = [nodes.folder, mine]
     save = shared(ranks, nodes, step.heard, weights)
     with ranks.step():
-        shutil.rmtree(trial, ignore_errors=True)
         if nodes.commits:
             _require_all(run, save, kept(retention))
     return save

@@ -14,7 +14,13 @@ log = logging.getLogger("ckpt")
 
 
 def publish(folder: Path, retention: Retention | None) -> None:
-    """Moves the pointers of a run to its newest and best committed checkpoints, and prunes it.
+    """Moves the pointers of a run, and prunes it."""
+    point(folder, retention)
+    tidy(folder, retention)
+
+
+def point(folder: Path, retention: Retention | None) -> None:
+    """Moves the pointers of a run to its newest and best committed checkpoints.
 
     The checkpoint is committed already, so what fails here is a warning: the pointers still name
     whole ones, and the next commit tries again.
@@ -29,7 +35,28 @@ def publish(folder: Path, retention: Retention | None) -> None:
             named = {checkpoint.name: checkpoint for checkpoint in committed}
             if best:
                 run.point("best", named[best[0].name])
-        if retention is not None:
-            prune(run, retention)
     except (OSError, CheckpointError) as error:
-        log.warning("%s: the pointers or the pruning are behind: %s", folder, error)
+        log.warning("%s: the pointers are behind: %s", folder, error)
+
+
+def tidy(folder: Path, retention: Retention | None, just: Path | None = None) -> None:
+    """Deletes what retention does not keep, but not what was ``just`` saved.
+
+    That can be older than another by its step, where a training went back to an earlier checkpoint.
+    """
+    if retention is None:
+        return
+    run = Run(folder)
+    try:
+        newest = run.newest()
+        names = [] if just is None or newest is None else [newest.name, just.name]
+        if len({*names}) > 1 and all(name.startswith("checkpoint-") for name in names):
+            log.warning(
+                "%s: %s is of a later step than %s, which was just saved, and counts as the newer "
+                "one; move it away if this training takes its place",
+                folder,
+                *names,
+            )
+        prune(run, retention, just=just.name if just else None)
+    except (OSError, CheckpointError) as error:
+        log.warning("%s: the pruning is behind: %s", folder, error)

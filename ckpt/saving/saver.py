@@ -17,28 +17,26 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
-
-import torch.distributed as dist
+from typing import Any
 
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.retention import Retention
-from ckpt.saving import exits, nodes, preflight
+from ckpt.saving import exits, nodes, preflight, tiers
 from ckpt.saving.commit import Commit, Facts
-from ckpt.saving.flight import LAST_WORDS, Flight
+from ckpt.saving.flight import FAREWELL, LAST_WORDS, Flight
 from ckpt.saving.memory import Memory, budget
 from ckpt.saving.preemption import EXIT_CODE, Preemption, Watch, share
 from ckpt.saving.progress import metrics as plain_metrics
 from ckpt.saving.progress import progress, versions
-from ckpt.saving.publish import publish
+from ckpt.saving.publish import point, tidy
 from ckpt.saving.taking import take
-from ckpt.saving.weights import KINDS, Weights
+from ckpt.saving.tiers import Tier
+from ckpt.saving.weights import Weights
 from converters.errors import CheckpointError
 
-Tier = Literal["full", "weights"]
-NAMES = {"full": "checkpoint-{}", "weights": "weights-{}"}
 log = logging.getLogger("ckpt")
 
 
@@ -83,8 +81,8 @@ class Saver:
         self.every = {"full": every} if isinstance(every, int) else dict(every or {})
         ranks = Ranks("Saver", timeout)
         with ranks.step():
-            _require_known(weights, self.every)
-            self.memory = Memory(budget(memory, _ranks_here()))
+            tiers.require_known(weights, self.every)
+            self.memory = Memory(budget(memory))
         self.nodes = nodes.find(ranks, self.run, nodes.local_storage(engine))
         self.predicted: int | None = None  # bytes of a save, in this rank's folder
         if preflight:
@@ -96,13 +94,15 @@ class Saver:
         self.saved: dict[str, int] = {}  # the step of the last save by tier
         self.took: float | None = None  # seconds from the call to the commit, last full save
         self.held = 0.0  # seconds that the last save held the training
+        self.closed = False
         self.watch = Watch(preemption) if preemption else None
 
     def _preflight(self, ranks: Ranks) -> None:
         with ranks.step():
             weights = self._weights(ranks)
         place = (self.nodes, self.run, self.retention)
-        self.predicted = preflight.check(self.engine, ranks, *place, weights)
+        frozen = self.exclude_frozen_parameters
+        self.predicted = preflight.check(self.engine, ranks, *place, weights, frozen)
 
     def save(
         self,
@@ -122,8 +122,12 @@ class Saver:
         self.began = time.monotonic()
         ranks = Ranks("save", self.timeout)
         with ranks.step():
+            if self.closed:
+                raise CheckpointError("this Saver is closed; make another one", "output")
+            tiers.require_tier(tier, self.kind)
             facts = self._facts(step, tier, metrics)
-        commit = Commit(ranks, self.nodes, self.run / NAMES[tier].format(step), facts)
+        flight: Flight | None = None
+        commit = Commit(ranks, self.nodes, self.run / tiers.NAMES[tier].format(step), facts)
         try:
             commit.begin()
             with ranks.step():
@@ -134,26 +138,22 @@ class Saver:
             with ranks.step():
                 if self.background:
                     work.copy(self.memory)
+                    flight.start(self.pool)
                 else:
                     flight.write()
         except BaseException:
+            if flight is not None:
+                flight.stop()
             commit.abandon()
             raise
         self.flight = flight
         if self.background:
             exits.watch(self)
-            flight.start(self.pool)
         else:
             self.wait()
         self.held = time.monotonic() - self.began
 
     def _facts(self, step: int, tier: Tier, metrics: Mapping[str, Any] | None) -> Facts:
-        if tier not in NAMES or (tier == "weights" and self.kind is None):
-            raise CheckpointError(
-                f'tier {tier!r}: expected "full", or "weights" of a Saver with weights="bf16", '
-                '"fp16" or "fp32"',
-                "output",
-            )
         tag = f"global_step{step}" if tier == "full" else None
         stage = int(self.engine.zero_optimization_stage())
         said = plain_metrics(metrics)
@@ -182,9 +182,18 @@ class Saver:
         if facts.tier == "full":
             self.took = time.monotonic() - self.began
         if self.nodes.commits:
-            publish(self.run, self.retention)
+            point(self.run, self.retention)
+            self._tidy(flight.commit.final)
         if not flight.commit.ranks.rank:
             log.info("committed %s, %.1f s", flight.commit.final, time.monotonic() - self.began)
+
+    def _tidy(self, just: Path) -> None:
+        """Deletes old checkpoints, behind the training's back if saves are there too."""
+        if self.background and not self.closed:
+            with suppress(RuntimeError):  # the process is ending
+                self.pool.submit(tidy, self.run, self.retention, just)
+                return
+        tidy(self.run, self.retention, just)
 
     def step(
         self,
@@ -211,13 +220,12 @@ class Saver:
                 self.flight = None
                 exits.forget(self)
                 self._landed(flight)
-        if self.watch is not None and self.watch.due(step):
+        if self.watch is not None and self.watch.due(int(self.engine.global_steps)):
             self._stop(step, metrics, client_state, extra)
-        due = [tier for tier in NAMES if tier in self.every and step % self.every[tier] == 0]
-        if not due:
-            return False
-        self.save(step, metrics, client_state, extra, "full" if "full" in due else "weights")
-        return True
+        tier = tiers.due(self.every, step)
+        if tier is not None:
+            self.save(step, metrics, client_state, extra, tier)
+        return tier is not None
 
     def _stop(self, step: int, *state: Any) -> None:
         """The last save, unless it is there or cannot be finished; then the end of the process."""
@@ -238,7 +246,8 @@ class Saver:
             self.wait()
             self._part()
         finally:
-            self.pool.shutdown()
+            self.closed = True
+            self.pool.shutdown()  # which waits for old checkpoints to be deleted
             if self.watch is not None:
                 self.watch.close()
 
@@ -263,19 +272,9 @@ class Saver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None and self.flight is not None:
+            try:
+                self._land(self.flight, min(self.timeout, FAREWELL))
+            except CheckpointError as failure:  # the other ranks may not come; ``error`` says why
+                log.warning("%s", failure)
         self.close()
-
-
-def _require_known(weights: str | None, every: Mapping[str, int]) -> None:
-    if weights is not None and weights not in KINDS:
-        raise CheckpointError(f"weights={weights!r}, expected bf16, fp16, fp32 or None", "output")
-    for tier, steps in every.items():
-        if tier not in NAMES or not isinstance(steps, int) or steps < 1:
-            raise CheckpointError(
-                f"every: {tier!r} each {steps!r} steps, expected full or weights and a number",
-                "output",
-            )
-
-
-def _ranks_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or dist.get_world_size()

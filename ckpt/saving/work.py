@@ -30,6 +30,7 @@ class Work:
         self.report: shards.Report | None = None
         self.beat: Callable[[], object] = lambda: None
         self.passed = threading.Event()  # what the trainer may change again is all that is left
+        self.done = False  # everything is on disk
         self.ours = 0  # bytes of the files, from the first on, that are not copied
 
     @property
@@ -63,6 +64,7 @@ class Work:
                     return
                 state.replace(index, copied.numpy().data)
         memory.arrived(devices)
+        self.passed.set()
 
     def write(self) -> None:
         """Writes everything, on disk when it returns; ``beat`` is called now and then."""
@@ -73,6 +75,7 @@ class Work:
             self.passed.set()
             if self.weights and self.report is None:
                 self.report = self.weights.write(self.folder, self._watched())
+            self.done = True
         finally:
             self.passed.set()
 

@@ -187,6 +187,30 @@ def failures(out: Path) -> None:
         dist.barrier()
         works(quick)
     told["twice"] = caught(_two, out / "two", engine)
+    fails_later.saved.clear()
+    told["closed"] = caught(fails_later.save, 91)
+    if rank == 1:  # between DeepSpeed's barriers, where the other rank would wait for ever
+        engine.optimizer.state_dict = _broken
+    told["state"] = caught(saver.save, 92)
+    if rank == 1:
+        del engine.optimizer.state_dict
+    works()
+    lower = ckpt.Saver(engine, out / "lower", retention=ckpt.Retention(last=1), timeout=20)
+    for step in (50, 35, 40):
+        lower.save(step)
+    dist.barrier()
+    steps_there = [c.step for c in Run(out / "lower").checkpoints()]
+    assert steps_there == [40, 50], steps_there
+    dist.barrier()
+    began = time.monotonic()
+    try:
+        with ckpt.Saver(engine, out / "left", background=True, timeout=300) as left:
+            left.save(1)
+            if rank == 1:
+                raise ValueError("the user's own")
+    except ValueError as error:
+        told["left"] = (str(error), time.monotonic() - began)
+    told.setdefault("left", ("", 0.0))
     for name, options in (
         ("weights", {"weights": "fp8"}),
         ("every", {"every": 0}),
@@ -205,6 +229,10 @@ def failures(out: Path) -> None:
     told["dies"] = caught(ckpt.Saver(engine, run, timeout=3, preflight=False).save, 95)
     tell(out, told)
     os._exit(0)  # what closes a training in order waits for the dead rank
+
+
+def _broken() -> Any:
+    raise RuntimeError("memory on fire")
 
 
 def _advanced(saver: ckpt.Saver) -> None:

@@ -154,6 +154,9 @@ def test_a_failure_on_one_rank_is_told_on_both_and_commits_nothing(tmp_path: Pat
         "absent": "save failed on rank 1: no sign of life for 2 s",
         "absent-0": "save failed on rank 0: no sign of life for 2 s",
         "twice": f"save failed on rank 0: {tmp_path}/two/.checkpoint-1.saving is in use",
+        "closed": "save failed on rank ",
+        "state": "save failed on rank 1: RuntimeError: memory on fire",
+        "left": "",
         "weights": "Saver failed on rank ",
         "every": "Saver failed on rank ",
         "memory": "Saver failed on rank ",
@@ -167,6 +170,7 @@ def test_a_failure_on_one_rank_is_told_on_both_and_commits_nothing(tmp_path: Pat
     for name in ("full", "full-later", "full-wait"):
         assert mine[name][0].endswith("No space left on device")
     assert "metric loss is 'low', expected a number" in mine["metric"][0]
+    assert mine["left"][0] == "" and theirs["left"][0] == "the user's own"
     left = {path.name for path in folder.iterdir() if path.name.startswith(".")}
     assert left <= {".checkpoint-95.saving"}
     assert all(checkpoint.committed for checkpoint in Run(folder).checkpoints())

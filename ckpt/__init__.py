@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Preemption", "Retention", "Saver", "__version__", "open"]
+__all__ = ["Preemption", "Retention", "Saver", "__version__", "find", "open", "resume"]
 
 _HOMES = {
     "Preemption": "ckpt.saving.preemption",
     "Retention": "ckpt.runs.retention",
     "Saver": "ckpt.saving.saver",
+    "find": "ckpt.saving.choosing",
     "open": "ckpt.opened",
+    "resume": "ckpt.saving.resume",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from ckpt import __version__
+from ckpt import __version__, reshard_command
 from ckpt.runs import commands
 from ckpt.terminal import CHECKPOINT, JSON, facts_as_json, progress
 
@@ -165,7 +165,7 @@ def show(checkpoint: Path, tag: str | None, tensors: bool, as_json: bool) -> Non
     click.echo(facts_as_json(facts) if as_json else report.show_text(facts))
 
 
-for command in commands.COMMANDS:
+for command in (*commands.COMMANDS, *reshard_command.COMMANDS):
     cli.add_command(command)
 
 

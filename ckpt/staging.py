@@ -93,7 +93,7 @@ def _clear(folder: Path) -> None:
 
 
 def _require_space(folder: Path, output: Path, nbytes: int) -> None:
-    there = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = files.free_space(folder)
     if nbytes - there > free:
         raise CheckpointError(

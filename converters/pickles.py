@@ -31,12 +31,18 @@ class Global:
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """A call that the pickle asks for and that is not made."""
+    """A call that the pickle asks for and that is not made.
+
+    ``new`` is whether it asks for ``of.__new__(of, *args)`` instead of ``of(*args)``; ``state`` is
+    what the result is to be given then, ``items`` what is appended and ``pairs`` what is set.
+    """
 
     of: Any
     args: tuple[Any, ...] = ()
     state: Any = None
     items: list[Any] = field(default_factory=list)
+    pairs: list[tuple[Any, Any]] = field(default_factory=list)
+    new: bool = False
 
 
 Builders = Mapping[tuple[str, str], Callable[..., Any]]
@@ -143,10 +149,16 @@ class Interpreter:
 
     def newobj(self) -> None:
         args = self.stack.pop()
-        self.stack[-1] = Record(self.stack[-1], args if isinstance(args, tuple) else (args,))
+        args = args if isinstance(args, tuple) else (args,)
+        self.stack[-1] = Record(self.stack[-1], args, new=True)
 
     def newobj_ex(self) -> None:
-        self.stack.pop()
+        named, args = self.stack.pop(), self.stack.pop()
+        if named:  # as protocol 2 says the same
+            function = Global("copyreg", "__newobj_ex__")
+            self.stack[-1] = Record(function, (self.stack[-1], args, named))
+            return
+        self.stack.append(args)
         self.newobj()
 
     def obj(self) -> None:
@@ -164,7 +176,7 @@ class Interpreter:
             if isinstance(target, dict):
                 target[hashable(key)] = value
             elif isinstance(target, Record):
-                target.items.append((key, value))
+                target.pairs.append((key, value))
             else:
                 self.fail("items are set on what is no dict")
 

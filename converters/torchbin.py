@@ -13,17 +13,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from zlib import crc32
 
 from converters import rebuild, torchzip
+from converters.archive import Archive
 from converters.errors import CheckpointError
-from converters.plan import Entry, Placement, Plan, Shard, Tied
+from converters.plan import Entry, Plan, Shard, Tied
 from converters.plan import plan as plan_shards
 from converters.safetensors import shard_names
 from converters.tensors import DType, TensorRef, Weights
 
 ALIGNMENT = 64
-_FULL = 0xFFFFFFFF
 _STORAGES = {dtype: name for name, dtype in rebuild.STORAGES.items() if name != "UntypedStorage"}
 _DTYPES = {dtype: name for name, dtype in rebuild.DTYPES.items()}
 
@@ -35,76 +34,13 @@ def plan(weights: Weights, dtype: DType | None, max_shard_size: int, tied: Tied)
 
 
 def _shard(filename: str, entries: Sequence[Entry], shared: Mapping[str, str]) -> Shard:
-    root = filename.removesuffix(".bin")
-    literals: list[tuple[int, bytes]] = []
-    placements: list[Placement] = []
-    slots: list[tuple[int, str]] = []
-    directory: list[tuple[bytes, str | None]] = []
-    at = 0
-
-    def record(name: str, size: int, crc: int, tensor: Entry | None = None) -> None:
-        nonlocal at
-        path = f"{root}/{name}".encode()
-        local, central = _headers(path, size, crc, at)
-        literals.append((at, local))
-        if tensor is not None:
-            slots.append((at + 14, tensor.name))
-            placements.append(tensor.at(at + len(local)))
-        directory.append((central, tensor.name if tensor else None))
-        at += len(local) + size
-
-    def small(name: str, data: bytes) -> None:
-        record(name, len(data), crc32(data))
-        literals.append((at - len(data), data))
-
-    small("data.pkl", _pickle(entries, shared))
-    small("byteorder", b"little")
+    archive = Archive(filename.removesuffix(".bin"), ALIGNMENT)
+    archive.data("data.pkl", _pickle(entries, shared))
+    archive.data("byteorder", b"little")
     for key, entry in enumerate(entries):
-        record(f"data/{key}", entry.nbytes, 0, entry)
-    small("version", b"3\n")
-    start = at
-    for central, tensor_name in directory:
-        if tensor_name is not None:
-            slots.append((at + 16, tensor_name))
-        literals.append((at, central))
-        at += len(central)
-    end = _end(len(directory), start, at - start)
-    literals.append((at, end))
-    return Shard(filename, at + len(end), tuple(literals), tuple(placements), tuple(slots))
-
-
-def _headers(name: bytes, size: int, crc: int, at: int) -> tuple[bytes, bytes]:
-    """The local and the central header of a record at byte ``at`` (PKWARE APPNOTE 4.3)."""
-    large, far = size >= _FULL, at >= _FULL
-    sizes = struct.pack("<HHQQ", 1, 16, size, size) if large else b""
-    shown = _FULL if large else size
-    version = 45 if large or far else 20
-    # utf-8 names, stored, no time: the first day a zip can name
-    common = struct.pack("<HHHHHIII", version, 0x800, 0, 0, 0x21, crc, shown, shown)
-    gap = -(at + 30 + len(name) + len(sizes) + 4) % ALIGNMENT
-    padding = struct.pack("<HH", 0x4246, gap) + b"Z" * gap
-    local = b"PK\x03\x04" + common + struct.pack("<HH", len(name), len(sizes) + 4 + gap)
-    values = ([size, size] if large else []) + ([at] if far else [])
-    extra = struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values) if values else b""
-    central = b"PK\x01\x02" + struct.pack("<H", version) + common
-    central += struct.pack("<HHHHHII", len(name), len(extra), 0, 0, 0, 0, _FULL if far else at)
-    return local + name + sizes + padding, central + name + extra
-
-
-def _end(count: int, start: int, size: int) -> bytes:
-    """The end of the central directory, in its 64-bit form too where that is needed."""
-    wide = b""
-    if count >= 0xFFFF or start >= _FULL:
-        wide = b"PK\x06\x06" + struct.pack(
-            "<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, size, start
-        )
-        wide += b"PK\x06\x07" + struct.pack("<IQI", 0, start + size, 1)
-    shown = min(count, 0xFFFF)
-    return (
-        wide
-        + b"PK\x05\x06"
-        + struct.pack("<HHHHIIH", 0, 0, shown, shown, min(size, _FULL), min(start, _FULL), 0)
-    )
+        archive.tensor(f"data/{key}", [entry])
+    archive.data("version", b"3\n")
+    return archive.shard(filename)
 
 
 def _pickle(entries: Sequence[Entry], shared: Mapping[str, str]) -> bytes:

@@ -17,20 +17,20 @@ from typing import Any
 
 from converters import rebuild, torchzip
 from converters.errors import CheckpointError
-from converters.pickles import Interpreter
+from converters.pickles import Builders, Interpreter
 from converters.tensors import Checksum, DType, Extent, TensorRef
 
 MAGIC = 0x1950A86A20F9469CFC6C
 HEAD = b"\x80\x02\x8a\x0al\xfc\x9cF"  # the first bytes of pickle(MAGIC)
 
 
-def read(path: Path) -> torchzip.TorchFile:
+def read(path: Path, builders: Builders, stored: torchzip.Stored) -> torchzip.TorchFile:
     """Reads the pickles of ``path`` and none of its tensors. ``CheckpointError`` if damaged."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _read(path, data)
+        return _read(path, data, builders, stored)
 
 
-def _read(path: Path, data: Any) -> torchzip.TorchFile:
+def _read(path: Path, data: Any, builders: Builders, stored: torchzip.Stored) -> torchzip.TorchFile:
     seen: dict[str, tuple[DType, int]] = {}
 
     def remember(pid: Any) -> TensorRef:
@@ -62,10 +62,10 @@ def _read(path: Path, data: Any) -> torchzip.TorchFile:
         places[key] = TensorRef(dtype, (numel,), (Extent(path, at + 8, nbytes),))
         at += 8 + nbytes
 
-    def placed(pid: Any) -> TensorRef:
-        return places[rebuild.storage_id(pid, path)[1]]
+    def placed(pid: Any) -> Any:
+        return stored(pid, places[rebuild.storage_id(pid, path)[1]])
 
-    second = Interpreter(data, rebuild.BUILDERS, placed, str(path))
+    second = Interpreter(data, builders, placed, str(path))
     second.at = start
     root = second.run()
     found = (Checksum(e, None) for ref in places.values() for e in ref.extents if e.length)

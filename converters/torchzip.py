@@ -18,6 +18,7 @@ import os
 import struct
 import zipfile
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
@@ -27,7 +28,7 @@ from zlib import crc32
 
 from converters import files
 from converters.errors import CheckpointError
-from converters.pickles import Interpreter, Record
+from converters.pickles import Builders, Interpreter, Record
 from converters.rebuild import BUILDERS, storage_id
 from converters.tensors import Checksum, Extent, TensorRef
 
@@ -55,9 +56,18 @@ class TorchFile:
         return self.checksums[at - 1]
 
 
-def read(path: Path) -> TorchFile:
+Stored = Callable[[Any, TensorRef | Record], Any]  # a persistent id, and the storage it names
+
+
+def located(_: Any, storage: TensorRef | Record) -> TensorRef | Record:
+    """A storage is where it lies, and nothing else of it is of interest."""
+    return storage
+
+
+def read(path: Path, builders: Builders = BUILDERS, stored: Stored = located) -> TorchFile:
     """Reads the pickle of ``path`` and none of its tensors. Runs nothing the file names.
 
+    ``builders`` and ``stored`` say what calls and storages become in the root object.
     ``CheckpointError`` if the file is damaged, is no file of ``torch.save``, or is too new.
     """
     from converters import torchlegacy
@@ -66,9 +76,9 @@ def read(path: Path) -> TorchFile:
         with open(path, "rb") as file:
             head = file.read(8)
             if head[:4] == b"PK\x03\x04":
-                return _read_zip(path)
+                return _read_zip(path, builders, stored)
             if head == torchlegacy.HEAD:
-                return torchlegacy.read(path)
+                return torchlegacy.read(path, builders, stored)
             file_size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}", "incomplete") from error
@@ -93,7 +103,7 @@ def _begins_json(path: Path) -> bool:
         return file.read(1) == b"{"
 
 
-def _read_zip(path: Path) -> TorchFile:
+def _read_zip(path: Path, builders: Builders, stored: Stored) -> TorchFile:
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             infos = {info.filename: info for info in archive.infolist()}
@@ -105,7 +115,11 @@ def _read_zip(path: Path) -> TorchFile:
                 raise CheckpointError(f"{path} is {order!r} endian; only little is", "refused")
             data = records.small("data.pkl")
             assert data is not None
-            root = Interpreter(data, BUILDERS, records.storage, str(path)).run()
+
+            def storage(pid: Any) -> Any:
+                return stored(pid, records.storage(pid))
+
+            root = Interpreter(data, builders, storage, str(path)).run()
             file.seek(archive.start_dir)
             digest = sha256(file.read()).hexdigest()
     except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as error:

@@ -15,7 +15,7 @@ from ckpt.runs import manifest
 from ckpt.runs.run import Run
 from ckpt.saving import extras, rng
 
-pytestmark = pytest.mark.xdist_group("training")
+pytestmark = pytest.mark.xdist_group("training-more")
 WORKER = "tests/trainers_worker_accelerate.py"
 LIMIT = 300  # seconds; a launch takes 15 to 30
 STAGES = (2, 3)

@@ -16,7 +16,7 @@ from ckpt.runs.run import Run, open_checkpoint
 from ckpt.saving import rng
 from ckpt.saving.commit import replace_folder
 
-pytestmark = pytest.mark.xdist_group("training")
+pytestmark = pytest.mark.xdist_group("training-more")
 WORKER = "tests/trainers_worker_lightning.py"
 LIMIT = 300  # seconds; a launch takes 20 to 60
 STAGES = (2, 3)

@@ -66,7 +66,7 @@ def choose(
     with _step(ranks) as asked:
         if thorough not in ("structure", "data"):
             raise CheckpointError(f"verify={thorough!r}, expected structure or data", "refused")
-        asked.value = _asked(path, tag) if _rank(ranks) == 0 else None
+        asked.value = _asked(path, tag, fits) if _rank(ranks) == 0 else None
     kind, name = asked.heard[0]
     if kind == "nothing":
         with _step(ranks) as seen:
@@ -88,16 +88,22 @@ def choose(
     return open_checkpoint(folder)
 
 
-def _asked(path: Path, tag: str | None) -> tuple[str, str | None]:
+def _asked(path: Path, tag: str | None, fits: Fits | None) -> tuple[str, str | None]:
     """What the caller means: "run", "nothing" or "checkpoint" and its name in ``path``."""
     if not path.is_dir():
-        run = path.parent
-        among = run.is_dir() and any(c.manifest is not None for c in Run(run).checkpoints())
+        beside = Run(path.parent).checkpoints() if path.parent.is_dir() else []
+        among = any(c.manifest is not None for c in beside)
         if tag is not None or path.exists() or is_numbered(path) or among:
             what = "is a file" if path.exists() else "does not exist"
             raise CheckpointError(f"{path} {what}; expected a checkpoint or a run", "incomplete")
         return "nothing", None
-    if is_checkpoint(path):
+    held = open_checkpoint(path).manifest
+    inner = [] if held is not None else [c for c in Run(path).checkpoints() if c.manifest]
+    if is_checkpoint(path) and not inner:  # or it is a run that DeepSpeed saved into before
+        known = (path / tag).is_dir() if held is None and tag is not None else True
+        if not known or (tag is not None and held is not None and tag != held.tag):
+            has = f"its tag is {held.tag}" if held is not None else "it has no such folder"
+            raise CheckpointError(f"{path} is no checkpoint of tag {tag}: {has}", "incomplete")
         return "checkpoint", None
     run = Run(path)
     if tag is None:
@@ -109,6 +115,8 @@ def _asked(path: Path, tag: str | None) -> tuple[str, str | None]:
         for c in run.checkpoints()
         if tag in (c.name, str(c.step)) or (c.manifest is not None and tag == c.manifest.tag)
     ]
+    if len(named) > 1 and fits is not None:  # one may be resharded from the other
+        named = [c for c in named if c.manifest is not None and fits(c.manifest)] or named
     if len(named) != 1:
         what = "no checkpoint" if not named else ", ".join(c.name for c in named)
         raise CheckpointError(f"{path} has {what} for {tag}; see ckpt ls {path}", "incomplete")

@@ -19,7 +19,8 @@ from converters.errors import CheckpointError
 
 
 def progress(engine: Any) -> dict[str, Any]:
-    """Counters, learning rate of each param group, loss scale, and a digest of the configuration.
+    """Counters, learning rate of each param group, loss scale, samples in a step of all ranks, and
+    a digest of the configuration.
 
     All JSON; what this version of DeepSpeed does not offer is left out.
     """
@@ -30,8 +31,11 @@ def progress(engine: Any) -> dict[str, Any]:
             found[name] = value
     if engine.optimizer is not None:
         found["lr"] = [_number(value) for value in engine.get_lr()]
-        found["loss_scale"] = _number(getattr(engine.optimizer, "cur_scale", None))
+        scale = getattr(engine.optimizer, "loss_scale_config", engine.optimizer)  # without ZeRO
+        found["loss_scale"] = _number(getattr(scale, "cur_scale", None))
         found["optimizer_step"] = _optimizer_step(engine.optimizer)
+    if callable(batch := getattr(engine, "train_batch_size", None)):
+        found["train_batch_size"] = _number(batch())
     config = getattr(engine, "config", None)
     if isinstance(config, dict):
         text = json.dumps(config, sort_keys=True, default=str)

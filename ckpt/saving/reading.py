@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from ckpt.saving.memory import available
 from converters.errors import CheckpointError
@@ -28,29 +27,21 @@ from converters.errors import CheckpointError
 SCALING = ("loss_scaler", "loss_scale_config", "dynamic_loss_scale", "overflow", "clip_grad")
 
 
-class Mapped(CheckpointEngine):
-    """Loads files as maps of them, and can tell which tensors are parts of such.
+class Mapped:
+    """In the place of the checkpoint engine ``before``: loads files as maps of them.
 
-    ``without``: keys that are taken out of each state. Saving is left to the engine ``before``.
+    It can tell which tensors are parts of such. ``without``: keys that are taken out of each state.
+    ``config``: DeepSpeed's, as it was saved, from the first state.
     """
 
     def __init__(self, before: Any, without: tuple[str, ...] = ()):
-        super().__init__()
         self.before, self.without = before, without
+        self.config: Any = None
         self.starts: list[int] = []  # addresses of mapped storages, sorted
         self.ends: dict[int, int] = {}
 
-    def create(self, info: Any) -> None:
-        """As the engine would without us."""
-        self.before.create(info)
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """As the engine would without us."""
-        self.before.save(state_dict, path)
-
-    def commit(self, info: Any) -> Any:
-        """As the engine would without us."""
-        return self.before.commit(info)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.before, name)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """The state in a file, its tensors mapped; of torch's old stream format, read."""
@@ -58,8 +49,10 @@ class Mapped(CheckpointEngine):
             state = torch.load(path, map_location=self._note, mmap=True, weights_only=False)
         else:
             state = self.before.load(path, map_location=map_location)
-        for key in self.without if isinstance(state, dict) else ():
-            state.pop(key, None)
+        if isinstance(state, dict):
+            self.config = self.config or state.get("ds_config")
+            for key in self.without:
+                state.pop(key, None)
         return state
 
     def _note(self, storage: Any, location: str) -> Any:
@@ -148,7 +141,9 @@ def weights_alone(engine: Any) -> Iterator[None]:
 
     def masters(*args: Any, **options: Any) -> None:
         if zero:
-            load(*args, **options | {"load_optimizer_states": False, "load_from_fp32_weights": True})
+            load(
+                *args, **options | {"load_optimizer_states": False, "load_from_fp32_weights": True}
+            )
         elif hasattr(optimizer, "fp32_groups") or hasattr(optimizer, "fp32_groups_flat"):
             load(*args, **options | {"load_optimizer_states": False})
         for name, value in held.items():

@@ -1,6 +1,7 @@
-"""Accelerate's ``save_state``, whole or absent.
+"""Accelerate's ``save_state``, whole or absent, and its ``load_state`` from the newest whole one.
 
     path = ckpt.trainers.accelerate.save_state(accelerator, "out", metrics={"eval_loss": 1.9})
+    step = ckpt.trainers.accelerate.load_state(accelerator, "out")         0 if there is none yet
     accelerator.load_state(path)                    Accelerate's own, as ever
 
 The files are those that Accelerate and DeepSpeed write, in ``out/checkpoint-STEP``. Accelerate
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from accelerate.utils import MODEL_NAME, DistributedType
 from ckpt.live.job import save_config
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.retention import Retention
-from ckpt.saving import extras, nodes
+from ckpt.saving import continuity, extras, nodes, reading
+from ckpt.saving.asked import Asked, alive
+from ckpt.saving.choosing import Thorough
 from ckpt.saving.commit import Commit, Facts
+from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.progress import metrics as plain_metrics
 from ckpt.saving.progress import progress, versions
 from ckpt.saving.publish import publish
@@ -84,6 +88,64 @@ def save_state(
     if found.commits:
         publish(folder, retention)
     return commit.final
+
+
+def load_state(
+    accelerator: Any,
+    path: str | os.PathLike[str],
+    *,
+    tag: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    verify: Thorough = "structure",
+    on_mismatch: OnMismatch = "error",
+    load_optimizer_states: bool = True,
+    load_foreign: bool = False,
+    timeout: float = TIMEOUT,
+    **load_model_func_kwargs: Any,
+) -> int:
+    """What ``accelerator.load_state`` loads, from the newest whole checkpoint of a run.
+
+    Every rank calls it, after ``accelerator.prepare``. Returns the step; 0 if the run has none yet.
+
+    - ``path``: the run, or a checkpoint, which has to be whole
+    - ``tag``: the one of this folder name or step, or ``latest`` or ``best``, in the run
+    - ``extra``: this rank's objects with ``load_state_dict()``, by the names they were saved by
+
+    The others are those of ``ckpt.resume``; the rest goes to ``accelerator.load_state``, which
+    itself takes what the engine could not load, or random states that are missing, for success.
+    ``CheckpointError`` on every rank if one fails.
+    """
+    engines = _engines(accelerator)
+    ranks = Ranks("load_state", timeout)
+    asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign)
+    asked.require_same([load_optimizer_states])
+    with ExitStack() as stack:
+        source = asked.choose(engines[0], stack)
+        if source is None:
+            return 0
+        state = asked.prepare(engines[0], source)
+        with ranks.step():
+            if load_model_func_kwargs.get("load_module_only"):
+                raise CheckpointError(
+                    "load_module_only: Accelerate loads the rest all the same; call "
+                    "ckpt.resume(engine, ..., load_module_only=True)",
+                    "unsupported",
+                )
+        with ranks.step(), alive(ranks), ExitStack() as maps:
+            readers = [maps.enter_context(reading.mapped(engine)) for engine in engines]
+            for engine in engines if not load_optimizer_states else ():
+                maps.enter_context(reading.weights_alone(engine))
+            accelerator.load_state(str(source.folder), **load_model_func_kwargs)
+        source.go_on(engines[0])
+    with ranks.step() as step:
+        configs = (readers[0].config, getattr(engines[0], "config", None))
+        without = () if load_optimizer_states else ("loss_scale", "optimizer_step", "lr")
+        noted = source.progress or {}
+        rows = continuity.compare(noted, progress(engines[0]), configs, without)
+        step.value = continuity.mismatches(rows)
+        state.set(extra)
+    asked.tell(source, rows, step.heard)
+    return source.step
 
 
 def _engines(accelerator: Any) -> list[Any]:

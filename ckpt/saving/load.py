@@ -1,0 +1,89 @@
+"""One ``engine.load_checkpoint`` that brings back all of a checkpoint, or its weights alone."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from ckpt.saving import continuity, reading
+from ckpt.saving.progress import progress
+from ckpt.saving.source import Source
+from converters.errors import CheckpointError
+
+COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+# What DeepSpeed itself puts beside the user's client state (runtime/engine.py:
+# _common_checkpoint_state, _save_checkpoint, _checkpoint_parallel_metadata).
+DEEPSPEEDS = {
+    *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes"),
+    *("shared_params", "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd"),
+    *("sparse_tensor_module_names", "skipped_steps", "global_steps", "global_samples"),
+    *(
+        "dp_world_size",
+        "mp_world_size",
+        "ds_config",
+        "ds_version",
+        "checkpoint_parallel_dimensions",
+    ),
+    *("num_experts", "ds_autoep_layers", "autoep_layers", "universal_checkpoint_info"),
+}
+
+
+class Load:
+    """One ``engine.load_checkpoint``, and what there is to compare after it."""
+
+    def __init__(self, engine: Any, source: Source, optimizer: bool, module_only: bool):
+        self.engine, self.source = engine, source
+        self.optimizer, self.module_only = optimizer and not module_only, module_only
+        self.config: Any = None  # DeepSpeed's, as it was saved
+
+    def __call__(self, scheduler: bool, strict: bool) -> dict[str, Any]:
+        """Loads; returns the client state. ``CheckpointError`` if DeepSpeed loads nothing."""
+        engine, source = self.engine, self.source
+        if not self.optimizer and engine.zero_nvme_offload_optimizer():
+            raise CheckpointError(
+                "the optimizer is offloaded to NVMe, where DeepSpeed loads all states or none; "
+                "convert the checkpoint (ckpt to-fp32) and load the weights into the model",
+                "unsupported",
+            )
+        scheduler = scheduler and not self.module_only
+        before = {name: getattr(engine, name) for name in COUNTERS if hasattr(engine, name)}
+        drop = ("random_ltd", "data_sampler") if self.module_only else ()
+        with ExitStack() as stack:
+            reader = stack.enter_context(reading.mapped(engine, drop))
+            if not self.optimizer:
+                stack.enter_context(reading.weights_alone(engine))
+            path, client = engine.load_checkpoint(
+                str(source.folder),
+                tag=source.tag,
+                load_module_strict=strict,
+                load_lr_scheduler_states=scheduler,
+            )
+            if path is None:
+                raise CheckpointError(
+                    f"{source.folder}: DeepSpeed loaded nothing of tag {source.tag}", "incomplete"
+                )
+            self.config = reader.config
+            mine = {name: value for name, value in client.items() if name not in DEEPSPEEDS}
+            reader.detach(mine)
+            client.clear()
+        if self.module_only:
+            for name, value in before.items():
+                setattr(engine, name, value)
+            return {}
+        source.go_on(engine)
+        rates = (source.progress or {}).get("lr")
+        if not self.optimizer and scheduler and engine.lr_scheduler is not None and rates:
+            for group, rate in zip(engine.optimizer.param_groups, rates, strict=False):
+                group["lr"] = rate  # a scheduler sets it after a step, not when it is loaded
+        return mine
+
+    def rows(self) -> list[continuity.Row]:
+        """What was noted at the save, and how it is now."""
+        if self.module_only:
+            return []
+        without = () if self.optimizer else ("loss_scale", "optimizer_step")
+        if not self.optimizer and self.engine.lr_scheduler is None:
+            without = (*without, "lr")
+        configs = (self.config, getattr(self.engine, "config", None))
+        noted = self.source.progress or {}
+        return continuity.compare(noted, progress(self.engine), configs, without)

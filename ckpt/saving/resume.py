@@ -1,0 +1,82 @@
+"""A plain DeepSpeed training goes on from the newest whole checkpoint, provably as the same run.
+
+    start = ckpt.resume(engine, "out", extra={"sampler": sampler})
+    for step in range(start + 1, steps + 1): ...
+
+Every rank calls it once, after ``deepspeed.initialize``. All ranks load the same checkpoint, or
+none: what can be known is looked at on all of them before the engine is touched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.saving import continuity
+from ckpt.saving.asked import Asked, alive
+from ckpt.saving.choosing import Thorough
+from ckpt.saving.continuity import OnMismatch
+from ckpt.saving.load import Load
+
+
+def resume(
+    engine: Any,
+    path: str | os.PathLike[str],
+    *,
+    tag: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    client_state: MutableMapping[str, Any] | None = None,
+    verify: Thorough = "structure",
+    on_mismatch: OnMismatch = "error",
+    load_optimizer_states: bool = True,
+    load_lr_scheduler_states: bool = True,
+    load_module_only: bool = False,
+    load_module_strict: bool = True,
+    load_foreign: bool = False,
+    reshard: Literal["auto"] | None = None,
+    timeout: float = TIMEOUT,
+) -> int:
+    """Loads a checkpoint into ``engine`` and returns its step; 0 if the run has none yet.
+
+    ``path`` is a run, whose newest whole checkpoint is taken, or a checkpoint, which has to be
+    whole.
+
+    - ``tag``: the one of this tag, folder name or step, or ``latest`` or ``best``, in the run
+    - ``extra``: this rank's objects with ``load_state_dict()``, by the names they were saved by
+    - ``client_state``: gets what was saved as such
+    - ``verify``: "structure" looks at sizes and headers, "data" reads every byte first
+    - ``on_mismatch``: "error" stops on every rank if the training is not as it was saved, or not
+      all of it comes back; "warn" only says so
+    - ``load_optimizer_states=False``: the weights, from their fp32 masters; the optimizer and its
+      loss scale begin anew
+    - ``load_module_only``: the weights and nothing else: no counters, random states or extras;
+      returns 0
+    - ``load_foreign``: whether to load one without a manifest, where it is asked for
+    - ``reshard="auto"``: one of another world size or ZeRO stage is resharded beside it first
+    - ``timeout``: seconds without a sign of life until a rank counts as absent
+
+    ``CheckpointError`` on every rank if one fails.
+    """
+    ranks = Ranks("resume", timeout)
+    asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign, reshard)
+    asked.require_same([load_optimizer_states, load_lr_scheduler_states, load_module_only])
+    with ExitStack() as stack:
+        source = asked.choose(engine, stack)
+        if source is None:
+            return 0
+        load = Load(engine, source, load_optimizer_states, load_module_only)
+        state = asked.prepare(engine, source, not load_module_only)
+        with ranks.step(), alive(ranks):
+            client = load(load_lr_scheduler_states, load_module_strict)
+    with ranks.step() as step:
+        rows = load.rows()
+        step.value = continuity.mismatches(rows)
+        if client_state is not None and not load_module_only:
+            client_state.update(client)
+        state.set(extra)
+    asked.tell(source, rows, step.heard)
+    return 0 if load_module_only else source.step

@@ -1,0 +1,127 @@
+"""What a training goes on from: a checkpoint of a topology, and what each rank saved beside it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ckpt.runs import manifest
+from ckpt.runs.manifest import Manifest
+from ckpt.runs.run import Checkpoint
+from ckpt.saving import extras, plain, rng
+from converters import zero
+
+log = logging.getLogger("ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Of a training: its ZeRO stage, and how many ranks it has."""
+
+    stage: int
+    world_size: int
+
+    def fits(self, held: Manifest) -> bool:
+        """Whether DeepSpeed can load what ``held`` is the manifest of."""
+        return Topology(held.stage or 0, held.world_size).loads_as(self)
+
+    def loads_as(self, other: Topology) -> bool:
+        """Whether what was saved here loads there: without ZeRO, on any number of ranks."""
+        return self == other or self.stage == other.stage == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is loaded. ``foreign``: without a manifest; then ``digest`` is empty."""
+
+    folder: Path
+    tag: str
+    step: int
+    topology: Topology
+    digest: str = ""
+    progress: Mapping[str, Any] | None = None
+    metrics: Mapping[str, float] | None = None
+
+    @property
+    def foreign(self) -> bool:
+        """Whether ckpt did not write it."""
+        return not self.digest
+
+    def said(self, verified: str) -> str:
+        """What it is, as a line."""
+        proof = f"manifest {self.digest}, {verified} verified" if self.digest else "no manifest"
+        line = f"{self.folder}: step {self.step}, tag {self.tag}, {proof}"
+        metrics = [f"{name} {value:g}" for name, value in (self.metrics or {}).items()]
+        return "; ".join([line, *metrics[:3]])
+
+    def go_on(self, engine: Any) -> None:
+        """Sets what DeepSpeed does not load: the count of micro steps, if it is between steps."""
+        micro = (self.progress or {}).get("micro_steps")
+        if isinstance(micro, int) and micro % engine.gradient_accumulation_steps() == 0:
+            engine.micro_steps = micro
+
+    @classmethod
+    def of(cls, found: Checkpoint, tag: str | None = None) -> Source:
+        """By its manifest, or by what its state files say; raises as ``zero.read`` does."""
+        held = found.manifest
+        if held is None:
+            named = tag if tag is not None and (found.folder / tag).is_dir() else None
+            read = zero.read(found.folder, named)
+            topology = Topology(read.stage, read.world_size)
+            step = read.step if read.step is not None else found.step or 0
+            folder = read.place.folder
+            return cls(folder.parent, folder.name, step, topology)
+        data = (found.folder / manifest.NAME).read_bytes()
+        topology = Topology(held.stage or 0, held.world_size)
+        digest = sha256(data).hexdigest()[:12]
+        assert held.tag is not None
+        return cls(found.folder, held.tag, held.step, topology, digest, held.progress, held.metrics)
+
+
+@dataclass(slots=True)
+class State:
+    """What this rank saved beside the engine's state; ``random`` is ``None`` if it is not there."""
+
+    random: Any
+    extra: dict[str, Any]
+    wanted: bool = True
+
+    @classmethod
+    def none(cls) -> State:
+        """Nothing is to be set."""
+        return cls(None, {}, False)
+
+    @classmethod
+    def read(cls, source: Source, rank: int) -> State:
+        """As ``extras.write`` wrote it; ``CheckpointError`` if a file is damaged."""
+        random = source.folder / rng.NAME.format(rank)
+        extra = source.folder / extras.EXTRA.format(rank)
+        return cls(
+            plain.loads(random) if random.exists() else None,
+            plain.loads(extra) if extra.exists() else {},
+        )
+
+    def lost(self, extra: Mapping[str, Any] | None) -> list[str]:
+        """A line for each thing that does not come back."""
+        if not self.wanted:
+            return []
+        given = set(extra or {})
+        found = [] if self.random is not None else ["it has no random states of this rank"]
+        for name in sorted(given - set(self.extra)):
+            found.append(f"extra {name} was not saved")
+        for name in sorted(set(self.extra) - given):
+            found.append(f"extra {name} was saved, and is not given to be set")
+        return found
+
+    def set(self, extra: Mapping[str, Any] | None) -> None:
+        """Gives each object its state and, last, sets the random generators."""
+        for name, held in (extra or {}).items() if self.wanted else ():
+            if name in self.extra:
+                held.load_state_dict(self.extra[name])
+        if self.random is not None:
+            for absent in rng.restore(self.random):
+                log.warning("not set: %s", absent)

@@ -1,0 +1,89 @@
+"""A Hugging Face training that goes on: from the newest whole checkpoint, and as the same run.
+
+    trainer = Trainer(..., callbacks=[ckpt.trainers.hf_resume.ResumeCallback()])
+    trainer.train(resume_from_checkpoint=ckpt.find("out"))
+
+The Trainer loads what it is given, by DeepSpeed's ``load_checkpoint``, and takes random states that
+are missing for none (transformers 5.23 ``trainer.py: _load_rng_state``). The callback looks at what
+came of it before the first step, on every rank.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import DeepSpeedOptimizerWrapper
+from transformers import TrainerCallback
+
+from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.saving import choosing, continuity, rng
+from ckpt.saving.asked import Asked
+from ckpt.saving.choosing import Thorough
+from ckpt.saving.continuity import OnMismatch
+from ckpt.saving.progress import progress
+from ckpt.saving.source import Source
+from ckpt.trainers.hf_state import Shown
+from converters.errors import CheckpointError
+
+
+class ResumeCallback(TrainerCallback):
+    """Stops a training that goes on differently than it was saved, before its first step.
+
+    - ``checkpoint``: what is resumed from; without, that of the step in ``output_dir``
+    - ``verify``: "structure" looks at sizes and headers, "data" reads every byte
+    - ``on_mismatch``: "error" stops on every rank; "warn" only says what differs
+    - ``load_foreign``: whether to go on from one without a manifest
+    - ``timeout``: seconds without a sign of life until a rank counts as absent
+
+    It stays out of trainings that begin, and of those without DeepSpeed.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike[str] | None = None,
+        *,
+        verify: Thorough = "structure",
+        on_mismatch: OnMismatch = "error",
+        load_foreign: bool = False,
+        timeout: float = TIMEOUT,
+    ):
+        continuity.require_known(on_mismatch)
+        self.checkpoint, self.verify, self.on_mismatch = checkpoint, verify, on_mismatch
+        self.load_foreign, self.timeout = load_foreign, timeout
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
+        """Compares what was saved with what there is."""
+        wrapper = seen.get("optimizer")
+        if not state.global_step or not isinstance(wrapper, DeepSpeedOptimizerWrapper):
+            return
+        ranks = Ranks("ResumeCallback", self.timeout)
+        path = Path(self.checkpoint or args.output_dir)
+        tag = str(state.global_step) if self.checkpoint is None else None
+        asked = Asked(ranks, path, tag, None, self.verify, self.on_mismatch, self.load_foreign)
+        asked.require_same([state.global_step])
+        options = (self.verify, self.load_foreign)
+        found = choosing.choose(ranks, path, tag, *options, lambda m: m.world_size == ranks.world)
+        with ranks.step() as step:
+            if found is None:
+                raise CheckpointError(f"{path} holds no checkpoint to compare with", "incomplete")
+            source = Source.of(found)
+            inner = wrapper.optimizer
+            stage = source.topology.stage
+            shown = Shown(seen["model"], inner, stage, ranks.rank, int(state.global_step))
+            noted = {**(source.progress or {}), "step": source.step}
+            now = {**progress(shown), "step": int(state.global_step)}
+            rows = continuity.compare(noted, now, without=["global_steps"])  # that is all it knows
+            step.value = continuity.mismatches(rows) + _lost(source.folder, args)
+        asked.tell(source, rows, step.heard)
+
+
+def _lost(folder: Path, args: Any) -> list[str]:
+    """Whether the Trainer finds this rank's random states; it looks for them later."""
+    name = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+    if (folder / name).exists():
+        return []
+    ours = (folder / rng.NAME.format(args.process_index)).exists()
+    more = ", which is not what the Trainer reads" if ours else ""
+    return [f"{name} is not there{more}: random states are not as they were saved"]

@@ -1,0 +1,161 @@
+"""What an optimizer file holds of the param groups, for any stage and world size.
+
+The keys and classes are those of ``state_dict`` in DeepSpeed 0.19.8
+``runtime/zero/stage_1_and_2.py`` and ``stage3.py``; the cuts are in ``layout``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from converters import layout, trees
+from converters.groups import WEIGHTS, Group
+from converters.pickles import Global, Record
+from converters.tensors import TensorRef
+
+Tree = dict[str, Any]
+SUB_GROUP = 1_000_000_000  # the default of zero_optimization.sub_group_size
+_ADDRESS = Global("deepspeed.utils.tensor_fragment", "fragment_address")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is made: a stage and a world size, and the settings that the layout depends on.
+
+    ``dealt`` is round_robin_gradients and ``aligned`` parameter_alignment, both of stages 1 and 2;
+    ``sub_group_size`` is of stage 3. ``itemsize`` is that of the weights that are computed with.
+    """
+
+    stage: int
+    world_size: int
+    dealt: bool = False
+    aligned: bool = False
+    sub_group_size: int = SUB_GROUP
+    itemsize: int = 2
+
+    def __post_init__(self) -> None:
+        if self.stage not in (1, 2, 3) or self.world_size < 1 or self.sub_group_size < 1:
+            raise ValueError(f"no topology: {self}")
+
+    def order(self, group: Group) -> list[str]:
+        """The names of a group's parameters in the order in which they are laid down."""
+        names = list(group.shapes)
+        return layout.dealt(names, self.world_size) if self.dealt and self.stage < 3 else names
+
+    def paddings(self, group: Group) -> list[int]:
+        """The elements left empty behind each parameter, in that order."""
+        numels = [group.values[WEIGHTS][name].numel for name in self.order(group)]
+        if not self.aligned or self.stage == 3:
+            return [0] * len(numels)
+        return layout.padding_for(numels, self.itemsize)
+
+
+def trees_of(groups: Sequence[Group], target: Target) -> Iterator[Tree]:
+    """For each rank, what an optimizer file has under the keys that the layout decides."""
+    return _stage3(groups, target) if target.stage == 3 else _stage12(groups, target)
+
+
+def _stage12(groups: Sequence[Group], target: Target) -> Iterator[Tree]:
+    world = target.world_size
+    paddings = [target.paddings(group) for group in groups]
+    totals = [
+        sum(ref.numel for ref in group.values[WEIGHTS].values()) + sum(inner)
+        for group, inner in zip(groups, paddings, strict=True)
+    ]
+    leans = [layout.lean12(total, world) for total in totals]
+    runs = [layout.partition12(total, world) for total in totals]
+    cut = [
+        {
+            key: layout.cut12([held[name] for name in target.order(group)], world, inner)
+            for key, held in group.values.items()
+        }
+        for group, inner in zip(groups, paddings, strict=True)
+    ]
+    for rank in range(world):
+        lean = [counts[rank] for counts in leans]
+        mine = [{key: vectors[rank] for key, vectors in held.items()} for held in cut]
+        yield {
+            "base_optimizer_state": _base_state(groups, mine, lean, runs),
+            "single_partition_of_fp32_groups": [
+                trees.tensor(trees.storage(vectors[WEIGHTS]), (count,), grad=True)
+                for vectors, count in zip(mine, lean, strict=True)
+            ],
+            "group_paddings": [run - count for run, count in zip(runs, lean, strict=True)],
+            "param_alignment_paddings": paddings,
+            "partition_count": [world] * len(groups),
+            "param_slice_mappings": [
+                _fragments(group, target, inner, rank * run, run)
+                for group, inner, run in zip(groups, paddings, runs, strict=True)
+            ],
+        }
+
+
+def _base_state(
+    groups: Sequence[Group],
+    mine: Sequence[Mapping[str, TensorRef]],
+    lean: Sequence[int],
+    runs: Sequence[int],
+) -> Any:
+    """A rank's state: with the padding and the param groups or, elastic, without either."""
+    if any(group.options is None for group in groups):
+        return [_state(*held) for held in zip(groups, mine, lean, strict=True)]
+    state = {i: _state(*held) for i, held in enumerate(zip(groups, mine, runs, strict=True))}
+    options = [{**(group.options or {}), "params": [i]} for i, group in enumerate(groups)]
+    return {"state": {i: held for i, held in state.items() if held}, "param_groups": options}
+
+
+def _state(group: Group, vectors: Mapping[str, TensorRef], length: int) -> Tree:
+    """A group's state: new tensors of ``length`` elements, and the constants once more."""
+    return {
+        key: trees.tensor(trees.storage(vectors[key]), (length,))
+        if key in vectors
+        else trees.copied(group.constants[key])
+        for key in group.keys
+    }
+
+
+def _fragments(group: Group, target: Target, inner: Sequence[int], start: int, run: int) -> Record:
+    """Which elements of each parameter lie where in a rank's run (``param_slice_mappings``).
+
+    Unlike DeepSpeed's own they are right under round_robin_gradients, too.
+    """
+    places, at = {}, 0
+    for name, padding in zip(target.order(group), inner, strict=True):
+        numel = group.values[WEIGHTS][name].numel
+        first, last = max(at, start), min(at + numel, start + run)
+        if first < last:
+            places[name] = {"numel": last - first, "start": first - start}
+        at += numel + padding
+    return trees.ordered(
+        (name, Record(_ADDRESS, (), dict(places[name]), new=True))
+        for name in group.shapes
+        if name in places
+    )
+
+
+def _stage3(groups: Sequence[Group], target: Target) -> Iterator[Tree]:
+    world, size = target.world_size, target.sub_group_size
+    cut = [layout.sub_groups(group.shapes, world, size) for group in groups]
+    for rank in range(world):
+        state: dict[int, Tree] = {}
+        flats: list[Record] = []
+        options = []
+        for group, named in zip(groups, cut, strict=True):
+            indices = range(len(flats), len(flats) + len(named))
+            options.append({**(group.options or {}), "params": list(indices)})
+            for index, names in zip(indices, named, strict=True):
+                vectors = {
+                    key: TensorRef.concat(layout.cut3(held[name], rank, world) for name in names)
+                    for key, held in group.values.items()
+                }
+                weights = vectors[WEIGHTS]
+                if held := _state(group, vectors, weights.numel):
+                    state[index] = held
+                flats.append(trees.tensor(trees.storage(weights), weights.shape, grad=True))
+        yield {
+            "partition_count": world,
+            "optimizer_state_dict": {"state": state, "param_groups": options},
+            "fp32_flat_groups": flats,
+        }

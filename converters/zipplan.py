@@ -1,0 +1,50 @@
+"""A tree as the plan of a file that ``torch.load`` reads as what ``torch.save`` was given.
+
+    NAME/data.pkl | NAME/byteorder
+    NAME/data/0 | NAME/data/1 | ...     one storage each; those of a page or more on whole pages
+    NAME/version | central directory
+
+Without ``.format_version``, by which torch (``serialization.py: _load``) would know that it may
+work out where storages lie instead of looking: sizes stand in the headers here, not behind the
+records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from converters.archive import Archive
+from converters.pickling import dumps
+from converters.plan import Entry, Shard
+from converters.tensors import TensorRef
+from converters.trees import Storage
+
+ALIGNMENT = 4096
+MOST_EXTENTS = 256  # of a placement: it is walked from its first extent for each piece of it
+
+
+def shard(filename: str, tree: Any) -> Shard:
+    """The file; its storages are named by their keys."""
+    data, storages = dumps(tree)
+    archive = Archive(filename.rpartition("/")[2].removesuffix(".pt"), ALIGNMENT)
+    archive.data("data.pkl", data)
+    archive.data("byteorder", b"little")
+    for key, storage in enumerate(storages):
+        archive.tensor(f"data/{key}", list(_entries(f"storage {key}", storage)))
+    archive.data("version", b"3\n")
+    return archive.shard(filename)
+
+
+def _entries(name: str, storage: Storage) -> Iterator[Entry]:
+    if not storage.numel:
+        return
+    ref = storage.ref.view(storage.numel)
+    if len(ref.extents) <= MOST_EXTENTS:
+        yield Entry(name, ref, storage.dtype, None)
+        return
+    for at in range(0, len(ref.extents), MOST_EXTENTS):
+        extents = tuple(ref.extents[at : at + MOST_EXTENTS])
+        numel = sum(extent.length for extent in extents) // ref.dtype.itemsize
+        label = f"{name}, extents from {at} on"
+        yield Entry(label, TensorRef(ref.dtype, (numel,), extents), storage.dtype, None)

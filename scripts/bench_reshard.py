@@ -1,0 +1,94 @@
+"""Measures `ckpt reshard` beside cp and DeepSpeed's ds_to_universal.py, on one checkpoint.
+
+The competitors take turns, each in a fresh process, with the checkpoint in the page cache; before
+each run the last output is removed and the disk synced (bench.py). ds_to_universal is measured
+alone: what load_universal takes on every rank comes on top, while what ckpt writes is loaded as any
+checkpoint is.
+"""
+
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import click
+from bench import CP, CP_SYNC, MIB, PYTHON, Commands, Cost, build, ckpt, run, shell, take_turns
+
+RESHARD, READ_BACK = "ckpt reshard", "ckpt reshard --read-back"
+ACROSS, UNIVERSAL = "ckpt reshard --stage (the other)", "ds_to_universal"
+
+
+def competitors(source: Path, stage: int, world: int, to: Path) -> Commands:
+    """Every command to time."""
+    ours = ckpt("reshard", source, "--world-size", str(world), "-o", to)
+    universal = [PYTHON, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    universal += ["--input_folder", str(source / "global_step2"), "--output_folder", str(to)]
+    universal += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    return {
+        RESHARD: ours,
+        READ_BACK: [*ours, "--read-back"],
+        ACROSS: [*ours, "--stage", str(5 - stage)],
+        CP: ["cp", "-r", str(source), str(to)],
+        CP_SYNC: shell('cp -r "$1" "$2"; sync -f "$2"', source, to),
+        UNIVERSAL: universal,
+    }
+
+
+def files_made(command: list[str], to: Path) -> int:
+    """The files that one more run leaves."""
+    run(shell('rm -rf "$1"', to))
+    run(command)
+    return sum(path.is_file() for path in to.rglob("*"))
+
+
+def report(costs: dict[str, list[Cost]], counts: dict[str, int]) -> str:
+    """The table, and the bars."""
+    lines = [
+        "| command | wall | fastest | CPU | peak memory | files |",
+        "|---|---|---|---|---|---|",
+    ]
+    walls = {name: median(cost.wall for cost in held) for name, held in costs.items()}
+    peaks = {name: max(cost.peak for cost in held) for name, held in costs.items()}
+    for name, held in costs.items():
+        fastest, cpu = min(cost.wall for cost in held), median(cost.cpu for cost in held)
+        lines.append(
+            f"| {name} | {walls[name]:.2f} s | {fastest:.2f} s | {cpu:.2f} s "
+            f"| {peaks[name] / MIB:.0f} MiB | {counts.get(name, '')} |"
+        )
+    ours, peak = walls[RESHARD], peaks[RESHARD]
+    bars = [
+        ("at most 1.2 times cp, then sync", ours / walls[CP_SYNC], ours <= 1.2 * walls[CP_SYNC]),
+        ("at most 1.2 times cp, which syncs nothing", ours / walls[CP], ours <= 1.2 * walls[CP]),
+        ("at least 10 times as fast as ds_to_universal", walls[UNIVERSAL] / ours, None),
+        ("at most a tenth of its memory", peak / peaks[UNIVERSAL], 10 * peak <= peaks[UNIVERSAL]),
+        ("at most 256 MiB", peak / MIB, peak <= 256 * MIB),
+    ]
+    lines.append("")
+    for what, measured, held in bars:
+        met = measured >= 10 if held is None else held
+        lines.append(f"- {what}: {measured:.2f}, {'held' if met else 'MISSED'}")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--stage", type=click.IntRange(2, 3), default=2, show_default=True)
+@click.option("--gb", default=0.6, show_default=True, help="GB of fp32 weights.")
+@click.option("--world-size", default=3, show_default=True, help="The target; the source has 2.")
+@click.option("--runs", default=3, show_default=True)
+@click.option(
+    "--folder", type=click.Path(path_type=Path), help="Where to work. Default: a new one."
+)
+def main(stage: int, gb: float, world_size: int, runs: int, folder: Path | None) -> None:
+    """Make a checkpoint, take turns, print a table."""
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        source, to = Path(work) / "source", Path(work) / "to"
+        build(source, stage, gb)
+        commands = competitors(source, stage, world_size, to)
+        costs = take_turns(commands, runs, source, to)
+        counts = {name: files_made(commands[name], to) for name in (RESHARD, UNIVERSAL)}
+        size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    click.echo(f"stage {stage}, 2 ranks to {world_size}, {size / 1e9:.2f} GB, {runs} runs\n")
+    click.echo(report(costs, counts))
+
+
+if __name__ == "__main__":
+    main()

@@ -418,6 +418,9 @@ def main() -> None:
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed(dist_backend="gloo")
     globals()[sys.argv[2]](Path(sys.argv[1]))
+    if sys.argv[2] != "ends":  # that one is about an end without this
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

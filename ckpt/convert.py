@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -13,7 +12,6 @@ from typing import Any, Literal
 from ckpt import __version__, model_folder, staging
 from ckpt.runs import locks
 from converters import files, gathered, safetensors, stream, torchbin, zero
-from converters.errors import CheckpointError
 from converters.plan import Plan, Tied
 from converters.tensors import DType
 
@@ -120,29 +118,23 @@ def run(
     output, source = conversion.output, conversion.checkpoint.place
     root = source.root.resolve()
     staging.require_place(output, [source.folder.resolve(), root, *root.parents], overwrite)
-    try:
-        with (
-            locks.reading(source.folder),
-            staging.staged(output, conversion.plan, conversion.nbytes) as folder,
-        ):
-            report = stream.execute(
-                conversion.plan,
-                folder,
-                verify=verify,
-                exact_copies=conversion.strict,
-                allow_overflow=allow_overflow,
-                workers=workers,
-                progress=progress,
-            )
-            facts = describe(conversion, report.digests)
-            facts["checks"] = _checks(conversion, report, verify)
-            _complete(conversion, folder, facts)
-    except OSError as error:
-        room = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise CheckpointError(
-            f"{error.filename or output}: {error.strerror}; {room}choose another folder with -o",
-            "output",
-        ) from error
+    with (
+        staging.told(output),
+        locks.reading(source.folder),
+        staging.staged(output, conversion.plan, conversion.nbytes) as folder,
+    ):
+        report = stream.execute(
+            conversion.plan,
+            folder,
+            verify=verify,
+            exact_copies=conversion.strict,
+            allow_overflow=allow_overflow,
+            workers=workers,
+            progress=progress,
+        )
+        facts = describe(conversion, report.digests)
+        facts["checks"] = _checks(conversion, report, verify)
+        _complete(conversion, folder, facts)
     return facts
 
 

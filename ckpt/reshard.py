@@ -10,7 +10,6 @@ out/checkpoint-500-w3/       three ranks; checkpoint-500-z3-w3 where the stage i
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -116,21 +115,19 @@ def _companions(home: Path, before: int, after: int) -> Iterator[tuple[Path, str
     """The files to copy and their names; those of ranks go round where there are too few."""
     ranked: dict[tuple[str, str], dict[int, Path]] = {}
     wanted = set(model_folder.companions(home))
-    for path in sorted(path for path in home.iterdir() if path.is_file()):
+    for path in sorted(wanted.union(path for path in home.iterdir() if path.is_file())):
         if found := _RANKED.fullmatch(path.name):
             ranked.setdefault((found[1], found[3]), {})[int(found[2])] = path
         elif (found := _ONLY.fullmatch(path.name)) and before == 1:
             ranked.setdefault(("rng_state", found[1]), {}).setdefault(0, path)
         elif path in wanted or any(fnmatch(path.name, form) for form in _COPIED):
-            yield path, path.name
+            yield path, path.relative_to(home).as_posix()
     for (name, ending), held in sorted(ranked.items()):
         for rank in range(after):
             if rank % before in held:
                 numbered = (name, ending, after) != ("rng_state", "pth", 1)
                 number = f"_{rank}" if numbered else ""
                 yield held[rank % before], f"{name}{number}.{ending}"
-    for path in sorted((home / "additional_chat_templates").glob("*.jinja")):
-        yield path, path.relative_to(home).as_posix()
 
 
 def _notes(source: zero.Checkpoint, target: Target) -> Iterator[str]:
@@ -169,29 +166,23 @@ def run(
     folder = source.place.folder
     keep = [folder.resolve(), resharding.home.resolve(), *resharding.home.resolve().parents]
     staging.require_place(output, keep, overwrite)
-    try:
-        with (
-            locks.reading(folder),
-            staging.staged(output, resharding.plan, resharding.nbytes) as made,
-        ):
-            (made / resharding.tag).mkdir(exist_ok=True)
-            report = stream.execute(
-                resharding.plan,
-                made,
-                verify=verify,
-                allow_overflow=True,  # as torch rounds when the engine does it
-                workers=workers,
-                progress=progress,
-            )
-            counts = reshard.prove(source, resharding.target, resharding.plan, made)
-            back = retrace.read_back(resharding.plan, made) if read_back else 0
-            _complete(resharding, made)
-    except OSError as error:
-        room = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise CheckpointError(
-            f"{error.filename or output}: {error.strerror}; {room}choose another folder with -o",
-            "output",
-        ) from error
+    with (
+        staging.told(output),
+        locks.reading(folder),
+        staging.staged(output, resharding.plan, resharding.nbytes) as made,
+    ):
+        (made / resharding.tag).mkdir(exist_ok=True)
+        report = stream.execute(
+            resharding.plan,
+            made,
+            verify=verify,
+            allow_overflow=True,  # as torch rounds when the engine does it
+            workers=workers,
+            progress=progress,
+        )
+        counts = reshard.prove(source, resharding.target, resharding.plan, made)
+        back = retrace.read_back(resharding.plan, made) if read_back else 0
+        _complete(resharding, made)
     facts = describe(resharding)
     facts["checks"] = counts | {
         "crc32_bytes": report.checked,

@@ -9,6 +9,7 @@ NAME/             the same folder, renamed when everything in it is whole
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -44,6 +45,19 @@ def require_place(output: Path, keep: Sequence[Path], overwrite: bool) -> None:
         raise CheckpointError(
             f"{output} exists already; --overwrite replaces it, -o names another folder", "output"
         )
+
+
+@contextmanager
+def told(output: Path) -> Iterator[None]:
+    """What the system refuses while ``output`` is made, as ``CheckpointError``."""
+    try:
+        yield
+    except OSError as error:
+        room = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise CheckpointError(
+            f"{error.filename or output}: {error.strerror}; {room}choose another folder with -o",
+            "output",
+        ) from error
 
 
 @contextmanager

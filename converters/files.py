@@ -6,14 +6,16 @@ import ctypes
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from converters.errors import CheckpointError
 from converters.tensors import Extent
 
 DONTCACHE = 0x80  # RWF_DONTCACHE, Linux 6.14: written through and dropped from the page cache
+SHOWN = 2.0  # seconds for a file to show up on a network filesystem
 
 
 def read_extent(extent: Extent) -> bytes:
@@ -177,3 +179,26 @@ def free_space(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def sync_file(path: Path) -> None:
+    """Puts a file on disk that others have written."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def appears(path: Path, words: str | None = None) -> bool:
+    """Whether the file is there, now or within ``SHOWN`` seconds, and with these words in it.
+
+    Other words are those of another writer, and not waited for.
+    """
+    end = time.monotonic() + SHOWN
+    while True:
+        with suppress(OSError):
+            if words is not None:
+                return path.read_text() == words
+            if path.exists():
+                return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)

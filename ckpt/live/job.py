@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -27,7 +26,6 @@ from converters.tensors import DType
 
 CHUNK = 1 << 20  # elements copied to the host at a time, 4 MiB of fp32
 NONCE = "nonce"  # the file by which a rank knows that it sees rank 0's folder
-SHOWN = 2.0  # seconds for it to show up on a network filesystem
 
 
 @dataclass
@@ -64,7 +62,7 @@ class Job:
                     files.write_file(folder / NONCE, nonce.encode())
                 made.value = nonce
             with ranks.step() as seen:
-                seen.value = not ranks.rank or _sees(folder / NONCE, made.heard[0])
+                seen.value = not ranks.rank or files.appears(folder / NONCE, made.heard[0])
             with ranks.step() as modes:
                 modes.value = seen.heard  # so that all know who writes and who sends
             senders = [rank for rank, here in enumerate(modes.heard[0]) if not here]
@@ -254,18 +252,6 @@ def _require_same(digests: list[str]) -> None:
                 "same model and arguments everywhere",
                 "output",
             )
-
-
-def _sees(path: Path, nonce: str) -> bool:
-    """Whether this rank sees the file that rank 0 wrote, with those words in it."""
-    end = time.monotonic() + SHOWN
-    while True:
-        try:
-            return path.read_text() == nonce
-        except OSError:
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.05)
 
 
 def written_types(plan: Plan, aliases: dict[str, str]) -> dict[str, torch.dtype]:

@@ -10,7 +10,6 @@ tied parameters (``shared_params``: DeepSpeed 0.19.8 ``runtime/engine.py``), so 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt.runs import doctor, locks, manifest
+from ckpt.runs import locks, manifest
 from ckpt.runs.digests import CHUNK, Progress, quiet
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Checkpoint, open_checkpoint
@@ -142,24 +141,11 @@ def execute(collection: Collection, progress: Progress = quiet) -> Checkpoint:
 
 def _stage(collection: Collection, staging: Path, progress: Progress) -> None:
     """Makes the checkpoint under a name that no tool takes for one, and renames it."""
-    staging.mkdir(exist_ok=True)
-    fd = os.open(staging / doctor.LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    with locks.Lock(fd):
+    with locks.claimed(staging):
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(f"{staging} is in use by another process", "output") from error
-        except OSError:
-            pass  # a filesystem without locks
-        try:
-            for path in staging.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != doctor.LOCK:
-                    path.unlink()
             _fill(collection, staging, progress)
             _commit(collection, staging)
-            (staging / doctor.LOCK).unlink()
+            (staging / locks.LOCK).unlink()
             files.sync_folder(staging)
             os.rename(staging, collection.output)
         except BaseException:

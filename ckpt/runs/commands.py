@@ -247,8 +247,7 @@ def _passed_over(run: Run, newest: Checkpoint | None) -> list[dict[str, str]]:
     for checkpoint in run.checkpoints():
         older = newest is not None and order(checkpoint) <= order(newest)
         if not older:
-            why = checkpoint.why or "weights only; training cannot go on from it"
-            found.append({"folder": str(checkpoint.folder), "why": why})
+            found.append({"folder": str(checkpoint.folder), "why": str(checkpoint.unusable)})
     return found
 
 

@@ -18,15 +18,14 @@ from itertools import groupby
 from pathlib import Path
 
 from ckpt.runs import locks, manifest, pruning, slim, torn
-from ckpt.runs.run import POINTERS, Checkpoint, Run, is_checkpoint, is_numbered
+from ckpt.runs.run import POINTERS, Checkpoint, Run, is_checkpoint, is_numbered, leading
 from ckpt.staging import RECORD
 from converters import files
 from converters.errors import CheckpointError
 from converters.folder import is_tag_folder
 
 QUIET = 600.0  # seconds without a change, after which nobody is taken to be writing
-LOCK = ".lock"  # what the saver holds a lock on inside .NAME.saving
-_STAGING = {".saving": LOCK, ".partial": RECORD}
+_STAGING = {".saving": locks.LOCK, ".partial": RECORD}
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +213,7 @@ def _stray(folder: Path, checkpoint: Checkpoint | None = None) -> Iterator[Findi
 
 def _pointers(run: Run, checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
     fitting = [c for c in checkpoints if c.committed]
-    full = [c for c in fitting if c.tier == "full"]
-    wanted = next(reversed(full or fitting), None)
+    wanted = leading(fitting)
     for name in POINTERS:
         path, text = run.path / name, run.target(name)
         expected = wanted if name == "latest" else _meant(run, text)

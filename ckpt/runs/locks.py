@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 from ckpt.runs.manifest import NAME
 from converters.errors import CheckpointError
 
+LOCK = ".lock"  # what whoever writes a staging folder (.NAME.saving) holds a lock on
 PATIENCE = 10.0  # seconds a reader waits for a deleter; renames take milliseconds
 _HELD = (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN)
 
@@ -128,6 +130,33 @@ def exclusive(path: Path) -> Lock | None:
         return lock
     lock.release()
     return None  # replaced while we looked: whoever did that is using it
+
+
+def claimed(folder: Path) -> Lock:
+    """Makes a staging folder, or empties one that was left, and holds its lock.
+
+    ``CheckpointError`` if another process writes into it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = Lock(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+    assert lock.fd is not None
+    try:
+        fcntl.flock(lock.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            lock.release()
+            raise CheckpointError(
+                f"{folder} is in use: another process saves into {folder.parent}", "output"
+            ) from error
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            lock.release()
+            raise
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+    return lock
 
 
 def _same(fd: int, path: Path) -> bool:

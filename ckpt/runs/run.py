@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,13 @@ class Checkpoint:
     def tier(self) -> str | None:
         """``full`` (training can go on from it) or ``weights``; ``None`` without a manifest."""
         return self.manifest.tier if self.manifest else None
+
+    @property
+    def unusable(self) -> str | None:
+        """Why training cannot go on from it, as far as its manifest tells; ``None`` if it can."""
+        if self.why is None and self.tier != "full":
+            return "weights only; training cannot go on from it"
+        return self.why
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -200,6 +207,12 @@ class Run:
             what = "no checkpoint" if not named else ", ".join(c.name for c in named)
             raise CheckpointError(f"{self.path} has {what} for {which}; name one", "incomplete")
         return named[0]
+
+
+def leading(committed: Sequence[Checkpoint]) -> Checkpoint | None:
+    """What ``latest`` names: the newest full one, else the newest; of those in ``order``."""
+    full = [checkpoint for checkpoint in committed if checkpoint.tier == "full"]
+    return next(reversed(full or committed), None)
 
 
 def order(checkpoint: Checkpoint) -> tuple[int, float, str]:

@@ -24,7 +24,7 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import POINTERS, Checkpoint, Run, is_checkpoint, is_numbered, open_checkpoint
 from ckpt.runs.run import order as by_step
 from ckpt.runs.verify import states, verify
-from ckpt.saving import nodes
+from converters import files
 from converters.errors import CheckpointError
 
 Thorough = Literal["structure", "data"]
@@ -136,8 +136,7 @@ def _requested(folder: Path, load_foreign: bool) -> str | None:
         return None
     why = _unusable(found)
     if why is not None:
-        others = [c for c in Run(folder.parent).checkpoints() if c.committed and c.tier == "full"]
-        newest = max(others, key=by_step, default=None)
+        newest = Run(folder.parent).newest()
         else_ = f"; the newest committed one is {newest.folder}" if newest else ""
         how = "; load_foreign=True loads it all the same" if found.why == manifests.ABSENT else ""
         raise CheckpointError(f"{folder} cannot be resumed from: {why}{else_}{how}", "incomplete")
@@ -147,10 +146,8 @@ def _requested(folder: Path, load_foreign: bool) -> str | None:
 
 def _unusable(checkpoint: Checkpoint) -> str | None:
     """Why training cannot go on from it; ``None`` if it can."""
-    if checkpoint.why is not None:
-        return checkpoint.why
-    if checkpoint.tier != "full":
-        return "weights only; training cannot go on from it"
+    if checkpoint.unusable is not None:
+        return checkpoint.unusable
     try:
         problems = verify(checkpoint).problems
     except CheckpointError as error:
@@ -164,8 +161,8 @@ def _unlike(ranks: Ranks | None, folder: Path, save: str | None, data: bool) -> 
     ``CheckpointError`` if the folder is one for all nodes, but not seen by this rank.
     """
     if save is None:
-        return None if nodes.appears(folder) else "this rank does not see it"
-    if not nodes.appears(folder / manifests.NAME):
+        return None if files.appears(folder) else "this rank does not see it"
+    if not files.appears(folder / manifests.NAME):
         return "this rank does not see it"
     try:
         held = manifests.read(folder)

@@ -12,8 +12,6 @@ commits its folder, rank 0 last.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 import time
@@ -25,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.ranks import Ranks
+from ckpt.runs import locks
+from ckpt.runs.locks import LOCK, Lock
 from ckpt.runs.manifest import NAME, PINNED, File, Manifest, digest
 from ckpt.saving.nodes import Nodes
 from ckpt.saving.renaming import replace_folder
 from converters import files
 from converters.errors import CheckpointError
 
-LOCK = ".lock"
 Found = dict[str, File]
 
 
@@ -73,7 +72,7 @@ class Commit:
         self.note: Any = None
         self.join: Callable[[list[Any]], Found] | None = None
         self.save = ""
-        self.lock: int | None = None
+        self.lock = Lock()
         self.open = False  # begun and not over, on the rank that commits
 
     def begin(self) -> None:
@@ -84,19 +83,10 @@ class Commit:
             if not self.ranks.rank:
                 _require_same(step.heard)
             if self.nodes.commits and not self.in_place:
-                self._make()
+                self.lock = locks.claimed(self.folder)
             self.open = self.nodes.commits
             made.value = uuid.uuid4().hex
         self.save = made.heard[0]
-
-    def _make(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = _locked(self.folder)
-        for path in self.folder.iterdir():  # what a save left that did not finish
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
 
     def settle(self) -> None:
         """Syncs and digests what is in the folder already and was not written by the saver."""
@@ -146,12 +136,7 @@ class Commit:
             (self.folder / NAME).unlink(missing_ok=True)
         elif self.nodes.commits:
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+        self.lock.release()
 
     def _publish(self, reports: list[Any]) -> None:
         """Manifest, rename, and the folder above; after this it exists."""
@@ -188,7 +173,7 @@ class Commit:
         if not self.in_place:
             replace_folder(self.folder, self.final)
         self.open = False
-        self._unlock()
+        self.lock.release()
 
 
 @contextmanager
@@ -202,23 +187,6 @@ def committed(commit: Commit) -> Iterator[Path]:
         commit.abandon()
         raise
     commit.finish()
-
-
-def _locked(folder: Path) -> int | None:
-    """A lock on the folder for as long as this process lives; ``None`` where there are no locks."""
-    fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise CheckpointError(
-            f"{folder} is in use: another training saves into {folder.parent}", "output"
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            os.close(fd)
-            raise
-    return fd
 
 
 def _require_same(found: list[Any]) -> None:
@@ -247,8 +215,7 @@ def _settled(folder: Path, known: set[str], beat: Callable[[], object]) -> Found
                 continue
             if path.name.endswith(".partial"):  # another rank is still writing it
                 continue
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            files.sync_file(path)
             beat()
             found[name] = digest(path)
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ from typing import Any
 from ckpt.ranks import Ranks
 from converters import files
 from converters.errors import CheckpointError
-
-SHOWN = 2.0  # seconds for a file to show up on a network filesystem
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +64,7 @@ def find(ranks: Ranks, folder: Path, local: bool) -> Nodes:
     path = folder / f".nonce-{nonce}"
     with ranks.step() as seen:
         where = os.environ.get("GROUP_RANK") or socket.gethostname()
-        seen.value = [where, appears(path)]
+        seen.value = [where, files.appears(path)]
     with ranks.step() as told:
         if not ranks.rank:
             path.unlink()
@@ -78,16 +75,6 @@ def find(ranks: Ranks, folder: Path, local: bool) -> Nodes:
     sees = [bool(there) for _, there in told.heard[0]]
     with ranks.step():
         return _place(ranks.rank, folder, names, sees, local)
-
-
-def appears(path: Path) -> bool:
-    """Whether the file is there, now or within ``SHOWN`` seconds."""
-    end = time.monotonic() + SHOWN
-    while not path.exists():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def _place(rank: int, folder: Path, names: list[str], sees: list[bool], local: bool) -> Nodes:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ckpt.runs.pruning import facts, prune
 from ckpt.runs.retention import Retention, ranked
-from ckpt.runs.run import Run
+from ckpt.runs.run import Run, leading
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
@@ -28,7 +28,7 @@ def point(folder: Path, retention: Retention | None) -> None:
     run = Run(folder)
     try:
         committed = [c for c in run.checkpoints() if c.committed]
-        run.point("latest", run.newest("full") or run.newest(None))
+        run.point("latest", leading(committed))
         if retention is not None and retention.best is not None:
             metric, mode, _ = retention.best
             best = ranked(facts(run, committed), metric, mode)
@@ -48,7 +48,8 @@ def tidy(folder: Path, retention: Retention | None, just: Path | None = None) ->
         return
     run = Run(folder)
     try:
-        newest = run.newest()
+        outcomes = prune(run, retention, just=just.name if just else None)
+        newest = leading([outcome.checkpoint for outcome in outcomes])
         names = [] if just is None or newest is None else [newest.name, just.name]
         if len({*names}) > 1 and all(name.startswith("checkpoint-") for name in names):
             log.warning(
@@ -57,6 +58,5 @@ def tidy(folder: Path, retention: Retention | None, just: Path | None = None) ->
                 folder,
                 *names,
             )
-        prune(run, retention, just=just.name if just else None)
     except (OSError, CheckpointError) as error:
         log.warning("%s: the pruning is behind: %s", folder, error)

@@ -170,11 +170,14 @@ class Saver:
             self._land(self.flight)
 
     def _land(self, flight: Flight, timeout: float | None = None) -> None:
-        self.flight = None
-        exits.forget(self)
+        self._release()
         self.last = flight.commit.ranks
         flight.land(timeout)
         self._landed(flight)
+
+    def _release(self) -> None:
+        self.flight = None
+        exits.forget(self)
 
     def _landed(self, flight: Flight) -> None:
         facts = flight.commit.facts
@@ -212,13 +215,11 @@ class Saver:
             try:
                 landed = flight.advance()
             except BaseException:
-                self.flight = None
-                exits.forget(self)
+                self._release()
                 raise
             if landed:
+                self._release()
                 self.last = flight.commit.ranks
-                self.flight = None
-                exits.forget(self)
                 self._landed(flight)
         if self.watch is not None and self.watch.due(int(self.engine.global_steps)):
             self._stop(step, metrics, client_state, extra)

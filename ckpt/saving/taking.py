@@ -51,16 +51,16 @@ def take(
     preflight.require_room(ranks, commit.nodes, folder, step.heard, weights)
     with ranks.step():
         if not ranks.rank:
-            _beside(engine.module, folder, weights, tokenizer)
+            beside(engine.module, folder, weights, tokenizer)
     if weights is not None and commit.nodes.away:
-        _send(commit, weights)
+        send(commit, weights)
         work.weights = None
     elif weights is not None:
         commit.join = lambda notes: weights.finish(folder, notes)
     return work
 
 
-def _beside(module: Any, folder: Path, weights: Weights | None, tokenizer: Any) -> None:
+def beside(module: Any, folder: Path, weights: Weights | None, tokenizer: Any = None) -> None:
     """What makes the folder a model's, whether the weights are in it or still to be converted."""
     if weights is not None:
         weights.make(folder)
@@ -70,8 +70,8 @@ def _beside(module: Any, folder: Path, weights: Weights | None, tokenizer: Any) 
         tokenizer.save_pretrained(folder)
 
 
-def _send(commit: Commit, weights: Weights) -> None:
-    """Weights to rank 0 from ranks that do not see its folder, at once: it takes all ranks."""
+def send(commit: Commit, weights: Weights) -> None:
+    """Weights to rank 0 from ranks that do not see its folder, at once; every rank calls it."""
     reports = weights.send(commit.folder, list(commit.nodes.away))
     with commit.ranks.step():
         if not commit.ranks.rank:

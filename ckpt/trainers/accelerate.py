@@ -19,7 +19,6 @@ from typing import Any
 
 from accelerate.utils import MODEL_NAME, DistributedType
 
-from ckpt.live.job import save_config
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.retention import Retention
 from ckpt.saving import continuity, extras, nodes, reading
@@ -30,6 +29,7 @@ from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.progress import metrics as plain_metrics
 from ckpt.saving.progress import progress, versions
 from ckpt.saving.publish import publish
+from ckpt.saving.taking import beside
 from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
 from ckpt.trainers.aside import aside
@@ -82,7 +82,7 @@ def save_state(
         commit.files |= extras.write(staging, ranks.rank, extra)
         with ranks.step():
             if not ranks.rank:
-                _beside(engine.module, staging, made)
+                beside(engine.module, staging, made)
         if made is not None:
             streamed.write(made, commit)
     if found.commits:
@@ -178,11 +178,3 @@ def _named_by_us(configuration: Any, local: bool) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(configuration, name, value)
-
-
-def _beside(module: Any, folder: Path, weights: Weights | None) -> None:
-    """What makes the folder a model's, whether the weights are in it or still to be converted."""
-    if weights is not None:
-        weights.make(folder)
-    elif not hasattr(module, "peft_config"):
-        save_config(module, folder, None)

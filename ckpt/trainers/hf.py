@@ -50,10 +50,10 @@ from ckpt.trainers.hf_state import (
     require_known,
     retention_of,
     room_for,
-    sync_file,
     sync_files,
 )
 from ckpt.trainers.hf_stop import Stop
+from converters import files
 from converters.errors import CheckpointError
 
 __all__ = ["CheckpointCallback", "CommittedCheckpoints"]
@@ -221,7 +221,7 @@ class CommittedCheckpoints(Trainer):
         found = extras.write(inner.parent, rank, None)
         path = inner / f"rng_state_{self.args.process_index}.pth"
         if path.exists():
-            sync_file(path)
+            files.sync_file(path)
             found[path.name] = digest(path)
         return found
 

@@ -16,6 +16,7 @@ from typing import Any
 from ckpt.runs import locks
 from ckpt.runs.retention import Best, Retention
 from ckpt.saving.publish import publish
+from converters import files
 from converters.errors import CheckpointError
 
 TIMES = ("_runtime", "_per_second")  # what an evaluation says of itself, not of the model
@@ -85,13 +86,7 @@ def sync_files(folder: Path) -> None:
     for where, _, names in os.walk(folder):
         for name in names:
             with suppress(FileNotFoundError):
-                sync_file(Path(where, name))
-
-
-def sync_file(path: Path) -> None:
-    """Puts a file on disk that others have written."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+                files.sync_file(Path(where, name))
 
 
 def lift(inner: Path) -> None:

@@ -185,8 +185,8 @@ def _require_whole(path: Path, load_foreign: bool) -> bool:
     ours = any(other.manifest is not None for other in others)
     if found.why == manifest.ABSENT and (load_foreign or not ours):
         return False
-    whole = [other for other in others if other.committed and other.tier == "full"]
-    newest = f"the newest whole one is {max(whole, key=order).folder}" if whole else "none is whole"
+    whole = Run(path.parent).newest()
+    newest = f"the newest whole one is {whole.folder}" if whole else "none is whole"
     how = "; load_foreign=True loads it all the same" if found.why == manifest.ABSENT else ""
     raise CheckpointError(f"{path} is not whole: {found.why}; {newest}{how}", "incomplete")
 

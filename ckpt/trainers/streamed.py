@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ckpt.saving.commit import Commit
+from ckpt.saving.taking import send
 from ckpt.saving.weights import Weights
 from ckpt.saving.work import Work
 
@@ -14,10 +15,7 @@ def write(weights: Weights, commit: Commit) -> None:
     """
     ranks, folder = commit.ranks, commit.folder
     if commit.nodes.away:
-        reports = weights.send(folder, list(commit.nodes.away))
-        with ranks.step():
-            if not ranks.rank:
-                commit.files |= weights.finish(folder, reports)
+        send(commit, weights)
         return
     work = Work(folder, [], weights)
     work.beat = lambda: ranks.beat(heed=True)

@@ -9,6 +9,8 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from fixture_specs import OFFLOAD, Spec
 
 import ckpt
 from ckpt import live
+from ckpt.saving import reading
 
 RATES = {"warmup_min_lr": 0.0, "warmup_max_lr": 0.02, "warmup_num_steps": 8}
 WARM = {"scheduler": {"type": "WarmupLR", "params": RATES}}
@@ -353,15 +356,17 @@ def hugging_face(out: Path, again: bool) -> None:
     import transformers as hf
     from hf_worker import digest, make
 
-    from ckpt.trainers.hf_callback import CheckpointCallback
-    from ckpt.trainers.hf_resume import ResumeCallback
+    from ckpt.trainers.hf import CheckpointCallback, CommittedCheckpoints, ResumeCallback
+
+    class Mapping(CommittedCheckpoints, hf.Trainer):
+        pass
 
     class Stop(hf.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_training_stop |= state.global_step == HALF
 
     steps = {"max_steps": 2 * HALF, "save_steps": HALF, "eval_steps": HALF}
-    for stage in (2, 3):
+    for stage in (1, 2, 3):
         run = out / f"hf-{stage}"
         if not again:
             trainer, heard = make(hf.Trainer, out / f"straight-{stage}", stage, **steps)
@@ -372,11 +377,15 @@ def hugging_face(out: Path, again: bool) -> None:
             trainer.train()
             tell(out, run.name, [heard.losses, straight])
             continue
-        trainer, heard = make(hf.Trainer, run, stage, callbacks=[ResumeCallback()], **steps)
+        kind, loaded = (Mapping, []) if stage > 1 else (hf.Trainer, None)
+        trainer, heard = make(kind, run, stage, callbacks=[ResumeCallback()], **steps)
         before, (losses, ends) = told(out, run.name)
         found = ckpt.find(run)
         assert found == str(run / f"checkpoint-{HALF}"), found
-        trainer.train(resume_from_checkpoint=found)
+        with noting(loaded):
+            trainer.train(resume_from_checkpoint=found)
+        assert loaded is None or len(set(loaded)) == 2, loaded
+        assert str(run) not in Path("/proc/self/maps").read_text(), "they still are"
         assert heard.start == HALF
         assert before + heard.losses == losses, (before, heard.losses, losses)
         assert digest(trainer) == ends
@@ -392,6 +401,23 @@ def hugging_face(out: Path, again: bool) -> None:
         assert "rng_state_1.pth: missing" in said[0], said
 
 
+@contextmanager
+def noting(paths: list[str] | None) -> Iterator[None]:
+    """Notes the files that are mapped instead of read."""
+    load = reading.Mapped.load
+
+    def noted(self: Any, path: str, map_location: Any = None) -> Any:
+        assert paths is not None
+        paths.append(path)
+        return load(self, path, map_location)
+
+    reading.Mapped.load = noted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        reading.Mapped.load = load  # type: ignore[method-assign]
+
+
 def accelerate(out: Path, again: bool) -> None:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     from accelerate.state import PartialState
@@ -401,7 +427,7 @@ def accelerate(out: Path, again: bool) -> None:
 
     PartialState._reset_state()
     PartialState(cpu=True, backend="gloo")
-    for stage in (2, 3):
+    for stage in (1, 2, 3):
         run = out / f"accelerate-{stage}"
         training = Training(run, stage)
         assert load_state(training.accelerator, out / "none") == 0

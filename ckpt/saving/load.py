@@ -35,6 +35,7 @@ class Load:
         self.engine, self.source = engine, source
         self.optimizer, self.module_only = optimizer and not module_only, module_only
         self.config: Any = None  # DeepSpeed's, as it was saved
+        self.epoch: Any = None  # the loop's own
 
     def __call__(self, scheduler: bool, strict: bool) -> dict[str, Any]:
         """Loads; returns the client state. ``CheckpointError`` if DeepSpeed loads nothing."""
@@ -66,6 +67,7 @@ class Load:
             mine = {name: value for name, value in client.items() if name not in DEEPSPEEDS}
             reader.detach(mine)
             client.clear()
+            self.epoch = mine.get("epoch")
         if self.module_only:
             for name, value in before.items():
                 setattr(engine, name, value)
@@ -86,4 +88,4 @@ class Load:
             without = (*without, "lr")
         configs = (self.config, getattr(self.engine, "config", None))
         noted = self.source.progress or {}
-        return continuity.compare(noted, progress(self.engine), configs, without)
+        return continuity.compare(noted, progress(self.engine, self.epoch), configs, without)

@@ -18,9 +18,9 @@ from ckpt import __version__
 from converters.errors import CheckpointError
 
 
-def progress(engine: Any) -> dict[str, Any]:
-    """Counters, learning rate of each param group, loss scale, samples in a step of all ranks, and
-    a digest of the configuration.
+def progress(engine: Any, epoch: Any = None) -> dict[str, Any]:
+    """Counters, the epoch where it is a number, learning rate of each param group, loss scale,
+    samples in a step of all ranks, and a digest of the configuration.
 
     All JSON; what this version of DeepSpeed does not offer is left out.
     """
@@ -29,6 +29,7 @@ def progress(engine: Any) -> dict[str, Any]:
         value = getattr(engine, name, None)
         if isinstance(value, int):
             found[name] = value
+    found["epoch"] = _number(epoch)
     if engine.optimizer is not None:
         found["lr"] = [_number(value) for value in engine.get_lr()]
         scale = getattr(engine.optimizer, "loss_scale_config", engine.optimizer)  # without ZeRO

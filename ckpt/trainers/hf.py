@@ -24,7 +24,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
@@ -42,9 +42,12 @@ from ckpt.saving.progress import progress, versions
 from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
 from ckpt.trainers.hf_callback import CheckpointCallback
+from ckpt.trainers.hf_load import MappedCheckpoints
+from ckpt.trainers.hf_resume import ResumeCallback
 from ckpt.trainers.hf_state import (
     Room,
     evaluated,
+    leaves_out_weights,
     lift,
     publish_beside,
     require_known,
@@ -56,11 +59,11 @@ from ckpt.trainers.hf_stop import Stop
 from converters import files
 from converters.errors import CheckpointError
 
-__all__ = ["CheckpointCallback", "CommittedCheckpoints"]
+__all__ = ["CheckpointCallback", "CommittedCheckpoints", "ResumeCallback"]
 log = logging.getLogger("ckpt")
 
 
-class CommittedCheckpoints(Trainer):
+class CommittedCheckpoints(MappedCheckpoints):
     """Put before ``Trainer``, or any subclass of it, among the bases of a class.
 
     Options are attributes of the class:
@@ -115,7 +118,7 @@ class CommittedCheckpoints(Trainer):
                     "CommittedCheckpoints and CheckpointCallback both commit; use one of them",
                     "unsupported",
                 )
-            gathers = not self._leaves_out_weights()
+            gathers = not leaves_out_weights(self._engine())
             self._room = room_for(engine.module, gathers)
             self._nbytes = preflight.predicted(engine)
             if not gathers and self.weights is not None:
@@ -172,7 +175,7 @@ class CommittedCheckpoints(Trainer):
         tier = "weights" if self.args.save_only_model else "full"
         tag = None if self.args.save_only_model else f"global_step{engine.global_steps}"
         stage, said = int(engine.zero_optimization_stage()), evaluated(self.state)
-        return Facts(step, tag, tier, stage, versions(), said, progress(engine))
+        return Facts(step, tag, tier, stage, versions(), said, progress(engine, self.state.epoch))
 
     def _write(self, commit: Commit, model: Any, trial: Any, final: str) -> None:
         """The Trainer's save into the staging folder, and its commit."""
@@ -201,7 +204,7 @@ class CommittedCheckpoints(Trainer):
             with ranks.step():
                 if commit.nodes.commits:
                     lift(inner)
-            if self.weights is not None and self._leaves_out_weights():
+            if self.weights is not None and leaves_out_weights(self._engine()):
                 self._stream(commit, self.weights)
 
     def _name_best(self, inner: Path, final: str) -> None:
@@ -244,17 +247,14 @@ class CommittedCheckpoints(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._inner.parent) if self._inner else super()._get_output_dir(trial)
 
-    def _leaves_out_weights(self) -> bool:
-        """Whether the Trainer writes no 16-bit model, but the engine's files, and those twice."""
-        engine = self._engine()
-        if engine.zero_optimization_stage() != 3 or hasattr(engine.module, "peft_config"):
-            return False
-        return not engine.zero_gather_16bit_weights_on_model_save()
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's. In a save without 16-bit weights, the configuration and tokenizer."""
         once = self.weights is not None or not self.args.save_only_model
-        if self._inner is None or output_dir is None or not (once and self._leaves_out_weights()):
+        if (
+            self._inner is None
+            or output_dir is None
+            or not (once and leaves_out_weights(self._engine()))
+        ):
             super().save_model(output_dir, _internal_call)
             return
         self._save(output_dir, state_dict={})

@@ -167,7 +167,9 @@ class CheckpointCallback(TrainerCallback):
             tier = "weights" if args.save_only_model else "full"
             tag = None if args.save_only_model else f"global_step{step}"
             said = evaluated(state)
-            facts = Facts(step, tag, tier, engine.stage, versions(), said, progress(engine))
+            facts = Facts(
+                step, tag, tier, engine.stage, versions(), said, progress(engine, state.epoch)
+            )
         commit = Commit(ranks, place, self._folder(state), facts, in_place=True)
         with committed(commit) as folder:
             if tag is not None and not (folder / tag).is_dir():

@@ -1,6 +1,6 @@
 """A Hugging Face training that goes on: from the newest whole checkpoint, and as the same run.
 
-    trainer = Trainer(..., callbacks=[ckpt.trainers.hf_resume.ResumeCallback()])
+    trainer = Trainer(..., callbacks=[ckpt.trainers.hf.ResumeCallback()])
     trainer.train(resume_from_checkpoint=ckpt.find("out"))
 
 The Trainer loads what it is given, by DeepSpeed's ``load_checkpoint``, and takes random states that
@@ -73,7 +73,7 @@ class ResumeCallback(TrainerCallback):
             stage = source.topology.stage
             shown = Shown(seen["model"], inner, stage, ranks.rank, int(state.global_step))
             noted = {**(source.progress or {}), "step": source.step}
-            now = {**progress(shown), "step": int(state.global_step)}
+            now = {**progress(shown, state.epoch), "step": int(state.global_step)}
             rows = continuity.compare(noted, now, without=["global_steps"])  # that is all it knows
             step.value = continuity.mismatches(rows) + _lost(source.folder, args)
         asked.tell(source, rows, step.heard)

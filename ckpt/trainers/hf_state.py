@@ -96,6 +96,13 @@ def lift(inner: Path) -> None:
     inner.rmdir()
 
 
+def leaves_out_weights(engine: Any) -> bool:
+    """Whether the Trainer writes no 16-bit model, but the engine's files, and those twice."""
+    if engine.zero_optimization_stage() != 3 or hasattr(engine.module, "peft_config"):
+        return False
+    return not engine.zero_gather_16bit_weights_on_model_save()
+
+
 def require_known(on_failure: str) -> None:
     """``CheckpointError`` unless it says what to do when a save fails."""
     if on_failure not in ON_FAILURE:

@@ -1,4 +1,4 @@
-"""Training with Lightning, without a GPU, for ``kill_fronts_ckpt``."""
+"""Training with Lightning, without a GPU, for ``kill_fronts_ckpt`` and the tests."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from ckpt.trainers.lightning import DeepSpeedStrategy
 
 
-class OnCpu(DeepSpeedStrategy):
-    """The strategy without its demand for CUDA."""
+class OnCpu:
+    """Before a DeepSpeed strategy, ours or Lightning's, among a class's bases: no CUDA needed."""
 
     def setup_environment(self) -> None:
         self.accelerator.setup_device(self.root_device)
@@ -32,6 +32,10 @@ class OnCpu(DeepSpeedStrategy):
     @property
     def root_device(self) -> torch.device:
         return torch.device("cpu", 0)
+
+
+class Strategy(OnCpu, DeepSpeedStrategy):
+    """Ours."""
 
 
 class Module(LightningModule):
@@ -78,7 +82,7 @@ def fit(task: Task, source: Path | None, patience: float) -> Trained:
         accelerator="cpu",
         devices=int(os.environ["WORLD_SIZE"]),
         precision="bf16-true",
-        strategy=OnCpu(config=config(task.stage), absent_after=patience),
+        strategy=Strategy(config=config(task.stage), absent_after=patience),
         plugins=[TorchElasticEnvironment()],
         default_root_dir=task.out,
         max_steps=task.last,

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer on two real ranks: what it saves is committed, and nothing changes."""
+"""The Hugging Face Trainer on real ranks: what it saves is committed, and nothing changes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import ROOT, convert, same, torchrun
+from front_ends import require_model, require_read
+from oracles import ROOT, same, torchrun
 from run_folders import small
 from safetensors.torch import load_file
 
 from ckpt import Retention
 from ckpt.runs import manifest
 from ckpt.runs.run import Run
+from ckpt.saving import rng
 from ckpt.trainers.hf_state import evaluated, is_new_best, publish_beside, retention_of
 
 pytestmark = pytest.mark.xdist_group("training")
 WORKER = str((ROOT / "tests/hf_worker.py").relative_to(ROOT))
 FILE = "model.safetensors"
-OURS = {"manifest.json", "rng_state_0.state", "rng_state_1.state"}
 
 
 def listed(folder: Path) -> set[str]:
@@ -45,53 +46,69 @@ def state_file(path: Path) -> Any:
     return torch.load(path, weights_only=False)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(
+    ("stage", "ranks", "part"), [(1, 2, "same"), (2, 2, "wide"), (3, 2, "wide"), (3, 3, "same")]
+)
 def test_training_sees_no_difference_and_finds_what_the_trainer_alone_would_save(
-    tmp_path: Path, stage: int
+    tmp_path: Path, stage: int, ranks: int, part: str
 ) -> None:
-    torchrun(WORKER, tmp_path, "same", stage, limit=300)
+    torchrun(WORKER, tmp_path, part, stage, ranks=ranks, limit=600)
     here = tmp_path / "here"
-    for kind in ("", "-peft"):
-        stock = here / f"stock{kind}/checkpoint-6"
+    for kind in ("", "-peft") if part == "wide" else ("",):
         for form in ("mixin", "callback"):
-            mine = here / f"{form}{kind}/checkpoint-6"
-            assert listed(mine) - listed(stock) == OURS
-            assert listed(stock) <= listed(mine)
-            for path in stock.rglob("*.pt"):
-                name = path.relative_to(stock)
-                assert equal(state_file(path), state_file(mine / name)), name
-            for name in ("config.json", "tokenizer.json", "adapter_config.json", "latest"):
-                if (stock / name).exists():
-                    assert json.dumps((stock / name).read_text()) == json.dumps(
-                        (mine / name).read_text()
-                    )
-            for path in stock.glob("*.safetensors"):
-                theirs, ours = load_file(path), load_file(mine / path.name)
-                assert equal(theirs, ours)
-            found = manifest.read(mine)
-            assert manifest.check(mine, found, data=True) == []
-            assert (found.tier, found.step, found.stage, found.tag) == (
-                "full",
-                6,
-                stage,
-                "global_step6",
-            )
-            if not kind:
-                assert set(found.metrics) == {"eval_loss"}
+            require_same(here / f"stock{kind}/checkpoint-6", here / f"{form}{kind}/checkpoint-6")
+            found = manifest.read(here / f"{form}{kind}/checkpoint-6")
+            assert (found.tier, found.step, found.stage) == ("full", 6, stage)
+            assert (found.tag, found.world_size) == ("global_step6", ranks)
+            assert kind or set(found.metrics) == {"eval_loss"}
+    held = fp32(here / "stock/checkpoint-6")
+    for form in ("mixin", "callback"):
+        require_read(here / form, held, tmp_path / form)  # the run, by its latest
+        require_model(tmp_path / form, held)
+        low = {name: value.bfloat16() for name, value in held.items()}
+        require_model(here / form / "checkpoint-6", low)
+    if ranks == 3:  # what no two trainings have the same is in none of the tensors
+        held = fp32(here / "stock-uneven/checkpoint-6")
+        require_read(here / "mixin-uneven", held, tmp_path / "uneven")
+    if part == "wide":
+        require_same_best(tmp_path)
+
+
+def fp32(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What DeepSpeed's own zero_to_fp32 makes of a checkpoint of the Trainer alone."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    found: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+    return {name: value for name, value in found.items() if name != "lm_head.weight"}  # tied
+
+
+def require_same(stock: Path, mine: Path) -> None:
+    """Fails unless a checkpoint has all that the Trainer alone wrote, as it wrote it."""
+    found = manifest.read(mine)
+    assert manifest.check(mine, found, data=True) == []
+    ours = {"manifest.json"} | {rng.NAME.format(rank) for rank in range(found.world_size)}
+    assert listed(mine) == listed(stock) | ours
+    for path in stock.rglob("*.pt"):
+        name = path.relative_to(stock)
+        assert equal(state_file(path), state_file(mine / name)), name
+    for name in ("config.json", "tokenizer.json", "adapter_config.json", "latest"):
+        if (stock / name).exists():
+            assert (stock / name).read_text() == (mine / name).read_text()
+    for path in stock.glob("*.safetensors"):
+        assert equal(load_file(path), load_file(mine / path.name))
+
+
+def require_same_best(out: Path) -> None:
+    """Fails unless the best checkpoint is the one of the Trainer alone, under its own name."""
     for rank in (0, 1):
-        ends = json.loads((tmp_path / f"best{rank}.json").read_text())
+        ends = json.loads((out / f"best{rank}.json").read_text())
         theirs, ours = ends["stock-best"], ends["mixin-best"]
         assert ours[1] == theirs[1]
         assert (theirs[0], ours[0]) == ("stock-best/checkpoint-2", "mixin-best/checkpoint-2")
     for step in (2, 6):
-        text = (here / f"mixin-best/checkpoint-{step}/trainer_state.json").read_text()
+        text = (out / f"here/mixin-best/checkpoint-{step}/trainer_state.json").read_text()
         assert json.loads(text)["best_model_checkpoint"] == "mixin-best/checkpoint-2"
         assert "saving" not in text
-    if stage == 2:
-        expected = convert(here / "stock/checkpoint-6", tmp_path / "stock-fp32")
-        assert equal(expected, convert(here / "mixin/checkpoint-6", tmp_path / "mixin-fp32"))
-        run = convert(here / "mixin", tmp_path / "run-fp32")  # by its latest
-        assert equal(expected, {name: run[name] for name in expected})
 
 
 def test_what_is_kept_what_is_written_and_when_it_stops(tmp_path: Path) -> None:

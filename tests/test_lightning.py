@@ -1,35 +1,34 @@
-"""Trainings of two real processes with Lightning, saved by our strategy and by Lightning's."""
+"""Trainings of real processes with Lightning, saved by our strategy and by Lightning's."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles import convert, same, torchrun, weights_in
+from front_ends import CASES, LIMIT, case, require_model, require_read, train
+from oracles import convert, torchrun, weights_in
 from run_folders import small
 
 from ckpt.runs import manifest
 from ckpt.runs.pruning import pin
 from ckpt.runs.run import Run, open_checkpoint
 from ckpt.saving import rng
-from ckpt.saving.commit import replace_folder
+from ckpt.saving.renaming import replace_folder
 
 pytestmark = pytest.mark.xdist_group("training-more")
 WORKER = "tests/trainers_worker_lightning.py"
-LIMIT = 300  # seconds; a launch takes 20 to 60
-STAGES = (2, 3)
+every_case = pytest.mark.parametrize(("stage", "ranks"), CASES)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of both stages. The worker asserts that losses with our saves, and those of a training
+    """Runs of all cases. The worker asserts that losses with our saves, and those of a training
     that goes on from one (dropout and all, in the middle and at the end of an epoch), are the ones
     with Lightning's, and that Lightning goes on from ours as from its own."""
-    out = tmp_path_factory.mktemp("lightning")
-    torchrun(WORKER, out, "saves", limit=LIMIT)
-    return out
+    return train(WORKER, tmp_path_factory.mktemp("lightning"))
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +50,11 @@ def names(run: Path) -> set[str]:
     return {path.name for path in run.iterdir()}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_saves_are_committed_with_all_that_lightning_wrote(stage: int, saved: Path) -> None:
-    folder = saved / f"zero{stage}"
+@every_case
+def test_saves_are_committed_with_all_that_lightning_wrote(
+    stage: int, ranks: int, saved: Path
+) -> None:
+    folder = case(saved, stage, ranks)
     run = Run(folder / "out")
     found = run.checkpoints()
     assert [c.name for c in found] == [f"step={step}.ckpt" for step in range(2, 13, 2)]
@@ -61,21 +62,21 @@ def test_saves_are_committed_with_all_that_lightning_wrote(stage: int, saved: Pa
     assert run.target() == "step=12.ckpt/checkpoint"
     held = found[2].manifest
     assert held is not None
-    assert (held.step, held.stage, held.world_size, held.tier) == (6, stage, 2, "full")
+    assert (held.step, held.stage, held.world_size, held.tier) == (6, stage, ranks, "full")
     assert held.metrics == {"score": 1.0}
     assert {"lightning", "deepspeed", "torch"} <= held.versions.keys()
     stock = folder / "stock" / "step=6.ckpt"
     theirs = {p.relative_to(stock).as_posix() for p in stock.rglob("*") if p.is_file()}
-    ours = {rng.NAME.format(rank) for rank in (0, 1)}
+    ours = {rng.NAME.format(rank) for rank in range(ranks)}
     assert held.files.keys() == theirs | ours
     assert manifest.check(found[2].folder, held, data=True) == []
     zips = [name for name in held.files if name.startswith("checkpoint/")]
     assert all(held.files[name].digest.startswith("zip:") for name in zips)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_latest_and_best_follow_model_checkpoint(stage: int, saved: Path) -> None:
-    run = Run(saved / f"zero{stage}" / "ends")
+@every_case
+def test_latest_and_best_follow_model_checkpoint(stage: int, ranks: int, saved: Path) -> None:
+    run = Run(case(saved, stage, ranks) / "ends")
     assert names(run.path) == {"epoch=1.ckpt", "last.ckpt", "latest", "best"}
     assert run.target("best") == "epoch=1.ckpt/checkpoint"
     newest = run.pointer()
@@ -83,12 +84,16 @@ def test_latest_and_best_follow_model_checkpoint(stage: int, saved: Path) -> Non
     assert newest.name == "last.ckpt"  # exchanged for a newer one
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_to_fp32_of_a_save_is_what_the_engine_held(stage: int, saved: Path, tmp_path: Path) -> None:
-    live = weights_in(saved / f"zero{stage}" / "live")
-    ours = convert(saved / f"zero{stage}" / "out", tmp_path / "model")
-    assert ours.keys() == live.keys()
-    assert all(same(ours[name], value) for name, value in live.items())
+@every_case
+def test_a_save_is_what_the_engine_held_for_all_that_read_it(
+    stage: int, ranks: int, saved: Path, tmp_path: Path
+) -> None:
+    folder, model = case(saved, stage, ranks), tmp_path / "model"
+    live = weights_in(folder / "live")
+    require_read(folder / "out", live, model)
+    shutil.copy(folder / "config" / "config.json", model)  # Lightning saves none
+    named = {name.removeprefix("model."): value for name, value in live.items()}
+    require_model(model, named, key_mapping={r"^model\.": ""})
 
 
 def test_a_failure_on_one_rank_is_told_on_both_and_leaves_what_was(turned: Path) -> None:
@@ -180,7 +185,7 @@ def test_ranks_that_would_load_different_checkpoints_are_stopped(turned: Path) -
 
 
 def test_a_killed_rank_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    assert "SIGKILL" in torchrun(WORKER, tmp_path, "dies", limit=LIMIT, code=1)
+    assert "SIGKILL" in torchrun(WORKER, tmp_path, "dies", 3, limit=LIMIT, code=1)
     run = Run(tmp_path / "out")
     assert [(c.name, c.why) for c in run.checkpoints()] == [("step=2.ckpt", None)]
     assert run.target() == "step=2.ckpt/checkpoint"

@@ -1,4 +1,4 @@
-"""One rank of a training with Accelerate: ``trainers_worker_accelerate.py OUT_DIR PART``."""
+"""One rank of a training with Accelerate: ``trainers_worker_accelerate.py OUT_DIR PART STAGES``."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers as hf
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, ProjectConfiguration
-from torch import nn
+from fixture_specs import tiny_llama
 
 from ckpt import live
 from ckpt.runs.retention import Retention
 from ckpt.trainers.accelerate import save_state
 from converters.errors import CheckpointError
-
-STAGES = (2, 3)
 
 
 class Counter:
@@ -42,7 +41,7 @@ class Counter:
 
 
 class Training:
-    """A small model with dropout, a scheduler and a counter, the same at every start."""
+    """A tiny Llama with dropout and tied embeddings, and a counter, the same at every start."""
 
     def __init__(self, out: Path, stage: int) -> None:
         AcceleratorState._reset_state()
@@ -60,7 +59,8 @@ class Training:
             ),
         )
         torch.manual_seed(7)
-        model = nn.Sequential(nn.Linear(7, 9), nn.Dropout(0.3), nn.Linear(9, 5), nn.Linear(5, 1))
+        llama = tiny_llama(attention_dropout=0.3, tie_word_embeddings=True)
+        model = hf.AutoModelForCausalLM.from_config(llama)
         self.counter = Counter()
         self.accelerator.register_for_checkpointing(self.counter)
         self.engine = self.accelerator.prepare(model)
@@ -69,7 +69,8 @@ class Training:
     def steps(self, count: int) -> list[float]:
         losses = []
         for _ in range(count):
-            loss = (self.engine(torch.randn(2, 7).bfloat16()).float() - 1).square().mean()
+            rows = torch.randint(64, (2, 8))
+            loss = self.engine(input_ids=rows, labels=rows).loss
             self.accelerator.backward(loss)  # DeepSpeed's engine takes the step in it
             losses.append(loss.item())
             self.counter.count += 1
@@ -85,7 +86,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def failing(training: Training, out: Path) -> str:
-    """A save in which rank 1 fails: told on both ranks, and nothing has changed."""
+    """A save in which rank 1 fails: told on all ranks, and nothing has changed."""
     before = everything(out)
     dist.barrier()
     training.counter.fails = "raises"
@@ -101,10 +102,10 @@ def failing(training: Training, out: Path) -> str:
     return told
 
 
-def saves(out: Path) -> None:
-    """All stages: undisturbed, with saves, and loaded by stock Accelerate."""
-    for stage in STAGES:
-        folder = out / f"zero{stage}"
+def saves(out: Path, *stages: int) -> None:
+    """Each stage: undisturbed, with saves, and loaded by stock Accelerate and DeepSpeed."""
+    for stage in stages:
+        folder = out / f"zero{stage}-w{dist.get_world_size()}"
         run = folder / "out"
         training = Training(folder / "alone", stage)
         undisturbed = training.steps(6)
@@ -136,8 +137,14 @@ def saves(out: Path) -> None:
             again = training.steps(6 - at)
             assert again == undisturbed[at:], (at, again, undisturbed)
             training.end()
+        training = Training(folder / "again", stage)
+        loaded, _ = training.engine.load_checkpoint(str(run))  # DeepSpeed alone, by our latest
+        assert loaded is not None and training.engine.global_steps == 4
+        live.save_fp32(training.engine, folder / "loaded")
+        training.end()
         (folder / f"told{dist.get_rank()}.json").write_text(json.dumps(told))
-    keeping(out / "kept")
+    if 2 in stages:
+        keeping(out / "kept")
 
 
 def keeping(run: Path) -> None:
@@ -158,9 +165,9 @@ def refuses(out: Path) -> None:
         (out / "told.json").write_text(json.dumps([str(error), error.kind]))
 
 
-def dies(out: Path) -> None:
+def dies(out: Path, stage: int) -> None:
     """Rank 1 is killed in the middle of the second save."""
-    training = Training(out, 3)
+    training = Training(out, stage)
     training.steps(1)
     save_state(training.accelerator, out / "out")
     training.steps(1)
@@ -170,16 +177,13 @@ def dies(out: Path) -> None:
 
 def main() -> None:
     """Run the part."""
-    out, part = Path(sys.argv[1]), PARTS[sys.argv[2]]
-    if part is not refuses:
+    out, stages = Path(sys.argv[1]), [int(stage) for stage in sys.argv[3:]]
+    if stages:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(cpu=True, backend="gloo")
-    part(out)
+    globals()[sys.argv[2]](out, *stages)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-PARTS = {"saves": saves, "dies": dies, "refuses": refuses}
 
 
 if __name__ == "__main__":

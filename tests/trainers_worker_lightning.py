@@ -1,4 +1,4 @@
-"""One rank of a training with Lightning: ``trainers_worker_lightning.py OUT_DIR PART``."""
+"""One rank of a training with Lightning: ``trainers_worker_lightning.py OUT_DIR PART STAGES``."""
 
 from __future__ import annotations
 
@@ -13,57 +13,41 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers as hf
+from fixture_specs import tiny_llama
+from kill_lightning import OnCpu, Strategy
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy as Stock
-from torch import nn
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import DataLoader
 
 from ckpt import live
 from ckpt.runs import locks
 from ckpt.runs.pruning import pin
 from ckpt.runs.run import open_checkpoint
-from ckpt.trainers.lightning import DeepSpeedStrategy
 from converters.errors import CheckpointError
 
-STAGES = (2, 3)
 STEPS = 4  # an epoch
+RANKS = int(os.environ["WORLD_SIZE"])
 
 
-def on_cpu(base: Any) -> Any:
-    """The strategy without its demand for CUDA."""
-
-    class OnCpu(base):  # type: ignore[misc]
-        def setup_environment(self) -> None:
-            self.accelerator.setup_device(self.root_device)
-            self.setup_distributed()
-
-        def setup_distributed(self) -> None:
-            self.set_world_ranks()
-            self._init_deepspeed_distributed()
-
-        def _get_process_group_backend(self) -> str:
-            return "gloo"
-
-        @property
-        def root_device(self) -> torch.device:
-            return torch.device("cpu", 0)
-
-    return OnCpu
+class Stock(OnCpu, DeepSpeedStrategy):
+    """Lightning's own."""
 
 
 class Small(LightningModule):
-    """Two linears with dropout between, rows that only the step decides, a metric with a best."""
+    """A tiny Llama with dropout, rows that only the step decides, a metric with a best."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.drop, self.down = nn.Linear(7, 9), nn.Dropout(0.3), nn.Linear(9, 1)
+        llama = tiny_llama(attention_dropout=0.3, tie_word_embeddings=True)
+        self.model = hf.AutoModelForCausalLM.from_config(llama)
         self.losses: list[float] = []
 
     def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
         step = self.trainer.global_step + 1
-        rows = torch.randn(2, 7, generator=torch.Generator().manual_seed(step)).bfloat16()
-        loss = (self.down(self.drop(self.up(rows))).float() - 1).square().mean()
+        rows = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(step))
+        loss: torch.Tensor = self.model(input_ids=rows, labels=rows).loss
         self.losses.append(loss.item())
         self.log("score", float(abs(step - 7)))
         return loss
@@ -77,7 +61,7 @@ class Small(LightningModule):
         }
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(torch.zeros(2 * STEPS * 2, 1), batch_size=2)
+        return DataLoader(torch.zeros(2 * STEPS * RANKS, 1), batch_size=2)
 
 
 class Pickled:
@@ -104,10 +88,13 @@ class Fails(Callback):
 
 
 class Live(Callback):
-    """The engine's fp32 weights at the end."""
+    """The engine's fp32 weights at the end, and the model's configuration."""
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        live.save_fp32(trainer.strategy.deepspeed_engine, Path(trainer.default_root_dir) / "live")
+        folder = Path(trainer.default_root_dir)
+        live.save_fp32(trainer.strategy.deepspeed_engine, folder / "live")
+        if not dist.get_rank():
+            module.model.config.save_pretrained(folder / "config")
 
 
 class Holds(Callback):
@@ -128,7 +115,7 @@ def fit(
     stage: int,
     epochs: int,
     callbacks: list[Any],
-    base: Any = DeepSpeedStrategy,
+    kind: Any = Strategy,
     start: Any = None,
     **options: Any,
 ) -> Small:
@@ -142,9 +129,9 @@ def fit(
     }
     trainer = Trainer(
         accelerator="cpu",
-        devices=2,
+        devices=RANKS,
         precision="bf16-true",
-        strategy=on_cpu(base)(config=config, **options),
+        strategy=kind(config=config, **options),
         default_root_dir=folder,
         max_epochs=epochs,
         callbacks=callbacks,
@@ -177,15 +164,14 @@ def refused(*args: Any, **options: Any) -> str:
 
 def main() -> None:
     """Run the part."""
-    out, part = Path(sys.argv[1]), PARTS[sys.argv[2]]
     warnings.simplefilter("ignore")
-    part(out)
+    globals()[sys.argv[2]](Path(sys.argv[1]), *map(int, sys.argv[3:]))
 
 
-def saves(out: Path) -> None:
-    """Both stages: with stock saves, with ours, and from both sorts of checkpoints on."""
-    for stage in STAGES:
-        folder = out / f"zero{stage}"
+def saves(out: Path, *stages: int) -> None:
+    """Each stage: with stock saves, with ours, and from both sorts of checkpoints on."""
+    for stage in stages:
+        folder = out / f"zero{stage}-w{RANKS}"
         alone = fit(folder, stage, 3, [steps(folder / "stock")], Stock).losses
         ends = ModelCheckpoint(
             folder / "ends", "{epoch}", "score", save_last=True, enable_version_counter=False
@@ -228,12 +214,10 @@ def turns(out: Path) -> None:
     (out / f"told{dist.get_rank()}.json").write_text(json.dumps(told))
 
 
-def dies(out: Path) -> None:
+def dies(out: Path, stage: int) -> None:
     """Rank 1 is killed in the middle of the second save."""
-    fit(out, 3, 1, [steps(out / "out"), Fails("dies")])
+    fit(out, stage, 1, [steps(out / "out"), Fails("dies")])
 
-
-PARTS = {"saves": saves, "turns": turns, "dies": dies}
 
 if __name__ == "__main__":
     main()

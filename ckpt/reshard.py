@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -98,20 +97,20 @@ def prepare(
     if output is None:
         stage_part = f"-z{target.stage}" if target.stage != source.stage else ""
         output = home.with_name(f"{home.name}{stage_part}-w{world_size}")
-    companions = tuple(_companions(home, source.world_size, world_size))
+    companions = tuple(companions_for(home, source.world_size, world_size))
     copied = {path.name for path, _ in companions}
     left = [
         path.name
         for path in sorted(home.iterdir())
         if path.is_file() and path.name not in (*copied, *_OURS)
     ]
-    notes = [*source.notes, *_notes(source, target)]
+    notes = [*source.notes, *notes_on(source, target)]
     if left:
         notes.append(f"not copied: {', '.join(left)}")
     return Resharding(source, target, plan, Path(os.path.abspath(output)), companions, tuple(notes))
 
 
-def _companions(home: Path, before: int, after: int) -> Iterator[tuple[Path, str]]:
+def companions_for(home: Path, before: int, after: int) -> Iterator[tuple[Path, str]]:
     """The files to copy and their names; those of ranks go round where there are too few."""
     ranked: dict[tuple[str, str], dict[int, Path]] = {}
     wanted = set(model_folder.companions(home))
@@ -130,7 +129,7 @@ def _companions(home: Path, before: int, after: int) -> Iterator[tuple[Path, str
                 yield held[rank % before], f"{name}{number}.{ending}"
 
 
-def _notes(source: zero.Checkpoint, target: Target) -> Iterator[str]:
+def notes_on(source: zero.Checkpoint, target: Target) -> Iterator[str]:
     setting = source.model.setting
     if target.world_size > source.world_size:
         yield (
@@ -197,12 +196,15 @@ def _complete(resharding: Resharding, made: Path) -> None:
     """Everything beside DeepSpeed's files; ``latest`` and the manifest last."""
     for path, name in resharding.companions:
         (made / name).parent.mkdir(exist_ok=True)
-        with (
-            open(path, "rb") as file,
-            files.replacing(made / name) as fd,
-            open(fd, "wb", closefd=False) as copy,
-        ):
-            shutil.copyfileobj(file, copy, 1 << 20)
+        with open(path, "rb") as file, files.replacing(made / name) as fd:
+            writer, at = files.Writer(fd), 0
+            while True:
+                with files.named(path):
+                    piece = file.read(1 << 20)
+                if not piece:
+                    break
+                writer.write(piece, at)
+                at += len(piece)
     for inner in {path.parent for path in made.rglob("*")}:
         files.sync_folder(inner)
     files.write_file(made / "latest", resharding.tag.encode())
@@ -225,8 +227,13 @@ def _sealed(resharding: Resharding, held: manifest.Manifest, made: Path) -> mani
         save=sha256(f"{held.save} {target}".encode()).hexdigest()[:32],
         created=time.time(),
         versions={**held.versions, "ckpt": __version__},
-        files={path.relative_to(made).as_posix(): manifest.digest(path) for path in paths},
+        files={path.relative_to(made).as_posix(): _digested(path) for path in paths},
     )
+
+
+def _digested(path: Path) -> manifest.File:
+    with files.named(path):
+        return manifest.digest(path)
 
 
 def describe(resharding: Resharding) -> dict[str, Any]:

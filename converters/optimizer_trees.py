@@ -12,7 +12,7 @@ from typing import Any
 
 from converters import layout, trees
 from converters.groups import WEIGHTS, Group
-from converters.pickles import Global, Record
+from converters.records import Global, Record
 from converters.tensors import TensorRef
 
 Tree = dict[str, Any]

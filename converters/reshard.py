@@ -31,8 +31,8 @@ from converters import (
 from converters.errors import CheckpointError
 from converters.groups import Group
 from converters.optimizer_trees import SUB_GROUP, Target
-from converters.pickles import Record
 from converters.plan import Plan, Shard
+from converters.records import Record
 from converters.tensors import Checksum
 from converters.zero import Checkpoint
 
@@ -105,21 +105,21 @@ def plan(checkpoint: Checkpoint, wanted: Target) -> Plan:
 
 def _plan(checkpoint: Checkpoint, wanted: Target) -> Plan:
     ranks = [state.path for state in checkpoint.ranks]
-    models = _model_paths(checkpoint)
+    models = model_paths(checkpoint)
     found = groups.read(checkpoint, trees.read(ranks[0]).root)
     _require_options(checkpoint, found, wanted)
     shards = []
     for rank, parts in enumerate(optimizer_trees.trees_of(found, wanted)):
         root = trees.read(ranks[rank % len(ranks)]).root
         optimizer = _optimizer(checkpoint, root, wanted, parts)
-        tree = _configured(root, wanted) | {"optimizer_state_dict": optimizer}
+        tree = configured(root, wanted) | {"optimizer_state_dict": optimizer}
         shards.append(zipplan.shard(_optimizer_name(checkpoint, rank), tree))
     for rank, tree in enumerate(model_trees.trees_of(checkpoint, models, found, wanted)):
         name = f"zero_pp_rank_{rank}_mp_rank_00" if wanted.stage == 3 else "mp_rank_00"
         name = f"{tag_folder(checkpoint)}/{name}_model_states.pt"
-        shards.append(zipplan.shard(name, _configured(tree, wanted)))
+        shards.append(zipplan.shard(name, configured(tree, wanted)))
     total = sum(placement.nbytes for shard in shards for placement in shard.placements)
-    return Plan(tuple(shards), None, total, {}, _used(shards, [*ranks, *models]))
+    return Plan(tuple(shards), None, total, {}, checksums_of(shards, [*ranks, *models]))
 
 
 def prove(checkpoint: Checkpoint, wanted: Target, made: Plan, output: Path) -> dict[str, int]:
@@ -139,8 +139,8 @@ def prove(checkpoint: Checkpoint, wanted: Target, made: Plan, output: Path) -> d
         retrace.prove_rest(back, one, other, {"optimizer_state_dict", "ds_config"}, state.path)
         inner = (one["optimizer_state_dict"], other["optimizer_state_dict"])
         retrace.prove_rest(back, *inner, _LAYOUT, state.path)
-    paths = _model_paths(checkpoint)
-    for rank, path in enumerate(_model_paths(result)):
+    paths = model_paths(checkpoint)
+    for rank, path in enumerate(model_paths(result)):
         one, other = trees.read(paths[rank % len(paths)]).root, trees.read(path).root
         retrace.prove_rest(back, one, other, _MODEL, path)
     return counts
@@ -186,13 +186,13 @@ def _optimizer_name(checkpoint: Checkpoint, rank: int) -> str:
     return f"{tag_folder(checkpoint)}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
 
-def _model_paths(checkpoint: Checkpoint) -> list[Path]:
+def model_paths(checkpoint: Checkpoint) -> list[Path]:
     if checkpoint.stage < 3:
         return [checkpoint.model.path]
     return list(folder.scan(checkpoint.place).partitioned.values())
 
 
-def _configured(root: Any, wanted: Target) -> dict[Any, Any]:
+def configured(root: Any, wanted: Target) -> dict[Any, Any]:
     """A root with stage and sub_group_size set in its configuration, as readers learn them."""
     config = root.get("ds_config")
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
@@ -221,7 +221,7 @@ def _optimizer(
     return {**kept, **parts, "zero_stage": made, **version}
 
 
-def _used(shards: Iterable[Shard], paths: Iterable[Path]) -> tuple[Checksum, ...]:
+def checksums_of(shards: Iterable[Shard], paths: Iterable[Path]) -> tuple[Checksum, ...]:
     """The records of the source, the files of ``paths``, that shards take bytes from."""
     found: dict[Path, set[int]] = {}
     for placement in (placement for shard in shards for placement in shard.placements):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Preemption", "Retention", "Saver", "__version__", "find", "open", "resume"]
+__all__ = ["Preemption", "Push", "Retention", "Saver", "__version__", "find", "open", "resume"]
 
 _HOMES = {
     "Preemption": "ckpt.saving.preemption",
+    "Push": "ckpt.hub.background",
     "Retention": "ckpt.runs.retention",
     "Saver": "ckpt.saving.saver",
     "find": "ckpt.saving.choosing",

@@ -13,7 +13,8 @@ from typing import Any
 
 import click
 
-from ckpt import __version__, reshard_command
+from ckpt import __version__, reshard_command, universal_command
+from ckpt.hub import commands as hub_commands
 from ckpt.runs import commands
 from ckpt.terminal import CHECKPOINT, JSON, facts_as_json, progress
 
@@ -165,7 +166,12 @@ def show(checkpoint: Path, tag: str | None, tensors: bool, as_json: bool) -> Non
     click.echo(facts_as_json(facts) if as_json else report.show_text(facts))
 
 
-for command in (*commands.COMMANDS, *reshard_command.COMMANDS):
+for command in (
+    *commands.COMMANDS,
+    *hub_commands.COMMANDS,
+    *reshard_command.COMMANDS,
+    *universal_command.COMMANDS,
+):
     cli.add_command(command)
 
 

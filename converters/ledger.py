@@ -47,6 +47,12 @@ class Ledger:
             starts[offset] = (end, crc)
             ends[end] = offset
 
+    def absorb(self, other: Ledger) -> None:
+        """Enters all that another ledger holds."""
+        for path, (starts, _) in other.runs.items():
+            for start, (end, crc) in starts.items():
+                self.add(path, start, end - start, crc)
+
     def crc32(self, checksum: Checksum) -> int:
         """The CRC32 of a whole record; reads whatever of it did not pass."""
         extent = checksum.extent

@@ -2,6 +2,8 @@
 
     pread its runs -> CRC32 of each -> compare with the 16-bit copy -> cast -> pwrite in place
 
+All but the last step is ``Worker.make``, which ``served`` uses too.
+
 A thread has four buffers of ``CHUNK`` bytes (tensor, copy, rounded, output) and nothing else that
 grows with the model. numpy is loaded only where there is something to cast or to compare: a plain
 copy does without its 15 MB and 100 ms.
@@ -10,6 +12,7 @@ copy does without its 15 MB and 100 ms.
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +29,7 @@ from converters.tensors import DType, Extent, Runs, TensorRef
 
 CHUNK = 2 << 20  # bytes of the widest type in a piece; a thread has four such buffers
 MOST_RUNS = 1 << 14  # runs of a strided view in a piece
-OPEN_FILES = 64  # source files a thread holds open
+OPEN_FILES = 64  # source files a thread holds open at most
 OUTPUT = Path("output")  # the name that the ledger of a shard's own CRC32s knows it by
 
 Progress = Callable[[int], None]
@@ -40,10 +43,26 @@ class Piece:
     start: int
     count: int
 
+    @property
+    def offset(self) -> int:
+        """The byte of the shard that it begins at."""
+        return self.placement.offset + self.start * self.placement.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the shard."""
+        return self.count * self.placement.dtype.itemsize
+
 
 def default_workers() -> int:
     """Threads that move bytes: one reads while another writes; more than four gained nothing."""
     return min(4, max(2, os.cpu_count() or 1))
+
+
+def most_open() -> int:
+    """Source files that a thread holds open: fewer where the process may not open many."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return OPEN_FILES if allowed < 0 else max(4, min(OPEN_FILES, allowed // 8))
 
 
 class Mover:
@@ -61,7 +80,7 @@ class Mover:
 
     def move(self, shard: Shard, fd: int, workers: int | None, *, compare: bool = False) -> None:
         """Moves every tensor of the shard to ``fd``, or only compares it with what is there."""
-        pieces = _pieces(shard)
+        pieces = pieces_of(shard)
         count = workers or default_workers()
         args = (pieces, fd, compare, bool(shard.crc_slots))
         threads = [threading.Thread(target=self.work, args=args) for _ in range(count)]
@@ -78,17 +97,24 @@ class Mover:
             raise self.failure
 
     def work(self, pieces: Iterator[Piece], fd: int, compare: bool, sealed: bool) -> None:
-        worker = Worker(self, files.Writer(fd), compare, sealed)
+        """A thread: carries pieces until there are none."""
+        worker, writer = Worker(self), files.Writer(fd)
         try:
             while not self.stopped:
                 with self.lock:
                     piece = next(pieces, None)
                 if piece is None:
                     break
-                worker.carry(piece)
+                output = worker.make(piece)
+                if sealed:
+                    self.output.add(OUTPUT, piece.offset, len(output), isal_zlib.crc32(output))
+                if compare:
+                    self.stale |= not worker.is_there(fd, piece.offset, output)
+                else:
+                    writer.write(output, piece.offset)
                 with self.lock:
                     self.read += piece.count * piece.placement.source.dtype.itemsize
-                    self.progress(piece.count * piece.placement.dtype.itemsize)
+                    self.progress(piece.nbytes)
         except BaseException as error:
             self.failure = self.failure or error
             self.stopped = True
@@ -96,7 +122,7 @@ class Mover:
             worker.close()
 
 
-def _pieces(shard: Shard) -> Iterator[Piece]:
+def pieces_of(shard: Shard) -> Iterator[Piece]:
     """The shard's tensors in the order of its bytes, cut where a buffer is full."""
     for placement in sorted(shard.placements, key=lambda placement: placement.offset):
         types = [placement.source.dtype, placement.dtype]
@@ -111,32 +137,31 @@ def _pieces(shard: Shard) -> Iterator[Piece]:
 class Worker:
     """One thread's buffers and open files."""
 
-    def __init__(self, mover: Mover, writer: files.Writer, compare: bool, sealed: bool):
-        self.mover, self.writer, self.only_compare, self.sealed = mover, writer, compare, sealed
+    def __init__(self, mover: Mover):
+        self.mover = mover
         self.buffers = [memoryview(bytearray(CHUNK)) for _ in range(4)]
         self.fds: OrderedDict[Path, int] = OrderedDict()
+        self.most_open = most_open()
 
     def close(self) -> None:
-        for fd in self.fds.values():
-            os.close(fd)
+        """Closes the source files; the worker opens them again when it is used again."""
+        while self.fds:
+            os.close(self.fds.popitem()[1])
 
-    def carry(self, piece: Piece) -> None:
-        """Reads, checks, casts and writes one piece."""
+    def make(self, piece: Piece) -> memoryview:
+        """The piece's bytes in the shard: read, checked, cast. They last until the next call."""
         placement = piece.placement
-        output = held = self.fetch(placement.source, piece, 0)
+        held = self.fetch(placement.source, piece, 0)
         if placement.copy is not None and self.mover.verify:
             self.compare(placement.name, placement.source.dtype, held, placement.copy, piece)
-        if placement.dtype is not placement.source.dtype:
-            output = self.cast(placement, held, piece.count)
-        at = placement.offset + piece.start * placement.dtype.itemsize
-        if self.sealed:
-            self.mover.output.add(OUTPUT, at, len(output), isal_zlib.crc32(output))
-        if self.only_compare:
-            there = self.buffers[1][: len(output)]
-            files.read_into(self.writer.fd, there, at)
-            self.mover.stale |= there != output
-        else:
-            self.writer.write(output, at)
+        if placement.dtype is placement.source.dtype:
+            return held
+        return self.cast(placement, held, piece.count)
+
+    def is_there(self, fd: int, offset: int, output: memoryview) -> bool:
+        """Whether a file holds these bytes at ``offset``."""
+        there = self.buffers[1][: len(output)]
+        return files.read_into(fd, there, offset) == len(output) and there == output
 
     def cast(self, placement: Placement, held: memoryview, count: int) -> memoryview:
         """The piece in the type it is written in; counts what overflows."""
@@ -211,7 +236,7 @@ class Worker:
         if path in self.fds:
             self.fds.move_to_end(path)
         else:
-            if len(self.fds) == OPEN_FILES:
+            if len(self.fds) == self.most_open:
                 os.close(self.fds.popitem(last=False)[1])
             self.fds[path] = os.open(path, os.O_RDONLY)
         return self.fds[path]

@@ -71,7 +71,7 @@ def execute(
                 os.ftruncate(fd, shard.nbytes)
                 mover.move(shard, fd, workers)
                 if mover.overflowed and not allow_overflow:
-                    _refuse_overflow(shard, mover.overflowed)
+                    refuse_overflow(shard, mover.overflowed)
                 writer = files.Writer(fd)
                 for at, literal in _literals(shard, mover.output):
                     writer.write(literal, at)
@@ -79,7 +79,7 @@ def execute(
         report.read += mover.read
         report.overflowed |= mover.overflowed
         if unlike and exact_copies:
-            raise _unlike(plan, shard, ledger, sorted(unlike)[0])
+            raise unlike_error(plan, shard, ledger, sorted(unlike)[0])
     if verify:
         report.checked, report.unchecked = ledger.check(plan.checksums)
         report.digests = ledger.digests(plan.checksums)
@@ -89,7 +89,13 @@ def execute(
     return report
 
 
-def _unlike(plan: Plan, shard: Shard, ledger: Ledger, name: str) -> CheckpointError:
+def unlike_error(
+    plan: Plan,
+    shard: Shard,
+    ledger: Ledger,
+    name: str,
+    remedy: str = " (--no-verify writes the weights all the same)",
+) -> CheckpointError:
     """The error for a tensor unlike its copy; raises that of a damaged record if that is why."""
     placement = next(p for p in shard.placements if p.name == name)
     copy = placement.copy
@@ -106,19 +112,22 @@ def _unlike(plan: Plan, shard: Shard, ledger: Ledger, name: str) -> CheckpointEr
     return CheckpointError(
         f"{copy.extents[0].path} holds other values of {name} than "
         f"{placement.source.extents[0].path}, whose weights do not round to them: these files are "
-        "of different saves; copy those of one save here (--no-verify writes the weights all the "
-        "same)"
+        f"of different saves; copy those of one save here{remedy}"
     )
 
 
-def _refuse_overflow(shard: Shard, overflowed: dict[str, int]) -> None:
+def refuse_overflow(
+    shard: Shard,
+    overflowed: dict[str, int],
+    remedy: str = "choose --dtype bf16, or --allow-overflow",
+) -> None:
+    """Raises ``CheckpointError``: numbers of the shard's tensors do not fit the type asked for."""
     name, count = next(iter(overflowed.items()))
     others = f" (and {len(overflowed) - 1} more tensors)" if len(overflowed) > 1 else ""
     placement = next(p for p in shard.placements if p.name == name)
     raise CheckpointError(
         f"{placement.source.extents[0].path}: {count} values of {name}{others} are too large for "
-        f"{placement.dtype.value} and would become infinite; choose --dtype bf16, or "
-        "--allow-overflow",
+        f"{placement.dtype.value} and would become infinite; {remedy}",
         "refused",
     )
 
@@ -128,7 +137,7 @@ def _intact(mover: Mover, shard: Shard, target: Path, workers: int | None) -> bo
     with open(target, "rb") as file:
         mover.move(shard, file.fileno(), workers, compare=True)
         return not mover.stale and all(
-            os.pread(file.fileno(), len(literal), at) == literal
+            files.read_at(file.fileno(), len(literal), at) == literal
             for at, literal in _literals(shard, mover.output)
         )
 

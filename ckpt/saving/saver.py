@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ckpt.hub.background import Push, Pushes
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.retention import Retention
 from ckpt.saving import exits, nodes, preflight, tiers
@@ -51,6 +52,7 @@ class Saver:
       that is free; what does not fit is written before the save returns
     - ``tokenizer``: anything with ``save_pretrained``; goes into the folder
     - ``preemption``: what asks the training to stop (``Preemption``), heeded by ``step``
+    - ``push``: sends committed checkpoints to the Hub (``Push``), by a process of its own
     - ``preflight``: tries now what saves will need, and fails in seconds rather than days
     - ``timeout``: seconds without a sign of life until a rank counts as absent
 
@@ -71,6 +73,7 @@ class Saver:
         tokenizer: Any = None,
         exclude_frozen_parameters: bool = False,
         preemption: Preemption | None = None,
+        push: Push | None = None,
         preflight: bool = True,
         timeout: float = TIMEOUT,
     ):
@@ -84,6 +87,8 @@ class Saver:
             tiers.require_known(weights, self.every)
             self.memory = Memory(budget(memory))
         self.nodes = nodes.find(ranks, self.run, nodes.local_storage(engine))
+        with ranks.step():
+            self.pushes = Pushes(push, self.run, self.nodes.commits, self.nodes.parts)
         self.predicted: int | None = None  # bytes of a save, in this rank's folder
         if preflight:
             self._preflight(ranks)
@@ -125,7 +130,7 @@ class Saver:
             if self.closed:
                 raise CheckpointError("this Saver is closed; make another one", "output")
             tiers.require_tier(tier, self.kind)
-            facts = self._facts(step, tier, metrics)
+            facts = self._facts(step, tier, metrics, (client_state or {}).get("epoch"))
         flight: Flight | None = None
         commit = Commit(ranks, self.nodes, self.run / tiers.NAMES[tier].format(step), facts)
         try:
@@ -153,11 +158,12 @@ class Saver:
             self.wait()
         self.held = time.monotonic() - self.began
 
-    def _facts(self, step: int, tier: Tier, metrics: Mapping[str, Any] | None) -> Facts:
+    def _facts(self, step: int, tier: Tier, metrics: Mapping[str, Any] | None, epoch: Any) -> Facts:
         tag = f"global_step{step}" if tier == "full" else None
         stage = int(self.engine.zero_optimization_stage())
         said = plain_metrics(metrics)
-        return Facts(int(step), tag, tier, stage, versions(), said, progress(self.engine))
+        noted = progress(self.engine, epoch)
+        return Facts(int(step), tag, tier, stage, versions(), said, noted)
 
     def _weights(self, ranks: Ranks) -> Weights | None:
         if self.kind is None:
@@ -186,6 +192,7 @@ class Saver:
             self.took = time.monotonic() - self.began
         if self.nodes.commits:
             point(self.run, self.retention)
+            self.pushes.offer(facts.tier, facts.step, flight.commit.final)
             self._tidy(flight.commit.final)
         if not flight.commit.ranks.rank:
             log.info("committed %s, %.1f s", flight.commit.final, time.monotonic() - self.began)
@@ -221,6 +228,7 @@ class Saver:
                 self._release()
                 self.last = flight.commit.ranks
                 self._landed(flight)
+        self.pushes.poll()
         if self.watch is not None and self.watch.due(int(self.engine.global_steps)):
             self._stop(step, metrics, client_state, extra)
         tier = tiers.due(self.every, step)
@@ -238,13 +246,15 @@ class Saver:
         elif self.saved.get("full") != step:
             self.save(step, *state)
             self.wait()
+        self.pushes.leave()
         self.close()
         raise SystemExit(EXIT_CODE)
 
     def close(self) -> None:
-        """Waits for the last save and ends the saver; raises its failure, if nobody was told."""
+        """Waits for the last save and its push, and ends the saver; raises what nobody was told."""
         try:
             self.wait()
+            self.last = self.pushes.close(self.timeout) or self.last
             self._part()
         finally:
             self.closed = True
@@ -273,6 +283,8 @@ class Saver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None:
+            self.pushes.leave()
         if error is not None and self.flight is not None:
             try:
                 self._land(self.flight, min(self.timeout, FAREWELL))

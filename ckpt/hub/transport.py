@@ -1,0 +1,223 @@
+"""The one place that knows the Hub client's private parts: hf_xet's stream, and what was sent.
+
+huggingface_hub 2.4 takes no file object for Xet (``_commit_api._upload_files`` falls back to LFS),
+and hashes every file object before it sends it. So a shard is written into hf_xet's upload stream
+here, and the fields of its ``CommitOperationAdd`` are filled as ``_upload_xet_files`` fills them.
+That is done with the versions in ``TESTED`` only; ``sending`` has ways that are public.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from ckpt.hub import refusals
+from ckpt.hub.items import Item
+from ckpt.hub.remote import Held
+from converters.errors import CheckpointError
+from converters.mover import Progress
+from converters.plan import Shard
+from converters.served import ServedShard
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+TESTED = (("2.4.0", "1.8.0"),)  # huggingface_hub and hf_xet whose private parts are known
+STALLED = 20.0  # seconds without a byte after which a block is not waited for
+BLOCK = 64 << 20  # bytes of a block of Xet, at most (xet-core, MAX_XORB_BYTES)
+SAMPLE = 512  # bytes of a file that the Hub judges by (``lfs.UploadInfo``)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a push goes. ``base`` is a branch that is there; names get ``place`` in front.
+
+    ``blocks`` of Xet may be on their way at once.
+    """
+
+    api: HfApi
+    repo: str
+    base: str
+    create_pr: bool = False
+    place: str = ""
+    blocks: int = 1
+    held: Mapping[str, Held] = field(default_factory=dict)
+
+    def there(self, item: Item) -> Held | None:
+        """The file that the branch has in the item's place."""
+        return self.held.get(self.place + item.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A file that the Hub has now. ``operation`` commits it; ``None`` where it was in the branch.
+
+    ``source`` is ``None`` for a shard. ``moved`` is whether bytes were handed to the client.
+    """
+
+    path: str
+    nbytes: int
+    sha256: str
+    source: Path | bytes | None
+    operation: CommitOperationAdd | None
+    moved: bool
+
+
+def no_stream() -> str | None:
+    """Why hf_xet's stream cannot be used; ``None`` if it can."""
+    from huggingface_hub import constants
+
+    found = version("huggingface_hub")
+    try:
+        xet = version("hf_xet")
+    except PackageNotFoundError:
+        return "hf_xet is not installed"
+    if constants.HF_HUB_DISABLE_XET:
+        return "HF_HUB_DISABLE_XET is set"
+    if (found, xet) not in TESTED:
+        tested = " or ".join(f"{hub} and {xet}" for hub, xet in TESTED)
+        return f"huggingface_hub {found} and hf_xet {xet} were not tested with it ({tested} were)"
+    return None
+
+
+def require_wanted(target: Target, operations: Sequence[CommitOperationAdd]) -> None:
+    """``CheckpointError`` for a file that the repository's .gitignore names.
+
+    The client would leave it out of the commit without a word.
+    """
+    for operation in operations:
+        if getattr(operation, "_should_ignore", False):
+            raise CheckpointError(
+                f"{target.repo}: its .gitignore keeps {operation.path_in_repo} out; change it "
+                "there, and push again",
+                "output",
+            )
+
+
+def _blank(target: Target, item: Item, sample: bytes, sha256: str | None) -> CommitOperationAdd:
+    """An operation without its content, whose size, and perhaps digest, are known."""
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.lfs import UploadInfo
+
+    operation = CommitOperationAdd(target.place + item.name, b"")
+    known = bytes.fromhex(sha256) if sha256 else b""
+    operation.upload_info = UploadInfo(size=item.nbytes, sample=sample, sha256=known)
+    return operation
+
+
+def _classify(target: Target, operation: CommitOperationAdd) -> str:
+    """Asks the Hub how it wants the file: "lfs", or "regular" with the commit."""
+    from huggingface_hub._commit_api import _fetch_upload_modes
+
+    _fetch_upload_modes(
+        additions=[operation],
+        repo_type="model",
+        repo_id=target.repo,
+        headers=_headers(target.api),
+        revision=quote(target.base, safe=""),
+        endpoint=target.api.endpoint,
+        create_pr=target.create_pr,
+    )
+    require_wanted(target, [operation])
+    return str(operation._upload_mode)
+
+
+def _headers(api: HfApi) -> dict[str, str]:
+    return dict(api._build_hf_headers())
+
+
+def known_there(target: Target, item: Item, sha256: str) -> Sent | None:
+    """A shard that an earlier push sent, if the Hub says that it has it (git LFS batch API)."""
+    if version("huggingface_hub") not in [hub for hub, _ in TESTED]:
+        return None
+    from huggingface_hub.lfs import post_lfs_batch_info
+
+    assert isinstance(item.source, Shard)
+    sample = next((held for at, held in item.source.literals if at == 0), b"")[:SAMPLE]
+    operation = _blank(target, item, sample, sha256)
+    if _classify(target, operation) != "lfs":
+        return None
+    found, _, _ = post_lfs_batch_info(
+        upload_infos=[operation.upload_info],
+        token=None,
+        repo_type="model",
+        repo_id=target.repo,
+        revision=None if target.create_pr else quote(target.base, safe=""),
+        endpoint=target.api.endpoint,
+        headers=_headers(target.api),
+    )
+    if len(found) != 1 or found[0].get("actions") is not None:
+        return None
+    operation._is_uploaded = True
+    return Sent(operation.path_in_repo, item.nbytes, sha256, None, operation, False)
+
+
+def stream(target: Target, item: Item, served: ServedShard, progress: Progress) -> Sent | None:
+    """Sends a shard by hf_xet, in one pass; ``None`` if the Hub wants it in the commit itself."""
+    import hf_xet
+    from huggingface_hub.utils import _xet
+
+    operation = _blank(target, item, served.read(SAMPLE), None)
+    served.seek(0)
+    if _classify(target, operation) != "lfs":
+        return None
+    url = _xet.xet_connection_info_refresh_url(
+        token_type=_xet.XetTokenType.WRITE,
+        repo_id=target.repo,
+        repo_type="model",
+        revision=quote(target.base, safe="") if not target.create_pr else None,
+        endpoint=target.api.endpoint,
+    )
+    headers = _headers(target.api)
+    session = _xet.get_xet_session()  # type: ignore[no-untyped-call]
+    served.progress = progress
+    try:
+        with session.new_upload_commit(
+            token_refresh_url=url + ("?create_pr=1" if target.create_pr else ""),
+            token_refresh_headers=headers,
+            custom_headers=_xet.xet_headers_without_auth(headers),
+        ) as commit:
+            upload = commit.start_upload_stream(item.name, sha256=hf_xet.COMPUTE_SHA256)
+            try:
+                while data := served.read1():
+                    upload.write(data)
+                    _let_pass(commit, target.blocks)
+                served.check()
+            except BaseException:
+                upload.abort()
+                raise
+            info = upload.finish().xet_info
+    except KeyboardInterrupt:
+        _xet.abort_xet_session()  # type: ignore[no-untyped-call]
+        raise
+    except CheckpointError:
+        raise
+    except Exception as error:  # hf_xet has no class of its own for most of them
+        raise refusals.xet_failed(target.repo, error) from error
+    operation.upload_info.sha256 = bytes.fromhex(info.sha256)
+    operation._is_uploaded = True
+    return Sent(operation.path_in_repo, item.nbytes, info.sha256, None, operation, True)
+
+
+def _let_pass(commit: Any, blocks: int) -> None:
+    """Waits while so many blocks of Xet are on their way, so that no further one is made.
+
+    hf_xet 1.8 cuts what it is given into blocks, holds each twice until the store has it, and
+    makes the next ones without a limit. A store that does not move is left to its own errors.
+    """
+    end, before = time.monotonic() + STALLED, -1
+    while True:
+        seen = commit.progress()
+        under_way = seen.total_transfer_bytes - seen.total_transfer_bytes_completed
+        if under_way <= (blocks - 1) * BLOCK:
+            return
+        if seen.total_transfer_bytes_completed != before:
+            end, before = time.monotonic() + STALLED, seen.total_transfer_bytes_completed
+        if time.monotonic() > end:
+            return
+        time.sleep(0.005)

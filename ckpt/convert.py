@@ -144,7 +144,9 @@ def _complete(conversion: Conversion, folder: Path, facts: dict[str, Any]) -> No
     for path in conversion.companions:
         target = folder / path.relative_to(root)
         target.parent.mkdir(exist_ok=True)
-        files.write_file(target, path.read_bytes())
+        with files.named(path):
+            data = path.read_bytes()
+        files.write_file(target, data)
     if conversion.config is not None:
         files.write_file(folder / "config.json", conversion.config)
     if conversion.plan.index is not None:

@@ -4,7 +4,8 @@
   plan.json         what is being made; another plan's leftovers are thrown away
   *.partial         a shard in the making
   model-...         shards that are whole; the same command goes on behind them
-NAME/             the same folder, renamed when everything in it is whole
+NAME/             the same folder, renamed when everything in it is whole; what it replaces changes
+                  places with it at once, and goes by way of .NAME.trash
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ckpt.saving.renaming import replace_folder
 from converters import files
 from converters.errors import CheckpointError
 from converters.plan import Plan
@@ -82,15 +84,19 @@ def staged(output: Path, plan: Plan, nbytes: int) -> Iterator[Path]:
         try:
             digest = plan.digest().encode()
             record.seek(0)
-            if record.read() != digest:
-                _clear(folder)
-                record.truncate(0)
-                record.write(digest)
-                record.flush()
+            with files.named(folder / RECORD):
+                same = record.read() == digest
+            _clear(folder, {shard.filename for shard in plan.shards} if same else set())
+            if not same:
+                with files.named(folder / RECORD):
+                    record.truncate(0)
+                    record.write(digest)
+                    record.flush()
             _require_space(folder, output, nbytes)
             yield folder
             (folder / RECORD).unlink()
-            _commit(folder, output)
+            files.sync_folder(folder)
+            replace_folder(folder, output)
         except BaseException as error:
             unusable = isinstance(error, CheckpointError) and error.kind != "output"
             if unusable or not any((folder / shard.filename).exists() for shard in plan.shards):
@@ -98,12 +104,19 @@ def staged(output: Path, plan: Plan, nbytes: int) -> Iterator[Path]:
             raise
 
 
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != RECORD:
-            path.unlink()
+def _clear(folder: Path, shards: Collection[str]) -> None:
+    """Removes all but these shards: what else an interrupted run left may be of any content."""
+    for where, inner, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(where, name)
+            if path.relative_to(folder).as_posix() not in (*shards, RECORD):
+                path.unlink()
+        for name in inner:
+            path = Path(where, name)
+            if path.is_symlink():
+                path.unlink()
+            elif not any(path.iterdir()):
+                path.rmdir()
 
 
 def _require_space(folder: Path, output: Path, nbytes: int) -> None:
@@ -115,17 +128,3 @@ def _require_space(folder: Path, output: Path, nbytes: int) -> None:
             "make room or choose another folder with -o",
             "output",
         )
-
-
-def _commit(folder: Path, output: Path) -> None:
-    """Renames the finished folder into place, the old one, if any, out of the way first."""
-    files.sync_folder(folder)
-    old = None
-    if output.is_dir() and any(output.iterdir()):
-        old = output.with_name(f".{output.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(output, old)
-    os.rename(folder, output)
-    files.sync_folder(output.parent)
-    if old is not None:
-        shutil.rmtree(old)

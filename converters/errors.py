@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+LONGEST = 4000  # characters of a message
 Kind = Literal["corrupt", "incomplete", "refused", "unsupported", "output"]
 
 
@@ -17,5 +18,9 @@ class CheckpointError(Exception):
     """
 
     def __init__(self, message: str, kind: Kind = "corrupt"):
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        if len(line) > LONGEST:
+            line = f"{line[:LONGEST]}... ({len(line)} characters)"
+        # names come from files: none may move the cursor of the terminal it is printed on
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
         self.kind: Kind = kind

@@ -25,7 +25,8 @@ def read_extent(extent: Extent) -> bytes:
     except OSError as error:
         raise CheckpointError(f"{extent.path}: {error.strerror}", "incomplete") from error
     try:
-        data = os.pread(fd, extent.length, extent.offset)
+        with named(extent.path):
+            data = read_at(fd, extent.length, extent.offset)
     finally:
         os.close(fd)
     if len(data) != extent.length:
@@ -62,6 +63,17 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> int:
             break
         done += count
     return done
+
+
+def read_at(fd: int, length: int, offset: int) -> bytes:
+    """``length`` bytes from ``offset`` on; fewer only at the file's end."""
+    data = os.pread(fd, length, offset)
+    while 0 < len(data) < length:
+        more = os.pread(fd, length - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
 
 
 class Writer:
@@ -142,11 +154,11 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Has an ``OSError`` of a descriptor say which file it was."""
+    """Has an ``OSError`` of a descriptor say which file it was, one of shutil's which copy."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        error.filename = error.filename2 or error.filename or str(path)
         raise
 
 
@@ -183,7 +195,7 @@ def free_space(folder: Path) -> int:
 
 def sync_file(path: Path) -> None:
     """Puts a file on disk that others have written."""
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, named(path):
         os.fsync(file.fileno())
 
 

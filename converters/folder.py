@@ -37,6 +37,15 @@ _FOREIGN = (
 )
 
 
+_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_?(optim|model)_states")
+
+
+def rank_file(name: str) -> tuple[int, str] | None:
+    """The rank of a file of one rank and its kind, optim or model, by its name or a part of it."""
+    found = _RANK.search(name)
+    return (int(found[1]), found[2]) if found else None
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """One tag: ``root`` holds it (and config.json, if any), ``folder`` is the tag's own."""

@@ -16,7 +16,7 @@ from typing import Any
 from converters import layout, states, trees
 from converters.groups import Group
 from converters.optimizer_trees import Target, Tree
-from converters.pickles import Record
+from converters.records import Record
 from converters.tensors import DType, TensorRef
 from converters.zero import Checkpoint
 
@@ -136,10 +136,11 @@ def _views(checkpoint: Checkpoint, groups: Sequence[Group], target: Target) -> d
 def _placeholders(checkpoint: Checkpoint, model: Any) -> Any:
     """The module of stage 3: nothing but buffers, and an empty storage for each parameter."""
     weights, empty = checkpoint.weights, dict[str, Record]()
+    module = checkpoint.model.module
     made = {}
     for name, node in trees.pairs(model["module"]):
         owner = weights.aliases.get(name, name)
-        held = checkpoint.model.module[name]
+        held = module[name]
         if owner in weights.buffers or _extra(name) or not isinstance(held, TensorRef):
             made[name] = node
             continue

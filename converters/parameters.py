@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters import states
-from converters.pickles import Record
+from converters.records import Record
 from converters.states import State
 from converters.tensors import Checksum, Extent, Runs, TensorRef, Weights
 from converters.torchzip import TorchFile
@@ -38,7 +38,8 @@ def assemble(model: State, parameters: Parameters, sources: Sequence[State]) -> 
     aliases: dict[str, str] = {}
     absent: dict[str, str] = {}
     values = parameters.masters | parameters.frozen
-    for name, value in model.module.items():
+    module = model.module
+    for name, value in module.items():
         if name in values:
             tensors[name] = values[name]
         elif name in parameters.aliases:
@@ -63,7 +64,7 @@ def assemble(model: State, parameters: Parameters, sources: Sequence[State]) -> 
     buffers = frozenset(name for name in buffers if name in tensors)
     refs = [*tensors.values(), *parameters.copies.values()]
     checksums = located(refs, [state.file for state in sources])
-    order = (*model.module, *(n for n in (*tensors, *aliases, *absent) if n not in model.module))
+    order = (*module, *(n for n in (*tensors, *aliases, *absent) if n not in module))
     frozen = frozenset(parameters.frozen if parameters.masters else ())
     return Weights(
         tensors,

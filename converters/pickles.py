@@ -3,65 +3,35 @@
 The stack machine is small and closed. Containers and scalars are built; every global is only a name
 (``Global``), and every call of a global is only a record of it (``Record``), unless the name stands
 in the caller's table of builders. So unknown classes are carried along, never imported, and nothing
-is allocated from a number in the file: lengths are checked against the bytes that are there.
+is allocated from a number in the file: lengths are checked against the bytes that are there, and
+what is built may take ``MOST_HELD`` bytes and more only with the pickle and its storages.
 
-Opcodes and their meaning: CPython's ``pickletools`` (protocols 2 to 5).
+The opcodes: ``opcodes``.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from sys import getsizeof, intern
 from typing import Any, NoReturn
 
+from converters import forbidden
 from converters.errors import CheckpointError
+from converters.opcodes import MARK, OPCODES, gets
+from converters.records import Global, Record, hashable
 
-
-@dataclass(frozen=True, slots=True)
-class Global:
-    """A class or function that the pickle names. It is never imported."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(slots=True, eq=False)
-class Record:
-    """A call that the pickle asks for and that is not made.
-
-    ``new`` is whether it asks for ``of.__new__(of, *args)`` instead of ``of(*args)``; ``state`` is
-    what the result is to be given then, ``items`` what is appended and ``pairs`` what is set.
-    """
-
-    of: Any
-    args: tuple[Any, ...] = ()
-    state: Any = None
-    items: list[Any] = field(default_factory=list)
-    pairs: list[tuple[Any, Any]] = field(default_factory=list)
-    new: bool = False
+MOST_HELD = 16 << 20  # bytes of containers, whatever the pickle's size
+A_BYTE, A_STORAGE = 24, 1 << 10  # more for each byte of the pickle, and for each storage it names
+MOST_TEXT = 256 << 20  # bytes of one string
+MOST_LONG = 1024  # bytes of one int; arithmetic with longer ones takes its time
+_RECORD, _ENTRY = 320, 100  # bytes of a record with its lists, and of a dict's or set's item
 
 
 Builders = Mapping[tuple[str, str], Callable[..., Any]]
 Persistent = Callable[[Any], Any]
 
-_MARK = object()
 _STOP = b"."[0]
-_U16, _U32, _I32 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<i")
-_U64, _F64 = struct.Struct("<Q"), struct.Struct(">d")
-
-
-def hashable(key: Any) -> Any:
-    """``key`` if it may be a dict key: a scalar, a record, or a flat tuple of these."""
-    plain = (str, int, float, bool, bytes, type(None), Global, Record)
-    if isinstance(key, plain) or (
-        isinstance(key, tuple) and all(isinstance(part, plain) for part in key)
-    ):
-        return key
-    return Record(Global("builtins", type(key).__name__), (key,))
 
 
 class Interpreter:
@@ -74,13 +44,16 @@ class Interpreter:
     def __init__(self, data: bytes, builders: Builders, persistent: Persistent, where: str):
         self.data, self.builders, self.persistent = data, builders, persistent
         self.where = where
-        self.at = 0
+        self.at = self.held = 0
+        self.puts: int = 0
+        self.gets = gets(data)
+        self.storages: set[Any] = set()
 
     def run(self) -> Any:
         """The next object. ``CheckpointError`` if the bytes are no complete pickle."""
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        data, steps = self.data, _OPCODES
+        data, steps = self.data, OPCODES
         try:
             while (op := data[self.at]) != _STOP:
                 self.at += 1
@@ -91,16 +64,33 @@ class Interpreter:
             result = self.stack.pop()
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             self.fail(f"{type(error).__name__} {error}")
-        except struct.error as error:
-            self.fail(f"{type(error).__name__} {error}")
-        if self.stack or result is _MARK:
+        except (struct.error, RecursionError) as error:
+            self.fail(type(error).__name__)
+        if self.stack or result is MARK:
             self.fail("objects are left over")
         return result
 
     def fail(self, why: str) -> NoReturn:
         raise CheckpointError(f"{self.where}: damaged pickle at byte {self.at}: {why}")
 
+    def hold(self, nbytes: int) -> None:
+        """Accounts for memory; ``CheckpointError`` if it is out of all proportion."""
+        self.held += nbytes
+        if self.held > MOST_HELD + A_BYTE * self.at + A_STORAGE * len(self.storages):
+            raise CheckpointError(
+                f"{self.where}: {self.at} bytes of its pickle ask for {self.held} bytes of memory; "
+                "torch.save writes nothing like it",
+                "refused",
+            )
+
+    def built(self, value: Any) -> Any:
+        """``value``, a container, accounted for."""
+        self.hold(getsizeof(value))
+        return value
+
     def take(self, count: int) -> bytes:
+        if count > MOST_TEXT:
+            self.fail(f"a string of {count} bytes; at most {MOST_TEXT} are read")
         taken = self.data[self.at : self.at + count]
         if len(taken) != count:
             self.fail(f"{count} bytes are announced, {len(taken)} are there")
@@ -115,7 +105,8 @@ class Interpreter:
         return form.unpack(self.take(form.size))[0]
 
     def text(self, count: int) -> str:
-        return self.take(count).decode("utf-8", "surrogatepass")
+        self.held += count + 50
+        return intern(self.take(count).decode("utf-8", "surrogatepass"))  # names come often
 
     def line(self) -> str:
         stop = self.data.find(b"\n", self.at)
@@ -126,7 +117,7 @@ class Interpreter:
     def since_mark(self) -> list[Any]:
         stack = self.stack
         at = len(stack) - 1
-        while stack[at] is not _MARK:
+        while stack[at] is not MARK:
             at -= 1
             if at < 0:
                 self.fail("a mark is missing")
@@ -134,14 +125,38 @@ class Interpreter:
         del stack[at:]
         return items
 
+    def named(self, module: str, name: str) -> Global:
+        """A global; ``CheckpointError``, "refused", if it is of those that run code."""
+        if forbidden.runs_code(module, name):
+            self.refuse(f"{module}.{name}")
+        self.hold(_ENTRY)
+        return Global(module, name)
+
+    def refuse(self, what: str) -> NoReturn:
+        raise CheckpointError(
+            f"{self.where}: its pickle asks for {what}, which would run code in torch.load; "
+            "do not load this file, and ask where it came from",
+            "refused",
+        )
+
     def call(self, function: Any, args: Any) -> Any:
         """What calling ``function`` means: the builder's value, or a record of the call."""
         args = args if isinstance(args, tuple) else (args,)
         if isinstance(function, Global):
             builder = self.builders.get((function.module, function.name))
             if builder is not None:
-                return builder(*args)
-        return Record(function, args)
+                made = builder(*args)
+                items = len(made) if isinstance(made, (dict, set)) else 0
+                self.hold(getsizeof(made) + items * _ENTRY)
+                return made
+        return self.record(function, args)
+
+    def record(self, function: Any, args: tuple[Any, ...], new: bool = False) -> Record:
+        """The record of a call that is not made."""
+        if isinstance(function, Global) and forbidden.reaches(function.name, args):
+            self.refuse(f"{function} of {args[-1]}")
+        self.hold(_RECORD)
+        return Record(function, args, new=new)
 
     def reduce(self) -> None:
         args = self.stack.pop()
@@ -150,20 +165,24 @@ class Interpreter:
     def newobj(self) -> None:
         args = self.stack.pop()
         args = args if isinstance(args, tuple) else (args,)
-        self.stack[-1] = Record(self.stack[-1], args, new=True)
+        self.stack[-1] = self.record(self.stack[-1], args, new=True)
 
     def newobj_ex(self) -> None:
         named, args = self.stack.pop(), self.stack.pop()
         if named:  # as protocol 2 says the same
             function = Global("copyreg", "__newobj_ex__")
-            self.stack[-1] = Record(function, (self.stack[-1], args, named))
+            self.stack[-1] = self.record(function, (self.stack[-1], args, named))
             return
         self.stack.append(args)
         self.newobj()
 
     def obj(self) -> None:
         function, *args = self.since_mark()
-        self.stack.append(Record(function, tuple(args)))
+        self.stack.append(self.record(function, tuple(args)))
+
+    def inst(self) -> None:
+        function = self.named(self.line(), self.line())
+        self.stack.append(self.record(function, tuple(self.since_mark())))
 
     def build(self) -> None:
         state = self.stack.pop()
@@ -172,20 +191,30 @@ class Interpreter:
 
     def set_items(self, pairs: list[Any]) -> None:
         target = self.stack[-1]
+        self.hold(len(pairs) // 2 * _ENTRY)
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             if isinstance(target, dict):
-                target[hashable(key)] = value
+                target[self.key(key)] = value
             elif isinstance(target, Record):
-                target.pairs.append((key, value))
+                target.pairs = target.pairs or []  # few records have any
+                target.pairs.append((key, value))  # type: ignore[attr-defined]
             else:
                 self.fail("items are set on what is no dict")
+
+    def key(self, value: Any) -> Any:
+        found = hashable(value)
+        if found is not value:
+            self.hold(_RECORD)
+        return found
 
     def append_all(self, values: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, set):
-            target.update(hashable(value) for value in values)
+            self.hold(len(values) * _ENTRY)
+            target.update(self.key(value) for value in values)
         elif isinstance(target, Record):
-            target.items.extend(values)
+            target.items = target.items or []
+            target.items.extend(values)  # type: ignore[attr-defined]
         elif isinstance(target, list):
             target.extend(values)
         else:
@@ -197,87 +226,37 @@ class Interpreter:
 
     def dict_of(self) -> None:
         pairs = self.since_mark()
-        self.stack.append({})
+        self.stack.append(self.built({}))
         self.set_items(pairs)
 
     def tuple_of(self, count: int) -> None:
         items = tuple(self.stack[len(self.stack) - count :])
-        if len(items) != count or any(item is _MARK for item in items):
+        if len(items) != count or MARK in items:
             self.fail("a tuple is short of items")
         del self.stack[len(self.stack) - count :]
-        self.stack.append(items)
+        self.stack.append(self.built(items))
 
     def long(self, count: int) -> None:
+        if not 0 <= count <= MOST_LONG:
+            self.fail(f"an int of {count} bytes; at most {MOST_LONG} are read")
         self.stack.append(int.from_bytes(self.take(count), "little", signed=True))
 
     def stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
-        self.stack.append(Global(str(module), str(name)))
+        if not isinstance(module, str) or not isinstance(name, str):
+            self.fail("a global is named by what is no string")
+        self.stack.append(self.named(module, name))
 
     def frozenset_of(self) -> None:
-        self.stack.append(frozenset(hashable(value) for value in self.since_mark()))
+        self.stack.append(self.built(frozenset(self.key(value) for value in self.since_mark())))
 
     def persist(self) -> None:
-        self.stack[-1] = self.persistent(self.stack[-1])
+        pid = self.stack[-1]
+        self.stack[-1] = self.persistent(pid)
+        self.storages.add(pid[2] if isinstance(pid, tuple) and len(pid) > 2 else None)
 
     def put(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
-
-
-_Step = Callable[[Interpreter], Any]
-_OPCODES: dict[int, _Step] = {
-    b"\x80"[0]: lambda i: i.take(1),  # PROTO
-    b"\x95"[0]: lambda i: i.take(8),  # FRAME
-    b"("[0]: lambda i: i.stack.append(_MARK),
-    b"0"[0]: lambda i: i.stack.pop(),
-    b"1"[0]: lambda i: i.since_mark(),
-    b"2"[0]: lambda i: i.stack.append(i.stack[-1]),
-    b"N"[0]: lambda i: i.stack.append(None),
-    b"\x88"[0]: lambda i: i.stack.append(True),
-    b"\x89"[0]: lambda i: i.stack.append(False),
-    b"K"[0]: lambda i: i.stack.append(i.byte()),
-    b"M"[0]: lambda i: i.stack.append(i.number(_U16)),
-    b"J"[0]: lambda i: i.stack.append(i.number(_I32)),
-    b"\x8a"[0]: lambda i: i.long(i.byte()),
-    b"\x8b"[0]: lambda i: i.long(i.number(_U32)),
-    b"G"[0]: lambda i: i.stack.append(i.number(_F64)),
-    b"X"[0]: lambda i: i.stack.append(i.text(i.number(_U32))),
-    b"\x8c"[0]: lambda i: i.stack.append(i.text(i.byte())),
-    b"\x8d"[0]: lambda i: i.stack.append(i.text(i.number(_U64))),
-    b"T"[0]: lambda i: i.stack.append(i.take(i.number(_U32)).decode("latin-1")),
-    b"U"[0]: lambda i: i.stack.append(i.take(i.byte()).decode("latin-1")),
-    b"B"[0]: lambda i: i.stack.append(i.take(i.number(_U32))),
-    b"C"[0]: lambda i: i.stack.append(i.take(i.byte())),
-    b"\x8e"[0]: lambda i: i.stack.append(i.take(i.number(_U64))),
-    b"\x96"[0]: lambda i: i.stack.append(i.take(i.number(_U64))),  # BYTEARRAY8
-    b"]"[0]: lambda i: i.stack.append([]),
-    b"}"[0]: lambda i: i.stack.append({}),
-    b")"[0]: lambda i: i.stack.append(()),
-    b"\x8f"[0]: lambda i: i.stack.append(set()),
-    b"l"[0]: lambda i: i.stack.append(i.since_mark()),
-    b"t"[0]: lambda i: i.stack.append(tuple(i.since_mark())),
-    b"\x85"[0]: lambda i: i.tuple_of(1),
-    b"\x86"[0]: lambda i: i.tuple_of(2),
-    b"\x87"[0]: lambda i: i.tuple_of(3),
-    b"d"[0]: Interpreter.dict_of,
-    b"\x91"[0]: Interpreter.frozenset_of,
-    b"a"[0]: lambda i: i.append_all([i.stack.pop()]),
-    b"e"[0]: lambda i: i.append_all(i.since_mark()),
-    b"\x90"[0]: lambda i: i.append_all(i.since_mark()),  # ADDITEMS
-    b"s"[0]: Interpreter.take_set_item,
-    b"u"[0]: lambda i: i.set_items(i.since_mark()),
-    b"q"[0]: lambda i: i.put(i.byte()),
-    b"r"[0]: lambda i: i.put(i.number(_U32)),
-    b"\x94"[0]: lambda i: i.put(len(i.memo)),
-    b"h"[0]: lambda i: i.stack.append(i.memo[i.byte()]),
-    b"j"[0]: lambda i: i.stack.append(i.memo[i.number(_U32)]),
-    b"c"[0]: lambda i: i.stack.append(Global(i.line(), i.line())),
-    b"\x93"[0]: Interpreter.stack_global,
-    b"R"[0]: Interpreter.reduce,
-    b"\x81"[0]: Interpreter.newobj,
-    b"\x92"[0]: Interpreter.newobj_ex,
-    b"o"[0]: Interpreter.obj,
-    b"i"[0]: lambda i: i.stack.append(Record(Global(i.line(), i.line()), tuple(i.since_mark()))),
-    b"b"[0]: Interpreter.build,
-    b"Q"[0]: Interpreter.persist,
-}
+        self.puts += 1
+        if index < 256 or index >= len(self.gets) or self.gets[index]:
+            self.hold(_ENTRY)
+            self.memo[index] = self.stack[-1]

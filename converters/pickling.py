@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from converters.pickles import Global, Record
+from converters.records import Global, Record
 from converters.trees import Storage
 
 MOST_DEPTH = 200  # levels; DeepSpeed's files have about ten
@@ -73,7 +73,7 @@ class _Writer:
             case Record():
                 self.call(value, depth)
                 self.put(name, value)
-                self.fill(value.items, depth)
+                self.fill(list(value.items), depth)
                 self.fill(dict(value.pairs), depth)
                 if value.state is not None:
                     self.write(value.state, depth + 1)

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import chain
 from typing import Literal
 
 from converters.errors import CheckpointError
@@ -60,8 +61,8 @@ class Shard:
     crc_slots: tuple[tuple[int, str], ...] = ()
 
     def __post_init__(self) -> None:
-        runs = [(at, len(data)) for at, data in self.literals]
-        runs += [(placement.offset, placement.nbytes) for placement in self.placements]
+        literals = ((at, len(data)) for at, data in self.literals)
+        runs = chain(literals, ((placed.offset, placed.nbytes) for placed in self.placements))
         end = 0
         for at, length in sorted(run for run in runs if run[1]):
             if at != end:

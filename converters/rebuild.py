@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import CheckpointError
-from converters.pickles import Builders, Global, Record, hashable
+from converters.pickles import Builders
+from converters.records import Global, Record, hashable
 from converters.tensors import DType, Extent, Runs, TensorRef
 
 MOST_RUNS = 1 << 10  # runs that are kept; more are worked out one by one
+MOST_AXES = 1 << 10
+MOST_REPEATED = 1 << 16  # runs of a view that has more elements than its storage
 
 STORAGES = {
     "DoubleStorage": DType.F64,
@@ -57,7 +60,7 @@ def storage_id(pid: Any, path: Path) -> tuple[DType | None, str, int]:
     The type is ``None`` for kinds that are not read, such as complex doubles.
     """
     match pid:
-        case ("storage", Global(name=name), str(key), _, int(numel), *_):
+        case ("storage", Global(name=name), str(key), _, int(numel), *_) if 0 <= numel < 1 << 60:
             return STORAGES.get(name), key, numel
     raise CheckpointError(f"{path}: a pickle names something that is no storage")
 
@@ -66,9 +69,9 @@ def _tensor(storage: Any, at: Any, shape: Any, stride: Any, *_: Any) -> TensorRe
     """``torch._utils._rebuild_tensor_v2``: a view into a storage."""
     if not isinstance(storage, TensorRef):
         return Record(storage.of if isinstance(storage, Record) else storage, (shape,))
+    if len(shape) != len(stride) or len(shape) > MOST_AXES or not _sizes((at, *shape, *stride)):
+        raise ValueError(f"a tensor of shape {_brief(shape)}, stride {_brief(stride)}")
     numel, size = prod(shape), storage.dtype.itemsize
-    if any(n < 0 for n in (at, *shape, *stride)) or len(shape) != len(stride):
-        raise ValueError(f"a tensor of shape {shape}, stride {stride}, offset {at}")
     if not numel:  # an empty run still tells the storage, which tied names share
         return TensorRef(storage.dtype, tuple(shape), (_empty(storage.extents[0]),))
     last = at + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
@@ -80,8 +83,18 @@ def _tensor(storage: Any, at: Any, shape: Any, stride: Any, *_: Any) -> TensorRe
     base = storage.extents[0]
     steps = tuple((n, step * size) for n, step in dims)
     runs = Runs(base.path, base.offset + at * size, run * size, steps)
+    if numel > storage.numel and len(runs) > MOST_REPEATED:
+        raise ValueError(f"a tensor of {numel} elements repeats a storage of {storage.numel}")
     extents = runs if len(runs) > MOST_RUNS else tuple(runs)
     return TensorRef(storage.dtype, tuple(shape), extents)
+
+
+def _sizes(numbers: tuple[Any, ...]) -> bool:
+    return all(type(n) is int and 0 <= n < 1 << 60 for n in numbers)
+
+
+def _brief(numbers: Any) -> str:
+    return repr(tuple(numbers[:8])) + (" and more" if len(numbers) > 8 else "")
 
 
 def _empty(extent: Extent) -> Extent:

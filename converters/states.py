@@ -9,16 +9,28 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
-from converters import files, torchzip
+from converters import files, folder, torchzip
 from converters.errors import CheckpointError
-from converters.pickles import Record
+from converters.records import Global, Record
 from converters.tensors import DType, TensorRef
 from converters.torchzip import TorchFile
 
 Shape = tuple[int, ...]
+LARGEST = 1 << 60  # elements
+MOST_AXES = 1 << 10
+_shown = Repr()  # short, whatever a file nests
+_shown.maxlevel = 3
+_shown.maxother = 120
+
+
+def shown(value: Any) -> str:
+    """What a file holds, for a message: never longer than a line, nor for long at work."""
+    return _shown.repr(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,12 @@ class State:
             )
         if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
             raise CheckpointError(f"{self.path} is no model file: its module is no state dict")
+        for name in found:
+            if not name.isprintable():
+                raise CheckpointError(
+                    f"{self.path} holds the name {name!r}, which no file of weights can hold",
+                    "unsupported",
+                )
         return found
 
     @property
@@ -64,7 +82,8 @@ class State:
     def version(self) -> str | None:
         """The version of DeepSpeed; ``None`` before 0.4.2."""
         found = self.root.get("ds_version")
-        return found if isinstance(found, str) else None
+        usable = isinstance(found, str) and found.isprintable() and len(found) < 100
+        return found if usable else None
 
     def setting(self, *keys: str) -> Any:
         """A value of the configuration by its path of keys; ``None`` where it is not set."""
@@ -88,6 +107,12 @@ def read(path: Path) -> State:
         )
     if not isinstance(file.root, dict):
         raise CheckpointError(f"{path} is no state file of DeepSpeed: it holds no dict")
+    saved, named = (folder.rank_file(name or "") for name in (file.saved_as, path.name))
+    if saved is not None and named is not None and saved != named:
+        raise CheckpointError(
+            f"{path} was saved as {file.saved_as}: it is the file of another rank or kind under "
+            "this name; give each file back its own name, or copy this one again"
+        )
     return State(file, file.root)
 
 
@@ -104,10 +129,15 @@ def shapes(state: State, key: str) -> list[dict[str, Shape]] | None:
         if not isinstance(group, dict):
             raise state.fail(f"{key} is no list of dicts")
         for name, shape in group.items():
-            whole = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
-            if not isinstance(name, str) or not whole:
-                raise state.fail(f"{key} gives {name!r} the shape {shape!r}")
+            if not isinstance(name, str) or not name.isprintable() or not _is_shape(shape):
+                raise state.fail(f"{key} gives {shown(name)} the shape {shown(shape)}")
     return [dict(group) for group in groups if group]
+
+
+def _is_shape(shape: Any) -> bool:
+    if not isinstance(shape, tuple) or len(shape) > MOST_AXES:
+        return False
+    return all(type(n) is int and 0 <= n < LARGEST for n in shape) and prod(shape) < LARGEST
 
 
 def listed(model: State, rank: State) -> bool:
@@ -140,7 +170,10 @@ def no_tensor(state: State, found: Any, what: str) -> CheckpointError:
 
 def kind(found: Any) -> str:
     """What a value is, under the name that its pickle gives it."""
-    return str(found.of) if isinstance(found, Record) else type(found).__name__
+    if not isinstance(found, Record):
+        return type(found).__name__
+    name = str(found.of) if isinstance(found.of, Global) else "the result of a call"
+    return name if name.isprintable() else ascii(name)
 
 
 def progress(state: State) -> dict[str, Any]:

@@ -101,11 +101,13 @@ def read(path: Path) -> Weights:
         names = shard_names(index) if index.is_file() else ["pytorch_model.bin"]
         found: dict[str, TensorRef] = {}
         for name in names:
-            found |= read(path / name).tensors
+            found |= _read_file(path / name)
         return Weights(found)
+    return Weights(_read_file(path))
+
+
+def _read_file(path: Path) -> dict[str, TensorRef]:
     root = torchzip.read(path).root
     if not isinstance(root, dict):
         raise CheckpointError(f"{path} holds no dict of tensors")
-    return Weights(
-        {n: r for n, r in root.items() if isinstance(n, str) and isinstance(r, TensorRef)}
-    )
+    return {n: r for n, r in root.items() if isinstance(n, str) and isinstance(r, TensorRef)}

@@ -39,28 +39,33 @@ def _read(path: Path, data: Any, builders: Builders, stored: torchzip.Stored) ->
             raise CheckpointError(f"{path}: storage {key} is of kind {pid[1]}", "unsupported")
         if len(pid) > 5 and pid[5] is not None:
             raise CheckpointError(f"{path}: storage {key} is a view of another", "unsupported")
-        seen[key] = (dtype, numel)
+        if seen.setdefault(key, (dtype, numel)) != (dtype, numel):
+            raise CheckpointError(f"{path}: storage {key} is of two types or sizes")
         return TensorRef(dtype, (numel,), (Extent(path, 0, numel * dtype.itemsize),))
 
     first = Interpreter(data, rebuild.BUILDERS, remember, str(path))
     magic, protocol, _system = first.run(), first.run(), first.run()
     if (magic, protocol) != (MAGIC, 1001):
-        raise CheckpointError(f"{path}: expected torch's stream 1001, found {protocol!r}")
+        raise CheckpointError(f"{path}: it is no stream of torch's form 1001")
     start = first.at
     first.run()
     keys = first.run()
-    if not isinstance(keys, list) or sorted(seen) != sorted(map(str, keys)):
+    listed = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not listed or sorted(seen) != sorted(keys):
         raise CheckpointError(f"{path}: its list of storages is not that of its tensors")
 
     places: dict[str, TensorRef] = {}
     at = first.at
-    for key in map(str, keys):
+    for key in keys:
         dtype, numel = seen[key]
         nbytes = numel * dtype.itemsize
         if int.from_bytes(data[at : at + 8], "little") != numel or at + 8 + nbytes > len(data):
             raise CheckpointError(f"{path} is cut short or damaged within storage {key}")
         places[key] = TensorRef(dtype, (numel,), (Extent(path, at + 8, nbytes),))
         at += 8 + nbytes
+
+    if at != len(data):
+        raise CheckpointError(f"{path}: {len(data) - at} bytes follow its last storage")
 
     def placed(pid: Any) -> Any:
         return stored(pid, places[rebuild.storage_id(pid, path)[1]])

@@ -15,21 +15,20 @@ Older streams that are no zip are read by ``torchlegacy``.
 from __future__ import annotations
 
 import os
-import struct
-import zipfile
+import stat
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from converters import files
+from converters import files, zips
 from converters.errors import CheckpointError
-from converters.pickles import Builders, Interpreter, Record
+from converters.pickles import Builders, Interpreter
 from converters.rebuild import BUILDERS, storage_id
+from converters.records import Record
 from converters.tensors import Checksum, Extent, TensorRef
 
 MOST_PICKLE = 1 << 30  # bytes of data.pkl; the largest seen is a few MB
@@ -40,13 +39,15 @@ class TorchFile:
     """A file of ``torch.save``: its root object, and the runs of bytes its storages lie in.
 
     ``checksums`` are sorted by offset. ``digest`` is the SHA-256 of a zip's central directory,
-    which binds every record's size and CRC32; ``None`` where CRC32s are missing.
+    which binds every record's size and CRC32; ``None`` where CRC32s are missing. ``saved_as`` is
+    the zip's folder of records, which torch names after the file: its name when it was saved.
     """
 
     path: Path
     root: Any
     checksums: tuple[Checksum, ...]
     digest: str | None = None
+    saved_as: str | None = None
 
     def storage(self, ref: TensorRef) -> Checksum | None:
         """The storage that the tensor's first byte lies in; ``None`` for an empty tensor."""
@@ -73,10 +74,12 @@ def read(path: Path, builders: Builders = BUILDERS, stored: Stored = located) ->
     from converters import torchlegacy
 
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise CheckpointError(f"{path} is no plain file; expected one of torch.save")
         with open(path, "rb") as file:
             head = file.read(8)
             if head[:4] == b"PK\x03\x04":
-                return _read_zip(path, builders, stored)
+                return _read_zip(file.fileno(), path, builders, stored)
             if head == torchlegacy.HEAD:
                 return torchlegacy.read(path, builders, stored)
             file_size = os.fstat(file.fileno()).st_size
@@ -103,39 +106,39 @@ def _begins_json(path: Path) -> bool:
         return file.read(1) == b"{"
 
 
-def _read_zip(path: Path, builders: Builders, stored: Stored) -> TorchFile:
-    try:
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            infos = {info.filename: info for info in archive.infolist()}
-            pickles = [name for name in infos if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise CheckpointError(f"{path} holds {len(pickles)} data.pkl, expected one")
-            records = _Records(path, file.fileno(), pickles[0].removesuffix("data.pkl"), infos)
-            if (order := records.small("byteorder")) not in (None, b"little"):
-                raise CheckpointError(f"{path} is {order!r} endian; only little is", "refused")
-            data = records.small("data.pkl")
-            assert data is not None
+def _read_zip(fd: int, path: Path, builders: Builders, stored: Stored) -> TorchFile:
+    directory = zips.read(fd, path)
+    pickles = [name for name in directory.records if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CheckpointError(f"{path} holds {len(pickles)} data.pkl, expected one")
+    prefix = pickles[0].removesuffix("data.pkl")
+    strays = [name for name in directory.records if not name.startswith(prefix)]
+    if strays or prefix in ("/", "./", "../") or prefix.count("/") != 1:
+        stray = strays[0] if strays else pickles[0]
+        raise CheckpointError(f"{path} holds {stray}; expected one folder of records", "refused")
+    records = _Records(path, fd, prefix, directory)
+    if (order := records.small("byteorder")) not in (None, b"little"):
+        raise CheckpointError(f"{path} is {order!r} endian; only little is", "refused")
+    data = records.small("data.pkl")
+    assert data is not None
 
-            def storage(pid: Any) -> Any:
-                return stored(pid, records.storage(pid))
+    def storage(pid: Any) -> Any:
+        return stored(pid, records.storage(pid))
 
-            root = Interpreter(data, builders, storage, str(path)).run()
-            file.seek(archive.start_dir)
-            digest = sha256(file.read()).hexdigest()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or cut short ({error}); copy it again from where it was saved"
-        ) from error
-    bound = all(info.CRC for info in infos.values() if info.file_size)
-    return TorchFile(path, root, records.checksums(), digest if bound else None)
+    interpreter = Interpreter(data, builders, storage, str(path))
+    root = interpreter.run()
+    if interpreter.at != len(data):
+        raise CheckpointError(f"{path}: {len(data) - interpreter.at} bytes follow its pickle")
+    bound = all(record.crc32 for record in directory.records.values() if record.size)
+    digest = directory.digest if bound else None
+    return TorchFile(path, root, records.checksums(), digest, prefix[:-1])
 
 
 class _Records:
     """The records of a zip; storages are located when a tensor first names them."""
 
-    def __init__(self, path: Path, fd: int, prefix: str, infos: dict[str, zipfile.ZipInfo]):
-        self.path, self.fd, self.prefix, self.infos = path, fd, prefix, infos
-        self.size = os.fstat(fd).st_size
+    def __init__(self, path: Path, fd: int, prefix: str, directory: zips.Directory):
+        self.path, self.fd, self.prefix, self.directory = path, fd, prefix, directory
         self.found: dict[str, Checksum] = {}
 
     def storage(self, pid: Any) -> TensorRef | Record:
@@ -155,7 +158,7 @@ class _Records:
 
     def small(self, name: str) -> bytes | None:
         """The bytes of a record that is no storage; ``None`` if there is none."""
-        if self.prefix + name not in self.infos:
+        if self.prefix + name not in self.directory.records:
             return None
         found = self.locate(name)
         if found.extent.length > MOST_PICKLE:
@@ -169,20 +172,13 @@ class _Records:
         return data
 
     def locate(self, name: str) -> Checksum:
-        info = self.infos.get(self.prefix + name)
-        if info is None:
+        record = self.directory.records.get(self.prefix + name)
+        if record is None:
             raise CheckpointError(f"{self.path} has no record {name}, which its data.pkl names")
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise CheckpointError(f"{self.path}: record {name} is compressed; torch stores it")
-        if not info.file_size:
-            return Checksum(Extent(self.path, info.header_offset, 0), None)
-        header = os.pread(self.fd, 30, info.header_offset)
-        if header[:4] != b"PK\x03\x04" or len(header) != 30:
-            raise CheckpointError(f"{self.path}: record {name} is not where the directory says")
-        at = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-        if at + info.file_size > self.size:
-            raise CheckpointError(f"{self.path} is cut short within record {name}")
-        return Checksum(Extent(self.path, at, info.file_size), info.CRC or None)
+        if not record.size:
+            return Checksum(Extent(self.path, record.header, 0), None)
+        at = self.directory.payload(self.fd, self.prefix + name)
+        return Checksum(Extent(self.path, at, record.size), record.crc32 or None)
 
     def checksums(self) -> tuple[Checksum, ...]:
         held = [found for found in self.found.values() if found.extent.length]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from converters import rebuild, torchzip
 from converters.errors import CheckpointError
-from converters.pickles import Global, Record
+from converters.records import Global, Record
 from converters.tensors import DType, TensorRef
 from converters.torchzip import TorchFile
 
@@ -126,8 +127,7 @@ def equal(one: Any, other: Any, storages: Callable[[Storage, Storage], bool]) ->
         case Storage():
             return storages(one, other)
         case Record():
-            fields = ("of", "new", "args", "state", "items", "pairs")
-            return all(equal(getattr(one, f), getattr(other, f), storages) for f in fields)
+            return all(map(equal, _fields(one), _fields(other), repeat(storages)))
         case dict():
             return equal(list(one.items()), list(other.items()), storages)
         case list() | tuple():
@@ -137,3 +137,8 @@ def equal(one: Any, other: Any, storages: Callable[[Storage, Storage], bool]) ->
         case float():
             return one == other or (one != one and other != other)
     return bool(one == other)
+
+
+def _fields(record: Record) -> tuple[Any, ...]:
+    held = (list(record.items), list(record.pairs))  # a tuple where there are none
+    return (record.of, record.new, record.args, record.state, *held)

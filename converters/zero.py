@@ -20,6 +20,8 @@ from converters.parameters import assemble
 from converters.states import State
 from converters.tensors import Weights
 
+MOST_RANKS = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -53,7 +55,14 @@ def read(path: Path, tag: str | None = None) -> Checkpoint:
     place = folder.find(path, tag)
     try:
         return _read(place)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(
             f"{place.folder} contradicts itself ({error}): a file is damaged or of another save"
         ) from error
@@ -72,7 +81,7 @@ def _read(place: folder.Place) -> Checkpoint:
         models = _partitioned(list(found.partitioned.values()))
     else:
         models = [states.read(found.module)] if found.module else []
-    _refuse_foreign([*models, *optimizers.values()])
+    refuse_foreign([*models, *optimizers.values()])
     if not models:
         raise CheckpointError(
             f"{place.folder} has no model file (expected "
@@ -107,7 +116,7 @@ def _read(place: folder.Place) -> Checkpoint:
         place,
         stage,
         len(ranks) or _data_parallel(models[0]),
-        _precision(models[0], weights),
+        precision(models[0], weights),
         step if isinstance(step := models[0].root.get("global_steps"), int) else None,
         models[0].version,
         {state.path: state.file.digest for state in (*models, *ranks)},
@@ -143,11 +152,11 @@ def _stage(optimizers: Mapping[int, State]) -> int:
     if stage is None:
         return configured if configured in (0, 1) else 1
     if stage not in (1, 2):
-        raise state.fail(f"zero_stage is {stage!r}, expected 1, 2 or 3")
+        raise state.fail(f"zero_stage is {states.shown(stage)}, expected 1, 2 or 3")
     return 1 if configured == 1 else int(stage)
 
 
-def _refuse_foreign(found: Iterable[State]) -> None:
+def refuse_foreign(found: Iterable[State]) -> None:
     """Raises for parallelism beyond ZeRO, which the files' names did not give away."""
     for state in found:
         root, optimizer = state.root, state.root.get("optimizer_state_dict")
@@ -176,8 +185,8 @@ def _whole(place: folder.Place, optimizers: Mapping[int, State]) -> list[State]:
     count = first.optimizer.get("partition_count", len(optimizers))
     if isinstance(count, list):
         count = max((n for n in count if isinstance(n, int)), default=len(optimizers))
-    if not isinstance(count, int) or count < 1:
-        raise first.fail(f"partition_count is {count!r}, expected a number of ranks")
+    if not isinstance(count, int) or not 1 <= count <= MOST_RANKS:
+        raise first.fail(f"partition_count is {states.shown(count)}, expected a number of ranks")
     local = first.setting("checkpoint", "use_node_local_storage") is True
     _require_ranks(place, count, optimizers, "optimizer", local)
     expected = states.progress(first)
@@ -232,7 +241,7 @@ def _data_parallel(model: State) -> int:
     return found if isinstance(found, int) and found > 0 else 1
 
 
-def _precision(model: State, weights: Weights) -> str:
+def precision(model: State, weights: Weights) -> str:
     for name in ("bf16", "bfloat16", "fp16"):
         if model.setting(name, "enabled") is True:
             return "bf16" if name != "fp16" else name

@@ -19,6 +19,8 @@ from converters.parameters import Parameters
 from converters.states import State
 from converters.tensors import DType, TensorRef
 
+MOST_ALIKE = 1 << 20  # pairs of a master weight and a tensor that it may be
+
 
 def parameters(model: State) -> Parameters:
     """All parameters of a checkpoint without ZeRO. ``CheckpointError`` if masters find no name."""
@@ -77,15 +79,32 @@ def _candidates(masters: list[TensorRef], copies: list[TensorRef]) -> list[set[i
     for place, copy in enumerate(copies):
         kinds.setdefault(copy.shape, set()).add(copy.dtype)
         begins.setdefault((copy.shape, views.begins(copy, copy.dtype)), set()).add(place)
-    return [
-        {
-            place
-            for kind in kinds.get(master.shape, ())
-            for place in begins.get((master.shape, views.begins(master, kind)), ())
-            if copies[place].dtype is kind
-        }
-        for master in masters
-    ]
+    found: list[set[int]] = []
+    total = 0
+    for master in masters:
+        found.append(_alike(master, kinds, begins, copies))
+        total += len(found[-1])
+        if total > MOST_ALIKE:
+            raise CheckpointError(
+                f"{master.extents[0].path}: too many fp32 tensors without names are alike to tell "
+                "them apart; load the checkpoint with DeepSpeed and save it under ZeRO",
+                "unsupported",
+            )
+    return found
+
+
+def _alike(
+    master: TensorRef,
+    kinds: dict[tuple[int, ...], set[DType]],
+    begins: dict[object, set[int]],
+    copies: list[TensorRef],
+) -> set[int]:
+    return {
+        place
+        for kind in kinds.get(master.shape, ())
+        for place in begins.get((master.shape, views.begins(master, kind)), ())
+        if copies[place].dtype is kind
+    }
 
 
 def _refused(model: State, masters: list[TensorRef], error: Exception, why: str) -> CheckpointError:

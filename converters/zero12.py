@@ -90,7 +90,8 @@ def _agree(model: State, index: int, shapes: dict[str, Shape], paddings: Sequenc
 
     Only where the group's parameters are views of one storage: clones say nothing.
     """
-    held = {name: ref for name in shapes if isinstance(ref := model.module.get(name), TensorRef)}
+    module = model.module
+    held = {name: ref for name in shapes if isinstance(ref := module.get(name), TensorRef)}
     for name, ref in held.items():
         if ref.shape != shapes[name]:
             raise model.fail(

@@ -25,8 +25,9 @@ from ckpt.runs.manifest import Manifest
 from converters import cast, groups, layout, pickling, reshard, stream, trees, zero, zipplan
 from converters.errors import CheckpointError
 from converters.groups import WEIGHTS
-from converters.pickles import Global, Interpreter, Record
+from converters.pickles import Interpreter
 from converters.plan import Plan
+from converters.records import Global, Record
 from converters.tensors import DType, Extent, TensorRef
 
 REFUSED = {

@@ -148,10 +148,14 @@ def _stage(collection: Collection, staging: Path, progress: Progress) -> None:
             (staging / locks.LOCK).unlink()
             files.sync_folder(staging)
             os.rename(staging, collection.output)
+            try:
+                files.sync_folder(staging.parent)
+            except OSError:  # nobody can say that it is on disk, so it is not there
+                os.rename(collection.output, staging)
+                raise
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-    files.sync_folder(staging.parent)
 
 
 def _fill(collection: Collection, folder: Path, progress: Progress) -> None:
@@ -163,7 +167,11 @@ def _fill(collection: Collection, folder: Path, progress: Progress) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(target) as fd, open(source / name, "rb") as file:
             at, writer = 0, files.Writer(fd)
-            while piece := file.read(CHUNK):
+            while True:
+                with files.named(source / name):
+                    piece = file.read(CHUNK)
+                if not piece:
+                    break
                 writer.write(piece, at)
                 at += len(piece)
                 progress(len(piece))

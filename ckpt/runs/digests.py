@@ -15,13 +15,14 @@ from __future__ import annotations
 import os
 import re
 import stat
-import struct
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
+
+from converters import zips
+from converters.errors import CheckpointError
 
 LARGE = 64 << 20  # bytes; SHA-256 takes several times as long as CRC32
 CHUNK = 8 << 20  # bytes in memory at a time
@@ -116,15 +117,11 @@ def _directory(file: BinaryIO) -> str | None:
     if file.read(4) != b"PK\x03\x04":
         return None
     try:
-        with zipfile.ZipFile(file) as archive:
-            for info in archive.infolist():
-                stored = info.compress_type == zipfile.ZIP_STORED
-                if not stored or (info.file_size and not info.CRC):
-                    return None
-            file.seek(archive.start_dir)
-            return sha256(file.read()).hexdigest()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error):
+        directory = zips.read(file.fileno(), Path(file.name))
+    except CheckpointError:
         return None
+    bound = all(record.crc32 for record in directory.records.values() if record.size)
+    return directory.digest if bound else None
 
 
 def _records(file: BinaryIO, size: int, progress: Progress) -> str | None:
@@ -132,25 +129,19 @@ def _records(file: BinaryIO, size: int, progress: Progress) -> str | None:
     from isal import isal_zlib
 
     read = 0
-    with zipfile.ZipFile(file) as archive:
-        infos = archive.infolist()
-    for info in infos:
-        file.seek(info.header_offset)
-        head = file.read(30)
-        if head[:4] != b"PK\x03\x04" or len(head) != 30:
-            return f"record {info.filename} is not where the directory says"
-        length, extra = struct.unpack("<HH", head[26:])
-        coding = "utf-8" if info.flag_bits & 0x800 else "cp437"
-        if file.read(length) != info.orig_filename.encode(coding):
-            return f"record {info.filename} has another name in front of its bytes"
-        file.seek(extra, os.SEEK_CUR)
-        crc, left = 0, info.file_size
+    directory = zips.read(file.fileno(), Path(file.name))
+    for name, record in directory.records.items():
+        try:
+            file.seek(directory.payload(file.fileno(), name))
+        except CheckpointError as error:
+            return str(error)
+        crc, left = 0, record.size
         for part in _parts(file, left):
             crc, left = isal_zlib.crc32(part, crc), left - len(part)
             progress(len(part))
             read += len(part)
-        if left or crc != info.CRC:
-            return f"record {info.filename} has CRC32 {crc:08x}, expected {info.CRC:08x}"
+        if left or crc != record.crc32:
+            return f"record {name} has CRC32 {crc:08x}, expected {record.crc32:08x}"
     progress(size - read)
     return None
 

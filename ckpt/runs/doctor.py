@@ -18,7 +18,15 @@ from itertools import groupby
 from pathlib import Path
 
 from ckpt.runs import locks, manifest, pruning, slim, torn
-from ckpt.runs.run import POINTERS, Checkpoint, Run, is_checkpoint, is_numbered, leading
+from ckpt.runs.run import (
+    POINTERS,
+    Checkpoint,
+    Run,
+    is_checkpoint,
+    is_numbered,
+    leading,
+    require_read,
+)
 from ckpt.staging import RECORD
 from converters import files
 from converters.errors import CheckpointError
@@ -182,6 +190,8 @@ def _not_committed(checkpoint: Checkpoint, ours: bool) -> Iterator[Finding]:
 def _lacks_only_latest(folder: Path, held: manifest.Manifest) -> bool:
     """Whether a file latest with the tag in it is all that the manifest misses."""
     wrong = manifest.check(folder, held)
+    for line in wrong:
+        require_read(CheckpointError(f"{folder}/{line}"))
     if [line.partition(":")[0] for line in wrong] != ["latest"]:
         return False
     return held.files["latest"].digest == f"sha256:{sha256(str(held.tag).encode()).hexdigest()}"
@@ -208,7 +218,8 @@ def _stray(folder: Path, checkpoint: Checkpoint | None = None) -> Iterator[Findi
         name = path.relative_to(folder).as_posix()
         plain = path.is_file() and not path.is_symlink()
         if plain and name not in listed and time.time() - path.lstat().st_ctime >= QUIET:
-            yield Finding(path, "a write that was cut short", "remove it", path.unlink)
+            gone = partial(path.unlink, missing_ok=True)  # what is mended first may have used it
+            yield Finding(path, "a write that was cut short", "remove it", gone)
 
 
 def _pointers(run: Run, checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:

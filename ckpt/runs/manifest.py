@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ckpt.runs.digests import File, Progress, digest, quiet, unlike
+from converters import bounded_json
 from converters.errors import CheckpointError
 
 __all__ = [
@@ -35,6 +37,7 @@ FORMAT = 1
 LARGEST = 64 << 20  # bytes; a hundred thousand files take about 15 MB
 TIERS = ("full", "weights")
 ABSENT = "no manifest.json: written without ckpt, or its save did not finish"
+_shown = reprlib.repr  # never longer than a line
 _NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -114,7 +117,7 @@ def _whole(value: object) -> bool:
 
 def _require(true: bool, name: str, found: object, expected: str) -> None:
     if not true:
-        raise ValueError(f"{name} is {found!r}, expected {expected}")
+        raise ValueError(f"{name} is {_shown(found)}, expected {expected}")
 
 
 def is_inside(name: str) -> bool:
@@ -143,12 +146,13 @@ def loads(data: bytes, path: Path) -> Manifest:
     """The manifest in ``data``, which was read from ``path``; ``CheckpointError`` if it is none."""
     try:
         text = data.decode("utf-8", "surrogateescape")
-        held = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        held = bounded_json.loads(data, text)
         if not isinstance(held, dict) or "format" not in held:
             raise ValueError("it is no manifest")
         if held["format"] != FORMAT:
             raise CheckpointError(
-                f"{path} has format {held['format']!r}, this ckpt reads {FORMAT}; use a newer ckpt",
+                f"{path} has format {_shown(held['format'])}, this ckpt reads {FORMAT}; use a "
+                "newer ckpt",
                 "unsupported",
             )
         missing = [name for name in _FIELDS if name not in held]
@@ -159,7 +163,7 @@ def loads(data: bytes, path: Path) -> Manifest:
         held["metrics"] = {n: _NUMBERS[v] if isinstance(v, str) else v for n, v in metrics}
         held["files"] = {n: File(f["size"], f["digest"]) for n, f in held["files"].items()}
         if not isinstance(held["progress"], dict):
-            raise ValueError(f"progress is {held['progress']!r}, expected names and values")
+            raise ValueError(f"progress is {_shown(held['progress'])}, expected names and values")
         return Manifest(**held)
     except (
         ValueError,
@@ -176,21 +180,12 @@ def loads(data: bytes, path: Path) -> Manifest:
         ) from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands in it twice")
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
 def read(folder: Path) -> Manifest:
     """The manifest of a checkpoint; ``CheckpointError``, "incomplete" if there is none."""
     path = folder / NAME
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise CheckpointError(f"{path} is no plain file; it is no manifest", "refused")
         with open(path, "rb") as file:
             data = file.read(LARGEST + 1)
     except (FileNotFoundError, NotADirectoryError) as error:

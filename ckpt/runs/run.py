@@ -9,6 +9,7 @@ out/
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -25,6 +26,7 @@ from converters.folder import is_tag_folder
 _NUMBERED = re.compile(r"checkpoint-(\d{1,18})")
 _STEP = re.compile(r"(?:checkpoint-|global_step|.*\bstep=)(\d{1,18})\b.*")
 POINTERS = ("latest", "best")
+_UNREAD = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,8 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """What a folder is, by its manifest and the sizes of its files; reads no other bytes.
 
-    ``CheckpointError`` if there is no such folder.
+    ``CheckpointError`` if there is no such folder, or the disk or network fails: whether it is
+    committed cannot be told then, and nothing may be decided by it.
     """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -92,13 +95,22 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     try:
         held = manifests.read(folder)
     except CheckpointError as error:
+        require_read(error)
         absent = error.kind == "incomplete"
         why = manifests.ABSENT if absent else str(error).removeprefix(f"{folder}/")
         return Checkpoint(folder, _step_in(folder), None, why, pinned)
     wrong = manifests.check(folder, held)
+    for line in wrong:
+        require_read(CheckpointError(f"{folder}/{line}"))
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     why = f"manifest.json lists {wrong[0]}{more}" if wrong else None
     return Checkpoint(folder, held.step, held, why, pinned)
+
+
+def require_read(error: CheckpointError) -> None:
+    """Raises ``error`` if it came of a disk or network that fails, not of what lies there."""
+    if any(os.strerror(number) in str(error) for number in _UNREAD):
+        raise error
 
 
 def _step_in(folder: Path) -> int | None:
@@ -153,7 +165,7 @@ class Run:
     def target(self, name: str = "latest") -> str | None:
         """The text of a pointer; ``None`` if there is no such file."""
         try:
-            with open(self.path / name, "rb") as file:
+            with open(self.path / name, "rb") as file, files.named(self.path / name):
                 return file.read(4096).decode("utf-8", "surrogateescape").strip()
         except (FileNotFoundError, IsADirectoryError):
             return None

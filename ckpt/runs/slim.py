@@ -111,8 +111,9 @@ def _replaced(folder: Path, data: bytes) -> locks.Lock:
     try:
         with suppress(OSError):  # no locks here
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        files.Writer(fd).write(data, 0)
-        os.fsync(fd)
+        with files.named(partial):
+            files.Writer(fd).write(data, 0)
+            os.fsync(fd)
         os.replace(partial, folder / manifest.NAME)
         files.sync_folder(folder)
     except BaseException:
@@ -138,6 +139,7 @@ def _sweep(folder: Path, slimming: Slimming) -> None:
         bin_ = folder / tag.parent / f".{tag.name}.trash"
         pruning.remove(bin_)
         os.rename(folder / tag, bin_)
+        files.sync_folder(bin_.parent)  # or else what is removed below might be under its old name
     for trash in sorted(folder.rglob(".*.trash")):
         pruning.remove(trash)
     for name in slimming.removed:

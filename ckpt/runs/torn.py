@@ -1,11 +1,14 @@
-"""Whether a folder that nobody committed can be a checkpoint at all."""
+"""Whether a folder that nobody committed can be a checkpoint at all.
+
+``CheckpointError`` where the disk fails, since nothing can be told then.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ckpt.runs.manifest import is_inside
-from ckpt.runs.run import Run
+from ckpt.runs.run import Run, require_read
 from converters import safetensors, states, zero
 from converters.errors import CheckpointError
 from converters.folder import is_tag_folder
@@ -21,7 +24,8 @@ def only_tag(folder: Path) -> str | None:
         return None
     try:
         zero.read(folder, tags[0].name)
-    except CheckpointError:
+    except CheckpointError as error:
+        require_read(error)
         return None
     return tags[0].name
 
@@ -35,6 +39,7 @@ def why(folder: Path) -> str | None:
         zero.read(folder)
         return None
     except CheckpointError as error:
+        require_read(error)
         said = str(error)
         if error.kind in ("unsupported", "refused") or _is_one_nodes(folder):
             return None
@@ -45,6 +50,7 @@ def why(folder: Path) -> str | None:
             try:
                 safetensors.read(folder / name if name.startswith("adapter") else folder)
             except CheckpointError as error:
+                require_read(error)
                 return str(error)
     return None
 

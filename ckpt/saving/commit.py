@@ -215,9 +215,10 @@ def _settled(folder: Path, known: set[str], beat: Callable[[], object]) -> Found
                 continue
             if path.name.endswith(".partial"):  # another rank is still writing it
                 continue
-            files.sync_file(path)
-            beat()
-            found[name] = digest(path)
+            with files.named(path):
+                files.sync_file(path)
+                beat()
+                found[name] = digest(path)
     return found
 
 

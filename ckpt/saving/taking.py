@@ -12,6 +12,7 @@ from ckpt.saving.commit import Commit
 from ckpt.saving.engine import Taken, put_in
 from ckpt.saving.weights import Weights
 from ckpt.saving.work import Work
+from converters import files
 
 
 def take(
@@ -30,7 +31,7 @@ def take(
     too small for what all of them are about to write.
     """
     ranks, folder, tag = commit.ranks, commit.folder, commit.facts.tag
-    with ranks.step() as step:
+    with ranks.step() as step, files.named(folder):
         states = []
         if tag is not None:
             options = {"exclude_frozen_parameters": True} if exclude_frozen_parameters else {}
@@ -49,7 +50,7 @@ def take(
         work.beat = lambda: ranks.beat(heed=True)
         step.value = [commit.nodes.folder, work.nbytes]
     preflight.require_room(ranks, commit.nodes, folder, step.heard, weights)
-    with ranks.step():
+    with ranks.step(), files.named(folder):
         if not ranks.rank:
             beside(engine.module, folder, weights, tokenizer)
     if weights is not None and commit.nodes.away:

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Fault = Literal["kill", "killgroup", "torn", "torngroup", "enospc", "edquot", "eio", "fsync"]
+Kill = Literal["kill", "killgroup", "torn", "torngroup", "term"]
+Fault = Kill | Literal["enospc", "edquot", "eio", "fsync", "eintr", "short"]
 WRITES = "write", "writev", "pwrite", "pwritev", "sendfile", "copy_file_range", "truncate"
 SOURCE = Path(__file__).with_name("shim.c")
 
@@ -74,11 +75,13 @@ def environment(
     arm: Path | None = None,
     sticky: bool = False,
     log: Path | None = None,
+    reads: int = 0,
 ) -> dict[str, str]:
     """Variables that make a process fail at its operation ``at`` below ``root``; 0 only counts.
 
     With ``rank``, only the process with that $RANK. With ``arm``, counting starts when the process
-    opens or looks for that path. ``sticky`` errors stay. ``log`` receives the journal.
+    opens or looks for that path. ``sticky`` errors stay. ``log`` receives the journal. With
+    ``reads`` 1 reading counts, too, with 2 looking for files as well.
     """
     found = {
         "LD_PRELOAD": ":".join(filter(None, [str(library()), os.environ.get("LD_PRELOAD")])),
@@ -86,18 +89,32 @@ def environment(
         "FAULT_AT": str(at),
         "FAULT_DO": do,
         "FAULT_STICKY": str(int(sticky)),
+        "FAULT_READS": str(reads),
     }
     optional = {"FAULT_RANK": rank, "FAULT_ARM": arm, "FAULT_LOG": log}
     return found | {name: str(value) for name, value in optional.items() if value is not None}
 
 
 def set_here(
-    root: Path, at: int = 0, do: Fault = "kill", *, sticky: bool = False, log: Path | None = None
+    root: Path,
+    at: int = 0,
+    do: Fault = "kill",
+    *,
+    sticky: bool = False,
+    log: Path | None = None,
+    reads: int = 0,
+    trace: Path | None = None,
 ) -> None:
-    """Starts to count in this process, whose parent was started with the library preloaded."""
+    """Starts to count in this process, whose parent was started with the library preloaded.
+
+    ``trace`` receives every change with its data (``hardening/crash/trace.py`` reads it).
+    """
+    here = _preloaded()
+    here.fault_reads(reads)
+    here.fault_trace(b"" if trace is None else os.fsencode(trace))
     journal_path = b"" if log is None else os.fsencode(log)
     rank = os.environ.get("RANK", "").encode()
-    _preloaded().fault_set(os.fsencode(root), 1, at, do.encode(), int(sticky), rank, journal_path)
+    here.fault_set(os.fsencode(root), 1, at, do.encode(), int(sticky), rank, journal_path)
 
 
 def count_here() -> int:
@@ -108,6 +125,7 @@ def count_here() -> int:
 def stop_here() -> None:
     """Counts no longer in this process."""
     _preloaded().fault_set(b"/", 0, 0, b"", 0, b"", b"")
+    _preloaded().fault_trace(b"")
 
 
 def journal(log: Path) -> list[Operation]:

@@ -78,6 +78,50 @@ def test_an_operation_fails_as_that_of_a_broken_disk_does(
     assert failed == ["fsync!" if do == "fsync" else "write!"]
 
 
+def test_an_interrupted_call_is_one_that_the_caller_repeats(tmp_path: Path) -> None:
+    assert write(tmp_path / "out", 3, "eintr") == (0, "")
+    calls = [each.call for each in faults.journal(tmp_path / "log")]
+    assert calls == ["open", "write", "fsync!", "fsync", *CALLS[3:]]
+    assert (tmp_path / "out/c").read_bytes() == b"y" * 40 + b"z" * 40
+
+
+def test_a_short_write_says_that_it_was_short(tmp_path: Path) -> None:
+    assert write(tmp_path / "out", 3, "short") == (0, "")  # the next one is at 6
+    assert (tmp_path / "out/c").read_bytes() == b"y" * 40
+
+
+def test_a_process_is_asked_to_end_at_its_nth_operation(tmp_path: Path) -> None:
+    assert write(tmp_path / "out", 4, "term")[0] == -signal.SIGTERM
+    assert os.listdir(tmp_path / "out") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("reads", "calls"),
+    [
+        (0, []),
+        (1, ["open-", "read", "read", "open-", "preadv"]),
+        (2, ["stat", "open-", "read", "read", "open-", "preadv"]),
+    ],
+)
+def test_reads_are_counted_where_that_is_asked_for(
+    tmp_path: Path, reads: int, calls: list[str]
+) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 100)
+    code = (
+        "import os, sys\n"
+        "os.lstat(sys.argv[1])\n"
+        "file = open(sys.argv[1], 'rb', buffering=0)\n"
+        "assert len(file.read(100)) in (50, 100) and len(file.read(100)) in (0, 50)\n"
+        "os.preadv(os.open(sys.argv[1], os.O_RDONLY), [bytearray(10), bytearray(10)], 0)\n"
+    )
+    log = tmp_path.parent / f"{tmp_path.name}-log"
+    env = os.environ | faults.environment(tmp_path, 1, "short", log=log, reads=reads)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], env=env, timeout=60)
+    assert done.returncode == 0
+    found = [each.call.rstrip("!") for each in faults.journal(log)]
+    assert [call for call in found if call != "fstat"] == calls
+
+
 def test_power_failures_take_what_was_not_synced(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert write(out, 7)[0] == -signal.SIGKILL

@@ -1,0 +1,147 @@
+"""The command ``ckpt`` as forks of a process that has imported it all: 20 ms each, not 600.
+
+    with Forks() as forks:
+        whole = forks.run(["to-fp32", folder], folder, reads=1)
+        ended = forks.run(["to-fp32", folder], folder, at=17, do="eio", reads=1)
+
+The process runs with the library of ``faults`` preloaded and has a single thread, so that its
+forks are as good as fresh processes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from faults import faults
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 60.0  # seconds until a command counts as hung
+IMPORTED = "ckpt.cli", "ckpt.convert", "ckpt.reshard", "ckpt.report", "ckpt.runs.doctor", "isal"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended: its exit status (negative: the signal), what it said on stderr, and how
+    many file operations it counted, if it lived to tell."""
+
+    status: int
+    said: str
+    count: int
+    hung: bool
+
+
+class Forks:
+    """The warm process, for as long as the block lasts."""
+
+    def __enter__(self) -> Forks:
+        found = os.environ | faults.environment(Path("/nowhere"))
+        found |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        found["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-m", "faults.forks"]
+        self.process = subprocess.Popen(command, env=found, stdin=pipe, stdout=pipe, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(LIMIT)
+        self.process.stdout.close()
+
+    def run(self, args: Sequence[object], root: Path, stdout: bool = False, **fault: Any) -> Ended:
+        """Runs ``ckpt`` with ``args``; ``root`` and ``fault`` as ``faults.set_here`` takes them.
+
+        With ``stdout``, what it prints there is part of what it said.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        asked = {"args": [str(arg) for arg in args], "root": str(root), "fault": fault}
+        asked["stdout"] = stdout
+        self.process.stdin.write(json.dumps(asked, default=str) + "\n")
+        self.process.stdin.flush()
+        return Ended(**json.loads(self.process.stdout.readline()))
+
+
+def serve() -> None:
+    """The life of the warm process."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    said = os.fdopen(os.memfd_create("said"), "w+b")
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            _be_command(json.loads(line), said.fileno())
+        status, hung = _wait(pid)
+        said.seek(0)
+        *words, last = said.read().decode(errors="replace").split("\n")
+        said.seek(0)
+        said.truncate()
+        count, _, modules = last.removeprefix("counted ").partition(" ")
+        told = last.startswith("counted ")
+        ended = {"status": status, "count": int(count) if told else -1, "hung": hung}
+        print(json.dumps(ended | {"said": "\n".join(words if told else [*words, last])}))
+        sys.stdout.flush()
+        for name in modules.split() if status == 0 else ():
+            if name not in sys.modules:
+                with suppress(Exception):
+                    importlib.import_module(name)
+
+
+def _be_command(asked: dict[str, Any], said: int) -> None:
+    """A fork: runs the command, and writes how far it counted behind what it said."""
+    status, count = 1, 0
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not longer than the parent
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        os.dup2(said if asked["stdout"] else 0, 1)
+        os.dup2(said, 2)
+        from ckpt.cli import main
+        from ckpt.runs import doctor
+
+        doctor.QUIET = 0.0  # what was written just now counts as left by a crash
+        fault = asked["fault"]
+        for name in ("log", "trace"):
+            fault[name] = Path(fault[name]) if fault.get(name) else None
+        faults.set_here(Path(asked["root"]), **fault)
+        try:
+            main(asked["args"])
+        except SystemExit as done:
+            status = done.code if isinstance(done.code, int) else 0 if done.code is None else 1
+        count = faults.count_here()
+    except BaseException as error:
+        sys.stderr.write(f"Traceback: {type(error).__name__}: {error}\n")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(2, f"counted {count} {' '.join(sys.modules)}".encode())
+        os._exit(status)
+
+
+def _wait(pid: int) -> tuple[int, bool]:
+    end, hung = time.monotonic() + LIMIT, False
+    pause = 0.001
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), hung
+        if time.monotonic() > end and not hung:
+            hung = True
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(pause)
+        pause = min(0.02, pause * 1.3)
+
+
+if __name__ == "__main__":
+    serve()

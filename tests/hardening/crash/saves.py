@@ -1,0 +1,185 @@
+"""Saves of two ranks as recordings: of each ZeRO stage, in the background, and over an older one.
+
+``python saves.py FOLDER`` starts the ranks (``scripts/forked_ranks.py``); each case leaves in
+FOLDER/CASE the run, what it was before (``before``) and the trace of both ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[3]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+STEP = 2  # of the save that is recorded
+LIMIT = 600.0  # seconds for all saves, where DeepSpeed compiles an extension, too
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A save: of a stage; in the background; over the checkpoint of an earlier save."""
+
+    stage: int
+    background: bool = False
+    over: bool = False
+
+
+CASES = {
+    "save zero2": Case(2),
+    "save zero3": Case(3),
+    "save zero1 background": Case(1, background=True),
+    "save zero0": Case(0),
+    "save zero2 over": Case(2, over=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a forked rank gets; ``armed`` is of no use here."""
+
+    out: Path
+    case: Case
+    armed: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a forked rank returns."""
+
+    start: int = 0
+    digest: str = ""
+
+
+def recordings(
+    work: Path, say: Callable[[str], object], names: tuple[str, ...] = tuple(CASES)
+) -> Iterator[Any]:
+    """Saves, and yields what each did."""
+    from hardening.crash.recording import recorded
+
+    work.mkdir(parents=True)
+    say(f"saving with two ranks: {', '.join(names)}")
+    command = [sys.executable, __file__, str(work), *names]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    if done.returncode:
+        raise RuntimeError(f"the saves failed: {done.stderr[-2000:]}")
+    for name in names:
+        folder = work / name
+        before = pickle.loads((folder / "before").read_bytes())
+        run = folder / "run"
+        again = Again(run, CASES[name].over)
+        made = recorded(name, run, before, folder / "trace", None, again)
+        again.new = made.new
+        yield made
+
+
+class Again:
+    """The save once more, by the commit of one rank that writes the same files."""
+
+    def __init__(self, run: Path, over: bool):
+        self.run, self.over, self.new = run, over, {}
+
+    def __call__(self) -> str:
+        from ckpt.ranks import Ranks
+        from ckpt.runs import manifest
+        from ckpt.runs.retention import Retention
+        from ckpt.saving.commit import Commit, Facts
+        from ckpt.saving.nodes import Nodes
+        from ckpt.saving.publish import publish
+        from converters import files
+
+        _alone()
+        final = self.run / f"checkpoint-{STEP}"
+        start = f"{final.name}/"
+        made = {p[len(start) :]: held for p, held in self.new.items() if p.startswith(start)}
+        held = json.loads(made.pop(manifest.NAME))
+        kept = ("step", "tag", "tier", "stage", "versions", "metrics", "progress")
+        commit = Commit(
+            Ranks("save", 20.0),
+            Nodes(0, 1, True, False),
+            final,
+            Facts(**{name: held[name] for name in kept}),
+        )
+        commit.begin()
+        for name, data in made.items():
+            if data is None:
+                (commit.folder / name).mkdir()
+            elif name != "latest":
+                files.write_file(commit.folder / name, data)
+                commit.files[name] = manifest.digest(commit.folder / name)
+        commit.settle()
+        commit.finish()
+        publish(self.run, Retention(last=1))
+        return ""
+
+
+def _alone() -> None:
+    """A process group of this process, if there is none."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def front(task: Task) -> Saved:
+    """One rank: a save that is there before, and the one that is recorded."""
+    import torch.distributed as dist
+    from faults import faults
+    from fixture_specs import Spec
+    from live_worker import SMALL, start, train
+
+    import ckpt
+    from hardening.crash.trace import look
+
+    case, run = task.case, task.out / "run"
+    engine = start(Spec(case.stage, zero=SMALL if case.stage == 3 else {}))
+    options = {"weights": "bf16", "timeout": 60, "background": case.background}
+    saver = ckpt.Saver(engine, run, retention=ckpt.Retention(last=1), **options)
+    train(engine, 1)
+    saver.save(STEP if case.over else STEP - 1)
+    saver.wait()
+    train(engine, 1)
+    dist.barrier()
+    if not dist.get_rank():
+        (task.out / "before").write_bytes(pickle.dumps(look(run)))
+    dist.barrier()
+    faults.set_here(run, trace=task.out / "trace")
+    dist.barrier()
+    saver.save(STEP)
+    saver.close()
+    dist.barrier()
+    faults.stop_here()
+    return Saved()
+
+
+def main() -> None:
+    """All cases that are named, one after another, each by two forks of this process."""
+    import forked_ranks
+    from forked_ranks import import_what_was, preload, run_ranks
+
+    preload()
+    forked_ranks.LIMIT = LIMIT / 2  # the first ranks import much, on machines that do much else
+    for name in ("ckpt", "deepspeed", "transformers", "live_worker"):
+        __import__(name)
+    work = Path(sys.argv[1])
+    for name in sys.argv[2:]:
+        folder = work / name
+        folder.mkdir()
+        ended = run_ranks(front, Task(folder, CASES[name]), work / "logs" / name)
+        if any(each.status for each in ended):
+            logs = "\n".join(
+                path.read_text()[-1500:] for path in (work / "logs" / name).glob("*.log")
+            )
+            raise SystemExit(f"{name}: {ended}\n{logs}")
+        import_what_was(work / "logs" / name)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()

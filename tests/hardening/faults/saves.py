@@ -1,0 +1,168 @@
+"""Saves of two ranks with a file operation of one of them failing: both commit or both refuse.
+
+Full disk, quota, I/O error (once, and for good), failing sync, EINTR, short reads and writes, in
+the foreground and in the background. ``tests/test_saver.py`` has some of them at every operation;
+ranks that are killed: ``scripts/kill_sweep.py``.
+
+``python saves.py FOLDER SECONDS SEED`` is the two ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[3]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+SPARE = 300.0  # seconds to start ranks, on a machine that does much else
+KINDS = ("eio", "enospc", "edquot", "fsync", "eintr", "short")
+HARMLESS = ("eintr", "short")
+CAUSES = "Input/output error", "No space left on device", "Disk quota exceeded"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a forked rank gets; ``armed`` is of no use here."""
+
+    out: Path
+    seconds: float
+    seed: int
+    armed: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What a forked rank returns."""
+
+    start: int = 0
+    digest: str = ""
+
+
+def run(seconds: float, seed: int, work: Path) -> dict[str, Any]:
+    """Saves with faults for about so long; what came of it."""
+    work.mkdir(parents=True)
+    command = [sys.executable, __file__, str(work), str(seconds), str(seed)]
+    limit = seconds + 2 * SPARE
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    if done.returncode:
+        raise RuntimeError(f"the saves failed: {done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads((work / "found").read_text())
+    return found
+
+
+def front(task: Task) -> Probed:
+    """One rank. Both draw the same faults, and stop when rank 0 says that the time is over."""
+    import torch
+    import torch.distributed as dist
+    from faults import faults
+    from fixture_specs import Spec
+    from live_worker import start, train
+
+    import ckpt
+    from ckpt.runs.manifest import check
+    from ckpt.runs.run import Run
+    from converters.errors import CheckpointError
+
+    rank, folder = dist.get_rank(), task.out / "run"
+    engine = start(Spec(2))
+    train(engine, 1)
+    kept: dict[str, Any] = {"retention": ckpt.Retention(last=1), "weights": "bf16", "timeout": 30}
+    savers = [ckpt.Saver(engine, folder, background=later, **kept) for later in (False, True)]
+    step = 1
+    savers[0].save(step)
+    counts = torch.zeros(2, dtype=torch.int64)
+    for by in (0, 1):
+        faults.set_here(folder, reads=1)
+        savers[0].save(step := step + 1)
+        counts[by] = faults.count_here() if rank == by else 0
+        faults.stop_here()
+    dist.all_reduce(counts)
+    todo = [
+        (by, at, kind, sticky)
+        for by in (0, 1)
+        for at in range(1, int(counts[by]) + 1)
+        for kind, sticky in itertools.product(KINDS, (False, True))
+        if not (sticky and kind == "eintr")
+    ]
+    random.Random(task.seed).shuffle(todo)
+    ends, findings, end = Counter[str](), list[str](), time.monotonic() + task.seconds
+    for number, (by, at, kind, sticky) in enumerate(todo):
+        going = torch.tensor([int(time.monotonic() < end)])
+        dist.broadcast(going, 0)
+        if not going:
+            break
+        if rank == by:
+            faults.set_here(folder, at, kind, sticky=sticky, reads=1)
+        failure = ""
+        try:
+            savers[number % 2].save(step + 1)
+            savers[number % 2].wait()
+        except CheckpointError as error:
+            failure = str(error)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        faults.stop_here()
+        dist.barrier()
+        told: list[Any] = [None, None]
+        dist.all_gather_object(told, failure)
+        where = f"{kind}{' for good' if sticky else ''} at {at} of rank {by}: {told}"
+        newest = Run(folder).newest()
+        held = newest.manifest if newest else None
+        if bool(told[0]) != bool(told[1]):
+            findings.append(f"save: one rank failed and one did not ({where})")
+        fits = {step + (not failure)}
+        if sticky and kind == "eio":  # no rename can be taken back where nothing works any more
+            fits |= {step + 1}
+        if newest is None or held is None or newest.step not in fits:
+            findings.append(f"save: the newest is {newest and newest.step} of {step} ({where})")
+        elif number % 10 == 0 and (wrong := check(newest.folder, held, data=True)):
+            findings.append(f"save: {wrong[0]} ({where})")
+        if failure and kind in HARMLESS:
+            findings.append(f"save: it failed ({where})")
+        if failure and not any(cause in failure for cause in CAUSES):
+            findings.append(f"save: the cause is not said ({where})")
+        if failure and (len(failure.splitlines()) > 1 or str(folder) not in failure):
+            findings.append(f"save: no line that names a file ({where})")
+        ends["refused" if failure else "committed"] += 1
+        ends["leftovers"] += bool(failure and list(folder.glob(".*.saving")))
+        step = newest.step if newest and newest.step else step
+        dist.barrier()
+    for saver in savers:
+        saver.close()
+    left = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    if left:
+        findings.append(f"save: {left} is left after saves that went well")
+    if not rank:
+        operations = int(counts.sum())
+        probes = ends["refused"] + ends["committed"]
+        found = {"operations": operations, "probes": probes, "of": len(todo)} | dict(ends)
+        (task.out / "found").write_text(json.dumps(found | {"findings": findings}))
+    dist.barrier()
+    return Probed()
+
+
+def main() -> None:
+    """Two forks of this process."""
+    import forked_ranks
+
+    forked_ranks.preload()
+    for name in ("ckpt", "deepspeed", "transformers", "live_worker"):
+        __import__(name)
+    out, seconds, seed = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+    forked_ranks.LIMIT = seconds + SPARE
+    ended = forked_ranks.run_ranks(front, Task(out, seconds, seed), out / "logs")
+    if any(each.status for each in ended):
+        logs = "\n".join(path.read_text()[-1500:] for path in (out / "logs").glob("*.log"))
+        raise SystemExit(f"{ended}\n{logs}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Every command whose Nth file operation fails: refused in one line, or done all the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults import faults
+from faults.forks import Forks
+from hardening.faults.probing import Fault, Probe
+from hardening.scenes import Scene, scenes, verifying
+from run_folders import real
+
+SEED = 20250101  # another one: python scripts/harden.py --only faults --seed N
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks() as made:
+        yield made
+
+
+def sampled(faults: list[Fault], chance: random.Random) -> Iterator[Fault]:
+    """One fault of each kind; all reads short from the first on."""
+    for kind in sorted({fault.kind for fault in faults}):
+        fitting = [fault for fault in faults if fault.kind == kind]
+        yield fitting[0] if kind == "short for good" else chance.choice(fitting)
+
+
+@pytest.mark.parametrize("scene", [*scenes(), *verifying()], ids=lambda scene: scene.name)
+def test_a_command_whose_file_operation_fails_says_so_and_spoils_nothing(
+    scene: Scene, forks: Forks, tmp_path: Path
+) -> None:
+    probe = Probe(scene, tmp_path / "scene", forks)
+    kinds = {fault.kind for fault in probe.faults()}
+    assert kinds >= {"eio", "eintr", "short", "short for good"}
+    if scene.changes:
+        assert kinds >= {"kill", "term", "eio for good", "fsync for good"}
+    chance = random.Random(f"{SEED} {scene.name}")
+    found = [line for fault in sampled(probe.faults(), chance) for line in probe.check(fault)]
+    assert found == []
+    assert sum(probe.ends.values()) == len(kinds) and probe.folder.untouched()
+
+
+@pytest.mark.parametrize("name", ["slim newest", "prune", "doctor --fix", "latest --set"])
+def test_a_manifest_or_pointer_that_cannot_be_read_is_not_taken_for_none(
+    name: str, forks: Forks, tmp_path: Path
+) -> None:
+    (scene,) = (scene for scene in scenes() if scene.name == name)
+    probe = Probe(scene, tmp_path / "scene", forks)
+    faults = [fault for fault in probe.faults() if fault.kind == "eio"]
+    calls = ("read manifest.json", "read latest", "read best")
+    faults = [fault for fault in faults if fault.call in calls]
+    assert faults
+    for fault in random.Random(f"{SEED} {name}").sample(faults, min(len(faults), 6)):
+        assert probe.check(fault) == []
+    assert set(probe.ends) == {"failed"}
+
+
+@pytest.mark.parametrize("name", ["slim", "prune", "doctor --fix"])
+def test_a_file_that_cannot_be_looked_at_is_not_taken_for_missing(
+    name: str, forks: Forks, tmp_path: Path
+) -> None:
+    """Doctor renamed whole checkpoints to .torn where looking at one of their files failed once."""
+    (scene,) = (scene for scene in scenes() if scene.name == name)
+    probe = Probe(scene, tmp_path / "scene", forks)
+    probe.folder.make(probe.old)
+    probe.run(log=tmp_path / "log", reads=2)
+    looks = [op for op in faults.journal(tmp_path / "log") if op.call == "stat"]
+    looks = [op for op in looks if op.path.endswith(("model.safetensors", "config.json"))]
+    for op in random.Random(f"{SEED} {name}").sample(looks, 5):
+        probe.folder.make(probe.old)
+        ended = probe.run(at=op.number, do="eio", reads=2)
+        after = dict(probe.folder.look())
+        assert ended.status in (0, 1)
+        assert ended.status or "Input/output error" not in ended.said
+        if ended.status:
+            assert "Input/output error" in ended.said or after == probe.old, ended.said
+        assert list(probe.judge(Fault(op.number, "eio", op.call), ended, after)) == []
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_torn(forks: Forks, tmp_path: Path) -> None:
+    """One that another tool saved: doctor reads its state files, and renames what is torn."""
+    run = tmp_path / "live"
+    for step in (2, 4):
+        real(run, step)
+    (run / "checkpoint-2/manifest.json").unlink()
+    doctor = ["doctor", run, "--fix"]
+    forks.run(doctor, tmp_path, log=tmp_path / "log", reads=1)
+    held = (op for op in faults.journal(tmp_path / "log") if "checkpoint-2/global" in op.path)
+    for op in random.Random(SEED).sample(list(held), 8):
+        ended = forks.run(doctor, tmp_path, at=op.number, do="eio", reads=1)
+        assert ended.status == 1 and "Traceback" not in ended.said, ended.said
+        assert (run / "checkpoint-2").is_dir()
+
+
+def test_a_probe_finds_what_is_wrong(forks: Forks, tmp_path: Path) -> None:
+    """A disk that is full before the last pointer is written, and a command that says nothing."""
+    (scene,) = (scene for scene in scenes() if scene.name == "latest --set")
+    probe = Probe(scene, tmp_path / "scene", forks)
+    (full,) = (f for f in probe.faults() if f.kind == "enospc" and f.call.startswith("pwritev"))
+    assert probe.check(full) == []
+    probe.new = probe.new | {"live/latest": b"another"}
+    assert "run again, it differs" in probe.check(full)[0]
+    silent = probe.forks.run(["--version"], probe.base)
+    assert any("exit 0" in line for line in probe.judge(full, silent, dict(probe.old)))

@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from converters import files
 from converters.errors import CheckpointError
 
 _SUFFIX = r"\.pt(?:-(?P<writer>\d+)\.\d+)?"
@@ -97,7 +98,7 @@ def find(path: Path, tag: str | None = None) -> Place:
 
 def _tag_in(latest: Path) -> str | None:
     """The tag that the file names; ``None`` if that can be no folder beside it."""
-    with open(latest, "rb") as file:
+    with open(latest, "rb") as file, files.named(latest):
         data = file.read(4096)
     try:
         named = data.decode().strip()

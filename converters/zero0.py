@@ -34,15 +34,22 @@ def parameters(model: State) -> Parameters:
             states.tensors(model, group, f"fp32_groups[{index}]")
             for index, group in enumerate(kept["fp32_groups"])
         ]
-        return views.complete(model, _matched(model, groups), None)
+        masters, notes = _matched(model, groups)
+        found = views.complete(model, masters, None)
+        found.notes.extend(notes)
+        return found
     found = views.complete(model, {}, None)
     if any(ref.dtype in (DType.F16, DType.BF16) for ref in found.frozen.values()):
         found.notes.append("no fp32 master weights are saved: some weights are exact to 16 bits")
     return found
 
 
-def _matched(model: State, groups: list[list[TensorRef]]) -> dict[str, TensorRef]:
-    """Name to master weight; within a group the masters come in the order of the module."""
+def _matched(model: State, groups: list[list[TensorRef]]) -> tuple[dict[str, TensorRef], list[str]]:
+    """Name to master weight, and what was taken for granted, as notes.
+
+    Within a group the masters come in the order of the module, if those that their values tell
+    apart do; only tensors that are alike in 16 bits depend on it.
+    """
     buffers = model.root.get("buffer_names") or ()
     untied: dict[object, tuple[str, TensorRef]] = {}
     for name, ref in model.module.items():
@@ -69,7 +76,18 @@ def _matched(model: State, groups: list[list[TensorRef]]) -> dict[str, TensorRef
         ) from error
     except matching.AmbiguousError as error:
         raise _refused(model, masters, error, "several tensors of module alike") from error
-    return {named[place][0]: masters[index] for index, place in places.items()}
+    open_ = [i for i, found in enumerate(candidates) if len(found) > 1 and not exact(i)]
+    ordered = [sum(len(candidates[i]) == 1 for i in group) for group in members]
+    if open_ and max(ordered) < 2:
+        why = "several tensors of module alike, whose order nothing shows"
+        raise _refused(model, masters, LookupError(open_[0]), why)
+    notes = []
+    if open_:
+        notes.append(
+            f"{len(open_)} fp32 tensors have no names and are alike in 16 bits; they are told "
+            "apart by their order, that of the module, in which all others are"
+        )
+    return {named[place][0]: masters[index] for index, place in places.items()}, notes
 
 
 def _candidates(masters: list[TensorRef], copies: list[TensorRef]) -> list[set[int]]:

@@ -22,6 +22,9 @@ from converters.parameters import Parameters
 from converters.states import Shape, State
 from converters.tensors import DType, Extent, TensorRef
 
+FROZEN = "frozen, and not saved under stage 3 before DeepSpeed 0.9.1"
+UNTRAINED = "without elements, in no param group, or left out by exclude_frozen_parameters"
+
 
 def parameters(folder: Path, models: Sequence[State], ranks: Sequence[State]) -> Parameters:
     """All parameters of a stage 3 checkpoint; ``CheckpointError`` if something disagrees.
@@ -193,9 +196,10 @@ def _add_absent(model: State, found: Parameters) -> None:
     """The names of ``module`` whose placeholder is all there is."""
     known = found.masters | found.frozen | found.aliases | found.absent
     early = model.version is None or model.version.startswith(("0.3.", "0.4.", "0.5."))
+    old = "frozen_param_fragments" not in model.root  # which 0.9.1 brought
     placeholders = ((0,), (1,)) if early else ((0,),)
     for name, value in model.module.items():
         if name in known or name in found.buffers or not isinstance(value, TensorRef):
             continue
         if value.shape in placeholders:
-            found.absent[name] = "frozen, and not saved under stage 3 before DeepSpeed 0.9.1"
+            found.absent[name] = FROZEN if old else UNTRAINED

@@ -21,6 +21,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NoReturn
 
+from converters import files
 from converters.errors import CheckpointError
 
 MOST_DIRECTORY = 256 << 20  # bytes; a record takes about 80
@@ -60,12 +61,12 @@ class Directory:
         ``CheckpointError`` if that header is not there or says other than the directory.
         """
         record = self.records[name]
-        found = os.pread(fd, _LOCAL.size, record.header)
+        found = files.read_at(fd, _LOCAL.size, record.header)
         if len(found) != _LOCAL.size or found[:4] != b"PK\x03\x04":
             self._fail(f"record {name} is not where the directory says")
         _, _, flags, method, _, _, crc, packed, size, length, extra = _LOCAL.unpack(found)
         raw = name.encode()
-        if os.pread(fd, length, record.header + _LOCAL.size) != raw:
+        if files.read_at(fd, length, record.header + _LOCAL.size) != raw:
             self._fail(f"record {name} has another name in front of its bytes")
         agrees = all(n in (0, record.size, _FULL) for n in (packed, size))
         if flags & ~_FLAGS or method or crc not in (0, record.crc32) or not agrees:
@@ -96,7 +97,7 @@ def read(fd: int, path: Path) -> Directory:
         _damaged(path, f"its directory of {length} bytes from byte {start} on ends elsewhere")
     if length > MOST_DIRECTORY:
         raise CheckpointError(f"{path} has a directory of {length} bytes", "refused")
-    data = os.pread(fd, length, start)
+    data = files.read_at(fd, length, start)
     if len(data) != length:
         _damaged(path, "its directory is not there")
     records: dict[str, Record] = {}
@@ -110,14 +111,14 @@ def read(fd: int, path: Path) -> Directory:
         _damaged(path, f"its directory has {length - at} bytes more than its records")
     _apart(path, records, start)
     digest = sha256(data)
-    digest.update(os.pread(fd, size - end, end))
+    digest.update(files.read_at(fd, size - end, end))
     return Directory(path, start, records, digest.hexdigest())
 
 
 def _end(fd: int, path: Path, size: int) -> tuple[int, int, int, int]:
     """Records, bytes and first byte of the directory, and the byte behind it."""
     wide = _WIDE.size + _LOCATOR.size
-    tail = os.pread(fd, wide + _END.size, max(0, size - wide - _END.size))
+    tail = files.read_at(fd, wide + _END.size, max(0, size - wide - _END.size))
     last = tail[-_END.size :]
     if len(last) != _END.size or last[:4] != b"PK\x05\x06":
         _damaged(path, "it does not end as a zip does")

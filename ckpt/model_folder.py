@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from converters import bounded_json
 from converters.errors import CheckpointError
 from converters.plan import Tied
 from converters.tensors import DType, Weights
@@ -69,7 +70,7 @@ def config(root: Path, dtype: DType) -> bytes | None:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = bounded_json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, dict):

@@ -136,7 +136,8 @@ def scan(place: Place) -> Files:
     """The state files of the tag; ``CheckpointError`` if it is of a kind that is not read."""
     names = sorted(entry.name for entry in place.folder.iterdir())
     if (place.folder / "zero").is_dir():
-        raise _unsupported(place, "is a universal checkpoint; convert the tag it was made from")
+        what = "is a universal checkpoint; convert the tag it was made from, or make native files "
+        raise _unsupported(place, what + "of it first with ckpt from-universal")
     for form, what in _FOREIGN:
         if any(form.fullmatch(name) for name in names):
             raise _unsupported(place, what)

@@ -188,11 +188,11 @@ def _lines(planned: Planned) -> str:
     lines = [f"send\t{planned.place}{item.name}\t{size(item.nbytes)}" for item in planned.items]
     lines += [f"delete\t{name}" for name in planned.deleted]
     lines += [f"left out\t{name}\t{why}" for name, why in planned.contents.left_out]
-    what = "is there" if seen.head else "would be made, private" if planned.private else "public"
+    what = f"would be made, {'private' if planned.private else 'public'}"
     return "\n".join(
         [
             *lines,
-            f"repository   {seen.repo}, {what}",
+            f"repository   {seen.repo}, {'is there' if seen.head else what}",
             f"revision     {seen.branch}{', new' if seen.new else ''}",
             f"bytes        {size(planned.contents.nbytes)}",
             f"transport    {planned.way}",

@@ -110,7 +110,7 @@ def plan_push(
         repo=repo,
         revision=revision,
     )
-    if place + CARD in seen.files:  # a card of the repository is never written over
+    if place + CARD in seen.files and not training_state:  # a repository's card stays as it is
         held = replace(held, items=tuple(item for item in held.items if item.name != CARD))
     require_open(seen, private, training_state, create_pr)
     names = {place + item.name for item in held.items}

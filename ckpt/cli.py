@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from ckpt import __version__, reshard_command, universal_command
+from ckpt import __version__, states_commands
 from ckpt.hub import commands as hub_commands
 from ckpt.runs import commands
 from ckpt.terminal import CHECKPOINT, JSON, facts_as_json, progress
@@ -169,8 +169,7 @@ def show(checkpoint: Path, tag: str | None, tensors: bool, as_json: bool) -> Non
 for command in (
     *commands.COMMANDS,
     *hub_commands.COMMANDS,
-    *reshard_command.COMMANDS,
-    *universal_command.COMMANDS,
+    *states_commands.COMMANDS,
 ):
     cli.add_command(command)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -194,7 +194,19 @@ def run(
 
 def _complete(resharding: Resharding, made: Path) -> None:
     """Everything beside DeepSpeed's files; ``latest`` and the manifest last."""
-    for path, name in resharding.companions:
+    copy_companions(resharding.companions, made)
+    for inner in {path.parent for path in made.rglob("*")}:
+        files.sync_folder(inner)
+    files.write_file(made / "latest", resharding.tag.encode())
+    with suppress(CheckpointError):  # there is no manifest, or none that anybody could use
+        held = manifest.read(resharding.home)
+        if held.tag == resharding.tag:
+            files.write_file(made / manifest.NAME, _sealed(resharding, held, made).dumps())
+
+
+def copy_companions(companions: Iterable[tuple[Path, str]], made: Path) -> None:
+    """Copies files under their new names into ``made``, each synced."""
+    for path, name in companions:
         (made / name).parent.mkdir(exist_ok=True)
         with open(path, "rb") as file, files.replacing(made / name) as fd:
             writer, at = files.Writer(fd), 0
@@ -205,13 +217,6 @@ def _complete(resharding: Resharding, made: Path) -> None:
                     break
                 writer.write(piece, at)
                 at += len(piece)
-    for inner in {path.parent for path in made.rglob("*")}:
-        files.sync_folder(inner)
-    files.write_file(made / "latest", resharding.tag.encode())
-    with suppress(CheckpointError):  # there is no manifest, or none that anybody could use
-        held = manifest.read(resharding.home)
-        if held.tag == resharding.tag:
-            files.write_file(made / manifest.NAME, _sealed(resharding, held, made).dumps())
 
 
 def _sealed(resharding: Resharding, held: manifest.Manifest, made: Path) -> manifest.Manifest:

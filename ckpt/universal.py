@@ -10,9 +10,7 @@ out/checkpoint-500-z2-w3/          native files again
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +28,6 @@ from converters import (
     zero,
 )
 from converters import reshard as native
-from converters.errors import CheckpointError
 from converters.optimizer_trees import Target
 from converters.plan import Plan
 from converters.universal import LATEST, SUFFIX, Universal, moving, planning, proof
@@ -159,21 +156,15 @@ def run(
     output, folder = conversion.output, conversion.checkpoint.place.folder
     keep = [folder.resolve(), conversion.home.resolve(), *conversion.home.resolve().parents]
     staging.require_place(output, keep, overwrite)
-    try:
-        with (
-            locks.reading(folder),
-            staging.staged(output, conversion.plan, conversion.nbytes) as made,
-        ):
-            report = _move(conversion, made, verify, workers, progress)
-            counts = _prove(conversion, made)
-            back = retrace.read_back(conversion.plan, made) if read_back else 0
-            _complete(conversion, made)
-    except OSError as error:
-        room = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise CheckpointError(
-            f"{error.filename or output}: {error.strerror}; {room}choose another folder with -o",
-            "output",
-        ) from error
+    with (
+        staging.told(output),
+        locks.reading(folder),
+        staging.staged(output, conversion.plan, conversion.nbytes) as made,
+    ):
+        report = _move(conversion, made, verify, workers, progress)
+        counts = _prove(conversion, made)
+        back = retrace.read_back(conversion.plan, made) if read_back else 0
+        _complete(conversion, made)
     facts = describe(conversion)
     facts["checks"] = counts | {
         "crc32_bytes": report.checked,
@@ -216,14 +207,7 @@ def _prove(conversion: Conversion, made: Path) -> dict[str, int]:
 
 def _complete(conversion: Conversion, made: Path) -> None:
     """Everything beside DeepSpeed's files; the pointer last."""
-    for path, name in conversion.companions:
-        (made / name).parent.mkdir(exist_ok=True)
-        with (
-            open(path, "rb") as file,
-            files.replacing(made / name) as fd,
-            open(fd, "wb", closefd=False) as copy,
-        ):
-            shutil.copyfileobj(file, copy, 1 << 20)
+    reshard.copy_companions(conversion.companions, made)
     for inner in {(made / name).parent for _, name in conversion.companions}:
         files.sync_folder(inner)
     files.write_file(made / conversion.pointer, conversion.tag.encode())

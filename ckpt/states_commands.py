@@ -1,4 +1,7 @@
-"""The commands ``ckpt to-universal`` and ``ckpt from-universal``: parse, call, print."""
+"""The commands that write training states anew: ``reshard``, ``to-universal``, ``from-universal``.
+
+They parse, call and print.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,60 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+@click.command()
+@CHECKPOINT
+@click.option(
+    "--world-size",
+    metavar="RANKS",
+    type=click.IntRange(1),
+    required=True,
+    help="The ranks (GPUs) that will resume.",
+)
+@click.option(
+    "--stage", type=click.IntRange(1, 3), help="The ZeRO stage. Default: that of the checkpoint."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: CHECKPOINT-wRANKS.")
+@click.option("--tag", help="The tag to read. Default: what the file latest names.")
+@click.option(
+    "--sub-group-size",
+    metavar="ELEMENTS",
+    type=click.IntRange(1),
+    help="Of the engine that will resume with stage 3. Default: what the run was configured with.",
+)
+@_shared
+def reshard(
+    checkpoint: Path,
+    world_size: int,
+    stage: int | None,
+    output: Path | None,
+    tag: str | None,
+    sub_group_size: int | None,
+    **options: Any,
+) -> None:
+    """Rewrite a ZeRO checkpoint for another number of ranks, or another stage.
+
+    The output holds DeepSpeed's own files: engine.load_checkpoint, and the Trainer's
+    resume_from_checkpoint, load it as they load any. Weights, every optimizer state, steps, loss
+    scale, scheduler and client state are those of CHECKPOINT, bit for bit.
+
+    \b
+    ckpt reshard out/checkpoint-500 --world-size 3
+    ckpt reshard out/checkpoint-500 --world-size 8 --stage 3 -o resume/checkpoint-500
+    ckpt reshard out/checkpoint-500 --world-size 3 --dry-run
+    """
+    from ckpt import reshard as resharding
+
+    planned = resharding.prepare(
+        checkpoint,
+        world_size,
+        stage=stage,
+        output=output,
+        tag=tag,
+        sub_group_size=sub_group_size,
+    )
+    _rewrite(resharding, planned, **options)
+
+
 @click.command("to-universal")
 @CHECKPOINT
 @click.option(
@@ -56,7 +113,7 @@ def to_universal(checkpoint: Path, output: Path | None, tag: str | None, **optio
     """
     from ckpt import universal
 
-    _convert(universal.prepare_to(checkpoint, output=output, tag=tag), **options)
+    _rewrite(universal, universal.prepare_to(checkpoint, output=output, tag=tag), **options)
 
 
 @click.command("from-universal")
@@ -116,10 +173,11 @@ def from_universal(
         like=like,
         sub_group_size=sub_group_size,
     )
-    _convert(planned, **options)
+    _rewrite(universal, planned, **options)
 
 
-def _convert(
+def _rewrite(
+    tool: Any,
     planned: Any,
     dry_run: bool,
     no_verify: bool,
@@ -128,15 +186,15 @@ def _convert(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    from ckpt import universal
+    """Prints what would be done, or does it (``tool.describe``, ``tool.run``) and prints that."""
     from ckpt.report import size
 
     if dry_run:
-        facts = universal.describe(planned)
+        facts = tool.describe(planned)
         click.echo(facts_as_json(facts) if as_json else _dry_run(facts, size))
         return
     with progress(planned.plan.nbytes, planned.output.name) as moved:
-        facts = universal.run(
+        facts = tool.run(
             planned,
             verify=not no_verify,
             read_back=read_back,
@@ -172,7 +230,7 @@ def _proven(checks: dict[str, Any], size: Any) -> str:
     line = (
         f"verified: the output, read again, has each element of {checks['parameters']} parameters, "
         f"{checks['states']} optimizer states and {checks['others']} other tensors where the "
-        "source has it"
+        "source has it, so that the way back gives the same bits"
     )
     if checks["verified"]:
         line += f"; {size(checks['crc32_bytes'])} of the source agree with their CRC32s"
@@ -185,4 +243,4 @@ def _proven(checks: dict[str, Any], size: Any) -> str:
     return line
 
 
-COMMANDS = (to_universal, from_universal)
+COMMANDS = (reshard, to_universal, from_universal)

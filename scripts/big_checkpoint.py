@@ -259,9 +259,13 @@ def save(root: Tree, path: Path, stage: int, sparse: bool) -> None:
     zero = {"stage": stage, "sub_group_size": SUB_GROUP}
     root["ds_config"] = {"zero_optimization": zero, "bf16": {"enabled": True}}
     root["ds_version"] = deepspeed.__version__
+    before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(not sparse)
-    with torch.serialization.skip_data() if sparse else nullcontext():
-        torch.save(root, path)
+    try:
+        with torch.serialization.skip_data() if sparse else nullcontext():
+            torch.save(root, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 @click.command()

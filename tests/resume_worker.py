@@ -26,6 +26,7 @@ from fixture_specs import OFFLOAD, Spec
 import ckpt
 from ckpt import live
 from ckpt.saving import reading
+from converters import torchzip
 
 RATES = {"warmup_min_lr": 0.0, "warmup_max_lr": 0.02, "warmup_num_steps": 8}
 WARM = {"scheduler": {"type": "WarmupLR", "params": RATES}}
@@ -195,8 +196,9 @@ def wrong(out: Path) -> None:
         os.truncate(file, file.stat().st_size - 1)
 
     def spoil(file: Path) -> None:
+        held = max((each.extent for each in torchzip.read(file).checksums), key=lambda e: e.length)
         data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 1
+        data[held.offset + held.length // 2] ^= 1
         file.write_bytes(data)
 
     optim = "global_step3/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"

@@ -136,7 +136,8 @@ def _requested(folder: Path, load_foreign: bool) -> str | None:
         return None
     why = _unusable(found)
     if why is not None:
-        newest = Run(folder.parent).newest()
+        others = [c for c in Run(folder.parent).checkpoints() if c.folder != folder]
+        newest = next((c for c in reversed(others) if c.unusable is None), None)
         else_ = f"; the newest committed one is {newest.folder}" if newest else ""
         how = "; load_foreign=True loads it all the same" if found.why == manifests.ABSENT else ""
         raise CheckpointError(f"{folder} cannot be resumed from: {why}{else_}{how}", "incomplete")

@@ -383,8 +383,18 @@ def faults(out: Path) -> None:
                 told = [None, None]
                 dist.all_gather_object(told, bool(failure))
                 assert told[0] == told[1], where
+    for by in (0, 1):  # the folder is read-only from now on, then writable again
+        for saver in savers:
+            dist.barrier()
+            if rank == by:
+                layer.set_here(run, 1, "erofs", sticky=True)
+            failure, _ = caught(lambda: (saver.save(step + 1), saver.wait()))  # noqa: B023
+            layer.stop_here()
+            assert failure.startswith(f"save failed on rank {by}: "), failure
+            assert failure.endswith("Read-only file system") and str(run) in failure, failure
+            dist.barrier()
     newest = Run(run).newest()
-    assert newest is not None and newest.manifest is not None
+    assert newest is not None and newest.step == step and newest.manifest is not None
     assert check(newest.folder, newest.manifest, data=True) == []
     tell(out, ends | {"counts": counts})
 

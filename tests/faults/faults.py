@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 Kill = Literal["kill", "killgroup", "torn", "torngroup", "term"]
-Fault = Kill | Literal["enospc", "edquot", "eio", "fsync", "eintr", "short"]
+Fault = Kill | Literal["enospc", "edquot", "eio", "erofs", "fsync", "eintr", "short"]
 WRITES = "write", "writev", "pwrite", "pwritev", "sendfile", "copy_file_range", "truncate"
 SOURCE = Path(__file__).with_name("shim.c")
 

@@ -4,8 +4,8 @@
  *     FAULT_ROOT   the folder; nothing outside it is counted       FAULT_RANK  only where $RANK is this
  *     FAULT_ARM    a path: a process starts to count when it opens or looks for it, else at once
  *     FAULT_AT     the number of the operation, from 1; 0 counts and does nothing
- *     FAULT_DO     kill | killgroup | torn | torngroup | term | enospc | edquot | eio | fsync |
- *                  eintr | short
+ *     FAULT_DO     kill | killgroup | torn | torngroup | term | enospc | edquot | eio | erofs |
+ *                  fsync | eintr | short
  *     FAULT_STICKY 1: the error stays, as that of a full disk does
  *     FAULT_LOG    a file: one line for every operation counted:
  *                  NUMBER RANK NANOSECONDS CALL BYTES INODE PATH
@@ -16,10 +16,10 @@
  *
  * `torn` writes half of what it was asked to and then kills; at another kind of operation it is
  * `kill`, which acts instead of the operation. `enospc` and `edquot` fail what takes space, `eio`
- * anything, `fsync` the first fsync or fdatasync from FAULT_AT on, with EIO. `...group` kills the
- * process group: all ranks, if they were started in one. `term` is SIGTERM. `eintr` fails, with
- * EINTR, the first call from FAULT_AT on that a signal may interrupt; `short` has the first read or
- * write of more than a byte do half of it and say so.
+ * and `erofs` (a read-only filesystem, if sticky) anything, `fsync` the first fsync or fdatasync
+ * from FAULT_AT on, with EIO. `...group` kills the process group: all ranks, if they were started in
+ * one. `term` is SIGTERM. `eintr` fails, with EINTR, the first call from FAULT_AT on that a signal
+ * may interrupt; `short` has the first read or write of more than a byte do half of it and say so.
  *
  * The trace is written by every process under one lock, held from before an operation until it is in
  * the trace, so that its order is that in which the filesystem saw them. One entry:
@@ -75,6 +75,7 @@ void fault_set(const char *folder, int on, int number_at, const char *what, int 
     if (!strcmp(what, "enospc")) chosen = FULL, wanted_errno = ENOSPC;
     if (!strcmp(what, "edquot")) chosen = FULL, wanted_errno = EDQUOT;
     if (!strcmp(what, "eio")) chosen = BAD;
+    if (!strcmp(what, "erofs")) chosen = BAD, wanted_errno = EROFS;
     if (!strcmp(what, "fsync")) chosen = SYNC;
     if (!strcmp(what, "term")) chosen = TERM;
     if (!strcmp(what, "eintr")) chosen = INTERRUPTED, wanted_errno = EINTR;

@@ -177,8 +177,9 @@ def test_a_failure_on_one_rank_is_told_on_both_and_commits_nothing(tmp_path: Pat
 
 
 def test_every_file_operation_may_fail_on_every_rank(tmp_path: Path) -> None:
-    """Full disk, quota, I/O error and failed fsync at each of them, and a read-only folder: committed
-    or refused, on both ranks alike, the newest whole, and never a hang; the worker asserts that."""
+    """Full disk, quota, I/O error and failed fsync at each of them, and a read-only folder:
+    committed or refused, on both ranks alike, the newest whole, never a hang; the worker asserts
+    that."""
     (tmp_path / "run").mkdir()
     torchrun(WORKER, tmp_path, "faults", limit=LIMIT, **faults.environment(tmp_path / "run"))
     told = json.loads((tmp_path / "told0.json").read_text())

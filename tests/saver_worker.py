@@ -311,7 +311,7 @@ def llama(out: Path) -> None:
         torch.manual_seed(7)
         hf.AutoModelForCausalLM.from_config(config).save_pretrained(out / "base")
     dist.barrier()
-    for stage in (2, 3):
+    for stage in (1, 2, 3):
         for name in ("whole", "adapter"):
             folder = out / f"{name}-{stage}"
             spec = Spec(stage, zero=SMALL if stage == 3 else {})

@@ -225,7 +225,7 @@ def test_folders_are_models_and_adapters_that_their_own_libraries_load(tmp_path:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    for stage in (2, 3):
+    for stage in (1, 2, 3):
         folder = tmp_path / f"whole-{stage}/checkpoint-2"
         expected = torch.load(folder.parent / "live.pt")
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ckpt.saving.renaming import replace_folder
+from ckpt.renaming import replace_folder
 from converters import files
 from converters.errors import CheckpointError
 from converters.plan import Plan

@@ -12,11 +12,11 @@ from front_ends import CASES, LIMIT, case, require_model, require_read, train
 from oracles import convert, torchrun, weights_in
 from run_folders import small
 
+from ckpt.renaming import replace_folder
 from ckpt.runs import manifest
 from ckpt.runs.pruning import pin
 from ckpt.runs.run import Run, open_checkpoint
 from ckpt.saving import rng
-from ckpt.saving.renaming import replace_folder
 
 pytestmark = pytest.mark.xdist_group("training-more")
 WORKER = "tests/trainers_worker_lightning.py"

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.ranks import Ranks
+from ckpt.renaming import replace_folder
 from ckpt.runs import locks
 from ckpt.runs.locks import LOCK, Lock
 from ckpt.runs.manifest import NAME, PINNED, File, Manifest, digest
 from ckpt.saving.nodes import Nodes
-from ckpt.saving.renaming import replace_folder
 from converters import files
 from converters.errors import CheckpointError
 

@@ -109,7 +109,8 @@ class Mover:
                 if sealed:
                     self.output.add(OUTPUT, piece.offset, len(output), isal_zlib.crc32(output))
                 if compare:
-                    self.stale |= not worker.is_there(fd, piece.offset, output)
+                    if not worker.is_there(fd, piece.offset, output):
+                        self.stale = True  # no |=: it would undo what another thread found
                 else:
                     writer.write(output, piece.offset)
                 with self.lock:

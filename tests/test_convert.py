@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from oracles import FIXTURES, ROOT, convert, live, run, same, weights_in
 from ckpt import convert as conversion
 from converters import files, mover, stream
 from converters.errors import CheckpointError
+from converters.ledger import Ledger
+from converters.mover import Mover, Worker
 
 TRAINER = FIXTURES / "trainer-zero2/checkpoint-2"
 SOURCE = FIXTURES / "zero2-bf16-w3"
@@ -206,6 +209,33 @@ def test_a_shard_that_was_damaged_meanwhile_is_written_again(
     assert files_in(tmp_path / "m") == files_in(tmp_path / "whole")
 
 
+def test_what_one_thread_finds_damaged_no_other_thread_takes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = conversion.prepare(SOURCE, tmp_path / "m")
+    shard = planned.plan.shards[0]
+    first, second = sorted(placement.offset for placement in shard.placements)[:2]
+    (tmp_path / "left").write_bytes(bytes(shard.nbytes))
+    begun = threading.Event()
+
+    def is_there(worker: Worker, fd: int, offset: int, output: memoryview) -> bool:
+        """The second is looked at before the first is found damaged, and found whole after it."""
+        if offset == second:
+            begun.set()
+            end = time.monotonic() + 10
+            while not worker.mover.stale and time.monotonic() < end:
+                time.sleep(0.001)
+        elif offset == first:
+            assert begun.wait(10)
+        return offset != first
+
+    monkeypatch.setattr(Worker, "is_there", is_there)
+    moving = Mover(True, Ledger(), set(), lambda _: None)
+    with open(tmp_path / "left", "rb") as file:
+        moving.move(shard, file.fileno(), 2, compare=True)
+    assert moving.stale
+
+
 def test_a_killed_conversion_continues(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ckpt", "to-fp32", SOURCE, "-o", tmp_path / "m"]
     command += ["--max-shard-size", "300B"]
@@ -232,7 +262,11 @@ def test_ctrl_c_says_how_to_go_on_and_exits_130(tmp_path: Path) -> None:
     slow += "from ckpt.cli import main; main()"
     args = ["to-fp32", SOURCE, "-o", tmp_path / "m", "--max-shard-size", "300B"]
     child = subprocess.Popen(
-        [sys.executable, "-c", slow, *args], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", slow, *args],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # & and nohup ignore it
     )
     left = tmp_path / ".m.partial"
     deadline = time.monotonic() + 60

@@ -16,18 +16,7 @@ import click
 from ckpt import __version__, states_commands
 from ckpt.hub import commands as hub_commands
 from ckpt.runs import commands
-from ckpt.terminal import CHECKPOINT, JSON, facts_as_json, progress
-
-TAG = click.option("--tag", help="The tag to read. Default: what the file latest names.")
-
-
-def _size(_ctx: Any, _param: Any, value: str) -> int:
-    from converters.plan import parse_size
-
-    try:
-        return parse_size(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
+from ckpt.terminal import CHECKPOINT, DTYPE, JSON, MAX_SHARD_SIZE, TAG, facts_as_json, progress
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -49,21 +38,8 @@ def cli() -> None:
     "-o", "--output", type=click.Path(path_type=Path), help="Default: CHECKPOINT-fp32 (-bf16, ...)."
 )
 @TAG
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16", "keep"]),
-    default="fp32",
-    show_default=True,
-    help="Type of the parameters; keep: each as it is stored. Buffers keep theirs.",
-)
-@click.option(
-    "--max-shard-size",
-    metavar="SIZE",
-    callback=_size,
-    default="5GB",
-    show_default=True,
-    help="5GB (10^9 bytes), 500MB, 2GiB.",
-)
+@DTYPE
+@MAX_SHARD_SIZE
 @click.option(
     "--format",
     "file_format",

@@ -92,7 +92,7 @@ def staged(output: Path, plan: Plan, nbytes: int) -> Iterator[Path]:
                     record.truncate(0)
                     record.write(digest)
                     record.flush()
-            _require_space(folder, output, nbytes)
+            require_room(folder, nbytes, "choose another folder with -o")
             yield folder
             (folder / RECORD).unlink()
             files.sync_folder(folder)
@@ -119,12 +119,16 @@ def _clear(folder: Path, shards: Collection[str]) -> None:
                 path.rmdir()
 
 
-def _require_space(folder: Path, output: Path, nbytes: int) -> None:
+def require_room(folder: Path, nbytes: int, else_: str) -> None:
+    """``CheckpointError`` unless ``nbytes`` fit on the disk, those that are in ``folder`` counted.
+
+    ``else_`` says what to do where no room can be made.
+    """
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = files.free_space(folder)
     if nbytes - there > free:
         raise CheckpointError(
-            f"{output.parent} has {free:,} bytes free, the output needs {nbytes - there:,}; "
-            "make room or choose another folder with -o",
+            f"{folder.parent} has {free:,} bytes free, the output needs {nbytes - there:,}; "
+            f"make room or {else_}",
             "output",
         )

@@ -11,8 +11,24 @@ from typing import Any
 
 import click
 
-from ckpt.terminal import CHECKPOINT, JSON, facts_as_json, progress
+from ckpt.terminal import CHECKPOINT, JSON, TAG, facts_as_json, progress
 
+_WORLD_SIZE = click.option(
+    "--world-size",
+    metavar="RANKS",
+    type=click.IntRange(1),
+    required=True,
+    help="The ranks (GPUs) that will resume.",
+)
+_SUB_GROUP_SIZE = click.option(
+    "--sub-group-size",
+    metavar="ELEMENTS",
+    type=click.IntRange(1),
+    help="Of the engine that will resume with stage 3. Default: what the run was configured with.",
+)
+_OUTPUT = click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Default: CHECKPOINT-wRANKS."
+)
 _SHARED = (
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option(
@@ -33,7 +49,7 @@ _SHARED = (
 
 
 def _shared(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that both commands have."""
+    """The options that all three have."""
     for option in reversed(_SHARED):
         command = option(command)
     return command
@@ -41,24 +57,13 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command()
 @CHECKPOINT
-@click.option(
-    "--world-size",
-    metavar="RANKS",
-    type=click.IntRange(1),
-    required=True,
-    help="The ranks (GPUs) that will resume.",
-)
+@_WORLD_SIZE
 @click.option(
     "--stage", type=click.IntRange(1, 3), help="The ZeRO stage. Default: that of the checkpoint."
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: CHECKPOINT-wRANKS.")
-@click.option("--tag", help="The tag to read. Default: what the file latest names.")
-@click.option(
-    "--sub-group-size",
-    metavar="ELEMENTS",
-    type=click.IntRange(1),
-    help="Of the engine that will resume with stage 3. Default: what the run was configured with.",
-)
+@_OUTPUT
+@TAG
+@_SUB_GROUP_SIZE
 @_shared
 def reshard(
     checkpoint: Path,
@@ -98,7 +103,7 @@ def reshard(
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Default: CHECKPOINT_universal."
 )
-@click.option("--tag", help="The tag to read. Default: what the file latest names.")
+@TAG
 @_shared
 def to_universal(checkpoint: Path, output: Path | None, tag: str | None, **options: Any) -> None:
     """Write a ZeRO checkpoint in DeepSpeed's universal format.
@@ -118,17 +123,11 @@ def to_universal(checkpoint: Path, output: Path | None, tag: str | None, **optio
 
 @click.command("from-universal")
 @CHECKPOINT
-@click.option(
-    "--world-size",
-    metavar="RANKS",
-    type=click.IntRange(1),
-    required=True,
-    help="The ranks (GPUs) that will resume.",
-)
+@_WORLD_SIZE
 @click.option(
     "--stage", type=click.IntRange(1, 3), help="The ZeRO stage. Default: that of the run."
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: CHECKPOINT-wRANKS.")
+@_OUTPUT
 @click.option("--tag", help="The tag to read. Default: what the file latest_universal names.")
 @click.option(
     "--like",
@@ -137,12 +136,7 @@ def to_universal(checkpoint: Path, output: Path | None, tag: str | None, **optio
     help="A native checkpoint of the same model, where the folder does not tell the order of the "
     "parameters.",
 )
-@click.option(
-    "--sub-group-size",
-    metavar="ELEMENTS",
-    type=click.IntRange(1),
-    help="Of the engine that will resume with stage 3. Default: what the run was configured with.",
-)
+@_SUB_GROUP_SIZE
 @_shared
 def from_universal(
     checkpoint: Path,

@@ -7,20 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckpt.terminal import JSON, facts_as_json, progress
+from ckpt.terminal import DTYPE, JSON, MAX_SHARD_SIZE, best_of, facts_as_json, progress
 
 if TYPE_CHECKING:
     from ckpt.hub.planning import Planned
     from ckpt.runs.retention import Best
-
-
-def _size(_ctx: Any, _param: Any, value: str) -> int:
-    from converters.plan import parse_size
-
-    try:
-        return parse_size(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
 
 
 def _share_memory() -> None:
@@ -31,39 +22,17 @@ def _share_memory() -> None:
         mallopt(-8, 2)
 
 
-def _best(_ctx: Any, _param: Any, value: str | None) -> Best | None:
-    from ckpt.runs.retention import Retention
-
-    try:
-        return None if value is None else Retention.best_of(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-
-
 @click.command()
 @click.argument("path", metavar="CHECKPOINT|RUN", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="ORG/NAME")
 @click.option(
     "--best",
     metavar="METRIC:MODE",
-    callback=_best,
+    callback=best_of,
     help="Of a run the best committed checkpoint, such as eval_loss:min. Default: the newest.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16", "keep"]),
-    default="fp32",
-    show_default=True,
-    help="Type of the parameters; keep: each as it is stored. Buffers keep theirs.",
-)
-@click.option(
-    "--max-shard-size",
-    metavar="SIZE",
-    callback=_size,
-    default="5GB",
-    show_default=True,
-    help="5GB (10^9 bytes), 500MB, 2GiB.",
-)
+@DTYPE
+@MAX_SHARD_SIZE
 @click.option("--revision", metavar="BRANCH", help="Made where it is not there. Default: main.")
 @click.option("--path-in-repo", metavar="FOLDER", help="A folder of the repository.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")

@@ -55,7 +55,10 @@ class Item:
         its bytes are made.
         """
         if isinstance(self.source, Path) and self.expected is not None:
-            why = unlike(self.source, self.expected, True, progress)
+            try:
+                why = unlike(self.source, self.expected, True, progress)
+            except OSError as error:
+                raise CheckpointError(f"{self.source}: {error.strerror}", "incomplete") from error
             if why is not None:
                 raise CheckpointError(
                     f"{self.source}: {why}; it is not what was committed, choose another checkpoint"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt import __version__
 from ckpt.hub import refusals, remote, sending
+from ckpt.hub.allowed import CARD
 from ckpt.hub.contents import Contents, contents
 from ckpt.hub.items import Item, unfit
 from ckpt.hub.remote import Remote
@@ -19,8 +20,6 @@ from converters.errors import CheckpointError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from ckpt.hub.remote import Held
 from ckpt.report import size
 from ckpt.runs import locks, manifest, verify
 from ckpt.runs.run import open_checkpoint
-from ckpt.staging import folder_for
+from ckpt.staging import folder_for, require_room
 from converters import files
 from converters.errors import CheckpointError
 from converters.mover import Progress
@@ -95,7 +95,7 @@ def pull(
         if not held:
             raise CheckpointError(f"{repo}@{branch} has no files in {place or 'it'}", "incomplete")
         with _staged(folder) as staging:
-            _require_room(staging, sum(one.size for one in held.values()))
+            require_room(staging, sum(one.size for one in held.values()), "name another folder")
             api.snapshot_download(
                 repo,
                 revision=oid,
@@ -150,17 +150,6 @@ def _staged(folder: Path) -> Iterator[Path]:
     with lock:
         yield staging
     shutil.rmtree(staging, ignore_errors=True)  # of a folder of the repository, what is around it
-
-
-def _require_room(staging: Path, nbytes: int) -> None:
-    there = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
-    free = files.free_space(staging)
-    if nbytes - there > free:
-        raise CheckpointError(
-            f"{staging.parent} has {free:,} bytes free, the files need {nbytes - there:,}; make "
-            "room or name another folder",
-            "output",
-        )
 
 
 def _drop_others(staging: Path, held: dict[str, Held]) -> None:

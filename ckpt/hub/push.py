@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt.hub import headers, journal, landing, patience, refusals, remote, sending
+from ckpt.hub.allowed import CARD
 from ckpt.hub.landing import Change, Landed
-from ckpt.hub.planning import CARD, Planned, api_for, plan_push, require_open
+from ckpt.hub.planning import Planned, api_for, plan_push, require_open
 from ckpt.hub.remote import Remote
 from ckpt.hub.transport import Sent, Target
 from ckpt.report import size

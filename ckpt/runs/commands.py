@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from ckpt.runs import upkeep
-from ckpt.terminal import CHECKPOINT, JSON, RUN, facts_as_json, progress
+from ckpt.terminal import CHECKPOINT, JSON, RUN, best_of, facts_as_json, progress
 
 if TYPE_CHECKING:
     from ckpt.runs.retention import Best
@@ -78,15 +78,6 @@ def verify(path: Path, data: bool, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _best(_ctx: Any, _param: Any, value: str | None) -> Best | None:
-    from ckpt.runs.retention import Retention
-
-    try:
-        return None if value is None else Retention.best_of(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-
-
 @click.command()
 @RUN
 @click.option("--keep-last", metavar="N", type=click.IntRange(1), help="Keep the N newest.")
@@ -96,7 +87,7 @@ def _best(_ctx: Any, _param: Any, value: str | None) -> Best | None:
 @click.option(
     "--keep-best",
     metavar="METRIC:MODE:N",
-    callback=_best,
+    callback=best_of,
     help="Keep the N best by a metric, such as eval_loss:min:2.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")

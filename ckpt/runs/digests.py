@@ -21,7 +21,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
-from converters import zips
+from converters import files, zips
 from converters.errors import CheckpointError
 
 LARGE = 64 << 20  # bytes; SHA-256 takes several times as long as CRC32
@@ -72,24 +72,20 @@ def digest(path: Path) -> File:
 def unlike(path: Path, expected: File, data: bool, progress: Progress) -> str | None:
     """How a file differs from what is expected; ``None`` if it does not.
 
-    In its size or, with ``data``, in any byte.
+    In its size or, with ``data``, in any byte. ``OSError`` if it cannot be read.
     """
     wrong = _structure(path, expected)
     if wrong is not None or not data:
         return wrong
-    try:
-        with open(path, "rb") as file:
-            return _content(file, expected, progress)
-    except OSError as error:
-        return str(error.strerror or error)
+    with open(path, "rb") as file, files.named(path):
+        return _content(file, expected, progress)
 
 
 def _structure(path: Path, expected: File) -> str | None:
     try:
         there = path.stat()
-    except OSError as error:
-        gone = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        return "missing" if gone else str(error.strerror)
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
     if not stat.S_ISREG(there.st_mode):
         return "no plain file"
     if there.st_size != expected.size:

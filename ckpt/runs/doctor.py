@@ -25,7 +25,6 @@ from ckpt.runs.run import (
     is_checkpoint,
     is_numbered,
     leading,
-    require_read,
 )
 from ckpt.staging import RECORD
 from converters import files
@@ -189,9 +188,7 @@ def _not_committed(checkpoint: Checkpoint, ours: bool) -> Iterator[Finding]:
 
 def _lacks_only_latest(folder: Path, held: manifest.Manifest) -> bool:
     """Whether a file latest with the tag in it is all that the manifest misses."""
-    wrong = manifest.check(folder, held)
-    for line in wrong:
-        require_read(CheckpointError(f"{folder}/{line}"))
+    wrong = manifest.check(folder, held, strict=True)
     if [line.partition(":")[0] for line in wrong] != ["latest"]:
         return False
     return held.files["latest"].digest == f"sha256:{sha256(str(held.tag).encode()).hexdigest()}"

@@ -6,6 +6,7 @@ lists has its size. The kinds of digests are explained in ``digests``.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -35,6 +36,7 @@ NAME = "manifest.json"
 PINNED = ".pinned"
 FORMAT = 1
 LARGEST = 64 << 20  # bytes; a hundred thousand files take about 15 MB
+FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)  # disk or network
 TIERS = ("full", "weights")
 ABSENT = "no manifest.json: written without ckpt, or its save did not finish"
 _shown = reprlib.repr  # never longer than a line
@@ -201,12 +203,26 @@ def read(folder: Path) -> Manifest:
 
 
 def check(
-    folder: Path, manifest: Manifest, data: bool = False, progress: Progress = quiet
+    folder: Path,
+    manifest: Manifest,
+    data: bool = False,
+    progress: Progress = quiet,
+    strict: bool = False,
 ) -> list[str]:
     """One line for each file that is not as the manifest has it; nothing if all are.
 
     Looks at sizes only, unless ``data``: then at every digest, which reads every byte, those of a
     torch zip against the CRC32s of its records. ``progress`` gets the bytes read.
+    A file that cannot be read is a line, too; with ``strict`` a failing disk
+    is a ``CheckpointError``.
     """
-    found = {n: unlike(folder / n, f, data, progress) for n, f in manifest.files.items()}
-    return [f"{name}: {why}" for name, why in found.items() if why is not None]
+    found = []
+    for name, file in manifest.files.items():
+        try:
+            why = unlike(folder / name, file, data, progress)
+        except OSError as error:
+            if strict and error.errno in FAILING:
+                raise CheckpointError(f"{folder / name}: {error.strerror}") from error
+            why = str(error.strerror)
+        found += [f"{name}: {why}"] if why is not None else []
+    return found

@@ -9,7 +9,6 @@ out/
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
@@ -26,7 +25,6 @@ from converters.folder import is_tag_folder
 _NUMBERED = re.compile(r"checkpoint-(\d{1,18})")
 _STEP = re.compile(r"(?:checkpoint-|global_step|.*\bstep=)(\d{1,18})\b.*")
 POINTERS = ("latest", "best")
-_UNREAD = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +97,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         absent = error.kind == "incomplete"
         why = manifests.ABSENT if absent else str(error).removeprefix(f"{folder}/")
         return Checkpoint(folder, _step_in(folder), None, why, pinned)
-    wrong = manifests.check(folder, held)
-    for line in wrong:
-        require_read(CheckpointError(f"{folder}/{line}"))
+    wrong = manifests.check(folder, held, strict=True)
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     why = f"manifest.json lists {wrong[0]}{more}" if wrong else None
     return Checkpoint(folder, held.step, held, why, pinned)
@@ -109,8 +105,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def require_read(error: CheckpointError) -> None:
     """Raises ``error`` if it came of a disk or network that fails, not of what lies there."""
-    if any(os.strerror(number) in str(error) for number in _UNREAD):
-        raise error
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in manifests.FAILING:
+            raise error
+        cause = cause.__cause__
 
 
 def _step_in(folder: Path) -> int | None:

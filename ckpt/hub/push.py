@@ -104,7 +104,7 @@ def push(
     """Publishes a checkpoint; the options are those of ``plan_push``.
 
     ``keep_last`` deletes branches of older steps after the commit. ``blocks`` of 64 MB may be on
-    their way by Xet at once, each of which takes twice that memory. ``progress`` gets bytes,
+    their way by Xet at once, each of which takes that much memory. ``progress`` gets bytes,
     ``planned.contents.nbytes`` in all. Raises ``CheckpointError``; then the branch is as it was,
     unless the line says otherwise.
     """

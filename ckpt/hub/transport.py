@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,15 @@ from converters.errors import CheckpointError
 from converters.mover import Progress
 from converters.plan import Shard
 from converters.served import ServedShard
+from converters.tensors import DType
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
 
 TESTED = (("2.4.0", "1.8.0"),)  # huggingface_hub and hf_xet whose private parts are known
 STALLED = 20.0  # seconds without a byte after which a block is not waited for
-BLOCK = 64 << 20  # bytes of a block of Xet, at most (xet-core, MAX_XORB_BYTES)
+_MOST_AT_ONCE = "client.ac_max_upload_concurrency"
+_COMPRESSION = "xorb.compression_policy"
 SAMPLE = 512  # bytes of a file that the Hub judges by (``lfs.UploadInfo``)
 
 
@@ -37,7 +40,7 @@ SAMPLE = 512  # bytes of a file that the Hub judges by (``lfs.UploadInfo``)
 class Target:
     """Where a push goes. ``base`` is a branch that is there; names get ``place`` in front.
 
-    ``blocks`` of Xet may be on their way at once.
+    ``blocks`` of Xet may be on their way at once, while another is made.
     """
 
     api: HfApi
@@ -162,6 +165,7 @@ def stream(target: Target, item: Item, served: ServedShard, progress: Progress) 
     import hf_xet
     from huggingface_hub.utils import _xet
 
+    assert isinstance(item.source, Shard)
     operation = _blank(target, item, served.read(SAMPLE), None)
     served.seek(0)
     if _classify(target, operation) != "lfs":
@@ -174,7 +178,7 @@ def stream(target: Target, item: Item, served: ServedShard, progress: Progress) 
         endpoint=target.api.endpoint,
     )
     headers = _headers(target.api)
-    session = _xet.get_xet_session()  # type: ignore[no-untyped-call]
+    session = _session(target.blocks, _compression(item.source))
     served.progress = progress
     try:
         with session.new_upload_commit(
@@ -186,14 +190,15 @@ def stream(target: Target, item: Item, served: ServedShard, progress: Progress) 
             try:
                 while data := served.read1():
                     upload.write(data)
-                    _let_pass(commit, target.blocks)
                 served.check()
+                _wait_for_store(commit)
             except BaseException:
                 upload.abort()
                 raise
             info = upload.finish().xet_info
     except KeyboardInterrupt:
-        _xet.abort_xet_session()  # type: ignore[no-untyped-call]
+        session.sigint_abort()
+        _session.cache_clear()
         raise
     except CheckpointError:
         raise
@@ -204,20 +209,42 @@ def stream(target: Target, item: Item, served: ServedShard, progress: Progress) 
     return Sent(operation.path_in_repo, item.nbytes, info.sha256, None, operation, True)
 
 
-def _let_pass(commit: Any, blocks: int) -> None:
-    """Waits while so many blocks of Xet are on their way, so that no further one is made.
+@cache
+def _session(blocks: int, compression: str) -> Any:
+    """hf_xet's own, but for what it holds of the blocks of 64 MB that it packs and sends.
 
-    hf_xet 1.8 cuts what it is given into blocks, holds each twice until the store has it, and
-    makes the next ones without a limit. A store that does not move is left to its own errors.
+    One that is packed waits until fewer than ``blocks`` are on their way, and nothing is taken in
+    meanwhile. What was packed is given back piece by piece where the compression is named; with
+    "auto" the block is held until all of it is packed (xet-core, xorb_object_format.rs).
+    """
+    import hf_xet
+
+    config = hf_xet.XetConfig()
+    settings = {"client.ac_initial_upload_concurrency": blocks, _MOST_AT_ONCE: blocks}
+    named = {_COMPRESSION: compression} if config.get(_COMPRESSION) in ("", "auto") else {}
+    return hf_xet.XetSession(config.with_config(settings | named))
+
+
+def _compression(shard: Shard) -> str:
+    """Of random weights "auto" makes 86 % in bf16, 95 % in fp32 and 100 % in fp16.
+
+    For the latter that is a third of the time that the processor spends on a push.
+    """
+    is_bf16 = any(placement.dtype is DType.BF16 for placement in shard.placements)
+    return "bg4-lz4" if is_bf16 else "none"
+
+
+def _wait_for_store(commit: Any) -> None:
+    """Waits for the blocks on their way, since the end of a file makes one that nothing holds back.
+
+    A store that does not move is left to its own errors.
     """
     end, before = time.monotonic() + STALLED, -1
-    while True:
+    while time.monotonic() < end:
         seen = commit.progress()
-        under_way = seen.total_transfer_bytes - seen.total_transfer_bytes_completed
-        if under_way <= (blocks - 1) * BLOCK:
+        arrived = seen.total_transfer_bytes_completed
+        if arrived == seen.total_transfer_bytes:
             return
-        if seen.total_transfer_bytes_completed != before:
-            end, before = time.monotonic() + STALLED, seen.total_transfer_bytes_completed
-        if time.monotonic() > end:
-            return
+        if arrived != before:
+            end, before = time.monotonic() + STALLED, arrived
         time.sleep(0.005)

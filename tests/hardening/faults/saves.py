@@ -12,53 +12,31 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+from hardening import two_ranks  # noqa: E402
+from hardening.two_ranks import Done, Task  # noqa: E402
+
 SPARE = 300.0  # seconds to start ranks, on a machine that does much else
 KINDS = ("eio", "enospc", "edquot", "fsync", "eintr", "short")
 HARMLESS = ("eintr", "short")
 CAUSES = "Input/output error", "No space left on device", "Disk quota exceeded"
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a forked rank gets; ``armed`` is of no use here."""
-
-    out: Path
-    seconds: float
-    seed: int
-    armed: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class Probed:
-    """What a forked rank returns."""
-
-    start: int = 0
-    digest: str = ""
-
-
 def run(seconds: float, seed: int, work: Path) -> dict[str, Any]:
     """Saves with faults for about so long; what came of it."""
-    work.mkdir(parents=True)
-    command = [sys.executable, __file__, str(work), str(seconds), str(seed)]
-    limit = seconds + 2 * SPARE
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    if done.returncode:
-        raise RuntimeError(f"the saves failed: {done.stderr[-3000:]}")
+    two_ranks.run(__file__, work, seconds + 2 * SPARE, seconds, seed)
     found: dict[str, Any] = json.loads((work / "found").read_text())
     return found
 
 
-def front(task: Task) -> Probed:
+def front(task: Task) -> Done:
     """One rank. Both draw the same faults, and stop when rank 0 says that the time is over."""
     import torch
     import torch.distributed as dist
@@ -72,6 +50,7 @@ def front(task: Task) -> Probed:
     from converters.errors import CheckpointError
 
     rank, folder = dist.get_rank(), task.out / "run"
+    seconds, seed = task.case
     engine = start(Spec(2))
     train(engine, 1)
     kept: dict[str, Any] = {"retention": ckpt.Retention(last=1), "weights": "bf16", "timeout": 30}
@@ -92,8 +71,8 @@ def front(task: Task) -> Probed:
         for kind, sticky in itertools.product(KINDS, (False, True))
         if not (sticky and kind == "eintr")
     ]
-    random.Random(task.seed).shuffle(todo)
-    ends, findings, end = Counter[str](), list[str](), time.monotonic() + task.seconds
+    random.Random(seed).shuffle(todo)
+    ends, findings, end = Counter[str](), list[str](), time.monotonic() + seconds
     for number, (by, at, kind, sticky) in enumerate(todo):
         going = torch.tensor([int(time.monotonic() < end)])
         dist.broadcast(going, 0)
@@ -146,22 +125,14 @@ def front(task: Task) -> Probed:
         found = {"operations": operations, "probes": probes, "of": len(todo)} | dict(ends)
         (task.out / "found").write_text(json.dumps(found | {"findings": findings}))
     dist.barrier()
-    return Probed()
+    return Done()
 
 
 def main() -> None:
     """Two forks of this process."""
-    import forked_ranks
-
-    forked_ranks.preload()
-    for name in ("ckpt", "deepspeed", "transformers", "live_worker"):
-        __import__(name)
     out, seconds, seed = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-    forked_ranks.LIMIT = seconds + SPARE
-    ended = forked_ranks.run_ranks(front, Task(out, seconds, seed), out / "logs")
-    if any(each.status for each in ended):
-        logs = "\n".join(path.read_text()[-1500:] for path in (out / "logs").glob("*.log"))
-        raise SystemExit(f"{ended}\n{logs}")
+    two_ranks.ready(seconds + SPARE)
+    two_ranks.forked(front, Task(out, (seconds, seed)), out / "logs")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,10 @@ class Notes:
         self.done[tuple(what)] = wrong
         self.file.write(json.dumps([what, wrong]) + "\n")
 
+    def close(self) -> None:
+        """Lets go of the file."""
+        self.file.close()
+
 
 def read(path: Path, of: Any) -> dict[tuple[Any, ...], list[str]]:
     """What is noted of ``of``; nothing if there is no such file, or it is about something else."""

@@ -77,6 +77,7 @@ def every(notes: Path, work: Path, say: Callable[[str], object]) -> dict[str, An
             held = Notes(path, of)
             if held.mine:
                 _probe_all(probe, held, say)
+            held.close()
             probe.folder.make({})
             done, todo = read(path, of), probe.faults()
             total["probes"] += len(done)

@@ -89,7 +89,7 @@ def staged(output: Path, plan: Plan, nbytes: int) -> Iterator[Path]:
             _clear(folder, {shard.filename for shard in plan.shards} if same else set())
             if not same:
                 with files.named(folder / RECORD):
-                    record.truncate(0)
+                    os.ftruncate(record.fileno(), 0)  # a file's own truncate ends at EINTR
                     record.write(digest)
                     record.flush()
             require_room(folder, nbytes, "choose another folder with -o")

@@ -8,8 +8,10 @@ is not on it stays an inert record. Known gadgets: the lists of picklescan 1.0 a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from converters.records import Global, Record
 
 
 def _words(text: str) -> frozenset[str]:
@@ -76,6 +78,8 @@ _DATA = frozenset(  # classes in these modules that are mere data
         ("torch._dynamo.eval_frame", "OptimizedModule"),
     )
 )
+_BYTES = {"bytes", "bytearray"}  # of a number: so many zeros
+_BUILDING = _BYTES | {"list", "tuple", "set", "frozenset", "sorted"}
 _REACHING = {"getattr", "attrgetter", "methodcaller"}
 
 
@@ -95,6 +99,15 @@ def reaches(name: str, args: Iterable[Any]) -> bool:
     if name not in _REACHING:
         return False
     return any(isinstance(arg, str) and _reaches(arg, through=arg.split(".")) for arg in args)
+
+
+def allocates(of: Global, args: Sequence[Any]) -> bool:
+    """Whether a call makes as many values as a number says: no pickler asks for them so."""
+    if of.module not in ("builtins", "__builtin__") or of.name not in _BUILDING or len(args) != 1:
+        return False
+    if isinstance(args[0], Record):  # picklers write out what is in a list
+        return isinstance(args[0].of, Global) and args[0].of.name in ("range", "xrange")
+    return of.name in _BYTES and isinstance(args[0], int)
 
 
 def _reaches(name: str, through: list[str]) -> bool:

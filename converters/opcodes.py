@@ -19,10 +19,17 @@ MARK = object()
 _U16, _U32, _I32 = struct.Struct("<H"), struct.Struct("<I"), struct.Struct("<i")
 _U64, _F64 = struct.Struct("<Q"), struct.Struct(">d")
 
+
+def _frame(i: Interpreter) -> None:
+    length = i.number(_U64)
+    if length > len(i.data) - i.at:
+        i.fail(f"a frame of {length} bytes, {len(i.data) - i.at} are there")
+
+
 OPCODES: dict[int, Callable[[Interpreter], Any]] = {
     b"\x80"[0]: lambda i: i.take(1),  # PROTO
-    b"\x95"[0]: lambda i: i.take(8),  # FRAME
-    b"("[0]: lambda i: i.stack.append(MARK),
+    b"\x95"[0]: lambda i: _frame(i),
+    b"("[0]: lambda i: i.mark(),
     b"0"[0]: lambda i: i.stack.pop(),
     b"1"[0]: lambda i: i.since_mark(),
     b"2"[0]: lambda i: i.stack.append(i.stack[-1]),

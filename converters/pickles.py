@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from sys import getsizeof, intern
 from typing import Any, NoReturn
 
-from converters import forbidden
+from converters import forbidden, nesting
 from converters.errors import CheckpointError
 from converters.opcodes import MARK, OPCODES, gets
 from converters.records import Global, Record, hashable
@@ -25,6 +25,8 @@ MOST_HELD = 16 << 20  # bytes of containers, whatever the pickle's size
 A_BYTE, A_STORAGE = 24, 1 << 10  # more for each byte of the pickle, and for each storage it names
 MOST_TEXT = 256 << 20  # bytes of one string
 MOST_LONG = 1024  # bytes of one int; arithmetic with longer ones takes its time
+MOST_NAME = 4096  # characters of a global
+MOST_ALIKE = 64  # keys of one hash
 _RECORD, _ENTRY = 320, 100  # bytes of a record with its lists, and of a dict's or set's item
 
 
@@ -44,10 +46,11 @@ class Interpreter:
     def __init__(self, data: bytes, builders: Builders, persistent: Persistent, where: str):
         self.data, self.builders, self.persistent = data, builders, persistent
         self.where = where
-        self.at = self.held = 0
+        self.at = self.held = self.marks = 0
         self.puts: int = 0
         self.gets = gets(data)
         self.storages: set[Any] = set()
+        self.alike: dict[int, set[Any]] = {}
 
     def run(self) -> Any:
         """The next object. ``CheckpointError`` if the bytes are no complete pickle."""
@@ -68,20 +71,25 @@ class Interpreter:
             self.fail(type(error).__name__)
         if self.stack or result is MARK:
             self.fail("objects are left over")
+        if (why := nesting.wrong(result)) is not None:
+            self.odd(f"its pickle holds {why}")
         return result
 
     def fail(self, why: str) -> NoReturn:
         raise CheckpointError(f"{self.where}: damaged pickle at byte {self.at}: {why}")
 
+    def odd(self, why: str) -> NoReturn:
+        raise CheckpointError(
+            f"{self.where}: {why}; torch.save of a training writes nothing like it: do not load "
+            "this file, and ask where it came from",
+            "refused",
+        )
+
     def hold(self, nbytes: int) -> None:
         """Accounts for memory; ``CheckpointError`` if it is out of all proportion."""
         self.held += nbytes
         if self.held > MOST_HELD + A_BYTE * self.at + A_STORAGE * len(self.storages):
-            raise CheckpointError(
-                f"{self.where}: {self.at} bytes of its pickle ask for {self.held} bytes of memory; "
-                "torch.save writes nothing like it",
-                "refused",
-            )
+            self.odd(f"{self.at} bytes of its pickle ask for {self.held} bytes of memory")
 
     def built(self, value: Any) -> Any:
         """``value``, a container, accounted for."""
@@ -114,6 +122,12 @@ class Interpreter:
             self.fail("a line has no end")
         return self.take(stop + 1 - self.at)[:-1].decode("utf-8")
 
+    def mark(self) -> None:
+        self.marks += 1  # one that POP takes off stays counted: picklers do that to few
+        if self.marks > nesting.MOST_DEEP:
+            self.odd(f"its pickle begins {self.marks} values inside each other")
+        self.stack.append(MARK)
+
     def since_mark(self) -> list[Any]:
         stack = self.stack
         at = len(stack) - 1
@@ -123,10 +137,13 @@ class Interpreter:
                 self.fail("a mark is missing")
         items = stack[at + 1 :]
         del stack[at:]
+        self.marks -= 1
         return items
 
     def named(self, module: str, name: str) -> Global:
-        """A global; ``CheckpointError``, "refused", if it is of those that run code."""
+        """A global; ``CheckpointError``, "refused", if it runs code, or can be no name."""
+        if len(module) + len(name) > MOST_NAME or not (module + name).isprintable():
+            self.odd("its pickle holds a name that nothing can have")
         if forbidden.runs_code(module, name):
             self.refuse(f"{module}.{name}")
         self.hold(_ENTRY)
@@ -153,8 +170,11 @@ class Interpreter:
 
     def record(self, function: Any, args: tuple[Any, ...], new: bool = False) -> Record:
         """The record of a call that is not made."""
-        if isinstance(function, Global) and forbidden.reaches(function.name, args):
-            self.refuse(f"{function} of {args[-1]}")
+        if isinstance(function, Global):
+            if forbidden.reaches(function.name, args):
+                self.refuse(f"{function} of {args[-1]}")
+            if forbidden.allocates(function, args):
+                self.odd(f"its pickle asks for {function} of a number, however large")
         self.hold(_RECORD)
         return Record(function, args, new=new)
 
@@ -205,7 +225,20 @@ class Interpreter:
         found = hashable(value)
         if found is not value:
             self.hold(_RECORD)
+            if isinstance(value, (int, tuple)):
+                self.spread(value)
         return found
+
+    def spread(self, value: Any) -> None:
+        """Refuses many keys of one hash: they were made to take long."""
+        try:
+            alike = self.alike.setdefault(hash(value), {value})
+        except TypeError:  # a tuple of what has no hash
+            return
+        self.hold(2 * _ENTRY)
+        alike.add(value)
+        if len(alike) > MOST_ALIKE:
+            self.odd(f"its pickle holds {len(alike)} keys of one hash")
 
     def append_all(self, values: list[Any]) -> None:
         target = self.stack[-1]
@@ -257,6 +290,8 @@ class Interpreter:
 
     def put(self, index: int) -> None:
         self.puts += 1
+        if index >= len(self.data):  # picklers count them, and to put one takes two bytes
+            self.fail(f"entry {index} of the memo")
         if index < 256 or index >= len(self.gets) or self.gets[index]:
             self.hold(_ENTRY)
             self.memo[index] = self.stack[-1]

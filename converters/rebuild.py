@@ -34,6 +34,9 @@ STORAGES = {
     "ComplexFloatStorage": DType.C64,
     "UntypedStorage": DType.U8,
 }
+# Kinds that torch 2.13 has and that are not read; a quantized one comes with its scale.
+UNREAD = {"ComplexDoubleStorage"}
+QUANTIZED = {f"{kind}Storage" for kind in ("QInt8", "QInt32", "QUInt8", "QUInt4x2", "QUInt2x4")}
 DTYPES = {
     "float64": DType.F64,
     "float32": DType.F32,
@@ -52,6 +55,13 @@ DTYPES = {
     "bool": DType.BOOL,
     "complex64": DType.C64,
 }
+# The others of torch 2.13.
+UNREAD_DTYPES = {
+    *("complex32", "complex128", "bits1x8", "bits2x4", "bits4x2", "bits8", "bits16"),
+    *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"),
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)),
+    *("qint8", "qint32", "quint8", "quint4x2", "quint2x4"),
+}
 
 
 def storage_id(pid: Any, path: Path) -> tuple[DType | None, str, int]:
@@ -61,12 +71,20 @@ def storage_id(pid: Any, path: Path) -> tuple[DType | None, str, int]:
     """
     match pid:
         case ("storage", Global(name=name), str(key), _, int(numel), *_) if 0 <= numel < 1 << 60:
+            if name not in STORAGES and name not in UNREAD | QUANTIZED:
+                raise CheckpointError(f"{path}: {_unknown(name)}", "unsupported")
             return STORAGES.get(name), key, numel
     raise CheckpointError(f"{path}: a pickle names something that is no storage")
 
 
+def _unknown(name: str) -> str:
+    return f"elements of type {name}, which torch 2.13 does not have; if newer ones do, update ckpt"
+
+
 def _tensor(storage: Any, at: Any, shape: Any, stride: Any, *_: Any) -> TensorRef | Record:
     """``torch._utils._rebuild_tensor_v2``: a view into a storage."""
+    if isinstance(storage, Record) and getattr(storage.of, "name", "") in QUANTIZED:
+        raise ValueError("a quantized tensor without its scale")
     if not isinstance(storage, TensorRef):
         return Record(storage.of if isinstance(storage, Record) else storage, (shape,))
     if len(shape) != len(stride) or len(shape) > MOST_AXES or not _sizes((at, *shape, *stride)):
@@ -103,7 +121,11 @@ def _empty(extent: Extent) -> Extent:
 
 def _tensor_v3(storage: Any, at: Any, shape: Any, stride: Any, *rest: Any) -> TensorRef | Record:
     """``torch._utils._rebuild_tensor_v3``: the storage is bytes, the element type is given."""
-    dtype = DTYPES.get(rest[2].name) if isinstance(rest[2], Global) else None
+    if not isinstance(rest[2], Global):
+        raise ValueError("an element type that is none")
+    dtype = DTYPES.get(rest[2].name)
+    if dtype is None and rest[2].name not in UNREAD_DTYPES:
+        raise ValueError(_unknown(rest[2].name))
     if dtype is None or not isinstance(storage, TensorRef):
         return Record(Global("torch._utils", "_rebuild_tensor_v3"), (shape, rest[2]))
     typed = TensorRef(dtype, (storage.nbytes // dtype.itemsize,), storage.extents)

@@ -40,10 +40,11 @@ class Record:
 def hashable(key: Any) -> Any:
     """``key`` if it may be a dict key: a scalar, a record, or a flat tuple of these.
 
-    Not so large ints, of which any number have one hash: a dict of 20,000 takes seconds.
+    Not so large ints, of which any number have one hash: a dict of 20,000 takes seconds. A tuple of
+    two ints can be given any hash, too, where they have 60 bits; of 32 bits hardly.
     """
     plain = (str, int, float, bool, bytes, type(None), Global, Record)
-    parts = key if isinstance(key, tuple) else (key,)
-    if all(isinstance(p, plain) and not (type(p) is int and p.bit_length() > 60) for p in parts):
+    parts, most = (key, 32) if isinstance(key, tuple) else ((key,), 60)
+    if all(isinstance(p, plain) and not (type(p) is int and p.bit_length() > most) for p in parts):
         return key
     return Record(Global("builtins", type(key).__name__), (key,))

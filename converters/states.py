@@ -23,6 +23,19 @@ from converters.torchzip import TorchFile
 Shape = tuple[int, ...]
 LARGEST = 1 << 60  # elements
 MOST_AXES = 1 << 10
+MOST_RANKS = 1 << 20
+_COUNTS = {  # keys of a model file, with the least and the most that they may say
+    "mp_world_size": (1, MOST_RANKS),
+    "dp_world_size": (1, MOST_RANKS),
+    "global_steps": (0, 1 << 63),
+}
+_PARTITION = {  # keys that every optimizer under ZeRO has one of
+    "partition_count",
+    "zero_stage",
+    "single_partition_of_fp32_groups",
+    "local_sub_partitions_of_fp32_groups",
+    "fp32_flat_groups",
+}
 _shown = Repr()  # short, whatever a file nests
 _shown.maxlevel = 3
 _shown.maxother = 120
@@ -113,7 +126,12 @@ def read(path: Path) -> State:
             f"{path} was saved as {file.saved_as}: it is the file of another rank or kind under "
             "this name; give each file back its own name, or copy this one again"
         )
-    return State(file, file.root)
+    state = State(file, file.root)
+    for key, (least, most) in _COUNTS.items():
+        count = state.root.get(key)
+        if count is not None and not (type(count) is int and least <= count <= most):
+            raise state.fail(f"{key} is {shown(count)}, expected {least} to {most}")
+    return state
 
 
 def shapes(state: State, key: str) -> list[dict[str, Shape]] | None:
@@ -132,6 +150,23 @@ def shapes(state: State, key: str) -> list[dict[str, Shape]] | None:
             if not isinstance(name, str) or not name.isprintable() or not _is_shape(shape):
                 raise state.fail(f"{key} gives {shown(name)} the shape {shown(shape)}")
     return [dict(group) for group in groups if group]
+
+
+def require_kinds(models: Sequence[State], ranks: Sequence[State]) -> None:
+    """Raises where a model file holds a partition of an optimizer, or an optimizer file the shapes
+    of another model."""
+    for model in models:
+        held = model.root.get("optimizer_state_dict")
+        if isinstance(held, dict) and not _PARTITION.isdisjoint(held):
+            raise model.fail(
+                "it holds a rank's part of the optimizer, and has the name of a model file; give "
+                "each file back its own name"
+            )
+    for rank in ranks:
+        own = shapes(rank, "param_shapes")
+        named = shapes(models[0], "param_shapes") if own is not None else None
+        if named is not None and own != named:
+            raise rank.fail(f"its param_shapes are not those of {models[0].path.name}")
 
 
 def _is_shape(shape: Any) -> bool:

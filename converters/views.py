@@ -129,9 +129,15 @@ def complete(
     shared = model.root.get("shared_params")
     owners: dict[object, str] = {}
     module = {name: ref for name, ref in model.module.items() if isinstance(ref, TensorRef)}
+    # without elements parameters lie anywhere, but a buffer in a storage of its own
+    empty = {_place(module[name]): name for name in module if name in found.buffers}
     for name in sorted(module, key=lambda name: name not in masters):
         ref = module[name]
-        owner = owners.setdefault((ref.extents, ref.shape), name) if ref.numel else name
+        owner = name
+        if ref.numel:
+            owner = owners.setdefault((ref.extents, ref.shape), name)
+        elif name not in masters:
+            owner = empty.get(_place(ref), name)
         if owner == name and ref.numel and name not in masters and isinstance(shared, dict):
             told = shared.get(name)  # the only witness where module was cloned
             owner = told if told in masters and masters[told].shape == ref.shape else name
@@ -145,6 +151,10 @@ def complete(
         else:
             found.frozen[name] = ref
     return found
+
+
+def _place(ref: TensorRef) -> object:
+    return ref.extents, ref.shape, ref.dtype
 
 
 def _buffers(model: State, shapes: list[dict[str, Shape]] | None) -> frozenset[str]:

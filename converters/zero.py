@@ -20,8 +20,6 @@ from converters.parameters import assemble
 from converters.states import State
 from converters.tensors import Weights
 
-MOST_RANKS = 1 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -90,6 +88,7 @@ def _read(place: folder.Place) -> Checkpoint:
             "incomplete",
         )
     ranks = _whole(place, optimizers)
+    states.require_kinds(models, ranks)
     if stage == 3 or found.partitioned:
         _require_ranks(place, len(ranks) or len(found.partitioned), found.partitioned, "model")
     if not ranks and (found.partitioned or _partitions(models[0])):
@@ -185,7 +184,7 @@ def _whole(place: folder.Place, optimizers: Mapping[int, State]) -> list[State]:
     count = first.optimizer.get("partition_count", len(optimizers))
     if isinstance(count, list):
         count = max((n for n in count if isinstance(n, int)), default=len(optimizers))
-    if not isinstance(count, int) or not 1 <= count <= MOST_RANKS:
+    if not isinstance(count, int) or not 1 <= count <= states.MOST_RANKS:
         raise first.fail(f"partition_count is {states.shown(count)}, expected a number of ranks")
     local = first.setting("checkpoint", "use_node_local_storage") is True
     _require_ranks(place, count, optimizers, "optimizer", local)

@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from zlib import crc32
 
 import click
@@ -28,13 +28,10 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-
-Shapes = dict[str, torch.Size]
-Tree = dict[str, Any]
+from llama_shapes import EMBEDDING, HEAD, Shapes, Tree, count, llama, llama_config
 
 TAG = "global_step2"
 SUB_GROUP = 1_000_000_000  # zero_optimization.sub_group_size: elements of one rank
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SCALING: Tree = {"loss_scaler": LossScaler(1.0), "dynamic_loss_scale": False, "overflow": False}
 
 
@@ -45,50 +42,6 @@ class Run(NamedTuple):
     start: int
     numel: int
     at: int
-
-
-def llama_config(weights: int, tied: bool) -> Tree:
-    """The Llama config whose number of weights comes close, about 96 times as wide as deep."""
-
-    def config(hidden: int, layers: int) -> Tree:
-        return {
-            "model_type": "llama",
-            "dtype": "bfloat16",
-            "hidden_size": hidden,
-            "intermediate_size": -(-hidden * 8 // (3 * 128)) * 128,
-            "num_attention_heads": hidden // 64,
-            "num_hidden_layers": layers,
-            "tie_word_embeddings": tied,
-            "vocab_size": 32000,
-        }
-
-    def filled(hidden: int) -> Tree:
-        outside, one = (count(llama(config(hidden, layers))) for layers in (0, 1))
-        return config(hidden, max(1, round((weights - outside) / (one - outside))))
-
-    filled_configs = map(filled, range(128, 16385, 128))
-    return min(filled_configs, key=lambda c: abs(c["hidden_size"] / c["num_hidden_layers"] - 96))
-
-
-def llama(config: Tree) -> Shapes:
-    """The model's names and shapes, in its own order, less a tied lm_head."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config["vocab_size"], hidden)}
-    for layer in range(config["num_hidden_layers"]):
-        at = f"model.layers.{layer}"
-        shapes |= {f"{at}.self_attn.{x}_proj.weight": (hidden, hidden) for x in "qkvo"}
-        shapes |= {f"{at}.mlp.{x}_proj.weight": (inner, hidden) for x in ("gate", "up")}
-        shapes[f"{at}.mlp.down_proj.weight"] = (hidden, inner)
-        shapes |= {f"{at}.{x}_layernorm.weight": (hidden,) for x in ("input", "post_attention")}
-    shapes["model.norm.weight"] = (hidden,)
-    if not config["tie_word_embeddings"]:
-        shapes[HEAD] = shapes[EMBEDDING]
-    return {name: torch.Size(shape) for name, shape in shapes.items()}
-
-
-def count(shapes: Shapes) -> int:
-    """The number of elements of all shapes together."""
-    return sum(map(prod, shapes.values()))
 
 
 def decay_groups(shapes: Shapes) -> list[Shapes]:
@@ -268,21 +221,11 @@ def save(root: Tree, path: Path, stage: int, sparse: bool) -> None:
         torch.serialization.set_crc32_options(before)
 
 
-@click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--stage", type=click.IntRange(2, 3), default=2, show_default=True)
-@click.option("--world-size", "world", default=2, show_default=True)
-@click.option("--gb", default=1.4, show_default=True, help="GB of fp32 weights, near enough.")
-@click.option("--tied", is_flag=True, help="Let lm_head share the embedding.")
-@click.option("--sparse", is_flag=True, help="Holes for the tensors' bytes; stage 3 only.")
-def main(folder: Path, stage: int, world: int, gb: float, tied: bool, sparse: bool) -> None:
-    """Make a checkpoint in FOLDER, which must not exist yet; print its number of weights."""
-    if sparse and stage == 2:
-        raise click.UsageError("--sparse needs --stage 3")
-    config = llama_config(round(gb * 1e9 / 4), tied)
-    shapes = llama(config)
+def write(
+    folder: Path, shapes: Shapes, stage: int, world: int, tied: bool = False, sparse: bool = False
+) -> None:
+    """The tag folder with all states of all ranks, and ``latest``; makes the folder."""
     (folder / TAG).mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
     for rank in range(world):
         zero = f"zero_pp_rank_{rank}_mp_rank_00"
         if stage == 2:
@@ -296,6 +239,23 @@ def main(folder: Path, stage: int, world: int, gb: float, tied: bool, sparse: bo
             path = folder / TAG / f"{zero if stage == 3 else 'mp_rank_00'}_model_states.pt"
             save(model_states(stage, shapes, rank, world, tied), path, stage, sparse)
     (folder / "latest").write_text(TAG)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--stage", type=click.IntRange(2, 3), default=2, show_default=True)
+@click.option("--world-size", "world", default=2, show_default=True)
+@click.option("--gb", default=1.4, show_default=True, help="GB of fp32 weights, near enough.")
+@click.option("--tied", is_flag=True, help="Let lm_head share the embedding.")
+@click.option("--sparse", is_flag=True, help="Holes for the tensors' bytes; stage 3 only.")
+def main(folder: Path, stage: int, world: int, gb: float, tied: bool, sparse: bool) -> None:
+    """Make a checkpoint in FOLDER, which must not exist yet; print its number of weights."""
+    if sparse and stage == 2:
+        raise click.UsageError("--sparse needs --stage 3")
+    config = llama_config(round(gb * 1e9 / 4), tied)
+    shapes = llama(config)
+    write(folder, shapes, stage, world, tied, sparse)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
     click.echo(count(shapes))
 
 

@@ -3,6 +3,7 @@
     python scripts/harden.py --minutes 10                       every part, a share of the time each
     python scripts/harden.py --minutes 60 --only fuzz --seed 7
     python scripts/harden.py --minutes 5 --only hostile,corruption --markdown found.md
+    python scripts/harden.py --only faults,corruption --every NOTES
 
 A part is a package or module tests/hardening/PART with
 
@@ -11,6 +12,13 @@ A part is a package or module tests/hardening/PART with
 It stops after about that many seconds, writes below ``work`` only, tells its progress to ``say``
 and returns what it counted, in the order in which it is to be printed. The key "findings", a list
 of lines, is what is wrong with the toolkit. Exit code 1 if there are any, 2 for bad usage.
+
+With --every nothing is drawn and no clock stops it: parts that have
+
+    every(notes: Path, work: Path, say: Callable[[str], None]) -> dict
+
+do all that there is to do, hours of it, and keep in ``notes`` what they have done, so that they
+can be stopped, and started again. Several may run at once with the same notes.
 """
 
 from __future__ import annotations
@@ -24,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--work", type=Path, help="scratch folder; default: a temporary one")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the counts there too")
+    parser.add_argument("--every", type=Path, metavar="NOTES", help="all there is, not for a time")
     asked = parser.parse_args(argv)
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     parts = [part for part in asked.only if _there(part)]
@@ -51,7 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             (folder := Path(work) / part).mkdir()
             began = time.monotonic()
             module = importlib.import_module(f"hardening.{part}")
-            found = module.run(seconds, asked.seed, folder, lambda line, p=part: _say(p, line))
+            say = partial(_say, part)
+            if asked.every is None:
+                found = module.run(seconds, asked.seed, folder, say)
+            elif hasattr(module, "every"):
+                found = module.every(asked.every / part, folder, say)
+            else:
+                parser.error(f"{part} has no end: it takes --minutes")
             counted[part] = {**found, "seconds": round(time.monotonic() - began)}
     print(json.dumps(counted, indent=2, default=str))
     if asked.markdown:

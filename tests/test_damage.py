@@ -284,8 +284,9 @@ def test_a_broken_pickle_is_one_error(data: bytes) -> None:
         raise CheckpointError("x.pt: damaged pickle at byte 0: an inert record, which is as good")
 
 
-def test_huge_memo_indices_take_no_memory() -> None:
-    assert interpret(b"\x80\x02Nr\xff\xff\xff\x7f0j\xff\xff\xff\x7f.") is None
+def test_huge_memo_indices_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="entry 2147483647 of the memo"):
+        interpret(b"\x80\x02Nr\xff\xff\xff\x7f0j\xff\xff\xff\x7f.")
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -10,7 +10,7 @@ import pytest
 from faults import faults
 from faults.forks import Forks
 from hardening.faults.probing import Fault, Probe
-from hardening.scenes import Scene, scenes, verifying
+from hardening.scenes import Scene, looking, scenes
 from run_folders import real
 
 SEED = 20250101  # another one: python scripts/harden.py --only faults --seed N
@@ -29,7 +29,7 @@ def sampled(faults: list[Fault], chance: random.Random) -> Iterator[Fault]:
         yield fitting[0] if kind == "short for good" else chance.choice(fitting)
 
 
-@pytest.mark.parametrize("scene", [*scenes(), *verifying()], ids=lambda scene: scene.name)
+@pytest.mark.parametrize("scene", [*scenes(), *looking()], ids=lambda scene: scene.name)
 def test_a_command_whose_file_operation_fails_says_so_and_spoils_nothing(
     scene: Scene, forks: Forks, tmp_path: Path
 ) -> None:

@@ -16,18 +16,20 @@ from hardening.hostile.files import Hostile
 from hardening.hostile.judging import Target
 from hardening.hostile.opcodes import asked, pickled
 from hardening.hostile.payloads import PAYLOADS
+from hardening.scenes import called
 from oracles import ROOT
 
 from converters import forbidden, pickles, rebuild, safetensors, torchzip
 from converters.errors import CheckpointError
 
-LOAD = 4.0  # a machine that runs other tests beside
 
-
-def require(target: Target, hostiles: Iterable[Hostile], canary: Path) -> None:
-    found = [target.judge(each).wrong(canary, LOAD) for each in hostiles]
+def require(target: Target, hostiles: Iterable[Hostile], canary: Path) -> set[str]:
+    """Each is refused, in 2 s of the processor and 64 MiB; returns those that may be accepted."""
+    verdicts = [target.judge(each) for each in hostiles]
+    found = [verdict.wrong(canary) for verdict in verdicts]
     assert not [line for line in found if line is not None]
     assert len(found) > 10
+    return {verdict.hostile.name for verdict in verdicts if verdict.answer == "right"}
 
 
 def test_no_callable_no_form_and_no_container_runs_anything(tmp_path: Path) -> None:
@@ -48,19 +50,47 @@ def test_zip_tricks_and_tensor_lies_are_refused(place: str, tmp_path: Path) -> N
     require(target, told, tmp_path / "canary")
 
 
-def test_bombs_stay_small(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", range(4))
+def test_bombs_are_refused_in_2_s_and_64_mib(part: int, tmp_path: Path) -> None:
     target, real = hostile.target("optimizer states", tmp_path / "t")
-    chosen = (
-        each
-        for index, each in enumerate(files.bombs(real))
-        if each.name.endswith(", stored") or (len(each.data) < 300_000 and not index % 7)
+    accepted = require(
+        target, itertools.islice(files.bombs(real), part, None, 4), tmp_path / "canary"
     )
-    require(target, chosen, tmp_path / "canary")
+    assert {name.partition(",")[0] for name in accepted} <= {"surrogates"}
+
+
+def test_numbers_and_texts_of_honest_files_are_taken_as_torch_takes_them(tmp_path: Path) -> None:
+    """What is accepted is no lie: docs/security.md lists it."""
+    import torch
+
+    from ckpt.opened import open as opened
+
+    target, real = hostile.target("model states", tmp_path / "t")
+    told = [*files.bombs(real), *files.damaged_numbers(real)]
+    accepted = require(
+        target, [each for each in told if len(each.data) < 200_000], tmp_path / "canary"
+    )
+    assert {name.partition(",")[0] for name in accepted} == files.HONEST
+    for each in (each for each in told if each.name in accepted):
+        target.path.write_bytes(each.data)
+        theirs = torch.load(target.path, weights_only=False)
+        ours = torchzip.read(target.path).root
+        for key in ("global_steps", "dp_world_size", "client", "buffer_names"):
+            assert theirs.get(key) == ours.get(key)
+        opened(target.folder)
+
+
+def test_a_wrong_crc32_of_what_no_weight_needs_is_found_by_verify(tmp_path: Path) -> None:
+    target, real = hostile.target("optimizer states", tmp_path / "t")
+    (wrong,) = (each for each in files.zips(real) if each.name == "central crc wrong")
+    assert wrong.inert and target.judge(wrong).answer == "right"
+    code, said = called("verify", "--data", target.folder)
+    assert code == 1, said
 
 
 def test_safetensors_that_lie_prove_nothing_and_harm_nothing(tmp_path: Path) -> None:
     verdicts = list(gathered.verdicts(tmp_path / "g", large=False))
-    found = [verdict.wrong(tmp_path / "canary", LOAD) for verdict in verdicts]
+    found = [verdict.wrong(tmp_path / "canary") for verdict in verdicts]
     assert not [line for line in found if line is not None]
     assert len(found) > 60
 
@@ -69,7 +99,7 @@ def test_600_000_empty_tensors_and_a_header_of_100_mb_are_refused_at_once(tmp_pa
     for name, data in lies.large():
         if name in ("600,000 empty tensors", "header of 100 MB", "header of 20 MB of lists"):
             verdict = gathered.opened(Hostile("safetensors", name, data), tmp_path / "x")
-            assert verdict.wrong(tmp_path / "canary", LOAD) is None, verdict.message
+            assert verdict.wrong(tmp_path / "canary") is None, verdict.message
 
 
 RUN = """

@@ -8,10 +8,13 @@ import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import pytest
 import torch
+from hardening.corruption import records
+from hardening.scenes import called
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import FIXTURES
@@ -19,6 +22,7 @@ from run_folders import SOURCE, listed, real
 
 from ckpt.runs import manifest
 from ckpt.runs.manifest import File, Manifest
+from ckpt.runs.run import Run
 from converters.errors import CheckpointError
 
 PLAIN = Manifest(
@@ -41,6 +45,54 @@ def test_a_manifest_is_read_as_it_was_written() -> None:
     assert found.dumps() == PLAIN.dumps() and list(found.files) == sorted(PLAIN.files)
     assert math.isnan(found.metrics["perplexity"]) and found.metrics["worst"] == math.inf
     assert replace(found, metrics={}) == replace(PLAIN, metrics={})
+
+
+def undigested() -> dict[str, Any]:
+    """A manifest as it was before they had digests."""
+    held: dict[str, Any] = json.loads(PLAIN.dumps())
+    del held["digest"]
+    return held
+
+
+def test_a_manifest_of_old_without_a_digest_is_valid() -> None:
+    found = manifest.loads(json.dumps(undigested()).encode(), HERE)
+    assert found.dumps() == PLAIN.dumps()
+
+
+def test_a_manifest_written_by_another_hand_is_the_same_manifest() -> None:
+    """Order, spaces, escapes and the spelling of numbers do not count."""
+    held = dict(reversed(json.loads(PLAIN.dumps()).items()))
+    text = json.dumps(held, indent=7).replace('"full"', '"f\\u0075ll"').replace("1.9", "19e-1")
+    assert manifest.loads(text.encode(), HERE).dumps() == PLAIN.dumps()
+
+
+def test_progress_with_keys_that_json_makes_text_has_the_digest_of_what_is_read() -> None:
+    held = replace(PLAIN, progress={10: 1, 9: 2, "x": {2: 3, 11: (4, math.nan)}})  # type: ignore[dict-item]
+    found = manifest.loads(held.dumps(), HERE)
+    assert found.progress["10"] == 1 and found.progress["x"]["11"] == [4, "nan"]
+
+
+def test_a_changed_digit_of_a_metric_is_found_by_every_command(tmp_path: Path) -> None:
+    """It was not, and the best checkpoint of a run could be another one."""
+    run = tmp_path / "run"
+    for step in (2, 4):
+        real(run, step, {"eval_loss": 1.0 + step})
+    path = run / "checkpoint-2" / manifest.NAME
+    path.write_bytes(path.read_bytes().replace(b'"eval_loss": 3.0', b'"eval_loss": 9.0'))
+    with pytest.raises(CheckpointError, match="its digest is sha256:") as error:
+        manifest.read(run / "checkpoint-2")
+    assert error.value.kind == "corrupt"
+    code, said = called("verify", run / "checkpoint-2")
+    assert code == 1
+    assert called("ls", run)[0] == 0 and Run(run).newest().step == 4  # type: ignore[union-attr]
+    code, said = called("latest", run, "--set", "checkpoint-2")
+    assert code == 1 and "its digest is" in said and said.count("\n") == 1
+
+
+def test_every_bit_of_a_manifest_is_what_it_was_or_the_manifest_is_refused() -> None:
+    refused, same, wrong = records.each_bit()
+    assert wrong == []
+    assert refused > 40 * same > 0  # spaces, the digest's own name, capital letters of an exponent
 
 
 def test_it_is_json_that_any_reader_takes() -> None:
@@ -89,14 +141,14 @@ def test_it_is_json_that_any_reader_takes() -> None:
     ids=str,
 )
 def test_a_manifest_that_says_what_cannot_be_is_refused(change: dict[str, object]) -> None:
-    held = json.loads(PLAIN.dumps()) | change
+    held = undigested() | change
     with pytest.raises(CheckpointError, match=r"out/checkpoint-500/manifest\.json"):
         manifest.loads(json.dumps(held).encode(), HERE)
 
 
-@pytest.mark.parametrize("name", sorted(json.loads(PLAIN.dumps())))
+@pytest.mark.parametrize("name", sorted({*json.loads(PLAIN.dumps())} - {"digest"}))
 def test_a_manifest_that_lacks_a_field_is_refused(name: str) -> None:
-    held = json.loads(PLAIN.dumps())
+    held = undigested()
     del held[name]
     with pytest.raises(CheckpointError):
         manifest.loads(json.dumps(held).encode(), HERE)

@@ -139,3 +139,50 @@ def test_a_file_that_is_none_says_so(tmp_path: Path) -> None:
             torchzip.read(path)
     with pytest.raises(CheckpointError, match="No such file"):
         torchzip.read(tmp_path / "missing.pt")
+
+
+class Node:
+    """An object that leads back to itself, as many programs have them."""
+
+    def __init__(self) -> None:
+        self.me, self.all = self, [self]
+
+
+def test_objects_that_lead_back_to_themselves_are_carried_along(tmp_path: Path) -> None:
+    node = Node()
+    root = saved(tmp_path, {"a": node, "b": [node] * 3}).root
+    assert root["a"] is root["b"][2] and root["a"].state["me"] is root["a"]
+
+
+def test_a_value_named_many_times_is_one_value(tmp_path: Path) -> None:
+    value: Any = {"lr": (0.1, [1, 2])}
+    for _ in range(20):
+        value = [value, value]
+    root = saved(tmp_path, value).root
+    assert root[0] is root[1]
+
+
+@pytest.mark.parametrize("depth", [40, 200])
+def test_values_that_unfold_without_end_are_refused(tmp_path: Path, depth: int) -> None:
+    value: Any = []
+    for _ in range(depth):
+        value = {"a": value, "b": value}
+    with pytest.raises(CheckpointError, match="counted as often as it is named") as error:
+        saved(tmp_path, {"client": value})
+    assert error.value.kind == "refused"
+
+
+def test_a_list_in_itself_is_refused(tmp_path: Path) -> None:
+    value: list[Any] = [1]
+    value.append((value,))
+    with pytest.raises(CheckpointError, match="a value that lies in itself"):
+        saved(tmp_path, {"client": value})
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.float8_e4m3fnuz, torch.qint8], ids=str)
+def test_tensors_of_types_that_are_not_read_are_carried_along(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    quantized, value = dtype == torch.qint8, torch.zeros(4)
+    value = torch.quantize_per_tensor(value, 1, 0, dtype) if quantized else value.to(dtype)
+    assert isinstance(saved(tmp_path, {"a": value}).root["a"], Record)

@@ -256,6 +256,23 @@ def test_a_shared_modules_buffer_of_one_element_is_no_placeholder(copy: Copy) ->
     check(source)
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_shared_modules_buffer_without_elements_keeps_its_type_under_each_name(
+    copy: Copy, legacy: bool
+) -> None:
+    """The second name, which buffer_names lacks, was taken for a frozen parameter and cast."""
+    source = copy("zero2-fp32-w2")
+    (model,) = models(source)
+    state = torch.load(model, weights_only=False)
+    empty = torch.empty(0, 7, dtype=torch.float64)
+    state["module"] |= {"one.rates": empty, "two.rates": empty, "frozen.none": torch.empty(0, 7)}
+    state["buffer_names"].append("one.rates")
+    torch.save(state, model, _use_new_zipfile_serialization=not legacy)
+    found = convert(source, source.with_name("model"))
+    assert found["one.rates"].dtype == found["two.rates"].dtype == torch.float64
+    assert found["frozen.none"].dtype == torch.float32
+
+
 def regrouped(source: Path, groups: list[list[int]], ones: list[str], step: float) -> None:
     """Stage 0 with LayerNorm weights that are 1.0 in 16 bits and differ by ``step`` in fp32."""
     (model,) = models(source)

@@ -28,7 +28,7 @@ class Child:
     def __init__(self, words: Sequence[str], log: Path, lock: Lock):
         self.log = log
         with open(log, "ab") as file:
-            file.truncate(0)
+            os.ftruncate(file.fileno(), 0)  # a file's own truncate ends at EINTR
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *words],
                 stdin=subprocess.DEVNULL,

@@ -1,7 +1,9 @@
 """The commit record of a checkpoint: ``manifest.json``, written last.
 
 A checkpoint is committed if and only if its manifest is there, is valid, and every file that it
-lists has its size. The kinds of digests are explained in ``digests``.
+lists has its size. The kinds of digests are explained in ``digests``. The manifest's own,
+``digest``, is the SHA-256 of the rest as JSON with sorted keys and no spaces, all but ASCII
+escaped; a manifest without one, as they were written at first, is valid, too.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +109,16 @@ class Manifest:
         held["versions"], held["progress"] = dict(self.versions), _plain(self.progress)
         held["metrics"] = {name: written(value) for name, value in self.metrics.items()}
         held["files"] = {n: {"size": f.size, "digest": f.digest} for n, f in self.files.items()}
+        rest = json.loads(json.dumps(held, allow_nan=False))  # keys as they will be read
+        held = {"format": FORMAT, "digest": _digest(rest)} | held
         text = json.dumps(held, indent=1, ensure_ascii=False, allow_nan=False)
         return text.encode("utf-8", "surrogateescape") + b"\n"
+
+
+def _digest(rest: Mapping[str, Any]) -> str:
+    """That of all but the digest."""
+    plain = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return f"sha256:{sha256(plain.encode()).hexdigest()}"
 
 
 _FIELDS = tuple(Manifest.__dataclass_fields__)
@@ -157,6 +168,8 @@ def loads(data: bytes, path: Path) -> Manifest:
                 "newer ckpt",
                 "unsupported",
             )
+        if "digest" in held and (said := held.pop("digest")) != (found := _digest(held)):
+            raise ValueError(f"its digest is {found}, it says {_shown(said)}")
         missing = [name for name in _FIELDS if name not in held]
         if missing:
             raise ValueError(f"{', '.join(missing)} missing")

@@ -62,41 +62,26 @@ def measured(*words: object, limit: float = 600) -> Measured:
 def many_tensors(folder: Path, count: int, stage: int) -> Path:
     """Two ranks, ``count`` tensors of 4 or 8 elements."""
     import torch
-    from big_checkpoint import EMBEDDING
+    from big_checkpoint import write
+    from llama_shapes import EMBEDDING
 
     shapes = {EMBEDDING: torch.Size((16, 4))}
     for at in range(count - 1):
         shape = torch.Size((2, 4) if at % 2 else (4,))
         shapes[f"model.layers.{at // 10}.part{at % 10}.weight"] = shape
-    return _write(folder, shapes, stage, 2)
+    write(folder, shapes, stage, 2)
+    return folder
 
 
 def many_ranks(folder: Path, world: int, stage: int) -> Path:
     """A model of 7 tensors and 3,000 elements: several ranks share a row, some have padding."""
     import torch
-    from big_checkpoint import EMBEDDING
+    from big_checkpoint import write
+    from llama_shapes import EMBEDDING
 
     shapes = {EMBEDDING: torch.Size((100, 16)), "model.norm.weight": torch.Size((13,))}
     shapes |= {f"model.layers.{at}.weight": torch.Size((277,)) for at in range(5)}
-    return _write(folder, shapes, stage, world)
-
-
-def _write(folder: Path, shapes: Any, stage: int, world: int) -> Path:
-    from big_checkpoint import TAG, model_states, save, stage2_optimizer, stage3_optimizer
-
-    (folder / TAG).mkdir(parents=True)
-    for rank in range(world):
-        name = f"zero_pp_rank_{rank}_mp_rank_00"
-        if stage == 2:
-            optimizer = stage2_optimizer(shapes, rank, world)
-        else:
-            optimizer = stage3_optimizer(shapes, rank, world, False)
-        path = folder / TAG / f"bf16_{name}_optim_states.pt"
-        save({"optimizer_state_dict": optimizer}, path, stage, False)
-        if stage == 3 or not rank:
-            path = folder / TAG / f"{name if stage == 3 else 'mp_rank_00'}_model_states.pt"
-            save(model_states(stage, shapes, rank, world, False), path, stage, False)
-    (folder / "latest").write_text(TAG)
+    write(folder, shapes, stage, world)
     return folder
 
 

@@ -124,6 +124,8 @@ def scenes() -> Iterator[Scene]:
     yield Scene("to-fp32 overwrite", _replaced, lambda b: _convert(b, *shards, "--overwrite"), True)
     yield Scene("reshard", _source, lambda b: _reshard(b, 3), True)
     yield Scene("reshard stage", _source, lambda b: _reshard(b, 1, "--stage", 3), True)
+    yield Scene("to-universal", _source, _universal, True)
+    yield Scene("from-universal", _from_universal, _native, True)
     yield Scene("prune", _four, lambda b: ["prune", b / "live", "--keep-last", 1])
     yield Scene("slim", _two, lambda b: ["slim", b / "live/checkpoint-2"])
     yield Scene("slim newest", _two, lambda b: ["slim", "--force", b / "live/checkpoint-4"])
@@ -134,9 +136,23 @@ def scenes() -> Iterator[Scene]:
     yield Scene("doctor --fix", _sick, lambda b: ["doctor", b / "live", "--fix"])
 
 
-def verifying() -> Iterator[Scene]:
+def marking() -> Iterator[Scene]:
+    """Those that change a mark of no length: too little to cut it short in many ways."""
+    yield Scene("pin", _two, lambda b: ["pin", b / "live/checkpoint-2"])
+    yield Scene("unpin", _pinned, lambda b: ["unpin", b / "live/checkpoint-2"])
+
+
+def looking() -> Iterator[Scene]:
     """Those that change nothing."""
-    yield Scene("verify --data", _two, lambda b: ["verify", "--data", b / "live"], changes=False)
+    for words in (["verify", "--data"], ["verify"], ["ls"], ["latest"]):
+        yield Scene(" ".join(words), _two, lambda b, w=words: [*w, b / "live"], changes=False)
+    for words in (["show"], ["to-fp32", "--dry-run"]):
+        yield Scene(
+            " ".join(words),
+            _source,
+            lambda b, w=words: [*w, b / "source/checkpoint-2"],
+            changes=False,
+        )
 
 
 _OTHER = ("--set", "checkpoint-2")
@@ -146,12 +162,34 @@ def _two(base: Path) -> Run:
     return _run(base, 2, 4)
 
 
+def _pinned(base: Path) -> None:
+    _two(base)
+    code, said = called("pin", base / "live/checkpoint-2")
+    assert code == 0, said
+
+
 def _four(base: Path) -> Run:
     return _run(base, 2, 4, 6, 8)
 
 
 def _convert(base: Path, *more: object) -> list[object]:
     return ["to-fp32", base / "source/checkpoint-2", "-o", base / "live" / OUTPUT, *more]
+
+
+def _universal(base: Path) -> list[object]:
+    return ["to-universal", base / "source/checkpoint-2", "-o", base / "live" / OUTPUT]
+
+
+def _from_universal(base: Path) -> None:
+    _source(base)
+    made = base / "source/universal"
+    code, said = called("to-universal", base / "source/checkpoint-2", "-o", made)
+    assert code == 0, said
+
+
+def _native(base: Path) -> list[object]:
+    made = ["from-universal", base / "source/universal", "-o", base / "live" / OUTPUT]
+    return [*made, "--world-size", 2]
 
 
 def _reshard(base: Path, ranks: int, *more: object) -> list[object]:

@@ -1,6 +1,6 @@
 """Damaged checkpoints: every damage is refused, or makes no difference to any byte of the output.
 
-A damage that is taken in silence is a finding.
+A damage that is taken in silence is a finding. ``every`` flips each byte of each structure.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from typing import Any
 
 from ckpt import convert
 from converters.errors import CheckpointError
-from hardening.corruption import damage, subjects
+from hardening.corruption import damage, records, subjects
 from hardening.corruption.damage import Damage
 from hardening.corruption.subjects import SUBJECTS, Subject
+from hardening.notes import Notes, read
 
+EVERY = "zero2-bf16-w2", "trainer-zero2", "zero3-bf16-w2"
 UNVERIFIED = {"zero2-legacy"}  # no checksums on disk: the report counts bytes that nothing proves
 
 
@@ -124,3 +126,36 @@ def _mixed(patient: Patient, seed: int, most: int, first: bool) -> list[Damage]:
         found = [harm for harm in found if harm.kind.endswith("byte") or harm.kind == "cut"]
         random.Random(seed).shuffle(found)
     return found
+
+
+def every(notes: Path, work: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Each byte of every structure of ``EVERY``, a bit and then all bits flipped; of a manifest,
+    each bit. What ``notes`` has already is not done again."""
+    answers: Counter[str] = Counter()
+    findings: list[str] = []
+    bytes_, of = 0, 0
+    patients = [Patient(s, work) for name in EVERY for s in SUBJECTS if s.name == name]
+    for whole, patient in itertools.product((False, True), patients):
+        files = subjects.files(patient.folder)
+        harms = [h for path in files for h in damage.each_byte(path, whole)]
+        path = notes / f"{patient.subject.name}-{'byte' if whole else 'bit'}.jsonl"
+        held = Notes(path, len(harms))
+        for harm in harms if held.mine else ():
+            if (harm.name,) not in held.done:
+                answer = patient.answer(harm)
+                wrong = finding(patient, harm, answer)
+                held.add([harm.name], [wrong] if wrong else [])
+                answers[answer if wrong is None else "finding"] += 1
+        held.close()
+        done = read(path, len(harms))
+        findings += [line for wrong in done.values() for line in wrong]
+        bytes_, of = bytes_ + len(done), of + len(harms)
+        say(f"{path.stem}: {len(done)} of {len(harms)}, {len(findings)} findings")
+    refused, same, wrong = records.each_bit()
+    return {
+        "flips": bytes_,
+        "of": of,
+        "answers of this run": dict(answers),
+        "bits of a manifest": f"{refused} refused, {same} the same manifest",
+        "findings": findings + wrong,
+    }

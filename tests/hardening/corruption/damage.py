@@ -74,6 +74,14 @@ def flips(path: Path, seed: int, most: int | None = None) -> Iterator[Damage]:
             yield Damage(kind, f"{path.name}: byte {at} ^ {bit:02x}", _flip(path, at, bit))
 
 
+def each_byte(path: Path, whole: bool) -> Iterator[Damage]:
+    """Every header byte with a bit flipped, or with all of them (``whole``)."""
+    for at in structure(path)[0]:
+        mask = 0xFF if whole else 1 << at % 8
+        name = f"{path.name}: byte {at} ^ {mask:02x}"
+        yield Damage("header byte", name, _flip(path, at, mask))
+
+
 def _flip(path: Path, at: int, bit: int) -> Callable[[], Undo]:
     def make() -> Undo:
         with open(path, "r+b") as file:

@@ -18,7 +18,12 @@ from converters import zero
 from converters.errors import CheckpointError
 from hardening.crash.disk import Tree, digest
 
-VOLATILE = "created", "save", "world_size"  # what is otherwise when one rank saves the same again
+VOLATILE = (
+    "created",
+    "save",
+    "world_size",
+    "digest",
+)  # what is otherwise when one rank saves the same again
 
 
 def below(tree: Tree, folder: str) -> Tree:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+from hardening import two_ranks  # noqa: E402
+from hardening.two_ranks import Done, Task  # noqa: E402
+
 STEP = 2  # of the save that is recorded
 LIMIT = 600.0  # seconds for all saves, where DeepSpeed compiles an extension, too
 
@@ -40,35 +42,14 @@ CASES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a forked rank gets; ``armed`` is of no use here."""
-
-    out: Path
-    case: Case
-    armed: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """What a forked rank returns."""
-
-    start: int = 0
-    digest: str = ""
-
-
 def recordings(
     work: Path, say: Callable[[str], object], names: tuple[str, ...] = tuple(CASES)
 ) -> Iterator[Any]:
     """Saves, and yields what each did."""
     from hardening.crash.recording import recorded
 
-    work.mkdir(parents=True)
     say(f"saving with two ranks: {', '.join(names)}")
-    command = [sys.executable, __file__, str(work), *names]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-    if done.returncode:
-        raise RuntimeError(f"the saves failed: {done.stderr[-2000:]}")
+    two_ranks.run(__file__, work, LIMIT, *names)
     for name in names:
         folder = work / name
         before = pickle.loads((folder / "before").read_bytes())
@@ -127,7 +108,7 @@ def _alone() -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
-def front(task: Task) -> Saved:
+def front(task: Task) -> Done:
     """One rank: a save that is there before, and the one that is recorded."""
     import torch.distributed as dist
     from faults import faults
@@ -155,29 +136,16 @@ def front(task: Task) -> Saved:
     saver.close()
     dist.barrier()
     faults.stop_here()
-    return Saved()
+    return Done()
 
 
 def main() -> None:
     """All cases that are named, one after another, each by two forks of this process."""
-    import forked_ranks
-    from forked_ranks import import_what_was, preload, run_ranks
-
-    preload()
-    forked_ranks.LIMIT = LIMIT / 2  # the first ranks import much, on machines that do much else
-    for name in ("ckpt", "deepspeed", "transformers", "live_worker"):
-        __import__(name)
+    two_ranks.ready(LIMIT / 2)  # the first ranks import much, on machines that do much else
     work = Path(sys.argv[1])
     for name in sys.argv[2:]:
-        folder = work / name
-        folder.mkdir()
-        ended = run_ranks(front, Task(folder, CASES[name]), work / "logs" / name)
-        if any(each.status for each in ended):
-            logs = "\n".join(
-                path.read_text()[-1500:] for path in (work / "logs" / name).glob("*.log")
-            )
-            raise SystemExit(f"{name}: {ended}\n{logs}")
-        import_what_was(work / "logs" / name)
+        (work / name).mkdir()
+        two_ranks.forked(front, Task(work / name, CASES[name]), work / "logs" / name)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 For the Nth operation (reads included) of each command of ``scenes`` and every way to fail: see
 ``probing`` for what has to be true afterwards. Then of the saves of two ranks: ``saves``.
+``every`` leaves nothing to chance, takes hours, and goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from typing import Any
 from faults.forks import Forks
 
 from hardening.faults import saves
-from hardening.faults.probing import Probe
-from hardening.scenes import scenes, verifying
+from hardening.faults.probing import Fault, Probe
+from hardening.notes import Notes, read
+from hardening.scenes import Scene, looking, marking, scenes
 
 
 def run(seconds: float, seed: int, work: Path, say: Callable[[str], object]) -> dict[str, Any]:
     """Probes in random order until the time is over, a share of it for each command."""
     end = time.monotonic() + seconds
-    everything = [*scenes(), *verifying()]
+    everything = [*scenes(), *marking(), *looking()]
     total: dict[str, Any] = {"commands": len(everything), "operations": 0, "probes": 0, "of": 0}
     total |= {"by command": {}, "by kind": Counter(), "findings": []}
     with Forks() as forks:
@@ -55,3 +57,55 @@ def run(seconds: float, seed: int, work: Path, say: Callable[[str], object]) -> 
     total["of"] += made["of"]
     total["operations"] += made["operations"]
     return total
+
+
+def every(notes: Path, work: Path, say: Callable[[str], object]) -> dict[str, Any]:
+    """Every fault of every command, and of the saves; what ``notes`` has already is not done again.
+
+    Several processes may work on the same notes: each takes what no other has.
+    """
+    by_command: dict[str, str] = {}
+    findings: list[str] = []
+    total = {"probes": 0, "of": 0}
+    with Forks() as forks:
+        for index, scene in enumerate(sorted([*scenes(), *marking(), *looking()], key=_long)):
+            probe = Probe(scene, work / f"command-{index}", forks)
+            of = sorted(
+                {f"{operation.call} {Path(operation.path).name}" for operation in probe.journal}
+            )
+            path = notes / f"{scene.name}.jsonl"
+            held = Notes(path, of)
+            if held.mine:
+                _probe_all(probe, held, say)
+            held.close()
+            probe.folder.make({})
+            done, todo = read(path, of), probe.faults()
+            total["probes"] += len(done)
+            total["of"] += max(len(done), len(todo))
+            by_command[scene.name] = f"{len(done)} of {len(todo)}, {probe.operations} operations"
+            findings += [f"{scene.name}: {line}" for wrong in done.values() for line in wrong]
+    made = saves.run(6 * 3600, 1, work / "saves", notes / "saves.jsonl")
+    by_command["save"] = f"{made['probes']} of {made['of']}, {made['operations']} operations"
+    total = {name: count + made[name] for name, count in total.items()}
+    return {**total, "by command": by_command, "findings": findings + made["findings"]}
+
+
+def _long(scene: Scene) -> bool:
+    return "universal" in scene.name  # 28,000 faults: a file for each state of each parameter
+
+
+def _probe_all(probe: Probe, notes: Notes, say: Callable[[str], object]) -> None:
+    """What the notes do not have yet."""
+    todo = [fault for fault in probe.faults() if _key(fault) not in notes.done]
+    say(f"{probe.scene.name}: {probe.operations} operations, {len(todo)} faults to go")
+    for fault in todo:
+        wrong = probe.check(fault)
+        notes.add(_key(fault), wrong)
+        for line in wrong:
+            say(f"{probe.scene.name}: {line}")
+    if not probe.folder.untouched():
+        notes.add(("untouched",), ["a file was written in place"])
+
+
+def _key(fault: Fault) -> tuple[int, str]:
+    return fault.at, fault.kind

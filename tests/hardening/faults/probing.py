@@ -1,7 +1,8 @@
 """One fault in one command, and what has to be true afterwards.
 
     failed         exit 1 and one line that names a file and the cause; an output is not there, a
-                   run is in its old or its new state
+                   run is in its old or its new state (an output is there, and whole, where the disk
+                   fails for good when only the folder's own fsync was left to do)
     killed         the same without the line; an output may be there if it is whole
     interrupted    (EINTR, short reads and writes) done, with the same bytes
     done           whatever the fault was: exactly what is due can be seen
@@ -140,7 +141,8 @@ class Probe:
         if how == "failed" and not fault.kills:
             yield from self.words(fault, ended)
         if self.scene.output:
-            fits = (old, new) if fault.kills else (old,)
+            # where no rename works any more, that of the output cannot be taken back, either
+            fits = (old, new) if fault.kills or fault.kind == "eio for good" else (old,)
             seen = judging.visible(now)
             if not any(judging.same(seen, judging.visible(each)) for each in fits):
                 yield f"exit {ended.status}, and there is {judging.difference(now, old)}"

@@ -4,7 +4,7 @@ Full disk, quota, I/O error (once, and for good), failing sync, EINTR, short rea
 the foreground and in the background. ``tests/test_saver.py`` has some of them at every operation;
 ranks that are killed: ``scripts/kill_sweep.py``.
 
-``python saves.py FOLDER SECONDS SEED`` is the two ranks.
+``python saves.py FOLDER SECONDS SEED NOTES`` is the two ranks; NOTES may be "".
 """
 
 from __future__ import annotations
@@ -12,53 +12,36 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+from hardening import two_ranks  # noqa: E402
+from hardening.notes import Notes, read  # noqa: E402
+from hardening.two_ranks import Done, Task  # noqa: E402
+
 SPARE = 300.0  # seconds to start ranks, on a machine that does much else
 KINDS = ("eio", "enospc", "edquot", "fsync", "eintr", "short")
 HARMLESS = ("eintr", "short")
 CAUSES = "Input/output error", "No space left on device", "Disk quota exceeded"
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a forked rank gets; ``armed`` is of no use here."""
+def run(seconds: float, seed: int, work: Path, notes: Path | None = None) -> dict[str, Any]:
+    """Saves with faults for about so long; what came of it.
 
-    out: Path
-    seconds: float
-    seed: int
-    armed: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class Probed:
-    """What a forked rank returns."""
-
-    start: int = 0
-    digest: str = ""
-
-
-def run(seconds: float, seed: int, work: Path) -> dict[str, Any]:
-    """Saves with faults for about so long; what came of it."""
-    work.mkdir(parents=True)
-    command = [sys.executable, __file__, str(work), str(seconds), str(seed)]
+    With ``notes`` (``noted``) what was done before is not done again, and is counted as done.
+    """
     limit = seconds + 2 * SPARE
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    if done.returncode:
-        raise RuntimeError(f"the saves failed: {done.stderr[-3000:]}")
+    two_ranks.run(__file__, work, limit, seconds, seed, notes or "")
     found: dict[str, Any] = json.loads((work / "found").read_text())
     return found
 
 
-def front(task: Task) -> Probed:
+def front(task: Task) -> Done:
     """One rank. Both draw the same faults, and stop when rank 0 says that the time is over."""
     import torch
     import torch.distributed as dist
@@ -72,29 +55,38 @@ def front(task: Task) -> Probed:
     from converters.errors import CheckpointError
 
     rank, folder = dist.get_rank(), task.out / "run"
+    seconds, seed, path = task.case
     engine = start(Spec(2))
     train(engine, 1)
     kept: dict[str, Any] = {"retention": ckpt.Retention(last=1), "weights": "bf16", "timeout": 30}
     savers = [ckpt.Saver(engine, folder, background=later, **kept) for later in (False, True)]
     step = 1
     savers[0].save(step)
-    counts = torch.zeros(2, dtype=torch.int64)
-    for by in (0, 1):
+    counts = torch.zeros(2, 2, dtype=torch.int64)
+    for later, by in itertools.product((0, 1), (0, 1)):
         faults.set_here(folder, reads=1)
-        savers[0].save(step := step + 1)
-        counts[by] = faults.count_here() if rank == by else 0
+        savers[later].save(step := step + 1)
+        savers[later].wait()
+        counts[later, by] = faults.count_here() if rank == by else 0
         faults.stop_here()
     dist.all_reduce(counts)
     todo = [
-        (by, at, kind, sticky)
-        for by in (0, 1)
-        for at in range(1, int(counts[by]) + 1)
+        (by, at, kind, sticky, later)
+        for later, by in itertools.product((0, 1), (0, 1))
+        for at in range(1, int(counts[later, by]) + 1)
         for kind, sticky in itertools.product(KINDS, (False, True))
         if not (sticky and kind == "eintr")
     ]
-    random.Random(task.seed).shuffle(todo)
-    ends, findings, end = Counter[str](), list[str](), time.monotonic() + task.seconds
-    for number, (by, at, kind, sticky) in enumerate(todo):
+    done = read(Path(path), "saves") if path else {}
+    findings = [line for wrong in done.values() for line in wrong]
+    dist.barrier()  # rank 0 writes only when the other has read
+    notes = Notes(Path(path), "saves") if path and not rank else None
+    mine = torch.tensor([int(notes is None or notes.mine)])
+    dist.broadcast(mine, 0)
+    total, todo = len(todo), [fault for fault in todo if fault not in done and mine]
+    random.Random(seed).shuffle(todo)
+    ends, end = Counter[str](), time.monotonic() + seconds
+    for number, (by, at, kind, sticky, later) in enumerate(todo):
         going = torch.tensor([int(time.monotonic() < end)])
         dist.broadcast(going, 0)
         if not going:
@@ -103,8 +95,8 @@ def front(task: Task) -> Probed:
             faults.set_here(folder, at, kind, sticky=sticky, reads=1)
         failure = ""
         try:
-            savers[number % 2].save(step + 1)
-            savers[number % 2].wait()
+            savers[later].save(step + 1)
+            savers[later].wait()
         except CheckpointError as error:
             failure = str(error)
         except Exception as error:
@@ -114,23 +106,28 @@ def front(task: Task) -> Probed:
         told: list[Any] = [None, None]
         dist.all_gather_object(told, failure)
         where = f"{kind}{' for good' if sticky else ''} at {at} of rank {by}: {told}"
+        where = f"{'background, ' if later else ''}{where}"
+        wrong: list[str] = []
         newest = Run(folder).newest()
         held = newest.manifest if newest else None
         if bool(told[0]) != bool(told[1]):
-            findings.append(f"save: one rank failed and one did not ({where})")
+            wrong.append(f"save: one rank failed and one did not ({where})")
         fits = {step + (not failure)}
         if sticky and kind == "eio":  # no rename can be taken back where nothing works any more
             fits |= {step + 1}
         if newest is None or held is None or newest.step not in fits:
-            findings.append(f"save: the newest is {newest and newest.step} of {step} ({where})")
-        elif number % 10 == 0 and (wrong := check(newest.folder, held, data=True)):
-            findings.append(f"save: {wrong[0]} ({where})")
+            wrong.append(f"save: the newest is {newest and newest.step} of {step} ({where})")
+        elif (path or not number % 10) and (spoilt := check(newest.folder, held, data=True)):
+            wrong.append(f"save: {spoilt[0]} ({where})")
         if failure and kind in HARMLESS:
-            findings.append(f"save: it failed ({where})")
+            wrong.append(f"save: it failed ({where})")
         if failure and not any(cause in failure for cause in CAUSES):
-            findings.append(f"save: the cause is not said ({where})")
+            wrong.append(f"save: the cause is not said ({where})")
         if failure and (len(failure.splitlines()) > 1 or str(folder) not in failure):
-            findings.append(f"save: no line that names a file ({where})")
+            wrong.append(f"save: no line that names a file ({where})")
+        findings += wrong
+        if notes:
+            notes.add((by, at, kind, sticky, later), wrong)
         ends["refused" if failure else "committed"] += 1
         ends["leftovers"] += bool(failure and list(folder.glob(".*.saving")))
         step = newest.step if newest and newest.step else step
@@ -141,27 +138,18 @@ def front(task: Task) -> Probed:
     if left:
         findings.append(f"save: {left} is left after saves that went well")
     if not rank:
-        operations = int(counts.sum())
-        probes = ends["refused"] + ends["committed"]
-        found = {"operations": operations, "probes": probes, "of": len(todo)} | dict(ends)
+        probes = len(done) + ends["refused"] + ends["committed"]
+        found = {"operations": int(counts.sum()), "probes": probes, "of": total} | dict(ends)
         (task.out / "found").write_text(json.dumps(found | {"findings": findings}))
     dist.barrier()
-    return Probed()
+    return Done()
 
 
 def main() -> None:
     """Two forks of this process."""
-    import forked_ranks
-
-    forked_ranks.preload()
-    for name in ("ckpt", "deepspeed", "transformers", "live_worker"):
-        __import__(name)
-    out, seconds, seed = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-    forked_ranks.LIMIT = seconds + SPARE
-    ended = forked_ranks.run_ranks(front, Task(out, seconds, seed), out / "logs")
-    if any(each.status for each in ended):
-        logs = "\n".join(path.read_text()[-1500:] for path in (out / "logs").glob("*.log"))
-        raise SystemExit(f"{ended}\n{logs}")
+    out, seconds, seed, notes = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    two_ranks.ready(seconds + SPARE)
+    two_ranks.forked(front, Task(out, (seconds, seed, notes)), out / "logs")
 
 
 if __name__ == "__main__":

@@ -28,14 +28,24 @@ CONTAINERS = (
     "raw pickle",
 )
 MAGIC = 0x1950A86A20F9469CFC6C
+KEYS = (
+    *("module", "param_shapes", "optimizer_state_dict", "shared_params"),
+    *("ds_version", "global_steps", "buffer_names", "ds_config"),
+)
+# As good as what honest files hold: a text, a number of steps, of ranks.
+HONEST = {
+    "surrogates",
+    *(f"global_steps {told}" for told in ("0", "2**20", "2**31", "2**40", "2**62")),
+    "dp_world_size 2**20",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Hostile:
     """A file by its class (code, bomb, tensor, zip, safetensors), a name, and its bytes.
 
-    ``inert``: what is hostile in it stands where no conversion looks, and does nothing; then the
-    right weights are a good answer too.
+    ``inert``: nothing tells it from an honest file, or no conversion reads that byte of it (each is
+    named in docs/security.md); then the right weights are a good answer too.
     """
 
     kind: str
@@ -140,31 +150,27 @@ def bombs(real: Template) -> Iterator[Hostile]:
     for what, opcodes in lies.bombs().items():
         for container in ("stored", "legacy stream", "raw pickle"):
             yield Hostile("bomb", f"{what}, {container}", contained(real, opcodes, 4, container))
-        yield Hostile("bomb", f"{what}, nested", real.holding("client", opcodes), inert=True)
-        for key in ("module", "param_shapes", "optimizer_state_dict", "shared_params"):
-            yield Hostile("bomb", f"{what}, as {key}", real.holding(key, opcodes), inert=True)
-        for key in ("ds_version", "global_steps", "buffer_names", "ds_config"):
-            yield Hostile("bomb", f"{what}, as {key}", real.holding(key, opcodes), inert=True)
+        inert = what in HONEST
+        yield Hostile("bomb", f"{what}, nested", real.holding("client", opcodes), inert)
+        for key in KEYS:
+            yield Hostile("bomb", f"{what}, as {key}", real.holding(key, opcodes), inert)
 
 
 def tensors(real: Template) -> Iterator[Hostile]:
     """Tensor lies, as a tensor of the module and beside it."""
     for what, opcodes in lies.tensors(*real.largest).items():
-        module = b"}" + encoded("w", 2) + opcodes + b"s"
-        # what is no tensor that is read is carried along where nobody looks
-        inert = "element type" in what or "dtype" in what
-        module = real.holding("module", module)
-        yield Hostile("tensor", f"{what}, in the module", module, inert=inert)
-        yield Hostile("tensor", f"{what}, nested", real.holding("client", opcodes), inert=inert)
+        module = real.holding("module", b"}" + encoded("w", 2) + opcodes + b"s")
+        yield Hostile("tensor", f"{what}, in the module", module)
+        yield Hostile("tensor", f"{what}, nested", real.holding("client", opcodes))
         flat = b"}" + encoded("single_partition_of_fp32_groups", 2) + b"]" + opcodes + b"as"
-        weights = real.holding("optimizer_state_dict", flat)  # of a model file nobody looks there
-        yield Hostile("tensor", f"{what}, as weights", weights, inert=True)
+        weights = real.holding("optimizer_state_dict", flat)
+        yield Hostile("tensor", f"{what}, as weights", weights)
 
 
 def zips(real: Template) -> Iterator[Hostile]:
     """Zip tricks on the real file."""
     for what, data in archives.tricks(real.entries).items():
-        yield Hostile("zip", what, data, inert=what == "central crc wrong")  # of a moment
+        yield Hostile("zip", what, data, inert=what == "central crc wrong")  # of Adam's
 
 
 def damaged_numbers(real: Template) -> Iterator[Hostile]:
@@ -174,9 +180,10 @@ def damaged_numbers(real: Template) -> Iterator[Hostile]:
         opcodes = b"\x8b" + struct.pack("<I", len(data)) + data
         told = f"2**{number.bit_length() - 1}" if number > 0 else str(number)
         count = b"}" + encoded("partition_count", 2) + opcodes + b"s"
-        ranks = real.holding("optimizer_state_dict", count)  # of a model file nobody looks there
-        yield Hostile("bomb", f"partition_count {told}", ranks, inert=True)
+        ranks = real.holding("optimizer_state_dict", count)
+        yield Hostile("bomb", f"partition_count {told}", ranks)
         shapes = b"]}" + encoded("w", 2) + b"(" + opcodes * 3 + b"tsa"
-        yield Hostile("bomb", f"shape of {told}", real.holding("param_shapes", shapes), inert=True)
+        yield Hostile("bomb", f"shape of {told}", real.holding("param_shapes", shapes))
         for key in ("mp_world_size", "dp_world_size", "global_steps"):
-            yield Hostile("bomb", f"{key} {told}", real.holding(key, opcodes), inert=True)
+            what = f"{key} {told}"
+            yield Hostile("bomb", what, real.holding(key, opcodes), inert=what in HONEST)

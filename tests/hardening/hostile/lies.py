@@ -80,6 +80,10 @@ def bombs() -> dict[str, bytes]:
     name = b"X\x01\x00\x00\x00a"
     ints = ((i * ((1 << 61) - 1)).to_bytes(11, "little") for i in range(1, 30_000))
     collide = b"".join(b"\x8a\x0b" + number for number in ints)
+    pairs = b"".join(
+        b"J%b\x8a\x09%b\x86" % (x.to_bytes(4, "little"), y.to_bytes(9, "little"))
+        for x, y in alike(20_000)
+    )
     copies = b"h\x01h\x00\x85R"  # the call of memo 1 with memo 0
     return {
         "lists doubled by the memo": doubled,
@@ -124,6 +128,7 @@ def bombs() -> dict[str, bytes]:
         "memo entries, a million": b"N" + b"\x94" * 1_000_000,
         "keys of one hash": b"}(" + collide.replace(b"\x8a\x0b", b"N\x8a\x0b")[1:] + b"Nu",
         "members of one hash": b"\x8f(" + collide + b"\x90",
+        "pairs of one hash": b"\x8f(" + pairs + b"\x90",
         "an int of 1 MB": b"\x8b" + struct.pack("<I", 1 << 20) + b"\x7f" * (1 << 20),
         "an int of 2 GB, announced": b"\x8b\xff\xff\xff\x7f\x01",
         "an int of negative length": b"\x8b\xff\xff\xff\xff\x01",
@@ -147,6 +152,26 @@ def bombs() -> dict[str, bytes]:
         "two objects": name + name,
         "an unfinished mark": b"(" + name,
     }
+
+
+def alike(count: int) -> Iterator[tuple[int, int]]:
+    """Pairs of ints that all have one hash: CPython's of tuples is xxHash, which can be undone."""
+    p1, p2, p5, most = (
+        *(11400714785074694791, 14029467366897019727, 2870177450012600261),
+        (1 << 64) - 1,
+    )
+    inverse1, inverse2 = pow(p1, -1, 1 << 64), pow(p2, -1, 1 << 64)
+    wanted = 12345 * inverse1 & most
+    wanted = (wanted >> 31 | wanted << 33) & most
+    for first in range(1 << 31):
+        acc = (p5 + first * p2) & most
+        acc = (acc << 31 | acc >> 33) & most
+        second = (wanted - acc * p1) * inverse2 & most
+        if second < (1 << 61) - 1:
+            yield first, second
+            count -= 1
+        if not count:
+            return
 
 
 def pickles() -> Iterator[tuple[str, bytes]]:

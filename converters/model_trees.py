@@ -20,6 +20,16 @@ from converters.records import Record
 from converters.tensors import DType, TensorRef
 from converters.zero import Checkpoint
 
+DECIDED = {  # what the layout decides in a model file; its tensors are proven as weights
+    "module",
+    "param_shapes",
+    "dp_world_size",
+    "shared_params",
+    "frozen_param_shapes",
+    "frozen_param_fragments",
+    "ds_config",
+}
+
 
 def trees_of(
     checkpoint: Checkpoint, models: Sequence[Path], groups: Sequence[Group], target: Target

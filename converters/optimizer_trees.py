@@ -52,6 +52,11 @@ class Target:
         return layout.padding_for(numels, self.itemsize)
 
 
+def stage_as(held: Any, target: Target) -> Any:
+    """The ``zero_stage`` of the target, as the number or the enum that ``held`` is."""
+    return Record(held.of, (target.stage,)) if isinstance(held, Record) else target.stage
+
+
 def trees_of(groups: Sequence[Group], target: Target) -> Iterator[Tree]:
     """For each rank, what an optimizer file has under the keys that the layout decides."""
     return _stage3(groups, target) if target.stage == 3 else _stage12(groups, target)

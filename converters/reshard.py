@@ -12,7 +12,6 @@ element of the source.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,14 @@ from converters import (
     model_trees,
     optimizer_trees,
     retrace,
-    torchzip,
     trees,
     zero,
     zipplan,
 )
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, consistent
 from converters.groups import Group
 from converters.optimizer_trees import SUB_GROUP, Target
-from converters.plan import Plan, Shard
-from converters.records import Record
-from converters.tensors import Checksum
+from converters.plan import Plan
 from converters.zero import Checkpoint
 
 _LAYOUT = {  # what the layout decides, or a stage alone has, in an optimizer file
@@ -50,15 +46,6 @@ _LAYOUT = {  # what the layout decides, or a stage alone has, in an optimizer fi
     "ds_version",
     "universal_checkpoint_info",
     "zero_stage",
-}
-_MODEL = {  # the same of a model file
-    "module",
-    "param_shapes",
-    "dp_world_size",
-    "shared_params",
-    "frozen_param_shapes",
-    "frozen_param_fragments",
-    "ds_config",
 }
 
 
@@ -94,13 +81,9 @@ def plan(checkpoint: Checkpoint, wanted: Target) -> Plan:
 
     ``CheckpointError`` for what cannot be cut up anew.
     """
-    try:
+    otherwise = "a file is damaged or of another save; ckpt verify tells more"
+    with consistent(checkpoint.place.folder, otherwise):
         return _plan(checkpoint, wanted)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"{checkpoint.place.folder} contradicts itself ({error!r}): a file is damaged or of "
-            "another save; ckpt verify tells more"
-        ) from error
 
 
 def _plan(checkpoint: Checkpoint, wanted: Target) -> Plan:
@@ -118,8 +101,7 @@ def _plan(checkpoint: Checkpoint, wanted: Target) -> Plan:
         name = f"zero_pp_rank_{rank}_mp_rank_00" if wanted.stage == 3 else "mp_rank_00"
         name = f"{tag_folder(checkpoint)}/{name}_model_states.pt"
         shards.append(zipplan.shard(name, configured(tree, wanted)))
-    total = sum(placement.nbytes for shard in shards for placement in shard.placements)
-    return Plan(tuple(shards), None, total, {}, checksums_of(shards, [*ranks, *models]))
+    return zipplan.plan(shards)
 
 
 def prove(checkpoint: Checkpoint, wanted: Target, made: Plan, output: Path) -> dict[str, int]:
@@ -142,7 +124,7 @@ def prove(checkpoint: Checkpoint, wanted: Target, made: Plan, output: Path) -> d
     paths = model_paths(checkpoint)
     for rank, path in enumerate(model_paths(result)):
         one, other = trees.read(paths[rank % len(paths)]).root, trees.read(path).root
-        retrace.prove_rest(back, one, other, _MODEL, path)
+        retrace.prove_rest(back, one, other, model_trees.DECIDED, path)
     return counts
 
 
@@ -212,27 +194,9 @@ def _optimizer(
     that loads has its own then.
     """
     held = root["optimizer_state_dict"]
-    stage = held["zero_stage"]
-    made = Record(stage.of, (wanted.stage,)) if isinstance(stage, Record) else wanted.stage
+    made = optimizer_trees.stage_as(held["zero_stage"], wanted)
     if (wanted.stage == 3) == (checkpoint.stage == 3):
         return {**held, **parts, "zero_stage": made}
     kept = {key: value for key, value in held.items() if key not in _LAYOUT}
     version = {"ds_version": root["ds_version"]} if wanted.stage < 3 else {}
     return {**kept, **parts, "zero_stage": made, **version}
-
-
-def checksums_of(shards: Iterable[Shard], paths: Iterable[Path]) -> tuple[Checksum, ...]:
-    """The records of the source, the files of ``paths``, that shards take bytes from."""
-    found: dict[Path, set[int]] = {}
-    for placement in (placement for shard in shards for placement in shard.placements):
-        for extent in (extent for extent in placement.source.extents if extent.length):
-            found.setdefault(extent.path, set()).add(extent.offset)
-    used: list[Checksum] = []
-    for path in paths:
-        held = torchzip.read(path).checksums if path in found else ()
-        indices = {
-            bisect_right(held, offset, key=lambda c: c.extent.offset) - 1
-            for offset in found.get(path, ())
-        }
-        used += [held[index] for index in sorted(indices)]
-    return tuple(used)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters import groups, reshard, retrace, trees, universal, zero
+from converters import groups, model_trees, reshard, retrace, trees, universal, zero
 from converters.errors import CheckpointError
 from converters.groups import Group
 from converters.optimizer_trees import Target
@@ -31,16 +31,6 @@ from converters.universal.planning import (
 )
 from converters.zero import Checkpoint
 
-_MODEL = {  # what the layout decides in a model file; its tensors are proven as weights
-    "module",
-    "param_shapes",
-    "dp_world_size",
-    "shared_params",
-    "frozen_param_shapes",
-    "frozen_param_fragments",
-    "ds_config",
-}
-
 
 def to_universal(source: Checkpoint, plan: Plan, folder: Path) -> dict[str, int]:
     """Counts of tensors that are equal; ``CheckpointError`` names the first thing that is not."""
@@ -57,7 +47,7 @@ def to_universal(source: Checkpoint, plan: Plan, folder: Path) -> dict[str, int]
     one = {INFO: VERSION} | dict(trees.read(source.model.path).root)
     whole = made.models[0]
     for path in (whole, whole.with_name(f"zero_pp_rank_0_{whole.name}")):
-        retrace.prove_rest(back, one, trees.read(path).root, _MODEL, path)
+        retrace.prove_rest(back, one, trees.read(path).root, model_trees.DECIDED, path)
     return counts
 
 
@@ -75,7 +65,7 @@ def from_universal(source: Universal, wanted: Target, plan: Plan, folder: Path) 
         retrace.prove_rest(back, source.common, root["optimizer_state_dict"], decided, state.path)
     for rank, path in enumerate(reshard.model_paths(made)):
         one = trees.read(source.models[rank % len(source.models)]).root
-        retrace.prove_rest(back, one, trees.read(path).root, _MODEL | {INFO}, path)
+        retrace.prove_rest(back, one, trees.read(path).root, model_trees.DECIDED | {INFO}, path)
     return counts
 
 

@@ -22,7 +22,18 @@ from oracles import FIXTURES, corpus, made, root_of, run, same
 from ckpt import reshard as resharding
 from ckpt.runs import manifest
 from ckpt.runs.manifest import Manifest
-from converters import cast, groups, layout, pickling, reshard, stream, trees, zero, zipplan
+from converters import (
+    cast,
+    groups,
+    layout,
+    pickling,
+    reshard,
+    stream,
+    torchzip,
+    trees,
+    zero,
+    zipplan,
+)
 from converters.errors import CheckpointError
 from converters.groups import WEIGHTS
 from converters.pickles import Interpreter
@@ -36,6 +47,13 @@ REFUSED = {
     "o0_5_10_s2": "needs 0.6.0 or later",
     "s2muon": "momentum_buffer of group 0 has 145 elements",
 }
+PARTLESS = [
+    ("zero0-bf16", "without ZeRO"),
+    ("corpus/moe_s2", "expert"),
+    ("corpus/pp_z1bf", "pipeline"),
+    ("corpus/tp_z2_w4", "tensor or pipeline parallelism"),
+    ("corpus/mics4", "MiCS"),
+]
 WHOLE = [
     *(p for p in [*made(), *corpus()] if not p.name.startswith(("zero0", "s0", "o0_16_9_s0"))),
     FIXTURES / "trainer-zero2",
@@ -235,13 +253,15 @@ def rewritten(source: Path, target: Path, change: Any) -> Path:
     return target
 
 
+def lion(state: dict[str, Any], _: int) -> None:
+    """The state of another optimizer in the place of Adam's."""
+    moment = state.pop("exp_avg")
+    state.clear()
+    state |= {"lion_m": moment.bfloat16(), "count": torch.tensor([7]), "none": None, "k": 3}
+
+
 @pytest.mark.parametrize("name", ["zero2-bf16-w3", "zero3-subgroups"])
 def test_state_of_any_optimizer_is_kept_under_its_own_names(name: str, tmp_path: Path) -> None:
-    def lion(state: dict[str, Any], _: int) -> None:
-        moment = state.pop("exp_avg")
-        state.clear()
-        state |= {"lion_m": moment.bfloat16(), "count": torch.tensor([7]), "none": None, "k": 3}
-
     source = rewritten(FIXTURES / name, tmp_path / "s", lion)
     expected = held(source)
     assert {key[1] for key in expected if isinstance(key, tuple) and len(key) == 3} == {
@@ -302,13 +322,7 @@ def test_a_missing_rank_is_refused_before_anything_is_written(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [
-        ("zero0-bf16", "without ZeRO"),
-        ("corpus/moe_s2", "expert"),
-        ("corpus/pp_z1bf", "pipeline"),
-        ("corpus/tp_z2_w4", "tensor or pipeline parallelism"),
-        ("corpus/mics4", "MiCS"),
-    ],
+    PARTLESS,
 )
 def test_what_has_no_plain_partitions_is_refused_by_name(
     name: str, why: str, tmp_path: Path
@@ -322,16 +336,21 @@ def test_the_same_topology_is_refused_as_nothing_to_do(capsys: Any, tmp_path: Pa
     assert "is of stage 2 for 3 ranks already" in capsys.readouterr().err
 
 
-def test_damaged_bytes_stop_it_and_leave_nothing(tmp_path: Path) -> None:
-    source = tmp_path / "s"
-    shutil.copytree(SOURCE, source)
-    state = zero.read(source).ranks[1]
-    with open(state.path, "r+b") as file:
-        place = max(state.file.checksums, key=lambda checksum: checksum.extent.length).extent
+def spoil(path: Path) -> None:
+    """Flips a bit in the largest record of a torch file."""
+    held = torchzip.read(path).checksums
+    place = max(held, key=lambda checksum: checksum.extent.length).extent
+    with open(path, "r+b") as file:
         file.seek(place.offset + 5)
         byte = file.read(1)
         file.seek(place.offset + 5)
-        file.write(bytes((byte[0] ^ 1,)))
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def test_damaged_bytes_stop_it_and_leave_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "s"
+    shutil.copytree(SOURCE, source)
+    spoil(zero.read(source).ranks[1].path)
     with pytest.raises(CheckpointError, match="is damaged"):
         resharding.run(resharding.prepare(source, 2, output=tmp_path / "o"))
     assert [path.name for path in tmp_path.iterdir()] == ["s"]

@@ -26,12 +26,28 @@ JOBS = {  # world size: fixtures and the stage they become
     ],
     4: [("zero3-bf16-w3", 1), ("zero2-round-robin", 2), ("zero2-fp32-w1", 3)],
 }
+WORKER = "tests/reshard_worker.py"
 REDUCTION_ORDER = 2e-5  # relative, of a loss, after nine steps in fp32
 
 
 def reshard(source: Path, output: Path, world: int, stage: int, **options: Any) -> Path:
     resharding.run(resharding.prepare(source, world, stage=stage, output=output, **options))
     return output
+
+
+def ranks(kind: str, jobs: list[dict[str, Any]], world: int, folder: Path) -> None:
+    """The worker's jobs, on that many ranks."""
+    path = folder / f"{kind}-{len(list(folder.iterdir()))}.json"
+    path.write_text(json.dumps(jobs))
+    torchrun(WORKER, kind, path, ranks=world, limit=600)
+
+
+def require_same(path: Path, expected: Path) -> None:
+    """Requires that two files have the same tensors, bit for bit."""
+    found, wanted = load_file(path), load_file(expected)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert same(found[key], value), (path, key)
 
 
 @pytest.mark.parametrize("world", JOBS)
@@ -47,14 +63,9 @@ def test_stock_deepspeed_holds_the_bits_of_the_run_that_saved(world: int, tmp_pa
         folder = reshard(FIXTURES / name, tmp_path / name, world, stage)
         out = tmp_path / f"{name}.safetensors"
         jobs.append({"folder": str(folder), "spec": name, "stage": stage, "out": str(out)})
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    torchrun("tests/reshard_worker.py", "load", tmp_path / "jobs.json", ranks=world, limit=600)
+    ranks("load", jobs, world, tmp_path)
     for job in jobs:
-        found = load_file(job["out"])
-        expected = load_file(FIXTURES / job["spec"] / "live.safetensors")
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            assert same(found[key], value), (job["spec"], key)
+        require_same(Path(job["out"]), FIXTURES / job["spec"] / "live.safetensors")
         said = json.loads(Path(job["out"]).with_suffix(".json").read_text())
         source = zero.read(FIXTURES / job["spec"])
         root = source.model.root
@@ -70,24 +81,20 @@ def test_stock_deepspeed_holds_the_bits_of_the_run_that_saved(world: int, tmp_pa
 
 def test_training_goes_on_over_three_topologies_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """Stage 2 on two ranks, 3 on one, 1 on three, 2 on four; the losses are the unbroken run's."""
-    worker = "tests/reshard_worker.py"
-    torchrun(worker, "train", tmp_path / "whole", 2, "fp32", 9, ranks=2, limit=300)
-    torchrun(worker, "train", tmp_path / "0", 2, "fp32", 3, ranks=2, limit=300)
+    spec = {"spec": "zero2-fp32-w2", "stage": 2}
+    whole = {**spec, "out": str(tmp_path / "whole"), "steps": 9}
+    ranks("train", [whole, {**spec, "out": str(tmp_path / "0"), "steps": 3}], 2, tmp_path)
     losses = json.loads((tmp_path / "0/losses.json").read_text())
     for part, (world, stage) in enumerate([(1, 3), (3, 1), (4, 2)], 1):
         before = tmp_path / f"{part - 1}"
-        size = 200 if stage == 3 else None  # that of the worker's engine
+        size = 200 if stage == 3 else None
         start = tmp_path / f"{part}-start"
         folder = reshard(before, start, world, stage, sub_group_size=size)
         out = tmp_path / f"{part}"
-        torchrun(worker, "train", out, stage, "fp32", 2, folder, ranks=world, limit=300)
-        saved, loaded = (
-            load_file(before / "live.safetensors"),
-            load_file(out / "loaded.safetensors"),
-        )
-        assert saved.keys() == loaded.keys()
-        for key, value in saved.items():
-            assert same(loaded[key], value), (world, stage, key)
+        job = {"spec": spec["spec"], "stage": stage, "source": str(folder), "out": str(out)}
+        job |= {"zero": {"sub_group_size": size} if size else {}, "steps": 2}
+        ranks("train", [job], world, tmp_path)
+        require_same(out / "loaded.safetensors", before / "live.safetensors")
         losses += json.loads((out / "losses.json").read_text())
     expected = json.loads((tmp_path / "whole/losses.json").read_text())
     assert losses == pytest.approx(expected, rel=REDUCTION_ORDER)
@@ -101,14 +108,8 @@ def test_the_trainer_resumes_from_it(name: str, world: int, tmp_path: Path) -> N
     stage = zero.read(source).stage
     folder = reshard(source, tmp_path / "checkpoint-2", world, stage)
     out = tmp_path / "out"
-    torchrun("tests/reshard_worker.py", "trainer", out, name, folder, ranks=world, limit=300)
-    loaded, expected = (
-        load_file(path)
-        for path in (out / "loaded.safetensors", FIXTURES / name / "live.safetensors")
-    )
-    assert loaded.keys() == expected.keys()
-    for key, value in expected.items():
-        assert same(loaded[key], value), key
+    torchrun(WORKER, "trainer", out, name, folder, ranks=world, limit=300)
+    require_same(out / "loaded.safetensors", FIXTURES / name / "live.safetensors")
     assert json.loads((out / "state.json").read_text()) == {"global_step": 4, "steps": [4.0]}
     after = zero.read(out / name / "checkpoint-4")
     assert (after.stage, after.world_size, after.step) == (stage, world, 4)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from oracles import FIXTURES, root_of, run, same
 from safetensors.torch import load_file
-from test_reshard import REFUSED, WHOLE, alike, held, rewritten
+from test_reshard import PARTLESS, REFUSED, WHOLE, alike, held, lion, rewritten, spoil
 
 from ckpt import universal as converting
 from converters import layout, universal, zero
@@ -214,11 +214,6 @@ def test_every_element_of_the_weights_lands_once_and_no_padding_does() -> None:
 
 @pytest.mark.parametrize("name", ["zero2-bf16-w3", "zero3-subgroups"])
 def test_state_of_any_optimizer_is_kept_under_its_own_names(name: str, tmp_path: Path) -> None:
-    def lion(state: dict[str, Any], _: int) -> None:
-        moment = state.pop("exp_avg")
-        state.clear()
-        state |= {"lion_m": moment.bfloat16(), "count": torch.tensor([7]), "none": None, "k": 3}
-
     source = rewritten(FIXTURES / name, tmp_path / "s", lion)
     with pytest.raises(KeyError, match="exp_avg"):
         deepspeeds(source, tmp_path / "ds")
@@ -242,13 +237,9 @@ def test_an_optimizer_without_state_has_none_afterwards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("zero0-bf16", "without ZeRO"),
+        *PARTLESS,
         ("corpus/b16opt", "BF16_Optimizer"),
         ("corpus/s2muon", "momentum_buffer of group 0 has 145 elements"),
-        ("corpus/moe_s2", "expert"),
-        ("corpus/pp_z1bf", "pipeline"),
-        ("corpus/tp_z2_w4", "tensor or pipeline parallelism"),
-        ("corpus/mics4", "MiCS"),
         ("zero1-elastic", ELASTIC),
     ],
 )
@@ -382,19 +373,6 @@ def test_damage_in_what_is_read_stops_it_and_leaves_nothing(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="CRC32"):
         back(folder, tmp_path / "n", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "u"]
-
-
-def spoil(path: Path) -> None:
-    """Flips a bit in the largest record of a torch file."""
-    from converters import torchzip
-
-    held = torchzip.read(path).checksums
-    place = max(held, key=lambda checksum: checksum.extent.length).extent
-    with open(path, "r+b") as file:
-        file.seek(place.offset + 5)
-        byte = file.read(1)
-        file.seek(place.offset + 5)
-        file.write(bytes([byte[0] ^ 1]))
 
 
 def test_what_an_interrupted_run_left_is_kept_only_where_it_is_right(tmp_path: Path) -> None:

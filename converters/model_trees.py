@@ -95,7 +95,7 @@ def _frozen(checkpoint: Checkpoint, fragments: Sequence[tuple[str, Record]]) -> 
     """
     root = checkpoint.model.root  # before 0.9.1 without that key; stage 1 has it, but no values
     excluded = checkpoint.stage > 1 and root.get("frozen_param_shapes", ()) is None
-    if excluded or (checkpoint.stage == 1 and not fragments):
+    if excluded or (checkpoint.stage < 2 and not fragments):
         return {"frozen_param_shapes": None, "frozen_param_fragments": None}
     tensors = checkpoint.weights.tensors
     return {

@@ -20,6 +20,7 @@ from converters import (
     folder,
     groups,
     model_trees,
+    muon,
     optimizer_trees,
     retrace,
     trees,
@@ -28,7 +29,7 @@ from converters import (
 )
 from converters.errors import CheckpointError, consistent
 from converters.groups import Group
-from converters.optimizer_trees import SUB_GROUP, Target
+from converters.optimizer_trees import SUB_GROUP, Target, scaled
 from converters.plan import Plan
 from converters.zero import Checkpoint
 
@@ -58,16 +59,21 @@ def target(
     """
     _require(checkpoint)
     setting, module = checkpoint.model.setting, checkpoint.model.module
+    stage = stage or checkpoint.stage or 1
+    bf16 = stage == 1 and checkpoint.bf16_optimizer
+    bf16 = bf16 and setting("data_types", "grad_accum_dtype") == "fp32"
     untrained = checkpoint.weights.buffers | checkpoint.weights.frozen
     trained = [module[name] for name in checkpoint.weights.tensors if name not in untrained]
     found = setting("zero_optimization", "sub_group_size")
     return Target(
-        stage or checkpoint.stage,
+        stage,
         world_size,
-        setting("zero_optimization", "round_robin_gradients") is True,
-        setting("zero_optimization", "parameter_alignment") is True,
+        setting("zero_optimization", "round_robin_gradients") is True and not bf16,
+        setting("zero_optimization", "parameter_alignment") is True and not bf16,
         sub_group_size or (int(found) if isinstance(found, (int, float)) else SUB_GROUP),
         min((ref.dtype.itemsize for ref in trained), default=2),
+        bf16,
+        muon.offloaded(checkpoint.model),
     )
 
 
@@ -119,7 +125,7 @@ def prove(checkpoint: Checkpoint, wanted: Target, made: Plan, output: Path) -> d
         one = trees.read(checkpoint.ranks[rank % checkpoint.world_size].path).root
         other = trees.read(state.path).root
         retrace.prove_rest(back, one, other, {"optimizer_state_dict", "ds_config"}, state.path)
-        inner = (one["optimizer_state_dict"], other["optimizer_state_dict"])
+        inner = scaled(one["optimizer_state_dict"]), scaled(other["optimizer_state_dict"])
         retrace.prove_rest(back, *inner, _LAYOUT, state.path)
     paths = model_paths(checkpoint)
     for rank, path in enumerate(model_paths(result)):
@@ -131,13 +137,8 @@ def prove(checkpoint: Checkpoint, wanted: Target, made: Plan, output: Path) -> d
 def _require(checkpoint: Checkpoint) -> None:
     """Raises for what has no partitions to cut up anew, or not all that they should hold."""
     path, model = checkpoint.place.folder, checkpoint.model
-    if not checkpoint.stage:
+    if not checkpoint.ranks:
         why = "was saved without ZeRO: it loads on any number of ranks as it is"
-    elif "zero_stage" not in checkpoint.ranks[0].optimizer:
-        why = (
-            "was saved by BF16_Optimizer (fp32 gradient accumulation), whose files are not "
-            "resharded yet; convert it with ckpt to-fp32"
-        )
     elif model.setting("zero_optimization", "zenflow"):
         why = "was saved with ZenFlow, whose own state is in no file; it cannot be resharded"
     elif (count := model.root.get("dp_world_size")) != checkpoint.world_size:
@@ -194,6 +195,9 @@ def _optimizer(
     that loads has its own then.
     """
     held = root["optimizer_state_dict"]
+    if wanted.bf16:
+        return {**held, **parts}
+    held = scaled(held)
     made = optimizer_trees.stage_as(held["zero_stage"], wanted)
     if (wanted.stage == 3) == (checkpoint.stage == 3):
         return {**held, **parts, "zero_stage": made}

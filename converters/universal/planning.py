@@ -27,7 +27,7 @@ from converters import (
 )
 from converters.errors import CheckpointError, consistent
 from converters.groups import WEIGHTS, Group
-from converters.optimizer_trees import Target
+from converters.optimizer_trees import Target, scaled
 from converters.plan import Plan
 from converters.tensors import DType, TensorRef
 from converters.universal import INFO, SUFFIX, Universal, folders
@@ -83,7 +83,7 @@ def native_tag(source: Universal) -> str:
 
 
 def _to_universal(checkpoint: Checkpoint) -> Plan:
-    stage, world = min(checkpoint.stage, 2), checkpoint.world_size
+    stage, world = min(checkpoint.stage or 1, 2), checkpoint.world_size
     whole = reshard.target(checkpoint, stage, world)  # also refuses what has no partitions
     parted = reshard.target(checkpoint, 3, 1)
     tree = trees.read(checkpoint.ranks[0].path).root
@@ -122,7 +122,7 @@ def common(tree: Any, found: Sequence[Group]) -> dict[Any, Any]:
     of the inner ones has, and every sub-group the step of the first; so the inner ones have only
     what all groups have alike, and the engine keeps its own of the rest.
     """
-    held = tree["optimizer_state_dict"]
+    held = scaled(tree["optimizer_state_dict"])
     made = {key: value for key, value in held.items() if key not in SHARDED}
     made.setdefault("ds_version", tree.get("ds_version"))
     options = [group.options or {} for group in found]
@@ -230,6 +230,7 @@ def optimizer(
 
     ``clip_grad`` and ``ds_version`` stand in files of stages 1 and 2 only.
     """
+    held = scaled(held)
     made = optimizer_trees.stage_as(held["zero_stage"], wanted)
     kept = {key: value for key, value in held.items() if key not in SHARDED | LAYOUT}
     version = kept.pop("ds_version", None) or model.get("ds_version")

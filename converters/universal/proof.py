@@ -14,7 +14,7 @@ from typing import Any
 from converters import groups, model_trees, reshard, retrace, trees, universal, zero
 from converters.errors import CheckpointError
 from converters.groups import Group
-from converters.optimizer_trees import Target
+from converters.optimizer_trees import Target, scaled
 from converters.plan import Plan
 from converters.records import Record
 from converters.retrace import Retrace
@@ -62,7 +62,8 @@ def from_universal(source: Universal, wanted: Target, plan: Plan, folder: Path) 
     decided = SHARDED | LAYOUT | {"clip_grad", "ds_version"}
     for state in made.ranks:
         root = trees.read(state.path).root
-        retrace.prove_rest(back, source.common, root["optimizer_state_dict"], decided, state.path)
+        inner = scaled(source.common), root["optimizer_state_dict"]
+        retrace.prove_rest(back, *inner, decided, state.path)
     for rank, path in enumerate(reshard.model_paths(made)):
         one = trees.read(source.models[rank % len(source.models)]).root
         retrace.prove_rest(back, one, trees.read(path).root, model_trees.DECIDED | {INFO}, path)

@@ -46,6 +46,15 @@ def uses(options: Mapping[str, Any] | None) -> bool:
     return options is not None and options.get("use_muon") is True
 
 
+def ordered(shapes: Shapes) -> list[str]:
+    """The names of a Muon group in the order that ``MuonWithAuxAdam`` gives its parameters.
+
+    By shape, the largest first, else as it was given them (``sorted(..., reverse=True)`` in
+    ``muon/original_muon.py``). Under ``zero.Init`` it sees no shapes, and leaves them as they were.
+    """
+    return sorted(shapes, key=lambda name: tuple(shapes[name]), reverse=True)
+
+
 def parts(shapes: Shapes, start: int, run: int, paddings: Sequence[int] = ()) -> list[Part]:
     """What a rank has of a group whose partition is the ``run`` elements from ``start`` on."""
     found: list[Part] = []

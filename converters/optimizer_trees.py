@@ -7,13 +7,15 @@ The keys and classes are those of ``state_dict`` in DeepSpeed 0.19.8
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from converters import layout, muon, trees
+from converters.errors import CheckpointError
 from converters.groups import WEIGHTS, Group
 from converters.records import Global, Record
 from converters.tensors import TensorRef
+from converters.zero import Checkpoint
 
 Tree = dict[str, Any]
 SUB_GROUP = 1_000_000_000  # the default of zero_optimization.sub_group_size
@@ -63,6 +65,32 @@ class Target:
         """The state that ranks keep for whole parameters, if there is one: see ``muon``."""
         partial = self.stage == 3 or self.bf16 or self.offloaded
         return None if partial or not muon.uses(group.options) else muon.MOMENTUM
+
+
+def as_given(groups: Sequence[Group], checkpoint: Checkpoint, target: Target) -> list[Group]:
+    """The groups with their parameters in the order in which the target's optimizer will have them.
+
+    That is the one they have, but for Muon, which sorts its own where it sees their shapes.
+    ``CheckpointError`` if it cannot be known.
+    """
+    return [_as_given(group, checkpoint, target) for group in groups]
+
+
+def _as_given(group: Group, checkpoint: Checkpoint, target: Target) -> Group:
+    if not muon.uses(group.options):
+        return group
+    names = muon.ordered(group.shapes)
+    if target.stage < 3:
+        return replace(group, shapes={name: group.shapes[name] for name in names})
+    inside = [name for name in checkpoint.weights.tensors if name in group.shapes]
+    if checkpoint.stage < 3 and names != inside:
+        raise CheckpointError(
+            f"{checkpoint.place.folder}: Muon has sorted its parameters by shape, and under stage "
+            "3 it does so only if the model is not made under zero.Init: their order there is not "
+            "known, and DeepSpeed does not check it; reshard to stage 1 or 2",
+            "unsupported",
+        )
+    return group
 
 
 def scaled(held: Mapping[Any, Any]) -> dict[Any, Any]:

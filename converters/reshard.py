@@ -95,7 +95,7 @@ def plan(checkpoint: Checkpoint, wanted: Target) -> Plan:
 def _plan(checkpoint: Checkpoint, wanted: Target) -> Plan:
     ranks = [state.path for state in checkpoint.ranks]
     models = model_paths(checkpoint)
-    found = groups.read(checkpoint, trees.read(ranks[0]).root)
+    found = _groups(checkpoint, wanted)
     _require_options(checkpoint, found, wanted)
     shards = []
     for rank, parts in enumerate(optimizer_trees.trees_of(found, wanted)):
@@ -119,7 +119,7 @@ def prove(checkpoint: Checkpoint, wanted: Target, made: Plan, output: Path) -> d
     result = zero.read(output / tag_folder(checkpoint))
     if (result.stage, result.world_size) != (wanted.stage, wanted.world_size):
         raise CheckpointError(f"{output} reads as stage {result.stage} of {result.world_size}")
-    counts = retrace.prove(checkpoint, result, made, output)
+    counts = retrace.prove(checkpoint, _groups(checkpoint, wanted), result, made, output)
     back = retrace.Retrace(made, output)
     for rank, state in enumerate(result.ranks):
         one = trees.read(checkpoint.ranks[rank % checkpoint.world_size].path).root
@@ -132,6 +132,12 @@ def prove(checkpoint: Checkpoint, wanted: Target, made: Plan, output: Path) -> d
         one, other = trees.read(paths[rank % len(paths)]).root, trees.read(path).root
         retrace.prove_rest(back, one, other, model_trees.DECIDED, path)
     return counts
+
+
+def _groups(checkpoint: Checkpoint, wanted: Target) -> list[Group]:
+    """The param groups, in the target's order."""
+    found = groups.read(checkpoint, trees.read(checkpoint.ranks[0].path).root)
+    return optimizer_trees.as_given(found, checkpoint, wanted)
 
 
 def _require(checkpoint: Checkpoint) -> None:

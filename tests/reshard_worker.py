@@ -9,8 +9,10 @@ reshard_worker.py train JOBS           each {"out", "spec", "stage", "steps"} an
                                        the world size; saves; OUT/losses.json, OUT/facts.json
 reshard_worker.py trainer OUT NAME FROM [universal]
                                        the Trainer resumes
-A job may have "zero" and "torch_adam", which take the place of the spec's, and "universal": whether
-the engine has load_universal.
+A job may have what takes the place of the spec's ("zero", "config", "dtype", "torch_adam"), and
+"universal": whether the engine has load_universal. "bare": what the engine holds is not recorded,
+since it has no Adam or another optimizer of DeepSpeed's around it; "again" is where it is saved as
+soon as it is loaded.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ UNIVERSAL = {"checkpoint": {"load_universal": True}}
 
 def spec_of(job: dict[str, Any]) -> Spec:
     """The spec of a job's engine, for as many ranks as there are."""
-    changed = {key: job[key] for key in ("zero", "torch_adam") if key in job}
+    changed = {key: job[key] for key in ("zero", "config", "dtype", "torch_adam") if key in job}
     world = torch.distributed.get_world_size()
     return dataclasses.replace(SPECS[job["spec"]], stage=job["stage"], world=world, **changed)
 
@@ -53,10 +55,10 @@ def engine_for(spec: Spec, seed: int, job: dict[str, Any], **config: Any) -> Any
 def facts(engine: Any, client: dict[str, Any]) -> dict[str, Any]:
     """What the optimizer has beside tensors."""
     inner = engine.optimizer.optimizer
-    steps = sorted({float(state["step"]) for state in inner.state.values()})
-    kept = ("lr", "weight_decay", "betas", "eps")
-    groups = [{k: g[k] for k in kept} for g in inner.param_groups]
-    scaler = vars(engine.optimizer.loss_scaler)
+    steps = sorted({float(state["step"]) for state in inner.state.values() if "step" in state})
+    kept = ("lr", "weight_decay", "betas", "eps", "momentum")
+    groups = [{k: g[k] for k in kept if k in g} for g in inner.param_groups]
+    scaler = vars(getattr(engine.optimizer, "loss_scaler", type("None", (), {})()))
     return {
         "steps": steps,
         "groups": groups,
@@ -67,14 +69,22 @@ def facts(engine: Any, client: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def record(engine: Any, spec: Spec, job: dict[str, Any], path: Path) -> None:
+    """What the engine holds, as a file. Every rank calls it."""
+    if not job.get("bare"):
+        live = live_state(engine, spec)
+        if torch.distributed.get_rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(live, path)
+
+
 def load(job: dict[str, Any]) -> None:
     spec = spec_of(job)
     engine = engine_for(spec, 4321, job)
     path, client = engine.load_checkpoint(job["folder"])
     assert path is not None, job
-    live = live_state(engine, spec)
+    record(engine, spec, job, Path(job["out"]))
     if torch.distributed.get_rank() == 0:
-        save_file(live, job["out"])
         Path(job["out"]).with_suffix(".json").write_text(json.dumps(facts(engine, client)))
     torch.distributed.barrier()
     engine.destroy()
@@ -90,10 +100,9 @@ def train(job: dict[str, Any]) -> None:
         path, _ = engine.load_checkpoint(job["source"])
         assert path is not None
         done = engine.global_steps
-        loaded = live_state(engine, spec)
-        if rank == 0:
-            out.mkdir(parents=True)
-            save_file(loaded, out / "loaded.safetensors")
+        if "again" in job:
+            engine.save_checkpoint(job["again"])
+        record(engine, spec, job, out / "loaded.safetensors")
     losses = []
     for step in range(done, done + job["steps"]):
         generator = torch.Generator().manual_seed(step)
@@ -105,9 +114,8 @@ def train(job: dict[str, Any]) -> None:
         torch.distributed.all_reduce(mean)
         losses.append(float(mean) / world)
     engine.save_checkpoint(str(out))
-    live = live_state(engine, spec)
+    record(engine, spec, job, out / "live.safetensors")
     if rank == 0:
-        save_file(live, out / "live.safetensors")
         (out / "losses.json").write_text(json.dumps(losses))
         (out / "facts.json").write_text(json.dumps(facts(engine, {})))
     torch.distributed.barrier()

@@ -200,7 +200,8 @@ def _from_universal(source: Universal, wanted: Target) -> Plan:
     model = trees.read(source.models[0]).root
     prefix = "bf16_" if _bf16(checkpoint) else ""
     tag, shards = native_tag(source), []
-    for rank, parts in enumerate(optimizer_trees.trees_of(source.groups, wanted)):
+    held = optimizer_trees.as_given(source.groups, checkpoint, wanted)
+    for rank, parts in enumerate(optimizer_trees.trees_of(held, wanted)):
         tree = {
             "optimizer_state_dict": optimizer(source.common, model, wanted, parts),
             "ds_config": model.get("ds_config"),
@@ -208,7 +209,7 @@ def _from_universal(source: Universal, wanted: Target) -> Plan:
         }
         name = f"{tag}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         shards.append(zipplan.shard(name, reshard.configured(tree, wanted)))
-    found = model_trees.trees_of(checkpoint, source.models, source.groups, wanted)
+    found = model_trees.trees_of(checkpoint, source.models, held, wanted)
     for rank, root in enumerate(found):
         name = f"zero_pp_rank_{rank}_mp_rank_00" if wanted.stage == 3 else "mp_rank_00"
         kept = {key: value for key, value in root.items() if (key, value) != (INFO, VERSION)}

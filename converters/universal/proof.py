@@ -11,7 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters import groups, model_trees, reshard, retrace, trees, universal, zero
+from converters import (
+    groups,
+    model_trees,
+    optimizer_trees,
+    reshard,
+    retrace,
+    trees,
+    universal,
+    zero,
+)
 from converters.errors import CheckpointError
 from converters.groups import Group
 from converters.optimizer_trees import Target, scaled
@@ -58,7 +67,8 @@ def from_universal(source: Universal, wanted: Target, plan: Plan, folder: Path) 
         raise CheckpointError(f"{folder} reads as stage {made.stage} of {made.world_size}")
     held = groups.read(made, trees.read(made.ranks[0].path).root)
     back = Retrace(plan, folder)
-    counts = _same(back, source.checkpoint, source.groups, made, held)
+    before = optimizer_trees.as_given(source.groups, source.checkpoint, wanted)
+    counts = _same(back, source.checkpoint, before, made, held)
     decided = SHARDED | LAYOUT | {"clip_grad", "ds_version"}
     for state in made.ranks:
         root = trees.read(state.path).root

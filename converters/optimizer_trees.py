@@ -19,6 +19,7 @@ from converters.zero import Checkpoint
 
 Tree = dict[str, Any]
 SUB_GROUP = 1_000_000_000  # the default of zero_optimization.sub_group_size
+SCALING = ("loss_scaler", "dynamic_loss_scale", "overflow", "zero_stage")
 _ADDRESS = Global("deepspeed.utils.tensor_fragment", "fragment_address")
 _SCALER = Global("deepspeed.runtime.fp16.loss_scaler", "LossScaler")
 _STAGE = Global("deepspeed.runtime.zero.config", "ZeroStageEnum")
@@ -99,13 +100,8 @@ def scaled(held: Mapping[Any, Any]) -> dict[Any, Any]:
     As the other optimizers say it of bf16 (``CreateLossScaler``, runtime/fp16/loss_scaler.py).
     """
     scaler = Record(_SCALER, (), {"cur_scale": 1.0, "dynamic": False}, new=True)
-    missing = {
-        "loss_scaler": scaler,
-        "dynamic_loss_scale": False,
-        "overflow": False,
-        "zero_stage": Record(_STAGE, (1,)),
-    }
-    return dict(held) if "zero_stage" in held else {**missing, **held}
+    said = dict(zip(SCALING, (scaler, False, False, Record(_STAGE, (1,))), strict=True))
+    return dict(held) if "zero_stage" in held else {**said, **held}
 
 
 def stage_as(held: Any, target: Target) -> Any:

@@ -29,10 +29,12 @@ from converters import (
 )
 from converters.errors import CheckpointError, consistent
 from converters.groups import Group
-from converters.optimizer_trees import SUB_GROUP, Target, scaled
+from converters.optimizer_trees import SCALING, SUB_GROUP, Target, scaled
 from converters.plan import Plan
+from converters.states import State
 from converters.zero import Checkpoint
 
+_FP32 = ("fp32", "float32", "float", "torch.float32")  # names of it, runtime/config.py: DtypeEnum
 _LAYOUT = {  # what the layout decides, or a stage alone has, in an optimizer file
     "base_optimizer_state",
     "single_partition_of_fp32_groups",
@@ -60,21 +62,35 @@ def target(
     _require(checkpoint)
     setting, module = checkpoint.model.setting, checkpoint.model.module
     stage = stage or checkpoint.stage or 1
-    bf16 = stage == 1 and checkpoint.bf16_optimizer
-    bf16 = bf16 and setting("data_types", "grad_accum_dtype") == "fp32"
+    plain = stage == 1 and _bf16_optimizer(checkpoint.model)
     untrained = checkpoint.weights.buffers | checkpoint.weights.frozen
     trained = [module[name] for name in checkpoint.weights.tensors if name not in untrained]
     found = setting("zero_optimization", "sub_group_size")
     return Target(
         stage,
         world_size,
-        setting("zero_optimization", "round_robin_gradients") is True and not bf16,
-        setting("zero_optimization", "parameter_alignment") is True and not bf16,
+        setting("zero_optimization", "round_robin_gradients") is True and not plain,
+        setting("zero_optimization", "parameter_alignment") is True and not plain,
         sub_group_size or (int(found) if isinstance(found, (int, float)) else SUB_GROUP),
         min((ref.dtype.itemsize for ref in trained), default=2),
-        bf16,
+        plain,
         muon.offloaded(checkpoint.model),
     )
+
+
+def bf16(model: State) -> bool:
+    """Whether the run has bf16.enabled, which alone gives optimizer files their prefix."""
+    return any(model.setting(name, "enabled") is True for name in ("bf16", "bfloat16"))
+
+
+def _bf16_optimizer(model: State) -> bool:
+    """Whether DeepSpeed makes a BF16_Optimizer of this configuration in stage 1.
+
+    ``_do_optimizer_sanity_check`` in runtime/engine.py, DeepSpeed 0.19.8.
+    """
+    summed = model.setting("data_types", "grad_accum_dtype") in _FP32
+    elastic = model.setting("zero_optimization", "elastic_checkpoint")
+    return bf16(model) and summed and not muon.offloaded(model) and not elastic
 
 
 def tag_folder(checkpoint: Checkpoint) -> str:
@@ -121,12 +137,13 @@ def prove(checkpoint: Checkpoint, wanted: Target, made: Plan, output: Path) -> d
         raise CheckpointError(f"{output} reads as stage {result.stage} of {result.world_size}")
     counts = retrace.prove(checkpoint, _groups(checkpoint, wanted), result, made, output)
     back = retrace.Retrace(made, output)
+    decided = _LAYOUT | (set(SCALING) if wanted.bf16 else set())
     for rank, state in enumerate(result.ranks):
         one = trees.read(checkpoint.ranks[rank % checkpoint.world_size].path).root
         other = trees.read(state.path).root
         retrace.prove_rest(back, one, other, {"optimizer_state_dict", "ds_config"}, state.path)
         inner = scaled(one["optimizer_state_dict"]), scaled(other["optimizer_state_dict"])
-        retrace.prove_rest(back, *inner, _LAYOUT, state.path)
+        retrace.prove_rest(back, *inner, decided, state.path)
     paths = model_paths(checkpoint)
     for rank, path in enumerate(model_paths(result)):
         one, other = trees.read(paths[rank % len(paths)]).root, trees.read(path).root
@@ -202,7 +219,9 @@ def _optimizer(
     """
     held = root["optimizer_state_dict"]
     if wanted.bf16:
-        return {**held, **parts}
+        others = {"param_alignment_paddings", "optimizer_state_dict", "fp32_flat_groups", *SCALING}
+        kept = {key: value for key, value in held.items() if key not in others}
+        return {"ds_version": root["ds_version"], **kept, **parts}
     held = scaled(held)
     made = optimizer_trees.stage_as(held["zero_stage"], wanted)
     if (wanted.stage == 3) == (checkpoint.stage == 3):

@@ -27,7 +27,7 @@ from converters import (
 )
 from converters.errors import CheckpointError, consistent
 from converters.groups import WEIGHTS, Group
-from converters.optimizer_trees import Target, scaled
+from converters.optimizer_trees import SCALING, Target, scaled
 from converters.plan import Plan
 from converters.tensors import DType, TensorRef
 from converters.universal import INFO, SUFFIX, Universal, folders
@@ -198,7 +198,7 @@ def _from_universal(source: Universal, wanted: Target) -> Plan:
     checkpoint = source.checkpoint
     _require_same_weights(checkpoint)
     model = trees.read(source.models[0]).root
-    prefix = "bf16_" if _bf16(checkpoint) else ""
+    prefix = "bf16_" if reshard.bf16(checkpoint.model) else ""
     tag, shards = native_tag(source), []
     held = optimizer_trees.as_given(source.groups, checkpoint, wanted)
     for rank, parts in enumerate(optimizer_trees.trees_of(held, wanted)):
@@ -218,12 +218,6 @@ def _from_universal(source: Universal, wanted: Target) -> Plan:
     return zipplan.plan(shards)
 
 
-def _bf16(checkpoint: Checkpoint) -> bool:
-    """Whether optimizer files have the prefix: decided by bf16.enabled alone (engine.py)."""
-    names = ("bf16", "bfloat16")
-    return any(checkpoint.model.setting(name, "enabled") is True for name in names)
-
-
 def optimizer(
     held: Mapping[Any, Any], model: Mapping[Any, Any], wanted: Target, parts: Mapping[str, Any]
 ) -> dict[Any, Any]:
@@ -235,6 +229,9 @@ def optimizer(
     made = optimizer_trees.stage_as(held["zero_stage"], wanted)
     kept = {key: value for key, value in held.items() if key not in SHARDED | LAYOUT}
     version = kept.pop("ds_version", None) or model.get("ds_version")
+    if wanted.bf16:
+        kept = {key: value for key, value in kept.items() if key not in SCALING}
+        return {**kept, **parts, "ds_version": version}
     if wanted.stage == 3:
         kept.pop("clip_grad", None)
     else:

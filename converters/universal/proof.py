@@ -23,7 +23,7 @@ from converters import (
 )
 from converters.errors import CheckpointError
 from converters.groups import Group
-from converters.optimizer_trees import Target, scaled
+from converters.optimizer_trees import SCALING, Target, scaled
 from converters.plan import Plan
 from converters.records import Record
 from converters.retrace import Retrace
@@ -70,6 +70,7 @@ def from_universal(source: Universal, wanted: Target, plan: Plan, folder: Path) 
     before = optimizer_trees.as_given(source.groups, source.checkpoint, wanted)
     counts = _same(back, source.checkpoint, before, made, held)
     decided = SHARDED | LAYOUT | {"clip_grad", "ds_version"}
+    decided |= set(SCALING) if wanted.bf16 else set()
     for state in made.ranks:
         root = trees.read(state.path).root
         inner = scaled(source.common), root["optimizer_state_dict"]

@@ -15,7 +15,7 @@ from ckpt import rewriting
 from ckpt.rewriting import Rewriting
 from ckpt.rewriting import describe as describe
 from ckpt.rewriting import run as run
-from converters import reshard, zero
+from converters import muon, reshard, zero
 from converters.errors import CheckpointError
 from converters.optimizer_trees import Target
 
@@ -75,5 +75,11 @@ def notes_on(source: zero.Checkpoint, target: Target) -> Iterator[str]:
         yield f"made for sub_group_size {target.sub_group_size}; the engine must have the same"
     if target.stage < 3 and target.dealt:
         yield "made for round_robin_gradients; the engine must have it, too"
+    if target.stage < 3 and muon.trained(source.ranks[0].optimizer):
+        kind = "BF16_Optimizer" if target.bf16 else "an optimizer that is not offloaded"
+        yield (
+            f"Muon: made for {'an offloaded optimizer' if target.offloaded else kind}; the engine "
+            "must have the same, or DeepSpeed takes other elements for the momentum"
+        )
     if target.stage < 3 and setting("zero_optimization", "elastic_checkpoint"):
         yield "elastic_checkpoint: DeepSpeed asks for optimizers that count steps in their groups"

@@ -46,6 +46,13 @@ def uses(options: Mapping[str, Any] | None) -> bool:
     return options is not None and options.get("use_muon") is True
 
 
+def trained(optimizer: Mapping[str, Any]) -> bool:
+    """Whether an ``optimizer_state_dict`` has groups that Muon updates."""
+    inner = optimizer.get("base_optimizer_state", optimizer.get("optimizer_state_dict"))
+    options = inner.get("param_groups") if isinstance(inner, dict) else None
+    return any(uses(group) for group in options or () if isinstance(group, dict))
+
+
 def ordered(shapes: Shapes) -> list[str]:
     """The names of a Muon group in the order that ``MuonWithAuxAdam`` gives its parameters.
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from oracles import FIXTURES, root_of, run, same
 from safetensors.torch import load_file
-from test_reshard import PARTLESS, REFUSED, WHOLE, alike, held, lion, rewritten, spoil
+from test_reshard import PARTLESS, REFUSED, STAGES, WHOLE, alike, held, lion, rewritten, spoil
 
 from ckpt import universal as converting
 from converters import layout, universal, zero
@@ -95,7 +95,11 @@ def test_there_and_back_gives_the_same_bits(source: Path, tmp_path: Path) -> Non
         return
     expected, number = held(root), WHOLE.index(source)
     to(root, folder)
-    for stage, world in {(before.stage, before.world_size), (1 + number % 3, 1 + number % 5)}:
+    for stage, world in {(before.stage or 1, before.world_size), (1 + number % 3, 1 + number % 5)}:
+        if stage == 3 and source.name in STAGES:
+            with pytest.raises(CheckpointError, match=STAGES[source.name]):
+                back(folder, tmp_path / "x", world, stage)
+            continue
         made = back(folder, tmp_path / f"{stage}-{world}", world, stage)
         assert (zero.read(made).stage, zero.read(made).world_size) == (stage, world)
         assert held(made) == expected, (stage, world)
@@ -238,8 +242,6 @@ def test_an_optimizer_without_state_has_none_afterwards(tmp_path: Path) -> None:
     ("name", "why"),
     [
         *PARTLESS,
-        ("corpus/b16opt", "BF16_Optimizer"),
-        ("corpus/s2muon", "momentum_buffer of group 0 has 145 elements"),
         ("zero1-elastic", ELASTIC),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from oracles import FIXTURES, root_of, same, torchrun
 from safetensors.torch import load_file
+from test_reshard import held
 
 from ckpt import reshard as resharding
 from converters import zero
@@ -113,3 +114,84 @@ def test_the_trainer_resumes_from_it(name: str, world: int, tmp_path: Path) -> N
     assert json.loads((out / "state.json").read_text()) == {"global_step": 4, "steps": [4.0]}
     after = zero.read(out / name / "checkpoint-4")
     assert (after.stage, after.world_size, after.step) == (stage, world, 4)
+
+
+MUON: dict[str, Any] = {"optimizer": {"type": "Muon", "params": {"lr": 0.01}}}
+SUMS: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}}
+BF16_NOISE = 1e-3  # relative, of a loss: gradients of other batch sizes, rounded to bf16
+
+
+def tensors(folder: Path) -> dict[Any, Any]:
+    """Weights and states by name, in whatever order the optimizer has them."""
+    return {key: value for key, value in held(folder).items() if isinstance(key, tuple)}
+
+
+def trained(name: str, folder: Path) -> list[float]:
+    losses: list[float] = json.loads((folder / name / "losses.json").read_text())
+    return losses
+
+
+def test_muon_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 2 and 3, offloaded and not, to other ranks and from 3 to 2: the momentum, too.
+
+    On three ranks a matrix lies on two of them, so both keep its whole momentum.
+    """
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the kernels of Muon are not what is tested
+    muon = {"spec": "zero2-fp32-w2", "config": MUON, "bare": True, "steps": 3}
+    plain, offload = {"reduce_scatter": False}, {"offload_optimizer": {"device": "cpu"}}
+
+    def job(name: str, stage: int, zero: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {**muon, "stage": stage, "zero": zero, "out": str(tmp_path / name), **more}
+
+    def moved(name: str, source: str, world: int, stage: int, zero: dict[str, Any]) -> Any:
+        folder = reshard(tmp_path / source, tmp_path / f"{name}-start", world, stage)
+        again = str(tmp_path / f"{name}-again")
+        return job(name, stage, zero, source=str(folder), again=again)
+
+    jobs = [job("whole", 2, plain, steps=9), job("2", 2, plain), job("3", 3, plain)]
+    ranks("train", [*jobs, job("off", 2, plain | offload)], 2, tmp_path)
+    expected = trained("whole", tmp_path)
+    assert len(set(expected)) == 9
+    jobs = [moved("2-2", "2", 3, 2, plain), moved("3-1", "3", 3, 1, plain)]
+    ranks("train", [*jobs, moved("off-1", "off", 3, 1, plain | offload)], 3, tmp_path)
+    for name, source in (("2-2", "2"), ("3-1", "3"), ("off-1", "off")):
+        assert tensors(tmp_path / f"{name}-again") == tensors(tmp_path / source)
+        assert trained(name, tmp_path) == pytest.approx(expected[3:6], rel=REDUCTION_ORDER)
+    split = zero.read(tmp_path / "2-2").ranks
+    buffers = [s.optimizer["base_optimizer_state"]["state"][0]["momentum_buffer"] for s in split]
+    assert sum(buffer.numel for buffer in buffers) > sum(
+        s.optimizer["single_partition_of_fp32_groups"][0].numel for s in split
+    )
+    jobs = [moved("2-2-2", "2-2", 1, 2, plain), moved("3-3", "3", 1, 3, plain)]
+    ranks("train", jobs, 1, tmp_path)
+    assert tensors(tmp_path / "2-2-2-again") == tensors(tmp_path / "2-2")
+    assert tensors(tmp_path / "3-3-again") == tensors(tmp_path / "3")
+    assert trained("2-2-2", tmp_path) == pytest.approx(expected[6:], rel=REDUCTION_ORDER)
+    assert trained("3-3", tmp_path) == pytest.approx(expected[3:6], rel=REDUCTION_ORDER)
+
+
+def test_bf16_optimizer_goes_on_on_other_ranks_and_in_other_stages(tmp_path: Path) -> None:
+    """Its files to its own, to those of stages 2 and 3, and back."""
+    bf16 = {"spec": "zero2-bf16-w2", "config": SUMS, "bare": True, "steps": 3}
+
+    def moved(name: str, source: str, world: int, stage: int) -> dict[str, Any]:
+        folder = reshard(tmp_path / source, tmp_path / f"{name}-start", world, stage)
+        places = {"source": str(folder), "again": str(tmp_path / f"{name}-again")}
+        return {**bf16, "stage": stage, "out": str(tmp_path / name), **places}
+
+    whole = {**bf16, "stage": 1, "out": str(tmp_path / "whole"), "steps": 6}
+    ranks("train", [whole, {**bf16, "stage": 1, "out": str(tmp_path / "half")}], 2, tmp_path)
+    assert zero.read(tmp_path / "half").bf16_optimizer
+    jobs = [moved("1-1", "half", 3, 1), moved("1-2", "half", 3, 2), moved("1-3", "half", 3, 3)]
+    jobs.append({**jobs[0], "config": {}, "out": str(tmp_path / "native")})
+    jobs[-1]["again"] = str(tmp_path / "native-again")  # the same files by another optimizer
+    ranks("train", jobs, 3, tmp_path)
+    ranks("train", [moved("2-1", "1-2-again", 2, 1)], 2, tmp_path)
+    assert zero.read(tmp_path / "2-1-start").bf16_optimizer
+    for name in ("1-1", "1-2", "1-3", "native", "2-1"):
+        assert held(tmp_path / f"{name}-again") == held(tmp_path / "half"), name
+        expected = trained("whole", tmp_path)[3:]
+        assert trained(name, tmp_path) == pytest.approx(expected, rel=BF16_NOISE)
+    assert trained("2-1", tmp_path) == trained("whole", tmp_path)[3:]

@@ -232,6 +232,25 @@ def test_state_of_any_optimizer_is_kept_under_its_own_names(name: str, tmp_path:
     assert "restores no count, k, none" in notes
 
 
+def test_what_load_universal_makes_of_muon_is_said(tmp_path: Path) -> None:
+    source = FIXTURES / "corpus/s2muon"
+    notes = converting.prepare_to(source, output=tmp_path / "u").notes
+    assert any("Muon's momentum for the elements of a rank" in note for note in notes)
+    found = files(to(source, tmp_path / "u"))
+    assert found["emb.weight/momentum_buffer"].shape == (7, 5)
+
+
+def test_a_universal_folder_of_bf16_optimizer_by_deepspeed_is_read(tmp_path: Path) -> None:
+    """It has no loss scale and no stage; native files get what the engine of the stage wants."""
+    source = tmp_path / "s"
+    shutil.copytree(FIXTURES / "corpus/b16opt", source)
+    folder = deepspeeds(source, tmp_path / "ds")
+    for stage, world in ((1, 3), (2, 1), (3, 2)):
+        made = back(folder, tmp_path / f"{stage}", world, stage)
+        assert zero.read(made).bf16_optimizer == (stage == 1)
+        assert held(made) == held(source)
+
+
 def test_an_optimizer_without_state_has_none_afterwards(tmp_path: Path) -> None:
     source = rewritten(SOURCE, tmp_path / "s", lambda state, _: state.clear())
     folder = to(source, tmp_path / "u")

@@ -87,6 +87,14 @@ class Ranks:
         if self.store.check([f"{self.call}/failed"]):
             raise self._told(self.store.get(f"{self.call}/failed"))
 
+    def say(self, word: str) -> None:
+        """Tells, for ``hear``, that this rank has come as far as that."""
+        self.store.set(f"{self.call}/{word}/{self.rank}", "")
+
+    def hear(self, word: str, rank: int) -> None:
+        """Waits until another rank has said a word; raises if a rank failed or it is absent."""
+        self.wait(self._until({rank: f"{self.call}/{word}/{rank}"}))
+
     def linger(self, seconds: float = 2.0) -> None:
         """Gives a rank that may know more the time to tell first; raises if it does."""
         end = time.monotonic() + seconds
@@ -147,7 +155,7 @@ class Ranks:
         self.store.set(go, json.dumps(value))
         return values
 
-    def _until(self, keys: dict[int, str]) -> Iterator[dict[int, str]]:
+    def _until(self, keys: dict[int, str]) -> Generator[dict[int, str], None, None]:
         while keys and not self.store.check(list(keys.values())):
             self.heed()
             yield keys

@@ -5,7 +5,7 @@ They parse, call and print.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,6 @@ import click
 
 from ckpt.terminal import CHECKPOINT, JSON, TAG, facts_as_json, progress
 
-_WORLD_SIZE = click.option(
-    "--world-size",
-    metavar="RANKS",
-    type=click.IntRange(1),
-    required=True,
-    help="The ranks (GPUs) that will resume.",
-)
-_SUB_GROUP_SIZE = click.option(
-    "--sub-group-size",
-    metavar="ELEMENTS",
-    type=click.IntRange(1),
-    help="Of the engine that will resume with stage 3. Default: what the run was configured with.",
-)
-_OUTPUT = click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Default: CHECKPOINT-wRANKS."
-)
 _SHARED = (
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option(
@@ -48,23 +32,48 @@ _SHARED = (
 )
 
 
-def _shared(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that all three have."""
-    for option in reversed(_SHARED):
-        command = option(command)
-    return command
+_NATIVE = (
+    click.option(
+        "--world-size",
+        metavar="RANKS",
+        type=click.IntRange(1),
+        required=True,
+        help="The ranks (GPUs) that will resume.",
+    ),
+    click.option(
+        "--stage", type=click.IntRange(1, 3), help="The ZeRO stage. Default: that of the run."
+    ),
+    click.option(
+        "-o", "--output", type=click.Path(path_type=Path), help="Default: CHECKPOINT-wRANKS."
+    ),
+    click.option(
+        "--sub-group-size",
+        metavar="ELEMENTS",
+        type=click.IntRange(1),
+        help="Of the engine that will resume with stage 3. Default: what the run was configured "
+        "with.",
+    ),
+)
+
+
+def _with(
+    options: Sequence[Callable[..., Any]],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Several options as one decorator; they are listed in this order."""
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorated
 
 
 @click.command()
 @CHECKPOINT
-@_WORLD_SIZE
-@click.option(
-    "--stage", type=click.IntRange(1, 3), help="The ZeRO stage. Default: that of the checkpoint."
-)
-@_OUTPUT
+@_with(_NATIVE)
 @TAG
-@_SUB_GROUP_SIZE
-@_shared
+@_with(_SHARED)
 def reshard(
     checkpoint: Path,
     world_size: int,
@@ -95,7 +104,7 @@ def reshard(
         tag=tag,
         sub_group_size=sub_group_size,
     )
-    _rewrite(resharding, planned, **options)
+    _rewrite(planned, **options)
 
 
 @click.command("to-universal")
@@ -104,7 +113,7 @@ def reshard(
     "-o", "--output", type=click.Path(path_type=Path), help="Default: CHECKPOINT_universal."
 )
 @TAG
-@_shared
+@_with(_SHARED)
 def to_universal(checkpoint: Path, output: Path | None, tag: str | None, **options: Any) -> None:
     """Write a ZeRO checkpoint in DeepSpeed's universal format.
 
@@ -118,16 +127,12 @@ def to_universal(checkpoint: Path, output: Path | None, tag: str | None, **optio
     """
     from ckpt import universal
 
-    _rewrite(universal, universal.prepare_to(checkpoint, output=output, tag=tag), **options)
+    _rewrite(universal.prepare_to(checkpoint, output=output, tag=tag), **options)
 
 
 @click.command("from-universal")
 @CHECKPOINT
-@_WORLD_SIZE
-@click.option(
-    "--stage", type=click.IntRange(1, 3), help="The ZeRO stage. Default: that of the run."
-)
-@_OUTPUT
+@_with(_NATIVE)
 @click.option("--tag", help="The tag to read. Default: what the file latest_universal names.")
 @click.option(
     "--like",
@@ -136,8 +141,7 @@ def to_universal(checkpoint: Path, output: Path | None, tag: str | None, **optio
     help="A native checkpoint of the same model, where the folder does not tell the order of the "
     "parameters.",
 )
-@_SUB_GROUP_SIZE
-@_shared
+@_with(_SHARED)
 def from_universal(
     checkpoint: Path,
     world_size: int,
@@ -167,11 +171,10 @@ def from_universal(
         like=like,
         sub_group_size=sub_group_size,
     )
-    _rewrite(universal, planned, **options)
+    _rewrite(planned, **options)
 
 
 def _rewrite(
-    tool: Any,
     planned: Any,
     dry_run: bool,
     no_verify: bool,
@@ -180,15 +183,16 @@ def _rewrite(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Prints what would be done, or does it (``tool.describe``, ``tool.run``) and prints that."""
+    """Prints what would be done, or does it and prints that."""
+    from ckpt import rewriting
     from ckpt.report import size
 
     if dry_run:
-        facts = tool.describe(planned)
+        facts = rewriting.describe(planned)
         click.echo(facts_as_json(facts) if as_json else _dry_run(facts, size))
         return
     with progress(planned.plan.nbytes, planned.output.name) as moved:
-        facts = tool.run(
+        facts = rewriting.run(
             planned,
             verify=not no_verify,
             read_back=read_back,

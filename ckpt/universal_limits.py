@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from converters import zero
+from converters import muon, zero
 from converters.groups import Group
 from converters.optimizer_trees import SUB_GROUP
 from converters.records import Record
@@ -28,6 +28,11 @@ def notes(source: zero.Checkpoint, found: Sequence[Group]) -> Iterator[str]:
     if others or any(not group.values.keys() >= {*_ADAM} for group in found):
         kept = f"not {', '.join(others)}" if others else "and there is none"
         yield f"load_universal of stage 3 reads exp_avg and exp_avg_sq only, {kept}"
+    if any(muon.uses(group.options) for group in found) and not muon.offloaded(source.model):
+        yield (
+            "load_universal of stages 1 and 2 loads Muon's momentum for the elements of a rank; "
+            "where a matrix is split between ranks the first step stops (exceeds dimension size)"
+        )
     once = sorted({str(key) for group in found for key in group.constants} - {"step"})
     if once:
         yield f"load_universal restores no {', '.join(once)}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 LONGEST = 4000  # characters of a message
@@ -24,3 +27,13 @@ class CheckpointError(Exception):
         # names come from files: none may move the cursor of the terminal it is printed on
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
         self.kind: Kind = kind
+
+
+@contextmanager
+def consistent(folder: Path, otherwise: str) -> Iterator[None]:
+    """What does not fit together inside a checkpoint, in this block, is a ``CheckpointError``;
+    ``otherwise`` says what is the case then."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder} contradicts itself ({error!r}): {otherwise}") from error

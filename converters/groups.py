@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-from converters import layout, states
+from converters import layout, muon, states
 from converters.errors import CheckpointError
 from converters.states import Shape, State
 from converters.tensors import TensorRef
 from converters.zero import Checkpoint
 
 WEIGHTS = ""  # the name that the master weights have among the states
+_ANEW = (
+    "it cannot be cut up for other ranks; start the optimizer anew from the weights of ckpt to-fp32"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,10 @@ def read(checkpoint: Checkpoint, tree: Any) -> list[Group]:
 def _stage12(checkpoint: Checkpoint, tree: Any) -> Iterator[Group]:
     ranks = checkpoint.ranks
     shapes = _shapes(checkpoint.model)
+    plain = checkpoint.bf16_optimizer  # neither deals parameters out nor aligns them
     shuffled = checkpoint.model.setting("zero_optimization", "round_robin_gradients") is True
+    shuffled = shuffled and not plain
+    partial = plain or muon.offloaded(checkpoint.model)
     aligned = ranks[0].optimizer.get("param_alignment_paddings") or [()] * len(shapes)
     nodes, options = _kept(tree["base_optimizer_state"])
     kept = [_kept(state.optimizer["base_optimizer_state"])[0] for state in ranks]
@@ -66,8 +73,18 @@ def _stage12(checkpoint: Checkpoint, tree: Any) -> Iterator[Group]:
         masters = [s.optimizer["single_partition_of_fp32_groups"][index] for s in ranks]
         padded = [s.optimizer.get("group_paddings") or [0] * len(shapes) for s in ranks]
         full = [m.numel + padding[index] for m, padding in zip(masters, padded, strict=True)]
+        if plain:  # the weights are kept with the padding
+            full = [master.numel for master in masters]
+            masters = _lean(masters, sum(prod(shape) for shape in named.values()))
         held = [by_group[index] for by_group in kept]
-        flats = _flats(checkpoint, f"group {index}", masters, full, held)
+        where = f"group {index}"
+        momenta: Sequence[TensorRef] = ()
+        if not partial and options and muon.uses(options[index]):
+            momenta = _momenta(checkpoint, where, masters, held, named, paddings)
+            held = [{k: v for k, v in of.items() if k != muon.MOMENTUM} for of in held]
+        flats = _flats(checkpoint, where, masters, full, held)
+        if momenta:
+            flats[muon.MOMENTUM] = list(momenta)
         names = layout.dealt_back(list(named), len(ranks)) if shuffled else list(named)
         yield Group(
             {name: named[name] for name in names},
@@ -76,6 +93,59 @@ def _stage12(checkpoint: Checkpoint, tree: Any) -> Iterator[Group]:
             _without(options[index]) if options else None,
             tuple(nodes[index]),
         )
+
+
+def _lean(masters: Sequence[TensorRef], numel: int) -> list[TensorRef]:
+    """The partitions of a group of ``numel`` elements without the padding at its end."""
+    found, left = [], numel
+    for master in masters:
+        found.append(master.narrow(0, min(left, master.numel)))
+        left -= found[-1].numel
+    return found
+
+
+def _momenta(
+    checkpoint: Checkpoint,
+    where: str,
+    masters: Sequence[TensorRef],
+    kept: Sequence[Mapping[str, Any]],
+    shapes: Mapping[str, Shape],
+    paddings: Sequence[int],
+) -> list[TensorRef]:
+    """Muon's momentum for the elements of each rank; none where no step was taken yet.
+
+    ``CheckpointError`` if the ranks do not keep what ``muon`` says, or not the same.
+    """
+    run = masters[0].numel  # less than the partition only where no other rank has any
+    parts = [muon.parts(shapes, rank * run, run, paddings) for rank in range(len(masters))]
+    found = [state.get(muon.MOMENTUM) for state in kept]
+    held = [buffer for buffer in found if isinstance(buffer, TensorRef)]
+    if not held:
+        return []
+    none = layout.zeros(held[0].dtype, 0)  # what a rank has that has padding alone
+    buffers = [buffer if isinstance(buffer, TensorRef) else none for buffer in found]
+    for state, buffer, mine in zip(checkpoint.ranks, buffers, parts, strict=True):
+        numel, wanted = buffer.numel, muon.whole_numel(shapes, mine)
+        if numel != wanted:
+            raise CheckpointError(
+                f"{state.path}: Muon's {muon.MOMENTUM} of {where} has {numel} elements, the "
+                f"parameters that this rank has parts of have {wanted}: {_ANEW}",
+                "unsupported",
+            )
+    own = [
+        muon.own(buffer, shapes, mine, master.numel)
+        for buffer, mine, master in zip(buffers, parts, masters, strict=True)
+    ]
+    joined = dict(layout.stage12(own, shapes, paddings))
+    for state, buffer, mine in zip(checkpoint.ranks, buffers, parts, strict=True):
+        for name, copy in muon.copies(buffer, shapes, mine):
+            if not muon.same(copy, joined[name]):
+                raise CheckpointError(
+                    f"{state.path}: Muon's {muon.MOMENTUM} of {name} is not that of the other "
+                    f"ranks that have parts of it: {_ANEW}",
+                    "unsupported",
+                )
+    return own
 
 
 def _stage3(checkpoint: Checkpoint, tree: Any) -> Iterator[Group]:
@@ -181,8 +251,7 @@ def _flats(
                 raise CheckpointError(
                     f"{checkpoint.ranks[rank].path}: the optimizer's {key} of {where} has {numel} "
                     f"elements, its weights {master.numel}: it is not kept for each element, so "
-                    "it cannot be cut up for other ranks; start the optimizer anew from the "
-                    "weights of ckpt to-fp32",
+                    + _ANEW,
                     "unsupported",
                 )
             flats[key].append(value.narrow(0, master.numel))

@@ -20,6 +20,16 @@ from converters.records import Record
 from converters.tensors import DType, TensorRef
 from converters.zero import Checkpoint
 
+DECIDED = {  # what the layout decides in a model file; its tensors are proven as weights
+    "module",
+    "param_shapes",
+    "dp_world_size",
+    "shared_params",
+    "frozen_param_shapes",
+    "frozen_param_fragments",
+    "ds_config",
+}
+
 
 def trees_of(
     checkpoint: Checkpoint, models: Sequence[Path], groups: Sequence[Group], target: Target
@@ -85,7 +95,7 @@ def _frozen(checkpoint: Checkpoint, fragments: Sequence[tuple[str, Record]]) -> 
     """
     root = checkpoint.model.root  # before 0.9.1 without that key; stage 1 has it, but no values
     excluded = checkpoint.stage > 1 and root.get("frozen_param_shapes", ()) is None
-    if excluded or (checkpoint.stage == 1 and not fragments):
+    if excluded or (checkpoint.stage < 2 and not fragments):
         return {"frozen_param_shapes": None, "frozen_param_fragments": None}
     tensors = checkpoint.weights.tensors
     return {

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from converters import states
+from converters import muon, states
 from converters.errors import CheckpointError
 from converters.states import State
 from converters.tensors import Extent, TensorRef
@@ -55,7 +55,7 @@ def read(checkpoint: Checkpoint, name: str) -> dict[str, Value]:
 
 def _partitions(checkpoint: Checkpoint) -> Iterator[Partition]:
     """Every run of master weights with the optimizer's state for it."""
-    for state in checkpoint.ranks:
+    for rank, state in enumerate(checkpoint.ranks):
         optimizer = state.optimizer
         kept = optimizer.get("base_optimizer_state", optimizer.get("optimizer_state_dict"))
         if "fp32_flat_groups" in optimizer:
@@ -64,7 +64,8 @@ def _partitions(checkpoint: Checkpoint) -> Iterator[Partition]:
             for index, parts in enumerate(optimizer["local_sub_partitions_of_fp32_groups"]):
                 yield from _paired(parts, kept[index] if isinstance(kept, list) else ())
         else:
-            yield from _paired(optimizer["single_partition_of_fp32_groups"], _ordered(kept))
+            masters = optimizer["single_partition_of_fp32_groups"]
+            yield from _paired(masters, _own(checkpoint, rank, masters, kept))
     if not checkpoint.ranks:
         yield from _without_zero(checkpoint.model)
 
@@ -83,6 +84,31 @@ def _ordered(kept: Any) -> list[Any]:
     held = kept["state"]
     groups = kept.get("param_groups") or [{"params": [index]} for index in sorted(held)]
     return [held.get(index) for group in groups for index in group["params"]]
+
+
+def _own(checkpoint: Checkpoint, rank: int, masters: Any, kept: Any) -> list[Any]:
+    """The state of each param group, Muon's momentum for the elements of the rank alone."""
+    found = _ordered(kept)
+    options = kept.get("param_groups", ()) if isinstance(kept, dict) else ()
+    shapes = states.shapes(checkpoint.model, "param_shapes") or []
+    partial = checkpoint.bf16_optimizer or muon.offloaded(checkpoint.model)
+    for index, group in enumerate(() if partial else options):
+        buffer = (found[index] or {}).get(muon.MOMENTUM)
+        if not muon.uses(group) or not isinstance(buffer, TensorRef):
+            continue
+        first = checkpoint.ranks[0].optimizer["single_partition_of_fp32_groups"][index].numel
+        aligned = checkpoint.ranks[0].optimizer.get("param_alignment_paddings")
+        paddings = aligned[index] if aligned else ()
+        parts = muon.parts(shapes[index], rank * first, first, paddings)
+        if buffer.numel != muon.whole_numel(shapes[index], parts):
+            raise CheckpointError(
+                f"{checkpoint.ranks[rank].path}: Muon's {muon.MOMENTUM} of group {index} is not "
+                "that of the whole parameters: it is not known whose elements it has",
+                "unsupported",
+            )
+        own = muon.own(buffer, shapes[index], parts, masters[index].numel)
+        found[index] = {**found[index], muon.MOMENTUM: own}
+    return found
 
 
 def _stage3(checkpoint: Checkpoint, state: State, kept: Any) -> Iterator[Partition]:

@@ -7,17 +7,22 @@ The keys and classes are those of ``state_dict`` in DeepSpeed 0.19.8
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from converters import layout, trees
+from converters import layout, muon, trees
+from converters.errors import CheckpointError
 from converters.groups import WEIGHTS, Group
 from converters.records import Global, Record
 from converters.tensors import TensorRef
+from converters.zero import Checkpoint
 
 Tree = dict[str, Any]
 SUB_GROUP = 1_000_000_000  # the default of zero_optimization.sub_group_size
+SCALING = ("loss_scaler", "dynamic_loss_scale", "overflow", "zero_stage")
 _ADDRESS = Global("deepspeed.utils.tensor_fragment", "fragment_address")
+_SCALER = Global("deepspeed.runtime.fp16.loss_scaler", "LossScaler")
+_STAGE = Global("deepspeed.runtime.zero.config", "ZeroStageEnum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,8 @@ class Target:
 
     ``dealt`` is round_robin_gradients and ``aligned`` parameter_alignment, both of stages 1 and 2;
     ``sub_group_size`` is of stage 3. ``itemsize`` is that of the weights that are computed with.
+    ``bf16``: as BF16_Optimizer saves stage 1. ``offloaded``: whether the optimizer will be, which
+    matters to Muon.
     """
 
     stage: int
@@ -34,10 +41,14 @@ class Target:
     aligned: bool = False
     sub_group_size: int = SUB_GROUP
     itemsize: int = 2
+    bf16: bool = False
+    offloaded: bool = False
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2, 3) or self.world_size < 1 or self.sub_group_size < 1:
             raise ValueError(f"no topology: {self}")
+        if self.bf16 and (self.stage != 1 or self.dealt or self.aligned):
+            raise ValueError(f"not what BF16_Optimizer has: {self}")
 
     def order(self, group: Group) -> list[str]:
         """The names of a group's parameters in the order in which they are laid down."""
@@ -50,6 +61,52 @@ class Target:
         if not self.aligned or self.stage == 3:
             return [0] * len(numels)
         return layout.padding_for(numels, self.itemsize)
+
+    def whole(self, group: Group) -> str | None:
+        """The state that ranks keep for whole parameters, if there is one: see ``muon``."""
+        partial = self.stage == 3 or self.bf16 or self.offloaded
+        return None if partial or not muon.uses(group.options) else muon.MOMENTUM
+
+
+def as_given(groups: Sequence[Group], checkpoint: Checkpoint, target: Target) -> list[Group]:
+    """The groups with their parameters in the order in which the target's optimizer will have them.
+
+    That is the one they have, but for Muon, which sorts its own where it sees their shapes.
+    ``CheckpointError`` if it cannot be known.
+    """
+    return [_as_given(group, checkpoint, target) for group in groups]
+
+
+def _as_given(group: Group, checkpoint: Checkpoint, target: Target) -> Group:
+    if not muon.uses(group.options):
+        return group
+    names = muon.ordered(group.shapes)
+    if target.stage < 3:
+        return replace(group, shapes={name: group.shapes[name] for name in names})
+    inside = [name for name in checkpoint.weights.tensors if name in group.shapes]
+    if checkpoint.stage < 3 and names != inside:
+        raise CheckpointError(
+            f"{checkpoint.place.folder}: Muon has sorted its parameters by shape, and under stage "
+            "3 it does so only if the model is not made under zero.Init: their order there is not "
+            "known, and DeepSpeed does not check it; reshard to stage 1 or 2",
+            "unsupported",
+        )
+    return group
+
+
+def scaled(held: Mapping[Any, Any]) -> dict[Any, Any]:
+    """An ``optimizer_state_dict`` that says what BF16_Optimizer does not: no scale, and no stage.
+
+    As the other optimizers say it of bf16 (``CreateLossScaler``, runtime/fp16/loss_scaler.py).
+    """
+    scaler = Record(_SCALER, (), {"cur_scale": 1.0, "dynamic": False}, new=True)
+    said = dict(zip(SCALING, (scaler, False, False, Record(_STAGE, (1,))), strict=True))
+    return dict(held) if "zero_stage" in held else {**said, **held}
+
+
+def stage_as(held: Any, target: Target) -> Any:
+    """The ``zero_stage`` of the target, as the number or the enum that ``held`` is."""
+    return Record(held.of, (target.stage,)) if isinstance(held, Record) else target.stage
 
 
 def trees_of(groups: Sequence[Group], target: Target) -> Iterator[Tree]:
@@ -68,22 +125,29 @@ def _stage12(groups: Sequence[Group], target: Target) -> Iterator[Tree]:
     runs = [layout.partition12(total, world) for total in totals]
     cut = [
         {
-            key: layout.cut12([held[name] for name in target.order(group)], world, inner)
+            key: muon.cut({name: held[name] for name in target.order(group)}, world, run, inner)
+            if key == target.whole(group)
+            else layout.cut12([held[name] for name in target.order(group)], world, inner)
             for key, held in group.values.items()
         }
-        for group, inner in zip(groups, paddings, strict=True)
+        for group, inner, run in zip(groups, paddings, runs, strict=True)
     ]
     for rank in range(world):
         lean = [counts[rank] for counts in leans]
         mine = [{key: vectors[rank] for key, vectors in held.items()} for held in cut]
+        masters = runs if target.bf16 else lean
+        padded = [run - count for run, count in zip(runs, lean, strict=True)]
+        if target.bf16:  # the last rank has that of the group
+            ends = zip(runs, totals, strict=True)
+            padded = [(run * world - total) * (rank == world - 1) for run, total in ends]
         yield {
-            "base_optimizer_state": _base_state(groups, mine, lean, runs),
+            "base_optimizer_state": _base_state(groups, target, mine, lean, runs),
             "single_partition_of_fp32_groups": [
                 trees.tensor(trees.storage(vectors[WEIGHTS]), (count,), grad=True)
-                for vectors, count in zip(mine, lean, strict=True)
+                for vectors, count in zip(mine, masters, strict=True)
             ],
-            "group_paddings": [run - count for run, count in zip(runs, lean, strict=True)],
-            "param_alignment_paddings": paddings,
+            "group_paddings": padded,
+            **({} if target.bf16 else {"param_alignment_paddings": paddings}),
             "partition_count": [world] * len(groups),
             "param_slice_mappings": [
                 _fragments(group, target, inner, rank * run, run)
@@ -94,6 +158,7 @@ def _stage12(groups: Sequence[Group], target: Target) -> Iterator[Tree]:
 
 def _base_state(
     groups: Sequence[Group],
+    target: Target,
     mine: Sequence[Mapping[str, TensorRef]],
     lean: Sequence[int],
     runs: Sequence[int],
@@ -101,19 +166,29 @@ def _base_state(
     """A rank's state: with the padding and the param groups or, elastic, without either."""
     if any(group.options is None for group in groups):
         return [_state(*held) for held in zip(groups, mine, lean, strict=True)]
-    state = {i: _state(*held) for i, held in enumerate(zip(groups, mine, runs, strict=True))}
+    wholes = [target.whole(group) for group in groups]
+    held = zip(groups, mine, runs, wholes, strict=True)
+    state = {index: _state(*of) for index, of in enumerate(held)}
     options = [{**(group.options or {}), "params": [i]} for i, group in enumerate(groups)]
     return {"state": {i: held for i, held in state.items() if held}, "param_groups": options}
 
 
-def _state(group: Group, vectors: Mapping[str, TensorRef], length: int) -> Tree:
-    """A group's state: new tensors of ``length`` elements, and the constants once more."""
-    return {
-        key: trees.tensor(trees.storage(vectors[key]), (length,))
-        if key in vectors
-        else trees.copied(group.constants[key])
-        for key in group.keys
-    }
+def _state(
+    group: Group, vectors: Mapping[str, TensorRef], length: int, whole: str | None = None
+) -> Tree:
+    """A group's state: new tensors of ``length`` elements, and the constants once more.
+
+    That kept for ``whole`` parameters has a length of its own, and there is none for padding alone.
+    """
+    made: Tree = {}
+    for key in group.keys:
+        if key not in vectors:
+            made[key] = trees.copied(group.constants[key])
+        elif key != whole:
+            made[key] = trees.tensor(trees.storage(vectors[key]), (length,))
+        elif vectors[key].numel:
+            made[key] = trees.tensor(trees.storage(vectors[key]), vectors[key].shape)
+    return made
 
 
 def _fragments(group: Group, target: Target, inner: Sequence[int], start: int, run: int) -> Record:

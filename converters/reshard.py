@@ -12,7 +12,6 @@ element of the source.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,21 @@ from converters import (
     folder,
     groups,
     model_trees,
+    muon,
     optimizer_trees,
     retrace,
-    torchzip,
     trees,
     zero,
     zipplan,
 )
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, consistent
 from converters.groups import Group
-from converters.optimizer_trees import SUB_GROUP, Target
-from converters.plan import Plan, Shard
-from converters.records import Record
-from converters.tensors import Checksum
+from converters.optimizer_trees import SCALING, SUB_GROUP, Target, scaled
+from converters.plan import Plan
+from converters.states import State
 from converters.zero import Checkpoint
 
+_FP32 = ("fp32", "float32", "float", "torch.float32")  # names of it, runtime/config.py: DtypeEnum
 _LAYOUT = {  # what the layout decides, or a stage alone has, in an optimizer file
     "base_optimizer_state",
     "single_partition_of_fp32_groups",
@@ -51,15 +50,6 @@ _LAYOUT = {  # what the layout decides, or a stage alone has, in an optimizer fi
     "universal_checkpoint_info",
     "zero_stage",
 }
-_MODEL = {  # the same of a model file
-    "module",
-    "param_shapes",
-    "dp_world_size",
-    "shared_params",
-    "frozen_param_shapes",
-    "frozen_param_fragments",
-    "ds_config",
-}
 
 
 def target(
@@ -71,17 +61,36 @@ def target(
     """
     _require(checkpoint)
     setting, module = checkpoint.model.setting, checkpoint.model.module
+    stage = stage or checkpoint.stage or 1
+    plain = stage == 1 and _bf16_optimizer(checkpoint.model)
     untrained = checkpoint.weights.buffers | checkpoint.weights.frozen
     trained = [module[name] for name in checkpoint.weights.tensors if name not in untrained]
     found = setting("zero_optimization", "sub_group_size")
     return Target(
-        stage or checkpoint.stage,
+        stage,
         world_size,
-        setting("zero_optimization", "round_robin_gradients") is True,
-        setting("zero_optimization", "parameter_alignment") is True,
+        setting("zero_optimization", "round_robin_gradients") is True and not plain,
+        setting("zero_optimization", "parameter_alignment") is True and not plain,
         sub_group_size or (int(found) if isinstance(found, (int, float)) else SUB_GROUP),
         min((ref.dtype.itemsize for ref in trained), default=2),
+        plain,
+        muon.offloaded(checkpoint.model),
     )
+
+
+def bf16(model: State) -> bool:
+    """Whether the run has bf16.enabled, which alone gives optimizer files their prefix."""
+    return any(model.setting(name, "enabled") is True for name in ("bf16", "bfloat16"))
+
+
+def _bf16_optimizer(model: State) -> bool:
+    """Whether DeepSpeed makes a BF16_Optimizer of this configuration in stage 1.
+
+    ``_do_optimizer_sanity_check`` in runtime/engine.py, DeepSpeed 0.19.8.
+    """
+    summed = model.setting("data_types", "grad_accum_dtype") in _FP32
+    elastic = model.setting("zero_optimization", "elastic_checkpoint")
+    return bf16(model) and summed and not muon.offloaded(model) and not elastic
 
 
 def tag_folder(checkpoint: Checkpoint) -> str:
@@ -94,19 +103,15 @@ def plan(checkpoint: Checkpoint, wanted: Target) -> Plan:
 
     ``CheckpointError`` for what cannot be cut up anew.
     """
-    try:
+    otherwise = "a file is damaged or of another save; ckpt verify tells more"
+    with consistent(checkpoint.place.folder, otherwise):
         return _plan(checkpoint, wanted)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"{checkpoint.place.folder} contradicts itself ({error!r}): a file is damaged or of "
-            "another save; ckpt verify tells more"
-        ) from error
 
 
 def _plan(checkpoint: Checkpoint, wanted: Target) -> Plan:
     ranks = [state.path for state in checkpoint.ranks]
     models = model_paths(checkpoint)
-    found = groups.read(checkpoint, trees.read(ranks[0]).root)
+    found = _groups(checkpoint, wanted)
     _require_options(checkpoint, found, wanted)
     shards = []
     for rank, parts in enumerate(optimizer_trees.trees_of(found, wanted)):
@@ -118,8 +123,7 @@ def _plan(checkpoint: Checkpoint, wanted: Target) -> Plan:
         name = f"zero_pp_rank_{rank}_mp_rank_00" if wanted.stage == 3 else "mp_rank_00"
         name = f"{tag_folder(checkpoint)}/{name}_model_states.pt"
         shards.append(zipplan.shard(name, configured(tree, wanted)))
-    total = sum(placement.nbytes for shard in shards for placement in shard.placements)
-    return Plan(tuple(shards), None, total, {}, checksums_of(shards, [*ranks, *models]))
+    return zipplan.plan(shards)
 
 
 def prove(checkpoint: Checkpoint, wanted: Target, made: Plan, output: Path) -> dict[str, int]:
@@ -131,31 +135,33 @@ def prove(checkpoint: Checkpoint, wanted: Target, made: Plan, output: Path) -> d
     result = zero.read(output / tag_folder(checkpoint))
     if (result.stage, result.world_size) != (wanted.stage, wanted.world_size):
         raise CheckpointError(f"{output} reads as stage {result.stage} of {result.world_size}")
-    counts = retrace.prove(checkpoint, result, made, output)
+    counts = retrace.prove(checkpoint, _groups(checkpoint, wanted), result, made, output)
     back = retrace.Retrace(made, output)
+    decided = _LAYOUT | (set(SCALING) if wanted.bf16 else set())
     for rank, state in enumerate(result.ranks):
         one = trees.read(checkpoint.ranks[rank % checkpoint.world_size].path).root
         other = trees.read(state.path).root
         retrace.prove_rest(back, one, other, {"optimizer_state_dict", "ds_config"}, state.path)
-        inner = (one["optimizer_state_dict"], other["optimizer_state_dict"])
-        retrace.prove_rest(back, *inner, _LAYOUT, state.path)
+        inner = scaled(one["optimizer_state_dict"]), scaled(other["optimizer_state_dict"])
+        retrace.prove_rest(back, *inner, decided, state.path)
     paths = model_paths(checkpoint)
     for rank, path in enumerate(model_paths(result)):
         one, other = trees.read(paths[rank % len(paths)]).root, trees.read(path).root
-        retrace.prove_rest(back, one, other, _MODEL, path)
+        retrace.prove_rest(back, one, other, model_trees.DECIDED, path)
     return counts
+
+
+def _groups(checkpoint: Checkpoint, wanted: Target) -> list[Group]:
+    """The param groups, in the target's order."""
+    found = groups.read(checkpoint, trees.read(checkpoint.ranks[0].path).root)
+    return optimizer_trees.as_given(found, checkpoint, wanted)
 
 
 def _require(checkpoint: Checkpoint) -> None:
     """Raises for what has no partitions to cut up anew, or not all that they should hold."""
     path, model = checkpoint.place.folder, checkpoint.model
-    if not checkpoint.stage:
+    if not checkpoint.ranks:
         why = "was saved without ZeRO: it loads on any number of ranks as it is"
-    elif "zero_stage" not in checkpoint.ranks[0].optimizer:
-        why = (
-            "was saved by BF16_Optimizer (fp32 gradient accumulation), whose files are not "
-            "resharded yet; convert it with ckpt to-fp32"
-        )
     elif model.setting("zero_optimization", "zenflow"):
         why = "was saved with ZenFlow, whose own state is in no file; it cannot be resharded"
     elif (count := model.root.get("dp_world_size")) != checkpoint.world_size:
@@ -212,27 +218,14 @@ def _optimizer(
     that loads has its own then.
     """
     held = root["optimizer_state_dict"]
-    stage = held["zero_stage"]
-    made = Record(stage.of, (wanted.stage,)) if isinstance(stage, Record) else wanted.stage
+    if wanted.bf16:
+        others = {"param_alignment_paddings", "optimizer_state_dict", "fp32_flat_groups", *SCALING}
+        kept = {key: value for key, value in held.items() if key not in others}
+        return {"ds_version": root["ds_version"], **kept, **parts}
+    held = scaled(held)
+    made = optimizer_trees.stage_as(held["zero_stage"], wanted)
     if (wanted.stage == 3) == (checkpoint.stage == 3):
         return {**held, **parts, "zero_stage": made}
     kept = {key: value for key, value in held.items() if key not in _LAYOUT}
     version = {"ds_version": root["ds_version"]} if wanted.stage < 3 else {}
     return {**kept, **parts, "zero_stage": made, **version}
-
-
-def checksums_of(shards: Iterable[Shard], paths: Iterable[Path]) -> tuple[Checksum, ...]:
-    """The records of the source, the files of ``paths``, that shards take bytes from."""
-    found: dict[Path, set[int]] = {}
-    for placement in (placement for shard in shards for placement in shard.placements):
-        for extent in (extent for extent in placement.source.extents if extent.length):
-            found.setdefault(extent.path, set()).add(extent.offset)
-    used: list[Checksum] = []
-    for path in paths:
-        held = torchzip.read(path).checksums if path in found else ()
-        indices = {
-            bisect_right(held, offset, key=lambda c: c.extent.offset) - 1
-            for offset in found.get(path, ())
-        }
-        used += [held[index] for index in sorted(indices)]
-    return tuple(used)

@@ -15,12 +15,13 @@ are the same bits.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from converters import groups, torchzip, trees
 from converters.errors import CheckpointError
+from converters.groups import Group
 from converters.ledger import Ledger
 from converters.mover import Progress
 from converters.plan import Placement, Plan
@@ -60,13 +61,15 @@ class Retrace:
             at = end
 
 
-def prove(source: Checkpoint, result: Checkpoint, plan: Plan, folder: Path) -> dict[str, int]:
+def prove(
+    source: Checkpoint, before: Sequence[Group], result: Checkpoint, plan: Plan, folder: Path
+) -> dict[str, int]:
     """Counts of tensors that are equal; ``CheckpointError`` names the first thing that is not.
 
-    ``result`` was read from ``folder``, where the plan's files are.
+    ``before`` are the source's param groups in the target's order; ``result`` was read from
+    ``folder``, where the plan's files are.
     """
     retrace = Retrace(plan, folder)
-    before = groups.read(source, trees.read(source.ranks[0].path).root)
     after = groups.read(result, trees.read(result.ranks[0].path).root)
     counts = {"parameters": 0, "states": 0, "others": 0, "copies": len(result.weights.copies)}
     if len(after) != len(before):

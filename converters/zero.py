@@ -43,6 +43,12 @@ class Checkpoint:
     model: State
     ranks: tuple[State, ...]
 
+    @property
+    def bf16_optimizer(self) -> bool:
+        """Whether BF16_Optimizer saved it: partitions as in stage 1, and no stage stated."""
+        held = self.ranks[0].optimizer if self.ranks else {}
+        return "single_partition_of_fp32_groups" in held and "zero_stage" not in held
+
 
 def read(path: Path, tag: str | None = None) -> Checkpoint:
     """Locates every tensor of the checkpoint; reads pickles only, no tensor data.

@@ -11,13 +11,16 @@ records.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from converters import layout, torchzip
 from converters.archive import Archive
 from converters.pickling import dumps
-from converters.plan import Entry, Shard
-from converters.tensors import TensorRef
+from converters.plan import Entry, Plan, Shard
+from converters.tensors import Checksum, TensorRef
 from converters.trees import Storage
 
 ALIGNMENT = 4096
@@ -34,6 +37,27 @@ def shard(filename: str, tree: Any) -> Shard:
         archive.tensor(f"data/{key}", list(_entries(f"storage {key}", storage)))
     archive.data("version", b"3\n")
     return archive.shard(filename)
+
+
+def plan(shards: Sequence[Shard]) -> Plan:
+    """The plan of these files, with the checksums of the records that they take bytes from."""
+    total = sum(placement.nbytes for shard in shards for placement in shard.placements)
+    return Plan(tuple(shards), None, total, {}, _checksums(shards))
+
+
+def _checksums(shards: Sequence[Shard]) -> tuple[Checksum, ...]:
+    """The records of torch files that shards take bytes from."""
+    found: dict[Path, set[int]] = {}
+    for placement in (placement for shard in shards for placement in shard.placements):
+        extents = placement.source.extents
+        for extent in (extent for extent in extents if extent.length):
+            found.setdefault(extent.path, set()).add(extent.offset)
+    used: list[Checksum] = []
+    for path in sorted(found.keys() - {layout.ZEROS}):
+        held = torchzip.read(path).checksums
+        indices = {bisect_right(held, at, key=lambda c: c.extent.offset) - 1 for at in found[path]}
+        used += [held[index] for index in sorted(indices)]
+    return tuple(used)
 
 
 def _entries(name: str, storage: Storage) -> Iterator[Entry]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import median
 
 import click
-from bench import CP_SYNC, MIB, PYTHON, Commands, Cost, build, ckpt, run, shell, take_turns
+from bench import CP_SYNC, MIB, Commands, Costs, build, ckpt, run, shell, take_turns
+from bench_reshard import ONE_WORKER, deepspeeds, files_made, shown, table
 
 TO, READ_BACK, FROM = "ckpt to-universal", "ckpt to-universal --read-back", "ckpt from-universal"
 ONE, DEFAULT = "ds_to_universal, one worker", "ds_to_universal, default workers"
@@ -21,41 +22,21 @@ ONE, DEFAULT = "ds_to_universal, one worker", "ds_to_universal, default workers"
 def competitors(source: Path, universal: Path, world: int, to: Path) -> Commands:
     """Every command to time."""
     ours = ckpt("to-universal", source, "-o", to)
-    theirs = [PYTHON, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    theirs += ["--input_folder", str(source / "global_step2"), "--output_folder", str(to)]
+    theirs = deepspeeds(source, to)
     return {
         TO: ours,
         READ_BACK: [*ours, "--read-back"],
         FROM: ckpt("from-universal", universal, "--world-size", str(world), "-o", to),
         CP_SYNC: shell('cp -r "$1" "$2"; sync -f "$2"', source, to),
-        ONE: [*theirs, "--num_extract_workers", "1", "--num_merge_workers", "1"],
+        ONE: [*theirs, *ONE_WORKER],
         DEFAULT: theirs,
     }
 
 
-def files_made(command: list[str], to: Path) -> tuple[int, int]:
-    """The files that one more run leaves, and their bytes."""
-    run(shell('rm -rf "$1"', to))
-    run(command)
-    sizes = [path.stat().st_size for path in to.rglob("*") if path.is_file()]
-    return len(sizes), sum(sizes)
-
-
-def report(costs: dict[str, list[Cost]], made: dict[str, tuple[int, int]]) -> str:
+def report(costs: Costs, made: dict[str, tuple[int, int]]) -> str:
     """The table, and the bars."""
-    lines = [
-        "| command | wall | fastest | CPU | peak memory | files | GB |",
-        "|---|---|---|---|---|---|---|",
-    ]
     walls = {name: median(cost.wall for cost in held) for name, held in costs.items()}
     peaks = {name: max(cost.peak for cost in held) for name, held in costs.items()}
-    for name, held in costs.items():
-        fastest, cpu = min(cost.wall for cost in held), median(cost.cpu for cost in held)
-        files, size = made.get(name, ("", 0))
-        lines.append(
-            f"| {name} | {walls[name]:.2f} s | {fastest:.2f} s | {cpu:.2f} s "
-            f"| {peaks[name] / MIB:.0f} MiB | {files} | {f'{size / 1e9:.2f}' if size else ''} |"
-        )
     faster, less = walls[ONE] / walls[TO], peaks[TO] / peaks[ONE]
     bars = [
         ("at least 10 times as fast as ds_to_universal", faster, faster >= 10),
@@ -63,9 +44,7 @@ def report(costs: dict[str, list[Cost]], made: dict[str, tuple[int, int]]) -> st
         ("as fast as its defaults, times", walls[DEFAULT] / walls[TO], walls[DEFAULT] >= walls[TO]),
         ("at most 256 MiB", peaks[TO] / MIB, max(peaks[TO], peaks[FROM]) <= 256 * MIB),
     ]
-    lines.append("")
-    lines += [f"- {what}: {found:.2f}, {'held' if met else 'MISSED'}" for what, found, met in bars]
-    return "\n".join(lines)
+    return "\n".join([*table(costs, made), "", *shown(bars)])
 
 
 @click.command()

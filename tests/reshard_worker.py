@@ -1,11 +1,18 @@
-"""One rank that resumes from resharded checkpoints with stock DeepSpeed, and says what it found.
+"""One rank that resumes from resharded or universal checkpoints with stock DeepSpeed, and says what
+it found.
 
 reshard_worker.py load JOBS            each {"folder", "spec", "stage", "out"}: what the engine
                                        holds after load_checkpoint, as scripts/fixture_worker.py
                                        records it, and out.json: steps, rates, loss scale
-reshard_worker.py train OUT STAGE DTYPE STEPS [FROM]
+reshard_worker.py train JOBS           each {"out", "spec", "stage", "steps"} and perhaps "source":
                                        trains the tiny model on the same global batches whatever
-                                       the world size; saves; OUT/losses.json
+                                       the world size; saves; OUT/losses.json, OUT/facts.json
+reshard_worker.py trainer OUT NAME FROM [universal]
+                                       the Trainer resumes
+A job may have what takes the place of the spec's ("zero", "config", "dtype", "torch_adam"), and
+"universal": whether the engine has load_universal. "bare": what the engine holds is not recorded,
+since it has no Adam or another optimizer of DeepSpeed's around it; "again" is where it is saved as
+soon as it is loaded.
 """
 
 from __future__ import annotations
@@ -23,13 +30,21 @@ from fixture_worker import Tiny, live_state, llama_trainer, param_groups
 from safetensors.torch import save_file
 
 GLOBAL_BATCH = 12  # sequences: world sizes 1, 2, 3 and 4 divide it
+UNIVERSAL = {"checkpoint": {"load_universal": True}}
 
 
-def engine_for(spec: Spec, seed: int, **config: Any) -> Any:
+def spec_of(job: dict[str, Any]) -> Spec:
+    """The spec of a job's engine, for as many ranks as there are."""
+    changed = {key: job[key] for key in ("zero", "config", "dtype", "torch_adam") if key in job}
+    world = torch.distributed.get_world_size()
+    return dataclasses.replace(SPECS[job["spec"]], stage=job["stage"], world=world, **changed)
+
+
+def engine_for(spec: Spec, seed: int, job: dict[str, Any], **config: Any) -> Any:
     """The engine of a tiny model, its weights from ``seed``."""
     import deepspeed
 
-    settings = ds_config(spec) | config
+    settings = ds_config(spec) | config | (UNIVERSAL if job.get("universal") else {})
     torch.manual_seed(seed)
     with deepspeed.zero.Init(config_dict_or_path=settings, enabled=spec.stage == 3):
         model = Tiny(spec)
@@ -40,10 +55,10 @@ def engine_for(spec: Spec, seed: int, **config: Any) -> Any:
 def facts(engine: Any, client: dict[str, Any]) -> dict[str, Any]:
     """What the optimizer has beside tensors."""
     inner = engine.optimizer.optimizer
-    steps = sorted({float(state["step"]) for state in inner.state.values()})
-    kept = ("lr", "weight_decay", "betas", "eps")
-    groups = [{k: g[k] for k in kept} for g in inner.param_groups]
-    scaler = vars(engine.optimizer.loss_scaler)
+    steps = sorted({float(state["step"]) for state in inner.state.values() if "step" in state})
+    kept = ("lr", "weight_decay", "betas", "eps", "momentum")
+    groups = [{k: g[k] for k in kept if k in g} for g in inner.param_groups]
+    scaler = vars(getattr(engine.optimizer, "loss_scaler", type("None", (), {})()))
     return {
         "steps": steps,
         "groups": groups,
@@ -54,37 +69,42 @@ def facts(engine: Any, client: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load(jobs: list[dict[str, Any]]) -> None:
-    for job in jobs:
-        world = torch.distributed.get_world_size()
-        spec = dataclasses.replace(SPECS[job["spec"]], stage=job["stage"], world=world)
-        engine = engine_for(spec, seed=4321)
-        path, client = engine.load_checkpoint(job["folder"])
-        assert path is not None, job
+def record(engine: Any, spec: Spec, job: dict[str, Any], path: Path) -> None:
+    """What the engine holds, as a file. Every rank calls it."""
+    if not job.get("bare"):
         live = live_state(engine, spec)
         if torch.distributed.get_rank() == 0:
-            save_file(live, job["out"])
-            Path(job["out"]).with_suffix(".json").write_text(json.dumps(facts(engine, client)))
-        torch.distributed.barrier()
-        engine.destroy()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(live, path)
 
 
-def train(out: Path, stage: int, dtype: str, steps: int, source: str | None) -> None:
+def load(job: dict[str, Any]) -> None:
+    spec = spec_of(job)
+    engine = engine_for(spec, 4321, job)
+    path, client = engine.load_checkpoint(job["folder"])
+    assert path is not None, job
+    record(engine, spec, job, Path(job["out"]))
+    if torch.distributed.get_rank() == 0:
+        Path(job["out"]).with_suffix(".json").write_text(json.dumps(facts(engine, client)))
+    torch.distributed.barrier()
+    engine.destroy()
+
+
+def train(job: dict[str, Any]) -> None:
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    spec = Spec(stage, dtype, world, zero={"sub_group_size": 200} if stage == 3 else {})
+    spec, out = spec_of(job), Path(job["out"])
     micro = GLOBAL_BATCH // world
-    engine = engine_for(spec, seed=1234, train_micro_batch_size_per_gpu=micro)
+    engine = engine_for(spec, 1234, job, train_micro_batch_size_per_gpu=micro)
     done = 0
-    if source is not None:
-        path, _ = engine.load_checkpoint(source)
+    if "source" in job:
+        path, _ = engine.load_checkpoint(job["source"])
         assert path is not None
         done = engine.global_steps
-        loaded = live_state(engine, spec)
-        if rank == 0:
-            out.mkdir(parents=True)
-            save_file(loaded, out / "loaded.safetensors")
+        if "again" in job:
+            engine.save_checkpoint(job["again"])
+        record(engine, spec, job, out / "loaded.safetensors")
     losses = []
-    for step in range(done, done + steps):
+    for step in range(done, done + job["steps"]):
         generator = torch.Generator().manual_seed(step)
         batch = torch.randint(WORDS, (GLOBAL_BATCH, 6), generator=generator)
         loss = engine(batch[rank * micro : (rank + 1) * micro])
@@ -94,15 +114,15 @@ def train(out: Path, stage: int, dtype: str, steps: int, source: str | None) -> 
         torch.distributed.all_reduce(mean)
         losses.append(float(mean) / world)
     engine.save_checkpoint(str(out))
-    live = live_state(engine, spec)
+    record(engine, spec, job, out / "live.safetensors")
     if rank == 0:
-        save_file(live, out / "live.safetensors")
         (out / "losses.json").write_text(json.dumps(losses))
+        (out / "facts.json").write_text(json.dumps(facts(engine, {})))
     torch.distributed.barrier()
     engine.destroy()
 
 
-def trainer(out: Path, name: str, source: str) -> None:
+def trainer(out: Path, name: str, source: str, universal: bool) -> None:
     import transformers as hf
 
     world = torch.distributed.get_world_size()
@@ -117,6 +137,8 @@ def trainer(out: Path, name: str, source: str) -> None:
                 save_file(live, out / "loaded.safetensors")
 
     made = llama_trainer(name, out)
+    if universal:
+        made.args.hf_deepspeed_config.config |= UNIVERSAL
     made.args.max_steps = 4
     made.add_callback(Seen())
     made.train(resume_from_checkpoint=source)
@@ -133,12 +155,11 @@ def main() -> None:
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed(dist_backend="gloo")
     match sys.argv[1:]:
-        case ["load", jobs]:
-            load(json.loads(Path(jobs).read_text()))
-        case ["train", out, stage, dtype, steps, *source]:
-            train(Path(out), int(stage), dtype, int(steps), source[0] if source else None)
-        case ["trainer", out, name, source]:
-            trainer(Path(out), name, source)
+        case ["load" | "train" as what, jobs]:
+            for job in json.loads(Path(jobs).read_text()):
+                {"load": load, "train": train}[what](job)
+        case ["trainer", out, name, source, *universal]:
+            trainer(Path(out), name, source, bool(universal))
         case other:
             raise SystemExit(f"unknown: {other}")
 

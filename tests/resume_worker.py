@@ -26,6 +26,7 @@ from fixture_specs import OFFLOAD, Spec
 import ckpt
 from ckpt import live
 from ckpt.saving import reading
+from ckpt.saving.turns import Turn
 from converters import torchzip
 
 RATES = {"warmup_min_lr": 0.0, "warmup_max_lr": 0.02, "warmup_num_steps": 8}
@@ -41,6 +42,7 @@ CASES = {
     "zero3-fp16": Spec(3, "fp32", zero={"sub_group_size": 20, **SMALL}, config=GROWS),
 }
 HALF = 5
+OLD = {"checkpoint": {"checkpoint_serialization": False}}  # torch's stream, which no one can map
 LARGE = Spec(2, zero=OFFLOAD, vocab=2_000_000)
 
 
@@ -345,6 +347,65 @@ def memory(out: Path) -> None:
     files = (out / "large" / "checkpoint-1" / "global_step1").glob("*optim*")
     part = max(file.stat().st_size for file in files)
     tell(out, f"memory-{kind}", [peak[0] - base, held() - base, part, took])
+
+
+def turns(out: Path) -> None:
+    """Ranks that read files which cannot be mapped: how many at a time, by the memory there is."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for stage in (2, 3):
+        spec = Spec(stage, world=world, zero=SMALL if stage == 3 else {}, config=OLD)
+        engine, folder = begin(spec), out / f"old-{stage}"
+        train(engine, 1, Sampler())
+        engine.save_checkpoint(str(folder))
+        files = reading.files_of(engine, folder, engine_tag := f"global_step{engine.global_steps}")
+        need, saved = reading.need(engine, files), finals(engine)
+        assert need.reads == sum(path.stat().st_size for path in files) > need.keeps > 0
+        needs: list[Any] = [None] * world
+        dist.all_gather_object(needs, need)
+        kept, most = sum(n.keeps for n in needs), max(n.reads - n.keeps for n in needs)
+
+        def resume(places: float) -> Any:
+            memory = int(kept + places * most)  # noqa: B023
+            options = {"load_foreign": True, "on_mismatch": "warn", "memory": memory}
+            return ckpt.resume(engine, folder, tag=engine_tag, timeout=30, **options)  # noqa: B023
+
+        spans: dict[str, Any] = {}
+        for places in (1, 2, world):
+            train(engine, 1, Sampler())
+            with spanned(spans.setdefault(str(places), [])):
+                assert resume(places) == 1
+            found = finals(engine)
+            assert all(torch.equal(found[name], value) for name, value in saved.items())
+        train(engine, 1, Sampler())
+        spans["none"] = caught(lambda: resume(0.9))
+        with spanned([], rank == 1):
+            spans["failed"] = caught(lambda: resume(1))
+        tell(out, f"turns-{stage}", spans)
+        engine.destroy()
+
+
+@contextmanager
+def spanned(span: list[float], failing: bool = False) -> Iterator[None]:
+    """Notes when this rank begins to read and when its turn is over; or has it fail there."""
+    load, end = torch.load, Turn.end
+
+    def read(*args: Any, **options: Any) -> Any:
+        if failing:
+            raise RuntimeError("no luck")
+        span.append(time.monotonic())  # one clock for all processes
+        time.sleep(0.3)
+        return load(*args, **options)
+
+    def ended(self: Any) -> None:
+        if not self.over:
+            span.append(time.monotonic())
+        end(self)
+
+    torch.load, Turn.end = read, ended  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.load, Turn.end = load, end  # type: ignore[method-assign]
 
 
 def trainers(out: Path) -> None:

@@ -17,10 +17,11 @@ from run_folders import commit, real, small
 
 import ckpt
 from ckpt.runs.run import open_checkpoint
-from ckpt.saving import continuity
+from ckpt.saving import continuity, memory, turns
 from ckpt.saving.choosing import choose
-from ckpt.saving.reading import Mapped, require_memory
+from ckpt.saving.reading import Mapped
 from ckpt.saving.source import Source
+from ckpt.saving.turns import Need
 from converters.errors import CheckpointError
 
 WORKER = "tests/resume_worker.py"
@@ -246,10 +247,57 @@ def test_what_pointed_into_a_file_gets_memory_of_its_own(tmp_path: Path) -> None
     assert reader.config == {"x": 1}
 
 
-def test_memory_that_would_not_suffice_is_refused_with_numbers(tmp_path: Path) -> None:
-    require_memory(tmp_path, [0, 1 << 20])
-    with pytest.raises(CheckpointError, match=r"2 ranks .* would read 2,251,799,813,685,248 bytes"):
-        require_memory(tmp_path, [1 << 50, 1 << 50])
+@trains
+def test_ranks_take_turns_where_memory_does_not_suffice_for_all(tmp_path: Path) -> None:
+    """Three ranks, of which as many read at a time as there is room for; stage 3 gathers after."""
+    said = torchrun(WORKER, tmp_path, "turns", ranks=3, limit=LIMIT)
+    assert said.count(" are available: 1 load at a time") == 4
+    assert said.count(" are available: 2 load at a time") == 2
+    for stage in (2, 3):
+        told = [
+            json.loads((tmp_path / f"turns-{stage}-{rank}.json").read_text()) for rank in range(3)
+        ]
+        for places in (1, 2, 3):
+            spans = [(held[str(places)][0], held[str(places)][-1]) for held in told]
+            at_once = max(sum(a <= start < b for a, b in spans) for start, _ in spans)
+            assert at_once == places, (stage, places, spans)
+        for held in told:
+            assert re.search(r"3 ranks .*, one at a time, would need [\d,]+ bytes", held["none"][0])
+            assert held["failed"][0].endswith("rank 1: RuntimeError: no luck")
+            assert max(held["none"][1], held["failed"][1]) < 15
+
+
+def test_the_memory_of_a_node_says_how_many_ranks_load_at_a_time(tmp_path: Path) -> None:
+    needs = [Need(100, 60), Need(90, 60), Need(100, 60)]  # what stays: 180
+    for there, places in ((0, 3), (300, 3), (299, 2), (260, 2), (259, 1), (220, 1)):
+        assert turns.at_once(tmp_path, needs, there) == places
+    said = r"3 ranks .* need 220 bytes .* \(100 are read by one rank, 180 stay in all\), 219 are"
+    with pytest.raises(CheckpointError, match=said):
+        turns.at_once(tmp_path, needs, 219)
+    assert turns.at_once(tmp_path, [], 1) == 0
+    assert turns.order([4, 5, 7, 9, 11], 2) == {7: 4, 9: 5, 11: 7}
+    assert turns.there("1MB") == 10**6 and turns.there(7) == 7
+    with pytest.raises(CheckpointError, match="memory: "):
+        turns.there("a lot")
+
+
+def test_a_container_that_is_allowed_less_has_less(tmp_path: Path) -> None:
+    proc, root = tmp_path / "cgroup", tmp_path / "sys"
+    for path, text in {
+        "job/a/memory.max": "1000\n",
+        "job/a/memory.current": "700\n",
+        "job/a/memory.stat": "anon 500\ninactive_file 150\n",
+        "job/memory.max": "max\n",
+        "memory/memory.limit_in_bytes": "500\n",
+        "memory/memory.usage_in_bytes": "600\n",
+        "memory/memory.stat": "total_inactive_file 20\n",
+    }.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    proc.write_text("4:cpu,memory:/not/seen/here\n2:pids:/\n0::/job/a\n")
+    assert sorted(memory.allowed(proc, root)) == [0, 450]
+    assert list(memory.allowed(tmp_path / "none", root)) == []
+    assert 0 < memory.available() < 1 << 60
 
 
 @trains

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from oracles import FIXTURES, root_of, same, torchrun
 from safetensors.torch import load_file
+from test_reshard_training import REDUCTION_ORDER, WORKER, ranks, require_same
 
 from ckpt import universal
 from converters import zero
 
 pytestmark = pytest.mark.xdist_group("training-more")
-WORKER = "tests/universal_worker.py"
 JOBS: dict[int, list[tuple[str, int, dict[str, Any]]]] = {  # fixtures, and who loads them
     1: [("zero2-bf16-w2", 3, {}), ("zero3-bf16-w2", 2, {}), ("zero2-round-robin", 1, {})],
     2: [
@@ -26,18 +26,11 @@ JOBS: dict[int, list[tuple[str, int, dict[str, Any]]]] = {  # fixtures, and who 
         *(("zero2-zero-sized", 2, {}), ("zero3-zero-sized", 3, {})),
     ],
 }
-REDUCTION_ORDER = 2e-5  # relative, of a loss, after a few steps in fp32
 
 
 def convert(source: Path, output: Path) -> Path:
     universal.run(universal.prepare_to(source, output=output))
     return output
-
-
-def ranks(kind: str, jobs: list[dict[str, Any]], world: int, folder: Path) -> None:
-    path = folder / f"{kind}-{len(list(folder.iterdir()))}.json"
-    path.write_text(json.dumps(jobs))
-    torchrun(WORKER, kind, path, ranks=world, limit=600)
 
 
 @pytest.mark.parametrize("world", JOBS)
@@ -51,6 +44,7 @@ def test_stock_deepspeed_loads_them_with_load_universal(world: int, tmp_path: Pa
         folder = convert(FIXTURES / name, tmp_path / name)
         out = str(tmp_path / f"{name}.safetensors")
         job = {"folder": str(folder), "spec": name, "stage": stage, "zero": settings}
+        job["universal"] = True
         jobs.append({**job, "out": out, "torch_adam": name != "zero2-offload"})
     ranks("load", jobs, world, tmp_path)
     for job in jobs:
@@ -136,10 +130,6 @@ def test_the_trainer_resumes_from_it(tmp_path: Path) -> None:
     source = root_of(FIXTURES / "trainer-zero2")
     folder = convert(source, tmp_path / "checkpoint-2_universal")
     out = tmp_path / "out"
-    torchrun(WORKER, "trainer", out, "trainer-zero2", folder, ranks=3, limit=300)
-    loaded = load_file(out / "loaded.safetensors")
-    expected = load_file(FIXTURES / "trainer-zero2/live.safetensors")
-    assert loaded.keys() == expected.keys()
-    for key, value in expected.items():
-        assert same(loaded[key], value), key
+    torchrun(WORKER, "trainer", out, "trainer-zero2", folder, "universal", ranks=3, limit=300)
+    require_same(out / "loaded.safetensors", FIXTURES / "trainer-zero2/live.safetensors")
     assert json.loads((out / "state.json").read_text()) == {"global_step": 4, "steps": [4.0]}

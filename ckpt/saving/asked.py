@@ -17,10 +17,11 @@ import torch.distributed as dist
 from ckpt.ranks import Ranks
 from ckpt.runs import locks
 from ckpt.runs.run import open_checkpoint
-from ckpt.saving import choosing, continuity, reading
+from ckpt.saving import choosing, continuity, reading, turns
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.source import Source, State, Topology
+from ckpt.saving.turns import Need, Turn
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
@@ -38,6 +39,7 @@ class Asked:
     on_mismatch: OnMismatch
     load_foreign: bool = False
     reshard: Literal["auto"] | None = None
+    memory: str | int | None = None
 
     def require_same(self, more: Sequence[Any] = ()) -> None:
         """``CheckpointError`` on every rank unless all ask for the same, and it is known."""
@@ -117,8 +119,8 @@ class Asked:
                 reshard.run(planned)
         return planned.output
 
-    def prepare(self, engine: Any, source: Source, everything: bool = True) -> State:
-        """This rank's own state, of ``everything`` that was saved, or of nothing.
+    def prepare(self, engine: Any, source: Source, everything: bool = True) -> tuple[State, Turn]:
+        """This rank's own state, of ``everything`` that was saved, or of nothing; when it may load.
 
         ``CheckpointError`` on every rank if something is missing, or memory would not suffice.
         """
@@ -130,18 +132,40 @@ class Asked:
                     "unsupported",
                 )
             files = reading.files_of(engine, source.folder, source.tag)
-            needs.value = [os.environ.get("GROUP_RANK", "0"), reading.unmapped(files)]
+            need = reading.need(engine, files)
+            there = turns.there(self.memory)
+            needs.value = [os.environ.get("GROUP_RANK", "0"), need.reads, need.keeps, there]
             state = State.read(source, self.ranks.rank) if everything else State.none()
             lost = state.lost(self.extra)
             if lost and self.on_mismatch == "error" and not source.foreign:
                 raise CheckpointError(f"{source.folder}: {lost[0]}", "incomplete")
             for line in lost:
                 log.warning("%s: %s", source.folder, line)
-        with self.ranks.step():
-            for node in {node for node, _ in needs.heard} if not self.ranks.rank else ():
-                here = [nbytes for at, nbytes in needs.heard if at == node]
-                reading.require_memory(source.folder, here)
-        return state
+        with self.ranks.step() as told:
+            if not self.ranks.rank:
+                told.value = self._turns(engine, source, needs.heard)
+        after = told.heard[0].get(str(self.ranks.rank))
+        return state, Turn(self.ranks, source.folder, need.reads, after)
+
+    def _turns(self, engine: Any, source: Source, heard: Sequence[Any]) -> dict[str, int]:
+        """Whom each rank waits for before it loads, where not all of a node can at once."""
+        after: dict[str, int] = {}
+        for node in dict.fromkeys(node for node, *_ in heard):
+            found = {rank: held for rank, held in enumerate(heard) if held[0] == node and held[1]}
+            needs = [Need(reads, keeps) for _, reads, keeps, _ in found.values()]
+            there = min((there for *_, there in found.values()), default=0)
+            places = turns.at_once(source.folder, needs, there)
+            if places == len(needs):
+                continue
+            turns.require_own_order(engine, source.folder)
+            print(
+                f"ckpt: {len(needs)} ranks of a node read up to {max(n.reads for n in needs):,} "
+                f"bytes each into memory, {there:,} are available: {places} load at a time",
+                file=sys.stderr,
+                flush=True,
+            )
+            after |= {str(rank): first for rank, first in turns.order(list(found), places).items()}
+        return after
 
     def tell(self, source: Source, rows: Sequence[continuity.Row], heard: Sequence[Any]) -> None:
         """The table on rank 0, and the end on all ranks if something is not as it was saved.

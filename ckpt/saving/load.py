@@ -8,6 +8,7 @@ from typing import Any
 from ckpt.saving import continuity, reading
 from ckpt.saving.progress import progress
 from ckpt.saving.source import Source
+from ckpt.saving.turns import Turn
 from converters.errors import CheckpointError
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
@@ -31,8 +32,8 @@ DEEPSPEEDS = {
 class Load:
     """One ``engine.load_checkpoint``, and what there is to compare after it."""
 
-    def __init__(self, engine: Any, source: Source, optimizer: bool, module_only: bool):
-        self.engine, self.source = engine, source
+    def __init__(self, engine: Any, source: Source, turn: Turn, optimizer: bool, module_only: bool):
+        self.engine, self.source, self.turn = engine, source, turn
         self.optimizer, self.module_only = optimizer and not module_only, module_only
         self.config: Any = None  # DeepSpeed's, as it was saved
         self.epoch: Any = None  # the loop's own
@@ -50,7 +51,7 @@ class Load:
         before = {name: getattr(engine, name) for name in COUNTERS if hasattr(engine, name)}
         drop = ("random_ltd", "data_sampler") if self.module_only else ()
         with ExitStack() as stack:
-            reader = stack.enter_context(reading.mapped(engine, drop))
+            reader = stack.enter_context(reading.mapped(engine, drop, self.turn))
             if not self.optimizer:
                 stack.enter_context(reading.weights_alone(engine))
             path, client = engine.load_checkpoint(

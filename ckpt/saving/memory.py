@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,41 @@ def budget(given: str | int | None) -> int:
 
 
 def available() -> int:
-    """Bytes of memory that programs can still get, as Linux estimates it (``/proc/meminfo``)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
+    """Bytes of memory that programs can still get; 0 if that is not known.
+
+    As Linux estimates it (``/proc/meminfo``), or less where a container is allowed less.
+    """
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return min([int(line.split()[1]) * 1024, *allowed()])
     return 0
+
+
+def allowed(
+    proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> Iterator[int]:
+    """What each control group that this process is in leaves it, in bytes; page cache is no use.
+
+    Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
+    """
+    for line in proc.read_text().splitlines() if proc.is_file() else ():
+        _, kinds, path = line.split(":", 2)
+        if "memory" in kinds.split(","):
+            base, names = root / "memory", _V1
+        elif not kinds:
+            base, names = root, _V2
+        else:
+            continue
+        inside = base / path.lstrip("/")
+        for folder in (inside, *inside.parents):
+            if folder == base.parent:
+                break
+            with suppress(OSError, ValueError):  # above this container's own, or without a limit
+                limit, used = (int((folder / name).read_text()) for name in names[:2])
+                stat = dict(item.split() for item in (folder / "memory.stat").open())
+                yield max(0, limit - used + int(stat.get(names[2], 0)))
+
+
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = ("memory.max", "memory.current", "inactive_file")

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ckpt.saving.memory import available
+from ckpt.saving.turns import Need, Turn
 from converters.errors import CheckpointError
 
 # Attributes of an optimizer that hold the loss scale, or are parts of it.
@@ -31,11 +31,12 @@ class Mapped:
     """In the place of the checkpoint engine ``before``: loads files as maps of them.
 
     It can tell which tensors are parts of such. ``without``: keys that are taken out of each state.
-    ``config``: DeepSpeed's, as it was saved, from the first state.
+    ``config``: DeepSpeed's, as it was saved, from the first state. ``turn``: when this rank may
+    read what cannot be mapped.
     """
 
-    def __init__(self, before: Any, without: tuple[str, ...] = ()):
-        self.before, self.without = before, without
+    def __init__(self, before: Any, without: tuple[str, ...] = (), turn: Turn | None = None):
+        self.before, self.without, self.turn = before, without, turn
         self.config: Any = None
         self.starts: list[int] = []  # addresses of mapped storages, sorted
         self.ends: dict[int, int] = {}
@@ -48,6 +49,8 @@ class Mapped:
         if is_mappable(path):
             state = torch.load(path, map_location=self._note, mmap=True, weights_only=False)
         else:
+            if self.turn:
+                self.turn.begin()
             state = self.before.load(path, map_location=map_location)
         if isinstance(state, dict):
             self.config = self.config or state.get("ds_config")
@@ -102,15 +105,19 @@ def is_mappable(path: str | os.PathLike[str]) -> bool:
 
 
 @contextmanager
-def mapped(engine: Any, without: tuple[str, ...] = ()) -> Iterator[Mapped]:
+def mapped(
+    engine: Any, without: tuple[str, ...] = (), turn: Turn | None = None
+) -> Iterator[Mapped]:
     """``engine.load_checkpoint`` maps files in this block; after it nothing points into one.
 
-    What the block keeps of the loaded states it gives to ``detach`` itself.
+    What the block keeps of the loaded states it gives to ``detach`` itself. What cannot be mapped
+    is read when it is this rank's ``turn``.
     """
     before = engine.checkpoint_engine
-    engine.checkpoint_engine = reader = Mapped(before, without)
+    engine.checkpoint_engine = reader = Mapped(before, without, turn)
     try:
-        yield reader
+        with _ending(engine, turn):
+            yield reader
         optimizer = engine.optimizer
         inner = getattr(optimizer, "optimizer", optimizer)
         reader.detach([getattr(inner, "state", None), getattr(inner, "param_groups", None)])
@@ -119,6 +126,42 @@ def mapped(engine: Any, without: tuple[str, ...] = ()) -> Iterator[Mapped]:
     finally:
         engine.checkpoint_engine = before
         gc.collect()  # states in reference cycles would keep the files mapped
+
+
+@contextmanager
+def _ending(engine: Any, turn: Turn | None) -> Iterator[None]:
+    """The turn ends in this block when ``engine.load_checkpoint`` has put everything in its place.
+
+    That is when it returns or, under stage 3, before the optimizer gathers what all ranks keep.
+    """
+    if turn is None:
+        yield
+        return
+    load, optimizer = engine.load_checkpoint, engine.optimizer
+    gather = getattr(optimizer, "checkpoint_event_epilogue", None)
+
+    def end() -> None:
+        gc.collect()
+        turn.end()
+
+    def loaded(*args: Any, **options: Any) -> Any:
+        found = load(*args, **options)
+        end()
+        return found
+
+    def gathered() -> Any:
+        end()
+        return gather() if gather else None
+
+    engine.load_checkpoint = loaded
+    if gather:
+        optimizer.checkpoint_event_epilogue = gathered
+    try:
+        yield
+    finally:
+        del engine.load_checkpoint
+        if gather:
+            del optimizer.checkpoint_event_epilogue
 
 
 @contextmanager
@@ -179,18 +222,9 @@ def files_of(engine: Any, folder: Path, tag: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
-def unmapped(files: list[Path]) -> int:
-    """Bytes of memory that loading these files takes: those that cannot be mapped."""
-    return sum(path.stat().st_size for path in files if not is_mappable(path))
-
-
-def require_memory(folder: Path, needs: list[int]) -> None:
-    """``CheckpointError`` with numbers if the ranks of one node would need more than there is."""
-    wanted, there = sum(needs), available()
-    if there and wanted > there:
-        raise CheckpointError(
-            f"{folder}: {len(needs)} ranks of this node would read {wanted:,} bytes into memory, "
-            f"{there:,} are available; its files are in torch's old format, which cannot be "
-            "mapped: save without checkpoint_serialization=false, or load with fewer ranks a node",
-            "refused",
-        )
+def need(engine: Any, files: list[Path]) -> Need:
+    """What loading these files takes: those that cannot be mapped are read, and of the optimizer's
+    most stays where the engine computes in host memory or keeps its optimizer there."""
+    sizes = [0 if is_mappable(path) else path.stat().st_size for path in files]
+    here = engine.device.type == "cpu" or bool(engine.zero_cpu_offload())
+    return Need(sum(sizes), sum(sizes[1:]) if here else 0)

@@ -38,6 +38,7 @@ def resume(
     load_module_strict: bool = True,
     load_foreign: bool = False,
     reshard: Literal["auto"] | None = None,
+    memory: str | int | None = None,
     timeout: float = TIMEOUT,
 ) -> int:
     """Loads a checkpoint into ``engine`` and returns its step; 0 if the run has none yet.
@@ -57,19 +58,21 @@ def resume(
       returns 0
     - ``load_foreign``: whether to load one without a manifest, where it is asked for
     - ``reshard="auto"``: one of another world size or ZeRO stage is resharded beside it first
+    - ``memory``: what the ranks of a node may take of its memory for files that cannot be mapped,
+      in bytes or as "8GB"; by default what is available. They load by turns if need be
     - ``timeout``: seconds without a sign of life until a rank counts as absent
 
     ``CheckpointError`` on every rank if one fails.
     """
     ranks = Ranks("resume", timeout)
-    asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign, reshard)
+    asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign, reshard, memory)
     asked.require_same([load_optimizer_states, load_lr_scheduler_states, load_module_only])
     with ExitStack() as stack:
         source = asked.choose(engine, stack)
         if source is None:
             return 0
-        load = Load(engine, source, load_optimizer_states, load_module_only)
-        state = asked.prepare(engine, source, not load_module_only)
+        state, turn = asked.prepare(engine, source, not load_module_only)
+        load = Load(engine, source, turn, load_optimizer_states, load_module_only)
         with ranks.step(), alive(ranks):
             client = load(load_lr_scheduler_states, load_module_strict)
     with ranks.step() as step:

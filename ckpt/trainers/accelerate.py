@@ -123,7 +123,7 @@ def load_state(
         source = asked.choose(engines[0], stack)
         if source is None:
             return 0
-        state = asked.prepare(engines[0], source)
+        state, turn = asked.prepare(engines[0], source)
         with ranks.step():
             if load_model_func_kwargs.get("load_module_only"):
                 raise CheckpointError(
@@ -132,7 +132,9 @@ def load_state(
                     "unsupported",
                 )
         with ranks.step(), alive(ranks), ExitStack() as maps:
-            readers = [maps.enter_context(reading.mapped(engine)) for engine in engines]
+            first, *others = engines  # whose files the turn was worked out for
+            readers = [maps.enter_context(reading.mapped(first, turn=turn))]
+            readers += [maps.enter_context(reading.mapped(engine)) for engine in others]
             for engine in engines if not load_optimizer_states else ():
                 maps.enter_context(reading.weights_alone(engine))
             accelerator.load_state(str(source.folder), **load_model_func_kwargs)

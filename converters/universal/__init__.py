@@ -177,7 +177,8 @@ def _stage(models: Sequence[State], rank: State) -> int:
     """3 for placeholders, else 1 or 2: what the model file is of, whoever saved it first."""
     if models[0].path.name.startswith("zero_pp_rank_"):
         return 3
-    return 1 if rank.optimizer.get("zero_stage") == 1 else 2
+    stage = rank.optimizer.get("zero_stage", 1)  # BF16_Optimizer states none, and works as 1
+    return 1 if stage == 1 else 2
 
 
 def _laid(

@@ -13,13 +13,11 @@ in runtime/zero/stage3.py, DeepSpeed 0.19.8.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from converters import (
     groups,
-    layout,
     model_trees,
     optimizer_trees,
     reshard,
@@ -27,11 +25,10 @@ from converters import (
     views,
     zipplan,
 )
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, consistent
 from converters.groups import WEIGHTS, Group
-from converters.optimizer_trees import Target
-from converters.plan import Plan, Shard
-from converters.records import Record
+from converters.optimizer_trees import SCALING, Target, scaled
+from converters.plan import Plan
 from converters.tensors import DType, TensorRef
 from converters.universal import INFO, SUFFIX, Universal, folders
 from converters.universal.folders import COMMON, MASTER, STEP
@@ -60,13 +57,9 @@ def to_universal(checkpoint: Checkpoint) -> Plan:
 
     ``CheckpointError`` for a checkpoint that is not cut up in partitions alone.
     """
-    try:
+    otherwise = "a file is damaged or of another save; ckpt verify tells more"
+    with consistent(checkpoint.place.folder, otherwise):
         return _to_universal(checkpoint)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"{checkpoint.place.folder} contradicts itself ({error!r}): a file is damaged or of "
-            "another save; ckpt verify tells more"
-        ) from error
 
 
 def from_universal(source: Universal, wanted: Target) -> Plan:
@@ -74,13 +67,9 @@ def from_universal(source: Universal, wanted: Target) -> Plan:
 
     ``CheckpointError`` if the weights are not those that the model file has in 16 bits.
     """
-    try:
+    otherwise = "a file is damaged or of another conversion; make it again"
+    with consistent(source.checkpoint.place.folder, otherwise):
         return _from_universal(source, wanted)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"{source.checkpoint.place.folder} contradicts itself ({error!r}): a file is damaged "
-            "or of another conversion; make it again"
-        ) from error
 
 
 def universal_tag(checkpoint: Checkpoint) -> str:
@@ -94,7 +83,7 @@ def native_tag(source: Universal) -> str:
 
 
 def _to_universal(checkpoint: Checkpoint) -> Plan:
-    stage, world = min(checkpoint.stage, 2), checkpoint.world_size
+    stage, world = min(checkpoint.stage or 1, 2), checkpoint.world_size
     whole = reshard.target(checkpoint, stage, world)  # also refuses what has no partitions
     parted = reshard.target(checkpoint, 3, 1)
     tree = trees.read(checkpoint.ranks[0].path).root
@@ -109,7 +98,7 @@ def _to_universal(checkpoint: Checkpoint) -> Plan:
         zipplan.shard(f"{universal_tag(checkpoint)}/{name}", root)
         for name, root in _universal_files(checkpoint, tree, found, whole, parted)
     ]
-    return _planned(shards)
+    return zipplan.plan(shards)
 
 
 def _universal_files(
@@ -133,7 +122,7 @@ def common(tree: Any, found: Sequence[Group]) -> dict[Any, Any]:
     of the inner ones has, and every sub-group the step of the first; so the inner ones have only
     what all groups have alike, and the engine keeps its own of the rest.
     """
-    held = tree["optimizer_state_dict"]
+    held = scaled(tree["optimizer_state_dict"])
     made = {key: value for key, value in held.items() if key not in SHARDED}
     made.setdefault("ds_version", tree.get("ds_version"))
     options = [group.options or {} for group in found]
@@ -209,9 +198,10 @@ def _from_universal(source: Universal, wanted: Target) -> Plan:
     checkpoint = source.checkpoint
     _require_same_weights(checkpoint)
     model = trees.read(source.models[0]).root
-    prefix = "bf16_" if _bf16(checkpoint) else ""
+    prefix = "bf16_" if reshard.bf16(checkpoint.model) else ""
     tag, shards = native_tag(source), []
-    for rank, parts in enumerate(optimizer_trees.trees_of(source.groups, wanted)):
+    held = optimizer_trees.as_given(source.groups, checkpoint, wanted)
+    for rank, parts in enumerate(optimizer_trees.trees_of(held, wanted)):
         tree = {
             "optimizer_state_dict": optimizer(source.common, model, wanted, parts),
             "ds_config": model.get("ds_config"),
@@ -219,19 +209,13 @@ def _from_universal(source: Universal, wanted: Target) -> Plan:
         }
         name = f"{tag}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         shards.append(zipplan.shard(name, reshard.configured(tree, wanted)))
-    found = model_trees.trees_of(checkpoint, source.models, source.groups, wanted)
+    found = model_trees.trees_of(checkpoint, source.models, held, wanted)
     for rank, root in enumerate(found):
         name = f"zero_pp_rank_{rank}_mp_rank_00" if wanted.stage == 3 else "mp_rank_00"
         kept = {key: value for key, value in root.items() if (key, value) != (INFO, VERSION)}
         tree = reshard.configured(kept, wanted)
         shards.append(zipplan.shard(f"{tag}/{name}_model_states.pt", tree))
-    return _planned(shards)
-
-
-def _bf16(checkpoint: Checkpoint) -> bool:
-    """Whether optimizer files have the prefix: decided by bf16.enabled alone (engine.py)."""
-    names = ("bf16", "bfloat16")
-    return any(checkpoint.model.setting(name, "enabled") is True for name in names)
+    return zipplan.plan(shards)
 
 
 def optimizer(
@@ -241,10 +225,13 @@ def optimizer(
 
     ``clip_grad`` and ``ds_version`` stand in files of stages 1 and 2 only.
     """
-    stage = held["zero_stage"]
-    made = Record(stage.of, (wanted.stage,)) if isinstance(stage, Record) else wanted.stage
+    held = scaled(held)
+    made = optimizer_trees.stage_as(held["zero_stage"], wanted)
     kept = {key: value for key, value in held.items() if key not in SHARDED | LAYOUT}
     version = kept.pop("ds_version", None) or model.get("ds_version")
+    if wanted.bf16:
+        kept = {key: value for key, value in kept.items() if key not in SCALING}
+        return {**kept, **parts, "ds_version": version}
     if wanted.stage == 3:
         kept.pop("clip_grad", None)
     else:
@@ -270,16 +257,3 @@ def _require_same_weights(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.model.path.name}: {why if shuffled else ''}make the folder again "
                 "with ckpt to-universal"
             )
-
-
-def _planned(shards: Sequence[Shard]) -> Plan:
-    total = sum(placement.nbytes for shard in shards for placement in shard.placements)
-    return Plan(tuple(shards), None, total, {}, reshard.checksums_of(shards, _sources(shards)))
-
-
-def _sources(shards: Iterable[Shard]) -> list[Path]:
-    paths: set[Path] = set()
-    for placement in (placement for shard in shards for placement in shard.placements):
-        held = placement.source.extents
-        paths |= {extent.path for extent in (held if isinstance(held, tuple) else held[:1])}
-    return sorted(paths - {layout.ZEROS})

@@ -11,10 +11,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters import groups, reshard, retrace, trees, universal, zero
+from converters import (
+    groups,
+    model_trees,
+    optimizer_trees,
+    reshard,
+    retrace,
+    trees,
+    universal,
+    zero,
+)
 from converters.errors import CheckpointError
 from converters.groups import Group
-from converters.optimizer_trees import Target
+from converters.optimizer_trees import SCALING, Target, scaled
 from converters.plan import Plan
 from converters.records import Record
 from converters.retrace import Retrace
@@ -30,16 +39,6 @@ from converters.universal.planning import (
     universal_tag,
 )
 from converters.zero import Checkpoint
-
-_MODEL = {  # what the layout decides in a model file; its tensors are proven as weights
-    "module",
-    "param_shapes",
-    "dp_world_size",
-    "shared_params",
-    "frozen_param_shapes",
-    "frozen_param_fragments",
-    "ds_config",
-}
 
 
 def to_universal(source: Checkpoint, plan: Plan, folder: Path) -> dict[str, int]:
@@ -57,7 +56,7 @@ def to_universal(source: Checkpoint, plan: Plan, folder: Path) -> dict[str, int]
     one = {INFO: VERSION} | dict(trees.read(source.model.path).root)
     whole = made.models[0]
     for path in (whole, whole.with_name(f"zero_pp_rank_0_{whole.name}")):
-        retrace.prove_rest(back, one, trees.read(path).root, _MODEL, path)
+        retrace.prove_rest(back, one, trees.read(path).root, model_trees.DECIDED, path)
     return counts
 
 
@@ -68,14 +67,17 @@ def from_universal(source: Universal, wanted: Target, plan: Plan, folder: Path) 
         raise CheckpointError(f"{folder} reads as stage {made.stage} of {made.world_size}")
     held = groups.read(made, trees.read(made.ranks[0].path).root)
     back = Retrace(plan, folder)
-    counts = _same(back, source.checkpoint, source.groups, made, held)
+    before = optimizer_trees.as_given(source.groups, source.checkpoint, wanted)
+    counts = _same(back, source.checkpoint, before, made, held)
     decided = SHARDED | LAYOUT | {"clip_grad", "ds_version"}
+    decided |= set(SCALING) if wanted.bf16 else set()
     for state in made.ranks:
         root = trees.read(state.path).root
-        retrace.prove_rest(back, source.common, root["optimizer_state_dict"], decided, state.path)
+        inner = scaled(source.common), root["optimizer_state_dict"]
+        retrace.prove_rest(back, *inner, decided, state.path)
     for rank, path in enumerate(reshard.model_paths(made)):
         one = trees.read(source.models[rank % len(source.models)]).root
-        retrace.prove_rest(back, one, trees.read(path).root, _MODEL | {INFO}, path)
+        retrace.prove_rest(back, one, trees.read(path).root, model_trees.DECIDED | {INFO}, path)
     return counts
 
 

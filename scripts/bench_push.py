@@ -156,14 +156,14 @@ def page(costs: dict[str, list[Cost]], about: str) -> str:
 @click.command()
 @click.option("--gb", default=5.0, show_default=True, help="GB of fp32 weights, near enough.")
 @click.option("--runs", default=3, show_default=True, help="Times that each way is run.")
-@click.option("--only", default="", help="Run only the ways whose names hold this text.")
+@click.option("--only", multiple=True, help="Run only the ways whose names begin so.")
 @click.option("--folder", type=FOLDER, help="Where to work; takes 6 bytes for each of --gb.")
 @click.option("--checkpoint", type=FOLDER, help="Push this one instead of one that is made.")
 @click.option("--json", "as_json", type=FILE, help="Write every single cost there.")
 def main(
     gb: float,
     runs: int,
-    only: str,
+    only: tuple[str, ...],
     folder: Path | None,
     checkpoint: Path | None,
     as_json: Path | None,
@@ -185,7 +185,7 @@ def main(
         chosen = {
             n: c
             for n, c in ways(checkpoint.absolute(), converted, Path("STAGE")).items()
-            if only in n
+            if n.startswith(only or "")
         }
         costs: dict[str, list[Cost]] = {name: [] for name in chosen}
         for turn in range(runs):

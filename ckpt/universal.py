@@ -208,7 +208,8 @@ def _prove(conversion: Conversion, made: Path) -> dict[str, int]:
 def _complete(conversion: Conversion, made: Path) -> None:
     """Everything beside DeepSpeed's files; the pointer last."""
     reshard.copy_companions(conversion.companions, made)
-    for inner in {(made / name).parent for _, name in conversion.companions}:
+    inside = {(made / name).parent for _, name in conversion.companions}
+    for inner in inside | ({made / conversion.tag} if conversion.target else set()):
         files.sync_folder(inner)
     files.write_file(made / conversion.pointer, conversion.tag.encode())
 

@@ -56,7 +56,9 @@ def assemble(model: State, parameters: Parameters, sources: Sequence[State]) -> 
         tensors.setdefault(name, ref)
     for name, why in parameters.absent.items():
         absent.setdefault(name, why)
-    for name, owner in parameters.aliases.items():
+    for name, owner in parameters.aliases.items():  # those of shared_params are in no module
+        if not name.isprintable():
+            raise states.no_name(model, name)
         aliases.setdefault(name, owner)
     unknown = [name for name in aliases if aliases[name] not in tensors]
     for name in unknown:

@@ -79,10 +79,7 @@ class State:
             raise CheckpointError(f"{self.path} is no model file: its module is no state dict")
         for name in found:
             if not name.isprintable():
-                raise CheckpointError(
-                    f"{self.path} holds the name {name!r}, which no file of weights can hold",
-                    "unsupported",
-                )
+                raise no_name(self, name)
         return found
 
     @property
@@ -200,6 +197,13 @@ def no_tensor(state: State, found: Any, what: str) -> CheckpointError:
     return CheckpointError(
         f"{state.path}: {what} is no plain tensor but {kind(found)}, which is not read",
         "unsupported",
+    )
+
+
+def no_name(state: State, name: str) -> CheckpointError:
+    """The error for a name with control characters or half a character."""
+    return CheckpointError(
+        f"{state.path} holds the name {name!r}, which no file of weights can hold", "unsupported"
     )
 
 

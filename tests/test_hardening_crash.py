@@ -116,6 +116,7 @@ def violations(it: Recording, name: str, blobs: Path) -> list[str]:
         ("latest --set", "latest.partial"),
         ("collect", "manifest.json.partial"),
         ("doctor --fix", "latest.partial"),
+        ("from-universal", "global_step2"),
     ],
 )
 def test_a_sync_that_is_forgotten_is_found(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from faults import faults
 from faults.forks import Forks
 from hardening.faults.probing import Fault, Probe
-from hardening.scenes import Scene, looking, scenes
+from hardening.notes import Notes, read
+from hardening.scenes import Scene, looking, marking, scenes
 from run_folders import real
 
 SEED = 20250101  # another one: python scripts/harden.py --only faults --seed N
@@ -29,7 +31,7 @@ def sampled(faults: list[Fault], chance: random.Random) -> Iterator[Fault]:
         yield fitting[0] if kind == "short for good" else chance.choice(fitting)
 
 
-@pytest.mark.parametrize("scene", [*scenes(), *looking()], ids=lambda scene: scene.name)
+@pytest.mark.parametrize("scene", [*scenes(), *marking(), *looking()], ids=lambda scene: scene.name)
 def test_a_command_whose_file_operation_fails_says_so_and_spoils_nothing(
     scene: Scene, forks: Forks, tmp_path: Path
 ) -> None:
@@ -94,6 +96,44 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_torn(forks: Forks, tmp_path
         ended = forks.run(doctor, tmp_path, at=op.number, do="eio", reads=1)
         assert ended.status == 1 and "Traceback" not in ended.said, ended.said
         assert (run / "checkpoint-2").is_dir()
+
+
+def test_a_truncate_that_is_interrupted_is_repeated(forks: Forks, tmp_path: Path) -> None:
+    """Found by ``harden.py --every``: truncate of Python's files ends there, os.ftruncate not."""
+    (scene,) = (scene for scene in scenes() if scene.name == "to-fp32")
+    probe = Probe(scene, tmp_path / "scene", forks)
+    (fault,) = (f for f in probe.faults() if f.kind == "eintr" and f.call == "truncate plan.json")
+    assert probe.check(fault) == [] and set(probe.ends) == {"done"}
+
+
+@pytest.mark.parametrize("name", ["to-fp32", "to-fp32 overwrite"])
+def test_a_disk_that_fails_for_good_behind_the_last_rename_leaves_a_whole_output(
+    name: str, forks: Forks, tmp_path: Path
+) -> None:
+    """It cannot be taken back: the next rename fails, too."""
+    (scene,) = (scene for scene in scenes() if scene.name == name)
+    # one worker, so that each operation has its number
+    scene = replace(scene, args=lambda base, args=scene.args: [*args(base), "--workers", 1])
+    probe = Probe(scene, tmp_path / "scene", forks)
+    last = max(op.number for op in probe.journal if op.call == "fsync")
+    (fault,) = (f for f in probe.faults() if f.kind == "eio for good" and f.at == last)
+    assert probe.check(fault) == [] and set(probe.ends) == {"failed"}
+
+
+def test_a_long_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "notes/x.jsonl"
+    notes = Notes(path, ["of", "this"])
+    notes.add((1, "eio"), [])
+    notes.add((2, "eio"), ["wrong"])
+    assert not Notes(path, ["of", "this"]).mine
+    notes.close()
+    path.write_text(path.read_text() + '[[3, "ei')  # killed while it wrote
+    again = Notes(path, ["of", "this"])
+    assert again.mine and again.done == {(1, "eio"): [], (2, "eio"): ["wrong"]}
+    again.add((3, "eio"), [])
+    again.close()
+    assert read(path, ["of", "this"]).keys() == {(1, "eio"), (2, "eio"), (3, "eio")}
+    assert Notes(path, ["of", "that"]).done == {} == read(path, ["of", "this"])
 
 
 def test_a_probe_finds_what_is_wrong(forks: Forks, tmp_path: Path) -> None:

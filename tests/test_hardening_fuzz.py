@@ -114,3 +114,11 @@ def test_state_files_with_odd_values_are_read_or_refused(name: str, tmp_path: Pa
     for seed in range(25):
         wrong = layout.tried(seed)
         assert wrong is None, (seed, wrong)
+
+
+FOUND = [("zero3-bf16-w2", 3019362021529)]  # by harden.py: a tied name of half a character
+
+
+@pytest.mark.parametrize(("name", "seed"), FOUND)
+def test_what_was_found_once_is_read_or_refused(name: str, seed: int, tmp_path: Path) -> None:
+    assert Layout(name, tmp_path).tried(seed) is None

@@ -14,7 +14,7 @@ from hardening import hostile
 from hardening.hostile import archives, files, gathered, lies
 from hardening.hostile.files import Hostile
 from hardening.hostile.judging import Target
-from hardening.hostile.opcodes import asked, pickled
+from hardening.hostile.opcodes import asked, encoded, pickled
 from hardening.hostile.payloads import PAYLOADS
 from hardening.scenes import called
 from oracles import ROOT
@@ -78,6 +78,16 @@ def test_numbers_and_texts_of_honest_files_are_taken_as_torch_takes_them(tmp_pat
         for key in ("global_steps", "dp_world_size", "client", "buffer_names"):
             assert theirs.get(key) == ours.get(key)
         opened(target.folder)
+
+
+def test_a_key_that_stands_twice_counts_with_its_last_value_as_in_torch(tmp_path: Path) -> None:
+    import torch
+
+    target, real = hostile.target("model states", tmp_path / "t")
+    twice = b"K\x07s" + encoded("global_steps", 2) + b"K\x09"
+    target.path.write_bytes(real.holding("global_steps", twice))
+    theirs = torch.load(target.path, weights_only=False)["global_steps"]
+    assert torchzip.read(target.path).root["global_steps"] == theirs == 9
 
 
 def test_a_wrong_crc32_of_what_no_weight_needs_is_found_by_verify(tmp_path: Path) -> None:

@@ -256,6 +256,20 @@ def test_a_shared_modules_buffer_of_one_element_is_no_placeholder(copy: Copy) ->
     check(source)
 
 
+@pytest.mark.parametrize("name", ["\ud800", "two\nlines"])
+def test_a_tied_name_that_no_file_can_hold_is_refused(
+    name: str, copy: Copy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found by fuzzing: a traceback where the header was written."""
+    source = copy("zero3-bf16-w2")
+    edit(
+        models(source)[0],
+        lambda state: state["shared_params"].update({name: next(iter(state["module"]))}),
+    )
+    run("to-fp32", source, "-o", source.with_name("m"), code=1)
+    assert f"holds the name {name!r}, which no file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_a_shared_modules_buffer_without_elements_keeps_its_type_under_each_name(
     copy: Copy, legacy: bool

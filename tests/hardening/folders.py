@@ -27,7 +27,7 @@ class Folder:
     def make(self, tree: Tree) -> None:
         """Makes the folder hold just this, and touches only what differs from what is there.
 
-        What is large and never written in place is a hard link.
+        What is large and never written in place is a hard link: what is hidden may be written so.
         """
         there = self.current
         differs = {p for p in there if p not in tree or type(tree[p]) is not type(there[p])}
@@ -46,7 +46,7 @@ class Folder:
                 target.mkdir()
             elif isinstance(held, str):
                 target.symlink_to(held)
-            elif len(held) >= LINKED and not path.endswith((".partial", "plan.json")):
+            elif len(held) >= LINKED and not path.endswith(".partial") and "/." not in f"/{path}":
                 os.link(self._blob(held), target)
             else:
                 target.write_bytes(held)

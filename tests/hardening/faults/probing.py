@@ -178,6 +178,7 @@ class Probe:
             return
         ended = self.run()
         if ended.status and not judging.same(judging.visible(now), judging.visible(new)):
+            self.folder.look()
             yield f"run again, exit {ended.status}: {ended.said.strip()}"
             return
         now = judging.below(self.folder.look(), "live")

@@ -75,6 +75,11 @@ def notes_on(source: zero.Checkpoint, target: Target) -> Iterator[str]:
         yield f"made for sub_group_size {target.sub_group_size}; the engine must have the same"
     if target.stage < 3 and target.dealt:
         yield "made for round_robin_gradients; the engine must have it, too"
+    if setting("zero_optimization", "offload_optimizer", "device") == "nvme":
+        yield (
+            "made for an engine whose optimizer is not on NVMe: that looks for files of its own "
+            "(offloaded_tensors), which are not made here"
+        )
     if target.stage < 3 and muon.trained(source.ranks[0].optimizer):
         kind = "BF16_Optimizer" if target.bf16 else "an optimizer that is not offloaded"
         yield (

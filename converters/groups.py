@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from converters import layout, muon, states
+from converters import layout, muon, states, zero3
 from converters.errors import CheckpointError
 from converters.states import Shape, State
 from converters.tensors import TensorRef
@@ -163,14 +163,11 @@ def _stage3(checkpoint: Checkpoint, tree: Any) -> Iterator[Group]:
         values: dict[str, dict[str, TensorRef]] = {}
         for index in indices:
             length = layout.length3(shapes[index], len(ranks))
-            masters = [groups[index] for groups in flats]
-            if any(master.numel != length for master in masters):
-                raise CheckpointError(
-                    f"{ranks[0].path}: sub-group {index} was offloaded to NVMe; resharding that "
-                    "is not supported yet",
-                    "unsupported",
-                )
-            held = [by_index.get(index, {}) for by_index in kept]
+            place, masters, held = checkpoint.place.folder, [], []
+            for rank, (state, groups, state_of) in enumerate(zip(ranks, flats, kept, strict=True)):
+                where = (place, state, rank, index, groups[index])
+                masters.append(zero3.vector(*where, length))
+                held.append(zero3.kept(*where, state_of.get(index, {}), length))
             found = _flats(checkpoint, f"sub-group {index}", masters, [length] * len(ranks), held)
             first = kept[0].get(indices[0], {})
             if held[0].keys() != first.keys() or any(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,20 @@ def test_stock_deepspeed_holds_the_bits_of_the_run_that_saved(world: int, tmp_pa
         scaler = source.ranks[0].optimizer["loss_scaler"].state
         assert said["scaler"]["cur_scale"] == scaler["cur_scale"]
         assert said["scaler"].get("cur_iter") == scaler.get("cur_iter")
+
+
+def test_what_was_on_nvme_is_loaded_by_an_engine_without(tmp_path: Path) -> None:
+    with tarfile.open(FIXTURES / "zero3-nvme.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    source, jobs = tmp_path / "zero3-nvme", []
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    for stage, zero_of in ((3, offload), (2, {})):
+        folder = reshard(source, tmp_path / f"{stage}", 1, stage)
+        job = {"folder": str(folder), "spec": source.name, "stage": stage, "zero": zero_of}
+        jobs.append({**job, "out": str(tmp_path / f"{stage}.safetensors")})
+    ranks("load", jobs, 1, tmp_path)
+    for job in jobs:
+        require_same(Path(str(job["out"])), source / "live.safetensors")
 
 
 def test_training_goes_on_over_three_topologies_as_if_nothing_had_happened(tmp_path: Path) -> None:

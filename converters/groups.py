@@ -64,7 +64,7 @@ def _stage12(checkpoint: Checkpoint, tree: Any) -> Iterator[Group]:
     plain = checkpoint.bf16_optimizer  # neither deals parameters out nor aligns them
     shuffled = checkpoint.model.setting("zero_optimization", "round_robin_gradients") is True
     shuffled = shuffled and not plain
-    partial = plain or muon.offloaded(checkpoint.model)
+    whole = muon.whole(checkpoint.model) and not plain
     aligned = ranks[0].optimizer.get("param_alignment_paddings") or [()] * len(shapes)
     nodes, options = _kept(tree["base_optimizer_state"])
     kept = [_kept(state.optimizer["base_optimizer_state"])[0] for state in ranks]
@@ -79,7 +79,7 @@ def _stage12(checkpoint: Checkpoint, tree: Any) -> Iterator[Group]:
         held = [by_group[index] for by_group in kept]
         where = f"group {index}"
         momenta: Sequence[TensorRef] = ()
-        if not partial and options and muon.uses(options[index]):
+        if whole and options and muon.uses(options[index]):
             momenta = _momenta(checkpoint, where, masters, held, named, paddings)
             held = [{k: v for k, v in of.items() if k != muon.MOMENTUM} for of in held]
         flats = _flats(checkpoint, where, masters, full, held)

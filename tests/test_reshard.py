@@ -52,7 +52,7 @@ REFUSED = {
 STAGES = {  # where stage 3 is refused
     "s1el": "elastic_checkpoint, which keeps no param",
     "zero1-elastic": "elastic_checkpoint, which keeps no param",
-    "s2muon": "Muon has sorted its parameters by shape",
+    "s2muon": "Muon sorts its parameters by shape",
 }
 PARTLESS = [
     ("zero0-bf16", "without ZeRO"),
@@ -341,6 +341,18 @@ def test_a_momentum_that_is_not_muons_is_refused(change: Any, why: str, tmp_path
 
     source = rewritten(FIXTURES / "corpus/s2muon", tmp_path / "s", changed)
     with pytest.raises(CheckpointError, match=why):
+        resharding.prepare(source, 3, output=tmp_path / "o")
+
+
+def test_of_a_muon_that_is_not_deepspeeds_nothing_is_taken_for_granted(tmp_path: Path) -> None:
+    """Neither whose elements its momentum has, nor that it sorts its parameters."""
+    source = tmp_path / "s"
+    shutil.copytree(FIXTURES / "corpus/s2muon", source)
+    for path in source.glob("global_step2/*.pt"):
+        root = torch.load(path, weights_only=False)
+        del root["ds_config"]["optimizer"]
+        torch.save(root, path)
+    with pytest.raises(CheckpointError, match="momentum_buffer of group 0 has 145 elements"):
         resharding.prepare(source, 3, output=tmp_path / "o")
 
 

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from test_reshard import held
 
 from ckpt import reshard as resharding
+from ckpt import universal
 from converters import zero
+from converters.errors import CheckpointError
 
 pytestmark = pytest.mark.xdist_group("training-more")
 JOBS = {  # world size: fixtures and the stage they become
@@ -174,6 +176,12 @@ def test_muon_goes_on_as_if_nothing_had_happened(
     for name, source in (("2-2", "2"), ("3-1", "3"), ("off-1", "off")):
         assert tensors(tmp_path / f"{name}-again") == tensors(tmp_path / source)
         assert trained(name, tmp_path) == pytest.approx(expected[3:6], rel=REDUCTION_ORDER)
+    folder = tmp_path / "3-universal"  # in the order of stages 1 and 2, whatever stage saved
+    universal.run(universal.prepare_to(tmp_path / "3", output=folder))
+    universal.run(universal.prepare_from(folder, 3, stage=1, output=tmp_path / "3-native"))
+    assert held(tmp_path / "3-native") == held(tmp_path / "3-1-start")
+    with pytest.raises(CheckpointError, match="keep to stage 3, or to stages 1 and 2"):
+        universal.prepare_from(folder, 1, stage=3)
     split = zero.read(tmp_path / "2-2").ranks
     buffers = [s.optimizer["base_optimizer_state"]["state"][0]["momentum_buffer"] for s in split]
     assert sum(buffer.numel for buffer in buffers) > sum(

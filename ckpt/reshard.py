@@ -75,11 +75,16 @@ def notes_on(source: zero.Checkpoint, target: Target) -> Iterator[str]:
         yield f"made for sub_group_size {target.sub_group_size}; the engine must have the same"
     if target.stage < 3 and target.dealt:
         yield "made for round_robin_gradients; the engine must have it, too"
-    if target.stage < 3 and muon.trained(source.ranks[0].optimizer):
-        kind = "BF16_Optimizer" if target.bf16 else "an optimizer that is not offloaded"
+    if setting("zero_optimization", "offload_optimizer", "device") == "nvme":
         yield (
-            f"Muon: made for {'an offloaded optimizer' if target.offloaded else kind}; the engine "
-            "must have the same, or DeepSpeed takes other elements for the momentum"
+            "made for an engine whose optimizer is not on NVMe: that looks for files of its own "
+            "(offloaded_tensors), which are not made here"
+        )
+    if target.stage < 3 and muon.deepspeeds(source.model):
+        here = "an optimizer that is not offloaded" if target.muon else "an offloaded optimizer"
+        yield (
+            f"Muon: made for {'BF16_Optimizer' if target.bf16 else here}; the engine must have the "
+            "same, or DeepSpeed takes other elements for the momentum"
         )
     if target.stage < 3 and setting("zero_optimization", "elastic_checkpoint"):
         yield "elastic_checkpoint: DeepSpeed asks for optimizers that count steps in their groups"

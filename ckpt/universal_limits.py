@@ -28,7 +28,7 @@ def notes(source: zero.Checkpoint, found: Sequence[Group]) -> Iterator[str]:
     if others or any(not group.values.keys() >= {*_ADAM} for group in found):
         kept = f"not {', '.join(others)}" if others else "and there is none"
         yield f"load_universal of stage 3 reads exp_avg and exp_avg_sq only, {kept}"
-    if any(muon.uses(group.options) for group in found) and not muon.offloaded(source.model):
+    if any(muon.uses(group.options) for group in found) and muon.whole(source.model):
         yield (
             "load_universal of stages 1 and 2 loads Muon's momentum for the elements of a rank; "
             "where a matrix is split between ranks the first step stops (exceeds dimension size)"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from converters import layout, muon, states
+from converters import layout, muon, states, zero3
 from converters.errors import CheckpointError
 from converters.states import Shape, State
 from converters.tensors import TensorRef
@@ -64,7 +64,7 @@ def _stage12(checkpoint: Checkpoint, tree: Any) -> Iterator[Group]:
     plain = checkpoint.bf16_optimizer  # neither deals parameters out nor aligns them
     shuffled = checkpoint.model.setting("zero_optimization", "round_robin_gradients") is True
     shuffled = shuffled and not plain
-    partial = plain or muon.offloaded(checkpoint.model)
+    whole = muon.whole(checkpoint.model) and not plain
     aligned = ranks[0].optimizer.get("param_alignment_paddings") or [()] * len(shapes)
     nodes, options = _kept(tree["base_optimizer_state"])
     kept = [_kept(state.optimizer["base_optimizer_state"])[0] for state in ranks]
@@ -79,7 +79,7 @@ def _stage12(checkpoint: Checkpoint, tree: Any) -> Iterator[Group]:
         held = [by_group[index] for by_group in kept]
         where = f"group {index}"
         momenta: Sequence[TensorRef] = ()
-        if not partial and options and muon.uses(options[index]):
+        if whole and options and muon.uses(options[index]):
             momenta = _momenta(checkpoint, where, masters, held, named, paddings)
             held = [{k: v for k, v in of.items() if k != muon.MOMENTUM} for of in held]
         flats = _flats(checkpoint, where, masters, full, held)
@@ -163,14 +163,11 @@ def _stage3(checkpoint: Checkpoint, tree: Any) -> Iterator[Group]:
         values: dict[str, dict[str, TensorRef]] = {}
         for index in indices:
             length = layout.length3(shapes[index], len(ranks))
-            masters = [groups[index] for groups in flats]
-            if any(master.numel != length for master in masters):
-                raise CheckpointError(
-                    f"{ranks[0].path}: sub-group {index} was offloaded to NVMe; resharding that "
-                    "is not supported yet",
-                    "unsupported",
-                )
-            held = [by_index.get(index, {}) for by_index in kept]
+            place, masters, held = checkpoint.place.folder, [], []
+            for rank, (state, groups, state_of) in enumerate(zip(ranks, flats, kept, strict=True)):
+                where = (place, state, rank, index, groups[index])
+                masters.append(zero3.vector(*where, length))
+                held.append(zero3.kept(*where, state_of.get(index, {}), length))
             found = _flats(checkpoint, f"sub-group {index}", masters, [length] * len(ranks), held)
             first = kept[0].get(indices[0], {})
             if held[0].keys() != first.keys() or any(

@@ -91,8 +91,8 @@ def _own(checkpoint: Checkpoint, rank: int, masters: Any, kept: Any) -> list[Any
     found = _ordered(kept)
     options = kept.get("param_groups", ()) if isinstance(kept, dict) else ()
     shapes = states.shapes(checkpoint.model, "param_shapes") or []
-    partial = checkpoint.bf16_optimizer or muon.offloaded(checkpoint.model)
-    for index, group in enumerate(() if partial else options):
+    whole = muon.whole(checkpoint.model) and not checkpoint.bf16_optimizer
+    for index, group in enumerate(options if whole else ()):
         buffer = (found[index] or {}).get(muon.MOMENTUM)
         if not muon.uses(group) or not isinstance(buffer, TensorRef):
             continue

@@ -41,16 +41,21 @@ def offloaded(model: State) -> bool:
     return device not in (None, "none") or model.setting(*zero, "cpu_offload") is True
 
 
+def deepspeeds(model: State) -> bool:
+    """Whether the optimizer is DeepSpeed's own Muon, by the configuration: of another that has
+    ``use_muon`` in its groups nothing is known."""
+    kind = model.setting("optimizer", "type")
+    return isinstance(kind, str) and kind.lower() == "muon"
+
+
+def whole(model: State) -> bool:
+    """Whether ranks of stage 1 or 2 keep the momentum for whole parameters."""
+    return deepspeeds(model) and not offloaded(model)
+
+
 def uses(options: Mapping[str, Any] | None) -> bool:
     """Whether a param group is one of matrices that Muon updates, not of those left to Adam."""
     return options is not None and options.get("use_muon") is True
-
-
-def trained(optimizer: Mapping[str, Any]) -> bool:
-    """Whether an ``optimizer_state_dict`` has groups that Muon updates."""
-    inner = optimizer.get("base_optimizer_state", optimizer.get("optimizer_state_dict"))
-    options = inner.get("param_groups") if isinstance(inner, dict) else None
-    return any(uses(group) for group in options or () if isinstance(group, dict))
 
 
 def ordered(shapes: Shapes) -> list[str]:

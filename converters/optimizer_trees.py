@@ -31,8 +31,8 @@ class Target:
 
     ``dealt`` is round_robin_gradients and ``aligned`` parameter_alignment, both of stages 1 and 2;
     ``sub_group_size`` is of stage 3. ``itemsize`` is that of the weights that are computed with.
-    ``bf16``: as BF16_Optimizer saves stage 1. ``offloaded``: whether the optimizer will be, which
-    matters to Muon.
+    ``bf16``: as BF16_Optimizer saves stage 1. ``muon``: whether the optimizer is one that keeps the
+    momentum of Muon for whole parameters in stages 1 and 2.
     """
 
     stage: int
@@ -42,7 +42,7 @@ class Target:
     sub_group_size: int = SUB_GROUP
     itemsize: int = 2
     bf16: bool = False
-    offloaded: bool = False
+    muon: bool = False
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2, 3) or self.world_size < 1 or self.sub_group_size < 1:
@@ -64,8 +64,8 @@ class Target:
 
     def whole(self, group: Group) -> str | None:
         """The state that ranks keep for whole parameters, if there is one: see ``muon``."""
-        partial = self.stage == 3 or self.bf16 or self.offloaded
-        return None if partial or not muon.uses(group.options) else muon.MOMENTUM
+        whole = self.muon and self.stage < 3 and not self.bf16 and muon.uses(group.options)
+        return muon.MOMENTUM if whole else None
 
 
 def as_given(groups: Sequence[Group], checkpoint: Checkpoint, target: Target) -> list[Group]:
@@ -80,15 +80,17 @@ def as_given(groups: Sequence[Group], checkpoint: Checkpoint, target: Target) ->
 def _as_given(group: Group, checkpoint: Checkpoint, target: Target) -> Group:
     if not muon.uses(group.options):
         return group
+    if (checkpoint.stage == 3) == (target.stage == 3):
+        return group
     names = muon.ordered(group.shapes)
-    if target.stage < 3:
+    if target.stage < 3 and muon.deepspeeds(checkpoint.model):
         return replace(group, shapes={name: group.shapes[name] for name in names})
     inside = [name for name in checkpoint.weights.tensors if name in group.shapes]
-    if checkpoint.stage < 3 and names != inside:
+    if names != inside or names != list(group.shapes):
         raise CheckpointError(
-            f"{checkpoint.place.folder}: Muon has sorted its parameters by shape, and under stage "
-            "3 it does so only if the model is not made under zero.Init: their order there is not "
-            "known, and DeepSpeed does not check it; reshard to stage 1 or 2",
+            f"{checkpoint.place.folder}: Muon sorts its parameters by shape, but under stage 3 "
+            "only if the model is not made under zero.Init: their order in the other stage is not "
+            "known, and DeepSpeed does not check it; keep to stage 3, or to stages 1 and 2",
             "unsupported",
         )
     return group

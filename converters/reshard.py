@@ -74,7 +74,7 @@ def target(
         sub_group_size or (int(found) if isinstance(found, (int, float)) else SUB_GROUP),
         min((ref.dtype.itemsize for ref in trained), default=2),
         plain,
-        muon.offloaded(checkpoint.model),
+        muon.whole(checkpoint.model),
     )
 
 

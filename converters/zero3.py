@@ -12,9 +12,10 @@ tensor. Source: DeepSpeed 0.19.8 ``runtime/zero/stage3.py``, ``runtime/swap_tens
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from converters import layout, states
 from converters.errors import CheckpointError
@@ -22,6 +23,7 @@ from converters.parameters import Parameters
 from converters.states import Shape, State
 from converters.tensors import DType, Extent, TensorRef
 
+SWAPPED = ".tensor.swp"  # how the names of files end that were on NVMe
 FROZEN = "frozen, and not saved under stage 3 before DeepSpeed 0.9.1"
 UNTRAINED = "without elements, in no param group, or left out by exclude_frozen_parameters"
 
@@ -41,7 +43,7 @@ def parameters(folder: Path, models: Sequence[State], ranks: Sequence[State]) ->
     masters: dict[str, TensorRef] = {}
     for index, named in enumerate(shapes):
         flats = [
-            _flat(folder, state, rank, index, groups[index], layout.length3(named, len(ranks)))
+            vector(folder, state, rank, index, groups[index], layout.length3(named, len(ranks)))
             for rank, (state, groups) in enumerate(zip(ranks, by_rank, strict=True))
         ]
         masters |= dict(layout.stage3(flats, named))
@@ -112,10 +114,13 @@ def _sub_groups(
     return cut
 
 
-def _flat(
+def vector(
     folder: Path, state: State, rank: int, index: int, flat: TensorRef, length: int
 ) -> TensorRef:
-    """A rank's vector of a sub-group, of exactly ``length`` elements, from wherever it lies."""
+    """A rank's vector of a sub-group, of exactly ``length`` elements, from wherever it lies.
+
+    ``folder`` is the tag's. ``CheckpointError`` if it is nowhere, or has another length.
+    """
     if flat.numel == length:
         return flat
     if flat.numel:
@@ -123,22 +128,55 @@ def _flat(
             f"sub-group {index} has {flat.numel} elements, expected {length}; the file is of "
             "another save"
         )
-    swapped = folder / "offloaded_tensors" / f"rank{rank:02d}"
+    return _swapped(folder, state, rank, index, flat, "", DType.F32, length)
+
+
+def kept(
+    folder: Path,
+    state: State,
+    rank: int,
+    index: int,
+    flat: TensorRef,
+    held: Mapping[str, Any],
+    length: int,
+) -> Mapping[str, Any]:
+    """What the optimizer keeps of a sub-group: where ``flat`` is on NVMe, its tensors are, too."""
+    if flat.numel == length:
+        return held
+    return {
+        key: _swapped(folder, state, rank, index, flat, f"{key}-", value.dtype, length)
+        if isinstance(value, TensorRef) and value.shape == (0,)
+        else value
+        for key, value in held.items()
+    }
+
+
+def _swapped(
+    folder: Path,
+    state: State,
+    rank: int,
+    index: int,
+    flat: TensorRef,
+    prefix: str,
+    dtype: DType,
+    length: int,
+) -> TensorRef:
+    """A tensor of a sub-group in its own file; ``prefix`` tells which."""
     stem = flat.attributes.get("ds_id")
-    path = swapped / f"{stem}.tensor.swp"
-    if not isinstance(stem, str) or "/" in stem or not path.is_file():
+    path = folder / "offloaded_tensors" / f"rank{rank:02d}" / f"{prefix}{stem}{SWAPPED}"
+    if not isinstance(stem, str) or "/" in f"{prefix}{stem}" or not path.is_file():
         raise CheckpointError(
             f"{state.path}: sub-group {index} was offloaded to NVMe, but its file {path} is "
             "missing; copy the folder offloaded_tensors of every rank here",
             "incomplete",
         )
-    nbytes = length * DType.F32.itemsize
+    nbytes = length * dtype.itemsize
     if not nbytes <= path.stat().st_size < nbytes + (1 << 20):
         raise CheckpointError(
             f"{path} has {path.stat().st_size} bytes, expected {nbytes} and some padding; "
             "it is cut short or of another save"
         )
-    return TensorRef(DType.F32, (length,), (Extent(path, 0, nbytes),))
+    return TensorRef(dtype, (length,), (Extent(path, 0, nbytes),))
 
 
 def _add_frozen(models: Sequence[State], found: Parameters) -> None:

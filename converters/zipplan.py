@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters import layout, torchzip
+from converters import layout, torchzip, zero3
 from converters.archive import Archive
 from converters.pickling import dumps
 from converters.plan import Entry, Plan, Shard
-from converters.tensors import Checksum, TensorRef
+from converters.tensors import Checksum, Extent, TensorRef
 from converters.trees import Storage
 
 ALIGNMENT = 4096
@@ -48,12 +48,16 @@ def plan(shards: Sequence[Shard]) -> Plan:
 def _checksums(shards: Sequence[Shard]) -> tuple[Checksum, ...]:
     """The records of torch files that shards take bytes from."""
     found: dict[Path, set[int]] = {}
+    ends: dict[Path, int] = {}
     for placement in (placement for shard in shards for placement in shard.placements):
-        extents = placement.source.extents
-        for extent in (extent for extent in extents if extent.length):
+        for extent in (extent for extent in placement.source.extents if extent.length):
             found.setdefault(extent.path, set()).add(extent.offset)
+            ends[extent.path] = max(ends.get(extent.path, 0), extent.end)
     used: list[Checksum] = []
     for path in sorted(found.keys() - {layout.ZEROS}):
+        if path.name.endswith(zero3.SWAPPED):  # raw bytes: nobody noted what they should be
+            used.append(Checksum(Extent(path, 0, ends[path]), None))
+            continue
         held = torchzip.read(path).checksums
         indices = {bisect_right(held, at, key=lambda c: c.extent.offset) - 1 for at in found[path]}
         used += [held[index] for index in sorted(indices)]

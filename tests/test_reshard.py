@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import tarfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ REFUSED = {
 STAGES = {  # where stage 3 is refused
     "s1el": "elastic_checkpoint, which keeps no param",
     "zero1-elastic": "elastic_checkpoint, which keeps no param",
-    "s2muon": "Muon has sorted its parameters by shape",
+    "s2muon": "Muon sorts its parameters by shape",
 }
 PARTLESS = [
     ("zero0-bf16", "without ZeRO"),
@@ -343,6 +344,18 @@ def test_a_momentum_that_is_not_muons_is_refused(change: Any, why: str, tmp_path
         resharding.prepare(source, 3, output=tmp_path / "o")
 
 
+def test_of_a_muon_that_is_not_deepspeeds_nothing_is_taken_for_granted(tmp_path: Path) -> None:
+    """Neither whose elements its momentum has, nor that it sorts its parameters."""
+    source = tmp_path / "s"
+    shutil.copytree(FIXTURES / "corpus/s2muon", source)
+    for path in source.glob("global_step2/*.pt"):
+        root = torch.load(path, weights_only=False)
+        del root["ds_config"]["optimizer"]
+        torch.save(root, path)
+    with pytest.raises(CheckpointError, match="momentum_buffer of group 0 has 145 elements"):
+        resharding.prepare(source, 3, output=tmp_path / "o")
+
+
 def test_muons_momentum_has_the_name_of_its_parameter(tmp_path: Path) -> None:
     """As ckpt.open gives it, whatever ranks it is cut up for."""
     source = FIXTURES / "corpus/s2muon"
@@ -368,6 +381,46 @@ def test_bf16_optimizer_becomes_what_the_engine_of_each_stage_has(tmp_path: Path
     older = FIXTURES / "corpus/o0_16_9_s0bf"  # stage 0, which has another optimizer since 0.18
     folder = go(older, tmp_path / "older", 2, 1)
     assert zero.read(folder).stage == 1 and held(folder) == held(older)
+
+
+@pytest.fixture
+def on_nvme(tmp_path: Path) -> Path:
+    """A checkpoint of two ranks, whose larger sub-group was on NVMe."""
+    with tarfile.open(FIXTURES / "zero3-nvme.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "zero3-nvme"
+
+
+def test_states_that_were_on_nvme_are_in_the_files_afterwards(
+    on_nvme: Path, tmp_path: Path
+) -> None:
+    expected = held(on_nvme)
+    kinds = [key[1] for key in expected if isinstance(key, tuple)]
+    assert kinds.count("exp_avg") > 5
+    planned = resharding.prepare(on_nvme, 3, stage=2, output=tmp_path / "there")
+    assert any("whose optimizer is not on NVMe" in note for note in planned.notes)
+    checks = resharding.run(planned)["checks"]
+    swapped = (on_nvme / "global_step2/offloaded_tensors").rglob("*.swp")
+    assert 0 < checks["no_crc32_bytes"] <= sum(path.stat().st_size for path in swapped)
+    assert held(tmp_path / "there") == expected
+    back = go(tmp_path / "there", tmp_path / "back", 2, 3)
+    assert held(back) == expected
+    assert not list(back.rglob("*.swp"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "why"),
+    [
+        ("exp_avg-0_11.tensor.swp", Path.unlink, "exp_avg-0_11.tensor.swp is missing"),
+        ("exp_avg_sq-0_11.tensor.swp", lambda p: os.truncate(p, 4096), "has 4096 bytes, expected"),
+    ],
+)
+def test_a_state_that_was_on_nvme_and_is_lost_is_refused(
+    name: str, change: Any, why: str, on_nvme: Path, tmp_path: Path
+) -> None:
+    change(on_nvme / "global_step2/offloaded_tensors/rank01" / name)
+    with pytest.raises(CheckpointError, match=why):
+        resharding.prepare(on_nvme, 3, output=tmp_path / "o")
 
 
 def test_an_optimizer_without_state_has_none_afterwards(tmp_path: Path) -> None:

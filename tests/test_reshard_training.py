@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from safetensors.torch import load_file
 from test_reshard import held
 
 from ckpt import reshard as resharding
+from ckpt import universal
 from converters import zero
+from converters.errors import CheckpointError
 
 pytestmark = pytest.mark.xdist_group("training-more")
 JOBS = {  # world size: fixtures and the stage they become
@@ -78,6 +81,20 @@ def test_stock_deepspeed_holds_the_bits_of_the_run_that_saved(world: int, tmp_pa
         scaler = source.ranks[0].optimizer["loss_scaler"].state
         assert said["scaler"]["cur_scale"] == scaler["cur_scale"]
         assert said["scaler"].get("cur_iter") == scaler.get("cur_iter")
+
+
+def test_what_was_on_nvme_is_loaded_by_an_engine_without(tmp_path: Path) -> None:
+    with tarfile.open(FIXTURES / "zero3-nvme.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    source, jobs = tmp_path / "zero3-nvme", []
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    for stage, zero_of in ((3, offload), (2, {})):
+        folder = reshard(source, tmp_path / f"{stage}", 1, stage)
+        job = {"folder": str(folder), "spec": source.name, "stage": stage, "zero": zero_of}
+        jobs.append({**job, "out": str(tmp_path / f"{stage}.safetensors")})
+    ranks("load", jobs, 1, tmp_path)
+    for job in jobs:
+        require_same(Path(str(job["out"])), source / "live.safetensors")
 
 
 def test_training_goes_on_over_three_topologies_as_if_nothing_had_happened(tmp_path: Path) -> None:
@@ -159,6 +176,12 @@ def test_muon_goes_on_as_if_nothing_had_happened(
     for name, source in (("2-2", "2"), ("3-1", "3"), ("off-1", "off")):
         assert tensors(tmp_path / f"{name}-again") == tensors(tmp_path / source)
         assert trained(name, tmp_path) == pytest.approx(expected[3:6], rel=REDUCTION_ORDER)
+    folder = tmp_path / "3-universal"  # in the order of stages 1 and 2, whatever stage saved
+    universal.run(universal.prepare_to(tmp_path / "3", output=folder))
+    universal.run(universal.prepare_from(folder, 3, stage=1, output=tmp_path / "3-native"))
+    assert held(tmp_path / "3-native") == held(tmp_path / "3-1-start")
+    with pytest.raises(CheckpointError, match="keep to stage 3, or to stages 1 and 2"):
+        universal.prepare_from(folder, 1, stage=3)
     split = zero.read(tmp_path / "2-2").ranks
     buffers = [s.optimizer["base_optimizer_state"]["state"][0]["momentum_buffer"] for s in split]
     assert sum(buffer.numel for buffer in buffers) > sum(

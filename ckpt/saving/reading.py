@@ -227,4 +227,4 @@ def need(engine: Any, files: list[Path]) -> Need:
     most stays where the engine computes in host memory or keeps its optimizer there."""
     sizes = [0 if is_mappable(path) else path.stat().st_size for path in files]
     here = engine.device.type == "cpu" or bool(engine.zero_cpu_offload())
-    return Need(sum(sizes), sum(sizes[1:]) if here else 0)
+    return Need(sum(sizes), sum(sizes[1:] or sizes) if here else 0)

@@ -82,12 +82,16 @@ def native_tag(source: Universal) -> str:
     return reshard.tag_folder(source.checkpoint).removesuffix(SUFFIX) or "universal"
 
 
+def whole_of(checkpoint: Checkpoint) -> Target:
+    """What the model file of stages 1 and 2 is made for; its order is that of the folder."""
+    return reshard.target(checkpoint, min(checkpoint.stage or 1, 2), checkpoint.world_size)
+
+
 def _to_universal(checkpoint: Checkpoint) -> Plan:
-    stage, world = min(checkpoint.stage or 1, 2), checkpoint.world_size
-    whole = reshard.target(checkpoint, stage, world)  # also refuses what has no partitions
+    whole = whole_of(checkpoint)  # also refuses what has no partitions
     parted = reshard.target(checkpoint, 3, 1)
     tree = trees.read(checkpoint.ranks[0].path).root
-    found = groups.read(checkpoint, tree)
+    found = optimizer_trees.as_given(groups.read(checkpoint, tree), checkpoint, whole)
     if any(group.options is None for group in found):
         raise CheckpointError(
             f"{checkpoint.place.folder} was saved with elastic_checkpoint, which keeps no param "

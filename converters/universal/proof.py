@@ -37,6 +37,7 @@ from converters.universal.planning import (
     native_tag,
     parameter_files,
     universal_tag,
+    whole_of,
 )
 from converters.zero import Checkpoint
 
@@ -46,7 +47,7 @@ def to_universal(source: Checkpoint, plan: Plan, folder: Path) -> dict[str, int]
     made = universal.read(folder / universal_tag(source))
     inner = made.checkpoint.place.folder / "zero"
     tree = trees.read(source.ranks[0].path).root
-    held = groups.read(source, tree)
+    held = optimizer_trees.as_given(groups.read(source, tree), source, whole_of(source))
     back = Retrace(plan, folder)
     counts = _same(back, source, held, made.checkpoint, made.groups)
     retrace.prove_rest(back, common(tree, held), made.common, set(), inner)

@@ -31,8 +31,9 @@ def prepare(
 ) -> Rewriting:
     """Plans the same checkpoint for ``world_size`` ranks and a stage, its own by default.
 
-    Reads pickles, no tensors. ``sub_group_size`` (elements, stage 3) defaults to the run's own.
-    Raises ``CheckpointError`` for what is damaged, or cannot be cut up anew.
+    Reads pickles, and what ranks share of Muon's momentum. ``sub_group_size`` (elements, stage 3)
+    defaults to the run's own. Raises ``CheckpointError`` for what is damaged, or cannot be cut up
+    anew.
     """
     source = zero.read(checkpoint, tag)
     target = reshard.target(source, stage, world_size, sub_group_size)

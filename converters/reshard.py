@@ -99,8 +99,9 @@ def tag_folder(checkpoint: Checkpoint) -> str:
 
 
 def plan(checkpoint: Checkpoint, wanted: Target) -> Plan:
-    """The files of the tag, named relative to the save_dir. Reads pickles, no tensors.
+    """The files of the tag, named relative to the save_dir.
 
+    Reads pickles; of tensors only Muon's momentum of matrices that ranks share (``muon``).
     ``CheckpointError`` for what cannot be cut up anew.
     """
     otherwise = "a file is damaged or of another save; ckpt verify tells more"

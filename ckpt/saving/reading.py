@@ -134,7 +134,7 @@ def _ending(engine: Any, turn: Turn | None) -> Iterator[None]:
 
     That is when it returns or, under stage 3, before the optimizer gathers what all ranks keep.
     """
-    if turn is None:
+    if turn is None or not turn.reads:  # all is mapped
         yield
         return
     load, optimizer = engine.load_checkpoint, engine.optimizer

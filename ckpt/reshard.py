@@ -14,7 +14,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from hashlib import sha256
@@ -23,6 +22,7 @@ from typing import Any
 
 from ckpt import __version__, model_folder, staging
 from ckpt.runs import locks, manifest
+from ckpt.runs.run import require_read
 from converters import files, reshard, retrace, stream, zero
 from converters.errors import CheckpointError
 from converters.optimizer_trees import Target
@@ -198,10 +198,13 @@ def _complete(resharding: Resharding, made: Path) -> None:
     for inner in {path.parent for path in made.rglob("*")}:
         files.sync_folder(inner)
     files.write_file(made / "latest", resharding.tag.encode())
-    with suppress(CheckpointError):  # there is no manifest, or none that anybody could use
+    try:
         held = manifest.read(resharding.home)
-        if held.tag == resharding.tag:
-            files.write_file(made / manifest.NAME, _sealed(resharding, held, made).dumps())
+    except CheckpointError as error:  # there is none, or none that anybody could use
+        require_read(error)
+        return
+    if held.tag == resharding.tag:
+        files.write_file(made / manifest.NAME, _sealed(resharding, held, made).dumps())
 
 
 def copy_companions(companions: Iterable[tuple[Path, str]], made: Path) -> None:

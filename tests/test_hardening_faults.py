@@ -125,6 +125,19 @@ def test_a_disk_that_fails_for_good_behind_the_last_rename_leaves_a_whole_output
     assert probe.check(fault) == [] and set(probe.ends) == {"failed"}
 
 
+def test_a_reshard_that_cannot_read_the_manifest_fails_and_does_not_do_without(
+    forks: Forks, tmp_path: Path
+) -> None:
+    """Found by ``harden.py --every``: the output was there, not committed, with exit code 0."""
+    (scene,) = (scene for scene in scenes() if scene.name == "reshard stage")
+    scene = replace(scene, args=lambda base, args=scene.args: [*args(base), "--workers", 1])
+    probe = Probe(scene, tmp_path / "scene", forks)
+    reads = (f for f in probe.faults() if f.kind == "eio" and f.call.endswith(" manifest.json"))
+    found = [fault for fault in reads if fault.call.split()[0] in ("open-", "read")]
+    assert found and [line for fault in found for line in probe.check(fault)] == []
+    assert set(probe.ends) == {"failed"}
+
+
 CLAIM = """
 import sys
 from pathlib import Path

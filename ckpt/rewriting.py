@@ -16,7 +16,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from hashlib import sha256
@@ -25,6 +24,7 @@ from typing import Any
 
 from ckpt import __version__, model_folder, staging
 from ckpt.runs import locks, manifest
+from ckpt.runs.run import require_read
 from converters import files, reshard, retrace, stream, universal, zero
 from converters.errors import CheckpointError
 from converters.optimizer_trees import Target
@@ -191,11 +191,13 @@ def _complete(rewriting: Rewriting, made: Path) -> None:
     files.write_file(made / rewriting.pointer, rewriting.tag.encode())
     if rewriting.target is None or isinstance(rewriting.source, Universal):
         return
-    with suppress(CheckpointError):  # there is no manifest, or none that anybody could use
+    try:
         held = manifest.read(rewriting.home)
-        if held.tag == rewriting.tag:
-            sealed = _sealed(held, rewriting.target, made)
-            files.write_file(made / manifest.NAME, sealed.dumps())
+    except CheckpointError as error:  # there is none, or none that anybody could use
+        require_read(error)
+        return
+    if held.tag == rewriting.tag:
+        files.write_file(made / manifest.NAME, _sealed(held, rewriting.target, made).dumps())
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -47,6 +47,7 @@ class Interpreter:
         self.data, self.builders, self.persistent = data, builders, persistent
         self.where = where
         self.at = self.held = self.marks = 0
+        self.tupled = self.deep = 0
         self.puts: int = 0
         self.gets = gets(data)
         self.storages: set[Any] = set()
@@ -263,6 +264,10 @@ class Interpreter:
         self.set_items(pairs)
 
     def tuple_of(self, count: int) -> None:
+        self.deep = self.deep + 1 if self.at == self.tupled + 1 else 0  # one right in another
+        self.tupled = self.at
+        if self.deep > nesting.MOST_DEEP:
+            self.odd(f"its pickle holds {self.deep} tuples in each other")
         items = tuple(self.stack[len(self.stack) - count :])
         if len(items) != count or MARK in items:
             self.fail("a tuple is short of items")

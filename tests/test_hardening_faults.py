@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults import faults
@@ -13,6 +17,7 @@ from faults.forks import Forks
 from hardening.faults.probing import Fault, Probe
 from hardening.notes import Notes, read
 from hardening.scenes import Scene, looking, marking, scenes
+from oracles import ROOT
 from run_folders import real
 
 SEED = 20250101  # another one: python scripts/harden.py --only faults --seed N
@@ -118,6 +123,48 @@ def test_a_disk_that_fails_for_good_behind_the_last_rename_leaves_a_whole_output
     last = max(op.number for op in probe.journal if op.call == "fsync")
     (fault,) = (f for f in probe.faults() if f.kind == "eio for good" and f.at == last)
     assert probe.check(fault) == [] and set(probe.ends) == {"failed"}
+
+
+def test_a_reshard_that_cannot_read_the_manifest_fails_and_does_not_do_without(
+    forks: Forks, tmp_path: Path
+) -> None:
+    """Found by ``harden.py --every``: the output was there, not committed, with exit code 0."""
+    (scene,) = (scene for scene in scenes() if scene.name == "reshard stage")
+    scene = replace(scene, args=lambda base, args=scene.args: [*args(base), "--workers", 1])
+    probe = Probe(scene, tmp_path / "scene", forks)
+    reads = (f for f in probe.faults() if f.kind == "eio" and f.call.endswith(" manifest.json"))
+    found = [fault for fault in reads if fault.call.split()[0] in ("open-", "read")]
+    assert found and [line for fault in found for line in probe.check(fault)] == []
+    assert probe.ends["failed"]  # a lock that cannot be had is none
+
+
+CLAIM = """
+import sys
+from pathlib import Path
+from ckpt.runs.locks import claimed
+try:
+    claimed(Path(sys.argv[1]))
+except OSError as error:
+    sys.exit(f"{error.filename}: {error.strerror}")
+"""
+
+
+def test_what_a_save_left_and_cannot_be_removed_is_named_with_its_folder(tmp_path: Path) -> None:
+    """Found by ``harden.py --every``: only the last part of the path was said."""
+    folder = tmp_path / "run/.checkpoint-2.saving"
+
+    def claim(**fault: Any) -> str:
+        (folder / "global_step2").mkdir(parents=True, exist_ok=True)
+        (folder / "global_step2/a.pt").write_bytes(b"left")
+        env = os.environ | faults.environment(folder, **fault) | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", CLAIM, str(folder)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        return done.stderr
+
+    assert claim(log=tmp_path / "log") == ""
+    (removal,) = (op for op in faults.journal(tmp_path / "log") if op.path.endswith("a.pt"))
+    said = claim(at=removal.number, do="eio")
+    assert said == f"{folder}/global_step2: Input/output error\n"
 
 
 def test_a_long_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:

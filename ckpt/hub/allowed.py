@@ -8,6 +8,7 @@ and these import from their own folder, as transformers 5.23 fetches it (``dynam
 from __future__ import annotations
 
 import ast
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import Any
 
 from ckpt import model_folder
 from ckpt.hub.items import unfit
-from converters import bounded_json
 from converters.errors import CheckpointError
 
 CARD = "README.md"
@@ -167,7 +167,7 @@ def read_object(root: Path, name: str) -> dict[str, Any]:
     if not (root / name).is_file() or refusal(root, name) is not None:
         return {}
     try:
-        content = bounded_json.loads((root / name).read_bytes())
-    except (OSError, ValueError):
+        content = json.loads((root / name).read_bytes())  # the Trainer writes NaN
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

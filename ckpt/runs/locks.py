@@ -153,7 +153,11 @@ def claimed(folder: Path) -> Lock:
             raise
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                error.filename = str(path)  # it names what is inside without its folders
+                raise
         elif path.name != LOCK:
             path.unlink()
     return lock

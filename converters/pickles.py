@@ -44,10 +44,8 @@ class Interpreter:
     """
 
     def __init__(self, data: bytes, builders: Builders, persistent: Persistent, where: str):
-        self.data, self.builders, self.persistent = data, builders, persistent
-        self.where = where
-        self.at = self.held = self.marks = 0
-        self.tupled = self.deep = 0
+        self.data, self.builders, self.persistent, self.where = data, builders, persistent, where
+        self.at = self.held = self.marks = self.tupled = self.deep = 0
         self.puts: int = 0
         self.gets = gets(data)
         self.storages: set[Any] = set()

@@ -262,8 +262,7 @@ class Interpreter:
         self.set_items(pairs)
 
     def tuple_of(self, count: int) -> None:
-        self.deep = self.deep + 1 if self.at == self.tupled + 1 else 0  # one right in another
-        self.tupled = self.at
+        self.deep, self.tupled = (self.deep + 1 if self.at == self.tupled + 1 else 0), self.at
         if self.deep > nesting.MOST_DEEP:
             self.odd(f"its pickle holds {self.deep} tuples in each other")
         items = tuple(self.stack[len(self.stack) - count :])

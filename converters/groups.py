@@ -125,13 +125,7 @@ def _momenta(
     none = layout.zeros(held[0].dtype, 0)  # what a rank has that has padding alone
     buffers = [buffer if isinstance(buffer, TensorRef) else none for buffer in found]
     for state, buffer, mine in zip(checkpoint.ranks, buffers, parts, strict=True):
-        numel, wanted = buffer.numel, muon.whole_numel(shapes, mine)
-        if numel != wanted:
-            raise CheckpointError(
-                f"{state.path}: Muon's {muon.MOMENTUM} of {where} has {numel} elements, the "
-                f"parameters that this rank has parts of have {wanted}: {_ANEW}",
-                "unsupported",
-            )
+        muon.require_whole(state.path, where, buffer, shapes, mine, _ANEW)
     own = [
         muon.own(buffer, shapes, mine, master.numel)
         for buffer, mine, master in zip(buffers, parts, masters, strict=True)

@@ -100,12 +100,8 @@ def _own(checkpoint: Checkpoint, rank: int, masters: Any, kept: Any) -> list[Any
         aligned = checkpoint.ranks[0].optimizer.get("param_alignment_paddings")
         paddings = aligned[index] if aligned else ()
         parts = muon.parts(shapes[index], rank * first, first, paddings)
-        if buffer.numel != muon.whole_numel(shapes[index], parts):
-            raise CheckpointError(
-                f"{checkpoint.ranks[rank].path}: Muon's {muon.MOMENTUM} of group {index} is not "
-                "that of the whole parameters: it is not known whose elements it has",
-                "unsupported",
-            )
+        path, what = checkpoint.ranks[rank].path, "it is not known whose elements it has"
+        muon.require_whole(path, f"group {index}", buffer, shapes[index], parts, what)
         own = muon.own(buffer, shapes[index], parts, masters[index].numel)
         found[index] = {**found[index], muon.MOMENTUM: own}
     return found

@@ -22,9 +22,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from converters import files, layout
+from converters.errors import CheckpointError
 from converters.layout import Shapes
 from converters.states import State
 from converters.tensors import TensorRef
@@ -79,9 +81,20 @@ def parts(shapes: Shapes, start: int, run: int, paddings: Sequence[int] = ()) ->
     return found
 
 
-def whole_numel(shapes: Shapes, held: Sequence[Part]) -> int:
-    """Elements of the buffer of a rank that has these parts."""
-    return sum(prod(shapes[name]) for name, *_ in held)
+def require_whole(
+    path: Path, where: str, buffer: TensorRef, shapes: Shapes, held: Sequence[Part], what: str
+) -> None:
+    """``CheckpointError`` unless the buffer in a rank's file is as long as these parts, whole.
+
+    ``where`` names the group, ``what`` says what does not go on then.
+    """
+    wanted = sum(prod(shapes[name]) for name, *_ in held)
+    if buffer.numel != wanted:
+        raise CheckpointError(
+            f"{path}: Muon's {MOMENTUM} of {where} has {buffer.numel} elements, the parameters "
+            f"that this rank has parts of have {wanted}: {what}",
+            "unsupported",
+        )
 
 
 def own(buffer: TensorRef, shapes: Shapes, held: Sequence[Part], numel: int) -> TensorRef:

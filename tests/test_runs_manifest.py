@@ -21,21 +21,16 @@ from oracles import FIXTURES
 from run_folders import SOURCE, listed, real
 
 from ckpt.runs import manifest
-from ckpt.runs.manifest import File, Manifest
+from ckpt.runs.manifest import File
 from ckpt.runs.run import Run
 from converters.errors import CheckpointError
 
-PLAIN = Manifest(
-    step=500,
-    tag="global_step500",
-    tier="full",
-    save="0123456789abcdef",
+PLAIN = replace(
+    records.WHOLE,
     created=1.5,
-    stage=2,
-    world_size=2,
+    versions={},
     metrics={"eval_loss": 1.9, "perplexity": math.nan, "worst": math.inf, "least": -math.inf},
     progress={"lr": [1e-3], "loss_scale": None},
-    files={"model.safetensors": File(3, "crc32:00000000"), "a/b.pt": File(1, "zip:" + "0" * 64)},
 )
 HERE = Path("out/checkpoint-500/manifest.json")
 

@@ -18,6 +18,7 @@ from typing import Any
 from ckpt import model_folder
 from ckpt.hub.items import unfit
 from converters.errors import CheckpointError
+from converters.files import named
 
 CARD = "README.md"
 _ALSO = (CARD, "LICENSE", "LICENSE.txt", "LICENSE.md")
@@ -130,8 +131,10 @@ def _code(root: Path) -> tuple[set[str], list[str]]:
             )
             continue
         found.add(name)
+        with named(root / name):
+            source = (root / name).read_bytes()
         try:
-            rest += [(inner, name) for inner in _imports((root / name).read_bytes())]
+            rest += [(inner, name) for inner in _imports(source)]
         except (SyntaxError, ValueError, RecursionError):
             warnings.append(f"{root / name} is no Python; what it imports is not sent")
     return found, list(dict.fromkeys(warnings))
@@ -163,11 +166,16 @@ def _imports(source: bytes) -> list[str]:
 
 
 def read_object(root: Path, name: str) -> dict[str, Any]:
-    """A JSON object beside the weights; empty where there is none that can be read and sent."""
+    """A JSON object beside the weights; empty where there is none that may be sent, and is JSON.
+
+    ``OSError`` if it cannot be read: what it names would be left out.
+    """
     if not (root / name).is_file() or refusal(root, name) is not None:
         return {}
+    with named(root / name):
+        data = (root / name).read_bytes()
     try:
-        content = json.loads((root / name).read_bytes())  # the Trainer writes NaN
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(data)  # the Trainer writes NaN
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -28,6 +28,7 @@ from ckpt.runs import manifest
 from ckpt.runs.run import Checkpoint
 from converters import folder, safetensors
 from converters.errors import CheckpointError
+from converters.files import named
 from converters.plan import Shard
 from converters.tensors import DType, TensorRef
 
@@ -249,7 +250,8 @@ def _suspicions(root: Path, items: Sequence[Item]) -> Iterator[str]:
         if isinstance(path, bytes):
             where, text = item.name, path
         elif path.stat().st_size <= secrets.LARGEST:
-            where, text = str(path), path.read_bytes()
+            with named(path):
+                where, text = str(path), path.read_bytes()
         else:
             yield f"{path} is too large to be looked through for secrets"
             continue

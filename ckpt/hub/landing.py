@@ -178,7 +178,7 @@ def require(seen: Remote, found: dict[str, Held], change: Change) -> None:
     """``CheckpointError`` unless a tree holds all that was sent and nothing that was deleted."""
     for one in change.sent:
         held = found.get(one.path)
-        if held is None or not held.is_content(one.nbytes, one.sha256, one.source):
+        if held is None or not held.is_known(one.nbytes, one.sha256, one.blob):
             what = "is not there" if held is None else f"has {held.size:,} bytes of other content"
             raise CheckpointError(
                 f"{seen.repo}: {one.path} {what} after the commit, expected {one.nbytes:,} bytes "

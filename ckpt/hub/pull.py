@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,21 +97,29 @@ def pull(
             raise CheckpointError(f"{repo}@{branch} has no files in {place or 'it'}", "incomplete")
         with _staged(folder) as staging:
             require_room(staging, sum(one.size for one in held.values()), "name another folder")
-            api.snapshot_download(
+            bring = partial(
+                api.snapshot_download,
                 repo,
                 revision=oid,
                 local_dir=staging,
                 allow_patterns=[f"{place}*"] if place else None,
             )
+            with refusals.at(staging):
+                bring()
             _drop_others(staging, held)
             for name, one in held.items():
-                _require_same(repo, staging / name, one)
+                if not _is_same(staging / name, one):  # an interrupted pull left it, or a disk
+                    (staging / name).unlink(missing_ok=True)
+                    with refusals.at(staging):
+                        bring()
+                    _require_same(repo, staging / name, one)
                 progress(one.size)
             root = staging / place if place else staging
             step = _require_committed(root)
-            shutil.rmtree(staging / CACHE, ignore_errors=True)
+            _remove(staging / CACHE)
             _sync(root)
             (staging / LOCK).unlink()
+            files.sync_folder(staging)
             os.rename(root, folder)
             files.sync_folder(folder.absolute().parent)
     found = {name[len(place) :]: one for name, one in held.items()}
@@ -148,6 +157,8 @@ def _staged(folder: Path) -> Iterator[Path]:
     if lock is None:
         raise CheckpointError(f"{staging} is in use: another pull makes {folder}", "output")
     with lock:
+        for cut in (staging / CACHE).rglob("*.incomplete"):  # the client does not go on with them
+            cut.unlink()
         yield staging
     shutil.rmtree(staging, ignore_errors=True)  # of a folder of the repository, what is around it
 
@@ -165,12 +176,19 @@ def _drop_others(staging: Path, held: dict[str, Held]) -> None:
             path.unlink()
 
 
+def _is_same(path: Path, held: Held) -> bool:
+    """Whether the file is what the Hub's list says."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    found = remote.sha256(path) if held.sha256 is not None else ""
+    return held.is_content(path.stat().st_size, found, path)
+
+
 def _require_same(repo: str, path: Path, held: Held) -> None:
     """``CheckpointError`` unless the file is what the Hub's list says; a wrong one is removed."""
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(f"{repo}: {path.name} did not come; pull again", "incomplete")
-    found = remote.sha256(path) if held.sha256 is not None else ""
-    if not held.is_content(path.stat().st_size, found, path):
+    if not _is_same(path, held):
         path.unlink()
         raise CheckpointError(
             f"{path} came with other bytes than {repo} lists ({held.size:,} bytes, "
@@ -191,13 +209,17 @@ def _require_committed(root: Path) -> int | None:
     return checkpoint.step
 
 
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        error.filename = str(folder)  # it names what is inside without its folders
+        raise
+
+
 def _sync(root: Path) -> None:
     """Makes what the client wrote durable."""
     for where, _, names in os.walk(root):
         for name in names:
-            fd = os.open(os.path.join(where, name), os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            files.sync_file(Path(where, name))
         files.sync_folder(Path(where))

@@ -26,6 +26,7 @@ from ckpt.report import size
 from ckpt.runs import locks, manifest
 from ckpt.runs.run import Checkpoint
 from converters.errors import CheckpointError
+from converters.files import named
 from converters.mover import Progress
 from converters.served import Serving
 
@@ -172,11 +173,11 @@ def _require_card(planned: Planned) -> None:
 
     for item in planned.items:
         if planned.place + item.name == CARD:
-            text = (
-                item.source
-                if isinstance(item.source, bytes)
-                else Path(str(item.source)).read_bytes()
-            )
+            text = item.source
+            if isinstance(text, Path):
+                with named(text):
+                    text = text.read_bytes()
+            assert isinstance(text, bytes)
             try:
                 card = ModelCard(text.decode())
                 patience.patient(partial(card.validate, repo_type="model"))

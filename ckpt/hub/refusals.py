@@ -5,14 +5,20 @@ Nothing of a request is repeated, so that no token and no signed address gets in
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from ckpt.hub.patience import status
 from converters.errors import CheckpointError
 
 LONGEST = 300  # characters of the Hub's own words
 AGAIN = "the same command goes on where it stopped"
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust ends the text of one
+_DISK = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT}
 LOGIN = "log in with hf auth login, or set HF_TOKEN"
 
 
@@ -36,6 +42,25 @@ def quiet() -> None:
 
 
 @contextmanager
+def at(*places: object) -> Iterator[None]:
+    """Has what the client says of a disk name the file that it worked on, or the folder of several.
+
+    Python's errors of reading and writing name none, and hf_xet's are text.
+    """
+    try:
+        yield
+    except Exception as error:
+        paths = [str(place) for place in places if isinstance(place, str | Path)]
+        for one in causes(error) if paths else ():
+            if isinstance(one, OSError):
+                if one.errno in _DISK and not one.filename:
+                    one.filename = os.path.commonpath(paths)
+            elif (found := _OS_ERROR.search(str(one))) and (number := int(found[1])) in _DISK:
+                raise OSError(number, os.strerror(number), os.path.commonpath(paths)) from error
+        raise
+
+
+@contextmanager
 def told(repo: str) -> Iterator[None]:
     """Turns what the client raises into ``CheckpointError``, and leaves everything else."""
     try:
@@ -51,10 +76,10 @@ def said(repo: str, error: BaseException) -> CheckpointError | None:
     import httpx2
     from huggingface_hub import errors
 
-    for one in _causes(error):
+    for one in causes(error):
         if isinstance(one, CheckpointError):
             return one
-    for one in _causes(error):
+    for one in causes(error):
         if isinstance(one, errors.HfHubHTTPError):
             return CheckpointError(_answer(repo, one), "output")
         if isinstance(one, errors.OfflineModeIsEnabled):
@@ -66,6 +91,9 @@ def said(repo: str, error: BaseException) -> CheckpointError | None:
         if isinstance(one, httpx2.TransportError):
             what = f"cannot reach the Hub ({type(one).__name__}: {_plain(one)})"
             return _output(f"{repo}: {what}; when the network is back, {AGAIN}")
+    for one in causes(error):
+        if isinstance(one, OSError) and one.filename and one.strerror:
+            return _output(f"{one.filename}: {one.strerror}; {AGAIN}")
     if _is_clients(error):
         return _output(f"{repo}: the Hub's client gave up ({_plain(error)}); {AGAIN}")
     return None
@@ -88,7 +116,8 @@ def _is_clients(error: BaseException) -> bool:
     return str(name).split(".")[0] in ("huggingface_hub", "hf_xet")
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

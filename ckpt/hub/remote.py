@@ -45,6 +45,11 @@ class Held:
             return self.sha256 == sha256
         return source is not None and self.blob == git_blob(source)
 
+    def is_known(self, size: int, sha256: str, blob: str | None) -> bool:
+        """Whether this is the file, by what was computed of it before."""
+        found = sha256 if self.sha256 is not None else blob
+        return self.size == size and found == (self.sha256 or self.blob)
+
 
 @dataclass(frozen=True, slots=True)
 class Remote:

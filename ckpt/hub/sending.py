@@ -10,6 +10,7 @@ Files and bytes that need no conversion go through ``HfApi.preupload_lfs_files``
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 
-from ckpt.hub import remote, transport
+from ckpt.hub import refusals, remote, transport
 from ckpt.hub.items import Item
 from ckpt.hub.journal import Journal
 from ckpt.hub.transport import Sent, Target
+from ckpt.runs import locks
 from converters import files
 from converters.errors import CheckpointError
 from converters.mover import Progress
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
 Way = Literal["xet", "lfs", "stage"]
+STAGED = ".ckpt-push-"  # and what mkdtemp adds, and .partial
 WAYS = ("auto", "xet", "lfs", "stage")
 
 
@@ -88,7 +91,7 @@ def send(
             else:
                 progress(item.nbytes)
             there = target.there(item)
-            if there and there.is_content(one.nbytes, one.sha256, one.source):
+            if there and there.is_known(one.nbytes, one.sha256, one.blob):
                 one = replace(one, operation=None)
             sent.append(one)
     return sent
@@ -112,30 +115,50 @@ def _send_files(target: Target, items: Sequence[Item], progress: Progress) -> li
         path, there = target.place + item.name, target.there(item)
         known = remote.sha256(item.source) if there and there.size == item.nbytes else ""
         if there and there.is_content(item.nbytes, known, item.source):
-            sent.append(Sent(path, item.nbytes, known, item.source, None, False))
+            blob = None if there.sha256 else there.blob
+            sent.append(Sent(path, item.nbytes, known, blob, None, False))
             progress(item.nbytes)
         else:
             given = item.source if isinstance(item.source, bytes) else item.source.absolute()
-            operations.append((item, CommitOperationAdd(path, given)))
+            with refusals.at(item.source):
+                operations.append((item, CommitOperationAdd(path, given)))
     _preupload(target, [operation for _, operation in operations])
     for item, operation in operations:
-        assert not isinstance(item.source, Shard)
-        found = operation.upload_info.sha256.hex()
-        sent.append(Sent(operation.path_in_repo, item.nbytes, found, item.source, operation, True))
+        with refusals.at(item.source):
+            sent.append(_taken(item, operation))
         progress(item.nbytes)
     return sent
 
 
-def _preupload(target: Target, operations: list[CommitOperationAdd], free: bool = False) -> None:
+def _preupload(target: Target, operations: list[CommitOperationAdd]) -> None:
+    """Sends what goes by LFS or Xet; what is not emptied by that goes with the commit."""
     if operations:
-        target.api.preupload_lfs_files(
-            target.repo,
-            operations,
-            revision=target.base,
-            create_pr=target.create_pr,
-            free_memory=free,
-        )
+        with refusals.at(*(operation.path_or_fileobj for operation in operations)):
+            target.api.preupload_lfs_files(
+                target.repo,
+                operations,
+                revision=target.base,
+                create_pr=target.create_pr,
+                free_memory=True,
+            )
         transport.require_wanted(target, operations)
+
+
+def _taken(item: Item, operation: CommitOperationAdd) -> Sent:
+    """A file whose bytes the client has taken, or holds here for the commit: then they are few.
+
+    So nothing is read when the commit is made, nor behind it, where an error would come too late.
+    """
+    blob = None
+    if operation.path_or_fileobj != b"" or not item.nbytes:
+        with operation.as_file() as file:
+            operation.path_or_fileobj = held = file.read()
+        operation.upload_info.sha256 = hashlib.sha256(held).digest()
+        blob = remote.git_blob(held)
+        if len(held) != item.nbytes:
+            raise CheckpointError(f"{item.name} changed while it was read; push again")
+    found = operation.upload_info.sha256.hex()
+    return Sent(operation.path_in_repo, item.nbytes, found, blob, operation, True)
 
 
 def _send_shard(
@@ -173,25 +196,34 @@ def _write(served: ServedShard, path: Path) -> None:
 
 def _upload(target: Target, item: Item, operation: CommitOperationAdd) -> Sent:
     """A shard by the public API; one that the Hub wants in the commit itself is small, and kept."""
-    held = None
-    _preupload(target, [operation], free=True)
-    if operation.path_or_fileobj != b"":  # ``free_memory`` empties what went by LFS or Xet
-        with operation.as_file() as file:
-            held = file.read()
-        operation.path_or_fileobj = held
-    found = operation.upload_info.sha256.hex()
-    return Sent(operation.path_in_repo, item.nbytes, found, held, operation, True)
+    _preupload(target, [operation])
+    return _taken(item, operation)
 
 
 @contextlib.contextmanager
 def _staging(stage: Path | None) -> Iterator[Path]:
-    """A folder of this push's own, gone when it ends."""
+    """A folder of this push's own, locked, gone when it ends; those of killed pushes go first."""
     if stage is None:
         yield Path()
         return
     stage.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".ckpt-push-", dir=stage))
+    for left in stage.glob(f"{STAGED}*.partial"):
+        if (dead := locks.exclusive(left)) is not None:
+            with dead:
+                if dead.fd is not None:  # where there are no locks, nobody can tell
+                    shutil.rmtree(left, ignore_errors=True)
+    folder, lock = _own(stage)
     try:
-        yield folder
+        with lock:
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own(stage: Path) -> tuple[Path, locks.Lock]:
+    """A new folder and its lock; one that another push took for a dead one's is made again."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=STAGED, suffix=".partial", dir=stage))
+        lock = locks.exclusive(folder)
+        if lock is not None and folder.is_dir():
+            return folder, lock

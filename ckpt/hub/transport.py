@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -60,13 +59,15 @@ class Target:
 class Sent:
     """A file that the Hub has now. ``operation`` commits it; ``None`` where it was in the branch.
 
-    ``source`` is ``None`` for a shard. ``moved`` is whether bytes were handed to the client.
+    ``blob`` is what git calls it, where it is in the commit itself: by that and ``sha256`` it is
+    known again behind the commit, and nothing is read for it. ``moved`` is whether bytes were
+    handed to the client.
     """
 
     path: str
     nbytes: int
     sha256: str
-    source: Path | bytes | None
+    blob: str | None
     operation: CommitOperationAdd | None
     moved: bool
 

@@ -5,7 +5,7 @@
         ended = forks.run(["to-fp32", folder], folder, at=17, do="eio", reads=1)
 
 The process runs with the library of ``faults`` preloaded and has a single thread, so that its
-forks are as good as fresh processes.
+forks are as good as fresh processes. What only its imports read of the environment is in ``env``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from faults import faults
 ROOT = Path(__file__).parents[2]
 LIMIT = 60.0  # seconds until a command counts as hung
 IMPORTED = "ckpt.cli", "ckpt.convert", "ckpt.reshard", "ckpt.report", "ckpt.runs.doctor", "isal"
+THREADED = ("hf_xet",)  # what starts a thread when it is imported: each fork does that itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +44,22 @@ class Ended:
 
 
 class Forks:
-    """The warm process, for as long as the block lasts."""
+    """The warm process, for as long as the block lasts.
+
+    ``env`` is its whole environment but for what is needed here, ``imported`` what it has beside
+    ``IMPORTED``.
+    """
+
+    def __init__(self, env: Mapping[str, str] | None = None, imported: Sequence[str] = ()):
+        self.env, self.imported = env, imported
 
     def __enter__(self) -> Forks:
-        found = os.environ | faults.environment(Path("/nowhere"))
+        found = dict(os.environ if self.env is None else self.env)
+        found |= faults.environment(Path("/nowhere"))
         found |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         found["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         pipe = subprocess.PIPE
-        command = [sys.executable, "-m", "faults.forks"]
+        command = [sys.executable, "-m", "faults.forks", *self.imported]
         self.process = subprocess.Popen(command, env=found, stdin=pipe, stdout=pipe, text=True)
         return self
 
@@ -60,14 +69,21 @@ class Forks:
         self.process.wait(LIMIT)
         self.process.stdout.close()
 
-    def run(self, args: Sequence[object], root: Path, stdout: bool = False, **fault: Any) -> Ended:
+    def run(
+        self,
+        args: Sequence[object],
+        root: Path,
+        stdout: bool = False,
+        env: Mapping[str, str] | None = None,
+        **fault: Any,
+    ) -> Ended:
         """Runs ``ckpt`` with ``args``; ``root`` and ``fault`` as ``faults.set_here`` takes them.
 
-        With ``stdout``, what it prints there is part of what it said.
+        With ``stdout``, what it prints there is part of what it said. ``env`` comes on top.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         asked = {"args": [str(arg) for arg in args], "root": str(root), "fault": fault}
-        asked["stdout"] = stdout
+        asked |= {"stdout": stdout, "env": dict(env or {})}
         self.process.stdin.write(json.dumps(asked, default=str) + "\n")
         self.process.stdin.flush()
         return Ended(**json.loads(self.process.stdout.readline()))
@@ -75,10 +91,12 @@ class Forks:
 
 def serve() -> None:
     """The life of the warm process."""
-    for name in IMPORTED:
+    for name in (*IMPORTED, *sys.argv[1:]):
         importlib.import_module(name)
     said = os.fdopen(os.memfd_create("said"), "w+b")
     for line in sys.stdin:
+        if len(os.listdir("/proc/self/task")) > 1:
+            raise RuntimeError("an import has started a thread, which no fork would have")
         pid = os.fork()
         if not pid:
             _be_command(json.loads(line), said.fileno())
@@ -93,7 +111,7 @@ def serve() -> None:
         print(json.dumps(ended | {"said": "\n".join(words if told else [*words, last])}))
         sys.stdout.flush()
         for name in modules.split() if status == 0 else ():
-            if name not in sys.modules:
+            if name not in sys.modules and name.partition(".")[0] not in THREADED:
                 with suppress(Exception):
                     importlib.import_module(name)
 
@@ -107,6 +125,7 @@ def _be_command(asked: dict[str, Any], said: int) -> None:
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         os.dup2(said if asked["stdout"] else 0, 1)
         os.dup2(said, 2)
+        os.environ.update(asked["env"])
         from ckpt.cli import main
         from ckpt.runs import doctor
 

@@ -108,9 +108,15 @@ class Hub:
     def _repo(self, repo: str, kind: str) -> Repo:
         return Repos(self.folder).get(kind, repo)
 
-    def _control(self, method: str, body: dict[str, Any] | None = None) -> None:
+    def reread(self) -> None:
+        """Has the server forget what it has read of the folder, because it was changed."""
+        self._control("POST", path="reread")
+
+    def _control(
+        self, method: str, body: dict[str, Any] | None = None, path: str = "faults"
+    ) -> None:
         data = json.dumps(body).encode() if body is not None else None
-        request = urllib.request.Request(f"{self.endpoint}/faults", data, method=method)
+        request = urllib.request.Request(f"{self.endpoint}/{path}", data, method=method)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=10):
             pass

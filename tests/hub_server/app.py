@@ -22,6 +22,7 @@ REPO = "/{kind}/{owner}/{name}"
 def routes() -> list[Route]:
     api, get, post = f"/api{REPO}", ["GET"], ["POST"]
     found = [
+        Route("/reread", manage.reread, methods=post),
         Route("/api/whoami-v2", manage.who),
         Route("/api/validate-yaml", cards.validate, methods=post),
         Route("/api/repos/create", manage.create, methods=post),

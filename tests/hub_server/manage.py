@@ -23,6 +23,12 @@ async def who(request: Request) -> Response:
     return JSONResponse(whoami(needs_user(request)))
 
 
+async def reread(request: Request) -> Response:
+    """Not of the Hub: the test has changed the folder."""
+    server(request).store.reread()
+    return Response()
+
+
 async def create(request: Request) -> Response:
     asked, caller, hub = await request.json(), needs_user(request), server(request)
     owner, kind = asked.get("organization") or caller.name, f"{asked.get('type') or 'model'}s"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
-from .xet import XetFile, XetStore
+from .xet import XetFile, XetStore, chunks_of
 
 PIECE = 1 << 20  # bytes held at once
 
@@ -33,9 +33,14 @@ class Store:
         self.blobs, self.parts = folder / "blobs", folder / "parts"
         self.blobs.mkdir(parents=True, exist_ok=True)
         self.parts.mkdir(exist_ok=True)
-        self.xet = XetStore(folder / "cas")
+        self.cas, self._check_xet = folder / "cas", check_xet
+        self.reread()
+
+    def reread(self) -> None:
+        """Forgets what was read of the folder: somebody else changed it."""
+        self.xet = XetStore(self.cas)
         self._proven: set[str] = set()
-        self._check_xet = check_xet
+        chunks_of.cache_clear()
 
     def put(self, data: bytes) -> str:
         sha256 = hashlib.sha256(data).hexdigest()

@@ -1,22 +1,22 @@
 """Every crash point: operations are recorded, and what a power failure may leave of them is opened.
 
 The answer has to be the old committed state or the new one, and the operation done again has to
-complete. ``push`` commits nothing here: what it leaves on this side is its journal, which a
-recording of it would add to ``recordings``.
+complete. ``push`` commits nothing here: what it leaves on this side is its journal (``hub``).
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from faults.forks import Forks
 
-from hardening.crash import opening, recording
+from hardening.crash import hub, opening, recording
 from hardening.crash.recording import Recording
+from hardening.online import online
 from hardening.scenes import scenes
 
 MOST = 40  # combinations drawn for a prefix, where there are too many to try all
@@ -25,7 +25,15 @@ MOST = 40  # combinations drawn for a prefix, where there are too many to try al
 def run(seconds: float, seed: int, work: Path, say: Callable[[str], object]) -> dict[str, Any]:
     """Records everything and opens states until the time is over; saves come last."""
     end = time.monotonic() + seconds
-    made = list(recordings(work, say))
+    with online(work / "hub") as there:
+        made = [*hub.recordings(there, work), *recordings(work, say)]
+        return _opened(made, end, seed, work, say)
+
+
+def _opened(
+    made: Sequence[Recording], end: float, seed: int, work: Path, say: Callable[[str], object]
+) -> dict[str, Any]:
+    """What ``run`` returns, of these recordings."""
     total: dict[str, Any] = {"operations": len(made), "events": 0, "states": 0, "folders": 0}
     total |= {"done again": 0, "by operation": {}, "findings": []}
     with opening.in_haste():

@@ -20,7 +20,8 @@ Again = Callable[[], str]  # does the operation once more; what it said if it fa
 class Recording:
     """An operation on the folder ``root``; ``old`` and ``new`` are what is there before and after.
 
-    ``output`` names the folder that is made, where that is all; else ``root`` is a run.
+    ``output`` names the folder that is made, where that is all; else ``root`` is a run, or with
+    ``hint`` something that may be in any state: only ``again`` has to do it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Recording:
     new: Tree
     output: str | None
     again: Again
+    hint: bool = False
 
     def without_syncs(self, name: str) -> Recording:
         """As if what was ever called so (``.``: the folder itself) had not been synced."""

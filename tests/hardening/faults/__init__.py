@@ -1,53 +1,61 @@
 """Every command with every file operation failing once: refused in one line, or done all the same.
 
 For the Nth operation (reads included) of each command of ``scenes`` and every way to fail: see
-``probing`` for what has to be true afterwards. Then of the saves of two ranks: ``saves``.
+``probing`` for what has to be true afterwards, and ``hub`` for push and pull. Then of the saves of
+two ranks: ``saves``.
 ``every`` leaves nothing to chance, takes hours, and goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from faults.forks import Forks
 
-from hardening.faults import saves
+from hardening.faults import hub, saves
 from hardening.faults.probing import Fault, Probe
 from hardening.notes import Notes, read
+from hardening.online import online
 from hardening.scenes import Scene, looking, marking, scenes
+
+Commands = list[tuple[str, Callable[[Path], Probe]]]  # by name, each to be made in a folder
+_DRAWN = re.compile(r"[0-9a-f]{8}(?:[0-9a-f-]{4,})?|(?<=^tmp)\w{8}")  # parts of names, never twice
 
 
 def run(seconds: float, seed: int, work: Path, say: Callable[[str], object]) -> dict[str, Any]:
     """Probes in random order until the time is over, a share of it for each command."""
     end = time.monotonic() + seconds
-    everything = [*scenes(), *marking(), *looking()]
-    total: dict[str, Any] = {"commands": len(everything), "operations": 0, "probes": 0, "of": 0}
+    total: dict[str, Any] = {"commands": 0, "operations": 0, "probes": 0, "of": 0}
     total |= {"by command": {}, "by kind": Counter(), "findings": []}
-    with Forks() as forks:
-        for index, scene in enumerate(everything):
+    with _commands(work) as everything:
+        total["commands"] = len(everything)
+        for index, (name, made) in enumerate(everything):
             share = (end - time.monotonic()) / (len(everything) - index + 3)
-            probe = Probe(scene, work / f"command-{index}", forks)
+            probe = made(work / f"command-{index}")
             todo = probe.faults()
-            random.Random(f"{seed} {scene.name}").shuffle(todo)
+            random.Random(f"{seed} {name}").shuffle(todo)
             until, done = time.monotonic() + share, 0
             for fault in todo:
                 if time.monotonic() > until:
                     break
-                total["findings"] += [f"{scene.name}: {line}" for line in probe.check(fault)]
+                total["findings"] += [f"{name}: {line}" for line in probe.check(fault)]
                 total["by kind"][fault.kind] += 1
                 done += 1
             if not probe.folder.untouched():
-                total["findings"].append(f"{scene.name}: a file was written in place")
-            say(f"{scene.name}: {probe.operations} operations, {done} of {len(todo)} faults")
+                total["findings"].append(f"{name}: a file was written in place")
+            say(f"{name}: {probe.operations} operations, {done} of {len(todo)} faults")
             counts = {"operations": probe.operations, "probes": done, "of": len(todo)}
-            for name, count in counts.items():
-                total[name] += count
-            total["by command"][scene.name] = counts | dict(probe.ends)
+            for what, count in counts.items():
+                total[what] += count
+            total["by command"][name] = counts | dict(probe.ends)
             probe.folder.make({})
     say(f"saves of two ranks, {end - time.monotonic():.0f} s")
     made = saves.run(max(10.0, end - time.monotonic()), seed, work / "saves")
@@ -68,11 +76,11 @@ def every(notes: Path, work: Path, say: Callable[[str], object]) -> dict[str, An
     by_command = {"save": f"{made['probes']} of {made['of']}, {made['operations']} operations"}
     findings = list(made["findings"])
     probes, of = made["probes"], made["of"]
-    with Forks() as forks:
-        for index, scene in enumerate(sorted([*scenes(), *marking(), *looking()], key=_long)):
-            probe = Probe(scene, work / f"command-{index}", forks)
-            about = sorted({f"{op.call} {Path(op.path).name}" for op in probe.journal})
-            path = notes / f"{scene.name}.jsonl"
+    with _commands(work) as everything:
+        for index, (name, command) in enumerate(sorted(everything, key=_long)):
+            probe = command(work / f"command-{index}")
+            about = sorted({f"{op.call} {_plain(Path(op.path).name)}" for op in probe.journal})
+            path = notes / f"{name}.jsonl"
             held = Notes(path, about)
             if held.mine:
                 _probe_all(probe, held, say)
@@ -82,13 +90,29 @@ def every(notes: Path, work: Path, say: Callable[[str], object]) -> dict[str, An
             # threads take turns as they like, so the next journal has other faults at some numbers
             todo = done.keys() | {_key(fault) for fault in probe.faults()}
             probes, of = probes + len(done), of + len(todo)
-            by_command[scene.name] = f"{len(done)} of {len(todo)}, {probe.operations} operations"
-            findings += [f"{scene.name}: {line}" for wrong in done.values() for line in wrong]
+            by_command[name] = f"{len(done)} of {len(todo)}, {probe.operations} operations"
+            findings += [f"{name}: {line}" for wrong in done.values() for line in wrong]
     return {"probes": probes, "of": of, "by command": by_command, "findings": findings}
 
 
-def _long(scene: Scene) -> bool:
-    return "universal" in scene.name  # 28,000 faults: a file for each state of each parameter
+@contextmanager
+def _commands(work: Path) -> Iterator[Commands]:
+    """All that are probed, while the block lasts."""
+    with Forks() as forks, online(work / "hub") as there:
+        local = [(it.name, partial(Probe, it, forks=forks)) for it in _scenes()]
+        yield [*local, *((it.name, partial(it.probe, online=there)) for it in hub.cases())]
+
+
+def _scenes() -> list[Scene]:
+    return [*scenes(), *marking(), *looking()]
+
+
+def _plain(name: str) -> str:
+    return _DRAWN.sub("#", name)
+
+
+def _long(command: tuple[str, object]) -> bool:
+    return "universal" in command[0]  # 28,000 faults: a file for each state of each parameter
 
 
 def _probe_all(probe: Probe, notes: Notes, say: Callable[[str], object]) -> None:

@@ -116,8 +116,8 @@ def pull(
                 progress(one.size)
             root = staging / place if place else staging
             step = _require_committed(root)
+            _sync(root, staging / CACHE)
             _remove(staging / CACHE)
-            _sync(root)
             (staging / LOCK).unlink()
             files.sync_folder(staging)
             os.rename(root, folder)
@@ -217,8 +217,10 @@ def _remove(folder: Path) -> None:
         raise
 
 
-def _sync(root: Path) -> None:
-    """Makes what the client wrote durable."""
+def _sync(root: Path, origin: Path) -> None:
+    """Makes what the client wrote durable; the names come from ``origin``, by renames."""
+    for where, _, _ in os.walk(origin):
+        files.sync_folder(Path(where))
     for where, _, names in os.walk(root):
         for name in names:
             files.sync_file(Path(where, name))

@@ -17,6 +17,7 @@ from hardening.online import Online, online
 
 pytestmark = pytest.mark.xdist_group("hardening-hub")
 SEED = 20250101  # another one: python scripts/harden.py --only faults,crash --seed N
+CASES = {case.name: case for case in faulty.cases()}
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +32,97 @@ def sampled(faults: list[Fault], chance: random.Random) -> Iterator[Fault]:
         yield chance.choice([fault for fault in faults if fault.kind == kind])
 
 
-@pytest.mark.parametrize("case", list(faulty.cases()), ids=lambda case: case.name)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "pull state lfs"])
 def test_a_push_or_pull_whose_file_operation_fails_says_so_and_spoils_nothing(
-    case: faulty.Case, there: Online, tmp_path: Path
+    name: str, there: Online, tmp_path: Path
 ) -> None:
-    probe = case.probe(tmp_path / "scene", there)
+    probe = CASES[name].probe(tmp_path / "scene", there)
     kinds = {fault.kind for fault in probe.faults()}
-    assert kinds >= {"eio", "eintr", "short", "kill", "term", "enospc", "edquot", "eio for good"}
-    chance = random.Random(f"{SEED} {case.name}")
+    assert kinds >= {"eio", "eintr", "short", "short for good"}
+    if "state" not in name or "pull" in name:  # else nothing is written
+        assert kinds >= {"kill", "term", "enospc", "edquot", "torn", "fsync for good"}
+    chance = random.Random(f"{SEED} {name}")
     found = [line for fault in sampled(probe.faults(), chance) for line in probe.check(fault)]
     assert found == []
     assert sum(probe.ends.values()) == len(kinds) and probe.folder.untouched()
+
+
+def test_a_file_that_cannot_be_read_ends_a_push_before_the_commit(
+    there: Online, tmp_path: Path
+) -> None:
+    """Found by ``harden.py``: the commit was made, and a file read again behind it; a config.json
+    that was not read counted as one that names no code to send."""
+    probe = CASES["push lfs"].probe(tmp_path / "scene", there)
+    small = [fault for fault in probe.faults() if fault.call.endswith(("config.json", "izer.json"))]
+    reads = [fault for fault in small if fault.kind == "eio"]
+    assert len(reads) > 15
+    chance = random.Random(SEED)
+    chosen = [reads[-1], *chance.sample(reads, 7)]
+    assert [line for fault in chosen for line in probe.check(fault)] == []
+    assert set(probe.ends) == {"failed"}
+
+
+@pytest.mark.parametrize("kind", ["eio", "enospc", "fsync for good", "short for good"])
+def test_a_journal_that_cannot_be_written_or_read_never_fails_a_push(
+    kind: str, there: Online, tmp_path: Path
+) -> None:
+    probe = CASES["push xet"].probe(tmp_path / "scene", there)
+    hints = [op.number for op in probe.journal if "/cache/" in op.path]
+    faults = [fault for fault in probe.faults() if fault.at in hints and fault.kind == kind]
+    found = [line for fault in faults[:5] for line in probe.check(fault)]
+    assert faults and found == [] and set(probe.ends) == {"done"}
+
+
+def test_what_a_killed_push_staged_goes_with_the_next(there: Online, tmp_path: Path) -> None:
+    probe = CASES["push stage lfs"].probe(tmp_path / "scene", there)
+    kills = [fault for fault in probe.faults() if fault.kind in ("kill", "torn")]
+    (fault, *_) = [f for f in kills if f.call.startswith("rename model-00002")]
+    assert probe.check(fault) == [] and set(probe.ends) == {"killed"}
+    probe.folder.make(probe.old)
+    there.restore()
+    probe.run(at=fault.at, do="kill", reads=1)
+    assert [path.name for path in probe.base.glob("live/.ckpt-push-*.partial/*")]
+    probe.run()
+    assert not list((probe.base / "live").iterdir())
+
+
+@pytest.fixture(scope="module")
+def recorded(
+    there: Online, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, crashes.Recording]:
+    made = crashes.recordings(there, tmp_path_factory.mktemp("recorded"))
+    return {it.name: it for it in made}
+
+
+@pytest.mark.parametrize("name", ["push lfs", "push xet"])
+def test_whatever_a_crash_leaves_of_a_journal_the_same_push_completes(
+    name: str, recorded: dict[str, crashes.Recording], tmp_path: Path
+) -> None:
+    it = recorded[name]
+    assert {event.kind for event in it.disk.events} >= {"put", "write", "sync", "rename"}
+    with opening.in_haste():
+        found = crash.sampled(it, SEED, tmp_path / "blobs", states=60, again=5)
+    assert found.findings == [] and found.folders > 10 and found.again == 5
+
+
+@pytest.mark.parametrize("name", ["pull lfs", "pull xet", "pull state xet"])
+def test_a_pull_cut_short_anywhere_leaves_nothing_or_all_and_goes_on(
+    name: str, recorded: dict[str, crashes.Recording], tmp_path: Path
+) -> None:
+    it = recorded[name]
+    with opening.in_haste():
+        found = crash.sampled(it, SEED, tmp_path / "blobs", states=200, again=6)
+    assert found.findings == [] and found.ends.keys() == {"old", "new"} and found.again == 6
+
+
+@pytest.mark.parametrize("name", ["download", ".out.partial", "tokenizer.json", "."])
+def test_a_sync_that_a_pull_forgets_is_found(
+    name: str, recorded: dict[str, crashes.Recording], tmp_path: Path
+) -> None:
+    it = recorded["pull lfs"].without_syncs(name)
+    with opening.in_haste():
+        opener = opening.Opener(it, tmp_path / "blobs")
+        last = len(it.disk.events)
+        for state in opening.states(it, range(last, last - 3, -1), random.Random(SEED), 20):
+            opener.open(state)
+    assert opener.found.findings

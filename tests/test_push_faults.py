@@ -179,8 +179,11 @@ def test_a_pull_that_breaks_off_goes_on_and_appears_whole(client: Client, repo: 
     client.push("out", repo, *SHARDS)
     plain = Client(client.hub, client.folder, {"HF_HUB_DISABLE_XET": "1"})
     client.hub.fault("status", path="/cdn/|/resolve/.*00003-of", status=403, method="GET", times=1)
+    killed = client.folder / ".model.partial/.cache/huggingface/download/a.0123abcd.incomplete"
+    killed.parent.mkdir(parents=True)
+    killed.write_bytes(bytes(1000))  # of a pull that was killed: the client never looks at it
     plain("pull", repo, "model", fails=1)
-    assert not (client.folder / "model").exists()
+    assert not (client.folder / "model").exists() and not killed.exists()
     before = len(client.hub.journal())
     plain("pull", repo, "model")
     files = {p.name for p in (client.folder / "model").iterdir()}
@@ -205,12 +208,21 @@ def test_a_staged_file_with_other_bytes_is_fetched_again(client: Client, repo: s
     staged.write_bytes(held)
     os.utime(staged, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     (client.folder / ".model.partial/left.txt").write_text("of another commit")
-    assert "came with other bytes" in client("pull", repo, "model", fails=1)
     client("pull", repo, "model")
     assert not (client.folder / "model/left.txt").exists()
     assert (client.folder / "model/model.safetensors").read_bytes() == client.hub.read(
         repo, "model.safetensors"
     )
+
+
+def test_a_hub_that_gives_other_bytes_than_it_lists_is_refused(alone: Client, repo: str) -> None:
+    alone.push("out", repo, "--transport", "lfs")
+    blob = alone.hub.folder / "blobs" / alone.hub.files(repo)["model.safetensors"][1]
+    held = bytearray(blob.read_bytes())
+    held[-1] ^= 1
+    blob.write_bytes(held)
+    assert "came with other bytes" in alone("pull", repo, "model", fails=1)
+    assert not (alone.folder / "model").exists()
 
 
 def test_names_that_leave_the_folder_are_refused_before_anything_is_fetched(

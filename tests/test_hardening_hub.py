@@ -73,6 +73,15 @@ def test_a_journal_that_cannot_be_written_or_read_never_fails_a_push(
     assert faults and found == [] and set(probe.ends) == {"done"}
 
 
+def test_a_pull_whose_last_sync_fails_takes_its_folder_back(there: Online, tmp_path: Path) -> None:
+    """Found by ``harden.py``: exit 1, and the folder was there."""
+    probe = CASES["pull lfs"].probe(tmp_path / "scene", there)
+    last = max(op.number for op in probe.journal if op.call == "fsync")
+    faults = [f for f in probe.faults() if f.at == last and f.kind in ("eio", "fsync for good")]
+    assert [line for fault in faults for line in probe.check(fault)] == []
+    assert probe.ends == {"failed": 2}
+
+
 def test_what_a_killed_push_staged_goes_with_the_next(there: Online, tmp_path: Path) -> None:
     probe = CASES["push stage lfs"].probe(tmp_path / "scene", there)
     kills = [fault for fault in probe.faults() if fault.kind in ("kill", "torn")]

@@ -27,7 +27,7 @@ from hardening.online import online
 from hardening.scenes import Scene, looking, marking, scenes
 
 Commands = list[tuple[str, Callable[[Path], Probe]]]  # by name, each to be made in a folder
-_DRAWN = re.compile(r"[0-9a-f]{8}(?:[0-9a-f-]{4,})?|(?<=^tmp)\w{8}")  # parts of names, never twice
+_DRAWN = re.compile(r"[0-9a-f]{8,}|(?<=push-)\w{8}")  # parts of names that are there once
 
 
 def run(seconds: float, seed: int, work: Path, say: Callable[[str], object]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def every(notes: Path, work: Path, say: Callable[[str], object]) -> dict[str, An
     with _commands(work) as everything:
         for index, (name, command) in enumerate(sorted(everything, key=_long)):
             probe = command(work / f"command-{index}")
-            about = sorted({f"{op.call} {_plain(Path(op.path).name)}" for op in probe.journal})
+            about = _about(probe)
             path = notes / f"{name}.jsonl"
             held = Notes(path, about)
             if held.mine:
@@ -107,8 +107,10 @@ def _scenes() -> list[Scene]:
     return [*scenes(), *marking(), *looking()]
 
 
-def _plain(name: str) -> str:
-    return _DRAWN.sub("#", name)
+def _about(probe: Probe) -> list[str]:
+    """What the command did, as notes have it; what the Hub's client keeps for itself varies."""
+    names = (f"{op.call} {Path(op.path).name}" for op in probe.journal if "/.cache/" not in op.path)
+    return sorted({_DRAWN.sub("#", name) for name in names})
 
 
 def _long(command: tuple[str, object]) -> bool:

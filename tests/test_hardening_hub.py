@@ -13,7 +13,7 @@ from hardening.crash import hub as crashes
 from hardening.crash import opening
 from hardening.faults import hub as faulty
 from hardening.faults.probing import Fault
-from hardening.online import Online, online
+from hardening.online import LFS, MODEL, SHARD, XET, Online, lean, online
 
 pytestmark = pytest.mark.xdist_group("hardening-hub")
 SEED = 20250101  # another one: python scripts/harden.py --only faults,crash --seed N
@@ -30,6 +30,24 @@ def sampled(faults: list[Fault], chance: random.Random) -> Iterator[Fault]:
     """One fault of each kind."""
     for kind in sorted({fault.kind for fault in faults}):
         yield chance.choice([fault for fault in faults if fault.kind == kind])
+
+
+@pytest.mark.parametrize(("way", "path"), [(LFS, "/storage/"), (XET, "/xorbs/")])
+def test_a_hub_that_is_put_back_has_nothing_of_a_push(
+    way: str, path: str, there: Online, tmp_path: Path
+) -> None:
+    folder, asked = lean(tmp_path), list[int]()
+    for _ in range(2):
+        there.restore()
+        before = len(there.server.journal())
+        env = {"XDG_CACHE_HOME": str(tmp_path / f"cache-{len(asked)}")}
+        args = ["push", folder, MODEL, *SHARD, "--transport", way]
+        assert there.forks[way].run(args, tmp_path, env=env).status == 0
+        requests = there.server.journal()[before:]
+        asked.append(sum(one["bytes_in"] for one in requests if path in one["path"]))
+    assert asked[0] == asked[1] > 20_000
+    there.restore()
+    assert "model.safetensors" in there.held()
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "pull state lfs"])

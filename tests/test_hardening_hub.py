@@ -80,6 +80,16 @@ def test_a_file_that_cannot_be_read_ends_a_push_before_the_commit(
     assert set(probe.ends) == {"failed"}
 
 
+def test_a_file_that_the_client_cannot_read_is_named(there: Online, tmp_path: Path) -> None:
+    """Found by ``harden.py``: hf_xet says which error it was, not of which file."""
+    probe = CASES["push state xet"].probe(tmp_path / "scene", there)
+    last = [fault for fault in probe.faults() if fault.kind == "eio"][-40:]
+    weights = [fault for fault in last if fault.call.endswith(("_states.pt", ".safetensors"))]
+    chosen = random.Random(SEED).sample(weights, 6)
+    assert [line for fault in chosen for line in probe.check(fault)] == []
+    assert set(probe.ends) == {"failed"}
+
+
 @pytest.mark.parametrize("kind", ["eio", "enospc", "fsync for good", "short for good"])
 def test_a_journal_that_cannot_be_written_or_read_never_fails_a_push(
     kind: str, there: Online, tmp_path: Path

@@ -52,7 +52,7 @@ def at(*places: object) -> Iterator[None]:
     except Exception as error:
         paths = [str(place) for place in places if isinstance(place, str | Path)]
         for one in causes(error) if paths else ():
-            if isinstance(one, OSError):
+            if isinstance(one, OSError) and one.errno is not None:
                 if one.errno in _DISK and not one.filename:
                     one.filename = os.path.commonpath(paths)
             elif (found := _OS_ERROR.search(str(one))) and (number := int(found[1])) in _DISK:

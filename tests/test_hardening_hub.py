@@ -90,6 +90,14 @@ def test_a_file_that_the_client_cannot_read_is_named(there: Online, tmp_path: Pa
     assert set(probe.ends) == {"failed"}
 
 
+def test_hf_xet_is_asked_again_where_a_signal_interrupts_it(there: Online, tmp_path: Path) -> None:
+    probe = CASES["push stage xet"].probe(tmp_path / "scene", there)
+    reads = [op.number for op in probe.journal if op.call == "read" and "/live/" in op.path]
+    faults = [f for f in probe.faults() if f.at in reads and f.kind in ("eintr", "eio")]
+    assert [line for fault in faults for line in probe.check(fault)] == []
+    assert probe.ends["done"] >= 2 and probe.ends["failed"] >= 2
+
+
 @pytest.mark.parametrize("kind", ["eio", "enospc", "fsync for good", "short for good"])
 def test_a_journal_that_cannot_be_written_or_read_never_fails_a_push(
     kind: str, there: Online, tmp_path: Path

@@ -60,6 +60,12 @@ def at(*places: object) -> Iterator[None]:
         raise
 
 
+def interrupted(error: BaseException) -> bool:
+    """Whether a signal came while hf_xet read a file: it gives up then, as Python does not."""
+    found = [_OS_ERROR.search(str(one)) for one in causes(error)]
+    return any(one is not None and int(one[1]) == errno.EINTR for one in found)
+
+
 @contextmanager
 def told(repo: str) -> Iterator[None]:
     """Turns what the client raises into ``CheckpointError``, and leaves everything else."""

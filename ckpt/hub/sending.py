@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 
@@ -133,14 +134,22 @@ def _send_files(target: Target, items: Sequence[Item], progress: Progress) -> li
 def _preupload(target: Target, operations: list[CommitOperationAdd]) -> None:
     """Sends what goes by LFS or Xet; what is not emptied by that goes with the commit."""
     if operations:
+        send = partial(
+            target.api.preupload_lfs_files,
+            target.repo,
+            operations,
+            revision=target.base,
+            create_pr=target.create_pr,
+            free_memory=True,
+        )
         with refusals.at(*(operation.path_or_fileobj for operation in operations)):
-            target.api.preupload_lfs_files(
-                target.repo,
-                operations,
-                revision=target.base,
-                create_pr=target.create_pr,
-                free_memory=True,
-            )
+            for more in (True, True, False):
+                try:
+                    send()
+                    break
+                except Exception as error:
+                    if not (more and refusals.interrupted(error)):
+                        raise
         transport.require_wanted(target, operations)
 
 
@@ -173,7 +182,8 @@ def _send_shard(
         served.progress = progress
         try:
             _write(served, file)
-            return _upload(target, item, CommitOperationAdd(path, file))
+            with refusals.at(file):
+                return _upload(target, item, CommitOperationAdd(path, file))
         finally:
             file.unlink(missing_ok=True)
     if way == "xet" and (one := transport.stream(target, item, served, progress)) is not None:

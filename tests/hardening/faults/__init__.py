@@ -88,7 +88,7 @@ def every(notes: Path, work: Path, say: Callable[[str], object]) -> dict[str, An
 
 
 def _long(scene: Scene) -> bool:
-    return "universal" in scene.name  # 28,000 faults: a file for each state of each parameter
+    return "universal" in scene.name  # most faults: a file for each state of each parameter
 
 
 def _probe_all(probe: Probe, notes: Notes, say: Callable[[str], object]) -> None:

@@ -116,14 +116,13 @@ def require_parameters(engine: Any, saved: Any, path: str | os.PathLike[str]) ->
     """
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
-    if not saved or not isinstance(engine.optimizer, ZeROOptimizer):
-        return
+    if not isinstance(saved, list) or not isinstance(engine.optimizer, ZeROOptimizer):
+        return  # of stage 0; DeepSpeed of old noted the module's parameters, not by groups
     if engine.load_universal_checkpoint():
         return
-    groups = saved if isinstance(saved, (list, tuple)) else [saved]
     there, here = (
-        [(name, list(shape)) for group in found for name, shape in group.items()]
-        for found in (groups, engine._get_zero_param_shapes())
+        [(name, list(shape)) for group in groups for name, shape in group.items()]
+        for groups in (saved, engine._get_zero_param_shapes())
     )
     one, other = dict(there), dict(here)
     if one.keys() != other.keys() and list(one.values()) == list(other.values()):

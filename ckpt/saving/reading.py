@@ -112,7 +112,8 @@ def require_parameters(engine: Any, saved: Any, path: str | os.PathLike[str]) ->
 
     ``saved`` is ``param_shapes`` of the file ``path``, shapes by name for each group, or ``None``.
     A partition has no names: DeepSpeed gives each parameter what lies in its place, whose it is or
-    not. Renamed ones are no business of the optimizer. A universal checkpoint is loaded by name.
+    not. Renamed ones are no business of the optimizer, and those without elements are not in all
+    versions' lists. A universal checkpoint is loaded by name.
     """
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
@@ -121,7 +122,7 @@ def require_parameters(engine: Any, saved: Any, path: str | os.PathLike[str]) ->
     if engine.load_universal_checkpoint():
         return
     there, here = (
-        [(name, list(shape)) for group in groups for name, shape in group.items()]
+        [(n, list(shape)) for group in groups for n, shape in group.items() if 0 not in shape]
         for groups in (saved, engine._get_zero_param_shapes())
     )
     one, other = dict(there), dict(here)

@@ -28,15 +28,17 @@ def prepare(
     output: Path | None = None,
     tag: str | None = None,
     sub_group_size: int | None = None,
+    zero_init: bool | None = None,
 ) -> Rewriting:
     """Plans the same checkpoint for ``world_size`` ranks and a stage, its own by default.
 
     Reads pickles, and what ranks share of Muon's momentum. ``sub_group_size`` (elements, stage 3)
-    defaults to the run's own. Raises ``CheckpointError`` for what is damaged, or cannot be cut up
-    anew.
+    defaults to the run's own. ``zero_init``: whether the engine's model will be made under
+    ``zero.Init``; only for Muon, from stage 1 or 2 to 3. Raises ``CheckpointError`` for what is
+    damaged, or cannot be cut up anew.
     """
     source = zero.read(checkpoint, tag)
-    target = reshard.target(source, stage, world_size, sub_group_size)
+    target = reshard.target(source, stage, world_size, sub_group_size, zero_init)
     if (target.stage, target.world_size) == (source.stage, source.world_size):
         raise CheckpointError(
             f"{source.place.folder} is of stage {source.stage} for {source.world_size} ranks "

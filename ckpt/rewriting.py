@@ -214,6 +214,11 @@ def _copy(source: Path, target: Path) -> None:
             at += len(piece)
 
 
+def save_of(held: manifest.Manifest, target: Target) -> str:
+    """The save that a committed checkpoint becomes: the same for the same target."""
+    return sha256(f"{held.save} {target}".encode()).hexdigest()[:32]
+
+
 def _sealed(held: manifest.Manifest, target: Target, made: Path) -> manifest.Manifest:
     """The source's manifest ``held`` for what lies in ``made``."""
     paths = [path for path in made.rglob("*") if path.is_file() and path.name != staging.RECORD]
@@ -223,7 +228,7 @@ def _sealed(held: manifest.Manifest, target: Target, made: Path) -> manifest.Man
         world_size=target.world_size,
         node=0,
         nodes=1,
-        save=sha256(f"{held.save} {target}".encode()).hexdigest()[:32],
+        save=save_of(held, target),
         created=time.time(),
         versions={**held.versions, "ckpt": __version__},
         files={path.relative_to(made).as_posix(): _digested(path) for path in paths},

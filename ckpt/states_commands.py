@@ -53,6 +53,12 @@ _NATIVE = (
         help="Of the engine that will resume with stage 3. Default: what the run was configured "
         "with.",
     ),
+    click.option(
+        "--zero-init/--no-zero-init",
+        default=None,
+        help="Muon, from stage 1 or 2 to 3: whether the model will be made under "
+        "deepspeed.zero.Init, as the Trainer makes it.",
+    ),
 )
 
 
@@ -81,6 +87,7 @@ def reshard(
     output: Path | None,
     tag: str | None,
     sub_group_size: int | None,
+    zero_init: bool | None,
     **options: Any,
 ) -> None:
     """Rewrite a ZeRO checkpoint for another number of ranks, or another stage.
@@ -103,6 +110,7 @@ def reshard(
         output=output,
         tag=tag,
         sub_group_size=sub_group_size,
+        zero_init=zero_init,
     )
     _rewrite(planned, **options)
 
@@ -150,6 +158,7 @@ def from_universal(
     tag: str | None,
     like: Path | None,
     sub_group_size: int | None,
+    zero_init: bool | None,
     **options: Any,
 ) -> None:
     """Write DeepSpeed's native files from a universal folder, whoever made it.
@@ -170,6 +179,7 @@ def from_universal(
         tag=tag,
         like=like,
         sub_group_size=sub_group_size,
+        zero_init=zero_init,
     )
     _rewrite(planned, **options)
 

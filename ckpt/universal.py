@@ -53,18 +53,20 @@ def prepare_from(
     tag: str | None = None,
     like: Path | None = None,
     sub_group_size: int | None = None,
+    zero_init: bool | None = None,
 ) -> Rewriting:
     """Plans native files of a universal folder for ``world_size`` ranks and a stage.
 
     The stage defaults to that of the run that saved. ``like`` is a native checkpoint of the same
     model, for a folder that does not tell the order of the parameters. Reads pickles, and the first
-    65,536 elements of each parameter. Raises ``CheckpointError``.
+    65,536 elements of each parameter. ``zero_init`` as ``reshard.prepare`` has it. Raises
+    ``CheckpointError``.
     """
     source = universal.read(folder, tag, zero.read(like) if like else None)
     checkpoint = source.checkpoint
     home = rewriting.home_of(checkpoint)
     saved = rewriting.stage_of(source)
-    target = native.target(checkpoint, stage or saved, world_size, sub_group_size)
+    target = native.target(checkpoint, stage or saved, world_size, sub_group_size, zero_init)
     plan = planning.from_universal(source, target)
     stage_part = f"-z{target.stage}" if target.stage != saved else ""
     name = f"{home.name.removesuffix(SUFFIX)}{stage_part}-w{world_size}"

@@ -32,7 +32,8 @@ class Target:
     ``dealt`` is round_robin_gradients and ``aligned`` parameter_alignment, both of stages 1 and 2;
     ``sub_group_size`` is of stage 3. ``itemsize`` is that of the weights that are computed with.
     ``bf16``: as BF16_Optimizer saves stage 1. ``muon``: whether the optimizer is one that keeps the
-    momentum of Muon for whole parameters in stages 1 and 2.
+    momentum of Muon for whole parameters in stages 1 and 2. ``zero_init``, of stage 3: whether the
+    engine's model is made under ``zero.Init``, where Muon does not sort; ``None``: it is not known.
     """
 
     stage: int
@@ -43,6 +44,7 @@ class Target:
     itemsize: int = 2
     bf16: bool = False
     muon: bool = False
+    zero_init: bool | None = None
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2, 3) or self.world_size < 1 or self.sub_group_size < 1:
@@ -86,11 +88,17 @@ def _as_given(group: Group, checkpoint: Checkpoint, target: Target) -> Group:
     if target.stage < 3 and muon.deepspeeds(checkpoint.model):
         return replace(group, shapes={name: group.shapes[name] for name in names})
     inside = [name for name in checkpoint.weights.tensors if name in group.shapes]
+    known = muon.deepspeeds(checkpoint.model)
+    if known and target.zero_init is not None:
+        names = inside if target.zero_init else names
+        return replace(group, shapes={name: group.shapes[name] for name in names})
     if names != inside or names != list(group.shapes):
+        say = "say which it will be with --zero-init or --no-zero-init"
         raise CheckpointError(
             f"{checkpoint.place.folder}: Muon sorts its parameters by shape, but under stage 3 "
             "only if the model is not made under zero.Init: their order in the other stage is not "
-            "known, and DeepSpeed does not check it; keep to stage 3, or to stages 1 and 2",
+            "known, and DeepSpeed does not check it; "
+            f"{say if known else 'keep to stage 3, or to stages 1 and 2'}",
             "unsupported",
         )
     return group

@@ -53,7 +53,11 @@ _LAYOUT = {  # what the layout decides, or a stage alone has, in an optimizer fi
 
 
 def target(
-    checkpoint: Checkpoint, stage: int | None, world_size: int, sub_group_size: int | None = None
+    checkpoint: Checkpoint,
+    stage: int | None,
+    world_size: int,
+    sub_group_size: int | None = None,
+    zero_init: bool | None = None,
 ) -> Target:
     """What is asked for, with the settings that the run's own configuration gives.
 
@@ -75,6 +79,7 @@ def target(
         min((ref.dtype.itemsize for ref in trained), default=2),
         plain,
         muon.whole(checkpoint.model),
+        zero_init,
     )
 
 

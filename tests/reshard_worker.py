@@ -10,9 +10,9 @@ reshard_worker.py train JOBS           each {"out", "spec", "stage", "steps"} an
 reshard_worker.py trainer OUT NAME FROM [universal]
                                        the Trainer resumes
 A job may have what takes the place of the spec's ("zero", "config", "dtype", "torch_adam"), and
-"universal": whether the engine has load_universal. "bare": what the engine holds is not recorded,
-since it has no Adam or another optimizer of DeepSpeed's around it; "again" is where it is saved as
-soon as it is loaded.
+"universal": whether the engine has load_universal. "init": whether stage 3 has zero.Init. "bare":
+what the engine holds is not recorded, since it has no Adam or another optimizer of DeepSpeed's
+around it; "again" is where it is saved as soon as it is loaded.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def engine_for(spec: Spec, seed: int, job: dict[str, Any], **config: Any) -> Any
 
     settings = ds_config(spec) | config | (UNIVERSAL if job.get("universal") else {})
     torch.manual_seed(seed)
-    with deepspeed.zero.Init(config_dict_or_path=settings, enabled=spec.stage == 3):
+    with deepspeed.zero.Init(
+        config_dict_or_path=settings, enabled=spec.stage == 3 and job.get("init", True)
+    ):
         model = Tiny(spec)
     groups = param_groups(model, spec.groups)
     return deepspeed.initialize(model=model, model_parameters=groups, config=settings)[0]

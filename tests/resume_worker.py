@@ -22,6 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 from fixture_specs import OFFLOAD, Spec
+from fixture_worker import Tiny
 
 import ckpt
 from ckpt import live
@@ -262,6 +263,9 @@ def wrong(out: Path) -> None:
     engine = begin(Spec(2, zero=OFFLOAD, config={**WARM, "gradient_clipping": 0.5}))
     fails("config", out / "run")
     engine.destroy()
+    engine = begin(Spec(2, zero={**OFFLOAD, "round_robin_gradients": True}, config=WARM))
+    fails("order", out / "run")
+    engine.destroy()
     engine = begin("zero3")
     fails("stage", out / "run")
     engine.destroy()
@@ -317,6 +321,33 @@ def alone(out: Path) -> None:
     assert engine.global_steps == HALF and sampler.at == HALF
     train(engine, 1, sampler)
     tell(out, "alone", told)
+
+
+def muon(out: Path) -> None:
+    """From stage 2 to 3: in the order that the engine has, under ``zero.Init`` and without it."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # the kernels of Muon are not what is tested
+    config = {"optimizer": {"type": "Muon", "params": {"lr": 0.01}}}
+    specs = [Spec(stage, zero={"reduce_scatter": False}, config=config) for stage in (2, 3)]
+    engine = start(specs[0])
+    train(engine, 2, Sampler())
+    with ckpt.Saver(engine, out / "muon") as saver:
+        saver.save(2)
+    saved = finals(engine)
+    engine.destroy()
+    for model in (None, Tiny(specs[1])):
+        engine = start(specs[1], model)
+        if model is not None:  # what was resharded for the other order is there
+            (error, _) = caught(lambda: ckpt.resume(engine, out / "muon"))  # noqa: B023
+            assert "parameter 1 of the optimizer is" in error and "under zero.Init" in error, error
+            dist.barrier()
+            if not dist.get_rank():
+                shutil.rmtree(out / "muon/checkpoint-2-z3-w2")
+            dist.barrier()
+        assert ckpt.resume(engine, out / "muon", reshard="auto", on_mismatch="warn") == 2
+        found = finals(engine)
+        assert all(torch.equal(found[name], value) for name, value in saved.items())
+        engine.destroy()
+        dist.barrier()
 
 
 def memory(out: Path) -> None:

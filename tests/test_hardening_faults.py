@@ -51,14 +51,16 @@ def test_a_command_whose_file_operation_fails_says_so_and_spoils_nothing(
     assert sum(probe.ends.values()) == len(kinds) and probe.folder.untouched()
 
 
-@pytest.mark.parametrize("name", ["slim newest", "prune", "doctor --fix", "latest --set"])
+@pytest.mark.parametrize(
+    "name", ["slim newest", "prune", "doctor --fix", "latest --set", "from-universal"]
+)
 def test_a_manifest_or_pointer_that_cannot_be_read_is_not_taken_for_none(
     name: str, forks: Forks, tmp_path: Path
 ) -> None:
     (scene,) = (scene for scene in scenes() if scene.name == name)
     probe = Probe(scene, tmp_path / "scene", forks)
     faults = [fault for fault in probe.faults() if fault.kind == "eio"]
-    calls = ("read manifest.json", "read latest", "read best")
+    calls = ("read manifest.json", "read latest", "read best", "read latest_universal")
     faults = [fault for fault in faults if fault.call in calls]
     assert faults
     for fault in random.Random(f"{SEED} {name}").sample(faults, min(len(faults), 6)):

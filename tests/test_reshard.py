@@ -344,6 +344,21 @@ def test_a_momentum_that_is_not_muons_is_refused(change: Any, why: str, tmp_path
         resharding.prepare(source, 3, output=tmp_path / "o")
 
 
+def test_muon_to_stage_3_is_in_the_order_that_is_asked_for(tmp_path: Path) -> None:
+    """That of the module, or by shape; either way back gives the same bits."""
+    source = FIXTURES / "corpus/s2muon"
+    orders = []
+    for init in (True, False):
+        there = go(source, tmp_path / f"{init}", 3, 3, zero_init=init)
+        checkpoint = zero.read(there)
+        tree = trees.read(checkpoint.ranks[0].path).root
+        (group,) = (g for g in groups.read(checkpoint, tree) if muon.uses(g.options))
+        orders.append(list(group.shapes))
+        assert held(go(there, tmp_path / f"{init}-back", 2, 2)) == held(source)
+    module = [name for name in zero.read(source).weights.tensors if name in orders[0]]
+    assert orders[0] == module and orders[1] == muon.ordered(group.shapes) != module
+
+
 def test_of_a_muon_that_is_not_deepspeeds_nothing_is_taken_for_granted(tmp_path: Path) -> None:
     """Neither whose elements its momentum has, nor that it sorts its parameters."""
     source = tmp_path / "s"

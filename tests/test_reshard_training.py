@@ -162,26 +162,41 @@ def test_muon_goes_on_as_if_nothing_had_happened(
     def job(name: str, stage: int, zero: dict[str, Any], **more: Any) -> dict[str, Any]:
         return {**muon, "stage": stage, "zero": zero, "out": str(tmp_path / name), **more}
 
-    def moved(name: str, source: str, world: int, stage: int, zero: dict[str, Any]) -> Any:
-        folder = reshard(tmp_path / source, tmp_path / f"{name}-start", world, stage)
+    def moved(
+        name: str, source: str, world: int, stage: int, zero: dict[str, Any], *, init: bool = True
+    ) -> Any:
+        more = {"zero_init": init} if stage == 3 and not source.startswith("3") else {}
+        folder = reshard(tmp_path / source, tmp_path / f"{name}-start", world, stage, **more)
         again = str(tmp_path / f"{name}-again")
-        return job(name, stage, zero, source=str(folder), again=again)
+        return job(name, stage, zero, source=str(folder), again=again, init=init)
 
     jobs = [job("whole", 2, plain, steps=9), job("2", 2, plain), job("3", 3, plain)]
     ranks("train", [*jobs, job("off", 2, plain | offload)], 2, tmp_path)
     expected = trained("whole", tmp_path)
     assert len(set(expected)) == 9
     jobs = [moved("2-2", "2", 3, 2, plain), moved("3-1", "3", 3, 1, plain)]
+    jobs += [moved("2-3", "2", 3, 3, plain), moved("2-3-seen", "2", 3, 3, plain, init=False)]
     ranks("train", [*jobs, moved("off-1", "off", 3, 1, plain | offload)], 3, tmp_path)
-    for name, source in (("2-2", "2"), ("3-1", "3"), ("off-1", "off")):
+    for name, source in (
+        ("2-2", "2"),
+        ("3-1", "3"),
+        ("2-3", "2"),
+        ("2-3-seen", "2"),
+        ("off-1", "off"),
+    ):
         assert tensors(tmp_path / f"{name}-again") == tensors(tmp_path / source)
         assert trained(name, tmp_path) == pytest.approx(expected[3:6], rel=REDUCTION_ORDER)
     folder = tmp_path / "3-universal"  # in the order of stages 1 and 2, whatever stage saved
     universal.run(universal.prepare_to(tmp_path / "3", output=folder))
     universal.run(universal.prepare_from(folder, 3, stage=1, output=tmp_path / "3-native"))
     assert held(tmp_path / "3-native") == held(tmp_path / "3-1-start")
-    with pytest.raises(CheckpointError, match="keep to stage 3, or to stages 1 and 2"):
+    with pytest.raises(CheckpointError, match="with --zero-init or --no-zero-init"):
         universal.prepare_from(folder, 1, stage=3)
+    planned = universal.prepare_from(
+        folder, 3, stage=3, zero_init=True, output=tmp_path / "3-native-3"
+    )
+    universal.run(planned)
+    assert held(tmp_path / "3-native-3") == held(tmp_path / "3")
     split = zero.read(tmp_path / "2-2").ranks
     buffers = [s.optimizer["base_optimizer_state"]["state"][0]["momentum_buffer"] for s in split]
     assert sum(buffer.numel for buffer in buffers) > sum(

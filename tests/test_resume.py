@@ -47,6 +47,11 @@ def test_a_resumed_training_is_the_undisturbed_one_in_every_bit(tmp_path: Path) 
 
 
 @trains
+def test_muon_goes_on_in_stage_3_in_whatever_order_it_has_its_matrices(tmp_path: Path) -> None:
+    torchrun(WORKER, tmp_path, "muon", limit=LIMIT)
+
+
+@trains
 def test_a_trainer_and_accelerate_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     for _ in range(2):
         torchrun(WORKER, tmp_path, "trainers", limit=LIMIT)
@@ -84,6 +89,7 @@ def test_what_is_amiss_is_told_on_every_rank_and_never_becomes_a_fresh_start(
         "option": "on_mismatch='shrug'",
         "rate": "rank 0: lr: ",
         "config": "config: gradient_clipping: None saved, 0.5 now",
+        "order": "of the optimizer is ",
         "stage": "--world-size 2 --stage 3 --sub-group-size 1000000000 -o",
         "stage-named": "ckpt reshard",
     }

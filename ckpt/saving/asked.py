@@ -14,7 +14,9 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from ckpt import rewriting
 from ckpt.ranks import Ranks
+from ckpt.rewriting import Rewriting
 from ckpt.runs import locks
 from ckpt.runs.run import open_checkpoint
 from ckpt.saving import choosing, continuity, reading, turns
@@ -74,17 +76,20 @@ class Asked:
             print(f"ckpt: going on from {source.said(self.verify)}", file=sys.stderr, flush=True)
         if source.topology.loads_as(wanted):
             return source
-        sub_group = int(engine.zero_sub_group_size()) if wanted.stage == 3 else None
         with ranks.step() as made:
             if not ranks.rank:
-                made.value = str(self._resharded(source, wanted, sub_group))
+                settings = _stage3(engine) if wanted.stage == 3 else {}
+                made.value = str(self._resharded(source, wanted, settings))
         with ranks.step():
             folder = Path(made.heard[0])
             stack.enter_context(locks.reading(folder))
             return Source.of(open_checkpoint(folder), source.tag)
 
-    def _resharded(self, source: Source, wanted: Topology, sub_group: int | None) -> Path:
-        """Where the source is for this topology, made if need be and asked for; on rank 0."""
+    def _resharded(self, source: Source, wanted: Topology, settings: Mapping[str, Any]) -> Path:
+        """Where the source is for this topology, made if need be and asked for; on rank 0.
+
+        ``settings`` are those of the engine that the layout depends on.
+        """
         there = source.topology
         what = (
             f"{source.folder} is of {there.world_size} ranks with ZeRO stage {there.stage}, this "
@@ -97,23 +102,21 @@ class Asked:
                 "unsupported",
             )
         if self.reshard is None:
-            group = "" if there.stage == wanted.stage else f" --sub-group-size {sub_group}"
+            changed = settings if there.stage != wanted.stage else {}
             output = source.folder.with_name(
                 f"{source.folder.name}-z{wanted.stage}-w{wanted.world_size}"
             )
             raise CheckpointError(
                 f"{what}; run: ckpt reshard {source.folder} --world-size {wanted.world_size} "
-                f"--stage {wanted.stage}{group if wanted.stage == 3 else ''} -o {output}; or pass "
+                f"--stage {wanted.stage}{_options(changed)} -o {output}; or pass "
                 'reshard="auto"',
                 "unsupported",
             )
         from ckpt import reshard
 
         options: dict[str, Any] = {"stage": wanted.stage, "tag": source.tag}
-        planned = reshard.prepare(
-            source.folder, wanted.world_size, sub_group_size=sub_group, **options
-        )
-        if not _is_made_of(source, planned.output):
+        planned = reshard.prepare(source.folder, wanted.world_size, **settings, **options)
+        if not _is_made_of(source, planned):
             print(f"ckpt: {what}: resharding to {planned.output}", file=sys.stderr, flush=True)
             with alive(self.ranks):
                 reshard.run(planned)
@@ -209,12 +212,35 @@ def alive(ranks: Ranks) -> Iterator[None]:
         thread.join()
 
 
-def _is_made_of(source: Source, output: Path) -> bool:
-    """Whether the folder is a whole resharding of the source, made after it."""
-    if source.foreign or not output.is_dir():
+def _stage3(engine: Any) -> dict[str, Any]:
+    """What the layout of a stage 3 engine depends on, by the options of ``reshard.prepare``.
+
+    Muon sorts parameters by shape where it sees their shapes, not under ``zero.Init``.
+    """
+    optimizer, settings = engine.optimizer, {"sub_group_size": int(engine.zero_sub_group_size())}
+    if not getattr(optimizer, "use_muon", False):
+        return settings
+    places = {id(parameter): at for at, parameter in enumerate(engine.module.parameters())}
+    groups: dict[int, list[int]] = {}
+    for index, parameters in enumerate(optimizer.fp16_groups):
+        held = groups.setdefault(optimizer.sub_group_to_group_id[index], [])
+        held += [places[id(parameter)] for parameter in parameters]
+    return {**settings, "zero_init": all(held == sorted(held) for held in groups.values())}
+
+
+def _options(settings: Mapping[str, Any]) -> str:
+    """Those settings on the command line."""
+    said = [f" --sub-group-size {settings['sub_group_size']}"] if settings else []
+    if "zero_init" in settings:
+        said.append(f" --{'' if settings['zero_init'] else 'no-'}zero-init")
+    return "".join(said)
+
+
+def _is_made_of(source: Source, planned: Rewriting) -> bool:
+    """Whether the planned output is there, whole, and a resharding of this source for this."""
+    if source.foreign or not planned.output.is_dir():
         return False
-    made, held = open_checkpoint(output), open_checkpoint(source.folder).manifest
-    if made.why is not None or made.manifest is None or held is None:
+    made, held = open_checkpoint(planned.output), open_checkpoint(source.folder).manifest
+    if made.why is not None or made.manifest is None or held is None or planned.target is None:
         return False
-    same = (made.manifest.step, made.manifest.tag) == (held.step, held.tag)
-    return same and made.manifest.created >= held.created
+    return made.manifest.save == rewriting.save_of(held, planned.target)

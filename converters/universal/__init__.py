@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from converters import (
+    files,
     folder,
     groups,
     layout,
@@ -85,7 +86,7 @@ def find(path: Path, tag: str | None = None) -> folder.Place:
                 f"{path} has no file {LATEST}, so it is no universal checkpoint; {offer}",
                 "incomplete",
             )
-        with open(path / LATEST, "rb") as file:
+        with open(path / LATEST, "rb") as file, files.named(path / LATEST):
             tag = file.read(4096).decode("utf-8", "replace").strip()
     if tag not in there:
         raise CheckpointError(f"{path} has no universal tag {tag!r}; {offer}", "incomplete")

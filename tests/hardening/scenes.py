@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
+from oracles import FIXTURES
 from run_folders import SOURCE, commit, real
 
 from ckpt.cli import main
@@ -59,6 +60,13 @@ def _light(run: Path, step: int, loss: float = 1.0) -> None:
 
 def _source(base: Path) -> None:
     real(base / "source", 2)
+    (base / "live").mkdir()
+
+
+def _few(base: Path) -> None:
+    """One of eleven parameters, for what makes files of each of them."""
+    shutil.copytree(FIXTURES / "corpus/hf2/checkpoint-2", base / "source/checkpoint-2")
+    commit(base / "source/checkpoint-2", 2)
     (base / "live").mkdir()
 
 
@@ -124,7 +132,7 @@ def scenes() -> Iterator[Scene]:
     yield Scene("to-fp32 overwrite", _replaced, lambda b: _convert(b, *shards, "--overwrite"), True)
     yield Scene("reshard", _source, lambda b: _reshard(b, 3), True)
     yield Scene("reshard stage", _source, lambda b: _reshard(b, 1, "--stage", 3), True)
-    yield Scene("to-universal", _source, _universal, True)
+    yield Scene("to-universal", _few, _universal, True)
     yield Scene("from-universal", _from_universal, _native, True)
     yield Scene("prune", _four, lambda b: ["prune", b / "live", "--keep-last", 1])
     yield Scene("slim", _two, lambda b: ["slim", b / "live/checkpoint-2"])
@@ -181,7 +189,7 @@ def _universal(base: Path) -> list[object]:
 
 
 def _from_universal(base: Path) -> None:
-    _source(base)
+    _few(base)
     made = base / "source/universal"
     code, said = called("to-universal", base / "source/checkpoint-2", "-o", made)
     assert code == 0, said

@@ -114,7 +114,7 @@ def _about(probe: Probe) -> list[str]:
 
 
 def _long(command: tuple[str, object]) -> bool:
-    return "universal" in command[0]  # 28,000 faults: a file for each state of each parameter
+    return "universal" in command[0]  # most faults: a file for each state of each parameter
 
 
 def _probe_all(probe: Probe, notes: Notes, say: Callable[[str], object]) -> None:

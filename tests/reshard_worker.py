@@ -164,6 +164,7 @@ def main() -> None:
             trainer(Path(out), name, source, bool(universal))
         case other:
             raise SystemExit(f"unknown: {other}")
+    torch.distributed.destroy_process_group()  # else gloo's threads may abort at the end
 
 
 if __name__ == "__main__":

@@ -564,6 +564,8 @@ def main() -> None:
     if sys.argv[2] != "trainers":  # they do it themselves
         deepspeed.init_distributed(dist_backend="gloo")
     globals()[sys.argv[2]](Path(sys.argv[1]))
+    if dist.is_initialized():  # else gloo's threads may abort at the end
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ commits its folder, rank 0 last.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -24,7 +25,8 @@ from typing import Any
 
 from ckpt.ranks import Ranks
 from ckpt.renaming import replace_folder
-from ckpt.runs import locks
+from ckpt.runs import lease, locks
+from ckpt.runs.lease import Lease
 from ckpt.runs.locks import LOCK, Lock
 from ckpt.runs.manifest import NAME, PINNED, File, Manifest, digest
 from ckpt.saving.nodes import Nodes
@@ -32,6 +34,7 @@ from converters import files
 from converters.errors import CheckpointError
 
 Found = dict[str, File]
+log = logging.getLogger("ckpt")
 
 
 def staging_for(final: Path) -> Path:
@@ -72,7 +75,7 @@ class Commit:
         self.note: Any = None
         self.join: Callable[[list[Any]], Found] | None = None
         self.save = ""
-        self.lock = Lock()
+        self.lock, self.lease = Lock(), Lease()
         self.open = False  # begun and not over, on the rank that commits
 
     def begin(self) -> None:
@@ -82,6 +85,8 @@ class Commit:
         with self.ranks.step() as made:
             if not self.ranks.rank:
                 _require_same(step.heard)
+            if self.nodes.commits:
+                self.lease = lease.acquire(self.final.parent, self.ranks.beat)
             if self.nodes.commits and not self.in_place:
                 self.lock = locks.claimed(self.folder)
             self.open = self.nodes.commits
@@ -129,14 +134,18 @@ class Commit:
         What cannot be removed stays recognisable by its name.
         """
         if self.nodes.commits and not self.open:
+            self.lease.release()
             return  # committed, removed, or somebody else's
         self.open = False
         self.ranks.leave(wait=self.nodes.commits)
-        if self.nodes.commits and self.in_place:
+        if self.lease.is_lost:
+            log.warning("%s stays as it is: another job saves there now", self.folder)
+        elif self.nodes.commits and self.in_place:
             (self.folder / NAME).unlink(missing_ok=True)
         elif self.nodes.commits:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.release()
+        self.lease.release()
 
     def _publish(self, reports: list[Any]) -> None:
         """Manifest, rename, and the folder above; after this it exists."""
@@ -166,14 +175,18 @@ class Commit:
             facts.progress,
             known,
         )
+        if self.in_place:
+            self.lease.require()
         files.write_file(self.folder / NAME, manifest.dumps())
         (self.folder / LOCK).unlink(missing_ok=True)
         for folder in _folders(self.folder):
             files.sync_folder(folder)
         if not self.in_place:
+            self.lease.require()
             replace_folder(self.folder, self.final)
         self.open = False
         self.lock.release()
+        self.lease.release()
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.ranks import Ranks
+from ckpt.runs import lease
+from ckpt.runs.lease import Lease
 from converters import files
 from converters.errors import CheckpointError
 
@@ -75,6 +77,15 @@ def find(ranks: Ranks, folder: Path, local: bool) -> Nodes:
     sees = [bool(there) for _, there in told.heard[0]]
     with ranks.step():
         return _place(ranks.rank, folder, names, sees, local)
+
+
+def hold(ranks: Ranks, nodes: Nodes, folder: Path) -> Lease:
+    """The lease of this rank's folder, on the rank that commits; on the others it holds nothing.
+
+    Every rank calls it. ``CheckpointError`` on every rank if another job saves there.
+    """
+    with ranks.step():
+        return lease.acquire(folder, ranks.beat) if nodes.commits else Lease()
 
 
 def _place(rank: int, folder: Path, names: list[str], sees: list[bool], local: bool) -> Nodes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from ckpt.runs import lease
 from ckpt.runs.pruning import facts, prune
 from ckpt.runs.retention import Retention, ranked
 from ckpt.runs.run import Run, leading
@@ -27,6 +28,8 @@ def point(folder: Path, retention: Retention | None) -> None:
     """
     run = Run(folder)
     try:
+        if _is_taken_over(folder):
+            return
         committed = [c for c in run.checkpoints() if c.committed]
         run.point("latest", leading(committed))
         if retention is not None and retention.best is not None:
@@ -48,6 +51,8 @@ def tidy(folder: Path, retention: Retention | None, just: Path | None = None) ->
         return
     run = Run(folder)
     try:
+        if _is_taken_over(folder):
+            return
         outcomes = prune(run, retention, just=just.name if just else None)
         newest = leading([outcome.checkpoint for outcome in outcomes])
         names = [] if just is None or newest is None else [newest.name, just.name]
@@ -60,3 +65,12 @@ def tidy(folder: Path, retention: Retention | None, just: Path | None = None) ->
             )
     except (OSError, CheckpointError) as error:
         log.warning("%s: the pruning is behind: %s", folder, error)
+
+
+def _is_taken_over(folder: Path) -> bool:
+    """Whether another job saves there by now; then its pointers and checkpoints are its own."""
+    other = lease.stranger(folder)
+    if other is not None:
+        words = "%s: another job (%s) saves there now; no pointer moves and nothing is deleted"
+        log.warning(words, folder, other)
+    return other is not None

@@ -87,6 +87,7 @@ class Saver:
             tiers.require_known(weights, self.every)
             self.memory = Memory(budget(memory))
         self.nodes = nodes.find(ranks, self.run, nodes.local_storage(engine))
+        self.lease = nodes.hold(ranks, self.nodes, self.run)
         with ranks.step():
             self.pushes = Pushes(push, self.run, self.nodes.commits, self.nodes.parts)
         self.predicted: int | None = None  # bytes of a save, in this rank's folder
@@ -259,6 +260,7 @@ class Saver:
         finally:
             self.closed = True
             self.pool.shutdown()  # which waits for old checkpoints to be deleted
+            self.lease.release()
             if self.watch is not None:
                 self.watch.close()
 

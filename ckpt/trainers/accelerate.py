@@ -20,12 +20,15 @@ from typing import Any
 from accelerate.utils import MODEL_NAME, DistributedType
 
 from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.runs import lease
+from ckpt.runs.lease import Lease
 from ckpt.runs.retention import Retention
 from ckpt.saving import continuity, extras, nodes, reading
 from ckpt.saving.asked import Asked, alive
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.commit import Commit, Facts
 from ckpt.saving.continuity import OnMismatch
+from ckpt.saving.nodes import Nodes
 from ckpt.saving.progress import metrics as plain_metrics
 from ckpt.saving.progress import progress, versions
 from ckpt.saving.publish import publish
@@ -34,6 +37,8 @@ from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
 from ckpt.trainers.aside import aside
 from converters.errors import CheckpointError
+
+_leases: dict[str, Lease] = {}  # of this process, by folder
 
 
 def save_state(
@@ -68,6 +73,7 @@ def save_state(
     engine, folder = engines[0], Path(run).absolute()
     ranks = Ranks("save_state", timeout)
     found = nodes.find(ranks, folder, nodes.local_storage(engine))
+    _hold(ranks, found, folder)
     with ranks.step():
         number = int(engine.global_steps if step is None else step)
         stage = int(engine.zero_optimization_stage())
@@ -88,6 +94,16 @@ def save_state(
     if found.commits:
         publish(folder, retention)
     return commit.final
+
+
+def _hold(ranks: Ranks, place: Nodes, folder: Path) -> None:
+    """From the first save into a folder to the end of the process no other job saves there.
+
+    Nothing says when an Accelerate training ends.
+    """
+    with ranks.step():
+        if place.commits and str(folder) not in _leases:
+            _leases[str(folder)] = lease.acquire(folder, ranks.beat)
 
 
 def load_state(

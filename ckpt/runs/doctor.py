@@ -25,6 +25,7 @@ from ckpt.runs.run import (
     is_checkpoint,
     is_numbered,
     leading,
+    members,
 )
 from ckpt.staging import RECORD
 from converters import files
@@ -200,7 +201,7 @@ def _rename(folder: Path, aside: Path) -> None:
 
 
 def _doubles(checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
-    committed = [c for c in checkpoints if c.committed]
+    committed = members(checkpoints)
     for step, group in groupby(committed, key=lambda c: c.step):
         names = [checkpoint.name for checkpoint in group]
         if len(names) > 1:
@@ -220,8 +221,7 @@ def _stray(folder: Path, checkpoint: Checkpoint | None = None) -> Iterator[Findi
 
 
 def _pointers(run: Run, checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
-    fitting = [c for c in checkpoints if c.committed]
-    wanted = leading(fitting)
+    wanted = leading(checkpoints)
     for name in POINTERS:
         path, text = run.path / name, run.target(name)
         expected = wanted if name == "latest" else _meant(run, text)

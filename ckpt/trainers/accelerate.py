@@ -21,7 +21,7 @@ from accelerate.utils import MODEL_NAME, DistributedType
 
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.retention import Retention
-from ckpt.saving import continuity, extras, nodes, reading
+from ckpt.saving import continuity, extras, identity, nodes, reading
 from ckpt.saving.asked import Asked, alive
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.commit import Commit, Facts
@@ -34,6 +34,8 @@ from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
 from ckpt.trainers.aside import aside
 from converters.errors import CheckpointError
+
+_seen: set[Path] = set()  # folders that this process has saved into
 
 
 def save_state(
@@ -72,7 +74,11 @@ def save_state(
         number = int(engine.global_steps if step is None else step)
         stage = int(engine.zero_optimization_stage())
         said = plain_metrics(metrics)
-        facts = Facts(number, MODEL_NAME, "full", stage, versions(), said, progress(engine))
+        line = identity.line_of(engine, folder)
+        if found.commits and folder not in _seen:
+            _seen.add(folder)
+            identity.warn_of_others(folder, line)
+        facts = Facts(number, MODEL_NAME, line, "full", stage, versions(), said, progress(engine))
         made = Weights(engine, weights, max_shard_size, ranks) if weights is not None else None
     commit = Commit(ranks, found, folder / f"checkpoint-{number}", facts)
     with aside(commit, engines) as staging:
@@ -86,7 +92,7 @@ def save_state(
         if made is not None:
             streamed.write(made, commit)
     if found.commits:
-        publish(folder, retention)
+        publish(folder, retention, commit.final, commit.line)
     return commit.final
 
 
@@ -147,6 +153,7 @@ def load_state(
         step.value = continuity.mismatches(rows)
         state.set(extra)
     asked.tell(source, rows, step.heard)
+    identity.go_on(engines[0], source.manifest, source.step)
     return source.step
 
 

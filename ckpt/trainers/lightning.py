@@ -27,7 +27,7 @@ from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs import locks, manifest
 from ckpt.runs.pruning import delete
 from ckpt.runs.run import POINTERS, Run, open_checkpoint, order
-from ckpt.saving import extras, nodes, plain, rng
+from ckpt.saving import extras, identity, nodes, plain, rng
 from ckpt.saving.commit import Commit, Facts
 from ckpt.saving.nodes import Nodes
 from ckpt.saving.progress import metrics, progress, versions
@@ -89,18 +89,21 @@ class DeepSpeedStrategy(Stock):
         if final.parent not in self._nodes:
             local = nodes.local_storage(engine)
             self._nodes[final.parent] = nodes.find(ranks, final.parent, local)
+            if self._nodes[final.parent].commits:
+                identity.warn_of_others(final.parent, identity.line_of(engine, final.parent))
         place = self._nodes[final.parent]
         with ranks.step():
             step = int(checkpoint.get("global_step", engine.global_steps))
             stage = int(engine.zero_optimization_stage())
             said = metrics(trainer.callback_metrics)
-            facts = Facts(step, TAG, "full", stage, versions(), said, progress(engine))
+            line = identity.line_of(engine, final.parent)
+            facts = Facts(step, TAG, line, "full", stage, versions(), said, progress(engine))
         commit = Commit(ranks, place, final, facts)
         with aside(commit, [engine]) as folder:
             super().save_checkpoint(checkpoint, str(folder), storage_options)
             commit.files |= extras.write(folder, ranks.rank, None)
         if place.commits:
-            publish(final.parent, None)
+            publish(final.parent, None, final, commit.line)
             _point_best(Run(final.parent), trainer)
 
     def load_checkpoint(
@@ -128,6 +131,9 @@ class DeepSpeedStrategy(Stock):
             _require_same(step.heard)
         with lock:
             state = super().load_checkpoint(checkpoint_path, **options)
+        if self.lightning_module.trainer.state.fn == "fit":
+            source = open_checkpoint(path)
+            identity.go_on(self.deepspeed_engine, source.manifest, source.step or 0)
         if found is not None and self.lightning_module.trainer.state.fn == "fit":
             self._random = found
             for absent in rng.restore(found):

@@ -15,10 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from run_folders import real
 
-from ckpt.runs import lease, lease_file, lease_watch
+from ckpt.runs import doctor, lease, lease_file, lease_watch
 from ckpt.runs.lease_file import NAME, Holder, Record
 from ckpt.runs.processes import Life, Process
+from ckpt.runs.run import Run
 from converters.errors import CheckpointError
 
 ROOT = Path(__file__).parent.parent
@@ -228,7 +230,7 @@ if not os.fork():
     held.release()
     print("child", flush=True)
     os.close(1)
-    time.sleep(30)
+    time.sleep(10)
     os._exit(0)
 time.sleep(1)
 print(os.path.exists({str(tmp_path / NAME)!r}), flush=True)
@@ -267,8 +269,6 @@ for line in sys.stdin:
         sys.stdin.readline()
     print("ready", flush=True)
 """
-    ended = subprocess.run(["true"])
-    assert ended.returncode == 0
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", text],
@@ -487,3 +487,44 @@ def test_a_zombie_has_ended() -> None:
 def test_a_record_of_nobody() -> None:
     one, two = (Record(data, None, 1, 0.0) for data in (b"", b"{}"))
     assert one.is_of(one) and not one.is_of(two) and one.life() is Life.UNKNOWN
+
+
+def called(*args: object) -> tuple[int, str, str]:
+    """The command line: its exit code, and what it says."""
+    words = [sys.executable, "-m", "ckpt", *map(str, args)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_line_tells_who_saves_and_removes_what_is_left(
+    tmp_path: Path, jobs: list[Job]
+) -> None:
+    out = tmp_path / "out"
+    run = Run(out)
+    real(out, 2)
+    run.point("latest", run.newest())
+    first = begun(jobs, out)
+    code, listed, said = called("ls", out)
+    assert code == 0 and NAME not in listed
+    assert f"pid {first.process.pid} (python train.py) has been saving there since" in said
+    assert called("doctor", out)[0] == 0
+    assert called("prune", out, "--keep-last", 1)[0] == 0
+    first.kill()
+    assert called("ls", out)[2] == ""
+    code, found, _ = called("doctor", out)
+    assert code == 1 and f"{out / NAME}: the lease of a job that has ended, host " in found
+    assert called("doctor", out, "--fix")[0] == 0
+    assert sorted(os.listdir(out)) == ["checkpoint-2", "latest"]
+
+
+def test_doctor_leaves_the_lease_of_another_machine_for_a_while(tmp_path: Path) -> None:
+    away = replace(Process.current(), machine="another boot")
+    for name in (NAME, f"{NAME}-1"):
+        (tmp_path / name).write_bytes(replace(Holder.current(), process=away).dumps())
+    assert not doctor.diagnose(Run(tmp_path))
+    hour = time.time() - 3600
+    for name in (NAME, f"{NAME}-1"):
+        os.utime(tmp_path / name, (hour, hour))
+    done, left = doctor.mend(Run(tmp_path))
+    assert len(done) == 2 and not left
+    assert os.listdir(tmp_path) == []

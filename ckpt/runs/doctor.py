@@ -17,7 +17,7 @@ from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 
-from ckpt.runs import locks, manifest, pruning, slim, torn
+from ckpt.runs import lease_watch, locks, manifest, pruning, slim, torn
 from ckpt.runs.run import (
     POINTERS,
     Checkpoint,
@@ -25,6 +25,7 @@ from ckpt.runs.run import (
     is_checkpoint,
     is_numbered,
     leading,
+    members,
 )
 from ckpt.staging import RECORD
 from converters import files
@@ -53,7 +54,7 @@ def diagnose(run: Run) -> list[Finding]:
     checkpoints = run.checkpoints()
     ours = any(c.manifest or any(c.folder.glob("*/*_states.pt*")) for c in checkpoints)
     found = [*_staging(run), *(f for c in checkpoints for f in _inside(c, ours))]
-    found += [*_doubles(checkpoints), *_stray(run.path)]
+    found += [*_doubles(checkpoints), *_stray(run.path), *_leases(run.path)]
     return [*found, *_pointers(run, checkpoints)]
 
 
@@ -200,7 +201,7 @@ def _rename(folder: Path, aside: Path) -> None:
 
 
 def _doubles(checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
-    committed = [c for c in checkpoints if c.committed]
+    committed = members(checkpoints)
     for step, group in groupby(committed, key=lambda c: c.step):
         names = [checkpoint.name for checkpoint in group]
         if len(names) > 1:
@@ -219,9 +220,15 @@ def _stray(folder: Path, checkpoint: Checkpoint | None = None) -> Iterator[Findi
             yield Finding(path, "a write that was cut short", "remove it", gone)
 
 
+def _leases(folder: Path) -> Iterator[Finding]:
+    for path, record in lease_watch.leftovers(folder, QUIET):
+        who = f", {record.holder}" if record.holder else ""
+        what = f"the lease of a job that has ended{who}"
+        yield Finding(path, what, "remove it", partial(lease_watch.remove, path, record))
+
+
 def _pointers(run: Run, checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
-    fitting = [c for c in checkpoints if c.committed]
-    wanted = leading(fitting)
+    wanted = leading(checkpoints)
     for name in POINTERS:
         path, text = run.path / name, run.target(name)
         expected = wanted if name == "latest" else _meant(run, text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -73,9 +73,38 @@ def is_this_process(record: Record) -> bool:
     return holder is not None and holder.process == here and record.inode == holder.inode
 
 
-def inspect(folder: Path) -> tuple[Record, Life] | None:
-    """The lease of a folder and whether its holder lives, as far as a look tells."""
+def describe(folder: Path) -> str | None:
+    """Who saves into a folder right now, for a reader, as far as a look tells; ``None``: nobody."""
     with suppress(OSError):
-        if (record := lease_file.read(folder / NAME)) is not None:
-            return record, record.life()
+        record = lease_file.read(folder / NAME)
+        if record is None or record.holder is None or record.life() is Life.ENDED:
+            return None
+        since = f"{record.holder} has been saving there since {record.holder.start}"
+        doubt = ", if it still lives, which only its machine knows"
+        return since + (doubt if record.life() is Life.UNKNOWN else "")
     return None
+
+
+def leftovers(folder: Path, quiet: float) -> Iterator[tuple[Path, Record]]:
+    """Leases in a folder, and what was to become one, whose job has ended.
+
+    Where that cannot be told: those that have not changed for ``quiet`` seconds.
+    """
+    with suppress(OSError):
+        record = lease_file.read(folder / NAME)
+        leases = [] if record is None else [(folder / NAME, record)]
+        for path, record in (*leases, *lease_file.drafts(folder)):
+            life = record.life()
+            if path.name != NAME and record.holder is not None:
+                life = record.holder.process.life()
+            silent = time.time() - record.changed >= quiet
+            if life is Life.ENDED or (life is Life.UNKNOWN and silent):
+                yield path, record
+
+
+def remove(path: Path, record: Record) -> None:
+    """Removes one of the ``leftovers``, unless it is another job's by now."""
+    if path.name == NAME:
+        lease_file.remove(path.parent, record)
+    else:
+        path.unlink(missing_ok=True)

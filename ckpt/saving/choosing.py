@@ -10,25 +10,23 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch.distributed as dist
 
 from ckpt.ranks import TIMEOUT, Ranks, Step
 from ckpt.runs import manifest as manifests
-from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import POINTERS, Checkpoint, Run, is_checkpoint, is_numbered, open_checkpoint
-from ckpt.runs.run import order as by_step
 from ckpt.runs.verify import states, verify
+from ckpt.saving.candidates import Fits, candidates
 from converters import files
 from converters.errors import CheckpointError
 
 Thorough = Literal["structure", "data"]
-Fits = Callable[[Manifest], bool]  # whether it was saved by as many ranks, and in the same stage
 
 
 def find(
@@ -224,18 +222,22 @@ def _newest(ranks: Ranks | None, run: Path, data: bool, fits: Fits | None) -> Ch
 
 def _offers(run: Path, passed: list[tuple[str, str]], fits: Fits | None) -> Iterator[Checkpoint]:
     """The checkpoints that can be resumed from, the newest first; says why others cannot."""
-
-    def rank(checkpoint: Checkpoint) -> tuple[Any, ...]:
-        step, *rest = by_step(checkpoint)
-        held = checkpoint.manifest
-        return step, fits is None or held is None or fits(held), *rest
-
-    for checkpoint in sorted(Run(run).checkpoints(), key=rank, reverse=True):
+    offered = candidates(run, fits)
+    offered.tell()
+    for checkpoint in offered.newest_first:
         why = _unusable(checkpoint)
         if why is None:
             yield checkpoint
         else:
             _pass_over(passed, checkpoint.folder, why)
+    usable = [c for c in offered.others if c.unusable is None]
+    if usable:
+        raise CheckpointError(
+            f"{run}: nothing of the run that saved last can be resumed from, but there is "
+            f"{offered.described()}: pass {usable[-1].folder} to go on from that, or name another "
+            "folder to start anew",
+            "incomplete",
+        )
 
 
 def _pass_over(passed: list[tuple[str, str]], folder: Path, why: str) -> None:

@@ -27,8 +27,10 @@ from ckpt.ranks import Ranks
 from ckpt.renaming import replace_folder
 from ckpt.runs import lease, locks
 from ckpt.runs.lease import Lease
+from ckpt.runs.lineage import Line
 from ckpt.runs.locks import LOCK, Lock
 from ckpt.runs.manifest import NAME, PINNED, File, Manifest, digest
+from ckpt.saving import collision
 from ckpt.saving.nodes import Nodes
 from converters import files
 from converters.errors import CheckpointError
@@ -48,6 +50,7 @@ class Facts:
 
     step: int
     tag: str | None
+    line: Line
     tier: str = "full"
     stage: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -75,6 +78,7 @@ class Commit:
         self.note: Any = None
         self.join: Callable[[list[Any]], Found] | None = None
         self.save = ""
+        self.line = facts.line  # rank 0's, when it has begun
         self.lock, self.lease = Lock(), Lease()
         self.open = False  # begun and not over, on the rank that commits
 
@@ -90,8 +94,10 @@ class Commit:
             if self.nodes.commits and not self.in_place:
                 self.lock = locks.claimed(self.folder)
             self.open = self.nodes.commits
-            made.value = uuid.uuid4().hex
-        self.save = made.heard[0]
+            line = self.facts.line
+            made.value = [uuid.uuid4().hex, line.run, line.launch, line.ancestors]
+        self.save, run, launch, ancestors = made.heard[0]
+        self.line = Line(run, launch, tuple((name, step) for name, step in ancestors))
 
     def settle(self) -> None:
         """Syncs and digests what is in the folder already and was not written by the saver."""
@@ -174,15 +180,17 @@ class Commit:
             facts.metrics,
             facts.progress,
             known,
+            self.line.run,
+            self.line.at(facts.step),
         )
-        if self.in_place:
-            self.lease.require()
+        self.lease.require()
         files.write_file(self.folder / NAME, manifest.dumps())
         (self.folder / LOCK).unlink(missing_ok=True)
         for folder in _folders(self.folder):
             files.sync_folder(folder)
         if not self.in_place:
             self.lease.require()
+            collision.make_way(self.final, self.line)
             replace_folder(self.folder, self.final)
         self.open = False
         self.lock.release()

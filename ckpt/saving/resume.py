@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ckpt.ranks import TIMEOUT, Ranks
-from ckpt.saving import continuity
+from ckpt.saving import continuity, identity
 from ckpt.saving.asked import Asked, alive
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
@@ -82,4 +82,8 @@ def resume(
             client_state.update(client)
         state.set(extra)
     asked.tell(source, rows, step.heard)
+    if load_module_only:
+        identity.begin(engine)
+    else:
+        identity.go_on(engine, source.manifest, source.step)
     return 0 if load_module_only else source.step

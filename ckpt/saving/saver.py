@@ -25,7 +25,7 @@ from typing import Any
 from ckpt.hub.background import Push, Pushes
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.retention import Retention
-from ckpt.saving import exits, nodes, preflight, tiers
+from ckpt.saving import exits, identity, nodes, preflight, tiers
 from ckpt.saving.commit import Commit, Facts
 from ckpt.saving.flight import FAREWELL, LAST_WORDS, Flight
 from ckpt.saving.memory import Memory, budget
@@ -102,6 +102,8 @@ class Saver:
         self.held = 0.0  # seconds that the last save held the training
         self.closed = False
         self.watch = Watch(preemption) if preemption else None
+        if self.nodes.commits:
+            identity.warn_of_others(self.run, identity.line_of(engine, self.run))
 
     def _preflight(self, ranks: Ranks) -> None:
         with ranks.step():
@@ -164,7 +166,8 @@ class Saver:
         stage = int(self.engine.zero_optimization_stage())
         said = plain_metrics(metrics)
         noted = progress(self.engine, epoch)
-        return Facts(int(step), tag, tier, stage, versions(), said, noted)
+        line = identity.line_of(self.engine, self.run)
+        return Facts(int(step), tag, line, tier, stage, versions(), said, noted)
 
     def _weights(self, ranks: Ranks) -> Weights | None:
         if self.kind is None:
@@ -192,19 +195,19 @@ class Saver:
         if facts.tier == "full":
             self.took = time.monotonic() - self.began
         if self.nodes.commits:
-            point(self.run, self.retention)
+            point(self.run, self.retention, flight.commit.line)
             self.pushes.offer(facts.tier, facts.step, flight.commit.final)
-            self._tidy(flight.commit.final)
+            self._tidy(flight.commit)
         if not flight.commit.ranks.rank:
             log.info("committed %s, %.1f s", flight.commit.final, time.monotonic() - self.began)
 
-    def _tidy(self, just: Path) -> None:
+    def _tidy(self, commit: Commit) -> None:
         """Deletes old checkpoints, behind the training's back if saves are there too."""
         if self.background and not self.closed:
             with suppress(RuntimeError):  # the process is ending
-                self.pool.submit(tidy, self.run, self.retention, just)
+                self.pool.submit(tidy, self.run, self.retention, commit.final, commit.line)
                 return
-        tidy(self.run, self.retention, just)
+        tidy(self.run, self.retention, commit.final, commit.line)
 
     def step(
         self,

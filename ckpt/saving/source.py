@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ckpt.runs import manifest
+from ckpt.runs import lineage, manifest
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Checkpoint
 from ckpt.saving import extras, plain, rng
@@ -45,6 +45,7 @@ class Source:
     digest: str = ""
     progress: Mapping[str, Any] | None = None
     metrics: Mapping[str, float] | None = None
+    manifest: Manifest | None = None
 
     @property
     def foreign(self) -> bool:
@@ -54,7 +55,8 @@ class Source:
     def said(self, verified: str) -> str:
         """What it is, as a line."""
         proof = f"manifest {self.digest}, {verified} verified" if self.digest else "no manifest"
-        line = f"{self.folder}: step {self.step}, tag {self.tag}, {proof}"
+        run = f", {lineage.shown(self.manifest.run)}" if self.manifest else ""
+        line = f"{self.folder}: step {self.step}, tag {self.tag}{run}, {proof}"
         metrics = [f"{name} {value:g}" for name, value in (self.metrics or {}).items()]
         return "; ".join([line, *metrics[:3]])
 
@@ -79,7 +81,8 @@ class Source:
         topology = Topology(held.stage or 0, held.world_size)
         digest = sha256(data).hexdigest()[:12]
         assert held.tag is not None
-        return cls(found.folder, held.tag, held.step, topology, digest, held.progress, held.metrics)
+        noted = (held.progress, held.metrics, held)
+        return cls(found.folder, held.tag, held.step, topology, digest, *noted)
 
 
 @dataclass(slots=True)

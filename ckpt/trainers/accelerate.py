@@ -16,14 +16,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from accelerate.utils import MODEL_NAME, DistributedType
 
 from ckpt.ranks import TIMEOUT, Ranks
-from ckpt.runs import lease
 from ckpt.runs.lease import Lease
 from ckpt.runs.retention import Retention
-from ckpt.saving import continuity, extras, nodes, reading
+from ckpt.saving import continuity, extras, identity, nodes, reading
 from ckpt.saving.asked import Asked, alive
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.commit import Commit, Facts
@@ -38,7 +38,8 @@ from ckpt.trainers import streamed
 from ckpt.trainers.aside import aside
 from converters.errors import CheckpointError
 
-_leases: dict[str, Lease] = {}  # of this process, by folder
+_leases: WeakKeyDictionary[Any, dict[Path, Lease]] = WeakKeyDictionary()  # by accelerator
+_seen: set[Path] = set()  # folders that this process has saved into
 
 
 def save_state(
@@ -73,12 +74,16 @@ def save_state(
     engine, folder = engines[0], Path(run).absolute()
     ranks = Ranks("save_state", timeout)
     found = nodes.find(ranks, folder, nodes.local_storage(engine))
-    _hold(ranks, found, folder)
+    _hold(ranks, found, folder, accelerator)
     with ranks.step():
         number = int(engine.global_steps if step is None else step)
         stage = int(engine.zero_optimization_stage())
         said = plain_metrics(metrics)
-        facts = Facts(number, MODEL_NAME, "full", stage, versions(), said, progress(engine))
+        line = identity.line_of(engine, folder)
+        if found.commits and folder not in _seen:
+            _seen.add(folder)
+            identity.warn_of_others(folder, line)
+        facts = Facts(number, MODEL_NAME, line, "full", stage, versions(), said, progress(engine))
         made = Weights(engine, weights, max_shard_size, ranks) if weights is not None else None
     commit = Commit(ranks, found, folder / f"checkpoint-{number}", facts)
     with aside(commit, engines) as staging:
@@ -92,18 +97,17 @@ def save_state(
         if made is not None:
             streamed.write(made, commit)
     if found.commits:
-        publish(folder, retention)
+        publish(folder, retention, commit.final, commit.line)
     return commit.final
 
 
-def _hold(ranks: Ranks, place: Nodes, folder: Path) -> None:
-    """From the first save into a folder to the end of the process no other job saves there.
-
-    Nothing says when an Accelerate training ends.
+def _hold(ranks: Ranks, place: Nodes, folder: Path, accelerator: Any) -> None:
+    """From the first save into a folder on, no other job saves there, as long as there is the
+    accelerator: nothing says when an Accelerate training ends.
     """
-    with ranks.step():
-        if place.commits and str(folder) not in _leases:
-            _leases[str(folder)] = lease.acquire(folder, ranks.beat)
+    held = _leases.setdefault(accelerator, {})
+    if folder not in held:
+        held[folder] = nodes.hold(ranks, place, folder)
 
 
 def load_state(
@@ -163,6 +167,7 @@ def load_state(
         step.value = continuity.mismatches(rows)
         state.set(extra)
     asked.tell(source, rows, step.heard)
+    identity.go_on(engines[0], source.manifest, source.step)
     return source.step
 
 

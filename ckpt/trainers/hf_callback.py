@@ -23,13 +23,16 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.runs.lease import Lease
+from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import NAME
 from ckpt.runs.retention import Retention
-from ckpt.saving import extras, nodes, preflight
+from ckpt.saving import collision, extras, identity, nodes, preflight
 from ckpt.saving.commit import Commit, Facts, committed
 from ckpt.saving.nodes import Nodes
 from ckpt.saving.preemption import Preemption
 from ckpt.saving.progress import progress, versions
+from ckpt.saving.publish import point
 from ckpt.trainers.hf_state import (
     Shown,
     evaluated,
@@ -77,11 +80,12 @@ class CheckpointCallback(TrainerCallback):
         self.nodes: Nodes | None = None  # None: not at work
         self.run = Path()
         self.stop = Stop(None, timeout)
+        self.lease = Lease()
+        self.line = Line.begin()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
         """Finds out who shares the folder, and whether saves would succeed."""
-        self.nodes = None
-        self.stop.close()
+        self._end()
         if not isinstance(seen.get("optimizer"), DeepSpeedOptimizerWrapper):
             _stay_out(state, "no DeepSpeed in this training")
             return
@@ -94,8 +98,13 @@ class CheckpointCallback(TrainerCallback):
         with ranks.step():
             _require_told(args)
             engine, config = _shown(state, seen, ranks.rank), _config()
+        step = int(state.global_step)
+        self.line = identity.line_in(self.run, step) if step else identity.begin()
         local = bool(config.get("checkpoint", {}).get("use_node_local_storage", False))
         self.nodes = nodes.find(ranks, self.run, local or args.save_on_each_node)
+        self.lease = nodes.hold(ranks, self.nodes, self.run)
+        if self.nodes.commits:
+            identity.warn_of_others(self.run, self.line)
         if self.preflight:
             zero = config.get("zero_optimization", {})
             gather = engine.stage < 3 or zero.get("stage3_gather_16bit_weights_on_model_save")
@@ -141,25 +150,42 @@ class CheckpointCallback(TrainerCallback):
             return
         if self.nodes.commits:
             keep = retention_of(self.retention, args, self.limit)
-            publish_beside(self.run, keep, [state.best_model_checkpoint])
+            best = [state.best_model_checkpoint]
+            publish_beside(self.run, keep, best, self._folder(state), self.line)
         self.stop.saved()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
         """Ends its work until the next training begins."""
+        self._end()
+
+    def _end(self) -> None:
         self.stop.close()
+        self.lease.release()
         self.nodes = None
 
     def _folder(self, state: Any) -> Path:
         return self.run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
     def _uncommit(self, args: Any, state: Any) -> None:
-        """On the rank that commits; no other writes before it has gone through a barrier."""
+        """Before the Trainer writes: this job still saves here, and nothing committed is there."""
+        if self.nodes is None:
+            return
+        with Ranks("save", self.timeout).step():
+            self.lease.require()
+            if self.nodes.commits:
+                self._clear(args, state)
+
+    def _clear(self, args: Any, state: Any) -> None:
         path = self._folder(state) / NAME
-        if self.nodes is not None and self.nodes.commits and path.exists():
+        moved = collision.make_way(path.parent, self.line)
+        if moved is None and path.exists():
             path.unlink()
             files.sync_folder(path.parent)
-            metric = retention_of(None, args, None)  # so that best moves too, and nothing goes
-            publish_beside(self.run, metric, [])
+        elif moved is None:
+            return
+
+        metric = retention_of(None, args, None)  # so that best moves too, and nothing goes
+        point(self.run, metric, None)
 
     def _commit(self, ranks: Ranks, place: Nodes, args: Any, state: Any, seen: Any) -> None:
         with ranks.step():
@@ -167,9 +193,8 @@ class CheckpointCallback(TrainerCallback):
             tier = "weights" if args.save_only_model else "full"
             tag = None if args.save_only_model else f"global_step{step}"
             said = evaluated(state)
-            facts = Facts(
-                step, tag, tier, engine.stage, versions(), said, progress(engine, state.epoch)
-            )
+            noted = progress(engine, state.epoch)
+            facts = Facts(step, tag, self.line, tier, engine.stage, versions(), said, noted)
         commit = Commit(ranks, place, self._folder(state), facts, in_place=True)
         with committed(commit) as folder:
             if tag is not None and not (folder / tag).is_dir():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.runs import locks
+from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Best, Retention
 from ckpt.saving.publish import publish
 from converters import files
@@ -68,14 +69,16 @@ def is_new_best(args: Any, state: Any, metrics: dict[str, float]) -> bool:
     return bool(value > best if args.greater_is_better else value < best)
 
 
-def publish_beside(run: Path, retention: Retention | None, keep: Iterable[str | None]) -> None:
+def publish_beside(
+    run: Path, retention: Retention | None, keep: Iterable[str | None], just: Path, line: Line
+) -> None:
     """``publish``, but the checkpoints in ``keep`` are not deleted, whatever the rules say."""
     with ExitStack() as stack:
         for folder in keep:
             with suppress(CheckpointError):  # it is gone already
                 if folder is not None:
                     stack.enter_context(locks.reading(Path(folder)))
-        publish(run, retention)
+        publish(run, retention, just, line)
 
 
 def sync_files(folder: Path) -> None:

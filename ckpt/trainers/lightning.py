@@ -25,9 +25,10 @@ from typing import Any
 
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs import locks, manifest
+from ckpt.runs.lease import Lease
 from ckpt.runs.pruning import delete
 from ckpt.runs.run import POINTERS, Run, open_checkpoint, order
-from ckpt.saving import extras, nodes, plain, rng
+from ckpt.saving import extras, identity, nodes, plain, rng
 from ckpt.saving.commit import Commit, Facts
 from ckpt.saving.nodes import Nodes
 from ckpt.saving.progress import metrics, progress, versions
@@ -67,6 +68,7 @@ class DeepSpeedStrategy(Stock):
         super().__init__(*args, **kwargs)
         self._load_foreign, self._absent_after = load_foreign, absent_after
         self._nodes: dict[Path, Nodes] = {}  # by the folder that checkpoints are saved into
+        self._leases: dict[Path, Lease] = {}  # of those, while a training goes on
         self._random: dict[str, Any] | None = None  # to be set when a training goes on
 
     def save_checkpoint(
@@ -86,22 +88,31 @@ class DeepSpeedStrategy(Stock):
         final = Path(os.path.abspath(filepath))
         engine, trainer = self.deepspeed_engine, self.lightning_module.trainer
         ranks = Ranks("save_checkpoint", self._absent_after)
-        if final.parent not in self._nodes:
-            local = nodes.local_storage(engine)
-            self._nodes[final.parent] = nodes.find(ranks, final.parent, local)
-        place = self._nodes[final.parent]
+        place = self._place(ranks, final.parent)
         with ranks.step():
             step = int(checkpoint.get("global_step", engine.global_steps))
             stage = int(engine.zero_optimization_stage())
             said = metrics(trainer.callback_metrics)
-            facts = Facts(step, TAG, "full", stage, versions(), said, progress(engine))
+            line = identity.line_of(engine, final.parent)
+            facts = Facts(step, TAG, line, "full", stage, versions(), said, progress(engine))
         commit = Commit(ranks, place, final, facts)
         with aside(commit, [engine]) as folder:
             super().save_checkpoint(checkpoint, str(folder), storage_options)
             commit.files |= extras.write(folder, ranks.rank, None)
         if place.commits:
-            publish(final.parent, None)
+            publish(final.parent, None, final, commit.line)
             _point_best(Run(final.parent), trainer)
+
+    def _place(self, ranks: Ranks, run: Path) -> Nodes:
+        """Who shares a folder that checkpoints are saved into; from now on no other job does."""
+        engine = self.deepspeed_engine
+        if run not in self._nodes:
+            self._nodes[run] = nodes.find(ranks, run, nodes.local_storage(engine))
+            if self._nodes[run].commits:
+                identity.warn_of_others(run, identity.line_of(engine, run))
+        if run not in self._leases:
+            self._leases[run] = nodes.hold(ranks, self._nodes[run], run)
+        return self._nodes[run]
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
@@ -128,6 +139,9 @@ class DeepSpeedStrategy(Stock):
             _require_same(step.heard)
         with lock:
             state = super().load_checkpoint(checkpoint_path, **options)
+        if self.lightning_module.trainer.state.fn == "fit":
+            source = open_checkpoint(path)
+            identity.go_on(self.deepspeed_engine, source.manifest, source.step or 0)
         if found is not None and self.lightning_module.trainer.state.fn == "fit":
             self._random = found
             for absent in rng.restore(found):
@@ -135,13 +149,25 @@ class DeepSpeedStrategy(Stock):
         return state
 
     def on_train_start(self) -> None:
-        """Random states as of the save once more: loaders that started meanwhile have drawn."""
+        """Takes the folders that checkpoints go into. Sets random states as of the save once more:
+        loaders that started meanwhile have drawn.
+        """
         super().on_train_start()
+        ranks = Ranks("on_train_start", self._absent_after)
+        for folder in _folders(self.lightning_module.trainer):
+            self._place(ranks, folder)
         state, self._random = self._random, None
         loop = self.lightning_module.trainer.fit_loop
         began = loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch
         if state is not None and began:
             rng.restore(state)
+
+    def teardown(self) -> None:
+        """Gives the folders up."""
+        super().teardown()
+        for held in self._leases.values():
+            held.release()
+        self._leases.clear()
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Deletes a checkpoint by way of the trash, unless it is pinned or being read."""
@@ -155,6 +181,12 @@ class DeepSpeedStrategy(Stock):
                 _remove(path)
             except (OSError, CheckpointError) as error:
                 log.warning("%s stays: %s", path, error)
+
+
+def _folders(trainer: Any) -> list[Path]:
+    """Where its ModelCheckpoints save to; the same on every rank, which Lightning sees to."""
+    paths = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    return list(dict.fromkeys(Path(os.path.abspath(p)) for p in paths if p and not _is_remote(p)))
 
 
 def _is_remote(path: Any) -> bool:

@@ -247,7 +247,7 @@ os.kill(os.getpid(), 9)
 
 def test_of_many_starters_one_wins(tmp_path: Path) -> None:
     """Each round leaves the lease of a process that is gone, and four processes after it."""
-    text = f"""
+    text = """
 import os, sys, time
 from pathlib import Path
 from ckpt.runs import lease, lease_watch
@@ -446,7 +446,7 @@ def test_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return real(path, flags, *more)
 
     monkeypatch.setattr(os, "open", full)
-    with pytest.raises(CheckpointError, match="No space left on device.*make room"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*make room"):
         lease.acquire(tmp_path)
 
 

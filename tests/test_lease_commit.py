@@ -31,7 +31,8 @@ ALONE = Nodes(0, 1, True, False)
 
 @pytest.fixture(autouse=True)
 def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -117,7 +118,7 @@ def test_a_job_that_was_taken_over_commits_nothing_and_changes_nothing(
     with pytest.raises(CheckpointError) as caught:
         commit.finish()
     said = str(caught.value)
-    assert f"another job (host node7, pid 123 (python other.py), started " in said
+    assert "another job (host node7, pid 123 (python other.py), started " in said
     assert f"has taken over {tmp_path}" in said and "is not committed" in said
     after = tree(tmp_path)
     assert {path: data for path, data in after.items() if path in before} == before

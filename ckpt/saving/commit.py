@@ -155,6 +155,7 @@ class Commit:
 
     def _publish(self, reports: list[Any]) -> None:
         """Manifest, rename, and the folder above; after this it exists."""
+        self.lease.require()
         if self.facts.tag is not None and self.facts.tier == "full":
             files.write_file(self.folder / "latest", self.facts.tag.encode())
         known: Found = {}

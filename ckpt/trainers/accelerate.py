@@ -21,7 +21,7 @@ from accelerate.utils import MODEL_NAME, DistributedType
 
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.retention import Retention
-from ckpt.saving import continuity, extras, nodes, reading
+from ckpt.saving import continuity, extras, nodes, precision, reading
 from ckpt.saving.asked import Asked, alive
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.commit import Commit, Facts
@@ -140,8 +140,10 @@ def load_state(
             accelerator.load_state(str(source.folder), **load_model_func_kwargs)
         source.go_on(engines[0])
     with ranks.step() as step:
-        configs = (readers[0].config, getattr(engines[0], "config", None))
-        without = () if load_optimizer_states else ("loss_scale", "optimizer_step", "lr")
+        configs = precision.unsaid((readers[0].config, getattr(engines[0], "config", None)))
+        without: tuple[str, ...] = () if load_optimizer_states else ("loss_scale", "optimizer_step", "lr")
+        if readers[0].change is not None:
+            without = (*without, "loss_scale")
         noted = source.progress or {}
         rows = continuity.compare(noted, progress(engines[0]), configs, without)
         step.value = continuity.mismatches(rows)

@@ -1,0 +1,127 @@
+"""One rank of trainings that go on in another topology or precision: ``OUT_DIR PART [MORE ...]``.
+
+Started by ``test_topology.py`` through torchrun, one function a part.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from live_worker import SMALL
+from resume_worker import WARM, Sampler, begin, train
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+from fixture_specs import OFFLOAD, Spec
+from fixture_worker import live_state
+
+import ckpt
+
+KINDS = ("bf16", "fp16", "fp32")
+SUMS = {**WARM, "data_types": {"grad_accum_dtype": "fp32"}}
+PRECISIONS = {
+    "zero0": Spec(0, config=WARM),
+    "zero1": Spec(1, config=WARM),
+    "zero2": Spec(2, zero=OFFLOAD, config=WARM),
+    "zero3": Spec(3, zero={"sub_group_size": 20, **SMALL}, config=WARM, zero_sized=True),
+}
+STATE = ("fp32/", "exp_avg/", "exp_avg_sq/")
+
+
+def spec_of(name: str, kind: str) -> Spec:
+    """A case in one precision; in bf16, stage 1 is that of BF16_Optimizer."""
+    spec = replace(PRECISIONS[name], dtype=kind)
+    return replace(spec, config=SUMS) if (name, kind) == ("zero1", "bf16") else spec
+
+
+def precisions(out: Path) -> None:
+    """Each stage saved in each precision, and resumed in the two others."""
+    for name in PRECISIONS:
+        saved: dict[str, Any] = {}
+        for kind in KINDS:
+            spec = spec_of(name, kind)
+            engine = begin(spec)
+            train(engine, 2, Sampler())
+            with ckpt.Saver(engine, out / f"{name}-{kind}") as saver:
+                saver.save(2)
+            saved[kind] = state_of(engine, spec)
+            engine.destroy()
+        for now in KINDS:
+            for kind in KINDS:
+                if now != kind:
+                    resumed(out / f"{name}-{kind}", spec_of(name, now), saved[kind])
+
+
+def resumed(run: Path, spec: Spec, saved: dict[str, Any]) -> None:
+    """Masters and moments are those that were saved, weights the masters rounded; it goes on."""
+    engine = begin(spec)
+    scale = scale_of(engine)
+    assert ckpt.resume(engine, run) == 2 == engine.global_steps
+    assert str(run) not in Path("/proc/self/maps").read_text(), "it is still mapped"
+    live = state_of(engine, spec)  # which looks whether masters round to weights
+    assert live.keys() & saved.keys() >= {f"fp32/{n}" for n, _ in trained(engine)}
+    for key in live.keys() & saved.keys():
+        value = saved[key]
+        if key.startswith(STATE):
+            assert live[key].dtype == torch.float32 and torch.equal(live[key], value), (run, key)
+        elif key.startswith("live/frozen"):
+            assert torch.equal(live[key], value.to(live[key].dtype)), (run, key)
+    assert scale_of(engine) == scale, (scale, scale_of(engine))
+    assert all(math.isfinite(loss) for loss in train(engine, 2, Sampler()))
+    assert engine.global_steps == 4 and engine.skipped_steps == 0
+    state_of(engine, spec)
+    engine.destroy()
+    for options in ({"load_optimizer_states": False}, {"load_module_only": True}):
+        engine = begin(spec)
+        assert ckpt.resume(engine, run, **options) == (0 if "load_module_only" in options else 2)
+        train(engine, 1, Sampler())
+        engine.destroy()
+
+
+def trained(engine: Any) -> list[Any]:
+    """The parameters that are trained, and their names."""
+    return [pair for pair in engine.module.named_parameters() if pair[1].requires_grad]
+
+
+def state_of(engine: Any, spec: Spec) -> dict[str, torch.Tensor]:
+    """``live_state``, or of a BF16_Optimizer, which that does not read, the masters and moments."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if hasattr(engine.optimizer, "single_partition_of_fp32_groups") or spec.stage in (0, 3):
+        return live_state(engine, spec)
+    found = {}
+    for name, parameter in trained(engine):
+        master = found[f"fp32/{name}"] = safe_get_full_fp32_param(parameter).clone()
+        assert torch.equal(master.to(parameter.dtype), parameter), name
+        for moment in ("exp_avg", "exp_avg_sq"):
+            held = safe_get_full_optimizer_state(parameter, moment)
+            found[f"{moment}/{name}"] = held.clone()
+    return found
+
+
+def scale_of(engine: Any) -> Any:
+    """The loss scale, if there is one."""
+    optimizer = engine.optimizer
+    return getattr(getattr(optimizer, "loss_scale_config", optimizer), "cur_scale", None)
+
+
+def main() -> None:
+    import deepspeed
+
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+    out, part, *more = sys.argv[1:]
+    if part == "precisions":
+        deepspeed.init_distributed(dist_backend="gloo")
+    globals()[part](Path(out), *more)
+    if dist.is_initialized():  # else gloo's threads may abort at the end
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

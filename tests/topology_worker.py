@@ -40,9 +40,9 @@ def spec_of(name: str, kind: str) -> Spec:
     return replace(spec, config=SUMS) if (name, kind) == ("zero1", "bf16") else spec
 
 
-def precisions(out: Path) -> None:
+def precisions(out: Path, only: str = "") -> None:
     """Each stage saved in each precision, and resumed in the two others."""
-    for name in PRECISIONS:
+    for name in only.split(",") if only else PRECISIONS:
         saved: dict[str, Any] = {}
         for kind in KINDS:
             spec = spec_of(name, kind)
@@ -91,17 +91,25 @@ def trained(engine: Any) -> list[Any]:
 
 def state_of(engine: Any, spec: Spec) -> dict[str, torch.Tensor]:
     """``live_state``, or of a BF16_Optimizer, which that does not read, the masters and moments."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    if hasattr(engine.optimizer, "single_partition_of_fp32_groups") or spec.stage in (0, 3):
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "single_partition_of_fp32_groups") or spec.stage in (0, 3):
         return live_state(engine, spec)
+    names = {id(parameter): name for name, parameter in trained(engine)}
     found = {}
-    for name, parameter in trained(engine):
-        master = found[f"fp32/{name}"] = safe_get_full_fp32_param(parameter).clone()
-        assert torch.equal(master.to(parameter.dtype), parameter), name
-        for moment in ("exp_avg", "exp_avg_sq"):
-            held = safe_get_full_optimizer_state(parameter, moment)
-            found[f"{moment}/{name}"] = held.clone()
+    for mine, group in zip(
+        optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, strict=True
+    ):
+        state = optimizer.optimizer.state[mine]
+        for kind, part in zip(STATE, (mine, state["exp_avg"], state["exp_avg_sq"]), strict=True):
+            parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, part.detach().contiguous())
+            whole, at = torch.cat(parts), 0
+            for parameter in group:
+                value = whole[at : at + parameter.numel()].view_as(parameter).clone()
+                found[kind + names[id(parameter)]] = value
+                at += parameter.numel()
+                if kind == "fp32/":
+                    assert torch.equal(value.to(parameter.dtype), parameter)
     return found
 
 

@@ -16,16 +16,21 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from converters import states
 from converters.errors import CheckpointError
 
 SECTIONS = ("bf16", "bfloat16", "fp16", "data_types")  # of DeepSpeed's configuration
 SCALING = ("loss_scaler", "dynamic_loss_scale", "overflow")  # in an optimizer file
-SCALES = ("dynamic_loss_scale", "cur_scale", "cur_iter", "last_overflow_iter", "scale_factor")
-SCALES += ("scale_window",)  # in the state of an optimizer without ZeRO
+SCALES = (  # in the state of an optimizer without ZeRO
+    *("dynamic_loss_scale", "cur_scale", "cur_iter"),
+    *("last_overflow_iter", "scale_factor", "scale_window"),
+)
 PREFIX = "bf16_"
 
 
@@ -38,7 +43,18 @@ def of_config(config: Any) -> str | None:
         section = config.get(name)
         return isinstance(section, Mapping) and section.get("enabled") is True
 
-    return "bf16" if enabled("bf16") or enabled("bfloat16") else "fp16" if enabled("fp16") else "fp32"
+    return (
+        "bf16" if enabled("bf16") or enabled("bfloat16") else "fp16" if enabled("fp16") else "fp32"
+    )
+
+
+def of_checkpoint(folder: Path) -> str | None:
+    """The precision of the checkpoint in the folder of a tag; ``None`` if it does not say."""
+    models = sorted(folder.glob("*mp_rank_00_model_states.pt"))
+    try:
+        return of_config(states.read(models[0]).config or None) if models else None
+    except CheckpointError:
+        return None
 
 
 def of_engine(engine: Any) -> str:
@@ -180,7 +196,7 @@ class Change:
         elif hasattr(optimizer, "fp32_groups_flat"):
             groups = optimizer.fp16_groups
             masters = [
-                torch._utils._unflatten_dense_tensors(flat, group)
+                torch._utils._unflatten_dense_tensors(flat, group)  # type: ignore[no-untyped-call]
                 for flat, group in zip(optimizer.fp32_groups_flat, groups, strict=True)
             ]
         else:
@@ -208,10 +224,19 @@ def from_masters(engine: Any, reader: Any) -> Iterator[None]:
 def _require_finite(module: torch.nn.Module) -> None:
     """Raises if fp16 does not hold a value of this rank's."""
     for name, parameter in module.named_parameters():
-        held = getattr(parameter, "ds_tensor", parameter).detach()
-        if not torch.isfinite(held).all():
+        if not torch.isfinite(_own(parameter)).all():
             raise CheckpointError(
                 f"{name} has values beyond the range of fp16 (65,504), or values that are not "
                 "finite; resume in bf16 or fp32",
                 "unsupported",
             )
+
+
+def _own(parameter: Any) -> torch.Tensor:
+    """The elements that this rank holds: of a partition of stage 3, those before the padding."""
+    held: torch.Tensor = getattr(parameter, "ds_tensor", parameter).detach()
+    if not hasattr(parameter, "ds_tensor"):
+        return held
+    rank = dist.get_rank(group=parameter.ds_process_group)
+    left = parameter.ds_numel - rank * held.numel()
+    return held.flatten()[: max(0, left)]

@@ -22,14 +22,16 @@ from accelerate.utils import MODEL_NAME, DistributedType
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.retention import Retention
 from ckpt.saving import continuity, extras, nodes, precision, reading
-from ckpt.saving.asked import Asked, alive
+from ckpt.saving.asked import Asked
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.commit import Commit, Facts
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.progress import metrics as plain_metrics
 from ckpt.saving.progress import progress, versions
 from ckpt.saving.publish import publish
+from ckpt.saving.source import Source
 from ckpt.saving.taking import beside
+from ckpt.saving.topology import Reshard, alive
 from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
 from ckpt.trainers.aside import aside
@@ -100,6 +102,7 @@ def load_state(
     on_mismatch: OnMismatch = "error",
     load_optimizer_states: bool = True,
     load_foreign: bool = False,
+    reshard: Reshard = None,
     timeout: float = TIMEOUT,
     **load_model_func_kwargs: Any,
 ) -> int:
@@ -117,7 +120,7 @@ def load_state(
     """
     engines = _engines(accelerator)
     ranks = Ranks("load_state", timeout)
-    asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign)
+    asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign, reshard)
     asked.require_same([load_optimizer_states])
     with ExitStack() as stack:
         source = asked.choose(engines[0], stack)
@@ -125,6 +128,7 @@ def load_state(
             return 0
         state, turn = asked.prepare(engines[0], source)
         with ranks.step():
+            _require_all_models(source, engines)
             if load_model_func_kwargs.get("load_module_only"):
                 raise CheckpointError(
                     "load_module_only: Accelerate loads the rest all the same; call "
@@ -141,7 +145,9 @@ def load_state(
         source.go_on(engines[0])
     with ranks.step() as step:
         configs = precision.unsaid((readers[0].config, getattr(engines[0], "config", None)))
-        without: tuple[str, ...] = () if load_optimizer_states else ("loss_scale", "optimizer_step", "lr")
+        without: tuple[str, ...] = (
+            () if load_optimizer_states else ("loss_scale", "optimizer_step", "lr")
+        )
         if readers[0].change is not None:
             without = (*without, "loss_scale")
         noted = source.progress or {}
@@ -150,6 +156,17 @@ def load_state(
         state.set(extra)
     asked.tell(source, rows, step.heard)
     return source.step
+
+
+def _require_all_models(source: Source, engines: list[Any]) -> None:
+    """Raises where only the first of several models was resharded."""
+    if source.resharded and len(engines) > 1:
+        raise CheckpointError(
+            f"{source.folder} was resharded from a checkpoint of {len(engines)} models, and has "
+            "the first alone: several in one Accelerator cannot be resharded; go on with as many "
+            "ranks and in the stage that they were saved in",
+            "unsupported",
+        )
 
 
 def _engines(accelerator: Any) -> list[Any]:

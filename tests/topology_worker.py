@@ -5,23 +5,33 @@ Started by ``test_topology.py`` through torchrun, one function a part.
 
 from __future__ import annotations
 
+import gc
+import json
 import math
+import os
+import shutil
 import sys
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from live_worker import SMALL
-from resume_worker import WARM, Sampler, begin, train
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
+import transformers as hf
+from accelerate.state import PartialState
 from fixture_specs import OFFLOAD, Spec
 from fixture_worker import live_state
+from hf_worker import config, make
+from live_worker import SMALL, caught
+from resume_worker import WARM, Sampler, begin, train
+from trainers_worker_accelerate import Training
 
 import ckpt
+from ckpt import live, reshard
+from ckpt.trainers.accelerate import load_state, save_state
+from ckpt.trainers.hf import CommittedCheckpoints, ResumeCallback
 
 KINDS = ("bf16", "fp16", "fp32")
 SUMS = {**WARM, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -84,6 +94,101 @@ def resumed(run: Path, spec: Spec, saved: dict[str, Any]) -> None:
         engine.destroy()
 
 
+class Auto(CommittedCheckpoints, hf.Trainer):
+    """The class form, which reshards."""
+
+    reshard = "auto"
+
+
+class Plain(CommittedCheckpoints, hf.Trainer):
+    """The class form as it is."""
+
+
+class Begins(hf.TrainerCallback):
+    """The fp32 weights that a training begins with."""
+
+    def on_train_begin(self, *_: Any, **seen: Any) -> None:
+        self.weights = live.fp32_state_dict(self.trainer.model_wrapped, None)
+
+    trainer: Any = None
+
+
+STEPS = {"max_steps": 4, "save_steps": 2, "eval_strategy": "no", "eval_steps": None}
+FP32 = {key: value for key, value in config(2).items() if key != "bf16"}
+
+
+def saves(out: Path) -> None:
+    """A run of the Trainer and one of Accelerate, on two ranks; one is resharded for one rank."""
+    trainer, _ = make(Plain, out / "hf", 2, **{**STEPS, "max_steps": 2})
+    trainer.train()
+    accelerated = Training(out / "acc", 2)
+    accelerated.steps(2)
+    save_state(accelerated.accelerator, out / "acc")
+    save_state(accelerated.accelerator, out / "both")
+    accelerated.end()
+    del trainer, accelerated
+    first = out / "hf" / "checkpoint-2"
+    if not dist.get_rank():
+        reshard.run(reshard.prepare(first, 1))
+        shutil.copytree(first, out / "alone" / "checkpoint-2")
+        for folder in (out / "alone" / "checkpoint-2").glob("global_step*"):
+            shutil.rmtree(folder)
+        (out / "alone" / "checkpoint-2" / "manifest.json").unlink()
+    dist.barrier()
+    assert ckpt.find(out / "hf") == str(first)  # of two of one step
+
+
+def goes_on(out: Path) -> None:
+    """On one rank, and in stage 3: what is said, and what is done where that was asked for."""
+    said, run = {}, out / "hf"
+    source = {name: value.clone() for name, value in ckpt.open(run / "checkpoint-2").items()}
+
+    def begin(kind: Any, stage: int, where: Path, checkpoint: Any, **more: Any) -> Any:
+        begins = Begins()
+        callbacks = [begins, *more.pop("callbacks", [])]
+        options = {**STEPS, "callbacks": callbacks, **more}
+        begins.trainer, _ = make(kind, where, stage, **options)
+        found = checkpoint() if callable(checkpoint) else checkpoint
+        begins.trainer.train(resume_from_checkpoint=found and str(found))
+        return begins
+
+    def refused(name: str, *args: Any, **more: Any) -> None:
+        said[name] = caught(lambda: begin(*args, **more))[0]
+
+    def works(*args: Any, **more: Any) -> None:
+        begins = begin(*args, **more)
+        assert begins.trainer.state.global_step == 4
+        for name, value in begins.weights.items():
+            assert torch.equal(value, source[name]), (args, name)
+        del begins
+        gc.collect()
+
+    first = run / "checkpoint-2"
+    refused("class", Plain, 3, out / "new", first)
+    refused("best", Plain, 2, out / "alone", out / "alone" / "checkpoint-2")
+    refused("callback", hf.Trainer, 3, out / "new", first, callbacks=[ResumeCallback(first)])
+    gc.collect()
+    stock = import_module("transformers.trainer").deepspeed_load_checkpoint
+    assert stock.__module__ == "transformers.integrations.deepspeed"  # nobody watches any more
+    resumes = {"callbacks": [ResumeCallback(first)]}
+    works(Auto, 3, out / "new", first, **resumes)
+    works(Auto, 2, out / "new", lambda: ckpt.find(run), **resumes)
+    again = lambda: ckpt.find(run, reshard="auto")  # noqa: E731
+    works(hf.Trainer, 1, out / "new", again, callbacks=[ResumeCallback(run)])
+    fits = run / "checkpoint-2-w1"
+    for kind in (Plain, hf.Trainer):  # in another precision, too
+        callbacks = [ResumeCallback(fits)]
+        works(kind, 2, out / "new", fits, deepspeed=FP32, bf16=False, callbacks=callbacks)
+    said["names"] = sorted(path.name for path in run.glob("checkpoint-2*"))
+
+    training = Training(out / "again", 2)
+    load = partial(load_state, training.accelerator, out / "acc", on_mismatch="warn")
+    said["accelerate"] = caught(load)[0]
+    assert load(reshard="auto") == 2 == training.counter.count
+    training.steps(1)
+    (out / "said.json").write_text(json.dumps(said))
+
+
 def trained(engine: Any) -> list[Any]:
     """The parameters that are trained, and their names."""
     return [pair for pair in engine.module.named_parameters() if pair[1].requires_grad]
@@ -124,8 +229,8 @@ def main() -> None:
 
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     out, part, *more = sys.argv[1:]
-    if part == "precisions":
-        deepspeed.init_distributed(dist_backend="gloo")
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(cpu=True, backend="gloo")
     globals()[part](Path(out), *more)
     if dist.is_initialized():  # else gloo's threads may abort at the end
         dist.destroy_process_group()

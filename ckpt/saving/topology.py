@@ -100,7 +100,8 @@ def refusal(source: Source, layout: Layout, else_: str = "") -> CheckpointError:
             f"{there.stage}",
             "unsupported",
         )
-    output = source.folder.with_name(f"{source.folder.name}-z{here.stage}-w{here.world_size}")
+    stage = f"-z{here.stage}" if here.stage != there.stage else ""  # as ``reshard`` names it
+    output = source.folder.with_name(f"{source.folder.name}{stage}-w{here.world_size}")
     command = (
         f"ckpt reshard {source.folder} --world-size {here.world_size} --stage {here.stage}"
         f"{_options(layout.options(there))} -o {output}"

@@ -165,7 +165,7 @@ def goes_on(out: Path) -> None:
 
     first = run / "checkpoint-2"
     refused("class", Plain, 3, out / "new", first)
-    refused("best", Plain, 2, out / "alone", out / "alone" / "checkpoint-2")
+    refused("weights", Plain, 2, out / "alone", out / "alone" / "checkpoint-2")
     refused("callback", hf.Trainer, 3, out / "new", first, callbacks=[ResumeCallback(first)])
     gc.collect()
     stock = import_module("transformers.trainer").deepspeed_load_checkpoint
@@ -173,6 +173,11 @@ def goes_on(out: Path) -> None:
     resumes = {"callbacks": [ResumeCallback(first)]}
     works(Auto, 3, out / "new", first, **resumes)
     works(Auto, 2, out / "new", lambda: ckpt.find(run), **resumes)
+    best = begin(Auto, 2, out / "new", None).trainer  # the best is of before: other ranks
+    best.state.best_model_checkpoint = str(first)
+    best._load_best_model()
+    for name, value in (live.fp32_state_dict(best.model_wrapped, None) or {}).items():
+        assert torch.equal(value, source[name]), name
     again = lambda: ckpt.find(run, reshard="auto")  # noqa: E731
     works(hf.Trainer, 1, out / "new", again, callbacks=[ResumeCallback(run)])
     fits = run / "checkpoint-2-w1"
@@ -187,6 +192,20 @@ def goes_on(out: Path) -> None:
     assert load(reshard="auto") == 2 == training.counter.count
     training.steps(1)
     (out / "said.json").write_text(json.dumps(said))
+
+
+def grows(out: Path) -> None:
+    """On two ranks from a checkpoint of one, by each way."""
+    fits = out / "hf" / "checkpoint-2-w1"
+    source = {name: value.clone() for name, value in ckpt.open(fits).items()}
+    for stage in (3, 2):
+        begins = Begins()
+        callbacks = [begins, ResumeCallback(fits)]
+        begins.trainer, _ = make(Auto, out / "grown", stage, **STEPS, callbacks=callbacks)
+        begins.trainer.train(resume_from_checkpoint=str(fits))
+        assert begins.trainer.state.global_step == 4
+        for name, value in (begins.weights or {}).items():
+            assert torch.equal(value, source[name]), name
 
 
 def trained(engine: Any) -> list[Any]:

@@ -50,14 +50,19 @@ class Layout:
         return cls(topology, _stage3(engine) if topology.stage == 3 else {})
 
     @classmethod
-    def of_config(cls, config: Mapping[str, Any], world: int, zero_init: bool = True) -> Layout:
+    def of_config(
+        cls, config: Mapping[str, Any], world: int, zero_init: bool = True
+    ) -> Layout | None:
         """That of the engine which DeepSpeed will make of a configuration.
 
-        ``zero_init``: whether the model is made under ``zero.Init``.
+        ``zero_init``: whether the model is made under ``zero.Init``. ``None`` if the stage is not
+        said yet ("auto").
         """
         zero = config.get("zero_optimization") or {}
         stage = zero.get("stage", 0)
-        topology = Topology(stage if isinstance(stage, int) else 0, world)
+        if not isinstance(stage, int):
+            return None
+        topology = Topology(stage, world)
         if topology.stage != 3:
             return cls(topology, {})
         size = zero.get("sub_group_size", SUB_GROUP)

@@ -52,6 +52,8 @@ class MappedCheckpoints(Trainer):
         model: Any = self.model
         init = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
         layout = Layout.of_config(config, ranks.world, init)
+        if layout is None:
+            return str(checkpoint)
         path = Path(checkpoint).absolute()
         found = topology.loadable(ranks, path, layout, self.reshard, BY_ATTRIBUTE)
         return str(checkpoint) if found == path else str(found)

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.run import Checkpoint, Run
-from ckpt.saving import choosing, continuity, precision, rng
+from ckpt.saving import choosing, configured, continuity, precision, rng
 from ckpt.saving.asked import Asked
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
@@ -70,12 +70,12 @@ class ResumeCallback(TrainerCallback):
         asked = Asked(ranks, path, tag, None, self.verify, self.on_mismatch, self.load_foreign)
         asked.require_same([state.global_step])
         layout = Layout.of_config(_config(), ranks.world)
-        options = (self.verify, self.load_foreign, layout.topology.fits)
+        options = (self.verify, self.load_foreign, configured.fits(ranks))
         found = choosing.choose(ranks, path, tag, *options)
         with ranks.step() as step:
             if found is None:
                 raise CheckpointError(f"{path} holds no checkpoint to compare with", "incomplete")
-            source = Source.of(_loaded(found, layout))
+            source = Source.of(_loaded(found, layout) if layout else found)
             inner = wrapper.optimizer
             stage = source.topology.stage
             shown = Shown(seen["model"], inner, stage, ranks.rank, int(state.global_step))

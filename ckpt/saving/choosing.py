@@ -22,7 +22,9 @@ from ckpt.ranks import TIMEOUT, Ranks, Step
 from ckpt.runs import manifest as manifests
 from ckpt.runs.run import POINTERS, Checkpoint, Run, is_checkpoint, is_numbered, open_checkpoint
 from ckpt.runs.verify import states, verify
+from ckpt.saving import configured
 from ckpt.saving.candidates import Fits, candidates
+from ckpt.saving.topology import Reshard
 from converters import files
 from converters.errors import CheckpointError
 
@@ -33,6 +35,7 @@ def find(
     path: str | os.PathLike[str],
     *,
     verify: Thorough = "structure",
+    reshard: Reshard = None,
     timeout: float = TIMEOUT,
 ) -> str | None:
     """The newest whole checkpoint of a run, for ``resume_from_checkpoint``; ``None`` without one.
@@ -40,10 +43,15 @@ def find(
     ``path`` may be a checkpoint too, which then has to be whole. In a process group every rank
     calls it and gets the same answer; ``verify="data"`` reads every byte. ``CheckpointError`` if
     there are checkpoints and none can be used.
+
+    Of several of one step, the one of this world size and ZeRO stage is taken, as far as these are
+    known: with a process group, and from the configuration that the Trainer's arguments or
+    Accelerate hold. One that does not load here is named on stderr; ``reshard="auto"`` reshards it
+    beside it, once, and returns that.
     """
     ranks = Ranks("find", timeout) if dist.is_initialized() else None
-    found = choose(ranks, Path(path), None, verify)
-    return None if found is None else str(found.folder)
+    found = choose(ranks, Path(path), None, verify, fits=configured.fits(ranks))
+    return None if found is None else str(configured.offer(ranks, found.folder, reshard))
 
 
 def choose(

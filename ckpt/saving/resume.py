@@ -13,14 +13,15 @@ import os
 from collections.abc import Mapping, MutableMapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.saving import continuity, identity
-from ckpt.saving.asked import Asked, alive
+from ckpt.saving.asked import Asked
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.load import Load
+from ckpt.saving.topology import Reshard, alive
 
 
 def resume(
@@ -37,7 +38,7 @@ def resume(
     load_module_only: bool = False,
     load_module_strict: bool = True,
     load_foreign: bool = False,
-    reshard: Literal["auto"] | None = None,
+    reshard: Reshard = None,
     memory: str | int | None = None,
     timeout: float = TIMEOUT,
 ) -> int:

@@ -36,7 +36,10 @@ class Topology:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is loaded. ``foreign``: without a manifest; then ``digest`` is empty."""
+    """What is loaded. ``foreign``: without a manifest; then ``digest`` is empty.
+
+    ``resharded``: it was made of what was asked for.
+    """
 
     folder: Path
     tag: str
@@ -46,6 +49,7 @@ class Source:
     progress: Mapping[str, Any] | None = None
     metrics: Mapping[str, float] | None = None
     manifest: Manifest | None = None
+    resharded: bool = False
 
     @property
     def foreign(self) -> bool:

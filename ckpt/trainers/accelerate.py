@@ -23,8 +23,8 @@ from accelerate.utils import MODEL_NAME, DistributedType
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.lease import Lease
 from ckpt.runs.retention import Retention
-from ckpt.saving import continuity, extras, identity, nodes, reading
-from ckpt.saving.asked import Asked, alive
+from ckpt.saving import continuity, extras, identity, nodes, precision, reading
+from ckpt.saving.asked import Asked
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.commit import Commit, Facts
 from ckpt.saving.continuity import OnMismatch
@@ -32,7 +32,9 @@ from ckpt.saving.nodes import Nodes
 from ckpt.saving.progress import metrics as plain_metrics
 from ckpt.saving.progress import progress, versions
 from ckpt.saving.publish import publish
+from ckpt.saving.source import Source
 from ckpt.saving.taking import beside
+from ckpt.saving.topology import Reshard, alive
 from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
 from ckpt.trainers.aside import aside
@@ -120,6 +122,7 @@ def load_state(
     on_mismatch: OnMismatch = "error",
     load_optimizer_states: bool = True,
     load_foreign: bool = False,
+    reshard: Reshard = None,
     timeout: float = TIMEOUT,
     **load_model_func_kwargs: Any,
 ) -> int:
@@ -137,7 +140,7 @@ def load_state(
     """
     engines = _engines(accelerator)
     ranks = Ranks("load_state", timeout)
-    asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign)
+    asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign, reshard)
     asked.require_same([load_optimizer_states])
     with ExitStack() as stack:
         source = asked.choose(engines[0], stack)
@@ -145,6 +148,7 @@ def load_state(
             return 0
         state, turn = asked.prepare(engines[0], source)
         with ranks.step():
+            _require_all_models(source, engines)
             if load_model_func_kwargs.get("load_module_only"):
                 raise CheckpointError(
                     "load_module_only: Accelerate loads the rest all the same; call "
@@ -160,8 +164,12 @@ def load_state(
             accelerator.load_state(str(source.folder), **load_model_func_kwargs)
         source.go_on(engines[0])
     with ranks.step() as step:
-        configs = (readers[0].config, getattr(engines[0], "config", None))
-        without = () if load_optimizer_states else ("loss_scale", "optimizer_step", "lr")
+        configs = precision.unsaid((readers[0].config, getattr(engines[0], "config", None)))
+        without: tuple[str, ...] = (
+            () if load_optimizer_states else ("loss_scale", "optimizer_step", "lr")
+        )
+        if readers[0].change is not None:
+            without = (*without, "loss_scale")
         noted = source.progress or {}
         rows = continuity.compare(noted, progress(engines[0]), configs, without)
         step.value = continuity.mismatches(rows)
@@ -169,6 +177,17 @@ def load_state(
     asked.tell(source, rows, step.heard)
     identity.go_on(engines[0], source.manifest, source.step)
     return source.step
+
+
+def _require_all_models(source: Source, engines: list[Any]) -> None:
+    """Raises where only the first of several models was resharded."""
+    if source.resharded and len(engines) > 1:
+        raise CheckpointError(
+            f"{source.folder} was resharded from a checkpoint of {len(engines)} models, and has "
+            "the first alone: several in one Accelerator cannot be resharded; go on with as many "
+            "ranks and in the stage that they were saved in",
+            "unsupported",
+        )
 
 
 def _engines(accelerator: Any) -> list[Any]:

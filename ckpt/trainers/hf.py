@@ -76,6 +76,7 @@ class CommittedCheckpoints(MappedCheckpoints):
     - ``preemption``: what asks the training to stop (``Preemption``)
     - ``preflight``: tries at the start what saves will need
     - ``timeout``: seconds without a sign of life until a rank counts as absent
+    - ``reshard``: "auto" reshards what is of another world size or stage, as in ``ckpt.resume``
     - ``on_failure``: "raise" ends the training with a ``CheckpointError`` on every rank; "warn"
       goes on without that checkpoint, as when the disk is full, unless a rank is lost
 

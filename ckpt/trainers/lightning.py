@@ -28,14 +28,16 @@ from ckpt.runs import locks, manifest
 from ckpt.runs.lease import Lease
 from ckpt.runs.pruning import delete
 from ckpt.runs.run import POINTERS, Run, open_checkpoint, order
-from ckpt.saving import extras, identity, nodes, plain, rng
+from ckpt.saving import extras, identity, nodes, plain, reading, rng, topology
 from ckpt.saving.commit import Commit, Facts
 from ckpt.saving.nodes import Nodes
 from ckpt.saving.progress import metrics, progress, versions
 from ckpt.saving.publish import publish
+from ckpt.saving.topology import Reshard
 from ckpt.trainers.aside import aside
 from converters.errors import CheckpointError
 
+BY_ARGUMENT = f"{topology.BY_ARGUMENT} to the strategy"
 TAG = "checkpoint"  # the strategy's, for every checkpoint
 log = logging.getLogger("ckpt")
 
@@ -51,8 +53,10 @@ Stock: Any = _stock()
 
 
 class DeepSpeedStrategy(Stock):
-    """Lightning's strategy of that name, with the same arguments and two more.
+    """Lightning's strategy of that name, with the same arguments and three more.
 
+    - ``reshard="auto"``: a checkpoint of another world size or ZeRO stage is resharded beside it,
+      once, and that is loaded; without, the error says the command
     - ``load_foreign``: whether to load a checkpoint without a manifest from a folder where others
       have one; without, it counts as one whose copy did not finish
     - ``absent_after``: seconds without a sign of life until a rank counts as absent
@@ -62,11 +66,14 @@ class DeepSpeedStrategy(Stock):
         self,
         *args: Any,
         load_foreign: bool = False,
+        reshard: Reshard = None,
         absent_after: float = TIMEOUT,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self._load_foreign, self._absent_after = load_foreign, absent_after
+        topology.require_known(reshard)
+        self._load_foreign, self._reshard = load_foreign, reshard
+        self._absent_after = absent_after
         self._nodes: dict[Path, Nodes] = {}  # by the folder that checkpoints are saved into
         self._leases: dict[Path, Lease] = {}  # of those, while a training goes on
         self._random: dict[str, Any] | None = None  # to be set when a training goes on
@@ -133,15 +140,22 @@ class DeepSpeedStrategy(Stock):
             step.value = str(path)
             if not _require_whole(path, self._load_foreign) and not ranks.rank:
                 log.warning("%s has no manifest: nobody knows whether its save finished", path)
-            held = path / rng.NAME.format(ranks.rank)
-            found: dict[str, Any] | None = plain.loads(held) if held.exists() else None
         with ranks.step():
             _require_same(step.heard)
-        with lock:
-            state = super().load_checkpoint(checkpoint_path, **options)
-        if self.lightning_module.trainer.state.fn == "fit":
+        engine = self.deepspeed_engine
+        fits = self.lightning_module.trainer.state.fn == "fit"  # else no optimizer is loaded
+        if fits and not engine.load_universal_checkpoint():
+            layout = topology.Layout.of_engine(engine, ranks.world)
+            path = topology.loadable(ranks, path, layout, self._reshard, BY_ARGUMENT)
+        with ranks.step():
+            held = path / rng.NAME.format(ranks.rank)
+            found: dict[str, Any] | None = plain.loads(held) if held.exists() else None
+        with lock, reading.mapped(engine) as reader:
+            state = super().load_checkpoint(str(path), **options)
+            reader.detach(state)
+        if fits:
             source = open_checkpoint(path)
-            identity.go_on(self.deepspeed_engine, source.manifest, source.step or 0)
+            identity.go_on(engine, source.manifest, source.step or 0)
         if found is not None and self.lightning_module.trainer.state.fn == "fit":
             self._random = found
             for absent in rng.restore(found):

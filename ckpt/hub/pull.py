@@ -120,7 +120,7 @@ def pull(
             _remove(staging / CACHE)
             (staging / LOCK).unlink()
             files.sync_folder(staging)
-            _show(root, folder)
+            replace_folder(root, folder.absolute())
     found = {name[len(place) :]: one for name, one in held.items()}
     return Pulled(folder, repo, branch, oid, found, step, time.monotonic() - begun)
 
@@ -206,16 +206,6 @@ def _require_committed(root: Path) -> int | None:
             f"{root}: its manifest does not hold: {verdict.problems[0]}; push it again", "corrupt"
         )
     return checkpoint.step
-
-
-def _show(root: Path, folder: Path) -> None:
-    """Renames durably, or not at all: ``OSError``, and the old name is back if that works."""
-    os.rename(root, folder)
-    try:
-        files.sync_folder(folder.absolute().parent)
-    except OSError:
-        os.rename(folder, root)
-        raise
 
 
 def _remove(folder: Path) -> None:

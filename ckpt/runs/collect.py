@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ckpt.renaming import replace_folder
 from ckpt.runs import locks, manifest
 from ckpt.runs.digests import CHUNK, Progress, quiet
 from ckpt.runs.manifest import Manifest
@@ -146,12 +147,7 @@ def _stage(collection: Collection, staging: Path, progress: Progress) -> None:
             _commit(collection, staging)
             (staging / locks.LOCK).unlink()
             files.sync_folder(staging)
-            os.rename(staging, collection.output)
-            try:
-                files.sync_folder(staging.parent)
-            except OSError:  # nobody can say that it is on disk, so it is not there
-                os.rename(collection.output, staging)
-                raise
+            replace_folder(staging, collection.output)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise

@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.runs import pruning
 from ckpt.runs.manifest import NAME
 from ckpt.runs.retention import Retention
 from ckpt.saving import extras, nodes, preflight
@@ -155,6 +156,8 @@ class CheckpointCallback(TrainerCallback):
     def _uncommit(self, args: Any, state: Any) -> None:
         """On the rank that commits; no other writes before it has gone through a barrier."""
         path = self._folder(state) / NAME
+        if self.nodes is not None and self.nodes.commits and pruning.is_trash(path.parent):
+            pruning.remove(path.parent)  # a deletion that was interrupted
         if self.nodes is not None and self.nodes.commits and path.exists():
             path.unlink()
             files.sync_folder(path.parent)

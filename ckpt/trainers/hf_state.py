@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ckpt import renaming
 from ckpt.runs import locks
 from ckpt.runs.retention import Best, Retention
 from ckpt.saving.publish import publish
@@ -92,7 +93,7 @@ def sync_files(folder: Path) -> None:
 def lift(inner: Path) -> None:
     """Moves all that is in a folder up into the one above it, and removes it."""
     for path in list(inner.iterdir()):
-        path.rename(inner.parent / path.name)
+        renaming.move(path, inner.parent / path.name)
     inner.rmdir()
 
 

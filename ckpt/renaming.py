@@ -7,8 +7,9 @@ that is refused), and what makes the folder count comes last:
     .NAME.saving/  everything but the records  ->  NAME/      synced
                    config.json, latest, manifest.json ...     the last of them is the commit
 
-So NAME is whole or has no manifest at any moment. What had the name before goes the other way
-round, its manifest first.
+So NAME is whole or has no manifest at any moment, and until it is whole it has a file ``.arriving``,
+by which the same command finds what a crash left. What had the name before goes the other way round,
+its manifest first.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from ckpt.runs.manifest import NAME, PINNED
 from converters import files
 
+ARRIVING = ".arriving"  # in a folder that files are still being moved into
 TRIAL = ".renaming-"  # how the folders of a trial are called
 # What tells a reader that a folder is a checkpoint or a model, in the order in which it comes.
 RECORDS = (
@@ -94,6 +96,11 @@ def renamed(source: Path, target: Path) -> bool:
     return True
 
 
+def is_arriving(folder: Path) -> bool:
+    """Whether files are being moved into the folder, or were until a crash."""
+    return (folder / ARRIVING).is_file() and not (folder / NAME).exists()
+
+
 def refusal(place: Path) -> OSError | None:
     """What the filesystem answers to the rename of a folder in ``place``; ``None`` if it does it.
 
@@ -138,6 +145,8 @@ def _carry(source: Path, target: Path) -> None:
     moved: list[str] = []
     try:
         _make_folders(source, target)
+        (target / ARRIVING).touch()
+        files.sync_folder(target)
         for name in order:
             if name == ends and not away:
                 _sync_tree(target)  # before the record says that all is there
@@ -146,13 +155,19 @@ def _carry(source: Path, target: Path) -> None:
             if name == ends and away:
                 files.sync_folder(source)  # before anything that it lists is gone
         _sync_tree(target)
+        remove_empty(source)
+        (target / ARRIVING).unlink()
+        files.sync_folder(target)
     except BaseException:
+        with suppress(OSError):
+            _make_folders(target, source)
         for name in reversed(moved):
             with suppress(OSError):
                 _move_file(target / name, source / name)
-        _remove_empty(target)
+        with suppress(OSError):
+            (target / ARRIVING).unlink()
+        remove_empty(target)
         raise
-    _remove_empty(source)
 
 
 def _contents(folder: Path) -> tuple[list[str], list[str]]:
@@ -161,6 +176,7 @@ def _contents(folder: Path) -> tuple[list[str], list[str]]:
     for where, inner, names in os.walk(folder):
         links = [name for name in inner if os.path.islink(os.path.join(where, name))]
         found += [Path(where, name).relative_to(folder).as_posix() for name in (*names, *links)]
+    found = [name for name in found if name != ARRIVING]
     records = [name for pattern in RECORDS for name in found if fnmatchcase(name, pattern)]
     records = [name for name in records if "/" not in name]
     return records, sorted(set(found) - set(records))
@@ -194,8 +210,8 @@ def _sync_tree(folder: Path) -> None:
         files.sync_folder(Path(where))
 
 
-def _remove_empty(folder: Path) -> None:
-    """Removes a folder whose files are elsewhere; one that still has files stays."""
+def remove_empty(folder: Path) -> None:
+    """Removes the folders in a folder that have no files, and the folder itself if it has none."""
     for where, _, _ in os.walk(folder, topdown=False):
         with suppress(OSError):
             os.rmdir(where)

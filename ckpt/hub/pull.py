@@ -24,6 +24,7 @@ from ckpt.hub.items import unfit
 from ckpt.hub.patience import patient
 from ckpt.hub.planning import api_for
 from ckpt.hub.remote import Held
+from ckpt.renaming import is_arriving, replace_folder
 from ckpt.report import size
 from ckpt.runs import locks, manifest, verify
 from ckpt.runs.run import open_checkpoint
@@ -128,7 +129,8 @@ def pull(
 def _require_place(folder: Path) -> None:
     if not folder.name or folder.name == "..":
         raise CheckpointError(f"{folder} is no folder to make; name a new one", "output")
-    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    filled = folder.is_dir() and any(folder.iterdir()) and not is_arriving(folder)
+    if folder.is_symlink() or folder.is_file() or filled:
         raise CheckpointError(f"{folder} exists already; name a new folder", "output")
 
 

@@ -182,8 +182,12 @@ def _not_committed(checkpoint: Checkpoint, ours: bool) -> Iterator[Finding]:
         what = f"is missing or leads nowhere, and {tag} is whole"
         yield Finding(path, what, f"name {tag}", partial(_write, path, tag))
         return
+    aside = folder.with_name(f".{folder.name}.torn")
+    if renaming.is_arriving(aside):
+        what = f"torn, and moved to {aside.name} in part"
+        yield Finding(folder, what, "move the rest", partial(_rename, folder, aside))
+        return
     if ours and is_numbered(folder) and (why := torn.why(folder)) is not None:
-        aside = folder.with_name(f".{folder.name}.torn")
         mend = None if aside.exists() else partial(_rename, folder, aside)
         remedy = f"rename it to {aside.name}" if mend else None
         yield Finding(folder, f"torn: {why}", remedy, mend)

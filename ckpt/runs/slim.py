@@ -146,6 +146,7 @@ def _sweep(folder: Path, slimming: Slimming) -> None:
         pruning.remove(trash)
     for name in slimming.removed:
         (folder / name).unlink(missing_ok=True)
+    renaming.remove_empty(folder)
     files.sync_folder(folder)
 
 

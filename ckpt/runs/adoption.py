@@ -142,10 +142,6 @@ def _require_readable(path: Path) -> None:
 def _sync(folder: Path, names: list[str]) -> None:
     """Makes files durable that were written without an fsync."""
     for name in names:
-        fd = os.open(folder / name, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        files.sync_file(folder / name)
     for inner, _, _ in os.walk(folder):
         files.sync_folder(Path(inner))

@@ -17,7 +17,8 @@ from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 
-from ckpt.runs import lease_watch, locks, manifest, pruning, slim, torn
+from ckpt import renaming
+from ckpt.runs import lease_watch, leftovers, locks, manifest, pruning, slim, torn
 from ckpt.runs.run import (
     POINTERS,
     Checkpoint,
@@ -90,14 +91,17 @@ def changed_lately(folder: Path) -> bool:
 
 
 def _staging(run: Run) -> Iterator[Finding]:
+    for path in leftovers.abandoned(run.path):
+        what = "left by the start of a training that failed"
+        yield Finding(path, what, "remove it", partial(leftovers.remove, path))
+    for path in pruning.trash(run):
+        what = "a deletion that was interrupted"
+        yield Finding(path, what, "remove it", partial(pruning.remove, path))
     for entry in sorted(os.scandir(run.path), key=lambda entry: entry.name):
         path = Path(entry.path)
         if not entry.name.startswith(".") or not entry.is_dir(follow_symlinks=False):
             continue
-        if path.suffix == ".trash":
-            what = "a deletion that was interrupted"
-            yield Finding(path, what, "remove it", partial(pruning.remove, path))
-        elif path.suffix in _STAGING and not _at_work(path, _STAGING[path.suffix]):
+        if path.suffix in _STAGING and not _at_work(path, _STAGING[path.suffix]):
             what = "a save" if path.suffix == ".saving" else "a conversion"
             idle = partial(_remove_idle, path, _STAGING[path.suffix])
             yield Finding(path, f"{what} that did not finish", "remove it", idle)
@@ -162,6 +166,8 @@ def _not_committed(checkpoint: Checkpoint, ours: bool) -> Iterator[Finding]:
     ``ours`` is whether anything in the run is DeepSpeed's; else nothing is judged.
     """
     folder, held = checkpoint.folder, checkpoint.manifest
+    if pruning.is_trash(folder):
+        return  # said already
     if held is None and is_tag_folder(folder):
         return  # the run is a save_dir of DeepSpeed itself
     if changed_lately(folder) or locks.in_use(folder):
@@ -177,8 +183,12 @@ def _not_committed(checkpoint: Checkpoint, ours: bool) -> Iterator[Finding]:
         what = f"is missing or leads nowhere, and {tag} is whole"
         yield Finding(path, what, f"name {tag}", partial(_write, path, tag))
         return
+    aside = folder.with_name(f".{folder.name}.torn")
+    if renaming.is_arriving(aside):
+        what = f"torn, and moved to {aside.name} in part"
+        yield Finding(folder, what, "move the rest", partial(_rename, folder, aside))
+        return
     if ours and is_numbered(folder) and (why := torn.why(folder)) is not None:
-        aside = folder.with_name(f".{folder.name}.torn")
         mend = None if aside.exists() else partial(_rename, folder, aside)
         remedy = f"rename it to {aside.name}" if mend else None
         yield Finding(folder, f"torn: {why}", remedy, mend)
@@ -196,7 +206,7 @@ def _lacks_only_latest(folder: Path, held: manifest.Manifest) -> bool:
 
 
 def _rename(folder: Path, aside: Path) -> None:
-    os.rename(folder, aside)
+    renaming.move(folder, aside)
     files.sync_folder(folder.parent)
 
 

@@ -3,8 +3,13 @@
     checkpoint-400/  --rename, fsync-->  .checkpoint-400.trash/  --unlink-->  nothing
 
 After the rename nothing takes the folder for a checkpoint. Trash that a crash left is removed by
-the next prune. Folders that are not committed are never touched. The rules count the checkpoints of
-one line (``lineage``): those of other runs in the folder neither count nor go.
+the next prune. Folders that are not committed are never touched. Where folders cannot be renamed,
+the manifest alone is, to ``.deleted``, which says the same:
+
+    checkpoint-400/manifest.json  --rename, fsync-->  checkpoint-400/.deleted  --unlink-->  nothing
+
+The rules count the checkpoints of one line (``lineage``): those of other runs in the folder neither
+count nor go.
 """
 
 from __future__ import annotations
@@ -15,12 +20,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckpt import renaming
 from ckpt.runs import lineage, locks, manifest
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Held, Retention
 from ckpt.runs.run import POINTERS, Checkpoint, Run, members
 from converters import files
 from converters.errors import CheckpointError
+
+DELETED = ".deleted"  # the manifest of a checkpoint that is being deleted where it lies
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +159,12 @@ def delete(checkpoint: Checkpoint) -> str | None:
         bin_ = folder.with_name(f".{folder.name}.trash")
         remove(bin_)
         try:
-            os.rename(folder, bin_)
+            if not renaming.renamed(folder, bin_):
+                bin_ = folder
+                os.rename(folder / manifest.NAME, folder / DELETED)
         except FileNotFoundError:
             return None  # another prune was faster
-        files.sync_folder(folder.parent)
+        files.sync_folder(folder.parent if bin_ != folder else folder)
     remove(bin_)
     return None
 
@@ -168,20 +178,28 @@ def _named(folder: Path) -> str | None:
 
 def trash(run: Run) -> list[Path]:
     """What deletions that were interrupted left."""
-    return sorted(
-        Path(entry.path)
-        for entry in os.scandir(run.path)
-        if entry.name.startswith(".")
-        and entry.name.endswith(".trash")
-        and entry.is_dir(follow_symlinks=False)
-    )
+    folders = [Path(e.path) for e in os.scandir(run.path) if e.is_dir(follow_symlinks=False)]
+    return sorted(folder for folder in folders if is_trash(folder))
+
+
+def is_trash(folder: Path) -> bool:
+    """Whether the deletion of this folder has begun."""
+    if folder.name.startswith("."):
+        return folder.name.endswith(".trash")
+    return (folder / DELETED).is_file() and not os.path.lexists(folder / manifest.NAME)
 
 
 def remove(folder: Path) -> None:
     """Removes a folder and all in it, whoever else is at it too; ``CheckpointError`` if it stays.
 
-    Files that vanish meanwhile are no error.
+    Files that vanish meanwhile are no error. What says that it is deleted goes last.
     """
+    if (folder / DELETED).exists():
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != DELETED:
+                path.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     if folder.is_dir():
         try:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ckpt import renaming
 from ckpt.runs import locks, manifest, pruning
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import POINTERS, Checkpoint, Run, open_checkpoint
@@ -113,7 +114,7 @@ def _replaced(folder: Path, data: bytes) -> locks.Lock:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with files.named(partial):
             files.Writer(fd).write(data, 0)
-            os.fsync(fd)
+            files.sync(fd, partial)
         os.replace(partial, folder / manifest.NAME)
         files.sync_folder(folder)
     except BaseException:
@@ -138,12 +139,14 @@ def _sweep(folder: Path, slimming: Slimming) -> None:
     for tag in sorted(tag for tag in tags if is_tag(folder / tag)):
         bin_ = folder / tag.parent / f".{tag.name}.trash"
         pruning.remove(bin_)
-        os.rename(folder / tag, bin_)
+        if not renaming.renamed(folder / tag, bin_):
+            pruning.remove(folder / tag)  # the new manifest does not list it any more
         files.sync_folder(bin_.parent)  # or else what is removed below might be under its old name
     for trash in sorted(folder.rglob(".*.trash")):
         pruning.remove(trash)
     for name in slimming.removed:
         (folder / name).unlink(missing_ok=True)
+    renaming.remove_empty(folder)
     files.sync_folder(folder)
 
 

@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.runs import pruning
 from ckpt.runs.lease import Lease
 from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import NAME
@@ -178,6 +179,8 @@ class CheckpointCallback(TrainerCallback):
     def _clear(self, args: Any, state: Any) -> None:
         path = self._folder(state) / NAME
         moved = collision.make_way(path.parent, self.line)
+        if pruning.is_trash(path.parent):
+            pruning.remove(path.parent)  # a deletion that was interrupted
         if moved is None and path.exists():
             path.unlink()
             files.sync_folder(path.parent)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ckpt import renaming
 from ckpt.runs import locks
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Best, Retention
@@ -95,7 +96,7 @@ def sync_files(folder: Path) -> None:
 def lift(inner: Path) -> None:
     """Moves all that is in a folder up into the one above it, and removes it."""
     for path in list(inner.iterdir()):
-        path.rename(inner.parent / path.name)
+        renaming.move(path, inner.parent / path.name)
     inner.rmdir()
 
 

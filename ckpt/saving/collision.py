@@ -13,6 +13,7 @@ import os
 from itertools import count
 from pathlib import Path
 
+from ckpt import renaming
 from ckpt.runs import lineage, torn
 from ckpt.runs.lineage import Line
 from ckpt.runs.run import POINTERS, Checkpoint, Run, open_checkpoint
@@ -38,7 +39,7 @@ def make_way(final: Path, line: Line) -> Path | None:
     path = _free_name(final, occupant)
     pointers = [name for name in POINTERS if _names(final, name)]
     try:
-        os.rename(final, path)
+        renaming.move(final, path)
         files.sync_folder(final.parent)
     except OSError as error:
         raise CheckpointError(

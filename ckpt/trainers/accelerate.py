@@ -19,7 +19,7 @@ from typing import Any
 
 from accelerate.utils import MODEL_NAME, DistributedType
 
-from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.ranks import TIMEOUT, Ranks, alive
 from ckpt.runs.retention import Retention
 from ckpt.saving import continuity, extras, nodes, precision, reading
 from ckpt.saving.asked import Asked
@@ -31,7 +31,7 @@ from ckpt.saving.progress import progress, versions
 from ckpt.saving.publish import publish
 from ckpt.saving.source import Source
 from ckpt.saving.taking import beside
-from ckpt.saving.topology import Reshard, alive
+from ckpt.saving.topology import Reshard
 from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
 from ckpt.trainers.aside import aside

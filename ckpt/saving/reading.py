@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ckpt.saving import precision
+from ckpt.saving import precision, topology
 from ckpt.saving.turns import Need, Turn
 from converters.errors import CheckpointError
 
@@ -140,10 +140,13 @@ def require_parameters(engine: Any, saved: Any, path: str | os.PathLike[str]) ->
         return  # of stage 0; DeepSpeed of old noted the module's parameters, not by groups
     if engine.load_universal_checkpoint():
         return
+    groups_of = (saved, engine._get_zero_param_shapes())
     there, here = (
         [(n, list(shape)) for group in groups for n, shape in group.items() if 0 not in shape]
-        for groups in (saved, engine._get_zero_param_shapes())
+        for groups in groups_of
     )
+    if there == here and engine.zero_optimization_stage() == 3:
+        topology.require_cut(engine, *groups_of, path)
     one, other = dict(there), dict(here)
     if one.keys() != other.keys() and list(one.values()) == list(other.values()):
         return

@@ -15,13 +15,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.ranks import TIMEOUT, Ranks, alive
 from ckpt.saving import continuity, identity
 from ckpt.saving.asked import Asked
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.load import Load
-from ckpt.saving.topology import Reshard, alive
+from ckpt.saving.topology import Reshard
 
 
 def resume(

@@ -7,18 +7,18 @@ other ranks wait and see that it is alive.
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any, Literal
 
 import torch.distributed as dist
 
 from ckpt import rewriting
-from ckpt.ranks import Ranks
+from ckpt.ranks import Ranks, alive
 from ckpt.rewriting import Rewriting
 from ckpt.runs.run import Checkpoint, Run, is_numbered, open_checkpoint
 from ckpt.saving.source import Source, Topology
@@ -190,6 +190,27 @@ def _may_have_state(folder: Path) -> bool:
     )
 
 
+def require_cut(engine: Any, saved: Any, now: Any, path: str | os.PathLike[str]) -> None:
+    """``CheckpointError`` if stage 3 has cut the same parameters into other sub-groups.
+
+    ``saved`` and ``now`` are the shapes by name of each; ``path`` is a file of the checkpoint.
+    """
+    cuts = [
+        [count for count in (sum(0 not in s for s in cut.values()) for cut in cuts) if count]
+        for cuts in (saved, now)
+    ]
+    if cuts[0] == cuts[1]:
+        return
+    folder, size = Path(path).parent.parent, int(engine.zero_sub_group_size())
+    raise CheckpointError(
+        f"{path}: its {sum(cuts[0])} parameters are in {len(cuts[0])} sub-groups, those of this "
+        f"training in {len(cuts[1])} (zero_optimization.sub_group_size {size}); set that to what "
+        f"it was, or run: ckpt reshard {folder} --world-size {dist.get_world_size()} --stage 3 "
+        f"--sub-group-size {size}",
+        "unsupported",
+    )
+
+
 def _resharded(ranks: Ranks, source: Source, layout: Layout) -> Path:
     """Where the source is for this layout, made if need be; on rank 0."""
     from ckpt import reshard as resharding
@@ -238,25 +259,6 @@ def _may_be_replaced(source: Source, planned: Rewriting) -> bool:
         "away, or resume from it by name",
         "output",
     )
-
-
-@contextmanager
-def alive(ranks: Ranks) -> Iterator[None]:
-    """Shows the others that this rank is at work, in a block that may outlast their patience."""
-    ends = Event()
-
-    def beat() -> None:
-        with suppress(dist.DistError):  # the main thread will hear of it
-            while not ends.wait(1.0):
-                ranks.beat()
-
-    thread = Thread(target=beat, name="ckpt-alive", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ends.set()
-        thread.join()
 
 
 def _stage3(engine: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 from accelerate.utils import MODEL_NAME, DistributedType
 
-from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.ranks import TIMEOUT, Ranks, alive
 from ckpt.runs.lease import Lease
 from ckpt.runs.retention import Retention
 from ckpt.saving import continuity, extras, identity, nodes, precision, reading
@@ -34,7 +34,7 @@ from ckpt.saving.progress import progress, versions
 from ckpt.saving.publish import publish
 from ckpt.saving.source import Source
 from ckpt.saving.taking import beside
-from ckpt.saving.topology import Reshard, alive
+from ckpt.saving.topology import Reshard
 from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
 from ckpt.trainers.aside import aside

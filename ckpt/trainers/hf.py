@@ -29,7 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.ranks import Ranks
 from ckpt.runs import locks
 from ckpt.runs.lease import Lease
 from ckpt.runs.manifest import digest
@@ -71,14 +71,14 @@ class CommittedCheckpoints(MappedCheckpoints):
 
     - ``retention``: what to keep. Without, the last ``save_total_limit``. The best by
       ``metric_for_best_model`` is kept beside them, and named by ``out/best``
-    - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model where the Trainer writes none,
-      which is under ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``
+    - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model where the Trainer writes none
+      (ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``)
     - ``preemption``: what asks the training to stop (``Preemption``)
     - ``preflight``: tries at the start what saves will need
     - ``timeout``: seconds without a sign of life until a rank counts as absent
     - ``reshard``: "auto" reshards what is of another world size or stage, as in ``ckpt.resume``
     - ``on_failure``: "raise" ends the training with a ``CheckpointError`` on every rank; "warn"
-      goes on without that checkpoint, as when the disk is full, unless a rank is lost
+      goes on without that checkpoint, unless a rank is lost
 
     Without DeepSpeed the Trainer saves as it always does, after a warning.
     """
@@ -87,7 +87,6 @@ class CommittedCheckpoints(MappedCheckpoints):
     weights: str | None = None
     preemption: Preemption | None = None
     preflight: bool = True
-    timeout: float = TIMEOUT
     on_failure: Literal["raise", "warn"] = "raise"
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -118,7 +118,7 @@ class Commit:
         except Exception as error:
             failure = self.ranks.fail(error)
             self.abandon()
-            raise failure from error
+            raise failure from None
         except BaseException:
             self.abandon()
             raise

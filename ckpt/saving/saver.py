@@ -100,7 +100,7 @@ class Saver:
         self.took: float | None = None  # seconds from the call to the commit, last full save
         self.held = 0.0  # seconds that the last save held the training
         self.closed = False
-        self.watch = Watch(preemption) if preemption else None
+        self.watch = Watch(preemption, timeout) if preemption else None
 
     def _preflight(self, ranks: Ranks) -> None:
         with ranks.step():
@@ -229,7 +229,7 @@ class Saver:
                 self.last = flight.commit.ranks
                 self._landed(flight)
         self.pushes.poll()
-        if self.watch is not None and self.watch.due(int(self.engine.global_steps)):
+        if self.watch is not None and self.watch.due(*_place(self.engine)):
             self._stop(step, metrics, client_state, extra)
         tier = tiers.due(self.every, step)
         if tier is not None:
@@ -247,7 +247,9 @@ class Saver:
             self.save(step, *state)
             self.wait()
         self.pushes.leave()
+        watch, self.watch = self.watch, None  # it listens until the end
         self.close()
+        watch.leave()
         raise SystemExit(EXIT_CODE)
 
     def close(self) -> None:
@@ -291,3 +293,9 @@ class Saver:
             except CheckpointError as failure:  # the other ranks may not come; ``error`` says why
                 log.warning("%s", failure)
         self.close()
+
+
+def _place(engine: Any) -> tuple[int, bool]:
+    """Optimizer steps so far, and whether it stands between two of them."""
+    micro = getattr(engine, "micro_steps", 0)
+    return int(engine.global_steps), not micro % engine.gradient_accumulation_steps()

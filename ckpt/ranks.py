@@ -8,9 +8,9 @@ nobody hangs. A rank is absent if it neither arrives nor shows a sign of life (`
     CALL/STEP/RANK   what a rank brings to a step, JSON     CALL/STEP/go   what rank 0 gives to all
     CALL/failed      the first failure, JSON                CALL/beat/RANK a sign of life
 
-A failure is an error on every rank, but its whole sentence stands only where it is read: on the rank
-that failed and on rank 0 (rank 1, where that is the one that failed). The others say in one line
-which rank failed, and the first words. No error has another one behind it that says the same.
+A failure is an error on every rank, but its whole sentence stands only where it is read: on the
+rank that failed and on rank 0 (rank 1, where that is the one that failed). The others say in one
+line which rank failed, and the first words. No error has another behind it that says the same.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from typing import Any
 
 from ckpt.ranks import Ranks
 from ckpt.renaming import replace_folder
-from ckpt.runs import locks
+from ckpt.runs import engines, locks
 from ckpt.runs.locks import LOCK, Lock
 from ckpt.runs.manifest import NAME, PINNED, File, Manifest, digest
 from ckpt.saving.nodes import Nodes
@@ -141,7 +141,9 @@ class Commit:
     def _publish(self, reports: list[Any]) -> None:
         """Manifest, rename, and the folder above; after this it exists."""
         if self.facts.tag is not None and self.facts.tier == "full":
-            files.write_file(self.folder / "latest", self.facts.tag.encode())
+            several = self.facts.progress.get(engines.ENGINES, ())
+            for name, tag in engines.pointers(self.facts.tag, several).items():
+                files.write_file(self.folder / name, tag.encode())
         known: Found = {}
         for folder, found, _ in reports:
             if folder == self.nodes.folder:

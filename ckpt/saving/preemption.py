@@ -42,9 +42,9 @@ class Preemption:
     """What asks a training to stop, and how long it then has.
 
     ``signals`` by name, by default SIGTERM, SIGUSR1 and what else torchrun was told to pass on
-    (``--signals-to-handle``); ``file``: one that turns up (``touch out/stop``), looked for by rank 0
-    once a second. ``deadline``: seconds from then until the machine is taken away, by default those
-    after which the launcher kills; a save that took longer before is not begun.
+    (``--signals-to-handle``); ``file``: one that turns up (``touch out/stop``), looked for by
+    rank 0 once a second. ``deadline``: seconds from then until the machine is taken away, by
+    default those after which the launcher kills; a save that took longer before is not begun.
     """
 
     signals: tuple[str, ...] | None = None

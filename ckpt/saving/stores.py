@@ -87,8 +87,9 @@ def move_to_rank_0(ranks: Ranks) -> None:
 
 def _opened(host: str, port: int, is_master: bool) -> Any:
     try:
-        return dist.TCPStore(
-            host, port, is_master=is_master, timeout=CONNECTING, wait_for_workers=False
+        options: dict[str, Any] = {"is_master": is_master, "wait_for_workers": False}
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, timeout=CONNECTING, **options
         )
     except (dist.DistError, RuntimeError, OSError):
         return None

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt.renaming import is_arriving, replace_folder
-from ckpt.runs import locks, manifest
+from ckpt.runs import engines, locks, manifest
 from ckpt.runs.digests import CHUNK, Progress, quiet
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Checkpoint, open_checkpoint
@@ -181,9 +181,10 @@ def _commit(collection: Collection, folder: Path) -> None:
     """Proves the whole and writes its manifest, which replaces a node's own at once."""
     held = collection.manifest
     if held.tier == "full":
-        _, wrong = states(folder, held.tag)
-        if wrong is not None:
-            raise CheckpointError(f"{wrong}; nothing was collected")
+        for tag in engines.tags(held).values():
+            _, wrong = states(folder, tag)
+            if wrong is not None:
+                raise CheckpointError(f"{wrong}; nothing was collected")
     for inner, _, _ in os.walk(folder):
         files.sync_folder(Path(inner))
     files.write_file(folder / manifest.NAME, held.dumps())

@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 
 from ckpt import renaming
-from ckpt.runs import lease_watch, leftovers, locks, manifest, pruning, slim, torn
+from ckpt.runs import engines, lease_watch, leftovers, locks, manifest, pruning, slim, torn
 from ckpt.runs.run import (
     POINTERS,
     Checkpoint,
@@ -146,13 +146,15 @@ def _finish_slim(checkpoint: Checkpoint) -> None:
 
 
 def _inner_latest(checkpoint: Checkpoint) -> Iterator[Finding]:
-    held, path = checkpoint.manifest, checkpoint.folder / "latest"
+    held = checkpoint.manifest
     if held is None or held.tier != "full" or held.tag is None or held.node:
         return  # only the first node's folder has one
-    named = Run(checkpoint.folder).target("latest")
-    if named != held.tag:
-        what = "is missing" if named is None else f"names {named!r}, expected {held.tag}"
-        yield Finding(path, what, f"name {held.tag}", partial(_write, path, held.tag))
+    for name, tag in engines.pointers(held.tag, engines.names(held)).items():
+        path = checkpoint.folder / name
+        named = Run(path.parent).target("latest")
+        if named != tag:
+            what = "is missing" if named is None else f"names {named!r}, expected {tag}"
+            yield Finding(path, what, f"name {tag}", partial(_write, path, tag))
 
 
 def _write(path: Path, tag: str) -> None:
@@ -173,15 +175,15 @@ def _not_committed(checkpoint: Checkpoint, ours: bool) -> Iterator[Finding]:
     if changed_lately(folder) or locks.in_use(folder):
         yield Finding(folder, f"not committed, changed in the last minutes: {checkpoint.why}")
         return
-    if held is not None and held.tag and _lacks_only_latest(folder, held):
-        path = folder / "latest"
-        write = partial(_write, path, held.tag)
-        yield Finding(path, "is missing or cut short", f"name {held.tag}", write)
+    if held is not None and held.tag and (lost := _lost_latest(folder, held)):
+        for name, tag in lost.items():
+            write = partial(_write, folder / name, tag)
+            yield Finding(folder / name, "is missing or cut short", f"name {tag}", write)
         return
-    if held is None and (tag := torn.only_tag(folder)) is not None:
+    if held is None and (whole := torn.only_tag(folder)) is not None:
         path = folder / "latest"
-        what = f"is missing or leads nowhere, and {tag} is whole"
-        yield Finding(path, what, f"name {tag}", partial(_write, path, tag))
+        what = f"is missing or leads nowhere, and {whole} is whole"
+        yield Finding(path, what, f"name {whole}", partial(_write, path, whole))
         return
     aside = folder.with_name(f".{folder.name}.torn")
     if renaming.is_arriving(aside):
@@ -197,12 +199,15 @@ def _not_committed(checkpoint: Checkpoint, ours: bool) -> Iterator[Finding]:
     yield Finding(folder, f"not committed: {checkpoint.why}{hint}")
 
 
-def _lacks_only_latest(folder: Path, held: manifest.Manifest) -> bool:
-    """Whether a file latest with the tag in it is all that the manifest misses."""
-    wrong = manifest.check(folder, held, strict=True)
-    if [line.partition(":")[0] for line in wrong] != ["latest"]:
-        return False
-    return held.files["latest"].digest == f"sha256:{sha256(str(held.tag).encode()).hexdigest()}"
+def _lost_latest(folder: Path, held: manifest.Manifest) -> dict[str, str]:
+    """The files latest with a tag in them that are all that the manifest misses; else nothing."""
+    wrong = [line.partition(":")[0] for line in manifest.check(folder, held, strict=True)]
+    known = engines.pointers(str(held.tag), engines.names(held))
+    for name in wrong:
+        right = f"sha256:{sha256(known.get(name, '').encode()).hexdigest()}"
+        if name not in known or held.files[name].digest != right:
+            return {}
+    return {name: known[name] for name in wrong}
 
 
 def _rename(folder: Path, aside: Path) -> None:

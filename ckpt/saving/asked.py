@@ -90,18 +90,23 @@ class Asked:
             need = reading.need(engine, files)
             there = turns.there(self.memory)
             needs.value = [os.environ.get("GROUP_RANK", "0"), need.reads, need.keeps, there]
-            state = State.read(source, self.ranks.rank) if everything else State.none()
-            lost = state.lost(self.extra)
-            excused = source.foreign or source.resharded
-            if lost and self.on_mismatch == "error" and not excused:
-                raise CheckpointError(f"{source.folder}: {lost[0]}", "incomplete")
-            for line in lost:
-                log.warning("%s: %s", source.folder, line)
+            state = self.state(source) if everything else State.none()
         with self.ranks.step() as told:
             if not self.ranks.rank:
                 told.value = self._turns(engine, source, needs.heard)
         after = told.heard[0].get(str(self.ranks.rank))
         return state, Turn(self.ranks, source.folder, need.reads, after)
+
+    def state(self, source: Source) -> State:
+        """What this rank saved beside the engine; ``CheckpointError`` if not all comes back."""
+        state = State.read(source, self.ranks.rank)
+        lost = state.lost(self.extra)
+        excused = source.foreign or source.resharded
+        if lost and self.on_mismatch == "error" and not excused:
+            raise CheckpointError(f"{source.folder}: {lost[0]}", "incomplete")
+        for line in lost:
+            log.warning("%s: %s", source.folder, line)
+        return state
 
     def _turns(self, engine: Any, source: Source, heard: Sequence[Any]) -> dict[str, int]:
         """Whom each rank waits for before it loads, where not all of a node can at once."""

@@ -25,7 +25,7 @@ from typing import Any
 
 from ckpt.ranks import Ranks
 from ckpt.renaming import replace_folder
-from ckpt.runs import lease, locks
+from ckpt.runs import engines, lease, locks
 from ckpt.runs.lease import Lease
 from ckpt.runs.lineage import Line
 from ckpt.runs.locks import LOCK, Lock
@@ -129,7 +129,7 @@ class Commit:
         except Exception as error:
             failure = self.ranks.fail(error)
             self.abandon()
-            raise failure from error
+            raise failure from None
         except BaseException:
             self.abandon()
             raise
@@ -157,7 +157,9 @@ class Commit:
         """Manifest, rename, and the folder above; after this it exists."""
         self.lease.require()
         if self.facts.tag is not None and self.facts.tier == "full":
-            files.write_file(self.folder / "latest", self.facts.tag.encode())
+            several = self.facts.progress.get(engines.ENGINES, ())
+            for name, tag in engines.pointers(self.facts.tag, several).items():
+                files.write_file(self.folder / name, tag.encode())
         known: Found = {}
         for folder, found, _ in reports:
             if folder == self.nodes.folder:

@@ -65,13 +65,15 @@ def check(
 ) -> int:
     """Raises ``CheckpointError`` on every rank if a save would fail; every rank calls it.
 
-    Returns the bytes of one save, in this rank's folder.
+    ``engine``: one, or a list of all that are saved together. Returns the bytes of one save, in
+    this rank's folder.
     """
     trial = run / f".preflight-{ranks.rank}"
     with ranks.step() as step:
-        mine = predicted(engine, exclude_frozen_parameters)
+        engines = engine if isinstance(engine, list) else [engine]
+        mine = sum(predicted(each, exclude_frozen_parameters) for each in engines)
         try:
-            _try(engine, trial)
+            _try(engines[0], trial)
             _ask(trial, mine)
         finally:
             shutil.rmtree(trial, ignore_errors=True)

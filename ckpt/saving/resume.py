@@ -20,7 +20,9 @@ from ckpt.saving import continuity, identity
 from ckpt.saving.asked import Asked
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
+from ckpt.saving.engines import Engines
 from ckpt.saving.load import Load
+from ckpt.saving.together import Options, resume_together
 from ckpt.saving.topology import Reshard
 
 
@@ -47,6 +49,7 @@ def resume(
     ``path`` is a run, whose newest whole checkpoint is taken, or a checkpoint, which has to be
     whole.
 
+    - ``engine``: DeepSpeed's; or several by name, as they were given to ``Saver``
     - ``tag``: the one of this tag, folder name or step, or ``latest`` or ``best``, in the run
     - ``extra``: this rank's objects with ``load_state_dict()``, by the names they were saved by
     - ``client_state``: gets what was saved as such
@@ -67,7 +70,13 @@ def resume(
     """
     ranks = Ranks("resume", timeout)
     asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign, reshard, memory)
-    asked.require_same([load_optimizer_states, load_lr_scheduler_states, load_module_only])
+    names = list(engine) if isinstance(engine, Mapping) else None
+    options = (load_optimizer_states, load_lr_scheduler_states, load_module_only)
+    asked.require_same([*options, names])
+    if names is not None:
+        with ranks.step():
+            engines = Engines(engine)
+        return resume_together(asked, engines, Options(*options, load_module_strict), client_state)
     with ExitStack() as stack:
         source = asked.choose(engine, stack)
         if source is None:

@@ -9,11 +9,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ckpt.runs import lineage, manifest
+from ckpt.runs import engines, lineage, manifest
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Checkpoint
 from ckpt.saving import extras, plain, rng
 from converters import zero
+from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
 
@@ -81,6 +82,12 @@ class Source:
             step = read.step if read.step is not None else found.step or 0
             folder = read.place.folder
             return cls(folder.parent, folder.name, step, topology)
+        if several := engines.names(held):
+            raise CheckpointError(
+                f"{found.folder} has the engines {', '.join(several)}, resume was given one; give "
+                "it all of them by name, as they were given to Saver",
+                "refused",
+            )
         data = (found.folder / manifest.NAME).read_bytes()
         topology = Topology(held.stage or 0, held.world_size)
         digest = sha256(data).hexdigest()[:12]

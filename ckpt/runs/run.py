@@ -10,20 +10,32 @@ out/
 from __future__ import annotations
 
 import os
-import re
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.runs import manifest as manifests
 from ckpt.runs.manifest import Manifest
+from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, is_spare, step_in
 from converters import files
 from converters.errors import CheckpointError
-from converters.folder import is_tag_folder
 
-_NUMBERED = re.compile(r"checkpoint-(\d{1,18})")
-_STEP = re.compile(r"(?:checkpoint-|global_step|.*\bstep=)(\d{1,18})\b.*")
+__all__ = [
+    "POINTERS",
+    "Checkpoint",
+    "Run",
+    "bytes_under",
+    "is_checkpoint",
+    "is_numbered",
+    "is_run",
+    "leading",
+    "open_checkpoint",
+    "order",
+    "require_checkpoint",
+    "require_read",
+    "spelt",
+    "step_in",
+]
 POINTERS = ("latest", "best")
 
 
@@ -31,7 +43,9 @@ POINTERS = ("latest", "best")
 class Checkpoint:
     """A folder of a run. ``why`` says why it is not committed, and is ``None`` if it is.
 
-    ``step`` of one without a manifest is what its name says, if anything.
+    ``step`` of one without a manifest is what its name says, if anything. ``deleted`` are files
+    that the manifest lists and that are gone: if no resume needs them (the weights of a full
+    checkpoint), it is committed all the same.
     """
 
     folder: Path
@@ -39,6 +53,7 @@ class Checkpoint:
     manifest: Manifest | None
     why: str | None
     pinned: bool
+    deleted: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -49,6 +64,19 @@ class Checkpoint:
     def committed(self) -> bool:
         """Whether the manifest is there, is valid, and every file that it lists has its size."""
         return self.why is None
+
+    @property
+    def lacks(self) -> str | None:
+        """What was deleted from it by hand though it is committed, as a line."""
+        return f"lacks {_listed(self.deleted)}" if self.committed and self.deleted else None
+
+    @property
+    def thinned(self) -> bool:
+        """Whether it was committed, and files were deleted from it that a resume needs.
+
+        Nothing else is wrong with it, so that it counts among what retention may delete.
+        """
+        return self.why is not None and self.manifest is not None and bool(self.deleted)
 
     @property
     def tier(self) -> str | None:
@@ -96,11 +124,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         require_read(error)
         absent = error.kind == "incomplete"
         why = manifests.ABSENT if absent else str(error).removeprefix(f"{folder}/")
-        return Checkpoint(folder, _step_in(folder), None, why, pinned)
+        return Checkpoint(folder, step_in(folder.name), None, why, pinned)
     wrong = manifests.check(folder, held, strict=True)
+    gone = tuple(line.removesuffix(_MISSING) for line in wrong if line.endswith(_MISSING))
+    if held.tier == "full" and all(name in held.files and is_spare(name) for name in gone):
+        wrong = [line for line in wrong if not line.endswith(_MISSING)]
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     why = f"manifest.json lists {wrong[0]}{more}" if wrong else None
-    return Checkpoint(folder, held.step, held, why, pinned)
+    only = not wrong or all(line.endswith(_MISSING) for line in wrong)
+    return Checkpoint(folder, held.step, held, why, pinned, gone if only else ())
+
+
+_MISSING = ": missing"  # as ``digests.unlike`` says it
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"{names[0]}{more}"
 
 
 def require_read(error: CheckpointError) -> None:
@@ -110,11 +150,6 @@ def require_read(error: CheckpointError) -> None:
         if isinstance(cause, OSError) and cause.errno in manifests.FAILING:
             raise error
         cause = cause.__cause__
-
-
-def _step_in(folder: Path) -> int | None:
-    found = _STEP.fullmatch(folder.name)
-    return int(found[1]) if found else None
 
 
 def bytes_under(folder: Path) -> int:
@@ -233,32 +268,6 @@ def order(checkpoint: Checkpoint) -> tuple[int, float, str]:
     """
     step = -1 if checkpoint.step is None else checkpoint.step
     return step, checkpoint.manifest.created if checkpoint.manifest else 0.0, checkpoint.name
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder counts among the checkpoints of a run, whole or not."""
-    if folder.name.startswith("."):
-        return False
-    if is_numbered(folder) or _is_file(folder / manifests.NAME):
-        return True
-    try:
-        return is_tag_folder(folder) or any(
-            is_tag_folder(inner) for inner in folder.iterdir() if inner.is_dir()
-        )
-    except OSError:  # lost+found, or what was deleted meanwhile
-        return False
-
-
-def is_numbered(folder: Path) -> bool:
-    """Whether the name is one that trainers resume from by its number, such as checkpoint-500."""
-    return _NUMBERED.fullmatch(folder.name) is not None
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        return False
 
 
 def require_checkpoint(folder: Path) -> Checkpoint:

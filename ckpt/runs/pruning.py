@@ -3,7 +3,9 @@
     checkpoint-400/  --rename, fsync-->  .checkpoint-400.trash/  --unlink-->  nothing
 
 After the rename nothing takes the folder for a checkpoint. Trash that a crash left is removed by
-the next prune. Folders that are not committed are never touched.
+the next prune. Folders that are not committed are never touched, but for those that were: of which
+somebody deleted files that the manifest lists. They go when they would go if they were whole, and
+never count where the rules ask for whole ones.
 """
 
 from __future__ import annotations
@@ -34,13 +36,20 @@ class Outcome:
 def prune(
     run: Run, retention: Retention, dry_run: bool = False, just: str | None = None
 ) -> list[Outcome]:
-    """Deletes what ``retention`` does not keep; returns what became of every committed checkpoint.
+    """Deletes what ``retention`` does not keep; returns what became of every committed checkpoint,
+    and of those that were committed and from which files were deleted by hand.
 
     ``just`` names one that was saved just now, which stays whatever its step.
     One that somebody reads is kept for now. ``OSError`` if the folder cannot be written.
     """
-    committed = [c for c in run.checkpoints() if c.committed]
+    present = run.checkpoints()
+    committed = [c for c in present if c.committed]
     reasons = retention.keep(facts(run, committed))
+    thinned = [c for c in present if c.thinned]  # by hand; what is left of them still takes room
+    if thinned:
+        committed = [c for c in present if c.committed or c.thinned]
+        for name, kept_by in retention.keep(facts(run, committed)).items():
+            reasons.setdefault(name, kept_by)
     if just is not None:
         reasons[just] = (*reasons.get(just, ()), "just saved")
     if not dry_run:
@@ -69,7 +78,8 @@ def facts(run: Run, committed: Sequence[Checkpoint]) -> list[Held]:
         if locks.in_use(checkpoint.folder):
             marks.append("in use")
         assert checkpoint.manifest is not None
-        step, tier = checkpoint.manifest.step, checkpoint.manifest.tier
+        step = checkpoint.manifest.step
+        tier = "weights" if checkpoint.thinned else checkpoint.manifest.tier
         held.append(Held(checkpoint.name, step, tier, checkpoint.metrics, tuple(marks)))
     return held
 

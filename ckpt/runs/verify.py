@@ -76,6 +76,8 @@ def verify(checkpoint: Checkpoint, data: bool = False, progress: Progress = quie
         if not problems:
             what = "every byte has its digest" if data else "every file has its size"
             proven = [f"{len(held.files)} files, {what}"]
+        if checkpoint.lacks is not None:
+            proven.append("what was deleted is needed by no resume; ckpt doctor RUN --fix")
         if held.tier == "full" and held.nodes == 1:
             said, wrong = states(checkpoint.folder, held.tag)
             proven += [said] if said else []

@@ -136,7 +136,7 @@ class Offers:
         return proof
 
     def _succeeds(self, proof: Proof) -> bool:
-        """Whether it may be taken before all committed ones; ``CheckpointError`` if nobody knows."""
+        """Whether it goes before all committed ones; ``CheckpointError`` if nobody knows."""
         path = proof.path
         base = next((c for c in self.found if c.manifest and self._why(c) is None), None)
         if base is not None:

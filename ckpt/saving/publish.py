@@ -49,7 +49,7 @@ def tidy(folder: Path, retention: Retention | None, just: Path | None = None) ->
     run = Run(folder)
     try:
         outcomes = prune(run, retention, just=just.name if just else None)
-        newest = leading([outcome.checkpoint for outcome in outcomes])
+        newest = leading([o.checkpoint for o in outcomes if o.checkpoint.committed])
         names = [] if just is None or newest is None else [newest.name, just.name]
         if len({*names}) > 1 and all(name.startswith("checkpoint-") for name in names):
             log.warning(

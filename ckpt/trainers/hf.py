@@ -51,6 +51,7 @@ from ckpt.trainers.hf_state import (
     lift,
     publish_beside,
     require_known,
+    require_states,
     retention_of,
     room_for,
     sync_files,
@@ -71,7 +72,8 @@ class CommittedCheckpoints(MappedCheckpoints):
     - ``retention``: what to keep. Without, the last ``save_total_limit``. The best by
       ``metric_for_best_model`` is kept beside them, and named by ``out/best``
     - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model where the Trainer writes none,
-      which is under ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``
+      which is under ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``; into checkpoints,
+      and by ``save_model()``
     - ``preemption``: what asks the training to stop (``Preemption``)
     - ``preflight``: tries at the start what saves will need
     - ``timeout``: seconds without a sign of life until a rank counts as absent
@@ -203,6 +205,7 @@ class CommittedCheckpoints(MappedCheckpoints):
                 commit.files |= self._own(inner, ranks.rank)
             with ranks.step():
                 if commit.nodes.commits:
+                    require_states(inner, commit.facts.tag)
                     lift(inner)
             if self.weights is not None and leaves_out_weights(self._engine()):
                 self._stream(commit, self.weights)
@@ -248,19 +251,23 @@ class CommittedCheckpoints(MappedCheckpoints):
         return str(self._inner.parent) if self._inner else super()._get_output_dir(trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's. In a save without 16-bit weights, the configuration and tokenizer."""
+        """As the Trainer's. Where that writes no loadable model, one of the kind ``weights``; in a
+        save the configuration and tokenizer, since the weights follow."""
         once = self.weights is not None or not self.args.save_only_model
-        if (
-            self._inner is None
-            or output_dir is None
-            or not (once and leaves_out_weights(self._engine()))
-        ):
+        leaves_out = self.is_deepspeed_enabled and leaves_out_weights(self._engine())
+        if not leaves_out or (self.weights is None if self._inner is None else not once):
             super().save_model(output_dir, _internal_call)
             return
+        output_dir = output_dir or str(self.args.output_dir)
         self._save(output_dir, state_dict={})
         if self.args.should_save:
             for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME):  # without any values
                 Path(output_dir, name).unlink(missing_ok=True)
+        if self._inner is None and self.weights is not None:
+            ranks, folder = Ranks("save_model", self.timeout), Path(output_dir).absolute()
+            streamed.save(self._engine(), self.weights, folder, self._place(ranks, folder), ranks)
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self._inner is None:

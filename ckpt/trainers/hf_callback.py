@@ -36,6 +36,7 @@ from ckpt.trainers.hf_state import (
     is_new_best,
     publish_beside,
     require_known,
+    require_states,
     retention_of,
     room_for,
     sync_files,
@@ -172,13 +173,7 @@ class CheckpointCallback(TrainerCallback):
             )
         commit = Commit(ranks, place, self._folder(state), facts, in_place=True)
         with committed(commit) as folder:
-            if tag is not None and not (folder / tag).is_dir():
-                raise CheckpointError(
-                    f"{folder} has no {tag}, where DeepSpeed's files of this step should be; see "
-                    "whether the Trainer's _save_checkpoint is replaced by one that does not call "
-                    "the engine's save_checkpoint",
-                    "output",
-                )
+            require_states(folder, tag)
             if tag is not None:
                 commit.files |= extras.write(folder, ranks.rank, None)
             if place.leads and not place.commits:

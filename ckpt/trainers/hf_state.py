@@ -103,6 +103,17 @@ def leaves_out_weights(engine: Any) -> bool:
     return not engine.zero_gather_16bit_weights_on_model_save()
 
 
+def require_states(folder: Path, tag: str | None) -> None:
+    """``CheckpointError`` unless DeepSpeed's files are in what is to be a full checkpoint."""
+    if tag is not None and not (folder / tag).is_dir():
+        raise CheckpointError(
+            f"{folder} has no {tag}, where DeepSpeed's files of this step should be; see whether "
+            "the Trainer's _save_checkpoint is replaced by one that does not call the engine's "
+            "save_checkpoint: nothing could resume from what it saves",
+            "output",
+        )
+
+
 def require_known(on_failure: str) -> None:
     """``CheckpointError`` unless it says what to do when a save fails."""
     if on_failure not in ON_FAILURE:

@@ -68,7 +68,7 @@ def prove_at_rest(path: Path, tag: str | None = None) -> Proof:
     )
     if changed:
         raise CheckpointError(
-            f"{path} is being written right now: {changed[0]} changed within "
+            f"{path} is being written right now: {max(changed, key=len)} changed within "
             f"{time.monotonic() - began:.0f} seconds; try again when its save or copy is done",
             "refused",
         )

@@ -34,8 +34,9 @@ def require_parallel(folder: Path, tag: str | None = None) -> str:
             models.add(int(found[1]))
     _require_numbered(place.folder, "mp_rank", models | set(partitions))
     widest = set().union(*partitions.values()) if partitions else set[int]()
-    for number, ranks in sorted(partitions.items()):
-        _require_numbered(place.folder, f"mp_rank {number}: zero_pp_rank", ranks | widest, ranks)
+    for number in sorted(models | set(partitions)) if partitions else ():
+        what = f"mp_rank {number}: zero_pp_rank"
+        _require_numbered(place.folder, what, widest, partitions.get(number, set()))
     return place.tag
 
 

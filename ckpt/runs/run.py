@@ -127,12 +127,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(folder, step_in(folder.name), None, why, pinned)
     wrong = manifests.check(folder, held, strict=True)
     gone = tuple(line.removesuffix(_MISSING) for line in wrong if line.endswith(_MISSING))
-    if held.tier == "full" and all(name in held.files and is_spare(name) for name in gone):
-        wrong = [line for line in wrong if not line.endswith(_MISSING)]
+    only_gone = len(gone) == len(wrong)
+    if held.tier == "full":
+        spared = {f"{name}{_MISSING}" for name in gone if is_spare(name)}
+        wrong = [line for line in wrong if line not in spared]
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     why = f"manifest.json lists {wrong[0]}{more}" if wrong else None
-    only = not wrong or all(line.endswith(_MISSING) for line in wrong)
-    return Checkpoint(folder, held.step, held, why, pinned, gone if only else ())
+    return Checkpoint(folder, held.step, held, why, pinned, gone if only_gone or not wrong else ())
 
 
 _MISSING = ": missing"  # as ``digests.unlike`` says it

@@ -180,6 +180,15 @@ class CheckpointCallback(TrainerCallback):
                 sync_files(folder)
 
 
+def require_alone(callbacks: list[Any]) -> None:
+    """``CheckpointError`` if one of a Trainer's callbacks commits, and its class does, too."""
+    if any(isinstance(callback, CheckpointCallback) for callback in callbacks):
+        raise CheckpointError(
+            "CommittedCheckpoints and CheckpointCallback both commit; use one of them",
+            "unsupported",
+        )
+
+
 def _stay_out(state: Any, why: str) -> None:
     if state.is_world_process_zero:
         log.warning("%s: its checkpoints are not committed", why)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+
 from ckpt.runs import locks
 from ckpt.runs.retention import Best, Retention
 from ckpt.saving.publish import publish
@@ -98,9 +100,16 @@ def lift(inner: Path) -> None:
 
 def leaves_out_weights(engine: Any) -> bool:
     """Whether the Trainer writes no 16-bit model, but the engine's files, and those twice."""
-    if engine.zero_optimization_stage() != 3 or hasattr(engine.module, "peft_config"):
+    stage = getattr(engine, "zero_optimization_stage", None)  # none before the training begins
+    if stage is None or stage() != 3 or hasattr(engine.module, "peft_config"):
         return False
     return not engine.zero_gather_16bit_weights_on_model_save()
+
+
+def remove_empty_weights(folder: Path, writes: bool) -> None:
+    """Removes the model files without any values, on the rank that ``writes`` them."""
+    for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME) if writes else ():
+        (folder / name).unlink(missing_ok=True)
 
 
 def require_states(folder: Path, tag: str | None) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 from ckpt.runs import intact
 from ckpt.runs.parallel import require_parallel
-from ckpt.runs.run import is_checkpoint, step_in
+from ckpt.runs.run import is_checkpoint, is_numbered, step_in
 from converters import zero
 from converters.errors import CheckpointError
 from converters.folder import is_tag_folder
@@ -38,6 +38,7 @@ _LIGHTNING = "pytorch-lightning_version"
 _NAME = re.compile(r"(?:checkpoint|global_step|step|ckpt|iter|iteration|epoch)s?[-_=]?\d+")
 _PREFIX = re.compile(r"(?:checkpoint|weights|global_step|step|ckpt|iter|epoch)[-_=]?\d+.*")
 _SIGNS = frozenset(("optimizer.pt", "optimizer.bin", "random_states_0.pkl", ".metadata"))
+_OF_TRAINER = frozenset(("training_args.bin", "rng_state.pth", "rng_state_0.pth"))
 History = tuple[Mapping[str, Any], ...]
 
 
@@ -124,7 +125,7 @@ def _proof(path: Path, tag: str | None) -> Proof:
     if path.is_file():
         return _lightning_file(path)
     names = {entry.name for entry in os.scandir(path)}
-    if STATE in names:
+    if STATE in names or names & _OF_TRAINER:
         return _of_trainer(path, names)
     if any(re.fullmatch(RANDOM, name) for name in names):
         return _of_accelerate(path, names)
@@ -136,21 +137,27 @@ def _proof(path: Path, tag: str | None) -> Proof:
         if lightning:
             intact.require_torch_file(path / "meta.pt")
         return Proof(path, "Lightning with FSDP" if lightning else "torch's distributed checkpoint")
-    raise _unknown(path, names)
+    return _of_functions(path, names)
 
 
-def _unknown(path: Path, names: set[str]) -> CheckpointError:
-    """Why a folder of no kind known here is none: it is empty, cut short, or something else."""
+def _of_functions(path: Path, names: set[str]) -> Proof:
+    """What ``save_fsdp_model`` and ``save_fsdp_optimizer`` of a loop of one's own wrote.
+
+    ``CheckpointError`` for anything else: it is empty, cut short, or of no kind known here.
+    """
+    sharded = _fsdp_parts(path, "pytorch_model_fsdp")
+    if sharded and _fsdp_parts(path, "optimizer") and not is_numbered(path):
+        return Proof(path, "FSDP")
     if not names:
-        return CheckpointError(f"{path} is empty: its save did not begin", "incomplete")
-    if _fsdp_parts(path, "pytorch_model_fsdp") or intact.WEIGHTS_NAMES & names:
-        return CheckpointError(
+        raise CheckpointError(f"{path} is empty: its save did not begin", "incomplete")
+    if sharded or intact.WEIGHTS_NAMES & names:
+        raise CheckpointError(
             f"{path} has weights, but no {STATE}, which a Trainer writes last, and no "
             "random_states of Accelerate: its save did not finish, or it is a model folder",
             "incomplete",
         )
     shown = ", ".join(sorted(names)[:3])
-    return CheckpointError(
+    raise CheckpointError(
         f"{path} holds files of no kind that is known here ({shown})", "unsupported"
     )
 

@@ -70,6 +70,8 @@ def require_torch_file(path: Path) -> Any:
 def read_json(path: Path) -> Any:
     """What the file holds; ``CheckpointError`` if it is not there, cut short or damaged."""
     try:
+        if not path.exists():
+            raise CheckpointError(f"{path.parent} has no {path.name}", "incomplete")
         if path.stat().st_size > _LARGEST:
             raise CheckpointError(f"{path} is over {_LARGEST} bytes", "refused")
         return json.loads(path.read_bytes())

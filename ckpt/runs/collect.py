@@ -102,6 +102,11 @@ def _part(folder: Path) -> Checkpoint:
     found = open_checkpoint(folder)
     if found.why is not None:
         raise CheckpointError(f"{folder} is not committed: {found.why}", "incomplete")
+    if found.lacks is not None:
+        raise CheckpointError(
+            f"{folder} {found.lacks}; ckpt doctor {folder.parent} --fix takes it off the manifest",
+            "incomplete",
+        )
     return found
 
 

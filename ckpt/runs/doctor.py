@@ -18,7 +18,18 @@ from itertools import groupby
 from pathlib import Path
 
 from ckpt import renaming
-from ckpt.runs import engines, lease_watch, leftovers, locks, manifest, pruning, slim, torn
+from ckpt.runs import (
+    amending,
+    completeness,
+    engines,
+    lease_watch,
+    leftovers,
+    locks,
+    manifest,
+    pruning,
+    slim,
+    torn,
+)
 from ckpt.runs.run import (
     POINTERS,
     Checkpoint,
@@ -27,6 +38,7 @@ from ckpt.runs.run import (
     is_numbered,
     leading,
     members,
+    require_read,
 )
 from ckpt.staging import RECORD
 from converters import files
@@ -126,12 +138,25 @@ def _remove_idle(folder: Path, name: str) -> None:
 
 
 def _inside(checkpoint: Checkpoint, ours: bool) -> Iterator[Finding]:
+    if (found := _amendable(checkpoint)) is not None:
+        yield found
     if checkpoint.committed:
         yield from _unfinished_slim(checkpoint)
         yield from _inner_latest(checkpoint)
-    else:
+    elif found is None:
         yield from _not_committed(checkpoint, ours)
     yield from _stray(checkpoint.folder, checkpoint)
+
+
+def _amendable(checkpoint: Checkpoint) -> Finding | None:
+    """A manifest that lists what was deleted by hand, where the rest is a checkpoint."""
+    made = amending.amendment(checkpoint)
+    if made is None or locks.in_use(checkpoint.folder):
+        return None
+    more = f" (and {len(checkpoint.deleted) - 1} more)" if len(checkpoint.deleted) > 1 else ""
+    what = f"lists {checkpoint.deleted[0]}{more}, which was deleted: {made.what}"
+    mend = partial(amending.amend, checkpoint)
+    return Finding(checkpoint.folder / manifest.NAME, what, "take it off the manifest", mend)
 
 
 def _unfinished_slim(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -173,7 +198,8 @@ def _not_committed(checkpoint: Checkpoint, ours: bool) -> Iterator[Finding]:
     if held is None and is_tag_folder(folder):
         return  # the run is a save_dir of DeepSpeed itself
     if changed_lately(folder) or locks.in_use(folder):
-        yield Finding(folder, f"not committed, changed in the last minutes: {checkpoint.why}")
+        hint = _proven(checkpoint)
+        yield Finding(folder, f"not committed, changed in the last minutes: {hint}")
         return
     if held is not None and held.tag and (lost := _lost_latest(folder, held)):
         for name, tag in lost.items():
@@ -195,8 +221,22 @@ def _not_committed(checkpoint: Checkpoint, ours: bool) -> Iterator[Finding]:
         remedy = f"rename it to {aside.name}" if mend else None
         yield Finding(folder, f"torn: {why}", remedy, mend)
         return
-    hint = "; --adopt commits it if it is whole" if checkpoint.why == manifest.ABSENT else ""
-    yield Finding(folder, f"not committed: {checkpoint.why}{hint}")
+    yield Finding(folder, f"not committed: {_proven(checkpoint)}")
+
+
+def _proven(checkpoint: Checkpoint) -> str:
+    """What an uncommitted folder is: whole and of whom, or why it is not, and the way on."""
+    if checkpoint.why != manifest.ABSENT:
+        return f"{checkpoint.why}; bring back what is missing, or move or delete the folder"
+    try:
+        proof = completeness.prove(checkpoint.folder)
+    except CheckpointError as error:
+        require_read(error)
+        return f"{checkpoint.why}; {error}; move or delete it if its save is over"
+    if not proof.resumable:
+        return f"{checkpoint.why}; weights only, by {proof.kind}"
+    ways = "ckpt.find takes it" + (", --adopt commits it" if proof.tag is not None else "")
+    return f"{checkpoint.why}; whole, by {proof.kind}: {ways}"
 
 
 def _lost_latest(folder: Path, held: manifest.Manifest) -> dict[str, str]:

@@ -24,6 +24,7 @@ def facts(run: Run, checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
             "step": checkpoint.step,
             "committed": checkpoint.committed,
             "why": checkpoint.why,
+            "lacks": checkpoint.lacks,
             "tier": checkpoint.tier,
             "nbytes": checkpoint.nbytes,
             "created": held.created if (held := checkpoint.manifest) else None,
@@ -62,9 +63,15 @@ def lines(found: Sequence[dict[str, Any]]) -> list[str]:
     made = []
     for row, entry in zip(rows, [None, *found], strict=True):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        why = f"  not committed: {entry['why']}" if entry and entry["why"] else ""
-        made.append(("  ".join(cells).rstrip() + why).rstrip())
+        made.append(("  ".join(cells).rstrip() + _remark(entry)).rstrip())
     return made
+
+
+def _remark(entry: dict[str, Any] | None) -> str:
+    """What a reader should know of a checkpoint that is not as its save left it."""
+    if entry and entry["why"]:
+        return f"  not committed: {entry['why']}"
+    return f"  {entry['lacks']}" if entry and entry["lacks"] else ""
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:

@@ -3,13 +3,15 @@
     checkpoint-400/  --rename, fsync-->  .checkpoint-400.trash/  --unlink-->  nothing
 
 After the rename nothing takes the folder for a checkpoint. Trash that a crash left is removed by
-the next prune. Folders that are not committed are never touched. Where folders cannot be renamed,
-the manifest alone is, to ``.deleted``, which says the same:
+the next prune. Where folders cannot be renamed, the manifest alone is, to ``.deleted``, which says
+the same:
 
     checkpoint-400/manifest.json  --rename, fsync-->  checkpoint-400/.deleted  --unlink-->  nothing
 
-The rules count the checkpoints of one line (``lineage``): those of other runs in the folder neither
-count nor go.
+Folders that are not committed are never touched, but for those that were: of which somebody deleted
+files that the manifest lists. They go when they would go if they were whole, and never count where
+the rules ask for whole ones. The rules count the checkpoints of one line (``lineage``): those of
+other runs in the folder neither count nor go.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ckpt import renaming
 from ckpt.runs import lineage, locks, manifest
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Held, Retention
-from ckpt.runs.run import POINTERS, Checkpoint, Run, members
+from ckpt.runs.run import POINTERS, Checkpoint, Run, members, of_line
 from converters import files
 from converters.errors import CheckpointError
 
@@ -48,7 +50,8 @@ def prune(
     just: str | None = None,
     line: Line | None = None,
 ) -> list[Outcome]:
-    """Deletes what ``retention`` does not keep; returns what became of every committed checkpoint.
+    """Deletes what ``retention`` does not keep; returns what became of every committed checkpoint,
+    and of those that were committed and from which files were deleted by hand.
 
     ``line``: whose checkpoints the rules count, by default those of the line that saved last.
     ``just`` names one that was saved just now, which stays whatever its step.
@@ -58,6 +61,14 @@ def prune(
     committed = [c for c in checkpoints if c.committed]
     line_members = members(checkpoints, line)
     reasons = retention.keep(facts(run, line_members))
+
+    thinned = [c for c in of_line(checkpoints, line) if c.thinned]  # what is left takes room
+    if thinned:
+        committed = [c for c in checkpoints if c.committed or c in thinned]
+        both = [c for c in checkpoints if c in line_members or c in thinned]
+        for name, kept_by in retention.keep(facts(run, both)).items():
+            reasons.setdefault(name, kept_by)
+        line_members = both
 
     for checkpoint in committed:
         if checkpoint not in line_members:
@@ -138,7 +149,8 @@ def facts(run: Run, committed: Sequence[Checkpoint]) -> list[Held]:
         if locks.in_use(checkpoint.folder):
             marks.append("in use")
         assert checkpoint.manifest is not None
-        step, tier = checkpoint.manifest.step, checkpoint.manifest.tier
+        step = checkpoint.manifest.step
+        tier = "weights" if checkpoint.thinned else checkpoint.manifest.tier
         held.append(Held(checkpoint.name, step, tier, checkpoint.metrics, tuple(marks)))
     return held
 

@@ -102,12 +102,12 @@ def execute(slimming: Slimming) -> None:
         before = slimming.checkpoint.manifest
         if manifest.read(folder) != before:
             raise _no(slimming.checkpoint, "was changed by another process meanwhile; try again")
-        with lock if slimming.manifest == before else _replaced(folder, slimming.manifest.dumps()):
-            _repoint(folder)
+        with lock if slimming.manifest == before else replaced(folder, slimming.manifest.dumps()):
+            repoint(folder)
             _sweep(folder, slimming)
 
 
-def _replaced(folder: Path, data: bytes) -> locks.Lock:
+def replaced(folder: Path, data: bytes) -> locks.Lock:
     """The lock of the new manifest, taken before it becomes the manifest."""
     partial = folder / f"{manifest.NAME}.partial"
     fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -127,7 +127,7 @@ def _replaced(folder: Path, data: bytes) -> locks.Lock:
     return lock
 
 
-def _repoint(folder: Path) -> None:
+def repoint(folder: Path) -> None:
     """Pointers that named the tag now name the newest full one, or the folder alone."""
     run = Run(folder.parent)
     for name in POINTERS:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ckpt.runs import lineage, manifest
+from ckpt.runs import lineage, manifest, succession
 from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Checkpoint, Run, members, open_checkpoint
@@ -46,7 +46,10 @@ def line_after(engine: Any, folder: str | os.PathLike[str] | None, step: int) ->
     """The line of a training of ``engine`` at ``step`` that resumed from ``folder``, if any."""
     if folder is None or not step:
         return begin(engine)
-    return go_on(engine, open_checkpoint(Path(folder)).manifest, step)
+    path = Path(os.path.abspath(folder))
+    source = open_checkpoint(path).manifest
+    line = succession.line_after(path, step) if source is None else None
+    return _note(engine, line) if line else go_on(engine, source, step)
 
 
 def line_of(engine: Any, folder: Path) -> Line:

@@ -95,5 +95,5 @@ def resume(
     if load_module_only:
         identity.begin(engine)
     else:
-        identity.go_on(engine, source.manifest, source.step)
+        identity.line_after(engine, source.folder, source.step)
     return 0 if load_module_only else source.step

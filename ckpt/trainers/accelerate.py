@@ -175,7 +175,7 @@ def load_state(
         step.value = continuity.mismatches(rows)
         state.set(extra)
     asked.tell(source, rows, step.heard)
-    identity.go_on(engines[0], source.manifest, source.step)
+    identity.line_after(engines[0], source.folder, source.step)
     return source.step
 
 

@@ -27,7 +27,6 @@ from typing import Any, Literal, cast
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ckpt.ranks import Ranks
 from ckpt.runs import locks
@@ -42,7 +41,7 @@ from ckpt.saving.preemption import Preemption
 from ckpt.saving.progress import progress, versions
 from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
-from ckpt.trainers.hf_callback import CheckpointCallback
+from ckpt.trainers.hf_callback import CheckpointCallback, require_alone
 from ckpt.trainers.hf_load import MappedCheckpoints
 from ckpt.trainers.hf_resume import ResumeCallback
 from ckpt.trainers.hf_state import (
@@ -51,7 +50,9 @@ from ckpt.trainers.hf_state import (
     leaves_out_weights,
     lift,
     publish_beside,
+    remove_empty_weights,
     require_known,
+    require_states,
     retention_of,
     room_for,
     sync_files,
@@ -72,7 +73,7 @@ class CommittedCheckpoints(MappedCheckpoints):
     - ``retention``: what to keep. Without, the last ``save_total_limit``. The best by
       ``metric_for_best_model`` is kept beside them, and named by ``out/best``
     - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model where the Trainer writes none
-      (ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``)
+      (ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``), in ``save_model()`` too
     - ``preemption``: what asks the training to stop (``Preemption``)
     - ``preflight``: tries at the start what saves will need
     - ``timeout``: seconds without a sign of life until a rank counts as absent
@@ -122,11 +123,7 @@ class CommittedCheckpoints(MappedCheckpoints):
         self.args.save_total_limit = None  # it deletes at the end of a training too
         ranks, engine = Ranks("train", self.timeout), self._engine()
         with ranks.step():
-            if any(isinstance(c, CheckpointCallback) for c in self.callback_handler.callbacks):
-                raise CheckpointError(
-                    "CommittedCheckpoints and CheckpointCallback both commit; use one of them",
-                    "unsupported",
-                )
+            require_alone(self.callback_handler.callbacks)
             gathers = not leaves_out_weights(self._engine())
             self._room = room_for(engine.module, gathers)
             self._nbytes = preflight.predicted(engine)
@@ -226,6 +223,7 @@ class CommittedCheckpoints(MappedCheckpoints):
                 commit.files |= self._own(inner, ranks.rank)
             with ranks.step():
                 if commit.nodes.commits:
+                    require_states(inner, commit.facts.tag)
                     lift(inner)
             if self.weights is not None and leaves_out_weights(self._engine()):
                 self._stream(commit, self.weights)
@@ -271,19 +269,21 @@ class CommittedCheckpoints(MappedCheckpoints):
         return str(self._inner.parent) if self._inner else super()._get_output_dir(trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's. In a save without 16-bit weights, the configuration and tokenizer."""
+        """As the Trainer's. Where that writes no loadable model, one of the kind ``weights``; in a
+        save the configuration and tokenizer, since the weights follow."""
         once = self.weights is not None or not self.args.save_only_model
-        if (
-            self._inner is None
-            or output_dir is None
-            or not (once and leaves_out_weights(self._engine()))
-        ):
+        leaves_out = self.is_deepspeed_enabled and leaves_out_weights(self._engine())
+        if not leaves_out or (self.weights is None if self._inner is None else not once):
             super().save_model(output_dir, _internal_call)
             return
+        output_dir = output_dir or str(self.args.output_dir)
         self._save(output_dir, state_dict={})
-        if self.args.should_save:
-            for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME):  # without any values
-                Path(output_dir, name).unlink(missing_ok=True)
+        remove_empty_weights(Path(output_dir), self.args.should_save)
+        if self._inner is None and self.weights is not None:
+            ranks, folder = Ranks("save_model", self.timeout), Path(output_dir).absolute()
+            streamed.save(self._engine(), self.weights, folder, self._place(ranks, folder), ranks)
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub("Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self._inner is None:

@@ -40,6 +40,7 @@ from ckpt.trainers.hf_state import (
     is_new_best,
     publish_beside,
     require_known,
+    require_states,
     retention_of,
     room_for,
     sync_files,
@@ -200,17 +201,20 @@ class CheckpointCallback(TrainerCallback):
             facts = Facts(step, tag, self.line, tier, engine.stage, versions(), said, noted)
         commit = Commit(ranks, place, self._folder(state), facts, in_place=True)
         with committed(commit) as folder:
-            if tag is not None and not (folder / tag).is_dir():
-                raise CheckpointError(
-                    f"{folder} has no {tag}, where DeepSpeed's files of this step should be; see "
-                    "whether the Trainer's _save_checkpoint is replaced by one that does not call "
-                    "the engine's save_checkpoint",
-                    "output",
-                )
+            require_states(folder, tag)
             if tag is not None:
                 commit.files |= extras.write(folder, ranks.rank, None)
             if place.leads and not place.commits:
                 sync_files(folder)
+
+
+def require_alone(callbacks: list[Any]) -> None:
+    """``CheckpointError`` if one of a Trainer's callbacks commits, and its class does, too."""
+    if any(isinstance(callback, CheckpointCallback) for callback in callbacks):
+        raise CheckpointError(
+            "CommittedCheckpoints and CheckpointCallback both commit; use one of them",
+            "unsupported",
+        )
 
 
 def _stay_out(state: Any, why: str) -> None:

@@ -18,8 +18,11 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedOptimizerWrapper
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.runs.completeness import has_tag
 from ckpt.runs.run import Checkpoint, Run
 from ckpt.saving import choosing, configured, continuity, precision, rng
 from ckpt.saving.asked import Asked
@@ -42,7 +45,8 @@ class ResumeCallback(TrainerCallback):
     - ``load_foreign``: whether to go on from one without a manifest
     - ``timeout``: seconds without a sign of life until a rank counts as absent
 
-    It stays out of trainings that begin, and of those without DeepSpeed.
+    It stays out of trainings that begin. Of those without DeepSpeed it only stops one that goes on
+    from a checkpoint of DeepSpeed, of which the Trainer would load the weights alone.
     """
 
     def __init__(
@@ -62,7 +66,10 @@ class ResumeCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
         """Compares what was saved with what there is."""
         wrapper = seen.get("optimizer")
-        if not state.global_step or not isinstance(wrapper, DeepSpeedOptimizerWrapper):
+        if not state.global_step:
+            return
+        if not isinstance(wrapper, DeepSpeedOptimizerWrapper):
+            _require_loaded(Path(self.checkpoint or args.output_dir), int(state.global_step))
             return
         ranks = Ranks("ResumeCallback", self.timeout)
         path = Path(self.checkpoint or args.output_dir)
@@ -107,6 +114,24 @@ def _config() -> dict[str, Any]:
     """DeepSpeed's configuration, wherever it came from."""
     found: dict[str, Any] = AcceleratorState().deepspeed_plugin.deepspeed_config
     return found
+
+
+def _require_loaded(path: Path, step: int) -> None:
+    """``CheckpointError`` if a Trainer without DeepSpeed goes on from a checkpoint of DeepSpeed.
+
+    It takes the weights that lie in it, and begins with a new optimizer, without a word.
+    """
+    folder = (
+        path
+        if (path / TRAINER_STATE_NAME).exists() and path.name.endswith(f"-{step}")
+        else (path / f"{PREFIX_CHECKPOINT_DIR}-{step}")
+    )
+    if folder.is_dir() and has_tag(folder) and not (folder / "optimizer.pt").exists():
+        raise CheckpointError(
+            f"{folder} was saved with DeepSpeed, this training has none: its optimizer and random "
+            "states are not loaded; give it DeepSpeed again, or name another checkpoint",
+            "unsupported",
+        )
 
 
 def _lost(folder: Path, args: Any) -> list[str]:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+
 from ckpt import renaming
 from ckpt.runs import locks
 from ckpt.runs.lineage import Line
@@ -102,9 +104,27 @@ def lift(inner: Path) -> None:
 
 def leaves_out_weights(engine: Any) -> bool:
     """Whether the Trainer writes no 16-bit model, but the engine's files, and those twice."""
-    if engine.zero_optimization_stage() != 3 or hasattr(engine.module, "peft_config"):
+    stage = getattr(engine, "zero_optimization_stage", None)  # none before the training begins
+    if stage is None or stage() != 3 or hasattr(engine.module, "peft_config"):
         return False
     return not engine.zero_gather_16bit_weights_on_model_save()
+
+
+def remove_empty_weights(folder: Path, writes: bool) -> None:
+    """Removes the model files without any values, on the rank that ``writes`` them."""
+    for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME) if writes else ():
+        (folder / name).unlink(missing_ok=True)
+
+
+def require_states(folder: Path, tag: str | None) -> None:
+    """``CheckpointError`` unless DeepSpeed's files are in what is to be a full checkpoint."""
+    if tag is not None and not (folder / tag).is_dir():
+        raise CheckpointError(
+            f"{folder} has no {tag}, where DeepSpeed's files of this step should be; see whether "
+            "the Trainer's _save_checkpoint is replaced by one that does not call the engine's "
+            "save_checkpoint: nothing could resume from what it saves",
+            "output",
+        )
 
 
 def require_known(on_failure: str) -> None:

@@ -154,8 +154,7 @@ class DeepSpeedStrategy(Stock):
             state = super().load_checkpoint(str(path), **options)
             reader.detach(state)
         if fits:
-            source = open_checkpoint(path)
-            identity.go_on(engine, source.manifest, source.step or 0)
+            identity.line_after(engine, path, int(engine.global_steps))
         if found is not None and self.lightning_module.trainer.state.fn == "fit":
             self._random = found
             for absent in rng.restore(found):

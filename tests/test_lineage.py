@@ -16,7 +16,7 @@ from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.retention import Retention
 from ckpt.runs.run import Checkpoint, Run, leading, members, open_checkpoint
-from ckpt.saving import choosing, collision, identity
+from ckpt.saving import choosing, collision, identity, offers
 from ckpt.saving.publish import publish
 from converters.errors import CheckpointError
 
@@ -137,7 +137,7 @@ def test_older_manifests_are_one_run_that_goes_on(tmp_path: Path) -> None:
 def test_a_resume_follows_the_run_that_saved_last_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choosing, "_unusable", lambda c: c.unusable)
+    monkeypatch.setattr(offers, "unusable", lambda c: c.unusable)
     old, new = Line.begin(), Line.begin()
     save(tmp_path, 8, old)
     save(tmp_path, 2, new)

@@ -35,7 +35,7 @@ Json = Any
 T = TypeVar("T")
 Meeting = Generator[dict[int, str], None, list[Json]]
 TIMEOUT = 600.0  # seconds without a sign of life until a rank counts as absent
-FIRST_WORDS = 60  # characters of a failure that ranks say which only heard of it
+FIRST_WORDS = 80  # characters of a failure that ranks say which only heard of it
 FRAMES = 4  # places in the code that are shown of an error that is not ours
 _calls = itertools.count()  # all ranks make the same calls, so they count alike
 
@@ -72,8 +72,8 @@ class Ranks:
             self.beat()
             yield step
             step.heard = self.wait(self.meet(step.value))
-        except Told:
-            raise
+        except Told as failure:
+            raise failure.with_traceback(None) from None  # where it was waited is nobody's business
         except Exception as error:
             raise self.fail(error) from None
         except BaseException as error:
@@ -235,7 +235,10 @@ def alive(ranks: Ranks) -> Iterator[None]:
 
 
 class Told(CheckpointError):
-    """A failure that all ranks have been told of."""
+    """A failure that all ranks have been told of; in a traceback, a ``CheckpointError``."""
+
+    __module__ = CheckpointError.__module__
+    __qualname__ = CheckpointError.__qualname__
 
 
 def _said(error: Exception) -> tuple[str, str]:
@@ -251,7 +254,8 @@ def _said(error: Exception) -> tuple[str, str]:
 
 def _first_words(text: str) -> str:
     """How a sentence begins; never all of it."""
-    return text[:FIRST_WORDS].rpartition(" ")[0]
+    words = text[:FIRST_WORDS].rpartition(" ")[0]
+    return words if words.count(" ") > 1 else text[: min(FIRST_WORDS, len(text) - 1)]
 
 
 def _show_where(failure: CheckpointError, error: Exception) -> None:

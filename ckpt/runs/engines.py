@@ -13,8 +13,10 @@ could name only one of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-from ckpt.runs.manifest import Manifest, is_inside
+from ckpt.runs.manifest import Manifest, is_inside, read
+from converters.errors import CheckpointError
 
 ENGINES = "engines"  # among the progress
 
@@ -33,6 +35,15 @@ def tags(held: Manifest) -> dict[str, str]:
         return {}
     several, last = names(held), held.tag.rpartition("/")[2]
     return {name: f"{name}/{last}" for name in several} or {"": held.tag}
+
+
+def others(folder: Path) -> tuple[str, ...]:
+    """The other engines of the checkpoint that ``folder`` is the part of one engine of."""
+    try:
+        found = names(read(folder.parent))
+    except CheckpointError:
+        return ()
+    return tuple(name for name in found if name != folder.name) if folder.name in found else ()
 
 
 def pointers(tag: str, several: Iterable[str]) -> dict[str, str]:

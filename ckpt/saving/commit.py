@@ -129,7 +129,7 @@ class Commit:
         except Exception as error:
             failure = self.ranks.fail(error)
             self.abandon()
-            raise failure from None
+            raise failure.with_traceback(None) from None
         except BaseException:
             self.abandon()
             raise

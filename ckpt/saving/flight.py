@@ -79,4 +79,4 @@ class Flight:
         failure = self.commit.ranks.fail(told)
         self.stop()
         self.commit.abandon()
-        return failure if isinstance(error, Exception) else error
+        return failure.with_traceback(None) if isinstance(error, Exception) else error

@@ -110,7 +110,7 @@ def scene(run: Path, training: Callable[[At], object], starts_late: bool = False
     training(holds)
     assert steps[-2:] == [2, 4], steps
     dist.barrier()
-    assert not starts_late and NAME not in names(run) or starts_late
+    assert (not starts_late and NAME not in names(run)) or starts_late
     before = {path: data for path, data in files_of(run).items() if path != NAME}
     whole = [c.name for c in Run(run).checkpoints() if c.committed]
     assert len(whole) == 2, whole

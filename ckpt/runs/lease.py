@@ -190,7 +190,8 @@ def _new(key: str, folder: Path, beat: Callable[[], object]) -> _Grant:
             if (same := _ours(record)) is not None:  # the folder under another name
                 return same
             lease_watch.await_end(folder, record, beat)
-            if lease_file.remove(folder, record, asked) and record.holder is not None:
+            heir = asked if record.life() is Life.UNKNOWN else None  # it may yet come to look
+            if lease_file.remove(folder, record, heir) and record.holder is not None:
                 log.info("%s: the lease of %s, which has ended, is taken", folder, record.holder)
 
 
@@ -208,6 +209,17 @@ def _clear(folder: Path) -> None:
         if record.holder is not None and record.holder.process.life() is Life.ENDED:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def loss(folder: Path) -> str | None:
+    """Why a folder is not this process's to change: another job has it, or may have had it."""
+    grant = _grants.get(os.path.realpath(folder))
+    if grant is None:
+        other = stranger(folder)
+        return None if other is None else f"another job ({other}) saves there now"
+    with suppress(CheckpointError):
+        grant.require()
+    return grant.loss
 
 
 def stranger(folder: Path) -> Holder | None:

@@ -56,8 +56,7 @@ def tidy(folder: Path, retention: Retention | None, just: Path, line: Line) -> N
 
 def _is_taken_over(folder: Path) -> bool:
     """Whether another job saves there by now; then its pointers and checkpoints are its own."""
-    other = lease.stranger(folder)
-    if other is not None:
-        words = "%s: another job (%s) saves there now; no pointer moves and nothing is deleted"
-        log.warning(words, folder, other)
-    return other is not None
+    why = lease.loss(folder)
+    if why is not None:
+        log.warning("%s: no pointer moves and nothing is deleted: %s", folder, why)
+    return why is not None

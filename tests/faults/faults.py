@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kill = Literal["kill", "killgroup", "torn", "torngroup", "term"]
+Kill = Literal["kill", "killgroup", "torn", "torngroup", "term", "stop", "stopgroup"]
 Fault = Kill | Literal["enospc", "edquot", "eio", "erofs", "fsync", "eintr", "short"]
 WRITES = "write", "writev", "pwrite", "pwritev", "sendfile", "copy_file_range", "truncate"
 SOURCE = Path(__file__).with_name("shim.c")

@@ -137,7 +137,8 @@ def test_older_manifests_are_one_run_that_goes_on(tmp_path: Path) -> None:
 def test_a_resume_follows_the_run_that_saved_last_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offers, "unusable", lambda c: c.unusable)
+    for module in (offers, choosing):
+        monkeypatch.setattr(module, "unusable", lambda c: c.unusable)
     old, new = Line.begin(), Line.begin()
     save(tmp_path, 8, old)
     save(tmp_path, 2, new)

@@ -355,3 +355,16 @@ def test_weights_that_were_deleted_are_missed_by_no_resume(
     (folder / "scheduler.pt").unlink()
     assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-2")
     assert "scheduler.pt: missing" in capfd.readouterr().err
+
+
+def test_a_save_dir_of_deepspeed_is_gone_on_from_where_latest_says_or_at_another_tag(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(FIXTURES / "zero2-bf16-w2", tmp_path / "out")
+    shutil.copytree(tmp_path / "out/global_step2", tmp_path / "out/global_step1")
+    out = tmp_path / "out"
+    assert ckpt.find(out) == str(out)  # latest names global_step2
+    assert choose(None, out, "global_step1") == open_checkpoint(out)
+    next((out / "global_step2").glob("*rank_1*optim*")).unlink()
+    assert ckpt.find(out) == str(out / "global_step1")
+    assert "global_step2: no manifest.json, and not whole" in capfd.readouterr().err

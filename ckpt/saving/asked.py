@@ -140,7 +140,7 @@ class Asked:
             needs.value = [os.environ.get("GROUP_RANK", "0"), need.reads, need.keeps, there]
             state = State.read(source, self.ranks.rank) if everything else State.none()
             lost = state.lost(self.extra)
-            if lost and self.on_mismatch == "error" and not source.foreign:
+            if lost and self.on_mismatch == "error" and source.progress:  # ckpt saved it
                 raise CheckpointError(f"{source.folder}: {lost[0]}", "incomplete")
             for line in lost:
                 log.warning("%s: %s", source.folder, line)

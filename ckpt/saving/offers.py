@@ -113,6 +113,31 @@ class Offers:
         self.passed.append(PassedOver(path, why, sort))
         print(f"ckpt: passed over {path}: {why}", file=sys.stderr, flush=True)
 
+    def require_none_lost(self) -> None:
+        """``CheckpointError`` if a training has been here whose work a fresh start would forget.
+
+        Weights alone are none: no training could go on from them.
+        """
+        lost = [passed for passed in self.passed if passed.sort != "weights"]
+        if lost:
+            shown = "; ".join(f"{passed.path}: {passed.why}" for passed in lost[:3])
+            more = f" (and {len(lost) - 3} more)" if len(lost) > 3 else ""
+            raise CheckpointError(
+                f"{self.run} has checkpoints, but none that can be resumed from ({shown}{more}); "
+                f"bring back what is missing (ckpt doctor {self.run} helps), or move them away to "
+                "begin anew",
+                "incomplete",
+            )
+        if self.passed:
+            newest = self.passed[0].path
+            print(
+                f"ckpt: {self.run} holds weights only, nothing to resume from: the training begins "
+                f"at step 0; to begin with these weights, make the model from {newest} "
+                "(from_pretrained)",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def _why(self, checkpoint: Checkpoint) -> str | None:
         if checkpoint.folder not in self.reasons:
             self.reasons[checkpoint.folder] = unusable(checkpoint)

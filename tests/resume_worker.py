@@ -26,6 +26,7 @@ from fixture_worker import Tiny
 
 import ckpt
 from ckpt import live
+from ckpt.runs import adoption
 from ckpt.saving import reading
 from ckpt.saving.turns import Turn
 from converters import torchzip
@@ -232,6 +233,13 @@ def wrong(out: Path) -> None:
     works(bare, 3)  # whole, whoever wrote it
     works(bare / "checkpoint-2", 2)
     works(bare / "checkpoint-2", 2, load_foreign=True)
+
+    engine.save_checkpoint(str(out / "plain" / "first"))  # knows no random states and no sampler
+    works(out / "plain", 2)
+    adopt = adoption.commit if not rank else id
+    adopt(out / "plain" / "first")
+    dist.barrier()
+    works(out / "plain", 2)
 
     def leave_weights(run: Path) -> None:
         """Checkpoints of the tier "weights", as of a run that was stopped before a full one."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import FIXTURES
+from oracles import FIXTURES, ROOT, surroundings
 from run_folders import SOURCE, commit, real, small
 from safetensors.torch import save_file
 
@@ -64,6 +66,7 @@ def sharded(folder: Path, step: int) -> Path:
         (folder / name).unlink()
     dcp(folder / "pytorch_model_fsdp_0")
     dcp(folder / "optimizer_0")
+    (folder / "trainer_state.json").touch()  # which is written last
     return folder
 
 
@@ -92,6 +95,17 @@ def stock(run: Path, step: int, log: Any = None) -> Path:
     shutil.copytree(SOURCE, folder)
     (folder / "trainer_state.json").write_text(state(step, log))
     return folder
+
+
+@pytest.mark.parametrize("part", ["trainer", "loops", "lightning"])
+def test_trainings_without_ckpt_and_deepspeed_go_on_where_find_says(
+    part: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "tests/stock_worker.py", str(tmp_path), part]
+    done = subprocess.run(
+        command, cwd=ROOT, env=surroundings(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -355,3 +369,41 @@ def test_weights_that_were_deleted_are_missed_by_no_resume(
     (folder / "scheduler.pt").unlink()
     assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-2")
     assert "scheduler.pt: missing" in capfd.readouterr().err
+
+
+def test_a_save_dir_of_deepspeed_is_gone_on_from_where_latest_says_or_at_another_tag(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(FIXTURES / "zero2-bf16-w2", tmp_path / "out")
+    shutil.copytree(tmp_path / "out/global_step2", tmp_path / "out/global_step1")
+    out = tmp_path / "out"
+    assert ckpt.find(out) == str(out)  # latest names global_step2
+    assert choose(None, out, "global_step1") == open_checkpoint(out)
+    next((out / "global_step2").glob("*rank_1*optim*")).unlink()
+    assert ckpt.find(out) == str(out / "global_step1")
+    assert "global_step2: no manifest.json, and not whole" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors"])
+def test_a_save_over_an_older_one_that_was_interrupted_is_none(name: str, tmp_path: Path) -> None:
+    for step in (2, 4):
+        folder = trainers(tmp_path / f"checkpoint-{step}", step)
+        for path in folder.iterdir():
+            os.utime(path, (1e9, 1e9))
+    os.utime(folder / name, (1e9 + 60, 1e9 + 60))
+    assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-2")
+    for index, path in enumerate(sorted(folder.iterdir(), reverse=True)):
+        os.utime(path, (2e9 + index, 2e9 + index))  # a copy that keeps no times
+    assert ckpt.find(tmp_path) == str(folder)
+
+
+def test_an_interrupted_save_of_deepspeed_over_an_older_one_is_none(tmp_path: Path) -> None:
+    for step in (2, 4):
+        folder = stock(tmp_path, step)
+        for path in folder.rglob("*"):
+            os.utime(path, (1e9, 1e9))
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    assert ckpt.find(tmp_path) == str(folder)  # no resume needs them
+    part = next((folder / "global_step2").glob("*rank_1*"))
+    part.write_bytes(part.read_bytes())
+    assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-2")

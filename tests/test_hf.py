@@ -11,7 +11,7 @@ import pytest
 import torch
 from front_ends import require_model, require_read
 from oracles import ROOT, same, torchrun
-from run_folders import small
+from run_folders import real, small
 from safetensors.torch import load_file
 
 import ckpt
@@ -21,7 +21,9 @@ from ckpt.runs.lineage import Line
 from ckpt.runs.run import Run
 from ckpt.runs.verify import chosen
 from ckpt.saving import rng
+from ckpt.trainers.hf import ResumeCallback
 from ckpt.trainers.hf_state import evaluated, is_new_best, publish_beside, retention_of
+from converters.errors import CheckpointError
 
 pytestmark = pytest.mark.xdist_group("training")
 WORKER = str((ROOT / "tests/hf_worker.py").relative_to(ROOT))
@@ -236,3 +238,16 @@ def test_the_trainers_best_stays_though_a_later_one_is_as_good(tmp_path: Path) -
     best = [str(tmp_path / "checkpoint-2"), None, str(tmp_path / "gone")]
     publish_beside(tmp_path, keep, best, tmp_path / "checkpoint-8", Line(None, ""))
     assert [c.step for c in Run(tmp_path).checkpoints()] == [2, 4, 8]
+
+
+def test_a_trainer_without_deepspeed_takes_no_half_of_a_checkpoint_of_deepspeed(
+    tmp_path: Path,
+) -> None:
+    folder = real(tmp_path, 2).folder
+    state, seen = SimpleNamespace(global_step=2), {"optimizer": object()}
+    for path in (None, folder):
+        callback = ResumeCallback(path)
+        with pytest.raises(CheckpointError, match="was saved with DeepSpeed, this training has no"):
+            callback.on_train_begin(SimpleNamespace(output_dir=tmp_path), state, None, **seen)
+    (folder / "global_step2").rename(tmp_path / "away")
+    ResumeCallback().on_train_begin(SimpleNamespace(output_dir=tmp_path), state, None, **seen)

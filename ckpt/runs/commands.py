@@ -201,10 +201,10 @@ def _pin(folder: Path, pinned: bool, as_json: bool) -> None:
 )
 @JSON
 def latest(run: Path, best: bool, chosen: str | None, as_json: bool) -> None:
-    """Print the checkpoint that a resume takes: the newest committed full one.
+    """Print the newest committed full checkpoint, which a resume takes.
 
-    Says on stderr why newer folders are passed over. DeepSpeed itself goes by the file latest,
-    which --set writes.
+    Says on stderr why newer folders are passed over, and which of them a resume would take though
+    they have no manifest. DeepSpeed itself goes by the file latest, which --set writes.
 
     \b
     ckpt latest out
@@ -266,11 +266,30 @@ def _passed_over(run: Run, newest: Checkpoint | None) -> list[dict[str, str]]:
     for checkpoint in checkpoints:
         if newest is not None and order(checkpoint) <= order(newest):
             continue
-        why = checkpoint.unusable
+        why = _why(checkpoint)
         if checkpoint.manifest is not None and checkpoint.committed and checkpoint not in own:
             why = f"of {lineage.shown(checkpoint.manifest.run)}, not of the run that saved last"
-        found.append({"folder": str(checkpoint.folder), "why": str(why)})
+        found.append({"folder": str(checkpoint.folder), "why": why})
     return found
+
+
+def _why(checkpoint: Checkpoint) -> str:
+    """Why it is not printed; one that a resume takes without a manifest is said to be such."""
+    from ckpt.runs import completeness, manifest
+    from converters.errors import CheckpointError
+
+    if checkpoint.why != manifest.ABSENT:
+        return str(checkpoint.unusable)
+    try:
+        proof = completeness.prove(checkpoint.folder)
+    except CheckpointError:
+        return str(checkpoint.why)
+    if not proof.resumable:
+        return str(checkpoint.why)
+    return (
+        f"no manifest.json, but whole, by {proof.kind}: ckpt.find and ckpt.resume take it or say "
+        "why not; ckpt doctor --adopt commits what DeepSpeed wrote"
+    )
 
 
 def _warn(run: Run, newest: Checkpoint) -> None:

@@ -201,6 +201,11 @@ def _of_trainer(folder: Path, names: set[str]) -> Proof:
         if (folder / name).is_file() and not name.startswith("."):
             intact.require_file(folder / name)
     if has_tag(folder):
+        if "optimizer.pt" in names:
+            raise CheckpointError(
+                f"{folder} holds optimizer.pt and DeepSpeed's files: a training with and one "
+                "without DeepSpeed saved into it; move the files of the older one away"
+            )
         proof = _of_deepspeed(folder, "the Trainer with DeepSpeed", ranks)
         return Proof(folder, proof.kind, step, proof.tag, True, history, proof.shapes)
     sharded = _fsdp_parts(folder, "pytorch_model_fsdp")

@@ -57,12 +57,13 @@ def unlike(ranks: Ranks | None, folder: Path, sight: Sight, data: bool) -> str |
         return "this rank does not see it"
     try:
         held = manifests.read(folder)
-        gone = open_checkpoint(folder).deleted
+        found = open_checkpoint(folder)
     except CheckpointError as error:
         return str(error)
     if held.save != sight.save:
         return f"on this rank it is another save, {held.save}, than on rank 0, {sight.save}"
-    held = replace(held, files={n: f for n, f in held.files.items() if n not in gone})
+    spared = found.deleted if found.committed else ()  # which no resume needs
+    held = replace(held, files={n: f for n, f in held.files.items() if n not in spared})
     if held.nodes > 1:
         problems = manifests.check(folder, held)
         if problems:

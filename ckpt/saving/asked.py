@@ -101,7 +101,7 @@ class Asked:
         """What this rank saved beside the engine; ``CheckpointError`` if not all comes back."""
         state = State.read(source, self.ranks.rank)
         lost = state.lost(self.extra)
-        excused = source.foreign or source.resharded
+        excused = source.resharded or not source.saved_by_ckpt
         if lost and self.on_mismatch == "error" and not excused:
             raise CheckpointError(f"{source.folder}: {lost[0]}", "incomplete")
         for line in lost:

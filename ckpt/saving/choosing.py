@@ -31,6 +31,7 @@ from ckpt.runs.run import (
     is_run,
     members,
     open_checkpoint,
+    require_read,
 )
 from ckpt.runs.verify import states
 from ckpt.saving import configured
@@ -125,6 +126,8 @@ def _asked(path: Path, tag: str | None, fits: Fits | None) -> tuple[str, str | N
         if not known or (tag is not None and held is not None and tag != held.tag):
             has = f"its tag is {held.tag}" if held is not None else "it has no such folder"
             raise CheckpointError(f"{path} is no checkpoint of tag {tag}: {has}", "incomplete")
+        if tag is None and held is None and _has_other_tags(path):
+            return "run", None
         return "checkpoint", None
     if tag is None:
         if completeness.candidates(path):
@@ -136,6 +139,20 @@ def _asked(path: Path, tag: str | None, fits: Fits | None) -> tuple[str, str | N
             )
         return "nothing", None
     return "checkpoint", _named(path, tag, fits)
+
+
+def _has_other_tags(path: Path) -> bool:
+    """Whether DeepSpeed's ``latest`` names a tag that is not whole, and there are others."""
+    tags = [inner for inner in completeness.candidates(path) if is_checkpoint(inner)]
+    if is_numbered(path) or len(tags) < 2:
+        return False
+    try:
+        completeness.prove(path)
+    except CheckpointError as error:
+        require_read(error)
+        print(f"ckpt: {path}: {error}", file=sys.stderr, flush=True)
+        return True
+    return False
 
 
 def _named(path: Path, tag: str, fits: Fits | None) -> str:
@@ -229,7 +246,7 @@ def _newest(
             return candidate(path)
     with _step(ranks) as rest:
         if offers is not None:
-            _require_none_lost(offers)
+            offers.require_none_lost()
             rest.value = [checkpoint.name for checkpoint in offers.found]
     with _step(ranks):
         _require_nothing(run, rest.heard[0])
@@ -250,32 +267,6 @@ def _require_shared(sight: Sight, path: Path, why: str) -> None:
     if sight.parts == 1 and "does not see" in why:
         raise CheckpointError(
             f"{why}: {path}, which rank 0 sees; name a folder that all ranks share", "incomplete"
-        )
-
-
-def _require_none_lost(offers: Offers) -> None:
-    """``CheckpointError`` if a training has been here whose work a fresh start would forget.
-
-    Weights alone are none: no training could go on from them.
-    """
-    lost = [passed for passed in offers.passed if passed.sort != "weights"]
-    if lost:
-        shown = "; ".join(f"{passed.path}: {passed.why}" for passed in lost[:3])
-        more = f" (and {len(lost) - 3} more)" if len(lost) > 3 else ""
-        raise CheckpointError(
-            f"{offers.run} has checkpoints, but none that can be resumed from ({shown}{more}); "
-            f"bring back what is missing (ckpt doctor {offers.run} helps), or move them away to "
-            "begin anew",
-            "incomplete",
-        )
-    if offers.passed:
-        newest = offers.passed[0].path
-        print(
-            f"ckpt: {offers.run} holds weights only, nothing to resume from: the training begins "
-            f"at step 0; to begin with these weights, make the model from {newest} "
-            "(from_pretrained)",
-            file=sys.stderr,
-            flush=True,
         )
 
 

@@ -17,6 +17,7 @@ from ckpt.runs import completeness, lineage, liveness
 from ckpt.runs import manifest as manifests
 from ckpt.runs.completeness import Proof
 from ckpt.runs.manifest import Manifest
+from ckpt.runs.overwriting import require_one_save
 from ckpt.runs.run import Checkpoint, members, open_checkpoint, order, require_read, step_in
 from ckpt.runs.succession import relate
 from ckpt.runs.verify import verify
@@ -54,20 +55,22 @@ def newest_first(found: Sequence[Checkpoint], fits: Fits | None = None) -> list[
     """The order in which they are offered: by step; of one step what fits, then what is committed.
 
     One whose step nobody says counts as newer than all if it was written later than all that are
-    committed; several of these by their times.
+    committed. Where there is such a one and none is committed, they go by their times.
     """
     latest = max((c.manifest.created for c in found if c.manifest), default=0.0)
+    steps = {c.folder: c.step if c.manifest else _step(c) for c in found}
+    by_time = not latest and None in steps.values()
 
     def rank(checkpoint: Checkpoint) -> tuple[Any, ...]:
-        held = checkpoint.manifest
-        if held is None and (step := _step(checkpoint)) is None:
-            time = liveness.written(checkpoint.folder)
-            return (math.inf if time > latest else -1), True, False, time, checkpoint.name
-        if held is None:
-            time = liveness.written(checkpoint.folder)
-            return step, fits is None, False, time, checkpoint.name
-        at, *rest = order(checkpoint)
-        return at, fits is None or fits(held), True, *rest
+        held, step = checkpoint.manifest, steps[checkpoint.folder]
+        if held is not None:
+            at, *rest = order(checkpoint)
+            return at, fits is None or fits(held), True, *rest
+        time = liveness.written(checkpoint.folder)
+        if step is None:
+            unknown = math.inf if time > latest else -1
+            return time if by_time else unknown, fits is None, False, time, checkpoint.name
+        return time if by_time else step, fits is None, False, time, checkpoint.name
 
     return sorted(found, key=rank, reverse=True)
 
@@ -143,6 +146,31 @@ class Offers:
         self.passed.append(PassedOver(path, why, sort))
         print(f"ckpt: passed over {path}: {why}", file=sys.stderr, flush=True)
 
+    def require_none_lost(self) -> None:
+        """``CheckpointError`` if a training has been here whose work a fresh start would forget.
+
+        Weights alone are none: no training could go on from them.
+        """
+        lost = [passed for passed in self.passed if passed.sort != "weights"]
+        if lost:
+            shown = "; ".join(f"{passed.path}: {passed.why}" for passed in lost[:3])
+            more = f" (and {len(lost) - 3} more)" if len(lost) > 3 else ""
+            raise CheckpointError(
+                f"{self.run} has checkpoints, but none that can be resumed from ({shown}{more}); "
+                f"bring back what is missing (ckpt doctor {self.run} helps), or move them away to "
+                "begin anew",
+                "incomplete",
+            )
+        if self.passed:
+            newest = self.passed[0].path
+            print(
+                f"ckpt: {self.run} holds weights only, nothing to resume from: the training begins "
+                f"at step 0; to begin with these weights, make the model from {newest} "
+                "(from_pretrained)",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def _why(self, checkpoint: Checkpoint) -> str | None:
         if checkpoint.folder not in self.reasons:
             self.reasons[checkpoint.folder] = unusable(checkpoint)
@@ -153,6 +181,8 @@ class Offers:
         path = checkpoint.folder
         try:
             proof = liveness.prove_at_rest(path)
+            if path.is_dir():
+                require_one_save(path)
         except CheckpointError as error:
             require_read(error)
             if error.kind == "refused" and "right now" in str(error):

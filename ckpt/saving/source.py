@@ -57,6 +57,11 @@ class Source:
         """Whether ckpt did not write it."""
         return not self.digest
 
+    @property
+    def saved_by_ckpt(self) -> bool:
+        """Whether a training saved it with ckpt; one that ``doctor --adopt`` committed was not."""
+        return self.manifest is not None and "torch" in self.manifest.versions
+
     def said(self, verified: str) -> str:
         """What it is, as a line."""
         proof = f"manifest {self.digest}, {verified} verified" if self.digest else "no manifest"

@@ -20,8 +20,8 @@ from ckpt import reshard
 from ckpt.ranks import Ranks
 from ckpt.runs.run import open_checkpoint
 from ckpt.saving import configured, precision, topology
+from ckpt.saving.layout import Layout
 from ckpt.saving.source import Source, Topology
-from ckpt.saving.topology import Layout
 from converters import zero
 from converters.errors import CheckpointError
 
@@ -43,6 +43,13 @@ def alone() -> Iterator[Callable[[], Ranks]]:
 @trains
 def test_in_another_precision_masters_and_moments_are_the_saved_ones(tmp_path: Path) -> None:
     said = torchrun(WORKER, tmp_path, "precisions", limit=LIMIT)
+    cut = json.loads((tmp_path / "cut.json").read_text())
+    folder = tmp_path / "zero3-bf16" / "checkpoint-2"
+    command = f"ckpt reshard {folder} --world-size 2 --stage 3 --sub-group-size 1000"
+    assert (
+        f"(zero_optimization.sub_group_size 1000); set that to what it was, or run: {command}"
+        in cut
+    )
     line = "saved in bf16, this training computes in fp16: weights and optimizer go on from the"
     assert line in said
     assert said.count("the loss scale begins anew") == 4 * 2 * 3  # stages, precisions, options
@@ -102,6 +109,18 @@ def test_the_command_of_the_sentence_makes_what_loads(
     assert topology.loadable(alone(), folder, ONE, "auto") == made.folder
     assert made.folder.stat().st_ino == before
     assert made.manifest is not None and ONE.topology.fits(made.manifest)
+
+
+def test_where_there_is_no_room_the_option_named_is_that_of_the_command(
+    tmp_path: Path, alone: Callable[[], Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = real(tmp_path, 2).folder
+    monkeypatch.setattr("converters.files.free_space", lambda _: 10)
+    with pytest.raises(CheckpointError) as raised:
+        topology.loadable(alone(), folder, ONE, "auto")
+    said = str(raised.value)
+    assert "10 bytes free" in said
+    assert f"choose another folder with -o (an option of: ckpt reshard {folder} --world" in said
 
 
 def test_all_front_ends_refuse_without_zero_by_name(
@@ -212,6 +231,18 @@ def test_the_configuration_says_the_layout() -> None:
     )
     assert Layout.of_config({}, 2) == Layout(Topology(0, 2), {})
     assert Layout.of_config({"zero_optimization": {"stage": "auto"}}, 2) is None
+
+
+def test_other_sub_groups_alone_are_a_resharding(tmp_path: Path) -> None:
+    source = FIXTURES / "zero3-subgroups"
+    with pytest.raises(CheckpointError, match="already; load it as it is"):
+        reshard.prepare(source, 3, output=tmp_path / "same")
+    planned = reshard.prepare(source, 3, sub_group_size=100, output=tmp_path / "cut")
+    reshard.run(planned)
+    cut = zero.read(tmp_path / "cut")
+    assert cut.model.setting("zero_optimization", "sub_group_size") == 100
+    back = reshard.prepare(tmp_path / "cut", 3, sub_group_size=20, output=tmp_path / "back")
+    reshard.run(back)
 
 
 def test_a_precision_is_what_the_configuration_enables() -> None:

@@ -66,6 +66,25 @@ def precisions(out: Path, only: str = "") -> None:
             for kind in KINDS:
                 if now != kind:
                     resumed(out / f"{name}-{kind}", spec_of(name, now), saved[kind])
+        if name == "zero3":
+            other_sub_groups(out)
+
+
+def other_sub_groups(out: Path) -> None:
+    """Stage 3 with other sub-groups: refused by name, and the command makes what loads."""
+    run = out / "zero3-bf16"
+    spec = replace(spec_of("zero3", "bf16"), zero={"sub_group_size": 1000, **SMALL})
+    engine = begin(spec)
+    if not dist.get_rank():
+        said = caught(lambda: ckpt.resume(engine, run, timeout=20))[0]
+        (out / "cut.json").write_text(json.dumps(said))
+        reshard.run(reshard.prepare(run / "checkpoint-2", 2, sub_group_size=1000))
+    else:
+        caught(lambda: ckpt.resume(engine, run, timeout=20))
+    dist.barrier()
+    assert ckpt.resume(engine, run / "checkpoint-2-w2") == 2
+    train(engine, 1, Sampler())
+    engine.destroy()
 
 
 def resumed(run: Path, spec: Spec, saved: dict[str, Any]) -> None:

@@ -16,8 +16,9 @@ from ckpt.runs import locks
 from ckpt.saving import choosing, continuity, reading, topology, turns
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
+from ckpt.saving.layout import Layout
 from ckpt.saving.source import Source, State
-from ckpt.saving.topology import Layout, Reshard
+from ckpt.saving.topology import Reshard
 from ckpt.saving.turns import Need, Turn
 from converters.errors import CheckpointError
 

@@ -17,8 +17,9 @@ from ckpt.ranks import Ranks
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import open_checkpoint
 from ckpt.saving import topology
+from ckpt.saving.layout import Layout
 from ckpt.saving.source import Source
-from ckpt.saving.topology import Layout, Reshard
+from ckpt.saving.topology import Reshard
 from converters.errors import CheckpointError
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ckpt.saving import precision, topology
+from ckpt.saving import layout, precision
 from ckpt.saving.turns import Need, Turn
 from converters.errors import CheckpointError
 
@@ -146,7 +146,7 @@ def require_parameters(engine: Any, saved: Any, path: str | os.PathLike[str]) ->
         for groups in groups_of
     )
     if there == here and engine.zero_optimization_stage() == 3:
-        topology.require_cut(engine, *groups_of, path)
+        layout.require_cut(engine, *groups_of, path)
     one, other = dict(there), dict(here)
     if one.keys() != other.keys() and list(one.values()) == list(other.values()):
         return

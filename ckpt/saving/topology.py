@@ -7,75 +7,25 @@ other ranks wait and see that it is alive.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
-
-import torch.distributed as dist
 
 from ckpt import rewriting
 from ckpt.ranks import Ranks, alive
 from ckpt.rewriting import Rewriting
 from ckpt.runs.run import Checkpoint, Run, is_numbered, open_checkpoint
-from ckpt.saving.source import Source, Topology
+from ckpt.saving.layout import Layout
+from ckpt.saving.source import Source
 from converters import reshard
 from converters.errors import CheckpointError
 from converters.folder import is_tag_folder
-from converters.optimizer_trees import SUB_GROUP
 
 Reshard = Literal["auto"] | None
 BY_ARGUMENT = 'or pass reshard="auto"'  # where the function that is called has that argument
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a training cuts up its state.
-
-    ``settings`` are what the layout of stage 3 depends on, by the options of ``reshard.prepare``:
-    sub_group_size (elements) and, for Muon, zero_init. Muon sorts parameters by shape where it sees
-    their shapes, not under ``zero.Init``.
-    """
-
-    topology: Topology
-    settings: Mapping[str, Any]
-
-    @classmethod
-    def of_engine(cls, engine: Any, world: int) -> Layout:
-        """That of a DeepSpeed engine on ``world`` ranks."""
-        topology = Topology(int(engine.zero_optimization_stage()), world)
-        return cls(topology, _stage3(engine) if topology.stage == 3 else {})
-
-    @classmethod
-    def of_config(
-        cls, config: Mapping[str, Any], world: int, zero_init: bool = True
-    ) -> Layout | None:
-        """That of the engine which DeepSpeed will make of a configuration.
-
-        ``zero_init``: whether the model is made under ``zero.Init``. ``None`` if the stage is not
-        said yet ("auto").
-        """
-        zero = config.get("zero_optimization") or {}
-        stage = zero.get("stage", 0)
-        if not isinstance(stage, int):
-            return None
-        topology = Topology(stage, world)
-        if topology.stage != 3:
-            return cls(topology, {})
-        size = zero.get("sub_group_size", SUB_GROUP)
-        settings: dict[str, Any] = {
-            "sub_group_size": int(size) if isinstance(size, (int, float)) else SUB_GROUP
-        }
-        if str((config.get("optimizer") or {}).get("type", "")).lower() == "muon":
-            settings["zero_init"] = zero_init
-        return cls(topology, settings)
-
-    def options(self, there: Topology) -> dict[str, Any]:
-        """The settings that matter to what is resharded from ``there``."""
-        return {k: v for k, v in self.settings.items() if k != "zero_init" or there.stage != 3}
 
 
 def require_known(mode: Any) -> None:
@@ -105,13 +55,19 @@ def refusal(source: Source, layout: Layout, else_: str = "") -> CheckpointError:
             f"{there.stage}",
             "unsupported",
         )
+    run = f"run: {_command(source, layout)}"
+    return CheckpointError("; ".join([what, run, *filter(None, [else_])]), "unsupported")
+
+
+def _command(source: Source, layout: Layout) -> str:
+    """The command line that makes of the checkpoint what loads."""
+    there, here = source.topology, layout.topology
     stage = f"-z{here.stage}" if here.stage != there.stage else ""  # as ``reshard`` names it
     output = source.folder.with_name(f"{source.folder.name}{stage}-w{here.world_size}")
-    command = (
+    return (
         f"ckpt reshard {source.folder} --world-size {here.world_size} --stage {here.stage}"
         f"{_options(layout.options(there))} -o {output}"
     )
-    return CheckpointError(f"{what}; run: {command}{f'; {else_}' if else_ else ''}", "unsupported")
 
 
 def fitting(
@@ -190,27 +146,6 @@ def _may_have_state(folder: Path) -> bool:
     )
 
 
-def require_cut(engine: Any, saved: Any, now: Any, path: str | os.PathLike[str]) -> None:
-    """``CheckpointError`` if stage 3 has cut the same parameters into other sub-groups.
-
-    ``saved`` and ``now`` are the shapes by name of each; ``path`` is a file of the checkpoint.
-    """
-    cuts = [
-        [count for count in (sum(0 not in s for s in cut.values()) for cut in cuts) if count]
-        for cuts in (saved, now)
-    ]
-    if cuts[0] == cuts[1]:
-        return
-    folder, size = Path(path).parent.parent, int(engine.zero_sub_group_size())
-    raise CheckpointError(
-        f"{path}: its {sum(cuts[0])} parameters are in {len(cuts[0])} sub-groups, those of this "
-        f"training in {len(cuts[1])} (zero_optimization.sub_group_size {size}); set that to what "
-        f"it was, or run: ckpt reshard {folder} --world-size {dist.get_world_size()} --stage 3 "
-        f"--sub-group-size {size}",
-        "unsupported",
-    )
-
-
 def _resharded(ranks: Ranks, source: Source, layout: Layout) -> Path:
     """Where the source is for this layout, made if need be; on rank 0."""
     from ckpt import reshard as resharding
@@ -225,7 +160,16 @@ def _resharded(ranks: Ranks, source: Source, layout: Layout) -> Path:
             return planned.output
         what = difference(source, layout)
         print(f"ckpt: {what}: resharding to {planned.output}", file=sys.stderr, flush=True)
-        resharding.run(planned, overwrite=_may_be_replaced(source, planned))
+        overwrite = _may_be_replaced(source, planned)
+        try:
+            resharding.run(planned, overwrite=overwrite)
+        except CheckpointError as error:
+            if error.kind != "output":
+                raise
+            raise CheckpointError(
+                f"{error} (an option of: {_command(source, layout)}), and resume from that by name",
+                "output",
+            ) from error
     for note in planned.notes:
         print(f"ckpt: {planned.output}: {note}", file=sys.stderr, flush=True)
     return planned.output
@@ -259,19 +203,6 @@ def _may_be_replaced(source: Source, planned: Rewriting) -> bool:
         "away, or resume from it by name",
         "output",
     )
-
-
-def _stage3(engine: Any) -> dict[str, Any]:
-    """What the layout of a stage 3 engine depends on."""
-    optimizer, settings = engine.optimizer, {"sub_group_size": int(engine.zero_sub_group_size())}
-    if not getattr(optimizer, "use_muon", False):
-        return settings
-    places = {id(parameter): at for at, parameter in enumerate(engine.module.parameters())}
-    groups: dict[int, list[int]] = {}
-    for index, parameters in enumerate(optimizer.fp16_groups):
-        order = groups.setdefault(optimizer.sub_group_to_group_id[index], [])
-        order += [places[id(parameter)] for parameter in parameters]
-    return {**settings, "zero_init": all(order == sorted(order) for order in groups.values())}
 
 
 def _options(settings: Mapping[str, Any]) -> str:

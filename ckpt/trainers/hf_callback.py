@@ -34,6 +34,7 @@ from ckpt.saving.nodes import Nodes
 from ckpt.saving.preemption import Preemption
 from ckpt.saving.progress import progress, versions
 from ckpt.saving.publish import point
+from ckpt.trainers.hf_load import Watch
 from ckpt.trainers.hf_state import (
     Shown,
     evaluated,
@@ -63,6 +64,9 @@ class CheckpointCallback(TrainerCallback):
     - ``on_failure``: "raise" ends the training with a ``CheckpointError`` on every rank, "warn"
       goes on without that checkpoint
 
+    What training goes on from is refused by name if it does not load on these ranks
+    (``hf_load.Watch``).
+
     It stays out of trainings without DeepSpeed and of hyperparameter searches, with a warning.
     """
 
@@ -78,6 +82,7 @@ class CheckpointCallback(TrainerCallback):
         require_known(on_failure)
         self.retention, self.preemption, self.preflight = retention, preemption, preflight
         self.timeout, self.on_failure = timeout, on_failure
+        self.watch = Watch(timeout)
         self.limit: int | None = None  # save_total_limit as it was
         self.nodes: Nodes | None = None  # None: not at work
         self.run = Path()

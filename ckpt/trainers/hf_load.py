@@ -18,7 +18,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.saving import reading, topology
-from ckpt.saving.topology import Layout, Reshard
+from ckpt.saving.layout import Layout
+from ckpt.saving.topology import Reshard
 
 BY_ATTRIBUTE = 'or set reshard = "auto" in the class of the Trainer'
 module: Any = import_module("transformers.trainer")

@@ -28,9 +28,9 @@ from ckpt.saving import choosing, configured, continuity, precision, rng
 from ckpt.saving.asked import Asked
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
+from ckpt.saving.layout import Layout
 from ckpt.saving.progress import progress
 from ckpt.saving.source import Source
-from ckpt.saving.topology import Layout
 from ckpt.trainers.hf_load import Watch
 from ckpt.trainers.hf_state import Shown
 from converters.errors import CheckpointError

@@ -30,6 +30,7 @@ from ckpt.runs.pruning import delete
 from ckpt.runs.run import POINTERS, Run, open_checkpoint, order
 from ckpt.saving import extras, identity, nodes, plain, reading, rng, topology
 from ckpt.saving.commit import Commit, Facts
+from ckpt.saving.layout import Layout
 from ckpt.saving.nodes import Nodes
 from ckpt.saving.progress import metrics, progress, versions
 from ckpt.saving.publish import publish
@@ -145,7 +146,7 @@ class DeepSpeedStrategy(Stock):
         engine = self.deepspeed_engine
         fits = self.lightning_module.trainer.state.fn == "fit"  # else no optimizer is loaded
         if fits and not engine.load_universal_checkpoint():
-            layout = topology.Layout.of_engine(engine, ranks.world)
+            layout = Layout.of_engine(engine, ranks.world)
             path = topology.loadable(ranks, path, layout, self._reshard, BY_ARGUMENT)
         with ranks.step():
             held = path / rng.NAME.format(ranks.rank)

@@ -1,8 +1,8 @@
 """Saves of two ranks with a file operation of one of them failing: both commit or both refuse.
 
 Full disk, quota, I/O error (once, and for good), failing sync, EINTR, short reads and writes, in
-the foreground and in the background. Checkpoints of another run are in the folder, and stay. ``tests/test_saver.py`` has some of them at every operation;
-ranks that are killed: ``scripts/kill_sweep.py``.
+the foreground and in the background. Checkpoints of another run are in the folder, and stay.
+``tests/test_saver.py`` has some of them at every operation; ranks that are killed: ``scripts/kill_sweep.py``.
 
 ``python saves.py FOLDER SECONDS SEED NOTES`` is the two ranks; NOTES may be "".
 """

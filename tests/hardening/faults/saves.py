@@ -2,7 +2,8 @@
 
 Full disk, quota, I/O error (once, and for good), failing sync, EINTR, short reads and writes, in
 the foreground and in the background. Checkpoints of another run are in the folder, and stay.
-``tests/test_saver.py`` has some of them at every operation; ranks that are killed: ``scripts/kill_sweep.py``.
+``tests/test_saver.py`` has some of them at every operation; ranks that are killed:
+``scripts/kill_sweep.py``.
 
 ``python saves.py FOLDER SECONDS SEED NOTES`` is the two ranks; NOTES may be "".
 """

@@ -70,7 +70,7 @@ def test_trainer_and_accelerate_go_on_on_other_ranks_and_in_other_stages(tmp_pat
     assert "weights only; training cannot go on from it" in told["weights"]
     assert told["accelerate"].endswith('/acc/checkpoint-2-w1; or pass reshard="auto"')
     assert said.count("resharding to") == 3
-    assert said.count("saved in bf16, this training computes in fp32") == 2
+    assert said.count("saved in bf16, this training computes in fp32") == 3
     assert {"checkpoint-2", "checkpoint-2-w1", "checkpoint-2-z3-w1"} < set(told["names"])
     said = torchrun(WORKER, tmp_path, "grows", limit=LIMIT)
     assert said.count("resharding to") == 2

@@ -25,7 +25,7 @@ from fixture_specs import OFFLOAD, Spec
 from fixture_worker import live_state
 from hf_worker import config, make
 from live_worker import SMALL, caught
-from resume_worker import WARM, Sampler, begin, train
+from resume_worker import WARM, Sampler, begin, finals, train
 from trainers_worker_accelerate import Training
 
 import ckpt
@@ -109,6 +109,8 @@ def resumed(run: Path, spec: Spec, saved: dict[str, Any]) -> None:
     for options in ({"load_optimizer_states": False}, {"load_module_only": True}):
         engine = begin(spec)
         assert ckpt.resume(engine, run, **options) == (0 if "load_module_only" in options else 2)
+        for name, value in finals(engine).items():
+            assert torch.equal(value, saved.get(f"fp32/{name}", value)), (run, options, name)
         train(engine, 1, Sampler())
         engine.destroy()
 
@@ -209,6 +211,14 @@ def goes_on(out: Path) -> None:
     load = partial(load_state, training.accelerator, out / "acc", on_mismatch="warn")
     said["accelerate"] = caught(load)[0]
     assert load(reshard="auto") == 2 == training.counter.count
+    training.steps(1)
+    training.end()
+    training = Training(out / "again", 2, bf16=False)  # in fp32
+    step = load_state(training.accelerator, out / "acc", on_mismatch="warn")
+    assert step == 2 == training.counter.count  # of one step, the one that fits
+    source = {name: value.clone() for name, value in ckpt.open(out / "acc/checkpoint-2").items()}
+    for name, value in (live.fp32_state_dict(training.engine, None) or {}).items():
+        assert torch.equal(value, source[name]), name
     training.steps(1)
     (out / "said.json").write_text(json.dumps(said))
 

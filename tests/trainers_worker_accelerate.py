@@ -44,11 +44,11 @@ class Counter:
 class Training:
     """A tiny Llama with dropout and tied embeddings, and a counter, the same at every start."""
 
-    def __init__(self, out: Path, stage: int) -> None:
+    def __init__(self, out: Path, stage: int, bf16: bool = True) -> None:
         AcceleratorState._reset_state()
         config = {
             "train_micro_batch_size_per_gpu": 2,
-            "bf16": {"enabled": True},
+            "bf16": {"enabled": bf16},
             "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 10},
             "zero_force_ds_cpu_optimizer": False,

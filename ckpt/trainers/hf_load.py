@@ -101,6 +101,8 @@ class Watch:
 
     def __init__(self, timeout: float):
         self.timeout = timeout
+        if not hasattr(module, "deepspeed_load_checkpoint"):
+            return  # another version, whose call is not known
         if not _watches:
             _watches.stock = module.deepspeed_load_checkpoint
             module.deepspeed_load_checkpoint = _load

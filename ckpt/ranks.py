@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import time
 import traceback
 from collections.abc import Generator, Iterator
@@ -31,6 +32,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from ckpt.saving import stores
 from converters.errors import CheckpointError
 
+log = logging.getLogger("ckpt")
 Json = Any
 T = TypeVar("T")
 Meeting = Generator[dict[int, str], None, list[Json]]
@@ -259,8 +261,11 @@ def _first_words(text: str) -> str:
 
 
 def _show_where(failure: CheckpointError, error: Exception) -> None:
-    """Notes under ``failure`` where ``error`` was raised (Python 3.11 and later print notes)."""
+    """Notes under ``failure`` where ``error`` was raised; before Python 3.11 in the log."""
     frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
     lines = [f'  File "{at.filename}", line {at.lineno}, in {at.name}' for at in frames]
+    place = "\n".join(["It was raised here:", *lines])
     if hasattr(failure, "add_note"):
-        failure.add_note("\n".join(["It was raised here:", *lines]))
+        failure.add_note(place)
+    else:
+        log.error("%s", place)

@@ -3,8 +3,8 @@
     checkpoint-400/  --rename, fsync-->  .checkpoint-400.trash/  --unlink-->  nothing
 
 After the rename nothing takes the folder for a checkpoint. Trash that a crash left is removed by
-the next prune. Folders that are not committed are never touched. Where folders cannot be renamed, the
-manifest alone is, to ``.deleted``, which says the same:
+the next prune. Folders that are not committed are never touched. Where folders cannot be renamed,
+the manifest alone is, to ``.deleted``, which says the same:
 
     checkpoint-400/manifest.json  --rename, fsync-->  checkpoint-400/.deleted  --unlink-->  nothing
 """

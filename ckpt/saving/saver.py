@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,7 +34,7 @@ from ckpt.saving.preemption import EXIT_CODE, Preemption, Watch, share
 from ckpt.saving.progress import metrics as plain_metrics
 from ckpt.saving.progress import progress, versions
 from ckpt.saving.publish import point, tidy
-from ckpt.saving.taking import take
+from ckpt.saving.taking import beside, take
 from ckpt.saving.tiers import Tier
 from ckpt.saving.weights import Weights
 from converters.errors import CheckpointError
@@ -107,7 +108,8 @@ class Saver:
             weights = self._weights(ranks)
         place = (self.nodes, self.run, self.retention)
         frozen = self.exclude_frozen_parameters
-        self.predicted = preflight.check(self.engine, ranks, *place, weights, frozen)
+        small = partial(beside, self.engine.module, weights=None, tokenizer=self.tokenizer)
+        self.predicted = preflight.check(self.engine, ranks, *place, weights, frozen, small)
 
     def save(
         self,

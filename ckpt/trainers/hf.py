@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -53,6 +54,7 @@ from ckpt.trainers.hf_state import (
     require_known,
     retention_of,
     room_for,
+    save_beside,
     sync_files,
 )
 from ckpt.trainers.hf_stop import Stop
@@ -97,7 +99,6 @@ class CommittedCheckpoints(MappedCheckpoints):
         self._limit: int | None = None  # save_total_limit as it was
         self._places: dict[Path, Nodes] = {}  # by the folder that checkpoints are saved into
         self._room = Room(0)
-        self._nbytes = 0  # of this rank's state files
         self._stop = Stop(None, self.timeout)
         super().__init__(*args, **kwargs)
         self.add_callback(_Around(self))
@@ -120,14 +121,15 @@ class CommittedCheckpoints(MappedCheckpoints):
                 )
             gathers = not leaves_out_weights(self._engine())
             self._room = room_for(engine.module, gathers)
-            self._nbytes = preflight.predicted(engine)
             if not gathers and self.weights is not None:
                 self._room = Room(Weights(engine, self.weights, "5GB", ranks).nbytes)
         run = Path(super()._get_output_dir(None)).absolute()
         place = self._place(ranks, run)
         if self.preflight:
             keep = retention_of(self.retention, self.args, self._limit)
-            preflight.check(engine, ranks, place, run, keep, cast(Any, self._room))
+            small, full = partial(save_beside, self), not self.args.save_only_model
+            room = cast(Any, self._room)
+            preflight.check(engine, ranks, place, run, keep, room, beside=small, full=full)
         self._stop = Stop(self.preemption, self.timeout)
 
     def _engine(self) -> Any:
@@ -182,7 +184,8 @@ class CommittedCheckpoints(MappedCheckpoints):
         ranks, room = commit.ranks, cast(Any, self._room)
         with committed(commit) as staging:
             with ranks.step() as step:
-                step.value = [commit.nodes.folder, self._nbytes if commit.facts.tag else 0]
+                states = preflight.predicted(self._engine()) if commit.facts.tag else 0
+                step.value = [commit.nodes.folder, states]
             preflight.require_room(ranks, commit.nodes, staging, step.heard, room)
             inner = staging / commit.final.name
             with ranks.step(), put_in(self._engine(), Written) as writer:

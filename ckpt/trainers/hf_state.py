@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import renaming
+from ckpt.live.job import save_config
 from ckpt.runs import locks
 from ckpt.runs.retention import Best, Retention
 from ckpt.saving.publish import publish
@@ -124,6 +125,17 @@ def room_for(module: Any, gathered: bool) -> Room:
         return Room(0)
     parameters = (p for p in module.parameters() if p.requires_grad or not peft)
     return Room(sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters))
+
+
+def save_beside(seen: Any, folder: Path) -> None:
+    """The configuration and the tokenizer that the Trainer writes into a checkpoint.
+
+    ``seen`` has them as ``model`` and ``processing_class``.
+    """
+    save_config(seen.model, folder, None)
+    processing = getattr(seen, "processing_class", None)
+    if processing is not None:
+        processing.save_pretrained(folder)
 
 
 @dataclass(frozen=True, slots=True)

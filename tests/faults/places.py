@@ -24,7 +24,7 @@ def preload() -> dict[str, str]:
 def lacking(
     root: Path, *what: str, error: str = "", late: int | None = None, log: Path | None = None
 ) -> dict[str, str]:
-    """Variables that say what ``root`` lacks. ``error`` names the errno of a refusal, if not its own.
+    """Variables that say what ``root`` lacks; ``error`` names another errno for its refusals.
 
     ``late`` are the milliseconds until the size of a file is known.
     """

@@ -21,6 +21,7 @@ from faults import places
 import ckpt
 from ckpt.runs.manifest import check
 from ckpt.runs.run import Run
+from converters.errors import CheckpointError
 
 WIDTH = 96
 BF16, FP16, FP32 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True}}, {}
@@ -170,9 +171,12 @@ LACKS = {
 
 def lack(out: Path, name: str) -> None:
     what, error = LACKS[name]
-    late = 300 if "size" in what else None
     os.environ.pop("PLACE_ERRNO", None)
-    os.environ.update(places.lacking(out, *what, error=error, late=late))
+    if "size" in what:  # of what rank 1 writes, on rank 0
+        os.environ.update(places.lacking(out, *what, late=500, match="rank_1"))
+        os.environ["PLACE_RANK"] = "0"
+    else:
+        os.environ.update(places.lacking(out, *what, error=error))
 
 
 def saver(out: Path) -> None:
@@ -187,8 +191,8 @@ def saver(out: Path) -> None:
                 saver.save(step)
         engine.destroy()
         engine = start(case)
-        found = ckpt.resume(engine, run)
-        assert found is not None and found.step == 2, (name, found)
+        step = ckpt.resume(engine, run)
+        assert step == 2, (name, step)
         train(engine, 1)
         engine.destroy()
         dist.barrier()
@@ -208,12 +212,13 @@ def refused(out: Path) -> None:
     engine = start(case)
     for what, error in (("filerename", "EXDEV"), ("size", ""), ("folderrename,filerename", "EIO")):
         os.environ.pop("PLACE_ERRNO", None)
-        os.environ.pop("PLACE_LATE", None)
+        for variable in ("PLACE_LATE", "PLACE_RANK"):
+            os.environ.pop(variable, None)
         os.environ.update(places.lacking(out, what, error=error))
         try:
             ckpt.Saver(engine, out / "run")
             told[what] = "nothing"
-        except ckpt.CheckpointError as refusal:
+        except CheckpointError as refusal:
             told[what] = str(refusal)
         dist.barrier()
         os.environ["PLACE_LACKS"] = ""

@@ -71,11 +71,11 @@ def opened(run: Path, rank: int) -> Iterator[Path]:
 
 def examine(folder: Path, parameters: Iterable[torch.Tensor]) -> Place:
     """Tries all of it; ``CheckpointError`` in one sentence for what a save cannot do without."""
+    with tried(folder.parent, "syncing a folder"):
+        files.sync_folder(folder.parent)
     _replace(folder)
     _write(folder, parameters)
     size = _size(folder)
-    with tried(folder.parent, "syncing a folder"):
-        files.sync_folder(folder)
     return Place(_rename(folder), files.is_mappable(folder / PART), _lock(folder), size)
 
 

@@ -1,15 +1,15 @@
 """A folder that gets another name: at once, or file by file where folders cannot be renamed.
 
-Object stores behind FUSE answer EXDEV, EPERM or ENOTSUP to a rename of a folder, overlayfs EXDEV for
-a folder of a lower layer. There each file is moved by a rename of its own (or copied, where even
-that is refused), and what makes the folder count comes last:
+Object stores behind FUSE answer EXDEV, EPERM or ENOTSUP to a rename of a folder, overlayfs EXDEV
+for a folder of a lower layer. There each file is moved by a rename of its own (or copied, where
+even that is refused), and what makes the folder count comes last:
 
     .NAME.saving/  everything but the records  ->  NAME/      synced
                    config.json, latest, manifest.json ...     the last of them is the commit
 
-So NAME is whole or has no manifest at any moment, and until it is whole it has a file ``.arriving``,
-by which the same command finds what a crash left. What had the name before goes the other way round,
-its manifest first.
+So NAME is whole or has no manifest at any moment, and until it is whole it has a file
+``.arriving``, by which the same command finds what a crash left. What had the name before goes the
+other way round, its manifest first.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def _exchanged(one: Path, other: Path) -> bool:
 def _carry(source: Path, target: Path) -> None:
     """Moves a folder file by file; on an ``OSError`` what has been moved goes back.
 
-    To a name that tools take for a checkpoint the records come last, from such a name they go first.
+    To a name that tools take for a checkpoint the records come last, from such a name they go
+    first.
     """
     away = target.name.startswith(".")
     records, others = _contents(source)

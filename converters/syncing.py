@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What filesystems answer that do not offer a call; a disk that fails, or is full, says other things.
+# What a filesystem answers that does not offer a call; a failing or full disk says other things.
 UNOFFERED = (
     *(errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTTY),
     *(errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM),
@@ -42,7 +42,7 @@ def sync(fd: int, path: Path) -> None:
     """Puts the file or folder that is open on disk; ``OSError`` if the disk fails.
 
     ``fsync(2)``. Some FUSE and CIFS mounts offer it for no folder, some for nothing: there the
-    whole filesystem is synced by ``syncfs(2)``, which promises the same, and a warning says so once.
+    whole filesystem is synced by ``syncfs(2)``, which promises the same; a warning says so once.
     """
     with named(path):
         try:

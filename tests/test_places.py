@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from faults.forks import Ended, Forks
 from hardening.crash import judging
 from hardening.faults.probing import Probe
 from hardening.scenes import Scene, scenes
+from oracles import torchrun
 
 from ckpt.runs.run import Run, open_checkpoint
 
@@ -102,3 +104,12 @@ def require_committed_is_whole(probe: Probe) -> None:
             assert manifest.check(path.parent, found.manifest, data=True) == [], path
     if not probe.scene.output:
         assert Run(live).newest(None) is not None
+
+
+@pytest.mark.xdist_group("training")
+def test_the_size_of_a_checkpoint_is_predicted_before_the_first_step(tmp_path: Path) -> None:
+    torchrun("tests/places_worker.py", tmp_path, "predictions", limit=600)
+    found = json.loads((tmp_path / "predictions.json").read_text())
+    for name, (before, after, size) in found.items():
+        assert 0.95 < before / size < 1.05, (name, before, size)
+        assert 0.95 < after / size < 1.05, (name, after, size)

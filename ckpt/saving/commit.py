@@ -248,10 +248,11 @@ def _settled(folder: Path, known: set[str], beat: Callable[[], object]) -> Found
 
 def _require_there(folder: Path, known: Found) -> None:
     for name, file in known.items():
-        size = (folder / name).stat().st_size
+        size = files.settles(folder / name, file.size)
         if size != file.size:
+            what = "is not there" if size is None else f"has {size} bytes"
             raise CheckpointError(
-                f"{folder / name} has {size} bytes, {file.size} were written; see whether "
+                f"{folder / name} {what}, {file.size} were written; see whether "
                 "another process writes there",
                 "output",
             )

@@ -24,6 +24,7 @@ import torch
 
 from ckpt.saving import layout, precision
 from ckpt.saving.turns import Need, Turn
+from converters import files
 from converters.errors import CheckpointError
 
 # Attributes of an optimizer that hold the loss scale, or are parts of it.
@@ -163,9 +164,11 @@ def require_parameters(engine: Any, saved: Any, path: str | os.PathLike[str]) ->
 
 
 def is_mappable(path: str | os.PathLike[str]) -> bool:
-    """Whether torch can map the file: it is a zip, not torch's stream format."""
+    """Whether torch can map the file where it lies: a zip, not torch's stream format."""
     with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+        if file.read(4) != b"PK\x03\x04":
+            return False
+    return files.is_mappable(path)
 
 
 @contextmanager
@@ -286,9 +289,9 @@ def files_of(engine: Any, folder: Path, tag: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
-def need(engine: Any, files: list[Path]) -> Need:
+def need(engine: Any, paths: list[Path]) -> Need:
     """What loading these files takes: those that cannot be mapped are read, and of the optimizer's
     most stays where the engine computes in host memory or keeps its optimizer there."""
-    sizes = [0 if is_mappable(path) else path.stat().st_size for path in files]
+    sizes = [0 if is_mappable(path) else path.stat().st_size for path in paths]
     here = engine.device.type == "cpu" or bool(engine.zero_cpu_offload())
     return Need(sum(sizes), sum(sizes[1:] or sizes) if here else 0)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,7 +34,7 @@ from ckpt.saving.flight import FAREWELL, LAST_WORDS, Flight
 from ckpt.saving.memory import Memory, budget
 from ckpt.saving.preemption import EXIT_CODE, Preemption, Watch, share
 from ckpt.saving.publish import point, tidy
-from ckpt.saving.taking import take
+from ckpt.saving.taking import beside_all, take
 from ckpt.saving.tiers import Tier
 from ckpt.saving.weights import Weights
 from converters.errors import CheckpointError
@@ -114,7 +115,8 @@ class Saver:
         place = (self.nodes, self.run, self.retention)
         frozen = self.exclude_frozen_parameters
         every = [engine for _, engine in self.engines]
-        self.predicted = preflight.check(every, ranks, *place, weights, frozen)
+        small = partial(beside_all, self.engines, weights=None, tokenizer=self.tokenizer)
+        self.predicted = preflight.check(every, ranks, *place, weights, frozen, small)
 
     def save(
         self,

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -55,6 +56,7 @@ from ckpt.trainers.hf_state import (
     require_states,
     retention_of,
     room_for,
+    save_beside,
     sync_files,
 )
 from ckpt.trainers.hf_stop import Stop
@@ -99,7 +101,6 @@ class CommittedCheckpoints(MappedCheckpoints):
         self._limit: int | None = None  # save_total_limit as it was
         self._places: dict[Path, Nodes] = {}  # by the folder that checkpoints are saved into
         self._room = Room(0)
-        self._nbytes = 0  # of this rank's state files
         self._stop = Stop(None, self.timeout)
         self._lease = Lease()
         self._source: str | None = None  # the checkpoint that this training resumed from
@@ -126,7 +127,6 @@ class CommittedCheckpoints(MappedCheckpoints):
             require_alone(self.callback_handler.callbacks)
             gathers = not leaves_out_weights(self._engine())
             self._room = room_for(engine.module, gathers)
-            self._nbytes = preflight.predicted(engine)
             if not gathers and self.weights is not None:
                 self._room = Room(Weights(engine, self.weights, "5GB", ranks).nbytes)
         run = Path(super()._get_output_dir(None)).absolute()
@@ -138,7 +138,9 @@ class CommittedCheckpoints(MappedCheckpoints):
             identity.warn_of_others(run, line)
         if self.preflight:
             keep = retention_of(self.retention, self.args, self._limit)
-            preflight.check(engine, ranks, place, run, keep, cast(Any, self._room))
+            small, full = partial(save_beside, self), not self.args.save_only_model
+            room = cast(Any, self._room)
+            preflight.check(engine, ranks, place, run, keep, room, beside=small, full=full)
         self._stop = Stop(self.preemption, self.timeout)
 
     def _end(self) -> None:
@@ -202,7 +204,8 @@ class CommittedCheckpoints(MappedCheckpoints):
         ranks, room = commit.ranks, cast(Any, self._room)
         with committed(commit) as staging:
             with ranks.step() as step:
-                step.value = [commit.nodes.folder, self._nbytes if commit.facts.tag else 0]
+                states = preflight.predicted(self._engine()) if commit.facts.tag else 0
+                step.value = [commit.nodes.folder, states]
             preflight.require_room(ranks, commit.nodes, staging, step.heard, room)
             inner = staging / commit.final.name
             with ranks.step(), put_in(self._engine(), Written) as writer:

@@ -14,8 +14,10 @@ Source: transformers 5.23 ``trainer.py`` (``_maybe_log_save_evaluate``: save, th
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedOptimizerWrapper
@@ -36,6 +38,7 @@ from ckpt.saving.progress import progress, versions
 from ckpt.saving.publish import point
 from ckpt.trainers.hf_load import Watch
 from ckpt.trainers.hf_state import (
+    Room,
     Shown,
     evaluated,
     is_new_best,
@@ -44,6 +47,7 @@ from ckpt.trainers.hf_state import (
     require_states,
     retention_of,
     room_for,
+    save_beside,
     sync_files,
 )
 from ckpt.trainers.hf_stop import Stop
@@ -86,6 +90,7 @@ class CheckpointCallback(TrainerCallback):
         self.limit: int | None = None  # save_total_limit as it was
         self.nodes: Nodes | None = None  # None: not at work
         self.run = Path()
+        self.room: Room | None = None  # what the Trainer writes beside the states; None: not known
         self.stop = Stop(None, timeout)
         self.lease = Lease()
         self.line = Line.begin()
@@ -115,9 +120,12 @@ class CheckpointCallback(TrainerCallback):
         if self.preflight:
             zero = config.get("zero_optimization", {})
             gather = engine.stage < 3 or zero.get("stage3_gather_16bit_weights_on_model_save")
-            room: Any = room_for(engine.module, bool(gather))
+            self.room = room_for(engine.module, bool(gather))
             keep = retention_of(self.retention, args, self.limit)
-            preflight.check(engine, ranks, self.nodes, self.run, keep, room)
+            small = partial(save_beside, SimpleNamespace(**seen))
+            full = not args.save_only_model
+            place = (self.nodes, self.run, keep, cast(Any, self.room))
+            preflight.check(engine, ranks, *place, beside=small, full=full)
         self.stop = Stop(self.preemption, self.timeout)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
@@ -125,14 +133,14 @@ class CheckpointCallback(TrainerCallback):
         if self.nodes is not None:
             self.stop.decide(args, state, control)
             if control.should_save:
-                self._uncommit(args, state)
+                self._before_save(args, state, control, seen)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
         """As ``on_step_end``; the Trainer may save here too."""
         if self.nodes is not None:
             self.stop.begins()
             if control.should_save:
-                self._uncommit(args, state)
+                self._before_save(args, state, control, seen)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **seen: Any
@@ -172,6 +180,30 @@ class CheckpointCallback(TrainerCallback):
 
     def _folder(self, state: Any) -> Path:
         return self.run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+    def _before_save(self, args: Any, state: Any, control: Any, seen: Any) -> None:
+        """Looks for room, then takes the manifest from what the Trainer is about to write over."""
+        try:
+            self._require_room(args, state, seen)
+        except CheckpointError as error:
+            if self.on_failure == "raise" or self.stop.stopping:
+                raise
+            control.should_save = False
+            if state.is_world_process_zero:
+                log.warning("step %d is not saved: %s", state.global_step, error)
+            return
+        self._uncommit(args, state)
+
+    def _require_room(self, args: Any, state: Any, seen: Any) -> None:
+        if self.nodes is None or self.room is None:
+            return
+        ranks = Ranks("save", self.timeout)
+        with ranks.step() as step:
+            engine = _shown(state, seen, ranks.rank)
+            states = 0 if args.save_only_model else preflight.predicted(engine)
+            step.value = [self.nodes.folder, states]
+        folder, room = self._folder(state), cast(Any, self.room)
+        preflight.require_room(ranks, self.nodes, folder, step.heard, room)
 
     def _uncommit(self, args: Any, state: Any) -> None:
         """Before the Trainer writes: this job still saves here, and nothing committed is there."""

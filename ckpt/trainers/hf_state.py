@@ -16,6 +16,7 @@ from typing import Any
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ckpt import renaming
+from ckpt.live.job import save_config
 from ckpt.runs import locks
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Best, Retention
@@ -147,6 +148,17 @@ def room_for(module: Any, gathered: bool) -> Room:
         return Room(0)
     parameters = (p for p in module.parameters() if p.requires_grad or not peft)
     return Room(sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters))
+
+
+def save_beside(seen: Any, folder: Path) -> None:
+    """The configuration and the tokenizer that the Trainer writes into a checkpoint.
+
+    ``seen`` has them as ``model`` and ``processing_class``.
+    """
+    save_config(seen.model, folder, None)
+    processing = getattr(seen, "processing_class", None)
+    if processing is not None:
+        processing.save_pretrained(folder)
 
 
 @dataclass(frozen=True, slots=True)

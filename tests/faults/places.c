@@ -12,7 +12,7 @@
  *     mode         chmod fails                       (EPERM)
  *     size         fstat, stat: a file is empty until it is PLACE_LATE ms old (default: for ever)
  *
- * PLACE_RANK: only in the process with this $RANK. PLACE_LOG: a file, one line for each refusal, and
+ * PLACE_MATCH: of files, only those whose path has this in it. PLACE_RANK: only in the process with this $RANK. PLACE_LOG: a file, one line for each refusal, and
  * "syncfs" for each call of it.
  */
 #define _GNU_SOURCE
@@ -41,6 +41,8 @@ static const char *root(void) {
 
 static int below(const char *path) {
     size_t length = strlen(root());
+    const char *match = getenv("PLACE_MATCH");
+    if (match && *match && !strstr(path, match)) return 0;
     return length && !strncmp(path, root(), length) && (!path[length] || path[length] == '/');
 }
 

@@ -22,13 +22,19 @@ def preload() -> dict[str, str]:
 
 
 def lacking(
-    root: Path, *what: str, error: str = "", late: int | None = None, log: Path | None = None
+    root: Path,
+    *what: str,
+    error: str = "",
+    late: int | None = None,
+    match: str = "",
+    log: Path | None = None,
 ) -> dict[str, str]:
-    """Variables that say what ``root`` lacks. ``error`` names the errno of a refusal, if not its own.
+    """Variables that say what ``root`` lacks; ``error`` names another errno for its refusals.
 
-    ``late`` are the milliseconds until the size of a file is known.
+    ``late`` are the milliseconds until the size of a file is known. With ``match`` only files lack
+    something whose paths have that in them.
     """
-    found = {"PLACE_ROOT": str(root.resolve()), "PLACE_LACKS": ",".join(what)}
+    found = {"PLACE_ROOT": str(root.resolve()), "PLACE_LACKS": ",".join(what), "PLACE_MATCH": match}
     if error:
         found["PLACE_ERRNO"] = str(getattr(errno, error))
     if late is not None:

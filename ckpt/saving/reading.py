@@ -80,7 +80,7 @@ class Mapped:
     def _translate(self, state: dict[str, Any], path: str) -> None:
         """Makes the state one of the engine's precision, and says so once."""
         if self.change is None:
-            self.change = precision.Change.of(self.engine, state.get("ds_config"))
+            self.change = precision.Change.of(self.engine, state)
             if self.change is not None and not self.engine.global_rank:
                 where = os.path.dirname(os.path.dirname(path))
                 print(f"ckpt: {where}: {self.change.sentence}", file=sys.stderr, flush=True)

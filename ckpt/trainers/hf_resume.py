@@ -89,9 +89,8 @@ class ResumeCallback(TrainerCallback):
             noted = {**(source.progress or {}), "step": source.step}
             now = {**progress(shown, state.epoch), "step": int(state.global_step)}
             without = ["global_steps"]  # that is all it knows
-            if precision.of_checkpoint(source.folder / source.tag) != precision.of_config(
-                _config()
-            ):
+            saved = precision.of_checkpoint(source.folder / source.tag)
+            if saved not in (None, precision.of_config(_config())):
                 without.append("loss_scale")
             rows = continuity.compare(noted, now, without=without)
             step.value = continuity.mismatches(rows) + _lost(source.folder, args)

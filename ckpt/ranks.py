@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -214,6 +215,25 @@ class Ranks:
             f"{self.what}, see the log of that rank",
             "output",
         )
+
+
+@contextmanager
+def alive(ranks: Ranks) -> Iterator[None]:
+    """Shows the others that this rank is at work, in a block that may outlast their patience."""
+    ends = Event()
+
+    def beat() -> None:
+        with suppress(dist.DistError):  # the main thread will hear of it
+            while not ends.wait(1.0):
+                ranks.beat()
+
+    thread = Thread(target=beat, name="ckpt-alive", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ends.set()
+        thread.join()
 
 
 class Told(CheckpointError):

@@ -26,6 +26,7 @@ from fixture_worker import Tiny
 
 import ckpt
 from ckpt import live
+from ckpt.runs import adoption
 from ckpt.saving import reading
 from ckpt.saving.turns import Turn
 from converters import torchzip
@@ -229,9 +230,28 @@ def wrong(out: Path) -> None:
     gone = prepared("gone", drop("rng_state_1.state"))
     fails("gone", gone)
     bare = prepared("bare", drop("manifest.json"))
-    fails("bare", bare)
-    fails("bare-one", bare / "checkpoint-2")
+    works(bare, 3)  # whole, whoever wrote it
+    works(bare / "checkpoint-2", 2)
     works(bare / "checkpoint-2", 2, load_foreign=True)
+
+    engine.save_checkpoint(str(out / "plain" / "first"))  # knows no random states and no sampler
+    works(out / "plain", 2)
+    adopt = adoption.commit if not rank else id
+    adopt(out / "plain" / "first")
+    dist.barrier()
+    works(out / "plain", 2)
+
+    def leave_weights(run: Path) -> None:
+        """Checkpoints of the tier "weights", as of a run that was stopped before a full one."""
+        for folder in run.glob("c*"):
+            held = json.loads((folder / "manifest.json").read_text())
+            del held["digest"]
+            held |= {"tier": "weights", "tag": None, "files": {}}
+            (folder / "manifest.json").write_text(json.dumps(held))
+
+    light = prepared("light", leave_weights)
+    assert ckpt.resume(engine, light, timeout=20) == 0 and ckpt.find(light, timeout=20) is None
+    assert ckpt.resume(engine, out / "run" / "new", timeout=20) == 0  # beside committed ones
 
     def forget(run: Path) -> None:
         """A save that never knew of rank 1's random states."""
@@ -475,14 +495,14 @@ def hugging_face(out: Path, again: bool) -> None:
             trainer.train()
             tell(out, run.name, [heard.losses, straight])
             continue
-        kind, loaded = (Mapping, []) if stage > 1 else (hf.Trainer, None)
+        kind, loaded = Mapping if stage > 1 else hf.Trainer, list[str]()
         trainer, heard = make(kind, run, stage, callbacks=[ResumeCallback()], **steps)
         before, (losses, ends) = told(out, run.name)
         found = ckpt.find(run)
         assert found == str(run / f"checkpoint-{HALF}"), found
         with noting(loaded):
             trainer.train(resume_from_checkpoint=found)
-        assert loaded is None or len(set(loaded)) == 2, loaded
+        assert len(set(loaded)) == 2, loaded
         assert str(run) not in Path("/proc/self/maps").read_text(), "they still are"
         assert heard.start == HALF
         assert before + heard.losses == losses, (before, heard.losses, losses)
@@ -500,12 +520,11 @@ def hugging_face(out: Path, again: bool) -> None:
 
 
 @contextmanager
-def noting(paths: list[str] | None) -> Iterator[None]:
+def noting(paths: list[str]) -> Iterator[None]:
     """Notes the files that are mapped instead of read."""
     load = reading.Mapped.load
 
     def noted(self: Any, path: str, map_location: Any = None) -> Any:
-        assert paths is not None
         paths.append(path)
         return load(self, path, map_location)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ckpt import renaming
 from ckpt.runs import engines, locks, manifest, pruning
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import POINTERS, Checkpoint, Run, open_checkpoint
@@ -101,12 +102,12 @@ def execute(slimming: Slimming) -> None:
         before = slimming.checkpoint.manifest
         if manifest.read(folder) != before:
             raise _no(slimming.checkpoint, "was changed by another process meanwhile; try again")
-        with lock if slimming.manifest == before else _replaced(folder, slimming.manifest.dumps()):
-            _repoint(folder)
+        with lock if slimming.manifest == before else replaced(folder, slimming.manifest.dumps()):
+            repoint(folder)
             _sweep(folder, slimming)
 
 
-def _replaced(folder: Path, data: bytes) -> locks.Lock:
+def replaced(folder: Path, data: bytes) -> locks.Lock:
     """The lock of the new manifest, taken before it becomes the manifest."""
     partial = folder / f"{manifest.NAME}.partial"
     fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -116,7 +117,7 @@ def _replaced(folder: Path, data: bytes) -> locks.Lock:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with files.named(partial):
             files.Writer(fd).write(data, 0)
-            os.fsync(fd)
+            files.sync(fd, partial)
         os.replace(partial, folder / manifest.NAME)
         files.sync_folder(folder)
     except BaseException:
@@ -126,7 +127,7 @@ def _replaced(folder: Path, data: bytes) -> locks.Lock:
     return lock
 
 
-def _repoint(folder: Path) -> None:
+def repoint(folder: Path) -> None:
     """Pointers that named the tag now name the newest full one, or the folder alone."""
     run = Run(folder.parent)
     for name in POINTERS:
@@ -141,12 +142,14 @@ def _sweep(folder: Path, slimming: Slimming) -> None:
     for tag in sorted(tag for tag in tags if is_tag(folder / tag)):
         bin_ = folder / tag.parent / f".{tag.name}.trash"
         pruning.remove(bin_)
-        os.rename(folder / tag, bin_)
+        if not renaming.renamed(folder / tag, bin_):
+            pruning.remove(folder / tag)  # the new manifest does not list it any more
         files.sync_folder(bin_.parent)  # or else what is removed below might be under its old name
     for trash in sorted(folder.rglob(".*.trash")):
         pruning.remove(trash)
     for name in slimming.removed:
         (folder / name).unlink(missing_ok=True)
+    renaming.remove_empty(folder)
     files.sync_folder(folder)
 
 

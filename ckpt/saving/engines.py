@@ -16,6 +16,7 @@ from ckpt.live import shards
 from ckpt.live.wire import Chunk
 from ckpt.ranks import Ranks
 from ckpt.runs.engines import ENGINES
+from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import File
 from ckpt.saving.commit import Facts
 from ckpt.saving.progress import metrics, progress, versions
@@ -82,12 +83,14 @@ class Engines:
             noted[name] = progress(engine, epoch) | {"stage": stage}
         return {ENGINES: noted}
 
-    def facts(self, step: int, tier: Tier, given: Mapping[str, Any] | None, epoch: Any) -> Facts:
+    def facts(
+        self, step: int, line: Line, tier: Tier, given: Mapping[str, Any] | None, epoch: Any
+    ) -> Facts:
         """What the manifest of a save of this ``tier`` says; ``given`` are metrics."""
         tag = self.tag(step) if tier == "full" else None
         stage = int(self.first.zero_optimization_stage())
         noted = self.progress(epoch)
-        return Facts(int(step), tag, tier, stage, versions(), metrics(given), noted)
+        return Facts(int(step), tag, line, tier, stage, versions(), metrics(given), noted)
 
     def weights(self, kind: str, max_shard_size: str | int, ranks: Ranks) -> Weights:
         """What writes the loadable model of each."""

@@ -13,16 +13,17 @@ import os
 from collections.abc import Mapping, MutableMapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ckpt.ranks import TIMEOUT, Ranks
-from ckpt.saving import continuity
-from ckpt.saving.asked import Asked, alive
+from ckpt.ranks import TIMEOUT, Ranks, alive
+from ckpt.saving import continuity, identity
+from ckpt.saving.asked import Asked
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.engines import Engines
 from ckpt.saving.load import Load
 from ckpt.saving.together import Options, resume_together
+from ckpt.saving.topology import Reshard
 
 
 def resume(
@@ -39,7 +40,7 @@ def resume(
     load_module_only: bool = False,
     load_module_strict: bool = True,
     load_foreign: bool = False,
-    reshard: Literal["auto"] | None = None,
+    reshard: Reshard = None,
     memory: str | int | None = None,
     timeout: float = TIMEOUT,
 ) -> int:
@@ -91,4 +92,8 @@ def resume(
             client_state.update(client)
         state.set(extra)
     asked.tell(source, rows, step.heard)
+    if load_module_only:
+        identity.begin(engine)
+    else:
+        identity.line_after(engine, source.folder, source.step)
     return 0 if load_module_only else source.step

@@ -18,21 +18,23 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ckpt.hub.background import Push, Pushes
 from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Retention
-from ckpt.saving import exits, nodes, preflight, tiers
+from ckpt.saving import exits, identity, nodes, preflight, tiers
 from ckpt.saving.commit import Commit
 from ckpt.saving.engines import Engines
 from ckpt.saving.flight import FAREWELL, LAST_WORDS, Flight
 from ckpt.saving.memory import Memory, budget
 from ckpt.saving.preemption import EXIT_CODE, Preemption, Watch, share
 from ckpt.saving.publish import point, tidy
-from ckpt.saving.taking import take
+from ckpt.saving.taking import beside_all, take
 from ckpt.saving.tiers import Tier
 from ckpt.saving.weights import Weights
 from converters.errors import CheckpointError
@@ -89,6 +91,7 @@ class Saver:
             self.memory = Memory(budget(memory))
             self.engines = Engines(engine)
         self.nodes = nodes.find(ranks, self.run, nodes.local_storage(self.engines.first))
+        self.lease = nodes.hold(ranks, self.nodes, self.run)
         with ranks.step():
             self.pushes = Pushes(push, self.run, self.nodes.commits, self.nodes.parts)
         self.predicted: int | None = None  # bytes of a save, in this rank's folder
@@ -103,6 +106,8 @@ class Saver:
         self.held = 0.0  # seconds that the last save held the training
         self.closed = False
         self.watch = Watch(preemption, timeout) if preemption else None
+        if self.nodes.commits:
+            identity.warn_of_others(self.run, self._line())
 
     def _preflight(self, ranks: Ranks) -> None:
         with ranks.step():
@@ -110,7 +115,8 @@ class Saver:
         place = (self.nodes, self.run, self.retention)
         frozen = self.exclude_frozen_parameters
         every = [engine for _, engine in self.engines]
-        self.predicted = preflight.check(every, ranks, *place, weights, frozen)
+        small = partial(beside_all, self.engines, weights=None, tokenizer=self.tokenizer)
+        self.predicted = preflight.check(every, ranks, *place, weights, frozen, small)
 
     def save(
         self,
@@ -134,7 +140,7 @@ class Saver:
                 raise CheckpointError("this Saver is closed; make another one", "output")
             tiers.require_tier(tier, self.kind)
             epoch = (client_state or {}).get("epoch")
-            facts = self.engines.facts(step, tier, metrics, epoch)
+            facts = self.engines.facts(step, self._line(), tier, metrics, epoch)
         flight: Flight | None = None
         commit = Commit(ranks, self.nodes, self.run / tiers.NAMES[tier].format(step), facts)
         try:
@@ -162,6 +168,9 @@ class Saver:
             self.wait()
         self.held = time.monotonic() - self.began
 
+    def _line(self) -> Line:
+        return identity.line_of(self.engines.first, self.run)
+
     def _weights(self, ranks: Ranks) -> Weights | None:
         if self.kind is None:
             return None
@@ -188,19 +197,19 @@ class Saver:
         if facts.tier == "full":
             self.took = time.monotonic() - self.began
         if self.nodes.commits:
-            point(self.run, self.retention)
+            point(self.run, self.retention, flight.commit.line)
             self.pushes.offer(facts.tier, facts.step, flight.commit.final)
-            self._tidy(flight.commit.final)
+            self._tidy(flight.commit)
         if not flight.commit.ranks.rank:
             log.info("committed %s, %.1f s", flight.commit.final, time.monotonic() - self.began)
 
-    def _tidy(self, just: Path) -> None:
+    def _tidy(self, commit: Commit) -> None:
         """Deletes old checkpoints, behind the training's back if saves are there too."""
         if self.background and not self.closed:
             with suppress(RuntimeError):  # the process is ending
-                self.pool.submit(tidy, self.run, self.retention, just)
+                self.pool.submit(tidy, self.run, self.retention, commit.final, commit.line)
                 return
-        tidy(self.run, self.retention, just)
+        tidy(self.run, self.retention, commit.final, commit.line)
 
     def step(
         self,
@@ -258,6 +267,7 @@ class Saver:
         finally:
             self.closed = True
             self.pool.shutdown()  # which waits for old checkpoints to be deleted
+            self.lease.release()
             if self.watch is not None:
                 self.watch.close()
 

@@ -45,7 +45,7 @@ def take(
     preflight.require_room(ranks, commit.nodes, folder, step.heard, weights)
     with ranks.step(), files.named(folder):
         if not ranks.rank:
-            _beside(engines, folder, weights, tokenizer)
+            beside_all(engines, folder, weights, tokenizer)
     if weights is not None and commit.nodes.away:
         send(commit, weights)
         work.weights = None
@@ -81,7 +81,7 @@ def _captured(
     return [state for writer in writers for state in writer.captured]
 
 
-def _beside(engines: Engines, folder: Path, weights: Weights | None, tokenizer: Any) -> None:
+def beside_all(engines: Engines, folder: Path, weights: Weights | None, tokenizer: Any) -> None:
     """``beside`` for each engine, in its own folder."""
     if not engines.several:
         beside(engines.first.module, folder, weights, tokenizer)

@@ -12,12 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckpt.ranks import Ranks
+from ckpt.ranks import Ranks, alive
 from ckpt.runs import engines as recorded
 from ckpt.runs import locks
 from ckpt.runs.run import Checkpoint
-from ckpt.saving import choosing, continuity
-from ckpt.saving.asked import Asked, alive
+from ckpt.saving import choosing, continuity, identity
+from ckpt.saving.asked import Asked
 from ckpt.saving.engines import Engines
 from ckpt.saving.load import Load
 from ckpt.saving.source import Source, State, Topology
@@ -71,6 +71,11 @@ def resume_together(
             client_state.update(clients[0])
         state.set(asked.extra)
     asked.tell(whole, rows, comparing.heard)
+    for _, engine in engines:
+        if options.module_only:
+            identity.begin(engine)
+        else:
+            identity.go_on(engine, found.manifest, whole.step)
     return 0 if options.module_only else whole.step
 
 

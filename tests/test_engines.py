@@ -10,7 +10,7 @@ import pytest
 from engines_worker import SPECS
 from oracles import convert, run, same, torchrun, weights_in
 
-from ckpt.runs import doctor, engines, manifest, slim
+from ckpt.runs import amending, doctor, engines, manifest, slim
 from ckpt.runs.run import Run, open_checkpoint
 from ckpt.runs.verify import verify
 from ckpt.saving.engines import Engines
@@ -91,6 +91,13 @@ def test_what_fails_for_one_of_them_is_told(saved: Path) -> None:
 def test_it_is_mended_and_slimmed_as_a_whole(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "QUIET", 0)
     folder = saved / "back/checkpoint-2"
+    there = open_checkpoint(folder)
+    assert there.manifest is not None
+    states = [name for name in there.manifest.files if name.startswith("critic/global_step2/")]
+    for lost in (*states, "critic/latest", "rng_state_1.state"):
+        assert amending.amendment(replace(there, deleted=(lost,))) is None, lost
+    spare = amending.amendment(replace(there, deleted=("critic/model.safetensors",)))
+    assert spare is not None and "resumable" in spare.what
     (folder / "critic/latest").unlink()
     (finding,) = [
         f

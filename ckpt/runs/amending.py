@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from ckpt.runs import locks, slim
+from ckpt.runs import engines, locks, slim
 from ckpt.runs import manifest as manifests
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.recognition import is_spare
@@ -37,6 +37,8 @@ def amendment(checkpoint: Checkpoint) -> Amendment | None:
     if not any(_is_state(name, held) for name in gone):
         weights = "its weights were deleted" if any(map(is_spare, gone)) else "files were deleted"
         return Amendment(replace(held, files=left), f"resumable, {weights}")
+    if engines.names(held):
+        return None  # each of them would have to be whole in its own way
     kept = {name: file for name, file in left.items() if not _is_state(name, held)}
     weights_left = any(name.endswith((".safetensors", ".bin")) and is_spare(name) for name in kept)
     whole = weights_left and not any(is_spare(name) for name in gone)
@@ -48,8 +50,10 @@ def amendment(checkpoint: Checkpoint) -> Amendment | None:
 
 def _is_state(name: str, held: Manifest) -> bool:
     """Whether a resume needs the file."""
-    inside = name.startswith(f"{held.tag}/")
-    return inside or ("/" not in name and any(fnmatchcase(name, form) for form in _STATE))
+    tags = engines.tags(held)
+    folder, _, last = name.rpartition("/")
+    beside = folder in ("", *tags) and any(fnmatchcase(last, form) for form in _STATE)
+    return beside or any(name.startswith(f"{tag}/") for tag in tags.values())
 
 
 def amend(checkpoint: Checkpoint) -> None:

@@ -3,13 +3,15 @@
 A signal, a file or the end of the launcher only sets a flag. After the next step a rank that has it
 counts itself in and waits, for no longer than a step takes, until all ranks are counted in: then
 that step is the last. So it is where the signal reached all of them, however long a step takes.
-Where some rank has gone on already, the rank that waited names the next step. That one communicates
-and ``due`` waits for the device, so no rank is through it before it is named. The first of both
-words counts (``compare_set``), so that no two ranks stop at different steps.
+Else, if some rank has no flag or has gone on already, the next step is named: by the rank that
+waited, or by one that hears of it without a flag of its own. The next step communicates and ``due``
+waits for the device, so no rank is through it before it is named. The first of both words counts
+(``compare_set``), so that no two ranks stop at different steps.
 """
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import os
@@ -17,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -117,10 +120,11 @@ class Watch:
         self.calls += 1
         self._look()
         try:
-            if self.last is None and self.asked is None and self.store.check(["asked"]):
+            flagged = self.asked is not None
+            if self.last is None and not flagged and self.store.check(["asked"]):
                 self._ask(f"another rank ({self.store.get('asked').decode()})")
             if self.last is None and self.asked is not None:
-                self.last = self._agreed(step, between, min(pace, PATIENCE))
+                self.last = self._agreed(step, flagged and between, min(pace, PATIENCE))
         except dist.DistError as error:
             raise CheckpointError(
                 f"rank {self.rank}: no last save: {stores.lost(error)}", "output"
@@ -138,13 +142,13 @@ class Watch:
         if self.asked is None and (process := self.launcher.ended()) is not None:
             self._ask(f"the end of its launcher, {self.launcher.name} (pid {process.pid})")
 
-    def _agreed(self, step: int, between: bool, patience: float) -> int:
-        """The last step: this one if every rank is here and knows, else the next one."""
+    def _agreed(self, step: int, here: bool, patience: float) -> int:
+        """The last step: this one if every rank was asked and is ``here``, else the next one."""
         self.store.compare_set("asked", "", self.by)
         word = str(step + 1)
-        if between and self.store.add(f"here/{self.calls}", 1) == self.world:
+        if here and self.store.add(f"here/{self.calls}", 1) == self.world:
             word = str(step)  # this rank came last, and all are still here or named the next
-        elif between:
+        elif here:
             self._wait_for_word(patience)
         last = int(self.store.compare_set("last", "", word))
         if not self.rank:
@@ -171,18 +175,18 @@ class Watch:
         return None if deadline is None else deadline - (time.monotonic() - self.asked)
 
     def leave(self) -> None:
-        """Before the process ends with ``EXIT_CODE``: it is not disturbed, and not restarted.
+        """Before the process ends with ``EXIT_CODE``: it is not disturbed then, nor restarted.
 
         torchrun starts ranks anew that exit by themselves (``--max-restarts``), so the first rank
         of a node asks it to end, too.
         """
-        launcher = self.launcher
-        if self.before:
-            for number in self.before:
-                signal.signal(number, signal.SIG_IGN)
-            self.before = {}
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        if launcher.elastic and launcher.restarts and first and launcher.ended() is None:
+        launcher, numbers = self.launcher, list(self.before)
+        self.close()
+        atexit.register(_ignore, numbers)
+        if not (launcher.elastic and launcher.restarts and launcher.ended() is None):
+            return
+        _ignore(numbers)  # torchrun passes on what it is sent
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             for process in launcher.processes[:1]:
                 log.info("asking %s to end as well: it would restart the ranks", launcher.name)
                 os.kill(process.pid, signal.SIGTERM)
@@ -193,6 +197,11 @@ class Watch:
             if signal.getsignal(number) == self._told:  # nobody took it over meanwhile
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self.before = {}
+
+
+def _ignore(numbers: Sequence[int]) -> None:
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def share(ranks: Ranks, left: float | None, took: float | None) -> list[float | None]:

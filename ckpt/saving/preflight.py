@@ -22,27 +22,37 @@ from ckpt.runs.retention import Retention
 from ckpt.runs.run import bytes_under
 from ckpt.saving import extras, first_step, trials, zips
 from ckpt.saving.nodes import Nodes
+from ckpt.saving.records import ALIGNMENT
 from ckpt.saving.weights import Weights
 from converters import files
 from converters.errors import CheckpointError
 
 Beside = Callable[[Path], object]  # writes what a save writes beside the states, on rank 0
+EXTRA_RECORDS = 5  # of a file of torch.save, beside the pickle and the storages
+STOCK = 64  # the alignment of torch.save
 log = logging.getLogger("ckpt")
 
 
-def predicted(engine: Any, exclude_frozen_parameters: bool = False) -> int:
+def predicted(
+    engine: Any, exclude_frozen_parameters: bool = False, alignment: int = ALIGNMENT
+) -> int:
     """Bytes of this rank's state files, from what the engine would hand over now.
 
-    Before the first step, with what the optimizer will keep after it (``first_step``).
+    Before the first step, with what the optimizer will keep after it (``first_step``). In the files
+    the values begin at multiples of ``alignment``.
     """
+    sizes: list[int] = []  # of storages
+    total = 0
     with first_step.stepped(engine.optimizer) as ahead:
         state = _states(engine, exclude_frozen_parameters)
-        total = sum(zips.capture(part).size(Path(name)) for name, part in state.items())
+        for part in map(zips.capture, state.values()):
+            total += len(part.pickle) + zips.record_size(0, alignment) * EXTRA_RECORDS
+            sizes += part.sizes
         if "optimizer" in state or "optimizer" in state.get("module", {}):
-            total += sum(zips.record_size(tensor.nbytes) for tensor in ahead)
+            sizes += [tensor.nbytes for tensor in ahead]
     if not exclude_frozen_parameters:
-        total += sum(zips.record_size(held.nbytes) for held in _fragments(engine) if not _here(held))
-    return total + _swapped(engine)
+        sizes += [held.nbytes for held in _fragments(engine) if not _here(held)]
+    return total + sum(zips.record_size(size, alignment) for size in sizes) + _swapped(engine)
 
 
 def _states(engine: Any, exclude_frozen_parameters: bool) -> dict[str, Any]:
@@ -103,19 +113,21 @@ def check(
     exclude_frozen_parameters: bool = False,
     beside: Beside | None = None,
     full: bool = True,
+    alignment: int = ALIGNMENT,
 ) -> int:
     """Raises ``CheckpointError`` on every rank if a save would fail; every rank calls it.
 
-    ``beside`` writes what lies beside the states, on rank 0. Without ``full`` saves have no states.
+    ``beside`` writes what lies beside the states, on rank 0. Without ``full`` saves have no states,
+    else their files have this ``alignment``.
     Returns the bytes of one save, in this rank's folder.
     """
     with ExitStack() as stack:
         with ranks.step() as step:
-            mine = predicted(engine, exclude_frozen_parameters) if full else 0
+            mine = predicted(engine, exclude_frozen_parameters, alignment) if full else 0
             trial = stack.enter_context(trials.opened(run, ranks.rank))
             place = trials.examine(trial, engine.module.parameters())
-            mine += _small(trial, ranks.rank, beside)
-            if engine.save_zero_checkpoint and not ranks.rank:
+            mine += _small(trial, ranks.rank, beside, full)
+            if full and engine.save_zero_checkpoint and not ranks.rank:
                 mine += os.path.getsize(zero_to_fp32.__file__)  # DeepSpeed copies it
             _ask(trial, mine)
             step.value = [nodes.folder, mine, trial.name, place.part]
@@ -133,11 +145,12 @@ def check(
     return save
 
 
-def _small(trial: Path, rank: int, beside: Beside | None) -> int:
+def _small(trial: Path, rank: int, beside: Beside | None, full: bool) -> int:
     """Bytes of what lies beside the states: random states, configuration, tokenizer."""
     folder = trial / "beside"
     folder.mkdir()
-    extras.write(folder, rank, None)
+    if full:
+        extras.write(folder, rank, None)
     if not rank and beside is not None:
         beside(folder)
     return bytes_under(folder)

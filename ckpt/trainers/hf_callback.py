@@ -37,6 +37,7 @@ from ckpt.trainers.hf_state import (
     Room,
     Shown,
     evaluated,
+    excludes_frozen,
     is_new_best,
     publish_beside,
     require_known,
@@ -110,7 +111,8 @@ class CheckpointCallback(TrainerCallback):
             small = partial(save_beside, SimpleNamespace(**seen))
             full = not args.save_only_model
             place = (self.nodes, self.run, keep, cast(Any, self.room))
-            preflight.check(engine, ranks, *place, beside=small, full=full)
+            frozen = excludes_frozen(engine.module)
+            preflight.check(engine, ranks, *place, frozen, small, full, preflight.STOCK)
         self.stop = Stop(self.preemption, self.timeout)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
@@ -180,7 +182,10 @@ class CheckpointCallback(TrainerCallback):
         ranks = Ranks("save", self.timeout)
         with ranks.step() as step:
             engine = _shown(state, seen, ranks.rank)
-            states = 0 if args.save_only_model else preflight.predicted(engine)
+            states = 0
+            if not args.save_only_model:
+                frozen = excludes_frozen(engine.module)
+                states = preflight.predicted(engine, frozen, preflight.STOCK)
             step.value = [self.nodes.folder, states]
         folder, room = self._folder(state), cast(Any, self.room)
         preflight.require_room(ranks, self.nodes, folder, step.heard, room)

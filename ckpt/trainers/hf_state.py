@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ckpt import renaming
 from ckpt.live.job import save_config
 from ckpt.runs import locks
@@ -123,8 +125,17 @@ def room_for(module: Any, gathered: bool) -> Room:
     peft = hasattr(module, "peft_config")
     if not gathered and not peft:
         return Room(0)
-    parameters = (p for p in module.parameters() if p.requires_grad or not peft)
-    return Room(sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters))
+    written = [p for p in module.parameters() if p.requires_grad or not peft]
+    if not peft and not any(hasattr(p, "ds_numel") for p in written):
+        # tied ones twice: they are copied first, one by one (accelerate 1.15 ``get_state_dict``)
+        held = module.state_dict(keep_vars=True).values()
+        written = [value for value in held if isinstance(value, torch.Tensor)]
+    return Room(sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in written))
+
+
+def excludes_frozen(module: Any) -> bool:
+    """Whether the Trainer has DeepSpeed leave out frozen parameters: those of PEFT's models."""
+    return hasattr(module, "peft_config")
 
 
 def save_beside(seen: Any, folder: Path) -> None:

@@ -27,7 +27,7 @@ from ckpt.saving.weights import Weights
 from converters import files
 from converters.errors import CheckpointError
 
-Beside = Callable[[Path], object]  # writes what a save writes beside the states, on rank 0
+Beside = Callable[[Path, int], object]  # writes what a rank writes beside the states
 EXTRA_RECORDS = 5  # of a file of torch.save, beside the pickle and the storages
 STOCK = 64  # the alignment of torch.save
 log = logging.getLogger("ckpt")
@@ -59,11 +59,10 @@ def _states(engine: Any, exclude_frozen_parameters: bool) -> dict[str, Any]:
     """What goes into this rank's files, by the kind of file."""
     state: dict[str, Any] = {}
     if engine.save_non_zero_checkpoint:
-        frozen = [p for p in engine.module.parameters() if not p.requires_grad]
-        without = {id(p) for p in frozen} if exclude_frozen_parameters else set()
+        frozen = {name for name, p in engine.module.named_parameters() if not p.requires_grad}
+        without = frozen if exclude_frozen_parameters else set()
         named = engine.module.state_dict(keep_vars=True)
-        kept = {name: held for name, held in named.items() if id(held) not in without}
-        state["module"] = {name: _placed(held) for name, held in kept.items()}
+        state["module"] = {name: _placed(p) for name, p in named.items() if name not in without}
         if not exclude_frozen_parameters:
             state["module"][""] = [held for held in _fragments(engine) if _here(held)]
         if engine.optimizer is not None and not engine.zero_optimization():
@@ -117,7 +116,7 @@ def check(
 ) -> int:
     """Raises ``CheckpointError`` on every rank if a save would fail; every rank calls it.
 
-    ``beside`` writes what lies beside the states, on rank 0. Without ``full`` saves have no states,
+    ``beside`` writes what lies beside the states. Without ``full`` saves have no states,
     else their files have this ``alignment``.
     Returns the bytes of one save, in this rank's folder.
     """
@@ -151,8 +150,8 @@ def _small(trial: Path, rank: int, beside: Beside | None, full: bool) -> int:
     folder.mkdir()
     if full:
         extras.write(folder, rank, None)
-    if not rank and beside is not None:
-        beside(folder)
+    if beside is not None:
+        beside(folder, rank)
     return bytes_under(folder)
 
 

@@ -108,8 +108,12 @@ class Saver:
             weights = self._weights(ranks)
         place = (self.nodes, self.run, self.retention)
         frozen = self.exclude_frozen_parameters
-        small = partial(beside, self.engine.module, weights=None, tokenizer=self.tokenizer)
-        self.predicted = preflight.check(self.engine, ranks, *place, weights, frozen, small)
+        check = partial(preflight.check, self.engine, ranks, *place, weights, frozen)
+        self.predicted = check(self._beside)
+
+    def _beside(self, folder: Path, rank: int) -> None:
+        if not rank:
+            beside(self.engine.module, folder, None, self.tokenizer)
 
     def save(
         self,

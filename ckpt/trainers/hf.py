@@ -128,7 +128,8 @@ class CommittedCheckpoints(MappedCheckpoints):
         place = self._place(ranks, run)
         if self.preflight:
             keep = retention_of(self.retention, self.args, self._limit)
-            small, full = partial(save_beside, self), not self.args.save_only_model
+            small = partial(save_beside, engine.module, self.processing_class, self.args)
+            full = not self.args.save_only_model
             room = cast(Any, self._room)
             frozen = excludes_frozen(engine.module)
             preflight.check(engine, ranks, place, run, keep, room, frozen, small, full)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 from accelerate.state import AcceleratorState
@@ -108,7 +107,7 @@ class CheckpointCallback(TrainerCallback):
             gather = engine.stage < 3 or zero.get("stage3_gather_16bit_weights_on_model_save")
             self.room = room_for(engine.module, bool(gather))
             keep = retention_of(self.retention, args, self.limit)
-            small = partial(save_beside, SimpleNamespace(**seen))
+            small = partial(save_beside, engine.module, seen.get("processing_class"), args)
             full = not args.save_only_model
             place = (self.nodes, self.run, keep, cast(Any, self.room))
             frozen = excludes_frozen(engine.module)

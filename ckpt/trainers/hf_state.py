@@ -7,12 +7,14 @@ Source: transformers 5.23 ``trainer.py`` (``_determine_best_metric``, ``_finaliz
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from ckpt import renaming
@@ -138,13 +140,20 @@ def excludes_frozen(module: Any) -> bool:
     return hasattr(module, "peft_config")
 
 
-def save_beside(seen: Any, folder: Path) -> None:
-    """The configuration and the tokenizer that the Trainer writes into a checkpoint.
-
-    ``seen`` has them as ``model`` and ``processing_class``.
-    """
-    save_config(seen.model, folder, None)
-    processing = getattr(seen, "processing_class", None)
+def save_beside(model: Any, processing: Any, args: Any, folder: Path, rank: int) -> None:
+    """What the Trainer writes beside weights and states: each rank its random states, rank 0 the
+    configuration, the tokenizer and the arguments."""
+    if not args.save_only_model:
+        states = {"python": random.getstate(), "numpy": numpy.random.get_state()}
+        torch.save({**states, "cpu": torch.get_rng_state()}, folder / f"rng_state_{rank}.pth")
+    if rank:
+        return
+    torch.save(args, folder / "training_args.bin")
+    if hasattr(model, "peft_config"):
+        for config in model.peft_config.values():
+            config.save_pretrained(folder)
+    else:
+        save_config(model, folder, None)
     if processing is not None:
         processing.save_pretrained(folder)
 

@@ -48,6 +48,7 @@ from ckpt.trainers.hf_resume import ResumeCallback
 from ckpt.trainers.hf_state import (
     Room,
     evaluated,
+    excludes_frozen,
     leaves_out_weights,
     lift,
     publish_beside,
@@ -138,9 +139,11 @@ class CommittedCheckpoints(MappedCheckpoints):
             identity.warn_of_others(run, line)
         if self.preflight:
             keep = retention_of(self.retention, self.args, self._limit)
-            small, full = partial(save_beside, self), not self.args.save_only_model
+            small = partial(save_beside, engine.module, self.processing_class, self.args)
+            full = not self.args.save_only_model
             room = cast(Any, self._room)
-            preflight.check(engine, ranks, place, run, keep, room, beside=small, full=full)
+            frozen = excludes_frozen(engine.module)
+            preflight.check(engine, ranks, place, run, keep, room, frozen, small, full)
         self._stop = Stop(self.preemption, self.timeout)
 
     def _end(self) -> None:
@@ -204,7 +207,9 @@ class CommittedCheckpoints(MappedCheckpoints):
         ranks, room = commit.ranks, cast(Any, self._room)
         with committed(commit) as staging:
             with ranks.step() as step:
-                states = preflight.predicted(self._engine()) if commit.facts.tag else 0
+                engine, full = self._engine(), commit.facts.tag is not None
+                frozen = excludes_frozen(engine.module)
+                states = preflight.predicted(engine, frozen) if full else 0
                 step.value = [commit.nodes.folder, states]
             preflight.require_room(ranks, commit.nodes, staging, step.heard, room)
             inner = staging / commit.final.name

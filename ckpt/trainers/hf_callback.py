@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 from accelerate.state import AcceleratorState
@@ -41,6 +40,7 @@ from ckpt.trainers.hf_state import (
     Room,
     Shown,
     evaluated,
+    excludes_frozen,
     is_new_best,
     publish_beside,
     require_known,
@@ -122,10 +122,11 @@ class CheckpointCallback(TrainerCallback):
             gather = engine.stage < 3 or zero.get("stage3_gather_16bit_weights_on_model_save")
             self.room = room_for(engine.module, bool(gather))
             keep = retention_of(self.retention, args, self.limit)
-            small = partial(save_beside, SimpleNamespace(**seen))
+            small = partial(save_beside, engine.module, seen.get("processing_class"), args)
             full = not args.save_only_model
             place = (self.nodes, self.run, keep, cast(Any, self.room))
-            preflight.check(engine, ranks, *place, beside=small, full=full)
+            frozen = excludes_frozen(engine.module)
+            preflight.check(engine, ranks, *place, frozen, small, full, preflight.STOCK)
         self.stop = Stop(self.preemption, self.timeout)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
@@ -200,7 +201,10 @@ class CheckpointCallback(TrainerCallback):
         ranks = Ranks("save", self.timeout)
         with ranks.step() as step:
             engine = _shown(state, seen, ranks.rank)
-            states = 0 if args.save_only_model else preflight.predicted(engine)
+            states = 0
+            if not args.save_only_model:
+                frozen = excludes_frozen(engine.module)
+                states = preflight.predicted(engine, frozen, preflight.STOCK)
             step.value = [self.nodes.folder, states]
         folder, room = self._folder(state), cast(Any, self.room)
         preflight.require_room(ranks, self.nodes, folder, step.heard, room)

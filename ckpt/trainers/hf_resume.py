@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.completeness import has_tag
 from ckpt.saving import choosing, continuity, rng
-from ckpt.saving.asked import Asked
+from ckpt.saving.asked import Asked, committed
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.progress import progress
@@ -72,6 +72,8 @@ class ResumeCallback(TrainerCallback):
         asked.require_same([state.global_step])
         options = (self.verify, self.load_foreign)
         found = choosing.choose(ranks, path, tag, *options, lambda m: m.world_size == ranks.world)
+        if found is not None:
+            found = committed(ranks, found)
         with ranks.step() as step:
             if found is None:
                 raise CheckpointError(f"{path} holds no checkpoint to compare with", "incomplete")

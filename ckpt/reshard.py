@@ -17,7 +17,7 @@ from ckpt.rewriting import describe as describe
 from ckpt.rewriting import run as run
 from converters import muon, reshard, zero
 from converters.errors import CheckpointError
-from converters.optimizer_trees import Target
+from converters.optimizer_trees import SUB_GROUP, Target
 
 
 def prepare(
@@ -39,7 +39,8 @@ def prepare(
     """
     source = zero.read(checkpoint, tag)
     target = reshard.target(source, stage, world_size, sub_group_size, zero_init)
-    if (target.stage, target.world_size) == (source.stage, source.world_size):
+    same = (target.stage, target.world_size) == (source.stage, source.world_size)
+    if same and (target.stage < 3 or target.sub_group_size == _sub_group_size(source)):
         raise CheckpointError(
             f"{source.place.folder} is of stage {source.stage} for {source.world_size} ranks "
             "already; load it as it is",
@@ -62,6 +63,12 @@ def prepare(
         notes.append(f"not copied: {', '.join(left)}")
     place, folder = Path(os.path.abspath(output)), reshard.tag_folder(source)
     return Rewriting(source, target, plan, place, folder, companions, tuple(notes))
+
+
+def _sub_group_size(source: zero.Checkpoint) -> int:
+    """What the run of a checkpoint of stage 3 was configured with."""
+    found = source.model.setting("zero_optimization", "sub_group_size")
+    return int(found) if isinstance(found, (int, float)) else SUB_GROUP
 
 
 def notes_on(source: zero.Checkpoint, target: Target) -> Iterator[str]:

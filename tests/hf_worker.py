@@ -112,6 +112,7 @@ def make(
     """A Trainer of a tiny Llama with dropout, the same at every call."""
     AcceleratorState._reset_state(True)
     zero, callbacks = more.pop("zero", {}), more.pop("callbacks", [])
+    deepspeed = more.pop("deepspeed", None) or config(stage, **zero)
     heard = Heard()
     options: dict[str, Any] = {
         "max_steps": STEPS,
@@ -129,7 +130,7 @@ def make(
         "seed": 1234,
         **more,
     }
-    args = hf.TrainingArguments(output_dir=str(out), deepspeed=config(stage, **zero), **options)
+    args = hf.TrainingArguments(output_dir=str(out), deepspeed=deepspeed, **options)
     llama = tiny_llama(max_position_embeddings=32, attention_dropout=0.1, tie_word_embeddings=True)
     llama.hidden_size = hidden
     torch.manual_seed(1234)

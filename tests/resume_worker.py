@@ -493,14 +493,14 @@ def hugging_face(out: Path, again: bool) -> None:
             trainer.train()
             tell(out, run.name, [heard.losses, straight])
             continue
-        kind, loaded = (Mapping, []) if stage > 1 else (hf.Trainer, None)
+        kind, loaded = Mapping if stage > 1 else hf.Trainer, list[str]()
         trainer, heard = make(kind, run, stage, callbacks=[ResumeCallback()], **steps)
         before, (losses, ends) = told(out, run.name)
         found = ckpt.find(run)
         assert found == str(run / f"checkpoint-{HALF}"), found
         with noting(loaded):
             trainer.train(resume_from_checkpoint=found)
-        assert loaded is None or len(set(loaded)) == 2, loaded
+        assert len(set(loaded)) == 2, loaded
         assert str(run) not in Path("/proc/self/maps").read_text(), "they still are"
         assert heard.start == HALF
         assert before + heard.losses == losses, (before, heard.losses, losses)
@@ -518,12 +518,11 @@ def hugging_face(out: Path, again: bool) -> None:
 
 
 @contextmanager
-def noting(paths: list[str] | None) -> Iterator[None]:
+def noting(paths: list[str]) -> Iterator[None]:
     """Notes the files that are mapped instead of read."""
     load = reading.Mapped.load
 
     def noted(self: Any, path: str, map_location: Any = None) -> Any:
-        assert paths is not None
         paths.append(path)
         return load(self, path, map_location)
 

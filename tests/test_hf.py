@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import ckpt
 from ckpt import Retention
 from ckpt.runs import manifest
+from ckpt.runs.lineage import Line
 from ckpt.runs.run import Run
 from ckpt.runs.verify import chosen
 from ckpt.saving import rng
@@ -234,7 +235,8 @@ def test_the_trainers_best_stays_though_a_later_one_is_as_good(tmp_path: Path) -
     for step in (2, 4, 6, 8):
         small(tmp_path, step, {"eval_loss": 1.0 if step in (2, 4) else 5.0})
     keep = Retention(last=1, best=("eval_loss", "min", 1))
-    publish_beside(tmp_path, keep, [str(tmp_path / "checkpoint-2"), None, str(tmp_path / "gone")])
+    best = [str(tmp_path / "checkpoint-2"), None, str(tmp_path / "gone")]
+    publish_beside(tmp_path, keep, best, tmp_path / "checkpoint-8", Line(None, ""))
     assert [c.step for c in Run(tmp_path).checkpoints()] == [2, 4, 8]
 
 

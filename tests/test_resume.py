@@ -38,7 +38,7 @@ def test_a_resumed_training_is_the_undisturbed_one_in_every_bit(tmp_path: Path) 
     said = torchrun(WORKER, tmp_path, "alone", ranks=1, limit=LIMIT)
     error, other = (text for text, _ in json.loads((tmp_path / "alone-0.json").read_text()))
     folder = tmp_path / "zero1/fore/checkpoint-5"
-    command = f"ckpt reshard {folder} --world-size 1 --stage 1 -o {folder}-z1-w1"
+    command = f"ckpt reshard {folder} --world-size 1 --stage 1 -o {folder}-w1"
     assert (
         f"of 2 ranks with ZeRO stage 1, this training has 1 with stage 1; run: {command}" in error
     )

@@ -18,6 +18,7 @@ from accelerate.utils import DeepSpeedPlugin, ProjectConfiguration
 from fixture_specs import tiny_llama
 
 from ckpt import live
+from ckpt.runs.lease_file import NAME
 from ckpt.runs.retention import Retention
 from ckpt.trainers.accelerate import save_state
 from converters.errors import CheckpointError
@@ -43,11 +44,11 @@ class Counter:
 class Training:
     """A tiny Llama with dropout and tied embeddings, and a counter, the same at every start."""
 
-    def __init__(self, out: Path, stage: int) -> None:
+    def __init__(self, out: Path, stage: int, bf16: bool = True) -> None:
         AcceleratorState._reset_state()
         config = {
             "train_micro_batch_size_per_gpu": 2,
-            "bf16": {"enabled": True},
+            "bf16": {"enabled": bf16},
             "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 10},
             "zero_force_ds_cpu_optimizer": False,
@@ -81,8 +82,9 @@ class Training:
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    """The bytes of all files under a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """The bytes of all files under a folder, but for the lease, whose beat goes on."""
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.name != NAME]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
 
 
 def failing(training: Training, out: Path) -> str:

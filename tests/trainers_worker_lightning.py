@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.utils.data import DataLoader
 
+import ckpt
 from ckpt import live
 from ckpt.runs import locks
 from ckpt.runs.pruning import pin
@@ -117,11 +118,12 @@ def fit(
     callbacks: list[Any],
     kind: Any = Strategy,
     start: Any = None,
+    precision: str = "bf16-true",
     **options: Any,
 ) -> Small:
     """Trains to the end of an epoch, from ``start`` on if given."""
     config = {
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": precision == "bf16-true"},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 10},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -130,7 +132,7 @@ def fit(
     trainer = Trainer(
         accelerator="cpu",
         devices=RANKS,
-        precision="bf16-true",
+        precision=precision,
         strategy=kind(config=config, **options),
         default_root_dir=folder,
         max_epochs=epochs,
@@ -212,6 +214,37 @@ def turns(out: Path) -> None:
     different = run / f"step={2 + 2 * dist.get_rank()}.ckpt"
     told["different"] = refused(out, 2, 3, [], start=different)
     (out / f"told{dist.get_rank()}.json").write_text(json.dumps(told))
+
+
+class Begins(Callback):
+    """Requires that a training begins with the fp32 weights of a checkpoint."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.expected = {name: value.clone() for name, value in ckpt.open(checkpoint).items()}
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        found = live.fp32_state_dict(trainer.strategy.deepspeed_engine, None)
+        assert found is not None and found.keys() == self.expected.keys()
+        for name, value in found.items():
+            assert torch.equal(value, self.expected[name]), name
+
+
+def leaves(out: Path) -> None:
+    """A run of stage 2, to go on with on other ranks."""
+    fit(out, 2, 1, [steps(out / "out")])
+
+
+def goes_on(out: Path) -> None:
+    """Resumes it on these ranks: said, resharded, and in another precision."""
+    start = out / "out" / "step=4.ckpt"
+    begins, options = [Begins(start)], {"start": start}
+    told = refused(out, 3, 2, begins, **options)
+    for stage in (3, 3, 2):
+        module = fit(out, stage, 2, begins, reshard="auto", **options)
+        assert len(module.losses) == 4
+    fit(out, 2, 2, begins, reshard="auto", precision="32-true", **options)
+    names = sorted(path.name for path in start.parent.glob("step=4*"))
+    (out / "told.json").write_text(json.dumps([told, names]))
 
 
 def dies(out: Path, stage: int) -> None:

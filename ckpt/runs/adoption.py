@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import __version__
-from ckpt.runs import completeness, intact, liveness, manifest
+from ckpt.runs import completeness, intact, liveness, manifest, succession
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Checkpoint, Run, open_checkpoint
 from converters import files, zero
@@ -56,6 +56,7 @@ def commit(folder: Path, data: bool = True) -> Manifest:
     names = _names(folder)
     for name in names:
         intact.require_file(folder / name)
+    line = succession.line_after(folder, proof.step)
     held = Manifest(
         step=proof.step,
         tag=source.place.tag,
@@ -67,6 +68,8 @@ def commit(folder: Path, data: bool = True) -> Manifest:
         versions={"ckpt": __version__} | ({"deepspeed": source.version} if source.version else {}),
         metrics=_metrics(state),
         files={name: manifest.digest(folder / name) for name in names},
+        run=line.run if line else None,
+        line=line.at(proof.step) if line else (),
     )
     if wrong := manifest.check(folder, held, data):
         raise CheckpointError(f"{folder} is damaged: {wrong[0]}")
@@ -101,10 +104,6 @@ def _metrics(state: dict[str, Any]) -> dict[str, float]:
 def _sync(folder: Path, names: list[str]) -> None:
     """Makes files durable that were written without an fsync."""
     for name in names:
-        fd = os.open(folder / name, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        files.sync_file(folder / name)
     for inner, _, _ in os.walk(folder):
         files.sync_folder(Path(inner))

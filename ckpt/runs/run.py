@@ -10,11 +10,13 @@ out/
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckpt.runs import lineage
 from ckpt.runs import manifest as manifests
+from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, is_spare, step_in
 from converters import files
@@ -29,6 +31,8 @@ __all__ = [
     "is_numbered",
     "is_run",
     "leading",
+    "members",
+    "of_line",
     "open_checkpoint",
     "order",
     "require_checkpoint",
@@ -193,9 +197,12 @@ class Run:
         return sorted(found, key=order)
 
     def newest(self, tier: str | None = "full") -> Checkpoint | None:
-        """The committed one of the highest step; ``tier=None`` takes any. Looks at sizes only."""
-        fitting = (c for c in self.checkpoints() if c.committed and tier in (None, c.tier))
-        return max(fitting, key=order, default=None)
+        """The committed one of the highest step in the line that saved last (``lineage``).
+
+        ``tier=None`` takes any. Looks at sizes only.
+        """
+        ordered = members(self.checkpoints())
+        return next((c for c in reversed(ordered) if tier in (None, c.tier)), None)
 
     def target(self, name: str = "latest") -> str | None:
         """The text of a pointer; ``None`` if there is no such file."""
@@ -256,10 +263,31 @@ class Run:
         return named[0]
 
 
-def leading(committed: Sequence[Checkpoint]) -> Checkpoint | None:
-    """What ``latest`` names: the newest full one, else the newest; of those in ``order``."""
-    full = [checkpoint for checkpoint in committed if checkpoint.tier == "full"]
-    return next(reversed(full or committed), None)
+def members(checkpoints: Iterable[Checkpoint], line: Line | None = None) -> list[Checkpoint]:
+    """The committed ones of a line, in ``order``; as ``of_line``."""
+    return [checkpoint for checkpoint in of_line(checkpoints, line) if checkpoint.committed]
+
+
+def of_line(checkpoints: Iterable[Checkpoint], line: Line | None = None) -> list[Checkpoint]:
+    """Those with a manifest of a line, in ``order``; without one, of the line that saved last.
+
+    Give it all checkpoints of a folder: one that was damaged since still tells who saved last.
+    """
+    recorded = [c for c in checkpoints if c.manifest is not None]
+    line = line or lineage.current(c.manifest for c in recorded if c.manifest)
+
+    return sorted((c for c in recorded if line and c.manifest and line.has(c.manifest)), key=order)
+
+
+def leading(checkpoints: Iterable[Checkpoint], line: Line | None = None) -> Checkpoint | None:
+    """What ``latest`` names: the newest full one of a line, else the newest of it.
+
+    As ``members``: give it all checkpoints of a folder.
+    """
+    ordered = members(checkpoints, line)
+    full = [checkpoint for checkpoint in ordered if checkpoint.tier == "full"]
+
+    return next(reversed(full or ordered), None)
 
 
 def order(checkpoint: Checkpoint) -> tuple[int, float, str]:

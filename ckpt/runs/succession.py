@@ -15,7 +15,8 @@ from typing import Literal
 
 from ckpt.runs import completeness, liveness
 from ckpt.runs.completeness import History, Proof
-from ckpt.runs.run import Checkpoint
+from ckpt.runs.lineage import Line
+from ckpt.runs.run import Checkpoint, Run, members
 from converters import zero
 from converters.errors import CheckpointError
 
@@ -50,6 +51,18 @@ def relate(committed: Checkpoint, proof: Proof) -> Succession:
         return Succession("apart", why)
     differs = _history_differs(folder, before, proof) or _shapes_differ(committed, proof)
     return Succession("follows") if differs is None else Succession("other", differs)
+
+
+def line_after(folder: Path, step: int) -> Line | None:
+    """The line that goes on through a checkpoint of ``step`` written without ckpt.
+
+    ``None`` if no committed one beside it is older, by its step and by its time.
+    """
+    before = [c for c in members(Run(folder.parent).checkpoints()) if (c.step or 0) <= step]
+    base = before[-1].manifest if before else None
+    if base is None or liveness.written(folder) < base.created:
+        return None
+    return Line.go_on(base, base.step)
 
 
 def _history_differs(folder: Path, before: History | None, proof: Proof) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt.runs import locks, manifest
+from ckpt.runs import engines, locks, manifest
 from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.run import Checkpoint, Run, is_checkpoint, is_run, open_checkpoint, spelt
 from converters.errors import CheckpointError
@@ -79,9 +79,10 @@ def verify(checkpoint: Checkpoint, data: bool = False, progress: Progress = quie
         if checkpoint.lacks is not None:
             proven.append("what was deleted is needed by no resume; ckpt doctor RUN --fix")
         if held.tier == "full" and held.nodes == 1:
-            said, wrong = states(checkpoint.folder, held.tag)
-            proven += [said] if said else []
-            problems += [wrong] if wrong else []
+            for name, tag in engines.tags(held).items():
+                said, wrong = states(checkpoint.folder, tag)
+                proven += [f"{name}: {said}" if name else said] if said else []
+                problems += [wrong] if wrong else []
     if held.nodes > 1:
         proven.append(f"the part of node {held.node} of {held.nodes}; ckpt collect joins them")
     return Verdict(checkpoint, tuple(problems), tuple(proven), data)

@@ -5,25 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
-from typing import Any, Literal
+from typing import Any
 
-import torch.distributed as dist
-
-from ckpt import rewriting
-from ckpt.ranks import Ranks
-from ckpt.rewriting import Rewriting
+from ckpt.ranks import Ranks, alive
 from ckpt.runs import adoption, locks
 from ckpt.runs import manifest as manifests
 from ckpt.runs.run import Checkpoint, is_numbered, open_checkpoint
-from ckpt.saving import choosing, continuity, reading, turns
+from ckpt.saving import choosing, continuity, reading, topology, turns
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
-from ckpt.saving.source import Source, State, Topology
+from ckpt.saving.layout import Layout
+from ckpt.saving.source import Source, State
+from ckpt.saving.topology import Reshard
 from ckpt.saving.turns import Need, Turn
 from converters import files
 from converters.errors import CheckpointError
@@ -43,15 +40,14 @@ class Asked:
     verify: Thorough
     on_mismatch: OnMismatch
     load_foreign: bool = False
-    reshard: Literal["auto"] | None = None
+    reshard: Reshard = None
     memory: str | int | None = None
 
     def require_same(self, more: Sequence[Any] = ()) -> None:
         """``CheckpointError`` on every rank unless all ask for the same, and it is known."""
         with self.ranks.step() as step:
             continuity.require_known(self.on_mismatch)
-            if self.reshard not in (None, "auto"):
-                raise CheckpointError(f"reshard={self.reshard!r}, expected None or auto", "refused")
+            topology.require_known(self.reshard)
             step.value = [self.path.name, self.tag, sorted(self.extra or {}), *more]
         with self.ranks.step():
             for rank, what in enumerate(step.heard):
@@ -65,8 +61,8 @@ class Asked:
     def choose(self, engine: Any, stack: ExitStack) -> Source | None:
         """What to load, kept from being deleted while ``stack`` is open; ``None``: nothing yet."""
         ranks = self.ranks
-        wanted = Topology(int(engine.zero_optimization_stage()), ranks.world)
-        options = (self.tag, self.verify, self.load_foreign, wanted.fits)
+        layout = Layout.of_engine(engine, ranks.world)
+        options = (self.tag, self.verify, self.load_foreign, layout.topology.fits)
         found = choosing.choose(ranks, self.path, *options)
         if found is None:
             if not ranks.rank:
@@ -80,53 +76,11 @@ class Asked:
             source = Source.of(found, self.tag)
         if not ranks.rank:
             print(f"ckpt: going on from {source.said(self.verify)}", file=sys.stderr, flush=True)
-        if source.topology.loads_as(wanted):
-            return source
-        with ranks.step() as made:
-            if not ranks.rank:
-                settings = _stage3(engine) if wanted.stage == 3 else {}
-                made.value = str(self._resharded(source, wanted, settings))
-        with ranks.step():
-            folder = Path(made.heard[0])
-            stack.enter_context(locks.reading(folder))
-            return Source.of(open_checkpoint(folder), source.tag)
-
-    def _resharded(self, source: Source, wanted: Topology, settings: Mapping[str, Any]) -> Path:
-        """Where the source is for this topology, made if need be and asked for; on rank 0.
-
-        ``settings`` are those of the engine that the layout depends on.
-        """
-        there = source.topology
-        what = (
-            f"{source.folder} is of {there.world_size} ranks with ZeRO stage {there.stage}, this "
-            f"training has {wanted.world_size} with stage {wanted.stage}"
-        )
-        if not there.stage or not wanted.stage:
-            raise CheckpointError(
-                f"{what}; only stages 1 to 3 can be resharded: set zero_optimization.stage to "
-                f"{there.stage}",
-                "unsupported",
-            )
-        if self.reshard is None:
-            changed = settings if there.stage != wanted.stage else {}
-            output = source.folder.with_name(
-                f"{source.folder.name}-z{wanted.stage}-w{wanted.world_size}"
-            )
-            raise CheckpointError(
-                f"{what}; run: ckpt reshard {source.folder} --world-size {wanted.world_size} "
-                f"--stage {wanted.stage}{_options(changed)} -o {output}; or pass "
-                'reshard="auto"',
-                "unsupported",
-            )
-        from ckpt import reshard
-
-        options: dict[str, Any] = {"stage": wanted.stage, "tag": source.tag}
-        planned = reshard.prepare(source.folder, wanted.world_size, **settings, **options)
-        if not _is_made_of(source, planned):
-            print(f"ckpt: {what}: resharding to {planned.output}", file=sys.stderr, flush=True)
-            with alive(self.ranks):
-                reshard.run(planned)
-        return planned.output
+        loadable = topology.fitting(ranks, source, layout, self.reshard)
+        if loadable is not source:
+            with ranks.step():
+                stack.enter_context(locks.reading(loadable.folder))
+        return loadable
 
     def prepare(self, engine: Any, source: Source, everything: bool = True) -> tuple[State, Turn]:
         """This rank's own state, of ``everything`` that was saved, or of nothing; when it may load.
@@ -144,17 +98,23 @@ class Asked:
             need = reading.need(engine, paths)
             there = turns.there(self.memory)
             needs.value = [os.environ.get("GROUP_RANK", "0"), need.reads, need.keeps, there]
-            state = State.read(source, self.ranks.rank) if everything else State.none()
-            lost = state.lost(self.extra)
-            if lost and self.on_mismatch == "error" and source.progress:  # ckpt saved it
-                raise CheckpointError(f"{source.folder}: {lost[0]}", "incomplete")
-            for line in lost:
-                log.warning("%s: %s", source.folder, line)
+            state = self.state(source) if everything else State.none()
         with self.ranks.step() as told:
             if not self.ranks.rank:
                 told.value = self._turns(engine, source, needs.heard)
         after = told.heard[0].get(str(self.ranks.rank))
         return state, Turn(self.ranks, source.folder, need.reads, after)
+
+    def state(self, source: Source) -> State:
+        """What this rank saved beside the engine; ``CheckpointError`` if not all comes back."""
+        state = State.read(source, self.ranks.rank)
+        lost = state.lost(self.extra)
+        excused = source.resharded or not source.saved_by_ckpt
+        if lost and self.on_mismatch == "error" and not excused:
+            raise CheckpointError(f"{source.folder}: {lost[0]}", "incomplete")
+        for line in lost:
+            log.warning("%s: %s", source.folder, line)
+        return state
 
     def _turns(self, engine: Any, source: Source, heard: Sequence[Any]) -> dict[str, int]:
         """Whom each rank waits for before it loads, where not all of a node can at once."""
@@ -229,56 +189,3 @@ def committed(ranks: Ranks, found: Checkpoint) -> Checkpoint:
                 "incomplete",
             )
     return open_checkpoint(found.folder)
-
-
-@contextmanager
-def alive(ranks: Ranks) -> Iterator[None]:
-    """Shows the others that this rank is at work, in a block that may outlast their patience."""
-    ends = Event()
-
-    def beat() -> None:
-        with suppress(dist.DistError):  # the main thread will hear of it
-            while not ends.wait(1.0):
-                ranks.beat()
-
-    thread = Thread(target=beat, name="ckpt-alive", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ends.set()
-        thread.join()
-
-
-def _stage3(engine: Any) -> dict[str, Any]:
-    """What the layout of a stage 3 engine depends on, by the options of ``reshard.prepare``.
-
-    Muon sorts parameters by shape where it sees their shapes, not under ``zero.Init``.
-    """
-    optimizer, settings = engine.optimizer, {"sub_group_size": int(engine.zero_sub_group_size())}
-    if not getattr(optimizer, "use_muon", False):
-        return settings
-    places = {id(parameter): at for at, parameter in enumerate(engine.module.parameters())}
-    groups: dict[int, list[int]] = {}
-    for index, parameters in enumerate(optimizer.fp16_groups):
-        held = groups.setdefault(optimizer.sub_group_to_group_id[index], [])
-        held += [places[id(parameter)] for parameter in parameters]
-    return {**settings, "zero_init": all(held == sorted(held) for held in groups.values())}
-
-
-def _options(settings: Mapping[str, Any]) -> str:
-    """Those settings on the command line."""
-    said = [f" --sub-group-size {settings['sub_group_size']}"] if settings else []
-    if "zero_init" in settings:
-        said.append(f" --{'' if settings['zero_init'] else 'no-'}zero-init")
-    return "".join(said)
-
-
-def _is_made_of(source: Source, planned: Rewriting) -> bool:
-    """Whether the planned output is there, whole, and a resharding of this source for this."""
-    if source.foreign or not planned.output.is_dir():
-        return False
-    made, held = open_checkpoint(planned.output), open_checkpoint(source.folder).manifest
-    if made.why is not None or made.manifest is None or held is None or planned.target is None:
-        return False
-    return made.manifest.save == rewriting.save_of(held, planned.target)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from ckpt.ranks import TIMEOUT, Ranks, Step
 from ckpt.runs import completeness, liveness
 from ckpt.runs import manifest as manifests
+from ckpt.runs.lineage import Line
 from ckpt.runs.run import (
     POINTERS,
     Checkpoint,
@@ -28,12 +29,15 @@ from ckpt.runs.run import (
     is_checkpoint,
     is_numbered,
     is_run,
+    members,
     open_checkpoint,
     require_read,
 )
 from ckpt.runs.verify import states
-from ckpt.saving.identity import Identity, rank_of, unlike
+from ckpt.saving import configured
+from ckpt.saving.agreement import Sight, rank_of, unlike
 from ckpt.saving.offers import WEIGHTS_ONLY, Fits, Offers, candidate, require_deepspeed, unusable
+from ckpt.saving.topology import Reshard
 from converters.errors import CheckpointError
 
 __all__ = ["Fits", "Thorough", "choose", "find"]
@@ -44,6 +48,7 @@ def find(
     path: str | os.PathLike[str],
     *,
     verify: Thorough = "structure",
+    reshard: Reshard = None,
     timeout: float = TIMEOUT,
 ) -> str | None:
     """The newest whole checkpoint of a run, for ``resume_from_checkpoint``; ``None`` without any.
@@ -53,10 +58,15 @@ def find(
     checkpoint too. In a process group every rank calls it and gets the same answer;
     ``verify="data"`` reads every byte. ``CheckpointError`` if there are checkpoints and none can
     be used, or it is not clear which of them is of this training.
+
+    Of several of one step, the one of this world size and ZeRO stage is taken, as far as these are
+    known: with a process group, and from the configuration that the Trainer's arguments or
+    Accelerate hold. One that does not load here is named on stderr; ``reshard="auto"`` reshards it
+    beside it, once, and returns that.
     """
     ranks = Ranks("find", timeout) if dist.is_initialized() else None
-    found = choose(ranks, Path(path), None, verify, deepspeed=False)
-    return None if found is None else str(found.folder)
+    found = choose(ranks, Path(path), None, verify, fits=configured.fits(ranks), deepspeed=False)
+    return None if found is None else str(configured.offer(ranks, found.folder, reshard))
 
 
 def choose(
@@ -91,9 +101,9 @@ def choose(
     with _step(ranks) as offered:
         if rank_of(ranks) == 0:
             offered.value = _requested(folder, tag, load_foreign, deepspeed).plain()
-    identity = Identity.parse(offered.heard[0])
+    sight = Sight.parse(offered.heard[0])
     with _step(ranks) as seen:
-        seen.value = unlike(ranks, folder, identity, thorough == "data")
+        seen.value = unlike(ranks, folder, sight, thorough == "data")
     with _step(ranks):
         for rank, why in enumerate(seen.heard if rank_of(ranks) == 0 else ()):
             if why is not None:
@@ -157,6 +167,8 @@ def _named(path: Path, tag: str, fits: Fits | None) -> str:
     ]
     if tag not in [c.name for c in named]:  # the engine's state that save_model() left in the run
         named = [c for c in named if c.manifest is not None or is_numbered(c.folder)] or named
+        own = members(run.checkpoints())
+        named = [c for c in named if c in own] or named
     if len(named) > 1 and fits is not None:  # one may be resharded from the other
         named = [c for c in named if c.manifest is not None and fits(c.manifest)] or named
     if len(named) != 1:
@@ -165,7 +177,7 @@ def _named(path: Path, tag: str, fits: Fits | None) -> str:
     return named[0].name
 
 
-def _requested(folder: Path, tag: str | None, load_foreign: bool, deepspeed: bool) -> Identity:
+def _requested(folder: Path, tag: str | None, load_foreign: bool, deepspeed: bool) -> Sight:
     """The checkpoint that was asked for, on rank 0.
 
     ``CheckpointError`` unless it is whole, as far as rank 0 can see without reading every byte.
@@ -174,31 +186,34 @@ def _requested(folder: Path, tag: str | None, load_foreign: bool, deepspeed: boo
     if found.manifest is None and found.why == manifests.ABSENT:
         within = tag if tag is not None and (folder / tag).is_dir() else None
         if load_foreign and states(folder, within)[1] is None:
-            return Identity.of(found)
+            return Sight.of(found)
         proof = liveness.prove_at_rest(folder, within)
         if not proof.resumable:
             raise CheckpointError(f"{folder} cannot be resumed from: {WEIGHTS_ONLY}", "incomplete")
         if deepspeed:
             require_deepspeed(proof)
         print(f"ckpt: {folder} was written without ckpt and is whole", file=sys.stderr, flush=True)
-        return Identity.of(found)
+        return Sight.of(found)
     why = unusable(found)
     if why is not None:
         newest = next((c for c in reversed(_of_its_run(found)) if c.unusable is None), None)
         else_ = f"; the newest committed one is {newest.folder}" if newest else ""
         raise CheckpointError(f"{folder} cannot be resumed from: {why}{else_}", "incomplete")
-    return Identity.of(found)
+    return Sight.of(found)
 
 
 def _of_its_run(checkpoint: Checkpoint) -> list[Checkpoint]:
     """The other committed checkpoints of the same run, which an error may offer instead.
 
-    What lies beside a folder may be of another training: only what is numbered as it is counts.
+    What lies beside a folder may be of another training: the manifests tell. Without one, only what
+    is numbered as it is counts.
     """
-    folder = checkpoint.folder
+    folder, held = checkpoint.folder, checkpoint.manifest
+    beside = Run(folder.parent).checkpoints()
+    if held is not None and held.run is not None:
+        return [c for c in members(beside, Line.of(held)) if c.folder != folder]
     if not is_numbered(folder):
         return []
-    beside = Run(folder.parent).checkpoints()
     return [c for c in beside if c.folder != folder and c.manifest and is_numbered(c.folder)]
 
 
@@ -212,17 +227,17 @@ def _newest(
         with _step(ranks) as step:
             offer = next(waiting, None)
             if offer is not None:
-                step.value = Identity.of(offer.checkpoint).plain()
+                step.value = Sight.of(offer.checkpoint).plain()
         if step.heard[0] is None:
             break
-        identity = Identity.parse(step.heard[0])
-        path = run / identity.name
+        sight = Sight.parse(step.heard[0])
+        path = run / sight.name
         with _step(ranks) as answer:
-            answer.value = unlike(ranks, path, identity, data)
+            answer.value = unlike(ranks, path, sight, data)
         with _step(ranks) as verdict:
             whys = [f"rank {r}: {w}" for r, w in enumerate(answer.heard) if w is not None]
             if offers is not None and whys:
-                _require_shared(identity, path, whys[0])
+                _require_shared(sight, path, whys[0])
                 verdict.value = whys[0]
                 offers.pass_over(path, whys[0])
         if verdict.heard[0] is None:
@@ -239,9 +254,9 @@ def _newest(
     return None
 
 
-def _require_shared(identity: Identity, path: Path, why: str) -> None:
+def _require_shared(sight: Sight, path: Path, why: str) -> None:
     """``CheckpointError`` if a rank does not see a folder that is one for all nodes."""
-    if identity.parts == 1 and "does not see" in why:
+    if sight.parts == 1 and "does not see" in why:
         raise CheckpointError(
             f"{why}: {path}, which rank 0 sees; name a folder that all ranks share", "incomplete"
         )

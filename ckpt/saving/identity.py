@@ -1,109 +1,122 @@
-"""Whether all ranks see the checkpoint that rank 0 offers: the same save, or the same files."""
+"""Which run a training is: a new one, or that of the checkpoint it resumed from (``lineage``).
+
+A resume notes it for the engine that it loaded. Whoever loads an engine without ckpt, by
+``engine.load_checkpoint`` or ``accelerator.load_state``, goes on from the run whose checkpoints are
+in the folder that it saves into; an engine that nothing was loaded into begins a run.
+
+Source: DeepSpeed 0.19.8 ``runtime/engine.py``: ``loaded_checkpoint_dp_world_size`` is set by
+``load_checkpoint`` alone.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from ckpt.ranks import Ranks
-from ckpt.runs import digests, liveness
-from ckpt.runs import manifest as manifests
-from ckpt.runs.run import Checkpoint, open_checkpoint
-from converters import files
+from ckpt.runs import lineage, manifest, succession
+from ckpt.runs.lineage import Line
+from ckpt.runs.manifest import Manifest
+from ckpt.runs.run import Checkpoint, Run, members, open_checkpoint
 from converters.errors import CheckpointError
 
-PATIENCE = 3  # looks, a second apart, until the files of a checkpoint are the same on all ranks
+log = logging.getLogger("ckpt")
+_lines: WeakKeyDictionary[Any, Line] = WeakKeyDictionary()  # by engine
+_launches: set[str] = set()  # of this process
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What all ranks must see: a save, by its id, or the files of one that has none.
+def begin(engine: Any = None) -> Line:
+    """The line of a training that starts from nothing, noted for ``engine``."""
+    return _note(engine, Line.begin())
 
-    ``parts``: of how many nodes' folders it is; ``names`` are files with their sizes.
+
+def go_on(engine: Any, source: Manifest | None, step: int) -> Line:
+    """The line of a training that resumed from a checkpoint at ``step``, noted for ``engine``.
+
+    ``source``: its manifest, ``None`` if it has none. ``engine`` may be ``None``.
     """
-
-    name: str
-    save: str | None = None
-    parts: int = 1
-    names: tuple[tuple[str, int], ...] | None = None
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Identity:
-        """As this rank sees it."""
-        held = checkpoint.manifest
-        if held is not None:
-            return cls(checkpoint.name, held.save, held.nodes)
-        return cls(checkpoint.name, names=liveness.fingerprint(checkpoint.folder))
-
-    def plain(self) -> list[Any]:
-        """As JSON."""
-        return [self.name, self.save, self.parts, self.names]
-
-    @classmethod
-    def parse(cls, value: list[Any]) -> Identity:
-        """From JSON."""
-        name, save, parts, names = value
-        return cls(name, save, parts, names and tuple((name, size) for name, size in names))
+    return _note(engine, Line.go_on(source, step))
 
 
-def unlike(ranks: Ranks | None, folder: Path, identity: Identity, data: bool) -> str | None:
-    """Why this rank cannot take what rank 0 offers; ``None`` if it can."""
-    if identity.save is None:
-        return _unlike_files(ranks, folder, identity, data)
-    if not files.appears(folder / manifests.NAME):
-        return "this rank does not see it"
+def line_after(engine: Any, folder: str | os.PathLike[str] | None, step: int) -> Line:
+    """The line of a training of ``engine`` at ``step`` that resumed from ``folder``, if any."""
+    if folder is None or not step:
+        return begin(engine)
+    path = Path(os.path.abspath(folder))
+    source = open_checkpoint(path).manifest
+    line = succession.line_after(path, step) if source is None else None
+    return _note(engine, line) if line else go_on(engine, source, step)
+
+
+def line_of(engine: Any, folder: Path) -> Line:
+    """The line of the training of ``engine``, which saves into ``folder``."""
+    if engine in _lines:
+        return _lines[engine]
+    if getattr(engine, "loaded_checkpoint_dp_world_size", None) is None:
+        return begin(engine)
+    return _note(engine, line_in(folder, int(engine.global_steps)))
+
+
+def line_in(folder: Path, step: int) -> Line:
+    """The line of a training at ``step`` that goes on from the run in ``folder``; new without one.
+
+    The checkpoint is the newest up to that step, of the line that saved last.
+    """
+    checkpoints = Run(folder).checkpoints() if folder.is_dir() else []
+    older = [c.manifest for c in members(checkpoints) if c.manifest and c.manifest.step <= step]
+    return Line.go_on(older[-1], older[-1].step) if older else Line.begin()
+
+
+def is_of_this_process(checkpoint: Manifest) -> bool:
+    """Whether this process saved a checkpoint, in this training or in an earlier one."""
+    return bool(checkpoint.line) and checkpoint.line[-1][0] in _launches
+
+
+def warn_of_others(folder: Path, line: Line) -> None:
+    """One warning if ``folder`` holds checkpoints that are not of this training's line."""
     try:
-        held = manifests.read(folder)
-        found = open_checkpoint(folder)
-    except CheckpointError as error:
-        return str(error)
-    if held.save != identity.save:
-        return f"on this rank it is another save, {held.save}, than on rank 0, {identity.save}"
-    spared = found.deleted if found.committed else ()  # which no resume needs
-    held = replace(held, files={n: f for n, f in held.files.items() if n not in spared})
-    if held.nodes > 1:
-        problems = manifests.check(folder, held)
-        if problems:
-            return problems[0]
-    if not data:
-        return None
-    rank, world = rank_of(ranks), ranks.world if ranks else 1
-    if held.nodes > 1:  # each node reads its own part
-        rank = int(os.environ.get("LOCAL_RANK", 0))
-        world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    mine = {n: f for i, (n, f) in enumerate(held.files.items()) if i % world == rank}
-    problems = manifests.check(folder, replace(held, files=mine), True, _beat(ranks))
-    return problems[0] if problems else None
+        checkpoints = Run(folder).checkpoints() if folder.is_dir() else []
+    except CheckpointError:  # what fails here is named when it matters
+        return
+    others = [c for c in checkpoints if c.manifest is not None and not line.has(c.manifest)]
+    unknown = [c for c in checkpoints if c.why == manifest.ABSENT and c.folder.parent == folder]
+    if others:
+        log.warning("%s", _warning(folder, line, others, begins=not line.ancestors))
+    if unknown and not line.ancestors:
+        names = lineage.listed([c.name for c in unknown])
+        log.warning(
+            "%s has %s, written without ckpt. This training does not go on from it: it begins a "
+            "new run. Nothing deletes or overwrites what is whole.",
+            folder,
+            names,
+        )
 
 
-def _unlike_files(ranks: Ranks | None, path: Path, identity: Identity, data: bool) -> str | None:
-    """The same for one without a manifest: every rank must see the same files."""
-    if not files.appears(path):
-        return "this rank does not see it"
-    for tries in range(PATIENCE):  # a network filesystem shows new files late
-        seen = liveness.fingerprint(path)
-        if seen == identity.names:
-            break
-        time.sleep(1.0 if tries < PATIENCE - 1 else 0.0)
+def _warning(folder: Path, line: Line, others: Sequence[Checkpoint], begins: bool) -> str:
+    newest = max((c.manifest for c in others if c.manifest), key=lambda m: m.created)
+    saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(newest.created))
+    given_up = all(c.manifest is not None and c.manifest.run == line.run for c in others)
+    pairs = [(c.name, c.manifest.run if c.manifest else None) for c in others]
+
+    what = f"{folder} has {lineage.described(pairs)}, saved last at {saved}."
+    if given_up:
+        why = "This training went back to an earlier step and does not count them."
+    elif begins:
+        why = f"This training does not go on from them: it begins {lineage.shown(line.run)}."
     else:
-        differing = set(seen) ^ set(identity.names or ())
-        return f"on this rank it has other files than on rank 0: {min(differing)[0]}"
-    rank, world = rank_of(ranks), ranks.world if ranks else 1
-    for name, _ in seen[rank::world] if data else ():
-        file = path / name if path.is_dir() else path
-        why = digests.unlike(file, digests.digest(file), True, _beat(ranks))
-        if why is not None:
-            return f"{name}: {why}"
-    return None
+        why = f"This training is {lineage.shown(line.run)} and does not count them."
+    return (
+        f"{what} {why} They stay as they are; when this training has saved, ckpt prune {folder} "
+        "--others removes them."
+    )
 
 
-def _beat(ranks: Ranks | None) -> digests.Progress:
-    return (lambda _: ranks.beat(heed=True)) if ranks else digests.quiet
-
-
-def rank_of(ranks: Ranks | None) -> int:
-    """This process among all ranks; 0 for the only one."""
-    return ranks.rank if ranks is not None else 0
+def _note(engine: Any, line: Line) -> Line:
+    _launches.add(line.launch)
+    if engine is not None:
+        _lines[engine] = line
+    return line

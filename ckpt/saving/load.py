@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from ckpt.saving import continuity, reading
+from ckpt.saving import continuity, precision, reading
 from ckpt.saving.progress import progress
 from ckpt.saving.source import Source
 from ckpt.saving.turns import Turn
@@ -37,6 +37,7 @@ class Load:
         self.optimizer, self.module_only = optimizer and not module_only, module_only
         self.config: Any = None  # DeepSpeed's, as it was saved
         self.epoch: Any = None  # the loop's own
+        self.same_precision = True  # saved in the precision that it was loaded in
 
     def __call__(self, scheduler: bool, strict: bool) -> dict[str, Any]:
         """Loads; returns the client state. ``CheckpointError`` if DeepSpeed loads nothing."""
@@ -65,6 +66,7 @@ class Load:
                     f"{source.folder}: DeepSpeed loaded nothing of tag {source.tag}", "incomplete"
                 )
             self.config = reader.config
+            self.same_precision = reader.change is None
             mine = {name: value for name, value in client.items() if name not in DEEPSPEEDS}
             reader.detach(mine)
             client.clear()
@@ -84,9 +86,11 @@ class Load:
         """What was noted at the save, and how it is now."""
         if self.module_only:
             return []
-        without = () if self.optimizer else ("loss_scale", "optimizer_step")
+        without: tuple[str, ...] = () if self.optimizer else ("loss_scale", "optimizer_step")
         if not self.optimizer and self.engine.lr_scheduler is None:
             without = (*without, "lr")
-        configs = (self.config, getattr(self.engine, "config", None))
+        if not self.same_precision:
+            without = (*without, "loss_scale")
+        configs = precision.unsaid((self.config, getattr(self.engine, "config", None)))
         noted = self.source.progress or {}
         return continuity.compare(noted, progress(self.engine, self.epoch), configs, without)

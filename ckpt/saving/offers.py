@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ckpt.runs import completeness, liveness
+from ckpt.runs import completeness, lineage, liveness
 from ckpt.runs import manifest as manifests
 from ckpt.runs.completeness import Proof
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.overwriting import require_one_save
-from ckpt.runs.run import Checkpoint, open_checkpoint, order, require_read, step_in
+from ckpt.runs.run import Checkpoint, members, open_checkpoint, order, require_read, step_in
 from ckpt.runs.succession import relate
 from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
@@ -90,12 +90,42 @@ class Offers:
 
     def __init__(self, run: Path, fits: Fits | None = None, deepspeed: bool = True):
         self.run, self.deepspeed = run, deepspeed
-        found = [c for path in completeness.candidates(run) if (c := _there(path)) is not None]
-        self.found = newest_first(found, fits)
+        present = [c for path in completeness.candidates(run) if (c := _there(path)) is not None]
+        own = members(present)
+        self.others = [c for c in present if c.committed and c not in own]  # of other lines
+        self.found = newest_first([c for c in present if c not in self.others], fits)
         self.passed: list[PassedOver] = []
         self.reasons: dict[Path, str | None] = {}  # why a committed one is unusable
 
     def __iter__(self) -> Iterator[Offer]:
+        self._tell_others()
+        yield from self._of_the_line()
+        usable = [c for c in self.others if self._why(c) is None]
+        if usable:
+            raise CheckpointError(
+                f"{self.run}: nothing of the run that saved last can be resumed from, but there is "
+                f"{self._described()}: pass {usable[-1].folder} to go on from that, or name "
+                "another folder to start anew",
+                "incomplete",
+            )
+
+    def _tell_others(self) -> None:
+        """Says on stderr whose checkpoints are taken, where there are those of several lines."""
+        if not self.others:
+            return
+        run = next((c.manifest.run for c in self.found if c.manifest), None)
+        print(
+            f"ckpt: {self.run}: {lineage.shown(run)} saved last and goes on; there is also "
+            f"{self._described()}, which a resume takes only by name",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _described(self) -> str:
+        pairs = [(c.name, c.manifest.run if c.manifest else None) for c in self.others]
+        return lineage.described(pairs)
+
+    def _of_the_line(self) -> Iterator[Offer]:
         reached = False  # the newest committed one that can be used
         for checkpoint in self.found:
             if checkpoint.why != manifests.ABSENT:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -21,7 +22,9 @@ from typing import Any
 
 import torch
 
+from ckpt.saving import layout, precision
 from ckpt.saving.turns import Need, Turn
+from converters import files
 from converters.errors import CheckpointError
 
 # Attributes of an optimizer that hold the loss scale, or are parts of it.
@@ -33,7 +36,8 @@ class Mapped:
 
     It can tell which tensors are parts of such. ``without``: keys that are taken out of each state.
     ``config``: DeepSpeed's, as it was saved, from the first state. ``turn``: when this rank may
-    read what cannot be mapped. ``engine`` is the one that loads.
+    read what cannot be mapped. ``engine`` is the one that loads; ``change`` is that of precision,
+    if the checkpoint is of another.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Mapped:
     ):
         self.before, self.without, self.turn, self.engine = before, without, turn, engine
         self.config: Any = None
+        self.change: precision.Change | None = None
         self.starts: list[int] = []  # addresses of mapped storages, sorted
         self.ends: dict[int, int] = {}
 
@@ -52,7 +57,11 @@ class Mapped:
         return getattr(self.before, name)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """The state in a file, its tensors mapped; of torch's old stream format, read."""
+        """The state in a file, its tensors mapped; of torch's old stream format, read.
+
+        A file of another precision is found under its name, and becomes one of the engine's.
+        """
+        path = precision.saved_path(path)
         if is_mappable(path):
             state = torch.load(path, map_location=self._note, mmap=True, weights_only=False)
         else:
@@ -62,10 +71,21 @@ class Mapped:
         if isinstance(state, dict):
             if self.engine is not None:
                 require_parameters(self.engine, state.get("param_shapes"), path)
+                self._translate(state, path)
             self.config = self.config or state.get("ds_config")
             for key in self.without:
                 state.pop(key, None)
         return state
+
+    def _translate(self, state: dict[str, Any], path: str) -> None:
+        """Makes the state one of the engine's precision, and says so once."""
+        if self.change is None:
+            self.change = precision.Change.of(self.engine, state.get("ds_config"))
+            if self.change is not None and not self.engine.global_rank:
+                where = os.path.dirname(os.path.dirname(path))
+                print(f"ckpt: {where}: {self.change.sentence}", file=sys.stderr, flush=True)
+        if self.change is not None:
+            self.change.translate(state, path)
 
     def _note(self, storage: Any, location: str) -> Any:
         """Where a storage is mapped; it stays there, whatever device it was saved from."""
@@ -121,10 +141,13 @@ def require_parameters(engine: Any, saved: Any, path: str | os.PathLike[str]) ->
         return  # of stage 0; DeepSpeed of old noted the module's parameters, not by groups
     if engine.load_universal_checkpoint():
         return
+    groups_of = (saved, engine._get_zero_param_shapes())
     there, here = (
         [(n, list(shape)) for group in groups for n, shape in group.items() if 0 not in shape]
-        for groups in (saved, engine._get_zero_param_shapes())
+        for groups in groups_of
     )
+    if there == here and engine.zero_optimization_stage() == 3:
+        layout.require_cut(engine, *groups_of, path)
     one, other = dict(there), dict(here)
     if one.keys() != other.keys() and list(one.values()) == list(other.values()):
         return
@@ -141,9 +164,11 @@ def require_parameters(engine: Any, saved: Any, path: str | os.PathLike[str]) ->
 
 
 def is_mappable(path: str | os.PathLike[str]) -> bool:
-    """Whether torch can map the file: it is a zip, not torch's stream format."""
+    """Whether torch can map the file where it lies: a zip, not torch's stream format."""
     with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+        if file.read(4) != b"PK\x03\x04":
+            return False
+    return files.is_mappable(path)
 
 
 @contextmanager
@@ -158,8 +183,10 @@ def mapped(
     before = engine.checkpoint_engine
     engine.checkpoint_engine = reader = Mapped(before, without, turn, engine)
     try:
-        with _ending(engine, turn):
+        with _ending(engine, turn), precision.from_masters(engine, reader):
             yield reader
+        if reader.change is not None:
+            reader.change.finish()
         optimizer = engine.optimizer
         inner = getattr(optimizer, "optimizer", optimizer)
         reader.detach([getattr(inner, "state", None), getattr(inner, "param_groups", None)])
@@ -251,9 +278,7 @@ def files_of(engine: Any, folder: Path, tag: str) -> list[Path]:
     names = [engine._get_ckpt_name(str(folder), tag)]
     offloaded = bool(engine.zero_nvme_offload_optimizer())
     if engine.zero_optimization() and engine.optimizer is not None and not offloaded:
-        name = engine._get_zero_ckpt_name(str(folder), tag)
-        other = name.replace("bf16_zero_pp", "zero_pp")  # saved in another precision
-        names.append(name if os.path.exists(name) or not os.path.exists(other) else other)
+        names.append(precision.saved_path(engine._get_zero_ckpt_name(str(folder), tag)))
     for name in names:
         if not os.path.isfile(name):
             raise CheckpointError(
@@ -264,9 +289,9 @@ def files_of(engine: Any, folder: Path, tag: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
-def need(engine: Any, files: list[Path]) -> Need:
+def need(engine: Any, paths: list[Path]) -> Need:
     """What loading these files takes: those that cannot be mapped are read, and of the optimizer's
     most stays where the engine computes in host memory or keeps its optimizer there."""
-    sizes = [0 if is_mappable(path) else path.stat().st_size for path in files]
+    sizes = [0 if is_mappable(path) else path.stat().st_size for path in paths]
     here = engine.device.type == "cpu" or bool(engine.zero_cpu_offload())
     return Need(sum(sizes), sum(sizes[1:] or sizes) if here else 0)

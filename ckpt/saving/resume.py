@@ -13,14 +13,17 @@ import os
 from collections.abc import Mapping, MutableMapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ckpt.ranks import TIMEOUT, Ranks
-from ckpt.saving import continuity
-from ckpt.saving.asked import Asked, alive
+from ckpt.ranks import TIMEOUT, Ranks, alive
+from ckpt.saving import continuity, identity
+from ckpt.saving.asked import Asked
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
+from ckpt.saving.engines import Engines
 from ckpt.saving.load import Load
+from ckpt.saving.together import Options, resume_together
+from ckpt.saving.topology import Reshard
 
 
 def resume(
@@ -37,7 +40,7 @@ def resume(
     load_module_only: bool = False,
     load_module_strict: bool = True,
     load_foreign: bool = False,
-    reshard: Literal["auto"] | None = None,
+    reshard: Reshard = None,
     memory: str | int | None = None,
     timeout: float = TIMEOUT,
 ) -> int:
@@ -46,6 +49,7 @@ def resume(
     ``path`` is a run, whose newest whole checkpoint is taken, or a checkpoint, which has to be
     whole.
 
+    - ``engine``: DeepSpeed's; or several by name, as they were given to ``Saver``
     - ``tag``: the one of this tag, folder name or step, or ``latest`` or ``best``, in the run
     - ``extra``: this rank's objects with ``load_state_dict()``, by the names they were saved by
     - ``client_state``: gets what was saved as such
@@ -66,7 +70,13 @@ def resume(
     """
     ranks = Ranks("resume", timeout)
     asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign, reshard, memory)
-    asked.require_same([load_optimizer_states, load_lr_scheduler_states, load_module_only])
+    names = list(engine) if isinstance(engine, Mapping) else None
+    options = (load_optimizer_states, load_lr_scheduler_states, load_module_only)
+    asked.require_same([*options, names])
+    if names is not None:
+        with ranks.step():
+            engines = Engines(engine)
+        return resume_together(asked, engines, Options(*options, load_module_strict), client_state)
     with ExitStack() as stack:
         source = asked.choose(engine, stack)
         if source is None:
@@ -82,4 +92,8 @@ def resume(
             client_state.update(client)
         state.set(extra)
     asked.tell(source, rows, step.heard)
+    if load_module_only:
+        identity.begin(engine)
+    else:
+        identity.line_after(engine, source.folder, source.step)
     return 0 if load_module_only else source.step

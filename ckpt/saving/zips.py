@@ -168,6 +168,12 @@ class _Pickler(pickle.Pickler):
         return "storage", kind, key, location_tag(storage) if fake is None else str(fake), numel
 
 
+def record_size(nbytes: int) -> int:
+    """About what a storage of ``nbytes`` takes in a file: its record, aligned, and its entries."""
+    header, entries = 60, 200
+    return -(-(nbytes + header) // ALIGNMENT) * ALIGNMENT + entries
+
+
 def _archive(path: Path) -> str:
     """The folder inside the zip, as torch names it: the file's name without its last ending."""
     name = path.name.rpartition("\\")[2]

@@ -16,24 +16,32 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from accelerate.utils import MODEL_NAME, DistributedType
 
-from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.ranks import TIMEOUT, Ranks, alive
+from ckpt.runs.lease import Lease
 from ckpt.runs.retention import Retention
-from ckpt.saving import continuity, extras, nodes, reading
-from ckpt.saving.asked import Asked, alive
+from ckpt.saving import continuity, extras, identity, nodes, precision, reading
+from ckpt.saving.asked import Asked
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.commit import Commit, Facts
 from ckpt.saving.continuity import OnMismatch
+from ckpt.saving.nodes import Nodes
 from ckpt.saving.progress import metrics as plain_metrics
 from ckpt.saving.progress import progress, versions
 from ckpt.saving.publish import publish
+from ckpt.saving.source import Source
 from ckpt.saving.taking import beside
+from ckpt.saving.topology import Reshard
 from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
 from ckpt.trainers.aside import aside
 from converters.errors import CheckpointError
+
+_leases: WeakKeyDictionary[Any, dict[Path, Lease]] = WeakKeyDictionary()  # by accelerator
+_seen: set[Path] = set()  # folders that this process has saved into
 
 
 def save_state(
@@ -68,11 +76,16 @@ def save_state(
     engine, folder = engines[0], Path(run).absolute()
     ranks = Ranks("save_state", timeout)
     found = nodes.find(ranks, folder, nodes.local_storage(engine))
+    _hold(ranks, found, folder, accelerator)
     with ranks.step():
         number = int(engine.global_steps if step is None else step)
         stage = int(engine.zero_optimization_stage())
         said = plain_metrics(metrics)
-        facts = Facts(number, MODEL_NAME, "full", stage, versions(), said, progress(engine))
+        line = identity.line_of(engine, folder)
+        if found.commits and folder not in _seen:
+            _seen.add(folder)
+            identity.warn_of_others(folder, line)
+        facts = Facts(number, MODEL_NAME, line, "full", stage, versions(), said, progress(engine))
         made = Weights(engine, weights, max_shard_size, ranks) if weights is not None else None
     commit = Commit(ranks, found, folder / f"checkpoint-{number}", facts)
     with aside(commit, engines) as staging:
@@ -86,8 +99,17 @@ def save_state(
         if made is not None:
             streamed.write(made, commit)
     if found.commits:
-        publish(folder, retention)
+        publish(folder, retention, commit.final, commit.line)
     return commit.final
+
+
+def _hold(ranks: Ranks, place: Nodes, folder: Path, accelerator: Any) -> None:
+    """From the first save into a folder on, no other job saves there, as long as there is the
+    accelerator: nothing says when an Accelerate training ends.
+    """
+    held = _leases.setdefault(accelerator, {})
+    if folder not in held:
+        held[folder] = nodes.hold(ranks, place, folder)
 
 
 def load_state(
@@ -100,6 +122,7 @@ def load_state(
     on_mismatch: OnMismatch = "error",
     load_optimizer_states: bool = True,
     load_foreign: bool = False,
+    reshard: Reshard = None,
     timeout: float = TIMEOUT,
     **load_model_func_kwargs: Any,
 ) -> int:
@@ -117,7 +140,7 @@ def load_state(
     """
     engines = _engines(accelerator)
     ranks = Ranks("load_state", timeout)
-    asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign)
+    asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign, reshard)
     asked.require_same([load_optimizer_states])
     with ExitStack() as stack:
         source = asked.choose(engines[0], stack)
@@ -125,6 +148,7 @@ def load_state(
             return 0
         state, turn = asked.prepare(engines[0], source)
         with ranks.step():
+            _require_all_models(source, engines)
             if load_model_func_kwargs.get("load_module_only"):
                 raise CheckpointError(
                     "load_module_only: Accelerate loads the rest all the same; call "
@@ -140,14 +164,30 @@ def load_state(
             accelerator.load_state(str(source.folder), **load_model_func_kwargs)
         source.go_on(engines[0])
     with ranks.step() as step:
-        configs = (readers[0].config, getattr(engines[0], "config", None))
-        without = () if load_optimizer_states else ("loss_scale", "optimizer_step", "lr")
+        configs = precision.unsaid((readers[0].config, getattr(engines[0], "config", None)))
+        without: tuple[str, ...] = (
+            () if load_optimizer_states else ("loss_scale", "optimizer_step", "lr")
+        )
+        if readers[0].change is not None:
+            without = (*without, "loss_scale")
         noted = source.progress or {}
         rows = continuity.compare(noted, progress(engines[0]), configs, without)
         step.value = continuity.mismatches(rows)
         state.set(extra)
     asked.tell(source, rows, step.heard)
+    identity.line_after(engines[0], source.folder, source.step)
     return source.step
+
+
+def _require_all_models(source: Source, engines: list[Any]) -> None:
+    """Raises where only the first of several models was resharded."""
+    if source.resharded and len(engines) > 1:
+        raise CheckpointError(
+            f"{source.folder} was resharded from a checkpoint of {len(engines)} models, and has "
+            "the first alone: several in one Accelerator cannot be resharded; go on with as many "
+            "ranks and in the stage that they were saved in",
+            "unsupported",
+        )
 
 
 def _engines(accelerator: Any) -> list[Any]:

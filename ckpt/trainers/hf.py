@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,11 +29,12 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.ranks import Ranks
 from ckpt.runs import locks
+from ckpt.runs.lease import Lease
 from ckpt.runs.manifest import digest
 from ckpt.runs.retention import Retention
-from ckpt.saving import extras, nodes, preflight
+from ckpt.saving import extras, identity, nodes, preflight
 from ckpt.saving.commit import Commit, Facts, committed
 from ckpt.saving.engine import Written, put_in
 from ckpt.saving.nodes import Nodes
@@ -54,6 +56,7 @@ from ckpt.trainers.hf_state import (
     require_states,
     retention_of,
     room_for,
+    save_beside,
     sync_files,
 )
 from ckpt.trainers.hf_stop import Stop
@@ -76,8 +79,9 @@ class CommittedCheckpoints(MappedCheckpoints):
     - ``preemption``: what asks the training to stop (``Preemption``)
     - ``preflight``: tries at the start what saves will need
     - ``timeout``: seconds without a sign of life until a rank counts as absent
+    - ``reshard``: "auto" reshards what is of another world size or stage, as in ``ckpt.resume``
     - ``on_failure``: "raise" ends the training with a ``CheckpointError`` on every rank; "warn"
-      goes on without that checkpoint, as when the disk is full, unless a rank is lost
+      goes on without that checkpoint, unless a rank is lost
 
     Without DeepSpeed the Trainer saves as it always does, after a warning.
     """
@@ -86,7 +90,6 @@ class CommittedCheckpoints(MappedCheckpoints):
     weights: str | None = None
     preemption: Preemption | None = None
     preflight: bool = True
-    timeout: float = TIMEOUT
     on_failure: Literal["raise", "warn"] = "raise"
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -98,14 +101,21 @@ class CommittedCheckpoints(MappedCheckpoints):
         self._limit: int | None = None  # save_total_limit as it was
         self._places: dict[Path, Nodes] = {}  # by the folder that checkpoints are saved into
         self._room = Room(0)
-        self._nbytes = 0  # of this rank's state files
         self._stop = Stop(None, self.timeout)
+        self._lease = Lease()
+        self._source: str | None = None  # the checkpoint that this training resumed from
         super().__init__(*args, **kwargs)
         self.add_callback(_Around(self))
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        self._source = resume_from_checkpoint
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
     def _begin(self) -> None:
         """Before the first step: who shares the folder, and would saves succeed?"""
-        self._stop.close()
+        self._end()
         if not self.is_deepspeed_enabled:
             if self.is_world_process_zero():
                 log.warning("no DeepSpeed in this training: its checkpoints are not committed")
@@ -117,15 +127,26 @@ class CommittedCheckpoints(MappedCheckpoints):
             require_alone(self.callback_handler.callbacks)
             gathers = not leaves_out_weights(self._engine())
             self._room = room_for(engine.module, gathers)
-            self._nbytes = preflight.predicted(engine)
             if not gathers and self.weights is not None:
                 self._room = Room(Weights(engine, self.weights, "5GB", ranks).nbytes)
         run = Path(super()._get_output_dir(None)).absolute()
         place = self._place(ranks, run)
+        if not self.state.is_hyper_param_search:  # whose trials have folders of their own
+            self._lease = nodes.hold(ranks, place, run)
+        line = identity.line_after(engine, self._source, int(self.state.global_step))
+        if place.commits:
+            identity.warn_of_others(run, line)
         if self.preflight:
             keep = retention_of(self.retention, self.args, self._limit)
-            preflight.check(engine, ranks, place, run, keep, cast(Any, self._room))
+            small, full = partial(save_beside, self), not self.args.save_only_model
+            room = cast(Any, self._room)
+            preflight.check(engine, ranks, place, run, keep, room, beside=small, full=full)
         self._stop = Stop(self.preemption, self.timeout)
+
+    def _end(self) -> None:
+        """After the last step."""
+        self._stop.close()
+        self._lease.release()
 
     def _engine(self) -> Any:
         return self.model_wrapped
@@ -148,8 +169,9 @@ class CommittedCheckpoints(MappedCheckpoints):
         try:
             place = self._place(ranks, run)
             with ranks.step():
-                facts = self._facts()
-            self._write(Commit(ranks, place, run / name, facts), model, trial, final)
+                facts = self._facts(run)
+            commit = Commit(ranks, place, run / name, facts)
+            self._write(commit, model, trial, final)
         except CheckpointError as error:
             self.state.best_model_checkpoint = best
             if self.on_failure == "raise" or self._stop.stopping:
@@ -161,25 +183,29 @@ class CommittedCheckpoints(MappedCheckpoints):
             self._pushed.clear()  # which gives up the locks
         if place.commits:
             keep = retention_of(self.retention, self.args, self._limit)
-            publish_beside(run, keep, [self.state.best_model_checkpoint])
+            stays = [self.state.best_model_checkpoint]
+            publish_beside(run, keep, stays, run / name, commit.line)
         if self._pushes:
             super()._push_from_checkpoint(final)
             if self.is_world_process_zero():  # the one that pushes
                 self._pushed.append(locks.reading(Path(final)))
 
-    def _facts(self) -> Facts:
+    def _facts(self, run: Path) -> Facts:
         engine, step = self._engine(), int(self.state.global_step)
         tier = "weights" if self.args.save_only_model else "full"
         tag = None if self.args.save_only_model else f"global_step{engine.global_steps}"
         stage, said = int(engine.zero_optimization_stage()), evaluated(self.state)
-        return Facts(step, tag, tier, stage, versions(), said, progress(engine, self.state.epoch))
+        noted = progress(engine, self.state.epoch)
+        line = identity.line_of(engine, run)
+        return Facts(step, tag, line, tier, stage, versions(), said, noted)
 
     def _write(self, commit: Commit, model: Any, trial: Any, final: str) -> None:
         """The Trainer's save into the staging folder, and its commit."""
         ranks, room = commit.ranks, cast(Any, self._room)
         with committed(commit) as staging:
             with ranks.step() as step:
-                step.value = [commit.nodes.folder, self._nbytes if commit.facts.tag else 0]
+                states = preflight.predicted(self._engine()) if commit.facts.tag else 0
+                step.value = [commit.nodes.folder, states]
             preflight.require_room(ranks, commit.nodes, staging, step.heard, room)
             inner = staging / commit.final.name
             with ranks.step(), put_in(self._engine(), Written) as writer:
@@ -296,4 +322,4 @@ class _Around(TrainerCallback):
         self.trainer._stop.saved()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.trainer._stop.close()
+        self.trainer._end()

@@ -4,8 +4,9 @@
     trainer.train(resume_from_checkpoint=ckpt.find("out"))
 
 The Trainer loads what it is given, by DeepSpeed's ``load_checkpoint``, and takes random states that
-are missing for none (transformers 5.23 ``trainer.py: _load_rng_state``). The callback looks at what
-came of it before the first step, on every rank.
+are missing for none (transformers 5.23 ``trainer.py: _load_rng_state``). The callback refuses what
+does not load on these ranks (``hf_load.Watch``), and looks at what came of it before the first
+step, on every rank.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedOptimizerWrapper
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -21,12 +23,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.completeness import has_tag
-from ckpt.saving import choosing, continuity, rng
+from ckpt.runs.run import Checkpoint, Run
+from ckpt.saving import choosing, configured, continuity, precision, rng
 from ckpt.saving.asked import Asked, committed
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
+from ckpt.saving.layout import Layout
 from ckpt.saving.progress import progress
 from ckpt.saving.source import Source
+from ckpt.trainers.hf_load import Watch
 from ckpt.trainers.hf_state import Shown
 from converters.errors import CheckpointError
 
@@ -56,6 +61,7 @@ class ResumeCallback(TrainerCallback):
         continuity.require_known(on_mismatch)
         self.checkpoint, self.verify, self.on_mismatch = checkpoint, verify, on_mismatch
         self.load_foreign, self.timeout = load_foreign, timeout
+        self.watch = Watch(timeout)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
         """Compares what was saved with what there is."""
@@ -70,22 +76,46 @@ class ResumeCallback(TrainerCallback):
         tag = str(state.global_step) if self.checkpoint is None else None
         asked = Asked(ranks, path, tag, None, self.verify, self.on_mismatch, self.load_foreign)
         asked.require_same([state.global_step])
-        options = (self.verify, self.load_foreign)
-        found = choosing.choose(ranks, path, tag, *options, lambda m: m.world_size == ranks.world)
+        layout = Layout.of_config(_config(), ranks.world)
+        options = (self.verify, self.load_foreign, configured.fits(ranks))
+        found = choosing.choose(ranks, path, tag, *options)
         if found is not None:
             found = committed(ranks, found)
         with ranks.step() as step:
             if found is None:
                 raise CheckpointError(f"{path} holds no checkpoint to compare with", "incomplete")
-            source = Source.of(found)
+            source = Source.of(_loaded(found, layout) if layout else found)
             inner = wrapper.optimizer
             stage = source.topology.stage
             shown = Shown(seen["model"], inner, stage, ranks.rank, int(state.global_step))
             noted = {**(source.progress or {}), "step": source.step}
             now = {**progress(shown, state.epoch), "step": int(state.global_step)}
-            rows = continuity.compare(noted, now, without=["global_steps"])  # that is all it knows
+            without = ["global_steps"]  # that is all it knows
+            if precision.of_checkpoint(source.folder / source.tag) != precision.of_config(
+                _config()
+            ):
+                without.append("loss_scale")
+            rows = continuity.compare(noted, now, without=without)
             step.value = continuity.mismatches(rows) + _lost(source.folder, args)
         asked.tell(source, rows, step.heard)
+
+
+def _loaded(found: Checkpoint, layout: Layout) -> Checkpoint:
+    """What the Trainer went on from: ``found`` or, if that does not load here, its resharding."""
+    held = found.manifest
+    if held is None or layout.topology.fits(held):
+        return found
+    for other in Run(found.folder.parent).checkpoints():
+        made = other.committed and other.step == found.step and other.name.startswith(found.name)
+        if made and other.manifest is not None and layout.topology.fits(other.manifest):
+            return other
+    return found
+
+
+def _config() -> dict[str, Any]:
+    """DeepSpeed's configuration, wherever it came from."""
+    found: dict[str, Any] = AcceleratorState().deepspeed_plugin.deepspeed_config
+    return found
 
 
 def _require_loaded(path: Path, step: int) -> None:

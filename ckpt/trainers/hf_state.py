@@ -15,7 +15,10 @@ from typing import Any
 
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ckpt import renaming
+from ckpt.live.job import save_config
 from ckpt.runs import locks
+from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Best, Retention
 from ckpt.saving.publish import publish
 from converters import files
@@ -70,14 +73,16 @@ def is_new_best(args: Any, state: Any, metrics: dict[str, float]) -> bool:
     return bool(value > best if args.greater_is_better else value < best)
 
 
-def publish_beside(run: Path, retention: Retention | None, keep: Iterable[str | None]) -> None:
+def publish_beside(
+    run: Path, retention: Retention | None, keep: Iterable[str | None], just: Path, line: Line
+) -> None:
     """``publish``, but the checkpoints in ``keep`` are not deleted, whatever the rules say."""
     with ExitStack() as stack:
         for folder in keep:
             with suppress(CheckpointError):  # it is gone already
                 if folder is not None:
                     stack.enter_context(locks.reading(Path(folder)))
-        publish(run, retention)
+        publish(run, retention, just, line)
 
 
 def sync_files(folder: Path) -> None:
@@ -94,7 +99,7 @@ def sync_files(folder: Path) -> None:
 def lift(inner: Path) -> None:
     """Moves all that is in a folder up into the one above it, and removes it."""
     for path in list(inner.iterdir()):
-        path.rename(inner.parent / path.name)
+        renaming.move(path, inner.parent / path.name)
     inner.rmdir()
 
 
@@ -143,6 +148,17 @@ def room_for(module: Any, gathered: bool) -> Room:
         return Room(0)
     parameters = (p for p in module.parameters() if p.requires_grad or not peft)
     return Room(sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters))
+
+
+def save_beside(seen: Any, folder: Path) -> None:
+    """The configuration and the tokenizer that the Trainer writes into a checkpoint.
+
+    ``seen`` has them as ``model`` and ``processing_class``.
+    """
+    save_config(seen.model, folder, None)
+    processing = getattr(seen, "processing_class", None)
+    if processing is not None:
+        processing.save_pretrained(folder)
 
 
 @dataclass(frozen=True, slots=True)

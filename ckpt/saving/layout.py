@@ -1,0 +1,96 @@
+"""How a training cuts up its state: what its engine says, or its configuration before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ckpt.saving.source import Topology
+from converters.errors import CheckpointError
+from converters.optimizer_trees import SUB_GROUP
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a training cuts up its state.
+
+    ``settings`` are what the layout of stage 3 depends on, by the options of ``reshard.prepare``:
+    sub_group_size (elements) and, for Muon, zero_init. Muon sorts parameters by shape where it sees
+    their shapes, not under ``zero.Init``.
+    """
+
+    topology: Topology
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of_engine(cls, engine: Any, world: int) -> Layout:
+        """That of a DeepSpeed engine on ``world`` ranks."""
+        topology = Topology(int(engine.zero_optimization_stage()), world)
+        return cls(topology, _stage3(engine) if topology.stage == 3 else {})
+
+    @classmethod
+    def of_config(
+        cls, config: Mapping[str, Any], world: int, zero_init: bool = True
+    ) -> Layout | None:
+        """That of the engine which DeepSpeed will make of a configuration.
+
+        ``zero_init``: whether the model is made under ``zero.Init``. ``None`` if the stage is not
+        said yet ("auto").
+        """
+        zero = config.get("zero_optimization") or {}
+        stage = zero.get("stage", 0)
+        if not isinstance(stage, int):
+            return None
+        topology = Topology(stage, world)
+        if topology.stage != 3:
+            return cls(topology, {})
+        size = zero.get("sub_group_size", SUB_GROUP)
+        settings: dict[str, Any] = {
+            "sub_group_size": int(size) if isinstance(size, (int, float)) else SUB_GROUP
+        }
+        if str((config.get("optimizer") or {}).get("type", "")).lower() == "muon":
+            settings["zero_init"] = zero_init
+        return cls(topology, settings)
+
+    def options(self, there: Topology) -> dict[str, Any]:
+        """The settings that matter to what is resharded from ``there``."""
+        return {k: v for k, v in self.settings.items() if k != "zero_init" or there.stage != 3}
+
+
+def _stage3(engine: Any) -> dict[str, Any]:
+    """What the layout of a stage 3 engine depends on."""
+    optimizer, settings = engine.optimizer, {"sub_group_size": int(engine.zero_sub_group_size())}
+    if not getattr(optimizer, "use_muon", False):
+        return settings
+    places = {id(parameter): at for at, parameter in enumerate(engine.module.parameters())}
+    groups: dict[int, list[int]] = {}
+    for index, parameters in enumerate(optimizer.fp16_groups):
+        order = groups.setdefault(optimizer.sub_group_to_group_id[index], [])
+        order += [places[id(parameter)] for parameter in parameters]
+    return {**settings, "zero_init": all(order == sorted(order) for order in groups.values())}
+
+
+def require_cut(engine: Any, saved: Any, now: Any, path: str | os.PathLike[str]) -> None:
+    """``CheckpointError`` if stage 3 has cut the same parameters into other sub-groups.
+
+    ``saved`` and ``now`` are the shapes by name of each; ``path`` is a file of the checkpoint.
+    """
+    cuts = [
+        [count for count in (sum(0 not in s for s in cut.values()) for cut in cuts) if count]
+        for cuts in (saved, now)
+    ]
+    if cuts[0] == cuts[1]:
+        return
+    folder, size = Path(path).parent.parent, int(engine.zero_sub_group_size())
+    raise CheckpointError(
+        f"{path}: its {sum(cuts[0])} parameters are in {len(cuts[0])} sub-groups, those of this "
+        f"training in {len(cuts[1])} (zero_optimization.sub_group_size {size}); set that to what "
+        f"it was, or run: ckpt reshard {folder} --world-size {dist.get_world_size()} --stage 3 "
+        f"--sub-group-size {size}",
+        "unsupported",
+    )

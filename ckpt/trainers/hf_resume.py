@@ -25,7 +25,7 @@ from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.completeness import has_tag
 from ckpt.runs.run import Checkpoint, Run
 from ckpt.saving import choosing, configured, continuity, precision, rng
-from ckpt.saving.asked import Asked
+from ckpt.saving.asked import Asked, committed
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.layout import Layout
@@ -79,6 +79,8 @@ class ResumeCallback(TrainerCallback):
         layout = Layout.of_config(_config(), ranks.world)
         options = (self.verify, self.load_foreign, configured.fits(ranks))
         found = choosing.choose(ranks, path, tag, *options)
+        if found is not None:
+            found = committed(ranks, found)
         with ranks.step() as step:
             if found is None:
                 raise CheckpointError(f"{path} holds no checkpoint to compare with", "incomplete")

@@ -31,7 +31,7 @@ from ckpt.saving.flight import FAREWELL, LAST_WORDS, Flight
 from ckpt.saving.memory import Memory, budget
 from ckpt.saving.preemption import EXIT_CODE, Preemption, Watch, share
 from ckpt.saving.progress import metrics as plain_metrics
-from ckpt.saving.progress import progress, versions
+from ckpt.saving.progress import record, versions
 from ckpt.saving.publish import point, tidy
 from ckpt.saving.taking import take
 from ckpt.saving.tiers import Tier
@@ -162,7 +162,7 @@ class Saver:
         tag = f"global_step{step}" if tier == "full" else None
         stage = int(self.engine.zero_optimization_stage())
         said = plain_metrics(metrics)
-        noted = progress(self.engine, epoch)
+        noted = record(self.engine, epoch)
         return Facts(int(step), tag, tier, stage, versions(), said, noted)
 
     def _weights(self, ranks: Ranks) -> Weights | None:

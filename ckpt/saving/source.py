@@ -13,6 +13,7 @@ from ckpt.runs import manifest
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Checkpoint
 from ckpt.saving import extras, plain, rng
+from ckpt.saving.progress import whole_micro_steps
 from converters import zero
 
 log = logging.getLogger("ckpt")
@@ -59,9 +60,10 @@ class Source:
         return "; ".join([line, *metrics[:3]])
 
     def go_on(self, engine: Any) -> None:
-        """Sets what DeepSpeed does not load: the count of micro steps, if it is between steps."""
-        micro = (self.progress or {}).get("micro_steps")
-        if isinstance(micro, int) and micro % engine.gradient_accumulation_steps() == 0:
+        """Sets what DeepSpeed does not load: the count of micro steps, as of the last whole step."""
+        now = {"gradient_accumulation_steps": engine.gradient_accumulation_steps()}
+        micro = whole_micro_steps(self.progress or {}, now)
+        if micro is not None:
             engine.micro_steps = micro
 
     @classmethod

@@ -12,7 +12,7 @@ Source: Accelerate 1.15 ``accelerator.py: save_state``, ``checkpointing.py``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.retention import Retention
 from ckpt.saving import continuity, extras, nodes, reading
 from ckpt.saving.asked import Asked, alive
+from ckpt.saving.changes import Request, Ways
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.commit import Commit, Facts
+from ckpt.saving.comparison import Comparison
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.progress import metrics as plain_metrics
-from ckpt.saving.progress import progress, versions
+from ckpt.saving.progress import progress, record, versions
 from ckpt.saving.publish import publish
 from ckpt.saving.taking import beside
 from ckpt.saving.weights import Weights
@@ -72,7 +74,8 @@ def save_state(
         number = int(engine.global_steps if step is None else step)
         stage = int(engine.zero_optimization_stage())
         said = plain_metrics(metrics)
-        facts = Facts(number, MODEL_NAME, "full", stage, versions(), said, progress(engine))
+        noted = record(engine, None, *_loop(accelerator))
+        facts = Facts(number, MODEL_NAME, "full", stage, versions(), said, noted)
         made = Weights(engine, weights, max_shard_size, ranks) if weights is not None else None
     commit = Commit(ranks, found, folder / f"checkpoint-{number}", facts)
     with aside(commit, engines) as staging:
@@ -98,6 +101,8 @@ def load_state(
     extra: Mapping[str, Any] | None = None,
     verify: Thorough = "structure",
     on_mismatch: OnMismatch = "error",
+    override: Collection[str] = (),
+    renamed: Mapping[str, str] | None = None,
     load_optimizer_states: bool = True,
     load_foreign: bool = False,
     timeout: float = TIMEOUT,
@@ -118,7 +123,13 @@ def load_state(
     engines = _engines(accelerator)
     ranks = Ranks("load_state", timeout)
     asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign)
-    asked.require_same([load_optimizer_states])
+    request = Request(
+        frozenset(override),
+        dict(renamed or {}),
+        load_optimizer_states,
+        ways=Ways(scheduler=None),
+    )
+    asked.require_same([load_optimizer_states, sorted(override)])
     with ExitStack() as stack:
         source = asked.choose(engines[0], stack)
         if source is None:
@@ -131,23 +142,31 @@ def load_state(
                     "ckpt.resume(engine, ..., load_module_only=True)",
                     "unsupported",
                 )
+            scheduler, data = _loop(accelerator)
+            comparison = Comparison(source, engines[0], request, scheduler=scheduler, data=data)
+        comparison.require(ranks, on_mismatch)
         with ranks.step(), alive(ranks), ExitStack() as maps:
             first, *others = engines  # whose files the turn was worked out for
-            readers = [maps.enter_context(reading.mapped(first, turn=turn))]
-            readers += [maps.enter_context(reading.mapped(engine)) for engine in others]
+            names = request.renamed
+            readers = [maps.enter_context(reading.mapped(first, turn=turn, renamed=names))]
+            readers += [maps.enter_context(reading.mapped(e, renamed=names)) for e in others]
             for engine in engines if not load_optimizer_states else ():
                 maps.enter_context(reading.weights_alone(engine))
             accelerator.load_state(str(source.folder), **load_model_func_kwargs)
         source.go_on(engines[0])
     with ranks.step() as step:
-        configs = (readers[0].config, getattr(engines[0], "config", None))
-        without = () if load_optimizer_states else ("loss_scale", "optimizer_step", "lr")
-        noted = source.progress or {}
-        rows = continuity.compare(noted, progress(engines[0]), configs, without)
+        comparison.apply()
+        rows = comparison.rows(progress(engines[0]), saved_config=readers[0].config)
         step.value = continuity.mismatches(rows)
         state.set(extra)
     asked.tell(source, rows, step.heard)
     return source.step
+
+
+def _loop(accelerator: Any) -> tuple[Any, Any]:
+    """The first model's scheduler, where Accelerate steps it, and the first loader of data."""
+    schedulers = [s for s in accelerator._schedulers if not hasattr(s, "engine")]
+    return next(iter(schedulers), None), next(iter(accelerator._dataloaders), None)
 
 
 def _engines(accelerator: Any) -> list[Any]:

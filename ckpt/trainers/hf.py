@@ -38,7 +38,7 @@ from ckpt.saving.commit import Commit, Facts, committed
 from ckpt.saving.engine import Written, put_in
 from ckpt.saving.nodes import Nodes
 from ckpt.saving.preemption import Preemption
-from ckpt.saving.progress import progress, versions
+from ckpt.saving.progress import record, versions
 from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
 from ckpt.trainers.hf_callback import CheckpointCallback
@@ -175,7 +175,9 @@ class CommittedCheckpoints(MappedCheckpoints):
         tier = "weights" if self.args.save_only_model else "full"
         tag = None if self.args.save_only_model else f"global_step{engine.global_steps}"
         stage, said = int(engine.zero_optimization_stage()), evaluated(self.state)
-        return Facts(step, tag, tier, stage, versions(), said, progress(engine, self.state.epoch))
+        data = self.callback_handler.train_dataloader
+        noted = record(engine, self.state.epoch, self.lr_scheduler, data)
+        return Facts(step, tag, tier, stage, versions(), said, noted)
 
     def _write(self, commit: Commit, model: Any, trial: Any, final: str) -> None:
         """The Trainer's save into the staging folder, and its commit."""

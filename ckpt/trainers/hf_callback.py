@@ -17,7 +17,6 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedOptimizerWrapper
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
@@ -29,9 +28,10 @@ from ckpt.saving import extras, nodes, preflight
 from ckpt.saving.commit import Commit, Facts, committed
 from ckpt.saving.nodes import Nodes
 from ckpt.saving.preemption import Preemption
-from ckpt.saving.progress import progress, versions
+from ckpt.saving.progress import record, versions
 from ckpt.trainers.hf_state import (
     Shown,
+    deepspeed_config,
     evaluated,
     is_new_best,
     publish_beside,
@@ -93,7 +93,7 @@ class CheckpointCallback(TrainerCallback):
         ranks = Ranks("CheckpointCallback", self.timeout)
         with ranks.step():
             _require_told(args)
-            engine, config = _shown(state, seen, ranks.rank), _config()
+            engine, config = _shown(state, seen, ranks.rank), deepspeed_config()
         local = bool(config.get("checkpoint", {}).get("use_node_local_storage", False))
         self.nodes = nodes.find(ranks, self.run, local or args.save_on_each_node)
         if self.preflight:
@@ -167,9 +167,9 @@ class CheckpointCallback(TrainerCallback):
             tier = "weights" if args.save_only_model else "full"
             tag = None if args.save_only_model else f"global_step{step}"
             said = evaluated(state)
-            facts = Facts(
-                step, tag, tier, engine.stage, versions(), said, progress(engine, state.epoch)
-            )
+            loop = (seen.get("lr_scheduler"), seen.get("train_dataloader"))
+            noted = record(engine, state.epoch, *loop)
+            facts = Facts(step, tag, tier, engine.stage, versions(), said, noted)
         commit = Commit(ranks, place, self._folder(state), facts, in_place=True)
         with committed(commit) as folder:
             if tag is not None and not (folder / tag).is_dir():
@@ -199,12 +199,7 @@ def _require_told(args: Any) -> None:
         )
 
 
-def _config() -> dict[str, Any]:
-    """DeepSpeed's configuration, wherever it came from."""
-    found: dict[str, Any] = AcceleratorState().deepspeed_plugin.deepspeed_config
-    return found
-
-
 def _shown(state: Any, seen: Any, rank: int) -> Shown:
-    stage = int(_config().get("zero_optimization", {}).get("stage", 0))
-    return Shown(seen["model"], seen["optimizer"].optimizer, stage, rank, int(state.global_step))
+    config, step = deepspeed_config(), int(state.global_step)
+    stage = int(config.get("zero_optimization", {}).get("stage", 0))
+    return Shown(seen["model"], seen["optimizer"].optimizer, stage, rank, step, config)

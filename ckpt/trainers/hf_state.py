@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from accelerate.state import AcceleratorState
 
 from ckpt.runs import locks
 from ckpt.runs.retention import Best, Retention
@@ -125,6 +127,12 @@ def room_for(module: Any, gathered: bool) -> Room:
     return Room(sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters))
 
 
+def deepspeed_config() -> dict[str, Any]:
+    """DeepSpeed's configuration, wherever it came from."""
+    found: dict[str, Any] = AcceleratorState().deepspeed_plugin.deepspeed_config
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     """What a callback is shown of DeepSpeed's engine: the model and the ZeRO optimizer.
@@ -137,6 +145,7 @@ class Shown:
     stage: int
     rank: int
     global_steps: int
+    config: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's
 
     @property
     def save_non_zero_checkpoint(self) -> bool:

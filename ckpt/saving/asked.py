@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from ckpt.rewriting import Rewriting
 from ckpt.runs import locks
 from ckpt.runs.run import open_checkpoint
 from ckpt.saving import choosing, continuity, reading, turns
+from ckpt.saving.changes import Ways
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.source import Source, State, Topology
@@ -42,6 +43,7 @@ class Asked:
     load_foreign: bool = False
     reshard: Literal["auto"] | None = None
     memory: str | int | None = None
+    ways: Ways = field(default_factory=Ways)
 
     def require_same(self, more: Sequence[Any] = ()) -> None:
         """``CheckpointError`` on every rank unless all ask for the same, and it is known."""
@@ -188,7 +190,7 @@ class Asked:
                 more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
                 raise CheckpointError(
                     f"{source.folder}: the training is not as it was saved: {wrong[0]}{more}; give "
-                    'it what it was saved with, or pass on_mismatch="warn" to go on all the same',
+                    f"it what it was saved with, or {self.ways.mismatch} to go on all the same",
                     "refused",
                 )
 

@@ -28,7 +28,7 @@ FAST = ("sequence_parallel", "world_size", "zero_stage")  # of the topology: how
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """What a front end offers to go on all the same, as the end of a sentence; ``None``: nothing."""
+    """What a front end offers to go on all the same, as it is said; ``None``: nothing."""
 
     mismatch: str = 'pass on_mismatch="warn"'
     optimizer: str | None = "pass load_optimizer_states=False"
@@ -63,11 +63,7 @@ def changes(saved: Record, now: Record, request: Request) -> list[Change]:
     """Each difference between two records; what one of them does not tell is not compared."""
     of_weights = (_parameters, _adapters)
     rest = () if request.weights_alone else (_optimizer, _options, _scheduler, _batch, _rest)
-    return [
-        change
-        for compare in (*of_weights, *rest)
-        for change in compare(saved, now, request)
-    ]
+    return [change for compare in (*of_weights, *rest) for change in compare(saved, now, request)]
 
 
 def _both(saved: Record, now: Record, name: str) -> tuple[Record, Record] | None:
@@ -131,7 +127,7 @@ def _options(saved: Record, now: Record, request: Request) -> Iterator[Change]:
 
 
 def _comes_back(name: str, pair: tuple[Record, Record], scheduled: bool, request: Request) -> bool:
-    """Whether an option is as in the checkpoint after the load: rates come with a scheduler, too."""
+    """Whether an option is as it was saved after the load; rates come with a scheduler, too."""
     if name in (optimizers.LR, optimizers.BASE) and scheduled:
         return request.scheduler_states
     return request.optimizer_states and pair[0]["algorithm"] == pair[1]["algorithm"]
@@ -239,5 +235,3 @@ def _adapters(saved: Record, now: Record, request: Request) -> Iterator[Change]:
             effect: Effect = "yours" if key in OF_NO_MEANING else "refused"
             line = f"adapter {name}: {key}: {one} saved, {other} now"
             yield Change(f"adapter {name}", effect, line)
-
-

@@ -71,6 +71,13 @@ class Comparison:
 
     def require_here(self, on_mismatch: OnMismatch) -> None:
         """``require`` on this rank alone."""
+        offloaded = getattr(self.engine, "zero_nvme_offload_optimizer", lambda: False)
+        if not self.request.optimizer_states and offloaded():
+            raise CheckpointError(
+                "the optimizer is offloaded to NVMe, where DeepSpeed loads all states or none; "
+                "convert the checkpoint (ckpt to-fp32) and load the weights into the model",
+                "unsupported",
+            )
         wrong = [change for change in self.changes if change.effect == "wrong"]
         if wrong:
             more = _more(len(wrong) + len(self._refused) - 1)
@@ -104,6 +111,9 @@ class Comparison:
             optimizers.complete(self.optimizer, self.asked)
         if self.scheduler is not None and not self.request.scheduler_states:
             optimizers.restart_rates(self.optimizer, self.asked)
+        elif self.scheduler is not None and not self.request.optimizer_states:
+            # A scheduler sets them after a step, not when it is loaded.
+            optimizers.set_rates(self.optimizer, self.noted.get("lr") or ())
         if self.request.override:
             names = self.request.override
             optimizers.override(self.optimizer, self.scheduler, self.asked, names)

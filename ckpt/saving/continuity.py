@@ -69,7 +69,9 @@ def settings_rows(
         if saved.get(name) is None and now.get(name) is None:
             continue
         if name in saved and name in now:
-            then, value = (None if each[name] is None else show(each[name]) for each in (saved, now))
+            then, value = (
+                None if each[name] is None else show(each[name]) for each in (saved, now)
+            )
             rows.append(Row(name, then, value, None, name in differing or then != value))
     return rows
 

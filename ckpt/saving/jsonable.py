@@ -11,7 +11,7 @@ DEEPEST = 8
 
 
 def jsonable(value: Any, depth: int = 0) -> Any:
-    """``value`` as JSON has it: tuples and sets as lists, what has no such form as its type's name."""
+    """``value`` as JSON has it: tuples and sets as lists, anything else as its type's name."""
     if isinstance(value, Enum):
         return jsonable(value.value, depth)
     if value is None or isinstance(value, (bool, int, str)):

@@ -34,39 +34,29 @@ DEEPSPEEDS = {
 class Load:
     """One ``engine.load_checkpoint``, and what there is to compare after it."""
 
-    def __init__(self, engine: Any, source: Source, turn: Turn, comparison: Comparison, alone: bool):
+    def __init__(
+        self, engine: Any, source: Source, turn: Turn, comparison: Comparison, alone: bool
+    ):
         """``alone``: the module's weights and nothing else."""
         self.engine, self.source, self.turn, self.module_only = engine, source, turn, alone
         self.comparison = comparison
-        self.optimizer = comparison.request.optimizer_states and not alone
         self.config: Any = None  # DeepSpeed's, as it was saved
         self.epoch: Any = None  # the loop's own
-
-    def require(self) -> None:
-        """``CheckpointError`` if DeepSpeed could not load what was asked for."""
-        if not self.optimizer and self.engine.zero_nvme_offload_optimizer():
-            raise CheckpointError(
-                "the optimizer is offloaded to NVMe, where DeepSpeed loads all states or none; "
-                "convert the checkpoint (ckpt to-fp32) and load the weights into the model",
-                "unsupported",
-            )
 
     def __call__(self, strict: bool) -> dict[str, Any]:
         """Loads; returns the client state. ``CheckpointError`` if DeepSpeed loads nothing."""
         engine, source, request = self.engine, self.source, self.comparison.request
-        self.require()
-        scheduler = request.scheduler_states and not self.module_only
         before = {name: getattr(engine, name) for name in COUNTERS if hasattr(engine, name)}
         drop = ("random_ltd", "data_sampler") if self.module_only else ()
         with ExitStack() as stack:
             reader = stack.enter_context(reading.mapped(engine, drop, self.turn, request.renamed))
-            if not self.optimizer:
+            if not request.optimizer_states:
                 stack.enter_context(reading.weights_alone(engine))
             path, client = engine.load_checkpoint(
                 str(source.folder),
                 tag=source.tag,
                 load_module_strict=strict,
-                load_lr_scheduler_states=scheduler,
+                load_lr_scheduler_states=request.scheduler_states,
             )
             if path is None:
                 raise CheckpointError(
@@ -82,10 +72,6 @@ class Load:
                 setattr(engine, name, value)
             return {}
         source.go_on(engine)
-        rates = (source.progress or {}).get("lr")
-        if not self.optimizer and scheduler and engine.lr_scheduler is not None and rates:
-            for group, rate in zip(engine.optimizer.param_groups, rates, strict=False):
-                group["lr"] = rate  # a scheduler sets it after a step, not when it is loaded
         self.comparison.apply()
         return mine
 

@@ -120,6 +120,12 @@ def restart_rates(optimizer: Any, asked: Sequence[Mapping[str, Any]]) -> None:
         group |= {name: options[name] for name in (LR, BASE) if name in options}
 
 
+def set_rates(optimizer: Any, rates: Iterable[float]) -> None:
+    """The learning rate of each param group."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=False):
+        group[LR] = rate
+
+
 def unwrapped(scheduler: Any) -> Any:
     """A scheduler out of Accelerate's wrapper."""
     if hasattr(scheduler, "scheduler") and hasattr(scheduler, "split_batches"):
@@ -141,8 +147,7 @@ def _override_rates(optimizer: Any, scheduler: Any, asked: Sequence[Mapping[str,
     else:
         _set_bases(scheduler, bases)
         rates = _current(scheduler, groups, before, bases)
-    for group, rate in zip(groups, rates, strict=False):
-        group[LR] = rate
+    set_rates(optimizer, rates)
     if hasattr(scheduler, "_last_lr"):
         scheduler._last_lr = list(rates)
 

@@ -23,8 +23,8 @@ from converters.errors import CheckpointError
 
 LONG = 1 << 18  # characters of a list that is packed in a manifest; some 3,000 parameters
 LARGEST = 64 << 20  # bytes of a list that is unpacked
-# What wrappers put into names: torch.compile, DistributedDataParallel (in front), checkpoint_wrapper
-# and FullyShardedDataParallel of torch.
+# What wrappers put into names: torch.compile, checkpoint_wrapper, FullyShardedDataParallel; and
+# DistributedDataParallel, in front.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 IN_FRONT = "module."
 
@@ -72,8 +72,10 @@ def _in_order(optimizer: Any) -> Iterator[tuple[int, Any]]:
 
 
 def pack(parameters: Sequence[Parameter]) -> dict[str, Any]:
-    """As JSON for a manifest: a line for each parameter, by groups, compressed where they are many."""
-    groups: list[list[str]] = [[] for _ in range(1 + max((p.group for p in parameters), default=-1))]
+    """As JSON for a manifest: a line for each parameter, by groups, packed where they are many."""
+    groups: list[list[str]] = [
+        [] for _ in range(1 + max((p.group for p in parameters), default=-1))
+    ]
     for parameter in parameters:
         groups[parameter.group].append(str(parameter))
     text = json.dumps(groups)
@@ -158,7 +160,9 @@ def difference(
 
 def _counted(there: Sequence[Parameter], here: Sequence[Parameter]) -> str:
     lost, new = len(_without(there, here)), len(_without(here, there))
-    return f" ({lost} that were saved are not here, {new} here were not saved)" if lost + new else ""
+    return (
+        f" ({lost} that were saved are not here, {new} here were not saved)" if lost + new else ""
+    )
 
 
 def _without(some: Sequence[Parameter], others: Sequence[Parameter]) -> set[str]:
@@ -171,7 +175,7 @@ def _way(
     there: Sequence[Parameter],
     here: Sequence[Parameter],
 ) -> str:
-    """What to do about it; a parameter can only be another's new name if neither is on both sides."""
+    """What to do about it; only a parameter that is on one side alone may be a renamed one."""
     same = ": give it the same parameters in the same order"
     if then is None or value is None or then.shape != value.shape:
         return same

@@ -92,7 +92,6 @@ def resume(
         with ranks.step():
             comparison = Comparison(source, engine, request)
             load = Load(engine, source, turn, comparison, load_module_only)
-            load.require()
         comparison.require(ranks, on_mismatch)
         with ranks.step(), alive(ranks):
             client = load(load_module_strict)

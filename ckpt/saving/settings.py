@@ -176,7 +176,7 @@ def _adapters(module: Any) -> dict[str, Any]:
 def _data(loader: Any) -> dict[str, Any]:
     """What a loader says of the data: how many samples, and in which order they come."""
     found: dict[str, Any] = {}
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         with suppress(Exception):  # a length that is not known
             found["dataset_length"] = len(dataset)

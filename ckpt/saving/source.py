@@ -60,7 +60,7 @@ class Source:
         return "; ".join([line, *metrics[:3]])
 
     def go_on(self, engine: Any) -> None:
-        """Sets what DeepSpeed does not load: the count of micro steps, as of the last whole step."""
+        """Sets what DeepSpeed does not load: micro steps, as of the last whole step."""
         now = {"gradient_accumulation_steps": engine.gradient_accumulation_steps()}
         micro = whole_micro_steps(self.progress or {}, now)
         if micro is not None:

@@ -1,4 +1,4 @@
-"""Values as a line of a table, or a sentence, shows them: short, and so that a difference is seen."""
+"""Values as a table or a sentence shows them: short, and so that a difference is seen."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def shown_pair(one: Any, other: Any, most: int = LINE) -> tuple[str, str]:
     if max(len(first), len(second)) <= most:
         return first, second
     pairs = zip(first, second, strict=False)
-    at = next((index for index, (a, b) in enumerate(pairs) if a != b), min(map(len, (first, second))))
+    at = next(
+        (index for index, (a, b) in enumerate(pairs) if a != b), min(map(len, (first, second)))
+    )
     start = max(0, at - most // 3)
     begin = "..." if start else ""
     return shown(begin + first[start:], most), shown(begin + second[start:], most)

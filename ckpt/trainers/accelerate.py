@@ -164,9 +164,8 @@ def load_state(
 
 
 def _loop(accelerator: Any) -> tuple[Any, Any]:
-    """The first model's scheduler, where Accelerate steps it, and the first loader of data."""
-    schedulers = [s for s in accelerator._schedulers if not hasattr(s, "engine")]
-    return next(iter(schedulers), None), next(iter(accelerator._dataloaders), None)
+    """The first scheduler and the first loader of data, which are those of the first model."""
+    return next(iter(accelerator._schedulers), None), next(iter(accelerator._dataloaders), None)
 
 
 def _engines(accelerator: Any) -> list[Any]:

@@ -29,7 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.ranks import Ranks
 from ckpt.runs import locks
 from ckpt.runs.manifest import digest
 from ckpt.runs.retention import Retention
@@ -66,7 +66,7 @@ log = logging.getLogger("ckpt")
 class CommittedCheckpoints(MappedCheckpoints):
     """Put before ``Trainer``, or any subclass of it, among the bases of a class.
 
-    Options are attributes of the class:
+    Options are attributes of the class, those of ``MappedCheckpoints`` and these:
 
     - ``retention``: what to keep. Without, the last ``save_total_limit``. The best by
       ``metric_for_best_model`` is kept beside them, and named by ``out/best``
@@ -74,7 +74,6 @@ class CommittedCheckpoints(MappedCheckpoints):
       which is under ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``
     - ``preemption``: what asks the training to stop (``Preemption``)
     - ``preflight``: tries at the start what saves will need
-    - ``timeout``: seconds without a sign of life until a rank counts as absent
     - ``on_failure``: "raise" ends the training with a ``CheckpointError`` on every rank; "warn"
       goes on without that checkpoint, as when the disk is full, unless a rank is lost
 
@@ -85,7 +84,6 @@ class CommittedCheckpoints(MappedCheckpoints):
     weights: str | None = None
     preemption: Preemption | None = None
     preflight: bool = True
-    timeout: float = TIMEOUT
     on_failure: Literal["raise", "warn"] = "raise"
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -175,8 +173,8 @@ class CommittedCheckpoints(MappedCheckpoints):
         tier = "weights" if self.args.save_only_model else "full"
         tag = None if self.args.save_only_model else f"global_step{engine.global_steps}"
         stage, said = int(engine.zero_optimization_stage()), evaluated(self.state)
-        data = self.callback_handler.train_dataloader
-        noted = record(engine, self.state.epoch, self.lr_scheduler, data)
+        loop = (self.lr_scheduler, self.callback_handler.train_dataloader)
+        noted = record(engine, self.state.epoch, *loop)
         return Facts(step, tag, tier, stage, versions(), said, noted)
 
     def _write(self, commit: Commit, model: Any, trial: Any, final: str) -> None:

@@ -11,6 +11,7 @@ came of it before the first step, on every rank.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,22 @@ from accelerate.utils import DeepSpeedOptimizerWrapper
 from transformers import TrainerCallback
 
 from ckpt.ranks import TIMEOUT, Ranks
-from ckpt.saving import choosing, continuity, rng
+from ckpt.saving import choosing, continuity, optimizers, rng
 from ckpt.saving.asked import Asked
+from ckpt.saving.changes import Request, Ways
 from ckpt.saving.choosing import Thorough
+from ckpt.saving.comparison import Comparison
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.progress import progress
 from ckpt.saving.source import Source
-from ckpt.trainers.hf_state import Shown
+from ckpt.trainers.hf_state import Shown, deepspeed_config
 from converters.errors import CheckpointError
+
+WAYS = Ways(
+    'pass on_mismatch="warn" to ResumeCallback',
+    "put CommittedCheckpoints among the Trainer's bases, with load_optimizer_states = False",
+    None,
+)
 
 
 class ResumeCallback(TrainerCallback):
@@ -34,10 +43,14 @@ class ResumeCallback(TrainerCallback):
     - ``checkpoint``: what is resumed from; without, that of the step in ``output_dir``
     - ``verify``: "structure" looks at sizes and headers, "data" reads every byte
     - ``on_mismatch``: "error" stops on every rank; "warn" only says what differs
+    - ``override``: options of the param groups ("lr", "weight_decay") that are to be as the
+      Trainer's arguments have them; all others are as they were saved
+    - ``renamed``: parameters that have another name in this model, {saved: new}
     - ``load_foreign``: whether to go on from one without a manifest
     - ``timeout``: seconds without a sign of life until a rank counts as absent
 
-    It stays out of trainings that begin, and of those without DeepSpeed.
+    It stays out of trainings that begin, and of those without DeepSpeed. A Trainer with
+    ``CommittedCheckpoints`` takes these options and compares before it loads.
     """
 
     def __init__(
@@ -46,12 +59,16 @@ class ResumeCallback(TrainerCallback):
         *,
         verify: Thorough = "structure",
         on_mismatch: OnMismatch = "error",
+        override: Collection[str] = (),
+        renamed: Mapping[str, str] | None = None,
         load_foreign: bool = False,
         timeout: float = TIMEOUT,
     ):
         continuity.require_known(on_mismatch)
         self.checkpoint, self.verify, self.on_mismatch = checkpoint, verify, on_mismatch
+        self.override, self.renamed = override, dict(renamed or {})
         self.load_foreign, self.timeout = load_foreign, timeout
+        self.comparison: Comparison | None = None  # of a Trainer that compares before it loads
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
         """Compares what was saved with what there is."""
@@ -61,7 +78,9 @@ class ResumeCallback(TrainerCallback):
         ranks = Ranks("ResumeCallback", self.timeout)
         path = Path(self.checkpoint or args.output_dir)
         tag = str(state.global_step) if self.checkpoint is None else None
-        asked = Asked(ranks, path, tag, None, self.verify, self.on_mismatch, self.load_foreign)
+        asked = Asked(
+            ranks, path, tag, None, self.verify, self.on_mismatch, self.load_foreign, ways=WAYS
+        )
         asked.require_same([state.global_step])
         options = (self.verify, self.load_foreign)
         found = choosing.choose(ranks, path, tag, *options, lambda m: m.world_size == ranks.world)
@@ -69,14 +88,55 @@ class ResumeCallback(TrainerCallback):
             if found is None:
                 raise CheckpointError(f"{path} holds no checkpoint to compare with", "incomplete")
             source = Source.of(found)
-            inner = wrapper.optimizer
-            stage = source.topology.stage
-            shown = Shown(seen["model"], inner, stage, ranks.rank, int(state.global_step))
-            noted = {**(source.progress or {}), "step": source.step}
-            now = {**progress(shown, state.epoch), "step": int(state.global_step)}
-            rows = continuity.compare(noted, now, without=["global_steps"])  # that is all it knows
+            config, at = deepspeed_config(), int(state.global_step)
+            stage = int(config.get("zero_optimization", {}).get("stage", 0))
+            shown = Shown(seen["model"], wrapper.optimizer, stage, ranks.rank, at, config)
+            comparison = self._compared(source, shown, args, seen)
+            now = {**progress(shown, state.epoch), "step": at}
+            comparison.noted["step"] = source.step
+            rows = comparison.rows(now, without=["global_steps"])  # that is all it knows
             step.value = continuity.mismatches(rows) + _lost(source.folder, args)
+        if self.comparison is None and not ranks.rank:
+            comparison.say()
+        self.comparison = None
         asked.tell(source, rows, step.heard)
+
+    def _compared(self, source: Source, shown: Shown, args: Any, seen: Any) -> Comparison:
+        """What a Trainer has compared already; of any other, now that all is loaded."""
+        if self.comparison is not None:
+            return self.comparison
+        request = Request(frozenset(self.override), self.renamed, ways=WAYS)
+        loop = {"scheduler": seen.get("lr_scheduler"), "data": seen.get("train_dataloader")}
+        asked = options_of(args, optimizers.inner(shown))
+        comparison = Comparison(source, shown, request, asked=asked, **loop)
+        comparison.require_here(self.on_mismatch)
+        comparison.apply()
+        return comparison
+
+
+def options_of(args: Any, optimizer: Any) -> Sequence[Mapping[str, Any]]:
+    """The options of each param group as the script gave them, when others are loaded already.
+
+    The optimizer knows what it was made with. Only weight decay is given by groups: the Trainer
+    makes one of all weights, and one of norms and biases without decay (transformers 5.23
+    ``trainer.py: get_decay_parameter_names``).
+    """
+    defaults = optimizer.defaults
+    groups = optimizer.param_groups
+    found = []
+    for index, group in enumerate(groups):
+        options = {name: defaults.get(name, value) for name, value in group.items()}
+        options[optimizers.LR] = defaults.get(optimizers.LR, group[optimizers.LR])
+        if optimizers.BASE in group:
+            options[optimizers.BASE] = options[optimizers.LR]
+        if "weight_decay" in group and options[optimizers.LR] == args.learning_rate:
+            decays = index == 0 or index < len(groups) - 1
+            options["weight_decay"] = args.weight_decay if decays else 0.0
+        elif "weight_decay" in group and len(groups) > 1:
+            options["weight_decay"] = group["weight_decay"]
+        del options["params"]
+        found.append(options)
+    return found
 
 
 def _lost(folder: Path, args: Any) -> list[str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,10 +30,12 @@ from ckpt.runs.pruning import delete
 from ckpt.runs.run import POINTERS, Run, open_checkpoint, order
 from ckpt.saving import extras, nodes, plain, rng
 from ckpt.saving.commit import Commit, Facts
+from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.nodes import Nodes
-from ckpt.saving.progress import metrics, progress, versions
+from ckpt.saving.progress import metrics, record, versions
 from ckpt.saving.publish import publish
 from ckpt.trainers.aside import aside
+from ckpt.trainers.lightning_resume import Resumed, request_of, scheduler_of
 from converters.errors import CheckpointError
 
 TAG = "checkpoint"  # the strategy's, for every checkpoint
@@ -50,8 +53,14 @@ Stock: Any = _stock()
 
 
 class DeepSpeedStrategy(Stock):
-    """Lightning's strategy of that name, with the same arguments and two more.
+    """Lightning's strategy of that name, with the same arguments and these:
 
+    - ``on_mismatch``: "error" stops on every rank, before anything is loaded, where a fit that goes
+      on is not as it was saved; "warn" only says so
+    - ``override``: options of the param groups ("lr", "weight_decay") that are to be as this
+      training has them; all others are as they were saved
+    - ``renamed``: parameters that have another name in this model, {saved: new}
+    - ``load_optimizer_states``: ``False`` begins with a new optimizer, from the fp32 masters
     - ``load_foreign``: whether to load a checkpoint without a manifest from a folder where others
       have one; without, it counts as one whose copy did not finish
     - ``absent_after``: seconds without a sign of life until a rank counts as absent
@@ -60,11 +69,18 @@ class DeepSpeedStrategy(Stock):
     def __init__(
         self,
         *args: Any,
+        on_mismatch: OnMismatch = "error",
+        override: Collection[str] = (),
+        renamed: Mapping[str, str] | None = None,
+        load_optimizer_states: bool = True,
         load_foreign: bool = False,
         absent_after: float = TIMEOUT,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self._on_mismatch = on_mismatch
+        self._request = request_of(on_mismatch, override, renamed, load_optimizer_states)
+        self._resumed: Resumed | None = None  # when a fit goes on
         self._load_foreign, self._absent_after = load_foreign, absent_after
         self._nodes: dict[Path, Nodes] = {}  # by the folder that checkpoints are saved into
         self._random: dict[str, Any] | None = None  # to be set when a training goes on
@@ -94,7 +110,8 @@ class DeepSpeedStrategy(Stock):
             step = int(checkpoint.get("global_step", engine.global_steps))
             stage = int(engine.zero_optimization_stage())
             said = metrics(trainer.callback_metrics)
-            facts = Facts(step, TAG, "full", stage, versions(), said, progress(engine))
+            noted = record(engine, None, scheduler_of(trainer))
+            facts = Facts(step, TAG, "full", stage, versions(), said, noted)
         commit = Commit(ranks, place, final, facts)
         with aside(commit, [engine]) as folder:
             super().save_checkpoint(checkpoint, str(folder), storage_options)
@@ -126,8 +143,18 @@ class DeepSpeedStrategy(Stock):
             found: dict[str, Any] | None = plain.loads(held) if held.exists() else None
         with ranks.step():
             _require_same(step.heard)
+            resumed = Resumed.of(path, self.lightning_module.trainer, self._request)
+            if resumed is not None:
+                resumed.require(self.deepspeed_engine, self._on_mismatch)
         with lock:
-            state = super().load_checkpoint(checkpoint_path, **options)
+            if resumed is None:
+                state = super().load_checkpoint(checkpoint_path, **options)
+            else:
+                with resumed.loading(self.deepspeed_engine) as loaded:
+                    state = super().load_checkpoint(checkpoint_path, **options)
+                    loaded.detach(state)
+                resumed.finish(ranks, self._on_mismatch, loaded.config)
+        self._resumed = resumed
         if found is not None and self.lightning_module.trainer.state.fn == "fit":
             self._random = found
             for absent in rng.restore(found):
@@ -135,8 +162,12 @@ class DeepSpeedStrategy(Stock):
         return state
 
     def on_train_start(self) -> None:
-        """Random states as of the save once more: loaders that started meanwhile have drawn."""
+        """Random states as of the save once more: loaders that started meanwhile have drawn; and
+        overridden options, for the schedulers are loaded by now."""
         super().on_train_start()
+        if self._resumed is not None:
+            self._resumed.override()
+            self._resumed = None
         state, self._random = self._random, None
         loop = self.lightning_module.trainer.fit_loop
         began = loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch

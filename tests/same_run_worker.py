@@ -124,7 +124,9 @@ def refused(engine: Any, run: Path, *texts: str, **options: Any) -> str:
     raise AssertionError(f"not refused: {texts}")
 
 
-def equal(engine: Any, expected: dict[str, torch.Tensor], names: dict[str, str] | None = None) -> None:
+def equal(
+    engine: Any, expected: dict[str, torch.Tensor], names: dict[str, str] | None = None
+) -> None:
     found = masters(engine)
     for name, value in expected.items():
         for old, new in (names or {}).items():
@@ -205,7 +207,10 @@ def names(out: Path) -> None:
         for mode in ("error", "warn"):
             strict = {"on_mismatch": mode, "load_module_strict": False}
             refused(begin(config(stage), other), run, *both, **strict)
-        for new in ({"second.": "other."}, {f"second.{k}": f"other.{k}" for k in ("weight", "bias")}):
+        for new in (
+            {"second.": "other."},
+            {f"second.{k}": f"other.{k}" for k in ("weight", "bias")},
+        ):
             engine = begin(config(stage), other)
             assert ckpt.resume(engine, run, renamed=new) == 3
             equal(engine, held, {"second": "other"})

@@ -20,7 +20,7 @@ from ckpt.saving import continuity, optimizers
 from ckpt.saving.changes import Change, Request, changes
 from ckpt.saving.continuity import OnMismatch, Row
 from ckpt.saving.progress import whole_micro_steps
-from ckpt.saving.settings import config_of, describe
+from ckpt.saving.settings import ENGINE_ALONE, Loop, config_of, describe
 from ckpt.saving.source import Source
 from converters.errors import CheckpointError
 
@@ -30,9 +30,8 @@ log = logging.getLogger("ckpt")
 class Comparison:
     """What was noted in ``source`` against the training of ``engine``, which has not loaded it.
 
-    ``scheduler`` is the one that sets the learning rate where the engine does not have it, ``data``
-    the loader of the training data. ``asked``: the options of param groups that the script gave,
-    where they are not those of the optimizer any more.
+    ``asked``: the options of param groups that the script gave, where they are not those of the
+    optimizer any more.
     """
 
     def __init__(
@@ -41,16 +40,15 @@ class Comparison:
         engine: Any,
         request: Request,
         *,
-        scheduler: Any = None,
-        data: Any = None,
+        loop: Loop = ENGINE_ALONE,
         asked: Sequence[Mapping[str, Any]] | None = None,
     ):
         self.source, self.engine, self.request = source, engine, request
-        self.scheduler = scheduler or getattr(engine, "lr_scheduler", None)
+        self.scheduler = loop.scheduler or getattr(engine, "lr_scheduler", None)
         self.optimizer = optimizers.inner(engine)
         self.noted = dict(source.progress or {})
         self.saved: Mapping[str, Any] = self.noted.get("settings") or {}
-        self.now = describe(engine, scheduler, data)
+        self.now = describe(engine, loop)
         if asked is not None and self.now["optimizer"] is not None:
             self.now["optimizer"]["groups"] = optimizers.options(asked)
         self.asked = asked or (optimizers.given(self.optimizer) if self.optimizer else [])
@@ -104,7 +102,9 @@ class Comparison:
             log.warning("%s: %s", self.source.folder, change.line)
 
     def apply(self) -> None:
-        """After the load: what this training has by its own, and what was overridden."""
+        """After the load: what DeepSpeed does not load, what another class of optimizer lacks, and
+        what was overridden."""
+        self.source.go_on(self.engine, self.now["batch"])
         if self.optimizer is None:
             return
         if self.request.optimizer_states:
@@ -163,13 +163,13 @@ def _of_batch(noted: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 def _of_accumulation(noted: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """A save in the middle of a step: its gradients are in no checkpoint."""
-    then = noted.get("micro_steps")
     batch = noted.get("settings", {}).get("batch") or now["batch"]
-    count = batch.get("gradient_accumulation_steps", 1)
-    if not isinstance(then, int) or not then % count:
+    done = noted.get("micro_batches_lost") or noted.get("micro_steps", 0) % batch["micro_steps"]
+    if not done:
         return []
+    count = batch.get("gradient_accumulation_steps", 1)
     line = (
-        f"micro_steps: it was saved {then % count} of {count} micro batches into a step, whose "
-        "gradients are in no checkpoint; the training goes on from the whole step before"
+        f"micro_steps: it was saved {done} of {count} micro batches into a step, whose gradients "
+        "are in no checkpoint; the training goes on from the whole step before"
     )
     return [Change("micro_steps", "kept", line)]

@@ -71,7 +71,6 @@ class Load:
             for name, value in before.items():
                 setattr(engine, name, value)
             return {}
-        source.go_on(engine)
         self.comparison.apply()
         return mine
 

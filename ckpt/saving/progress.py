@@ -18,43 +18,43 @@ from typing import Any
 import torch.distributed as dist
 
 from ckpt import __version__
-from ckpt.saving.settings import describe
+from ckpt.saving.settings import ENGINE_ALONE, Loop, describe
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
 
 
-def record(engine: Any, epoch: Any = None, scheduler: Any = None, data: Any = None) -> Any:
+def record(engine: Any, epoch: Any = None, loop: Loop = ENGINE_ALONE) -> dict[str, Any]:
     """What a manifest says of a training that is saved now: ``progress``, and its settings.
 
-    ``scheduler``: the one that sets the learning rate, where the engine does not have it;
-    ``data``: the loader of the training data, where it is known. A save in the middle of gradient
-    accumulation is warned of: what was accumulated is in no checkpoint of DeepSpeed.
+    A save in the middle of gradient accumulation is warned of: what was accumulated is in no
+    checkpoint of DeepSpeed.
     """
     found = progress(engine, epoch)
-    found["settings"] = settings = describe(engine, scheduler, data)
-    count = settings["batch"].get("gradient_accumulation_steps", 1)
-    done = found.get("micro_steps", 0) % count
+    found["settings"] = settings = describe(engine, loop)
+    batch = settings["batch"]
+    done = loop.done or found.get("micro_steps", 0) % batch["micro_steps"]
+    if done:
+        found["micro_batches_lost"] = done
     if done and not (dist.is_initialized() and dist.get_rank()):
-        batches = f"{done} micro batch{'es' if done > 1 else ''}"
         log.warning(
             "this save is %d of %d micro batches into a step: the gradients of %s are in no "
             "checkpoint, and lost when it is resumed from; save between two whole steps",
             done,
-            count,
-            batches,
+            batch.get("gradient_accumulation_steps", 1),
+            "1 micro batch" if done == 1 else f"{done} micro batches",
         )
     return found
 
 
 def whole_micro_steps(noted: Mapping[str, Any], batch: Mapping[str, Any]) -> int | None:
-    """Where the count of micro steps goes on from: the last whole step, in steps of ``batch`` now.
+    """Where the engine's count of micro steps goes on from: the end of the last whole step.
 
-    ``noted`` is what a manifest says; ``None`` if it says nothing of it.
+    ``noted`` is what a manifest says, ``batch`` a part of the settings now; ``None`` if the
+    manifest says nothing of it.
     """
-    micro = noted.get("micro_steps")
-    now = batch.get("gradient_accumulation_steps", 1)
-    then = noted.get("settings", {}).get("batch", {}).get("gradient_accumulation_steps", now)
+    micro, now = noted.get("micro_steps"), batch["micro_steps"]
+    then = noted.get("settings", {}).get("batch", {}).get("micro_steps", now)
     return micro // then * now if isinstance(micro, int) else None
 
 

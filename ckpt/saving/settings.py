@@ -11,8 +11,10 @@ Sources: DeepSpeed 0.19.8 ``runtime/engine.py``, ``utils/groups.py``; peft 0.21 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -32,6 +34,7 @@ NOT_RECORDED = {
     *("comms_logger", "autotuning", "nebula", "elasticity", "aio", "timers", "dump_state"),
     *("steps_per_print", "wall_clock_breakdown", "memory_breakdown"),
 }
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # A scheduler's attributes that move while it runs, or point elsewhere.
 MOVING = {
     *("last_epoch", "last_batch_iteration", "best", "num_bad_epochs", "cooldown_counter"),
@@ -39,12 +42,29 @@ MOVING = {
 }
 
 
-def describe(engine: Any, scheduler: Any = None, data: Any = None) -> dict[str, Any]:
-    """The settings of a training with DeepSpeed.
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """What a training has beside its engine, as far as a front end knows it.
 
-    ``scheduler``: the one that sets the learning rate, where the engine does not have it;
-    ``data``: the loader of the training data, where it is known.
+    - ``scheduler``: the one that sets the learning rate, where the engine does not have it
+    - ``data``: the loader of the training data
+    - ``accumulation``: micro batches of a step, where the front end counts them and not the engine:
+      Accelerate calls ``engine.step`` only at the last (1.15 ``utils/deepspeed.py``)
+    - ``done``: how many of them are done in the step that is under way
     """
+
+    scheduler: Any = None
+    data: Any = None
+    accumulation: int | None = None
+    done: int = 0
+
+
+ENGINE_ALONE = Loop()
+
+
+def describe(engine: Any, loop: Loop = ENGINE_ALONE) -> dict[str, Any]:
+    """The settings of a training with DeepSpeed."""
+    scheduler, data = loop.scheduler, loop.data
     config = config_of(engine)
     optimizer = optimizers.inner(engine)
     found: dict[str, Any] = {
@@ -52,7 +72,7 @@ def describe(engine: Any, scheduler: Any = None, data: Any = None) -> dict[str, 
         "optimizer": None if optimizer is None else optimizers.record(optimizer),
         "scheduler": _scheduler(scheduler or getattr(engine, "lr_scheduler", None)),
         "precision": _precision(config),
-        "batch": _batch(engine, config),
+        "batch": _batch(engine, config, loop.accumulation),
         "gradient_clipping": _number(config.get("gradient_clipping", 0.0)),
         "topology": _topology(engine),
         "offload": _offload(config),
@@ -90,18 +110,29 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _batch(engine: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    for name in (
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-    ):
-        ask = getattr(engine, name, None)
-        value = ask() if callable(ask) else config.get(name)
-        if isinstance(value, int):
-            found[name] = value
+def _batch(engine: Any, config: Mapping[str, Any], accumulation: int | None) -> dict[str, Any]:
+    """Samples of a step and of a micro batch; and by how much the engine's count of micro steps
+    grows in a step."""
+    found = {name: value for name in BATCH if (value := _asked(engine, config, name)) is not None}
+    counted = found.get("gradient_accumulation_steps", 1)
+    if accumulation is not None:
+        found["gradient_accumulation_steps"] = accumulation
+        if "train_batch_size" in found:
+            found["train_batch_size"] = found["train_batch_size"] // counted * accumulation
+    micro, topology = found.get("train_micro_batch_size_per_gpu"), _topology(engine)
+    if "train_batch_size" not in found and micro is not None:
+        shared = ("tensor_parallel", "sequence_parallel", "pipeline_parallel")
+        ranks = topology["world_size"] // math.prod(topology.get(name, 1) for name in shared)
+        found["train_batch_size"] = micro * ranks * found.get("gradient_accumulation_steps", 1)
+    managed = getattr(engine, "managed_gradient_accumulation", lambda: True)()
+    found["micro_steps"] = counted if managed and accumulation is None else 1
     return found
+
+
+def _asked(engine: Any, config: Mapping[str, Any], name: str) -> int | None:
+    ask = getattr(engine, name, None)
+    value = ask() if callable(ask) else config.get(name)
+    return value if isinstance(value, int) else None
 
 
 def _topology(engine: Any) -> dict[str, Any]:

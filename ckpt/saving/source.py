@@ -59,11 +59,13 @@ class Source:
         metrics = [f"{name} {value:g}" for name, value in (self.metrics or {}).items()]
         return "; ".join([line, *metrics[:3]])
 
-    def go_on(self, engine: Any) -> None:
-        """Sets what DeepSpeed does not load: micro steps, as of the last whole step."""
-        now = {"gradient_accumulation_steps": engine.gradient_accumulation_steps()}
-        micro = whole_micro_steps(self.progress or {}, now)
-        if micro is not None:
+    def go_on(self, engine: Any, batch: Mapping[str, Any]) -> None:
+        """Sets what DeepSpeed does not load: micro steps, as of the last whole step.
+
+        ``batch`` is a part of the engine's settings.
+        """
+        micro = whole_micro_steps(self.progress or {}, batch)
+        if micro is not None and hasattr(engine, "micro_steps"):
             engine.micro_steps = micro
 
     @classmethod

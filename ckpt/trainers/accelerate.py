@@ -31,6 +31,7 @@ from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.progress import metrics as plain_metrics
 from ckpt.saving.progress import progress, record, versions
 from ckpt.saving.publish import publish
+from ckpt.saving.settings import Loop
 from ckpt.saving.taking import beside
 from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
@@ -74,7 +75,7 @@ def save_state(
         number = int(engine.global_steps if step is None else step)
         stage = int(engine.zero_optimization_stage())
         said = plain_metrics(metrics)
-        noted = record(engine, None, *_loop(accelerator))
+        noted = record(engine, None, _loop(accelerator))
         facts = Facts(number, MODEL_NAME, "full", stage, versions(), said, noted)
         made = Weights(engine, weights, max_shard_size, ranks) if weights is not None else None
     commit = Commit(ranks, found, folder / f"checkpoint-{number}", facts)
@@ -142,8 +143,7 @@ def load_state(
                     "ckpt.resume(engine, ..., load_module_only=True)",
                     "unsupported",
                 )
-            scheduler, data = _loop(accelerator)
-            comparison = Comparison(source, engines[0], request, scheduler=scheduler, data=data)
+            comparison = Comparison(source, engines[0], request, loop=_loop(accelerator))
         comparison.require(ranks, on_mismatch)
         with ranks.step(), alive(ranks), ExitStack() as maps:
             first, *others = engines  # whose files the turn was worked out for
@@ -153,7 +153,6 @@ def load_state(
             for engine in engines if not load_optimizer_states else ():
                 maps.enter_context(reading.weights_alone(engine))
             accelerator.load_state(str(source.folder), **load_model_func_kwargs)
-        source.go_on(engines[0])
     with ranks.step() as step:
         comparison.apply()
         rows = comparison.rows(progress(engines[0]), saved_config=readers[0].config)
@@ -163,9 +162,13 @@ def load_state(
     return source.step
 
 
-def _loop(accelerator: Any) -> tuple[Any, Any]:
-    """The first scheduler and the first loader of data, which are those of the first model."""
-    return next(iter(accelerator._schedulers), None), next(iter(accelerator._dataloaders), None)
+def _loop(accelerator: Any) -> Loop:
+    """The first scheduler and loader of data, which are those of the first model."""
+    scheduler = next(iter(accelerator._schedulers), None)
+    data = next(iter(accelerator._dataloaders), None)
+    count = int(accelerator.gradient_accumulation_steps)
+    done = 0 if accelerator.sync_gradients else int(accelerator.step) % count
+    return Loop(scheduler, data, count, done)
 
 
 def _engines(accelerator: Any) -> list[Any]:

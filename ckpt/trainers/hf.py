@@ -173,8 +173,7 @@ class CommittedCheckpoints(MappedCheckpoints):
         tier = "weights" if self.args.save_only_model else "full"
         tag = None if self.args.save_only_model else f"global_step{engine.global_steps}"
         stage, said = int(engine.zero_optimization_stage()), evaluated(self.state)
-        loop = (self.lr_scheduler, self.callback_handler.train_dataloader)
-        noted = record(engine, self.state.epoch, *loop)
+        noted = record(engine, self.state.epoch, self._loop())
         return Facts(step, tag, tier, stage, versions(), said, noted)
 
     def _write(self, commit: Commit, model: Any, trial: Any, final: str) -> None:

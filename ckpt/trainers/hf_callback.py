@@ -34,6 +34,7 @@ from ckpt.trainers.hf_state import (
     deepspeed_config,
     evaluated,
     is_new_best,
+    loop_of,
     publish_beside,
     require_known,
     retention_of,
@@ -167,8 +168,8 @@ class CheckpointCallback(TrainerCallback):
             tier = "weights" if args.save_only_model else "full"
             tag = None if args.save_only_model else f"global_step{step}"
             said = evaluated(state)
-            loop = (seen.get("lr_scheduler"), seen.get("train_dataloader"))
-            noted = record(engine, state.epoch, *loop)
+            loop = loop_of(args, seen.get("lr_scheduler"), seen.get("train_dataloader"))
+            noted = record(engine, state.epoch, loop)
             facts = Facts(step, tag, tier, engine.stage, versions(), said, noted)
         commit = Commit(ranks, place, self._folder(state), facts, in_place=True)
         with committed(commit) as folder:

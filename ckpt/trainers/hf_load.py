@@ -22,8 +22,10 @@ from ckpt.saving.changes import Request, Ways
 from ckpt.saving.comparison import Comparison
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.progress import progress
+from ckpt.saving.settings import Loop
 from ckpt.saving.source import Source
 from ckpt.trainers.hf_resume import ResumeCallback
+from ckpt.trainers.hf_state import loop_of
 
 WAYS = Ways(
     'set on_mismatch = "warn" in the Trainer\'s class',
@@ -83,6 +85,9 @@ class MappedCheckpoints(Trainer):
         resumed.finish()
         return result
 
+    def _loop(self) -> Loop:
+        return loop_of(self.args, self.lr_scheduler, self.callback_handler.train_dataloader)
+
     def _load_best_model(self) -> None:
         with ExitStack() as loaded:
             if self.is_deepspeed_enabled:
@@ -135,10 +140,8 @@ class _Resumed:
             found = open_checkpoint(self.path)
             if found.manifest is None or found.manifest.tag is None:
                 return  # nothing was noted; the files' own lists of parameters are looked at
-            scheduler = self.trainer.lr_scheduler
-            self.comparison = Comparison(
-                Source.of(found), self.engine, self.request, scheduler=scheduler, data=self.data
-            )
+            loop = loop_of(self.trainer.args, self.trainer.lr_scheduler, self.data)
+            self.comparison = Comparison(Source.of(found), self.engine, self.request, loop=loop)
             self.comparison.require_here(self.on_mismatch)
         if self.comparison is not None and not self.ranks.rank:
             self.comparison.say()
@@ -148,7 +151,6 @@ class _Resumed:
         comparison = self.comparison
         if comparison is None:
             return
-        comparison.source.go_on(self.engine)
         comparison.apply()
         if self.callback is not None:
             self.callback.comparison = comparison  # which shows it, with what it knows besides

@@ -27,7 +27,7 @@ from ckpt.saving.comparison import Comparison
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.progress import progress
 from ckpt.saving.source import Source
-from ckpt.trainers.hf_state import Shown, deepspeed_config
+from ckpt.trainers.hf_state import Shown, deepspeed_config, loop_of
 from converters.errors import CheckpointError
 
 WAYS = Ways(
@@ -106,9 +106,9 @@ class ResumeCallback(TrainerCallback):
         if self.comparison is not None:
             return self.comparison
         request = Request(frozenset(self.override), self.renamed, ways=WAYS)
-        loop = {"scheduler": seen.get("lr_scheduler"), "data": seen.get("train_dataloader")}
+        loop = loop_of(args, seen.get("lr_scheduler"), seen.get("train_dataloader"))
         asked = options_of(args, optimizers.inner(shown))
-        comparison = Comparison(source, shown, request, asked=asked, **loop)
+        comparison = Comparison(source, shown, request, loop=loop, asked=asked)
         comparison.require_here(self.on_mismatch)
         comparison.apply()
         return comparison

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from ckpt.runs import locks
 from ckpt.runs.retention import Best, Retention
 from ckpt.saving.publish import publish
+from ckpt.saving.settings import Loop
 from converters import files
 from converters.errors import CheckpointError
 
@@ -131,6 +132,11 @@ def deepspeed_config() -> dict[str, Any]:
     """DeepSpeed's configuration, wherever it came from."""
     found: dict[str, Any] = AcceleratorState().deepspeed_plugin.deepspeed_config
     return found
+
+
+def loop_of(args: Any, scheduler: Any, data: Any) -> Loop:
+    """What the Trainer has beside the engine; it counts micro batches itself."""
+    return Loop(scheduler, data, int(args.gradient_accumulation_steps))
 
 
 @dataclass(frozen=True, slots=True)

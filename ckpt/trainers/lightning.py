@@ -35,7 +35,7 @@ from ckpt.saving.nodes import Nodes
 from ckpt.saving.progress import metrics, record, versions
 from ckpt.saving.publish import publish
 from ckpt.trainers.aside import aside
-from ckpt.trainers.lightning_resume import Resumed, request_of, scheduler_of
+from ckpt.trainers.lightning_resume import Resumed, loop_of, request_of
 from converters.errors import CheckpointError
 
 TAG = "checkpoint"  # the strategy's, for every checkpoint
@@ -110,7 +110,7 @@ class DeepSpeedStrategy(Stock):
             step = int(checkpoint.get("global_step", engine.global_steps))
             stage = int(engine.zero_optimization_stage())
             said = metrics(trainer.callback_metrics)
-            noted = record(engine, None, scheduler_of(trainer))
+            noted = record(engine, None, loop_of(trainer))
             facts = Facts(step, TAG, "full", stage, versions(), said, noted)
         commit = Commit(ranks, place, final, facts)
         with aside(commit, [engine]) as folder:

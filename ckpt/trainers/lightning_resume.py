@@ -20,6 +20,7 @@ from ckpt.saving.comparison import Comparison
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.progress import progress
 from ckpt.saving.reading import Mapped
+from ckpt.saving.settings import Loop
 from ckpt.saving.source import Source
 
 WAYS = Ways(
@@ -40,16 +41,16 @@ def request_of(
     return Request(frozenset(override), dict(renamed or {}), optimizer_states, ways=WAYS)
 
 
-def scheduler_of(trainer: Any) -> Any:
-    """The first scheduler of a training, which Lightning steps; ``None`` without one."""
-    return next((config.scheduler for config in trainer.lr_scheduler_configs), None)
+def loop_of(trainer: Any) -> Loop:
+    """The first scheduler of a training, which Lightning steps."""
+    return Loop(next((config.scheduler for config in trainer.lr_scheduler_configs), None))
 
 
 class Resumed:
     """One fit that goes on from ``source``."""
 
-    def __init__(self, source: Source, scheduler: Any, request: Request):
-        self.source, self.scheduler, self.request = source, scheduler, request
+    def __init__(self, source: Source, loop: Loop, request: Request):
+        self.source, self.loop, self.request = source, loop, request
         self.comparison: Comparison | None = None
 
     @classmethod
@@ -58,11 +59,11 @@ class Resumed:
         found = open_checkpoint(path)
         if found.manifest is None or found.manifest.tag is None or trainer.state.fn != "fit":
             return None
-        return cls(Source.of(found), scheduler_of(trainer), request)
+        return cls(Source.of(found), loop_of(trainer), request)
 
     def require(self, engine: Any, on_mismatch: OnMismatch) -> None:
         """``CheckpointError`` if this is another training; nothing is loaded yet."""
-        self.comparison = Comparison(self.source, engine, self.request, scheduler=self.scheduler)
+        self.comparison = Comparison(self.source, engine, self.request, loop=self.loop)
         self.comparison.require_here(on_mismatch)
 
     @contextmanager
@@ -82,7 +83,6 @@ class Resumed:
             comparison.say()
         asked = Asked(ranks, self.source.folder, None, None, "structure", on_mismatch, ways=WAYS)
         with ranks.step() as step:
-            self.source.go_on(comparison.engine)
             comparison.apply()
             rows = comparison.rows(progress(comparison.engine), saved_config=config)
             step.value = continuity.mismatches(rows)

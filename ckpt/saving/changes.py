@@ -23,6 +23,7 @@ Effect = Literal["kept", "yours", "refused", "wrong"]
 Record = Mapping[str, Any]
 # Of a PEFT configuration: what has no part in what the weights that are loaded mean.
 OF_NO_MEANING = ("target_modules", "lora_dropout", "exclude_modules")
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 FAST = ("sequence_parallel", "world_size", "zero_stage")  # of the topology: how the work is shared
 
 
@@ -130,7 +131,8 @@ def _comes_back(name: str, pair: tuple[Record, Record], scheduled: bool, request
     """Whether an option is as it was saved after the load; rates come with a scheduler, too."""
     if name in (optimizers.LR, optimizers.BASE) and scheduled:
         return request.scheduler_states
-    return request.optimizer_states and pair[0]["algorithm"] == pair[1]["algorithm"]
+    fits = optimizers.has_states_of(pair[0]["algorithm"], pair[1]["algorithm"])
+    return request.optimizer_states and fits
 
 
 def _option(name: str, differing: list[Any], count: int, request: Request) -> Change:
@@ -186,9 +188,9 @@ def _batch(saved: Record, now: Record, request: Request) -> Iterator[Change]:
     pair = _both(saved, now, "batch")
     if pair is None:
         return
-    for name, then in pair[0].items():
-        value = pair[1].get(name)
-        if value is None or value == then:
+    for name in BATCH:
+        then, value = pair[0].get(name), pair[1].get(name)
+        if None in (then, value) or value == then:
             continue
         effect: Effect = "refused" if name == "train_batch_size" else "yours"
         yield Change(name, effect, f"{name}: {then} saved, {value} now")

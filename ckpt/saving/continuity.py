@@ -76,10 +76,6 @@ def settings_rows(
     return rows
 
 
-def _joined(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
 _SHOWN: Mapping[str, Any] = {
     "parameters": lambda held: f"{held.get('count')}, {str(held.get('digest'))[:8]}",
     "optimizer": lambda held: held.get("algorithm"),
@@ -93,7 +89,7 @@ _SHOWN: Mapping[str, Any] = {
     "topology": lambda held: f"world {held.get('world_size')}, stage {held.get('zero_stage')}",
     "offload": lambda held: " / ".join(map(str, held.values())),
     "adapters": lambda held: ", ".join(held) or "none",
-    "data": _joined,
+    "data": lambda held: f"{held.get('dataset_length')}, {held.get('sampler')}",
 }
 
 

@@ -270,6 +270,14 @@ def older(out: Path) -> None:
     engine = begin(schedule=half_life, lr=4e-2)
     assert ckpt.resume(engine, run, load_lr_scheduler_states=False) == 3
     equal(engine, held)
+    try:
+        ckpt.resume(begin(optimizer=torch.optim.SGD), run)
+    except CheckpointError as error:
+        assert "have no momentum, which SGD needs" in str(error), error
+    else:
+        raise AssertionError("it went on")
+    sgd = begin(optimizer=torch.optim.SGD)
+    assert ckpt.resume(sgd, run, load_optimizer_states=False) == 3
     more = config(2, train_micro_batch_size_per_gpu=4)
     refused(begin(more), run, "train_batch_size: 2 saved, 4 now")
     refused(begin(model=lambda: Net("first other third")), run, "it is other.weight", "renamed={")

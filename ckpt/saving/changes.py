@@ -24,6 +24,7 @@ Record = Mapping[str, Any]
 # Of a PEFT configuration: what has no part in what the weights that are loaded mean.
 OF_NO_MEANING = ("target_modules", "lora_dropout", "exclude_modules")
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+CYCLED = {"max_momentum", "base_momentum"}  # what OneCycleLR and CyclicLR add to param groups
 FAST = ("sequence_parallel", "world_size", "zero_stage")  # of the topology: how the work is shared
 
 
@@ -114,6 +115,8 @@ def _options(saved: Record, now: Record, request: Request) -> Iterator[Change]:
     groups = list(zip(pair[0]["groups"], pair[1]["groups"], strict=False))
     scheduled = bool(now.get("scheduler"))
     names = list(dict.fromkeys(name for then, value in groups for name in then if name in value))
+    if scheduled and CYCLED & set(names):
+        names = [name for name in names if name not in ("betas", "momentum")]  # they move, too
     for name in [name for name in names if _comes_back(name, pair, scheduled, request)]:
         option = optimizers.LR if name == optimizers.BASE else name
         if name == optimizers.LR and (scheduled or optimizers.BASE in names):

@@ -7,7 +7,8 @@ gives chosen options back; the learning rate goes through the scheduler, which h
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ ASIDE = {
     *("params", "param_names", "step", "foreach", "fused", "capturable", "differentiable"),
     *("use_muon", "ns_method", "moe", "name"),
 }
+# Options that one algorithm has and others do not.
+TELLING = {"betas", "momentum", "momentum_decay", "alpha", "rho", "etas", "lr_decay", "beta2_decay"}
 LR = "lr"
 BASE = "initial_lr"  # the rate that a scheduler of torch starts from
 
@@ -88,6 +91,37 @@ def require_known(override: Collection[str], groups: Sequence[Mapping[str, Any]]
                 f"{', '.join(known)}",
                 "refused",
             )
+
+
+def require_options(engine: Any, state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """``CheckpointError`` if the optimizer's state in a file has not what this optimizer needs.
+
+    For checkpoints that note no optimizer; ``state`` is what the file holds.
+    """
+    if engine.optimizer is None or "load_state_dict" in vars(engine.optimizer):
+        return  # the weights alone are taken
+    saved = next(_saved_groups(state), None)
+    if not saved:
+        return
+    optimizer = inner(engine)
+    lost = sorted((TELLING & set(optimizer.param_groups[0])) - set(saved[0]))
+    if lost:
+        raise CheckpointError(
+            f"{path}: it was saved by another optimizer: its param groups have no {lost[0]}, which "
+            f"{type(optimizer).__name__} needs; use the optimizer that it was saved with, or begin "
+            "with a new one by load_optimizer_states=False",
+            "refused",
+        )
+
+
+def _saved_groups(state: Mapping[str, Any]) -> Iterator[Any]:
+    """The param groups in a file of stage 0 (``optimizer``), 1, 2 or 3."""
+    for name in ("optimizer_state_dict", "optimizer"):
+        held = state.get(name)
+        if isinstance(held, Mapping):
+            for each in (held.get("base_optimizer_state"), held.get("optimizer_state_dict"), held):
+                if isinstance(each, Mapping) and isinstance(each.get("param_groups"), list):
+                    yield each["param_groups"]
 
 
 def complete(optimizer: Any, asked: Sequence[Mapping[str, Any]]) -> None:

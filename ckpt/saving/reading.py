@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ckpt.saving import parameters
+from ckpt.saving import optimizers, parameters
 from ckpt.saving.turns import Need, Turn
 from converters.errors import CheckpointError
 
@@ -67,6 +67,7 @@ class Mapped:
                 shapes = state.get("param_shapes")
                 parameters.require(self.engine, shapes, path, self.renamed)
                 parameters.rename_module(self.engine, state, self.renamed)
+                optimizers.require_options(self.engine, state, path)
             self.config = self.config or state.get("ds_config")
             for key in self.without:
                 state.pop(key, None)

@@ -38,7 +38,7 @@ BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumul
 # A scheduler's attributes that move while it runs, or point elsewhere.
 MOVING = {
     *("last_epoch", "last_batch_iteration", "best", "num_bad_epochs", "cooldown_counter"),
-    *("base_lrs", "verbose"),
+    *("base_lrs", "verbose", "T_cur", "T_i"),
 }
 
 

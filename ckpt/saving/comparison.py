@@ -19,7 +19,7 @@ from ckpt.ranks import Ranks
 from ckpt.saving import continuity, optimizers
 from ckpt.saving.changes import Change, Request, changes
 from ckpt.saving.continuity import OnMismatch, Row
-from ckpt.saving.progress import whole_micro_steps
+from ckpt.saving.progress import settings_in, whole_micro_steps
 from ckpt.saving.settings import ENGINE_ALONE, Loop, config_of, describe
 from ckpt.saving.source import Source
 from converters.errors import CheckpointError
@@ -47,7 +47,7 @@ class Comparison:
         self.scheduler = loop.scheduler or getattr(engine, "lr_scheduler", None)
         self.optimizer = optimizers.inner(engine)
         self.noted = dict(source.progress or {})
-        self.saved: Mapping[str, Any] = self.noted.get("settings") or {}
+        self.saved = settings_in(self.noted)
         self.now = describe(engine, loop)
         if asked is not None and self.now["optimizer"] is not None:
             self.now["optimizer"]["groups"] = optimizers.options(asked)
@@ -163,7 +163,7 @@ def _of_batch(noted: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 def _of_accumulation(noted: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """A save in the middle of a step: its gradients are in no checkpoint."""
-    batch = noted.get("settings", {}).get("batch") or now["batch"]
+    batch = settings_in(noted).get("batch") or now["batch"]
     done = noted.get("micro_batches_lost") or noted.get("micro_steps", 0) % batch["micro_steps"]
     if not done:
         return []

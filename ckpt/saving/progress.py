@@ -47,6 +47,12 @@ def record(engine: Any, epoch: Any = None, loop: Loop = ENGINE_ALONE) -> dict[st
     return found
 
 
+def settings_in(noted: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings in what a manifest says; an older one has none."""
+    found = noted.get("settings")
+    return found if isinstance(found, dict) else {}
+
+
 def whole_micro_steps(noted: Mapping[str, Any], batch: Mapping[str, Any]) -> int | None:
     """Where the engine's count of micro steps goes on from: the end of the last whole step.
 
@@ -54,7 +60,7 @@ def whole_micro_steps(noted: Mapping[str, Any], batch: Mapping[str, Any]) -> int
     manifest says nothing of it.
     """
     micro, now = noted.get("micro_steps"), batch["micro_steps"]
-    then = noted.get("settings", {}).get("batch", {}).get("micro_steps", now)
+    then = settings_in(noted).get("batch", {}).get("micro_steps", now)
     return micro // then * now if isinstance(micro, int) else None
 
 

@@ -148,9 +148,10 @@ def accelerate(out: Path) -> None:
 
     def begin(sort: Any = torch.optim.AdamW, rows: int = 16, **options: Any) -> Any:
         AcceleratorState._reset_state()
-        clip = options.pop("clip", 1.0)
-        plugin = DeepSpeedPlugin(hf_ds_config=config(2, gradient_clipping=clip))
-        accelerator = Accelerator(deepspeed_plugin=plugin)
+        clip, count = options.pop("clip", 1.0), options.pop("count", 1)
+        more = {"gradient_clipping": clip, "gradient_accumulation_steps": count}
+        plugin = DeepSpeedPlugin(hf_ds_config=config(2, **more))
+        accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=count)
         torch.manual_seed(3)
         model = Net(options.pop("names", "first second"))
         optimizer = sort(model.parameters(), **{"lr": 1e-2, **options})
@@ -162,9 +163,10 @@ def accelerate(out: Path) -> None:
         rates = []
         for batch, _ in zip(loader, range(steps), strict=False):
             rates.append(optimizer.param_groups[0]["lr"])
-            accelerator.backward(engine(batch).square().mean())
-            optimizer.step()
-            schedule.step()
+            with accelerator.accumulate(engine):
+                accelerator.backward(engine(batch).square().mean())
+                optimizer.step()
+                schedule.step()
         return rates
 
     run = out / "accelerate"
@@ -174,7 +176,8 @@ def accelerate(out: Path) -> None:
     straight += train(parts, 2)
 
     def fails(parts: Any, *texts: str, **options: Any) -> None:
-        refusal(lambda: load_state(parts[0], run, **options), *texts)
+        folder = options.pop("folder", run)
+        refusal(lambda: load_state(parts[0], folder, **options), *texts)
 
     text = ("AdamW saved, SGD now", "pass load_optimizer_states=False")
     fails(begin(torch.optim.SGD), *text)
@@ -192,6 +195,14 @@ def accelerate(out: Path) -> None:
     parts = begin(lr=4e-2)
     assert load_state(parts[0], run, override={"lr"}) == 2
     assert train(parts, 2) == [4 * rate for rate in straight[2:]]
+    for batches, lost in ((6, 0), (5, 1)):  # the third step, whose count two do not divide
+        parts, folder = begin(count=2), out / f"accelerate-{batches}"
+        train(parts, batches)
+        with hearing() as lines:
+            save_state(parts[0], folder)
+        assert lost == sum("1 of 2 micro batches into a step" in line for line in lines), lines
+        assert load_state(begin(count=2)[0], folder) == batches // 2
+    fails(begin(count=4), "train_batch_size: 4 saved, 8 now", folder=folder)
 
 
 def lightning(out: Path) -> None:

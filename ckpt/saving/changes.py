@@ -11,7 +11,7 @@ difference is one sentence that says what is used from now on:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,6 +50,11 @@ class Request:
     scheduler_states: bool = True
     weights_alone: bool = False  # nothing but the module's weights is loaded
     ways: Ways = field(default_factory=Ways)
+
+
+def names_in(override: Collection[str]) -> frozenset[str]:
+    """What ``override`` names: a text is one name."""
+    return frozenset([override] if isinstance(override, str) else override)
 
 
 @dataclass(frozen=True, slots=True)

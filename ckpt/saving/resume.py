@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.saving import continuity
 from ckpt.saving.asked import Asked, alive
-from ckpt.saving.changes import Request
+from ckpt.saving.changes import Request, names_in
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.comparison import Comparison
 from ckpt.saving.continuity import OnMismatch
@@ -75,14 +75,19 @@ def resume(
     ranks = Ranks("resume", timeout)
     asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign, reshard, memory)
     request = Request(
-        frozenset(override),
+        names_in(override),
         dict(renamed or {}),
         load_optimizer_states and not load_module_only,
         load_lr_scheduler_states and not load_module_only,
         load_module_only,
     )
     asked.require_same(
-        [load_optimizer_states, load_lr_scheduler_states, load_module_only, sorted(override)]
+        [
+            load_optimizer_states,
+            load_lr_scheduler_states,
+            load_module_only,
+            sorted(request.override),
+        ]
     )
     with ExitStack() as stack:
         source = asked.choose(engine, stack)

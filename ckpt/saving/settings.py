@@ -67,14 +67,17 @@ def describe(engine: Any, loop: Loop = ENGINE_ALONE) -> dict[str, Any]:
     scheduler, data = loop.scheduler, loop.data
     config = config_of(engine)
     optimizer = optimizers.inner(engine)
+    topology = _topology(engine)
+    # Where each rank has other parameters, DeepSpeed's own files have the list of each.
+    shared = max(topology.get(name, 1) for name in ("tensor_parallel", "pipeline_parallel")) == 1
     found: dict[str, Any] = {
-        "parameters": parameters.pack(parameters.of_engine(engine)),
+        "parameters": parameters.pack(parameters.of_engine(engine)) if shared else None,
         "optimizer": None if optimizer is None else optimizers.record(optimizer),
         "scheduler": _scheduler(scheduler or getattr(engine, "lr_scheduler", None)),
         "precision": _precision(config),
         "batch": _batch(engine, config, loop.accumulation),
         "gradient_clipping": _number(config.get("gradient_clipping", 0.0)),
-        "topology": _topology(engine),
+        "topology": topology,
         "offload": _offload(config),
         "adapters": _adapters(engine.module),
         "config": jsonable({k: v for k, v in config.items() if k not in NOT_RECORDED}),

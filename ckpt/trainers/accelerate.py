@@ -23,7 +23,7 @@ from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.retention import Retention
 from ckpt.saving import continuity, extras, nodes, reading
 from ckpt.saving.asked import Asked, alive
-from ckpt.saving.changes import Request, Ways
+from ckpt.saving.changes import Request, Ways, names_in
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.commit import Commit, Facts
 from ckpt.saving.comparison import Comparison
@@ -125,12 +125,12 @@ def load_state(
     ranks = Ranks("load_state", timeout)
     asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign)
     request = Request(
-        frozenset(override),
+        names_in(override),
         dict(renamed or {}),
         load_optimizer_states,
         ways=Ways(scheduler=None),
     )
-    asked.require_same([load_optimizer_states, sorted(override)])
+    asked.require_same([load_optimizer_states, sorted(request.override)])
     with ExitStack() as stack:
         source = asked.choose(engines[0], stack)
         if source is None:

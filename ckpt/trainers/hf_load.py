@@ -18,7 +18,7 @@ from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.run import open_checkpoint
 from ckpt.saving import continuity, reading
 from ckpt.saving.asked import Asked
-from ckpt.saving.changes import Request, Ways
+from ckpt.saving.changes import Request, Ways, names_in
 from ckpt.saving.comparison import Comparison
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.progress import progress
@@ -107,7 +107,7 @@ class _Resumed:
         self.on_mismatch: OnMismatch = options.on_mismatch
         continuity.require_known(self.on_mismatch)
         self.request = Request(
-            frozenset({*trainer.override, *options.override}),
+            names_in(trainer.override) | names_in(options.override),
             {**trainer.renamed, **options.renamed},
             trainer.load_optimizer_states,
             ways=WAYS,

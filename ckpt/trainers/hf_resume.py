@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.saving import choosing, continuity, optimizers, rng
 from ckpt.saving.asked import Asked
-from ckpt.saving.changes import Request, Ways
+from ckpt.saving.changes import Request, Ways, names_in
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.comparison import Comparison
 from ckpt.saving.continuity import OnMismatch
@@ -105,7 +105,7 @@ class ResumeCallback(TrainerCallback):
         """What a Trainer has compared already; of any other, now that all is loaded."""
         if self.comparison is not None:
             return self.comparison
-        request = Request(frozenset(self.override), self.renamed, ways=WAYS)
+        request = Request(names_in(self.override), self.renamed, ways=WAYS)
         loop = loop_of(args, seen.get("lr_scheduler"), seen.get("train_dataloader"))
         asked = options_of(args, optimizers.inner(shown))
         comparison = Comparison(source, shown, request, loop=loop, asked=asked)

@@ -15,7 +15,7 @@ from ckpt.ranks import Ranks
 from ckpt.runs.run import open_checkpoint
 from ckpt.saving import continuity, reading
 from ckpt.saving.asked import Asked
-from ckpt.saving.changes import Request, Ways
+from ckpt.saving.changes import Request, Ways, names_in
 from ckpt.saving.comparison import Comparison
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.progress import progress
@@ -38,7 +38,7 @@ def request_of(
 ) -> Request:
     """What the strategy was given; ``CheckpointError`` if ``on_mismatch`` is not known."""
     continuity.require_known(on_mismatch)
-    return Request(frozenset(override), dict(renamed or {}), optimizer_states, ways=WAYS)
+    return Request(names_in(override), dict(renamed or {}), optimizer_states, ways=WAYS)
 
 
 def loop_of(trainer: Any) -> Loop:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ckpt.runs import adoption, locks
 from ckpt.runs import manifest as manifests
 from ckpt.runs.run import Checkpoint, is_numbered, open_checkpoint
 from ckpt.saving import choosing, continuity, reading, topology, turns
+from ckpt.saving.changes import Ways
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.layout import Layout
@@ -42,6 +43,7 @@ class Asked:
     load_foreign: bool = False
     reshard: Reshard = None
     memory: str | int | None = None
+    ways: Ways = field(default_factory=Ways)
 
     def require_same(self, more: Sequence[Any] = ()) -> None:
         """``CheckpointError`` on every rank unless all ask for the same, and it is known."""
@@ -154,7 +156,7 @@ class Asked:
                 more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
                 raise CheckpointError(
                     f"{source.folder}: the training is not as it was saved: {wrong[0]}{more}; give "
-                    'it what it was saved with, or pass on_mismatch="warn" to go on all the same',
+                    f"it what it was saved with, or {self.ways.mismatch} to go on all the same",
                     "refused",
                 )
 

@@ -39,7 +39,7 @@ from ckpt.saving.commit import Commit, Facts, committed
 from ckpt.saving.engine import Written, put_in
 from ckpt.saving.nodes import Nodes
 from ckpt.saving.preemption import Preemption
-from ckpt.saving.progress import progress, versions
+from ckpt.saving.progress import record, versions
 from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
 from ckpt.trainers.hf_callback import CheckpointCallback, require_alone
@@ -71,7 +71,7 @@ log = logging.getLogger("ckpt")
 class CommittedCheckpoints(MappedCheckpoints):
     """Put before ``Trainer``, or any subclass of it, among the bases of a class.
 
-    Options are attributes of the class:
+    Options are attributes of the class, those of ``MappedCheckpoints`` and these:
 
     - ``retention``: what to keep. Without, the last ``save_total_limit``. The best by
       ``metric_for_best_model`` is kept beside them, and named by ``out/best``
@@ -79,8 +79,6 @@ class CommittedCheckpoints(MappedCheckpoints):
       (ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``), in ``save_model()`` too
     - ``preemption``: what asks the training to stop (``Preemption``)
     - ``preflight``: tries at the start what saves will need
-    - ``timeout``: seconds without a sign of life until a rank counts as absent
-    - ``reshard``: "auto" reshards what is of another world size or stage, as in ``ckpt.resume``
     - ``on_failure``: "raise" ends the training with a ``CheckpointError`` on every rank; "warn"
       goes on without that checkpoint, unless a rank is lost
 
@@ -198,7 +196,7 @@ class CommittedCheckpoints(MappedCheckpoints):
         tier = "weights" if self.args.save_only_model else "full"
         tag = None if self.args.save_only_model else f"global_step{engine.global_steps}"
         stage, said = int(engine.zero_optimization_stage()), evaluated(self.state)
-        noted = progress(engine, self.state.epoch)
+        noted = record(engine, self.state.epoch, self._loop())
         line = identity.line_of(engine, run)
         return Facts(step, tag, line, tier, stage, versions(), said, noted)
 

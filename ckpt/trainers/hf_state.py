@@ -10,12 +10,13 @@ import os
 import random
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from accelerate.state import AcceleratorState
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ckpt import renaming
@@ -24,6 +25,7 @@ from ckpt.runs import locks
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Best, Retention
 from ckpt.saving.publish import publish
+from ckpt.saving.settings import Loop
 from converters import files
 from converters.errors import CheckpointError
 
@@ -180,6 +182,17 @@ def save_beside(model: Any, processing: Any, args: Any, folder: Path, rank: int)
         processing.save_pretrained(folder)
 
 
+def deepspeed_config() -> dict[str, Any]:
+    """DeepSpeed's configuration, wherever it came from."""
+    found: dict[str, Any] = AcceleratorState().deepspeed_plugin.deepspeed_config
+    return found
+
+
+def loop_of(args: Any, scheduler: Any, data: Any) -> Loop:
+    """What the Trainer has beside the engine; it counts micro batches itself."""
+    return Loop(scheduler, data, int(args.gradient_accumulation_steps))
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     """What a callback is shown of DeepSpeed's engine: the model and the ZeRO optimizer.
@@ -192,6 +205,7 @@ class Shown:
     stage: int
     rank: int
     global_steps: int
+    config: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's
 
     @property
     def save_non_zero_checkpoint(self) -> bool:

@@ -39,7 +39,7 @@ class Broken:
         return {"at": 1}
 
 
-def full(self: Any, path: Path, *_: Any) -> Any:
+def full(self: Any, path: Any = None, *_: Any, **__: Any) -> Any:
     raise OSError(28, "No space left on device", str(path))
 
 
@@ -69,10 +69,10 @@ def main(out: Path) -> None:
         "gone": printed(lambda: ckpt.find(out / "gone/checkpoint-5")),
         "option": printed(lambda: ckpt.resume(engine, run, on_mismatch="maybe")),  # type: ignore[arg-type]
     }
-    keep, write, tries = Taken._keep, zips.Captured.write, preflight._try
+    keep, write, size = Taken._keep, zips.Captured.write, preflight.predicted
     if rank == BY:
         Taken._keep = zips.Captured.write = full  # type: ignore[method-assign]
-        preflight._try = full
+        preflight.predicted = full
     told["state"] = printed(lambda: saver.save(4))
     told["preflight"] = printed(lambda: ckpt.Saver(engine, out / "other", timeout=20))
     Taken._keep = keep  # type: ignore[method-assign]
@@ -85,7 +85,7 @@ def main(out: Path) -> None:
             time.sleep(0.01)
 
     told["background"] = printed(background)
-    zips.Captured.write, preflight._try = write, tries  # type: ignore[method-assign]
+    zips.Captured.write, preflight.predicted = write, size  # type: ignore[method-assign]
 
     def absent() -> None:
         alone = ckpt.Saver(engine, run, preflight=False, timeout=2)

@@ -209,6 +209,11 @@ def saver(out: Path) -> None:
 def refused(out: Path) -> None:
     """What a save cannot do without is refused at the start, and nothing is left."""
     case, told = CASES["zero2 bf16"], {}
+    run = out / "run"
+    if not dist.get_rank():
+        (run / ".preflight-dead").mkdir(parents=True)
+        (run / ".preflight-dead/.lock").write_bytes(b"")
+        (run / ".nonce-dead").write_bytes(b"")
     engine = start(case)
     for what, error in (("filerename", "EXDEV"), ("size", ""), ("folderrename,filerename", "EIO")):
         os.environ.pop("PLACE_ERRNO", None)

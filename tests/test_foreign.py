@@ -19,6 +19,7 @@ from run_folders import SOURCE, commit, real, small
 from safetensors.torch import save_file
 
 import ckpt
+from ckpt.cli import main
 from ckpt.runs import completeness, liveness
 from ckpt.runs.completeness import prove
 from ckpt.runs.run import Run, open_checkpoint
@@ -407,3 +408,20 @@ def test_an_interrupted_save_of_deepspeed_over_an_older_one_is_none(tmp_path: Pa
     part = next((folder / "global_step2").glob("*rank_1*"))
     part.write_bytes(part.read_bytes())
     assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_latest_says_which_newer_one_a_resume_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = committed(tmp_path, 2, LOG), stock(tmp_path, 4, MORE)
+    with pytest.raises(SystemExit) as exit:
+        main(["latest", str(tmp_path)])
+    said = capsys.readouterr()
+    assert exit.value.code == 0 and said.out == f"{old}\n"
+    assert f"{new}: no manifest.json, but whole, by the Trainer with DeepSpeed" in said.err
+
+
+def test_damaged_weights_of_a_run_of_weights_are_no_lost_training(tmp_path: Path) -> None:
+    folder = small(tmp_path, 2, tier="weights").folder
+    os.truncate(folder / "model.safetensors", 3)
+    assert ckpt.find(tmp_path) is None

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from run_folders import real
 
-from ckpt.runs import doctor, lease, lease_file, lease_watch
+from ckpt.runs import doctor, lease, lease_file, lease_watch, processes
 from ckpt.runs.lease_file import NAME, Holder, Record
 from ckpt.runs.processes import Life, Process
 from ckpt.runs.run import Run
@@ -469,6 +469,11 @@ def test_a_process_is_told_from_another_of_its_pid() -> None:
     assert replace(here, start=here.start + 1).life() is Life.ENDED
     assert replace(here, host="another").life() is Life.UNKNOWN
     assert replace(here, pid=(1 << 31) - 1).life() is Life.ENDED
+
+
+def test_without_a_boot_id_nothing_is_known_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_machine", lambda: "")
+    assert Process.current().life() is Life.UNKNOWN
 
 
 def test_a_zombie_has_ended() -> None:

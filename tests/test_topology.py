@@ -52,7 +52,7 @@ def test_in_another_precision_masters_and_moments_are_the_saved_ones(tmp_path: P
     )
     line = "saved in bf16, this training computes in fp16: weights and optimizer go on from the"
     assert line in said
-    assert said.count("the loss scale begins anew") == 4 * 2 * 3  # stages, precisions, options
+    assert said.count("the loss scale begins anew") == 4 * (2 + 2)  # stages; precisions, weights
 
 
 @trains
@@ -271,6 +271,17 @@ def test_a_file_of_another_precision_is_found_under_its_name(tmp_path: Path) -> 
     assert precision.saved_path(str(prefixed)) == str(plain)
 
 
+def test_where_the_configuration_was_a_path_the_parameters_tell() -> None:
+    buffer, weight = torch.zeros(1), torch.zeros(1).half()
+    state = {"ds_config": "ds.json", "module": {"b": buffer, "w": weight}, "buffer_names": ["b"]}
+    assert precision.of_state(state) == "fp16"
+    assert precision.of_state({"ds_config": "ds.json"}) is None
+    assert precision.of_config({"bf16": {"enabled": 1}}) == "bf16"
+
+
+BF16 = {"ds_config": {"bf16": {"enabled": True}}}
+
+
 def engine_of(kind: str, optimizer: Any = None, zero_of: Any = None) -> Any:
     """What a change of precision asks an engine."""
     return SimpleNamespace(
@@ -278,14 +289,15 @@ def engine_of(kind: str, optimizer: Any = None, zero_of: Any = None) -> Any:
         fp16_enabled=lambda: kind == "fp16",
         zero_optimization=lambda: zero_of is not None,
         optimizer=optimizer,
-        config={"zero_optimization": zero_of or {}},
+        zero_parameter_alignment=lambda: (zero_of or {}).get("parameter_alignment", False),
+        zero_optimization_stage=lambda: (zero_of or {}).get("stage", 0),
         module=torch.nn.Linear(2, 2),
     )
 
 
 def test_padding_that_depends_on_the_precision_is_refused_by_name() -> None:
     aligned = {"stage": 2, "parameter_alignment": True}
-    states = ({"bf16": {"enabled": True}}, {"fp16": {"enabled": True}})
+    states = tuple({"ds_config": {kind: {"enabled": True}}} for kind in ("bf16", "fp16"))
     for now, saved in (("fp32", states[0]), ("fp16", states[0])):
         change = precision.Change.of(engine_of(now, SimpleNamespace(), aligned), saved)
         assert change is not None
@@ -298,7 +310,7 @@ def test_padding_that_depends_on_the_precision_is_refused_by_name() -> None:
 
 
 def test_without_zero_masters_in_one_piece_and_apart_are_not_mixed() -> None:
-    change = precision.Change.of(engine_of("fp32", SimpleNamespace()), {"bf16": {"enabled": True}})
+    change = precision.Change.of(engine_of("fp32", SimpleNamespace()), BF16)
     assert change is not None
     with pytest.raises(CheckpointError, match="keeps its masters in one piece"):
         change.translate({"optimizer": {"fp32_groups_flat": []}, "module": {}}, "f.pt")
@@ -306,7 +318,7 @@ def test_without_zero_masters_in_one_piece_and_apart_are_not_mixed() -> None:
 
 def test_what_fp16_cannot_hold_is_refused_by_name() -> None:
     engine = engine_of("fp16")
-    change = precision.Change.of(engine, {"bf16": {"enabled": True}})
+    change = precision.Change.of(engine, BF16)
     assert change is not None
     change.finish()
     engine.module.weight.data[0, 0] = torch.tensor(1e30).half()
@@ -315,12 +327,12 @@ def test_what_fp16_cannot_hold_is_refused_by_name() -> None:
 
 
 def test_a_watch_is_over_with_the_last_callback() -> None:
-    from ckpt.trainers import hf_load
+    from ckpt.trainers import hf_watch
 
-    stock = hf_load.module.deepspeed_load_checkpoint
-    watches = [hf_load.Watch(1.0), hf_load.Watch(2.0)]
-    assert hf_load.module.deepspeed_load_checkpoint is not stock
+    stock = hf_watch.module.deepspeed_load_checkpoint
+    watches = [hf_watch.Watch(1.0), hf_watch.Watch(2.0)]
+    assert hf_watch.module.deepspeed_load_checkpoint is not stock
     watches.pop()
-    assert hf_load.module.deepspeed_load_checkpoint is not stock
+    assert hf_watch.module.deepspeed_load_checkpoint is not stock
     watches.pop()
-    assert hf_load.module.deepspeed_load_checkpoint is stock
+    assert hf_watch.module.deepspeed_load_checkpoint is stock

@@ -62,7 +62,7 @@ class Process:
     def life(self) -> Life:
         """Whether it lives; ``UNKNOWN`` of another machine's."""
         here = Process.current()
-        if (self.host, self.machine) != (here.host, here.machine):
+        if not here.machine or (self.host, self.machine) != (here.host, here.machine):
             return Life.UNKNOWN
         try:
             os.kill(self.pid, 0)
@@ -99,4 +99,4 @@ def _machine() -> str:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
     except (OSError, ValueError):
-        return ""  # then the host's name alone tells
+        return ""  # as under gVisor; the host's name alone is the same in the next container too

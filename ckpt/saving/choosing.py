@@ -242,7 +242,8 @@ def _newest(
                 offers.pass_over(path, whys[0])
         if verdict.heard[0] is None:
             if offer is not None and offer.proof is not None:
-                _tell(run, path)
+                said = f"ckpt: {path} was written without ckpt and is whole: going on from it"
+                print(said, file=sys.stderr, flush=True)
             return candidate(path)
     with _step(ranks) as rest:
         if offers is not None:
@@ -251,15 +252,6 @@ def _newest(
     with _step(ranks):
         _require_nothing(run, rest.heard[0])
     return None
-
-
-def _tell(run: Path, path: Path) -> None:
-    print(
-        f"ckpt: {path} was written without ckpt and is whole: going on from it (ckpt doctor {run} "
-        "--adopt commits what DeepSpeed wrote, so that retention counts it)",
-        file=sys.stderr,
-        flush=True,
-    )
 
 
 def _require_shared(sight: Sight, path: Path, why: str) -> None:

@@ -19,7 +19,7 @@ from ckpt.runs.engines import ENGINES
 from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import File
 from ckpt.saving.commit import Facts
-from ckpt.saving.progress import metrics, progress, versions
+from ckpt.saving.progress import metrics, record, versions
 from ckpt.saving.tiers import Tier
 from ckpt.saving.weights import Weights
 from converters.errors import CheckpointError
@@ -76,11 +76,11 @@ class Engines:
     def progress(self, epoch: Any) -> dict[str, Any]:
         """What the manifest notes: ``progress``, of several by name and with the stage of each."""
         if not self.several:
-            return progress(self.first, epoch)
+            return record(self.first, epoch)
         noted = {}
         for name, engine in self:
             stage = int(engine.zero_optimization_stage())
-            noted[name] = progress(engine, epoch) | {"stage": stage}
+            noted[name] = record(engine, epoch) | {"stage": stage}
         return {ENGINES: noted}
 
     def facts(

@@ -134,7 +134,7 @@ class Offers:
                     reached = True
                     yield Offer(checkpoint)
                 else:
-                    only = checkpoint.committed and checkpoint.tier != "full"
+                    only = checkpoint.tier == "weights"
                     self.pass_over(checkpoint.folder, why, "weights" if only else "lost")
                 continue
             proof = self._proven(checkpoint)

@@ -32,6 +32,8 @@ SCALES = (  # in the state of an optimizer without ZeRO
     *("last_overflow_iter", "scale_factor", "scale_window"),
 )
 PREFIX = "bf16_"
+TRUE = ("true", "1", "1.0", "yes", "on", "y", "t")  # what DeepSpeed (pydantic) takes for it
+KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def of_config(config: Any) -> str | None:
@@ -41,11 +43,26 @@ def of_config(config: Any) -> str | None:
 
     def enabled(name: str) -> bool:
         section = config.get(name)
-        return isinstance(section, Mapping) and section.get("enabled") is True
+        value = section.get("enabled") if isinstance(section, Mapping) else False
+        return str(value).lower() in TRUE
 
     return (
         "bf16" if enabled("bf16") or enabled("bfloat16") else "fp16" if enabled("fp16") else "fp32"
     )
+
+
+def of_state(state: Mapping[str, Any]) -> str | None:
+    """The precision of a loaded file; ``None`` if it does not say.
+
+    A configuration that was given as a path was saved as that path: then the parameters tell.
+    """
+    if (found := of_config(state.get("ds_config"))) is not None:
+        return found
+    module, buffers = state.get("module"), state.get("buffer_names") or ()
+    for name, value in module.items() if isinstance(module, Mapping) else ():
+        if name not in buffers and isinstance(value, torch.Tensor) and value.dtype in KINDS:
+            return KINDS[value.dtype]
+    return None
 
 
 def of_checkpoint(folder: Path) -> str | None:
@@ -98,9 +115,9 @@ class Change:
     masters: Any = None
 
     @classmethod
-    def of(cls, engine: Any, config: Any) -> Change | None:
-        """The change that loading a state with this configuration is; ``None`` if it is none."""
-        saved = of_config(config)
+    def of(cls, engine: Any, state: Mapping[str, Any]) -> Change | None:
+        """The change that loading a file is; ``None`` if it is none."""
+        saved = of_state(state)
         return cls(engine, saved) if saved not in (None, of_engine(engine)) else None
 
     @property
@@ -132,8 +149,9 @@ class Change:
     def _require_layout(self, path: str) -> None:
         """Raises where the element size decides the layout: it pads parameters to some bytes."""
         sizes = {4 if precision == "fp32" else 2 for precision in (self.saved, self._now)}
-        zero = (self.engine.config or {}).get("zero_optimization", {})
-        aligned = zero.get("parameter_alignment") is True and int(zero.get("stage", 0)) < 3
+        engine = self.engine
+        padded = getattr(engine, "zero_parameter_alignment", lambda: False)()
+        aligned = padded and engine.zero_optimization_stage() < 3
         if aligned and len(sizes) > 1:
             raise CheckpointError(
                 f"{path}: saved in {self.saved} with parameter_alignment, whose padding depends on "

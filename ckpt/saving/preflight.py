@@ -22,40 +22,47 @@ from ckpt.runs.retention import Retention
 from ckpt.runs.run import bytes_under
 from ckpt.saving import extras, first_step, trials, zips
 from ckpt.saving.nodes import Nodes
+from ckpt.saving.records import ALIGNMENT
 from ckpt.saving.weights import Weights
 from converters import files
 from converters.errors import CheckpointError
 
-Beside = Callable[[Path], object]  # writes what a save writes beside the states, on rank 0
+Beside = Callable[[Path, int], object]  # writes what a rank writes beside the states
+EXTRA_RECORDS = 5  # of a file of torch.save, beside the pickle and the storages
+STOCK = 64  # the alignment of torch.save
 log = logging.getLogger("ckpt")
 
 
-def predicted(engine: Any, exclude_frozen_parameters: bool = False) -> int:
+def predicted(
+    engine: Any, exclude_frozen_parameters: bool = False, alignment: int = ALIGNMENT
+) -> int:
     """Bytes of this rank's state files, from what the engine would hand over now.
 
-    Before the first step, with what the optimizer will keep after it (``first_step``).
+    Before the first step, with what the optimizer will keep after it (``first_step``). In the files
+    the values begin at multiples of ``alignment``.
     """
+    sizes: list[int] = []  # of storages
+    total = 0
     with first_step.stepped(engine.optimizer) as ahead:
         state = _states(engine, exclude_frozen_parameters)
-        total = sum(zips.capture(part).size(Path(name)) for name, part in state.items())
+        for part in map(zips.capture, state.values()):
+            total += len(part.pickle) + zips.record_size(0, alignment) * EXTRA_RECORDS
+            sizes += part.sizes
         if "optimizer" in state or "optimizer" in state.get("module", {}):
-            total += sum(zips.record_size(tensor.nbytes) for tensor in ahead)
+            sizes += [tensor.nbytes for tensor in ahead]
     if not exclude_frozen_parameters:
-        total += sum(
-            zips.record_size(held.nbytes) for held in _fragments(engine) if not _here(held)
-        )
-    return total + _swapped(engine)
+        sizes += [held.nbytes for held in _fragments(engine) if not _here(held)]
+    return total + sum(zips.record_size(size, alignment) for size in sizes) + _swapped(engine)
 
 
 def _states(engine: Any, exclude_frozen_parameters: bool) -> dict[str, Any]:
     """What goes into this rank's files, by the kind of file."""
     state: dict[str, Any] = {}
     if engine.save_non_zero_checkpoint:
-        frozen = [p for p in engine.module.parameters() if not p.requires_grad]
-        without = {id(p) for p in frozen} if exclude_frozen_parameters else set()
+        frozen = {name for name, p in engine.module.named_parameters() if not p.requires_grad}
+        without = frozen if exclude_frozen_parameters else set()
         named = engine.module.state_dict(keep_vars=True)
-        kept = {name: held for name, held in named.items() if id(held) not in without}
-        state["module"] = {name: _placed(held) for name, held in kept.items()}
+        state["module"] = {name: _placed(p) for name, p in named.items() if name not in without}
         if not exclude_frozen_parameters:
             state["module"][""] = [held for held in _fragments(engine) if _here(held)]
         if engine.optimizer is not None and not engine.zero_optimization():
@@ -105,23 +112,25 @@ def check(
     exclude_frozen_parameters: bool = False,
     beside: Beside | None = None,
     full: bool = True,
+    alignment: int = ALIGNMENT,
 ) -> int:
     """Raises ``CheckpointError`` on every rank if a save would fail; every rank calls it.
 
     ``engine``: one, or a list of all that are saved together. ``beside`` writes what lies beside
-    the states, on rank 0. Without ``full`` saves have no states. Returns the bytes of one save, in
-    this rank's folder.
+    the states. Without ``full`` saves have no states, else their files have this ``alignment``.
+    Returns the bytes of one save, in this rank's folder.
     """
     engines = engine if isinstance(engine, list) else [engine]
     with ExitStack() as stack:
         with ranks.step() as step:
-            states = (predicted(each, exclude_frozen_parameters) for each in engines if full)
-            mine = sum(states)
+            without = exclude_frozen_parameters
+            states = [predicted(each, without, alignment) for each in engines if full]
             trial = stack.enter_context(trials.opened(run, ranks.rank))
             place = trials.examine(trial, engines[0].module.parameters())
-            mine += _small(trial, ranks.rank, beside)
+            mine = sum(states) + _small(trial, ranks.rank, beside, full)
             scripts = [each for each in engines if each.save_zero_checkpoint and not ranks.rank]
-            mine += len(scripts) * os.path.getsize(zero_to_fp32.__file__)  # DeepSpeed copies it
+            if full:  # DeepSpeed copies it beside the states of each
+                mine += len(scripts) * os.path.getsize(zero_to_fp32.__file__)
             _ask(trial, mine)
             step.value = [nodes.folder, mine, trial.name, place.part]
         with ranks.step():
@@ -138,13 +147,14 @@ def check(
     return save
 
 
-def _small(trial: Path, rank: int, beside: Beside | None) -> int:
+def _small(trial: Path, rank: int, beside: Beside | None, full: bool) -> int:
     """Bytes of what lies beside the states: random states, configuration, tokenizer."""
     folder = trial / "beside"
     folder.mkdir()
-    extras.write(folder, rank, None)
-    if not rank and beside is not None:
-        beside(folder)
+    if full:
+        extras.write(folder, rank, None)
+    if beside is not None:
+        beside(folder, rank)
     return bytes_under(folder)
 
 

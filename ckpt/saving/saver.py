@@ -115,8 +115,12 @@ class Saver:
         place = (self.nodes, self.run, self.retention)
         frozen = self.exclude_frozen_parameters
         every = [engine for _, engine in self.engines]
-        small = partial(beside_all, self.engines, weights=None, tokenizer=self.tokenizer)
-        self.predicted = preflight.check(every, ranks, *place, weights, frozen, small)
+        check = partial(preflight.check, every, ranks, *place, weights, frozen)
+        self.predicted = check(self._beside)
+
+    def _beside(self, folder: Path, rank: int) -> None:
+        if not rank:
+            beside_all(self.engines, folder, None, self.tokenizer)
 
     def save(
         self,

@@ -13,6 +13,7 @@ from ckpt.runs import engines, lineage, manifest
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Checkpoint
 from ckpt.saving import extras, plain, rng
+from ckpt.saving.progress import whole_micro_steps
 from converters import zero
 from converters.errors import CheckpointError
 
@@ -70,10 +71,13 @@ class Source:
         metrics = [f"{name} {value:g}" for name, value in (self.metrics or {}).items()]
         return "; ".join([line, *metrics[:3]])
 
-    def go_on(self, engine: Any) -> None:
-        """Sets what DeepSpeed does not load: the count of micro steps, if it is between steps."""
-        micro = (self.progress or {}).get("micro_steps")
-        if isinstance(micro, int) and micro % engine.gradient_accumulation_steps() == 0:
+    def go_on(self, engine: Any, batch: Mapping[str, Any]) -> None:
+        """Sets what DeepSpeed does not load: micro steps, as of the last whole step.
+
+        ``batch`` is a part of the engine's settings.
+        """
+        micro = whole_micro_steps(self.progress or {}, batch)
+        if micro is not None and hasattr(engine, "micro_steps"):
             engine.micro_steps = micro
 
     @classmethod

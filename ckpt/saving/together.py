@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import MutableMapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ckpt.ranks import Ranks, alive
@@ -18,30 +18,23 @@ from ckpt.runs import locks
 from ckpt.runs.run import Checkpoint
 from ckpt.saving import choosing, continuity, identity
 from ckpt.saving.asked import Asked
+from ckpt.saving.changes import Request
+from ckpt.saving.comparison import Comparison
 from ckpt.saving.engines import Engines
 from ckpt.saving.load import Load
 from ckpt.saving.source import Source, State, Topology
-from ckpt.saving.turns import Turn
 from converters.errors import CheckpointError
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What of a checkpoint is loaded; as in ``ckpt.resume``."""
-
-    optimizer: bool
-    scheduler: bool
-    module_only: bool
-    strict: bool
 
 
 def resume_together(
     asked: Asked,
     engines: Engines,
-    options: Options,
+    request: Request,
+    strict: bool,
     client_state: MutableMapping[str, Any] | None = None,
 ) -> int:
     """As ``ckpt.resume`` of several engines by name; every rank calls it."""
+    module_only = request.weights_alone
     with ExitStack() as stack:
         found = _chosen(asked, engines, stack)
         if found is None:
@@ -50,16 +43,19 @@ def resume_together(
             whole = _whole(found)
             sources = _sources(found, whole, engines, asked.ranks.world)
         _say(asked, whole)
-        state = _state(asked, whole, not options.module_only)
+        state = _state(asked, whole, not module_only)
         loads = []
         for name, engine in engines:
             alone = replace(asked, ranks=Ranks(asked.ranks.what, asked.ranks.timeout))
             _, turn = alone.prepare(engine, sources[name], False)
-            loads.append(_load(engine, sources[name], turn, options))
+            with asked.ranks.step():
+                comparison = Comparison(sources[name], engine, request)
+                loads.append(Load(engine, sources[name], turn, comparison, module_only))
+            comparison.require(asked.ranks, asked.on_mismatch)
         clients = []
         for load in loads:
             with load.turn.ranks.step(), alive(load.turn.ranks):
-                clients.append(load(options.scheduler, options.strict))
+                clients.append(load(strict))
     with asked.ranks.step() as comparing:
         rows = [
             replace(row, name=f"{name}: {row.name}")
@@ -67,16 +63,16 @@ def resume_together(
             for row in load.rows()
         ]
         comparing.value = continuity.mismatches(rows)
-        if client_state is not None and not options.module_only:
+        if client_state is not None and not module_only:
             client_state.update(clients[0])
         state.set(asked.extra)
     asked.tell(whole, rows, comparing.heard)
     for _, engine in engines:
-        if options.module_only:
+        if module_only:
             identity.begin(engine)
         else:
             identity.go_on(engine, found.manifest, whole.step)
-    return 0 if options.module_only else whole.step
+    return 0 if module_only else whole.step
 
 
 def _chosen(asked: Asked, engines: Engines, stack: ExitStack) -> Checkpoint | None:
@@ -144,7 +140,3 @@ def _state(asked: Asked, whole: Source, everything: bool) -> State:
     """This rank's random states and extras, which are of all engines together."""
     with asked.ranks.step():
         return asked.state(whole) if everything else State.none()
-
-
-def _load(engine: Any, source: Source, turn: Turn, options: Options) -> Load:
-    return Load(engine, source, turn, options.optimizer, options.module_only)

@@ -52,7 +52,7 @@ def refusal(source: Source, layout: Layout, else_: str = "") -> CheckpointError:
     if not there.stage or not here.stage:
         return CheckpointError(
             f"{what}; only stages 1 to 3 can be resharded: set zero_optimization.stage to "
-            f"{there.stage}",
+            f"{there.stage}, or begin anew from its weights (ckpt to-fp32 {source.folder})",
             "unsupported",
         )
     run = f"run: {_command(source, layout)}"

@@ -12,7 +12,7 @@ Source: Accelerate 1.15 ``accelerator.py: save_state``, ``checkpointing.py``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,18 @@ from accelerate.utils import MODEL_NAME, DistributedType
 from ckpt.ranks import TIMEOUT, Ranks, alive
 from ckpt.runs.lease import Lease
 from ckpt.runs.retention import Retention
-from ckpt.saving import continuity, extras, identity, nodes, precision, reading
+from ckpt.saving import continuity, extras, identity, nodes, reading
 from ckpt.saving.asked import Asked
+from ckpt.saving.changes import Request, Ways, names_in
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.commit import Commit, Facts
+from ckpt.saving.comparison import Comparison
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.nodes import Nodes
 from ckpt.saving.progress import metrics as plain_metrics
-from ckpt.saving.progress import progress, versions
+from ckpt.saving.progress import progress, record, versions
 from ckpt.saving.publish import publish
+from ckpt.saving.settings import Loop
 from ckpt.saving.source import Source
 from ckpt.saving.taking import beside
 from ckpt.saving.topology import Reshard
@@ -85,7 +88,8 @@ def save_state(
         if found.commits and folder not in _seen:
             _seen.add(folder)
             identity.warn_of_others(folder, line)
-        facts = Facts(number, MODEL_NAME, line, "full", stage, versions(), said, progress(engine))
+        noted = record(engine, None, _loop(accelerator))
+        facts = Facts(number, MODEL_NAME, line, "full", stage, versions(), said, noted)
         made = Weights(engine, weights, max_shard_size, ranks) if weights is not None else None
     commit = Commit(ranks, found, folder / f"checkpoint-{number}", facts)
     with aside(commit, engines) as staging:
@@ -120,6 +124,8 @@ def load_state(
     extra: Mapping[str, Any] | None = None,
     verify: Thorough = "structure",
     on_mismatch: OnMismatch = "error",
+    override: Collection[str] = (),
+    renamed: Mapping[str, str] | None = None,
     load_optimizer_states: bool = True,
     load_foreign: bool = False,
     reshard: Reshard = None,
@@ -141,7 +147,13 @@ def load_state(
     engines = _engines(accelerator)
     ranks = Ranks("load_state", timeout)
     asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign, reshard)
-    asked.require_same([load_optimizer_states])
+    request = Request(
+        names_in(override),
+        dict(renamed or {}),
+        load_optimizer_states,
+        ways=Ways(scheduler=None),
+    )
+    asked.require_same([load_optimizer_states, sorted(request.override)])
     with ExitStack() as stack:
         source = asked.choose(engines[0], stack)
         if source is None:
@@ -155,23 +167,20 @@ def load_state(
                     "ckpt.resume(engine, ..., load_module_only=True)",
                     "unsupported",
                 )
+            comparison = Comparison(source, engines[0], request, loop=_loop(accelerator))
+        comparison.require(ranks, on_mismatch)
         with ranks.step(), alive(ranks), ExitStack() as maps:
             first, *others = engines  # whose files the turn was worked out for
-            readers = [maps.enter_context(reading.mapped(first, turn=turn))]
-            readers += [maps.enter_context(reading.mapped(engine)) for engine in others]
+            names = request.renamed
+            readers = [maps.enter_context(reading.mapped(first, turn=turn, renamed=names))]
+            readers += [maps.enter_context(reading.mapped(e, renamed=names)) for e in others]
             for engine in engines if not load_optimizer_states else ():
                 maps.enter_context(reading.weights_alone(engine))
             accelerator.load_state(str(source.folder), **load_model_func_kwargs)
-        source.go_on(engines[0])
     with ranks.step() as step:
-        configs = precision.unsaid((readers[0].config, getattr(engines[0], "config", None)))
-        without: tuple[str, ...] = (
-            () if load_optimizer_states else ("loss_scale", "optimizer_step", "lr")
-        )
-        if readers[0].change is not None:
-            without = (*without, "loss_scale")
-        noted = source.progress or {}
-        rows = continuity.compare(noted, progress(engines[0]), configs, without)
+        comparison.apply()
+        without = () if readers[0].change is None else ("loss_scale",)
+        rows = comparison.rows(progress(engines[0]), without, readers[0].config)
         step.value = continuity.mismatches(rows)
         state.set(extra)
     asked.tell(source, rows, step.heard)
@@ -188,6 +197,15 @@ def _require_all_models(source: Source, engines: list[Any]) -> None:
             "ranks and in the stage that they were saved in",
             "unsupported",
         )
+
+
+def _loop(accelerator: Any) -> Loop:
+    """The first scheduler and loader of data, which are those of the first model."""
+    scheduler = next(iter(accelerator._schedulers), None)
+    data = next(iter(accelerator._dataloaders), None)
+    count = int(accelerator.gradient_accumulation_steps)
+    done = 0 if accelerator.sync_gradients else int(accelerator.step) % count
+    return Loop(scheduler, data, count, done)
 
 
 def _engines(accelerator: Any) -> list[Any]:

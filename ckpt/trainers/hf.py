@@ -39,7 +39,7 @@ from ckpt.saving.commit import Commit, Facts, committed
 from ckpt.saving.engine import Written, put_in
 from ckpt.saving.nodes import Nodes
 from ckpt.saving.preemption import Preemption
-from ckpt.saving.progress import progress, versions
+from ckpt.saving.progress import record, versions
 from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
 from ckpt.trainers.hf_callback import CheckpointCallback, require_alone
@@ -48,6 +48,7 @@ from ckpt.trainers.hf_resume import ResumeCallback
 from ckpt.trainers.hf_state import (
     Room,
     evaluated,
+    excludes_frozen,
     leaves_out_weights,
     lift,
     publish_beside,
@@ -70,7 +71,7 @@ log = logging.getLogger("ckpt")
 class CommittedCheckpoints(MappedCheckpoints):
     """Put before ``Trainer``, or any subclass of it, among the bases of a class.
 
-    Options are attributes of the class:
+    Options are attributes of the class, those of ``MappedCheckpoints`` and these:
 
     - ``retention``: what to keep. Without, the last ``save_total_limit``. The best by
       ``metric_for_best_model`` is kept beside them, and named by ``out/best``
@@ -78,8 +79,6 @@ class CommittedCheckpoints(MappedCheckpoints):
       (ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``), in ``save_model()`` too
     - ``preemption``: what asks the training to stop (``Preemption``)
     - ``preflight``: tries at the start what saves will need
-    - ``timeout``: seconds without a sign of life until a rank counts as absent
-    - ``reshard``: "auto" reshards what is of another world size or stage, as in ``ckpt.resume``
     - ``on_failure``: "raise" ends the training with a ``CheckpointError`` on every rank; "warn"
       goes on without that checkpoint, unless a rank is lost
 
@@ -138,9 +137,11 @@ class CommittedCheckpoints(MappedCheckpoints):
             identity.warn_of_others(run, line)
         if self.preflight:
             keep = retention_of(self.retention, self.args, self._limit)
-            small, full = partial(save_beside, self), not self.args.save_only_model
+            small = partial(save_beside, engine.module, self.processing_class, self.args)
+            full = not self.args.save_only_model
             room = cast(Any, self._room)
-            preflight.check(engine, ranks, place, run, keep, room, beside=small, full=full)
+            frozen = excludes_frozen(engine.module)
+            preflight.check(engine, ranks, place, run, keep, room, frozen, small, full)
         self._stop = Stop(self.preemption, self.timeout)
 
     def _end(self) -> None:
@@ -195,7 +196,7 @@ class CommittedCheckpoints(MappedCheckpoints):
         tier = "weights" if self.args.save_only_model else "full"
         tag = None if self.args.save_only_model else f"global_step{engine.global_steps}"
         stage, said = int(engine.zero_optimization_stage()), evaluated(self.state)
-        noted = progress(engine, self.state.epoch)
+        noted = record(engine, self.state.epoch, self._loop())
         line = identity.line_of(engine, run)
         return Facts(step, tag, line, tier, stage, versions(), said, noted)
 
@@ -204,7 +205,9 @@ class CommittedCheckpoints(MappedCheckpoints):
         ranks, room = commit.ranks, cast(Any, self._room)
         with committed(commit) as staging:
             with ranks.step() as step:
-                states = preflight.predicted(self._engine()) if commit.facts.tag else 0
+                engine, full = self._engine(), commit.facts.tag is not None
+                frozen = excludes_frozen(engine.module)
+                states = preflight.predicted(engine, frozen) if full else 0
                 step.value = [commit.nodes.folder, states]
             preflight.require_room(ranks, commit.nodes, staging, step.heard, room)
             inner = staging / commit.final.name

@@ -16,10 +16,8 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, cast
 
-from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedOptimizerWrapper
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
@@ -34,14 +32,16 @@ from ckpt.saving import collision, extras, identity, nodes, preflight
 from ckpt.saving.commit import Commit, Facts, committed
 from ckpt.saving.nodes import Nodes
 from ckpt.saving.preemption import Preemption
-from ckpt.saving.progress import progress, versions
+from ckpt.saving.progress import record, versions
 from ckpt.saving.publish import point
-from ckpt.trainers.hf_load import Watch
 from ckpt.trainers.hf_state import (
     Room,
     Shown,
+    deepspeed_config,
     evaluated,
+    excludes_frozen,
     is_new_best,
+    loop_of,
     publish_beside,
     require_known,
     require_states,
@@ -51,6 +51,7 @@ from ckpt.trainers.hf_state import (
     sync_files,
 )
 from ckpt.trainers.hf_stop import Stop
+from ckpt.trainers.hf_watch import Watch
 from converters import files
 from converters.errors import CheckpointError
 
@@ -69,7 +70,7 @@ class CheckpointCallback(TrainerCallback):
       goes on without that checkpoint
 
     What training goes on from is refused by name if it does not load on these ranks
-    (``hf_load.Watch``).
+    (``hf_watch.Watch``).
 
     It stays out of trainings without DeepSpeed and of hyperparameter searches, with a warning.
     """
@@ -109,7 +110,7 @@ class CheckpointCallback(TrainerCallback):
         ranks = Ranks("CheckpointCallback", self.timeout)
         with ranks.step():
             _require_told(args)
-            engine, config = _shown(state, seen, ranks.rank), _config()
+            engine, config = _shown(state, seen, ranks.rank), deepspeed_config()
         step = int(state.global_step)
         self.line = identity.line_in(self.run, step) if step else identity.begin()
         local = bool(config.get("checkpoint", {}).get("use_node_local_storage", False))
@@ -122,10 +123,11 @@ class CheckpointCallback(TrainerCallback):
             gather = engine.stage < 3 or zero.get("stage3_gather_16bit_weights_on_model_save")
             self.room = room_for(engine.module, bool(gather))
             keep = retention_of(self.retention, args, self.limit)
-            small = partial(save_beside, SimpleNamespace(**seen))
+            small = partial(save_beside, engine.module, seen.get("processing_class"), args)
             full = not args.save_only_model
             place = (self.nodes, self.run, keep, cast(Any, self.room))
-            preflight.check(engine, ranks, *place, beside=small, full=full)
+            frozen = excludes_frozen(engine.module)
+            preflight.check(engine, ranks, *place, frozen, small, full, preflight.STOCK)
         self.stop = Stop(self.preemption, self.timeout)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
@@ -200,7 +202,10 @@ class CheckpointCallback(TrainerCallback):
         ranks = Ranks("save", self.timeout)
         with ranks.step() as step:
             engine = _shown(state, seen, ranks.rank)
-            states = 0 if args.save_only_model else preflight.predicted(engine)
+            states = 0
+            if not args.save_only_model:
+                frozen = excludes_frozen(engine.module)
+                states = preflight.predicted(engine, frozen, preflight.STOCK)
             step.value = [self.nodes.folder, states]
         folder, room = self._folder(state), cast(Any, self.room)
         preflight.require_room(ranks, self.nodes, folder, step.heard, room)
@@ -234,7 +239,8 @@ class CheckpointCallback(TrainerCallback):
             tier = "weights" if args.save_only_model else "full"
             tag = None if args.save_only_model else f"global_step{step}"
             said = evaluated(state)
-            noted = progress(engine, state.epoch)
+            loop = loop_of(args, seen.get("lr_scheduler"), seen.get("train_dataloader"))
+            noted = record(engine, state.epoch, loop)
             facts = Facts(step, tag, self.line, tier, engine.stage, versions(), said, noted)
         commit = Commit(ranks, place, self._folder(state), facts, in_place=True)
         with committed(commit) as folder:
@@ -268,12 +274,7 @@ def _require_told(args: Any) -> None:
         )
 
 
-def _config() -> dict[str, Any]:
-    """DeepSpeed's configuration, wherever it came from."""
-    found: dict[str, Any] = AcceleratorState().deepspeed_plugin.deepspeed_config
-    return found
-
-
 def _shown(state: Any, seen: Any, rank: int) -> Shown:
-    stage = int(_config().get("zero_optimization", {}).get("stage", 0))
-    return Shown(seen["model"], seen["optimizer"].optimizer, stage, rank, int(state.global_step))
+    config, step = deepspeed_config(), int(state.global_step)
+    stage = int(config.get("zero_optimization", {}).get("stage", 0))
+    return Shown(seen["model"], seen["optimizer"].optimizer, stage, rank, step, config)

@@ -7,12 +7,16 @@ Source: transformers 5.23 ``trainer.py`` (``_determine_best_metric``, ``_finaliz
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
+from accelerate.state import AcceleratorState
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ckpt import renaming
@@ -21,6 +25,7 @@ from ckpt.runs import locks
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Best, Retention
 from ckpt.saving.publish import publish
+from ckpt.saving.settings import Loop
 from converters import files
 from converters.errors import CheckpointError
 
@@ -146,19 +151,46 @@ def room_for(module: Any, gathered: bool) -> Room:
     peft = hasattr(module, "peft_config")
     if not gathered and not peft:
         return Room(0)
-    parameters = (p for p in module.parameters() if p.requires_grad or not peft)
-    return Room(sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters))
+    written = [p for p in module.parameters() if p.requires_grad or not peft]
+    if not peft and not any(hasattr(p, "ds_numel") for p in written):
+        # tied ones twice: they are copied first, one by one (accelerate 1.15 ``get_state_dict``)
+        held = module.state_dict(keep_vars=True).values()
+        written = [value for value in held if isinstance(value, torch.Tensor)]
+    return Room(sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in written))
 
 
-def save_beside(seen: Any, folder: Path) -> None:
-    """The configuration and the tokenizer that the Trainer writes into a checkpoint.
+def excludes_frozen(module: Any) -> bool:
+    """Whether the Trainer has DeepSpeed leave out frozen parameters: those of PEFT's models."""
+    return hasattr(module, "peft_config")
 
-    ``seen`` has them as ``model`` and ``processing_class``.
-    """
-    save_config(seen.model, folder, None)
-    processing = getattr(seen, "processing_class", None)
+
+def save_beside(model: Any, processing: Any, args: Any, folder: Path, rank: int) -> None:
+    """What the Trainer writes beside weights and states: each rank its random states, rank 0 the
+    configuration, the tokenizer and the arguments."""
+    if not args.save_only_model:
+        states = {"python": random.getstate(), "numpy": numpy.random.get_state()}
+        torch.save({**states, "cpu": torch.get_rng_state()}, folder / f"rng_state_{rank}.pth")
+    if rank:
+        return
+    torch.save(args, folder / "training_args.bin")
+    if hasattr(model, "peft_config"):
+        for config in model.peft_config.values():
+            config.save_pretrained(folder)
+    else:
+        save_config(model, folder, None)
     if processing is not None:
         processing.save_pretrained(folder)
+
+
+def deepspeed_config() -> dict[str, Any]:
+    """DeepSpeed's configuration, wherever it came from."""
+    found: dict[str, Any] = AcceleratorState().deepspeed_plugin.deepspeed_config
+    return found
+
+
+def loop_of(args: Any, scheduler: Any, data: Any) -> Loop:
+    """What the Trainer has beside the engine; it counts micro batches itself."""
+    return Loop(scheduler, data, int(args.gradient_accumulation_steps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +205,7 @@ class Shown:
     stage: int
     rank: int
     global_steps: int
+    config: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's
 
     @property
     def save_non_zero_checkpoint(self) -> bool:

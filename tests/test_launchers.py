@@ -11,11 +11,14 @@ from pathlib import Path
 from signal import SIGTERM, SIGUSR1
 
 import pytest
+import torch.distributed as dist
 from launches import LAUNCHERS, batch_script, launch, signalled
 from oracles import ROOT, torchrun
 
-from ckpt.saving import launchers
-from ckpt.saving.launchers import Process, launcher_of
+from ckpt.saving import launchers, stores
+from ckpt.saving.launchers import Launcher, Process, launcher_of
+from ckpt.saving.preemption import Preemption, Watch
+from converters.errors import CheckpointError
 
 trains = pytest.mark.xdist_group("training-more")
 HANDLED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
@@ -135,6 +138,9 @@ def test_what_will_not_work_is_a_warning_where_slurm_sends_it() -> None:
     assert "start it" not in line and not alarming
     accelerate = launcher_of(elastic, [process("python", "accelerate", "launch", "train.py")])
     assert "PET_SIGNALS_TO_HANDLE=" in accelerate.says(("SIGUSR1",))[0]
+    assert "PET_SHUTDOWN_TIMEOUT=300" in accelerate.more_time()
+    assert "--shutdown-timeout 300" in launcher_of(elastic, []).more_time()
+    assert launcher_of({}, []).more_time() == ""
 
 
 def test_the_end_of_a_process_is_seen() -> None:
@@ -156,3 +162,33 @@ def test_every_launcher_of_the_docs_is_tried() -> None:
     assert {name for name, *_ in CASES} <= {*LAUNCHERS}
     for name in ("torchrun", "accelerate launch", "deepspeed", "srun"):
         assert f"`{name} " in page
+
+
+class Gone:
+    """The store of a process that has ended."""
+
+    def check(self, keys: list[str]) -> bool:
+        raise dist.DistNetworkError("Connection reset by peer\nException raised from recvBytes")
+
+
+def test_a_store_that_is_gone_is_one_sentence_with_the_launch_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        watch = Watch(Preemption(), 5)
+        monkeypatch.setattr(watch, "store", Gone())
+        with pytest.raises(CheckpointError, match=r"reached .Connection reset by peer.; ") as error:
+            watch.due(1)
+        assert "Exception raised" not in str(error.value) and error.value.__suppress_context__
+        dead = Launcher("torchrun", HANDLED, 30, (Process(2**30, ()),))
+        monkeypatch.setattr(launchers, "detect", lambda: dead)
+        monkeypatch.setattr(stores, "current_is_launchers", lambda: True)
+        with pytest.raises(CheckpointError, match=r"--signals-to-handle SIGTERM,.*SIGUSR1") as error:
+            watch.due(2)
+        assert "rank 0: no last save: the ranks can no longer be reached, as torchrun has" in str(
+            error.value
+        )
+        watch.close()
+    finally:
+        dist.destroy_process_group()

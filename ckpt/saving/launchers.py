@@ -84,6 +84,12 @@ class Launcher:
             return f"start it with --signals-to-handle {names}"
         return f"start it with PET_SIGNALS_TO_HANDLE={names} in its environment"
 
+    def more_time(self) -> str:
+        """How to start it so that it waits longer, as the end of a sentence."""
+        if self.name == "torchrun":
+            return "; torchrun --shutdown-timeout 300 gives more time"
+        return "; PET_SHUTDOWN_TIMEOUT=300 in the environment gives more time" * self.elastic
+
     def says(self, heeded: Sequence[str]) -> tuple[str, bool]:
         """A line on what it will do, and whether something in it needs the user."""
         deaf = [name for name in heeded if name not in self.passes]

@@ -88,8 +88,12 @@ class Watch:
             self.close()
             raise
         if not self.rank:
-            line, alarming = self.launcher.says(self.signals)
-            log.log(logging.WARNING if alarming else logging.INFO, "%s", line) if line else None
+            self._say_at_start()
+
+    def _say_at_start(self) -> None:
+        line, alarming = self.launcher.says(self.signals)
+        if line:
+            log.log(logging.WARNING if alarming else logging.INFO, "%s", line)
 
     def _listen(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -173,6 +177,12 @@ class Watch:
         if deadline is None and self.by in self.launcher.passes:
             deadline = self.launcher.grace
         return None if deadline is None else deadline - (time.monotonic() - self.asked)
+
+    def too_late(self, step: int, took: float, left: float) -> None:
+        """Says that there is no last save, and how to have the time for one."""
+        more = self.launcher.more_time() if self.preemption.deadline is None else ""
+        words = "no save of step %d: it would take %.0f s, %.0f are left%s"
+        log.warning(words, step, took, left, more)
 
     def leave(self) -> None:
         """Before the process ends with ``EXIT_CODE``: it is not disturbed then, nor restarted.

@@ -252,7 +252,7 @@ class Saver:
         assert self.watch is not None
         left, took = share(Ranks("stop", self.timeout), self.watch.left(), self.took)
         if left is not None and took is not None and took > left:
-            log.warning("no save of step %d: it would take %.0f s, %.0f are left", step, took, left)
+            self.watch.too_late(step, took, left)
         elif self.saved.get("full") != step:
             self.save(step, *state)
             self.wait()

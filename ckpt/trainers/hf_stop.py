@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import Any
 
@@ -10,8 +9,6 @@ from transformers.trainer_utils import SaveStrategy
 
 from ckpt.ranks import Ranks
 from ckpt.saving.preemption import EXIT_CODE, Preemption, Watch, share
-
-log = logging.getLogger("ckpt")
 
 
 class Stop:
@@ -40,8 +37,7 @@ class Stop:
             return
         left, took = share(Ranks("stop", self.timeout), self.watch.left(), self.took)
         if left is not None and took is not None and took > left:
-            words = "no save of step %d: it would take %.0f s, %.0f are left"
-            log.warning(words, state.global_step, took, left)
+            self.watch.too_late(state.global_step, took, left)
             self._exit()
         if args.save_strategy == SaveStrategy.BEST:
             control.should_evaluate = False  # it would decide anew whether to save

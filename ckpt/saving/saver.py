@@ -26,7 +26,7 @@ from typing import Any
 from ckpt.hub.background import Push, Pushes
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.retention import Retention
-from ckpt.saving import exits, nodes, preflight, tiers
+from ckpt.saving import exits, nodes, preflight, taking, tiers
 from ckpt.saving.commit import Commit, Facts
 from ckpt.saving.flight import FAREWELL, LAST_WORDS, Flight
 from ckpt.saving.memory import Memory, budget
@@ -34,7 +34,7 @@ from ckpt.saving.preemption import EXIT_CODE, Preemption, Watch, share
 from ckpt.saving.progress import metrics as plain_metrics
 from ckpt.saving.progress import progress, versions
 from ckpt.saving.publish import point, tidy
-from ckpt.saving.taking import beside, take
+from ckpt.saving.taking import take
 from ckpt.saving.tiers import Tier
 from ckpt.saving.weights import Weights
 from converters.errors import CheckpointError
@@ -108,12 +108,8 @@ class Saver:
             weights = self._weights(ranks)
         place = (self.nodes, self.run, self.retention)
         frozen = self.exclude_frozen_parameters
-        check = partial(preflight.check, self.engine, ranks, *place, weights, frozen)
-        self.predicted = check(self._beside)
-
-    def _beside(self, folder: Path, rank: int) -> None:
-        if not rank:
-            beside(self.engine.module, folder, None, self.tokenizer)
+        small = partial(taking.small, self.engine.module, self.tokenizer)
+        self.predicted = preflight.check(self.engine, ranks, *place, weights, frozen, small)
 
     def save(
         self,

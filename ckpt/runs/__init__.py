@@ -8,6 +8,7 @@
     pruning      deletion that no crash turns into half a checkpoint
     verify       whether a checkpoint is whole
     listing      what a person reads of a run
+    leftovers    what the start of a training left that failed
     torn doctor adoption    what a crash left, and what was written without ckpt
     slim         full to weights-only
     collect      the parts of several nodes, joined

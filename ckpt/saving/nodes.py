@@ -19,6 +19,7 @@ from typing import Any
 from ckpt.ranks import Ranks
 from ckpt.runs import lease, leftovers, locks
 from ckpt.runs.lease import Lease
+from ckpt.saving.trials import tried
 from converters import files
 from converters.errors import CheckpointError
 
@@ -59,7 +60,7 @@ def find(ranks: Ranks, folder: Path, local: bool) -> Nodes:
     Every rank calls it. ``CheckpointError`` on every rank where both contradict each other.
     """
     with ExitStack() as stack:
-        with ranks.step() as made:
+        with ranks.step() as made, tried(folder, "making a file"):
             folder.mkdir(parents=True, exist_ok=True)
             if not ranks.rank:
                 made.value = stack.enter_context(_nonce(folder)).name

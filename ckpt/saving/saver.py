@@ -27,14 +27,14 @@ from ckpt.hub.background import Push, Pushes
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Retention
-from ckpt.saving import exits, identity, nodes, preflight, tiers
+from ckpt.saving import exits, identity, nodes, preflight, taking, tiers
 from ckpt.saving.commit import Commit
 from ckpt.saving.engines import Engines
 from ckpt.saving.flight import FAREWELL, LAST_WORDS, Flight
 from ckpt.saving.memory import Memory, budget
 from ckpt.saving.preemption import EXIT_CODE, Preemption, Watch, share
 from ckpt.saving.publish import point, tidy
-from ckpt.saving.taking import beside_all, take
+from ckpt.saving.taking import take
 from ckpt.saving.tiers import Tier
 from ckpt.saving.weights import Weights
 from converters.errors import CheckpointError
@@ -115,12 +115,8 @@ class Saver:
         place = (self.nodes, self.run, self.retention)
         frozen = self.exclude_frozen_parameters
         every = [engine for _, engine in self.engines]
-        check = partial(preflight.check, every, ranks, *place, weights, frozen)
-        self.predicted = check(self._beside)
-
-    def _beside(self, folder: Path, rank: int) -> None:
-        if not rank:
-            beside_all(self.engines, folder, None, self.tokenizer)
+        small = partial(taking.small, self.engines, self.tokenizer)
+        self.predicted = preflight.check(every, ranks, *place, weights, frozen, small)
 
     def save(
         self,

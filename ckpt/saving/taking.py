@@ -108,6 +108,12 @@ def beside(module: Any, folder: Path, weights: Weights | None, tokenizer: Any = 
         tokenizer.save_pretrained(folder)
 
 
+def small(engines: Engines, tokenizer: Any, folder: Path, rank: int) -> None:
+    """What rank 0 writes beside states and weights, to see how much that is."""
+    if not rank:
+        beside_all(engines, folder, None, tokenizer)
+
+
 def send(commit: Commit, weights: Weights) -> None:
     """Weights to rank 0 from ranks that do not see its folder, at once; every rank calls it."""
     reports = weights.send(commit.folder, list(commit.nodes.away))

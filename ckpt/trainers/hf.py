@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -41,14 +40,13 @@ from ckpt.saving.nodes import Nodes
 from ckpt.saving.preemption import Preemption
 from ckpt.saving.progress import record, versions
 from ckpt.saving.weights import Weights
-from ckpt.trainers import streamed
+from ckpt.trainers import hf_room, streamed
 from ckpt.trainers.hf_callback import CheckpointCallback, require_alone
 from ckpt.trainers.hf_load import MappedCheckpoints
 from ckpt.trainers.hf_resume import ResumeCallback
+from ckpt.trainers.hf_room import Room, room_for
 from ckpt.trainers.hf_state import (
-    Room,
     evaluated,
-    excludes_frozen,
     leaves_out_weights,
     lift,
     publish_beside,
@@ -56,8 +54,6 @@ from ckpt.trainers.hf_state import (
     require_known,
     require_states,
     retention_of,
-    room_for,
-    save_beside,
     sync_files,
 )
 from ckpt.trainers.hf_stop import Stop
@@ -137,11 +133,8 @@ class CommittedCheckpoints(MappedCheckpoints):
             identity.warn_of_others(run, line)
         if self.preflight:
             keep = retention_of(self.retention, self.args, self._limit)
-            small = partial(save_beside, engine.module, self.processing_class, self.args)
-            full = not self.args.save_only_model
-            room = cast(Any, self._room)
-            frozen = excludes_frozen(engine.module)
-            preflight.check(engine, ranks, place, run, keep, room, frozen, small, full)
+            what = (self._room, self.args, self.processing_class)
+            hf_room.check(engine, ranks, (place, run, keep), *what)
         self._stop = Stop(self.preemption, self.timeout)
 
     def _end(self) -> None:
@@ -205,10 +198,7 @@ class CommittedCheckpoints(MappedCheckpoints):
         ranks, room = commit.ranks, cast(Any, self._room)
         with committed(commit) as staging:
             with ranks.step() as step:
-                engine, full = self._engine(), commit.facts.tag is not None
-                frozen = excludes_frozen(engine.module)
-                states = preflight.predicted(engine, frozen) if full else 0
-                step.value = [commit.nodes.folder, states]
+                step.value = [commit.nodes.folder, hf_room.states_of(self._engine(), self.args)]
             preflight.require_room(ranks, commit.nodes, staging, step.heard, room)
             inner = staging / commit.final.name
             with ranks.step(), put_in(self._engine(), Written) as writer:

@@ -14,7 +14,6 @@ Source: transformers 5.23 ``trainer.py`` (``_maybe_log_save_evaluate``: save, th
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -34,20 +33,18 @@ from ckpt.saving.nodes import Nodes
 from ckpt.saving.preemption import Preemption
 from ckpt.saving.progress import record, versions
 from ckpt.saving.publish import point
+from ckpt.trainers import hf_room
+from ckpt.trainers.hf_room import Room, room_for
 from ckpt.trainers.hf_state import (
-    Room,
     Shown,
     deepspeed_config,
     evaluated,
-    excludes_frozen,
     is_new_best,
     loop_of,
     publish_beside,
     require_known,
     require_states,
     retention_of,
-    room_for,
-    save_beside,
     sync_files,
 )
 from ckpt.trainers.hf_stop import Stop
@@ -123,11 +120,9 @@ class CheckpointCallback(TrainerCallback):
             gather = engine.stage < 3 or zero.get("stage3_gather_16bit_weights_on_model_save")
             self.room = room_for(engine.module, bool(gather))
             keep = retention_of(self.retention, args, self.limit)
-            small = partial(save_beside, engine.module, seen.get("processing_class"), args)
-            full = not args.save_only_model
-            place = (self.nodes, self.run, keep, cast(Any, self.room))
-            frozen = excludes_frozen(engine.module)
-            preflight.check(engine, ranks, *place, frozen, small, full, preflight.STOCK)
+            place = (self.nodes, self.run, keep)
+            what = (self.room, args, seen.get("processing_class"), preflight.STOCK)
+            hf_room.check(engine, ranks, place, *what)
         self.stop = Stop(self.preemption, self.timeout)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
@@ -202,11 +197,7 @@ class CheckpointCallback(TrainerCallback):
         ranks = Ranks("save", self.timeout)
         with ranks.step() as step:
             engine = _shown(state, seen, ranks.rank)
-            states = 0
-            if not args.save_only_model:
-                frozen = excludes_frozen(engine.module)
-                states = preflight.predicted(engine, frozen, preflight.STOCK)
-            step.value = [self.nodes.folder, states]
+            step.value = [self.nodes.folder, hf_room.states_of(engine, args, preflight.STOCK)]
         folder, room = self._folder(state), cast(Any, self.room)
         preflight.require_room(ranks, self.nodes, folder, step.heard, room)
 

@@ -7,20 +7,16 @@ Source: transformers 5.23 ``trainer.py`` (``_determine_best_metric``, ``_finaliz
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
 from accelerate.state import AcceleratorState
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ckpt import renaming
-from ckpt.live.job import save_config
 from ckpt.runs import locks
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Best, Retention
@@ -137,49 +133,6 @@ def require_known(on_failure: str) -> None:
     """``CheckpointError`` unless it says what to do when a save fails."""
     if on_failure not in ON_FAILURE:
         raise CheckpointError(f"on_failure is {on_failure!r}, expected raise or warn", "output")
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """What the Trainer writes beside the engine's files, in bytes: the 16-bit model, or adapter."""
-
-    nbytes: int
-
-
-def room_for(module: Any, gathered: bool) -> Room:
-    """The bytes of the model file that the Trainer writes where it can gather one."""
-    peft = hasattr(module, "peft_config")
-    if not gathered and not peft:
-        return Room(0)
-    written = [p for p in module.parameters() if p.requires_grad or not peft]
-    if not peft and not any(hasattr(p, "ds_numel") for p in written):
-        # tied ones twice: they are copied first, one by one (accelerate 1.15 ``get_state_dict``)
-        held = module.state_dict(keep_vars=True).values()
-        written = [value for value in held if isinstance(value, torch.Tensor)]
-    return Room(sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in written))
-
-
-def excludes_frozen(module: Any) -> bool:
-    """Whether the Trainer has DeepSpeed leave out frozen parameters: those of PEFT's models."""
-    return hasattr(module, "peft_config")
-
-
-def save_beside(model: Any, processing: Any, args: Any, folder: Path, rank: int) -> None:
-    """What the Trainer writes beside weights and states: each rank its random states, rank 0 the
-    configuration, the tokenizer and the arguments."""
-    if not args.save_only_model:
-        states = {"python": random.getstate(), "numpy": numpy.random.get_state()}
-        torch.save({**states, "cpu": torch.get_rng_state()}, folder / f"rng_state_{rank}.pth")
-    if rank:
-        return
-    torch.save(args, folder / "training_args.bin")
-    if hasattr(model, "peft_config"):
-        for config in model.peft_config.values():
-            config.save_pretrained(folder)
-    else:
-        save_config(model, folder, None)
-    if processing is not None:
-        processing.save_pretrained(folder)
 
 
 def deepspeed_config() -> dict[str, Any]:

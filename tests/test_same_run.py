@@ -13,10 +13,11 @@ import torch
 from oracles import ROOT, free_port, surroundings
 
 from ckpt.saving import optimizers, parameters
-from ckpt.saving.changes import Change, Request, Ways, changes
+from ckpt.saving.changes import Change, Request, changes
 from ckpt.saving.config import config_changes
 from ckpt.saving.jsonable import jsonable
 from ckpt.saving.parameters import Parameter
+from ckpt.saving.ways import Ways
 from converters.errors import CheckpointError
 
 LIMIT = 900  # seconds; a part takes 20 to 60, and minutes more where an extension is compiled

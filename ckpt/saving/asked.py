@@ -16,13 +16,13 @@ from ckpt.runs import adoption, locks
 from ckpt.runs import manifest as manifests
 from ckpt.runs.run import Checkpoint, is_numbered, open_checkpoint
 from ckpt.saving import choosing, continuity, reading, topology, turns
-from ckpt.saving.changes import Ways
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.layout import Layout
 from ckpt.saving.source import Source, State
 from ckpt.saving.topology import Reshard
 from ckpt.saving.turns import Need, Turn
+from ckpt.saving.ways import Ways
 from converters import files
 from converters.errors import CheckpointError
 from converters.folder import is_tag_folder

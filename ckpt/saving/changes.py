@@ -18,6 +18,7 @@ from typing import Any, Literal
 from ckpt.saving import optimizers, parameters, precision
 from ckpt.saving.config import config_changes
 from ckpt.saving.values import shown, shown_pair
+from ckpt.saving.ways import DEFAULT_WAYS, Ways
 
 Effect = Literal["kept", "yours", "refused", "wrong"]
 Record = Mapping[str, Any]
@@ -26,15 +27,6 @@ OF_NO_MEANING = ("target_modules", "lora_dropout", "exclude_modules")
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 CYCLED = {"max_momentum", "base_momentum"}  # what OneCycleLR and CyclicLR add to param groups
 FAST = ("sequence_parallel", "world_size", "zero_stage")  # of the topology: how the work is shared
-
-
-@dataclass(frozen=True, slots=True)
-class Ways:
-    """What a front end offers to go on all the same, as it is said; ``None``: nothing."""
-
-    mismatch: str = 'pass on_mismatch="warn"'
-    optimizer: str | None = "pass load_optimizer_states=False"
-    scheduler: str | None = "pass load_lr_scheduler_states=False"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +41,7 @@ class Request:
     optimizer_states: bool = True
     scheduler_states: bool = True
     weights_alone: bool = False  # nothing but the module's weights is loaded
-    ways: Ways = field(default_factory=Ways)
+    ways: Ways = DEFAULT_WAYS
 
 
 def names_in(override: Collection[str]) -> frozenset[str]:

@@ -93,10 +93,13 @@ def require_known(override: Collection[str], groups: Sequence[Mapping[str, Any]]
             )
 
 
-def require_options(engine: Any, state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def require_options(
+    engine: Any, state: Mapping[str, Any], path: str | os.PathLike[str], anew: str | None
+) -> None:
     """``CheckpointError`` if the optimizer's state in a file has not what this optimizer needs.
 
-    For checkpoints that note no optimizer; ``state`` is what the file holds.
+    For checkpoints that note no optimizer; ``state`` is what the file holds, ``anew`` how to begin
+    with a new optimizer.
     """
     if engine.optimizer is None or "load_state_dict" in vars(engine.optimizer):
         return  # the weights alone are taken
@@ -108,8 +111,8 @@ def require_options(engine: Any, state: Mapping[str, Any], path: str | os.PathLi
     if lost:
         raise CheckpointError(
             f"{path}: it was saved by another optimizer: its param groups have no {lost[0]}, which "
-            f"{type(optimizer).__name__} needs; use the optimizer that it was saved with, or begin "
-            "with a new one by load_optimizer_states=False",
+            f"{type(optimizer).__name__} needs; use the optimizer that it was saved with"
+            + (f", or {anew} to begin with a new one" if anew else ""),
             "refused",
         )
 

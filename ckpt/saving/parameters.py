@@ -19,7 +19,6 @@ from hashlib import sha256
 from itertools import zip_longest
 from typing import Any
 
-from ckpt.saving import layout
 from converters.errors import CheckpointError
 
 LONG = 1 << 18  # characters of a list that is packed in a manifest; some 3,000 parameters
@@ -197,6 +196,8 @@ def require(
     A universal checkpoint is loaded by name.
     """
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+    from ckpt.saving import layout  # which knows sources, and so what they note
 
     if not isinstance(saved, list) or not isinstance(engine.optimizer, ZeROOptimizer):
         return  # of stage 0; DeepSpeed of old noted the module's parameters, not by groups

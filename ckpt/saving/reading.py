@@ -23,6 +23,7 @@ import torch
 
 from ckpt.saving import optimizers, parameters, precision
 from ckpt.saving.turns import Need, Turn
+from ckpt.saving.ways import DEFAULT_WAYS, Ways
 from converters import files
 from converters.errors import CheckpointError
 
@@ -36,7 +37,8 @@ class Mapped:
     It can tell which tensors are parts of such. ``without``: keys that are taken out of each state.
     ``config``: DeepSpeed's, as it was saved, from the first state. ``turn``: when this rank may
     read what cannot be mapped. ``engine`` is the one that loads; ``renamed``: the new names of
-    parameters by the saved ones. ``change`` is that of precision, if the checkpoint is of another.
+    parameters by the saved ones; ``ways``: what the front end offers to go on all the same.
+    ``change`` is that of precision, if the checkpoint is of another.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class Mapped:
         turn: Turn | None = None,
         engine: Any = None,
         renamed: Mapping[str, str] | None = None,
+        ways: Ways = DEFAULT_WAYS,
     ):
         self.before, self.without, self.turn, self.engine = before, without, turn, engine
-        self.renamed = renamed
+        self.renamed, self.ways = renamed, ways
         self.config: Any = None
         self.change: precision.Change | None = None
         self.starts: list[int] = []  # addresses of mapped storages, sorted
@@ -74,7 +77,7 @@ class Mapped:
                 shapes = state.get("param_shapes")
                 parameters.require(self.engine, shapes, path, self.renamed)
                 parameters.rename_module(self.engine, state, self.renamed)
-                optimizers.require_options(self.engine, state, path)
+                optimizers.require_options(self.engine, state, path, self.ways.optimizer)
                 self._translate(state, path)
             self.config = self.config or state.get("ds_config")
             for key in self.without:
@@ -145,6 +148,7 @@ def mapped(
     without: tuple[str, ...] = (),
     turn: Turn | None = None,
     renamed: Mapping[str, str] | None = None,
+    ways: Ways = DEFAULT_WAYS,
 ) -> Iterator[Mapped]:
     """``engine.load_checkpoint`` maps files in this block; after it nothing points into one.
 
@@ -152,7 +156,7 @@ def mapped(
     is read when it is this rank's ``turn``.
     """
     before = engine.checkpoint_engine
-    engine.checkpoint_engine = reader = Mapped(before, without, turn, engine, renamed)
+    engine.checkpoint_engine = reader = Mapped(before, without, turn, engine, renamed, ways)
     try:
         with _ending(engine, turn), precision.from_masters(engine, reader):
             yield reader

@@ -25,7 +25,7 @@ from ckpt.runs.lease import Lease
 from ckpt.runs.retention import Retention
 from ckpt.saving import continuity, extras, identity, nodes, reading
 from ckpt.saving.asked import Asked
-from ckpt.saving.changes import Request, Ways, names_in
+from ckpt.saving.changes import Request, names_in
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.commit import Commit, Facts
 from ckpt.saving.comparison import Comparison
@@ -38,6 +38,7 @@ from ckpt.saving.settings import Loop
 from ckpt.saving.source import Source
 from ckpt.saving.taking import beside
 from ckpt.saving.topology import Reshard
+from ckpt.saving.ways import Ways
 from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
 from ckpt.trainers.aside import aside

@@ -12,11 +12,12 @@ from ckpt.ranks import Ranks
 from ckpt.runs.run import open_checkpoint
 from ckpt.saving import continuity, reading
 from ckpt.saving.asked import Asked
-from ckpt.saving.changes import Request, Ways, names_in
+from ckpt.saving.changes import Request, names_in
 from ckpt.saving.comparison import Comparison
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.progress import progress
 from ckpt.saving.source import Source
+from ckpt.saving.ways import Ways
 from ckpt.trainers.hf_resume import ResumeCallback
 from ckpt.trainers.hf_state import loop_of
 
@@ -59,7 +60,7 @@ class Resumed:
             return load(*args, **options)
 
         with ExitStack() as stack:
-            mapped = reading.mapped(engine, renamed=self.request.renamed)
+            mapped = reading.mapped(engine, renamed=self.request.renamed, ways=WAYS)
             self.reader = stack.enter_context(mapped)
             if not self.request.optimizer_states:
                 stack.enter_context(reading.weights_alone(engine))

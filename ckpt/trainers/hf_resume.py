@@ -26,7 +26,7 @@ from ckpt.runs.completeness import has_tag
 from ckpt.runs.run import Checkpoint, Run
 from ckpt.saving import choosing, configured, continuity, optimizers, precision, rng
 from ckpt.saving.asked import Asked, committed
-from ckpt.saving.changes import Request, Ways, names_in
+from ckpt.saving.changes import Request, names_in
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.comparison import Comparison
 from ckpt.saving.continuity import OnMismatch
@@ -34,14 +34,8 @@ from ckpt.saving.layout import Layout
 from ckpt.saving.progress import progress
 from ckpt.saving.source import Source
 from ckpt.trainers.hf_state import Shown, deepspeed_config, loop_of
-from ckpt.trainers.hf_watch import Watch
+from ckpt.trainers.hf_watch import WAYS, Watch
 from converters.errors import CheckpointError
-
-WAYS = Ways(
-    'pass on_mismatch="warn" to ResumeCallback',
-    "put CommittedCheckpoints among the Trainer's bases, with load_optimizer_states = False",
-    None,
-)
 
 
 class ResumeCallback(TrainerCallback):
@@ -76,7 +70,7 @@ class ResumeCallback(TrainerCallback):
         self.checkpoint, self.verify, self.on_mismatch = checkpoint, verify, on_mismatch
         self.override, self.renamed = override, dict(renamed or {})
         self.load_foreign, self.timeout = load_foreign, timeout
-        self.watch = Watch(timeout)
+        self.watch = Watch(timeout, self.renamed)
         self.comparison: Comparison | None = None  # of a Trainer that compares before it loads
         self.anew: tuple[str, ...] = ()  # what begins anew in it
 

@@ -7,6 +7,7 @@ Source: transformers 5.23 ``trainer.py``: ``_prepare_for_training`` makes the en
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,14 @@ from typing import Any
 from ckpt.ranks import Ranks
 from ckpt.saving import reading, topology
 from ckpt.saving.layout import Layout
+from ckpt.saving.ways import Ways
 
 module: Any = import_module("transformers.trainer")
+WAYS = Ways(
+    'pass on_mismatch="warn" to ResumeCallback',
+    "put CommittedCheckpoints among the Trainer's bases, with load_optimizer_states = False,",
+    None,
+)
 BY_FIND = 'or pass reshard="auto" to ckpt.find'
 
 
@@ -27,8 +34,8 @@ class Watch:
     watches: what does not fit is refused by name before DeepSpeed sees it, and files are mapped.
     """
 
-    def __init__(self, timeout: float):
-        self.timeout = timeout
+    def __init__(self, timeout: float, renamed: Mapping[str, str] | None = None):
+        self.timeout, self.renamed = timeout, renamed
         if not hasattr(module, "deepspeed_load_checkpoint"):
             return  # another version, whose call is not known
         if not _watches:
@@ -61,5 +68,7 @@ def _load(engine: Any, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
     ranks = Ranks("train", watch.timeout)
     layout = Layout.of_engine(engine, ranks.world)
     topology.loadable(ranks, Path(checkpoint_path).absolute(), layout, None, BY_FIND)
-    with reading.mapped(engine):
+    live = [each for each in (reference() for reference in _watches) if each is not None]
+    renamed = {old: new for each in live for old, new in (each.renamed or {}).items()}
+    with reading.mapped(engine, renamed=renamed, ways=WAYS):
         return _watches.stock(engine, checkpoint_path, *args, **options)

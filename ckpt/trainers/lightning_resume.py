@@ -15,13 +15,14 @@ from ckpt.ranks import Ranks
 from ckpt.runs.run import open_checkpoint
 from ckpt.saving import continuity, reading
 from ckpt.saving.asked import Asked
-from ckpt.saving.changes import Request, Ways, names_in
+from ckpt.saving.changes import Request, names_in
 from ckpt.saving.comparison import Comparison
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.progress import progress
 from ckpt.saving.reading import Mapped
 from ckpt.saving.settings import Loop
 from ckpt.saving.source import Source
+from ckpt.saving.ways import Ways
 
 WAYS = Ways(
     'pass on_mismatch="warn" to the strategy',
@@ -70,7 +71,8 @@ class Resumed:
     def loading(self, engine: Any) -> Iterator[Mapped]:
         """In this block the engine's ``load_checkpoint`` maps files, and takes what was asked."""
         with ExitStack() as stack:
-            reader = stack.enter_context(reading.mapped(engine, renamed=self.request.renamed))
+            mapped = reading.mapped(engine, renamed=self.request.renamed, ways=WAYS)
+            reader = stack.enter_context(mapped)
             if not self.request.optimizer_states:
                 stack.enter_context(reading.weights_alone(engine))
             yield reader

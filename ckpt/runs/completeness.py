@@ -172,15 +172,12 @@ def has_tag(path: Path) -> bool:
 
 
 def trainer_state(folder: Path) -> dict[str, Any]:
-    """The Trainer's state; ``CheckpointError`` if it is cut short, or of another step."""
+    """The Trainer's state; ``CheckpointError`` if it is not there, or cut short."""
     path = folder / STATE
     state = intact.read_json(path)
     step = state.get("global_step") if isinstance(state, dict) else None
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise CheckpointError(f"{path} is cut short or damaged: global_step is {step!r}")
-    named = re.fullmatch(r"checkpoint-(\d{1,18})", folder.name)
-    if named and int(named[1]) != step:
-        raise CheckpointError(f"{path} is of step {step}, its folder is called {folder.name}")
     return dict(state)
 
 

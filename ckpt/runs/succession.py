@@ -46,6 +46,9 @@ def relate(committed: Checkpoint, proof: Proof) -> Succession:
     if before is not None and proof.history is None and proof.kind == "DeepSpeed":
         why = f"is a state of the engine alone (of trainer.save_model()): no {completeness.STATE}"
         return Succession("apart", why)
+    if proof.history is not None and (proof.step or 0) <= committed.manifest.step:
+        why = f"no manifest.json, and of step {proof.step} whatever its name says: no later than "
+        return Succession("apart", f"{why}{folder}")
     if liveness.written(proof.path) < committed.manifest.created:
         why = f"was written before {folder} was committed, so it does not go on from it"
         return Succession("apart", why)

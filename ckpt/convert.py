@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ckpt import __version__, model_folder, staging
-from ckpt.runs import locks
+from ckpt.runs import engines, locks
 from converters import files, gathered, safetensors, stream, torchbin, zero
 from converters.plan import Plan, Tied
 from converters.tensors import DType
@@ -73,6 +73,11 @@ def prepare(
     config = model_folder.config(root, main_dtype(plan))
     if config is None:
         notes.append("no config.json in the checkpoint: the output is weights only")
+    if others := engines.others(root):
+        notes.append(
+            f"this is the engine {root.name}; {root.parent} has {', '.join(others)} as well, each "
+            "converted by its folder"
+        )
     if output is None:
         output = Path(os.path.abspath(checkpoint) + f"-{dtype}")
     if output.name in ("", ".."):  # such as "." or "/": only the whole path has a name, or none

@@ -7,13 +7,19 @@ nobody hangs. A rank is absent if it neither arrives nor shows a sign of life (`
 
     CALL/STEP/RANK   what a rank brings to a step, JSON     CALL/STEP/go   what rank 0 gives to all
     CALL/failed      the first failure, JSON                CALL/beat/RANK a sign of life
+
+A failure is an error on every rank, but its whole sentence stands only where it is read: on the
+rank that failed and on rank 0 (rank 1, where that is the one that failed). The others say in one
+line which rank failed, and the first words. No error has another behind it that says the same.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import logging
 import time
+import traceback
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,14 +27,18 @@ from threading import Event, Thread
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore
 
+from ckpt.saving import stores
 from converters.errors import CheckpointError
 
+log = logging.getLogger("ckpt")
 Json = Any
 T = TypeVar("T")
 Meeting = Generator[dict[int, str], None, list[Json]]
 TIMEOUT = 600.0  # seconds without a sign of life until a rank counts as absent
+FIRST_WORDS = 80  # characters of a failure that ranks say which only heard of it
+FRAMES = 4  # places in the code that are shown of an error that is not ours
 _calls = itertools.count()  # all ranks make the same calls, so they count alike
 
 
@@ -49,7 +59,7 @@ class Ranks:
         self.what, self.timeout = what, timeout
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.call, self.steps = next(_calls), itertools.count()
-        self.store = PrefixStore("ckpt", _get_default_store())
+        self.store = PrefixStore("ckpt", stores.current())
         self.last: str | None = None
         self.beats, self.beaten = itertools.count(), 0.0
 
@@ -64,10 +74,10 @@ class Ranks:
             self.beat()
             yield step
             step.heard = self.wait(self.meet(step.value))
-        except Told:
-            raise
+        except Told as failure:
+            raise failure.with_traceback(None) from None  # where it was waited is nobody's business
         except Exception as error:
-            raise self.fail(error) from error
+            raise self.fail(error) from None
         except BaseException as error:
             self.fail(CheckpointError(f"stopped by {type(error).__name__}", "output"))
             raise
@@ -116,24 +126,30 @@ class Ranks:
                 time.sleep(0.01)
 
     def fail(self, error: Exception) -> CheckpointError:
-        """Tells all ranks of a failure; returns the first failure that any of them told."""
+        """Tells all ranks of a failure; returns the first failure that any of them told.
+
+        To be raised ``from None``: it says all that ``error`` says.
+        """
         if isinstance(error, Told):
             return error
-        kind = error.kind if isinstance(error, CheckpointError) else "output"
-        text = str(error)
-        if isinstance(error, OSError):
-            text = f"{error.filename or 'the output'}: {error.strerror}"
-        elif not isinstance(error, CheckpointError):
-            text = f"{type(error).__name__}: {error}"
+        text, kind = _said(error)
         if not text.startswith("rank "):
             text = f"rank {self.rank}: {text}"
-        told = json.dumps([text, kind])
+        mine = json.dumps([text, kind, self.rank])
+        first = mine
         with suppress(dist.DistError):  # nobody to tell; say it here
-            told = self.store.compare_set(f"{self.call}/failed", "", told).decode()
-        return self._told(told)
+            first = self.store.compare_set(f"{self.call}/failed", "", mine).decode()
+        failure = self._told(first)
+        if first == mine and not isinstance(error, (CheckpointError, OSError, dist.DistError)):
+            _show_where(failure, error)
+        return failure
 
     def _told(self, told: str | bytes) -> Told:
-        text, kind = json.loads(told)
+        text, kind, author = json.loads(told)
+        readers = (author, 0 if author else 1)
+        if self.rank not in readers:
+            where = " and ".join(map(str, sorted(readers)))
+            text = f"{_first_words(text)} ... (in full on ranks {where})"
         return Told(f"{self.what} failed on {text}", kind)
 
     def meet(self, value: Json) -> Meeting:
@@ -186,11 +202,7 @@ class Ranks:
                 time.sleep(pause)
                 pause = min(2 * pause, 0.05)
         except dist.DistError as error:
-            raise CheckpointError(
-                f"rank {self.rank}: the ranks can no longer be reached ({error}); another "
-                "process of this training has ended",
-                "output",
-            ) from error
+            raise CheckpointError(f"rank {self.rank}: {stores.lost(error)}", "output") from None
 
     def _life(self, rank: int) -> bytes:
         key = f"{self.call}/beat/{rank}"
@@ -225,4 +237,35 @@ def alive(ranks: Ranks) -> Iterator[None]:
 
 
 class Told(CheckpointError):
-    """A failure that all ranks have been told of."""
+    """A failure that all ranks have been told of; in a traceback, a ``CheckpointError``."""
+
+    __module__ = CheckpointError.__module__
+    __qualname__ = CheckpointError.__qualname__
+
+
+def _said(error: Exception) -> tuple[str, str]:
+    """An error as a sentence, and its kind."""
+    if isinstance(error, CheckpointError):
+        return str(error), error.kind
+    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
+        return stores.lost(error), "output"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the output'}: {error.strerror}", "output"
+    return f"{type(error).__name__}: {error}", "output"
+
+
+def _first_words(text: str) -> str:
+    """How a sentence begins; never all of it."""
+    words = text[:FIRST_WORDS].rpartition(" ")[0]
+    return words if words.count(" ") > 1 else text[: min(FIRST_WORDS, len(text) - 1)]
+
+
+def _show_where(failure: CheckpointError, error: Exception) -> None:
+    """Notes under ``failure`` where ``error`` was raised; before Python 3.11 in the log."""
+    frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
+    lines = [f'  File "{at.filename}", line {at.lineno}, in {at.name}' for at in frames]
+    place = "\n".join(["It was raised here:", *lines])
+    if hasattr(failure, "add_note"):
+        failure.add_note(place)
+    else:
+        log.error("%s", place)

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ckpt.renaming import replace_folder
+from ckpt.renaming import is_arriving, replace_folder
 from converters import files
 from converters.errors import CheckpointError
 from converters.plan import Plan
@@ -43,6 +43,7 @@ def require_place(output: Path, keep: Sequence[Path], overwrite: bool) -> None:
         raise CheckpointError(
             f"{output} is a file, a link or a mount point; name a new folder with -o", "output"
         )
+    overwrite = overwrite or is_arriving(output)  # what a crash of this command left
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise CheckpointError(
             f"{output} exists already; --overwrite replaces it, -o names another folder", "output"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import shutil
 import time
@@ -12,10 +13,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from converters.errors import CheckpointError
+from converters.syncing import UNOFFERED as UNOFFERED
+from converters.syncing import named as named
+from converters.syncing import sync as sync
+from converters.syncing import sync_file as sync_file
+from converters.syncing import sync_folder as sync_folder
 from converters.tensors import Extent
 
 DONTCACHE = 0x80  # RWF_DONTCACHE, Linux 6.14: written through and dropped from the page cache
-SHOWN = 2.0  # seconds for a file to show up on a network filesystem
+SHOWN = 2.0  # seconds for a file, or its size, to show up on a network filesystem
 
 
 def read_extent(extent: Extent) -> bytes:
@@ -142,26 +148,6 @@ def exchange(one: Path, other: Path) -> bool:
     return False
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the renames in ``folder`` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with named(folder):
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Has an ``OSError`` of a descriptor say which file it was, one of shutil's which copy."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename2 or error.filename or str(path)
-        raise
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[int]:
     """A file descriptor whose contents become ``path``, all at once and durably, on success."""
@@ -171,7 +157,7 @@ def replacing(path: Path) -> Iterator[int]:
         try:
             with named(path):
                 yield fd
-                os.fsync(fd)
+                sync(fd, path)
         finally:
             os.close(fd)
         os.replace(partial, path)
@@ -193,12 +179,6 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def sync_file(path: Path) -> None:
-    """Puts a file on disk that others have written."""
-    with open(path, "rb") as file, named(path):
-        os.fsync(file.fileno())
-
-
 def appears(path: Path, words: str | None = None) -> bool:
     """Whether the file is there, now or within ``SHOWN`` seconds, and with these words in it.
 
@@ -214,3 +194,45 @@ def appears(path: Path, words: str | None = None) -> bool:
         if time.monotonic() > end:
             return False
         time.sleep(0.05)
+
+
+def settles(path: Path, size: int) -> int | None:
+    """The size of a file that another process has written, as soon as it is ``size``.
+
+    A network filesystem may know neither the name nor the size for a moment; opening the file makes
+    it ask again. What it is after ``SHOWN`` seconds is returned, ``None`` if there is no such file.
+    """
+    end, found = time.monotonic() + SHOWN, None
+    while True:
+        with suppress(FileNotFoundError), open(path, "rb") as file:
+            found = os.fstat(file.fileno()).st_size
+        if found == size or time.monotonic() > end:
+            return found
+        time.sleep(0.05)
+
+
+def is_mappable(path: str | os.PathLike[str]) -> bool:
+    """Whether the file can be mapped where it lies, as ``torch.load(mmap=True)`` maps it.
+
+    Some FUSE mounts answer ENODEV. An empty file cannot be mapped anywhere.
+    """
+    with open(path, "rb") as file:
+        try:
+            mode = mmap.PROT_READ | mmap.PROT_WRITE
+            mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mode).close()
+        except (OSError, ValueError):
+            return False
+    return True
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file, whole or not at all, and synced."""
+    with open(source, "rb") as file, replacing(target) as fd:
+        writer, at = Writer(fd), 0
+        while True:
+            with named(source):
+                piece = file.read(1 << 20)
+            if not piece:
+                break
+            writer.write(piece, at)
+            at += len(piece)

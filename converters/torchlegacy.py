@@ -11,6 +11,7 @@ once with their places. There are no checksums. Source: ``torch/serialization.py
 
 from __future__ import annotations
 
+import errno
 import mmap
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,15 @@ HEAD = b"\x80\x02\x8a\x0al\xfc\x9cF"  # the first bytes of pickle(MAGIC)
 
 def read(path: Path, builders: Builders, stored: torchzip.Stored) -> torchzip.TorchFile:
     """Reads the pickles of ``path`` and none of its tensors. ``CheckpointError`` if damaged."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _read(path, data, builders, stored)
+    with open(path, "rb") as file:
+        try:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            return _read(path, file.read(), builders, stored)  # a filesystem that maps no files
+        with data:
+            return _read(path, data, builders, stored)
 
 
 def _read(path: Path, data: Any, builders: Builders, stored: torchzip.Stored) -> torchzip.TorchFile:

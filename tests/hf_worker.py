@@ -350,6 +350,9 @@ def ungathered(out: Path) -> None:
         trainer._prepare_for_training = prepared
         trainer.train()
         assert len(saves) == 3, saves
+        trainer.save_model()  # the last line of a script
+        dist.barrier()
+        assert len(saves) == (4 if weights is None else 3), saves
 
 
 class Failing(Committed):
@@ -407,6 +410,38 @@ def failing(out: Path, stage: int) -> None:
         dist.barrier()
         assert trained(going_on, out / f"{name}-on", stage, eval_strategy="no") == stock
         assert names(out / f"{name}-on") == ["checkpoint-2", "checkpoint-6"]
+    (out / f"told{dist.get_rank()}.json").write_text(json.dumps(told))
+
+
+class Projector(hf.Trainer):
+    """As LLaVA's: it saves what it trains, and nothing of the engine."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        name = f"checkpoint-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial), name)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not dist.get_rank():
+            torch.save({}, folder / "mm_projector.bin")
+
+
+class CommittedProjector(CommittedCheckpoints, Projector):
+    timeout = 60.0
+
+
+def stateless(out: Path, stage: int) -> None:
+    """A class that saves no state of the engine is refused at its first save, in both forms."""
+    told = {}
+    for name, kind, callbacks in (
+        ("class", CommittedProjector, []),
+        ("callback", Projector, [CheckpointCallback(timeout=60.0)]),
+    ):
+        trainer, _ = make(kind, out / name, stage, eval_strategy="no", callbacks=callbacks)
+        try:
+            trainer.train()
+        except CheckpointError as error:
+            told[name] = str(error)
+        dist.barrier()
+        assert names(out / name) == [] and not (out / name / "latest").exists(), name
     (out / f"told{dist.get_rank()}.json").write_text(json.dumps(told))
 
 

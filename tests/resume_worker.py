@@ -26,6 +26,7 @@ from fixture_worker import Tiny
 
 import ckpt
 from ckpt import live
+from ckpt.runs.run import open_checkpoint
 from ckpt.saving import reading
 from ckpt.saving.turns import Turn
 from converters import torchzip
@@ -229,9 +230,26 @@ def wrong(out: Path) -> None:
     gone = prepared("gone", drop("rng_state_1.state"))
     fails("gone", gone)
     bare = prepared("bare", drop("manifest.json"))
-    fails("bare", bare)
-    fails("bare-one", bare / "checkpoint-2")
+    works(bare, 3)  # whole, whoever wrote it
+    works(bare / "checkpoint-2", 2)
     works(bare / "checkpoint-2", 2, load_foreign=True)
+
+    engine.save_checkpoint(str(out / "plain" / "first"))  # knows no random states and no sampler
+    works(out / "plain", 2)
+    assert open_checkpoint(out / "plain" / "first").committed  # by the resume, without progress
+    works(out / "plain", 2)
+
+    def leave_weights(run: Path) -> None:
+        """Checkpoints of the tier "weights", as of a run that was stopped before a full one."""
+        for folder in run.glob("c*"):
+            held = json.loads((folder / "manifest.json").read_text())
+            del held["digest"]
+            held |= {"tier": "weights", "tag": None, "files": {}}
+            (folder / "manifest.json").write_text(json.dumps(held))
+
+    light = prepared("light", leave_weights)
+    assert ckpt.resume(engine, light, timeout=20) == 0 and ckpt.find(light, timeout=20) is None
+    assert ckpt.resume(engine, out / "run" / "new", timeout=20) == 0  # beside committed ones
 
     def forget(run: Path) -> None:
         """A save that never knew of rank 1's random states."""

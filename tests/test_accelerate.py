@@ -98,7 +98,7 @@ def test_a_killed_rank_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     assert [(c.name, c.why) for c in run.checkpoints()] == [("checkpoint-1", None)]
     assert run.target() == "checkpoint-1/pytorch_model"
     left = {path.name for path in run.path.iterdir()}
-    assert left <= {"checkpoint-1", "latest", ".checkpoint-2.saving"}
+    assert left <= {"checkpoint-1", "latest", ".checkpoint-2.saving", "_lease"}
     assert convert(run.path, tmp_path / "model")
 
 

@@ -78,11 +78,13 @@ def test_doctor_mends_a_file_and_what_was_left_beside_it(tmp_path: Path) -> None
 def test_a_save_of_two_ranks_cut_short_anywhere_leaves_the_old_state_or_the_new_one(
     tmp_path: Path,
 ) -> None:
-    names = ("save zero2",)
-    (it,) = saves.recordings(tmp_path / "saves", lambda _: None, names)
+    names = ("save zero2", "save zero2 beside")
+    it, beside = saves.recordings(tmp_path / "saves", lambda _: None, names)
     assert {event.kind for event in it.disk.events} >= {"write", "sync", "rename", "put", "drop"}
     with opening.in_haste():
         found = crash.sampled(it, SEED, tmp_path / "blobs", states=60, again=5)
+        assert found.findings == [] and found.states >= 50 and found.ends["new"]
+        found = crash.sampled(beside, SEED, tmp_path / "blobs-2", states=60, again=5)
         assert found.findings == [] and found.states >= 50 and found.ends["new"]
         for name in ("manifest.json.partial", ".checkpoint-2.saving", "."):
             assert violations(it, name, tmp_path / "blobs"), f"{name} need not be synced"

@@ -11,14 +11,19 @@ import pytest
 import torch
 from front_ends import require_model, require_read
 from oracles import ROOT, same, torchrun
-from run_folders import small
+from run_folders import real, small
 from safetensors.torch import load_file
 
+import ckpt
 from ckpt import Retention
 from ckpt.runs import manifest
+from ckpt.runs.lineage import Line
 from ckpt.runs.run import Run
+from ckpt.runs.verify import chosen
 from ckpt.saving import rng
+from ckpt.trainers.hf import ResumeCallback
 from ckpt.trainers.hf_state import evaluated, is_new_best, publish_beside, retention_of
+from converters.errors import CheckpointError
 
 pytestmark = pytest.mark.xdist_group("training")
 WORKER = str((ROOT / "tests/hf_worker.py").relative_to(ROOT))
@@ -127,6 +132,27 @@ def test_what_is_kept_what_is_written_and_when_it_stops(tmp_path: Path) -> None:
         model.model.embed_tokens.weight, load_file(gathered / FILE)["model.embed_tokens.weight"]
     )
     assert manifest.check(streamed, manifest.read(streamed), data=True) == []
+    run = streamed.parent  # where trainer.save_model() wrote, too
+    assert equal(load_file(streamed / FILE), load_file(run / FILE))
+    assert not list(run.glob("global_step*")) and (run / "tokenizer.json").exists()
+    AutoModelForCausalLM.from_pretrained(run)
+    assert [c.name for c in chosen(left_out.parent)] == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "global_step6",
+        "checkpoint-6",
+    ]
+    assert ckpt.find(left_out.parent) == str(left_out)
+    assert ckpt.find(run) == str(streamed)
+
+
+def test_a_class_that_saves_no_states_is_refused_at_its_first_save(tmp_path: Path) -> None:
+    torchrun(WORKER, tmp_path, "stateless", 2, limit=300)
+    for rank in (0, 1):
+        told = json.loads((tmp_path / f"told{rank}.json").read_text())
+        assert set(told) == {"class", "callback"}
+        for said in told.values():
+            assert "has no global_step2" in said and "_save_checkpoint" in said
 
 
 def test_a_rank_that_fails_is_told_on_all_and_nothing_is_committed(tmp_path: Path) -> None:
@@ -209,5 +235,19 @@ def test_the_trainers_best_stays_though_a_later_one_is_as_good(tmp_path: Path) -
     for step in (2, 4, 6, 8):
         small(tmp_path, step, {"eval_loss": 1.0 if step in (2, 4) else 5.0})
     keep = Retention(last=1, best=("eval_loss", "min", 1))
-    publish_beside(tmp_path, keep, [str(tmp_path / "checkpoint-2"), None, str(tmp_path / "gone")])
+    best = [str(tmp_path / "checkpoint-2"), None, str(tmp_path / "gone")]
+    publish_beside(tmp_path, keep, best, tmp_path / "checkpoint-8", Line(None, ""))
     assert [c.step for c in Run(tmp_path).checkpoints()] == [2, 4, 8]
+
+
+def test_a_trainer_without_deepspeed_takes_no_half_of_a_checkpoint_of_deepspeed(
+    tmp_path: Path,
+) -> None:
+    folder = real(tmp_path, 2).folder
+    state, seen = SimpleNamespace(global_step=2), {"optimizer": object()}
+    for path in (None, folder):
+        callback = ResumeCallback(path)
+        with pytest.raises(CheckpointError, match="was saved with DeepSpeed, this training has no"):
+            callback.on_train_begin(SimpleNamespace(output_dir=tmp_path), state, None, **seen)
+    (folder / "global_step2").rename(tmp_path / "away")
+    ResumeCallback().on_train_begin(SimpleNamespace(output_dir=tmp_path), state, None, **seen)

@@ -50,7 +50,7 @@ def test_ckpt_imports_nothing_heavy_at_module_level(path: Path) -> None:
     "path", [*modules("converters"), *modules("ckpt")], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_a_module_fits_in_the_head(path: Path) -> None:
-    assert len(path.read_text().splitlines()) < 300
+    assert len(path.read_text().splitlines()) <= 350
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

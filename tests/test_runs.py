@@ -105,14 +105,14 @@ def test_what_is_not_committed_says_why(tmp_path: Path) -> None:
     cut = small(tmp_path, 2).folder / "global_step2/mp_rank_00_model_states.pt"
     cut.write_bytes(b"123")
     (small(tmp_path, 3).folder / manifest.NAME).write_text("{")
-    (small(tmp_path, 4).folder / "model.safetensors").unlink()
+    (small(tmp_path, 4).folder / "latest").unlink()
     why = [checkpoint.why or "" for checkpoint in Run(tmp_path).checkpoints()]
     assert why[0] == "no manifest.json: written without ckpt, or its save did not finish"
     assert why[1] == (
         "manifest.json lists global_step2/mp_rank_00_model_states.pt: 60 bytes expected, found 3"
     )
     assert why[2].startswith("manifest.json is damaged")
-    assert why[3] == "manifest.json lists model.safetensors: missing"
+    assert why[3] == "manifest.json lists latest: missing"
     assert Run(tmp_path).newest() is None
 
 
@@ -120,7 +120,7 @@ def test_the_newest_goes_by_step_and_tier_not_by_time_or_name(tmp_path: Path) ->
     for step in (1000, 999, 20):
         small(tmp_path, step)
     small(tmp_path, 2000, tier="weights")
-    (small(tmp_path, 3000).folder / "model.safetensors").unlink()
+    (small(tmp_path, 3000).folder / "latest").unlink()
     os.utime(tmp_path / "checkpoint-20")
     run = Run(tmp_path)
     newest, weights, either = run.newest(), run.newest("weights"), run.newest(None)

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -22,12 +23,29 @@ from oracles import FIXTURES, ROOT, run
 from run_folders import SOURCE, commit, listed, real
 from safetensors.torch import load_file, save_file
 
-from ckpt.runs import adoption, collect, doctor, locks, manifest, pruning, slim
+from ckpt.runs import (
+    adoption,
+    collect,
+    completeness,
+    doctor,
+    liveness,
+    locks,
+    manifest,
+    pruning,
+    slim,
+)
+from ckpt.runs.retention import Retention
 from ckpt.runs.run import Run, open_checkpoint
 from converters import zero
 from converters.errors import CheckpointError
 
 Later = Callable[[], None]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two looks at what nobody committed follow each other at once."""
+    monkeypatch.setattr(liveness, "PAUSE", 0.05)
 
 
 @pytest.fixture
@@ -247,14 +265,11 @@ def test_a_run_of_deepspeed_itself_is_left_alone(tmp_path: Path) -> None:
     assert tree(tmp_path / "out") == before
 
 
-def test_a_whole_checkpoint_of_a_trainer_is_adopted(tmp_path: Path, later: Later) -> None:
+def test_a_whole_checkpoint_of_a_trainer_is_adopted(tmp_path: Path) -> None:
     out = Run(tmp_path)
     for name in ("trainer-zero2", "trainer-zero3"):
         shutil.copytree(FIXTURES / name / "checkpoint-2", tmp_path / name)
-    run("doctor", tmp_path, "--adopt", code=1)
-    assert all(not c.committed for c in out.checkpoints())  # they changed just now
-    later()
-    run("doctor", tmp_path, "--adopt")
+    run("doctor", tmp_path, "--adopt")  # at once: they do not change any more
     for checkpoint in out.checkpoints():
         held = checkpoint.manifest
         assert held and checkpoint.committed and (held.step, held.tag) == (2, "global_step2")
@@ -307,6 +322,65 @@ def test_zeroed_pages_are_found_before_adoption(tmp_path: Path, later: Later) ->
     later()
     with pytest.raises(CheckpointError, match="CRC32"):
         adoption.commit(folder)
+
+
+def test_one_that_changes_is_not_adopted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(SOURCE, folder)
+    proven = liveness.prove
+
+    def prove(path: Path, tag: str | None) -> Any:
+        (folder / "rng_state_2.pth").write_bytes(b"a rank that is late")
+        return proven(path, tag) if tag else completeness.Proof(path, "x", 2, "global_step2")
+
+    monkeypatch.setattr(liveness, "prove", prove)
+    run("doctor", tmp_path, "--adopt", code=1)
+    assert "is being written right now" in capsys.readouterr().out
+    assert not open_checkpoint(folder).committed
+
+
+def test_what_was_deleted_by_hand_is_taken_off_the_manifest(
+    out: Run, later: Later, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two, four = (checkpoint.folder for checkpoint in out.checkpoints())
+    (four / "model.safetensors").unlink()
+    shutil.rmtree(two / "global_step2")
+    later()
+    run("ls", out.path)
+    said = capsys.readouterr().out
+    assert "lacks model.safetensors" in said and "global_step2/" in said
+    run("verify", four, code=1)
+    assert "model.safetensors: missing" in capsys.readouterr().out
+    run("doctor", out.path, code=1)
+    said = capsys.readouterr().out
+    assert "model.safetensors, which was deleted: resumable, its weights were deleted" in said
+    assert "which was deleted: weights only" in said
+    run("doctor", out.path, "--fix")
+    first, second = out.checkpoints()
+    assert (first.tier, first.why, first.deleted) == ("weights", None, ())
+    assert (second.tier, second.why, second.deleted) == ("full", None, ())
+    run("verify", out.path, "--data")
+    assert found(out) == {}
+
+
+def test_what_was_thinned_by_hand_is_rotated_as_if_it_were_whole(tmp_path: Path) -> None:
+    out = Run(tmp_path)
+    for step in (2, 4, 6, 8, 10):
+        real(tmp_path, step)
+    for step in (2, 4, 6):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}/global_step2")
+    (tmp_path / "checkpoint-8/model.safetensors").unlink()
+    pruning.pin(out.checkpoints()[0], True)
+    torn = tmp_path / "checkpoint-3"
+    shutil.copytree(SOURCE, torn)  # nobody committed it
+    outcomes = pruning.prune(out, Retention(last=3), dry_run=True)
+    assert [o.kept for o in outcomes] == [True, False, True, True, True]
+    pruning.prune(out, Retention(last=3))
+    assert [c.step for c in out.checkpoints()] == [2, 3, 6, 8, 10]
+    pruning.prune(out, Retention(last=1))
+    assert [c.step for c in out.checkpoints()] == [2, 3, 10]
 
 
 def test_slim_keeps_the_weights_and_says_what_goes(

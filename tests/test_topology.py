@@ -327,12 +327,12 @@ def test_what_fp16_cannot_hold_is_refused_by_name() -> None:
 
 
 def test_a_watch_is_over_with_the_last_callback() -> None:
-    from ckpt.trainers import hf_load
+    from ckpt.trainers import hf_watch
 
-    stock = hf_load.module.deepspeed_load_checkpoint
-    watches = [hf_load.Watch(1.0), hf_load.Watch(2.0)]
-    assert hf_load.module.deepspeed_load_checkpoint is not stock
+    stock = hf_watch.module.deepspeed_load_checkpoint
+    watches = [hf_watch.Watch(1.0), hf_watch.Watch(2.0)]
+    assert hf_watch.module.deepspeed_load_checkpoint is not stock
     watches.pop()
-    assert hf_load.module.deepspeed_load_checkpoint is not stock
+    assert hf_watch.module.deepspeed_load_checkpoint is not stock
     watches.pop()
-    assert hf_load.module.deepspeed_load_checkpoint is stock
+    assert hf_watch.module.deepspeed_load_checkpoint is stock

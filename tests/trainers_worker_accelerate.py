@@ -18,6 +18,7 @@ from accelerate.utils import DeepSpeedPlugin, ProjectConfiguration
 from fixture_specs import tiny_llama
 
 from ckpt import live
+from ckpt.runs.lease_file import NAME
 from ckpt.runs.retention import Retention
 from ckpt.trainers.accelerate import save_state
 from converters.errors import CheckpointError
@@ -81,8 +82,9 @@ class Training:
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    """The bytes of all files under a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """The bytes of all files under a folder, but for the lease, whose beat goes on."""
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.name != NAME]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
 
 
 def failing(training: Training, out: Path) -> str:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckpt.runs.retention import Best, Held, ranked
-from ckpt.runs.run import Checkpoint, Run, is_checkpoint, open_checkpoint, spelt
+from ckpt.runs.run import (
+    Checkpoint,
+    Run,
+    is_checkpoint,
+    is_run,
+    members,
+    open_checkpoint,
+    spelt,
+)
 from converters.errors import CheckpointError
 
 
@@ -16,7 +24,7 @@ def chosen(path: Path, best: Best | None = None, full: bool = False) -> Checkpoi
     that a training can go on from. ``CheckpointError`` if there is none.
     """
     path = spelt(path)
-    if path.is_dir() and is_checkpoint(path):
+    if path.is_dir() and is_checkpoint(path) and not is_run(path):
         if best is not None:
             raise CheckpointError(
                 f"{path} is one checkpoint; --best chooses among those of a run", "refused"
@@ -33,9 +41,8 @@ def chosen(path: Path, best: Best | None = None, full: bool = False) -> Checkpoi
             )
         return newest
     metric, mode, place = best
-    fitting = {
-        c.name: c for c in run.checkpoints() if c.committed and (c.tier == "full" or not full)
-    }
+    committed = members(run.checkpoints())
+    fitting = {c.name: c for c in committed if c.tier == "full" or not full}
     held = [Held(c.name, c.step or 0, str(c.tier), c.metrics) for c in fitting.values()]
     order = ranked(held, metric, mode)
     if len(order) < place:

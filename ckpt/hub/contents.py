@@ -24,7 +24,7 @@ from ckpt.hub import secrets
 from ckpt.hub.allowed import CARD, Allowed, allowed, refusal
 from ckpt.hub.curve import curve
 from ckpt.hub.items import Item, require_fitting
-from ckpt.runs import manifest
+from ckpt.runs import engines, manifest
 from ckpt.runs.run import Checkpoint
 from converters import folder, safetensors
 from converters.errors import CheckpointError
@@ -139,6 +139,13 @@ def _model(
     """What ``from_pretrained`` wants, and the folder that its configuration is in."""
     if checkpoint.tier == "weights":
         return _stored(checkpoint, dtype), checkpoint.folder
+    several = engines.names(checkpoint.manifest) if checkpoint.manifest else ()
+    if several and tag is None:
+        raise CheckpointError(
+            f"{checkpoint.folder} has the engines {', '.join(several)}: push the folder of one, "
+            f"ckpt push {checkpoint.folder / several[0]} --uncommitted",
+            "unsupported",
+        )
     saved = checkpoint.manifest.tag if checkpoint.manifest else None
     if tag is None and saved is not None and (checkpoint.folder / saved).is_dir():
         tag = saved

@@ -24,6 +24,7 @@ from ckpt.hub.items import unfit
 from ckpt.hub.patience import patient
 from ckpt.hub.planning import api_for
 from ckpt.hub.remote import Held
+from ckpt.renaming import is_arriving, replace_folder
 from ckpt.report import size
 from ckpt.runs import locks, manifest, verify
 from ckpt.runs.run import open_checkpoint
@@ -120,7 +121,7 @@ def pull(
             _remove(staging / CACHE)
             (staging / LOCK).unlink()
             files.sync_folder(staging)
-            _show(root, folder)
+            replace_folder(root, folder.absolute())
     found = {name[len(place) :]: one for name, one in held.items()}
     return Pulled(folder, repo, branch, oid, found, step, time.monotonic() - begun)
 
@@ -128,7 +129,8 @@ def pull(
 def _require_place(folder: Path) -> None:
     if not folder.name or folder.name == "..":
         raise CheckpointError(f"{folder} is no folder to make; name a new one", "output")
-    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    filled = folder.is_dir() and any(folder.iterdir()) and not is_arriving(folder)
+    if folder.is_symlink() or folder.is_file() or filled:
         raise CheckpointError(f"{folder} exists already; name a new folder", "output")
 
 
@@ -206,16 +208,6 @@ def _require_committed(root: Path) -> int | None:
             f"{root}: its manifest does not hold: {verdict.problems[0]}; push it again", "corrupt"
         )
     return checkpoint.step
-
-
-def _show(root: Path, folder: Path) -> None:
-    """Renames durably, or not at all: ``OSError``, and the old name is back if that works."""
-    os.rename(root, folder)
-    try:
-        files.sync_folder(folder.absolute().parent)
-    except OSError:
-        os.rename(folder, root)
-        raise
 
 
 def _remove(folder: Path) -> None:

@@ -42,7 +42,7 @@ def make(plan: Plan, folder: Path) -> None:
                 os.ftruncate(fd, shard.nbytes)
                 for at, literal in shard.literals:
                     files.Writer(fd).write(literal, at)
-                os.fsync(fd)
+                files.sync(fd, folder / shard.filename)
         finally:
             os.close(fd)
 
@@ -103,8 +103,7 @@ def opened(plan: Plan, folder: Path, aliases: dict[str, str]) -> Iterator[Shards
     try:
         yield shards
         for name, writer in shards.writers.items():
-            with files.named(folder / name):
-                os.fsync(writer.fd)
+            files.sync(writer.fd, folder / name)
     finally:
         for writer in shards.writers.values():
             os.close(writer.fd)

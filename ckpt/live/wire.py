@@ -59,7 +59,7 @@ class Wire:
             failure = self.ranks.fail(error)  # first, so that the receiver finds it
             self._asked(to)
             self._send([FAILED, 0, 0, 0], to)
-            raise failure from error
+            raise failure from None
 
     def receive(self, sources: Sequence[int], sink: Sink) -> None:
         """Takes the chunks of all ``sources``, one each in turn, into ``sink``."""
@@ -85,7 +85,7 @@ class Wire:
             for source in left:
                 with suppress(Lost):
                     self._send([STOP], source)
-            raise failure from error
+            raise failure from None
 
     def share(self, values: torch.Tensor, source: int) -> None:
         """Gives a vector in CPU memory to all ranks, in place."""

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt.runs import locks, manifest
+from ckpt.renaming import is_arriving, replace_folder
+from ckpt.runs import engines, locks, manifest
 from ckpt.runs.digests import CHUNK, Progress, quiet
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Checkpoint, open_checkpoint
@@ -91,7 +92,8 @@ def plan(folders: Sequence[Path], output: Path) -> Collection:
                 chosen[name] = source.folder
     whole = replace(first, node=0, nodes=1, files=listed)
     made = Collection(output, tuple(sources), chosen, whole)
-    if not made.inside and (output.exists() or output.is_symlink() or not output.name):
+    taken = (output.exists() and not is_arriving(output)) or output.is_symlink()
+    if not made.inside and (taken or not output.name):
         raise CheckpointError(f"{output} exists already; name a new folder with -o", "output")
     return made
 
@@ -100,6 +102,11 @@ def _part(folder: Path) -> Checkpoint:
     found = open_checkpoint(folder)
     if found.why is not None:
         raise CheckpointError(f"{folder} is not committed: {found.why}", "incomplete")
+    if found.lacks is not None:
+        raise CheckpointError(
+            f"{folder} {found.lacks}; ckpt doctor {folder.parent} --fix takes it off the manifest",
+            "incomplete",
+        )
     return found
 
 
@@ -146,12 +153,7 @@ def _stage(collection: Collection, staging: Path, progress: Progress) -> None:
             _commit(collection, staging)
             (staging / locks.LOCK).unlink()
             files.sync_folder(staging)
-            os.rename(staging, collection.output)
-            try:
-                files.sync_folder(staging.parent)
-            except OSError:  # nobody can say that it is on disk, so it is not there
-                os.rename(collection.output, staging)
-                raise
+            replace_folder(staging, collection.output)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -184,9 +186,10 @@ def _commit(collection: Collection, folder: Path) -> None:
     """Proves the whole and writes its manifest, which replaces a node's own at once."""
     held = collection.manifest
     if held.tier == "full":
-        _, wrong = states(folder, held.tag)
-        if wrong is not None:
-            raise CheckpointError(f"{wrong}; nothing was collected")
+        for tag in engines.tags(held).values():
+            _, wrong = states(folder, tag)
+            if wrong is not None:
+                raise CheckpointError(f"{wrong}; nothing was collected")
     for inner, _, _ in os.walk(folder):
         files.sync_folder(Path(inner))
     files.write_file(folder / manifest.NAME, held.dumps())

@@ -24,17 +24,21 @@ def ls(run: Path, as_json: bool) -> None:
 
     Step, name, tier, size, age, metrics, marks (latest, best, pinned, in use) and tag; of those
     that are not committed, why. Sizes of files are compared with the manifest, no bytes are read.
+    Says on stderr which job saves there right now.
 
     \b
     ckpt ls out
     ckpt ls out --json
     """
-    from ckpt.runs import listing, verify
+    from ckpt.runs import lease_watch, listing, verify
     from ckpt.runs.run import Run
 
     checkpoints = verify.chosen(run)
     folders = {checkpoint.folder.parent for checkpoint in checkpoints}
-    found = listing.facts(Run(folders.pop() if folders else run), checkpoints)
+    folder = folders.pop() if folders else run
+    found = listing.facts(Run(folder), checkpoints)
+    if (writer := lease_watch.describe(folder)) is not None:
+        click.echo(f"ckpt: {folder}: {writer}", err=True)
     if as_json:
         click.echo(facts_as_json(found))
         return
@@ -90,10 +94,18 @@ def verify(path: Path, data: bool, as_json: bool) -> None:
     callback=best_of,
     help="Keep the N best by a metric, such as eval_loss:min:2.",
 )
+@click.option(
+    "--others",
+    is_flag=True,
+    help="Delete the checkpoints of other runs, and those that the run went back from.",
+)
+@click.option("--run", "run_id", metavar="ID", help="With --others: only those of this run.")
 @click.option("--dry-run", is_flag=True, help="Say what would be deleted, and delete nothing.")
 @JSON
 def prune(
     run: Path,
+    run_id: str | None,
+    others: bool,
     keep_last: int | None,
     keep_every: int | None,
     keep_best: Best | None,
@@ -104,19 +116,32 @@ def prune(
 
     The newest, the newest full one, the best, what latest or best names, what is pinned and what a
     conversion reads are always kept. What is not committed is not touched (see ckpt doctor).
+    Where the folder has checkpoints of several runs, the rules count those of the run that saved
+    last, and the others stay; --others deletes them.
 
     \b
     ckpt prune out --keep-last 3 --keep-every 1000 --keep-best eval_loss:min:2 --dry-run
     ckpt prune out --keep-last 3
+    ckpt prune out --others --dry-run
     """
     from ckpt.report import size
     from ckpt.runs import pruning
     from ckpt.runs.retention import Retention
     from ckpt.runs.run import Run
 
-    if not (keep_last or keep_every or keep_best):
-        raise click.UsageError("Say what to keep: --keep-last, --keep-every or --keep-best.")
-    done = pruning.prune(Run(run), Retention(keep_last, keep_every, keep_best), dry_run)
+    rules = keep_last or keep_every or keep_best
+    if others and rules:
+        raise click.UsageError("--others and --keep-... are two steps; use one of them.")
+    if run_id is not None and not others:
+        raise click.UsageError("--run says which run --others deletes; add --others.")
+    if not rules and not others:
+        raise click.UsageError(
+            "Say what to keep: --keep-last, --keep-every or --keep-best; or --others."
+        )
+    if others:
+        done = pruning.prune_others(Run(run), run_id, dry_run)
+    else:
+        done = pruning.prune(Run(run), Retention(keep_last, keep_every, keep_best), dry_run)
     if as_json:
         entries = [
             {"folder": str(o.checkpoint.folder), "kept": o.kept, "why": o.why, "nbytes": o.nbytes}
@@ -176,10 +201,10 @@ def _pin(folder: Path, pinned: bool, as_json: bool) -> None:
 )
 @JSON
 def latest(run: Path, best: bool, chosen: str | None, as_json: bool) -> None:
-    """Print the checkpoint that a resume takes: the newest committed full one.
+    """Print the newest committed full checkpoint, which a resume takes.
 
-    Says on stderr why newer folders are passed over. DeepSpeed itself goes by the file latest,
-    which --set writes.
+    Says on stderr why newer folders are passed over, and which of them a resume would take though
+    they have no manifest. DeepSpeed itself goes by the file latest, which --set writes.
 
     \b
     ckpt latest out
@@ -232,14 +257,39 @@ def _refuse(why: str) -> NoReturn:
 
 
 def _passed_over(run: Run, newest: Checkpoint | None) -> list[dict[str, str]]:
-    from ckpt.runs.run import order
+    from ckpt.runs import lineage
+    from ckpt.runs.run import members, order
 
+    checkpoints = run.checkpoints()
+    own = members(checkpoints)
     found = []
-    for checkpoint in run.checkpoints():
-        older = newest is not None and order(checkpoint) <= order(newest)
-        if not older:
-            found.append({"folder": str(checkpoint.folder), "why": str(checkpoint.unusable)})
+    for checkpoint in checkpoints:
+        if newest is not None and order(checkpoint) <= order(newest):
+            continue
+        why = _why(checkpoint)
+        if checkpoint.manifest is not None and checkpoint.committed and checkpoint not in own:
+            why = f"of {lineage.shown(checkpoint.manifest.run)}, not of the run that saved last"
+        found.append({"folder": str(checkpoint.folder), "why": why})
     return found
+
+
+def _why(checkpoint: Checkpoint) -> str:
+    """Why it is not printed; one that a resume takes without a manifest is said to be such."""
+    from ckpt.runs import completeness, manifest
+    from converters.errors import CheckpointError
+
+    if checkpoint.why != manifest.ABSENT:
+        return str(checkpoint.unusable)
+    try:
+        proof = completeness.prove(checkpoint.folder)
+    except CheckpointError:
+        return str(checkpoint.why)
+    if not proof.resumable:
+        return str(checkpoint.why)
+    return (
+        f"no manifest.json, but whole, by {proof.kind}: ckpt.find and ckpt.resume take it or say "
+        "why not; ckpt doctor --adopt commits what DeepSpeed wrote"
+    )
 
 
 def _warn(run: Run, newest: Checkpoint) -> None:

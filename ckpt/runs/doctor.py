@@ -17,7 +17,19 @@ from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 
-from ckpt.runs import locks, manifest, pruning, slim, torn
+from ckpt import renaming
+from ckpt.runs import (
+    amending,
+    completeness,
+    engines,
+    lease_watch,
+    leftovers,
+    locks,
+    manifest,
+    pruning,
+    slim,
+    torn,
+)
 from ckpt.runs.run import (
     POINTERS,
     Checkpoint,
@@ -25,6 +37,8 @@ from ckpt.runs.run import (
     is_checkpoint,
     is_numbered,
     leading,
+    members,
+    require_read,
 )
 from ckpt.staging import RECORD
 from converters import files
@@ -53,7 +67,7 @@ def diagnose(run: Run) -> list[Finding]:
     checkpoints = run.checkpoints()
     ours = any(c.manifest or any(c.folder.glob("*/*_states.pt*")) for c in checkpoints)
     found = [*_staging(run), *(f for c in checkpoints for f in _inside(c, ours))]
-    found += [*_doubles(checkpoints), *_stray(run.path)]
+    found += [*_doubles(checkpoints), *_stray(run.path), *_leases(run.path)]
     return [*found, *_pointers(run, checkpoints)]
 
 
@@ -89,14 +103,17 @@ def changed_lately(folder: Path) -> bool:
 
 
 def _staging(run: Run) -> Iterator[Finding]:
+    for path in leftovers.abandoned(run.path):
+        what = "left by the start of a training that failed"
+        yield Finding(path, what, "remove it", partial(leftovers.remove, path))
+    for path in pruning.trash(run):
+        what = "a deletion that was interrupted"
+        yield Finding(path, what, "remove it", partial(pruning.remove, path))
     for entry in sorted(os.scandir(run.path), key=lambda entry: entry.name):
         path = Path(entry.path)
         if not entry.name.startswith(".") or not entry.is_dir(follow_symlinks=False):
             continue
-        if path.suffix == ".trash":
-            what = "a deletion that was interrupted"
-            yield Finding(path, what, "remove it", partial(pruning.remove, path))
-        elif path.suffix in _STAGING and not _at_work(path, _STAGING[path.suffix]):
+        if path.suffix in _STAGING and not _at_work(path, _STAGING[path.suffix]):
             what = "a save" if path.suffix == ".saving" else "a conversion"
             idle = partial(_remove_idle, path, _STAGING[path.suffix])
             yield Finding(path, f"{what} that did not finish", "remove it", idle)
@@ -121,12 +138,25 @@ def _remove_idle(folder: Path, name: str) -> None:
 
 
 def _inside(checkpoint: Checkpoint, ours: bool) -> Iterator[Finding]:
+    if (found := _amendable(checkpoint)) is not None:
+        yield found
     if checkpoint.committed:
         yield from _unfinished_slim(checkpoint)
         yield from _inner_latest(checkpoint)
-    else:
+    elif found is None:
         yield from _not_committed(checkpoint, ours)
     yield from _stray(checkpoint.folder, checkpoint)
+
+
+def _amendable(checkpoint: Checkpoint) -> Finding | None:
+    """A manifest that lists what was deleted by hand, where the rest is a checkpoint."""
+    made = amending.amendment(checkpoint)
+    if made is None or locks.in_use(checkpoint.folder):
+        return None
+    more = f" (and {len(checkpoint.deleted) - 1} more)" if len(checkpoint.deleted) > 1 else ""
+    what = f"lists {checkpoint.deleted[0]}{more}, which was deleted: {made.what}"
+    mend = partial(amending.amend, checkpoint)
+    return Finding(checkpoint.folder / manifest.NAME, what, "take it off the manifest", mend)
 
 
 def _unfinished_slim(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -141,13 +171,15 @@ def _finish_slim(checkpoint: Checkpoint) -> None:
 
 
 def _inner_latest(checkpoint: Checkpoint) -> Iterator[Finding]:
-    held, path = checkpoint.manifest, checkpoint.folder / "latest"
+    held = checkpoint.manifest
     if held is None or held.tier != "full" or held.tag is None or held.node:
         return  # only the first node's folder has one
-    named = Run(checkpoint.folder).target("latest")
-    if named != held.tag:
-        what = "is missing" if named is None else f"names {named!r}, expected {held.tag}"
-        yield Finding(path, what, f"name {held.tag}", partial(_write, path, held.tag))
+    for name, tag in engines.pointers(held.tag, engines.names(held)).items():
+        path = checkpoint.folder / name
+        named = Run(path.parent).target("latest")
+        if named != tag:
+            what = "is missing" if named is None else f"names {named!r}, expected {tag}"
+            yield Finding(path, what, f"name {tag}", partial(_write, path, tag))
 
 
 def _write(path: Path, tag: str) -> None:
@@ -161,46 +193,70 @@ def _not_committed(checkpoint: Checkpoint, ours: bool) -> Iterator[Finding]:
     ``ours`` is whether anything in the run is DeepSpeed's; else nothing is judged.
     """
     folder, held = checkpoint.folder, checkpoint.manifest
+    if pruning.is_trash(folder):
+        return  # said already
     if held is None and is_tag_folder(folder):
         return  # the run is a save_dir of DeepSpeed itself
     if changed_lately(folder) or locks.in_use(folder):
-        yield Finding(folder, f"not committed, changed in the last minutes: {checkpoint.why}")
+        hint = _proven(checkpoint)
+        yield Finding(folder, f"not committed, changed in the last minutes: {hint}")
         return
-    if held is not None and held.tag and _lacks_only_latest(folder, held):
-        path = folder / "latest"
-        write = partial(_write, path, held.tag)
-        yield Finding(path, "is missing or cut short", f"name {held.tag}", write)
+    if held is not None and held.tag and (lost := _lost_latest(folder, held)):
+        for name, tag in lost.items():
+            write = partial(_write, folder / name, tag)
+            yield Finding(folder / name, "is missing or cut short", f"name {tag}", write)
         return
-    if held is None and (tag := torn.only_tag(folder)) is not None:
+    if held is None and (whole := torn.only_tag(folder)) is not None:
         path = folder / "latest"
-        what = f"is missing or leads nowhere, and {tag} is whole"
-        yield Finding(path, what, f"name {tag}", partial(_write, path, tag))
+        what = f"is missing or leads nowhere, and {whole} is whole"
+        yield Finding(path, what, f"name {whole}", partial(_write, path, whole))
+        return
+    aside = folder.with_name(f".{folder.name}.torn")
+    if renaming.is_arriving(aside):
+        what = f"torn, and moved to {aside.name} in part"
+        yield Finding(folder, what, "move the rest", partial(_rename, folder, aside))
         return
     if ours and is_numbered(folder) and (why := torn.why(folder)) is not None:
-        aside = folder.with_name(f".{folder.name}.torn")
         mend = None if aside.exists() else partial(_rename, folder, aside)
         remedy = f"rename it to {aside.name}" if mend else None
         yield Finding(folder, f"torn: {why}", remedy, mend)
         return
-    hint = "; --adopt commits it if it is whole" if checkpoint.why == manifest.ABSENT else ""
-    yield Finding(folder, f"not committed: {checkpoint.why}{hint}")
+    yield Finding(folder, f"not committed: {_proven(checkpoint)}")
 
 
-def _lacks_only_latest(folder: Path, held: manifest.Manifest) -> bool:
-    """Whether a file latest with the tag in it is all that the manifest misses."""
-    wrong = manifest.check(folder, held, strict=True)
-    if [line.partition(":")[0] for line in wrong] != ["latest"]:
-        return False
-    return held.files["latest"].digest == f"sha256:{sha256(str(held.tag).encode()).hexdigest()}"
+def _proven(checkpoint: Checkpoint) -> str:
+    """What an uncommitted folder is: whole and of whom, or why it is not, and the way on."""
+    if checkpoint.why != manifest.ABSENT:
+        return f"{checkpoint.why}; bring back what is missing, or move or delete the folder"
+    try:
+        proof = completeness.prove(checkpoint.folder)
+    except CheckpointError as error:
+        require_read(error)
+        return f"{checkpoint.why}; {error}; move or delete it if its save is over"
+    if not proof.resumable:
+        return f"{checkpoint.why}; weights only, by {proof.kind}"
+    ways = "ckpt.find takes it" + (", --adopt commits it" if proof.tag is not None else "")
+    return f"{checkpoint.why}; whole, by {proof.kind}: {ways}"
+
+
+def _lost_latest(folder: Path, held: manifest.Manifest) -> dict[str, str]:
+    """The files latest with a tag in them that are all that the manifest misses; else nothing."""
+    wrong = [line.partition(":")[0] for line in manifest.check(folder, held, strict=True)]
+    known = engines.pointers(str(held.tag), engines.names(held))
+    for name in wrong:
+        right = f"sha256:{sha256(known.get(name, '').encode()).hexdigest()}"
+        if name not in known or held.files[name].digest != right:
+            return {}
+    return {name: known[name] for name in wrong}
 
 
 def _rename(folder: Path, aside: Path) -> None:
-    os.rename(folder, aside)
+    renaming.move(folder, aside)
     files.sync_folder(folder.parent)
 
 
 def _doubles(checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
-    committed = [c for c in checkpoints if c.committed]
+    committed = members(checkpoints)
     for step, group in groupby(committed, key=lambda c: c.step):
         names = [checkpoint.name for checkpoint in group]
         if len(names) > 1:
@@ -219,9 +275,15 @@ def _stray(folder: Path, checkpoint: Checkpoint | None = None) -> Iterator[Findi
             yield Finding(path, "a write that was cut short", "remove it", gone)
 
 
+def _leases(folder: Path) -> Iterator[Finding]:
+    for path, record in lease_watch.leftovers(folder, QUIET):
+        who = f", {record.holder}" if record.holder else ""
+        what = f"the lease of a job that has ended{who}"
+        yield Finding(path, what, "remove it", partial(lease_watch.remove, path, record))
+
+
 def _pointers(run: Run, checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
-    fitting = [c for c in checkpoints if c.committed]
-    wanted = leading(fitting)
+    wanted = leading(checkpoints)
     for name in POINTERS:
         path, text = run.path / name, run.target(name)
         expected = wanted if name == "latest" else _meant(run, text)

@@ -6,15 +6,16 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ckpt.runs import locks
+from ckpt.runs import lineage, locks
 from ckpt.runs.manifest import written
-from ckpt.runs.run import POINTERS, Checkpoint, Run
+from ckpt.runs.run import POINTERS, Checkpoint, Run, members
 
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 
 
 def facts(run: Run, checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
     """The checkpoints as plain data: sizes in bytes, times in seconds since 1970."""
+    line_members = members(checkpoints)
     named = {name: (run.target(name) or "").partition("/")[0] for name in POINTERS}
     return [
         {
@@ -23,6 +24,7 @@ def facts(run: Run, checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
             "step": checkpoint.step,
             "committed": checkpoint.committed,
             "why": checkpoint.why,
+            "lacks": checkpoint.lacks,
             "tier": checkpoint.tier,
             "nbytes": checkpoint.nbytes,
             "created": held.created if (held := checkpoint.manifest) else None,
@@ -33,6 +35,8 @@ def facts(run: Run, checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
             "world_size": held.world_size if held else None,
             "node": held.node if held else None,
             "nodes": held.nodes if held else None,
+            "run": held.run if held else None,
+            "current": checkpoint in line_members,
         }
         for checkpoint in checkpoints
     ]
@@ -53,13 +57,21 @@ def lines(found: Sequence[dict[str, Any]]) -> list[str]:
         return []
     heads: tuple[str, ...] = ("STEP", "NAME", "TIER", "SIZE", "AGE", "METRICS", "MARKS", "TAG")
     rows = [heads, *(_row(entry) for entry in found)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    if any(entry["committed"] and not entry["current"] for entry in found):
+        rows = [(*row, _run(entry)) for row, entry in zip(rows, [None, *found], strict=True)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     made = []
     for row, entry in zip(rows, [None, *found], strict=True):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        why = f"  not committed: {entry['why']}" if entry and entry["why"] else ""
-        made.append(("  ".join(cells).rstrip() + why).rstrip())
+        made.append(("  ".join(cells).rstrip() + _remark(entry)).rstrip())
     return made
+
+
+def _remark(entry: dict[str, Any] | None) -> str:
+    """What a reader should know of a checkpoint that is not as its save left it."""
+    if entry and entry["why"]:
+        return f"  not committed: {entry['why']}"
+    return f"  {entry['lacks']}" if entry and entry["lacks"] else ""
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -77,6 +89,14 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
         ", ".join(entry["marks"]) or "-",
         entry["tag"] or "-",
     )
+
+
+def _run(entry: dict[str, Any] | None) -> str:
+    """Whose checkpoint it is, where a folder has those of several runs or lines."""
+    if entry is None:
+        return "RUN"
+    run = entry["run"][: lineage.SHOWN] if entry["run"] else "-"
+    return run if entry["current"] or not entry["committed"] else f"{run} (not counted)"
 
 
 def _number(value: float | str) -> str:

@@ -54,6 +54,8 @@ class Manifest:
     1970. With ``nodes`` over 1 the folder holds one node's part. ``progress`` is JSON that a resume
     compares (learning rates, loss scale, samples). ``files`` are named by posix paths relative to
     the folder and come sorted; neither the manifest itself nor ``.pinned`` is among them.
+    ``run`` is the id of the training, the same after every resume, and ``line`` the launches of it
+    that led here (``lineage``); both are empty in manifests of older versions.
     ``ValueError`` for anything that contradicts this.
     """
 
@@ -70,6 +72,8 @@ class Manifest:
     metrics: Mapping[str, float] = field(default_factory=dict)
     progress: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, File] = field(default_factory=dict)
+    run: str | None = None
+    line: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("step", "node"):
@@ -82,8 +86,12 @@ class Manifest:
         inside = self.tag is None or (isinstance(self.tag, str) and is_inside(self.tag))
         _require(inside, "tag", self.tag, "a folder inside the checkpoint")
         _require(self.tag is not None or self.tier != "full", "tag", None, "one: it is full")
-        hexed = isinstance(self.save, str) and re.fullmatch(r"[0-9a-f]{8,64}", self.save)
-        _require(bool(hexed), "save", self.save, "hex digits")
+        _require(_is_id(self.save), "save", self.save, "hex digits")
+        _require(self.run is None or _is_id(self.run), "run", self.run, "hex digits or null")
+        for launch, step in self.line:
+            _require(launch == "" or _is_id(launch), "line", launch, "the id of a launch")
+            _require(_whole(step), f"line: {launch}", step, "a step")
+        object.__setattr__(self, "line", tuple((launch, step) for launch, step in self.line))
         real = isinstance(self.created, (int, float)) and not isinstance(self.created, bool)
         _require(real and math.isfinite(self.created), "created", self.created, "seconds")
         known = self.stage is None or (_whole(self.stage) and self.stage <= 3)
@@ -122,6 +130,13 @@ def _digest(rest: Mapping[str, Any]) -> str:
 
 
 _FIELDS = tuple(Manifest.__dataclass_fields__)
+
+
+OPTIONAL = ("run", "line")  # not in manifests of versions before 0.2
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{8,64}", value) is not None
 
 
 def _whole(value: object) -> bool:
@@ -170,10 +185,10 @@ def loads(data: bytes, path: Path) -> Manifest:
             )
         if "digest" in held and (said := held.pop("digest")) != (found := _digest(held)):
             raise ValueError(f"its digest is {found}, it says {_shown(said)}")
-        missing = [name for name in _FIELDS if name not in held]
+        missing = [name for name in _FIELDS if name not in held and name not in OPTIONAL]
         if missing:
             raise ValueError(f"{', '.join(missing)} missing")
-        held = {name: held[name] for name in _FIELDS}
+        held = {name: held[name] for name in _FIELDS if name in held}
         metrics = held["metrics"].items()
         held["metrics"] = {n: _NUMBERS[v] if isinstance(v, str) else v for n, v in metrics}
         held["files"] = {n: File(f["size"], f["digest"]) for n, f in held["files"].items()}

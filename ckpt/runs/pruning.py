@@ -3,22 +3,34 @@
     checkpoint-400/  --rename, fsync-->  .checkpoint-400.trash/  --unlink-->  nothing
 
 After the rename nothing takes the folder for a checkpoint. Trash that a crash left is removed by
-the next prune. Folders that are not committed are never touched.
+the next prune. Where folders cannot be renamed, the manifest alone is, to ``.deleted``, which says
+the same:
+
+    checkpoint-400/manifest.json  --rename, fsync-->  checkpoint-400/.deleted  --unlink-->  nothing
+
+Folders that are not committed are never touched, but for those that were: of which somebody deleted
+files that the manifest lists. They go when they would go if they were whole, and never count where
+the rules ask for whole ones. The rules count the checkpoints of one line (``lineage``): those of
+other runs in the folder neither count nor go.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.runs import locks, manifest
+from ckpt import renaming
+from ckpt.runs import lineage, locks, manifest
+from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Held, Retention
-from ckpt.runs.run import POINTERS, Checkpoint, Run
+from ckpt.runs.run import POINTERS, Checkpoint, Run, members, of_line
 from converters import files
 from converters.errors import CheckpointError
+
+DELETED = ".deleted"  # the manifest of a checkpoint that is being deleted where it lies
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,30 +44,98 @@ class Outcome:
 
 
 def prune(
-    run: Run, retention: Retention, dry_run: bool = False, just: str | None = None
+    run: Run,
+    retention: Retention,
+    dry_run: bool = False,
+    just: str | None = None,
+    line: Line | None = None,
 ) -> list[Outcome]:
-    """Deletes what ``retention`` does not keep; returns what became of every committed checkpoint.
+    """Deletes what ``retention`` does not keep; returns what became of every committed checkpoint,
+    and of those that were committed and from which files were deleted by hand.
 
+    ``line``: whose checkpoints the rules count, by default those of the line that saved last.
     ``just`` names one that was saved just now, which stays whatever its step.
     One that somebody reads is kept for now. ``OSError`` if the folder cannot be written.
     """
-    committed = [c for c in run.checkpoints() if c.committed]
-    reasons = retention.keep(facts(run, committed))
+    checkpoints = run.checkpoints()
+    committed = [c for c in checkpoints if c.committed]
+    line_members = members(checkpoints, line)
+    reasons = retention.keep(facts(run, line_members))
+
+    thinned = [c for c in of_line(checkpoints, line) if c.thinned]  # what is left takes room
+    if thinned:
+        committed = [c for c in checkpoints if c.committed or c in thinned]
+        both = [c for c in checkpoints if c in line_members or c in thinned]
+        for name, kept_by in retention.keep(facts(run, both)).items():
+            reasons.setdefault(name, kept_by)
+        line_members = both
+
+    for checkpoint in committed:
+        if checkpoint not in line_members:
+            reasons[checkpoint.name] = (_foreignness(checkpoint, line_members),)
     if just is not None:
         reasons[just] = (*reasons.get(just, ()), "just saved")
+
+    return _delete(run, committed, reasons, dry_run)
+
+
+def prune_others(run: Run, of: str | None = None, dry_run: bool = False) -> list[Outcome]:
+    """Deletes the checkpoints that are not of the line that saved last.
+
+    ``of``: only those of the run whose id begins so. What is pinned, in use, or named by ``latest``
+    or ``best`` stays. ``CheckpointError`` if no run in the folder has such an id.
+    """
+    checkpoints = run.checkpoints()
+    committed = [c for c in checkpoints if c.committed]
+    line_members = members(checkpoints)
+    ids = {c.manifest.run or "" for c in committed if c.manifest}
+    if of is not None and not any(run_id.startswith(of) for run_id in ids):
+        raise CheckpointError(
+            f"{run.path} has no checkpoint of run {of}; ckpt ls {run.path} --json shows the ids",
+            "incomplete",
+        )
+
+    reasons = {mark.name: mark.marks for mark in facts(run, committed) if mark.marks}
+    for checkpoint in committed:
+        run_id = (checkpoint.manifest.run if checkpoint.manifest else None) or ""
+        if checkpoint in line_members:
+            reasons[checkpoint.name] = ("of the run that saved last",)
+        elif of is not None and not run_id.startswith(of):
+            reasons[checkpoint.name] = (_foreignness(checkpoint, line_members),)
+
+    return _delete(run, committed, reasons, dry_run)
+
+
+def _delete(
+    run: Run,
+    committed: Sequence[Checkpoint],
+    reasons: Mapping[str, tuple[str, ...]],
+    dry_run: bool,
+) -> list[Outcome]:
+    """Deletes the checkpoints for which there is no reason to stay, and what is in the trash."""
     if not dry_run:
         for folder in trash(run):
             remove(folder)
-    found = []
+
+    outcomes = []
     for checkpoint in committed:
         kept = reasons.get(checkpoint.name)
         if kept is not None:
-            found.append(Outcome(checkpoint, True, ", ".join(kept), checkpoint.nbytes))
+            outcomes.append(Outcome(checkpoint, True, ", ".join(kept), checkpoint.nbytes))
             continue
         why = None if dry_run else delete(checkpoint)
-        said = why or "no rule keeps it"
-        found.append(Outcome(checkpoint, why is not None, said, checkpoint.nbytes))
-    return found
+        verdict = why or "no rule keeps it"
+        outcomes.append(Outcome(checkpoint, why is not None, verdict, checkpoint.nbytes))
+    return outcomes
+
+
+def _foreignness(checkpoint: Checkpoint, line_members: Sequence[Checkpoint]) -> str:
+    """Why the rules of a line do not count a checkpoint."""
+    run_id = checkpoint.manifest.run if checkpoint.manifest else None
+    ids = {c.manifest.run for c in line_members if c.manifest}
+    if run_id in ids:
+        return "given up: the training went back to an earlier step"
+    return f"of {lineage.shown(run_id)}, not of the run that saved last"
 
 
 def facts(run: Run, committed: Sequence[Checkpoint]) -> list[Held]:
@@ -69,7 +149,8 @@ def facts(run: Run, committed: Sequence[Checkpoint]) -> list[Held]:
         if locks.in_use(checkpoint.folder):
             marks.append("in use")
         assert checkpoint.manifest is not None
-        step, tier = checkpoint.manifest.step, checkpoint.manifest.tier
+        step = checkpoint.manifest.step
+        tier = "weights" if checkpoint.thinned else checkpoint.manifest.tier
         held.append(Held(checkpoint.name, step, tier, checkpoint.metrics, tuple(marks)))
     return held
 
@@ -90,10 +171,12 @@ def delete(checkpoint: Checkpoint) -> str | None:
         bin_ = folder.with_name(f".{folder.name}.trash")
         remove(bin_)
         try:
-            os.rename(folder, bin_)
+            if not renaming.renamed(folder, bin_):
+                bin_ = folder
+                os.rename(folder / manifest.NAME, folder / DELETED)
         except FileNotFoundError:
             return None  # another prune was faster
-        files.sync_folder(folder.parent)
+        files.sync_folder(folder.parent if bin_ != folder else folder)
     remove(bin_)
     return None
 
@@ -107,20 +190,28 @@ def _named(folder: Path) -> str | None:
 
 def trash(run: Run) -> list[Path]:
     """What deletions that were interrupted left."""
-    return sorted(
-        Path(entry.path)
-        for entry in os.scandir(run.path)
-        if entry.name.startswith(".")
-        and entry.name.endswith(".trash")
-        and entry.is_dir(follow_symlinks=False)
-    )
+    folders = [Path(e.path) for e in os.scandir(run.path) if e.is_dir(follow_symlinks=False)]
+    return sorted(folder for folder in folders if is_trash(folder))
+
+
+def is_trash(folder: Path) -> bool:
+    """Whether the deletion of this folder has begun."""
+    if folder.name.startswith("."):
+        return folder.name.endswith(".trash")
+    return (folder / DELETED).is_file() and not os.path.lexists(folder / manifest.NAME)
 
 
 def remove(folder: Path) -> None:
     """Removes a folder and all in it, whoever else is at it too; ``CheckpointError`` if it stays.
 
-    Files that vanish meanwhile are no error.
+    Files that vanish meanwhile are no error. What says that it is deleted goes last.
     """
+    if (folder / DELETED).exists():
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != DELETED:
+                path.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     if folder.is_dir():
         try:

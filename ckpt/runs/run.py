@@ -10,20 +10,36 @@ out/
 from __future__ import annotations
 
 import os
-import re
-import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckpt.runs import lineage
 from ckpt.runs import manifest as manifests
+from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import Manifest
+from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, is_spare, step_in
 from converters import files
 from converters.errors import CheckpointError
-from converters.folder import is_tag_folder
 
-_NUMBERED = re.compile(r"checkpoint-(\d{1,18})")
-_STEP = re.compile(r"(?:checkpoint-|global_step|.*\bstep=)(\d{1,18})\b.*")
+__all__ = [
+    "POINTERS",
+    "Checkpoint",
+    "Run",
+    "bytes_under",
+    "is_checkpoint",
+    "is_numbered",
+    "is_run",
+    "leading",
+    "members",
+    "of_line",
+    "open_checkpoint",
+    "order",
+    "require_checkpoint",
+    "require_read",
+    "spelt",
+    "step_in",
+]
 POINTERS = ("latest", "best")
 
 
@@ -31,7 +47,9 @@ POINTERS = ("latest", "best")
 class Checkpoint:
     """A folder of a run. ``why`` says why it is not committed, and is ``None`` if it is.
 
-    ``step`` of one without a manifest is what its name says, if anything.
+    ``step`` of one without a manifest is what its name says, if anything. ``deleted`` are files
+    that the manifest lists and that are gone: if no resume needs them (the weights of a full
+    checkpoint), it is committed all the same.
     """
 
     folder: Path
@@ -39,6 +57,7 @@ class Checkpoint:
     manifest: Manifest | None
     why: str | None
     pinned: bool
+    deleted: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -49,6 +68,19 @@ class Checkpoint:
     def committed(self) -> bool:
         """Whether the manifest is there, is valid, and every file that it lists has its size."""
         return self.why is None
+
+    @property
+    def lacks(self) -> str | None:
+        """What was deleted from it by hand though it is committed, as a line."""
+        return f"lacks {_listed(self.deleted)}" if self.committed and self.deleted else None
+
+    @property
+    def thinned(self) -> bool:
+        """Whether it was committed, and files were deleted from it that a resume needs.
+
+        Nothing else is wrong with it, so that it counts among what retention may delete.
+        """
+        return self.why is not None and self.manifest is not None and bool(self.deleted)
 
     @property
     def tier(self) -> str | None:
@@ -96,11 +128,24 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         require_read(error)
         absent = error.kind == "incomplete"
         why = manifests.ABSENT if absent else str(error).removeprefix(f"{folder}/")
-        return Checkpoint(folder, _step_in(folder), None, why, pinned)
+        return Checkpoint(folder, step_in(folder.name), None, why, pinned)
     wrong = manifests.check(folder, held, strict=True)
+    gone = tuple(line.removesuffix(_MISSING) for line in wrong if line.endswith(_MISSING))
+    only_gone = len(gone) == len(wrong)
+    if held.tier == "full":
+        spared = {f"{name}{_MISSING}" for name in gone if is_spare(name)}
+        wrong = [line for line in wrong if line not in spared]
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     why = f"manifest.json lists {wrong[0]}{more}" if wrong else None
-    return Checkpoint(folder, held.step, held, why, pinned)
+    return Checkpoint(folder, held.step, held, why, pinned, gone if only_gone or not wrong else ())
+
+
+_MISSING = ": missing"  # as ``digests.unlike`` says it
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"{names[0]}{more}"
 
 
 def require_read(error: CheckpointError) -> None:
@@ -110,11 +155,6 @@ def require_read(error: CheckpointError) -> None:
         if isinstance(cause, OSError) and cause.errno in manifests.FAILING:
             raise error
         cause = cause.__cause__
-
-
-def _step_in(folder: Path) -> int | None:
-    found = _STEP.fullmatch(folder.name)
-    return int(found[1]) if found else None
 
 
 def bytes_under(folder: Path) -> int:
@@ -157,9 +197,12 @@ class Run:
         return sorted(found, key=order)
 
     def newest(self, tier: str | None = "full") -> Checkpoint | None:
-        """The committed one of the highest step; ``tier=None`` takes any. Looks at sizes only."""
-        fitting = (c for c in self.checkpoints() if c.committed and tier in (None, c.tier))
-        return max(fitting, key=order, default=None)
+        """The committed one of the highest step in the line that saved last (``lineage``).
+
+        ``tier=None`` takes any. Looks at sizes only.
+        """
+        ordered = members(self.checkpoints())
+        return next((c for c in reversed(ordered) if tier in (None, c.tier)), None)
 
     def target(self, name: str = "latest") -> str | None:
         """The text of a pointer; ``None`` if there is no such file."""
@@ -220,10 +263,31 @@ class Run:
         return named[0]
 
 
-def leading(committed: Sequence[Checkpoint]) -> Checkpoint | None:
-    """What ``latest`` names: the newest full one, else the newest; of those in ``order``."""
-    full = [checkpoint for checkpoint in committed if checkpoint.tier == "full"]
-    return next(reversed(full or committed), None)
+def members(checkpoints: Iterable[Checkpoint], line: Line | None = None) -> list[Checkpoint]:
+    """The committed ones of a line, in ``order``; as ``of_line``."""
+    return [checkpoint for checkpoint in of_line(checkpoints, line) if checkpoint.committed]
+
+
+def of_line(checkpoints: Iterable[Checkpoint], line: Line | None = None) -> list[Checkpoint]:
+    """Those with a manifest of a line, in ``order``; without one, of the line that saved last.
+
+    Give it all checkpoints of a folder: one that was damaged since still tells who saved last.
+    """
+    recorded = [c for c in checkpoints if c.manifest is not None]
+    line = line or lineage.current(c.manifest for c in recorded if c.manifest)
+
+    return sorted((c for c in recorded if line and c.manifest and line.has(c.manifest)), key=order)
+
+
+def leading(checkpoints: Iterable[Checkpoint], line: Line | None = None) -> Checkpoint | None:
+    """What ``latest`` names: the newest full one of a line, else the newest of it.
+
+    As ``members``: give it all checkpoints of a folder.
+    """
+    ordered = members(checkpoints, line)
+    full = [checkpoint for checkpoint in ordered if checkpoint.tier == "full"]
+
+    return next(reversed(full or ordered), None)
 
 
 def order(checkpoint: Checkpoint) -> tuple[int, float, str]:
@@ -233,32 +297,6 @@ def order(checkpoint: Checkpoint) -> tuple[int, float, str]:
     """
     step = -1 if checkpoint.step is None else checkpoint.step
     return step, checkpoint.manifest.created if checkpoint.manifest else 0.0, checkpoint.name
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder counts among the checkpoints of a run, whole or not."""
-    if folder.name.startswith("."):
-        return False
-    if is_numbered(folder) or _is_file(folder / manifests.NAME):
-        return True
-    try:
-        return is_tag_folder(folder) or any(
-            is_tag_folder(inner) for inner in folder.iterdir() if inner.is_dir()
-        )
-    except OSError:  # lost+found, or what was deleted meanwhile
-        return False
-
-
-def is_numbered(folder: Path) -> bool:
-    """Whether the name is one that trainers resume from by its number, such as checkpoint-500."""
-    return _NUMBERED.fullmatch(folder.name) is not None
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        return False
 
 
 def require_checkpoint(folder: Path) -> Checkpoint:

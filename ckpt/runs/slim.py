@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ckpt.runs import locks, manifest, pruning
+from ckpt import renaming
+from ckpt.runs import engines, locks, manifest, pruning
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import POINTERS, Checkpoint, Run, open_checkpoint
 from converters import files
@@ -71,8 +72,11 @@ def plan(checkpoint: Checkpoint, force: bool = False) -> Slimming:
             raise _no(checkpoint, "is the newest that training can go on from; --force slims it")
         if checkpoint.pinned:
             raise _no(checkpoint, "is pinned; unpin it first, or use --force")
-    proven = _require_weights(checkpoint.folder, held)
-    goes = tuple(name for name in held.files if _resume_only(name, held.tag))
+    tags = engines.tags(held)
+    proven = "; ".join(
+        _require_weights(checkpoint.folder, held, name, tag) for name, tag in tags.items()
+    )
+    goes = tuple(name for name in held.files if _resume_only(name, tags))
     kept = {name: file for name, file in held.files.items() if name not in goes}
     slim = replace(held, tier="weights", tag=None, files=kept)
     removed = tuple(sorted({*goes, *left}))
@@ -98,12 +102,12 @@ def execute(slimming: Slimming) -> None:
         before = slimming.checkpoint.manifest
         if manifest.read(folder) != before:
             raise _no(slimming.checkpoint, "was changed by another process meanwhile; try again")
-        with lock if slimming.manifest == before else _replaced(folder, slimming.manifest.dumps()):
-            _repoint(folder)
+        with lock if slimming.manifest == before else replaced(folder, slimming.manifest.dumps()):
+            repoint(folder)
             _sweep(folder, slimming)
 
 
-def _replaced(folder: Path, data: bytes) -> locks.Lock:
+def replaced(folder: Path, data: bytes) -> locks.Lock:
     """The lock of the new manifest, taken before it becomes the manifest."""
     partial = folder / f"{manifest.NAME}.partial"
     fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -113,7 +117,7 @@ def _replaced(folder: Path, data: bytes) -> locks.Lock:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with files.named(partial):
             files.Writer(fd).write(data, 0)
-            os.fsync(fd)
+            files.sync(fd, partial)
         os.replace(partial, folder / manifest.NAME)
         files.sync_folder(folder)
     except BaseException:
@@ -123,7 +127,7 @@ def _replaced(folder: Path, data: bytes) -> locks.Lock:
     return lock
 
 
-def _repoint(folder: Path) -> None:
+def repoint(folder: Path) -> None:
     """Pointers that named the tag now name the newest full one, or the folder alone."""
     run = Run(folder.parent)
     for name in POINTERS:
@@ -138,12 +142,14 @@ def _sweep(folder: Path, slimming: Slimming) -> None:
     for tag in sorted(tag for tag in tags if is_tag(folder / tag)):
         bin_ = folder / tag.parent / f".{tag.name}.trash"
         pruning.remove(bin_)
-        os.rename(folder / tag, bin_)
+        if not renaming.renamed(folder / tag, bin_):
+            pruning.remove(folder / tag)  # the new manifest does not list it any more
         files.sync_folder(bin_.parent)  # or else what is removed below might be under its old name
     for trash in sorted(folder.rglob(".*.trash")):
         pruning.remove(trash)
     for name in slimming.removed:
         (folder / name).unlink(missing_ok=True)
+    renaming.remove_empty(folder)
     files.sync_folder(folder)
 
 
@@ -166,14 +172,18 @@ def _surplus(folder: Path, held: Manifest) -> Iterator[str]:
         trashed = any(part.startswith(".") and part.endswith(".trash") for part in Path(name).parts)
         if name in held.files or path.is_symlink() or not (path.is_file() or trashed):
             continue
-        if trashed or _resume_only(name, None) or ("/" in name and is_tag(path.parent)):
+        several = dict.fromkeys(engines.names(held), "")
+        if trashed or _resume_only(name, several) or ("/" in name and is_tag(path.parent)):
             yield name
 
 
-def _resume_only(name: str, tag: str | None) -> bool:
-    if tag is not None and name.startswith(f"{tag}/"):
+def _resume_only(name: str, tags: Mapping[str, str]) -> bool:
+    """Whether only a resume needs a file; ``tags`` by engine, with their folder or ""."""
+    if any(tag and name.startswith(f"{tag}/") for tag in tags.values()):
         return True
-    return any(fnmatchcase(name, pattern) for pattern in RESUME_ONLY) and "/" not in name
+    folder, _, last = name.rpartition("/")
+    inside = folder in ("", *tags)
+    return inside and any(fnmatchcase(last, pattern) for pattern in RESUME_ONLY)
 
 
 def _bytes(folder: Path, names: tuple[str, ...]) -> int:
@@ -181,14 +191,18 @@ def _bytes(folder: Path, names: tuple[str, ...]) -> int:
     return sum(path.lstat().st_size for path in paths if path.is_file())
 
 
-def _require_weights(folder: Path, held: Manifest) -> str:
-    """What the weights prove to be, in a line; ``CheckpointError`` unless they are all there."""
+def _require_weights(folder: Path, held: Manifest, engine: str, tag: str) -> str:
+    """What the weights prove to be, in a line; ``CheckpointError`` unless they are all there.
+
+    Those of one engine, which lie in the folder of its name; of a single one (""), in ``folder``.
+    """
     from converters import safetensors, zero
 
-    adapter = ADAPTER in held.files
+    model = folder / engine
+    adapter = (model / ADAPTER).relative_to(folder).as_posix() in held.files
     kind = "adapter" if adapter else "model"
     try:
-        found = safetensors.read(folder / ADAPTER if adapter else folder).tensors
+        found = safetensors.read(model / ADAPTER if adapter else model).tensors
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}; no weights to keep, nothing was removed", error.kind
@@ -203,7 +217,7 @@ def _require_weights(folder: Path, held: Manifest) -> str:
     weights = replace(held, files={name: held.files[name] for name in names})
     if wrong := manifest.check(folder, weights, data=True):
         raise CheckpointError(f"{folder}: the weights are damaged: {wrong[0]}; nothing was removed")
-    source = zero.read(folder, held.tag).weights
+    source = zero.read(folder, tag).weights
     lost = list(_lost(source, found, adapter))
     if lost:
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""

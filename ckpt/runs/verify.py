@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt.runs import locks, manifest
+from ckpt.runs import engines, locks, manifest
 from ckpt.runs.digests import Progress, quiet
-from ckpt.runs.run import Checkpoint, Run, is_checkpoint, open_checkpoint, spelt
+from ckpt.runs.run import Checkpoint, Run, is_checkpoint, is_run, open_checkpoint, spelt
 from converters.errors import CheckpointError
 
 
@@ -29,6 +29,13 @@ class Verdict:
         """Whether the checkpoint is committed and nothing is wrong with it."""
         return not self.problems
 
+    @property
+    def hindrance(self) -> str | None:
+        """The first problem that a resume minds: not weights that were deleted by hand."""
+        spared = () if self.checkpoint.lacks is None else self.checkpoint.deleted
+        lines = {f"{name}: missing" for name in spared}
+        return next((line for line in self.problems if line not in lines), None)
+
     def facts(self) -> dict[str, Any]:
         """The verdict as plain data."""
         return {
@@ -48,7 +55,7 @@ def chosen(path: Path) -> list[Checkpoint]:
     ``CheckpointError`` if it is no folder.
     """
     path = spelt(path)
-    if path.is_dir() and is_checkpoint(path):
+    if path.is_dir() and is_checkpoint(path) and not is_run(path):
         return [open_checkpoint(path)]
     return Run(path).checkpoints()
 
@@ -69,10 +76,13 @@ def verify(checkpoint: Checkpoint, data: bool = False, progress: Progress = quie
         if not problems:
             what = "every byte has its digest" if data else "every file has its size"
             proven = [f"{len(held.files)} files, {what}"]
+        if checkpoint.lacks is not None:
+            proven.append("what was deleted is needed by no resume; ckpt doctor RUN --fix")
         if held.tier == "full" and held.nodes == 1:
-            said, wrong = states(checkpoint.folder, held.tag)
-            proven += [said] if said else []
-            problems += [wrong] if wrong else []
+            for name, tag in engines.tags(held).items():
+                said, wrong = states(checkpoint.folder, tag)
+                proven += [f"{name}: {said}" if name else said] if said else []
+                problems += [wrong] if wrong else []
     if held.nodes > 1:
         proven.append(f"the part of node {held.node} of {held.nodes}; ckpt collect joins them")
     return Verdict(checkpoint, tuple(problems), tuple(proven), data)

@@ -7,20 +7,25 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckpt.ranks import Ranks
-from ckpt.runs import locks
+from ckpt.ranks import Ranks, alive
+from ckpt.runs import adoption, locks
+from ckpt.runs import manifest as manifests
+from ckpt.runs.run import Checkpoint, is_numbered, open_checkpoint
 from ckpt.saving import choosing, continuity, reading, topology, turns
+from ckpt.saving.changes import Ways
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.layout import Layout
 from ckpt.saving.source import Source, State
 from ckpt.saving.topology import Reshard
 from ckpt.saving.turns import Need, Turn
+from converters import files
 from converters.errors import CheckpointError
+from converters.folder import is_tag_folder
 
 log = logging.getLogger("ckpt")
 
@@ -38,6 +43,7 @@ class Asked:
     load_foreign: bool = False
     reshard: Reshard = None
     memory: str | int | None = None
+    ways: Ways = field(default_factory=Ways)
 
     def require_same(self, more: Sequence[Any] = ()) -> None:
         """``CheckpointError`` on every rank unless all ask for the same, and it is known."""
@@ -64,6 +70,9 @@ class Asked:
             if not ranks.rank:
                 print(f"ckpt: {self.path} has no checkpoint yet", file=sys.stderr, flush=True)
             return None
+        itself = found.folder == Path(os.path.abspath(self.path))
+        if not itself or is_numbered(found.folder):  # else it may be a save_dir of DeepSpeed
+            found = committed(ranks, found)
         with ranks.step():
             stack.enter_context(locks.reading(found.folder))
             source = Source.of(found, self.tag)
@@ -87,22 +96,27 @@ class Asked:
                     "is loaded here are ordinary checkpoints",
                     "unsupported",
                 )
-            files = reading.files_of(engine, source.folder, source.tag)
-            need = reading.need(engine, files)
+            paths = reading.files_of(engine, source.folder, source.tag)
+            need = reading.need(engine, paths)
             there = turns.there(self.memory)
             needs.value = [os.environ.get("GROUP_RANK", "0"), need.reads, need.keeps, there]
-            state = State.read(source, self.ranks.rank) if everything else State.none()
-            lost = state.lost(self.extra)
-            excused = source.foreign or source.resharded
-            if lost and self.on_mismatch == "error" and not excused:
-                raise CheckpointError(f"{source.folder}: {lost[0]}", "incomplete")
-            for line in lost:
-                log.warning("%s: %s", source.folder, line)
+            state = self.state(source) if everything else State.none()
         with self.ranks.step() as told:
             if not self.ranks.rank:
                 told.value = self._turns(engine, source, needs.heard)
         after = told.heard[0].get(str(self.ranks.rank))
         return state, Turn(self.ranks, source.folder, need.reads, after)
+
+    def state(self, source: Source) -> State:
+        """What this rank saved beside the engine; ``CheckpointError`` if not all comes back."""
+        state = State.read(source, self.ranks.rank)
+        lost = state.lost(self.extra)
+        excused = source.resharded or not source.saved_by_ckpt
+        if lost and self.on_mismatch == "error" and not excused:
+            raise CheckpointError(f"{source.folder}: {lost[0]}", "incomplete")
+        for line in lost:
+            log.warning("%s: %s", source.folder, line)
+        return state
 
     def _turns(self, engine: Any, source: Source, heard: Sequence[Any]) -> dict[str, int]:
         """Whom each rank waits for before it loads, where not all of a node can at once."""
@@ -142,6 +156,38 @@ class Asked:
                 more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
                 raise CheckpointError(
                     f"{source.folder}: the training is not as it was saved: {wrong[0]}{more}; give "
-                    'it what it was saved with, or pass on_mismatch="warn" to go on all the same',
+                    f"it what it was saved with, or {self.ways.mismatch} to go on all the same",
                     "refused",
                 )
+
+
+def committed(ranks: Ranks, found: Checkpoint) -> Checkpoint:
+    """The checkpoint with a manifest, given by rank 0 to one that was written without ckpt.
+
+    So it is one of the run that goes on from it: retention counts it, and the next resume knows it.
+    Where that cannot be, as on a disk that is only read, it stays as it is, and a warning says so.
+    """
+    if found.why != manifests.ABSENT or is_tag_folder(found.folder):
+        return found
+    with ranks.step() as step:
+        if not ranks.rank:
+            try:
+                with alive(ranks):
+                    adoption.commit(found.folder, data=False)
+                step.value = True
+                said = f"ckpt: {found.folder} has its manifest.json now, as one of this run"
+                print(said, file=sys.stderr, flush=True)
+            except (OSError, CheckpointError) as error:
+                log.warning(
+                    "%s stays without a manifest, retention leaves it: %s", found.folder, error
+                )
+    if not step.heard[0]:
+        return found
+    with ranks.step():
+        if not files.appears(found.folder / manifests.NAME):
+            raise CheckpointError(
+                f"{found.folder / manifests.NAME}, which rank 0 wrote, is not seen by this rank; "
+                "name a folder that all ranks share",
+                "incomplete",
+            )
+    return open_checkpoint(found.folder)

@@ -12,6 +12,7 @@ commits its folder, rank 0 last.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -24,14 +25,18 @@ from typing import Any
 
 from ckpt.ranks import Ranks
 from ckpt.renaming import replace_folder
-from ckpt.runs import locks
+from ckpt.runs import engines, lease, locks
+from ckpt.runs.lease import Lease
+from ckpt.runs.lineage import Line
 from ckpt.runs.locks import LOCK, Lock
 from ckpt.runs.manifest import NAME, PINNED, File, Manifest, digest
+from ckpt.saving import collision
 from ckpt.saving.nodes import Nodes
 from converters import files
 from converters.errors import CheckpointError
 
 Found = dict[str, File]
+log = logging.getLogger("ckpt")
 
 
 def staging_for(final: Path) -> Path:
@@ -45,6 +50,7 @@ class Facts:
 
     step: int
     tag: str | None
+    line: Line
     tier: str = "full"
     stage: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -72,7 +78,8 @@ class Commit:
         self.note: Any = None
         self.join: Callable[[list[Any]], Found] | None = None
         self.save = ""
-        self.lock = Lock()
+        self.line = facts.line  # rank 0's, when it has begun
+        self.lock, self.lease = Lock(), Lease()
         self.open = False  # begun and not over, on the rank that commits
 
     def begin(self) -> None:
@@ -82,11 +89,15 @@ class Commit:
         with self.ranks.step() as made:
             if not self.ranks.rank:
                 _require_same(step.heard)
+            if self.nodes.commits:
+                self.lease = lease.acquire(self.final.parent, self.ranks.beat)
             if self.nodes.commits and not self.in_place:
                 self.lock = locks.claimed(self.folder)
             self.open = self.nodes.commits
-            made.value = uuid.uuid4().hex
-        self.save = made.heard[0]
+            line = self.facts.line
+            made.value = [uuid.uuid4().hex, line.run, line.launch, line.ancestors]
+        self.save, run, launch, ancestors = made.heard[0]
+        self.line = Line(run, launch, tuple((name, step) for name, step in ancestors))
 
     def settle(self) -> None:
         """Syncs and digests what is in the folder already and was not written by the saver."""
@@ -118,7 +129,7 @@ class Commit:
         except Exception as error:
             failure = self.ranks.fail(error)
             self.abandon()
-            raise failure from error
+            raise failure.with_traceback(None) from None
         except BaseException:
             self.abandon()
             raise
@@ -129,19 +140,26 @@ class Commit:
         What cannot be removed stays recognisable by its name.
         """
         if self.nodes.commits and not self.open:
+            self.lease.release()
             return  # committed, removed, or somebody else's
         self.open = False
         self.ranks.leave(wait=self.nodes.commits)
-        if self.nodes.commits and self.in_place:
+        if self.lease.is_lost:
+            log.warning("%s stays as it is: another job saves there now", self.folder)
+        elif self.nodes.commits and self.in_place:
             (self.folder / NAME).unlink(missing_ok=True)
         elif self.nodes.commits:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.release()
+        self.lease.release()
 
     def _publish(self, reports: list[Any]) -> None:
         """Manifest, rename, and the folder above; after this it exists."""
+        self.lease.require()
         if self.facts.tag is not None and self.facts.tier == "full":
-            files.write_file(self.folder / "latest", self.facts.tag.encode())
+            several = self.facts.progress.get(engines.ENGINES, ())
+            for name, tag in engines.pointers(self.facts.tag, several).items():
+                files.write_file(self.folder / name, tag.encode())
         known: Found = {}
         for folder, found, _ in reports:
             if folder == self.nodes.folder:
@@ -165,15 +183,21 @@ class Commit:
             facts.metrics,
             facts.progress,
             known,
+            self.line.run,
+            self.line.at(facts.step),
         )
+        self.lease.require()
         files.write_file(self.folder / NAME, manifest.dumps())
         (self.folder / LOCK).unlink(missing_ok=True)
         for folder in _folders(self.folder):
             files.sync_folder(folder)
         if not self.in_place:
+            self.lease.require()
+            collision.make_way(self.final, self.line)
             replace_folder(self.folder, self.final)
         self.open = False
         self.lock.release()
+        self.lease.release()
 
 
 @contextmanager
@@ -224,10 +248,11 @@ def _settled(folder: Path, known: set[str], beat: Callable[[], object]) -> Found
 
 def _require_there(folder: Path, known: Found) -> None:
     for name, file in known.items():
-        size = (folder / name).stat().st_size
+        size = files.settles(folder / name, file.size)
         if size != file.size:
+            what = "is not there" if size is None else f"has {size} bytes"
             raise CheckpointError(
-                f"{folder / name} has {size} bytes, {file.size} were written; see whether "
+                f"{folder / name} {what}, {file.size} were written; see whether "
                 "another process writes there",
                 "output",
             )

@@ -1,44 +1,37 @@
-"""Whether a training that goes on is the one that was saved: what was noted then, compared now.
+"""Whether a training that goes on stands where it was saved: what was noted then, compared now.
 
 ckpt: out/checkpoint-500: step 500, tag global_step500, manifest 3f2a9c1b7d02
                     saved           now
     global_steps    500             500
     lr              0.0003          0.0003
-  ! config          8c1f02aa        77e0d13b        train_batch_size: 8 saved, 16 now
+  ! offload         optimizer none  optimizer cpu
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ckpt.saving.config import config_changes
+from ckpt.saving.values import CELL, shown, shown_pair
 from converters.errors import CheckpointError
 
 OnMismatch = Literal["error", "warn"]
-SHOWN = 24  # characters of a value
-# Keys of DeepSpeed's configuration that say what is printed, measured or written where.
-ASIDE = {
-    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "checkpoint"),
-    *("tensorboard", "wandb", "comet", "csv_monitor", "flops_profiler", "comms_logger"),
-    *("timers", "aio", "nebula", "autotuning", "elasticity", "monitor_config"),
-    # Their product is compared, where it was noted.
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
-    # Looked at before anything is loaded; what else depends on the stage says how fast, not what.
-    "zero_optimization.stage",
-}
-STAGES = "zero_optimization.stage3_"
-OF_STAGE = "zero_optimization.sub_group_size"  # counts only within stage 3
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One value as it was saved and as it is; ``why`` says how they differ, if they do."""
+    """One value as it was saved and as it is; ``why`` says how they differ, where that counts.
+
+    ``differs``: they do, which was said before the load.
+    """
 
     name: str
     saved: Any
     now: Any
     why: str | None = None
+    differs: bool = False
 
 
 def compare(
@@ -58,21 +51,56 @@ def compare(
             continue
         why = None
         if now[name] != then:
-            why = f"{_short(then)} saved, {_short(now[name])} now"
+            one, other = shown_pair(then, now[name])
+            why = f"{one} saved, {other} now"
         if name == "config" and why is not None and all(isinstance(c, dict) for c in configs):
-            changed = list(_changes(*configs))
-            why = "; ".join(changed[:4]) + (" ..." if len(changed) > 4 else "") or None
+            differing = list(config_changes(*configs))
+            why = "; ".join(differing[:4]) + (" ..." if len(differing) > 4 else "") or None
         rows.append(Row(name, then, now[name], why))
     return rows
+
+
+def settings_rows(
+    saved: Mapping[str, Any], now: Mapping[str, Any], differing: Collection[str]
+) -> list[Row]:
+    """The settings as a person wants to see them, those in ``differing`` marked."""
+    rows = []
+    for name, show in _SHOWN.items():
+        if saved.get(name) is None and now.get(name) is None:
+            continue
+        if name in saved and name in now:
+            then, value = (
+                None if each[name] is None else show(each[name]) for each in (saved, now)
+            )
+            rows.append(Row(name, then, value, None, name in differing or then != value))
+    return rows
+
+
+_SHOWN: Mapping[str, Any] = {
+    "parameters": lambda held: f"{held.get('count')}, {str(held.get('digest'))[:8]}",
+    "optimizer": lambda held: held.get("algorithm"),
+    "scheduler": lambda held: held.get("class"),
+    "precision": str,
+    "batch": lambda held: (
+        f"{held.get('train_batch_size')} a step ({held.get('train_micro_batch_size_per_gpu')} x "
+        f"{held.get('gradient_accumulation_steps')})"
+    ),
+    "gradient_clipping": str,
+    "topology": lambda held: f"world {held.get('world_size')}, stage {held.get('zero_stage')}",
+    "offload": lambda held: " / ".join(map(str, held.values())),
+    "adapters": lambda held: ", ".join(held) or "none",
+    "data": lambda held: f"{held.get('dataset_length')}, {held.get('sampler')}",
+}
 
 
 def table(rows: Sequence[Row]) -> str:
     """What a person reads of a comparison, as lines."""
     width = max((len(row.name) for row in rows), default=0) + 2
-    lines = [f"    {'':{width}}{'saved':{SHOWN + 2}}now"] if rows else []
+    lines = [f"    {'':{width}}{'saved':{CELL + 2}}now"] if rows else []
     for row in rows:
-        mark = "!" if row.why is not None else " "
-        line = f"  {mark} {row.name:{width}}{_short(row.saved):{SHOWN + 2}}{_short(row.now)}"
+        mark = "!" if row.why is not None or row.differs else " "
+        line = f"  {mark} {row.name:{width}}{shown(row.saved, CELL):{CELL + 2}}"
+        line += shown(row.now, CELL)
         lines.append(
             line + (f"  {row.why}" if row.why is not None and row.name == "config" else "")
         )
@@ -88,24 +116,3 @@ def require_known(on_mismatch: str) -> None:
     """``CheckpointError`` unless it says what to do about a mismatch."""
     if on_mismatch not in ("error", "warn"):
         raise CheckpointError(f"on_mismatch={on_mismatch!r}, expected error or warn", "refused")
-
-
-def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> Iterator[str]:
-    """The settings that differ, each as a line, by their path in the configuration."""
-    for name in sorted({*map(str, saved), *map(str, now)}):
-        if at + name in ASIDE or (at + name).startswith(STAGES):
-            continue
-        if at + name == OF_STAGE and saved.get("stage") != now.get("stage"):
-            continue
-        then, here = saved.get(name), now.get(name)
-        if isinstance(then, Mapping) and isinstance(here, Mapping):
-            yield from _changes(then, here, f"{at}{name}.")
-        elif str(then) != str(here):
-            yield f"{at}{name}: {_short(then)} saved, {_short(here)} now"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        value = value[0] if len(set(map(str, value))) == 1 else ", ".join(map(str, value))
-    text = str(value)
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."

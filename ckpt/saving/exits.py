@@ -11,6 +11,8 @@ import os
 import sys
 from typing import Any
 
+from ckpt.runs import lease  # whose handler is to run after those here
+
 _flying: dict[Any, None] = {}  # in the order in which all ranks began
 _failed: list[str] = []
 
@@ -29,6 +31,7 @@ def forget(saver: Any) -> None:
 def _code() -> None:
     if _failed:
         sys.stdout.flush()
+        lease.release_all()
         os._exit(1)  # the only way to an exit code from here
 
 

@@ -56,7 +56,7 @@ class Flight:
             ranks.wait(self.finishing)
             self.over = True
         except BaseException as error:
-            raise self._crash(error) from error
+            raise self._crash(error) from None
 
     def advance(self) -> bool:
         """Whether it is committed now; never waits for another rank."""
@@ -65,7 +65,7 @@ class Flight:
         except StopIteration:
             self.over = True
         except BaseException as error:
-            raise self._crash(error) from error
+            raise self._crash(error) from None
         return self.over
 
     def stop(self) -> None:
@@ -79,4 +79,4 @@ class Flight:
         failure = self.commit.ranks.fail(told)
         self.stop()
         self.commit.abandon()
-        return failure if isinstance(error, Exception) else error
+        return failure.with_traceback(None) if isinstance(error, Exception) else error

@@ -5,7 +5,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from ckpt.saving import continuity, precision, reading
+from ckpt.saving import reading
+from ckpt.saving.comparison import Comparison
+from ckpt.saving.continuity import Row
 from ckpt.saving.progress import progress
 from ckpt.saving.source import Source
 from ckpt.saving.turns import Turn
@@ -32,34 +34,30 @@ DEEPSPEEDS = {
 class Load:
     """One ``engine.load_checkpoint``, and what there is to compare after it."""
 
-    def __init__(self, engine: Any, source: Source, turn: Turn, optimizer: bool, module_only: bool):
-        self.engine, self.source, self.turn = engine, source, turn
-        self.optimizer, self.module_only = optimizer and not module_only, module_only
+    def __init__(
+        self, engine: Any, source: Source, turn: Turn, comparison: Comparison, alone: bool
+    ):
+        """``alone``: the module's weights and nothing else."""
+        self.engine, self.source, self.turn, self.module_only = engine, source, turn, alone
+        self.comparison = comparison
         self.config: Any = None  # DeepSpeed's, as it was saved
         self.epoch: Any = None  # the loop's own
         self.same_precision = True  # saved in the precision that it was loaded in
 
-    def __call__(self, scheduler: bool, strict: bool) -> dict[str, Any]:
+    def __call__(self, strict: bool) -> dict[str, Any]:
         """Loads; returns the client state. ``CheckpointError`` if DeepSpeed loads nothing."""
-        engine, source = self.engine, self.source
-        if not self.optimizer and engine.zero_nvme_offload_optimizer():
-            raise CheckpointError(
-                "the optimizer is offloaded to NVMe, where DeepSpeed loads all states or none; "
-                "convert the checkpoint (ckpt to-fp32) and load the weights into the model",
-                "unsupported",
-            )
-        scheduler = scheduler and not self.module_only
+        engine, source, request = self.engine, self.source, self.comparison.request
         before = {name: getattr(engine, name) for name in COUNTERS if hasattr(engine, name)}
         drop = ("random_ltd", "data_sampler") if self.module_only else ()
         with ExitStack() as stack:
-            reader = stack.enter_context(reading.mapped(engine, drop, self.turn))
-            if not self.optimizer:
+            reader = stack.enter_context(reading.mapped(engine, drop, self.turn, request.renamed))
+            if not request.optimizer_states:
                 stack.enter_context(reading.weights_alone(engine))
             path, client = engine.load_checkpoint(
                 str(source.folder),
                 tag=source.tag,
                 load_module_strict=strict,
-                load_lr_scheduler_states=scheduler,
+                load_lr_scheduler_states=request.scheduler_states,
             )
             if path is None:
                 raise CheckpointError(
@@ -75,22 +73,13 @@ class Load:
             for name, value in before.items():
                 setattr(engine, name, value)
             return {}
-        source.go_on(engine)
-        rates = (source.progress or {}).get("lr")
-        if not self.optimizer and scheduler and engine.lr_scheduler is not None and rates:
-            for group, rate in zip(engine.optimizer.param_groups, rates, strict=False):
-                group["lr"] = rate  # a scheduler sets it after a step, not when it is loaded
+        self.comparison.apply()
         return mine
 
-    def rows(self) -> list[continuity.Row]:
+    def rows(self) -> list[Row]:
         """What was noted at the save, and how it is now."""
         if self.module_only:
             return []
-        without: tuple[str, ...] = () if self.optimizer else ("loss_scale", "optimizer_step")
-        if not self.optimizer and self.engine.lr_scheduler is None:
-            without = (*without, "lr")
-        if not self.same_precision:
-            without = (*without, "loss_scale")
-        configs = precision.unsaid((self.config, getattr(self.engine, "config", None)))
-        noted = self.source.progress or {}
-        return continuity.compare(noted, progress(self.engine, self.epoch), configs, without)
+        now = progress(self.engine, self.epoch)
+        without = () if self.same_precision else ("loss_scale",)
+        return self.comparison.rows(now, without, self.config)

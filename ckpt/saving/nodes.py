@@ -10,11 +10,15 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckpt.ranks import Ranks
+from ckpt.runs import lease, leftovers, locks
+from ckpt.runs.lease import Lease
 from converters import files
 from converters.errors import CheckpointError
 
@@ -54,27 +58,46 @@ def find(ranks: Ranks, folder: Path, local: bool) -> Nodes:
 
     Every rank calls it. ``CheckpointError`` on every rank where both contradict each other.
     """
-    nonce = uuid.uuid4().hex
-    with ranks.step() as made:
-        folder.mkdir(parents=True, exist_ok=True)
-        made.value = nonce
-        if not ranks.rank:
-            (folder / f".nonce-{nonce}").write_bytes(b"")
-    nonce = made.heard[0]
-    path = folder / f".nonce-{nonce}"
-    with ranks.step() as seen:
-        where = os.environ.get("GROUP_RANK") or socket.gethostname()
-        seen.value = [where, files.appears(path)]
-    with ranks.step() as told:
-        if not ranks.rank:
-            path.unlink()
-        told.value = seen.heard
-    if not ranks.rank:
-        files.sync_folder(folder)
+    with ExitStack() as stack:
+        with ranks.step() as made:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not ranks.rank:
+                made.value = stack.enter_context(_nonce(folder)).name
+        path = folder / str(made.heard[0])
+        with ranks.step() as seen:
+            where = os.environ.get("GROUP_RANK") or socket.gethostname()
+            seen.value = [where, files.appears(path)]
+        with ranks.step() as told:
+            told.value = seen.heard
     names = [str(name) for name, _ in told.heard[0]]
     sees = [bool(there) for _, there in told.heard[0]]
     with ranks.step():
-        return _place(ranks.rank, folder, names, sees, local)
+        found = _place(ranks.rank, folder, names, sees, local)
+        if found.commits:
+            leftovers.clear(folder)
+            files.sync_folder(folder)
+    return found
+
+
+@contextmanager
+def _nonce(folder: Path) -> Iterator[Path]:
+    """A file that only this start makes, locked while it is there and gone after the block."""
+    path = folder / f"{leftovers.NONCE}{uuid.uuid4().hex}"
+    path.write_bytes(b"")
+    try:
+        with locks.exclusive(path) or locks.Lock():
+            yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def hold(ranks: Ranks, nodes: Nodes, folder: Path) -> Lease:
+    """The lease of this rank's folder, on the rank that commits; on the others it holds nothing.
+
+    Every rank calls it. ``CheckpointError`` on every rank if another job saves there.
+    """
+    with ranks.step():
+        return lease.acquire(folder, ranks.beat) if nodes.commits else Lease()
 
 
 def _place(rank: int, folder: Path, names: list[str], sees: list[bool], local: bool) -> Nodes:

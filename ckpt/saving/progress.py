@@ -7,6 +7,7 @@ Source: DeepSpeed 0.19.8 ``runtime/engine.py`` (``global_steps``, ``global_sampl
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
 import sys
@@ -14,8 +15,53 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
+import torch.distributed as dist
+
 from ckpt import __version__
+from ckpt.saving.settings import ENGINE_ALONE, Loop, describe
 from converters.errors import CheckpointError
+
+log = logging.getLogger("ckpt")
+
+
+def record(engine: Any, epoch: Any = None, loop: Loop = ENGINE_ALONE) -> dict[str, Any]:
+    """What a manifest says of a training that is saved now: ``progress``, and its settings.
+
+    A save in the middle of gradient accumulation is warned of: what was accumulated is in no
+    checkpoint of DeepSpeed.
+    """
+    found = progress(engine, epoch)
+    found["settings"] = settings = describe(engine, loop)
+    batch = settings["batch"]
+    done = loop.done or found.get("micro_steps", 0) % batch["micro_steps"]
+    if done:
+        found["micro_batches_lost"] = done
+    if done and not (dist.is_initialized() and dist.get_rank()):
+        log.warning(
+            "this save is %d of %d micro batches into a step: the gradients of %s are in no "
+            "checkpoint, and lost when it is resumed from; save between two whole steps",
+            done,
+            batch.get("gradient_accumulation_steps", 1),
+            "1 micro batch" if done == 1 else f"{done} micro batches",
+        )
+    return found
+
+
+def settings_in(noted: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings in what a manifest says; an older one has none."""
+    found = noted.get("settings")
+    return found if isinstance(found, dict) else {}
+
+
+def whole_micro_steps(noted: Mapping[str, Any], batch: Mapping[str, Any]) -> int | None:
+    """Where the engine's count of micro steps goes on from: the end of the last whole step.
+
+    ``noted`` is what a manifest says, ``batch`` a part of the settings now; ``None`` if the
+    manifest says nothing of it.
+    """
+    micro, now = noted.get("micro_steps"), batch["micro_steps"]
+    then = settings_in(noted).get("batch", {}).get("micro_steps", now)
+    return micro // then * now if isinstance(micro, int) else None
 
 
 def progress(engine: Any, epoch: Any = None) -> dict[str, Any]:

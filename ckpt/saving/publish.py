@@ -5,30 +5,34 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from ckpt.runs import lease
+from ckpt.runs.lineage import Line
 from ckpt.runs.pruning import facts, prune
 from ckpt.runs.retention import Retention, ranked
-from ckpt.runs.run import Run, leading
+from ckpt.runs.run import Run, leading, members
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
 
 
-def publish(folder: Path, retention: Retention | None) -> None:
-    """Moves the pointers of a run, and prunes it."""
-    point(folder, retention)
-    tidy(folder, retention)
+def publish(folder: Path, retention: Retention | None, just: Path, line: Line) -> None:
+    """Moves the pointers of a run's folder, and prunes what is of this ``line``."""
+    point(folder, retention, line)
+    tidy(folder, retention, just, line)
 
 
-def point(folder: Path, retention: Retention | None) -> None:
-    """Moves the pointers of a run to its newest and best committed checkpoints.
+def point(folder: Path, retention: Retention | None, line: Line | None) -> None:
+    """Moves the pointers to the newest and best committed checkpoints of a line.
 
-    The checkpoint is committed already, so what fails here is a warning: the pointers still name
-    whole ones, and the next commit tries again.
+    Without ``line``: of the one that saved last. The checkpoint is committed already, so what fails
+    here is a warning: the pointers still name whole ones, and the next commit tries again.
     """
     run = Run(folder)
     try:
-        committed = [c for c in run.checkpoints() if c.committed]
-        run.point("latest", leading(committed))
+        if _is_taken_over(folder):
+            return
+        committed = members(run.checkpoints(), line)
+        run.point("latest", leading(committed, line))
         if retention is not None and retention.best is not None:
             metric, mode, _ = retention.best
             best = ranked(facts(run, committed), metric, mode)
@@ -39,24 +43,20 @@ def point(folder: Path, retention: Retention | None) -> None:
         log.warning("%s: the pointers are behind: %s", folder, error)
 
 
-def tidy(folder: Path, retention: Retention | None, just: Path | None = None) -> None:
-    """Deletes what retention does not keep, but not what was ``just`` saved.
-
-    That can be older than another by its step, where a training went back to an earlier checkpoint.
-    """
+def tidy(folder: Path, retention: Retention | None, just: Path, line: Line) -> None:
+    """Deletes what retention does not keep of a line, but not what was ``just`` saved."""
     if retention is None:
         return
-    run = Run(folder)
     try:
-        outcomes = prune(run, retention, just=just.name if just else None)
-        newest = leading([outcome.checkpoint for outcome in outcomes])
-        names = [] if just is None or newest is None else [newest.name, just.name]
-        if len({*names}) > 1 and all(name.startswith("checkpoint-") for name in names):
-            log.warning(
-                "%s: %s is of a later step than %s, which was just saved, and counts as the newer "
-                "one; move it away if this training takes its place",
-                folder,
-                *names,
-            )
+        if not _is_taken_over(folder):
+            prune(Run(folder), retention, just=just.name, line=line)
     except (OSError, CheckpointError) as error:
         log.warning("%s: the pruning is behind: %s", folder, error)
+
+
+def _is_taken_over(folder: Path) -> bool:
+    """Whether another job saves there by now; then its pointers and checkpoints are its own."""
+    why = lease.loss(folder)
+    if why is not None:
+        log.warning("%s: no pointer moves and nothing is deleted: %s", folder, why)
+    return why is not None

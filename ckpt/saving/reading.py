@@ -14,16 +14,16 @@ import bisect
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ckpt.saving import layout, precision
+from ckpt.saving import optimizers, parameters, precision
 from ckpt.saving.turns import Need, Turn
+from converters import files
 from converters.errors import CheckpointError
 
 # Attributes of an optimizer that hold the loss scale, or are parts of it.
@@ -35,8 +35,8 @@ class Mapped:
 
     It can tell which tensors are parts of such. ``without``: keys that are taken out of each state.
     ``config``: DeepSpeed's, as it was saved, from the first state. ``turn``: when this rank may
-    read what cannot be mapped. ``engine`` is the one that loads; ``change`` is that of precision,
-    if the checkpoint is of another.
+    read what cannot be mapped. ``engine`` is the one that loads; ``renamed``: the new names of
+    parameters by the saved ones. ``change`` is that of precision, if the checkpoint is of another.
     """
 
     def __init__(
@@ -45,8 +45,10 @@ class Mapped:
         without: tuple[str, ...] = (),
         turn: Turn | None = None,
         engine: Any = None,
+        renamed: Mapping[str, str] | None = None,
     ):
         self.before, self.without, self.turn, self.engine = before, without, turn, engine
+        self.renamed = renamed
         self.config: Any = None
         self.change: precision.Change | None = None
         self.starts: list[int] = []  # addresses of mapped storages, sorted
@@ -69,7 +71,10 @@ class Mapped:
             state = self.before.load(path, map_location=map_location)
         if isinstance(state, dict):
             if self.engine is not None:
-                require_parameters(self.engine, state.get("param_shapes"), path)
+                shapes = state.get("param_shapes")
+                parameters.require(self.engine, shapes, path, self.renamed)
+                parameters.rename_module(self.engine, state, self.renamed)
+                optimizers.require_options(self.engine, state, path)
                 self._translate(state, path)
             self.config = self.config or state.get("ds_config")
             for key in self.without:
@@ -126,51 +131,20 @@ class Mapped:
                 left.extend(v for v in vars(value).values() if not callable(v))
 
 
-def require_parameters(engine: Any, saved: Any, path: str | os.PathLike[str]) -> None:
-    """``CheckpointError`` unless the optimizer has the ``saved`` parameters, in the same order.
-
-    ``saved`` is ``param_shapes`` of the file ``path``, shapes by name for each group, or ``None``.
-    A partition has no names: DeepSpeed gives each parameter what lies in its place, whose it is or
-    not. Renamed ones are no business of the optimizer, and those without elements are not in all
-    versions' lists. A universal checkpoint is loaded by name.
-    """
-    from deepspeed.runtime.base_optimizer import ZeROOptimizer
-
-    if not isinstance(saved, list) or not isinstance(engine.optimizer, ZeROOptimizer):
-        return  # of stage 0; DeepSpeed of old noted the module's parameters, not by groups
-    if engine.load_universal_checkpoint():
-        return
-    groups_of = (saved, engine._get_zero_param_shapes())
-    there, here = (
-        [(n, list(shape)) for group in groups for n, shape in group.items() if 0 not in shape]
-        for groups in groups_of
-    )
-    if there == here and engine.zero_optimization_stage() == 3:
-        layout.require_cut(engine, *groups_of, path)
-    one, other = dict(there), dict(here)
-    if one.keys() != other.keys() and list(one.values()) == list(other.values()):
-        return
-    for index, (first, second) in enumerate(zip_longest(there, here, fillvalue=("nothing", ""))):
-        if first != second:
-            muon = getattr(engine.optimizer, "use_muon", False)
-            why = "; Muon sorts them unless the model is made under zero.Init" if muon else ""
-            raise CheckpointError(
-                f"{path}: parameter {index} of the optimizer is {first[0]} {first[1]}, in this "
-                f"training it is {second[0]} {second[1]}, and DeepSpeed would take one for the "
-                f"other: give it the same parameters in the same order{why}",
-                "refused",
-            )
-
-
 def is_mappable(path: str | os.PathLike[str]) -> bool:
-    """Whether torch can map the file: it is a zip, not torch's stream format."""
+    """Whether torch can map the file where it lies: a zip, not torch's stream format."""
     with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+        if file.read(4) != b"PK\x03\x04":
+            return False
+    return files.is_mappable(path)
 
 
 @contextmanager
 def mapped(
-    engine: Any, without: tuple[str, ...] = (), turn: Turn | None = None
+    engine: Any,
+    without: tuple[str, ...] = (),
+    turn: Turn | None = None,
+    renamed: Mapping[str, str] | None = None,
 ) -> Iterator[Mapped]:
     """``engine.load_checkpoint`` maps files in this block; after it nothing points into one.
 
@@ -178,7 +152,7 @@ def mapped(
     is read when it is this rank's ``turn``.
     """
     before = engine.checkpoint_engine
-    engine.checkpoint_engine = reader = Mapped(before, without, turn, engine)
+    engine.checkpoint_engine = reader = Mapped(before, without, turn, engine, renamed)
     try:
         with _ending(engine, turn), precision.from_masters(engine, reader):
             yield reader
@@ -286,9 +260,9 @@ def files_of(engine: Any, folder: Path, tag: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
-def need(engine: Any, files: list[Path]) -> Need:
+def need(engine: Any, paths: list[Path]) -> Need:
     """What loading these files takes: those that cannot be mapped are read, and of the optimizer's
     most stays where the engine computes in host memory or keeps its optimizer there."""
-    sizes = [0 if is_mappable(path) else path.stat().st_size for path in files]
+    sizes = [0 if is_mappable(path) else path.stat().st_size for path in paths]
     here = engine.device.type == "cpu" or bool(engine.zero_cpu_offload())
     return Need(sum(sizes), sum(sizes[1:] or sizes) if here else 0)

@@ -18,22 +18,23 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ckpt.hub.background import Push, Pushes
 from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Retention
-from ckpt.saving import exits, nodes, preflight, tiers
-from ckpt.saving.commit import Commit, Facts
+from ckpt.saving import exits, identity, nodes, preflight, tiers
+from ckpt.saving.commit import Commit
+from ckpt.saving.engines import Engines
 from ckpt.saving.flight import FAREWELL, LAST_WORDS, Flight
 from ckpt.saving.memory import Memory, budget
 from ckpt.saving.preemption import EXIT_CODE, Preemption, Watch, share
-from ckpt.saving.progress import metrics as plain_metrics
-from ckpt.saving.progress import progress, versions
 from ckpt.saving.publish import point, tidy
-from ckpt.saving.taking import take
+from ckpt.saving.taking import beside_all, take
 from ckpt.saving.tiers import Tier
 from ckpt.saving.weights import Weights
 from converters.errors import CheckpointError
@@ -44,6 +45,8 @@ log = logging.getLogger("ckpt")
 class Saver:
     """Saves of one training into ``run``; every rank makes one, and calls the same of it.
 
+    - ``engine``: DeepSpeed's; or several by name, {"actor": ..., "critic": ...}, which are saved as
+      one checkpoint with a folder for each
     - ``retention``: what to keep (``Retention``); ``None`` keeps everything
     - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model folder too; ``None`` none
     - ``every``: steps between the saves that ``step`` makes: 500, or {"full": 500, "weights": 100}
@@ -77,7 +80,7 @@ class Saver:
         preflight: bool = True,
         timeout: float = TIMEOUT,
     ):
-        self.engine, self.run, self.retention = engine, Path(run).absolute(), retention
+        self.run, self.retention = Path(run).absolute(), retention
         self.kind, self.max_shard_size, self.tokenizer = weights, max_shard_size, tokenizer
         self.exclude_frozen_parameters = exclude_frozen_parameters
         self.background, self.timeout = background, timeout
@@ -86,7 +89,9 @@ class Saver:
         with ranks.step():
             tiers.require_known(weights, self.every)
             self.memory = Memory(budget(memory))
-        self.nodes = nodes.find(ranks, self.run, nodes.local_storage(engine))
+            self.engines = Engines(engine)
+        self.nodes = nodes.find(ranks, self.run, nodes.local_storage(self.engines.first))
+        self.lease = nodes.hold(ranks, self.nodes, self.run)
         with ranks.step():
             self.pushes = Pushes(push, self.run, self.nodes.commits, self.nodes.parts)
         self.predicted: int | None = None  # bytes of a save, in this rank's folder
@@ -100,14 +105,22 @@ class Saver:
         self.took: float | None = None  # seconds from the call to the commit, last full save
         self.held = 0.0  # seconds that the last save held the training
         self.closed = False
-        self.watch = Watch(preemption) if preemption else None
+        self.watch = Watch(preemption, timeout) if preemption else None
+        if self.nodes.commits:
+            identity.warn_of_others(self.run, self._line())
 
     def _preflight(self, ranks: Ranks) -> None:
         with ranks.step():
             weights = self._weights(ranks)
         place = (self.nodes, self.run, self.retention)
         frozen = self.exclude_frozen_parameters
-        self.predicted = preflight.check(self.engine, ranks, *place, weights, frozen)
+        every = [engine for _, engine in self.engines]
+        check = partial(preflight.check, every, ranks, *place, weights, frozen)
+        self.predicted = check(self._beside)
+
+    def _beside(self, folder: Path, rank: int) -> None:
+        if not rank:
+            beside_all(self.engines, folder, None, self.tokenizer)
 
     def save(
         self,
@@ -130,7 +143,8 @@ class Saver:
             if self.closed:
                 raise CheckpointError("this Saver is closed; make another one", "output")
             tiers.require_tier(tier, self.kind)
-            facts = self._facts(step, tier, metrics, (client_state or {}).get("epoch"))
+            epoch = (client_state or {}).get("epoch")
+            facts = self.engines.facts(step, self._line(), tier, metrics, epoch)
         flight: Flight | None = None
         commit = Commit(ranks, self.nodes, self.run / tiers.NAMES[tier].format(step), facts)
         try:
@@ -138,7 +152,7 @@ class Saver:
             with ranks.step():
                 weights = self._weights(ranks)
             options = (self.tokenizer, self.exclude_frozen_parameters)
-            work = take(self.engine, commit, weights, client_state or {}, extra, *options)
+            work = take(self.engines, commit, weights, client_state or {}, extra, *options)
             flight = Flight(commit, work)
             with ranks.step():
                 if self.background:
@@ -158,17 +172,13 @@ class Saver:
             self.wait()
         self.held = time.monotonic() - self.began
 
-    def _facts(self, step: int, tier: Tier, metrics: Mapping[str, Any] | None, epoch: Any) -> Facts:
-        tag = f"global_step{step}" if tier == "full" else None
-        stage = int(self.engine.zero_optimization_stage())
-        said = plain_metrics(metrics)
-        noted = progress(self.engine, epoch)
-        return Facts(int(step), tag, tier, stage, versions(), said, noted)
+    def _line(self) -> Line:
+        return identity.line_of(self.engines.first, self.run)
 
     def _weights(self, ranks: Ranks) -> Weights | None:
         if self.kind is None:
             return None
-        return Weights(self.engine, self.kind, self.max_shard_size, ranks)
+        return self.engines.weights(self.kind, self.max_shard_size, ranks)
 
     def wait(self) -> None:
         """Returns when the last save is committed; raises its failure, once."""
@@ -191,19 +201,19 @@ class Saver:
         if facts.tier == "full":
             self.took = time.monotonic() - self.began
         if self.nodes.commits:
-            point(self.run, self.retention)
+            point(self.run, self.retention, flight.commit.line)
             self.pushes.offer(facts.tier, facts.step, flight.commit.final)
-            self._tidy(flight.commit.final)
+            self._tidy(flight.commit)
         if not flight.commit.ranks.rank:
             log.info("committed %s, %.1f s", flight.commit.final, time.monotonic() - self.began)
 
-    def _tidy(self, just: Path) -> None:
+    def _tidy(self, commit: Commit) -> None:
         """Deletes old checkpoints, behind the training's back if saves are there too."""
         if self.background and not self.closed:
             with suppress(RuntimeError):  # the process is ending
-                self.pool.submit(tidy, self.run, self.retention, just)
+                self.pool.submit(tidy, self.run, self.retention, commit.final, commit.line)
                 return
-        tidy(self.run, self.retention, just)
+        tidy(self.run, self.retention, commit.final, commit.line)
 
     def step(
         self,
@@ -229,7 +239,7 @@ class Saver:
                 self.last = flight.commit.ranks
                 self._landed(flight)
         self.pushes.poll()
-        if self.watch is not None and self.watch.due(int(self.engine.global_steps)):
+        if self.watch is not None and self.watch.due(*self.engines.place()):
             self._stop(step, metrics, client_state, extra)
         tier = tiers.due(self.every, step)
         if tier is not None:
@@ -247,7 +257,9 @@ class Saver:
             self.save(step, *state)
             self.wait()
         self.pushes.leave()
+        watch, self.watch = self.watch, None  # it listens until the end
         self.close()
+        watch.leave()
         raise SystemExit(EXIT_CODE)
 
     def close(self) -> None:
@@ -259,6 +271,7 @@ class Saver:
         finally:
             self.closed = True
             self.pool.shutdown()  # which waits for old checkpoints to be deleted
+            self.lease.release()
             if self.watch is not None:
                 self.watch.close()
 

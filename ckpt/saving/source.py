@@ -9,11 +9,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ckpt.runs import manifest
+from ckpt.runs import engines, lineage, manifest
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Checkpoint
 from ckpt.saving import extras, plain, rng
+from ckpt.saving.progress import whole_micro_steps
 from converters import zero
+from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
 
@@ -48,6 +50,7 @@ class Source:
     digest: str = ""
     progress: Mapping[str, Any] | None = None
     metrics: Mapping[str, float] | None = None
+    manifest: Manifest | None = None
     resharded: bool = False
 
     @property
@@ -55,17 +58,26 @@ class Source:
         """Whether ckpt did not write it."""
         return not self.digest
 
+    @property
+    def saved_by_ckpt(self) -> bool:
+        """Whether a training saved it with ckpt; one that ``doctor --adopt`` committed was not."""
+        return self.manifest is not None and "torch" in self.manifest.versions
+
     def said(self, verified: str) -> str:
         """What it is, as a line."""
         proof = f"manifest {self.digest}, {verified} verified" if self.digest else "no manifest"
-        line = f"{self.folder}: step {self.step}, tag {self.tag}, {proof}"
+        run = f", {lineage.shown(self.manifest.run)}" if self.manifest else ""
+        line = f"{self.folder}: step {self.step}, tag {self.tag}{run}, {proof}"
         metrics = [f"{name} {value:g}" for name, value in (self.metrics or {}).items()]
         return "; ".join([line, *metrics[:3]])
 
-    def go_on(self, engine: Any) -> None:
-        """Sets what DeepSpeed does not load: the count of micro steps, if it is between steps."""
-        micro = (self.progress or {}).get("micro_steps")
-        if isinstance(micro, int) and micro % engine.gradient_accumulation_steps() == 0:
+    def go_on(self, engine: Any, batch: Mapping[str, Any]) -> None:
+        """Sets what DeepSpeed does not load: micro steps, as of the last whole step.
+
+        ``batch`` is a part of the engine's settings.
+        """
+        micro = whole_micro_steps(self.progress or {}, batch)
+        if micro is not None and hasattr(engine, "micro_steps"):
             engine.micro_steps = micro
 
     @classmethod
@@ -79,11 +91,18 @@ class Source:
             step = read.step if read.step is not None else found.step or 0
             folder = read.place.folder
             return cls(folder.parent, folder.name, step, topology)
+        if several := engines.names(held):
+            raise CheckpointError(
+                f"{found.folder} has the engines {', '.join(several)}, resume was given one; give "
+                "it all of them by name, as they were given to Saver",
+                "refused",
+            )
         data = (found.folder / manifest.NAME).read_bytes()
         topology = Topology(held.stage or 0, held.world_size)
         digest = sha256(data).hexdigest()[:12]
         assert held.tag is not None
-        return cls(found.folder, held.tag, held.step, topology, digest, held.progress, held.metrics)
+        noted = (held.progress, held.metrics, held)
+        return cls(found.folder, held.tag, held.step, topology, digest, *noted)
 
 
 @dataclass(slots=True)

@@ -67,7 +67,8 @@ class Turn:
 
 
 _ADVICE = (
-    "they are in a format that cannot be mapped: save without checkpoint_serialization=false, or "
+    "they cannot be mapped: if they are of torch's old format, save without "
+    "checkpoint_serialization=false; if this filesystem maps no files, copy them to another; or "
     "load with fewer ranks a node"
 )
 

@@ -64,6 +64,11 @@ class Captured:
         """Bytes of all storages: what copies of them take."""
         return sum(map(_length, self.storages))
 
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each storage."""
+        return [_length(held) for held in self.storages]
+
     def size(self, path: Path) -> int:
         """The exact size of the file at ``path``, whose name stands in each of its records."""
         records = self.records(path)
@@ -166,6 +171,12 @@ class _Pickler(pickle.Pickler):
             self.storages.append(storage)
         fake = getattr(obj, "_fake_device", None)
         return "storage", kind, key, location_tag(storage) if fake is None else str(fake), numel
+
+
+def record_size(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    """About what a storage of ``nbytes`` takes in a file: its record, aligned, and its entries."""
+    header, entry = 76, 90
+    return -(-(nbytes + header) // alignment) * alignment + entry
 
 
 def _archive(path: Path) -> str:

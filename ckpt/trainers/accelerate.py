@@ -12,23 +12,29 @@ Source: Accelerate 1.15 ``accelerator.py: save_state``, ``checkpointing.py``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from accelerate.utils import MODEL_NAME, DistributedType
 
 from ckpt.ranks import TIMEOUT, Ranks, alive
+from ckpt.runs.lease import Lease
 from ckpt.runs.retention import Retention
-from ckpt.saving import continuity, extras, nodes, precision, reading
+from ckpt.saving import continuity, extras, identity, nodes, reading
 from ckpt.saving.asked import Asked
+from ckpt.saving.changes import Request, Ways, names_in
 from ckpt.saving.choosing import Thorough
 from ckpt.saving.commit import Commit, Facts
+from ckpt.saving.comparison import Comparison
 from ckpt.saving.continuity import OnMismatch
+from ckpt.saving.nodes import Nodes
 from ckpt.saving.progress import metrics as plain_metrics
-from ckpt.saving.progress import progress, versions
+from ckpt.saving.progress import progress, record, versions
 from ckpt.saving.publish import publish
+from ckpt.saving.settings import Loop
 from ckpt.saving.source import Source
 from ckpt.saving.taking import beside
 from ckpt.saving.topology import Reshard
@@ -36,6 +42,9 @@ from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
 from ckpt.trainers.aside import aside
 from converters.errors import CheckpointError
+
+_leases: WeakKeyDictionary[Any, dict[Path, Lease]] = WeakKeyDictionary()  # by accelerator
+_seen: set[Path] = set()  # folders that this process has saved into
 
 
 def save_state(
@@ -70,11 +79,17 @@ def save_state(
     engine, folder = engines[0], Path(run).absolute()
     ranks = Ranks("save_state", timeout)
     found = nodes.find(ranks, folder, nodes.local_storage(engine))
+    _hold(ranks, found, folder, accelerator)
     with ranks.step():
         number = int(engine.global_steps if step is None else step)
         stage = int(engine.zero_optimization_stage())
         said = plain_metrics(metrics)
-        facts = Facts(number, MODEL_NAME, "full", stage, versions(), said, progress(engine))
+        line = identity.line_of(engine, folder)
+        if found.commits and folder not in _seen:
+            _seen.add(folder)
+            identity.warn_of_others(folder, line)
+        noted = record(engine, None, _loop(accelerator))
+        facts = Facts(number, MODEL_NAME, line, "full", stage, versions(), said, noted)
         made = Weights(engine, weights, max_shard_size, ranks) if weights is not None else None
     commit = Commit(ranks, found, folder / f"checkpoint-{number}", facts)
     with aside(commit, engines) as staging:
@@ -88,8 +103,17 @@ def save_state(
         if made is not None:
             streamed.write(made, commit)
     if found.commits:
-        publish(folder, retention)
+        publish(folder, retention, commit.final, commit.line)
     return commit.final
+
+
+def _hold(ranks: Ranks, place: Nodes, folder: Path, accelerator: Any) -> None:
+    """From the first save into a folder on, no other job saves there, as long as there is the
+    accelerator: nothing says when an Accelerate training ends.
+    """
+    held = _leases.setdefault(accelerator, {})
+    if folder not in held:
+        held[folder] = nodes.hold(ranks, place, folder)
 
 
 def load_state(
@@ -100,6 +124,8 @@ def load_state(
     extra: Mapping[str, Any] | None = None,
     verify: Thorough = "structure",
     on_mismatch: OnMismatch = "error",
+    override: Collection[str] = (),
+    renamed: Mapping[str, str] | None = None,
     load_optimizer_states: bool = True,
     load_foreign: bool = False,
     reshard: Reshard = None,
@@ -121,7 +147,13 @@ def load_state(
     engines = _engines(accelerator)
     ranks = Ranks("load_state", timeout)
     asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign, reshard)
-    asked.require_same([load_optimizer_states])
+    request = Request(
+        names_in(override),
+        dict(renamed or {}),
+        load_optimizer_states,
+        ways=Ways(scheduler=None),
+    )
+    asked.require_same([load_optimizer_states, sorted(request.override)])
     with ExitStack() as stack:
         source = asked.choose(engines[0], stack)
         if source is None:
@@ -135,26 +167,24 @@ def load_state(
                     "ckpt.resume(engine, ..., load_module_only=True)",
                     "unsupported",
                 )
+            comparison = Comparison(source, engines[0], request, loop=_loop(accelerator))
+        comparison.require(ranks, on_mismatch)
         with ranks.step(), alive(ranks), ExitStack() as maps:
             first, *others = engines  # whose files the turn was worked out for
-            readers = [maps.enter_context(reading.mapped(first, turn=turn))]
-            readers += [maps.enter_context(reading.mapped(engine)) for engine in others]
+            names = request.renamed
+            readers = [maps.enter_context(reading.mapped(first, turn=turn, renamed=names))]
+            readers += [maps.enter_context(reading.mapped(e, renamed=names)) for e in others]
             for engine in engines if not load_optimizer_states else ():
                 maps.enter_context(reading.weights_alone(engine))
             accelerator.load_state(str(source.folder), **load_model_func_kwargs)
-        source.go_on(engines[0])
     with ranks.step() as step:
-        configs = precision.unsaid((readers[0].config, getattr(engines[0], "config", None)))
-        without: tuple[str, ...] = (
-            () if load_optimizer_states else ("loss_scale", "optimizer_step", "lr")
-        )
-        if readers[0].change is not None:
-            without = (*without, "loss_scale")
-        noted = source.progress or {}
-        rows = continuity.compare(noted, progress(engines[0]), configs, without)
+        comparison.apply()
+        without = () if readers[0].change is None else ("loss_scale",)
+        rows = comparison.rows(progress(engines[0]), without, readers[0].config)
         step.value = continuity.mismatches(rows)
         state.set(extra)
     asked.tell(source, rows, step.heard)
+    identity.line_after(engines[0], source.folder, source.step)
     return source.step
 
 
@@ -167,6 +197,15 @@ def _require_all_models(source: Source, engines: list[Any]) -> None:
             "ranks and in the stage that they were saved in",
             "unsupported",
         )
+
+
+def _loop(accelerator: Any) -> Loop:
+    """The first scheduler and loader of data, which are those of the first model."""
+    scheduler = next(iter(accelerator._schedulers), None)
+    data = next(iter(accelerator._dataloaders), None)
+    count = int(accelerator.gradient_accumulation_steps)
+    done = 0 if accelerator.sync_gradients else int(accelerator.step) % count
+    return Loop(scheduler, data, count, done)
 
 
 def _engines(accelerator: Any) -> list[Any]:

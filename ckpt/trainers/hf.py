@@ -21,38 +21,43 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ckpt.ranks import Ranks
 from ckpt.runs import locks
+from ckpt.runs.lease import Lease
 from ckpt.runs.manifest import digest
 from ckpt.runs.retention import Retention
-from ckpt.saving import extras, nodes, preflight
+from ckpt.saving import extras, identity, nodes, preflight
 from ckpt.saving.commit import Commit, Facts, committed
 from ckpt.saving.engine import Written, put_in
 from ckpt.saving.nodes import Nodes
 from ckpt.saving.preemption import Preemption
-from ckpt.saving.progress import progress, versions
+from ckpt.saving.progress import record, versions
 from ckpt.saving.weights import Weights
 from ckpt.trainers import streamed
-from ckpt.trainers.hf_callback import CheckpointCallback
+from ckpt.trainers.hf_callback import CheckpointCallback, require_alone
 from ckpt.trainers.hf_load import MappedCheckpoints
 from ckpt.trainers.hf_resume import ResumeCallback
 from ckpt.trainers.hf_state import (
     Room,
     evaluated,
+    excludes_frozen,
     leaves_out_weights,
     lift,
     publish_beside,
+    remove_empty_weights,
     require_known,
+    require_states,
     retention_of,
     room_for,
+    save_beside,
     sync_files,
 )
 from ckpt.trainers.hf_stop import Stop
@@ -66,16 +71,14 @@ log = logging.getLogger("ckpt")
 class CommittedCheckpoints(MappedCheckpoints):
     """Put before ``Trainer``, or any subclass of it, among the bases of a class.
 
-    Options are attributes of the class:
+    Options are attributes of the class, those of ``MappedCheckpoints`` and these:
 
     - ``retention``: what to keep. Without, the last ``save_total_limit``. The best by
       ``metric_for_best_model`` is kept beside them, and named by ``out/best``
     - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model where the Trainer writes none
-      (ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``)
+      (ZeRO-3 without ``stage3_gather_16bit_weights_on_model_save``), in ``save_model()`` too
     - ``preemption``: what asks the training to stop (``Preemption``)
     - ``preflight``: tries at the start what saves will need
-    - ``timeout``: seconds without a sign of life until a rank counts as absent
-    - ``reshard``: "auto" reshards what is of another world size or stage, as in ``ckpt.resume``
     - ``on_failure``: "raise" ends the training with a ``CheckpointError`` on every rank; "warn"
       goes on without that checkpoint, unless a rank is lost
 
@@ -97,14 +100,21 @@ class CommittedCheckpoints(MappedCheckpoints):
         self._limit: int | None = None  # save_total_limit as it was
         self._places: dict[Path, Nodes] = {}  # by the folder that checkpoints are saved into
         self._room = Room(0)
-        self._nbytes = 0  # of this rank's state files
         self._stop = Stop(None, self.timeout)
+        self._lease = Lease()
+        self._source: str | None = None  # the checkpoint that this training resumed from
         super().__init__(*args, **kwargs)
         self.add_callback(_Around(self))
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        self._source = resume_from_checkpoint
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
     def _begin(self) -> None:
         """Before the first step: who shares the folder, and would saves succeed?"""
-        self._stop.close()
+        self._end()
         if not self.is_deepspeed_enabled:
             if self.is_world_process_zero():
                 log.warning("no DeepSpeed in this training: its checkpoints are not committed")
@@ -113,22 +123,31 @@ class CommittedCheckpoints(MappedCheckpoints):
         self.args.save_total_limit = None  # it deletes at the end of a training too
         ranks, engine = Ranks("train", self.timeout), self._engine()
         with ranks.step():
-            if any(isinstance(c, CheckpointCallback) for c in self.callback_handler.callbacks):
-                raise CheckpointError(
-                    "CommittedCheckpoints and CheckpointCallback both commit; use one of them",
-                    "unsupported",
-                )
+            require_alone(self.callback_handler.callbacks)
             gathers = not leaves_out_weights(self._engine())
             self._room = room_for(engine.module, gathers)
-            self._nbytes = preflight.predicted(engine)
             if not gathers and self.weights is not None:
                 self._room = Room(Weights(engine, self.weights, "5GB", ranks).nbytes)
         run = Path(super()._get_output_dir(None)).absolute()
         place = self._place(ranks, run)
+        if not self.state.is_hyper_param_search:  # whose trials have folders of their own
+            self._lease = nodes.hold(ranks, place, run)
+        line = identity.line_after(engine, self._source, int(self.state.global_step))
+        if place.commits:
+            identity.warn_of_others(run, line)
         if self.preflight:
             keep = retention_of(self.retention, self.args, self._limit)
-            preflight.check(engine, ranks, place, run, keep, cast(Any, self._room))
+            small = partial(save_beside, engine.module, self.processing_class, self.args)
+            full = not self.args.save_only_model
+            room = cast(Any, self._room)
+            frozen = excludes_frozen(engine.module)
+            preflight.check(engine, ranks, place, run, keep, room, frozen, small, full)
         self._stop = Stop(self.preemption, self.timeout)
+
+    def _end(self) -> None:
+        """After the last step."""
+        self._stop.close()
+        self._lease.release()
 
     def _engine(self) -> Any:
         return self.model_wrapped
@@ -151,8 +170,9 @@ class CommittedCheckpoints(MappedCheckpoints):
         try:
             place = self._place(ranks, run)
             with ranks.step():
-                facts = self._facts()
-            self._write(Commit(ranks, place, run / name, facts), model, trial, final)
+                facts = self._facts(run)
+            commit = Commit(ranks, place, run / name, facts)
+            self._write(commit, model, trial, final)
         except CheckpointError as error:
             self.state.best_model_checkpoint = best
             if self.on_failure == "raise" or self._stop.stopping:
@@ -164,25 +184,31 @@ class CommittedCheckpoints(MappedCheckpoints):
             self._pushed.clear()  # which gives up the locks
         if place.commits:
             keep = retention_of(self.retention, self.args, self._limit)
-            publish_beside(run, keep, [self.state.best_model_checkpoint])
+            stays = [self.state.best_model_checkpoint]
+            publish_beside(run, keep, stays, run / name, commit.line)
         if self._pushes:
             super()._push_from_checkpoint(final)
             if self.is_world_process_zero():  # the one that pushes
                 self._pushed.append(locks.reading(Path(final)))
 
-    def _facts(self) -> Facts:
+    def _facts(self, run: Path) -> Facts:
         engine, step = self._engine(), int(self.state.global_step)
         tier = "weights" if self.args.save_only_model else "full"
         tag = None if self.args.save_only_model else f"global_step{engine.global_steps}"
         stage, said = int(engine.zero_optimization_stage()), evaluated(self.state)
-        return Facts(step, tag, tier, stage, versions(), said, progress(engine, self.state.epoch))
+        noted = record(engine, self.state.epoch, self._loop())
+        line = identity.line_of(engine, run)
+        return Facts(step, tag, line, tier, stage, versions(), said, noted)
 
     def _write(self, commit: Commit, model: Any, trial: Any, final: str) -> None:
         """The Trainer's save into the staging folder, and its commit."""
         ranks, room = commit.ranks, cast(Any, self._room)
         with committed(commit) as staging:
             with ranks.step() as step:
-                step.value = [commit.nodes.folder, self._nbytes if commit.facts.tag else 0]
+                engine, full = self._engine(), commit.facts.tag is not None
+                frozen = excludes_frozen(engine.module)
+                states = preflight.predicted(engine, frozen) if full else 0
+                step.value = [commit.nodes.folder, states]
             preflight.require_room(ranks, commit.nodes, staging, step.heard, room)
             inner = staging / commit.final.name
             with ranks.step(), put_in(self._engine(), Written) as writer:
@@ -203,6 +229,7 @@ class CommittedCheckpoints(MappedCheckpoints):
                 commit.files |= self._own(inner, ranks.rank)
             with ranks.step():
                 if commit.nodes.commits:
+                    require_states(inner, commit.facts.tag)
                     lift(inner)
             if self.weights is not None and leaves_out_weights(self._engine()):
                 self._stream(commit, self.weights)
@@ -248,19 +275,21 @@ class CommittedCheckpoints(MappedCheckpoints):
         return str(self._inner.parent) if self._inner else super()._get_output_dir(trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's. In a save without 16-bit weights, the configuration and tokenizer."""
+        """As the Trainer's. Where that writes no loadable model, one of the kind ``weights``; in a
+        save the configuration and tokenizer, since the weights follow."""
         once = self.weights is not None or not self.args.save_only_model
-        if (
-            self._inner is None
-            or output_dir is None
-            or not (once and leaves_out_weights(self._engine()))
-        ):
+        leaves_out = self.is_deepspeed_enabled and leaves_out_weights(self._engine())
+        if not leaves_out or (self.weights is None if self._inner is None else not once):
             super().save_model(output_dir, _internal_call)
             return
+        output_dir = output_dir or str(self.args.output_dir)
         self._save(output_dir, state_dict={})
-        if self.args.should_save:
-            for name in (WEIGHTS_NAME, SAFE_WEIGHTS_NAME):  # without any values
-                Path(output_dir, name).unlink(missing_ok=True)
+        remove_empty_weights(Path(output_dir), self.args.should_save)
+        if self._inner is None and self.weights is not None:
+            ranks, folder = Ranks("save_model", self.timeout), Path(output_dir).absolute()
+            streamed.save(self._engine(), self.weights, folder, self._place(ranks, folder), ranks)
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub("Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self._inner is None:
@@ -296,4 +325,4 @@ class _Around(TrainerCallback):
         self.trainer._stop.saved()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.trainer._stop.close()
+        self.trainer._end()

@@ -14,34 +14,44 @@ Source: transformers 5.23 ``trainer.py`` (``_maybe_log_save_evaluate``: save, th
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedOptimizerWrapper
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.runs import pruning
+from ckpt.runs.lease import Lease
+from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import NAME
 from ckpt.runs.retention import Retention
-from ckpt.saving import extras, nodes, preflight
+from ckpt.saving import collision, extras, identity, nodes, preflight
 from ckpt.saving.commit import Commit, Facts, committed
 from ckpt.saving.nodes import Nodes
 from ckpt.saving.preemption import Preemption
-from ckpt.saving.progress import progress, versions
-from ckpt.trainers.hf_load import Watch
+from ckpt.saving.progress import record, versions
+from ckpt.saving.publish import point
 from ckpt.trainers.hf_state import (
+    Room,
     Shown,
+    deepspeed_config,
     evaluated,
+    excludes_frozen,
     is_new_best,
+    loop_of,
     publish_beside,
     require_known,
+    require_states,
     retention_of,
     room_for,
+    save_beside,
     sync_files,
 )
 from ckpt.trainers.hf_stop import Stop
+from ckpt.trainers.hf_watch import Watch
 from converters import files
 from converters.errors import CheckpointError
 
@@ -60,7 +70,7 @@ class CheckpointCallback(TrainerCallback):
       goes on without that checkpoint
 
     What training goes on from is refused by name if it does not load on these ranks
-    (``hf_load.Watch``).
+    (``hf_watch.Watch``).
 
     It stays out of trainings without DeepSpeed and of hyperparameter searches, with a warning.
     """
@@ -81,12 +91,14 @@ class CheckpointCallback(TrainerCallback):
         self.limit: int | None = None  # save_total_limit as it was
         self.nodes: Nodes | None = None  # None: not at work
         self.run = Path()
+        self.room: Room | None = None  # what the Trainer writes beside the states; None: not known
         self.stop = Stop(None, timeout)
+        self.lease = Lease()
+        self.line = Line.begin()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
         """Finds out who shares the folder, and whether saves would succeed."""
-        self.nodes = None
-        self.stop.close()
+        self._end()
         if not isinstance(seen.get("optimizer"), DeepSpeedOptimizerWrapper):
             _stay_out(state, "no DeepSpeed in this training")
             return
@@ -98,15 +110,24 @@ class CheckpointCallback(TrainerCallback):
         ranks = Ranks("CheckpointCallback", self.timeout)
         with ranks.step():
             _require_told(args)
-            engine, config = _shown(state, seen, ranks.rank), _config()
+            engine, config = _shown(state, seen, ranks.rank), deepspeed_config()
+        step = int(state.global_step)
+        self.line = identity.line_in(self.run, step) if step else identity.begin()
         local = bool(config.get("checkpoint", {}).get("use_node_local_storage", False))
         self.nodes = nodes.find(ranks, self.run, local or args.save_on_each_node)
+        self.lease = nodes.hold(ranks, self.nodes, self.run)
+        if self.nodes.commits:
+            identity.warn_of_others(self.run, self.line)
         if self.preflight:
             zero = config.get("zero_optimization", {})
             gather = engine.stage < 3 or zero.get("stage3_gather_16bit_weights_on_model_save")
-            room: Any = room_for(engine.module, bool(gather))
+            self.room = room_for(engine.module, bool(gather))
             keep = retention_of(self.retention, args, self.limit)
-            preflight.check(engine, ranks, self.nodes, self.run, keep, room)
+            small = partial(save_beside, engine.module, seen.get("processing_class"), args)
+            full = not args.save_only_model
+            place = (self.nodes, self.run, keep, cast(Any, self.room))
+            frozen = excludes_frozen(engine.module)
+            preflight.check(engine, ranks, *place, frozen, small, full, preflight.STOCK)
         self.stop = Stop(self.preemption, self.timeout)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
@@ -114,14 +135,14 @@ class CheckpointCallback(TrainerCallback):
         if self.nodes is not None:
             self.stop.decide(args, state, control)
             if control.should_save:
-                self._uncommit(args, state)
+                self._before_save(args, state, control, seen)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
         """As ``on_step_end``; the Trainer may save here too."""
         if self.nodes is not None:
             self.stop.begins()
             if control.should_save:
-                self._uncommit(args, state)
+                self._before_save(args, state, control, seen)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **seen: Any
@@ -146,25 +167,71 @@ class CheckpointCallback(TrainerCallback):
             return
         if self.nodes.commits:
             keep = retention_of(self.retention, args, self.limit)
-            publish_beside(self.run, keep, [state.best_model_checkpoint])
+            best = [state.best_model_checkpoint]
+            publish_beside(self.run, keep, best, self._folder(state), self.line)
         self.stop.saved()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
         """Ends its work until the next training begins."""
+        self._end()
+
+    def _end(self) -> None:
         self.stop.close()
+        self.lease.release()
         self.nodes = None
 
     def _folder(self, state: Any) -> Path:
         return self.run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
+    def _before_save(self, args: Any, state: Any, control: Any, seen: Any) -> None:
+        """Looks for room, then takes the manifest from what the Trainer is about to write over."""
+        try:
+            self._require_room(args, state, seen)
+        except CheckpointError as error:
+            if self.on_failure == "raise" or self.stop.stopping:
+                raise
+            control.should_save = False
+            if state.is_world_process_zero:
+                log.warning("step %d is not saved: %s", state.global_step, error)
+            return
+        self._uncommit(args, state)
+
+    def _require_room(self, args: Any, state: Any, seen: Any) -> None:
+        if self.nodes is None or self.room is None:
+            return
+        ranks = Ranks("save", self.timeout)
+        with ranks.step() as step:
+            engine = _shown(state, seen, ranks.rank)
+            states = 0
+            if not args.save_only_model:
+                frozen = excludes_frozen(engine.module)
+                states = preflight.predicted(engine, frozen, preflight.STOCK)
+            step.value = [self.nodes.folder, states]
+        folder, room = self._folder(state), cast(Any, self.room)
+        preflight.require_room(ranks, self.nodes, folder, step.heard, room)
+
     def _uncommit(self, args: Any, state: Any) -> None:
-        """On the rank that commits; no other writes before it has gone through a barrier."""
+        """Before the Trainer writes: this job still saves here, and nothing committed is there."""
+        if self.nodes is None:
+            return
+        with Ranks("save", self.timeout).step():
+            self.lease.require()
+            if self.nodes.commits:
+                self._clear(args, state)
+
+    def _clear(self, args: Any, state: Any) -> None:
         path = self._folder(state) / NAME
-        if self.nodes is not None and self.nodes.commits and path.exists():
+        moved = collision.make_way(path.parent, self.line)
+        if pruning.is_trash(path.parent):
+            pruning.remove(path.parent)  # a deletion that was interrupted
+        if moved is None and path.exists():
             path.unlink()
             files.sync_folder(path.parent)
-            metric = retention_of(None, args, None)  # so that best moves too, and nothing goes
-            publish_beside(self.run, metric, [])
+        elif moved is None:
+            return
+
+        metric = retention_of(None, args, None)  # so that best moves too, and nothing goes
+        point(self.run, metric, None)
 
     def _commit(self, ranks: Ranks, place: Nodes, args: Any, state: Any, seen: Any) -> None:
         with ranks.step():
@@ -172,22 +239,25 @@ class CheckpointCallback(TrainerCallback):
             tier = "weights" if args.save_only_model else "full"
             tag = None if args.save_only_model else f"global_step{step}"
             said = evaluated(state)
-            facts = Facts(
-                step, tag, tier, engine.stage, versions(), said, progress(engine, state.epoch)
-            )
+            loop = loop_of(args, seen.get("lr_scheduler"), seen.get("train_dataloader"))
+            noted = record(engine, state.epoch, loop)
+            facts = Facts(step, tag, self.line, tier, engine.stage, versions(), said, noted)
         commit = Commit(ranks, place, self._folder(state), facts, in_place=True)
         with committed(commit) as folder:
-            if tag is not None and not (folder / tag).is_dir():
-                raise CheckpointError(
-                    f"{folder} has no {tag}, where DeepSpeed's files of this step should be; see "
-                    "whether the Trainer's _save_checkpoint is replaced by one that does not call "
-                    "the engine's save_checkpoint",
-                    "output",
-                )
+            require_states(folder, tag)
             if tag is not None:
                 commit.files |= extras.write(folder, ranks.rank, None)
             if place.leads and not place.commits:
                 sync_files(folder)
+
+
+def require_alone(callbacks: list[Any]) -> None:
+    """``CheckpointError`` if one of a Trainer's callbacks commits, and its class does, too."""
+    if any(isinstance(callback, CheckpointCallback) for callback in callbacks):
+        raise CheckpointError(
+            "CommittedCheckpoints and CheckpointCallback both commit; use one of them",
+            "unsupported",
+        )
 
 
 def _stay_out(state: Any, why: str) -> None:
@@ -204,12 +274,7 @@ def _require_told(args: Any) -> None:
         )
 
 
-def _config() -> dict[str, Any]:
-    """DeepSpeed's configuration, wherever it came from."""
-    found: dict[str, Any] = AcceleratorState().deepspeed_plugin.deepspeed_config
-    return found
-
-
 def _shown(state: Any, seen: Any, rank: int) -> Shown:
-    stage = int(_config().get("zero_optimization", {}).get("stage", 0))
-    return Shown(seen["model"], seen["optimizer"].optimizer, stage, rank, int(state.global_step))
+    config, step = deepspeed_config(), int(state.global_step)
+    stage = int(config.get("zero_optimization", {}).get("stage", 0))
+    return Shown(seen["model"], seen["optimizer"].optimizer, stage, rank, step, config)

@@ -1,4 +1,4 @@
-"""How the Hugging Face Trainer loads a checkpoint: one that fits, and mapped instead of read.
+"""How the Hugging Face Trainer goes on: from what fits, mapped instead of read, and compared first.
 
 Source: transformers 5.23 ``trainer.py``: ``train`` is given the checkpoint,
 ``_prepare_for_training`` makes the engine and calls ``deepspeed_load_checkpoint``,
@@ -7,9 +7,8 @@ Source: transformers 5.23 ``trainer.py``: ``train`` is given the checkpoint,
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,36 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.saving import reading, topology
+from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.layout import Layout
+from ckpt.saving.settings import Loop
 from ckpt.saving.topology import Reshard
+from ckpt.trainers.hf_compare import Resumed
+from ckpt.trainers.hf_state import loop_of
 
 BY_ATTRIBUTE = 'or set reshard = "auto" in the class of the Trainer'
-module: Any = import_module("transformers.trainer")
 last_checkpoint: Any = get_last_checkpoint
-BY_FIND = 'or pass reshard="auto" to ckpt.find'
 
 
 class MappedCheckpoints(Trainer):
-    """A Trainer whose resume takes no memory but for what stays.
+    """A Trainer whose resume takes no memory but for what stays, and says what differs first.
 
-    It goes on from what loads on these ranks in this stage: ``reshard`` is that of ``ckpt.resume``.
+    Attributes of the class; those of a ``ResumeCallback`` go before, where there is one:
+
+    - ``on_mismatch``: "error" stops on every rank, before anything is loaded, where the training is
+      not as it was saved; "warn" only says so
+    - ``override``: options of the param groups ("lr", "weight_decay") that are to be as this
+      training has them; all others are as they were saved
+    - ``renamed``: parameters that have another name in this model, {saved: new}
+    - ``load_optimizer_states``: ``False`` begins with a new optimizer, from the fp32 masters
+    - ``reshard``: "auto" reshards what is of another world size or ZeRO stage, as in ``ckpt.resume``
+    - ``timeout``: seconds without a sign of life until a rank counts as absent
     """
 
+    on_mismatch: OnMismatch = "error"
+    override: Collection[str] = ()
+    renamed: Mapping[str, str] = {}
+    load_optimizer_states: bool = True
     reshard: Reshard = None
     timeout: float = TIMEOUT
 
@@ -59,25 +73,39 @@ class MappedCheckpoints(Trainer):
         found = topology.loadable(ranks, path, layout, self.reshard, BY_ATTRIBUTE)
         return str(checkpoint) if found == path else str(found)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(
+        self,
+        max_steps: Any,
+        train_dataloader: Any,
+        resume_from_checkpoint: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         stock: Any = super()._prepare_for_training
-        if not self.is_deepspeed_enabled:
-            return stock(*args, **kwargs)
+        given = (max_steps, train_dataloader, resume_from_checkpoint, *args)
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return stock(*given, **kwargs)
+        resumed = Resumed(self, train_dataloader, Path(resume_from_checkpoint))
         prepare = self.accelerator.prepare
         with ExitStack() as loaded:
 
-            def prepared(*given: Any, **options: Any) -> Any:
-                made = prepare(*given, **options)
-                for engine in made if isinstance(made, tuple) else (made,):
+            def prepared(*objects: Any, **options: Any) -> Any:
+                result = prepare(*objects, **options)
+                for engine in result if isinstance(result, tuple) else (result,):
                     if hasattr(engine, "checkpoint_engine"):
-                        loaded.enter_context(reading.mapped(engine))
-                return made
+                        loaded.enter_context(resumed.loading(engine))
+                return result
 
             self.accelerator.prepare = prepared
             try:
-                return stock(*args, **kwargs)
+                result = stock(*given, **kwargs)
             finally:
                 del self.accelerator.prepare
+        resumed.finish()
+        return result
+
+    def _loop(self) -> Loop:
+        return loop_of(self.args, self.lr_scheduler, self.callback_handler.train_dataloader)
 
     def _load_best_model(self) -> None:
         best: Any = self.state.best_model_checkpoint
@@ -89,49 +117,3 @@ class MappedCheckpoints(Trainer):
                 super()._load_best_model()
             finally:
                 self.state.best_model_checkpoint = best
-
-
-class Watch:
-    """Looks at what a Trainer of any class loads, for as long as this object lives.
-
-    Callbacks hear of a checkpoint only when it is loaded, or DeepSpeed has failed to. So the call
-    of ``deepspeed_load_checkpoint`` in ``transformers.trainer`` goes through here while somebody
-    watches: what does not fit is refused by name before DeepSpeed sees it, and files are mapped.
-    """
-
-    def __init__(self, timeout: float):
-        self.timeout = timeout
-        if not hasattr(module, "deepspeed_load_checkpoint"):
-            return  # another version, whose call is not known
-        if not _watches:
-            _watches.stock = module.deepspeed_load_checkpoint
-            module.deepspeed_load_checkpoint = _load
-        _watches.append(weakref.ref(self, _watches.forget))
-
-
-class _Watches(list[Any]):
-    """Those that live, the newest last."""
-
-    stock: Any = None
-
-    def forget(self, dead: Any) -> None:
-        """Without any, transformers' own is back."""
-        self.remove(dead)
-        if not self and module.deepspeed_load_checkpoint is _load:
-            module.deepspeed_load_checkpoint = self.stock
-
-
-_watches = _Watches()
-
-
-def _load(engine: Any, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
-    """``deepspeed_load_checkpoint`` of a checkpoint that loads here; else ``CheckpointError``."""
-    watch = _watches[-1]() if _watches else None
-    ours = isinstance(engine.checkpoint_engine, reading.Mapped)  # seen to already
-    if watch is None or ours or engine.load_universal_checkpoint():
-        return _watches.stock(engine, checkpoint_path, *args, **options)
-    ranks = Ranks("train", watch.timeout)
-    layout = Layout.of_engine(engine, ranks.world)
-    topology.loadable(ranks, Path(checkpoint_path).absolute(), layout, None, BY_FIND)
-    with reading.mapped(engine):
-        return _watches.stock(engine, checkpoint_path, *args, **options)

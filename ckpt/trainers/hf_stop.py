@@ -22,7 +22,7 @@ class Stop:
     """
 
     def __init__(self, preemption: Preemption | None, timeout: float):
-        self.watch = Watch(preemption) if preemption else None
+        self.watch = Watch(preemption, timeout) if preemption else None
         self.timeout = timeout
         self.stopping = False
         self.began = 0.0
@@ -64,5 +64,8 @@ class Stop:
             self.watch.close()
 
     def _exit(self) -> None:
-        self.close()
+        ranks = Ranks("stop", self.timeout)
+        ranks.leave(wait=not ranks.rank)  # rank 0 may hold the store that others still read
+        if self.watch is not None:
+            self.watch.leave()
         raise SystemExit(EXIT_CODE)

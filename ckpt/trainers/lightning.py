@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,16 +26,19 @@ from typing import Any
 
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs import locks, manifest
+from ckpt.runs.lease import Lease
 from ckpt.runs.pruning import delete
 from ckpt.runs.run import POINTERS, Run, open_checkpoint, order
-from ckpt.saving import extras, nodes, plain, reading, rng, topology
+from ckpt.saving import extras, identity, nodes, plain, reading, rng, topology
 from ckpt.saving.commit import Commit, Facts
+from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.layout import Layout
 from ckpt.saving.nodes import Nodes
-from ckpt.saving.progress import metrics, progress, versions
+from ckpt.saving.progress import metrics, record, versions
 from ckpt.saving.publish import publish
 from ckpt.saving.topology import Reshard
 from ckpt.trainers.aside import aside
+from ckpt.trainers.lightning_resume import Resumed, loop_of, request_of
 from converters.errors import CheckpointError
 
 BY_ARGUMENT = f"{topology.BY_ARGUMENT} to the strategy"
@@ -53,8 +57,14 @@ Stock: Any = _stock()
 
 
 class DeepSpeedStrategy(Stock):
-    """Lightning's strategy of that name, with the same arguments and three more.
+    """Lightning's strategy of that name, with the same arguments and these:
 
+    - ``on_mismatch``: "error" stops on every rank, before anything is loaded, where a fit that goes
+      on is not as it was saved; "warn" only says so
+    - ``override``: options of the param groups ("lr", "weight_decay") that are to be as this
+      training has them; all others are as they were saved
+    - ``renamed``: parameters that have another name in this model, {saved: new}
+    - ``load_optimizer_states``: ``False`` begins with a new optimizer, from the fp32 masters
     - ``reshard="auto"``: a checkpoint of another world size or ZeRO stage is resharded beside it,
       once, and that is loaded; without, the error says the command
     - ``load_foreign``: whether to load a checkpoint without a manifest from a folder where others
@@ -65,6 +75,10 @@ class DeepSpeedStrategy(Stock):
     def __init__(
         self,
         *args: Any,
+        on_mismatch: OnMismatch = "error",
+        override: Collection[str] = (),
+        renamed: Mapping[str, str] | None = None,
+        load_optimizer_states: bool = True,
         load_foreign: bool = False,
         reshard: Reshard = None,
         absent_after: float = TIMEOUT,
@@ -72,9 +86,12 @@ class DeepSpeedStrategy(Stock):
     ):
         super().__init__(*args, **kwargs)
         topology.require_known(reshard)
-        self._load_foreign, self._reshard = load_foreign, reshard
-        self._absent_after = absent_after
+        self._on_mismatch, self._reshard = on_mismatch, reshard
+        self._request = request_of(on_mismatch, override, renamed, load_optimizer_states)
+        self._resumed: Resumed | None = None  # when a fit goes on
+        self._load_foreign, self._absent_after = load_foreign, absent_after
         self._nodes: dict[Path, Nodes] = {}  # by the folder that checkpoints are saved into
+        self._leases: dict[Path, Lease] = {}  # of those, while a training goes on
         self._random: dict[str, Any] | None = None  # to be set when a training goes on
 
     def save_checkpoint(
@@ -94,22 +111,32 @@ class DeepSpeedStrategy(Stock):
         final = Path(os.path.abspath(filepath))
         engine, trainer = self.deepspeed_engine, self.lightning_module.trainer
         ranks = Ranks("save_checkpoint", self._absent_after)
-        if final.parent not in self._nodes:
-            local = nodes.local_storage(engine)
-            self._nodes[final.parent] = nodes.find(ranks, final.parent, local)
-        place = self._nodes[final.parent]
+        place = self._place(ranks, final.parent)
         with ranks.step():
             step = int(checkpoint.get("global_step", engine.global_steps))
             stage = int(engine.zero_optimization_stage())
             said = metrics(trainer.callback_metrics)
-            facts = Facts(step, TAG, "full", stage, versions(), said, progress(engine))
+            line = identity.line_of(engine, final.parent)
+            noted = record(engine, None, loop_of(trainer))
+            facts = Facts(step, TAG, line, "full", stage, versions(), said, noted)
         commit = Commit(ranks, place, final, facts)
         with aside(commit, [engine]) as folder:
             super().save_checkpoint(checkpoint, str(folder), storage_options)
             commit.files |= extras.write(folder, ranks.rank, None)
         if place.commits:
-            publish(final.parent, None)
+            publish(final.parent, None, final, commit.line)
             _point_best(Run(final.parent), trainer)
+
+    def _place(self, ranks: Ranks, run: Path) -> Nodes:
+        """Who shares a folder that checkpoints are saved into; from now on no other job does."""
+        engine = self.deepspeed_engine
+        if run not in self._nodes:
+            self._nodes[run] = nodes.find(ranks, run, nodes.local_storage(engine))
+            if self._nodes[run].commits:
+                identity.warn_of_others(run, identity.line_of(engine, run))
+        if run not in self._leases:
+            self._leases[run] = nodes.hold(ranks, self._nodes[run], run)
+        return self._nodes[run]
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
@@ -132,17 +159,26 @@ class DeepSpeedStrategy(Stock):
                 log.warning("%s has no manifest: nobody knows whether its save finished", path)
         with ranks.step():
             _require_same(step.heard)
-        engine = self.deepspeed_engine
-        fits = self.lightning_module.trainer.state.fn == "fit"  # else no optimizer is loaded
+        engine, trainer = self.deepspeed_engine, self.lightning_module.trainer
+        fits = trainer.state.fn == "fit"  # else no optimizer is loaded
         if fits and not engine.load_universal_checkpoint():
             layout = Layout.of_engine(engine, ranks.world)
             path = topology.loadable(ranks, path, layout, self._reshard, BY_ARGUMENT)
         with ranks.step():
             held = path / rng.NAME.format(ranks.rank)
             found: dict[str, Any] | None = plain.loads(held) if held.exists() else None
-        with lock, reading.mapped(engine) as reader:
-            state = super().load_checkpoint(str(path), **options)
-            reader.detach(state)
+            resumed = Resumed.of(path, trainer, self._request)
+            if resumed is not None:
+                resumed.require(engine, self._on_mismatch)
+        with lock:
+            with resumed.loading(engine) if resumed else reading.mapped(engine) as reader:
+                state = super().load_checkpoint(str(path), **options)
+                reader.detach(state)
+            if resumed is not None:
+                resumed.finish(ranks, self._on_mismatch, reader)
+        if fits:
+            identity.line_after(engine, path, int(engine.global_steps))
+        self._resumed = resumed
         if found is not None and self.lightning_module.trainer.state.fn == "fit":
             self._random = found
             for absent in rng.restore(found):
@@ -150,13 +186,29 @@ class DeepSpeedStrategy(Stock):
         return state
 
     def on_train_start(self) -> None:
-        """Random states as of the save once more: loaders that started meanwhile have drawn."""
+        """Takes the folders that checkpoints go into. Sets random states as of the save once more:
+        loaders that started meanwhile have drawn; and overridden options, for the schedulers are
+        loaded by now.
+        """
         super().on_train_start()
+        ranks = Ranks("on_train_start", self._absent_after)
+        for folder in _folders(self.lightning_module.trainer):
+            self._place(ranks, folder)
+        if self._resumed is not None:
+            self._resumed.override()
+            self._resumed = None
         state, self._random = self._random, None
         loop = self.lightning_module.trainer.fit_loop
         began = loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch
         if state is not None and began:
             rng.restore(state)
+
+    def teardown(self) -> None:
+        """Gives the folders up."""
+        super().teardown()
+        for held in self._leases.values():
+            held.release()
+        self._leases.clear()
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Deletes a checkpoint by way of the trash, unless it is pinned or being read."""
@@ -170,6 +222,12 @@ class DeepSpeedStrategy(Stock):
                 _remove(path)
             except (OSError, CheckpointError) as error:
                 log.warning("%s stays: %s", path, error)
+
+
+def _folders(trainer: Any) -> list[Path]:
+    """Where its ModelCheckpoints save to; the same on every rank, which Lightning sees to."""
+    paths = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    return list(dict.fromkeys(Path(os.path.abspath(p)) for p in paths if p and not _is_remote(p)))
 
 
 def _is_remote(path: Any) -> bool:

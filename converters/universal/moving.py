@@ -128,10 +128,5 @@ def sync(paths: Iterable[Path]) -> None:
     """Makes files durable, and the folders that they lie in."""
     held = list(paths)
     with ThreadPoolExecutor(SYNCS) as pool:
-        list(pool.map(_sync_file, held))
+        list(pool.map(files.sync_file, held))
         list(pool.map(files.sync_folder, sorted({path.parent for path in held})))
-
-
-def _sync_file(path: Path) -> None:
-    with files.named(path), open(path, "rb") as file:
-        os.fsync(file.fileno())

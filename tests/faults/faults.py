@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kill = Literal["kill", "killgroup", "torn", "torngroup", "term"]
+Kill = Literal["kill", "killgroup", "torn", "torngroup", "term", "stop", "stopgroup"]
 Fault = Kill | Literal["enospc", "edquot", "eio", "erofs", "fsync", "eintr", "short"]
 WRITES = "write", "writev", "pwrite", "pwritev", "sendfile", "copy_file_range", "truncate"
 SOURCE = Path(__file__).with_name("shim.c")
@@ -46,19 +46,19 @@ class Operation:
     path: str
 
 
-def library() -> Path:
+def library(source: Path = SOURCE) -> Path:
     """The compiled shim, made at its first use and kept in the temporary folder.
 
     ``RuntimeError`` with what the compiler said if there is none or it fails.
     """
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / f"ckpt-faults-{os.getuid()}-{digest}.so"
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"ckpt-{source.stem}-{os.getuid()}-{digest}.so"
     if not path.exists():
         compiler = shutil.which("cc") or shutil.which("gcc")
         if compiler is None:
             raise RuntimeError("no C compiler; install gcc, as DeepSpeed needs it too")
         made = path.with_name(f"{path.name}.{os.getpid()}")
-        command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(made), str(SOURCE), "-ldl"]
+        command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(made), str(source), "-ldl"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")

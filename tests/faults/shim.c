@@ -4,7 +4,7 @@
  *     FAULT_ROOT   the folder; nothing outside it is counted       FAULT_RANK  only where $RANK is this
  *     FAULT_ARM    a path: a process starts to count when it opens or looks for it, else at once
  *     FAULT_AT     the number of the operation, from 1; 0 counts and does nothing
- *     FAULT_DO     kill | killgroup | torn | torngroup | term | enospc | edquot | eio | erofs |
+ *     FAULT_DO     kill | killgroup | torn | torngroup | term | stop | stopgroup | enospc | edquot | eio | erofs |
  *                  fsync | eintr | short
  *     FAULT_STICKY 1: the error stays, as that of a full disk does
  *     FAULT_LOG    a file: one line for every operation counted:
@@ -18,8 +18,9 @@
  * `kill`, which acts instead of the operation. `enospc` and `edquot` fail what takes space, `eio`
  * and `erofs` (a read-only filesystem, if sticky) anything, `fsync` the first fsync or fdatasync
  * from FAULT_AT on, with EIO. `...group` kills the process group: all ranks, if they were started in
- * one. `term` is SIGTERM. `eintr` fails, with EINTR, the first call from FAULT_AT on that a signal
- * may interrupt; `short` has the first read or write of more than a byte do half of it and say so.
+ * one. `term` is SIGTERM, `stop` SIGSTOP before the operation, which is done after SIGCONT. `eintr`
+ * fails, with EINTR, the first call from FAULT_AT on that a signal may interrupt; `short` has the
+ * first read or write of more than a byte do half of it and say so.
  *
  * The trace is written by every process under one lock, held from before an operation until it is in
  * the trace, so that its order is that in which the filesystem saw them. One entry:
@@ -50,7 +51,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { NONE, KILL, TORN, TERM, FULL, BAD, SYNC, INTERRUPTED, SHORT };
+enum { NONE, KILL, TORN, TERM, STOP, FULL, BAD, SYNC, INTERRUPTED, SHORT };
 enum { SPACE = 1, DURABLE = 2, SLOW = 4, MOVES = 8 }; /* what kind of operation it is */
 enum { HALF_THEN_DIE = 1, DIE = 2, HALF = 3 };        /* what is to happen at it */
 
@@ -78,6 +79,7 @@ void fault_set(const char *folder, int on, int number_at, const char *what, int 
     if (!strcmp(what, "erofs")) chosen = BAD, wanted_errno = EROFS;
     if (!strcmp(what, "fsync")) chosen = SYNC;
     if (!strcmp(what, "term")) chosen = TERM;
+    if (!strncmp(what, "stop", 4)) chosen = STOP;
     if (!strcmp(what, "eintr")) chosen = INTERRUPTED, wanted_errno = EINTR;
     if (!strcmp(what, "short")) chosen = SHORT;
     atomic_store(&action, at > 0 ? chosen : NONE);
@@ -149,7 +151,8 @@ static int decide(int mine, long long bytes, int kind) {
     int todo = atomic_load(&action);
     if (todo == NONE || mine < at) return 0;
     if (todo == TERM && mine == at) kill(group ? 0 : getpid(), SIGTERM);
-    if (todo == TERM) return 0;
+    if (todo == STOP && mine == at) kill(group ? 0 : getpid(), SIGSTOP);
+    if (todo == TERM || todo == STOP) return 0;
     if (todo == KILL || todo == TORN)
         return mine != at ? 0 : todo == TORN && bytes > 1 && kind & SPACE ? HALF_THEN_DIE : DIE;
     if (todo == FULL && !(kind & SPACE)) return 0;

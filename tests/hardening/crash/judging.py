@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.runs import manifest, verify
+from ckpt.runs import lease_file, lineage, manifest, verify
 from ckpt.runs.run import POINTERS, Run, open_checkpoint
 from converters import zero
 from converters.errors import CheckpointError
@@ -33,8 +33,12 @@ def below(tree: Tree, folder: str) -> Tree:
 
 
 def visible(tree: Tree) -> Tree:
-    """What is not hidden, and in nothing hidden."""
-    return {p: held for p, held in tree.items() if not any(x[:1] == "." for x in p.split("/"))}
+    """What is not hidden, and in nothing hidden, and no lease."""
+    return {
+        path: held
+        for path, held in tree.items()
+        if not path.startswith(lease_file.NAME) and not any(x[:1] == "." for x in path.split("/"))
+    }
 
 
 def same(one: Tree, other: Tree) -> bool:
@@ -96,10 +100,17 @@ def of_run(
     }
     for name in sorted(names):
         yield from _of_checkpoint(root / name, tree, old, new, seen)
+    held = [below(tree, name) for name in names]
+    moved = set()
+    for name, kept in _kept(old, new):
+        if kept in held:
+            moved.add(name)
+        else:
+            yield f"{name}, which the operation keeps, is not there"
     for name in sorted(
         {p for p in visible(old).keys() & visible(new) if "/" not in p} - {*POINTERS}
     ):
-        if name not in tree:
+        if name not in tree and name not in moved:
             yield f"{name} is gone"
     if done:
         tops = {p for p in visible(tree) if "/" not in p and not p.endswith(".partial")}
@@ -126,6 +137,15 @@ def _of_checkpoint(path: Path, tree: Tree, old: Tree, new: Tree, seen: Folders) 
         yield f"{name} is there and not committed"
 
 
+def _kept(old: Tree, new: Tree) -> Iterator[tuple[str, Tree]]:
+    """The committed checkpoints that are there before and after, under the same name or another."""
+    after = [below(new, path) for path, held in visible(new).items() if held is None]
+    for path in visible(old):
+        name, _, rest = path.partition("/")
+        if rest == manifest.NAME and (held := below(old, name)) in after:
+            yield name, held
+
+
 def _listed(held: Tree) -> bool:
     """Whether every file that the manifest lists has its size; if not, there is no checkpoint."""
     listed = json.loads(held.get(manifest.NAME) or b'{"files": {"": {"size": 1}}}')["files"]
@@ -134,14 +154,16 @@ def _listed(held: Tree) -> bool:
 
 
 def _newest(tree: Tree) -> str | None:
-    """The name of the newest full checkpoint of a tree, by its manifests."""
-    found = []
+    """The name of the newest full checkpoint of the line that saved last, by the manifests."""
+    found = {}
     for path, held in visible(tree).items():
-        if path.count("/") == 1 and path.endswith(f"/{manifest.NAME}"):
-            made = json.loads(held or b"{}")
-            if made["tier"] == "full":
-                found.append((made["step"], path.partition("/")[0]))
-    return max(found)[1] if found else None
+        if path.count("/") == 1 and path.endswith(f"/{manifest.NAME}") and isinstance(held, bytes):
+            found[path.partition("/")[0]] = manifest.loads(held, Path(path))
+    line = lineage.current(found.values())
+    full = [
+        (m.step, name) for name, m in found.items() if m.tier == "full" and line and line.has(m)
+    ]
+    return max(full)[1] if full else None
 
 
 def _of_pointer(

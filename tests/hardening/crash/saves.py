@@ -26,11 +26,14 @@ LIMIT = 600.0  # seconds for all saves, where DeepSpeed compiles an extension, t
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A save: of a stage; in the background; over the checkpoint of an earlier save."""
+    """A save: of a stage; in the background; over the checkpoint of an earlier save; beside those
+    of ``another`` run, which has one of that name.
+    """
 
     stage: int
     background: bool = False
     over: bool = False
+    another: bool = False
 
 
 CASES = {
@@ -39,6 +42,8 @@ CASES = {
     "save zero1 background": Case(1, background=True),
     "save zero0": Case(0),
     "save zero2 over": Case(2, over=True),
+    "save zero2 beside": Case(2, another=True),
+    "save zero1 beside background": Case(1, background=True, another=True),
 }
 
 
@@ -69,6 +74,7 @@ class Again:
     def __call__(self) -> str:
         from ckpt.ranks import Ranks
         from ckpt.runs import manifest
+        from ckpt.runs.lineage import Line
         from ckpt.runs.retention import Retention
         from ckpt.saving.commit import Commit, Facts
         from ckpt.saving.nodes import Nodes
@@ -79,24 +85,22 @@ class Again:
         final = self.run / f"checkpoint-{STEP}"
         start = f"{final.name}/"
         made = {p[len(start) :]: held for p, held in self.new.items() if p.startswith(start)}
-        held = json.loads(made.pop(manifest.NAME))
+        data = made.pop(manifest.NAME)
+        held = json.loads(data)
         kept = ("step", "tag", "tier", "stage", "versions", "metrics", "progress")
-        commit = Commit(
-            Ranks("save", 20.0),
-            Nodes(0, 1, True, False),
-            final,
-            Facts(**{name: held[name] for name in kept}),
-        )
+        line = Line.of(manifest.loads(data, final / manifest.NAME))
+        facts = Facts(line=line, **{name: held[name] for name in kept})
+        commit = Commit(Ranks("save", 20.0), Nodes(0, 1, True, False), final, facts)
         commit.begin()
-        for name, data in made.items():
-            if data is None:
+        for name, content in made.items():
+            if content is None:
                 (commit.folder / name).mkdir()
             elif name != "latest":
-                files.write_file(commit.folder / name, data)
+                files.write_file(commit.folder / name, content)
                 commit.files[name] = manifest.digest(commit.folder / name)
         commit.settle()
         commit.finish()
-        publish(self.run, Retention(last=1))
+        publish(self.run, Retention(last=1), final, line)
         return ""
 
 
@@ -116,6 +120,7 @@ def front(task: Task) -> Done:
     from live_worker import SMALL, start, train
 
     import ckpt
+    from ckpt.saving import identity
     from hardening.crash.trace import look
 
     case, run = task.case, task.out / "run"
@@ -123,6 +128,11 @@ def front(task: Task) -> Done:
     options = {"weights": "bf16", "timeout": 60, "background": case.background}
     saver = ckpt.Saver(engine, run, retention=ckpt.Retention(last=1), **options)
     train(engine, 1)
+    if case.another:
+        saver.save(STEP)
+        saver.wait()
+        identity._launches.clear()  # as if by another process
+        identity.begin(engine)
     saver.save(STEP if case.over else STEP - 1)
     saver.wait()
     train(engine, 1)

@@ -1,8 +1,9 @@
 """Saves of two ranks with a file operation of one of them failing: both commit or both refuse.
 
 Full disk, quota, I/O error (once, and for good), failing sync, EINTR, short reads and writes, in
-the foreground and in the background. ``tests/test_saver.py`` has some of them at every operation;
-ranks that are killed: ``scripts/kill_sweep.py``.
+the foreground and in the background. Checkpoints of another run are in the folder, and stay.
+``tests/test_saver.py`` has some of them at every operation; ranks that are killed:
+``scripts/kill_sweep.py``.
 
 ``python saves.py FOLDER SECONDS SEED NOTES`` is the two ranks; NOTES may be "".
 """
@@ -27,6 +28,7 @@ from hardening.two_ranks import Done, Task  # noqa: E402
 SPARE = 300.0  # seconds to start ranks, on a machine that does much else
 KINDS = ("eio", "enospc", "edquot", "fsync", "eintr", "short")
 HARMLESS = ("eintr", "short")
+OTHERS_LAST = 1_000_000  # step of another run's last checkpoint
 CAUSES = "Input/output error", "No space left on device", "Disk quota exceeded"
 
 
@@ -50,14 +52,24 @@ def front(task: Task) -> Done:
     from live_worker import start, train
 
     import ckpt
+    from ckpt.runs import lease
     from ckpt.runs.manifest import check
     from ckpt.runs.run import Run
+    from ckpt.saving import identity
     from converters.errors import CheckpointError
 
     rank, folder = dist.get_rank(), task.out / "run"
     seconds, seed, path = task.case
     engine = start(Spec(2))
     train(engine, 1)
+    lease.BEAT = 3600.0  # its writes are no part of a save, and come when they like
+    with ckpt.Saver(engine, folder) as other:
+        other.save(2)
+        other.save(OTHERS_LAST)
+    others = [c.manifest for c in Run(folder).checkpoints()]
+    identity._launches.clear()  # as if by another process
+    identity.begin(engine)
+    dist.barrier()
     kept: dict[str, Any] = {"retention": ckpt.Retention(last=1), "weights": "bf16", "timeout": 30}
     savers = [ckpt.Saver(engine, folder, background=later, **kept) for later in (False, True)]
     step = 1
@@ -134,6 +146,13 @@ def front(task: Task) -> Done:
         dist.barrier()
     for saver in savers:
         saver.close()
+    intact = [
+        c.manifest
+        for c in Run(folder).checkpoints()
+        if c.manifest in others and c.manifest and not check(c.folder, c.manifest, data=True)
+    ]
+    if len(intact) != len(others):
+        findings.append(f"save: of {len(others)} checkpoints of another run {len(intact)} are left")
     left = [path.name for path in folder.iterdir() if path.name.startswith(".")]
     if left:
         findings.append(f"save: {left} is left after saves that went well")

@@ -1,0 +1,109 @@
+"""Whose checkpoints these are: the run that saved them, and the line of launches that led to each.
+
+A folder can hold checkpoints of several trainings. Each training has an id, ``run``, from its first
+save on, which every resume carries over. Each launch of it (a start of the script that saves) has
+an id, too. ``line`` in a manifest is the launches that led to that checkpoint, in order, each with
+the last step of it that counts:
+
+    launch a   100   200   300   400        line of 400: a up to 400
+                       \\
+    launch b            250   300           line of 300: a up to 200, b up to 300
+
+b went back to step 200, so a's 300 and 400 are of the same run but not of b's line: they are given
+up. Retention counts the checkpoints of one line, ``latest`` names the newest of one, and a resume
+takes that. The line that saved last is the one that counts.
+
+Manifests of older versions have no ids. They are one run, without a name, in a single line.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ckpt.runs.manifest import Manifest
+
+UNNAMED = ""  # stands for the launches of manifests without ids
+SHOWN = 6  # digits of an id in messages and tables
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The launches of ``run`` that lead to where a training is; the last one is still saving.
+
+    ``ancestors``: earlier launches, each with the last step of it that counts. ``launch``: the
+    last. ``run`` is ``None`` for checkpoints of older versions.
+    """
+
+    run: str | None
+    launch: str
+    ancestors: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def begin(cls) -> Line:
+        """Of a training that starts from nothing."""
+        return cls(uuid.uuid4().hex, uuid.uuid4().hex)
+
+    @classmethod
+    def go_on(cls, source: Manifest | None, step: int) -> Line:
+        """Of a training that resumed from a checkpoint at ``step``; ``None``: one without ids."""
+        line = source.line if source is not None and source.line else ((UNNAMED, step),)
+        run = source.run if source is not None and source.run is not None else uuid.uuid4().hex
+        ancestors = (*line[:-1], (line[-1][0], step))
+        return cls(run, uuid.uuid4().hex, ancestors)
+
+    @classmethod
+    def of(cls, checkpoint: Manifest) -> Line:
+        """The line that saved a checkpoint."""
+        if not checkpoint.line:
+            return cls(checkpoint.run, UNNAMED)
+        return cls(checkpoint.run, checkpoint.line[-1][0], checkpoint.line[:-1])
+
+    def at(self, step: int) -> tuple[tuple[str, int], ...]:
+        """The ``line`` of a manifest that this launch saves at ``step``."""
+        return (*self.ancestors, (self.launch, step))
+
+    def has(self, checkpoint: Manifest) -> bool:
+        """Whether a checkpoint is of this line: saved by this launch, or before it went on."""
+        saved_by = checkpoint.line[-1][0] if checkpoint.line else UNNAMED
+        if saved_by == self.launch:
+            return checkpoint.run == self.run
+
+        if saved_by != UNNAMED and checkpoint.run != self.run:
+            return False
+
+        return any(
+            saved_by == launch and checkpoint.step <= last_step
+            for launch, last_step in self.ancestors
+        )
+
+
+def current(manifests: Iterable[Manifest]) -> Line | None:
+    """The line of the checkpoint that was committed last; ``None`` if there is none.
+
+    By the time in the manifests, which copying a run does not change.
+    """
+    newest = max(manifests, key=lambda m: (m.created, m.step), default=None)
+    return None if newest is None else Line.of(newest)
+
+
+def shown(run: str | None) -> str:
+    """The id of a run as messages have it."""
+    return f"run {run[:SHOWN]}" if run else "a run without an id"
+
+
+def described(checkpoints: Sequence[tuple[str, str | None]]) -> str:
+    """Names of checkpoints, each with its run, as a phrase: which there are of which run."""
+    groups: dict[str | None, list[str]] = {}
+    for name, run in checkpoints:
+        groups.setdefault(run, []).append(name)
+
+    return "; ".join(f"{listed(names)} of {shown(run)}" for run, names in groups.items())
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """Names as a phrase: the first ones and how many, where there are more than ``most``."""
+    if len(names) > most:
+        return f"{', '.join(names[:2])}, ... {names[-1]} ({len(names)} checkpoints)"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -1,0 +1,78 @@
+"""What a folder or a file of a run is taken for, by names alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from ckpt.runs.manifest import NAME
+from converters.folder import is_tag_folder
+
+_NUMBERED = re.compile(r"checkpoint-(\d{1,18})")
+_STEP = re.compile(r"(?:checkpoint-|global_step|step[-_]|.*\bstep=)(\d{1,18})\b.*")
+_WEIGHTS = re.compile(
+    r"(?:model|pytorch_model|(?:[^/]+/)?adapter_model)(?:-\d+-of-\d+)?"
+    r"\.(?:safetensors|bin)(?:\.index\.json)?"
+)
+_DESCRIPTIVE = re.compile(  # of a model, and what explains it
+    r"(config|generation_config|adapter_config|preprocessor_config|processor_config)\.json"
+    r"|(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece)[^/]*"
+    r"|training_args\.bin|[^/]+\.(md|py)|\.gitattributes"
+)
+
+
+def step_in(name: str) -> int | None:
+    """The step that a checkpoint's name says, such as 500 of checkpoint-500; ``None`` without."""
+    found = _STEP.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder counts among the checkpoints of a run, whole or not."""
+    if folder.name.startswith("."):
+        return False
+    if is_numbered(folder) or _is_file(folder / NAME):
+        return True
+    try:
+        return is_tag_folder(folder) or any(
+            is_tag_folder(inner) for inner in folder.iterdir() if inner.is_dir()
+        )
+    except OSError:  # lost+found, or what was deleted meanwhile
+        return False
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run that checkpoints were saved into, not one itself.
+
+    ``trainer.save_model()`` and ``engine.save_checkpoint("out")`` leave a tag and a file ``latest``
+    in the run itself, which so looks like a checkpoint.
+    """
+    if is_numbered(folder) or _is_file(folder / NAME):
+        return False
+    try:
+        inner = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir()]
+        return any(is_checkpoint(path) and not is_tag_folder(path) for path in inner)
+    except OSError:
+        return False
+
+
+def is_numbered(folder: Path) -> bool:
+    """Whether the name is one that trainers resume from by its number, such as checkpoint-500."""
+    return _NUMBERED.fullmatch(folder.name) is not None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def is_spare(name: str) -> bool:
+    """Whether no resume reads this file of a checkpoint: its loadable weights, and what is of them.
+
+    DeepSpeed, and so every front end here, loads the state files of the tag.
+    """
+    return bool(_WEIGHTS.fullmatch(name) or _DESCRIPTIVE.fullmatch(name))

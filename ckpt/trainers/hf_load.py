@@ -39,7 +39,7 @@ class MappedCheckpoints(Trainer):
       training has them; all others are as they were saved
     - ``renamed``: parameters that have another name in this model, {saved: new}
     - ``load_optimizer_states``: ``False`` begins with a new optimizer, from the fp32 masters
-    - ``reshard``: "auto" reshards what is of another world size or ZeRO stage, as in ``ckpt.resume``
+    - ``reshard``: "auto" reshards what is of another world size or stage, as in ``ckpt.resume``
     - ``timeout``: seconds without a sign of life until a rank counts as absent
     """
 

@@ -13,7 +13,6 @@ from ckpt.runs import engines, lineage, manifest
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Checkpoint
 from ckpt.saving import extras, plain, rng
-from ckpt.saving.progress import whole_micro_steps
 from converters import zero
 from converters.errors import CheckpointError
 
@@ -76,6 +75,8 @@ class Source:
 
         ``batch`` is a part of the engine's settings.
         """
+        from ckpt.saving.progress import whole_micro_steps  # which imports this module
+
         micro = whole_micro_steps(self.progress or {}, batch)
         if micro is not None and hasattr(engine, "micro_steps"):
             engine.micro_steps = micro

@@ -20,8 +20,8 @@ from ckpt import reshard
 from ckpt.ranks import Ranks
 from ckpt.runs.run import open_checkpoint
 from ckpt.saving import configured, precision, topology
-from ckpt.saving.layout import Layout
-from ckpt.saving.source import Source, Topology
+from ckpt.saving.layout import Layout, Topology
+from ckpt.saving.source import Source
 from converters import zero
 from converters.errors import CheckpointError
 

@@ -10,9 +10,25 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ckpt.saving.source import Topology
+from ckpt.runs.manifest import Manifest
 from converters.errors import CheckpointError
 from converters.optimizer_trees import SUB_GROUP
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Of a training: its ZeRO stage, and how many ranks it has."""
+
+    stage: int
+    world_size: int
+
+    def fits(self, held: Manifest) -> bool:
+        """Whether DeepSpeed can load what ``held`` is the manifest of."""
+        return Topology(held.stage or 0, held.world_size).loads_as(self)
+
+    def loads_as(self, other: Topology) -> bool:
+        """Whether what was saved here loads there: without ZeRO, on any number of ranks."""
+        return self == other or self.stage == other.stage == 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,26 +13,12 @@ from ckpt.runs import engines, lineage, manifest
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Checkpoint
 from ckpt.saving import extras, plain, rng
+from ckpt.saving.layout import Topology
+from ckpt.saving.progress import whole_micro_steps
 from converters import zero
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
-
-
-@dataclass(frozen=True, slots=True)
-class Topology:
-    """Of a training: its ZeRO stage, and how many ranks it has."""
-
-    stage: int
-    world_size: int
-
-    def fits(self, held: Manifest) -> bool:
-        """Whether DeepSpeed can load what ``held`` is the manifest of."""
-        return Topology(held.stage or 0, held.world_size).loads_as(self)
-
-    def loads_as(self, other: Topology) -> bool:
-        """Whether what was saved here loads there: without ZeRO, on any number of ranks."""
-        return self == other or self.stage == other.stage == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +61,6 @@ class Source:
 
         ``batch`` is a part of the engine's settings.
         """
-        from ckpt.saving.progress import whole_micro_steps  # which imports this module
 
         micro = whole_micro_steps(self.progress or {}, batch)
         if micro is not None and hasattr(engine, "micro_steps"):

@@ -21,8 +21,9 @@ from ckpt.saving.asked import Asked
 from ckpt.saving.changes import Request
 from ckpt.saving.comparison import Comparison
 from ckpt.saving.engines import Engines
+from ckpt.saving.layout import Topology
 from ckpt.saving.load import Load
-from ckpt.saving.source import Source, State, Topology
+from ckpt.saving.source import Source, State
 from converters.errors import CheckpointError
 
 

@@ -97,6 +97,11 @@ def test_each_setting_that_differs_has_its_effect_and_its_sentence() -> None:
     assert found[0].line == "lr: 0.0005 is used, 6.7e-05 of the checkpoint is not"
     assert differing(asked, optimizer_states=False, scheduler_states=False) == []
 
+    batch = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "micro_steps": 2}
+    fewer = differing({"batch": batch, "topology": {"world_size": 1, "zero_stage": 2}})
+    assert {change.effect for change in fewer} == {"yours"}  # of one rank instead of two
+    assert "as there are other ranks" in fewer[0].line
+
     expected = {
         "refused": [
             {"batch": {"train_batch_size": 16}},

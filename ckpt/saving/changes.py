@@ -192,8 +192,28 @@ def _batch(saved: Record, now: Record, request: Request) -> Iterator[Change]:
         then, value = pair[0].get(name), pair[1].get(name)
         if None in (then, value) or value == then:
             continue
-        effect: Effect = "refused" if name == "train_batch_size" else "yours"
-        yield Change(name, effect, f"{name}: {then} saved, {value} now")
+        line = f"{name}: {then} saved, {value} now"
+        if name != "train_batch_size":
+            yield Change(name, "yours", line)
+        elif _of_ranks_alone(saved, now):
+            line += (
+                ", as there are other ranks: a step has other samples; set "
+                "gradient_accumulation_steps so that it stays what it was"
+            )
+            yield Change(name, "yours", line)
+        else:
+            yield Change(name, "refused", line)
+
+
+def _of_ranks_alone(saved: Record, now: Record) -> bool:
+    """Whether a step has other samples only because the number of ranks is another."""
+    topologies = _both(saved, now, "topology")
+    batches = _both(saved, now, "batch")
+    if topologies is None or batches is None:
+        return False
+    worlds = [topology.get("world_size") for topology in topologies]
+    per_rank = [[batch.get(name) for name in BATCH[1:]] for batch in batches]
+    return worlds[0] != worlds[1] and per_rank[0] == per_rank[1]
 
 
 def _rest(saved: Record, now: Record, request: Request) -> Iterator[Change]:

@@ -155,16 +155,18 @@ def _has_other_tags(path: Path) -> bool:
     return False
 
 
+def _tags(checkpoint: Checkpoint) -> list[str]:
+    """The tag in its manifest, and of several engines the last part, which they have in common."""
+    tag = checkpoint.manifest.tag if checkpoint.manifest is not None else None
+    return [tag, tag.rpartition("/")[2]] if tag is not None else []
+
+
 def _named(path: Path, tag: str, fits: Fits | None) -> str:
     """The name of the checkpoint that a tag, name, step or pointer means in a run."""
     run = Run(path)
     if tag in POINTERS:
         return run.find(tag).name
-    named = [
-        c
-        for c in run.checkpoints()
-        if tag in (c.name, str(c.step)) or (c.manifest is not None and tag == c.manifest.tag)
-    ]
+    named = [c for c in run.checkpoints() if tag in (c.name, str(c.step), *_tags(c))]
     if tag not in [c.name for c in named]:  # the engine's state that save_model() left in the run
         named = [c for c in named if c.manifest is not None or is_numbered(c.folder)] or named
         own = members(run.checkpoints())

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 from oracles import run as command
-from run_folders import listed
+from run_folders import SOURCE, listed, real
 
-from ckpt.runs import manifest, pruning
+from ckpt.runs import adoption, manifest, pruning
 from ckpt.runs.doctor import diagnose
 from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import Manifest
@@ -244,3 +246,29 @@ def test_the_command_line_shows_and_removes_other_runs(
     assert names(run.checkpoints()) == ["checkpoint-3"]
     with pytest.raises(CheckpointError, match="no checkpoint of run abc"):
         pruning.prune_others(run, "abc")
+
+
+def test_what_is_made_of_a_checkpoint_is_of_its_run(tmp_path: Path) -> None:
+    line = Line.begin()
+    source = real(tmp_path / "out", 2)
+    assert source.manifest is not None
+    record = replace(source.manifest, run=line.run, line=line.at(2))
+    (source.folder / manifest.NAME).write_bytes(record.dumps())
+
+    command("reshard", source.folder, "--world-size", "1", "-o", tmp_path / "one")
+    command("slim", source.folder, "--force")
+    for folder in (tmp_path / "one", source.folder):
+        made = manifest.read(folder)
+        assert (made.run, made.line) == (line.run, line.at(2))
+
+
+def test_an_adopted_checkpoint_goes_on_with_the_run_before_it(tmp_path: Path) -> None:
+    line = Line.begin()
+    saved = save(tmp_path, 1, line)
+    folder = tmp_path / "checkpoint-2"
+    copytree(SOURCE, folder)
+    adoption.commit(folder)
+    record = manifest.read(folder)
+    assert record.run == line.run and record.line[0] == (line.launch, 1)
+    assert names(members(Run(tmp_path).checkpoints())) == ["checkpoint-1", "checkpoint-2"]
+    assert saved.committed

@@ -34,7 +34,7 @@ trains = pytest.mark.xdist_group("training-more")
 def test_a_resumed_training_is_the_undisturbed_one_in_every_bit(tmp_path: Path) -> None:
     torchrun(WORKER, tmp_path, "first", limit=LIMIT)
     said = torchrun(WORKER, tmp_path, "second", limit=LIMIT)  # where all is compared
-    assert "global_steps      5                         5" in said
+    assert re.search(r"^    global_steps +5 +5$", said, re.MULTILINE)
     said = torchrun(WORKER, tmp_path, "alone", ranks=1, limit=LIMIT)
     error, other = (text for text, _ in json.loads((tmp_path / "alone-0.json").read_text()))
     folder = tmp_path / "zero1/fore/checkpoint-5"
@@ -265,9 +265,11 @@ def test_ranks_take_turns_where_memory_does_not_suffice_for_all(tmp_path: Path) 
             spans = [(held[str(places)][0], held[str(places)][-1]) for held in told]
             at_once = max(sum(a <= start < b for a, b in spans) for start, _ in spans)
             assert at_once == places, (stage, places, spans)
-        for held in told:
-            assert re.search(r"3 ranks .*, one at a time, would need [\d,]+ bytes", held["none"][0])
-            assert held["failed"][0].endswith("rank 1: RuntimeError: no luck")
+        words = r"3 ranks .*, one at a time, would need [\d,]+ bytes"
+        for rank, held in enumerate(told):
+            said = held["none"][0]  # in full on ranks 0 and 1, as rank 0 failed
+            assert re.search(words, said) if rank < 2 else "failed on rank 0" in said
+            assert "rank 1: RuntimeError: no" in held["failed"][0]
             assert max(held["none"][1], held["failed"][1]) < 15
 
 

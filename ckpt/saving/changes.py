@@ -193,16 +193,9 @@ def _batch(saved: Record, now: Record, request: Request) -> Iterator[Change]:
         if None in (then, value) or value == then:
             continue
         line = f"{name}: {then} saved, {value} now"
-        if name != "train_batch_size":
-            yield Change(name, "yours", line)
-        elif _of_ranks_alone(saved, now):
-            line += (
-                ", as there are other ranks: a step has other samples; set "
-                "gradient_accumulation_steps so that it stays what it was"
-            )
-            yield Change(name, "yours", line)
-        else:
-            yield Change(name, "refused", line)
+        if name == "train_batch_size" and _of_ranks_alone(saved, now):
+            line += " (of other ranks: set gradient_accumulation_steps so that it stays the same)"
+        yield Change(name, "refused" if name == "train_batch_size" else "yours", line)
 
 
 def _of_ranks_alone(saved: Record, now: Record) -> bool:

@@ -16,6 +16,8 @@ ASIDE = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
     # Looked at before anything is loaded; what else depends on the stage says how fast, not what.
     "zero_optimization.stage",
+    # How stage 3 cuts the parameters is seen in the files themselves (``layout.require_cut``).
+    "zero_optimization.sub_group_size",
     # Whether DeepSpeed takes the optimizer; the optimizer itself is compared.
     *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
     *(
@@ -33,7 +35,6 @@ FAMILIES = (
     *("zero_optimization.stage3_", "zero_optimization.offload_"),
     "zero_optimization.cpu_offload",
 )
-OF_STAGE = "zero_optimization.sub_group_size"  # counts only within stage 3
 # What a record has by itself, as it is in use; the configuration only says how it began.
 RECORDED = ("optimizer", "scheduler", "gradient_clipping")
 
@@ -48,8 +49,6 @@ def config_changes(
     for name in sorted({*map(str, saved), *map(str, now)}):
         path = at + name
         if path in ASIDE or path.startswith(FAMILIES) or (recorded and path in RECORDED):
-            continue
-        if path == OF_STAGE and (saved.get("stage") != now.get("stage") or saved.get("stage") != 3):
             continue
         then, here = saved.get(name), now.get(name)
         if _is_section(then) and _is_section(here):

@@ -5,9 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.2.0"
-__all__ = ["Preemption", "Push", "Retention", "Saver", "__version__", "find", "open", "resume"]
+__all__ = [
+    "CheckpointError",
+    "Preemption",
+    "Push",
+    "Retention",
+    "Saver",
+    "__version__",
+    "find",
+    "open",
+    "resume",
+]
 
 _HOMES = {
+    "CheckpointError": "converters.errors",
     "Preemption": "ckpt.saving.preemption",
     "Push": "ckpt.hub.background",
     "Retention": "ckpt.runs.retention",

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -196,8 +195,9 @@ def _complete(rewriting: Rewriting, made: Path) -> None:
     except CheckpointError as error:  # there is none, or none that anybody could use
         require_read(error)
         return
+    name = rewriting.output.name
     if held.tag == rewriting.tag:
-        files.write_file(made / manifest.NAME, _sealed(held, rewriting.target, made).dumps())
+        files.write_file(made / manifest.NAME, _sealed(held, rewriting.target, made, name).dumps())
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -219,8 +219,12 @@ def save_of(held: manifest.Manifest, target: Target) -> str:
     return sha256(f"{held.save} {target}".encode()).hexdigest()[:32]
 
 
-def _sealed(held: manifest.Manifest, target: Target, made: Path) -> manifest.Manifest:
-    """The source's manifest ``held`` for what lies in ``made``."""
+def _sealed(held: manifest.Manifest, target: Target, made: Path, name: str) -> manifest.Manifest:
+    """The source's manifest ``held`` for what lies in ``made`` and will be called ``name``.
+
+    It was saved when the source was: a checkpoint that is rewritten is not newer than those that
+    the training saved since.
+    """
     paths = [path for path in made.rglob("*") if path.is_file() and path.name != staging.RECORD]
     return replace(
         held,
@@ -229,7 +233,7 @@ def _sealed(held: manifest.Manifest, target: Target, made: Path) -> manifest.Man
         node=0,
         nodes=1,
         save=save_of(held, target),
-        created=time.time(),
+        name=name,
         versions={**held.versions, "ckpt": __version__},
         files={path.relative_to(made).as_posix(): _digested(path) for path in paths},
     )

@@ -7,6 +7,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
+from uuid import uuid4
 
 import pytest
 from oracles import run as command
@@ -37,7 +38,7 @@ def save(
         step,
         "global_step2" if tier == "full" else None,
         tier,
-        "ab" * 16,
+        uuid4().hex,
         float(next(CLOCK)),
         2,
         2,

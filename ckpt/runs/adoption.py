@@ -70,6 +70,7 @@ def commit(folder: Path, data: bool = True) -> Manifest:
         files={name: manifest.digest(folder / name) for name in names},
         run=line.run if line else None,
         line=line.at(proof.step) if line else (),
+        name=folder.name,
     )
     if wrong := manifest.check(folder, held, data):
         raise CheckpointError(f"{folder} is damaged: {wrong[0]}")

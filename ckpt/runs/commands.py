@@ -257,7 +257,7 @@ def _refuse(why: str) -> NoReturn:
 
 
 def _passed_over(run: Run, newest: Checkpoint | None) -> list[dict[str, str]]:
-    from ckpt.runs import lineage
+    from ckpt.runs.pruning import foreignness
     from ckpt.runs.run import members, order
 
     checkpoints = run.checkpoints()
@@ -268,7 +268,7 @@ def _passed_over(run: Run, newest: Checkpoint | None) -> list[dict[str, str]]:
             continue
         why = _why(checkpoint)
         if checkpoint.manifest is not None and checkpoint.committed and checkpoint not in own:
-            why = f"of {lineage.shown(checkpoint.manifest.run)}, not of the run that saved last"
+            why = foreignness(checkpoint, own)
         found.append({"folder": str(checkpoint.folder), "why": why})
     return found
 

@@ -256,7 +256,7 @@ def _rename(folder: Path, aside: Path) -> None:
 
 
 def _doubles(checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
-    committed = members(checkpoints)
+    committed = [c for c in members(checkpoints) if not c.folder.is_symlink()]
     for step, group in groupby(committed, key=lambda c: c.step):
         names = [checkpoint.name for checkpoint in group]
         if len(names) > 1:
@@ -289,11 +289,27 @@ def _pointers(run: Run, checkpoints: Sequence[Checkpoint]) -> Iterator[Finding]:
         expected = wanted if name == "latest" else _meant(run, text)
         if expected is None:
             yield from _dangling(run, name, text)
+        elif name == "latest" and _names_newer_whole(run, text, expected):
+            continue  # a resume takes it, too
         elif text != expected.pointer:
             what = _state(run, name, text, expected)
             yield Finding(
                 path, what, f"name {expected.pointer}", partial(run.point, name, expected)
             )
+
+
+def _names_newer_whole(run: Run, text: str | None, expected: Checkpoint) -> bool:
+    """Whether ``latest`` names one of a later step that nobody committed, and that is whole."""
+    checkpoint = run.pointer("latest") if text else None
+    if checkpoint is None or checkpoint.manifest is not None or checkpoint.committed:
+        return False
+    if checkpoint.why != manifest.ABSENT or (checkpoint.step or 0) <= (expected.step or 0):
+        return False
+    try:
+        return completeness.prove(checkpoint.folder).resumable
+    except CheckpointError as error:
+        require_read(error)
+        return False
 
 
 def _meant(run: Run, text: str | None) -> Checkpoint | None:

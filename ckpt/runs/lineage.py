@@ -66,7 +66,7 @@ class Line:
 
     def has(self, checkpoint: Manifest) -> bool:
         """Whether a checkpoint is of this line: saved by this launch, or before it went on."""
-        saved_by = checkpoint.line[-1][0] if checkpoint.line else UNNAMED
+        saved_by = _launch(checkpoint)
         if saved_by == self.launch:
             return checkpoint.run == self.run
 
@@ -80,12 +80,21 @@ class Line:
 
 
 def current(manifests: Iterable[Manifest]) -> Line | None:
-    """The line of the checkpoint that was committed last; ``None`` if there is none.
+    """The line that saved last; ``None`` if there is none.
 
-    By the time in the manifests, which copying a run does not change.
+    A launch that went on from another comes after it, whatever the clocks of their machines said.
+    Of launches that know nothing of each other, the one with the latest time in its manifests,
+    which copying a run does not change.
     """
-    newest = max(manifests, key=lambda m: (m.created, m.step), default=None)
+    recorded = list(manifests)
+    left_behind = {name for m in recorded for name, _ in m.line[:-1]}
+    leading = [m for m in recorded if _launch(m) not in left_behind] or recorded
+    newest = max(leading, key=lambda m: (m.created, m.step), default=None)
     return None if newest is None else Line.of(newest)
+
+
+def _launch(checkpoint: Manifest) -> str:
+    return checkpoint.line[-1][0] if checkpoint.line else UNNAMED
 
 
 def shown(run: str | None) -> str:

@@ -39,7 +39,8 @@ NAME = "manifest.json"
 PINNED = ".pinned"
 FORMAT = 1
 LARGEST = 64 << 20  # bytes; a hundred thousand files take about 15 MB
-FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)  # disk or network
+# A disk or network that fails, and what this user may not read: nothing can be told then.
+FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EACCES)
 TIERS = ("full", "weights")
 ABSENT = "no manifest.json: written without ckpt, or its save did not finish"
 _shown = reprlib.repr  # never longer than a line
@@ -55,7 +56,8 @@ class Manifest:
     compares (learning rates, loss scale, samples). ``files`` are named by posix paths relative to
     the folder and come sorted; neither the manifest itself nor ``.pinned`` is among them.
     ``run`` is the id of the training, the same after every resume, and ``line`` the launches of it
-    that led here (``lineage``); both are empty in manifests of older versions.
+    that led here (``lineage``); ``name`` is the folder's name, which a copy has another one than.
+    All three are empty in manifests of older versions.
     ``ValueError`` for anything that contradicts this.
     """
 
@@ -74,6 +76,7 @@ class Manifest:
     files: Mapping[str, File] = field(default_factory=dict)
     run: str | None = None
     line: tuple[tuple[str, int], ...] = ()
+    name: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("step", "node"):
@@ -87,6 +90,8 @@ class Manifest:
         _require(inside, "tag", self.tag, "a folder inside the checkpoint")
         _require(self.tag is not None or self.tier != "full", "tag", None, "one: it is full")
         _require(_is_id(self.save), "save", self.save, "hex digits")
+        named = self.name is None or (isinstance(self.name, str) and is_inside(self.name))
+        _require(named, "name", self.name, "the name of a folder")
         _require(self.run is None or _is_id(self.run), "run", self.run, "hex digits or null")
         for launch, step in self.line:
             _require(launch == "" or _is_id(launch), "line", launch, "the id of a launch")
@@ -132,7 +137,7 @@ def _digest(rest: Mapping[str, Any]) -> str:
 _FIELDS = tuple(Manifest.__dataclass_fields__)
 
 
-OPTIONAL = ("run", "line")  # not in manifests of versions before 0.2
+OPTIONAL = ("run", "line", "name")  # not in manifests of versions before 0.2
 
 
 def _is_id(value: object) -> bool:

@@ -25,6 +25,7 @@ from pathlib import Path
 from ckpt import renaming
 from ckpt.runs import lineage, locks, manifest
 from ckpt.runs.lineage import Line
+from ckpt.runs.recognition import is_numbered, is_set_aside
 from ckpt.runs.retention import Held, Retention
 from ckpt.runs.run import POINTERS, Checkpoint, Run, members, of_line
 from converters import files
@@ -60,23 +61,69 @@ def prune(
     checkpoints = run.checkpoints()
     committed = [c for c in checkpoints if c.committed]
     line_members = members(checkpoints, line)
-    reasons = retention.keep(facts(run, line_members))
+    counted = originals(line_members)
+    reasons = _kept_steps(run, retention, counted)
 
     thinned = [c for c in of_line(checkpoints, line) if c.thinned]  # what is left takes room
     if thinned:
         committed = [c for c in checkpoints if c.committed or c in thinned]
-        both = [c for c in checkpoints if c in line_members or c in thinned]
-        for name, kept_by in retention.keep(facts(run, both)).items():
+        both = [c for c in checkpoints if c in counted or c in thinned]
+        for name, kept_by in _kept_steps(run, retention, both).items():
             reasons.setdefault(name, kept_by)
-        line_members = both
+        counted, line_members = both, [*line_members, *thinned]
 
     for checkpoint in committed:
-        if checkpoint not in line_members:
-            reasons[checkpoint.name] = (_foreignness(checkpoint, line_members),)
+        if checkpoint in line_members and checkpoint not in counted:
+            reasons[checkpoint.name] = (_copied(checkpoint),)
+        elif checkpoint not in line_members:
+            reasons[checkpoint.name] = (foreignness(checkpoint, line_members),)
     if just is not None:
         reasons[just] = (*reasons.get(just, ()), "just saved")
 
     return _delete(run, committed, reasons, dry_run)
+
+
+def originals(line_members: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Those that were saved under their names; copies that somebody made by hand are not counted.
+
+    Manifests of older versions have no names: of several of one save the numbered one counts, or
+    the one with the shortest name.
+    """
+    by_save: dict[str, Checkpoint] = {}
+    for checkpoint in line_members:
+        if checkpoint.original and checkpoint.manifest is not None:
+            first = by_save.setdefault(checkpoint.manifest.save, checkpoint)
+            by_save[checkpoint.manifest.save] = min(first, checkpoint, key=_plainness)
+
+    return [checkpoint for checkpoint in line_members if checkpoint in by_save.values()]
+
+
+def _plainness(checkpoint: Checkpoint) -> tuple[bool, int]:
+    return not is_numbered(checkpoint.folder), len(checkpoint.name)
+
+
+def _kept_steps(
+    run: Run, retention: Retention, checkpoints: Sequence[Checkpoint]
+) -> dict[str, tuple[str, ...]]:
+    """What the rules keep; what was resharded counts, stays and goes with what it was made of."""
+    first_of: dict[tuple[int | None, str | None], Checkpoint] = {}
+    for checkpoint in sorted(checkpoints, key=_plainness):
+        first_of.setdefault((checkpoint.step, checkpoint.tier), checkpoint)
+
+    marks = {held.name: held.marks for held in facts(run, checkpoints) if held.marks}
+    reasons = retention.keep(facts(run, [c for c in checkpoints if c in first_of.values()]))
+    for checkpoint in checkpoints:
+        first = first_of[checkpoint.step, checkpoint.tier]
+        if checkpoint.name in marks:
+            reasons.setdefault(checkpoint.name, marks[checkpoint.name])
+        if checkpoint is not first and first.name in reasons:
+            reasons.setdefault(checkpoint.name, (f"of the step of {first.name}",))
+    return reasons
+
+
+def _copied(checkpoint: Checkpoint) -> str:
+    kind = "a link" if checkpoint.folder.is_symlink() else "a copy"
+    return f"{kind}, which no rule counts"
 
 
 def prune_others(run: Run, of: str | None = None, dry_run: bool = False) -> list[Outcome]:
@@ -95,13 +142,24 @@ def prune_others(run: Run, of: str | None = None, dry_run: bool = False) -> list
             "incomplete",
         )
 
+    if not any(c.tier == "full" for c in line_members) and any(
+        c.tier == "full" for c in committed if c not in line_members
+    ):
+        raise CheckpointError(
+            f"{run.path}: the run that saved last has no checkpoint that training can go on from, "
+            "and the others have; nothing is deleted. Delete folders by hand if you mean it",
+            "refused",
+        )
+
     reasons = {mark.name: mark.marks for mark in facts(run, committed) if mark.marks}
+    reasons |= {c.name: (_copied(c),) for c in committed if not c.original}
+    committed += [c for c in checkpoints if is_set_aside(c.folder) and not c.committed]
     for checkpoint in committed:
         run_id = (checkpoint.manifest.run if checkpoint.manifest else None) or ""
         if checkpoint in line_members:
             reasons[checkpoint.name] = ("of the run that saved last",)
         elif of is not None and not run_id.startswith(of):
-            reasons[checkpoint.name] = (_foreignness(checkpoint, line_members),)
+            reasons[checkpoint.name] = (foreignness(checkpoint, line_members),)
 
     return _delete(run, committed, reasons, dry_run)
 
@@ -129,7 +187,7 @@ def _delete(
     return outcomes
 
 
-def _foreignness(checkpoint: Checkpoint, line_members: Sequence[Checkpoint]) -> str:
+def foreignness(checkpoint: Checkpoint, line_members: Sequence[Checkpoint]) -> str:
     """Why the rules of a line do not count a checkpoint."""
     run_id = checkpoint.manifest.run if checkpoint.manifest else None
     ids = {c.manifest.run for c in line_members if c.manifest}
@@ -140,7 +198,8 @@ def _foreignness(checkpoint: Checkpoint, line_members: Sequence[Checkpoint]) -> 
 
 def facts(run: Run, committed: Sequence[Checkpoint]) -> list[Held]:
     """What retention has to know of the committed checkpoints of a run, in their order."""
-    named = {text.partition("/")[0]: name for name in POINTERS[::-1] if (text := run.target(name))}
+    texts = {name: text for name in POINTERS[::-1] if (text := run.target(name))}
+    named = {pointed(run, text): name for name, text in texts.items()}
     held = []
     for checkpoint in committed:
         marks = ["pinned"] if checkpoint.pinned else []
@@ -185,7 +244,14 @@ def _named(folder: Path) -> str | None:
     """The pointer of the run that names the folder by now, if one does."""
     run = Run(folder.parent)
     texts = {name: run.target(name) or "" for name in POINTERS}
-    return next((n for n, text in texts.items() if text.partition("/")[0] == folder.name), None)
+    return next((n for n, text in texts.items() if pointed(run, text) == folder.name), None)
+
+
+def pointed(run: Run, text: str) -> str:
+    """The folder that a pointer means; where it names a link to another, that one."""
+    first = text.partition("/")[0]
+    folder = run.path / first
+    return folder.resolve().name if first and folder.is_symlink() else first
 
 
 def trash(run: Run) -> list[Path]:

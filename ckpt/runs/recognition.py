@@ -23,6 +23,14 @@ _DESCRIPTIVE = re.compile(  # of a model, and what explains it
 )
 
 
+_ASIDE = re.compile(r"checkpoint-\d{1,18}\.(?:foreign|run-[0-9a-f]+)(?:-\d+)?")
+
+
+def is_set_aside(folder: Path) -> bool:
+    """Whether the name is one that a checkpoint of another training got (``saving.collision``)."""
+    return _ASIDE.fullmatch(folder.name) is not None
+
+
 def step_in(name: str) -> int | None:
     """The step that a checkpoint's name says, such as 500 of checkpoint-500; ``None`` without."""
     found = _STEP.fullmatch(name)
@@ -33,7 +41,7 @@ def is_checkpoint(folder: Path) -> bool:
     """Whether a folder counts among the checkpoints of a run, whole or not."""
     if folder.name.startswith("."):
         return False
-    if is_numbered(folder) or _is_file(folder / NAME):
+    if is_numbered(folder) or is_set_aside(folder) or _is_file(folder / NAME):
         return True
     try:
         return is_tag_folder(folder) or any(

@@ -70,6 +70,12 @@ class Checkpoint:
         return self.why is None
 
     @property
+    def original(self) -> bool:
+        """Whether it lies where it was saved, under its own name; no copy by hand, and no link."""
+        own = self.manifest.name if self.manifest is not None else None
+        return not self.folder.is_symlink() and own in (None, self.folder.name)
+
+    @property
     def lacks(self) -> str | None:
         """What was deleted from it by hand though it is committed, as a line."""
         return f"lacks {_listed(self.deleted)}" if self.committed and self.deleted else None
@@ -290,13 +296,15 @@ def leading(checkpoints: Iterable[Checkpoint], line: Line | None = None) -> Chec
     return next(reversed(full or ordered), None)
 
 
-def order(checkpoint: Checkpoint) -> tuple[int, float, str]:
+def order(checkpoint: Checkpoint) -> tuple[int, bool, float, bool, str]:
     """The order of checkpoints: by step (unknown ones first), then the time of saving, then name.
 
-    Times of change play no part: copying a run must not reorder it.
+    Times of change play no part: copying a run must not reorder it. Of one step, a copy by hand and
+    a link come before what they are of, and a name without a number before a numbered one.
     """
     step = -1 if checkpoint.step is None else checkpoint.step
-    return step, checkpoint.manifest.created if checkpoint.manifest else 0.0, checkpoint.name
+    created = checkpoint.manifest.created if checkpoint.manifest else 0.0
+    return step, checkpoint.original, created, is_numbered(checkpoint.folder), checkpoint.name
 
 
 def require_checkpoint(folder: Path) -> Checkpoint:

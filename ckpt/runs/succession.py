@@ -16,7 +16,7 @@ from typing import Literal
 from ckpt.runs import completeness, liveness
 from ckpt.runs.completeness import History, Proof
 from ckpt.runs.lineage import Line
-from ckpt.runs.run import Checkpoint, Run, members
+from ckpt.runs.run import Checkpoint, Run, is_run, members
 from converters import zero
 from converters.errors import CheckpointError
 
@@ -61,7 +61,8 @@ def line_after(folder: Path, step: int) -> Line | None:
 
     ``None`` if no committed one beside it is older, by its step and by its time.
     """
-    before = [c for c in members(Run(folder.parent).checkpoints()) if (c.step or 0) <= step]
+    run = Run(folder if is_run(folder) else folder.parent)  # DeepSpeed saves into the run itself
+    before = [c for c in members(run.checkpoints()) if (c.step or 0) <= step]
     base = before[-1].manifest if before else None
     if base is None or liveness.written(folder) < base.created:
         return None

@@ -52,7 +52,12 @@ def make_way(final: Path, line: Line) -> Path | None:
         if occupant.committed:
             Run(final.parent).point(name, open_checkpoint(path))
     log.warning(
-        "%s of %s is now %s: this training saves under its name", final, _owner(occupant), path.name
+        "%s of %s is now %s: this training saves under its name. It is whole as it was, and no "
+        "rule counts it; ckpt prune %s --others deletes it",
+        final,
+        _owner(occupant),
+        path.name,
+        final.parent,
     )
     return path
 

@@ -185,6 +185,7 @@ class Commit:
             known,
             self.line.run,
             self.line.at(facts.step),
+            self.final.name,
         )
         self.lease.require()
         files.write_file(self.folder / NAME, manifest.dumps())

@@ -110,7 +110,7 @@ def _warning(folder: Path, line: Line, others: Sequence[Checkpoint], begins: boo
     else:
         why = f"This training is {lineage.shown(line.run)} and does not count them."
     return (
-        f"{what} {why} They stay as they are; when this training has saved, ckpt prune {folder} "
+        f"{what} {why} They are not deleted; when this training has saved, ckpt prune {folder} "
         "--others removes them."
     )
 

@@ -114,9 +114,12 @@ class Offers:
         if not self.others:
             return
         run = next((c.manifest.run for c in self.found if c.manifest), None)
+        if all(c.manifest is not None and c.manifest.run == run for c in self.others):
+            what = f"has gone back from {self._described()}"
+        else:
+            what = f"saved last and goes on; there is also {self._described()}"
         print(
-            f"ckpt: {self.run}: {lineage.shown(run)} saved last and goes on; there is also "
-            f"{self._described()}, which a resume takes only by name",
+            f"ckpt: {self.run}: {lineage.shown(run)} {what}, which a resume takes only by name",
             file=sys.stderr,
             flush=True,
         )

@@ -18,8 +18,10 @@ import torch
 from deepspeed.utils import zero_to_fp32
 
 from ckpt.ranks import Ranks
+from ckpt.runs import pruning
+from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Retention
-from ckpt.runs.run import bytes_under
+from ckpt.runs.run import Run, bytes_under, members
 from ckpt.saving import extras, first_step, trials, zips
 from ckpt.saving.nodes import Nodes
 from ckpt.saving.records import ALIGNMENT
@@ -113,11 +115,13 @@ def check(
     beside: Beside | None = None,
     full: bool = True,
     alignment: int = ALIGNMENT,
+    line: Line | None = None,
 ) -> int:
     """Raises ``CheckpointError`` on every rank if a save would fail; every rank calls it.
 
     ``engine``: one, or a list of all that are saved together. ``beside`` writes what lies beside
     the states. Without ``full`` saves have no states, else their files have this ``alignment``.
+    ``line``: whose checkpoints go when new ones come; those of other runs stay where they are.
     Returns the bytes of one save, in this rank's folder.
     """
     engines = engine if isinstance(engine, list) else [engine]
@@ -138,12 +142,12 @@ def check(
             if not ranks.rank:
                 trials.require_seen(run, seen)
     if nodes.commits:
-        for line in place.lacks():
-            log.warning("%s: this filesystem %s", run, line)
+        for lack in place.lacks():
+            log.warning("%s: this filesystem %s", run, lack)
     save = shared(ranks, nodes, step.heard, weights)
     with ranks.step():
         if nodes.commits:
-            _require_all(run, save, kept(retention))
+            _require_all(run, save, kept(retention), line)
     return save
 
 
@@ -212,10 +216,10 @@ def _ask(trial: Path, nbytes: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def _require_all(run: Path, save: int, count: int) -> None:
+def _require_all(run: Path, save: int, count: int, line: Line | None) -> None:
     """Raises unless what retention keeps, and the one being made, fit beside what is there."""
     free = files.free_space(run)
-    there = bytes_under(run)
+    there = sum(c.nbytes for c in pruning.originals(members(Run(run).checkpoints(), line)))
     wanted = save * (count + 1)
     if save > free or wanted > free + there:
         raise CheckpointError(

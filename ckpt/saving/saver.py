@@ -116,7 +116,8 @@ class Saver:
         frozen = self.exclude_frozen_parameters
         every = [engine for _, engine in self.engines]
         small = partial(taking.small, self.engines, self.tokenizer)
-        self.predicted = preflight.check(every, ranks, *place, weights, frozen, small)
+        what = (weights, frozen, small)
+        self.predicted = preflight.check(every, ranks, *place, *what, line=self._line())
 
     def save(
         self,

@@ -62,12 +62,18 @@ def refusal(source: Source, layout: Layout, else_: str = "") -> CheckpointError:
 def _command(source: Source, layout: Layout) -> str:
     """The command line that makes of the checkpoint what loads."""
     there, here = source.topology, layout.topology
-    stage = f"-z{here.stage}" if here.stage != there.stage else ""  # as ``reshard`` names it
-    output = source.folder.with_name(f"{source.folder.name}{stage}-w{here.world_size}")
+    output = _output_of(source, layout)
     return (
         f"ckpt reshard {source.folder} --world-size {here.world_size} --stage {here.stage}"
         f"{_options(layout.options(there))} -o {output}"
     )
+
+
+def _output_of(source: Source, layout: Layout) -> Path:
+    """The folder beside the checkpoint that it is resharded to, as ``reshard`` names it."""
+    there, here = source.topology, layout.topology
+    stage = f"-z{here.stage}" if here.stage != there.stage else ""
+    return source.folder.with_name(f"{source.folder.name}{stage}-w{here.world_size}")
 
 
 def fitting(
@@ -117,9 +123,31 @@ def _loadable(ranks: Ranks, folder: Path, layout: Layout, mode: Reshard, else_: 
         return folder
     if source.topology.loads_as(layout.topology):
         return folder
-    if mode is None or not (source.topology.stage and layout.topology.stage):
+    staged = bool(source.topology.stage and layout.topology.stage)
+    if staged and mode is None and (output := _resharded_before(source, layout)) is not None:
+        return output
+    if mode is None or not staged:
         raise refusal(source, layout, else_)
     return _resharded(ranks, source, layout)
+
+
+def _resharded_before(source: Source, layout: Layout) -> Path | None:
+    """Where the source was resharded for this layout before, as the error advises."""
+    from ckpt import reshard as resharding
+
+    output = _output_of(source, layout)
+    if not output.is_dir():
+        return None
+    here = layout.topology
+    options: dict[str, Any] = {"stage": here.stage, "tag": source.tag, "output": output}
+    options |= layout.options(source.topology)
+    planned = resharding.prepare(source.folder, here.world_size, **options)
+    if not _is_made_of(source, planned):
+        return None
+    print(
+        f"ckpt: {difference(source, layout)}: going on from {output}", file=sys.stderr, flush=True
+    )
+    return output
 
 
 def require_state(found: Checkpoint) -> None:

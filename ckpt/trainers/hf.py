@@ -134,7 +134,7 @@ class CommittedCheckpoints(MappedCheckpoints):
         if self.preflight:
             keep = retention_of(self.retention, self.args, self._limit)
             what = (self._room, self.args, self.processing_class)
-            hf_room.check(engine, ranks, (place, run, keep), *what)
+            hf_room.check(engine, ranks, (place, run, keep, line), *what)
         self._stop = Stop(self.preemption, self.timeout)
 
     def _end(self) -> None:

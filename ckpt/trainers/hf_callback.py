@@ -120,7 +120,7 @@ class CheckpointCallback(TrainerCallback):
             gather = engine.stage < 3 or zero.get("stage3_gather_16bit_weights_on_model_save")
             self.room = room_for(engine.module, bool(gather))
             keep = retention_of(self.retention, args, self.limit)
-            place = (self.nodes, self.run, keep)
+            place = (self.nodes, self.run, keep, self.line)
             what = (self.room, args, seen.get("processing_class"), preflight.STOCK)
             hf_room.check(engine, ranks, place, *what)
         self.stop = Stop(self.preemption, self.timeout)

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from ckpt.ranks import TIMEOUT, Ranks
-from ckpt.saving import reading, topology
+from ckpt.runs.run import is_run
+from ckpt.saving import choosing, reading, topology
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.layout import Layout
 from ckpt.saving.settings import Loop
 from ckpt.saving.topology import Reshard
 from ckpt.trainers.hf_compare import Resumed
+from ckpt.trainers.hf_resume import ResumeCallback
 from ckpt.trainers.hf_state import loop_of
 
 BY_ATTRIBUTE = 'or set reshard = "auto" in the class of the Trainer'
-last_checkpoint: Any = get_last_checkpoint
 
 
 class MappedCheckpoints(Trainer):
@@ -52,11 +52,25 @@ class MappedCheckpoints(Trainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; all that it reads of the checkpoint is from the one that fits."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
-        if isinstance(resume_from_checkpoint, (str, Path)) and self.is_deepspeed_enabled:
-            resume_from_checkpoint = self._loadable(resume_from_checkpoint)
+        if not self.is_deepspeed_enabled:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint is True:  # not the highest number, but what ckpt.find takes
+            run = str(self.args.output_dir)
+            found = choosing.find(run, reshard=self.reshard, timeout=self.timeout)
+            resume_from_checkpoint = found or True
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            folder = resume_from_checkpoint
+            resume_from_checkpoint = self._loadable(folder)
+            self._require_whole(Path(folder).absolute())
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _require_whole(self, folder: Path) -> None:
+        """``CheckpointError`` on every rank for a checkpoint that is not whole."""
+        callbacks = self.callback_handler.callbacks
+        foreign = any(isinstance(c, ResumeCallback) and c.load_foreign for c in callbacks)
+        if not is_run(folder):
+            ranks = Ranks("train", self.timeout)
+            choosing.choose(ranks, folder, load_foreign=foreign, deepspeed=False)
 
     def _loadable(self, checkpoint: str | Path) -> str:
         """The checkpoint or, if that does not fit, what it is resharded to; every rank calls it."""

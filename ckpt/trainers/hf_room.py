@@ -17,6 +17,7 @@ import torch
 
 from ckpt.live.job import save_config
 from ckpt.ranks import Ranks
+from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Retention
 from ckpt.saving import preflight
 from ckpt.saving.nodes import Nodes
@@ -53,7 +54,7 @@ def states_of(engine: Any, args: Any, alignment: int = ALIGNMENT) -> int:
 def check(
     engine: Any,
     ranks: Ranks,
-    place: tuple[Nodes, Path, Retention | None],
+    place: tuple[Nodes, Path, Retention | None, Line],
     room: Room,
     args: Any,
     processing: Any,
@@ -63,7 +64,9 @@ def check(
     small = partial(_save_beside, engine.module, processing, args)
     frozen, full = hasattr(engine.module, "peft_config"), not args.save_only_model
     weights = cast(Any, room)
-    preflight.check(engine, ranks, *place, weights, frozen, small, full, alignment)
+    nodes, run, retention, line = place
+    where = (nodes, run, retention)
+    preflight.check(engine, ranks, *where, weights, frozen, small, full, alignment, line)
 
 
 def _save_beside(model: Any, processing: Any, args: Any, folder: Path, rank: int) -> None:

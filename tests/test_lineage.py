@@ -6,7 +6,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 from uuid import uuid4
 
 import pytest
@@ -273,3 +273,89 @@ def test_an_adopted_checkpoint_goes_on_with_the_run_before_it(tmp_path: Path) ->
     assert record.run == line.run and record.line[0] == (line.launch, 1)
     assert names(members(Run(tmp_path).checkpoints())) == ["checkpoint-1", "checkpoint-2"]
     assert saved.committed
+
+
+def test_copies_by_hand_and_links_are_neither_counted_nor_deleted(tmp_path: Path) -> None:
+    line = Line.begin()
+    for step in (2, 4, 6):
+        save(tmp_path, step, line)
+    copytree(tmp_path / "checkpoint-6", tmp_path / "checkpoint-6-backup")
+    copytree(tmp_path / "checkpoint-2", tmp_path / "keep-me")
+    (tmp_path / "stable").symlink_to("checkpoint-4")
+
+    folder = save(tmp_path, 8, line).folder
+    publish(tmp_path, Retention(last=2), folder, line)
+    left = {path.name for path in tmp_path.iterdir() if path.is_dir() and not path.is_symlink()}
+    assert left == {"checkpoint-6", "checkpoint-8", "checkpoint-6-backup", "keep-me"}
+    pruning.prune_others(Run(tmp_path))
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == left
+    newest = Run(tmp_path).newest()
+    assert newest is not None and newest.name == "checkpoint-8"
+
+
+def test_of_one_save_without_names_the_numbered_one_counts(tmp_path: Path) -> None:
+    for step in (2, 4):
+        real(tmp_path, step)
+    copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-4-backup")
+    pruning.prune(Run(tmp_path), Retention(last=2))
+    assert len(Run(tmp_path).checkpoints()) == 3
+    newest = Run(tmp_path).newest()
+    assert newest is not None and newest.name == "checkpoint-4"
+
+
+def test_a_pointer_to_a_link_protects_what_it_leads_to(tmp_path: Path) -> None:
+    line = Line.begin()
+    for step in (2, 4, 6):
+        save(tmp_path, step, line)
+    (tmp_path / "last").symlink_to("checkpoint-2")
+    (tmp_path / "best").write_text("last/global_step2")
+    pruning.prune(Run(tmp_path), Retention(last=1))
+    assert names(Run(tmp_path).checkpoints()) == ["last", "checkpoint-2", "checkpoint-6"]
+
+
+def test_what_went_on_is_later_whatever_the_clocks_say(tmp_path: Path) -> None:
+    line = Line.begin()
+    first = save(tmp_path, 6, line)
+    assert first.manifest is not None
+    ahead = replace(first.manifest, created=first.manifest.created + 1e9)
+    (first.folder / manifest.NAME).write_bytes(ahead.dumps())
+    save(tmp_path, 8, resumed(first))
+    assert names(members(Run(tmp_path).checkpoints())) == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_resharding_an_old_checkpoint_changes_nothing_about_who_leads(tmp_path: Path) -> None:
+    old, new = Line.begin(), Line.begin()
+    source = real(tmp_path, 2)
+    assert source.manifest is not None
+    for number, line in enumerate((old, new)):
+        record = replace(source.manifest, run=line.run, line=line.at(2), created=float(number))
+        folder = tmp_path / f"checkpoint-{number}"
+        copytree(source.folder, folder)
+        (folder / manifest.NAME).write_bytes(replace(record, name=folder.name).dumps())
+    rmtree(source.folder)
+
+    command("reshard", tmp_path / "checkpoint-0", "--world-size", "1")
+    assert names(members(Run(tmp_path).checkpoints())) == ["checkpoint-1"]
+    made = open_checkpoint(tmp_path / "checkpoint-0-w1")
+    assert made.original and made.manifest is not None and made.manifest.run == old.run
+
+
+def test_what_was_resharded_goes_with_what_it_was_made_of(tmp_path: Path) -> None:
+    line = Line.begin()
+    for step in (2, 4, 6):
+        save(tmp_path, step, line)
+    save(tmp_path, 4, line, "checkpoint-4-w1")
+    pruning.prune(Run(tmp_path), Retention(last=2))
+    left = {"checkpoint-4-w1", "checkpoint-4", "checkpoint-6"}
+    assert {*names(Run(tmp_path).checkpoints())} == left
+    pruning.prune(Run(tmp_path), Retention(last=1))
+    assert names(Run(tmp_path).checkpoints()) == ["checkpoint-6"]
+
+
+def test_the_last_that_training_can_go_on_from_is_never_one_of_the_others(tmp_path: Path) -> None:
+    save(tmp_path, 6, Line.begin())
+    torn = save(tmp_path, 4, Line.begin())
+    (torn.folder / "latest").unlink()
+    with pytest.raises(CheckpointError, match="nothing is deleted"):
+        pruning.prune_others(Run(tmp_path))
+    assert (tmp_path / "checkpoint-6").is_dir()

@@ -287,3 +287,13 @@ def _forget() -> None:
 
 atexit.register(release_all)
 os.register_at_fork(after_in_child=_forget)
+
+
+@contextmanager
+def given_up_on_failure(lease: Lease) -> Iterator[None]:
+    """Releases the lease if the block fails: a training that does not start holds nothing."""
+    try:
+        yield
+    except BaseException:
+        lease.release()
+        raise

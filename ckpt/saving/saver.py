@@ -25,6 +25,7 @@ from typing import Any
 
 from ckpt.hub.background import Push, Pushes
 from ckpt.ranks import TIMEOUT, Ranks
+from ckpt.runs import lease
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Retention
 from ckpt.saving import exits, identity, nodes, preflight, taking, tiers
@@ -96,7 +97,8 @@ class Saver:
             self.pushes = Pushes(push, self.run, self.nodes.commits, self.nodes.parts)
         self.predicted: int | None = None  # bytes of a save, in this rank's folder
         if preflight:
-            self._preflight(ranks)
+            with lease.given_up_on_failure(self.lease):
+                self._preflight(ranks)
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="ckpt")
         self.flight: Flight | None = None
         self.last: Ranks | None = None  # of the last save

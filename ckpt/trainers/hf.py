@@ -29,7 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ckpt.ranks import Ranks
-from ckpt.runs import locks
+from ckpt.runs import lease, locks
 from ckpt.runs.lease import Lease
 from ckpt.runs.manifest import digest
 from ckpt.runs.retention import Retention
@@ -134,7 +134,8 @@ class CommittedCheckpoints(MappedCheckpoints):
         if self.preflight:
             keep = retention_of(self.retention, self.args, self._limit)
             what = (self._room, self.args, self.processing_class)
-            hf_room.check(engine, ranks, (place, run, keep, line), *what)
+            with lease.given_up_on_failure(self._lease):
+                hf_room.check(engine, ranks, (place, run, keep, line), *what)
         self._stop = Stop(self.preemption, self.timeout)
 
     def _end(self) -> None:

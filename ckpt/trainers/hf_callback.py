@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ckpt.ranks import TIMEOUT, Ranks
-from ckpt.runs import pruning
+from ckpt.runs import lease, pruning
 from ckpt.runs.lease import Lease
 from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import NAME
@@ -122,7 +122,8 @@ class CheckpointCallback(TrainerCallback):
             keep = retention_of(self.retention, args, self.limit)
             place = (self.nodes, self.run, keep, self.line)
             what = (self.room, args, seen.get("processing_class"), preflight.STOCK)
-            hf_room.check(engine, ranks, place, *what)
+            with lease.given_up_on_failure(self.lease):
+                hf_room.check(engine, ranks, place, *what)
         self.stop = Stop(self.preemption, self.timeout)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **seen: Any) -> None:

@@ -24,7 +24,7 @@ def adopt(run: Run) -> list[tuple[Checkpoint, str | None]]:
     """Commits what is whole; returns every checkpoint without a manifest and why it was not."""
     found: list[tuple[Checkpoint, str | None]] = []
     for checkpoint in run.checkpoints():
-        if checkpoint.manifest is not None or checkpoint.why != manifest.ABSENT:
+        if checkpoint.manifest is not None or not _may_be_given(checkpoint):
             continue
         try:
             commit(checkpoint.folder)
@@ -32,6 +32,17 @@ def adopt(run: Run) -> list[tuple[Checkpoint, str | None]]:
         except CheckpointError as error:
             found.append((checkpoint, str(error)))
     return found
+
+
+def _may_be_given(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint may get a manifest: it has none, or one that is damaged."""
+    if checkpoint.why == manifest.ABSENT:
+        return True
+    try:
+        manifest.read(checkpoint.folder)
+    except CheckpointError as error:
+        return error.kind == "corrupt"  # not one of a newer ckpt
+    return False
 
 
 def commit(folder: Path, data: bool = True) -> Manifest:

@@ -72,8 +72,14 @@ def has_signs(path: Path) -> bool:
 
 def candidates(run: Path) -> list[Path]:
     """All in a run's folder that is a checkpoint, whole or not, or may be one, whoever wrote it."""
+    try:
+        entries = sorted(os.scandir(run), key=lambda entry: entry.name)
+    except OSError as error:
+        raise CheckpointError(
+            f"{run}: {error.strerror}; expected the folder of a run", "incomplete"
+        ) from error
     found = []
-    for entry in sorted(os.scandir(run), key=lambda entry: entry.name):
+    for entry in entries:
         path = Path(entry.path)
         if entry.name.startswith("."):
             continue
@@ -220,6 +226,9 @@ def _of_trainer(folder: Path, names: set[str]) -> Proof:
     return Proof(folder, kind, step, None, True, history)
 
 
+FSDP_STEMS = ("pytorch_model_fsdp", "optimizer")  # accelerate 1.15 ``utils/fsdp_utils.py``
+
+
 def _fsdp_parts(folder: Path, stem: str) -> list[Path]:
     """The parts of FSDP's model or optimizer, each whole: folders of DCP, or files."""
     folders = sorted(path for path in folder.glob(f"{stem}_*") if path.is_dir())
@@ -227,6 +236,12 @@ def _fsdp_parts(folder: Path, stem: str) -> list[Path]:
         intact.require_dcp(path)
     files = sorted(folder.glob(f"{stem}*.bin"))
     intact.require_all_ranks(folder, files, stem + r"_0_rank(\d+)\.bin")
+    ranks = {len(list(folder.glob(f"{name}_0_rank*.bin"))) for name in FSDP_STEMS} - {0}
+    if len(ranks) > 1:
+        raise CheckpointError(
+            f"{folder} has {' and '.join(FSDP_STEMS)} of {min(ranks)} and {max(ranks)} ranks",
+            "incomplete",
+        )
     for path in files:
         intact.require_torch_file(path)
     return [*folders, *files]

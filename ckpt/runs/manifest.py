@@ -210,8 +210,8 @@ def loads(data: bytes, path: Path) -> Manifest:
     ) as error:
         why = f"no {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(
-            f"{path} is damaged ({why}); resume from another checkpoint, or run ckpt doctor on "
-            f"{path.parent.parent}"
+            f"{path} is damaged ({why}); ckpt doctor {path.parent.parent} --adopt writes a new one "
+            "if the checkpoint proves to be whole"
         ) from error
 
 

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from ckpt.ranks import TIMEOUT, Ranks
 from ckpt.runs.run import is_run
-from ckpt.saving import choosing, reading, topology
+from ckpt.saving import choosing, configured, reading, topology
 from ckpt.saving.continuity import OnMismatch
 from ckpt.saving.layout import Layout
 from ckpt.saving.settings import Loop
@@ -55,14 +55,19 @@ class MappedCheckpoints(Trainer):
         if not self.is_deepspeed_enabled:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint is True:  # not the highest number, but what ckpt.find takes
-            run = str(self.args.output_dir)
-            found = choosing.find(run, reshard=self.reshard, timeout=self.timeout)
-            resume_from_checkpoint = found or True
-        if isinstance(resume_from_checkpoint, (str, Path)):
+            found = self._newest(Path(str(self.args.output_dir)))
+            resume_from_checkpoint = self._loadable(found) if found else True
+        elif isinstance(resume_from_checkpoint, (str, Path)):
             folder = resume_from_checkpoint
             resume_from_checkpoint = self._loadable(folder)
             self._require_whole(Path(folder).absolute())
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _newest(self, run: Path) -> Path | None:
+        """The newest whole checkpoint of a run that fits best; every rank calls it."""
+        ranks = Ranks("train", self.timeout)
+        found = choosing.choose(ranks, run, fits=configured.fits(ranks), deepspeed=False)
+        return None if found is None else found.folder
 
     def _require_whole(self, folder: Path) -> None:
         """``CheckpointError`` on every rank for a checkpoint that is not whole."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,12 @@ from safetensors.torch import load_file
 
 import ckpt
 from ckpt import Retention
-from ckpt.runs import manifest
+from ckpt.runs import locks, manifest
 from ckpt.runs.lineage import Line
 from ckpt.runs.run import Run
 from ckpt.runs.verify import chosen
 from ckpt.saving import rng
-from ckpt.trainers.hf import ResumeCallback
+from ckpt.trainers.hf import CommittedCheckpoints, ResumeCallback
 from ckpt.trainers.hf_state import evaluated, is_new_best, publish_beside, retention_of
 from converters.errors import CheckpointError
 
@@ -198,6 +199,20 @@ def test_what_to_keep_is_what_was_asked_and_the_best() -> None:
     assert retention_of(Retention(), tracked, 2) == Retention(every=1, best=best)
     assert retention_of(Retention(last=5), tracked, 2) == Retention(last=5, best=best)
     assert retention_of(asked, tracked, 2) == asked
+
+
+def test_what_stayed_for_being_pushed_goes_when_the_push_is_done(tmp_path: Path) -> None:
+    """Report row 34: with save_total_limit=1 all that was pushed was still there at the end."""
+    line = Line(None, "")
+    folders = [small(tmp_path, step).folder for step in (2, 4)]
+    trainer = object.__new__(CommittedCheckpoints)
+    trainer._pushed = [locks.reading(folder) for folder in folders]
+    last = Retention(last=1)
+    trainer._tidy = partial(publish_beside, tmp_path, last, [], folders[-1], line)
+    trainer._tidy()
+    assert all(folder.is_dir() for folder in folders)
+    trainer._finish_current_push()
+    assert [folder.is_dir() for folder in folders] == [False, True]
 
 
 def test_metrics_are_those_of_this_step() -> None:

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -93,6 +95,7 @@ class CommittedCheckpoints(MappedCheckpoints):
         self._failure: Exception | None = None  # of a rank that must not leave the others alone
         self._pushes = False  # when it is committed
         self._pushed: list[locks.Lock] = []  # on what is being pushed
+        self._tidy: Callable[[], None] | None = None  # as after the last save
         self._limit: int | None = None  # save_total_limit as it was
         self._places: dict[Path, Nodes] = {}  # by the folder that checkpoints are saved into
         self._room = Room(0)
@@ -179,11 +182,19 @@ class CommittedCheckpoints(MappedCheckpoints):
         if place.commits:
             keep = retention_of(self.retention, self.args, self._limit)
             stays = [self.state.best_model_checkpoint]
-            publish_beside(run, keep, stays, run / name, commit.line)
+            self._tidy = partial(publish_beside, run, keep, stays, run / name, commit.line)
+            self._tidy()
         if self._pushes:
             super()._push_from_checkpoint(final)
             if self.is_world_process_zero():  # the one that pushes
                 self._pushed.append(locks.reading(Path(final)))
+
+    def _finish_current_push(self) -> None:
+        """As the Trainer's, at the end; then what stayed only for being pushed may go."""
+        super()._finish_current_push()
+        if self._pushed and self._tidy is not None:
+            self._pushed.clear()
+            self._tidy()
 
     def _facts(self, run: Path) -> Facts:
         engine, step = self._engine(), int(self.state.global_step)

@@ -109,7 +109,7 @@ class CheckpointCallback(TrainerCallback):
             _require_told(args)
             engine, config = _shown(state, seen, ranks.rank), deepspeed_config()
         step = int(state.global_step)
-        self.line = identity.line_in(self.run, step) if step else identity.begin()
+        self.line = self._line_at(step)
         local = bool(config.get("checkpoint", {}).get("use_node_local_storage", False))
         self.nodes = nodes.find(ranks, self.run, local or args.save_on_each_node)
         self.lease = nodes.hold(ranks, self.nodes, self.run)
@@ -125,6 +125,13 @@ class CheckpointCallback(TrainerCallback):
             with lease.given_up_on_failure(self.lease):
                 hf_room.check(engine, ranks, place, *what)
         self.stop = Stop(self.preemption, self.timeout)
+
+    def _line_at(self, step: int) -> Line:
+        """The line of a training that is at ``step``: of what was loaded, as far as it was seen."""
+        loaded, self.watch.loaded = self.watch.loaded, None
+        if loaded is not None or not step:
+            return identity.line_after(None, loaded, step)
+        return identity.line_in(self.run, step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
         """Takes the manifest away from what is about to be written over, and stops when asked."""

@@ -16,6 +16,7 @@ from ckpt.ranks import Ranks
 from ckpt.saving import reading, topology
 from ckpt.saving.layout import Layout
 from ckpt.saving.ways import Ways
+from converters.errors import CheckpointError
 
 module: Any = import_module("transformers.trainer")
 WAYS = Ways(
@@ -36,6 +37,7 @@ class Watch:
 
     def __init__(self, timeout: float, renamed: Mapping[str, str] | None = None):
         self.timeout, self.renamed = timeout, renamed
+        self.loaded: Path | None = None  # the checkpoint that was loaded last
         if not hasattr(module, "deepspeed_load_checkpoint"):
             return  # another version, whose call is not known
         if not _watches:
@@ -67,8 +69,17 @@ def _load(engine: Any, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
         return _watches.stock(engine, checkpoint_path, *args, **options)
     ranks = Ranks("train", watch.timeout)
     layout = Layout.of_engine(engine, ranks.world)
-    topology.loadable(ranks, Path(checkpoint_path).absolute(), layout, None, BY_FIND)
+    folder = Path(checkpoint_path).absolute()
+    fitting = topology.loadable(ranks, folder, layout, None, BY_FIND)
+    if fitting != folder:  # the Trainer has read the rest of the other one by now
+        raise CheckpointError(
+            f"{folder} does not load on these ranks in this stage, {fitting} does, which was made "
+            "of it: resume from that by name, or from what ckpt.find returns",
+            "refused",
+        )
     live = [each for each in (reference() for reference in _watches) if each is not None]
+    for each in live:
+        each.loaded = folder
     renamed = {old: new for each in live for old, new in (each.renamed or {}).items()}
     with reading.mapped(engine, renamed=renamed, ways=WAYS):
         return _watches.stock(engine, checkpoint_path, *args, **options)

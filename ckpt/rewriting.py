@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -222,8 +223,7 @@ def save_of(held: manifest.Manifest, target: Target) -> str:
 def _sealed(held: manifest.Manifest, target: Target, made: Path, name: str) -> manifest.Manifest:
     """The source's manifest ``held`` for what lies in ``made`` and will be called ``name``.
 
-    It was saved when the source was: a checkpoint that is rewritten is not newer than those that
-    the training saved since.
+    It says what it is made of: making it says nothing about which run saved last.
     """
     paths = [path for path in made.rglob("*") if path.is_file() and path.name != staging.RECORD]
     return replace(
@@ -233,7 +233,9 @@ def _sealed(held: manifest.Manifest, target: Target, made: Path, name: str) -> m
         node=0,
         nodes=1,
         save=save_of(held, target),
+        created=time.time(),
         name=name,
+        made_of=held.save,
         versions={**held.versions, "ckpt": __version__},
         files={path.relative_to(made).as_posix(): _digested(path) for path in paths},
     )

@@ -482,6 +482,8 @@ def midway(out: Path, stage: int) -> None:
 
 def main() -> None:
     globals()[sys.argv[2]](Path(sys.argv[1]), int(sys.argv[3]))
+    if dist.is_initialized():
+        dist.destroy_process_group()  # else gloo's threads may abort at the end
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ ALONE = Nodes(0, 1, True, False)
 
 @pytest.fixture(autouse=True)
 def one_rank() -> Iterator[None]:
+    if dist.is_initialized():  # of a test before it in this process
+        dist.destroy_process_group()
     store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield

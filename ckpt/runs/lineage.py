@@ -86,7 +86,8 @@ def current(manifests: Iterable[Manifest]) -> Line | None:
     Of launches that know nothing of each other, the one with the latest time in its manifests,
     which copying a run does not change.
     """
-    recorded = list(manifests)
+    everything = list(manifests)
+    recorded = [m for m in everything if m.made_of is None] or everything
     left_behind = {name for m in recorded for name, _ in m.line[:-1]}
     leading = [m for m in recorded if _launch(m) not in left_behind] or recorded
     newest = max(leading, key=lambda m: (m.created, m.step), default=None)

@@ -57,7 +57,8 @@ class Manifest:
     the folder and come sorted; neither the manifest itself nor ``.pinned`` is among them.
     ``run`` is the id of the training, the same after every resume, and ``line`` the launches of it
     that led here (``lineage``); ``name`` is the folder's name, which a copy has another one than.
-    All three are empty in manifests of older versions.
+    ``made_of`` is the save that a resharded one was made of. All four are empty in manifests of
+    older versions.
     ``ValueError`` for anything that contradicts this.
     """
 
@@ -77,6 +78,7 @@ class Manifest:
     run: str | None = None
     line: tuple[tuple[str, int], ...] = ()
     name: str | None = None
+    made_of: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("step", "node"):
@@ -92,7 +94,9 @@ class Manifest:
         _require(_is_id(self.save), "save", self.save, "hex digits")
         named = self.name is None or (isinstance(self.name, str) and is_inside(self.name))
         _require(named, "name", self.name, "the name of a folder")
-        _require(self.run is None or _is_id(self.run), "run", self.run, "hex digits or null")
+        for name in ("run", "made_of"):
+            value = getattr(self, name)
+            _require(value is None or _is_id(value), name, value, "hex digits or null")
         for launch, step in self.line:
             _require(launch == "" or _is_id(launch), "line", launch, "the id of a launch")
             _require(_whole(step), f"line: {launch}", step, "a step")
@@ -137,7 +141,7 @@ def _digest(rest: Mapping[str, Any]) -> str:
 _FIELDS = tuple(Manifest.__dataclass_fields__)
 
 
-OPTIONAL = ("run", "line", "name")  # not in manifests of versions before 0.2
+OPTIONAL = ("run", "line", "name", "made_of")  # not in manifests of versions before 0.2
 
 
 def _is_id(value: object) -> bool:

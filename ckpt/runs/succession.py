@@ -49,7 +49,8 @@ def relate(committed: Checkpoint, proof: Proof) -> Succession:
     if proof.history is not None and (proof.step or 0) <= committed.manifest.step:
         why = f"no manifest.json, and of step {proof.step} whatever its name says: no later than "
         return Succession("apart", f"{why}{folder}")
-    if liveness.written(proof.path) < committed.manifest.created:
+    resharded = committed.manifest.made_of is not None  # which says nothing about when it was saved
+    if not resharded and liveness.written(proof.path) < committed.manifest.created:
         why = f"was written before {folder} was committed, so it does not go on from it"
         return Succession("apart", why)
     differs = _history_differs(folder, before, proof) or _shapes_differ(committed, proof)
@@ -62,7 +63,8 @@ def line_after(folder: Path, step: int) -> Line | None:
     ``None`` if no committed one beside it is older, by its step and by its time.
     """
     run = Run(folder if is_run(folder) else folder.parent)  # DeepSpeed saves into the run itself
-    before = [c for c in members(run.checkpoints()) if (c.step or 0) <= step]
+    saved = [c for c in members(run.checkpoints()) if c.manifest and c.manifest.made_of is None]
+    before = [c for c in saved if (c.step or 0) <= step]
     base = before[-1].manifest if before else None
     if base is None or liveness.written(folder) < base.created:
         return None

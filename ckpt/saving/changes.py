@@ -41,6 +41,7 @@ class Request:
     optimizer_states: bool = True
     scheduler_states: bool = True
     weights_alone: bool = False  # nothing but the module's weights is loaded
+    other_ranks: bool = False  # it was resharded, so a step of other ranks is what is wanted
     ways: Ways = DEFAULT_WAYS
 
 
@@ -193,9 +194,11 @@ def _batch(saved: Record, now: Record, request: Request) -> Iterator[Change]:
         if None in (then, value) or value == then:
             continue
         line = f"{name}: {then} saved, {value} now"
+        effect: Effect = "refused" if name == "train_batch_size" else "yours"
         if name == "train_batch_size" and _of_ranks_alone(saved, now):
             line += " (of other ranks: set gradient_accumulation_steps so that it stays the same)"
-        yield Change(name, "refused" if name == "train_batch_size" else "yours", line)
+            effect = "yours" if request.other_ranks else effect
+        yield Change(name, effect, line)
 
 
 def _of_ranks_alone(saved: Record, now: Record) -> bool:

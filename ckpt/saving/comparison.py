@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ckpt.ranks import Ranks
@@ -43,6 +44,8 @@ class Comparison:
         loop: Loop = ENGINE_ALONE,
         asked: Sequence[Mapping[str, Any]] | None = None,
     ):
+        resharded = source.manifest is not None and source.manifest.made_of is not None
+        request = replace(request, other_ranks=resharded)
         self.source, self.engine, self.request = source, engine, request
         self.scheduler = loop.scheduler or getattr(engine, "lr_scheduler", None)
         self.optimizer = optimizers.inner(engine)

@@ -19,13 +19,14 @@ import logging
 import os
 import sys
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ckpt.ranks import TIMEOUT, Ranks
-from ckpt.runs import locks, manifest
+from ckpt.runs import liveness, locks, manifest
 from ckpt.runs.lease import Lease
 from ckpt.runs.pruning import delete
 from ckpt.runs.run import POINTERS, Run, open_checkpoint, order
@@ -68,7 +69,7 @@ class DeepSpeedStrategy(Stock):
     - ``reshard="auto"``: a checkpoint of another world size or ZeRO stage is resharded beside it,
       once, and that is loaded; without, the error says the command
     - ``load_foreign``: whether to load a checkpoint without a manifest from a folder where others
-      have one; without, it counts as one whose copy did not finish
+      have one, though it does not prove to be whole
     - ``absent_after``: seconds without a sign of life until a rank counts as absent
     """
 
@@ -250,7 +251,10 @@ def _point_best(run: Run, trainer: Any) -> None:
 
 
 def _require_whole(path: Path, load_foreign: bool) -> bool:
-    """Whether it is; ``False`` if that cannot be known, and the user takes it all the same."""
+    """Whether it is; ``False`` if that cannot be known, and the user takes it all the same.
+
+    One that was written without ckpt among committed ones has to prove it.
+    """
     found = open_checkpoint(path)
     if found.committed:
         return True
@@ -258,6 +262,10 @@ def _require_whole(path: Path, load_foreign: bool) -> bool:
     ours = any(other.manifest is not None for other in others)
     if found.why == manifest.ABSENT and (load_foreign or not ours):
         return False
+    if found.why == manifest.ABSENT:
+        with suppress(CheckpointError):  # the reason follows
+            if liveness.prove_at_rest(path).resumable:
+                return True
     whole = Run(path.parent).newest()
     newest = f"the newest whole one is {whole.folder}" if whole else "none is whole"
     how = "; load_foreign=True loads it all the same" if found.why == manifest.ABSENT else ""

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import transformers as hf
 from accelerate.state import AcceleratorState
+from ending import leave
 from fixture_specs import tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.trainer_utils import get_last_checkpoint
@@ -482,8 +483,7 @@ def midway(out: Path, stage: int) -> None:
 
 def main() -> None:
     globals()[sys.argv[2]](Path(sys.argv[1]), int(sys.argv[3]))
-    if dist.is_initialized():
-        dist.destroy_process_group()  # else gloo's threads may abort at the end
+    leave()
 
 
 if __name__ == "__main__":

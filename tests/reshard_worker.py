@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ending import leave
 from fixture_specs import SPECS, WORDS, Spec, ds_config
 from fixture_worker import Tiny, live_state, llama_trainer, param_groups
 from safetensors.torch import save_file
@@ -164,7 +165,7 @@ def main() -> None:
             trainer(Path(out), name, source, bool(universal))
         case other:
             raise SystemExit(f"unknown: {other}")
-    torch.distributed.destroy_process_group()  # else gloo's threads may abort at the end
+    leave()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ending import leave
 from live_worker import SMALL, caught, start
 from torch import nn
 
@@ -579,8 +580,7 @@ def main() -> None:
     if sys.argv[2] != "trainers":  # they do it themselves
         deepspeed.init_distributed(dist_backend="gloo")
     globals()[sys.argv[2]](Path(sys.argv[1]))
-    if dist.is_initialized():  # else gloo's threads may abort at the end
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

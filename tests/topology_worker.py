@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import transformers as hf
 from accelerate.state import PartialState
+from ending import leave
 from fixture_specs import OFFLOAD, Spec
 from fixture_worker import live_state
 from hf_worker import config, make
@@ -281,8 +282,7 @@ def main() -> None:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(cpu=True, backend="gloo")
     globals()[part](Path(out), *more)
-    if dist.is_initialized():  # else gloo's threads may abort at the end
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 import transformers as hf
+from ending import leave
 from hf_worker import make
 from live_worker import start, train
 
@@ -159,7 +160,7 @@ def main() -> None:
     accelerate(out)
     (out / f"done{dist.get_rank()}").touch()
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ending import leave
 from live_worker import SMALL, caught, start, train
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -438,7 +439,7 @@ def main() -> None:
     globals()[sys.argv[2]](Path(sys.argv[1]))
     if sys.argv[2] != "ends":  # that one is about an end without this
         dist.barrier()
-        dist.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

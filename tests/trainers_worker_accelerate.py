@@ -15,6 +15,7 @@ import transformers as hf
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, ProjectConfiguration
+from ending import leave
 from fixture_specs import tiny_llama
 
 from ckpt import live
@@ -184,8 +185,7 @@ def main() -> None:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(cpu=True, backend="gloo")
     globals()[sys.argv[2]](out, *stages)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers as hf
+from ending import leave
 from fixture_specs import tiny_llama
 from kill_lightning import OnCpu, Strategy
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -168,6 +169,7 @@ def main() -> None:
     """Run the part."""
     warnings.simplefilter("ignore")
     globals()[sys.argv[2]](Path(sys.argv[1]), *map(int, sys.argv[3:]))
+    leave()
 
 
 def saves(out: Path, *stages: int) -> None:

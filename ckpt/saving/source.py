@@ -61,7 +61,6 @@ class Source:
 
         ``batch`` is a part of the engine's settings.
         """
-
         micro = whole_micro_steps(self.progress or {}, batch)
         if micro is not None and hasattr(engine, "micro_steps"):
             engine.micro_steps = micro

@@ -133,16 +133,8 @@ def _loadable(ranks: Ranks, folder: Path, layout: Layout, mode: Reshard, else_: 
 
 def _resharded_before(source: Source, layout: Layout) -> Path | None:
     """Where the source was resharded for this layout before, as the error advises."""
-    from ckpt import reshard as resharding
-
     output = _output_of(source, layout)
-    if not output.is_dir():
-        return None
-    here = layout.topology
-    options: dict[str, Any] = {"stage": here.stage, "tag": source.tag, "output": output}
-    options |= layout.options(source.topology)
-    planned = resharding.prepare(source.folder, here.world_size, **options)
-    if not _is_made_of(source, planned):
+    if not output.is_dir() or not _is_made_of(source, _planned(source, layout)):
         return None
     print(
         f"ckpt: {difference(source, layout)}: going on from {output}", file=sys.stderr, flush=True
@@ -178,12 +170,8 @@ def _resharded(ranks: Ranks, source: Source, layout: Layout) -> Path:
     """Where the source is for this layout, made if need be; on rank 0."""
     from ckpt import reshard as resharding
 
-    here = layout.topology
-    options: dict[str, Any] = {"stage": here.stage, "tag": source.tag}
     with alive(ranks):
-        planned = resharding.prepare(
-            source.folder, here.world_size, **layout.options(source.topology), **options
-        )
+        planned = _planned(source, layout)
         if _is_made_of(source, planned):
             return planned.output
         what = difference(source, layout)
@@ -201,6 +189,16 @@ def _resharded(ranks: Ranks, source: Source, layout: Layout) -> Path:
     for note in planned.notes:
         print(f"ckpt: {planned.output}: {note}", file=sys.stderr, flush=True)
     return planned.output
+
+
+def _planned(source: Source, layout: Layout) -> Rewriting:
+    """The resharding of the source for this layout, beside it."""
+    from ckpt import reshard as resharding
+
+    here = layout.topology
+    options: dict[str, Any] = {"stage": here.stage, "tag": source.tag}
+    options |= layout.options(source.topology)
+    return resharding.prepare(source.folder, here.world_size, **options)
 
 
 def _is_made_of(source: Source, planned: Rewriting) -> bool:

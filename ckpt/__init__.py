@@ -1,10 +1,36 @@
-"""DeepSpeed ZeRO checkpoints: managed while training, and turned into weights."""
+"""DeepSpeed ZeRO checkpoints: managed while training, and turned into weights.
+
+saving/, resuming/   saves and resumes of a training;  trainers/  the same in other trainers
+engine/, state/      what is known of DeepSpeed's engine, and a rank's state as files
+distributed/         steps that all ranks take, or none
+live/, weights/      weights of a running training, and of a checkpoint
+rewrite/             other ranks, another stage, the universal format
+runs/, folders/      the checkpoints of a run; folders that are there whole or not at all
+hub/                 the Hugging Face Hub;  cli/  the command ``ckpt``
+results, text, version, deprecation  values as JSON, sizes in messages, names of old
+zero_to_fp32         drop-in replacements for DeepSpeed's functions
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+from ckpt.version import __version__
+
+if TYPE_CHECKING:
+    from ckpt.hub.background import Push as Push
+    from ckpt.resuming.resume import resume as resume
+    from ckpt.resuming.select import find as find
+    from ckpt.rewrite import reshard as reshard
+    from ckpt.rewrite import universal as universal
+    from ckpt.runs.retention import Retention as Retention
+    from ckpt.saving.preemption import Preemption as Preemption
+    from ckpt.saving.saver import Saver as Saver
+    from ckpt.weights.conversion import convert as convert
+    from ckpt.weights.opening.opened import open as open
+    from converters.errors import CheckpointError as CheckpointError
+
 __all__ = [
     "CheckpointError",
     "Preemption",
@@ -17,26 +43,34 @@ __all__ = [
     "resume",
 ]
 
-_HOMES = {
+_NAMES = {  # public names, by the module that each is loaded from when it is first used
     "CheckpointError": "converters.errors",
     "Preemption": "ckpt.saving.preemption",
     "Push": "ckpt.hub.background",
     "Retention": "ckpt.runs.retention",
     "Saver": "ckpt.saving.saver",
-    "find": "ckpt.saving.choosing",
-    "open": "ckpt.opened",
-    "resume": "ckpt.saving.resume",
+    "find": "ckpt.resuming.select",
+    "open": "ckpt.weights.opening.opened",
+    "resume": "ckpt.resuming.resume",
+}
+_MODULES = {  # public modules, under the names that users import them by
+    "convert": "ckpt.weights.conversion.convert",
+    "live": "ckpt.live",
+    "reshard": "ckpt.rewrite.reshard",
+    "trainers": "ckpt.trainers",
+    "universal": "ckpt.rewrite.universal",
 }
 
 
 def __getattr__(name: str) -> Any:
     """What is loaded when it is first used, so that ``ckpt --help`` stays instant."""
-    if name in _HOMES:
-        from importlib import import_module
-
-        return getattr(import_module(_HOMES[name]), name)
-    if name in ("live", "trainers"):
-        from importlib import import_module
-
-        return import_module(f"ckpt.{name}")
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
+    if name in _MODULES:
+        return import_module(_MODULES[name])
     raise AttributeError(f"module 'ckpt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not."""
+    return sorted({*globals(), *_NAMES, *_MODULES})

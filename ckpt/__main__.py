@@ -1,5 +1,5 @@
 """``python -m ckpt``, the same as ``ckpt``."""
 
-from ckpt.cli import main
+from ckpt.cli.main import main
 
 main()

@@ -10,16 +10,24 @@ checkpoint. What cannot be read is a ``CheckpointError``, one line.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt import model_folder, opened
-from converters import files, safetensors, stream, torchbin, zero
+from ckpt.weights import arguments
+from ckpt.weights.companions import surroundings
+from ckpt.weights.naming import ties
+from ckpt.weights.opening import tensors as opened_tensors
 from converters.errors import CheckpointError
-from converters.plan import output_dtype, parse_size
+from converters.execute import shards
+from converters.formats import pytorch_bin, safetensors
+from converters.plan import WHOLE, output_dtype, parse_size
+from converters.storage import local
+from converters.storage.store import local_path
 from converters.tensors import DType, TensorRef, Weights
+from converters.zero import checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +42,8 @@ _DTYPES = {
     "bfloat16": DType.BF16,
     "bf16": DType.BF16,
 }
-MOST = 1 << 62  # bytes of a shard where none is to be cut
+SAFETENSORS, BIN = "model{suffix}.safetensors", "pytorch_model{suffix}.bin"
+_FILES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")  # ends of the name of one file of weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +63,17 @@ class LazyTensor:
     @property
     def dtype(self) -> torch.dtype:
         """Its type once it is read."""
-        return opened.torch_dtype(self.output)
+        return opened_tensors.torch_dtype(self.output)
 
     def contiguous(self) -> torch.Tensor:
         """The tensor, read now."""
         import torch
 
-        return torch.as_tensor(opened.read(self.ref, self.output, "pt"))
+        return torch.as_tensor(opened_tensors.read(self.ref, self.output, "pt"))
 
 
 def get_fp32_state_dict_from_zero_checkpoint(
-    checkpoint_dir: str | Path,
+    checkpoint_dir: str | os.PathLike[str],
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,
     lazy_mode: bool = False,
@@ -73,20 +82,23 @@ def get_fp32_state_dict_from_zero_checkpoint(
 
     ``lazy_mode`` gives tensors that are read by ``contiguous()``.
     """
-    weights = _weights(zero.read(Path(checkpoint_dir), tag).weights, exclude_frozen_parameters)
+    with arguments.naming_arguments("tag="):
+        source = checkpoint.weights(local_path(checkpoint_dir), tag)
+    weights = _weights(source.weights, exclude_frozen_parameters)
     lazy = {
         name: LazyTensor(ref, output_dtype(name, weights, DType.F32))
         for name, ref in weights.tensors.items()
     }
-    found: dict[str, Any] = (
-        dict(lazy) if lazy_mode else {name: held.contiguous() for name, held in lazy.items()}
+    state_dict: dict[str, Any] = (
+        dict(lazy) if lazy_mode else {name: tensor.contiguous() for name, tensor in lazy.items()}
     )
-    found |= {alias: found[owner] for alias, owner in weights.aliases.items()}
-    return {name: found[name] for name in weights.order if name in found}
+    state_dict |= {alias: state_dict[owner] for alias, owner in weights.aliases.items()}
+
+    return {name: state_dict[name] for name in weights.order if name in state_dict}
 
 
 def _weights(weights: Weights, exclude_frozen: bool) -> Weights:
-    """The weights, without the frozen parameters if they are not wanted."""
+    """The weights, without the frozen parameters if they are not asked for."""
     if not exclude_frozen:
         return weights
     tensors = {n: ref for n, ref in weights.tensors.items() if n not in weights.frozen}
@@ -95,8 +107,8 @@ def _weights(weights: Weights, exclude_frozen: bool) -> Weights:
 
 
 def convert_zero_checkpoint_to_state_dict(
-    checkpoint_dir: str | Path,
-    output_dir: str | Path,
+    checkpoint_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
     dtype: torch.dtype | str = "float32",
     max_shard_size: str | int | None = "5GB",
     safe_serialization: bool = False,
@@ -107,31 +119,73 @@ def convert_zero_checkpoint_to_state_dict(
 
     Only these files are written, each whole or not at all, the index last; whatever else lies in
     ``output_dir`` stays. For a complete model folder: ``ckpt.convert`` or ``ckpt to-fp32``.
+
+    An ``output_dir`` that ends as a file of weights does (.bin, .pt, .safetensors) is that file, as
+    before DeepSpeed 0.15.3: all weights are written into it, and one that exists is replaced.
+    ``CheckpointError`` if a folder cannot be made there.
     """
-    wanted = _DTYPES.get(str(dtype).removeprefix("torch.").lower())
-    if wanted is None:
-        raise ValueError(f"unsupported output dtype {dtype!r}; choose of {', '.join(_DTYPES)}")
-    source = zero.read(Path(checkpoint_dir), tag)
-    weights = _weights(source.weights, exclude_frozen_parameters)
-    most = MOST if max_shard_size is None else parse_size(str(max_shard_size))
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if safe_serialization:
-        tied = model_folder.tied_default(source.place.root, weights)
-        plan = safetensors.plan(weights, wanted, most, tied)
+    target_dtype = _DTYPES.get(str(dtype).removeprefix("torch.").lower())
+    if target_dtype is None:
+        raise ValueError(f"unsupported output dtype {dtype!r}; choose one of {', '.join(_DTYPES)}")
+    max_shard_bytes = WHOLE if max_shard_size is None else parse_size(max_shard_size)
+    with arguments.naming_arguments("tag="):
+        source = checkpoint.weights(local_path(checkpoint_dir), tag)
+        place = local_path(output_dir)
+        _convert(
+            source,
+            place,
+            target_dtype,
+            max_shard_bytes,
+            as_safetensors=safe_serialization,
+            exclude_frozen=exclude_frozen_parameters,
+        )
+
+
+def _convert(
+    source: checkpoint.Checkpoint,
+    output: Path,
+    target_dtype: DType,
+    max_shard_bytes: int,
+    as_safetensors: bool,
+    exclude_frozen: bool,
+) -> None:
+    weights = _weights(source.weights, exclude_frozen)
+    folder, file = _place(output)
+    if file is not None:
+        as_safetensors, max_shard_bytes = file.endswith(".safetensors"), WHOLE
+    if as_safetensors:
+        spare = ties.spared(weights, source.place.root, surroundings.config_of(source.place))
+        weights = ties.without_spared(weights, spare)
+        plan = safetensors.plan(weights, target_dtype, max_shard_bytes, "keep", file or SAFETENSORS)
     else:
-        plan = torchbin.plan(weights, wanted, most, "keep")
+        plan = pytorch_bin.plan(weights, target_dtype, max_shard_bytes, "keep", file or BIN)
     for shard in plan.shards:  # of another conversion, perhaps: never taken for this one's
         (folder / shard.filename).unlink(missing_ok=True)
-    stream.execute(plan, folder, allow_overflow=True)
+    shards.execute(plan, folder, shards.Checks(allow_overflow=True))
     if plan.index is not None:
         name, content = plan.index
-        files.write_file(folder / name, content)
+        local.write_file(folder / name, content)
+
+
+def _place(output: Path) -> tuple[Path, str | None]:
+    """The folder to write into, which is made, and the pattern of the one file if that is named."""
+    file = None
+    if output.suffix in _FILES and not output.is_dir():
+        file = output.name.replace("{", "{{").replace("}", "}}")
+        output = output.parent
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise CheckpointError(
+            f"{output} is a file; name a folder, or a file that ends in {', '.join(_FILES)}",
+            "output",
+        ) from error
+    return output, file
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(
-    checkpoint_dir: str | Path,
-    output_dir: str | Path,
+    checkpoint_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
     max_shard_size: str | int | None = "5GB",
     safe_serialization: bool = False,
     tag: str | None = None,
@@ -150,18 +204,21 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
 
 def load_state_dict_from_zero_checkpoint(
-    model: torch.nn.Module, checkpoint_dir: str | Path, tag: str | None = None
+    model: torch.nn.Module, checkpoint_dir: str | os.PathLike[str], tag: str | None = None
 ) -> torch.nn.Module:
     """Puts the model on the CPU and the checkpoint's weights into it, parameter by parameter.
 
     Each is read straight into the model's own storage, in the model's own type. What DeepSpeed made
     of the model (ZeRO-3 placeholders, hooks) is undone, so that it is an ordinary model again; the
-    engine must not be used any more. ``CheckpointError`` if a parameter of the model got no value
-    or has another shape; nothing has been changed then.
+    engine must not be used any more. What the checkpoint does not hold stays as it is where it is
+    frozen in the model (the base model under an adapter) or a buffer, with a warning.
+    ``CheckpointError`` if a trained parameter of the model got no value, or any has another shape;
+    nothing has been changed then.
     """
-    from ckpt import loading
+    from ckpt.weights.opening import load_into
 
-    return loading.load(model, zero.read(Path(checkpoint_dir), tag))
+    with arguments.naming_arguments("tag="):
+        return load_into.load(model, checkpoint.weights(local_path(checkpoint_dir), tag))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -170,7 +227,9 @@ def main(argv: list[str] | None = None) -> None:
         prog="zero_to_fp32", description="Convert a ZeRO checkpoint to fp32 weights."
     )
     parser.add_argument("checkpoint_dir", help="the checkpoint, such as path/checkpoint-12")
-    parser.add_argument("output_dir", help="the folder to write into")
+    parser.add_argument(
+        "output_dir", help="the folder to write into, or one file such as pytorch_model.bin"
+    )
     parser.add_argument("--max_shard_size", default="5GB", help="such as 5GB or 500MB")
     parser.add_argument(
         "--safe_serialization", action="store_true", help="safetensors instead of .bin"
@@ -178,18 +237,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-t", "--tag", help="the tag to read instead of the one latest names")
     parser.add_argument("--exclude_frozen_parameters", action="store_true")
     parser.add_argument("-d", "--debug", action="store_true", help="accepted, and without effect")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     try:
-        convert_zero_checkpoint_to_fp32_state_dict(
-            given.checkpoint_dir,
-            given.output_dir,
-            given.max_shard_size,
-            given.safe_serialization,
-            given.tag,
-            given.exclude_frozen_parameters,
+        _convert(
+            checkpoint.weights(Path(options.checkpoint_dir), options.tag),
+            Path(options.output_dir),
+            DType.F32,
+            parse_size(options.max_shard_size),
+            options.safe_serialization,
+            options.exclude_frozen_parameters,
         )
     except (CheckpointError, ValueError) as error:
         print(f"zero_to_fp32: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        print(f"zero_to_fp32: {error.filename or 'error'}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,1 +1,11 @@
-"""Bytes to bytes: formats read as tensors located in files, and written by moving bytes."""
+"""Bytes to bytes: formats read as tensors located in files, and written by moving bytes.
+
+tensors, source  tensors located in files; a checkpoint with all of them located
+detect/          what lies at a path, and which reader fits it
+zero/            DeepSpeed's state files;  formats/  files of weights;  peft/  adapters
+torch_files/     files of torch.save;  pickles/  read without running anything
+names/           names chosen, changed and matched;  quantized/  weights that are codes
+plan, cast       every byte of an output, decided;  computing/  tensors that a formula makes
+execute/         plans carried out;  storage/  the door to bytes
+errors, words    the one error, and lists and numbers in messages
+"""

@@ -1,8 +1,11 @@
-"""Element types as numpy arrays, cast with the rounding of torch: to nearest, ties to even.
+"""Element types as numpy arrays, cast with the rounding of torch: to nearest, ties to
+even.
 
-numpy knows no bfloat16 and no float8; ml_dtypes adds them, and casts fp32 to bf16 at memory speed.
-Both agree with torch on every finite number, infinity and subnormal; a NaN stays a NaN, but which
-of the many NaNs it becomes differs (torch itself differs between its own kernels).
+numpy knows no bfloat16 and no float8; ml_dtypes adds them, and casts fp32 to bf16 at
+memory speed. Types with several numbers in an element are bytes here: they are never
+cast. Both agree with torch on every finite number, infinity and subnormal; a NaN stays a
+NaN, but which of the many NaNs it becomes differs (torch itself differs between its own
+kernels).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from converters import files
+from converters.storage import open_files
 from converters.tensors import DType, TensorRef
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -31,6 +34,9 @@ _NUMPY = {
     DType.F64: "<f8",
     DType.I64: "<i8",
     DType.U64: "<u8",
+    DType.F4: "u1",
+    DType.F6_E2M3: "V3",
+    DType.F6_E3M2: "V3",
 }
 _INFINITY = {DType.F16: 0x7C00, DType.BF16: 0x7F80}  # bits; one more is a NaN
 
@@ -44,13 +50,18 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
     """The numpy type of ``dtype``; imports ml_dtypes for those numpy lacks."""
     if dtype in _NUMPY:
         return np.dtype(_NUMPY[dtype])
+
     import ml_dtypes
 
     added: dict[DType, type] = {
         DType.BF16: ml_dtypes.bfloat16,
         DType.F8_E5M2: ml_dtypes.float8_e5m2,
         DType.F8_E4M3: ml_dtypes.float8_e4m3fn,
+        DType.F8_E8M0: ml_dtypes.float8_e8m0fnu,
+        DType.F8_E4M3FNUZ: ml_dtypes.float8_e4m3fnuz,
+        DType.F8_E5M2FNUZ: ml_dtypes.float8_e5m2fnuz,
     }
+
     return np.dtype(added[dtype])
 
 
@@ -72,10 +83,12 @@ def convert(source: Array, target: Array) -> None:
 
 
 def overflows(source: Array, target: Array, dtype: DType) -> int:
-    """How many finite numbers of ``source`` became infinite in ``target`` (fp16 or bf16)."""
+    """The number of finite elements of ``source`` that are infinite in ``target`` (fp16
+    or bf16)."""
     infinity = _INFINITY.get(dtype)
     if infinity is None or source.dtype == target.dtype:
         return 0
+
     bits = target.view(np.uint16) & 0x7FFF
     if not len(bits) or bits.max() < infinity:
         return 0
@@ -83,21 +96,44 @@ def overflows(source: Array, target: Array, dtype: DType) -> int:
 
 
 def differences(rounded: Array, copy: Array) -> int:
-    """How many elements differ, bit for bit, save that any NaN equals any other."""
-    words = rounded.nbytes // 8 * (8 // rounded.dtype.itemsize)  # elements compared 8 bytes a time
-    if np.array_equal(rounded[:words].view("u8"), copy[:words].view("u8")):
-        rounded, copy = rounded[words:], copy[words:]
+    """The number of elements that differ bit for bit, where any NaN equals any other."""
+    # first 8 bytes at a time, which is faster; most pieces are equal
+    compared = rounded.nbytes // 8 * (8 // rounded.dtype.itemsize)
+    if np.array_equal(rounded[:compared].view("u8"), copy[:compared].view("u8")):
+        rounded, copy = rounded[compared:], copy[compared:]
+
     bits = np.dtype(f"u{rounded.dtype.itemsize}")
-    unlike = rounded.view(bits) != copy.view(bits)
+    differing = rounded.view(bits) != copy.view(bits)
     nans = np.isnan(rounded.astype(np.float32)) & np.isnan(copy.astype(np.float32))
-    return int(np.count_nonzero(unlike & ~nans))
+
+    return int(np.count_nonzero(differing & ~nans))
 
 
-def load(ref: TensorRef) -> Array:
+def same_in_16_bits(values: Array, copy: Array) -> bool:
+    """Whether an fp32 copy holds numbers of a 16-bit type only, to which the values
+    round.
+
+    So a hook of the state dict leaves them that calls ``float()`` on the model's 16-bit
+    weights.
+    """
+    if values.dtype != np.float32 or copy.dtype != np.float32:
+        return False
+
+    for dtype in (DType.BF16, DType.F16):
+        half = rounded(copy, dtype)
+        if differences(half.astype(np.float32), copy):
+            continue  # it holds numbers that this type has not
+        if not differences(rounded(values, dtype), half):
+            return True
+
+    return False
+
+
+def load(tensor: TensorRef) -> Array:
     """The elements of a tensor as a vector in memory of its own, read now."""
-    held = np.empty(ref.numel, numpy_dtype(ref.dtype))
-    files.fill(held.view(np.uint8).data, ref.extents)
-    return held
+    elements = np.empty(tensor.numel, numpy_dtype(tensor.dtype))
+    open_files.read_extents(elements.view(np.uint8).data, tensor.extents)
+    return elements
 
 
 def rounded(source: Array, dtype: DType) -> Array:
@@ -108,5 +144,7 @@ def rounded(source: Array, dtype: DType) -> Array:
 
 
 def rounds_to(master: TensorRef, copy: TensorRef) -> bool:
-    """Whether the master weights, rounded to the copy's type, are the copy. Reads both now."""
-    return not differences(rounded(load(master), copy.dtype), load(copy))
+    """Whether the master weights, rounded to the copy's type, are the copy. Reads both
+    now."""
+    values, expected = rounded(load(master), copy.dtype), load(copy)
+    return not differences(values, expected) or same_in_16_bits(values, expected)

@@ -1,10 +1,12 @@
-"""A conversion as plain data: every byte of the output decided before the first is written.
+"""A conversion as plain data: every byte of the output decided before the first is
+written.
 
     Weights  --split-->  names per shard  --safetensors / torchbin-->  Shard
     Shard    = literal bytes (headers, pickles) + placements (tensors), which cover it exactly
 
-Names, sizes and order of the shards are those of ``huggingface_hub`` (serialization/_base.py, 2.4):
-greedy in the model's order, a tensor over the limit alone in a shard.
+Names, sizes and order of the shards are those of ``huggingface_hub``
+(serialization/_base.py, 2.4): greedy in the model's order, a tensor over the limit alone
+in a shard.
 """
 
 from __future__ import annotations
@@ -12,22 +14,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import chain
 from typing import Literal
 
+from converters.computing.computed import copies, described, stored
 from converters.errors import CheckpointError
-from converters.tensors import Checksum, DType, TensorRef, Weights
+from converters.tensors import METADATA, Checksum, DType, TensorRef, Weights
 
 Tied = Literal["keep", "drop"]
+WHOLE = 1 << 62  # bytes of a shard where none is to be cut
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """A tensor, the type it is written in, and the byte of the shard it begins at.
 
-    ``copy`` holds the same values in other bytes, to prove the tensor by while it passes.
+    ``copy`` holds the same values in other bytes, to prove the tensor by while it
+    passes. ``codes`` is whether the bytes are not numbers, whatever their type.
     """
 
     name: str
@@ -35,6 +40,7 @@ class Placement:
     dtype: DType
     offset: int
     copy: TensorRef | None = None
+    codes: bool = False
 
     def __post_init__(self) -> None:
         if self.copy is not None and self.copy.numel != self.source.numel:
@@ -45,13 +51,21 @@ class Placement:
         """Bytes it takes in the shard."""
         return self.source.numel * self.dtype.itemsize
 
+    @property
+    def copies(self) -> tuple[TensorRef, ...]:
+        """What it is compared with: its own copy, or those of what it is computed
+        from."""
+        own_copy = () if self.copy is None else (self.copy,)
+        return (*own_copy, *copies(self.source))
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A file of the output. Literals and placements cover all ``nbytes`` of it, once each.
+    """A file of the output. Literals and placements cover all ``nbytes`` of it, once
+    each.
 
-    ``crc_slots`` are places in literals that take the CRC32 of a tensor's bytes (4 bytes, little
-    endian), known only when they have passed.
+    ``crc_slots`` are places in literals that take the CRC32 of a tensor's bytes (4
+    bytes, little endian), known only when they have passed.
     """
 
     filename: str
@@ -61,22 +75,28 @@ class Shard:
     crc_slots: tuple[tuple[int, str], ...] = ()
 
     def __post_init__(self) -> None:
-        literals = ((at, len(data)) for at, data in self.literals)
-        runs = chain(literals, ((placed.offset, placed.nbytes) for placed in self.placements))
-        end = 0
-        for at, length in sorted(run for run in runs if run[1]):
-            if at != end:
-                raise ValueError(f"{self.filename}: bytes {min(at, end)} to {max(at, end)}")
-            end = at + length
-        if end != self.nbytes:
-            raise ValueError(f"{self.filename}: {end} bytes are covered of {self.nbytes}")
+        literals = ((offset, len(data)) for offset, data in self.literals)
+        tensors = ((placement.offset, placement.nbytes) for placement in self.placements)
+        spans = chain(literals, tensors)
+
+        covered_end = 0
+        for offset, length in sorted(span for span in spans if span[1]):
+            if offset != covered_end:
+                first, last = sorted((offset, covered_end))
+                raise ValueError(f"{self.filename}: bytes {first} to {last}")
+            covered_end = offset + length
+
+        if covered_end != self.nbytes:
+            raise ValueError(f"{self.filename}: {covered_end} bytes are covered of {self.nbytes}")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The shards, the index that names them (none for a single shard), and what proves the source.
+    """The shards, the index that names them (none for a single shard), and what proves
+    the source.
 
-    ``aliases`` are tied names that are not written. ``total_size`` is the bytes of all tensors.
+    ``aliases`` are tied names that are not written. ``total_size`` is the bytes of all
+    tensors.
     """
 
     shards: tuple[Shard, ...]
@@ -95,8 +115,10 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Bytes to read, the copies that prove the tensors included."""
-        refs = (ref for p in self.placements() for ref in (p.source, p.copy) if ref)
-        return sum(ref.nbytes for ref in refs)
+        total = 0
+        for placement in self.placements():
+            total += sum(map(stored, (placement.source, *placement.copies)))
+        return total
 
     def placements(self) -> Iterator[Placement]:
         """Every tensor written, in the order of the files."""
@@ -104,48 +126,58 @@ class Plan:
             yield from shard.placements
 
     def digest(self) -> str:
-        """A SHA-256 of everything that decides the output's bytes, the source's CRCs included.
+        """A SHA-256 of everything that decides the output's bytes, the source's CRCs
+        included.
 
         Of sources without CRCs the size and time of change stand in.
         """
         seal = sha256()
         for shard in self.shards:
             seal.update(f"{shard.filename}\0{shard.nbytes}\0".encode())
-            for at, literal in shard.literals:
-                seal.update(f"{at}\0{len(literal)}\0".encode() + literal)
-            for p in shard.placements:
-                seal.update(f"{p.name}\0{p.source.dtype}\0{p.dtype}\0{p.offset}\0".encode())
-                seal.update(repr(p.source.extents).encode())
+            for offset, literal in shard.literals:
+                seal.update(f"{offset}\0{len(literal)}\0".encode() + literal)
+
+            for placement in shard.placements:
+                types = f"{placement.source.dtype}\0{placement.dtype}"
+                seal.update(f"{placement.name}\0{types}\0{placement.offset}\0".encode())
+                for words in described(placement.source):
+                    seal.update(words.encode())
+
         for checksum in self.checksums:
             extent = checksum.extent
             seal.update(f"{extent.path}\0{extent.offset}\0{checksum.crc32}\0".encode())
             if checksum.crc32 is None:
-                found = extent.path.stat()
-                seal.update(f"{found.st_size}\0{found.st_mtime_ns}\0".encode())
+                status = extent.path.stat()
+                seal.update(f"{status.st_size}\0{status.st_mtime_ns}\0".encode())
+
         return seal.hexdigest()
 
 
 def output_dtype(name: str, weights: Weights, dtype: DType | None) -> DType:
-    """The type a tensor is written in, when ``dtype`` is asked for (``None``: as stored).
+    """The type a tensor is written in, when ``dtype`` is asked for (``None``: as
+    stored).
 
-    Parameters take the type asked for; buffers keep theirs, raised to fp32 where that is asked
-    for; what is no floating-point number keeps its type.
+    Parameters take the type asked for; buffers keep theirs, raised to fp32 where that is
+    asked for; what is not a floating-point number, or a code of one, keeps its type.
     """
     stored = weights.tensors[name].dtype
-    if dtype is None or not stored.floating:
+    if dtype is None or not stored.floating or name in weights.packed:
         return stored
     if name in weights.buffers:
         return dtype if dtype is DType.F32 and stored.itemsize < 4 else stored
     return dtype
 
 
-def parse_size(text: str) -> int:
-    """Bytes of 5GB (10^9, as the Hugging Face tools count), 2GiB or 300B; ``ValueError``."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?\s*", text.upper())
-    if found is None:
-        raise ValueError(f"{text!r} is no size; write 5GB, 500MB or 2GiB")
-    base, power = 1024 if found[3] else 1000, " KMGT".index(found[2] or " ")
-    size = int(float(found[1]) * base**power)
+def parse_size(size_or_text: str | int) -> int:
+    """Bytes of 5GB (10^9, as the Hugging Face tools count), 2GiB, 300B, or of a number;
+    ``ValueError``."""
+    text = str(size_or_text)
+    parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?\s*", text.upper())
+    if parts is None:
+        raise ValueError(f"{text!r} is not a size; write 5GB, 500MB or 2GiB")
+
+    base, power = 1024 if parts[3] else 1000, " KMGT".index(parts[2] or " ")
+    size = int(float(parts[1]) * base**power)
     if size < 1:
         raise ValueError("a shard takes at least one byte")
     return size
@@ -155,17 +187,57 @@ def split(sizes: Mapping[str, int], max_shard_size: int) -> list[list[str]]:
     """Names per shard, from bytes by name."""
     shards: list[list[str]] = []
     current: list[str] = []
-    held = 0
+    current_bytes = 0
     for name, size in sizes.items():
         if size > max_shard_size:
             shards.append([name])
             continue
-        if held + size > max_shard_size:
+        if current_bytes + size > max_shard_size:
             shards.append(current)
-            current, held = [], 0
+            current, current_bytes = [], 0
         current.append(name)
-        held += size
+        current_bytes += size
+
     return [*shards, current] if current else shards
+
+
+def joined(first: Plan | None, others: Mapping[str, Plan]) -> Plan:
+    """One plan of several, each of ``others`` in a folder of the output, without
+    indices.
+
+    Their tensors are called by the folder too, since several may have the same name.
+    """
+    shards = [*first.shards] if first else []
+    for folder, plan in others.items():
+        for shard in plan.shards:
+            placements = (
+                replace(placement, name=f"{folder}/{placement.name}")
+                for placement in shard.placements
+            )
+            slots = tuple((offset, f"{folder}/{tensor}") for offset, tensor in shard.crc_slots)
+            shards.append(
+                replace(
+                    shard,
+                    filename=f"{folder}/{shard.filename}",
+                    placements=tuple(placements),
+                    crc_slots=slots,
+                )
+            )
+
+    all_plans = [*([first] if first else []), *others.values()]
+    checksums = {
+        (checksum.extent.path, checksum.extent.offset): checksum
+        for plan in all_plans
+        for checksum in plan.checksums
+    }
+
+    return Plan(
+        tuple(shards),
+        first.index if first else None,
+        sum(plan.total_size for plan in all_plans),
+        first.aliases if first else {},
+        tuple(checksums[key] for key in sorted(checksums)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +248,18 @@ class Entry:
     source: TensorRef
     dtype: DType
     copy: TensorRef | None
+    codes: bool = False
 
     def at(self, offset: int) -> Placement:
         """The tensor placed at a byte of the shard."""
-        return Placement(self.name, self.source, self.dtype, offset, self.copy)
+        return Placement(
+            self.name,
+            self.source,
+            self.dtype,
+            offset,
+            self.copy,
+            self.codes,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -199,35 +279,66 @@ def plan(
     shard: ShardOf,
     shares: bool,
 ) -> Plan:
-    """Plans files named by ``pattern``, such as ``model{suffix}.safetensors``, made by ``shard``.
+    """Plans files named by ``pattern``, such as ``model{suffix}.safetensors``, made by
+    ``shard``.
 
-    ``tied="keep"`` writes tied names too: again, or, where ``shares``, as the same bytes.
+    ``tied="keep"`` writes tied names too: again, or, where ``shares``, as the same
+    bytes.
     """
-    again = weights.aliases if tied == "keep" else {}
+    tied_names = weights.aliases if tied == "keep" else {}
     owners = {name: name for name in weights.tensors}
     if not shares:
-        owners |= again
+        owners |= tied_names
+
     order = [name for name in weights.order or tuple(owners) if name in owners]
     types = {name: output_dtype(owner, weights, dtype) for name, owner in owners.items()}
     sizes = {name: weights.tensors[owners[name]].numel * types[name].itemsize for name in order}
-    if not sizes:
-        raise CheckpointError("the checkpoint holds no tensors; nothing to write", "incomplete")
+    _require_writable(sizes, shares)
+
+    def entry(name: str) -> Entry:
+        owner = owners[name]
+        copy, codes = weights.copies.get(owner), owner in weights.packed
+        return Entry(name, weights.tensors[owner], types[name], copy, codes)
+
     parts = split(sizes, max_shard_size)
     shards: list[Shard] = []
     weight_map: dict[str, str] = {}
     for number, names in enumerate(parts):
         suffix = f"-{number + 1:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
-        entries = [
-            Entry(n, weights.tensors[owners[n]], types[n], weights.copies.get(owners[n]))
-            for n in names
-        ]
-        here = {a: o for a, o in again.items() if shares and o in names}
-        shards.append(shard(pattern.format(suffix=suffix), entries, here))
-        weight_map |= dict.fromkeys((*names, *here), shards[-1].filename)
-    index = None
-    if len(parts) > 1:
-        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-        index = (pattern.format(suffix="") + ".index.json", text.encode())
+        entries = [entry(name) for name in names]
+        shared_aliases = {
+            alias: tied_owner
+            for alias, tied_owner in tied_names.items()
+            if shares and tied_owner in names
+        }
+
+        shards.append(shard(pattern.format(suffix=suffix), entries, shared_aliases))
+        weight_map |= dict.fromkeys((*names, *shared_aliases), shards[-1].filename)
+
+    total_size = sum(sizes.values())
+    index = _index(pattern, total_size, weight_map) if len(parts) > 1 else None
     dropped = {} if tied == "keep" else dict(weights.aliases)
-    return Plan(tuple(shards), index, sum(sizes.values()), dropped, weights.checksums)
+
+    return Plan(tuple(shards), index, total_size, dropped, weights.checksums)
+
+
+def _require_writable(sizes: Mapping[str, int], shares: bool) -> None:
+    """Raises for no tensors at all, and for a name that safetensors cannot hold."""
+    if not sizes:
+        raise CheckpointError(
+            "the checkpoint holds no tensors; nothing to write",
+            "incomplete",
+        )
+    if METADATA in sizes and not shares:
+        raise CheckpointError(
+            f"the checkpoint has a tensor {METADATA}, a name that safetensors keeps "
+            f"for itself; rename it with --rename {METADATA}=NEW, or choose --format bin",
+            "output",
+        )
+
+
+def _index(pattern: str, total_size: int, weight_map: Mapping[str, str]) -> tuple[str, bytes]:
+    """The name and the content of the file that says which shard a tensor is in."""
+    content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    return pattern.format(suffix="") + ".index.json", text.encode()

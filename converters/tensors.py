@@ -1,27 +1,45 @@
 """The narrow waist: tensors located in files, not read.
 
-A tensor is a few runs of bytes. Every reader returns ``Weights`` and every writer takes them; two
-operations, ``narrow`` and ``concat``, express every way in which ZeRO cuts a tensor up.
+A tensor is a few runs of bytes. Every reader returns ``Weights`` and every writer takes
+them; two operations, ``narrow`` and ``concat``, express every way in which ZeRO cuts a
+tensor up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from math import prod
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol
+
+ZEROS = Path("/dev/zero")
+
+METADATA = "__metadata__"  # the key of a safetensors header that is not a tensor
 
 
 class DType(Enum):
-    """An element type under its safetensors name."""
+    """An element type under its safetensors name, in the order of safetensors' own list.
+
+    The order decides that of tensors in a file (safetensors 0.8, ``tensor.rs``:
+    ``Dtype``). Of the types under eight bits an element is the least that takes whole
+    bytes: two numbers of ``F4``, as torch's ``float4_e2m1fn_x2`` counts them, and four
+    of ``F6``.
+    """
 
     BOOL = "BOOL"
+    F4 = "F4"
+    F6_E2M3 = "F6_E2M3"
+    F6_E3M2 = "F6_E3M2"
     U8 = "U8"
     I8 = "I8"
     F8_E5M2 = "F8_E5M2"
     F8_E4M3 = "F8_E4M3"
+    F8_E8M0 = "F8_E8M0"
+    F8_E4M3FNUZ = "F8_E4M3FNUZ"
+    F8_E5M2FNUZ = "F8_E5M2FNUZ"
     I16 = "I16"
     U16 = "U16"
     F16 = "F16"
@@ -40,22 +58,39 @@ class DType(Enum):
         return _ITEMSIZE[self]
 
     @property
+    def numbers(self) -> int:
+        """Numbers in an element: more than one where a number takes less than a byte."""
+        return _NUMBERS.get(self, 1)
+
+    @property
     def floating(self) -> bool:
-        """Whether it is a real floating-point type, the kind that a conversion may cast."""
+        """Whether the type is a real floating-point type, which a conversion may cast.
+
+        Not so ``F8_E8M0``, ``F4`` and ``F6``: they are scales and codes of quantized
+        weights.
+        """
         return self in _FLOATING
 
 
 _ITEMSIZE = {
     dtype: size
     for size, dtypes in {
-        1: (DType.BOOL, DType.U8, DType.I8, DType.F8_E5M2, DType.F8_E4M3),
+        1: (
+            *(DType.BOOL, DType.F4, DType.U8, DType.I8, DType.F8_E5M2, DType.F8_E4M3),
+            *(DType.F8_E8M0, DType.F8_E4M3FNUZ, DType.F8_E5M2FNUZ),
+        ),
         2: (DType.I16, DType.U16, DType.F16, DType.BF16),
+        3: (DType.F6_E2M3, DType.F6_E3M2),
         4: (DType.I32, DType.U32, DType.F32),
         8: (DType.I64, DType.U64, DType.F64, DType.C64),
     }.items()
     for dtype in dtypes
 }
-_FLOATING = {DType.F8_E5M2, DType.F8_E4M3, DType.F16, DType.BF16, DType.F32, DType.F64}
+_NUMBERS = {DType.F4: 2, DType.F6_E2M3: 4, DType.F6_E3M2: 4}
+_FLOATING = {
+    *(DType.F8_E5M2, DType.F8_E4M3, DType.F8_E4M3FNUZ, DType.F8_E5M2FNUZ),
+    *(DType.F16, DType.BF16, DType.F32, DType.F64),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,56 +111,149 @@ class Extent:
         return self.offset + self.length
 
 
+class Extents(Protocol):
+    """The runs of bytes of a tensor, in the order of its elements.
+
+    ``Listed`` has them one by one, ``Strided`` works them out: for views that have too
+    many to keep. Tensors whose columns lie in several files (those of tensor
+    parallelism) would be a third kind, ``Interleaved``: it is not built yet.
+    """
+
+    def __len__(self) -> int:
+        """The number of runs."""
+
+    def __getitem__(self, index: int, /) -> Extent:
+        """The run with this number."""
+
+    def __iter__(self) -> Iterator[Extent]:
+        """All runs."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all runs; known without going through them where they are many."""
+
+    @property
+    def scattered(self) -> bool:
+        """Whether runs are many and small, in no order of a file: what lies between them
+        is read along with them."""
+
+    def narrow(self, start: int, stop: int) -> Extents:
+        """The bytes from ``start`` to ``stop``, counted in the order of the runs."""
+
+    def per_record(self) -> Sequence[Extent]:
+        """Runs of which one or more lie in each record of a file that the bytes lie in."""
+
+
+class Listed(tuple[Extent, ...]):
+    """Runs that are kept one by one."""
+
+    __slots__ = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all runs."""
+        return sum(extent.length for extent in self)
+
+    @property
+    def scattered(self) -> bool:
+        """Runs that are kept are read one by one."""
+        return False
+
+    def narrow(self, start: int, stop: int) -> Listed:
+        """The bytes from ``start`` to ``stop``, in the order of the runs."""
+        return Listed(_cut(self, 0, start, stop))
+
+    def per_record(self) -> Listed:
+        """All runs: nothing says that two of them are in one record."""
+        return self
+
+
 @dataclass(frozen=True, slots=True)
-class Runs(Sequence[Extent]):
+class Strided:
     """The runs of a strided view, each worked out when it is asked for.
 
-    ``length`` bytes each; ``dims`` are (count, bytes from one to the next), the outermost first. A
-    transposed matrix has a run for every element, too many to keep.
+    ``length`` bytes each; ``strides`` are (count, bytes from one to the next), the
+    outermost first. A transposed matrix has a run for every element, too many to keep.
     """
 
     path: Path
     offset: int
     length: int
-    dims: tuple[tuple[int, int], ...]
+    strides: tuple[tuple[int, int], ...]
 
     def __len__(self) -> int:
-        return prod(count for count, _ in self.dims)
+        return prod(count for count, _ in self.strides)
 
-    @overload
-    def __getitem__(self, index: int) -> Extent: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Extent]: ...
-    def __getitem__(self, index: int | slice) -> Extent | Sequence[Extent]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        rest, at = range(len(self))[index], self.offset
-        for count, step in reversed(self.dims):
-            rest, place = divmod(rest, count)
-            at += place * step
-        return Extent(self.path, at, self.length)
+    def __getitem__(self, index: int, /) -> Extent:
+        remainder, offset = range(len(self))[index], self.offset
+        for count, step in reversed(self.strides):
+            remainder, position = divmod(remainder, count)
+            offset += position * step
+
+        return Extent(self.path, offset, self.length)
+
+    def __iter__(self) -> Iterator[Extent]:
+        return map(self.__getitem__, range(len(self)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all runs."""
+        return len(self) * self.length
+
+    @property
+    def scattered(self) -> bool:
+        """What lies between the runs is read along with them."""
+        return True
+
+    def narrow(self, start: int, stop: int) -> Listed:
+        """The bytes from ``start`` to ``stop``, in the order of the runs."""
+        first = start // self.length if self.length else 0
+        runs = map(self.__getitem__, range(first, len(self)))
+        return Listed(_cut(runs, first * self.length, start, stop))
+
+    def per_record(self) -> Sequence[Extent]:
+        """A view is one of a single storage."""
+        return (self[0],)
+
+
+def _cut(extents: Iterable[Extent], position: int, start: int, stop: int) -> Iterator[Extent]:
+    """What of the bytes from ``start`` to ``stop`` lies in each extent; the first one begins
+    at ``position``."""
+    for extent in extents:
+        first = max(start - position, 0)
+        end = min(stop - position, extent.length)
+        if first < end:
+            yield Extent(extent.path, extent.offset + first, end - first)
+
+        position += extent.length
+        if position >= stop:
+            break
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
     """A tensor located, not read: row-major elements in the order of ``extents``.
 
-    ``attributes`` are what a pickle kept beside the tensor, such as DeepSpeed's ``ds_id``.
+    A plain tuple of extents is taken, too, and becomes ``Listed``.
+    ``attributes`` are what a pickle kept beside the tensor, such as DeepSpeed's
+    ``ds_id``.
     """
 
     dtype: DType
     shape: tuple[int, ...]
-    extents: tuple[Extent, ...] | Runs
+    extents: Extents
     attributes: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        runs = self.extents
-        whole = isinstance(runs, Runs)
-        held = len(runs) * runs[0].length if whole else sum(extent.length for extent in runs)
-        if held != self.nbytes or any(size < 0 for size in self.shape):
+        extents: object = self.extents
+        if type(extents) is tuple:
+            object.__setattr__(self, "extents", Listed(extents))
+
+        extent_bytes = self.extents.nbytes
+        if extent_bytes != self.nbytes or any(size < 0 for size in self.shape):
             raise ValueError(
-                f"{self.dtype.value}{list(self.shape)} needs {self.nbytes} bytes, "
-                f"its extents hold {held}"
+                f"{self.dtype.value} ({' x '.join(map(str, self.shape))}) needs "
+                f"{self.nbytes} bytes, its extents hold {extent_bytes}"
             )
 
     @property
@@ -139,25 +267,19 @@ class TensorRef:
         return prod(self.shape) * self.dtype.itemsize
 
     def view(self, *shape: int) -> TensorRef:
-        """The same elements under another shape; ``ValueError`` if their number differs."""
+        """This tensor under another shape; ``ValueError`` if the number of elements
+        differs."""
         return TensorRef(self.dtype, shape, self.extents, self.attributes)
 
     def narrow(self, start: int, length: int) -> TensorRef:
-        """``length`` elements from element ``start`` on, as a vector; ``ValueError`` if outside."""
+        """``length`` elements from element ``start`` on, as a vector; ``ValueError`` if
+        outside."""
         if start < 0 or length < 0 or start + length > self.numel:
             raise ValueError(f"elements {start} to {start + length} of {self.numel}")
-        at, stop = start * self.dtype.itemsize, (start + length) * self.dtype.itemsize
-        skipped = at // self.extents.length if isinstance(self.extents, Runs) else 0
-        found, before = [], skipped * (self.extents[0].length if skipped else 0)
-        for index in range(skipped, len(self.extents)):
-            extent = self.extents[index]
-            first, last = max(at - before, 0), min(stop - before, extent.length)
-            if first < last:
-                found.append(Extent(extent.path, extent.offset + first, last - first))
-            before += extent.length
-            if before >= stop:
-                break
-        return TensorRef(self.dtype, (length,), tuple(found))
+
+        itemsize = self.dtype.itemsize
+        extents = self.extents.narrow(start * itemsize, (start + length) * itemsize)
+        return TensorRef(self.dtype, (length,), extents)
 
     @staticmethod
     def concat(parts: Iterable[TensorRef]) -> TensorRef:
@@ -166,37 +288,57 @@ class TensorRef:
         ``ValueError`` for no parts or parts of several types.
         """
         refs = list(parts)
-        if len({ref.dtype for ref in refs}) != 1:
-            raise ValueError(f"cannot join {sorted({ref.dtype.value for ref in refs})}")
+        if len({tensor.dtype for tensor in refs}) != 1:
+            raise ValueError(
+                f"cannot join {' and '.join(sorted({ref.dtype.value for ref in refs}))}"
+            )
+
         joined: list[Extent] = []
-        for extent in (extent for ref in refs for extent in ref.extents if extent.length):
+        for extent in (extent for tensor in refs for extent in tensor.extents if extent.length):
             last = joined[-1] if joined else None
             if last and last.path == extent.path and last.end == extent.offset:
                 joined[-1] = Extent(last.path, last.offset, last.length + extent.length)
             else:
                 joined.append(extent)
-        return TensorRef(refs[0].dtype, (sum(ref.numel for ref in refs),), tuple(joined))
+
+        return TensorRef(
+            refs[0].dtype,
+            (sum(tensor.numel for tensor in refs),),
+            Listed(joined),
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Checksum:
-    """A run of bytes and the CRC32 its file gives for it; ``None`` where the file gives none."""
+    """A run of bytes and the CRC32 its file gives for it; ``None`` where the file gives
+    none."""
 
     extent: Extent
     crc32: int | None
+
+
+def record_index(records: Sequence[Checksum], offset: int) -> int:
+    """The last of some records, sorted by offset, that begins at ``offset`` or before;
+    -1 if none does."""
+    return bisect_right(records, offset, key=lambda record: record.extent.offset) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
     """What every reader returns and every writer takes.
 
-    ``tensors`` are in the model's own order. ``aliases`` maps each further name of a tied tensor to
-    the name in ``tensors`` whose values it shares. ``buffers`` are the names that are no
-    parameters, ``frozen`` those of parameters that are not trained. ``absent`` maps names the model
-    has, but whose values no file holds, to the reason. ``copies`` are the same values stored a
-    second time in 16 bits (fp32 runs: in fp32), to prove the tensors by. ``checksums`` covers the
-    records of the source files that the tensors lie in. ``order`` has every name, tied and absent
-    ones too, as the model's own state dict orders them.
+    ``tensors`` are in the model's own order. ``aliases`` maps each further name of a
+    tied tensor to the name in ``tensors`` whose values it shares. ``buffers`` are the
+    names that are not parameters, ``frozen`` those of parameters that are not trained.
+    ``absent`` maps names the model has, but whose values no file holds, to the reason.
+    ``copies`` are the same values stored a second time in 16 bits (fp32 runs: in fp32),
+    to prove the tensors by. ``checksums`` covers the records of the source files that
+    the tensors lie in. ``order`` has every name, tied and absent ones too, as the
+    model's own state dict orders them. ``packed`` are the names of tensors that are
+    codes or constants of a quantization: they are copied as they are, never cast.
+    ``trained`` are the names that an optimizer has master weights of; empty where the
+    files do not tell. ``lost_ties`` maps those of ``absent`` that are tied to the name
+    whose values no file holds.
     """
 
     tensors: Mapping[str, TensorRef]
@@ -207,11 +349,22 @@ class Weights:
     checksums: tuple[Checksum, ...] = ()
     order: tuple[str, ...] = ()
     frozen: frozenset[str] = frozenset()
+    packed: frozenset[str] = frozenset()
+    trained: frozenset[str] = frozenset()
+    lost_ties: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for alias, owner in self.aliases.items():
             if owner not in self.tensors or alias in self.tensors:
-                raise ValueError(f"{alias} is tied to {owner}, which is no tensor of its own")
-        both = [name for name in self.absent if name in self.tensors or name in self.aliases]
-        if both:
-            raise ValueError(f"{both[0]} is both present and absent")
+                raise ValueError(f"{alias} is tied to {owner}, which is not a tensor of its own")
+
+        contradictory = [
+            name for name in self.absent if name in self.tensors or name in self.aliases
+        ]
+        if contradictory:
+            raise ValueError(f"{contradictory[0]} is both present and absent")
+
+
+def zeros(dtype: DType, numel: int) -> TensorRef:
+    """Padding, to be read from where there is nothing else."""
+    return TensorRef(dtype, (numel,), Listed([Extent(ZEROS, 0, numel * dtype.itemsize)]))

@@ -1,11 +1,11 @@
-"""Attacks the toolkit for as long as one likes: the long mode of the tests in tests/hardening.
+"""Attacks the toolkit for as long as one likes: the long mode of tests/hardening.
 
     python scripts/harden.py --minutes 10                       every part, a share of the time each
     python scripts/harden.py --minutes 60 --only fuzz --seed 7
     python scripts/harden.py --minutes 5 --only hostile,corruption --markdown found.md
     python scripts/harden.py --only faults,corruption --every NOTES
 
-A part is a package or module tests/hardening/PART with
+A part is a package or module tests/support/hardening/PART with
 
     run(seconds: float, seed: int, work: Path, say: Callable[[str], None]) -> dict
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the counts there too")
     parser.add_argument("--every", type=Path, metavar="NOTES", help="all there is, not for a time")
     asked = parser.parse_args(argv)
-    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+    sys.path[:0] = [str(TESTS / "support"), str(TESTS / "workers"), str(TESTS.parent)]
     parts = [part for part in asked.only if _there(part)]
     print(f"seed {asked.seed}", file=sys.stderr)
     end = time.monotonic() + 60 * asked.minutes

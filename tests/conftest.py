@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from zlib import crc32
+
+import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,4 +24,89 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / 
 for _lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).rglob("lock"):
     if time.time() - _lock.stat().st_mtime > 900:
         _lock.unlink(missing_ok=True)
-sys.path.insert(0, str(Path(__file__).parent))
+
+
+_HERE = Path(__file__).parent
+_LONGEST = (  # the modules that take a minute and more, by what was measured
+    *("hf", "resume", "saver", "same_run", "lightning", "accelerate", "places", "topology"),
+    *("launchers", "live", "adapters_training", "reshard_training", "engines", "errors"),
+    *("faults", "hardening_hub", "hardening_differential", "hardening_hostile", "hardening_crash"),
+)
+
+
+# What takes longest comes first, so that the processes of xdist end together; the many small tests
+# come last, and alone of all may go to any process one by one.
+_ROOMS = ("training", "hardening", "hub", "oracle", "unit")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps the order below: xdist would begin with the modules that have the most tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Sends a module, and so what its fixtures train, to one process, but for those of unit.
+
+    ``xdist_group`` does not do it: with pytest 9.2, xdist 3.8 writes the group where nobody reads
+    it, and each process trains all over again.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return nodeid if module.startswith("tests/unit/") else module
+
+    return ByModule(config, log)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m unit`` no other room is imported: transformers alone would take seconds."""
+    is_other_room = collection_path.parent == _HERE and collection_path.name in _ROOMS[:-1]
+    return True if config.option.markexpr == "unit" and is_other_room else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives each test the mark of its room, the folder under tests/ that it lies in.
+
+    A test that costs more than its module has the mark of another room by hand.
+    """
+    for item in items:
+        if not any(item.get_closest_marker(room) for room in _ROOMS):
+            item.add_marker(_room(item))
+    items.sort(key=lambda item: (_place(item), _ROOMS.index(_room(item))))
+
+
+def _room(item: pytest.Item) -> str:
+    folder = item.path.relative_to(_HERE).parts[0]
+    return folder if folder in _ROOMS else "unit"
+
+
+def _place(item: pytest.Item) -> int:
+    name = item.path.stem.removeprefix("test_")
+    return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_stays() -> Iterator[None]:
+    """A test that leaves a process group makes later ones of its process fail: it is named."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+        pytest.fail("a process group was left initialised")
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """What the library has logged since the last call, INFO included."""
+    caplog.set_level(logging.INFO, "ckpt")
+
+    def read() -> str:
+        text = caplog.text
+        caplog.clear()
+        return text
+
+    return read

@@ -5,8 +5,9 @@
   passed   CRC32s of the source's bytes by file: what ``Serving.check`` need not read again
   proven   whether every CRC32 of the plan was right
 
-It is a hint and no more: what it says the Hub has, the Hub is asked for. Its name is the digest of
-the plan, which binds every source byte that has a CRC32, and of others the time of change.
+It is a hint and no more: what it says the Hub has, the Hub is asked for. Its name is
+the digest of the plan, which binds every source byte that has a CRC32, and of others
+the time of change.
 """
 
 from __future__ import annotations
@@ -21,19 +22,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from converters import files
+from converters.execute.virtual_file import Serving
 from converters.plan import Plan
-from converters.served import Serving
+from converters.storage import local
 
 FORMAT = 1
-MOST_RUNS = 100_000  # runs of bytes that are written down; of more only the digests are
+MAX_RUNS = 100_000  # runs of bytes that are written down; of more only the digests are
 AGE = 30 * 86400  # seconds after which a journal is thrown away
 
 
 def folder() -> Path:
     """Where journals lie."""
-    base = os.environ.get("XDG_CACHE_HOME") or ""
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "ckpt/push"
+    cache_base = os.environ.get("XDG_CACHE_HOME") or ""
+    cache = Path(cache_base) if os.path.isabs(cache_base) else Path.home() / ".cache"
+
+    return cache / "ckpt/push"
 
 
 @dataclass(slots=True)
@@ -57,7 +60,7 @@ class Journal:
             self._write(serving)
 
     def forget(self) -> None:
-        """Throws it away: something that it says is not so."""
+        """Deletes the journal, because something that it says is wrong."""
         self.sha256.clear()
         self.proven = False
         with contextlib.suppress(OSError):
@@ -65,64 +68,77 @@ class Journal:
 
     def _write(self, serving: Serving) -> None:
         with serving.ledger.lock:
-            passed = {
+            passed_runs = {
                 str(path): [[start, end, crc] for start, (end, crc) in starts.items()]
                 for path, (starts, _) in serving.ledger.runs.items()
             }
-        if sum(map(len, passed.values())) > MOST_RUNS:
-            passed = {}
-        held = {
+
+        if sum(map(len, passed_runs.values())) > MAX_RUNS:
+            passed_runs = {}
+        document = {
             "format": FORMAT,
-            "files": {n: {"size": self.sizes[n], "sha256": s} for n, s in self.sha256.items()},
-            "passed": passed,
-            "unlike": sorted(serving.unlike),
+            "files": {
+                shard_name: {"size": self.sizes[shard_name], "sha256": shard_digest}
+                for shard_name, shard_digest in self.sha256.items()
+            },
+            "passed": passed_runs,
+            "unlike": sorted(serving.mismatched),
             "proven": self.proven,
         }
-        with contextlib.suppress(OSError):  # without a place to write, a rerun reads again
+        # without a place to write, a rerun reads again
+        with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_file(self.path, json.dumps(held).encode())
+            local.write_file(self.path, json.dumps(document).encode())
 
 
 def opened(plan: Plan, serving: Serving) -> Journal:
     """The plan's journal, its proof entered into ``serving``; empty where there is none."""
-    place = folder()
-    _throw_away_old(place)
+    journal_folder = folder()
+    _throw_away_old(journal_folder)
     sizes = {shard.filename: shard.nbytes for shard in plan.shards}
-    made = Journal(place / f"{plan.digest()}.json", sizes)
+    journal = Journal(journal_folder / f"{plan.digest()}.json", sizes)
     try:
-        held = json.loads(made.path.read_bytes())
-        found, passed = _read(held, made.sizes)
-        unlike = {str(name) for name in held["unlike"]}
+        document = json.loads(journal.path.read_bytes())
+        digests, passed_runs = _read(document, journal.sizes)
+        unlike_names = {str(name) for name in document["unlike"]}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return made
-    for path, runs in passed.items():
-        for start, end, crc in runs:
-            serving.ledger.add(path, start, end - start, crc)
-    serving.unlike |= unlike
-    made.sha256, made.proven = found, held["proven"] is True
-    return made
+        return journal
+
+    for path, runs in passed_runs.items():
+        for start, end, run_crc in runs:
+            serving.ledger.add(path, start, end - start, run_crc)
+
+    serving.mismatched |= unlike_names
+    journal.sha256, journal.proven = digests, document["proven"] is True
+
+    return journal
 
 
 def _read(
-    held: Any, sizes: Mapping[str, int]
+    document: Any, shard_sizes: Mapping[str, int]
 ) -> tuple[dict[str, str], dict[Path, list[tuple[int, int, int]]]]:
-    """Digests by name, and runs by file; ``ValueError`` or the like if it is no journal."""
-    if held["format"] != FORMAT:
+    """Digests by name, and runs by file; ``ValueError`` or the like if it is not a journal."""
+    if document["format"] != FORMAT:
         raise ValueError("another format")
-    found = {}
-    for name, file in held["files"].items():
-        if sizes[name] != file["size"] or not re.fullmatch(r"[0-9a-f]{64}", file["sha256"]):
-            raise ValueError(name)
-        found[name] = file["sha256"]
-    passed = {
+
+    digests = {}
+    for shard_name, file_entry in document["files"].items():
+        if shard_sizes[shard_name] != file_entry["size"] or not re.fullmatch(
+            r"[0-9a-f]{64}", file_entry["sha256"]
+        ):
+            raise ValueError(shard_name)
+        digests[shard_name] = file_entry["sha256"]
+
+    passed_runs = {
         Path(path): [(int(start), int(end), int(crc)) for start, end, crc in runs]
-        for path, runs in held["passed"].items()
+        for path, runs in document["passed"].items()
     }
-    return found, passed
+
+    return digests, passed_runs
 
 
-def _throw_away_old(place: Path) -> None:
+def _throw_away_old(journal_folder: Path) -> None:
     with contextlib.suppress(OSError):
-        for path in place.iterdir():
-            if path.stat().st_mtime < time.time() - AGE:
-                path.unlink(missing_ok=True)
+        for journal_path in journal_folder.iterdir():
+            if journal_path.stat().st_mtime < time.time() - AGE:
+                journal_path.unlink(missing_ok=True)

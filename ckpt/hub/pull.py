@@ -3,8 +3,8 @@
 .DIR.partial/     beside DIR while files come; an interrupted pull goes on with those that it has
 DIR/              the same folder, renamed when every file has its digest
 
-Files come through ``snapshot_download``; every one is then read and compared with the size and the
-SHA-256 (of small ones the git blob) that the Hub's own list gives.
+Files come through ``snapshot_download``; every one is then read and compared with the
+size and the SHA-256 (of small ones the git blob) that the Hub's own list gives.
 """
 
 from __future__ import annotations
@@ -17,127 +17,180 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from ckpt.hub import refusals, remote
-from ckpt.hub.items import unfit
-from ckpt.hub.patience import patient
-from ckpt.hub.planning import api_for
-from ckpt.hub.remote import Held
-from ckpt.renaming import is_arriving, replace_folder
-from ckpt.report import size
-from ckpt.runs import locks, manifest, verify
+from ckpt.folders import filenames, locks
+from ckpt.folders.replacing import is_arriving, replace_folder
+from ckpt.folders.staging import folder_for, require_room
+from ckpt.hub.client import errors, repository
+from ckpt.hub.client.repository import RemoteFile
+from ckpt.hub.client.retry import retry
+from ckpt.hub.content.items import unfit
+from ckpt.hub.plan import api_for
+from ckpt.runs import verify
 from ckpt.runs.run import open_checkpoint
-from ckpt.staging import folder_for, require_room
-from converters import files
+from ckpt.text import size
 from converters.errors import CheckpointError
-from converters.mover import Progress
+from converters.execute.workers import Progress
+from converters.storage import local
+from converters.words import counted
 
 LOCK = ".pulling"
 CACHE = ".cache"  # where the client keeps what it knows of a local folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullPlan:
+    """A pull decided on but not begun: what the repository holds at one commit.
+
+    ``files`` are by their names in the repository, of which ``repo_folder`` ("" or with
+    a "/" at its end) becomes ``folder``. ``oid`` is the commit that ``revision`` was.
+    """
+
+    folder: Path
+    repo: str
+    revision: str
+    oid: str
+    repo_folder: str
+    files: dict[str, RemoteFile]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(repo_file.size for repo_file in self.files.values())
+
+    @property
+    def placed_files(self) -> dict[str, RemoteFile]:
+        """The files by their names in ``folder``."""
+        return {name[len(self.repo_folder) :]: file for name, file in self.files.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
     """What is there now. ``step`` is that of a training state, which was verified as such."""
 
-    folder: Path
-    repo: str
-    revision: str
-    oid: str
-    files: dict[str, Held]
+    pull_plan: PullPlan
     step: int | None
     seconds: float
 
     def summary(self) -> str:
         """One line for a reader."""
-        what = f"{len(self.files)} files, {size(sum(one.size for one in self.files.values()))}"
-        state = f", the training state of step {self.step}" if self.step is not None else ""
-        return f"{what} of {self.oid[:12]}{state}, all verified"
-
-    def facts(self) -> dict[str, Any]:
-        """The pull as plain data."""
-        return {
-            "folder": str(self.folder),
-            "repo": self.repo,
-            "revision": self.revision,
-            "oid": self.oid,
-            "checkpoint_step": self.step,
-            "files": [
-                {"name": name, "size": held.size, "sha256": held.sha256, "git_blob": held.blob}
-                for name, held in self.files.items()
-            ],
-            "seconds": round(self.seconds, 3),
-        }
+        files = self.pull_plan.files
+        training_state = (
+            f", the training state of step {self.step}" if self.step is not None else ""
+        )
+        return (
+            f"{counted(len(files), 'file')}, {size(self.pull_plan.nbytes)} of "
+            f"{self.pull_plan.oid[:12]}{training_state}, all verified"
+        )
 
 
-def pull(
+def plan(
     repo: str,
     folder: Path,
     *,
     revision: str | None = None,
     path_in_repo: str | None = None,
-    progress: Progress = lambda _: None,
-) -> Pulled:
-    """Makes ``folder`` what the repository holds, at the commit that ``revision`` is now.
+) -> PullPlan:
+    """Lists what the repository holds at the commit that ``revision`` (main) is now.
 
-    With ``path_in_repo``, what that folder of it holds. ``progress`` gets the bytes that were
-    verified. ``CheckpointError`` for names that leave the folder, for a byte that is not what the
-    Hub has, and for a place that is taken; then nothing is there under the name.
+    With ``path_in_repo``, what that folder of it holds. ``CheckpointError`` for names
+    that leave the folder, and for a place that is taken.
     """
-    begun = time.monotonic()
-    refusals.require_client()
+    errors.require_client()
     _require_place(folder)
-    branch, place = revision or remote.MAIN, f"{path_in_repo.strip('/')}/" if path_in_repo else ""
+    branch = revision or repository.MAIN
+    repo_folder = f"{path_in_repo.strip('/')}/" if path_in_repo else ""
+
     api = api_for()
-    with refusals.told(repo):
-        oid = str(patient(lambda: api.repo_info(repo, revision=branch), remote.SOON).sha)
-        held = {n: h for n, h in remote.tree(api, repo, oid).items() if n.startswith(place)}
-        _require_names(repo, held)
-        if not held:
-            raise CheckpointError(f"{repo}@{branch} has no files in {place or 'it'}", "incomplete")
-        with _staged(folder) as staging:
-            require_room(staging, sum(one.size for one in held.values()), "name another folder")
-            bring = partial(
-                api.snapshot_download,
-                repo,
-                revision=oid,
-                local_dir=staging,
-                allow_patterns=[f"{place}*"] if place else None,
-            )
-            with refusals.at(staging):
-                bring()
-            _drop_others(staging, held)
-            for name, one in held.items():
-                if not _is_same(staging / name, one):  # an interrupted pull left it, or a disk
-                    (staging / name).unlink(missing_ok=True)
-                    with refusals.at(staging):
-                        bring()
-                    _require_same(repo, staging / name, one)
-                progress(one.size)
-            root = staging / place if place else staging
-            step = _require_committed(root)
-            _sync(root, staging / CACHE)
-            _remove(staging / CACHE)
-            (staging / LOCK).unlink()
-            files.sync_folder(staging)
-            replace_folder(root, folder.absolute())
-    found = {name[len(place) :]: one for name, one in held.items()}
-    return Pulled(folder, repo, branch, oid, found, step, time.monotonic() - begun)
+    with errors.translate_errors(repo):
+        repo_info = retry(lambda: api.repo_info(repo, revision=branch), repository.SOON)
+        commit_id = str(repo_info.sha)
+        repo_files = {
+            file_name: repo_file
+            for file_name, repo_file in repository.files(api, repo, commit_id).items()
+            if file_name.startswith(repo_folder)
+        }
+
+    _require_names(repo, repo_files)
+    if not repo_files:
+        place = f"in the folder {repo_folder}" if repo_folder else "in it"
+        raise CheckpointError(f"{repo}@{branch} has no files {place}", "incomplete")
+
+    return PullPlan(
+        folder=folder,
+        repo=repo,
+        revision=branch,
+        oid=commit_id,
+        repo_folder=repo_folder,
+        files=repo_files,
+    )
+
+
+def execute(pull_plan: PullPlan, progress: Progress = lambda _: None) -> Pulled:
+    """Makes the folder what the repository holds, whole or not at all.
+
+    ``progress`` gets the bytes that were verified, ``nbytes`` of the plan in all.
+    ``CheckpointError`` for a byte that is not what the Hub has; then nothing is there
+    under the name.
+    """
+    start_time = time.monotonic()
+    folder, repo_folder = pull_plan.folder, pull_plan.repo_folder
+    with errors.translate_errors(pull_plan.repo), _staged(folder) as staging:
+        require_room(staging, pull_plan.nbytes, "name another folder")
+        _download(pull_plan, staging, progress)
+
+        pulled_root = staging / repo_folder if repo_folder else staging
+        step = _require_committed(pulled_root)
+        _sync(pulled_root, staging / CACHE)
+        _remove(staging / CACHE)
+        (staging / LOCK).unlink()
+        local.sync_folder(staging)
+        replace_folder(pulled_root, folder.absolute())
+
+    return Pulled(pull_plan, step, time.monotonic() - start_time)
+
+
+def _download(pull_plan: PullPlan, staging: Path, progress: Progress) -> None:
+    """Every file, compared with the Hub's list; what is wrong is fetched once more."""
+    download = partial(
+        api_for().snapshot_download,
+        pull_plan.repo,
+        revision=pull_plan.oid,
+        local_dir=staging,
+        allow_patterns=[f"{pull_plan.repo_folder}*"] if pull_plan.repo_folder else None,
+    )
+    with errors.naming_file(staging):
+        download()
+    _drop_others(staging, pull_plan.files)
+
+    for name, repo_file in pull_plan.files.items():
+        # an interrupted pull left it, or a disk
+        if not _is_same(staging / name, repo_file):
+            (staging / name).unlink(missing_ok=True)
+            with errors.naming_file(staging):
+                download()
+            _require_same(pull_plan.repo, staging / name, repo_file)
+
+        progress(repo_file.size)
 
 
 def _require_place(folder: Path) -> None:
     if not folder.name or folder.name == "..":
-        raise CheckpointError(f"{folder} is no folder to make; name a new one", "output")
-    filled = folder.is_dir() and any(folder.iterdir()) and not is_arriving(folder)
-    if folder.is_symlink() or folder.is_file() or filled:
+        raise CheckpointError(
+            f"{folder} is not a folder that can be made; name a new one", "output"
+        )
+    is_filled = folder.is_dir() and any(folder.iterdir()) and not is_arriving(folder)
+    if folder.is_symlink() or folder.is_file() or is_filled:
         raise CheckpointError(f"{folder} exists already; name a new folder", "output")
 
 
-def _require_names(repo: str, names: dict[str, Held]) -> None:
+def _require_names(repo: str, names: dict[str, RemoteFile]) -> None:
     for name in names:
-        if (why := unfit(name)) is not None and not _is_gits(name):
-            raise CheckpointError(f"{repo} has a file {name!r}, which {why}", "refused")
+        if (fault := unfit(name)) is not None and not _is_gits(name):
+            raise CheckpointError(
+                f"{repo} has a file {name!r}, which {fault}",
+                "refused",
+            )
 
 
 def _is_gits(name: str) -> bool:
@@ -152,61 +205,75 @@ def _staged(folder: Path) -> Iterator[Path]:
     """The folder to download into, locked; it stays behind where the same pull can go on."""
     staging = folder_for(folder.absolute())
     staging.mkdir(parents=True, exist_ok=True)
-    path = staging / LOCK
-    path.touch()
-    lock = locks.exclusive(path)
+    lock_path = staging / LOCK
+    lock_path.touch()
+    lock = locks.exclusive(lock_path)
     if lock is None:
-        raise CheckpointError(f"{staging} is in use: another pull makes {folder}", "output")
+        raise CheckpointError(
+            f"{staging} is in use: another pull makes {folder}",
+            "output",
+        )
+
     with lock:
-        for cut in (staging / CACHE).rglob("*.incomplete"):  # the client does not go on with them
-            cut.unlink()
+        # the client does not go on with them
+        for partial_download in (staging / CACHE).rglob("*.incomplete"):
+            partial_download.unlink()
         yield staging
-    shutil.rmtree(staging, ignore_errors=True)  # of a folder of the repository, what is around it
+
+    # of a folder of the repository, what is around it
+    shutil.rmtree(staging, ignore_errors=True)
 
 
-def _drop_others(staging: Path, held: dict[str, Held]) -> None:
+def _drop_others(staging: Path, repo_files: dict[str, RemoteFile]) -> None:
     """Removes what an interrupted pull of another commit left."""
-    for path in sorted(staging.rglob("*"), reverse=True):
-        name = path.relative_to(staging).as_posix()
-        if name.split("/")[0] in (CACHE, LOCK) or name in held:
+    for leftover in sorted(staging.rglob("*"), reverse=True):
+        name = leftover.relative_to(staging).as_posix()
+        if name.split("/")[0] in (CACHE, LOCK) or name in repo_files:
             continue
-        if path.is_dir() and not path.is_symlink():
-            if not any(path.iterdir()):
-                path.rmdir()
+
+        if leftover.is_dir() and not leftover.is_symlink():
+            if not any(leftover.iterdir()):
+                leftover.rmdir()
         else:
-            path.unlink()
+            leftover.unlink()
 
 
-def _is_same(path: Path, held: Held) -> bool:
+def _is_same(path: Path, repo_file: RemoteFile) -> bool:
     """Whether the file is what the Hub's list says."""
     if path.is_symlink() or not path.is_file():
         return False
-    found = remote.sha256(path) if held.sha256 is not None else ""
-    return held.is_content(path.stat().st_size, found, path)
+    content_digest = repository.sha256(path) if repo_file.sha256 is not None else ""
+    return repo_file.is_content(path.stat().st_size, content_digest, path)
 
 
-def _require_same(repo: str, path: Path, held: Held) -> None:
+def _require_same(repo: str, path: Path, repo_file: RemoteFile) -> None:
     """``CheckpointError`` unless the file is what the Hub's list says; a wrong one is removed."""
     if path.is_symlink() or not path.is_file():
-        raise CheckpointError(f"{repo}: {path.name} did not come; pull again", "incomplete")
-    if not _is_same(path, held):
+        raise CheckpointError(
+            f"{repo}: {path.name} did not come; pull again",
+            "incomplete",
+        )
+    if not _is_same(path, repo_file):
         path.unlink()
         raise CheckpointError(
-            f"{path} came with other bytes than {repo} lists ({held.size:,} bytes, "
-            f"{held.sha256 or held.blob}); pull again",
+            f"{path} came with other bytes than {repo} lists ({repo_file.size:,} bytes, "
+            f"{repo_file.sha256 or repo_file.blob}); pull again",
         )
 
 
-def _require_committed(root: Path) -> int | None:
+def _require_committed(pulled_root: Path) -> int | None:
     """The step of a training state, proven by its manifest; ``None`` for a model."""
-    if not (root / manifest.NAME).is_file():
+    if not (pulled_root / filenames.MANIFEST).is_file():
         return None
-    checkpoint = open_checkpoint(root)
+
+    checkpoint = open_checkpoint(pulled_root)
     verdict = verify.verify(checkpoint, data=True)
     if not verdict.whole:
         raise CheckpointError(
-            f"{root}: its manifest does not hold: {verdict.problems[0]}; push it again", "corrupt"
+            f"{pulled_root}: its manifest does not hold: {verdict.problems[0]}; push it again",
+            "corrupt",
         )
+
     return checkpoint.step
 
 
@@ -218,11 +285,11 @@ def _remove(folder: Path) -> None:
         raise
 
 
-def _sync(root: Path, origin: Path) -> None:
+def _sync(pulled_root: Path, origin: Path) -> None:
     """Makes what the client wrote durable; the names come from ``origin``, by renames."""
-    for where, _, _ in os.walk(origin):
-        files.sync_folder(Path(where))
-    for where, _, names in os.walk(root):
-        for name in names:
-            files.sync_file(Path(where, name))
-        files.sync_folder(Path(where))
+    for parent, _, _ in os.walk(origin):
+        local.sync_folder(Path(parent))
+    for parent, _, file_names in os.walk(pulled_root):
+        for file_name in file_names:
+            local.sync_file(Path(parent, file_name))
+        local.sync_folder(Path(parent))

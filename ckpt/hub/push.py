@@ -1,51 +1,55 @@
 """A checkpoint on the Hub: seen, planned, sent, committed once, and verified there.
 
-    plan_push   what is there, what comes, what goes; sends nothing
-    push        the same, then: every file to the Hub -> the proof of every byte -> one commit
-                -> what the Hub holds compared with what was sent -> older steps deleted
+    plan      what is there, what comes, what goes; sends nothing
+    execute   every file to the Hub -> the proof of every byte -> one commit
+              -> what the Hub holds compared with what was sent -> older steps deleted
 
-A push that fails, or is killed, leaves the branch as it was. The same push again goes on with what
-the Hub does not have, and does nothing where it has all.
+A push that fails, or is killed, leaves the branch as it was. The same push again goes
+on with what the Hub does not have, and does nothing where it has all.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckpt.hub import headers, journal, landing, patience, refusals, remote, sending
-from ckpt.hub.allowed import CARD
-from ckpt.hub.landing import Change, Landed
-from ckpt.hub.planning import Planned, api_for, plan_push, require_open
-from ckpt.hub.remote import Remote
-from ckpt.hub.transport import Sent, Target
-from ckpt.report import size
-from ckpt.runs import locks, manifest
-from ckpt.runs.run import Checkpoint
+from ckpt.folders import locks
+from ckpt.hub import commit, download_check, journal, upload
+from ckpt.hub.client import errors, repository, retry
+from ckpt.hub.client.repository import Remote
+from ckpt.hub.client.xet import UploadedFile, UploadTarget
+from ckpt.hub.commit import CommitChange, Committed
+from ckpt.hub.content.allow_list import CARD
+from ckpt.hub.plan import PushOptions, PushPlan, api_for, plan, require_open
+from ckpt.text import size
+from ckpt.weights.conversion import comparison
 from converters.errors import CheckpointError
-from converters.files import named
-from converters.mover import Progress
-from converters.served import Serving
+from converters.execute.virtual_file import Serving
+from converters.execute.workers import Progress
+from converters.storage.local import named
+from converters.words import counted, verb
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-__all__ = ["Planned", "Pushed", "execute", "plan_push", "push"]
+__all__ = ["PushOptions", "PushPlan", "Pushed", "execute", "plan"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pushed:
-    """What the Hub has now. ``seconds`` is the time of the whole push.
+    """What the Hub has now. ``seconds`` is the time of ``execute``.
 
-    ``outdated`` are branches that retention deleted; ``checks`` is what was proven of the weights.
+    ``outdated`` are branches that retention deleted; ``checks`` is what was proven of
+    the weights, by the keys of ``conversion.json``.
     """
 
-    planned: Planned
-    landed: Landed
-    sent: tuple[Sent, ...]
+    push_plan: PushPlan
+    committed: Committed
+    files: tuple[UploadedFile, ...]
     outdated: tuple[str, ...]
     warnings: tuple[str, ...]
     checks: dict[str, Any] = field(default_factory=dict)
@@ -53,207 +57,200 @@ class Pushed:
 
     def summary(self) -> str:
         """One line for a reader."""
-        sent = [one for one in self.sent if one.moved and one.operation is not None]
-        there = len(self.sent) - len(sent)
-        what = f"{len(sent)} files sent ({size(sum(one.nbytes for one in sent))})"
-        old = f"; deleted {', '.join(self.outdated)}" if self.outdated else ""
-        new = "" if self.landed.made else "; no commit was needed"
-        return f"{what}, {there} were there, all verified on the Hub{new}{old}"
+        sent_files = [file for file in self.files if file.moved and file.operation is not None]
+        present_count = len(self.files) - len(sent_files)
+        were_verb = verb(present_count, "was", "were")
+        sent_size = size(sum(file.nbytes for file in sent_files))
+        sent_summary = f"{counted(len(sent_files), 'file')} sent ({sent_size})"
+        deleted_note = f"; deleted {', '.join(self.outdated)}" if self.outdated else ""
+        commit_note = "" if self.committed.is_new else "; no commit was needed"
 
-    def facts(self) -> dict[str, Any]:
-        """The push as plain data."""
-        planned, seen = self.planned, self.planned.seen
-        return {
-            "url": self.landed.url,
-            "oid": self.landed.oid,
-            "committed": self.landed.made,
-            "pull_request": self.landed.pull_request,
-            "repo": seen.repo,
-            "revision": seen.branch,
-            "checkpoint": str(planned.checkpoint.folder),
-            "step": planned.checkpoint.step,
-            "transport": planned.way,
-            "files": [
-                {
-                    "name": one.path,
-                    "size": one.nbytes,
-                    "sha256": one.sha256,
-                    "status": "sent" if one.moved and one.operation else "was there",
-                }
-                for one in self.sent
-            ],
-            "deleted": list(planned.deleted),
-            "deleted_revisions": list(self.outdated),
-            "left_out": [{"name": n, "why": why} for n, why in planned.contents.left_out],
-            "checks": self.checks,
-            "warnings": list(self.warnings),
-            "seconds": round(self.seconds, 3),
-        }
-
-
-def push(
-    checkpoint: Checkpoint,
-    repo: str,
-    *,
-    verify_download: bool = False,
-    keep_last: int | None = None,
-    stage_dir: Path | None = None,
-    blocks: int = 1,
-    progress: Progress = lambda _: None,
-    **options: Any,
-) -> Pushed:
-    """Publishes a checkpoint; the options are those of ``plan_push``.
-
-    ``keep_last`` deletes branches of older steps after the commit. ``blocks`` of 64 MB may be on
-    their way by Xet at once, each of which takes that much memory. ``progress`` gets bytes,
-    ``planned.contents.nbytes`` in all. Raises ``CheckpointError``; then the branch is as it was,
-    unless the line says otherwise.
-    """
-    begun = time.monotonic()
-    with locks.reading(checkpoint.folder):
-        planned = plan_push(checkpoint, repo, keep_last=keep_last, stage_dir=stage_dir, **options)
-        return execute(
-            planned,
-            verify_download=verify_download,
-            keep_last=keep_last,
-            stage_dir=stage_dir,
-            blocks=blocks,
-            progress=progress,
-            begun=begun,
+        return (
+            f"{sent_summary}, {present_count:,} {were_verb} there, "
+            f"all verified on the Hub{commit_note}{deleted_note}"
         )
 
 
-def execute(
-    planned: Planned,
-    *,
-    verify_download: bool = False,
-    keep_last: int | None = None,
-    stage_dir: Path | None = None,
-    blocks: int = 1,
-    progress: Progress = lambda _: None,
-    begun: float | None = None,
-) -> Pushed:
-    """Does what was planned; see ``push``."""
-    begun = time.monotonic() if begun is None else begun
-    repo, api = planned.seen.repo, api_for()
-    with locks.reading(planned.checkpoint.folder), refusals.told(repo):
-        for item in planned.items:
+def execute(push_plan: PushPlan, progress: Progress = lambda _: None) -> Pushed:
+    """Publishes the checkpoint as planned.
+
+    ``progress`` gets bytes, ``contents.nbytes`` of the plan in all. Raises
+    ``CheckpointError``; then the branch is as it was, unless the line says otherwise.
+    """
+    start_time = time.monotonic()
+    repo, api = push_plan.remote.repo, api_for()
+    with locks.reading(push_plan.checkpoint.folder), errors.translate_errors(repo):
+        for item in push_plan.items:
             item.require_whole()
-        _require_card(planned)
-        seen = _made(api, planned)
-        target = Target(api, repo, seen.base, planned.create_pr, planned.place, blocks, seen.files)
-        shards = _shards(planned)
-        sent = sending.send(target, planned.items, shards, planned.way, stage_dir, progress)
-        checks = _prove(planned, shards)
-        change = Change(tuple(sent), planned.deleted, planned.message, planned.create_pr)
-        try:
-            landed = landing.land(api, seen, change)
-        except Exception as error:
-            if shards is not None and patience.status(error) in (400, 404, 422):
-                shards[1].forget()  # perhaps the Hub does not have what it was said to have
-            raise
-        if verify_download:
-            headers.compare(api, seen.repo, landed, planned.items, planned.place)
-        outdated, talk = _retire(api, planned, keep_last)
-    seconds = time.monotonic() - begun
+        _require_card(push_plan)
+        remote = _ensure_repository(api, push_plan)
+
+        shards = _serve_shards(push_plan)
+        sent_files = upload.send(
+            _upload_target(api, push_plan, remote),
+            push_plan.items,
+            shards,
+            push_plan.transport,
+            push_plan.options.stage_dir,
+            progress,
+        )
+        checks = _prove(push_plan, shards)
+        committed = _commit(api, push_plan, remote, sent_files, shards)
+
+        if push_plan.options.verify_download:
+            download_check.compare(api, remote.repo, committed, push_plan.items, push_plan.place)
+        outdated_branches, notices = _retire(api, push_plan)
+
     return Pushed(
-        planned,
-        landed,
-        tuple(sent),
-        outdated,
-        (*planned.warnings, *talk),
-        checks,
-        seconds,
+        push_plan=push_plan,
+        committed=committed,
+        files=tuple(sent_files),
+        outdated=outdated_branches,
+        warnings=(*push_plan.warnings, *notices),
+        checks=checks,
+        seconds=time.monotonic() - start_time,
     )
 
 
-def _require_card(planned: Planned) -> None:
+def _upload_target(api: HfApi, push_plan: PushPlan, remote: Remote) -> UploadTarget:
+    options = push_plan.options
+    return UploadTarget(
+        api,
+        remote.repo,
+        remote.base,
+        options.create_pr,
+        options.place,
+        options.blocks,
+        remote.files,
+    )
+
+
+def _commit(
+    api: HfApi,
+    push_plan: PushPlan,
+    remote: Remote,
+    sent_files: Sequence[UploadedFile],
+    shards: tuple[Serving, journal.Journal] | None,
+) -> Committed:
+    """Commits; what is known of shards is forgotten where the Hub refuses the commit."""
+    change = CommitChange(
+        tuple(sent_files),
+        push_plan.deleted,
+        push_plan.message,
+        push_plan.options.create_pr,
+    )
+    try:
+        return commit.commit(api, remote, change)
+    except Exception as error:
+        if shards is not None and retry.status(error) in (400, 404, 422):
+            # perhaps the Hub does not have what it was said to have
+            shards[1].forget()
+        raise
+
+
+def _require_card(push_plan: PushPlan) -> None:
     """``CheckpointError`` if the Hub would refuse the model card; before anything is sent."""
     from huggingface_hub import ModelCard
 
-    for item in planned.items:
-        if planned.place + item.name == CARD:
-            text = item.source
-            if isinstance(text, Path):
-                with named(text):
-                    text = text.read_bytes()
-            assert isinstance(text, bytes)
+    for item in push_plan.items:
+        if push_plan.place + item.name == CARD:
+            card_text = item.source
+            if isinstance(card_text, Path):
+                with named(card_text):
+                    card_text = card_text.read_bytes()
+
+            assert isinstance(card_text, bytes)
             try:
-                card = ModelCard(text.decode())
-                patience.patient(partial(card.validate, repo_type="model"))
+                card = ModelCard(card_text.decode())
+                retry.retry(partial(card.validate, repo_type="model"))
             except ValueError as error:
+                folder = push_plan.checkpoint.folder
                 raise CheckpointError(
-                    f"{CARD} of {planned.checkpoint.folder}: the Hub refuses its metadata: {error}",
+                    f"{CARD} of {folder}: the Hub refuses its metadata: {error}",
                     "refused",
                 ) from error
 
 
-def _made(api: HfApi, planned: Planned) -> Remote:
+def _ensure_repository(api: HfApi, push_plan: PushPlan) -> Remote:
     """The repository as it is, or as it is when it was made just now."""
-    if planned.seen.head is not None:
-        return planned.seen
-    repo = planned.seen.repo
-    patience.patient(lambda: api.create_repo(repo, private=planned.private, exist_ok=True))
-    seen = remote.look(api, planned.seen.repo, planned.seen.branch)
-    if seen.head is None:
-        raise CheckpointError(f"{seen.repo} was made and is not there; push again", "output")
-    training_state = any(item.name == manifest.NAME for item in planned.items)
-    require_open(seen, planned.private, training_state, planned.create_pr)
-    return seen
+    if push_plan.remote.head is not None:
+        return push_plan.remote
+
+    repo = push_plan.remote.repo
+    retry.retry(lambda: api.create_repo(repo, private=push_plan.options.private, exist_ok=True))
+    remote = repository.look(api, push_plan.remote.repo, push_plan.remote.branch)
+    if remote.head is None:
+        raise CheckpointError(
+            f"{remote.repo} was made and is not there; push again",
+            "output",
+        )
+
+    require_open(remote, push_plan.options)
+
+    return remote
 
 
-def _shards(planned: Planned) -> tuple[Serving, journal.Journal] | None:
-    conversion = planned.contents.conversion
+def _serve_shards(push_plan: PushPlan) -> tuple[Serving, journal.Journal] | None:
+    conversion = push_plan.contents.conversion
     if conversion is None:
         return None
-    serving = Serving(conversion.plan, conversion.strict)
+    serving = Serving(conversion.plan, conversion.strict, conversion.remedy(skips=False))
     return serving, journal.opened(conversion.plan, serving)
 
 
-def _prove(planned: Planned, shards: tuple[Serving, journal.Journal] | None) -> dict[str, Any]:
+def _prove(
+    push_plan: PushPlan,
+    shards: tuple[Serving, journal.Journal] | None,
+) -> dict[str, Any]:
     """What was proven of the weights; ``CheckpointError`` if a CRC32 of their source is wrong."""
-    conversion = planned.contents.conversion
+    conversion = push_plan.contents.conversion
     if shards is None or conversion is None:
         return {}
-    serving, notes = shards
-    if notes.proven:
+
+    serving, shard_journal = shards
+    if shard_journal.proven:
         return {"verified": True, "earlier": True}
+
     try:
         report = serving.check()
     except CheckpointError:
-        notes.forget()
+        shard_journal.forget()
         raise
-    notes.prove(serving)
-    return {
+
+    shard_journal.prove(serving)
+    comparison_facts = comparison.facts(conversion.product, conversion.plan, report.unlike)
+
+    return comparison_facts | {
         "verified": True,
         "crc32_bytes": report.checked,
         "no_crc32_bytes": report.unchecked,
-        "compared_with": conversion.proof,
-        "compared_tensors": report.compared,
         "unlike_tensors": report.unlike,
+        "nan": report.nan,
+        "inf": report.inf,
     }
 
 
-def _retire(
-    api: HfApi, planned: Planned, keep_last: int | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _retire(api: HfApi, push_plan: PushPlan) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Deletes branches of older steps; their names, and a line where that failed.
 
     The push is done by now, so that an error here is told and not raised.
     """
-    if keep_last is None or planned.place or planned.create_pr:
+    keep_last = push_plan.options.keep_last
+    if keep_last is None or push_plan.place or push_plan.options.create_pr:
         return (), ()
-    done, repo = list[str](), planned.seen.repo
+
+    deleted_branches, repo = list[str](), push_plan.remote.repo
     try:
         branches = [
-            ref.name for ref in patience.patient(partial(api.list_repo_refs, repo)).branches
+            branch.name for branch in retry.retry(partial(api.list_repo_refs, repo)).branches
         ]
-        for name in remote.outdated(branches, planned.seen.branch, keep_last):
-            patience.patient(partial(api.delete_branch, repo, branch=name))
-            done.append(name)
+        for branch_name in repository.outdated(branches, push_plan.remote.branch, keep_last):
+            retry.retry(partial(api.delete_branch, repo, branch=branch_name))
+            deleted_branches.append(branch_name)
     except Exception as error:
-        line = refusals.said(repo, error)
-        if line is None:
+        failure = errors.translated(repo, error)
+        if failure is None:
             raise
-        return tuple(done), (f"older revisions are still there: {line}",)
-    return tuple(done), ()
+        return tuple(deleted_branches), (f"older revisions are still there: {failure}",)
+
+    return tuple(deleted_branches), ()

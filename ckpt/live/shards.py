@@ -1,8 +1,10 @@
-"""The shards that several ranks write at once, each what it holds, at the bytes the plan gives it.
+"""The shards that several ranks write at once, each what it holds, at the bytes the
+plan gives it.
 
-Rank 0 makes the files at full length with their headers; the others open them by the same path and
-never read them: clients of a network filesystem then send exactly the bytes that were written.
-Who wrote what is counted, and the shards are only used if every element was written once.
+Rank 0 makes the files at full length with their headers; the others open them by the
+same path and never read them: clients of a network filesystem then send exactly the
+bytes that were written. Who wrote what is counted, and the shards are only used if
+every element was written once.
 """
 
 from __future__ import annotations
@@ -16,17 +18,17 @@ from typing import TypedDict
 import torch
 from isal import isal_zlib
 
-from converters import files
 from converters.errors import CheckpointError
-from converters.ledger import Ledger
 from converters.plan import Placement, Plan, Shard
+from converters.storage import local
+from converters.storage.checksums import Ledger
 from converters.tensors import Weights
 
 PARTIAL = ".partial"
 Run = tuple[int, int]  # the first element, the element after the last
 
 
-class Report(TypedDict):
+class WrittenRuns(TypedDict):
     """What one rank wrote: elements by name, and by file the CRC32s of runs of bytes."""
 
     written: dict[str, list[Run]]
@@ -34,17 +36,18 @@ class Report(TypedDict):
 
 
 def make(plan: Plan, folder: Path) -> None:
-    """All shards at full length, with their headers."""
+    """Makes all shards at full length, with their headers."""
     for shard in plan.shards:
-        fd = os.open(_path(folder, shard), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        descriptor = os.open(_path(folder, shard), flags, 0o644)
         try:
-            with files.named(folder / shard.filename):
-                os.ftruncate(fd, shard.nbytes)
-                for at, literal in shard.literals:
-                    files.Writer(fd).write(literal, at)
-                files.sync(fd, folder / shard.filename)
+            with local.named(folder / shard.filename):
+                os.ftruncate(descriptor, shard.nbytes)
+                for offset, literal in shard.literals:
+                    local.LocalWriter(descriptor).write(literal, offset)
+                local.sync(descriptor, folder / shard.filename)
         finally:
-            os.close(fd)
+            os.close(descriptor)
 
 
 def finish(plan: Plan, folder: Path) -> None:
@@ -65,23 +68,27 @@ class Shards:
         self.ledger = Ledger()
         self.places: dict[str, list[tuple[Shard, Placement]]] = {}
         self.folder = folder
-        self.writers: dict[str, files.Writer] = {}
+        self.writers: dict[str, local.LocalWriter] = {}
+
         for shard in plan.shards:
             for placement in shard.placements:
                 owner = aliases.get(placement.name, placement.name)
                 self.places.setdefault(owner, []).append((shard, placement))
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
-        """Writes elements, of the type the plan gives them, under each name the tensor has."""
-        data = values.contiguous().view(torch.uint8).numpy().data
+        """Writes elements, of the plan's type, under each name the tensor has."""
+        content = values.contiguous().view(torch.uint8).numpy().data
         for shard, placement in self.places[name]:
-            at = placement.offset + start * placement.dtype.itemsize
-            with files.named(self.folder / shard.filename):
-                self._writer(shard).write(data, at)
-            self.ledger.add(Path(shard.filename), at, data.nbytes, isal_zlib.crc32(data))
+            offset = placement.offset + start * placement.dtype.itemsize
+            with local.named(self.folder / shard.filename):
+                self._writer(shard).write(content, offset)
+
+            crc = isal_zlib.crc32(content)
+            self.ledger.add(Path(shard.filename), offset, content.nbytes, crc)
+
         note(self.written, name, start, values.numel())
 
-    def report(self) -> Report:
+    def report(self) -> WrittenRuns:
         """What was written so far, as JSON has it."""
         crcs = {
             str(path): [(start, end, crc) for start, (end, crc) in sorted(starts.items())]
@@ -89,10 +96,10 @@ class Shards:
         }
         return {"written": self.written, "crcs": crcs}
 
-    def _writer(self, shard: Shard) -> files.Writer:
+    def _writer(self, shard: Shard) -> local.LocalWriter:
         if shard.filename not in self.writers:
-            fd = os.open(_path(self.folder, shard), os.O_WRONLY)
-            self.writers[shard.filename] = files.Writer(fd)
+            descriptor = os.open(_path(self.folder, shard), os.O_WRONLY)
+            self.writers[shard.filename] = local.LocalWriter(descriptor)
         return self.writers[shard.filename]
 
 
@@ -103,54 +110,61 @@ def opened(plan: Plan, folder: Path, aliases: dict[str, str]) -> Iterator[Shards
     try:
         yield shards
         for name, writer in shards.writers.items():
-            files.sync(writer.fd, folder / name)
+            local.sync(writer.fd, folder / name)
     finally:
         for writer in shards.writers.values():
             os.close(writer.fd)
 
 
-def note(written: dict[str, list[Run]], name: str, start: int, count: int) -> None:
+def note(runs_by_name: dict[str, list[Run]], name: str, start: int, count: int) -> None:
     """Counts elements as written; runs that touch become one."""
-    runs = written.setdefault(name, [])
+    runs = runs_by_name.setdefault(name, [])
     if runs and runs[-1][1] == start:
         runs[-1] = (runs[-1][0], start + count)
     else:
         runs.append((start, start + count))
 
 
-def crc32s(plan: Plan, reports: Sequence[Report]) -> dict[str, int]:
+def crc32s(plan: Plan, reports: Sequence[WrittenRuns]) -> dict[str, int]:
     """The CRC32 of every shard, joined from those of what the ranks wrote."""
     ledger = Ledger()
     for shard in plan.shards:
-        for at, literal in shard.literals:
-            ledger.add(Path(shard.filename), at, len(literal), isal_zlib.crc32(literal))
+        for offset, literal in shard.literals:
+            crc = isal_zlib.crc32(literal)
+            ledger.add(Path(shard.filename), offset, len(literal), crc)
+
     for report in reports:
         for name, runs in report["crcs"].items():
             for start, end, crc in runs:
                 ledger.add(Path(name), start, end - start, crc)
-    found = {}
+
+    crcs_by_file = {}
     for shard in plan.shards:
         end, crc = ledger.runs[Path(shard.filename)][0].get(0, (0, 0))
         if end != shard.nbytes:
             raise ValueError(f"{shard.filename}: bytes from {end} on are in no report")
-        found[shard.filename] = crc
-    return found
+        crcs_by_file[shard.filename] = crc
+
+    return crcs_by_file
 
 
 def require_all(weights: Weights, reports: Sequence[dict[str, list[Run]]]) -> None:
-    """Raises ``CheckpointError`` unless every element of every tensor was written exactly once."""
-    for name, ref in weights.tensors.items():
-        size = ref.numel
+    """Raises ``CheckpointError`` unless every element was written exactly once."""
+    for name, tensor in weights.tensors.items():
+        size = tensor.numel
         runs = sorted(tuple(run) for report in reports for run in report.get(name, ()))
         end = 0
+
         for start, stop in runs:
             if start != end:
                 break
             end = stop
+
         if end != size or (runs and runs[-1][1] != size):
             raise CheckpointError(
-                f"{name}: the ranks hold elements {_text(runs)} of {size}; this version of "
-                "DeepSpeed cuts parameters up in another way, please report it",
+                f"{name}: the ranks hold elements {_text(runs)} of {size}; this "
+                "version of DeepSpeed cuts parameters up in another way, please report "
+                "it",
                 "unsupported",
             )
 

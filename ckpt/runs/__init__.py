@@ -1,18 +1,18 @@
 """Runs: what a save committed, what may be deleted, and how to put right what a crash left.
 
-    digests      what binds the bytes of a file, and files checked against it
-    manifest     the commit record of a checkpoint
-    run          the checkpoints of a folder, and the pointers latest and best
-    locks        who reads a checkpoint right now
-    retention    which checkpoints to keep: a value and a pure function
-    pruning      deletion that no crash turns into half a checkpoint
-    verify       whether a checkpoint is whole
-    listing      what a person reads of a run
-    leftovers    what the start of a training left that failed
-    torn doctor adoption    what a crash left, and what was written without ckpt
-    slim         full to weights-only
-    collect      the parts of several nodes, joined
-    commands upkeep         parse, call, print
+run                the checkpoints of a folder, and the pointers latest and best
+checkpoint_folder  a folder that is taken for a checkpoint, committed or not
+recognition        what a folder or a file is taken for, by names alone
+manifest           the commit record of a checkpoint
+digests            what binds the bytes of a file, and files checked against it
+verify             whether a checkpoint is whole
+lineage            which training saved it, and the launches that led to it
+engines            several engines in one checkpoint
+lease/             one job at a time saves into a folder
+retention          which checkpoints to keep: a value and a pure function
+pruning, deletion  deletion that no crash turns into half a checkpoint
+foreign/           checkpoints that were written without ckpt, or by another training
+upkeep/            doctor, adoption, slim, collect
 
 Nothing here imports torch: a run is managed from any machine that sees its folder.
 """

@@ -4,7 +4,7 @@ Three kinds, each the cheapest that binds all bytes of a file:
 
     zip:HEX      SHA-256 of a torch zip from its central directory to the end; the directory has
                  the CRC32 and size of every record (torch: caffe2/serialize/inline_container.cc).
-                 Only where no record's CRC32 is missing (``torchzip``: 0 means not computed)
+                 Only where no record's CRC32 is missing (``zip_format``: 0 means not computed)
     crc32:HEX    CRC32 of all bytes, for safetensors: CRC32s of parts can be joined, so that ranks
                  may write one file together. For other files over 64 MiB too (offloaded states)
     sha256:HEX   of all bytes, for everything else
@@ -21,8 +21,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
-from converters import files, zips
 from converters.errors import CheckpointError
+from converters.storage import local
+from converters.storage.local_store import LocalFile
+from converters.torch_files import zip_directory
 
 LARGE = 64 << 20  # bytes; SHA-256 takes several times as long as CRC32
 CHUNK = 8 << 20  # bytes in memory at a time
@@ -45,7 +47,9 @@ class File:
         if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 0:
             raise ValueError(f"size is {self.size!r}, expected a number of bytes")
         if not isinstance(self.digest, str) or not _DIGEST.fullmatch(self.digest):
-            raise ValueError(f"digest is {self.digest!r}, expected zip:, crc32: or sha256: and hex")
+            raise ValueError(
+                f"digest is {self.digest!r}, expected zip:, crc32: or sha256: and hex",
+            )
 
     @property
     def kind(self) -> str:
@@ -58,15 +62,16 @@ def digest(path: Path) -> File:
 
     A torch zip's tensors are not read: 1 GB takes as long as 1 MB.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with open(path, "rb") as stream:
+        file_size = os.fstat(stream.fileno()).st_size
         if path.suffix == ".safetensors":
-            return File(size, _crc32(file, size, quiet))
-        if (directory := _directory(file)) is not None:
-            return File(size, f"zip:{directory}")
-        if size > LARGE:
-            return File(size, _crc32(file, size, quiet))
-        return File(size, _sha256(file, size, quiet))
+            return File(file_size, _crc32(stream, file_size, quiet))
+        if (directory_digest := _directory_digest(stream)) is not None:
+            return File(file_size, f"zip:{directory_digest}")
+        if file_size > LARGE:
+            return File(file_size, _crc32(stream, file_size, quiet))
+
+        return File(file_size, _sha256(stream, file_size, quiet))
 
 
 def unlike(path: Path, expected: File, data: bool, progress: Progress) -> str | None:
@@ -74,100 +79,126 @@ def unlike(path: Path, expected: File, data: bool, progress: Progress) -> str | 
 
     In its size or, with ``data``, in any byte. ``OSError`` if it cannot be read.
     """
-    wrong = _structure(path, expected)
-    if wrong is not None or not data:
-        return wrong
-    with open(path, "rb") as file, files.named(path):
-        return _content(file, expected, progress)
+    difference = _check_structure(path, expected)
+    if difference is not None or not data:
+        return difference
+
+    with open(path, "rb") as stream, local.named(path):
+        return _check_content(stream, expected, progress)
 
 
-def _structure(path: Path, expected: File) -> str | None:
+def _check_structure(path: Path, expected: File) -> str | None:
     try:
-        there = path.stat()
+        status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
-    if not stat.S_ISREG(there.st_mode):
+
+    if not stat.S_ISREG(status.st_mode):
         return "no plain file"
-    if there.st_size != expected.size:
-        return f"{expected.size} bytes expected, found {there.st_size}"
+    if status.st_size != expected.size:
+        return f"{expected.size} bytes expected, found {status.st_size}"
+
     return None
 
 
-def _content(file: BinaryIO, expected: File, progress: Progress) -> str | None:
+def _check_content(stream: BinaryIO, expected: File, progress: Progress) -> str | None:
     if expected.kind == "zip":
-        found = _directory(file)
-        if found is None:
+        directory_digest = _directory_digest(stream)
+        if directory_digest is None:
             progress(expected.size)
-            return "no torch zip with CRC32s any more"
-        if f"zip:{found}" != expected.digest:
+            return "it is not a torch zip with CRC32s any more"
+        if f"zip:{directory_digest}" != expected.digest:
             progress(expected.size)
             return "its zip directory has changed"
-        return _records(file, expected.size, progress)
-    found = (_crc32 if expected.kind == "crc32" else _sha256)(file, expected.size, progress)
-    return None if found == expected.digest else f"{found} found, expected {expected.digest}"
+
+        return _check_records(stream, expected.size, progress)
+
+    digest_found = (_crc32 if expected.kind == "crc32" else _sha256)(
+        stream, expected.size, progress
+    )
+    return (
+        None
+        if digest_found == expected.digest
+        else f"{digest_found} found, expected {expected.digest}"
+    )
 
 
-def _directory(file: BinaryIO) -> str | None:
+def _as_file(stream: BinaryIO) -> LocalFile:
+    return LocalFile(Path(stream.name), stream.fileno())
+
+
+def _directory_digest(stream: BinaryIO) -> str | None:
     """The SHA-256 from the central directory on; ``None`` unless it binds every record's bytes."""
-    file.seek(0)
-    if file.read(4) != b"PK\x03\x04":
+    stream.seek(0)
+    if stream.read(4) != b"PK\x03\x04":
         return None
+
     try:
-        directory = zips.read(file.fileno(), Path(file.name))
+        directory = zip_directory.read(_as_file(stream), Path(stream.name))
     except CheckpointError:
         return None
-    bound = all(record.crc32 for record in directory.records.values() if record.size)
-    return directory.digest if bound else None
+
+    binds_all = all(record.crc32 for record in directory.records.values() if record.size)
+
+    return directory.digest if binds_all else None
 
 
-def _records(file: BinaryIO, size: int, progress: Progress) -> str | None:
+def _check_records(stream: BinaryIO, file_size: int, progress: Progress) -> str | None:
     """What is wrong with the bytes of the records, by the CRC32s of the directory."""
     from isal import isal_zlib
 
-    read = 0
-    directory = zips.read(file.fileno(), Path(file.name))
-    for name, record in directory.records.items():
+    bytes_read = 0
+    file = _as_file(stream)
+    directory = zip_directory.read(file, Path(stream.name))
+    for record_name, record in directory.records.items():
         try:
-            file.seek(directory.payload(file.fileno(), name))
+            stream.seek(directory.payload(file, record_name))
         except CheckpointError as error:
             return str(error)
-        crc, left = 0, record.size
-        for part in _parts(file, left):
-            crc, left = isal_zlib.crc32(part, crc), left - len(part)
-            progress(len(part))
-            read += len(part)
-        if left or crc != record.crc32:
-            return f"record {name} has CRC32 {crc:08x}, expected {record.crc32:08x}"
-    progress(size - read)
+
+        running_crc, remaining = 0, record.size
+        for block in _blocks(stream, remaining):
+            running_crc = isal_zlib.crc32(block, running_crc)
+            remaining -= len(block)
+            progress(len(block))
+            bytes_read += len(block)
+
+        if remaining or running_crc != record.crc32:
+            return f"record {record_name} has CRC32 {running_crc:08x}, expected {record.crc32:08x}"
+
+    progress(file_size - bytes_read)
+
     return None
 
 
-def _crc32(file: BinaryIO, size: int, progress: Progress) -> str:
+def _crc32(stream: BinaryIO, file_size: int, progress: Progress) -> str:
     from isal import isal_zlib
 
-    crc = 0
-    file.seek(0)
-    for part in _parts(file, size):
-        crc = isal_zlib.crc32(part, crc)
-        progress(len(part))
-    return f"crc32:{crc:08x}"
+    running_crc = 0
+    stream.seek(0)
+    for block in _blocks(stream, file_size):
+        running_crc = isal_zlib.crc32(block, running_crc)
+        progress(len(block))
+
+    return f"crc32:{running_crc:08x}"
 
 
-def _sha256(file: BinaryIO, size: int, progress: Progress) -> str:
-    seal = sha256()
-    file.seek(0)
-    for part in _parts(file, size):
-        seal.update(part)
-        progress(len(part))
-    return f"sha256:{seal.hexdigest()}"
+def _sha256(stream: BinaryIO, file_size: int, progress: Progress) -> str:
+    hasher = sha256()
+    stream.seek(0)
+    for block in _blocks(stream, file_size):
+        hasher.update(block)
+        progress(len(block))
+
+    return f"sha256:{hasher.hexdigest()}"
 
 
-def _parts(file: BinaryIO, count: int) -> Iterator[memoryview]:
+def _blocks(stream: BinaryIO, count: int) -> Iterator[memoryview]:
     """The next ``count`` bytes, fewer at the file's end, in one buffer used again and again."""
     buffer = memoryview(bytearray(min(CHUNK, count)))
     while count:
-        got = file.readinto(buffer[:count])  # type: ignore[attr-defined]
-        if not got:
+        bytes_read = stream.readinto(buffer[:count])  # type: ignore[attr-defined]
+        if not bytes_read:
             return
-        yield buffer[:got]
-        count -= got
+        yield buffer[:bytes_read]
+        count -= bytes_read

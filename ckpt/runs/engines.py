@@ -5,9 +5,9 @@
       critic/latest  critic/global_step5/...    each of these folders is one that DeepSpeed loads
       rng_state_R.state  manifest.json          of the whole
 
-The manifest's ``tag`` is that of the first, "actor/global_step5"; its ``progress`` has "engines",
-the progress and the ZeRO stage of each by name. There is no ``latest`` in the folder itself: it
-could name only one of them.
+The manifest's ``tag`` is that of the first, "actor/global_step5"; its ``progress`` has
+"engines", the progress and the ZeRO stage of each by name. There is no ``latest`` in
+the folder itself: it could name only one of them.
 """
 
 from __future__ import annotations
@@ -21,32 +21,37 @@ from converters.errors import CheckpointError
 ENGINES = "engines"  # among the progress
 
 
-def names(held: Manifest) -> tuple[str, ...]:
+def names(manifest: Manifest) -> tuple[str, ...]:
     """The names of the engines, the first one first; empty of a checkpoint of one engine."""
-    found = held.progress.get(ENGINES)
-    if not isinstance(found, Mapping):
+    engines_progress = manifest.progress.get(ENGINES)
+    if not isinstance(engines_progress, Mapping):
         return ()
-    return tuple(name for name in found if is_inside(name) and "/" not in name)
+    return tuple(name for name in engines_progress if is_inside(name) and "/" not in name)
 
 
-def tags(held: Manifest) -> dict[str, str]:
+def tags(manifest: Manifest) -> dict[str, str]:
     """The tag of each engine relative to the checkpoint, by its name; of a single one under ""."""
-    if held.tag is None:
+    if manifest.tag is None:
         return {}
-    several, last = names(held), held.tag.rpartition("/")[2]
-    return {name: f"{name}/{last}" for name in several} or {"": held.tag}
+    engine_names, tag_name = names(manifest), manifest.tag.rpartition("/")[2]
+    return {name: f"{name}/{tag_name}" for name in engine_names} or {"": manifest.tag}
 
 
 def others(folder: Path) -> tuple[str, ...]:
     """The other engines of the checkpoint that ``folder`` is the part of one engine of."""
     try:
-        found = names(read(folder.parent))
+        engine_names = names(read(folder.parent))
     except CheckpointError:
         return ()
-    return tuple(name for name in found if name != folder.name) if folder.name in found else ()
+
+    return (
+        tuple(engine for engine in engine_names if engine != folder.name)
+        if folder.name in engine_names
+        else ()
+    )
 
 
-def pointers(tag: str, several: Iterable[str]) -> dict[str, str]:
+def pointers(tag: str, engine_names: Iterable[str]) -> dict[str, str]:
     """What each file ``latest`` in a checkpoint of this tag holds, by its name in the folder."""
-    last = tag.rpartition("/")[2]
-    return {f"{name}/latest": last for name in several} or {"latest": tag}
+    tag_name = tag.rpartition("/")[2]
+    return {f"{engine}/latest": tag_name for engine in engine_names} or {"latest": tag}

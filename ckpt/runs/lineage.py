@@ -1,19 +1,20 @@
 """Whose checkpoints these are: the run that saved them, and the line of launches that led to each.
 
-A folder can hold checkpoints of several trainings. Each training has an id, ``run``, from its first
-save on, which every resume carries over. Each launch of it (a start of the script that saves) has
-an id, too. ``line`` in a manifest is the launches that led to that checkpoint, in order, each with
-the last step of it that counts:
+A folder can hold checkpoints of several trainings. Each training has an id, ``run``,
+from its first save on, which every resume carries over. Each launch of it (a start of
+the script that saves) has an id, too. ``line`` in a manifest is the launches that led
+to that checkpoint, in order, each with the last step of it that counts:
 
     launch a   100   200   300   400        line of 400: a up to 400
                        \\
     launch b            250   300           line of 300: a up to 200, b up to 300
 
-b went back to step 200, so a's 300 and 400 are of the same run but not of b's line: they are given
-up. Retention counts the checkpoints of one line, ``latest`` names the newest of one, and a resume
-takes that. The line that saved last is the one that counts.
+b went back to step 200, so a's 300 and 400 are of the same run but not of b's line:
+they are given up. Retention counts the checkpoints of one line, ``latest`` names the
+newest of one, and a resume takes that. The line that saved last is the one that counts.
 
-Manifests of older versions have no ids. They are one run, without a name, in a single line.
+Manifests of older versions have no ids. They are one run, without a name, in a single
+line.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ SHOWN = 6  # digits of an id in messages and tables
 class Line:
     """The launches of ``run`` that lead to where a training is; the last one is still saving.
 
-    ``ancestors``: earlier launches, each with the last step of it that counts. ``launch``: the
-    last. ``run`` is ``None`` for checkpoints of older versions.
+    ``ancestors``: earlier launches, each with the last step of it that counts.
+    ``launch``: the last. ``run`` is ``None`` for checkpoints of older versions.
     """
 
     run: str | None
@@ -42,14 +43,17 @@ class Line:
 
     @classmethod
     def begin(cls) -> Line:
-        """Of a training that starts from nothing."""
+        """The line of a training that starts from nothing."""
         return cls(uuid.uuid4().hex, uuid.uuid4().hex)
 
     @classmethod
     def go_on(cls, source: Manifest | None, step: int) -> Line:
-        """Of a training that resumed from a checkpoint at ``step``; ``None``: one without ids."""
+        """The line of a training that resumed at ``step`` from ``source``; ``None`` has no ids."""
         line = source.line if source is not None and source.line else ((UNNAMED, step),)
-        run = source.run if source is not None and source.run is not None else uuid.uuid4().hex
+        run = source.run if source is not None else None
+        if run is None:
+            run = uuid.uuid4().hex
+
         ancestors = (*line[:-1], (line[-1][0], step))
         return cls(run, uuid.uuid4().hex, ancestors)
 
@@ -82,15 +86,25 @@ class Line:
 def current(manifests: Iterable[Manifest]) -> Line | None:
     """The line that saved last; ``None`` if there is none.
 
-    A launch that went on from another comes after it, whatever the clocks of their machines said.
-    Of launches that know nothing of each other, the one with the latest time in its manifests,
-    which copying a run does not change.
+    A launch that went on from another comes after it, whatever the clocks of their
+    machines said. Of launches that know nothing of each other, the one with the latest
+    time in its manifests, which copying a run does not change.
     """
-    everything = list(manifests)
-    recorded = [m for m in everything if m.made_of is None] or everything
-    left_behind = {name for m in recorded for name, _ in m.line[:-1]}
-    leading = [m for m in recorded if _launch(m) not in left_behind] or recorded
-    newest = max(leading, key=lambda m: (m.created, m.step), default=None)
+    all_manifests = list(manifests)
+    saved_manifests = [manifest for manifest in all_manifests if manifest.made_of is None]
+    counting_manifests = saved_manifests or all_manifests
+    superseded_launches = {
+        launch_name for manifest in counting_manifests for launch_name, _ in manifest.line[:-1]
+    }
+    leading_manifests = [
+        manifest for manifest in counting_manifests if _launch(manifest) not in superseded_launches
+    ] or counting_manifests
+    newest = max(
+        leading_manifests,
+        key=lambda manifest: (manifest.created, manifest.step),
+        default=None,
+    )
+
     return None if newest is None else Line.of(newest)
 
 
@@ -106,14 +120,14 @@ def shown(run: str | None) -> str:
 def described(checkpoints: Sequence[tuple[str, str | None]]) -> str:
     """Names of checkpoints, each with its run, as a phrase: which there are of which run."""
     groups: dict[str | None, list[str]] = {}
-    for name, run in checkpoints:
-        groups.setdefault(run, []).append(name)
+    for checkpoint_name, run_id in checkpoints:
+        groups.setdefault(run_id, []).append(checkpoint_name)
 
-    return "; ".join(f"{listed(names)} of {shown(run)}" for run, names in groups.items())
+    return "; ".join(f"{listed(names)} of {shown(run_id)}" for run_id, names in groups.items())
 
 
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """Names as a phrase: the first ones and how many, where there are more than ``most``."""
-    if len(names) > most:
+def listed(names: Sequence[str], max_names: int = 4) -> str:
+    """Names as a phrase: the first ones and how many, where there are more than ``max_names``."""
+    if len(names) > max_names:
         return f"{', '.join(names[:2])}, ... {names[-1]} ({len(names)} checkpoints)"
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -1,9 +1,10 @@
 """The commit record of a checkpoint: ``manifest.json``, written last.
 
-A checkpoint is committed if and only if its manifest is there, is valid, and every file that it
-lists has its size. The kinds of digests are explained in ``digests``. The manifest's own,
-``digest``, is the SHA-256 of the rest as JSON with sorted keys and no spaces, all but ASCII
-escaped; a manifest without one, as they were written at first, is valid, too.
+A checkpoint is committed if and only if its manifest is there, is valid, and every file
+that it lists has its size. The kinds of digests are explained in ``digests``. The
+manifest's own, ``digest``, is the SHA-256 of the rest as JSON with sorted keys and no
+spaces, all but ASCII escaped; a manifest without one, as they were written at first, is
+valid, too.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ckpt.folders.filenames import MANIFEST, PINNED
 from ckpt.runs.digests import File, Progress, digest, quiet, unlike
-from converters import bounded_json
-from converters.errors import CheckpointError
+from converters.errors import MALFORMED, CheckpointError
+from converters.storage import bounded_json
 
 __all__ = [
     "ABSENT",
-    "NAME",
-    "PINNED",
     "File",
     "Manifest",
     "check",
@@ -35,15 +35,15 @@ __all__ = [
     "loads",
     "read",
 ]
-NAME = "manifest.json"
-PINNED = ".pinned"
 FORMAT = 1
-LARGEST = 64 << 20  # bytes; a hundred thousand files take about 15 MB
-# A disk or network that fails, and what this user may not read: nothing can be told then.
+MAX_BYTES = 64 << 20  # bytes; a hundred thousand files take about 15 MB
+# A disk or network that fails, and what this user may not read: nothing can be told
+# then.
 FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EACCES)
 TIERS = ("full", "weights")
 ABSENT = "no manifest.json: written without ckpt, or its save did not finish"
-_shown = reprlib.repr  # never longer than a line
+# What a document with other values than a manifest's makes of these functions.
+_short_repr = reprlib.repr  # never longer than a line
 _NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -51,14 +51,15 @@ _NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class Manifest:
     """What was committed. ``tag`` is the tag folder's name, which a full checkpoint always has.
 
-    ``save`` is the same on all nodes of one save and on no other; ``created`` is in seconds since
-    1970. With ``nodes`` over 1 the folder holds one node's part. ``progress`` is JSON that a resume
-    compares (learning rates, loss scale, samples). ``files`` are named by posix paths relative to
-    the folder and come sorted; neither the manifest itself nor ``.pinned`` is among them.
-    ``run`` is the id of the training, the same after every resume, and ``line`` the launches of it
-    that led here (``lineage``); ``name`` is the folder's name, which a copy has another one than.
-    ``made_of`` is the save that a resharded one was made of. All four are empty in manifests of
-    older versions.
+    ``save`` is the same on all nodes of one save and on no other; ``created`` is in
+    seconds since 1970. With ``nodes`` over 1 the folder holds one node's part.
+    ``progress`` is JSON that a resume compares (learning rates, loss scale, samples).
+    ``files`` are named by posix paths relative to the folder and come sorted; neither
+    the manifest itself nor ``.pinned`` is among them. ``run`` is the id of the training,
+    the same after every resume, and ``line`` the launches of it that led here
+    (``lineage``); ``name`` is the folder's name, which a copy has another one than.
+    ``made_of`` is the save that a resharded one was made of. All four are empty in
+    manifests of older versions.
     ``ValueError`` for anything that contradicts this.
     """
 
@@ -81,38 +82,71 @@ class Manifest:
     made_of: str | None = None
 
     def __post_init__(self) -> None:
+        self._require_numbers()
+        self._require_names()
+        self._require_line()
+        self._require_circumstances()
+        self._require_values()
+
+        object.__setattr__(self, "line", tuple((launch, step) for launch, step in self.line))
+        object.__setattr__(self, "files", dict(sorted(self.files.items())))
+
+    def _require_numbers(self) -> None:
         for name in ("step", "node"):
-            _require(_whole(getattr(self, name)), name, getattr(self, name), "a whole number")
+            value = getattr(self, name)
+            _require(_is_whole_number(value), name, value, "a whole number")
+
         for name in ("world_size", "nodes"):
             value = getattr(self, name)
-            _require(_whole(value) and value > 0, name, value, "a positive number")
-        _require(self.node < self.nodes, "node", self.node, f"less than nodes, {self.nodes}")
+            is_positive = _is_whole_number(value) and value > 0
+            _require(is_positive, name, value, "a positive number")
+
+        is_one_of_nodes = self.node < self.nodes
+        _require(is_one_of_nodes, "node", self.node, f"less than nodes, {self.nodes}")
+
+    def _require_names(self) -> None:
         _require(self.tier in TIERS, "tier", self.tier, "full or weights")
-        inside = self.tag is None or (isinstance(self.tag, str) and is_inside(self.tag))
-        _require(inside, "tag", self.tag, "a folder inside the checkpoint")
-        _require(self.tag is not None or self.tier != "full", "tag", None, "one: it is full")
+        _require(_is_inside_or_none(self.tag), "tag", self.tag, "a folder inside the checkpoint")
+        has_its_tag = self.tag is not None or self.tier != "full"
+        _require(has_its_tag, "tag", None, "one: it is full")
         _require(_is_id(self.save), "save", self.save, "hex digits")
-        named = self.name is None or (isinstance(self.name, str) and is_inside(self.name))
-        _require(named, "name", self.name, "the name of a folder")
+        _require(_is_inside_or_none(self.name), "name", self.name, "the name of a folder")
+
         for name in ("run", "made_of"):
             value = getattr(self, name)
             _require(value is None or _is_id(value), name, value, "hex digits or null")
+
+    def _require_line(self) -> None:
         for launch, step in self.line:
-            _require(launch == "" or _is_id(launch), "line", launch, "the id of a launch")
-            _require(_whole(step), f"line: {launch}", step, "a step")
-        object.__setattr__(self, "line", tuple((launch, step) for launch, step in self.line))
-        real = isinstance(self.created, (int, float)) and not isinstance(self.created, bool)
-        _require(real and math.isfinite(self.created), "created", self.created, "seconds")
-        known = self.stage is None or (_whole(self.stage) and self.stage <= 3)
-        _require(known, "stage", self.stage, "0 to 3 or null")
-        for name, kind in (("versions", str), ("metrics", (int, float)), ("files", File)):
-            for key, value in getattr(self, name).items():
-                fits = isinstance(key, str) and isinstance(value, kind) and value is not True
-                _require(fits and value is not False, f"{name}: {key}", value, "another type")
+            is_launch = launch == "" or _is_id(launch)
+            _require(is_launch, "line", launch, "the id of a launch")
+            _require(_is_whole_number(step), f"line: {launch}", step, "a step")
+
+    def _require_circumstances(self) -> None:
+        is_bool = isinstance(self.created, bool)
+        is_number = isinstance(self.created, (int, float)) and not is_bool
+        is_time = is_number and math.isfinite(self.created)
+        _require(is_time, "created", self.created, "seconds")
+
+        is_known_stage = self.stage is None
+        if self.stage is not None:
+            is_known_stage = _is_whole_number(self.stage) and self.stage <= 3
+
+        _require(is_known_stage, "stage", self.stage, "0 to 3 or null")
+
+    def _require_values(self) -> None:
+        value_types = (("versions", str), ("metrics", (int, float)), ("files", File))
+        for name, expected_type in value_types:
+            for entry_name, value in getattr(self, name).items():
+                is_text_key = isinstance(entry_name, str)
+                has_type = isinstance(value, expected_type) and not isinstance(value, bool)
+                is_entry = is_text_key and has_type
+                _require(is_entry, f"{name}: {entry_name}", value, "another type")
+
         for name in self.files:
+            is_tools_own = name in (MANIFEST, PINNED)
             _require(is_inside(name), "files", name, "names inside the checkpoint")
-            _require(name not in (NAME, PINNED), "files", name, "neither of the tool's own files")
-        object.__setattr__(self, "files", dict(sorted(self.files.items())))
+            _require(not is_tools_own, "files", name, "neither of the tool's own files")
 
     @property
     def nbytes(self) -> int:
@@ -121,21 +155,32 @@ class Manifest:
 
     def dumps(self) -> bytes:
         """The manifest as JSON; NaN and infinities among the metrics stand as strings."""
-        held: dict[str, Any] = {"format": FORMAT}
-        held |= {name: getattr(self, name) for name in _FIELDS if name != "files"}
-        held["versions"], held["progress"] = dict(self.versions), _plain(self.progress)
-        held["metrics"] = {name: written(value) for name, value in self.metrics.items()}
-        held["files"] = {n: {"size": f.size, "digest": f.digest} for n, f in self.files.items()}
-        rest = json.loads(json.dumps(held, allow_nan=False))  # keys as they will be read
-        held = {"format": FORMAT, "digest": _digest(rest)} | held
-        text = json.dumps(held, indent=1, ensure_ascii=False, allow_nan=False)
+        data: dict[str, Any] = {"format": FORMAT}
+        data |= {name: getattr(self, name) for name in _FIELDS if name != "files"}
+        data["versions"] = dict(self.versions)
+        data["progress"] = _json_value(self.progress)
+        data["metrics"] = {name: written(value) for name, value in self.metrics.items()}
+        data["files"] = {
+            file_name: {"size": file.size, "digest": file.digest}
+            for file_name, file in self.files.items()
+        }
+        # keys as they will be read
+        content = json.loads(json.dumps(data, allow_nan=False))
+        data = {"format": FORMAT, "digest": _digest(content)} | data
+        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+
         return text.encode("utf-8", "surrogateescape") + b"\n"
 
 
-def _digest(rest: Mapping[str, Any]) -> str:
-    """That of all but the digest."""
-    plain = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return f"sha256:{sha256(plain.encode()).hexdigest()}"
+def _digest(content: Mapping[str, Any]) -> str:
+    """The digest of a document without its own digest."""
+    canonical_json = json.dumps(
+        content,
+        sort_keys=True,
+        separators=(",", ":"),
+        allow_nan=False,
+    )
+    return f"sha256:{sha256(canonical_json.encode()).hexdigest()}"
 
 
 _FIELDS = tuple(Manifest.__dataclass_fields__)
@@ -144,23 +189,29 @@ _FIELDS = tuple(Manifest.__dataclass_fields__)
 OPTIONAL = ("run", "line", "name", "made_of")  # not in manifests of versions before 0.2
 
 
+def _is_inside_or_none(value: object) -> bool:
+    return value is None or (isinstance(value, str) and is_inside(value))
+
+
 def _is_id(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{8,64}", value) is not None
 
 
-def _whole(value: object) -> bool:
+def _is_whole_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _require(true: bool, name: str, found: object, expected: str) -> None:
-    if not true:
-        raise ValueError(f"{name} is {_shown(found)}, expected {expected}")
+def _require(is_valid: bool, name: str, actual_value: object, expected: str) -> None:
+    if not is_valid:
+        raise ValueError(f"{name} is {_short_repr(actual_value)}, expected {expected}")
 
 
 def is_inside(name: str) -> bool:
     """Whether a posix path stays inside the folder that it is relative to, and is spelt plainly."""
     parts = name.split("/")  # of an absolute path the first is empty
-    return "\0" not in name and all(p not in ("", ".", "..") and len(p) < 256 for p in parts)
+    return "\0" not in name and all(
+        part not in ("", ".", "..") and len(part) < 256 for part in parts
+    )
 
 
 def written(value: float) -> float | str:
@@ -170,73 +221,112 @@ def written(value: float) -> float | str:
     return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """JSON whose numbers are all numbers of JSON; the others come back as strings."""
     if isinstance(value, float):
         return written(value)
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+        return {key: _json_value(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(inner) for inner in value]
+
+    return value
 
 
 def loads(data: bytes, path: Path) -> Manifest:
-    """The manifest in ``data``, which was read from ``path``; ``CheckpointError`` if it is none."""
+    """The manifest in ``data``, read from ``path``; ``CheckpointError`` if it is damaged."""
     try:
         text = data.decode("utf-8", "surrogateescape")
-        held = bounded_json.loads(data, text)
-        if not isinstance(held, dict) or "format" not in held:
-            raise ValueError("it is no manifest")
-        if held["format"] != FORMAT:
-            raise CheckpointError(
-                f"{path} has format {_shown(held['format'])}, this ckpt reads {FORMAT}; use a "
-                "newer ckpt",
-                "unsupported",
-            )
-        if "digest" in held and (said := held.pop("digest")) != (found := _digest(held)):
-            raise ValueError(f"its digest is {found}, it says {_shown(said)}")
-        missing = [name for name in _FIELDS if name not in held and name not in OPTIONAL]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} missing")
-        held = {name: held[name] for name in _FIELDS if name in held}
-        metrics = held["metrics"].items()
-        held["metrics"] = {n: _NUMBERS[v] if isinstance(v, str) else v for n, v in metrics}
-        held["files"] = {n: File(f["size"], f["digest"]) for n, f in held["files"].items()}
-        if not isinstance(held["progress"], dict):
-            raise ValueError(f"progress is {_shown(held['progress'])}, expected names and values")
-        return Manifest(**held)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
-        why = f"no {error}" if isinstance(error, KeyError) else error
+        document = bounded_json.loads(data, text)
+        _require_own(document, path)
+        return _manifest(document)
+    except MALFORMED as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(
-            f"{path} is damaged ({why}); ckpt doctor {path.parent.parent} --adopt writes a new one "
-            "if the checkpoint proves to be whole"
+            f"{path} is damaged ({reason}); ckpt doctor {path.parent.parent} --adopt "
+            "writes a new one if the checkpoint proves to be whole"
         ) from error
+
+
+def _require_own(document: Any, path: Path) -> None:
+    """``ValueError`` for what is not a manifest, or was changed; ``CheckpointError`` for one
+    that a newer ckpt wrote. Takes the digest out of the document."""
+    if not isinstance(document, dict) or "format" not in document:
+        raise ValueError("it is not a manifest")
+    if document["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {_short_repr(document['format'])}, this ckpt reads "
+            f"{FORMAT}; use a newer ckpt",
+            "unsupported",
+        )
+
+    if "digest" in document:
+        stated_digest = document.pop("digest")
+        if stated_digest != (actual_digest := _digest(document)):
+            raise ValueError(f"its digest is {actual_digest}, it says {_short_repr(stated_digest)}")
+
+
+def _manifest(document: dict[str, Any]) -> Manifest:
+    """The manifest that the fields of a document make."""
+    required_fields = [name for name in _FIELDS if name not in OPTIONAL]
+    missing_fields = [name for name in required_fields if name not in document]
+    if missing_fields:
+        raise ValueError(f"{', '.join(missing_fields)} missing")
+
+    fields = {name: document[name] for name in _FIELDS if name in document}
+    _require_kinds(fields)
+    fields["metrics"] = {
+        name: _NUMBERS[metric] if isinstance(metric, str) else metric
+        for name, metric in fields["metrics"].items()
+    }
+    fields["files"] = {
+        name: File(entry["size"], entry["digest"]) for name, entry in fields["files"].items()
+    }
+    return Manifest(**fields)
+
+
+def _require_kinds(document: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` unless what has entries has them."""
+    for name in ("versions", "metrics", "progress", "files"):
+        value = document[name]
+        _require(isinstance(value, dict), name, value, "names and values")
+
+    for name, entry in document["files"].items():
+        is_file = isinstance(entry, dict) and {"size", "digest"} <= entry.keys()
+        _require(is_file, f"files: {name}", entry, "a size and a digest")
+
+    line = document.get("line", [])
+    is_line = isinstance(line, list) and all(isinstance(entry, list) for entry in line)
+    _require(is_line, "line", line, "pairs of a launch and a step")
 
 
 def read(folder: Path) -> Manifest:
     """The manifest of a checkpoint; ``CheckpointError``, "incomplete" if there is none."""
-    path = folder / NAME
+    manifest_path = folder / MANIFEST
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-            raise CheckpointError(f"{path} is no plain file; it is no manifest", "refused")
-        with open(path, "rb") as file:
-            data = file.read(LARGEST + 1)
+        # opening a pipe would wait forever
+        if manifest_path.exists() and not manifest_path.is_file():
+            raise CheckpointError(
+                f"{manifest_path} is not a plain file; it is not a manifest",
+                "refused",
+            )
+
+        with open(manifest_path, "rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{folder} has {ABSENT}",
             "incomplete",
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    if len(data) > LARGEST:
-        raise CheckpointError(f"{path} is over {LARGEST} bytes; it is no manifest", "refused")
-    return loads(data, path)
+        raise CheckpointError(f"{manifest_path}: {error.strerror}") from error
+
+    if len(data) > MAX_BYTES:
+        raise CheckpointError(
+            f"{manifest_path} is over {MAX_BYTES} bytes; it is not a manifest", "refused"
+        )
+
+    return loads(data, manifest_path)
 
 
 def check(
@@ -246,20 +336,24 @@ def check(
     progress: Progress = quiet,
     strict: bool = False,
 ) -> list[str]:
-    """One line for each file that is not as the manifest has it; nothing if all are.
+    """A line for each file that is not as the manifest has it.
 
-    Looks at sizes only, unless ``data``: then at every digest, which reads every byte, those of a
-    torch zip against the CRC32s of its records. ``progress`` gets the bytes read.
-    A file that cannot be read is a line, too; with ``strict`` a failing disk
-    is a ``CheckpointError``.
+    Looks at sizes only, unless ``data``: then at every digest, which reads every byte,
+    those of a torch zip against the CRC32s of its records. ``progress`` gets the bytes
+    read. A file that cannot be read is a line, too; with ``strict`` a failing disk is a
+    ``CheckpointError``.
     """
-    found = []
-    for name, file in manifest.files.items():
+    problems = []
+    for file_name, file in manifest.files.items():
         try:
-            why = unlike(folder / name, file, data, progress)
+            difference = unlike(folder / file_name, file, data, progress)
         except OSError as error:
             if strict and error.errno in FAILING:
-                raise CheckpointError(f"{folder / name}: {error.strerror}") from error
-            why = str(error.strerror)
-        found += [f"{name}: {why}"] if why is not None else []
-    return found
+                raise CheckpointError(
+                    f"{folder / file_name}: {error.strerror}",
+                ) from error
+            difference = str(error.strerror)
+
+        problems += [f"{file_name}: {difference}"] if difference is not None else []
+
+    return problems

@@ -7,8 +7,8 @@ import re
 import stat
 from pathlib import Path
 
-from ckpt.runs.manifest import NAME
-from converters.folder import is_tag_folder
+from ckpt.folders.filenames import MANIFEST
+from converters.zero.files.discovery import is_tag_folder
 
 _NUMBERED = re.compile(r"checkpoint-(\d{1,18})")
 _STEP = re.compile(r"(?:checkpoint-|global_step|step[-_]|.*\bstep=)(\d{1,18})\b.*")
@@ -33,19 +33,20 @@ def is_set_aside(folder: Path) -> bool:
 
 def step_in(name: str) -> int | None:
     """The step that a checkpoint's name says, such as 500 of checkpoint-500; ``None`` without."""
-    found = _STEP.fullmatch(name)
-    return int(found[1]) if found else None
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder counts among the checkpoints of a run, whole or not."""
     if folder.name.startswith("."):
         return False
-    if is_numbered(folder) or is_set_aside(folder) or _is_file(folder / NAME):
+    if is_numbered(folder) or is_set_aside(folder) or _is_file(folder / MANIFEST):
         return True
+
     try:
         return is_tag_folder(folder) or any(
-            is_tag_folder(inner) for inner in folder.iterdir() if inner.is_dir()
+            is_tag_folder(subfolder) for subfolder in folder.iterdir() if subfolder.is_dir()
         )
     except OSError:  # lost+found, or what was deleted meanwhile
         return False
@@ -54,14 +55,17 @@ def is_checkpoint(folder: Path) -> bool:
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run that checkpoints were saved into, not one itself.
 
-    ``trainer.save_model()`` and ``engine.save_checkpoint("out")`` leave a tag and a file ``latest``
-    in the run itself, which so looks like a checkpoint.
+    ``trainer.save_model()`` and ``engine.save_checkpoint("out")`` leave a tag and a
+    file ``latest`` in the run itself, which so looks like a checkpoint.
     """
-    if is_numbered(folder) or _is_file(folder / NAME):
+    if is_numbered(folder) or _is_file(folder / MANIFEST):
         return False
+
     try:
-        inner = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir()]
-        return any(is_checkpoint(path) and not is_tag_folder(path) for path in inner)
+        subfolders = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir()]
+        return any(
+            is_checkpoint(subfolder) and not is_tag_folder(subfolder) for subfolder in subfolders
+        )
     except OSError:
         return False
 

@@ -1,21 +1,31 @@
-"""The adapter of a PEFT model: which of its tensors PEFT saves, and under which names.
+"""The adapter of a PEFT model in a running training: its tensors, named as offline.
 
-PEFT itself is asked (``get_peft_model_state_dict``), with the live parameters, or the placeholders
-that ZeRO-3 leaves of them, and without touching a value. Source: PEFT 0.21
-``utils/save_and_load.py`` and ``peft_model.py`` (``save_pretrained``).
+Which tensors they are, and under which names, is decided as for a checkpoint on disk
+(``converters/peft``), with the live parameters, or the placeholders that ZeRO-3 leaves
+of them, and without touching a value.
 """
 
 from __future__ import annotations
 
-import sys
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
-from ckpt.live.model import Inventory, inventory
-from converters import safetensors
+from ckpt.engine.inventory import Inventory, inventory
+from ckpt.weights.adapters import saved_tensors
+from ckpt.weights.request import Request
 from converters.errors import CheckpointError
+from converters.formats import safetensors
+from converters.peft import config as configs
+from converters.peft import kinds
+from converters.peft.adapter_weights import built
+from converters.peft.config import AdapterConfig
+from converters.peft.export import Selection
 from converters.plan import Plan
-from converters.tensors import DType, Weights
+from converters.tensors import DType
+
+log = logging.getLogger("ckpt")
 
 FILE = "adapter_model.safetensors"
 
@@ -23,70 +33,109 @@ FILE = "adapter_model.safetensors"
 def planned(engine: Any, dtype: DType) -> tuple[Inventory, Plan]:
     """The active adapter's tensors under the names that PEFT loads, and the file of them.
 
-    ``CheckpointError`` for a kind of adapter whose tensors are not parameters of the model.
+    ``CheckpointError`` for a kind of adapter whose tensors are not parameters of the
+    model.
     """
-    from peft import get_peft_model_state_dict
+    module, model_inventory = engine.module, inventory(engine)
+    adapter_name = _active_adapter(module)
+    config = _configuration(module, adapter_name)
+    tensors = model_inventory.weights
+    selection = saved_tensors.selected(tensors, config, adapter_name, Request())
+    _require_stored(selection, config)
 
-    module, known = engine.module, inventory(engine)
-    everything = {**known.parameters, **known.buffers}
-    kept = get_peft_model_state_dict(
-        module,
-        state_dict=dict(everything),
-        adapter_name=_active(module),
-        save_embedding_layers=False,
-    )
-    names = {id(value): name for name, value in everything.items()}
+    weights, _ = built(model_inventory.weights, selection, {})
+    owners = {
+        exported: model_inventory.weights.aliases.get(original, original)
+        for exported, original in selection.sources.items()
+    }
     parameters: dict[str, Any] = {}
     buffers: dict[str, Any] = {}
-    refs = {}
-    for name, value in kept.items():
-        source = names.get(id(value))
-        if source is None:
-            raise CheckpointError(
-                f"{name} is made by PEFT when it saves, so this kind of adapter is not written by "
-                "ranks together; pass weights=None and convert the checkpoint later",
-                "unsupported",
-            )
-        refs[name] = known.weights.tensors[source]
-        (parameters if source in known.parameters else buffers)[name] = value
-    _warn_of_lost(known, {id(value) for value in kept.values()})
-    weights = Weights(refs, {}, frozenset(buffers), order=tuple(refs))
-    plan = safetensors.plan(weights, dtype, 1 << 62, "drop", FILE)
+
+    for exported in weights.tensors:
+        original = owners[exported]
+        if original in model_inventory.parameters:
+            parameters[exported] = model_inventory.parameters[original]
+        else:
+            buffers[exported] = model_inventory.buffers[original]
+
+    _warn_of_lost(model_inventory, set(owners.values()))
+    plan = safetensors.plan(weights, dtype, 1 << 62, "keep", FILE)
     return Inventory(weights, parameters, buffers), plan
 
 
-def _active(module: Any) -> str:
-    active = module.active_adapter
-    if callable(active):
-        active = active()
-    if not isinstance(active, str):
+def _configuration(module: Any, adapter: str) -> AdapterConfig:
+    """The configuration in memory, as ``adapter_config.json`` would have it."""
+    values = module.peft_config[adapter].to_dict()
+    return configs.parse(json.loads(json.dumps(values, default=_jsonable)))
+
+
+def _jsonable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _require_stored(selection: Selection, config: AdapterConfig) -> None:
+    """Raises where what PEFT saves is computed of the parameters, or a part of them."""
+    if selection.prompt or not all(map(all, selection.masks.values())):
         raise CheckpointError(
-            f"{len(active)} adapters are active at once, expected one to save", "unsupported"
+            f"what is saved of {kinds.title(config.peft_type)} is made of its "
+            "parameters, so ranks do not write it together; pass weights=None, and "
+            "ckpt to-fp32 makes the adapter of the checkpoint",
+            "unsupported",
         )
-    return active
 
 
-def _warn_of_lost(known: Inventory, kept: set[int]) -> None:
-    lost = [n for n, p in known.parameters.items() if p.requires_grad and id(p) not in kept]
-    if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        print(
-            f"ckpt: {lost[0]}{more}: trained, but no part of the adapter, so {FILE} does not hold "
-            "it (the ZeRO checkpoint does); name it in modules_to_save",
-            file=sys.stderr,
+def _active_adapter(module: Any) -> str:
+    active_adapter = module.active_adapter
+    if callable(active_adapter):
+        active_adapter = active_adapter()
+    if not isinstance(active_adapter, str):
+        raise CheckpointError(
+            f"{len(active_adapter)} adapters are active at once, expected one to save",
+            "unsupported",
+        )
+    return active_adapter
+
+
+def _warn_of_lost(model_inventory: Inventory, exported_names: set[str]) -> None:
+    lost_names = [
+        name
+        for name, parameter in model_inventory.parameters.items()
+        if parameter.requires_grad and name not in exported_names
+    ]
+    if lost_names:
+        and_more = f" and {len(lost_names) - 1} more" if len(lost_names) > 1 else ""
+        log.warning(
+            "%s%s: trained, but not part of the adapter, so %s does not hold it (the "
+            "ZeRO checkpoint does); name it in modules_to_save",
+            lost_names[0],
+            and_more,
+            FILE,
         )
 
 
 def save_config(module: Any, folder: Path) -> None:
     """``adapter_config.json``, for inference, as PEFT writes it."""
-    config = module.peft_config[_active(module)]
-    inference, config.inference_mode = config.inference_mode, True
-    base = config.base_model_name_or_path
+    config = module.peft_config[_active_adapter(module)]
+    inference_mode, config.inference_mode = config.inference_mode, True
+    base_name = config.base_model_name_or_path
     try:
-        if base is None:
-            inner = getattr(module, "base_model", module)
-            inner = getattr(inner, "model", inner)
-            config.base_model_name_or_path = getattr(inner, "name_or_path", None)
-        config.save_pretrained(folder)
+        if base_name is None:
+            base_model = getattr(module, "base_model", module)
+            base_model = getattr(base_model, "model", base_model)
+            path = getattr(base_model, "name_or_path", None)
+            config.base_model_name_or_path = path or None
+        config.save_pretrained(folder, auto_mapping_dict=_auto_mapping(module, config))
     finally:
-        config.inference_mode, config.base_model_name_or_path = inference, base
+        config.inference_mode, config.base_model_name_or_path = inference_mode, base_name
+
+
+def _auto_mapping(module: Any, config: Any) -> dict[str, str] | None:
+    """The base model's class, which PEFT notes where no task says it."""
+    find_class = getattr(module, "_get_base_model_class", None)
+    if config.task_type is not None or find_class is None:
+        return None
+    base_class = find_class(is_prompt_tuning=config.is_prompt_learning)
+    return {
+        "base_model_class": base_class.__name__,
+        "parent_library": base_class.__module__,
+    }

@@ -5,9 +5,10 @@
     saver.step(step)                                   or this after every step, with every=500
     saver.close()
 
-A save takes the state down through DeepSpeed's own ``save_checkpoint``, so the files are its own,
-writes them aside and commits them (``commit``). In the background it returns when the state is
-copied; the commit then happens in the next ``save``, ``step`` or ``wait``, on the main thread.
+A save takes the state down through DeepSpeed's own ``save_checkpoint``, so the files
+are its own, writes them aside and commits them (``commit``). In the background it
+returns when the state is copied; the commit then happens in the next ``save``, ``step``
+or ``wait``, on the main thread.
 """
 
 from __future__ import annotations
@@ -23,21 +24,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ckpt import text
+from ckpt.distributed.host_memory import budget
+from ckpt.distributed.ranks import TIMEOUT, RankGroup
+from ckpt.engine.view import uses_node_local_storage
 from ckpt.hub.background import Push, Pushes
-from ckpt.ranks import TIMEOUT, Ranks
-from ckpt.runs import lease
+from ckpt.runs.lease import lease
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Retention
-from ckpt.saving import exits, identity, nodes, preflight, taking, tiers
-from ckpt.saving.commit import Commit
+from ckpt.saving import at_exit, capture, tiers
+from ckpt.saving.commit.commit import Commit
+from ckpt.saving.commit.pointers import prune_line, update_pointers
 from ckpt.saving.engines import Engines
-from ckpt.saving.flight import FAREWELL, LAST_WORDS, Flight
-from ckpt.saving.memory import Memory, budget
-from ckpt.saving.preemption import EXIT_CODE, Preemption, Watch, share
-from ckpt.saving.publish import point, tidy
-from ckpt.saving.taking import take
+from ckpt.saving.front_end import RunFolder
+from ckpt.saving.host_copies import HostCopies
+from ckpt.saving.model_weights import WeightsWriter
+from ckpt.saving.pending import ERROR_GRACE_S, EXIT_GRACE_S, PendingSave
+from ckpt.saving.preemption import EXIT_CODE, Preemption, PreemptionWatch, share_deadline
+from ckpt.saving.preflight import SaveContents
+from ckpt.saving.rank_work import RankWork
 from ckpt.saving.tiers import Tier
-from ckpt.saving.weights import Weights
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
@@ -46,21 +52,26 @@ log = logging.getLogger("ckpt")
 class Saver:
     """Saves of one training into ``run``; every rank makes one, and calls the same of it.
 
-    - ``engine``: DeepSpeed's; or several by name, {"actor": ..., "critic": ...}, which are saved as
-      one checkpoint with a folder for each
+    - ``engine``: DeepSpeed's; or several by name, {"actor": ..., "critic": ...}, which
+      are saved as one checkpoint with a folder for each
     - ``retention``: what to keep (``Retention``); ``None`` keeps everything
-    - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model folder too; ``None`` none
-    - ``every``: steps between the saves that ``step`` makes: 500, or {"full": 500, "weights": 100}
+    - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model folder too; ``None``
+      none
+    - ``every``: steps between the saves that ``step`` makes: 500, or {"full": 500,
+      "weights": 100}
     - ``background``: saves return when the state is copied; at most one is under way
-    - ``memory``: most bytes of copies on this rank ("8GB"), by default its part of half the memory
-      that is free; what does not fit is written before the save returns
+    - ``memory``: most bytes of copies on this rank ("8GB"), by default its part of half
+      the memory that is free; what does not fit is written before the save returns
     - ``tokenizer``: anything with ``save_pretrained``; goes into the folder
     - ``preemption``: what asks the training to stop (``Preemption``), heeded by ``step``
-    - ``push``: sends committed checkpoints to the Hub (``Push``), by a process of its own
-    - ``preflight``: tries now what saves will need, and fails in seconds rather than days
+    - ``push``: sends committed checkpoints to the Hub (``Push``), by a process of its
+      own
+    - ``preflight``: tries now what saves will need, and fails in seconds rather than
+      days
     - ``timeout``: seconds without a sign of life until a rank counts as absent
 
-    ``CheckpointError`` on every rank if one fails; the training's own state is never touched.
+    ``CheckpointError`` on every rank if one fails; the training's own state is never
+    touched.
     """
 
     def __init__(
@@ -82,44 +93,52 @@ class Saver:
         timeout: float = TIMEOUT,
     ):
         self.run, self.retention = Path(run).absolute(), retention
-        self.kind, self.max_shard_size, self.tokenizer = weights, max_shard_size, tokenizer
+        self.kind, self.max_shard_size = weights, max_shard_size
+        self.tokenizer = tokenizer
         self.exclude_frozen_parameters = exclude_frozen_parameters
         self.background, self.timeout = background, timeout
         self.every = {"full": every} if isinstance(every, int) else dict(every or {})
-        ranks = Ranks("Saver", timeout)
+        ranks = RankGroup("Saver", timeout)
         with ranks.step():
             tiers.require_known(weights, self.every)
-            self.memory = Memory(budget(memory))
+            self.memory = HostCopies(budget(memory))
             self.engines = Engines(engine)
-        self.nodes = nodes.find(ranks, self.run, nodes.local_storage(self.engines.first))
-        self.lease = nodes.hold(ranks, self.nodes, self.run)
+
+        is_local = uses_node_local_storage(self.engines.first)
+        self.run_folder = RunFolder.find(ranks, self.run, is_local)
+        self.run_folder.hold(ranks)
+        self.nodes = self.run_folder.nodes
         with ranks.step():
             self.pushes = Pushes(push, self.run, self.nodes.commits, self.nodes.parts)
         self.predicted: int | None = None  # bytes of a save, in this rank's folder
         if preflight:
-            with lease.given_up_on_failure(self.lease):
-                self._preflight(ranks)
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="ckpt")
-        self.flight: Flight | None = None
-        self.last: Ranks | None = None  # of the last save
-        self.began = 0.0  # when the last save was called
-        self.saved: dict[str, int] = {}  # the step of the last save by tier
-        self.took: float | None = None  # seconds from the call to the commit, last full save
-        self.held = 0.0  # seconds that the last save held the training
-        self.closed = False
-        self.watch = Watch(preemption, timeout) if preemption else None
-        if self.nodes.commits:
-            identity.warn_of_others(self.run, self._line())
+            self.predicted = self.run_folder.preflight(ranks, self._contents(ranks))
 
-    def _preflight(self, ranks: Ranks) -> None:
-        with ranks.step():
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="ckpt")
+        self.flight: PendingSave | None = None
+        self.last_ranks: RankGroup | None = None  # of the last save
+        self.save_began_at = 0.0  # when the last save was called
+        self.saved: dict[str, int] = {}  # the step of the last save by tier
+        # seconds from the call to the commit, last full save
+        self.took: float | None = None
+        self.waited_seconds = 0.0  # that the training has waited for the last save
+        self.closed = False
+        self.watch = PreemptionWatch(preemption, timeout) if preemption else None
+        if self.run_folder.commits:
+            self.run_folder.warn_of_others(self._line())
+
+    def _contents(self, ranks: RankGroup) -> SaveContents:
+        """What a save will write. ``CheckpointError`` on every rank for weights that cannot be."""
+        with lease.given_up_on_failure(self.run_folder.lease), ranks.step():
             weights = self._weights(ranks)
-        place = (self.nodes, self.run, self.retention)
-        frozen = self.exclude_frozen_parameters
-        every = [engine for _, engine in self.engines]
-        small = partial(taking.small, self.engines, self.tokenizer)
-        what = (weights, frozen, small)
-        self.predicted = preflight.check(every, ranks, *place, *what, line=self._line())
+        return SaveContents(
+            engines=[engine for _, engine in self.engines],
+            weight_bytes=0 if weights is None else weights.nbytes,
+            exclude_frozen_parameters=self.exclude_frozen_parameters,
+            write_companions=partial(capture.write_small_files, self.engines, self.tokenizer),
+            retention=self.retention,
+            line=self._line(),
+        )
 
     def save(
         self,
@@ -131,28 +150,29 @@ class Saver:
     ) -> None:
         """Saves as checkpoint-STEP (tier "weights": as weights-STEP); every rank calls it.
 
-        ``client_state`` is what ``engine.load_checkpoint`` gives back; ``extra`` are this rank's
-        objects with ``state_dict()`` by name. An earlier save is waited for first, and its failure
-        raised. ``CheckpointError`` on every rank if one fails; then nothing is committed.
+        ``client_state`` is what ``engine.load_checkpoint`` gives back; ``extra`` are
+        this rank's objects with ``state_dict()`` by name. An earlier save is waited for
+        first, and its failure raised. ``CheckpointError`` on every rank if one fails;
+        then nothing is committed.
         """
         self.wait()
-        self.began = time.monotonic()
-        ranks = Ranks("save", self.timeout)
+        self.save_began_at = time.monotonic()
+        ranks = RankGroup("save", self.timeout)
         with ranks.step():
             if self.closed:
                 raise CheckpointError("this Saver is closed; make another one", "output")
             tiers.require_tier(tier, self.kind)
             epoch = (client_state or {}).get("epoch")
             facts = self.engines.facts(step, self._line(), tier, metrics, epoch)
-        flight: Flight | None = None
-        commit = Commit(ranks, self.nodes, self.run / tiers.NAMES[tier].format(step), facts)
+
+        flight: PendingSave | None = None
+        final = self.run / tiers.NAMES[tier].format(step)
+        commit = Commit(ranks, self.nodes, final, facts)
         try:
             commit.begin()
-            with ranks.step():
-                weights = self._weights(ranks)
-            options = (self.tokenizer, self.exclude_frozen_parameters)
-            work = take(self.engines, commit, weights, client_state or {}, extra, *options)
-            flight = Flight(commit, work)
+            work = self._capture(commit, client_state or {}, extra)
+            flight = PendingSave(commit, work)
+
             with ranks.step():
                 if self.background:
                     work.copy(self.memory)
@@ -164,17 +184,29 @@ class Saver:
                 flight.stop()
             commit.abandon()
             raise
+
         self.flight = flight
         if self.background:
-            exits.watch(self)
+            at_exit.watch(self)
         else:
             self.wait()
-        self.held = time.monotonic() - self.began
+
+        self.waited_seconds = time.monotonic() - self.save_began_at
+
+    def _capture(
+        self, commit: Commit, client_state: Mapping[str, Any], extra: Mapping[str, Any] | None
+    ) -> RankWork:
+        """This rank's part of a save; ``CheckpointError`` on every rank if one fails."""
+        with commit.ranks.step():
+            weights = self._weights(commit.ranks)
+
+        options = (self.tokenizer, self.exclude_frozen_parameters)
+        return capture.capture(self.engines, commit, weights, client_state, extra, *options)
 
     def _line(self) -> Line:
-        return identity.line_of(self.engines.first, self.run)
+        return self.run_folder.line_of(self.engines.first)
 
-    def _weights(self, ranks: Ranks) -> Weights | None:
+    def _weights(self, ranks: RankGroup) -> WeightsWriter | None:
         if self.kind is None:
             return None
         return self.engines.weights(self.kind, self.max_shard_size, ranks)
@@ -184,35 +216,46 @@ class Saver:
         if self.flight is not None:
             self._land(self.flight)
 
-    def _land(self, flight: Flight, timeout: float | None = None) -> None:
+    def _land(self, flight: PendingSave, timeout: float | None = None) -> None:
         self._release()
-        self.last = flight.commit.ranks
-        flight.land(timeout)
-        self._landed(flight)
+        self.last_ranks = flight.commit.ranks
+        began_at = time.monotonic()
+        flight.finish(timeout)
+        self.waited_seconds += time.monotonic() - began_at
+        self._after_commit(flight)
 
     def _release(self) -> None:
         self.flight = None
-        exits.forget(self)
+        at_exit.forget(self)
 
-    def _landed(self, flight: Flight) -> None:
+    def _after_commit(self, flight: PendingSave) -> None:
         facts = flight.commit.facts
         self.saved[facts.tier] = facts.step
         if facts.tier == "full":
-            self.took = time.monotonic() - self.began
+            self.took = time.monotonic() - self.save_began_at
         if self.nodes.commits:
-            point(self.run, self.retention, flight.commit.line)
+            update_pointers(self.run, self.retention, flight.commit.line)
             self.pushes.offer(facts.tier, facts.step, flight.commit.final)
-            self._tidy(flight.commit)
-        if not flight.commit.ranks.rank:
-            log.info("committed %s, %.1f s", flight.commit.final, time.monotonic() - self.began)
+            self._prune(flight.commit)
 
-    def _tidy(self, commit: Commit) -> None:
+        if not flight.commit.ranks.rank:
+            seconds = time.monotonic() - self.save_began_at
+            log.info(
+                "saved %s (%s) in %s; training waited %s",
+                flight.commit.final,
+                text.size(flight.commit.nbytes),
+                text.seconds(seconds),
+                text.seconds(self.waited_seconds if self.background else seconds),
+            )
+
+    def _prune(self, commit: Commit) -> None:
         """Deletes old checkpoints, behind the training's back if saves are there too."""
+        pruning = (self.run, self.retention, commit.final, commit.line)
         if self.background and not self.closed:
             with suppress(RuntimeError):  # the process is ending
-                self.pool.submit(tidy, self.run, self.retention, commit.final, commit.line)
+                self.pool.submit(prune_line, *pruning)
                 return
-        tidy(self.run, self.retention, commit.final, commit.line)
+        prune_line(*pruning)
 
     def step(
         self,
@@ -223,20 +266,23 @@ class Saver:
     ) -> bool:
         """To be called by every rank after each step; whether it saved.
 
-        Commits what the background has finished, saves what is due (``every``), and ends the
-        process with exit code 75 after a last save when it was asked to stop (``preemption``).
+        Commits what the background has finished, saves what is due (``every``), and
+        ends the process with exit code 75 after a last save when it was asked to stop
+        (``preemption``).
         """
         if self.flight is not None:
             flight = self.flight
             try:
-                landed = flight.advance()
+                is_committed = flight.advance()
             except BaseException:
                 self._release()
                 raise
-            if landed:
+
+            if is_committed:
                 self._release()
-                self.last = flight.commit.ranks
-                self._landed(flight)
+                self.last_ranks = flight.commit.ranks
+                self._after_commit(flight)
+
         self.pushes.poll()
         if self.watch is not None and self.watch.due(*self.engines.place()):
             self._stop(step, metrics, client_state, extra)
@@ -249,12 +295,14 @@ class Saver:
         """The last save, unless it is there or cannot be finished; then the end of the process."""
         self.wait()
         assert self.watch is not None
-        left, took = share(Ranks("stop", self.timeout), self.watch.left(), self.took)
-        if left is not None and took is not None and took > left:
-            self.watch.too_late(step, took, left)
+        ranks = RankGroup("stop", self.timeout)
+        time_left, time_needed = share_deadline(ranks, self.watch.left(), self.took)
+        if time_left is not None and time_needed is not None and time_needed > time_left:
+            self.watch.too_late(step, time_needed, time_left)
         elif self.saved.get("full") != step:
             self.save(step, *state)
             self.wait()
+
         self.pushes.leave()
         watch, self.watch = self.watch, None  # it listens until the end
         self.close()
@@ -265,26 +313,26 @@ class Saver:
         """Waits for the last save and its push, and ends the saver; raises what nobody was told."""
         try:
             self.wait()
-            self.last = self.pushes.close(self.timeout) or self.last
-            self._part()
+            self.last_ranks = self.pushes.close(self.timeout) or self.last_ranks
+            self._leave_ranks()
         finally:
             self.closed = True
             self.pool.shutdown()  # which waits for old checkpoints to be deleted
-            self.lease.release()
+            self.run_folder.release()
             if self.watch is not None:
                 self.watch.close()
 
     def drain(self) -> None:
         """``close`` at the end of the process: waits no longer than a minute for absent ranks."""
         if self.flight is not None:
-            self._land(self.flight, min(self.timeout, LAST_WORDS))
-            self._part()
+            self._land(self.flight, min(self.timeout, EXIT_GRACE_S))
+            self._leave_ranks()
 
-    def _part(self) -> None:
+    def _leave_ranks(self) -> None:
         """Lets all ranks hear of the last commit before rank 0, which may host the store, ends."""
-        if self.last is not None:
-            self.last.leave(wait=not self.last.rank)
-            self.last = None
+        if self.last_ranks is not None:
+            self.last_ranks.leave(wait=not self.last_ranks.rank)
+            self.last_ranks = None
 
     def __enter__(self) -> Saver:
         return self
@@ -299,7 +347,8 @@ class Saver:
             self.pushes.leave()
         if error is not None and self.flight is not None:
             try:
-                self._land(self.flight, min(self.timeout, FAREWELL))
-            except CheckpointError as failure:  # the other ranks may not come; ``error`` says why
+                self._land(self.flight, min(self.timeout, ERROR_GRACE_S))
+            except CheckpointError as failure:
+                # the other ranks may not come; ``error`` says why
                 log.warning("%s", failure)
         self.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from ckpt.saving.weights import KINDS
+from ckpt.saving.model_weights import KINDS
 from converters.errors import CheckpointError
 
 Tier = Literal["full", "weights"]
@@ -15,15 +15,16 @@ NAMES: dict[Tier, str] = {"full": "checkpoint-{}", "weights": "weights-{}"}
 
 def due(every: Mapping[str, int], step: int) -> Tier | None:
     """What to save at a step; ``full`` where both are due, as it holds the weights too."""
-    return next((tier for tier in NAMES if tier in every and step % every[tier] == 0), None)
+    tiers = (tier for tier in NAMES if tier in every and step % every[tier] == 0)
+    return next(tiers, None)
 
 
 def require_tier(tier: str, weights: str | None) -> None:
     """``CheckpointError`` unless this tier can be saved with these ``weights``."""
     if tier not in NAMES or (tier == "weights" and weights is None):
         raise CheckpointError(
-            f'tier {tier!r}: expected "full", or "weights" of a Saver with weights="bf16", '
-            '"fp16" or "fp32"',
+            f'tier {tier!r}: expected "full", or "weights" of a Saver with '
+            'weights="bf16", "fp16" or "fp32"',
             "output",
         )
 
@@ -31,7 +32,10 @@ def require_tier(tier: str, weights: str | None) -> None:
 def require_known(weights: str | None, every: Mapping[str, int]) -> None:
     """``CheckpointError`` for kinds of weights and steps between saves that make no sense."""
     if weights is not None and weights not in KINDS:
-        raise CheckpointError(f"weights={weights!r}, expected bf16, fp16, fp32 or None", "output")
+        raise CheckpointError(
+            f"weights={weights!r}, expected bf16, fp16, fp32 or None",
+            "output",
+        )
     for tier, steps in every.items():
         if tier not in NAMES or not isinstance(steps, int) or steps < 1:
             raise CheckpointError(

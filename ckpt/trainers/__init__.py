@@ -1,4 +1,7 @@
-"""Savers for trainers: ``hf``, ``accelerate``, ``lightning``; each loaded when it is first used."""
+"""Savers for trainers: ``hf``, ``accelerate``, ``lightning``; each loaded when it is first used.
+
+lightning_folders  what ModelCheckpoint saves into;  lightning_resume  a fit that goes on
+"""
 
 from __future__ import annotations
 

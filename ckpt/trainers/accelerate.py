@@ -4,9 +4,10 @@
     step = ckpt.trainers.accelerate.load_state(accelerator, "out")         0 if there is none yet
     accelerator.load_state(path)                    Accelerate's own, as ever
 
-The files are those that Accelerate and DeepSpeed write, in ``out/checkpoint-STEP``. Accelerate
-itself has no hook after saving, writes in place and, with ``total_limit``, deletes before it saves.
-Source: Accelerate 1.15 ``accelerator.py: save_state``, ``checkpointing.py``.
+The files are those that Accelerate and DeepSpeed write, in ``out/checkpoint-STEP``.
+Accelerate itself has no hook after saving, writes in place and, with ``total_limit``,
+deletes before it saves. Source: Accelerate 1.15 ``accelerator.py: save_state``,
+``checkpointing.py``.
 """
 
 from __future__ import annotations
@@ -20,32 +21,27 @@ from weakref import WeakKeyDictionary
 
 from accelerate.utils import MODEL_NAME, DistributedType
 
-from ckpt.ranks import TIMEOUT, Ranks, alive
-from ckpt.runs.lease import Lease
+from ckpt.distributed.ranks import TIMEOUT, RankGroup, alive
+from ckpt.engine.remedies import Ways
+from ckpt.engine.settings import Loop
+from ckpt.engine.view import uses_node_local_storage
+from ckpt.resuming.changes import LoadOptions, names_in
+from ckpt.resuming.continuity import OnMismatch
+from ckpt.resuming.load import loading
+from ckpt.resuming.request import ResumeRequest
+from ckpt.resuming.select import VerifyLevel
+from ckpt.resuming.source import Source
+from ckpt.resuming.topology import Reshard
+from ckpt.runs.lease.lease import Lease
 from ckpt.runs.retention import Retention
-from ckpt.saving import continuity, extras, identity, nodes, reading
-from ckpt.saving.asked import Asked
-from ckpt.saving.changes import Request, names_in
-from ckpt.saving.choosing import Thorough
-from ckpt.saving.commit import Commit, Facts
-from ckpt.saving.comparison import Comparison
-from ckpt.saving.continuity import OnMismatch
-from ckpt.saving.nodes import Nodes
-from ckpt.saving.progress import metrics as plain_metrics
-from ckpt.saving.progress import progress, record, versions
-from ckpt.saving.publish import publish
-from ckpt.saving.settings import Loop
-from ckpt.saving.source import Source
-from ckpt.saving.taking import beside
-from ckpt.saving.topology import Reshard
-from ckpt.saving.ways import Ways
-from ckpt.saving.weights import Weights
-from ckpt.trainers import streamed
-from ckpt.trainers.aside import aside
+from ckpt.saving.commit import identity
+from ckpt.saving.front_end import RunFolder, SaveDetails, describe
+from ckpt.saving.model_weights import WeightsWriter
 from converters.errors import CheckpointError
 
-_leases: WeakKeyDictionary[Any, dict[Path, Lease]] = WeakKeyDictionary()  # by accelerator
-_seen: set[Path] = set()  # folders that this process has saved into
+# by accelerator
+_leases: WeakKeyDictionary[Any, dict[Path, Lease]] = WeakKeyDictionary()
+_folders_saved_into: set[Path] = set()  # folders that this process has saved into
 
 
 def save_state(
@@ -66,55 +62,64 @@ def save_state(
     Every rank calls it, between two steps.
 
     - ``step``: the engine's ``global_steps`` by default
-    - ``metrics``: numbers by name, for ``retention`` (which keeps everything if ``None``)
+    - ``metrics``: numbers by name, for ``retention`` (which keeps everything if
+      ``None``)
     - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model folder too
-    - ``extra``: this rank's objects with ``state_dict()``, by name; those that are registered with
-      the accelerator are saved by it on rank 0
+    - ``extra``: this rank's objects with ``state_dict()``, by name; those that are
+      registered with the accelerator are saved by it on rank 0
     - ``timeout``: seconds without a sign of life until a rank counts as absent
 
-    The rest goes to ``accelerator.save_state``. Its own naming and ``total_limit`` do not apply,
-    and its counter does not move. ``CheckpointError`` on every rank if one fails; then nothing is
-    committed, and what was before is untouched.
+    The rest goes to ``accelerator.save_state``. Its own naming and ``total_limit`` do
+    not apply, and its counter does not move. ``CheckpointError`` on every rank if one
+    fails; then nothing is committed, and what was before is untouched.
     """
     engines = _engines(accelerator)
     engine, folder = engines[0], Path(run).absolute()
-    ranks = Ranks("save_state", timeout)
-    found = nodes.find(ranks, folder, nodes.local_storage(engine))
-    _hold(ranks, found, folder, accelerator)
+    ranks = RankGroup("save_state", timeout)
+    run_folder = _run_folder(ranks, folder, accelerator)
+
     with ranks.step():
         number = int(engine.global_steps if step is None else step)
-        stage = int(engine.zero_optimization_stage())
-        said = plain_metrics(metrics)
-        line = identity.line_of(engine, folder)
-        if found.commits and folder not in _seen:
-            _seen.add(folder)
-            identity.warn_of_others(folder, line)
-        noted = record(engine, None, _loop(accelerator))
-        facts = Facts(number, MODEL_NAME, line, "full", stage, versions(), said, noted)
-        made = Weights(engine, weights, max_shard_size, ranks) if weights is not None else None
-    commit = Commit(ranks, found, folder / f"checkpoint-{number}", facts)
-    with aside(commit, engines) as staging:
+        details = SaveDetails(step=number, tag=MODEL_NAME, metrics=metrics, loop=_loop(accelerator))
+        line = run_folder.line_of(engine)
+        if folder not in _folders_saved_into:
+            _folders_saved_into.add(folder)
+            run_folder.warn_of_others(line)
+
+        facts = describe(engine, details, line)
+        writer = None
+        if weights is not None:
+            writer = WeightsWriter(engine, weights, max_shard_size, ranks)
+
+    name = f"checkpoint-{number}"
+    with run_folder.saving(ranks, name, facts, engines) as save:
         options = save_model_func_kwargs | {"save_latest": False}  # the commit writes it
-        with _named_by_us(accelerator.project_configuration, found.local):
-            accelerator.save_state(str(staging), **options)
-        commit.files |= extras.write(staging, ranks.rank, extra)
-        with ranks.step():
-            if not ranks.rank:
-                beside(engine.module, staging, made)
-        if made is not None:
-            streamed.write(made, commit)
-    if found.commits:
-        publish(folder, retention, commit.final, commit.line)
-    return commit.final
+        with _without_own_naming(accelerator.project_configuration, run_folder.is_local):
+            accelerator.save_state(str(save.folder), **options)
+        save.write_rank_files(extra)
+        save.write_companions(engine.module, writer)
+        if writer is not None:
+            save.write_weights(writer)
+
+    run_folder.publish(retention, save.final, save.line)
+    return save.final
 
 
-def _hold(ranks: Ranks, place: Nodes, folder: Path, accelerator: Any) -> None:
-    """From the first save into a folder on, no other job saves there, as long as there is the
-    accelerator: nothing says when an Accelerate training ends.
+def _run_folder(ranks: RankGroup, folder: Path, accelerator: Any) -> RunFolder:
+    """The folder of a save, in which no other job saves from the first one on.
+
+    It is held as long as there is the accelerator: nothing says when an Accelerate
+    training ends.
     """
-    held = _leases.setdefault(accelerator, {})
-    if folder not in held:
-        held[folder] = nodes.hold(ranks, place, folder)
+    is_local = uses_node_local_storage(_engines(accelerator)[0])
+    run_folder = RunFolder.find(ranks, folder, is_local)
+    leases = _leases.setdefault(accelerator, {})
+    if folder not in leases:
+        run_folder.hold(ranks)
+        leases[folder] = run_folder.lease
+
+    run_folder.lease = leases[folder]
+    return run_folder
 
 
 def load_state(
@@ -123,7 +128,7 @@ def load_state(
     *,
     tag: str | None = None,
     extra: Mapping[str, Any] | None = None,
-    verify: Thorough = "structure",
+    verify: VerifyLevel = "structure",
     on_mismatch: OnMismatch = "error",
     override: Collection[str] = (),
     renamed: Mapping[str, str] | None = None,
@@ -133,58 +138,75 @@ def load_state(
     timeout: float = TIMEOUT,
     **load_model_func_kwargs: Any,
 ) -> int:
-    """What ``accelerator.load_state`` loads, from the newest whole checkpoint of a run.
+    """Loads, as ``accelerator.load_state`` does, the newest whole checkpoint of a run.
 
-    Every rank calls it, after ``accelerator.prepare``. Returns the step; 0 if the run has none yet.
+    Every rank calls it, after ``accelerator.prepare``. Returns the step; 0 if the run
+    has none yet.
 
     - ``path``: the run, or a checkpoint, which has to be whole
     - ``tag``: the one of this folder name or step, or ``latest`` or ``best``, in the run
-    - ``extra``: this rank's objects with ``load_state_dict()``, by the names they were saved by
+    - ``extra``: this rank's objects with ``load_state_dict()``, by the names they were
+      saved by
 
-    The others are those of ``ckpt.resume``; the rest goes to ``accelerator.load_state``, which
-    itself takes what the engine could not load, or random states that are missing, for success.
-    ``CheckpointError`` on every rank if one fails.
+    The others are those of ``ckpt.resume``; the rest goes to
+    ``accelerator.load_state``, which itself takes what the engine could not load, or
+    random states that are missing, for success. ``CheckpointError`` on every rank if
+    one fails.
     """
     engines = _engines(accelerator)
-    ranks = Ranks("load_state", timeout)
-    asked = Asked(ranks, Path(path), tag, extra, verify, on_mismatch, load_foreign, reshard)
-    request = Request(
+    ranks = RankGroup("load_state", timeout)
+    options = LoadOptions(
         names_in(override),
         dict(renamed or {}),
         load_optimizer_states,
         ways=Ways(scheduler=None),
     )
-    asked.require_same([load_optimizer_states, sorted(request.override)])
+    request = ResumeRequest(
+        ranks=ranks,
+        path=Path(path),
+        tag=tag,
+        extra=extra,
+        verify=verify,
+        on_mismatch=on_mismatch,
+        load_foreign=load_foreign,
+        reshard=reshard,
+        options=options,
+    )
+    override_names = sorted(options.override)
+    request.require_same(load_optimizer_states=load_optimizer_states, override=override_names)
+    return _load(accelerator, engines, request, load_model_func_kwargs)
+
+
+def _load(
+    accelerator: Any, engines: list[Any], request: ResumeRequest, keywords: Mapping[str, Any]
+) -> int:
+    ranks = request.ranks
     with ExitStack() as stack:
-        source = asked.choose(engines[0], stack)
+        source = request.choose(engines[0], stack)
         if source is None:
             return 0
-        state, turn = asked.prepare(engines[0], source)
+
+        state, slot = request.prepare(engines[0], source)
         with ranks.step():
             _require_all_models(source, engines)
-            if load_model_func_kwargs.get("load_module_only"):
+            if keywords.get("load_module_only"):
                 raise CheckpointError(
-                    "load_module_only: Accelerate loads the rest all the same; call "
+                    "load_module_only: Accelerate loads the rest anyway; call "
                     "ckpt.resume(engine, ..., load_module_only=True)",
                     "unsupported",
                 )
-            comparison = Comparison(source, engines[0], request, loop=_loop(accelerator))
-        comparison.require(ranks, on_mismatch)
-        with ranks.step(), alive(ranks), ExitStack() as maps:
-            first, *others = engines  # whose files the turn was worked out for
-            names = request.renamed
-            readers = [maps.enter_context(reading.mapped(first, turn=turn, renamed=names))]
-            readers += [maps.enter_context(reading.mapped(e, renamed=names)) for e in others]
-            for engine in engines if not load_optimizer_states else ():
-                maps.enter_context(reading.weights_alone(engine))
-            accelerator.load_state(str(source.folder), **load_model_func_kwargs)
-    with ranks.step() as step:
+
+            comparison = request.compare(source, engines[0], _loop(accelerator))
+
+        comparison.require(ranks, request.on_mismatch)
+        with ranks.step(), alive(ranks), loading(engines, request.options, slot) as readers:
+            accelerator.load_state(str(source.folder), **keywords)
+
+    with request.finishing(source) as report:
         comparison.apply()
-        without = () if readers[0].change is None else ("loss_scale",)
-        rows = comparison.rows(progress(engines[0]), without, readers[0].config)
-        step.value = continuity.mismatches(rows)
-        state.set(extra)
-    asked.tell(source, rows, step.heard)
+        report.rows = comparison.rows_after(readers[0])
+        state.set(request.extra)
+
     identity.line_after(engines[0], source.folder, source.step)
     return source.step
 
@@ -193,9 +215,10 @@ def _require_all_models(source: Source, engines: list[Any]) -> None:
     """Raises where only the first of several models was resharded."""
     if source.resharded and len(engines) > 1:
         raise CheckpointError(
-            f"{source.folder} was resharded from a checkpoint of {len(engines)} models, and has "
-            "the first alone: several in one Accelerator cannot be resharded; go on with as many "
-            "ranks and in the stage that they were saved in",
+            f"{source.folder} was resharded from a checkpoint of {len(engines)} "
+            "models, and has the first alone: several in one Accelerator cannot be "
+            "resharded; go on with as many ranks and in the stage that they were "
+            "saved in",
             "unsupported",
         )
 
@@ -205,8 +228,10 @@ def _loop(accelerator: Any) -> Loop:
     scheduler = next(iter(accelerator._schedulers), None)
     data = next(iter(accelerator._dataloaders), None)
     count = int(accelerator.gradient_accumulation_steps)
-    done = 0 if accelerator.sync_gradients else int(accelerator.step) % count
-    return Loop(scheduler, data, count, done)
+    micro_batches_done = 0
+    if not accelerator.sync_gradients:
+        micro_batches_done = int(accelerator.step) % count
+    return Loop(scheduler, data, count, micro_batches_done)
 
 
 def _engines(accelerator: Any) -> list[Any]:
@@ -217,25 +242,29 @@ def _engines(accelerator: Any) -> list[Any]:
             "ckpt saves trainings with DeepSpeed, call accelerator.save_state itself",
             "unsupported",
         )
+
     if not models:
         raise CheckpointError(
-            "the accelerator has no model; call accelerator.prepare before saving", "unsupported"
+            "the accelerator has no model; call accelerator.prepare before saving",
+            "unsupported",
         )
+
     return models
 
 
 @contextmanager
-def _named_by_us(configuration: Any, local: bool) -> Iterator[None]:
-    """Accelerate saves where it is told and deletes nothing; after it, all is as it was.
+def _without_own_naming(configuration: Any, local: bool) -> Iterator[None]:
+    """Has Accelerate save where it is told and delete nothing, in this block.
 
-    Each node gets its own copy of what only the main process writes if nodes have folders of their
-    own, for its ranks to load.
+    Each node gets its own copy of what only the main process writes if nodes have
+    folders of their own, for its ranks to load.
     """
     names = ("automatic_checkpoint_naming", "save_on_each_node", "iteration")
-    before = {name: getattr(configuration, name) for name in names}
-    configuration.automatic_checkpoint_naming, configuration.save_on_each_node = False, local
+    old_values = {name: getattr(configuration, name) for name in names}
+    configuration.automatic_checkpoint_naming = False
+    configuration.save_on_each_node = local
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in old_values.items():
             setattr(configuration, name, value)

@@ -1,28 +1,31 @@
 """A fit of Lightning that goes on, compared with what was saved before its engine is touched.
 
 Source: Lightning 2.6.6 ``pytorch/strategies/deepspeed.py: load_checkpoint``,
-``trainer/connectors/checkpoint_connector.py`` (schedulers are restored after the strategy loads).
+``trainer/connectors/checkpoint_connector.py`` (schedulers are restored after the
+strategy loads).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ckpt.ranks import Ranks
+from ckpt.distributed.ranks import RankGroup
+from ckpt.engine.mapped_loading import Mapped
+from ckpt.engine.remedies import Ways
+from ckpt.engine.settings import Loop
+from ckpt.engine.view import TrainingEngine
+from ckpt.resuming import continuity
+from ckpt.resuming.changes import LoadOptions, names_in
+from ckpt.resuming.comparison import Comparison
+from ckpt.resuming.continuity import OnMismatch
+from ckpt.resuming.load import loading
+from ckpt.resuming.request import ResumeRequest
+from ckpt.resuming.source import Source
 from ckpt.runs.run import open_checkpoint
-from ckpt.saving import continuity, reading
-from ckpt.saving.asked import Asked
-from ckpt.saving.changes import Request, names_in
-from ckpt.saving.comparison import Comparison
-from ckpt.saving.continuity import OnMismatch
-from ckpt.saving.progress import progress
-from ckpt.saving.reading import Mapped
-from ckpt.saving.settings import Loop
-from ckpt.saving.source import Source
-from ckpt.saving.ways import Ways
 
 WAYS = Ways(
     'pass on_mismatch="warn" to the strategy',
@@ -36,62 +39,68 @@ def request_of(
     override: Collection[str],
     renamed: Mapping[str, str] | None,
     optimizer_states: bool,
-) -> Request:
+) -> LoadOptions:
     """What the strategy was given; ``CheckpointError`` if ``on_mismatch`` is not known."""
     continuity.require_known(on_mismatch)
-    return Request(names_in(override), dict(renamed or {}), optimizer_states, ways=WAYS)
+    return LoadOptions(names_in(override), dict(renamed or {}), optimizer_states, ways=WAYS)
 
 
 def loop_of(trainer: Any) -> Loop:
     """The first scheduler of a training, which Lightning steps."""
-    return Loop(next((config.scheduler for config in trainer.lr_scheduler_configs), None))
+    schedulers = (config.scheduler for config in trainer.lr_scheduler_configs)
+    return Loop(next(schedulers, None))
 
 
-class Resumed:
+class FitResume:
     """One fit that goes on from ``source``."""
 
-    def __init__(self, source: Source, loop: Loop, request: Request):
-        self.source, self.loop, self.request = source, loop, request
+    def __init__(self, source: Source, loop: Loop, options: LoadOptions):
+        self.source, self.loop, self.options = source, loop, options
+        self.began_at = time.monotonic()
         self.comparison: Comparison | None = None
 
     @classmethod
-    def of(cls, path: Path, trainer: Any, request: Request) -> Resumed | None:
-        """``None`` where nothing was noted, or where it is no fit."""
-        found = open_checkpoint(path)
-        if found.manifest is None or found.manifest.tag is None or trainer.state.fn != "fit":
+    def of(cls, path: Path, trainer: Any, options: LoadOptions) -> FitResume | None:
+        """The resume from ``path``; ``None`` where nothing was noted, or outside of a fit."""
+        checkpoint = open_checkpoint(path)
+        if (
+            checkpoint.manifest is None
+            or checkpoint.manifest.tag is None
+            or trainer.state.fn != "fit"
+        ):
             return None
-        return cls(Source.of(found), loop_of(trainer), request)
+        return cls(Source.of(checkpoint), loop_of(trainer), options)
 
     def require(self, engine: Any, on_mismatch: OnMismatch) -> None:
         """``CheckpointError`` if this is another training; nothing is loaded yet."""
-        self.comparison = Comparison(self.source, engine, self.request, loop=self.loop)
+        self.comparison = Comparison(self.source, engine, self.options, loop=self.loop)
         self.comparison.require_here(on_mismatch)
 
     @contextmanager
-    def loading(self, engine: Any) -> Iterator[Mapped]:
-        """In this block the engine's ``load_checkpoint`` maps files, and takes what was asked."""
-        with ExitStack() as stack:
-            mapped = reading.mapped(engine, renamed=self.request.renamed, ways=WAYS)
-            reader = stack.enter_context(mapped)
-            if not self.request.optimizer_states:
-                stack.enter_context(reading.weights_alone(engine))
-            yield reader
+    def loading(self, engine: TrainingEngine) -> Iterator[Mapped]:
+        """Has ``load_checkpoint`` map files, and load as the options say, in this block."""
+        with loading([engine], self.options) as readers:
+            yield readers[0]
 
-    def finish(self, ranks: Ranks, on_mismatch: OnMismatch, reader: Mapped) -> None:
-        """After the load: the table, and the end on every rank if counters did not come back."""
+    def finish(self, ranks: RankGroup, on_mismatch: OnMismatch, reader: Mapped) -> None:
+        """Logs the table after the load; raises on every rank if counters did not come back."""
         comparison = self.comparison
         assert comparison is not None
         if not ranks.rank:
             comparison.say()
-        asked = Asked(ranks, self.source.folder, None, None, "structure", on_mismatch, ways=WAYS)
-        with ranks.step() as step:
+
+        request = ResumeRequest(
+            ranks=ranks,
+            path=self.source.folder,
+            on_mismatch=on_mismatch,
+            options=self.options,
+            began_at=self.began_at,
+        )
+        with request.finishing(self.source) as report:
             comparison.apply()
-            without = () if reader.change is None else ("loss_scale",)
-            rows = comparison.rows(progress(comparison.engine), without, reader.config)
-            step.value = continuity.mismatches(rows)
-        asked.tell(self.source, rows, step.heard)
+            report.rows = comparison.rows_after(reader)
 
     def override(self) -> None:
-        """Overridden options once more, when the scheduler has been loaded, too."""
+        """Sets overridden options once more, when the scheduler has been loaded, too."""
         if self.comparison is not None:
             self.comparison.apply()

@@ -1,0 +1,14 @@
+"""The command ``ckpt``: parses, calls, prints.
+
+main            the groups of commands, and the door for failure
+weights         show, to-fp32
+rewrite         reshard, to-universal, from-universal
+runs, latest    ls, verify, prune, pin, unpin; latest
+maintenance     doctor, slim, collect
+hub             push, pull
+planned         dry run, bar of bytes, JSON and messages, of them all
+results/        what they print, as values
+options         options that several commands have
+weight_options  which weights, under which names
+conversion, report, listing, adapter_facts   results and lines of to-fp32, show, ls
+"""

@@ -1,0 +1,124 @@
+"""What a person reads of a run: its checkpoints as a result and as lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from ckpt.cli.results.runs import CheckpointEntry, ListResult
+from ckpt.folders import locks
+from ckpt.runs import lineage
+from ckpt.runs.run import POINTERS, Run, RunCheckpoint, members
+
+_AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
+
+
+def facts(run: Run, checkpoints: Sequence[RunCheckpoint]) -> ListResult:
+    """The checkpoints as values: sizes in bytes, times in seconds since 1970."""
+    line_members = members(checkpoints)
+    pointer_targets = {name: (run.target(name) or "").partition("/")[0] for name in POINTERS}
+
+    return ListResult(
+        run.path,
+        tuple(
+            _entry(checkpoint, _marks(checkpoint, pointer_targets), checkpoint in line_members)
+            for checkpoint in checkpoints
+        ),
+    )
+
+
+def _entry(checkpoint: RunCheckpoint, marks: tuple[str, ...], current: bool) -> CheckpointEntry:
+    manifest = checkpoint.manifest
+    return CheckpointEntry(
+        name=checkpoint.name,
+        path=checkpoint.folder,
+        step=checkpoint.step,
+        committed=checkpoint.committed,
+        reason=checkpoint.why,
+        lacks=checkpoint.lacks,
+        tier=checkpoint.tier,
+        nbytes=checkpoint.nbytes,
+        created=manifest.created if manifest else None,
+        metrics=checkpoint.metrics,
+        marks=marks,
+        tag=manifest.tag if manifest else None,
+        stage=manifest.stage if manifest else None,
+        world_size=manifest.world_size if manifest else None,
+        node=manifest.node if manifest else None,
+        nodes=manifest.nodes if manifest else None,
+        run=manifest.run if manifest else None,
+        current=current,
+    )
+
+
+def _marks(checkpoint: RunCheckpoint, pointer_targets: dict[str, str]) -> tuple[str, ...]:
+    marks = [name for name, target in pointer_targets.items() if target == checkpoint.name]
+    if checkpoint.pinned:
+        marks.append("pinned")
+    if locks.in_use(checkpoint.folder):
+        marks.append("in use")
+    return tuple(marks)
+
+
+def lines(entries: Sequence[CheckpointEntry]) -> list[str]:
+    """The facts as a table, the newest last."""
+    if not entries:
+        return []
+
+    heads: tuple[str, ...] = ("STEP", "NAME", "TIER", "SIZE", "AGE", "METRICS", "MARKS", "TAG")
+    rows = [_row(entry) for entry in entries]
+    if any(entry.committed and not entry.current for entry in entries):
+        heads = (*heads, "RUN")
+        rows = [(*row, _run(entry)) for row, entry in zip(rows, entries, strict=True)]
+
+    widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
+    table_lines = [_aligned(heads, widths)]
+    for row, entry in zip(rows, entries, strict=True):
+        table_lines.append((_aligned(row, widths) + _remark(entry)).rstrip())
+
+    return table_lines
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+    return "  ".join(padded).rstrip()
+
+
+def _remark(entry: CheckpointEntry) -> str:
+    """What a reader should know of a checkpoint that is not as its save left it."""
+    if entry.reason:
+        return f"  not committed: {entry.reason}"
+    return f"  {entry.lacks}" if entry.lacks else ""
+
+
+def _row(entry: CheckpointEntry) -> tuple[str, ...]:
+    from ckpt.text import size
+
+    has_parts = entry.nodes not in (None, 1)
+    part = f" {entry.node}/{entry.nodes}" if has_parts else ""
+    metrics = [f"{name}={value:.6g}" for name, value in entry.metrics.items()]
+
+    return (
+        "-" if entry.step is None else str(entry.step),
+        entry.name,
+        (entry.tier or "-") + part,
+        size(entry.nbytes),
+        "-" if entry.created is None else age(time.time() - entry.created),
+        ", ".join(metrics) or "-",
+        ", ".join(entry.marks) or "-",
+        entry.tag or "-",
+    )
+
+
+def _run(entry: CheckpointEntry) -> str:
+    """Whose checkpoint it is, where a folder has those of several runs or lines."""
+    run = entry.run[: lineage.SHOWN] if entry.run else "-"
+    return run if entry.current or not entry.committed else f"{run} (not counted)"
+
+
+def age(seconds: float) -> str:
+    """A span of time for a reader, such as 3h."""
+    for length, unit in _AGES:
+        if seconds >= length:
+            return f"{int(seconds // length)}{unit}"
+    return "0s"

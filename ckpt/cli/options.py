@@ -1,0 +1,77 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from ckpt.runs.retention import Best
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class LocalPath(click.Path):
+    """A path of this machine. A URL is an error: ``Path`` would make a folder "s3:" of it."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path; ``CheckpointError`` for a URL."""
+        from converters.storage.store import local_path
+
+        return local_path(value)
+
+
+LOCAL_PATH = LocalPath()
+CHECKPOINT = click.argument("checkpoint", type=LOCAL_PATH)
+RUN = click.argument("run", type=LOCAL_PATH)
+TAG = click.option("--tag", help="The tag to read. Default: what the file latest names.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def dry_run(help_text: str) -> Callable[[F], F]:
+    """The option ``--dry-run``; ``help_text`` says what is printed instead of done."""
+    return click.option("--dry-run", is_flag=True, help=help_text)
+
+
+DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16", "keep"]),
+    default="fp32",
+    show_default=True,
+    help="Type of the parameters; keep: each as it is stored. Buffers keep theirs.",
+)
+
+
+def _size(_ctx: Any, _param: Any, value: str) -> int:
+    from converters.plan import parse_size
+
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+MAX_SHARD_SIZE = click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    callback=_size,
+    default="5GB",
+    show_default=True,
+    help="5GB (10^9 bytes), 500MB, 2GiB.",
+)
+
+
+def best_of(_ctx: Any, _param: Any, value: str | None) -> Best | None:
+    """The callback of an option that names a metric, such as ``eval_loss:min``."""
+    from ckpt.runs.retention import Retention
+
+    try:
+        return None if value is None else Retention.best_of(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error

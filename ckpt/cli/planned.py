@@ -1,0 +1,93 @@
+"""How every command that plans first goes on: dry run, bar, JSON and messages.
+
+    plan  --dry-run-->  preview, printed
+          ----------->  execute under a bar of bytes; the result, printed
+
+A result is printed as JSON or for a reader, never both. stdout is data, stderr is talk.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+Progress = Callable[[int], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a command prints.
+
+    ``result`` is a dataclass for ``--json``. ``lines`` go to stdout and ``notices`` to
+    stderr for a reader. ``exit_code`` is 1 where something is not as it should be.
+    """
+
+    result: object
+    lines: Iterable[object] = ()
+    notices: Iterable[str] = ()
+    exit_code: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A command's work, planned: what it would do, and how it is done.
+
+    ``nbytes`` is how many bytes ``execute`` reports, ``title`` what the bar is called;
+    ``None`` where there is nothing to wait for.
+    """
+
+    preview: Callable[[], Output]
+    execute: Callable[[Progress], Output]
+    nbytes: int | None = None
+    title: str = ""
+
+
+def run(planned: Planned, *, dry_run: bool, as_json: bool) -> None:
+    """Does what was planned, or with ``dry_run`` nothing, and prints the result."""
+    if dry_run:
+        show(planned.preview(), as_json)
+        return
+
+    with progress(planned.nbytes, planned.title) as advance:
+        output = planned.execute(advance)
+    show(output, as_json)
+
+
+def show(output: Output, as_json: bool) -> None:
+    """Prints an output; exits with its code if that is not 0."""
+    if as_json:
+        click.echo(as_text(output.result))
+    else:
+        for line in output.lines:
+            click.echo(line)
+        for notice in output.notices:
+            click.echo(notice, err=True)
+
+    if output.exit_code:
+        sys.exit(output.exit_code)
+
+
+def as_text(result: object) -> str:
+    """A result as the text of a JSON document."""
+    from ckpt import results
+    from converters.storage import bounded_json
+
+    return bounded_json.dumps(results.document(result)).decode().rstrip("\n")
+
+
+@contextmanager
+def progress(total_bytes: int | None, title: str) -> Iterator[Progress]:
+    """A bar of bytes on a terminal; nothing elsewhere, or without a total."""
+    if total_bytes is None or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+
+    from tqdm import tqdm
+
+    with tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, leave=False) as bar:
+        yield bar.update

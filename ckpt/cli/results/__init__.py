@@ -1,0 +1,11 @@
+"""What the commands print, as frozen dataclasses: their fields are the keys of ``--json``.
+
+checkpoints  show: one checkpoint, its adapters, its quantized weights
+conversion   to-fp32, and what was proven of weights
+runs         ls, verify, latest, pin, prune
+upkeep       doctor, slim, collect
+hub          push, pull
+
+``ckpt.results`` turns them into JSON, docs/json.md explains each key. reshard,
+to-universal and from-universal print ``ckpt.rewrite.result``.
+"""

@@ -1,0 +1,114 @@
+"""What the commands on runs print: ls, verify, latest, pin, prune. Times are seconds since 1970."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointEntry:
+    """A checkpoint of a run.
+
+    ``reason`` says why it is not committed, ``lacks`` what was deleted from it by hand.
+    ``marks`` are latest, best, pinned, in use. ``current`` is whether it belongs to the
+    run that saved last, and to what that run did not go back from.
+    """
+
+    name: str
+    path: Path
+    step: int | None
+    committed: bool
+    reason: str | None
+    lacks: str | None
+    tier: str | None
+    nbytes: int
+    created: float | None
+    metrics: Mapping[str, float]
+    marks: tuple[str, ...]
+    tag: str | None
+    stage: int | None
+    world_size: int | None
+    node: int | None
+    nodes: int | None
+    run: str | None
+    current: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ListResult:
+    """The checkpoints of a run, the newest last."""
+
+    path: Path
+    checkpoints: tuple[CheckpointEntry, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyEntry:
+    """Whether a checkpoint is whole: ``problems`` are lines on what is not, ``proven`` on what is.
+
+    ``checked`` is data where every byte was read, structure otherwise.
+    """
+
+    path: Path
+    step: int | None
+    committed: bool
+    whole: bool
+    checked: str
+    problems: tuple[str, ...]
+    proven: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """The checkpoints that were verified."""
+
+    checkpoints: tuple[VerifyEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedCheckpoint:
+    """A newer checkpoint that a resume does not take, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatestResult:
+    """The checkpoint that a resume takes. ``pointer`` is the text of the file latest, or best."""
+
+    dry_run: bool
+    path: Path
+    step: int | None
+    pointer: str | None
+    passed_over: tuple[SkippedCheckpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PinResult:
+    """A checkpoint that retention keeps (``pinned``), or that it may delete again."""
+
+    dry_run: bool
+    path: Path
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PruneEntry:
+    """What became of a checkpoint, and why."""
+
+    path: Path
+    kept: bool
+    reason: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PruneResult:
+    """What was deleted, or would be. ``freed_bytes`` is what that takes."""
+
+    dry_run: bool
+    checkpoints: tuple[PruneEntry, ...]
+    freed_bytes: int

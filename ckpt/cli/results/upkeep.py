@@ -1,0 +1,69 @@
+"""What the commands print that mend, slim and join checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class FindingEntry:
+    """Something that is not as a finished save leaves it.
+
+    ``remedy`` is what ``--fix`` does about it, ``None`` where that is left to the user.
+    """
+
+    path: Path
+    problem: str
+    remedy: str | None
+    mended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorResult:
+    """What was found, first what was mended."""
+
+    dry_run: bool
+    findings: tuple[FindingEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptionEntry:
+    """A checkpoint without a manifest, whether it got one, and if not, why."""
+
+    path: Path
+    adopted: bool
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptResult:
+    """Every checkpoint that had no manifest."""
+
+    dry_run: bool
+    checkpoints: tuple[AdoptionEntry, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlimResult:
+    """A checkpoint made weights-only: names of the files that went, and their bytes.
+
+    ``proven`` are lines on the weights that stay.
+    """
+
+    dry_run: bool
+    path: Path
+    proven: tuple[str, ...]
+    deleted: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectResult:
+    """Parts of nodes, joined: where each file comes from, by its name, and the bytes to copy."""
+
+    dry_run: bool
+    output: Path
+    nbytes: int
+    sources: Mapping[str, Path]

@@ -1,0 +1,292 @@
+"""The commands that rewrite training states: ``reshard``, ``to-universal``,
+``from-universal``.
+
+They parse, call and print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckpt.cli import planned
+from ckpt.cli.options import CHECKPOINT, JSON, LOCAL_PATH, TAG
+from ckpt.cli.options import dry_run as dry_run_option
+from ckpt.cli.planned import Output, Planned, Progress
+from converters.words import counted
+
+if TYPE_CHECKING:
+    from ckpt.rewrite.job import Rewriting
+    from ckpt.rewrite.result import RewriteChecks, RewriteResult
+
+_SHARED = (
+    dry_run_option("Print the plan and write nothing."),
+    click.option(
+        "--no-verify",
+        is_flag=True,
+        help="Skip the CRC32s of what is read. Every element's place is proven anyway.",
+    ),
+    click.option(
+        "--read-back",
+        is_flag=True,
+        help="Read the finished files once more and compare CRC32s, where the disk is not trusted.",
+    ),
+    click.option("--overwrite", is_flag=True, help="Replace an output folder that exists."),
+    click.option("--workers", type=click.IntRange(1, 64), help="Threads that move bytes."),
+    JSON,
+)
+
+
+_NATIVE = (
+    click.option(
+        "--world-size",
+        metavar="RANKS",
+        type=click.IntRange(1),
+        required=True,
+        help="The ranks (GPUs) that will resume.",
+    ),
+    click.option(
+        "--stage",
+        type=click.IntRange(1, 3),
+        help="The ZeRO stage. Default: that of the run.",
+    ),
+    click.option(
+        "-o",
+        "--output",
+        type=LOCAL_PATH,
+        help="Default: CHECKPOINT-wRANKS.",
+    ),
+    click.option(
+        "--sub-group-size",
+        metavar="ELEMENTS",
+        type=click.IntRange(1),
+        help="Of the engine that will resume with stage 3. Default: what the run was configured "
+        "with.",
+    ),
+    click.option(
+        "--zero-init/--no-zero-init",
+        default=None,
+        help="Muon, from stage 1 or 2 to 3: whether the model will be created under "
+        "deepspeed.zero.Init, as the Trainer does it.",
+    ),
+)
+
+
+def _with_options(
+    options: Sequence[Callable[..., Any]],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Several options as one decorator; they are listed in this order."""
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorated
+
+
+@click.command(short_help="Rewrite a state for other ranks or another stage.")
+@CHECKPOINT
+@_with_options(_NATIVE)
+@TAG
+@_with_options(_SHARED)
+def reshard(
+    checkpoint: Path,
+    world_size: int,
+    stage: int | None,
+    output: Path | None,
+    tag: str | None,
+    sub_group_size: int | None,
+    zero_init: bool | None,
+    **options: Any,
+) -> None:
+    """Rewrite a ZeRO checkpoint for another number of ranks, or another stage.
+
+    The output holds DeepSpeed's own files: engine.load_checkpoint, and the Trainer's
+    resume_from_checkpoint, load it as they load any. Weights, every optimizer state,
+    steps, loss scale, scheduler and client state are those of CHECKPOINT, bit for bit.
+
+    \b
+    ckpt reshard out/checkpoint-500 --world-size 3
+    ckpt reshard out/checkpoint-500 --world-size 8 --stage 3 -o resume/checkpoint-500
+    ckpt reshard out/checkpoint-500 --world-size 3 --dry-run
+    """
+    from ckpt.rewrite import reshard as resharding
+
+    rewriting = resharding.plan(
+        checkpoint,
+        world_size,
+        stage=stage,
+        output=output,
+        tag=tag,
+        sub_group_size=sub_group_size,
+        zero_init=zero_init,
+    )
+
+    _rewrite(rewriting, **options)
+
+
+@click.command("to-universal", short_help="Write a state in the universal format.")
+@CHECKPOINT
+@click.option(
+    "-o",
+    "--output",
+    type=LOCAL_PATH,
+    help="Default: CHECKPOINT_universal.",
+)
+@TAG
+@_with_options(_SHARED)
+def to_universal(checkpoint: Path, output: Path | None, tag: str | None, **options: Any) -> None:
+    """Write a ZeRO checkpoint in DeepSpeed's universal format.
+
+    The output is loaded on any number of ranks by a stock engine of stage 1, 2 or 3
+    that has "checkpoint": {"load_universal": true} in its configuration. ckpt reshard
+    makes files that load without it.
+
+    \b
+    ckpt to-universal out/checkpoint-500
+    ckpt to-universal out/checkpoint-500 --dry-run
+    """
+    from ckpt.rewrite import universal
+
+    _rewrite(universal.plan_to(checkpoint, output=output, tag=tag), **options)
+
+
+@click.command("from-universal", short_help="Write native files from a universal folder.")
+@CHECKPOINT
+@_with_options(_NATIVE)
+@click.option("--tag", help="The tag to read. Default: what the file latest_universal names.")
+@click.option(
+    "--like",
+    metavar="CHECKPOINT",
+    type=LOCAL_PATH,
+    help="A native checkpoint of the same model, where the folder does not tell the order of the "
+    "parameters.",
+)
+@_with_options(_SHARED)
+def from_universal(
+    checkpoint: Path,
+    world_size: int,
+    stage: int | None,
+    output: Path | None,
+    tag: str | None,
+    like: Path | None,
+    sub_group_size: int | None,
+    zero_init: bool | None,
+    **options: Any,
+) -> None:
+    """Write DeepSpeed's native files from a universal folder, whoever made it.
+
+    The output is loaded by plain engine.load_checkpoint, and by the Trainer.
+
+    \b
+    ckpt from-universal out/checkpoint-500_universal --world-size 3
+    ckpt from-universal out/checkpoint-500_universal --world-size 8 --stage 3 -o resume
+    """
+    from ckpt.rewrite import universal
+
+    rewriting = universal.plan_from(
+        checkpoint,
+        world_size,
+        stage=stage,
+        output=output,
+        tag=tag,
+        like=like,
+        sub_group_size=sub_group_size,
+        zero_init=zero_init,
+    )
+
+    _rewrite(rewriting, **options)
+
+
+def _rewrite(
+    rewriting: Rewriting,
+    dry_run: bool,
+    no_verify: bool,
+    read_back: bool,
+    overwrite: bool,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Prints what would be done, or does it and prints that."""
+    from ckpt.rewrite import job
+
+    def preview() -> Output:
+        result = job.preview(rewriting)
+        return Output(result, _preview_lines(result))
+
+    def execute(progress: Progress) -> Output:
+        result = job.execute(
+            rewriting,
+            verify=not no_verify,
+            read_back=read_back,
+            overwrite=overwrite,
+            workers=workers,
+            progress=progress,
+        )
+        assert result.checks is not None
+        lines = [rewriting.output, _proven(result.checks)]
+        return Output(result, lines, [f"note: {note}" for note in result.notes])
+
+    planned.run(
+        Planned(
+            preview=preview,
+            execute=execute,
+            nbytes=rewriting.plan.nbytes,
+            title=rewriting.output.name,
+        ),
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+def _preview_lines(result: RewriteResult) -> list[str]:
+    from ckpt.text import size
+
+    lines = [f"{result.output}/{file.name}\t{size(file.nbytes)}" for file in result.files]
+    lines += [f"{result.output}/{name}\tcopied" for name in sorted(result.copied_files)]
+
+    source = result.source
+    target = "the universal format"
+    if result.world_size is not None:
+        target = f"stage {result.stage}, {counted(result.world_size, 'rank')}"
+
+    lines += [
+        f"from         stage {source.stage}, {counted(source.world_size or 1, 'rank')}",
+        f"to           {target}",
+        f"read         {size(result.read_bytes)}",
+        f"write        {size(result.write_bytes)}, {size(result.free_bytes)} free",
+    ]
+
+    return lines + [f"note: {note}" for note in result.notes]
+
+
+def _proven(checks: RewriteChecks) -> str:
+    """One line: what was proven of the output, and what could not be."""
+    from ckpt.text import size
+
+    line = (
+        "verified: the output was read back; "
+        f"{counted(checks.parameter_tensors, 'parameter')}, "
+        f"{counted(checks.optimizer_tensors, 'optimizer state')} and "
+        f"{counted(checks.other_tensors, 'other tensor')} match the source element by "
+        "element"
+    )
+
+    if checks.verified:
+        line += f"; {size(checks.crc32_bytes)} of the source agree with their CRC32s"
+    else:
+        line += "; bytes not verified (--no-verify)"
+
+    if checks.no_crc32_bytes:
+        line += f"; {size(checks.no_crc32_bytes)} of the source carry no CRC32"
+    if checks.read_back_bytes:
+        line += f"; {size(checks.read_back_bytes)} of the output agree with their CRC32s, too"
+
+    return line
+
+
+COMMANDS = (reshard, to_universal, from_universal)

@@ -1,0 +1,133 @@
+"""The commands that make weights of a checkpoint: ``show`` and ``to-fp32``.
+
+They parse, call and print.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckpt.cli import planned
+from ckpt.cli.options import CHECKPOINT, DTYPE, JSON, LOCAL_PATH, MAX_SHARD_SIZE, TAG, dry_run
+from ckpt.cli.planned import Output, Planned, Progress
+from ckpt.cli.weight_options import request as weights_request
+from ckpt.cli.weight_options import weights_options
+
+
+@click.command("to-fp32", short_help="Make a model folder of fp32 or 16-bit weights.")
+@CHECKPOINT
+@click.option(
+    "-o",
+    "--output",
+    type=LOCAL_PATH,
+    help="Default: CHECKPOINT-fp32 (-bf16, ...).",
+)
+@TAG
+@DTYPE
+@MAX_SHARD_SIZE
+@click.option(
+    "--format",
+    type=click.Choice(["safetensors", "bin", "lightning"]),
+    default="safetensors",
+    show_default=True,
+    help="model.safetensors or pytorch_model.bin, in shards with an index where it is larger; or "
+    "of a Lightning checkpoint, the file that load_from_checkpoint reads (-o x.ckpt).",
+)
+@click.option(
+    "--tied",
+    type=click.Choice(["keep", "drop"]),
+    help="Write tied names again, or only once. Default: what from_pretrained of the model wants.",
+)
+@dry_run("Print the plan and write nothing.")
+@click.option(
+    "--no-verify",
+    is_flag=True,
+    help="Skip checksums (about 5 % of the time) and the comparison with 16-bit weights (reads "
+    "50 % more).",
+)
+@click.option("--allow-overflow", is_flag=True, help="Let values too large for fp16 become inf.")
+@click.option("--overwrite", is_flag=True, help="Replace an output folder that exists.")
+@click.option("--workers", type=click.IntRange(1, 64), help="Threads that move bytes.")
+@weights_options
+@JSON
+def to_fp32(
+    checkpoint: Path,
+    output: Path | None,
+    dry_run: bool,
+    no_verify: bool,
+    allow_overflow: bool,
+    overwrite: bool,
+    workers: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Convert a ZeRO checkpoint to a model folder of fp32 or 16-bit weights.
+
+    CHECKPOINT is a Trainer folder (with the file latest in it), a save_dir of
+    DeepSpeed, or a tag folder. The output appears all at once; an interrupted
+    conversion continues where it stopped.
+
+    \b
+    ckpt to-fp32 out/checkpoint-500
+    ckpt to-fp32 out/checkpoint-500 -o model --dtype bf16 --max-shard-size 2GB
+    ckpt to-fp32 out --tag global_step500 --format bin
+    ckpt to-fp32 out/checkpoint-500 --dry-run
+    """
+    from ckpt.cli import conversion as reports
+    from ckpt.weights.conversion import convert
+
+    request = weights_request(options)
+    conversion = convert.plan(checkpoint, output, request=request, **options)
+    preview = reports.preview(conversion, verify=not no_verify, workers=workers)
+
+    def execute(progress: Progress) -> Output:
+        record = convert.execute(
+            conversion,
+            verify=not no_verify,
+            allow_overflow=allow_overflow,
+            overwrite=overwrite,
+            workers=workers,
+            progress=progress,
+        )
+        return Output(
+            reports.result(preview, conversion, record),
+            lines=[conversion.output, reports.verified(record), record["verdict"]],
+            notices=reports.warnings(record),
+        )
+
+    planned.run(
+        Planned(
+            preview=lambda: Output(preview, reports.preview_lines(conversion, preview)),
+            execute=execute,
+            nbytes=conversion.plan.nbytes,
+            title=conversion.output.name,
+        ),
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+@click.command(short_help="Show what a checkpoint is and holds.")
+@CHECKPOINT
+@TAG
+@click.option("--tensors", is_flag=True, help="List every tensor: name, type, shape.")
+@JSON
+def show(checkpoint: Path, tag: str | None, tensors: bool, as_json: bool) -> None:
+    """Show what a checkpoint is and holds, from headers only.
+
+    \b
+    ckpt show out/checkpoint-500
+    ckpt show out --tag global_step500 --tensors
+    """
+    from ckpt.cli import report
+    from ckpt.weights.conversion import sources
+
+    source = sources.fp32(checkpoint, tag, "ckpt to-fp32 --weights 16bit")
+    result = report.show(source, tensors)
+    planned.show(Output(result, lines=[report.show_text(result)]), as_json)
+
+
+COMMANDS = (show, to_fp32)

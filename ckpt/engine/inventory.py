@@ -1,0 +1,233 @@
+"""The tensors of a running DeepSpeed training: names, shapes and types, the same on every rank.
+
+Source: DeepSpeed 0.19.8 ``runtime/engine.py``, ``runtime/zero/stage_1_and_2.py``
+(shapes of what ``engine.offload_states`` took away) and ``partition_parameters.py``
+(``ds_shape``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ckpt.weights.naming import naming
+from ckpt.weights.request import Naming
+from converters import quantized
+from converters.errors import CheckpointError
+from converters.tensors import DType, Extent, Listed, TensorRef, Weights
+
+MEMORY = Path("live")  # the "file" that the tensors of a running engine are located in
+DTYPES = {
+    torch.bool: DType.BOOL,
+    torch.uint8: DType.U8,
+    torch.int8: DType.I8,
+    torch.float8_e5m2: DType.F8_E5M2,
+    torch.float8_e4m3fn: DType.F8_E4M3,
+    torch.int16: DType.I16,
+    torch.float16: DType.F16,
+    torch.bfloat16: DType.BF16,
+    torch.int32: DType.I32,
+    torch.float32: DType.F32,
+    torch.complex64: DType.C64,
+    torch.float64: DType.F64,
+    torch.int64: DType.I64,
+}
+_NEWER = {  # types that not every torch has
+    "float8_e8m0fnu": DType.F8_E8M0,
+    "float8_e4m3fnuz": DType.F8_E4M3FNUZ,
+    "float8_e5m2fnuz": DType.F8_E5M2FNUZ,
+    "float4_e2m1fn_x2": DType.F4,
+    "uint16": DType.U16,
+    "uint32": DType.U32,
+    "uint64": DType.U64,
+}
+DTYPES |= {getattr(torch, name): dtype for name, dtype in _NEWER.items() if hasattr(torch, name)}
+TORCH = {dtype: kind for kind, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """The model's tensors by name; a tied parameter under its first name only.
+
+    ``weights`` locates nothing: its extents say how long tensors are, not where.
+    ``renamed`` are those that are to be written under other names, ``names`` maps the
+    model's names to these; what it lacks is left out.
+    """
+
+    weights: Weights
+    parameters: Mapping[str, Any]
+    buffers: Mapping[str, torch.Tensor]
+    renamed: Weights | None = None
+    names: Mapping[str, str] | None = None
+
+    @property
+    def written(self) -> Weights:
+        """The tensors that are written, by the names that they get."""
+        return self.weights if self.renamed is None else self.renamed
+
+    def written_name(self, name: str) -> str | None:
+        """The name that a tensor of the model gets; ``None`` if it is not written."""
+        return name if self.names is None else self.names.get(name)
+
+
+def inventory(engine: Any, wishes: Naming | None = None) -> Inventory:
+    """What ``engine`` (of ``deepspeed.initialize``) trains, in the model's order, buffers included.
+
+    ``wishes`` choose among the tensors and rename them.
+
+    ``CheckpointError`` for what is not such an engine, and for kinds of parallelism that
+    cut single tensors up in other ways than ZeRO.
+    """
+    _require_supported(engine)
+    module = engine.module
+    entries = module.state_dict(keep_vars=True)
+    parameters, aliases = _named_parameters(module, entries)
+    parameter_names = {*parameters, *aliases}
+    buffers = {
+        name: value
+        for name, value in entries.items()
+        if isinstance(value, torch.Tensor) and name not in parameter_names
+    }
+    shapes = _shapes(engine)
+    refs: dict[str, TensorRef] = {}
+    for name, parameter in parameters.items():
+        shape = shapes.get(id(parameter), parameter.shape)
+        refs[name] = _tensor_ref(name, parameter.dtype, shape)
+    for name, buffer in buffers.items():
+        refs[name] = _tensor_ref(name, buffer.dtype, buffer.shape)
+
+    all_names = (*entries, *refs, *aliases)
+    present = (name for name in all_names if name in refs or name in aliases)
+    order = tuple(dict.fromkeys(present))
+    tensors = {name: refs[name] for name in order if name in refs}
+    weights = Weights(tensors, aliases, frozenset(buffers), order=order)
+    frozen = frozenset(
+        name for name, parameter in parameters.items() if not parameter.requires_grad
+    )
+    packed = quantized.marked(replace(weights, frozen=frozen)).packed
+    weights = replace(weights, packed=packed)
+    if wishes is None or not wishes.changes:
+        return Inventory(weights, parameters, buffers)
+
+    renamed = naming.wished(weights, wishes)
+    model_names = {id(ref): name for name, ref in weights.tensors.items()}
+    names = {model_names[id(ref)]: name for name, ref in renamed.tensors.items()}
+
+    return Inventory(weights, parameters, buffers, renamed, names)
+
+
+def _named_parameters(
+    module: torch.nn.Module, entries: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The parameters by the names that the state dict has for them, and the tied names.
+
+    A hook on the state dict may call them otherwise than ``named_parameters`` does;
+    what it drops keeps its own name.
+    """
+    names_by_id: dict[int, list[str]] = {}
+    parameters_by_id: dict[int, Any] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names_by_id.setdefault(id(parameter), []).append(name)
+        parameters_by_id[id(parameter)] = parameter
+
+    state_names: dict[int, list[str]] = {}
+    for name, value in entries.items():
+        if id(value) in names_by_id:
+            state_names.setdefault(id(value), []).append(name)
+
+    parameters: dict[str, Any] = {}
+    aliases: dict[str, str] = {}
+
+    for key, names in names_by_id.items():
+        if not set(state_names.get(key, ())) <= set(names):
+            names = state_names[key]
+        parameters[names[0]] = parameters_by_id[key]
+        aliases |= dict.fromkeys(names[1:], names[0])
+
+    return parameters, aliases
+
+
+def _require_supported(engine: Any) -> None:
+    if not hasattr(engine, "module") or not hasattr(engine, "zero_optimization_stage"):
+        raise CheckpointError(
+            f"{type(engine).__name__} is not a DeepSpeed engine; pass what "
+            "deepspeed.initialize returned (of a Trainer: trainer.model_wrapped)",
+            "unsupported",
+        )
+
+    world = dist.get_world_size()
+    optimizer = engine.optimizer
+    groups = [
+        *getattr(optimizer, "real_dp_process_group", ()),
+        *getattr(optimizer, "sub_group_process_groups", ()),
+        *(getattr(tensor, "ds_process_group", None) for tensor in engine.module.parameters()),
+    ]
+    worlds = {dist.get_world_size(group) for group in groups if group is not None}
+
+    features = [
+        ("pipeline parallelism", type(engine).__name__ == "PipelineEngine"),
+        ("tensor parallelism", getattr(engine, "mp_world_size", 1) > 1),
+        ("experts (MoE)", bool(getattr(engine, "has_moe_layers", False))),
+        (
+            "parameters partitioned over some of the ranks only (MiCS, experts)",
+            bool(worlds - {world}),
+        ),
+    ]
+    for feature, is_present in features:
+        if is_present:
+            raise CheckpointError(
+                f"this engine has {feature}, which is not read live; use engine.save_checkpoint",
+                "unsupported",
+            )
+
+
+def _shapes(engine: Any) -> dict[int, Sequence[int]]:
+    """Shapes of parameters whose own storage may be elsewhere, by ``id``."""
+    shapes: dict[int, Sequence[int]] = {
+        id(parameter): parameter.ds_shape
+        for parameter in engine.module.parameters()
+        if hasattr(parameter, "ds_shape")
+    }
+    groups = getattr(engine.optimizer, "round_robin_bit16_groups", ())
+    # since offload_states exists
+    metas = getattr(engine.optimizer, "round_robin_bit16_meta", ())
+    for group, meta in zip(groups, metas, strict=False):
+        shapes |= {
+            id(parameter): placeholder.shape
+            for parameter, placeholder in zip(group, meta, strict=True)
+        }
+    return shapes
+
+
+def _tensor_ref(name: str, torch_dtype: torch.dtype, shape: Sequence[int]) -> TensorRef:
+    if torch_dtype not in DTYPES:
+        raise CheckpointError(
+            f"{name} is of type {torch_dtype}, which is not written", "unsupported"
+        )
+
+    dtype = DTYPES[torch_dtype]
+    nbytes = prod(shape) * dtype.itemsize
+    extents = Listed([Extent(MEMORY, 0, nbytes)] if nbytes else [])
+    return TensorRef(dtype, tuple(shape), extents)
+
+
+def config_of(module: Any) -> Any:
+    """A copy of a Hugging Face model's configuration that names its class; ``None`` without one.
+
+    ``None`` for PEFT too: its names are not those of the model that the configuration
+    is of.
+    """
+    config = getattr(module, "config", None)
+    is_hugging_face = hasattr(config, "save_pretrained") and hasattr(config, "to_dict")
+    if not is_hugging_face or hasattr(module, "peft_config"):
+        return None
+    named_config: Any = deepcopy(config)
+    named_config.architectures = named_config.architectures or [type(module).__name__]
+    return named_config

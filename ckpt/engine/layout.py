@@ -1,0 +1,136 @@
+"""How a training cuts up its state: what its engine says, or its configuration before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ckpt.runs.manifest import Manifest
+from converters.errors import CheckpointError
+from converters.zero.native.optimizer_files import SUB_GROUP
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The ZeRO stage of a training, and how many ranks it has."""
+
+    stage: int
+    world_size: int
+
+    def fits(self, manifest: Manifest) -> bool:
+        """Whether DeepSpeed can load the checkpoint of this ``manifest``."""
+        return Topology(manifest.stage or 0, manifest.world_size).loads_as(self)
+
+    def loads_as(self, target: Topology) -> bool:
+        """Whether what was saved here loads there: without ZeRO, on any number of ranks."""
+        return self == target or self.stage == target.stage == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a training cuts up its state.
+
+    ``settings`` are what the layout of stage 3 depends on, by the options of
+    ``reshard.prepare``: sub_group_size (elements) and, for Muon, zero_init. Muon sorts
+    parameters by shape where it sees their shapes, not under ``zero.Init``.
+    """
+
+    topology: Topology
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of_engine(cls, engine: Any, world: int) -> Layout:
+        """The layout of a DeepSpeed engine on ``world`` ranks."""
+        topology = Topology(int(engine.zero_optimization_stage()), world)
+        return cls(topology, _stage3(engine) if topology.stage == 3 else {})
+
+    @classmethod
+    def of_config(
+        cls, config: Mapping[str, Any], world: int, zero_init: bool = True
+    ) -> Layout | None:
+        """The layout of the engine that DeepSpeed will make of a configuration.
+
+        ``zero_init``: whether the model is made under ``zero.Init``. ``None`` if the
+        stage is not said yet ("auto").
+        """
+        zero = config.get("zero_optimization") or {}
+        stage = zero.get("stage", 0)
+        if not isinstance(stage, int):
+            return None
+
+        topology = Topology(stage, world)
+        if topology.stage != 3:
+            return cls(topology, {})
+
+        sub_group_size = zero.get("sub_group_size", SUB_GROUP)
+        if not isinstance(sub_group_size, (int, float)):  # "auto"
+            sub_group_size = SUB_GROUP
+        settings: dict[str, Any] = {"sub_group_size": int(sub_group_size)}
+        if str((config.get("optimizer") or {}).get("type", "")).lower() == "muon":
+            settings["zero_init"] = zero_init
+        return cls(topology, settings)
+
+    def options(self, source_topology: Topology) -> dict[str, Any]:
+        """The settings that matter to what is resharded from ``source_topology``."""
+        return {
+            name: value
+            for name, value in self.settings.items()
+            if name != "zero_init" or source_topology.stage != 3
+        }
+
+
+def _stage3(engine: Any) -> dict[str, Any]:
+    """What the layout of a stage 3 engine depends on."""
+    optimizer = engine.optimizer
+    settings = {"sub_group_size": int(engine.zero_sub_group_size())}
+    if not getattr(optimizer, "use_muon", False):
+        return settings
+
+    # Muon sorts by shape where it sees shapes, so the order tells whether it did.
+    in_model = enumerate(engine.module.parameters())
+    positions = {id(parameter): position for position, parameter in in_model}
+    groups: dict[int, list[int]] = {}
+    for index, parameters in enumerate(optimizer.fp16_groups):
+        order = groups.setdefault(optimizer.sub_group_to_group_id[index], [])
+        order += [positions[id(parameter)] for parameter in parameters]
+
+    return {
+        **settings,
+        "zero_init": all(order == sorted(order) for order in groups.values()),
+    }
+
+
+def require_cut(
+    engine: Any,
+    saved: Any,
+    current: Any,
+    path: str | os.PathLike[str],
+) -> None:
+    """``CheckpointError`` if stage 3 has cut the same parameters into other sub-groups.
+
+    ``saved`` and ``current`` are the shapes by name of each; ``path`` is a file of the
+    checkpoint.
+    """
+    cuts = [_parameters_by_sub_group(saved), _parameters_by_sub_group(current)]
+    if cuts[0] == cuts[1]:
+        return
+
+    folder, size = Path(path).parent.parent, int(engine.zero_sub_group_size())
+    raise CheckpointError(
+        f"{path}: its {sum(cuts[0])} parameters are in {len(cuts[0])} sub-groups, "
+        f"those of this training in {len(cuts[1])} (zero_optimization.sub_group_size "
+        f"{size}); set that to what it was, or run: ckpt reshard {folder} "
+        f"--world-size {dist.get_world_size()} --stage 3 --sub-group-size {size}",
+        "unsupported",
+    )
+
+
+def _parameters_by_sub_group(sub_groups: Any) -> list[int]:
+    """How many parameters with elements each sub-group has; those without any left out."""
+    counts = (sum(0 not in shape for shape in shapes.values()) for shapes in sub_groups)
+    return [count for count in counts if count]

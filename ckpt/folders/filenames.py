@@ -1,0 +1,9 @@
+"""The names of files that a save, a conversion or a repair leaves beside the data."""
+
+from __future__ import annotations
+
+from converters.detect.filenames import MANIFEST as MANIFEST
+
+PINNED = ".pinned"  # in a checkpoint that retention never deletes
+LOCK = ".lock"  # what whoever writes a staging folder (.NAME.saving) holds a lock on
+PLAN = "plan.json"  # what an interrupted conversion goes on by

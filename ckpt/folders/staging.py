@@ -1,0 +1,190 @@
+"""A folder that is there whole or not at all, and work on it that can be continued.
+
+.NAME.partial/    beside the output, while it is made
+  plan.json         what is being made; another plan's leftovers are thrown away
+  *.partial         a shard in the making
+  model-...         shards that are whole; the same command continues after them
+NAME/             the same folder, renamed when everything in it is whole; what it replaces changes
+                  places with it at once, and goes by way of .NAME.trash
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ckpt.folders.filenames import PLAN
+from ckpt.folders.replacing import is_arriving, replace_folder
+from converters.errors import CheckpointError
+from converters.plan import Plan
+from converters.storage import local
+
+
+def folder_for(output: Path) -> Path:
+    """Where the output is made until it is whole."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def require_place(
+    output: Path,
+    protected_folders: Sequence[Path],
+    overwrite: bool,
+) -> None:
+    """Raises ``CheckpointError`` unless a folder may be made at ``output``.
+
+    At none of the ``protected_folders`` it may.
+    """
+    if not output.name:
+        raise CheckpointError(
+            f"{output} cannot be the name of a folder; name another with -o",
+            "output",
+        )
+    if output.resolve() in protected_folders:
+        raise CheckpointError(
+            f"{output} holds the checkpoint itself; name another folder with -o",
+            "output",
+        )
+
+    if output.is_symlink() or output.is_file() or os.path.ismount(output):
+        raise CheckpointError(
+            f"{output} is a file, a link or a mount point; name a new folder with -o",
+            "output",
+        )
+
+    overwrite = overwrite or is_arriving(output)  # what a crash of this command left
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise CheckpointError(
+            f"{output} exists already; --overwrite replaces it, -o names another folder",
+            "output",
+        )
+
+
+def require_file_place(output: Path, overwrite: bool) -> None:
+    """Raises ``CheckpointError`` unless a file may be made at ``output``."""
+    if output.is_dir():
+        raise CheckpointError(
+            f"{output} is a folder, and a file is to be written there; name another with -o",
+            "output",
+        )
+
+    if os.path.lexists(output) and not (overwrite and output.is_file()):
+        raise CheckpointError(
+            f"{output} exists already; --overwrite replaces it, -o names another file",
+            "output",
+        )
+
+
+def folder_of_file(output: Path) -> Path:
+    """The folder in which the one file ``output`` is made (``take_file``)."""
+    return output.with_name(f".{output.name}.made")
+
+
+def take_file(made_file: Path, output: Path) -> None:
+    """Moves a file that is whole and on disk to its place; the folder that it was made in goes."""
+    os.replace(made_file, output)
+    local.sync_folder(output.parent)
+    shutil.rmtree(made_file.parent, ignore_errors=True)
+
+
+@contextmanager
+def as_output_error(output: Path) -> Iterator[None]:
+    """What the system refuses while ``output`` is made, as ``CheckpointError``."""
+    try:
+        yield
+    except OSError as error:
+        advice = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise CheckpointError(
+            f"{error.filename or output}: {error.strerror}; {advice}choose another folder with -o",
+            "output",
+        ) from error
+
+
+@contextmanager
+def staged(output: Path, plan: Plan, needed_bytes: int) -> Iterator[Path]:
+    """The folder to write into, which becomes ``output`` when the block ends without an error.
+
+    It is locked, and empty or with whole shards of the same plan; ``needed_bytes`` in
+    all will be needed. It stays behind only where the same command can go on: after an
+    interruption or a failing disk, and with a whole shard in it. ``CheckpointError`` if
+    it is in use or the disk too small.
+    """
+    folder = folder_for(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / PLAN, "a+b") as plan_file:
+        try:
+            fcntl.flock(plan_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{folder} is in use: another conversion writes {output}", "output"
+            ) from error
+        except OSError:
+            pass  # a filesystem without locks
+
+        try:
+            digest = plan.digest().encode()
+            plan_file.seek(0)
+            with local.named(folder / PLAN):
+                is_same_plan = plan_file.read() == digest
+            _clear(
+                folder,
+                {shard.filename for shard in plan.shards} if is_same_plan else set(),
+            )
+            if not is_same_plan:
+                with local.named(folder / PLAN):
+                    # a file's own truncate ends at EINTR
+                    os.ftruncate(plan_file.fileno(), 0)
+                    plan_file.write(digest)
+                    plan_file.flush()
+
+            require_room(folder, needed_bytes, "choose another folder with -o")
+            yield folder
+            (folder / PLAN).unlink()
+            local.sync_folder(folder)
+            replace_folder(folder, output)
+        except BaseException as error:
+            is_unusable = isinstance(error, CheckpointError) and error.kind != "output"
+            if is_unusable or not _has_shard(folder, plan):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _has_shard(folder: Path, plan: Plan) -> bool:
+    return any((folder / shard.filename).exists() for shard in plan.shards)
+
+
+def _clear(folder: Path, kept_shards: Collection[str]) -> None:
+    """Removes all but these shards: what else an interrupted run left may be of any content."""
+    for parent, subfolders, filenames in os.walk(folder, topdown=False):
+        for name in filenames:
+            path = Path(parent, name)
+            if path.relative_to(folder).as_posix() not in (*kept_shards, PLAN):
+                path.unlink()
+
+        for name in subfolders:
+            path = Path(parent, name)
+            if path.is_symlink():
+                path.unlink()
+            elif not any(path.iterdir()):
+                path.rmdir()
+
+
+def require_room(folder: Path, needed_bytes: int, alternative: str) -> None:
+    """``CheckpointError`` unless ``needed_bytes`` fit on the disk.
+
+    Those that are in ``folder`` are counted. ``alternative`` says what to do where no
+    room can be made.
+    """
+    present_files = [path for path in folder.rglob("*") if path.is_file()]
+    present_bytes = sum(path.stat().st_size for path in present_files)
+    free_bytes = local.free_space(folder)
+    if needed_bytes - present_bytes > free_bytes:
+        raise CheckpointError(
+            f"{folder.parent} has {free_bytes:,} bytes free, the output needs "
+            f"{needed_bytes - present_bytes:,}; make room or {alternative}",
+            "output",
+        )

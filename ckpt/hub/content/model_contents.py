@@ -1,0 +1,196 @@
+"""What a push sends of a checkpoint's model: converted while it is sent, or stored as it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from ckpt.hub.content import model_facts as known
+from ckpt.hub.content.allow_list import CARD, Allowed, allowed, of_conversion
+from ckpt.hub.content.items import Contents, Item
+from ckpt.hub.content.publishable import (
+    dominant_type,
+    listed_item,
+    require_config,
+    require_loadable,
+    require_openable,
+    weights_names,
+)
+from ckpt.runs import engines
+from ckpt.runs.run import RunCheckpoint
+from ckpt.weights import absences, quantized_facts
+from ckpt.weights.conversion import convert
+from ckpt.weights.conversion.task import Conversion
+from ckpt.weights.request import DTYPES, Request
+from converters import quantized
+from converters.errors import CheckpointError
+from converters.formats import safetensors
+from converters.tensors import DType, Weights
+from converters.zero.files import discovery
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def of_model(
+    checkpoint: RunCheckpoint, dtype: str, max_shard_size: int, request: Request | None
+) -> tuple[Contents, Path]:
+    """What ``from_pretrained`` wants, and the folder that its configuration is in."""
+    if checkpoint.tier == "weights":
+        return _stored(checkpoint, dtype, request), checkpoint.folder
+
+    tag = _tag_of_one_engine(checkpoint)
+    model_root = discovery.find(checkpoint.folder, tag).root
+    has_adapter = (model_root / ADAPTER[0]).is_file()
+    is_config_named = request is not None and request.config is not None
+    is_config_sent = not has_adapter and not is_config_named
+    if is_config_sent and os.path.lexists(model_root / "config.json"):
+        listed_item(
+            replace(checkpoint, folder=model_root), "config.json", must_be_listed=False
+        ).require_whole()
+
+    conversion = convert.plan(
+        checkpoint.folder,
+        tag=tag,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        request=request,
+    )
+    require_config(model_root, conversion, request)
+    require_openable(model_root, conversion)
+    as_stored = request is not None and request.naming.as_stored
+    if has_adapter and conversion.product.kind == "model" and not as_stored:
+        stored_as = replace(checkpoint, folder=model_root)  # the states have none
+        return _stored(stored_as, dtype, request), model_root
+
+    return _converted(checkpoint, model_root, conversion), model_root
+
+
+def _tag_of_one_engine(checkpoint: RunCheckpoint) -> str | None:
+    """The tag that the manifest names, if it is there; ``CheckpointError`` for several engines."""
+    engine_names = engines.names(checkpoint.manifest) if checkpoint.manifest else ()
+    if engine_names:
+        raise CheckpointError(
+            f"{checkpoint.folder} has the engines {', '.join(engine_names)}: push the "
+            f"folder of one, ckpt push {checkpoint.folder / engine_names[0]} "
+            "--uncommitted",
+            "unsupported",
+        )
+
+    tag = checkpoint.manifest.tag if checkpoint.manifest else None
+    return tag if tag is not None and (checkpoint.folder / tag).is_dir() else None
+
+
+def _converted(checkpoint: RunCheckpoint, model_root: Path, conversion: Conversion) -> Contents:
+    """The files of a conversion, and what may go with them."""
+    items = [Item(shard.filename, shard) for shard in conversion.plan.shards]
+    if conversion.plan.index is not None:
+        items.append(Item(*conversion.plan.index))
+    items += [Item(name, text) for name, text in conversion.texts.items()]
+
+    own_names = frozenset(item.name for item in items)
+    allowed_files = of_conversion(
+        allowed(model_root, own_names), model_root, conversion.companions, own_names
+    )
+    product_kind = conversion.product.kind
+    if product_kind == "merged":  # the card in the checkpoint is the adapter's
+        allowed_files = replace(
+            allowed_files,
+            files=tuple(file for file in allowed_files.files if file[0] != CARD),
+        )
+    items += _companion_items(checkpoint, allowed_files)
+
+    model_facts = known.of_model(checkpoint, model_root, conversion.texts.get(ADAPTER[0]))
+    if product_kind == "merged":
+        model_facts = known.of_merged(model_facts, conversion.texts.get("config.json"))
+    facts = {"kind": product_kind} | model_facts | known.of_conversion(conversion)
+    facts["code"] = any(name.endswith(".py") for name, _ in allowed_files.files)
+
+    return Contents(
+        tuple(items),
+        conversion,
+        allowed_files.left_out,
+        (*allowed_files.warnings, *_conversion_lines(conversion, model_root, allowed_files)),
+        facts,
+    )
+
+
+def _conversion_lines(
+    conversion: Conversion, model_root: Path, allowed_files: Allowed
+) -> Iterator[str]:
+    """What a conversion says, but for what is said of the files already."""
+    for absence in absences.lines(conversion.product.absent):
+        yield f"absent: {absence}"
+    for conversion_note in conversion.notes:
+        if f"{model_root}: {conversion_note}" not in allowed_files.warnings:
+            yield f"note: {conversion_note}"
+
+
+def _stored(checkpoint: RunCheckpoint, dtype: str, request: Request | None) -> Contents:
+    """Weights that lie there as they are to be published: an adapter, or tier "weights"."""
+    root, warnings = checkpoint.folder, []
+    is_adapter = (root / ADAPTER[0]).is_file()
+    file_names = list(ADAPTER) if is_adapter else weights_names(root)
+    items = [listed_item(checkpoint, name) for name in file_names]
+    weights_paths = [root / name for name in file_names if name.endswith(".safetensors")]
+    tensors = {
+        tensor_name: ref
+        for path in weights_paths
+        for tensor_name, ref in safetensors.read(path).tensors.items()
+    }
+    warnings += require_loadable(root, weights_paths[0], tensors, is_adapter, request)
+    weights = quantized.marked(Weights(tensors))
+    stored_type = dominant_type(
+        [ref for name, ref in tensors.items() if name not in weights.packed]
+    )
+    if dtype != "keep" and DTYPES[dtype] is not stored_type:
+        warnings.append(_type_note(root, weights_paths[0], stored_type, dtype, is_adapter))
+
+    if os.path.lexists(root / "config.json"):
+        items.append(listed_item(checkpoint, "config.json", must_be_listed=False))
+    allowed_files = allowed(root, frozenset(item.name for item in items))
+    items += _companion_items(checkpoint, allowed_files)
+    facts = {"kind": "adapter" if is_adapter else "weights"} | known.of_model(checkpoint, root)
+    facts |= {
+        "dtype": next(
+            (dtype_name for dtype_name, known_type in DTYPES.items() if known_type is stored_type),
+            stored_type.value,
+        ),
+        "parameters": quantized_facts.parameters(weights),
+        "total_size": sum(ref.nbytes for ref in tensors.values()),
+        "code": any(name.endswith(".py") for name, _ in allowed_files.files),
+    }
+
+    return Contents(
+        tuple(items),
+        None,
+        allowed_files.left_out,
+        (*allowed_files.warnings, *warnings),
+        facts,
+    )
+
+
+def _type_note(
+    root: Path, weights_path: Path, stored_type: DType, dtype: str, is_adapter: bool
+) -> str:
+    """A line on an adapter that is sent in its own type; ``CheckpointError`` for a model."""
+    if not is_adapter:
+        raise CheckpointError(
+            f"{root} holds {stored_type.value} weights and no states to "
+            f"make {dtype} from; push them with --dtype keep",
+            "refused",
+        )
+
+    return f"{weights_path} is sent as it is stored, in {stored_type.value}, not as {dtype}"
+
+
+def _companion_items(checkpoint: RunCheckpoint, allowed_files: Allowed) -> Iterator[Item]:
+    """The files beside the weights, each with what the manifest says of it, if anything."""
+    manifest_files = checkpoint.manifest.files if checkpoint.manifest else {}
+    for file_name, file_path in allowed_files.files:
+        yield Item(
+            file_name,
+            file_path,
+            manifest_files.get(file_name) if file_path.parent == checkpoint.folder else None,
+        )

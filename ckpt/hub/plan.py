@@ -1,0 +1,272 @@
+"""A push decided on: what is in the repository, what comes, and what goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckpt.folders import filenames
+from ckpt.hub import upload
+from ckpt.hub.client import errors, repository
+from ckpt.hub.client.repository import Remote
+from ckpt.hub.content.allow_list import CARD
+from ckpt.hub.content.contents import contents
+from ckpt.hub.content.items import Contents, Item, unfit
+from ckpt.hub.upload import Transport
+from ckpt.runs import manifest, verify
+from ckpt.runs.run import RunCheckpoint
+from ckpt.version import __version__
+from ckpt.weights.request import Request
+from converters.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushOptions:
+    """What is published of a checkpoint, where, and how.
+
+    ``dtype`` is a key of ``request.DTYPES``, ``max_shard_size`` in bytes. ``revision``
+    is a branch (main), made by the push where there is none; ``private`` counts only
+    where the repository is made. ``keep_last`` deletes older steps, after the commit
+    where they are branches. ``blocks`` of 64 MB may be on their way by Xet at once,
+    each of which takes that much memory. ``verify_download`` reads headers back.
+    """
+
+    dtype: str = "fp32"
+    max_shard_size: int = 5_000_000_000
+    request: Request | None = None
+    training_state: bool = False
+    uncommitted: bool = False
+    revision: str | None = None
+    path_in_repo: str | None = None
+    create_pr: bool = False
+    message: str | None = None
+    private: bool = True
+    keep_last: int | None = None
+    transport: str = "auto"
+    stage_dir: Path | None = None
+    blocks: int = 1
+    verify_download: bool = False
+
+    @property
+    def place(self) -> str:
+        """The folder of the repository, "" or with a "/" at its end."""
+        return f"{self.path_in_repo.strip('/')}/" if self.path_in_repo else ""
+
+    @property
+    def branch(self) -> str:
+        """The branch that the commit is for."""
+        return self.revision or repository.MAIN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushPlan:
+    """A push decided on but not begun.
+
+    ``deleted`` are names in the repository that the commit removes; a folder's ends in
+    "/". ``message`` is that of the commit.
+    """
+
+    checkpoint: RunCheckpoint
+    contents: Contents
+    remote: Remote
+    options: PushOptions
+    deleted: tuple[str, ...]
+    transport: Transport
+    message: str
+    warnings: tuple[str, ...]
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The files to send."""
+        return self.contents.items
+
+    @property
+    def place(self) -> str:
+        """The folder of the repository, "" or with a "/" at its end."""
+        return self.options.place
+
+    @property
+    def private(self) -> bool | None:
+        """Whether the repository is private, or will be."""
+        return self.options.private if self.remote.head is None else self.remote.private
+
+
+def plan(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> PushPlan:
+    """Looks at the checkpoint and the repository, and decides; changes nothing.
+
+    ``CheckpointError`` for what is not committed, does not fit the Hub, or may not be
+    published there.
+    """
+    _require_names(repo, options.path_in_repo)
+    _require_committed(checkpoint, options.uncommitted)
+    errors.require_client()
+    _require_steps(options)
+    transport, note = upload.choose(options.transport, options.stage_dir)
+    with errors.translate_errors(repo):
+        remote = repository.look(api_for(), repo, options.branch)
+
+    push_contents = _contents(checkpoint, remote, options)
+    require_open(remote, options)
+
+    notices = [note] if note else []
+    if remote.private is False and options.private:
+        notices.append(f"{repo} is public, and stays so")
+
+    return PushPlan(
+        checkpoint=checkpoint,
+        contents=push_contents,
+        remote=remote,
+        options=options,
+        deleted=_deleted_names(remote, push_contents, options),
+        transport=transport,
+        message=options.message or _message(checkpoint, options),
+        warnings=(*notices, *push_contents.warnings),
+    )
+
+
+def _contents(checkpoint: RunCheckpoint, remote: Remote, options: PushOptions) -> Contents:
+    """What is sent; a repository's card stays as it is."""
+    has_card = options.place + CARD in remote.files
+    push_contents = contents(
+        checkpoint,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        training_state=options.training_state,
+        card=not has_card,
+        repo=remote.repo,
+        revision=options.revision,
+        request=options.request,
+    )
+    if has_card and not options.training_state:
+        items = tuple(item for item in push_contents.items if item.name != CARD)
+        return replace(push_contents, items=items)
+
+    return push_contents
+
+
+def _deleted_names(
+    remote: Remote, push_contents: Contents, options: PushOptions
+) -> tuple[str, ...]:
+    """The files and folders that the commit removes: of older pushes to the same place."""
+    place = options.place
+    sent_names = {place + item.name for item in push_contents.items}
+    deleted_names = repository.stale(remote.files, sent_names, place)
+    if options.training_state:
+        older_names = _listed_before(remote, place)
+        deleted_names += [name for name in older_names if name not in sent_names]
+    if options.keep_last and place and not remote.new:
+        folders = _siblings(remote.files, place)
+        deleted_names += [
+            f"{name}/" for name in repository.outdated(folders, place[:-1], options.keep_last)
+        ]
+
+    return tuple(sorted(set(deleted_names)))
+
+
+def _message(checkpoint: RunCheckpoint, options: PushOptions) -> str:
+    step_text = f", step {checkpoint.step}" if checkpoint.step is not None else ""
+    content = "training state" if options.training_state else options.dtype
+    return f"Push {checkpoint.name} ({content}{step_text}) with ckpt {__version__}"
+
+
+def api_for() -> HfApi:
+    """The client, with the login that it finds itself."""
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="ckpt", library_version=__version__)
+
+
+def _require_names(repo: str, path_in_repo: str | None) -> None:
+    if len(repo.split("/")) != 2 or not all(repo.split("/")):
+        raise CheckpointError(f"{repo!r} is not a repository; write org/name", "refused")
+    if path_in_repo and (fault := unfit(path_in_repo.strip("/"))):
+        raise CheckpointError(f"--path-in-repo {path_in_repo!r} {fault}", "refused")
+
+
+def _require_committed(checkpoint: RunCheckpoint, uncommitted: bool) -> None:
+    """``CheckpointError`` unless the checkpoint is committed, and whole as far as sizes tell."""
+    if checkpoint.why == manifest.ABSENT:
+        if uncommitted:
+            return
+
+        raise CheckpointError(
+            f"{checkpoint.folder} has {manifest.ABSENT}; ckpt doctor "
+            f"{checkpoint.folder.parent} --adopt commits it if it is whole, "
+            "--uncommitted pushes it with the conversion's own proof alone",
+            "incomplete",
+        )
+
+    verdict = verify.verify(checkpoint)
+    if not verdict.whole:
+        reason = checkpoint.why or verdict.problems[0]
+        raise CheckpointError(
+            f"{checkpoint.folder} is not whole: {reason}; choose another checkpoint",
+            "incomplete",
+        )
+
+
+def _require_steps(options: PushOptions) -> None:
+    keep_last = options.keep_last
+    if keep_last is None:
+        return
+
+    place_name = options.place.rstrip("/") or options.revision or ""
+    if keep_last < 1 or not repository.is_step(place_name):
+        raise CheckpointError(
+            f"--keep-last {keep_last} needs a --revision or --path-in-repo such as "
+            "step-500, whose older steps it deletes",
+            "refused",
+        )
+
+
+def require_open(remote: Remote, options: PushOptions) -> None:
+    """``CheckpointError`` for what may not come into this repository, or this way."""
+    is_public = remote.private is False if remote.head else not options.private
+    if options.training_state and is_public:
+        raise CheckpointError(
+            f"{remote.repo} is public; --include-training-state goes into private "
+            "repositories only",
+            "refused",
+        )
+
+    lacks_branch = remote.new or (remote.head is None and remote.branch != repository.MAIN)
+    if options.create_pr and lacks_branch:
+        raise CheckpointError(
+            f"{remote.repo} has no branch {remote.branch}; a pull request needs one that is there",
+            "refused",
+        )
+
+
+def _siblings(file_names: Iterable[str], place: str) -> set[str]:
+    """The folders beside ``place`` ("a/step-5/": "a/step-1", "a/step-2" ...)."""
+    depth = place.count("/")
+    return {
+        "/".join(file_name.split("/")[:depth])
+        for file_name in file_names
+        if file_name.count("/") >= depth
+    }
+
+
+def _listed_before(remote: Remote, place: str) -> Iterator[str]:
+    """Files that the manifest of an older training state at this place lists."""
+    path_in_repo = place + filenames.MANIFEST
+    if path_in_repo not in remote.files:
+        return
+
+    from huggingface_hub import hf_hub_download
+
+    with errors.translate_errors(remote.repo):
+        local_copy = Path(hf_hub_download(remote.repo, path_in_repo, revision=remote.head))
+    try:
+        listed_files = manifest.loads(local_copy.read_bytes(), local_copy).files
+    except CheckpointError:
+        return  # no manifest of ours
+
+    yield from (
+        place + name for name in listed_files if name != CARD and place + name in remote.files
+    )

@@ -1,0 +1,319 @@
+"""What rank 0 offers to go on from: the checkpoints of a run, the newest first, whoever wrote them.
+
+A committed one is known to be whole. One that was written without ckpt has to prove it,
+and, if a committed one is there too, that it goes on from that one; else the resume
+stops, and names both.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ckpt.runs import lineage
+from ckpt.runs import manifest as manifests
+from ckpt.runs.foreign import completeness, liveness
+from ckpt.runs.foreign.completeness import Proof
+from ckpt.runs.foreign.overwriting import require_one_save
+from ckpt.runs.foreign.succession import relate
+from ckpt.runs.manifest import Manifest
+from ckpt.runs.run import (
+    RunCheckpoint,
+    members,
+    open_checkpoint,
+    order,
+    require_read,
+    step_in,
+)
+from ckpt.runs.verify import verify
+from converters.errors import CheckpointError
+
+log = logging.getLogger("ckpt")
+
+# whether it was saved by as many ranks, and in the same stage
+TopologyFilter = Callable[[Manifest], bool]
+Sort = Literal["weights", "lost", "apart"]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A checkpoint that a training can go on from; ``proof`` if it was written without ckpt."""
+
+    checkpoint: RunCheckpoint
+    proof: Proof | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedCandidate:
+    """A checkpoint that was not offered. ``sort``: weights alone, lost work, or of no concern."""
+
+    path: Path
+    why: str
+    sort: Sort
+
+
+def candidate(path: Path) -> RunCheckpoint:
+    """What a path in a run is: a folder, or a file of Lightning."""
+    if path.is_file():
+        return RunCheckpoint(path, step_in(path.name), None, manifests.ABSENT, False)
+    return open_checkpoint(path)
+
+
+def newest_first(
+    checkpoints: Sequence[RunCheckpoint],
+    fits: TopologyFilter | None = None,
+) -> list[RunCheckpoint]:
+    """The order in which they are offered: by step; of one step what fits, then what is committed.
+
+    One whose step nobody says counts as newer than all if it was written later than all
+    that are committed. Where there is such a one and none is committed, they go by
+    their times.
+    """
+    committed = (checkpoint.manifest for checkpoint in checkpoints)
+    times = (manifest.created for manifest in committed if manifest)
+    last_commit_at = max(times, default=0.0)
+    steps = {
+        checkpoint.folder: checkpoint.step if checkpoint.manifest else _step(checkpoint)
+        for checkpoint in checkpoints
+    }
+    by_time = not last_commit_at and None in steps.values()
+
+    def rank(checkpoint: RunCheckpoint) -> tuple[Any, ...]:
+        manifest, step = checkpoint.manifest, steps[checkpoint.folder]
+        if manifest is not None:
+            order_step, *tie_breakers = order(checkpoint)
+            return order_step, fits is None or fits(manifest), True, *tie_breakers
+
+        written_at = liveness.written(checkpoint.folder)
+        if by_time:
+            first = written_at
+        elif step is not None:
+            first = step
+        else:
+            first = math.inf if written_at > last_commit_at else -1
+        return first, fits is None, False, written_at, checkpoint.name
+
+    return sorted(checkpoints, key=rank, reverse=True)
+
+
+def _step(checkpoint: RunCheckpoint) -> int | None:
+    """The step of a checkpoint without a manifest, by its name or by what it holds."""
+    if checkpoint.step is not None:
+        return checkpoint.step
+    return completeness.step_of(checkpoint.folder)
+
+
+class Offers:
+    """The checkpoints of a run that can be gone on from; ``skipped`` are the others, each said.
+
+    ``deepspeed`` is whether DeepSpeed is to load it, which is said to be impossible for
+    others.
+    """
+
+    def __init__(self, run: Path, fits: TopologyFilter | None = None, deepspeed: bool = True):
+        self.run, self.deepspeed = run, deepspeed
+        present = [
+            checkpoint
+            for path in completeness.candidates(run)
+            if (checkpoint := _present_checkpoint(path)) is not None
+        ]
+        line_members = members(present)
+        self.other_lines = [
+            checkpoint
+            for checkpoint in present
+            if checkpoint.committed and checkpoint not in line_members
+        ]
+        others = self.other_lines
+        candidates = [checkpoint for checkpoint in present if checkpoint not in others]
+        self.checkpoints = newest_first(candidates, fits)
+        self.skipped: list[SkippedCandidate] = []
+        self.reasons: dict[Path, str | None] = {}  # why a committed one is unusable
+
+    def __iter__(self) -> Iterator[Offer]:
+        self._print_other_lines()
+        yield from self._offers_of_line()
+        others = self.other_lines
+        usable = [checkpoint for checkpoint in others if self._hindrance(checkpoint) is None]
+        if usable:
+            raise CheckpointError(
+                f"{self.run}: nothing of the run that saved last can be resumed from, "
+                f"but there is {self._describe_other_lines()}: pass "
+                f"{usable[-1].folder} to go on from it, or name another folder to "
+                "begin a new training",
+                "incomplete",
+            )
+
+    def _print_other_lines(self) -> None:
+        """Says on stderr whose checkpoints are taken, where there are those of several lines."""
+        if not self.other_lines:
+            return
+
+        line_manifests = (checkpoint.manifest for checkpoint in self.checkpoints)
+        run = next((manifest.run for manifest in line_manifests if manifest), None)
+        if all(
+            checkpoint.manifest is not None and checkpoint.manifest.run == run
+            for checkpoint in self.other_lines
+        ):
+            finding = f"has gone back from {self._describe_other_lines()}"
+        else:
+            other_lines = self._describe_other_lines()
+            finding = f"saved last and goes on; there is also {other_lines}"
+
+        log.warning(
+            "%s: %s %s, which a resume takes only by name",
+            self.run,
+            lineage.shown(run),
+            finding,
+        )
+
+    def _describe_other_lines(self) -> str:
+        names_and_runs = [
+            (checkpoint.name, checkpoint.manifest.run if checkpoint.manifest else None)
+            for checkpoint in self.other_lines
+        ]
+        return lineage.described(names_and_runs)
+
+    def _offers_of_line(self) -> Iterator[Offer]:
+        has_usable = False  # the newest committed one that can be used
+        for checkpoint in self.checkpoints:
+            if checkpoint.why != manifests.ABSENT:
+                reason = self._hindrance(checkpoint)
+                if reason is None:
+                    has_usable = True
+                    yield Offer(checkpoint)
+                else:
+                    is_weights_only = checkpoint.tier == "weights"
+                    sort: Sort = "weights" if is_weights_only else "lost"
+                    self.skip(checkpoint.folder, reason, sort)
+
+                continue
+
+            proof = self._prove(checkpoint)
+            if proof is not None and (has_usable or self._succeeds(proof)):
+                yield Offer(checkpoint, proof)
+
+    def skip(self, path: Path, reason: str, sort: Sort = "lost") -> None:
+        """Notes and says why a checkpoint is not taken."""
+        self.skipped.append(SkippedCandidate(path, reason, sort))
+        log.warning("passed over %s: %s", path, reason)
+
+    def require_none_lost(self) -> None:
+        """``CheckpointError`` if a training has been here whose work a fresh start would forget.
+
+        Weights alone do not count: no training could go on from them.
+        """
+        lost_work = [entry for entry in self.skipped if entry.sort != "weights"]
+        if lost_work:
+            summary = "; ".join(f"{entry.path}: {entry.why}" for entry in lost_work[:3])
+            and_more = f" (and {len(lost_work) - 3} more)" if len(lost_work) > 3 else ""
+            raise CheckpointError(
+                f"{self.run} has checkpoints, but none that can be resumed from "
+                f"({summary}{and_more}); bring back what is missing (ckpt doctor "
+                f"{self.run} helps), or move the checkpoints away to begin a new training",
+                "incomplete",
+            )
+
+        if self.skipped:
+            newest = self.skipped[0].path
+            log.warning(
+                "%s holds weights only, nothing to resume from: the training begins at "
+                "step 0; to begin with these weights, make the model from %s "
+                "(from_pretrained)",
+                self.run,
+                newest,
+            )
+
+    def _hindrance(self, checkpoint: RunCheckpoint) -> str | None:
+        if checkpoint.folder not in self.reasons:
+            self.reasons[checkpoint.folder] = unusable(checkpoint)
+        return self.reasons[checkpoint.folder]
+
+    def _prove(self, checkpoint: RunCheckpoint) -> Proof | None:
+        """What a checkpoint without a manifest proves to be.
+
+        ``None`` if it is not whole, or weights alone.
+        """
+        path = checkpoint.folder
+        try:
+            proof = liveness.prove_at_rest(path)
+            if path.is_dir():
+                require_one_save(path)
+        except CheckpointError as error:
+            require_read(error)
+            if error.kind == "refused" and "right now" in str(error):
+                raise
+            reason = str(error).removeprefix(f"{path} ").removeprefix(f"{path}/")
+            self.skip(path, f"it has no manifest.json, and is not whole: {reason}")
+            return None
+
+        if not proof.resumable:
+            self.skip(path, WEIGHTS_ONLY, "weights")
+            return None
+
+        return proof
+
+    def _succeeds(self, proof: Proof) -> bool:
+        """Whether it is offered before all committed ones; ``CheckpointError`` if nobody knows."""
+        path = proof.path
+        usable = (
+            checkpoint
+            for checkpoint in self.checkpoints
+            if checkpoint.manifest and self._hindrance(checkpoint) is None
+        )
+        base = next(usable, None)
+        if base is not None:
+            relation = relate(base, proof)
+            if relation.relation == "apart":
+                self.skip(path, relation.why, "apart")
+                return False
+
+            if relation.relation == "other":
+                raise CheckpointError(
+                    f"{path} is whole and of a later step than {base.folder}, but "
+                    f"{relation.why}: it is of another training; move it out of "
+                    f"{self.run}, or name the one to go on from, {base.folder} or "
+                    f"{path}",
+                    "refused",
+                )
+
+        if self.deepspeed:
+            require_deepspeed(proof, base)
+        return True
+
+
+WEIGHTS_ONLY = "weights only; training cannot go on from it"
+
+
+def _present_checkpoint(path: Path) -> RunCheckpoint | None:
+    try:
+        return candidate(path)
+    except CheckpointError:
+        if path.exists():
+            raise
+        return None  # it was deleted while we looked
+
+
+def unusable(checkpoint: RunCheckpoint) -> str | None:
+    """Why training cannot go on from a committed checkpoint; ``None`` if it can."""
+    if checkpoint.unusable is not None:
+        return checkpoint.unusable
+    try:
+        return verify(checkpoint).hindrance
+    except CheckpointError as error:
+        return str(error)
+
+
+def require_deepspeed(proof: Proof, base: RunCheckpoint | None = None) -> None:
+    """``CheckpointError`` for a checkpoint that DeepSpeed cannot load."""
+    if proof.tag is None:
+        alternative = f", such as {base.folder}" if base is not None else ""
+        raise CheckpointError(
+            f"{proof.path} is a whole checkpoint, written by {proof.kind}, which "
+            "DeepSpeed cannot load; go on with that trainer, or name the checkpoint "
+            f"to go on from{alternative}",
+            "unsupported",
+        )

@@ -1,0 +1,154 @@
+"""A plain DeepSpeed training goes on from the newest whole checkpoint, provably as the same run.
+
+    start = ckpt.resume(engine, "out", extra={"sampler": sampler})
+    for step in range(start + 1, steps + 1): ...
+
+Every rank calls it once, after ``deepspeed.initialize``. All ranks load the same
+checkpoint, or none: what can be known is looked at on all of them before the engine is
+touched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, MutableMapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from ckpt.distributed.ranks import TIMEOUT, RankGroup, alive
+from ckpt.engine.view import TrainingEngine
+from ckpt.resuming.changes import LoadOptions, names_in
+from ckpt.resuming.continuity import OnMismatch
+from ckpt.resuming.load import Load
+from ckpt.resuming.request import ResumeRequest
+from ckpt.resuming.select import VerifyLevel
+from ckpt.resuming.several_engines import resume_together
+from ckpt.resuming.topology import Reshard
+from ckpt.saving.commit import identity
+from ckpt.saving.engines import Engines
+
+
+def resume(
+    engine: Any,
+    path: str | os.PathLike[str],
+    *,
+    tag: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    client_state: MutableMapping[str, Any] | None = None,
+    verify: VerifyLevel = "structure",
+    on_mismatch: OnMismatch = "error",
+    override: Collection[str] = (),
+    renamed: Mapping[str, str] | None = None,
+    load_optimizer_states: bool = True,
+    load_lr_scheduler_states: bool = True,
+    load_module_only: bool = False,
+    load_module_strict: bool = True,
+    load_foreign: bool = False,
+    reshard: Reshard = None,
+    memory: str | int | None = None,
+    timeout: float = TIMEOUT,
+) -> int:
+    """Loads a checkpoint into ``engine`` and returns its step; 0 if the run has none yet.
+
+    ``path`` is a run, whose newest whole checkpoint is taken, or a checkpoint, which
+    has to be whole.
+
+    - ``engine``: DeepSpeed's; or several by name, as they were given to ``Saver``
+    - ``tag``: the one of this tag, folder name or step, or ``latest`` or ``best``, in
+      the run
+    - ``extra``: this rank's objects with ``load_state_dict()``, by the names they were
+      saved by
+    - ``client_state``: gets what was saved as such
+    - ``verify``: "structure" looks at sizes and headers, "data" reads every byte first
+    - ``on_mismatch``: "error" stops on every rank if the training is not as it was
+      saved, or not all of it comes back; "warn" only says so. Other parameters are an
+      error either way
+    - ``override``: options of the param groups ("lr", "weight_decay") that are to be as
+      this training has them; all others are as they were saved
+    - ``renamed``: parameters that have another name in this model, {saved: new}; a
+      saved name that ends with a dot is the front of all that begin with it
+    - ``load_optimizer_states=False``: the weights, from their fp32 masters; the
+      optimizer is a new one, and the loss scale begins at its initial value
+    - ``load_module_only``: the weights and nothing else: no counters, random states or
+      extras; returns 0
+    - ``load_foreign``: whether to load one without a manifest, where it is asked for
+    - ``reshard="auto"``: one of another world size or ZeRO stage is resharded beside it
+      first
+    - ``memory``: what the ranks of a node may take of its memory for files that cannot
+      be mapped, in bytes or as "8GB"; by default what is available. The ranks take
+      turns if need be
+    - ``timeout``: seconds without a sign of life until a rank counts as absent
+
+    ``CheckpointError`` on every rank if one fails.
+    """
+    ranks = RankGroup("resume", timeout)
+    options = LoadOptions(
+        names_in(override),
+        dict(renamed or {}),
+        load_optimizer_states and not load_module_only,
+        load_lr_scheduler_states and not load_module_only,
+        load_module_only,
+    )
+    request = ResumeRequest(
+        ranks=ranks,
+        path=Path(path),
+        tag=tag,
+        extra=extra,
+        verify=verify,
+        on_mismatch=on_mismatch,
+        load_foreign=load_foreign,
+        reshard=reshard,
+        memory=memory,
+        options=options,
+    )
+    names = list(engine) if isinstance(engine, Mapping) else None
+    request.require_same(
+        load_optimizer_states=load_optimizer_states,
+        load_lr_scheduler_states=load_lr_scheduler_states,
+        load_module_only=load_module_only,
+        override=sorted(options.override),
+        engines=names,
+    )
+
+    if names is not None:
+        with ranks.step():
+            engines = Engines(engine)
+        return resume_together(request, engines, load_module_strict, client_state)
+
+    return _resume_one(request, engine, load_module_strict, client_state)
+
+
+def _resume_one(
+    request: ResumeRequest,
+    engine: TrainingEngine,
+    strict: bool,
+    client_state: MutableMapping[str, Any] | None,
+) -> int:
+    ranks, module_only = request.ranks, request.options.weights_alone
+    with ExitStack() as stack:
+        source = request.choose(engine, stack)
+        if source is None:
+            return 0
+
+        state, slot = request.prepare(engine, source, not module_only)
+        with ranks.step():
+            comparison = request.compare(source, engine)
+            load = Load(engine, source, slot, comparison, module_only)
+
+        comparison.require(ranks, request.on_mismatch)
+        with ranks.step(), alive(ranks):
+            loaded_state = load(strict)
+
+    with request.finishing(source) as report:
+        report.rows = load.rows()
+        if client_state is not None and not module_only:
+            client_state.update(loaded_state)
+        state.set(request.extra)
+
+    if module_only:
+        identity.begin(engine)
+    else:
+        identity.line_after(engine, source.folder, source.step)
+
+    return 0 if module_only else source.step

@@ -1,0 +1,157 @@
+"""What a training goes on from: a checkpoint of a topology, and what each rank saved beside it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ckpt.engine.layout import Topology
+from ckpt.engine.progress import whole_micro_steps
+from ckpt.engine.view import set_micro_steps
+from ckpt.folders import filenames
+from ckpt.runs import engines, lineage
+from ckpt.runs.manifest import Manifest
+from ckpt.runs.run import RunCheckpoint, bytes_under
+from ckpt.state import plain, rank_files, rng
+from converters import detect
+from converters.errors import CheckpointError
+
+log = logging.getLogger("ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is loaded. ``foreign``: without a manifest; then ``digest`` is empty.
+
+    ``resharded``: it was made of what was asked for.
+    """
+
+    folder: Path
+    tag: str
+    step: int
+    topology: Topology
+    digest: str = ""
+    progress: Mapping[str, Any] | None = None
+    metrics: Mapping[str, float] | None = None
+    manifest: Manifest | None = None
+    resharded: bool = False
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the checkpoint was written without ckpt."""
+        return not self.digest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files of the checkpoint."""
+        if self.manifest is None:
+            return bytes_under(self.folder / self.tag)
+        return sum(file.size for file in self.manifest.files.values())
+
+    @property
+    def saved_by_ckpt(self) -> bool:
+        """Whether a training saved it with ckpt; one that ``doctor --adopt`` committed was not."""
+        return self.manifest is not None and "torch" in self.manifest.versions
+
+    def said(self, verified: str) -> str:
+        """The checkpoint as a line for a reader."""
+        proof = "no manifest"
+        if self.digest:
+            proof = f"manifest {self.digest}, {verified} verified"
+        run = f", {lineage.shown(self.manifest.run)}" if self.manifest else ""
+        line = f"{self.folder}: step {self.step}, tag {self.tag}{run}, {proof}"
+        metrics = [f"{name} {value:g}" for name, value in (self.metrics or {}).items()]
+        return "; ".join([line, *metrics[:3]])
+
+    def go_on(self, engine: Any, batch: Mapping[str, Any]) -> None:
+        """Sets what DeepSpeed does not load: micro steps, as of the last whole step.
+
+        ``batch`` is a part of the engine's settings.
+        """
+        micro_steps = whole_micro_steps(self.progress or {}, batch)
+        if micro_steps is not None:
+            set_micro_steps(engine, micro_steps)
+
+    @classmethod
+    def of(cls, run_checkpoint: RunCheckpoint, tag: str | None = None) -> Source:
+        """What a checkpoint is, by its manifest or its state files; raises as ``detect.read``."""
+        manifest = run_checkpoint.manifest
+        if manifest is None:
+            has_tag = tag is not None and (run_checkpoint.folder / tag).is_dir()
+            inner_tag = tag if has_tag else None
+            zero_checkpoint = detect.read(run_checkpoint.folder, inner_tag, complete=True)
+            topology = Topology(zero_checkpoint.stage or 0, zero_checkpoint.world_size)
+            step = zero_checkpoint.step
+            if step is None:
+                step = run_checkpoint.step or 0
+            folder = zero_checkpoint.place.folder
+            return cls(folder.parent, folder.name, step, topology)
+
+        if engine_names := engines.names(manifest):
+            raise CheckpointError(
+                f"{run_checkpoint.folder} has the engines {', '.join(engine_names)}, "
+                "resume was given one; give it all of them by name, as they were "
+                "given to Saver",
+                "refused",
+            )
+
+        data = (run_checkpoint.folder / filenames.MANIFEST).read_bytes()
+        topology = Topology(manifest.stage or 0, manifest.world_size)
+        digest = sha256(data).hexdigest()[:12]
+        assert manifest.tag is not None
+        record = (manifest.progress, manifest.metrics, manifest)
+
+        place = (run_checkpoint.folder, manifest.tag, manifest.step)
+        return cls(*place, topology, digest, *record)
+
+
+@dataclass(slots=True)
+class RankState:
+    """What this rank saved beside the engine's state; ``random`` is ``None`` if it is not there."""
+
+    random: Any
+    extra: dict[str, Any]
+    is_needed: bool = True
+
+    @classmethod
+    def none(cls) -> RankState:
+        """The state of a rank that sets nothing."""
+        return cls(None, {}, False)
+
+    @classmethod
+    def read(cls, source: Source, rank: int) -> RankState:
+        """The state that ``rank_files.write`` wrote; ``CheckpointError`` if a file is damaged."""
+        random = source.folder / rng.NAME.format(rank)
+        extra = source.folder / rank_files.EXTRA.format(rank)
+        return cls(
+            plain.loads(random) if random.exists() else None,
+            plain.loads(extra) if extra.exists() else {},
+        )
+
+    def lost(self, extra: Mapping[str, Any] | None) -> list[str]:
+        """A line for each thing that does not come back."""
+        if not self.is_needed:
+            return []
+
+        given_names = set(extra or {})
+        losses = []
+        if self.random is None:
+            losses.append("it has no random states of this rank")
+        for name in sorted(given_names - set(self.extra)):
+            losses.append(f"extra {name} was not saved")
+        for name in sorted(set(self.extra) - given_names):
+            losses.append(f"extra {name} was saved, but was not passed to be set")
+        return losses
+
+    def set(self, extra: Mapping[str, Any] | None) -> None:
+        """Gives each object its state and, last, sets the random generators."""
+        for name, target in (extra or {}).items() if self.is_needed else ():
+            if name in self.extra:
+                target.load_state_dict(self.extra[name])
+        if self.random is not None:
+            for missing_part in rng.restore(self.random):
+                log.warning("could not set %s", missing_part)

@@ -1,0 +1,147 @@
+"""What a caller of a resume means by a path and a tag: a run, a checkpoint, or nothing yet."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from ckpt.resuming.candidates import TopologyFilter
+from ckpt.runs.foreign import completeness
+from ckpt.runs.run import (
+    POINTERS,
+    Run,
+    RunCheckpoint,
+    is_checkpoint,
+    is_numbered,
+    is_run,
+    members,
+    open_checkpoint,
+    require_read,
+)
+from converters.errors import CheckpointError
+
+log = logging.getLogger("ckpt")
+
+
+def interpret(path: Path, tag: str | None, fits: TopologyFilter | None) -> tuple[str, str | None]:
+    """What the caller means: "run", "nothing" or "checkpoint" and its name in ``path``."""
+    if not path.is_dir():
+        return _meaning_without_folder(path, tag), None
+    if not is_run(path) and (is_checkpoint(path) or completeness.has_signs(path)):
+        return _meaning_of_checkpoint(path, tag), None
+    if tag is None:
+        return _meaning_of_run(path), None
+
+    return "checkpoint", _resolve_name(path, tag, fits)
+
+
+def _meaning_without_folder(path: Path, tag: str | None) -> str:
+    """What a path that is not a folder means: a file of Lightning's, or "nothing" yet."""
+    if tag is None and path.is_file() and path.suffix == ".ckpt":
+        return "checkpoint"
+
+    if tag is not None or path.exists() or completeness.is_name(path.name):
+        condition = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {condition}; expected a checkpoint or a run", "incomplete")
+
+    return "nothing"
+
+
+def _meaning_of_checkpoint(path: Path, tag: str | None) -> str:
+    """What the folder of a checkpoint means; "run" where another tag in it has to be chosen.
+
+    ``CheckpointError`` if it was not saved under ``tag``.
+    """
+    manifest = open_checkpoint(path).manifest
+    finding = None
+    if tag is not None and manifest is None and not (path / tag).is_dir():
+        finding = "it has no such folder"
+    elif tag is not None and manifest is not None and tag != manifest.tag:
+        finding = f"its tag is {manifest.tag}"
+    if finding is not None:
+        raise CheckpointError(f"{path} is not a checkpoint of tag {tag}: {finding}", "incomplete")
+
+    if tag is None and manifest is None and _has_other_tags(path):
+        return "run"
+
+    return "checkpoint"
+
+
+def _meaning_of_run(path: Path) -> str:
+    """What a folder means that is not a checkpoint: "run" if it holds some, else "nothing"."""
+    if completeness.candidates(path):
+        return "run"
+
+    # where Accelerate and Lightning put them by themselves
+    inner_folder = path / "checkpoints"
+    if inner_folder.is_dir() and completeness.candidates(inner_folder):
+        raise CheckpointError(
+            f"{path} holds no checkpoint itself, {inner_folder} does: name that folder",
+            "incomplete",
+        )
+
+    return "nothing"
+
+
+def _has_other_tags(path: Path) -> bool:
+    """Whether DeepSpeed's ``latest`` names a tag that is not whole, and there are others."""
+    tags = [
+        inner_folder
+        for inner_folder in completeness.candidates(path)
+        if is_checkpoint(inner_folder)
+    ]
+    if is_numbered(path) or len(tags) < 2:
+        return False
+
+    try:
+        completeness.prove(path)
+    except CheckpointError as error:
+        require_read(error)
+        log.warning("%s: %s", path, error)
+        return True
+
+    return False
+
+
+def _tags(checkpoint: RunCheckpoint) -> list[str]:
+    """The tag in its manifest, and of several engines the last part, which they have in common."""
+    tag = checkpoint.manifest.tag if checkpoint.manifest is not None else None
+    return [tag, tag.rpartition("/")[2]] if tag is not None else []
+
+
+def _resolve_name(path: Path, tag: str, fits: TopologyFilter | None) -> str:
+    """The name of the checkpoint that a tag, name, step or pointer means in a run."""
+    run = Run(path)
+    if tag in POINTERS:
+        return run.find(tag).name
+
+    matches = [
+        checkpoint
+        for checkpoint in run.checkpoints()
+        if tag in (checkpoint.name, str(checkpoint.step), *_tags(checkpoint))
+    ]
+    if tag not in [checkpoint.name for checkpoint in matches]:
+        # not the engine's state that save_model() left in the run
+        matches = [
+            checkpoint
+            for checkpoint in matches
+            if checkpoint.manifest is not None or is_numbered(checkpoint.folder)
+        ] or matches
+        line_members = members(run.checkpoints())
+        in_line = [checkpoint for checkpoint in matches if checkpoint in line_members]
+        matches = in_line or matches
+
+    if len(matches) > 1 and fits is not None:  # one may be resharded from the other
+        matches = [
+            checkpoint
+            for checkpoint in matches
+            if checkpoint.manifest is not None and fits(checkpoint.manifest)
+        ] or matches
+    if len(matches) != 1:
+        names = ", ".join(checkpoint.name for checkpoint in matches)
+        matches_text = names or "no checkpoint"
+        raise CheckpointError(
+            f"{path} has {matches_text} for {tag}; see ckpt ls {path}", "incomplete"
+        )
+
+    return matches[0].name

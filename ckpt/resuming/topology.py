@@ -1,0 +1,293 @@
+"""Whether a checkpoint loads on these ranks in this ZeRO stage, and what makes one that does.
+
+Every front end asks here, so all say the same sentence and the same ``ckpt reshard``
+command. With ``reshard="auto"`` rank 0 does what the command does, beside the
+checkpoint and once, while the other ranks wait and see that it is alive.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ckpt.distributed.ranks import RankGroup, alive
+from ckpt.engine.layout import Layout
+from ckpt.resuming.source import Source
+from ckpt.rewrite import job
+from ckpt.rewrite.job import Rewriting
+from ckpt.runs.run import Run, RunCheckpoint, is_numbered, open_checkpoint
+from converters.errors import CheckpointError
+from converters.zero.files.discovery import is_tag_folder
+from converters.zero.native import reshard
+
+log = logging.getLogger("ckpt")
+
+Reshard = Literal["auto"] | None
+# where the function that is called has that argument
+BY_ARGUMENT = 'or pass reshard="auto"'
+
+
+def require_known(mode: Any) -> None:
+    """``CheckpointError`` unless it says what to do about another topology."""
+    if mode not in (None, "auto"):
+        raise CheckpointError(f"reshard={mode!r}, expected None or auto", "refused")
+
+
+def difference(source: Source, layout: Layout) -> str:
+    """What the checkpoint is, and what this training is."""
+    saved, current = source.topology, layout.topology
+    return (
+        f"{source.folder} is of {saved.world_size} ranks with ZeRO stage "
+        f"{saved.stage}, this training has {current.world_size} with stage "
+        f"{current.stage}"
+    )
+
+
+def refusal(source: Source, layout: Layout, alternative: str = "") -> CheckpointError:
+    """Why the checkpoint does not load as it is, and the command that makes one that does.
+
+    ``alternative`` is another way, which the front end has.
+    """
+    saved, current = source.topology, layout.topology
+    finding = difference(source, layout)
+    if not saved.stage or not current.stage:
+        return CheckpointError(
+            f"{finding}; only stages 1 to 3 can be resharded: set "
+            f"zero_optimization.stage to {saved.stage}, or begin a new training from its "
+            f"weights (ckpt to-fp32 {source.folder})",
+            "unsupported",
+        )
+
+    run = f"run: {_command(source, layout)}"
+    sentence = "; ".join(filter(None, [finding, run, alternative]))
+    return CheckpointError(sentence, "unsupported")
+
+
+def _command(source: Source, layout: Layout) -> str:
+    """The command line that makes of the checkpoint what loads."""
+    saved, current = source.topology, layout.topology
+    output = _output_of(source, layout)
+    return (
+        f"ckpt reshard {source.folder} --world-size {current.world_size} --stage "
+        f"{current.stage}{_options(layout.options(saved))} -o {output}"
+    )
+
+
+def _output_of(source: Source, layout: Layout) -> Path:
+    """The folder beside the checkpoint that it is resharded to, as ``reshard`` names it."""
+    saved, current = source.topology, layout.topology
+    stage = f"-z{current.stage}" if current.stage != saved.stage else ""
+    return source.folder.with_name(f"{source.folder.name}{stage}-w{current.world_size}")
+
+
+def fitting(
+    ranks: RankGroup,
+    source: Source,
+    layout: Layout,
+    mode: Reshard,
+    alternative: str = BY_ARGUMENT,
+) -> Source:
+    """The source itself or, if it does not load as it is, what it is resharded to.
+
+    Every rank calls it. ``CheckpointError`` if it has to be resharded and is not to be,
+    or cannot.
+    """
+    if source.topology.loads_as(layout.topology):
+        return source
+
+    with ranks.step() as outcome:
+        if not ranks.rank:
+            if mode is None or not (source.topology.stage and layout.topology.stage):
+                raise refusal(source, layout, alternative)
+            outcome.value = str(_reshard_source(ranks, source, layout))
+
+    with ranks.step():
+        output = open_checkpoint(Path(outcome.heard[0]))
+        return replace(Source.of(output, Path(source.tag).name), resharded=True)
+
+
+def loadable(
+    ranks: RankGroup,
+    folder: Path,
+    layout: Layout,
+    mode: Reshard,
+    alternative: str = BY_ARGUMENT,
+) -> Path:
+    """What to load in the place of a checkpoint that was asked for: it, or what it is resharded to.
+
+    For front ends that load by themselves; every rank calls it. ``CheckpointError`` for
+    one that has weights only, and as ``fitting`` raises. What nobody of ours wrote and
+    nobody of ours can read is left to who loads it.
+    """
+    with ranks.step() as outcome:
+        require_known(mode)
+        if not ranks.rank:
+            outcome.value = str(_loadable(ranks, folder, layout, mode, alternative))
+    return Path(outcome.heard[0])
+
+
+def _loadable(
+    ranks: RankGroup,
+    folder: Path,
+    layout: Layout,
+    mode: Reshard,
+    alternative: str,
+) -> Path:
+    checkpoint = open_checkpoint(folder)
+    require_state(checkpoint)
+
+    try:
+        source = Source.of(checkpoint)
+    except CheckpointError:
+        if checkpoint.manifest is not None:
+            raise
+        return folder
+
+    if source.topology.loads_as(layout.topology):
+        return folder
+
+    both_staged = bool(source.topology.stage and layout.topology.stage)
+    if both_staged and mode is None:
+        output = _earlier_output(source, layout)
+        if output is not None:
+            return output
+
+    if mode is None or not both_staged:
+        raise refusal(source, layout, alternative)
+
+    return _reshard_source(ranks, source, layout)
+
+
+def _earlier_output(source: Source, layout: Layout) -> Path | None:
+    """Where the source was resharded for this layout before, as the error advises."""
+    output = _output_of(source, layout)
+    if not output.is_dir() or not _is_made_of(source, _plan_rewriting(source, layout)):
+        return None
+    log.info("%s: going on from %s", difference(source, layout), output)
+    return output
+
+
+def require_state(checkpoint: RunCheckpoint) -> None:
+    """``CheckpointError`` for a checkpoint without state of DeepSpeed, with what can be done."""
+    if checkpoint.tier == "full" or (
+        checkpoint.manifest is None and _may_have_state(checkpoint.folder)
+    ):
+        return
+
+    newest = None
+    if is_numbered(checkpoint.folder):
+        newest = Run(checkpoint.folder.parent).newest()
+
+    alternative = ""
+    if newest is not None:
+        alternative = f"resume from {newest.folder}, the newest full one, or "
+    finding = "weights only; training cannot go on from it"
+    if (checkpoint.folder / "optimizer.pt").exists():
+        finding = (
+            "was saved without DeepSpeed, whose state it lacks; DeepSpeed cannot go on from it"
+        )
+    raise CheckpointError(
+        f"{checkpoint.folder}: {finding}: {alternative}make the model of its weights "
+        "(from_pretrained) and train without resuming",
+        "incomplete",
+    )
+
+
+def _may_have_state(folder: Path) -> bool:
+    """Whether a folder without a manifest has state of DeepSpeed, or nothing that is known."""
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+    if not any(any(folder.glob(pattern)) for pattern in patterns):
+        return True
+
+    inner_folders = (path for path in folder.iterdir() if path.is_dir())
+    return any(map(is_tag_folder, inner_folders))
+
+
+def _reshard_source(ranks: RankGroup, source: Source, layout: Layout) -> Path:
+    """Where the source is for this layout, made if need be; on rank 0."""
+    from ckpt.rewrite import reshard as resharding
+
+    with alive(ranks):
+        rewriting = _plan_rewriting(source, layout)
+        if _is_made_of(source, rewriting):
+            return rewriting.output
+
+        finding = difference(source, layout)
+        log.info("%s: resharding to %s", finding, rewriting.output)
+        overwrite = _may_be_replaced(source, rewriting)
+        try:
+            resharding.execute(rewriting, overwrite=overwrite)
+        except CheckpointError as error:
+            if error.kind != "output":
+                raise
+            raise CheckpointError(
+                f"{error} (an option of: {_command(source, layout)}), and resume from that by name",
+                "output",
+            ) from error
+
+    for note in rewriting.notes:
+        log.warning("%s: %s", rewriting.output, note)
+    return rewriting.output
+
+
+def _plan_rewriting(source: Source, layout: Layout) -> Rewriting:
+    """The resharding of the source for this layout, beside it."""
+    from ckpt.rewrite import reshard as resharding
+
+    current = layout.topology
+    options: dict[str, Any] = {"stage": current.stage, "tag": source.tag}
+    options |= layout.options(source.topology)
+    return resharding.plan(source.folder, current.world_size, **options)
+
+
+def _is_made_of(source: Source, rewriting: Rewriting) -> bool:
+    """Whether the planned output is there, whole, and a resharding of this source for this."""
+    if source.foreign or not rewriting.output.is_dir():
+        return False
+    resharded = open_checkpoint(rewriting.output)
+    source_manifest = open_checkpoint(source.folder).manifest
+    if (
+        resharded.why is not None
+        or resharded.manifest is None
+        or source_manifest is None
+        or rewriting.target is None
+    ):
+        return False
+    return resharded.manifest.save == job.save_of(source_manifest, rewriting.target)
+
+
+def _may_be_replaced(source: Source, rewriting: Rewriting) -> bool:
+    """Whether what has the output's name was resharded from this source before.
+
+    One without a manifest says nothing of its bytes, so it is made again: only if its
+    files are laid out as ours are of this source. ``CheckpointError`` for anything
+    else.
+    """
+    if not rewriting.output.exists():
+        return False
+
+    with suppress(CheckpointError):
+        if source.foreign and rewriting.target is not None:
+            checkpoint = rewriting.checkpoint
+            reshard.prove(checkpoint, rewriting.target, rewriting.plan, rewriting.output)
+            return True
+
+    raise CheckpointError(
+        f"{rewriting.output} exists, and is not {source.folder} resharded for this "
+        "training; move it away, or resume from it by name",
+        "output",
+    )
+
+
+def _options(settings: Mapping[str, Any]) -> str:
+    """Settings of a layout as options of ``ckpt reshard``."""
+    arguments = []
+    if "sub_group_size" in settings:
+        arguments.append(f" --sub-group-size {settings['sub_group_size']}")
+    if "zero_init" in settings:
+        arguments.append(f" --{'' if settings['zero_init'] else 'no-'}zero-init")
+    return "".join(arguments)

@@ -1,0 +1,341 @@
+"""A training state rewritten, as a folder: move, prove, and commit last
+(``staging``).
+
+``ckpt.rewrite.reshard`` and ``ckpt.rewrite.universal`` decide what is written,
+here it is done:
+
+OUTPUT/
+  TAG/...                        DeepSpeed's files
+  rng_state_R.pth, ...           rank R's, or where there was no such rank, that of R modulo those
+  everything else                copied
+  latest or latest_universal     the tag
+  manifest.json                  if the source has one and the result is native, too
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ckpt import results
+from ckpt.folders import filenames, locks, staging
+from ckpt.results import FileEntry, TrainingState
+from ckpt.rewrite.result import RewriteChecks, RewriteResult
+from ckpt.runs import manifest
+from ckpt.runs.run import require_read
+from ckpt.version import __version__
+from ckpt.weights.companions import model_folder
+from converters.errors import CheckpointError
+from converters.execute import shards, small_files
+from converters.plan import Plan
+from converters.storage import local, open_files
+from converters.words import counted
+from converters.zero import checkpoint as zero
+from converters.zero.native import proof as retrace
+from converters.zero.native import reshard
+from converters.zero.native.optimizer_files import TargetTopology
+from converters.zero.universal import proof, reader
+from converters.zero.universal.reader import Universal
+
+WRITTEN_NAMES = ("latest", filenames.MANIFEST, filenames.PINNED)  # written, never copied
+_RANKED = re.compile(r"(rng_state|extra_state|random_states)_(\d+)\.(pth|state|pkl)")
+_ONLY = re.compile(r"rng_state\.(pth)")  # the Trainer's for a single rank
+# beside what a model folder has; the Trainer's, Accelerate's, PEFT's and DeepSpeed's
+_COPIED = (
+    *("config.json", "README.md", "*.index.json", "adapter_config.json"),
+    *("model*.safetensors", "adapter_model*", "pytorch_model*.bin"),
+    *("trainer_state.json", "training_args.bin"),
+    *("scheduler*.pt", "scheduler*.bin", "scaler.pt"),
+    *("sampler*.bin", "dl_state_dict*.bin", "custom_checkpoint_*.pkl"),
+    *("zero_to_fp32.py", "zero_to_torch.py"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Rewriting:
+    """A rewriting decided on but not begun: what is read, what is written, and where.
+
+    ``source`` is a native checkpoint or a universal one, ``target`` what is made of it,
+    or ``None`` for the universal format. ``tag`` is that of the output, ``companions``
+    are the files to copy, under their new names; ``notes`` what a user should know.
+    """
+
+    source: zero.Checkpoint | Universal
+    target: TargetTopology | None
+    plan: Plan
+    output: Path
+    tag: str
+    companions: tuple[tuple[Path, str], ...]
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """One short line, whatever the number of tensors."""
+        form = "universal"
+        if self.target is not None:
+            form = f"stage {self.target.stage}, {counted(self.target.world_size, 'rank')}"
+        source = str(self.checkpoint.place.folder)
+        return f"<Rewriting {source!r} to {str(self.output)!r}: {form}>"
+
+    @property
+    def checkpoint(self) -> zero.Checkpoint:
+        """What the source is, or stands for."""
+        if isinstance(self.source, Universal):
+            return self.source.checkpoint
+        return self.source
+
+    @property
+    def home(self) -> Path:
+        """The folder that the source's tag lies in."""
+        return home_of(self.checkpoint)
+
+    @property
+    def pointer(self) -> str:
+        """The file that names the tag."""
+        return reader.LATEST if self.target is None else "latest"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output: DeepSpeed's files and the copied ones."""
+        return self.plan.nbytes + sum(path.stat().st_size for path, _ in self.companions)
+
+
+def home_of(checkpoint: zero.Checkpoint) -> Path:
+    """The folder that a checkpoint's tag lies in."""
+    return Path(os.path.abspath(checkpoint.place.folder)).parent
+
+
+def stage_of(source: zero.Checkpoint | Universal) -> int:
+    """The stage of the run; the model file of a universal folder may be of another."""
+    if not isinstance(source, Universal):
+        return source.stage
+
+    stage = source.checkpoint.ranks[0].optimizer.get("zero_stage")
+    return stage if stage in (1, 2, 3) else source.checkpoint.stage
+
+
+def companions_for(
+    home: Path, old_world_size: int, new_world_size: int
+) -> Iterator[tuple[Path, str]]:
+    """The files to copy and their names.
+
+    Those of ranks go round where there are too few.
+    """
+    ranked_files: dict[tuple[str, str], dict[int, Path]] = {}
+    companions = set(model_folder.companions(home))
+    files = {path for path in home.iterdir() if path.is_file()}
+
+    for path in sorted(companions | files):
+        if match := _RANKED.fullmatch(path.name):
+            ranked_files.setdefault((match[1], match[3]), {})[int(match[2])] = path
+        elif (match := _ONLY.fullmatch(path.name)) and old_world_size == 1:
+            ranked_files.setdefault(("rng_state", match[1]), {}).setdefault(0, path)
+        elif path in companions or _is_copied(path.name):
+            yield path, path.relative_to(home).as_posix()
+
+    for (name, ending), paths_by_rank in sorted(ranked_files.items()):
+        # the Trainer's for a single rank has no number
+        is_numbered = (name, ending, new_world_size) != ("rng_state", "pth", 1)
+        for rank in range(new_world_size):
+            source_path = paths_by_rank.get(rank % old_world_size)
+            if source_path is not None:
+                suffix = f"_{rank}" if is_numbered else ""
+                yield source_path, f"{name}{suffix}.{ending}"
+
+
+def _is_copied(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _COPIED)
+
+
+def execute(
+    rewriting: Rewriting,
+    *,
+    verify: bool = True,
+    read_back: bool = False,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int], Any] = lambda _: None,
+) -> RewriteResult:
+    """Makes the output folder, all at once, and returns what was made and proven.
+
+    ``verify`` compares the CRC32s of what is read; ``read_back`` reads the finished
+    files and compares theirs. That every element is where it belongs is proven in any
+    case, from the finished files. ``CheckpointError`` if something is wrong; then
+    nothing is left that looks finished.
+    """
+    output, plan = rewriting.output, rewriting.plan
+    folder = rewriting.checkpoint.place.folder
+
+    home = rewriting.home.resolve()
+    protected_folders = [folder.resolve(), home, *home.parents]
+    staging.require_place(output, protected_folders, overwrite)
+    with (
+        staging.as_output_error(output),
+        locks.reading(folder),
+        staging.staged(output, plan, rewriting.nbytes) as staged_folder,
+    ):
+        report = _move(rewriting, staged_folder, verify, workers, progress)
+        counts = _prove(rewriting, staged_folder)
+        read_back_bytes = retrace.read_back(plan, staged_folder) if read_back else 0
+        _complete(rewriting, staged_folder)
+
+    checks = RewriteChecks(
+        parameter_tensors=counts["parameters"],
+        optimizer_tensors=counts["states"],
+        other_tensors=counts["others"],
+        reference_tensors=counts["copies"],
+        crc32_bytes=report.checked,
+        no_crc32_bytes=report.unchecked,
+        read_back_bytes=read_back_bytes,
+        verified=verify,
+    )
+    return replace(preview(rewriting), dry_run=False, checks=checks)
+
+
+def run(rewriting: Rewriting, **options: Any) -> dict[str, Any]:
+    """Does what ``execute`` does, and returns the result as ``--json`` prints it."""
+    return results.document(execute(rewriting, **options))
+
+
+def _move(
+    rewriting: Rewriting,
+    staged_folder: Path,
+    verify: bool,
+    workers: int | None,
+    progress: Callable[[int], Any],
+) -> shards.MoveReport:
+    """Native files are few and large; those of a universal folder many and small."""
+    plan = rewriting.plan
+    if rewriting.target is None:
+        return small_files.execute(
+            plan, staged_folder, verify=verify, workers=workers, progress=progress
+        )
+
+    (staged_folder / rewriting.tag).mkdir(exist_ok=True)
+    # numbers may overflow, as torch rounds when the engine does it
+    checks = shards.Checks(verify=verify, allow_overflow=True)
+    return shards.execute(plan, staged_folder, checks, workers=workers, progress=progress)
+
+
+@open_files.once()
+def _prove(rewriting: Rewriting, staged_folder: Path) -> dict[str, int]:
+    source, target, plan = rewriting.source, rewriting.target, rewriting.plan
+    if isinstance(source, Universal):
+        assert target is not None
+        return proof.from_universal(source, target, plan, staged_folder)
+    if target is None:
+        return proof.to_universal(source, plan, staged_folder)
+    return reshard.prove(source, target, plan, staged_folder)
+
+
+def _complete(rewriting: Rewriting, staged_folder: Path) -> None:
+    """Writes everything beside DeepSpeed's files; the pointer and the manifest last."""
+    folders = {staged_folder / rewriting.tag}
+    for path, name in rewriting.companions:
+        _copy(path, staged_folder / name)
+        folders.add((staged_folder / name).parent)
+    for folder in folders:
+        local.sync_folder(folder)
+
+    local.write_file(staged_folder / rewriting.pointer, rewriting.tag.encode())
+    if rewriting.target is None or isinstance(rewriting.source, Universal):
+        return
+
+    try:
+        source_manifest = manifest.read(rewriting.home)
+    except CheckpointError as error:  # there is none, or none that anybody could use
+        require_read(error)
+        return
+
+    if source_manifest.tag == rewriting.tag:
+        rewritten = _rewritten_manifest(
+            source_manifest, rewriting.target, staged_folder, rewriting.output.name
+        )
+        local.write_file(staged_folder / filenames.MANIFEST, rewritten.dumps())
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file, synced."""
+    target.parent.mkdir(exist_ok=True)
+    with open(source, "rb") as file, local.replacing(target) as descriptor:
+        writer = local.LocalWriter(descriptor)
+        offset = 0
+        while True:
+            with local.named(source):
+                block = file.read(1 << 20)
+            if not block:
+                break
+            writer.write(block, offset)
+            offset += len(block)
+
+
+def save_of(source_manifest: manifest.Manifest, target: TargetTopology) -> str:
+    """The save that a committed checkpoint becomes: the same for the same target."""
+    return sha256(f"{source_manifest.save} {target}".encode()).hexdigest()[:32]
+
+
+def _rewritten_manifest(
+    source_manifest: manifest.Manifest, target: TargetTopology, staged_folder: Path, name: str
+) -> manifest.Manifest:
+    """The source's manifest for what lies in ``staged_folder``, to be called ``name``.
+
+    It says what it is made of: making it says nothing about which run saved last.
+    """
+    paths = [path for path in staged_folder.rglob("*") if path.is_file()]
+    files = {
+        path.relative_to(staged_folder).as_posix(): _digest(path)
+        for path in paths
+        if path.name != filenames.PLAN
+    }
+    return replace(
+        source_manifest,
+        stage=target.stage,
+        world_size=target.world_size,
+        node=0,
+        nodes=1,
+        save=save_of(source_manifest, target),
+        created=time.time(),
+        name=name,
+        made_of=source_manifest.save,
+        versions={**source_manifest.versions, "ckpt": __version__},
+        files=files,
+    )
+
+
+def _digest(path: Path) -> manifest.File:
+    with local.named(path):
+        return manifest.digest(path)
+
+
+def preview(rewriting: Rewriting) -> RewriteResult:
+    """What the rewriting would read and write; reads no tensor."""
+    source, target = rewriting.checkpoint, rewriting.target
+    return RewriteResult(
+        dry_run=True,
+        output=rewriting.output,
+        tag=rewriting.tag,
+        stage=target.stage if target else None,
+        world_size=target.world_size if target else None,
+        source=TrainingState(
+            kind=source.kind,
+            path=source.place.folder,
+            tag=source.place.tag,
+            stage=stage_of(rewriting.source),
+            world_size=source.world_size,
+            precision=source.precision,
+            step=source.step,
+            deepspeed=source.version,
+        ),
+        files=tuple(FileEntry(shard.filename, shard.nbytes) for shard in rewriting.plan.shards),
+        copied_files=tuple(name for _, name in rewriting.companions),
+        read_bytes=rewriting.plan.read_bytes,
+        write_bytes=rewriting.nbytes,
+        free_bytes=local.free_space(rewriting.output),
+        notes=rewriting.notes,
+    )

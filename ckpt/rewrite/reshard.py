@@ -1,0 +1,157 @@
+"""A checkpoint for another world size or stage: what is written and where.
+``job`` does it.
+
+out/checkpoint-500-w3/       three ranks; checkpoint-500-z3-w3 where the stage is another, too
+  latest                       the tag
+  global_step500/...           DeepSpeed's files
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckpt.deprecation import renamed
+from ckpt.rewrite import job
+from ckpt.rewrite.job import Rewriting
+from ckpt.rewrite.job import execute as execute
+from converters.errors import CheckpointError
+from converters.storage import open_files
+from converters.storage.store import local_path
+from converters.words import counted
+from converters.zero import checkpoint as zero
+from converters.zero import muon
+from converters.zero.files import several_models
+from converters.zero.native import reshard as native
+from converters.zero.native.optimizer_files import SUB_GROUP, TargetTopology
+
+
+@open_files.once()
+def plan(
+    checkpoint: str | os.PathLike[str],
+    world_size: int,
+    *,
+    stage: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    tag: str | None = None,
+    sub_group_size: int | None = None,
+    zero_init: bool | None = None,
+) -> Rewriting:
+    """Plans the same checkpoint for ``world_size`` ranks and a stage, or its own.
+
+    Reads pickles, and what ranks share of Muon's momentum. ``sub_group_size``
+    (elements, stage 3) defaults to the run's own. ``zero_init``: whether the engine's
+    model will be made under ``zero.Init``; only for Muon, from stage 1 or 2 to 3.
+    Raises ``CheckpointError`` for what is damaged, or cannot be cut into other
+    partitions.
+    """
+    if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
+        raise CheckpointError(
+            f"world_size is {world_size!r}; expected a number of ranks, 1 or more", "refused"
+        )
+
+    place = local_path(checkpoint)
+    several_models.find(place, tag)  # refuses a choice between models
+    source = zero.read(place, tag)
+    target = native.target(source, stage, world_size, sub_group_size, zero_init)
+    _require_change(source, target)
+
+    file_plan = native.plan(source, target)
+    home = job.home_of(source)
+    if output is None:
+        stage_part = f"-z{target.stage}" if target.stage != source.stage else ""
+        output = home.with_name(f"{home.name}{stage_part}-w{world_size}")
+    companions = tuple(job.companions_for(home, source.world_size, world_size))
+
+    return Rewriting(
+        source=source,
+        target=target,
+        plan=file_plan,
+        output=Path(os.path.abspath(local_path(output))),
+        tag=native.tag_folder(source),
+        companions=companions,
+        notes=(
+            *source.notes,
+            *notes_on(source, target),
+            *_note_on_files_left_out(home, {path.name for path, _ in companions}),
+        ),
+    )
+
+
+def _require_change(source: zero.Checkpoint, target: TargetTopology) -> None:
+    """``CheckpointError`` if the checkpoint is what is asked for already."""
+    unchanged = target.stage == source.stage and target.world_size == source.world_size
+    if target.stage == 3:
+        unchanged = unchanged and target.sub_group_size == _sub_group_size(source)
+    if unchanged:
+        raise CheckpointError(
+            f"{source.place.folder} is of stage {source.stage} for "
+            f"{counted(source.world_size, 'rank')} already; load it as it is",
+            "output",
+        )
+
+
+def _note_on_files_left_out(home: Path, companion_names: set[str]) -> Iterator[str]:
+    """A line on the files beside the tag's folder that are not copied, if there are any."""
+    accounted = {*companion_names, *job.WRITTEN_NAMES}
+    names = [
+        path.name
+        for path in sorted(home.iterdir())
+        if path.is_file() and path.name not in accounted
+    ]
+    if names:
+        yield f"not copied: {', '.join(names)}"
+
+
+def _sub_group_size(source: zero.Checkpoint) -> int:
+    """What the run of a checkpoint of stage 3 was configured with."""
+    configured_size = source.model.setting("zero_optimization", "sub_group_size")
+    if isinstance(configured_size, (int, float)):
+        return int(configured_size)
+    return SUB_GROUP
+
+
+def notes_on(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
+    """What whoever resumes from ``target`` should know."""
+    setting = source.model.setting
+    if target.world_size > source.world_size:
+        yield (
+            f"the ranks from {source.world_size} on are new: each has the random and "
+            f"extra state of the rank modulo {source.world_size}"
+        )
+
+    if target.world_size < source.world_size:
+        yield (
+            f"what only ranks {target.world_size} and up had, such as random states, is left out"
+        )
+
+    if target.stage == 3 and source.stage < 3:
+        yield (f"made for sub_group_size {target.sub_group_size}; the engine must have the same")
+
+    if target.stage < 3 and target.dealt:
+        yield "made for round_robin_gradients; the engine must have it, too"
+    if setting("zero_optimization", "offload_optimizer", "device") == "nvme":
+        yield (
+            "made for an engine whose optimizer is not on NVMe: that looks for files "
+            "of its own (offloaded_tensors), which are not made here"
+        )
+
+    if target.stage < 3 and muon.is_deepspeed_muon(source.model):
+        if target.bf16:
+            optimizer_kind = "BF16_Optimizer"
+        elif target.muon:
+            optimizer_kind = "an optimizer that is not offloaded"
+        else:
+            optimizer_kind = "an offloaded optimizer"
+        yield (
+            f"Muon: made for {optimizer_kind}; the engine must have the same, or "
+            "DeepSpeed takes other elements for the momentum"
+        )
+
+    if target.stage < 3 and setting("zero_optimization", "elastic_checkpoint"):
+        yield ("elastic_checkpoint: DeepSpeed asks for optimizers that count steps in their groups")
+
+
+prepare = renamed(plan, "ckpt.reshard.prepare", "ckpt.reshard.plan")
+run = renamed(job.run, "ckpt.reshard.run", "ckpt.reshard.execute")

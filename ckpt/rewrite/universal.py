@@ -1,0 +1,102 @@
+"""To DeepSpeed's universal format and back: what is written and where. ``job`` does it.
+
+out/checkpoint-500_universal/      for any world size and stage, with "load_universal": true
+  latest_universal                   the tag
+  global_step500_universal/          zero/NAME/*.pt, and both kinds of model file
+  everything else                    copied
+out/checkpoint-500-z2-w3/          native files again
+  latest, global_step500/...
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ckpt.deprecation import renamed
+from ckpt.rewrite import job, reshard, universal_limits
+from ckpt.rewrite.job import Rewriting
+from ckpt.rewrite.job import execute as execute
+from converters.storage import open_files
+from converters.storage.store import local_path
+from converters.torch_files import object_graph
+from converters.zero import checkpoint as zero
+from converters.zero import param_groups
+from converters.zero.files import several_models
+from converters.zero.native import reshard as native
+from converters.zero.universal import plan as planning
+from converters.zero.universal import reader
+from converters.zero.universal.reader import SUFFIX
+
+
+@open_files.once()
+def plan_to(
+    checkpoint: str | os.PathLike[str],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    tag: str | None = None,
+) -> Rewriting:
+    """Plans the universal folder of a checkpoint of ZeRO 1, 2 or 3.
+
+    Reads pickles, no tensors. Raises ``CheckpointError`` for what is damaged, or
+    has no partitions.
+    """
+    several_models.find(local_path(checkpoint), tag)  # refuses a choice between models
+    source = zero.read(checkpoint, tag)
+    file_plan = planning.to_universal(source)
+    groups = param_groups.read(source, object_graph.read_root(source.ranks[0].path))
+    home = job.home_of(source)
+
+    return Rewriting(
+        source=source,
+        target=None,
+        plan=file_plan,
+        output=Path(os.path.abspath(output or home.with_name(home.name + SUFFIX))),
+        tag=planning.universal_tag(source),
+        companions=tuple(job.companions_for(home, source.world_size, source.world_size)),
+        notes=(*source.notes, *universal_limits.notes(source, groups)),
+    )
+
+
+@open_files.once()
+def plan_from(
+    folder: str | os.PathLike[str],
+    world_size: int,
+    *,
+    stage: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    tag: str | None = None,
+    like: str | os.PathLike[str] | None = None,
+    sub_group_size: int | None = None,
+    zero_init: bool | None = None,
+) -> Rewriting:
+    """Plans native files of a universal folder for ``world_size`` ranks and a stage.
+
+    The stage defaults to that of the run that saved. ``like`` is a native checkpoint of
+    the same model, for a folder that does not tell the order of the parameters. Reads
+    pickles, and the first 65,536 elements of each parameter. ``zero_init`` as
+    ``reshard.plan`` has it. Raises ``CheckpointError``.
+    """
+    source = reader.read(local_path(folder), tag, zero.read(like) if like else None)
+    checkpoint = source.checkpoint
+    home = job.home_of(checkpoint)
+    saved_stage = job.stage_of(source)
+    target = native.target(checkpoint, stage or saved_stage, world_size, sub_group_size, zero_init)
+    file_plan = planning.from_universal(source, target)
+    stage_part = f"-z{target.stage}" if target.stage != saved_stage else ""
+    name = f"{home.name.removesuffix(SUFFIX)}{stage_part}-w{world_size}"
+
+    return Rewriting(
+        source=source,
+        target=target,
+        plan=file_plan,
+        output=Path(os.path.abspath(output or home.with_name(name))),
+        tag=planning.native_tag(source),
+        companions=tuple(job.companions_for(home, checkpoint.world_size, world_size)),
+        notes=(*checkpoint.notes, *reshard.notes_on(checkpoint, target)),
+    )
+
+
+prepare_to = renamed(plan_to, "ckpt.universal.prepare_to", "ckpt.universal.plan_to")
+prepare_from = renamed(plan_from, "ckpt.universal.prepare_from", "ckpt.universal.plan_from")
+run = renamed(job.run, "ckpt.universal.run", "ckpt.universal.execute")

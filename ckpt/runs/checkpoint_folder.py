@@ -1,0 +1,181 @@
+"""A folder of a run that is taken for a checkpoint: whether it is committed, and what it lacks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt.folders import filenames
+from ckpt.runs import manifest as manifests
+from ckpt.runs.manifest import Manifest
+from ckpt.runs.recognition import is_numbered, is_spare, step_in
+from converters.errors import CheckpointError
+
+_MISSING = ": missing"  # as ``digests.unlike`` says it
+
+
+@dataclass(frozen=True, slots=True)
+class RunCheckpoint:
+    """A folder of a run. ``why`` says why it is not committed, and is ``None`` if it is.
+
+    ``step`` of one without a manifest is what its name says, if anything. ``deleted``
+    are files that the manifest lists and that are gone: if no resume needs them (the
+    weights of a full checkpoint), it is still committed.
+    """
+
+    folder: Path
+    step: int | None
+    manifest: Manifest | None
+    why: str | None
+    pinned: bool
+    deleted: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def committed(self) -> bool:
+        """Whether the manifest is there, is valid, and every file that it lists has its size."""
+        return self.why is None
+
+    @property
+    def original(self) -> bool:
+        """Whether the checkpoint lies where it was saved, not as a copy by hand or a link."""
+        recorded_name = self.manifest.name if self.manifest is not None else None
+        return not self.folder.is_symlink() and recorded_name in (None, self.folder.name)
+
+    @property
+    def lacks(self) -> str | None:
+        """What was deleted by hand from a committed checkpoint, as a line."""
+        if not self.committed or not self.deleted:
+            return None
+
+        return f"lacks {_listed(self.deleted)}"
+
+    @property
+    def thinned(self) -> bool:
+        """Whether files that a resume needs were deleted from a committed checkpoint.
+
+        Nothing else is wrong with it, so that it counts among what retention may delete.
+        """
+        return self.why is not None and self.manifest is not None and bool(self.deleted)
+
+    @property
+    def tier(self) -> str | None:
+        """``full`` (training can go on from it) or ``weights``; ``None`` without a manifest."""
+        return self.manifest.tier if self.manifest else None
+
+    @property
+    def unusable(self) -> str | None:
+        """Why training cannot go on from this checkpoint, by its manifest; ``None`` if it can."""
+        if self.why is None and self.tier != "full":
+            return "weights only; training cannot go on from it"
+        return self.why
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Metrics by name, such as eval_loss."""
+        return self.manifest.metrics if self.manifest else {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files listed or, without a manifest, of those on disk."""
+        return self.manifest.nbytes if self.manifest else bytes_under(self.folder)
+
+    @property
+    def pointer(self) -> str:
+        """What ``latest`` holds when it names this checkpoint."""
+        if self.manifest is None or self.manifest.tier != "full" or not self.manifest.tag:
+            return self.name
+
+        return f"{self.name}/{self.manifest.tag}"
+
+
+def order(checkpoint: RunCheckpoint) -> tuple[int, bool, float, bool, str]:
+    """The order of checkpoints: by step (unknown ones first), then the time of saving, then name.
+
+    Times of change play no part: copying a run must not reorder it. Of one step, a copy
+    by hand and a link come before what they are of, and a name without a number before
+    a numbered one.
+    """
+    step = -1 if checkpoint.step is None else checkpoint.step
+    created = checkpoint.manifest.created if checkpoint.manifest else 0.0
+
+    return step, checkpoint.original, created, is_numbered(checkpoint.folder), checkpoint.name
+
+
+def open_checkpoint(folder: Path) -> RunCheckpoint:
+    """What a folder is, by its manifest and the sizes of its files; reads no other bytes.
+
+    ``CheckpointError`` if there is no such folder, or the disk or network fails:
+    whether it is committed cannot be told then, and nothing may be decided by it.
+    """
+    if not folder.is_dir():
+        finding = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(
+            f"{folder} {finding}; expected the folder of a checkpoint", "incomplete"
+        )
+
+    pinned = os.path.exists(folder / filenames.PINNED)
+    reason: str | None
+    try:
+        manifest = manifests.read(folder)
+    except CheckpointError as error:
+        require_read(error)
+        is_absent = error.kind == "incomplete"
+        reason = manifests.ABSENT if is_absent else str(error).removeprefix(f"{folder}/")
+        return RunCheckpoint(folder, step_in(folder.name), None, reason, pinned)
+
+    problems = manifests.check(folder, manifest, strict=True)
+    missing_names = tuple(
+        line.removesuffix(_MISSING) for line in problems if line.endswith(_MISSING)
+    )
+    is_only_missing = len(missing_names) == len(problems)
+    if manifest.tier == "full":
+        spared_lines = {
+            f"{missing_name}{_MISSING}" for missing_name in missing_names if is_spare(missing_name)
+        }
+        problems = [line for line in problems if line not in spared_lines]
+
+    more_note = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    reason = f"manifest.json lists {problems[0]}{more_note}" if problems else None
+
+    return RunCheckpoint(
+        folder,
+        manifest.step,
+        manifest,
+        reason,
+        pinned,
+        missing_names if is_only_missing or not problems else (),
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more_note = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"{names[0]}{more_note}"
+
+
+def require_read(error: CheckpointError) -> None:
+    """Raises ``error`` if it came of a disk or network that fails, not of what lies there."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in manifests.FAILING:
+            raise error
+        cause = cause.__cause__
+
+
+def bytes_under(folder: Path) -> int:
+    """Bytes of all files below a folder; what vanishes meanwhile is not counted."""
+    total_bytes = 0
+    for parent, _, names in os.walk(folder):
+        for file_name in names:
+            try:
+                total_bytes += os.lstat(os.path.join(parent, file_name)).st_size
+            except OSError:
+                continue
+
+    return total_bytes

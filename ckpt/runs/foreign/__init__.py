@@ -1,0 +1,10 @@
+"""Checkpoints that were written without ckpt, or by another training.
+
+completeness  whether one is whole, by what its writer writes
+intact_files  whether its files are whole, by their own form
+parallel      pipeline, tensor and expert parallelism, which are not read
+succession    whether it goes on from a committed one
+liveness      whether somebody writes it right now
+overwriting   whether two saves are mixed in it
+torn          whether a folder can be a checkpoint at all
+"""

@@ -1,0 +1,349 @@
+"""Whether what was written without ckpt is a whole checkpoint that a training can go on from.
+
+Nobody said that its save finished. So each kind is judged by what its writer writes,
+and in which order, without torch and without running a pickle:
+
+    the Trainer                  weights, optimizer.pt, scheduler.pt, RNG states of all ranks, and
+                                 trainer_state.json last (transformers 5.23 ``trainer.py``:
+                                 ``_save_checkpoint``)
+    the Trainer with FSDP        pytorch_model_fsdp_0/ and optimizer_0/, or the .bin of that name
+                                 (accelerate 1.15 ``utils/fsdp_utils.py``)
+    DeepSpeed, in any of these   the state files of a tag, as ``detect.read`` has them
+    Accelerate's save_state      weights, optimizer.bin, random_states_R.pkl (accelerate 1.15
+                                 ``checkpointing.py``: ``save_accelerator_state``)
+    Lightning                    X.ckpt: a zip, or a folder of DeepSpeed or FSDP (lightning 2.6.6)
+    torch's DCP                  .metadata and what it describes
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt.runs.foreign import intact_files
+from ckpt.runs.foreign.parallel import require_parallel
+from ckpt.runs.run import is_checkpoint, is_numbered, step_in
+from converters import detect
+from converters.detect import filenames
+from converters.errors import CheckpointError
+from converters.words import counted
+from converters.zero.files.discovery import is_tag_folder
+
+STATE = filenames.TRAINER_STATE
+RNG = r"rng_state_(\d+)\.pth"
+RANDOM = filenames.RANDOM_STATES.pattern
+_LIGHTNING = "pytorch-lightning_version"
+_NAME = re.compile(r"(?:checkpoint|global_step|step|ckpt|iter|iteration|epoch)s?[-_=]?\d+")
+_PREFIX = re.compile(r"(?:checkpoint|weights|global_step|step|ckpt|iter|epoch)[-_=]?\d+.*")
+_SIGNS = frozenset(("optimizer.pt", "optimizer.bin", "random_states_0.pkl", ".metadata"))
+_OF_TRAINER = frozenset(("training_args.bin", "rng_state.pth", "rng_state_0.pth"))
+History = tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a whole checkpoint is. ``resumable``: whether it is more than weights.
+
+    ``kind`` says who wrote it, ``tag`` is set for what DeepSpeed can load, ``step`` is
+    ``None`` where the files do not say. ``history`` is what the Trainer logged until
+    then.
+    """
+
+    path: Path
+    kind: str
+    step: int | None = None
+    tag: str | None = None
+    resumable: bool = True
+    history: History | None = None
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+
+
+def is_name(name: str) -> bool:
+    """Whether a name is one that trainings give to checkpoints, such as checkpoint-500."""
+    return name.endswith(".ckpt") or _PREFIX.fullmatch(name) is not None
+
+
+def has_signs(path: Path) -> bool:
+    """Whether a folder holds, right in it, what only the checkpoint of a training has."""
+    entry_names = {entry.name for entry in os.scandir(path)}
+    return bool(entry_names & _SIGNS) or any(
+        name.startswith("pytorch_model_fsdp") for name in entry_names
+    )
+
+
+def candidates(run_folder: Path) -> list[Path]:
+    """All in a run's folder that is a checkpoint, whole or not, or may be one, whoever wrote it."""
+    try:
+        entries = sorted(os.scandir(run_folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise CheckpointError(
+            f"{run_folder}: {error.strerror}; expected the folder of a run", "incomplete"
+        ) from error
+
+    candidate_paths = []
+    for entry in entries:
+        candidate = Path(entry.path)
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            candidate_paths += [candidate] if candidate.suffix == ".ckpt" else []
+            continue
+
+        try:
+            has_state_files = (candidate / STATE).exists() or has_signs(candidate)
+        except OSError:  # lost+found, or what was deleted meanwhile
+            continue
+
+        if (
+            has_state_files
+            or _NAME.fullmatch(entry.name)
+            or entry.name.endswith(".ckpt")
+            or is_checkpoint(candidate)
+        ):
+            candidate_paths.append(candidate)
+
+    return candidate_paths
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint without a number in its name holds; ``None`` if it cannot be told.
+
+    Nothing is proven by it.
+    """
+    try:
+        if path.is_dir() and (path / STATE).is_file():
+            return int(trainer_state(path)["global_step"])
+        return _proof(path, None).step if path.is_file() or has_tag(path) else None
+    except (CheckpointError, OSError):
+        return None
+
+
+def prove(path: Path, tag: str | None = None) -> Proof:
+    """What the checkpoint is, or of several tags in it the one that is named.
+
+    ``CheckpointError`` if it is not whole. Its kind is "unsupported" where nothing here
+    knows such files, so that nothing can be said.
+    """
+    try:
+        return _proof(path, tag)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or path}: {error.strerror}", "incomplete"
+        ) from error
+
+
+def _proof(path: Path, tag: str | None) -> Proof:
+    if path.is_file():
+        return _lightning_file(path)
+
+    entry_names = {entry.name for entry in os.scandir(path)}
+    if STATE in entry_names or entry_names & _OF_TRAINER:
+        return _of_trainer(path, entry_names)
+    if any(re.fullmatch(RANDOM, entry_name) for entry_name in entry_names):
+        return _of_accelerate(path, entry_names)
+    if has_tag(path):
+        return _of_deepspeed(path, "DeepSpeed", tag=tag)
+    if ".metadata" in entry_names or any(
+        entry_name.endswith(".metadata") for entry_name in entry_names
+    ):
+        intact_files.require_dcp(path)
+        is_lightning = "meta.pt" in entry_names
+        if is_lightning:
+            intact_files.require_torch_file(path / "meta.pt")
+        return Proof(
+            path,
+            "Lightning with FSDP" if is_lightning else "torch's distributed checkpoint",
+        )
+
+    return _of_functions(path, entry_names)
+
+
+def _of_functions(path: Path, entry_names: set[str]) -> Proof:
+    """What ``save_fsdp_model`` and ``save_fsdp_optimizer`` of a loop of one's own wrote.
+
+    ``CheckpointError`` for anything else: it is empty, cut short, or of no kind known
+    here.
+    """
+    model_parts = intact_files.fsdp_parts(path, "pytorch_model_fsdp")
+    if model_parts and intact_files.fsdp_parts(path, "optimizer") and not is_numbered(path):
+        return Proof(path, "FSDP")
+    if not entry_names:
+        raise CheckpointError(f"{path} is empty: its save did not begin", "incomplete")
+    if model_parts or intact_files.WEIGHTS_NAMES & entry_names:
+        raise CheckpointError(
+            f"{path} has weights, but no {STATE}, which a Trainer writes last, and no "
+            "random_states of Accelerate: its save did not finish, or it is a model "
+            "folder",
+            "incomplete",
+        )
+
+    first_names = ", ".join(sorted(entry_names)[:3])
+    raise CheckpointError(
+        f"{path} holds files of a kind that ckpt does not know ({first_names})",
+        "unsupported",
+    )
+
+
+def has_tag(path: Path) -> bool:
+    """Whether DeepSpeed's state files lie in the folder, or in one right below it."""
+    return is_tag_folder(path) or any(
+        is_tag_folder(subfolder)
+        for subfolder in path.iterdir()
+        if subfolder.is_dir() and not subfolder.name.startswith(".")
+    )
+
+
+def trainer_state(folder: Path) -> dict[str, Any]:
+    """The Trainer's state; ``CheckpointError`` if it is not there, or cut short."""
+    state_path = folder / STATE
+    state = intact_files.read_json(state_path)
+    step = state.get("global_step") if isinstance(state, dict) else None
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise CheckpointError(
+            f"{state_path} is cut short or damaged: global_step is {step!r}",
+        )
+
+    return dict(state)
+
+
+def history_of(folder: Path) -> History | None:
+    """What the Trainer had logged at this checkpoint; ``None`` if it is not a Trainer's."""
+    if not (folder / STATE).is_file():
+        return None
+
+    log_history = trainer_state(folder).get("log_history")
+
+    return (
+        tuple(entry for entry in log_history if isinstance(entry, dict))
+        if isinstance(log_history, list)
+        else ()
+    )
+
+
+def _of_trainer(folder: Path, entry_names: set[str]) -> Proof:
+    state = trainer_state(folder)
+    step, history = int(state["global_step"]), history_of(folder)
+    rng_ranks = intact_files.require_all_ranks(
+        folder,
+        [folder / name for name in entry_names],
+        RNG,
+    )
+    rng_ranks = rng_ranks or int("rng_state.pth" in entry_names)
+    for name in sorted(entry_names):
+        if (folder / name).is_file() and not name.startswith("."):
+            intact_files.require_file(folder / name)
+
+    if has_tag(folder):
+        if "optimizer.pt" in entry_names:
+            raise CheckpointError(
+                f"{folder} holds optimizer.pt and DeepSpeed's files: a training with "
+                "and one without DeepSpeed saved into it; move the files of the older "
+                "one away"
+            )
+
+        proof = _of_deepspeed(folder, "the Trainer with DeepSpeed", rng_ranks)
+        return Proof(folder, proof.kind, step, proof.tag, True, history, proof.shapes)
+
+    return _of_plain_trainer(folder, entry_names, step, history, rng_ranks)
+
+
+def _of_plain_trainer(
+    folder: Path, entry_names: set[str], step: int, history: History | None, rng_ranks: int
+) -> Proof:
+    """The Trainer without DeepSpeed: what it goes on from is whole, or not there at all."""
+    model_parts = intact_files.fsdp_parts(folder, "pytorch_model_fsdp")
+    kind = "the Trainer with FSDP" if model_parts else "the Trainer without DeepSpeed"
+    if not model_parts and not intact_files.weights(folder):
+        raise CheckpointError(
+            f"{folder} has no weights of a model or adapter",
+            "incomplete",
+        )
+
+    optimizer_parts = intact_files.fsdp_parts(folder, "optimizer")
+    required_parts = {
+        "optimizer.pt": bool(optimizer_parts) or "optimizer.pt" in entry_names,
+        "scheduler.pt": "scheduler.pt" in entry_names,
+        "rng_state.pth": rng_ranks > 0,
+    }
+    if not any(required_parts.values()):  # save_only_model
+        return Proof(folder, kind, step, None, False, history)
+
+    for name, is_present in required_parts.items():
+        if not is_present:
+            raise CheckpointError(f"{folder} has no {name}", "incomplete")
+
+    return Proof(folder, kind, step, None, True, history)
+
+
+def _of_accelerate(folder: Path, entry_names: set[str]) -> Proof:
+    intact_files.require_all_ranks(
+        folder, [folder / entry_name for entry_name in entry_names], RANDOM
+    )
+    for entry_name in sorted(entry_names):
+        if (folder / entry_name).is_file() and not entry_name.startswith("."):
+            intact_files.require_file(folder / entry_name)
+
+    if has_tag(folder):
+        return _of_deepspeed(folder, "Accelerate with DeepSpeed")
+
+    model_parts = intact_files.fsdp_parts(folder, "pytorch_model_fsdp")
+    if not model_parts and not intact_files.weights(folder):
+        raise CheckpointError(f"{folder} has no weights of a model", "incomplete")
+    if not intact_files.fsdp_parts(folder, "optimizer"):
+        raise CheckpointError(f"{folder} has no optimizer.bin", "incomplete")
+
+    return Proof(
+        folder,
+        "Accelerate with FSDP" if model_parts else "Accelerate without DeepSpeed",
+    )
+
+
+def _of_deepspeed(
+    folder: Path, kind: str, rng_ranks: int | None = None, tag: str | None = None
+) -> Proof:
+    """``rng_ranks``: how many RNG states of a Trainer there are, of which every rank needs one."""
+    is_lightning = folder.name.endswith(".ckpt")
+    kind = "Lightning with DeepSpeed" if is_lightning else kind
+    try:
+        source = detect.read(folder, tag, complete=True)
+    except CheckpointError as error:
+        if error.kind != "unsupported":
+            raise
+        tag = require_parallel(folder, tag)
+        return Proof(folder, f"{kind} (parallel)", step_in(tag), tag)
+
+    if rng_ranks is not None and rng_ranks < source.world_size:
+        raise CheckpointError(
+            f"{folder} has RNG states of {counted(rng_ranks, 'rank')}, its optimizer state is of "
+            f"{source.world_size}",
+            "incomplete",
+        )
+
+    has_scheduler = source.entries.get("lr_scheduler") is not None
+    has_scheduler = has_scheduler or (folder / "scheduler.pt").exists()
+    if rng_ranks is not None and not has_scheduler:
+        raise CheckpointError(f"{folder} has no scheduler.pt", "incomplete")
+
+    shapes = {name: tuple(ref.shape) for name, ref in source.weights.tensors.items()}
+
+    return Proof(folder, kind, source.step, source.place.tag, shapes=shapes)
+
+
+def _lightning_file(path: Path) -> Proof:
+    saved_object = intact_files.require_torch_file(path)
+    if not isinstance(saved_object, Mapping) or _LIGHTNING not in saved_object:
+        raise CheckpointError(f"{path} is not a checkpoint of Lightning", "unsupported")
+
+    global_step = saved_object.get("global_step")
+    resumable = "optimizer_states" in saved_object and "loops" in saved_object
+
+    return Proof(
+        path,
+        "Lightning",
+        global_step if isinstance(global_step, int) else None,
+        resumable=resumable,
+    )

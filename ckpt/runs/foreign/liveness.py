@@ -1,0 +1,85 @@
+"""Whether somebody is writing a checkpoint right now, where no lock can tell.
+
+A writer that ckpt does not know holds no lock. What it writes changes: sizes, times and
+names are taken before the proof that the checkpoint is whole and once more after it. A
+crash that just happened hinders nobody: what it left does not change any more.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from ckpt.folders import locks
+from ckpt.runs.foreign.completeness import Proof, prove
+from converters.errors import CheckpointError
+
+RECENT = 60.0  # seconds since the last change, after which no second look is taken
+PAUSE = 1.5  # seconds between the two looks
+Look = dict[str, tuple[int, int, int]]
+
+
+def look(path: Path) -> Look:
+    """Size, time of change and time of the inode's change of every file, by its path."""
+    paths = [path]
+    for parent, _, names in os.walk(path):
+        paths += [Path(parent, name) for name in names]
+    seen_files: Look = {}
+    for file_path in paths:
+        try:
+            status = file_path.lstat()
+        except FileNotFoundError:
+            continue  # the second look misses it
+        times = (status.st_mtime_ns, status.st_ctime_ns)
+        seen_files[str(file_path)] = (status.st_size, *times)
+
+    return seen_files
+
+
+def fingerprint(path: Path) -> tuple[tuple[str, int], ...]:
+    """Names and sizes of the files: the same for every rank that sees the same checkpoint."""
+    visible_files = []
+    for file_name, (file_size, _, _) in look(path).items():
+        base_name = Path(file_name).name
+        is_hidden = base_name.startswith(".") and base_name != ".metadata"
+        if not is_hidden and not Path(file_name).is_dir():
+            visible_files.append((Path(file_name).relative_to(path).as_posix(), file_size))
+
+    return tuple(sorted(visible_files))
+
+
+def written(path: Path) -> float:
+    """When the newest of its files was written, in seconds since 1970."""
+    return max((time_ns for _, time_ns, _ in look(path).values()), default=0) / 1e9
+
+
+def prove_at_rest(path: Path, tag: str | None = None) -> Proof:
+    """What a checkpoint is that nobody committed: whole, and not being written.
+
+    ``CheckpointError`` as ``prove``, and for one that changes meanwhile.
+    """
+    start_time, first_look = time.monotonic(), look(path)
+    if path.is_dir() and locks.in_use(path):
+        raise CheckpointError(f"{path} is in use by another process", "refused")
+
+    proof = prove(path, tag)
+    change_times = [change_time for _, _, change_time in first_look.values()]
+    newest_change = max(change_times, default=0) / 1e9
+    if time.time() - newest_change < RECENT:
+        time.sleep(max(0.0, PAUSE - (time.monotonic() - start_time)))
+    second_look = look(path)
+    changed_names = sorted(
+        name
+        for name in first_look.keys() | second_look.keys()
+        if first_look.get(name) != second_look.get(name)
+    )
+    if changed_names:
+        raise CheckpointError(
+            f"{path} is being written right now: {max(changed_names, key=len)} changed "
+            f"within {time.monotonic() - start_time:.0f} seconds; try again when its "
+            "save or copy is done",
+            "refused",
+        )
+
+    return proof

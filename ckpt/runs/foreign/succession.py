@@ -1,0 +1,133 @@
+"""Whether a checkpoint that was written without ckpt goes on from a committed one.
+
+A week of training with the stock Trainer between two with ckpt leaves whole checkpoints
+of higher steps. They are the newest of this training, unless they show that they belong
+to another: what the Trainer logged until the committed one stands at the beginning of
+what it had logged then, and the parameters are the same.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ckpt.runs.foreign import completeness, liveness
+from ckpt.runs.foreign.completeness import History, Proof
+from ckpt.runs.lineage import Line
+from ckpt.runs.run import Run, RunCheckpoint, is_run, members
+from converters import detect, words
+from converters.errors import CheckpointError
+
+Relation = Literal["follows", "apart", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Succession:
+    """How a checkpoint relates to the newest committed one, and why, as words after its name."""
+
+    relation: Relation
+    why: str = ""
+
+
+def relate(committed: RunCheckpoint, proof: Proof) -> Succession:
+    """How a whole checkpoint of a later step, written without ckpt, relates to ``committed``.
+
+    "other": it contradicts it; "apart": it does not, but cannot go on from it, as it
+    was written before; else it "follows".
+    """
+    assert committed.manifest is not None
+    folder = committed.folder
+    try:
+        committed_history = completeness.history_of(folder)
+    except CheckpointError:
+        committed_history = None
+
+    if committed_history is not None and proof.history is None and proof.kind == "DeepSpeed":
+        reason = (
+            "is a state of the engine alone (of trainer.save_model()), "
+            f"without {completeness.STATE}"
+        )
+        return Succession("apart", reason)
+
+    if proof.history is not None and (proof.step or 0) <= committed.manifest.step:
+        reason = (
+            f"has no manifest.json, and is of step {proof.step} whatever its name says: "
+            f"no later than {folder}"
+        )
+        return Succession("apart", reason)
+
+    # which says nothing about when it was saved
+    is_resharded = committed.manifest.made_of is not None
+    if not is_resharded and liveness.written(proof.path) < committed.manifest.created:
+        reason = f"was written before {folder} was committed, so it does not go on from it"
+        return Succession("apart", reason)
+
+    difference = _history_differs(folder, committed_history, proof) or _shapes_differ(
+        committed, proof
+    )
+
+    return Succession("follows") if difference is None else Succession("other", difference)
+
+
+def line_after(folder: Path, step: int) -> Line | None:
+    """The line that goes on through a checkpoint of ``step`` written without ckpt.
+
+    ``None`` if no committed one beside it is older, by its step and by its time.
+    """
+    # DeepSpeed saves into the run itself
+    run_of_folder = Run(folder if is_run(folder) else folder.parent)
+    saved_checkpoints = [
+        member
+        for member in members(run_of_folder.checkpoints())
+        if member.manifest and member.manifest.made_of is None
+    ]
+    earlier_members = [member for member in saved_checkpoints if (member.step or 0) <= step]
+    base_manifest = earlier_members[-1].manifest if earlier_members else None
+    if base_manifest is None or liveness.written(folder) < base_manifest.created:
+        return None
+
+    return Line.go_on(base_manifest, base_manifest.step)
+
+
+def _history_differs(
+    folder: Path,
+    committed_history: History | None,
+    proof: Proof,
+) -> str | None:
+    if committed_history is None or proof.history is None:
+        return None
+
+    for index, entry in enumerate(committed_history):
+        later_entry = proof.history[index] if index < len(proof.history) else None
+        # NaN is NaN
+        if json.dumps(later_entry, sort_keys=True) != json.dumps(entry, sort_keys=True):
+            return f"has logged something else than {folder} at step {entry.get('step')}"
+
+    return None
+
+
+def _shapes_differ(committed: RunCheckpoint, proof: Proof) -> str | None:
+    if proof.shapes is None:
+        return None
+
+    assert committed.manifest is not None
+    try:
+        source = detect.read(committed.folder, committed.manifest.tag, complete=True)
+    except CheckpointError:
+        return None
+
+    shapes = {name: tuple(ref.shape) for name, ref in source.weights.tensors.items()}
+    common_names = sorted(shapes.keys() & proof.shapes.keys())
+    if not common_names:
+        return f"has none of the parameters of {committed.folder}"
+
+    for name in common_names:  # frozen ones may be left out of either
+        if shapes[name] != proof.shapes[name]:
+            return (
+                f"has other parameters than {committed.folder}: {name} is "
+                f"{words.shape(proof.shapes[name])}, there {words.shape(shapes[name])}"
+            )
+
+    return None

@@ -1,0 +1,9 @@
+"""Repairs and changes of committed checkpoints.
+
+doctor    what a crash left, found and put right, with
+          findings, pointer_findings, uncommitted_findings: what is found, as values
+adoption  a manifest for what was written without ckpt
+amending  a manifest made true again after files were deleted
+slim      a full checkpoint made a weights-only one, whose kept_weights are complete
+collect   the parts of a save from several nodes, joined
+"""

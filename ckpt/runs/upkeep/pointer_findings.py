@@ -1,0 +1,112 @@
+"""Whether ``latest`` and ``best`` of a run name what they should."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from ckpt.runs import manifest as manifests
+from ckpt.runs.foreign import completeness
+from ckpt.runs.run import POINTERS, Run, RunCheckpoint, is_checkpoint, leading, require_read
+from ckpt.runs.upkeep.findings import Finding
+from converters.errors import CheckpointError
+
+
+def pointer_findings(run: Run, checkpoints: Sequence[RunCheckpoint]) -> Iterator[Finding]:
+    """A finding for each pointer that is missing, or names something else than it should."""
+    leading_checkpoint = leading(checkpoints)
+    for name in POINTERS:
+        pointer_path, text = run.path / name, run.target(name)
+        expected = leading_checkpoint
+        if name != "latest":
+            expected = _pointed_checkpoint(run, text)
+
+        if expected is None:
+            yield from _dangling(run, name, text)
+        elif name == "latest" and _names_newer_whole(run, text, expected):
+            continue  # a resume takes it, too
+        elif text != expected.pointer:
+            description = _pointer_problem(run, name, text, expected)
+            yield Finding(
+                pointer_path,
+                description,
+                f"name {expected.pointer}",
+                partial(run.point, name, expected),
+            )
+
+
+def _names_newer_whole(run: Run, pointer_text: str | None, expected: RunCheckpoint) -> bool:
+    """Whether ``latest`` names a later checkpoint that is whole, but not committed."""
+    checkpoint = run.pointer("latest") if pointer_text else None
+    if checkpoint is None or checkpoint.manifest is not None or checkpoint.committed:
+        return False
+    if checkpoint.why != manifests.ABSENT or (checkpoint.step or 0) <= (expected.step or 0):
+        return False
+
+    try:
+        return completeness.prove(checkpoint.folder).resumable
+    except CheckpointError as error:
+        require_read(error)
+        return False
+
+
+def _pointed_checkpoint(run: Run, pointer_text: str | None) -> RunCheckpoint | None:
+    """The committed checkpoint that a pointer means, even if its tag is gone."""
+    folder = run.path / (pointer_text or "").partition("/")[0]
+    if (
+        not pointer_text
+        or not manifests.is_inside(pointer_text)
+        or not folder.is_dir()
+        or not is_checkpoint(folder)
+    ):
+        return None
+
+    return next(
+        (
+            checkpoint
+            for checkpoint in run.checkpoints()
+            if checkpoint.name == folder.name and checkpoint.committed
+        ),
+        None,
+    )
+
+
+def _dangling(
+    run: Run,
+    pointer_name: str,
+    pointer_text: str | None,
+) -> Iterator[Finding]:
+    """A pointer that nothing committed fits. One written by DeepSpeed may still lead somewhere."""
+    leads_somewhere = (
+        bool(pointer_text)
+        and manifests.is_inside(str(pointer_text))
+        and (run.path / str(pointer_text)).is_dir()
+    )
+    if pointer_text is None or (leads_somewhere and pointer_name == "latest"):
+        return
+
+    description = f"names {pointer_text!r}, which is not a committed checkpoint"
+    if pointer_name == "best":
+        yield Finding(
+            run.path / pointer_name,
+            description,
+            "remove it",
+            partial(run.point, pointer_name, None),
+        )
+    else:  # without the file DeepSpeed starts from scratch and says so in a warning only
+        yield Finding(run.path / pointer_name, description)
+
+
+def _pointer_problem(
+    run: Run, pointer_name: str, pointer_text: str | None, expected: RunCheckpoint
+) -> str:
+    if pointer_text is None:
+        return "is missing"
+    if (pointed_checkpoint := run.pointer(pointer_name)) is None:
+        return f"names {pointer_text!r}, which is not there"
+    if pointed_checkpoint.name == expected.name:
+        return f"names {pointer_text!r}, expected {expected.pointer}"
+
+    fault = "older" if pointed_checkpoint.committed else "not committed"
+
+    return f"names {pointer_text!r}, which is {fault}"

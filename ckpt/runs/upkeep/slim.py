@@ -1,0 +1,270 @@
+"""A full checkpoint made a weights-only one, in an order that no crash can spoil.
+
+    verify       every name and shape of the model is among the 16-bit weights, by their digests
+    manifest     the new one, tier weights, takes the old one's place: now it is weights-only
+    rename       global_step500 -> .global_step500.trash
+    unlink       the trash, and what only a resume needs
+
+A crash before the second step leaves the full checkpoint, any later one the slim one
+with files that nothing lists; the same command removes these.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ckpt.folders import filenames, locks, replacing
+from ckpt.runs import engines, pruning
+from ckpt.runs import manifest as manifests
+from ckpt.runs.manifest import Manifest
+from ckpt.runs.run import POINTERS, Run, RunCheckpoint, open_checkpoint
+from ckpt.runs.upkeep.kept_weights import require_weights
+from converters.errors import CheckpointError
+from converters.storage import local
+from converters.zero.files.discovery import is_tag_folder
+
+# Beside the tag's folder; without DeepSpeed's files nothing of it is of use.
+RESUME_ONLY = (
+    "latest",
+    "zero_to_fp32.py",
+    "zero_to_torch.py",
+    "rng_state*",
+    "extra_state_*",
+    "scheduler.*",
+    "random_states_*",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slimming:
+    """What goes and what stays: names relative to the folder, and the bytes of what goes.
+
+    ``manifest`` is the new one. ``proven`` has a line for each model whose weights stay.
+    """
+
+    checkpoint: RunCheckpoint
+    manifest: Manifest
+    removed: tuple[str, ...]
+    nbytes: int
+    proven: tuple[str, ...]
+
+
+def plan(checkpoint: RunCheckpoint, force: bool = False) -> Slimming:
+    """Proves that the weights are complete, and decides what goes.
+
+    Of a checkpoint that is slim already: what an interrupted run left. ``force`` allows
+    the run's newest full one and a pinned one. ``CheckpointError`` if the weights are
+    not complete.
+    """
+    manifest = checkpoint.manifest
+    if manifest is None or checkpoint.why is not None:
+        raise _refusal(checkpoint, f"is not committed ({checkpoint.why})")
+
+    leftover_names = tuple(_surplus(checkpoint.folder, manifest))
+    if manifest.tier == "weights":
+        return Slimming(
+            checkpoint=checkpoint,
+            manifest=manifest,
+            removed=leftover_names,
+            nbytes=_bytes_of(checkpoint.folder, leftover_names),
+            proven=("slim already",),
+        )
+
+    _require_expendable(checkpoint, manifest, force)
+    engine_tags = engines.tags(manifest)
+    proven = tuple(
+        require_weights(checkpoint.folder, manifest, engine, tag_name)
+        for engine, tag_name in engine_tags.items()
+    )
+    resume_names = {name for name in manifest.files if _resume_only(name, engine_tags)}
+    remaining_files = {
+        name: file for name, file in manifest.files.items() if name not in resume_names
+    }
+    removed_names = tuple(sorted({*resume_names, *leftover_names}))
+    _require_inside(checkpoint, removed_names)
+
+    return Slimming(
+        checkpoint=checkpoint,
+        manifest=replace(manifest, tier="weights", tag=None, files=remaining_files),
+        removed=removed_names,
+        nbytes=_bytes_of(checkpoint.folder, removed_names),
+        proven=proven,
+    )
+
+
+def _require_expendable(checkpoint: RunCheckpoint, manifest: Manifest, force: bool) -> None:
+    """``CheckpointError`` for a node's part, and unless ``force`` for what may be needed yet."""
+    if manifest.nodes > 1:
+        raise _refusal(
+            checkpoint,
+            f"is the part of node {manifest.node}; join the parts with ckpt collect",
+        )
+    if force:
+        return
+
+    newest = Run(checkpoint.folder.parent).newest()
+    if newest is not None and newest.name == checkpoint.name:
+        raise _refusal(
+            checkpoint,
+            "is the newest that training can go on from; --force slims it",
+        )
+    if checkpoint.pinned:
+        raise _refusal(checkpoint, "is pinned; unpin it first, or use --force")
+
+
+def _require_inside(checkpoint: RunCheckpoint, names: tuple[str, ...]) -> None:
+    """Raises where a link would have files removed that lie elsewhere."""
+    real_folder = checkpoint.folder.resolve()
+    for name in names:
+        if not (checkpoint.folder / name).parent.resolve().is_relative_to(real_folder):
+            raise _refusal(
+                checkpoint,
+                f"holds {name} by a link to another folder; remove that by hand",
+            )
+
+
+def execute(slimming: Slimming) -> None:
+    """Commits the slim state, then deletes; ``CheckpointError`` if the checkpoint is in use."""
+    folder = slimming.checkpoint.folder
+    lock = locks.alone(folder)
+    if lock is None:
+        raise _refusal(
+            slimming.checkpoint,
+            "is in use: somebody reads it; try again later",
+        )
+
+    with lock:
+        full_manifest = slimming.checkpoint.manifest
+        if manifests.read(folder) != full_manifest:
+            raise _refusal(
+                slimming.checkpoint,
+                "was changed by another process meanwhile; try again",
+            )
+
+        with (
+            lock
+            if slimming.manifest == full_manifest
+            else replaced(folder, slimming.manifest.dumps())
+        ):
+            repoint(folder)
+            _sweep(folder, slimming)
+
+
+def replaced(folder: Path, data: bytes) -> locks.Lock:
+    """The lock of the new manifest, taken before it becomes the manifest."""
+    partial_path = folder / f"{filenames.MANIFEST}.partial"
+    fd = os.open(partial_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    lock = locks.Lock(fd)
+    try:
+        with suppress(OSError):  # no locks here
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with local.named(partial_path):
+            local.LocalWriter(fd).write(data, 0)
+            local.sync(fd, partial_path)
+
+        os.replace(partial_path, folder / filenames.MANIFEST)
+        local.sync_folder(folder)
+    except BaseException:
+        lock.release()
+        partial_path.unlink(missing_ok=True)
+        raise
+
+    return lock
+
+
+def repoint(folder: Path) -> None:
+    """Makes pointers to the tag name the newest full checkpoint, or the folder alone."""
+    run_of_folder = Run(folder.parent)
+    for pointer_name in POINTERS:
+        if (run_of_folder.target(pointer_name) or "").partition("/")[0] == folder.name:
+            newest = run_of_folder.newest() if pointer_name == "latest" else None
+            run_of_folder.point(pointer_name, newest or open_checkpoint(folder))
+
+
+def _sweep(folder: Path, slimming: Slimming) -> None:
+    tag_paths = {Path(name).parent for name in slimming.removed if "/" in name}
+    tag_paths -= {parent for name in slimming.manifest.files for parent in Path(name).parents}
+    for tag in sorted(tag for tag in tag_paths if is_tag(folder / tag)):
+        trash_folder = folder / tag.parent / f".{tag.name}.trash"
+        pruning.remove(trash_folder)
+        if not replacing.renamed(folder / tag, trash_folder):
+            # the new manifest does not list it any more
+            pruning.remove(folder / tag)
+        # or else what is removed below might be under its old name
+        local.sync_folder(trash_folder.parent)
+
+    for trash_path in sorted(folder.rglob(".*.trash")):
+        pruning.remove(trash_path)
+    for name in slimming.removed:
+        (folder / name).unlink(missing_ok=True)
+    replacing.remove_empty(folder)
+    local.sync_folder(folder)
+
+
+def is_tag(folder: Path) -> bool:
+    """Whether a folder, not a link, holds state files of DeepSpeed."""
+    return folder.is_dir() and not folder.is_symlink() and is_tag_folder(folder)
+
+
+def leftovers(checkpoint: RunCheckpoint) -> list[str]:
+    """Files of a weights-only checkpoint that an interrupted ``slim`` should have removed."""
+    manifest = checkpoint.manifest
+    is_slim = manifest is not None and manifest.tier == "weights"
+    return list(_surplus(checkpoint.folder, manifest)) if manifest and is_slim else []
+
+
+def _surplus(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Files that the manifest does not list and that only a resume would need."""
+    for path in sorted(folder.rglob("*")):
+        relative_path = path.relative_to(folder).as_posix()
+        is_trashed = any(
+            part.startswith(".") and part.endswith(".trash") for part in Path(relative_path).parts
+        )
+        if (
+            relative_path in manifest.files
+            or path.is_symlink()
+            or not (path.is_file() or is_trashed)
+        ):
+            continue
+
+        engine_folders = dict.fromkeys(engines.names(manifest), "")
+        if (
+            is_trashed
+            or _resume_only(relative_path, engine_folders)
+            or ("/" in relative_path and is_tag(path.parent))
+        ):
+            yield relative_path
+
+
+def _resume_only(relative_path: str, tags_by_engine: Mapping[str, str]) -> bool:
+    """Whether only a resume needs a file; ``tags_by_engine`` by engine, with their folder or ""."""
+    if any(
+        tag_path and relative_path.startswith(f"{tag_path}/")
+        for tag_path in tags_by_engine.values()
+    ):
+        return True
+
+    folder, _, file_name = relative_path.rpartition("/")
+    is_beside_tag = folder in ("", *tags_by_engine)
+
+    is_resume_name = any(fnmatchcase(file_name, pattern) for pattern in RESUME_ONLY)
+
+    return is_beside_tag and is_resume_name
+
+
+def _bytes_of(folder: Path, file_names: tuple[str, ...]) -> int:
+    paths = (folder / file_name for file_name in file_names)
+    return sum(path.lstat().st_size for path in paths if path.is_file())
+
+
+def _refusal(checkpoint: RunCheckpoint, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.folder} {reason}; nothing was removed",
+        "refused",
+    )

@@ -1,0 +1,128 @@
+"""Folders of a run without a valid manifest: torn, only not committed, or being saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+from ckpt.folders import locks, replacing
+from ckpt.runs import engines, pruning
+from ckpt.runs import manifest as manifests
+from ckpt.runs.foreign import completeness, torn
+from ckpt.runs.run import RunCheckpoint, is_numbered, require_read
+from ckpt.runs.upkeep.findings import Finding, changed_lately
+from converters.errors import CheckpointError
+from converters.storage import local
+from converters.zero.files.discovery import is_tag_folder
+
+
+def uncommitted_findings(checkpoint: RunCheckpoint, is_deepspeed_run: bool) -> Iterator[Finding]:
+    """A folder without a valid manifest: torn, or whole and only not committed, or being saved.
+
+    ``is_deepspeed_run`` is whether anything in the run is DeepSpeed's; else nothing is
+    judged.
+    """
+    folder, manifest = checkpoint.folder, checkpoint.manifest
+    if pruning.is_trash(folder):
+        return  # said already
+    if manifest is None and is_tag_folder(folder):
+        return  # the run is a save_dir of DeepSpeed itself
+    if changed_lately(folder) or locks.in_use(folder):
+        hint = _describe_uncommitted(checkpoint)
+        yield Finding(folder, f"not committed, changed in the last minutes: {hint}")
+        return
+
+    if manifest is not None and manifest.tag and (lost := _lost_latest(folder, manifest)):
+        yield from (
+            Finding(
+                folder / name,
+                "is missing or cut short",
+                f"name {tag_name}",
+                partial(write_pointer, folder / name, tag_name),
+            )
+            for name, tag_name in lost.items()
+        )
+        return
+
+    if manifest is None and (whole_tag := torn.only_tag(folder)) is not None:
+        pointer_path = folder / "latest"
+        yield Finding(
+            pointer_path,
+            f"is missing or leads nowhere, and {whole_tag} is whole",
+            f"name {whole_tag}",
+            partial(write_pointer, pointer_path, whole_tag),
+        )
+        return
+
+    finding = _torn_finding(folder, is_deepspeed_run)
+    yield finding or Finding(folder, f"not committed: {_describe_uncommitted(checkpoint)}")
+
+
+def _torn_finding(folder: Path, is_deepspeed_run: bool) -> Finding | None:
+    """What to do about a folder that no resume could read; ``None`` if it is not known to be."""
+    torn_folder = folder.with_name(f".{folder.name}.torn")
+    if replacing.is_arriving(torn_folder):
+        description = f"torn, and moved to {torn_folder.name} in part"
+        return Finding(folder, description, "move the rest", partial(_rename, folder, torn_folder))
+
+    if not is_deepspeed_run or not is_numbered(folder):
+        return None
+    if (reason := torn.why(folder)) is None:
+        return None
+    if torn_folder.exists():
+        return Finding(folder, f"torn: {reason}")
+
+    return Finding(
+        folder,
+        f"torn: {reason}",
+        f"rename it to {torn_folder.name}",
+        partial(_rename, folder, torn_folder),
+    )
+
+
+def _describe_uncommitted(checkpoint: RunCheckpoint) -> str:
+    """What an uncommitted folder is: whole and of whom, or why it is not, and the way on."""
+    if checkpoint.why != manifests.ABSENT:
+        return f"{checkpoint.why}; bring back what is missing, or move or delete the folder"
+
+    try:
+        proof = completeness.prove(checkpoint.folder)
+    except CheckpointError as error:
+        require_read(error)
+        return f"{checkpoint.why}; {error}; move or delete it if its save is over"
+
+    if not proof.resumable:
+        return f"{checkpoint.why}; weights only, by {proof.kind}"
+
+    remedies = "ckpt.find takes it"
+    if proof.tag is not None:
+        remedies += ", --adopt commits it"
+
+    return f"{checkpoint.why}; whole, by {proof.kind}: {remedies}"
+
+
+def _lost_latest(folder: Path, manifest: manifests.Manifest) -> dict[str, str]:
+    """The files latest with a tag in them that are all that the manifest misses; else nothing."""
+    problem_names = [
+        line.partition(":")[0] for line in manifests.check(folder, manifest, strict=True)
+    ]
+    pointers = engines.pointers(str(manifest.tag), engines.names(manifest))
+    for file_name in problem_names:
+        expected = f"sha256:{sha256(pointers.get(file_name, '').encode()).hexdigest()}"
+        if file_name not in pointers or manifest.files[file_name].digest != expected:
+            return {}
+
+    return {file_name: pointers[file_name] for file_name in problem_names}
+
+
+def _rename(folder: Path, torn_folder: Path) -> None:
+    replacing.move(folder, torn_folder)
+    local.sync_folder(folder.parent)
+
+
+def write_pointer(pointer_path: Path, tag_name: str) -> None:
+    """Makes a file ``latest`` name a tag, durably."""
+    local.write_file(pointer_path, tag_name.encode())
+    local.sync_folder(pointer_path.parent)

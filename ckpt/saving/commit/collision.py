@@ -1,0 +1,101 @@
+"""A save whose name a checkpoint has that this training did not write: that one gets another name.
+
+    out/checkpoint-6    of run 3f2a1c   ->   out/checkpoint-6.run-3f2a1c
+    out/checkpoint-6    without ckpt    ->   out/checkpoint-6.foreign
+
+Nothing whole is ever overwritten but by the run that saved it. Torn folders are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from itertools import count
+from pathlib import Path
+
+from ckpt.folders import replacing
+from ckpt.runs import lineage
+from ckpt.runs.foreign import torn
+from ckpt.runs.lineage import Line
+from ckpt.runs.run import POINTERS, Run, RunCheckpoint, open_checkpoint
+from ckpt.saving.commit import identity
+from converters.errors import CheckpointError
+from converters.storage import local
+
+log = logging.getLogger("ckpt")
+
+
+def make_way(final: Path, line: Line) -> Path | None:
+    """Renames what is whole and not this run's at ``final``; returns its new path.
+
+    ``None``: there is nothing of that kind. ``CheckpointError`` if it cannot be
+    renamed; then it is untouched.
+    """
+    if final.is_symlink() or not final.is_dir():
+        return None
+
+    occupant = open_checkpoint(final)
+    if not _is_foreign(occupant, line):
+        return None
+
+    path = _free_name(final, occupant)
+    pointers = [name for name in POINTERS if _points_at(final, name)]
+
+    try:
+        replacing.move(final, path)
+        local.sync_folder(final.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{final} is a whole checkpoint that this training did not write, and it "
+            f"cannot be renamed to {path.name} ({error.strerror}); move it away, or "
+            "save into another folder",
+            "output",
+        ) from error
+
+    for name in pointers:
+        if occupant.committed:
+            Run(final.parent).point(name, open_checkpoint(path))
+
+    log.warning(
+        "%s of %s is now %s: this training saves under its name. It is whole as it "
+        "was, and no rule counts it; ckpt prune %s --others deletes it",
+        final,
+        _owner(occupant),
+        path.name,
+        final.parent,
+    )
+    return path
+
+
+def _is_foreign(occupant: RunCheckpoint, line: Line) -> bool:
+    """Whether a checkpoint is whole, and neither this run nor this process saved it."""
+    manifest = occupant.manifest
+    if manifest is None:
+        return any(occupant.folder.iterdir()) and torn.why(occupant.folder) is None
+    if not occupant.committed:
+        return False
+    return (
+        manifest.run != line.run
+        and not line.has(manifest)
+        and not identity.is_of_this_process(manifest)
+    )
+
+
+def _free_name(final: Path, occupant: RunCheckpoint) -> Path:
+    run_name = occupant.manifest.run if occupant.manifest else None
+    suffix = f"run-{run_name[: lineage.SHOWN]}" if run_name else "foreign"
+    name = f"{final.name}.{suffix}"
+    names = (name if number == 1 else f"{name}-{number}" for number in count(1))
+    paths = map(final.with_name, names)
+    return next(path for path in paths if not os.path.lexists(path))
+
+
+def _owner(occupant: RunCheckpoint) -> str:
+    if occupant.manifest is None:
+        return "a training without ckpt"
+    return lineage.shown(occupant.manifest.run)
+
+
+def _points_at(final: Path, pointer: str) -> bool:
+    target = Run(final.parent).target(pointer) or ""
+    return target.partition("/")[0] == final.name

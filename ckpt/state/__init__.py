@@ -1,0 +1,9 @@
+"""A rank's state as files, without pickle where it is ours.
+
+torch_file  what ``torch.save`` would write, captured now and written later
+blocks      its bytes, hashed by one thread and written by another
+plain       nested state as a safetensors file
+rng         random generators
+rank_files  what resuming needs beside DeepSpeed's files
+jsonable    values as JSON
+"""

@@ -1,0 +1,161 @@
+"""How the Hugging Face Trainer goes on: from what fits, mapped instead of read, and compared first.
+
+Source: transformers 5.23 ``trainer.py``: ``train`` is given the checkpoint,
+``_prepare_for_training`` makes the engine and calls ``deepspeed_load_checkpoint``,
+``_load_rng_state`` reads beside it, ``_load_best_model`` loads the best one at the end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from ckpt.distributed.ranks import TIMEOUT, RankGroup
+from ckpt.engine import mapped_loading
+from ckpt.engine.layout import Layout
+from ckpt.engine.settings import Loop
+from ckpt.engine.view import is_engine, is_partitioned
+from ckpt.resuming import configured, select, topology
+from ckpt.resuming.continuity import OnMismatch
+from ckpt.resuming.topology import Reshard
+from ckpt.runs.run import is_run
+from ckpt.trainers.hf.comparing import TrainerResume
+from ckpt.trainers.hf.resuming import ResumeCallback
+from ckpt.trainers.hf.trainer_state import loop_of
+
+BY_ATTRIBUTE = 'or set reshard = "auto" in the class of the Trainer'
+
+
+class MappedCheckpoints(Trainer):
+    """A Trainer whose resume takes no memory but for what stays, and says what differs first.
+
+    Attributes of the class; those of a ``ResumeCallback`` go before, where there is one:
+
+    - ``on_mismatch``: "error" stops on every rank, before anything is loaded, where the
+      training is not as it was saved; "warn" only says so
+    - ``override``: options of the param groups ("lr", "weight_decay") that are to be as
+      this training has them; all others are as they were saved
+    - ``renamed``: parameters that have another name in this model, {saved: new}
+    - ``load_optimizer_states``: ``False`` begins with a new optimizer, from the fp32
+      masters
+    - ``reshard``: "auto" reshards what is of another world size or stage, as in
+      ``ckpt.resume``
+    - ``timeout``: seconds without a sign of life until a rank counts as absent
+    """
+
+    on_mismatch: OnMismatch = "error"
+    override: Collection[str] = ()
+    renamed: Mapping[str, str] = {}
+    load_optimizer_states: bool = True
+    reshard: Reshard = None
+    timeout: float = TIMEOUT
+
+    def train(
+        self,
+        resume_from_checkpoint: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Trains as the Trainer does; what it reads of a checkpoint is from the one that fits."""
+        if not self.is_deepspeed_enabled:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+        # not the highest number, but what ckpt.find takes
+        if resume_from_checkpoint is True:
+            newest = self._newest(Path(str(self.args.output_dir)))
+            resume_from_checkpoint = self._loadable(newest) if newest else True
+        elif isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            folder = os.fspath(resume_from_checkpoint)
+            resume_from_checkpoint = self._loadable(folder)
+            self._require_whole(Path(folder).absolute())
+
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _newest(self, run: Path) -> Path | None:
+        """The newest whole checkpoint of a run that fits best; every rank calls it."""
+        ranks = RankGroup("train", self.timeout)
+        fits = configured.fits(ranks)
+        checkpoint = select.select_checkpoint(ranks, run, fits=fits, deepspeed=False)
+        return None if checkpoint is None else checkpoint.folder
+
+    def _require_whole(self, folder: Path) -> None:
+        """``CheckpointError`` on every rank for a checkpoint that is not whole."""
+        callbacks = self.callback_handler.callbacks
+        load_foreign = any(
+            callback.load_foreign for callback in callbacks if isinstance(callback, ResumeCallback)
+        )
+        if not is_run(folder):
+            ranks = RankGroup("train", self.timeout)
+            select.select_checkpoint(ranks, folder, load_foreign=load_foreign, deepspeed=False)
+
+    def _loadable(self, checkpoint: str | os.PathLike[str]) -> str:
+        """The checkpoint or, if that does not fit, what it is resharded to; every rank calls it."""
+        ranks = RankGroup("train", self.timeout)
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        if (config.get("checkpoint") or {}).get("load_universal"):
+            return str(checkpoint)
+
+        model: Any = self.model
+        zero_init = any(is_partitioned(parameter) for parameter in model.parameters())
+        layout = Layout.of_config(config, ranks.world, zero_init)
+        if layout is None:
+            return str(checkpoint)
+
+        path = Path(checkpoint).absolute()
+        loadable = topology.loadable(ranks, path, layout, self.reshard, BY_ATTRIBUTE)
+        return str(checkpoint) if loadable == path else str(loadable)
+
+    def _prepare_for_training(
+        self,
+        max_steps: Any,
+        train_dataloader: Any,
+        resume_from_checkpoint: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        stock: Any = super()._prepare_for_training
+        arguments = (max_steps, train_dataloader, resume_from_checkpoint, *args)
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return stock(*arguments, **kwargs)
+
+        resumed = TrainerResume(self, train_dataloader, Path(resume_from_checkpoint))
+        prepare = self.accelerator.prepare
+
+        with ExitStack() as mappings:
+
+            def prepare_and_map(*objects: Any, **options: Any) -> Any:
+                result = prepare(*objects, **options)
+                for engine in result if isinstance(result, tuple) else (result,):
+                    if is_engine(engine):
+                        mappings.enter_context(resumed.loading(engine))
+                return result
+
+            self.accelerator.prepare = prepare_and_map
+            try:
+                result = stock(*arguments, **kwargs)
+            finally:
+                del self.accelerator.prepare
+
+        resumed.finish()
+        return result
+
+    def _loop(self) -> Loop:
+        data = self.callback_handler.train_dataloader
+        return loop_of(self.args, self.lr_scheduler, data)
+
+    def _load_best_model(self) -> None:
+        best_folder: Any = self.state.best_model_checkpoint
+        with ExitStack() as mappings:
+            if self.is_deepspeed_enabled:
+                mappings.enter_context(mapped_loading.mapped(self.model_wrapped))
+                self.state.best_model_checkpoint = self._loadable(best_folder)
+
+            try:
+                super()._load_best_model()
+            finally:
+                self.state.best_model_checkpoint = best_folder

@@ -1,0 +1,122 @@
+"""Folders that Lightning's ModelCheckpoint saves into: which is best, which is whole, deletion.
+
+Source: Lightning 2.6.6 ``pytorch/callbacks/model_checkpoint.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ckpt.runs import manifest
+from ckpt.runs.foreign import liveness
+from ckpt.runs.pruning import delete
+from ckpt.runs.run import POINTERS, Run, open_checkpoint, order
+from converters.errors import CheckpointError
+
+log = logging.getLogger("ckpt")
+
+
+def checkpoint_folders(trainer: Any) -> list[Path]:
+    """The folders that the ModelCheckpoints save to; Lightning makes them the same on all ranks."""
+    callbacks = trainer.checkpoint_callbacks
+    paths = [getattr(callback, "dirpath", None) for callback in callbacks]
+    local_paths = [path for path in paths if path and not is_remote(path)]
+    folders = (Path(os.path.abspath(path)) for path in local_paths)
+    return list(dict.fromkeys(folders))
+
+
+def is_remote(path: Any) -> bool:
+    """Whether ``path`` is a URL, which fsspec writes to, and not a local path."""
+    return "://" in str(path)
+
+
+def point_best(run: Run, trainer: Any) -> None:
+    """Makes ``best`` name the best of the first ModelCheckpoint that watches a metric here."""
+    for callback in trainer.checkpoint_callbacks:
+        best = getattr(callback, "best_model_path", "")
+        if not getattr(callback, "monitor", None) or not best or is_remote(best):
+            continue
+
+        path = Path(os.path.abspath(best))
+        if path.parent == run.path:
+            try:
+                run.point("best", open_checkpoint(path))
+            except (OSError, CheckpointError) as error:
+                log.warning("%s: best is behind: %s", run.path, error)
+            return
+
+
+def require_whole(path: Path, load_foreign: bool) -> bool:
+    """Whether the checkpoint is known to be whole; ``False`` if the user takes it unproven.
+
+    One that was written without ckpt among committed ones has to prove that it is whole.
+    ``CheckpointError`` if it is not whole.
+    """
+    checkpoint = open_checkpoint(path)
+    if checkpoint.committed:
+        return True
+
+    checkpoints = Run(path.parent).checkpoints()
+    siblings = [sibling for sibling in checkpoints if sibling.folder != path]
+    has_committed = any(sibling.manifest is not None for sibling in siblings)
+    if checkpoint.why == manifest.ABSENT and (load_foreign or not has_committed):
+        return False
+
+    if checkpoint.why == manifest.ABSENT:
+        with suppress(CheckpointError):  # the reason follows
+            if liveness.prove_at_rest(path).resumable:
+                return True
+
+    newest_whole = Run(path.parent).newest()
+    newest_text = "none is whole"
+    if newest_whole is not None:
+        newest_text = f"the newest whole one is {newest_whole.folder}"
+
+    remedy = ""
+    if checkpoint.why == manifest.ABSENT:
+        remedy = "; load_foreign=True loads it anyway"
+
+    raise CheckpointError(
+        f"{path} is not whole: {checkpoint.why}; {newest_text}{remedy}", "incomplete"
+    )
+
+
+def remove(path: Path) -> None:
+    """Deletes a checkpoint, or the link to one, after moving the pointers that name it."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+
+    run, checkpoint = Run(path.parent), open_checkpoint(path)
+    heirs = [
+        sibling
+        for sibling in run.checkpoints()
+        if sibling.committed
+        and sibling.tier == "full"
+        and not _is_deleted_with(sibling.folder, path)
+    ]
+    heir = max(heirs, key=order, default=None)
+
+    moved_pointers = []
+    for name in POINTERS:
+        target = run.pointer(name)
+        if target is not None and _is_deleted_with(target.folder, path):
+            moved_pointers.append(name)
+
+    for name in moved_pointers:
+        run.point(name, heir if name == "latest" else None)
+    if path.is_symlink():
+        path.unlink()
+    elif (reason := delete(checkpoint)) is not None:
+        log.warning("%s stays: %s; ckpt prune deletes it later", path, reason)
+        for name in moved_pointers:
+            run.point(name, checkpoint)
+
+
+def _is_deleted_with(folder: Path, path: Path) -> bool:
+    """Whether ``folder`` stops being a checkpoint when ``path`` is deleted: links to it too."""
+    return folder == path or (not path.is_symlink() and folder.samefile(path))

@@ -1,0 +1,165 @@
+"""Where the configuration of an adapter lies: it is found or asked for, never invented.
+
+    --adapter-config FILE|DIR
+    the checkpoint's folder, the tag's folder
+    the run: the folder that the checkpoint lies in, and the checkpoints beside it, if all agree
+
+That of the run counts only if it fits the tensors; one that the user names, or that
+lies in the checkpoint, and does not fit, is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckpt.weights import advice
+from ckpt.weights.request import Request
+from converters.errors import CheckpointError
+from converters.peft import config as configs
+from converters.peft import config_fit
+from converters.peft.config import NAME, AdapterConfig
+from converters.peft.config_fit import Shown
+from converters.source import Place
+
+DEFAULT = "default"
+MAX_SIBLINGS = 1000  # checkpoints of a run that are looked into
+_CHECKPOINT = re.compile(r"(checkpoint|epoch|step|global_step|iter|weights)[-_]?\d.*|final|last")
+
+
+def places(folder: Path, adapter: str, alone: bool) -> tuple[Path, ...]:
+    """The places where PEFT may have saved an adapter's files, the likeliest first.
+
+    The adapter ``default`` lies in the folder itself, others lie in folders of their
+    own. An adapter that is ``alone`` may lie in the folder under any name.
+    """
+    if adapter == DEFAULT:
+        return (folder,)
+
+    return (folder / adapter, folder) if alone else (folder / adapter,)
+
+
+def likely(
+    place: Place, request: Request, adapter: str, evidence: Shown, alone: bool = True
+) -> AdapterConfig | None:
+    """As ``configuration``, but ``None`` where that is not found or does not fit."""
+    try:
+        return configuration(place, request, adapter, evidence, alone)
+    except CheckpointError:
+        return None
+
+
+def configuration(
+    place: Place, request: Request, adapter: str, evidence: Shown, alone: bool = True
+) -> AdapterConfig:
+    """The configuration that is the adapter's; ``alone`` is whether it is the only one.
+
+    ``CheckpointError`` (incomplete) where none is found; it names the option to give
+    one. Also where the configuration that the user names, or that lies in the
+    checkpoint, does not fit the tensors.
+    """
+    path = _own_path(place, request, adapter, alone)
+    if path is not None:
+        config = configs.read(path)
+        misfit = config_fit.misfit(config, evidence)
+        if misfit is not None:
+            raise CheckpointError(
+                f"{config.path} is not the configuration of the adapter in "
+                f"{place.folder}: {misfit}; give the right one with --adapter-config",
+                "refused",
+            )
+
+        return config
+
+    run_configs = [
+        config
+        for config in _beside(place.root, adapter, alone)
+        if not config_fit.misfit(config, evidence)
+    ]
+    if run_configs and _agree(run_configs):
+        return run_configs[0]
+
+    raise CheckpointError(_question(place, adapter, evidence, run_configs), "incomplete")
+
+
+def _own_path(place: Place, request: Request, adapter: str, alone: bool) -> Path | None:
+    """The file that the user names, or that lies in the checkpoint."""
+    option = request.adapter_config
+    if option is not None:
+        if not option.is_dir():
+            return option
+        return _first(places(option, adapter, True)) or option / NAME
+
+    for folder in dict.fromkeys((place.root, place.folder)):
+        path = _first(places(folder, adapter, alone))
+        if path is not None:
+            return path
+
+    return None
+
+
+def _first(folders: tuple[Path, ...]) -> Path | None:
+    """The first of the folders' files that is there."""
+    return next((folder / NAME for folder in folders if (folder / NAME).is_file()), None)
+
+
+def _beside(root: Path, adapter: str, alone: bool) -> Iterator[AdapterConfig]:
+    """Configurations in the run of the checkpoint; unreadable ones do not count.
+
+    The run is the folder around the checkpoint. Folders there whose names are not those
+    of checkpoints may be of another run.
+    """
+    run = root.resolve().parent
+    try:
+        entries = sorted(entry for entry in run.iterdir() if _CHECKPOINT.fullmatch(entry.name))
+    except OSError:
+        return
+
+    for folder in (run, *entries[:MAX_SIBLINGS]):
+        path = _first(places(folder, adapter, alone))
+        if folder == root.resolve() or path is None:
+            continue
+
+        try:
+            yield configs.read(path)
+        except CheckpointError:
+            continue
+
+
+def _agree(configurations: list[AdapterConfig]) -> bool:
+    """Whether all say the same; sets are written in any order."""
+    first = _ordered(configurations[0])
+    return all(_ordered(config) == first for config in configurations[1:])
+
+
+def _ordered(config: AdapterConfig) -> dict[str, object]:
+    unordered = (
+        "target_modules",
+        "modules_to_save",
+        "exclude_modules",
+        "feedforward_modules",
+    )
+    values = dict(config.values)
+    for name in unordered:
+        value = values.get(name)
+        if isinstance(value, list):
+            values[name] = sorted(map(str, value))
+
+    return values
+
+
+def _question(place: Place, adapter: str, evidence: Shown, run_configs: list[AdapterConfig]) -> str:
+    """The line that asks for the configuration, with what the checkpoint shows."""
+    adapter_text = "" if adapter == DEFAULT else f" {adapter!r}"
+    target_text = f" on {evidence.targets}" if evidence.modules else ""
+    situation = f"{place.root} holds a {evidence.title}{adapter_text}{target_text}"
+    if run_configs:
+        paths = config_fit.some(str(config.path) for config in run_configs)
+        return f"{situation}, and {paths} differ; name the right {NAME} with --adapter-config FILE"
+
+    return (
+        f"{situation}, and no {NAME} that fits lies in it or in the run's folder. No "
+        "tensor holds the values of that file, such as lora_alpha: name the file or "
+        f"its folder with --adapter-config PATH; {advice.TENSORS_AS_STORED}"
+    )

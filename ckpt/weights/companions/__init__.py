@@ -1,0 +1,8 @@
+"""The files beside weights.
+
+surroundings    all of them, for a conversion
+model_folder    those that ``from_pretrained`` wants
+model_code      Python files of a model
+module_folders  modules of sentence-transformers
+reader_files    names of tokenizer files, as transformers has them
+"""

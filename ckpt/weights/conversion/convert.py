@@ -1,0 +1,313 @@
+"""A checkpoint to a model folder: locate, plan, move, and commit last (``staging``)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from ckpt.folders import locks, staging
+from ckpt.runs import engines
+from ckpt.version import __version__
+from ckpt.weights.check import checking
+from ckpt.weights.conversion import (
+    comparison,
+    lightning,
+    output_place,
+    planning,
+    sources,
+    weight_files,
+)
+from ckpt.weights.conversion.task import Conversion, Format
+from ckpt.weights.naming import ties
+from ckpt.weights.output.product import Product
+from ckpt.weights.reader.verdict import LoadVerdict
+from ckpt.weights.request import DTYPES, Request
+from converters.errors import CheckpointError
+from converters.execute import shards
+from converters.formats import wrapped_state_dict
+from converters.plan import Plan, Tied, parse_size
+from converters.source import EXCLUDED, Source
+from converters.storage import bounded_json, local, open_files
+from converters.storage.store import local_path
+
+
+@open_files.once()
+def prepare(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    tag: str | None = None,
+    dtype: str = "fp32",
+    max_shard_size: int | str = 5_000_000_000,
+    format: Format = "safetensors",
+    tied: Tied | None = None,
+    request: Request | None = None,
+) -> Conversion:
+    """Plans the conversion of ``checkpoint`` and reads no tensor.
+
+    ``dtype`` is a key of ``DTYPES``, ``max_shard_size`` is in bytes, or "5GB". ``output``
+    defaults to CHECKPOINT-DTYPE. The format "lightning" writes one file: model.ckpt in
+    this folder, or ``output`` itself if it ends in .ckpt, .pt or .pth.
+    ``CheckpointError`` for a checkpoint that is damaged or not supported, and for an
+    output that its reader would not load.
+    """
+    request = replace(request or Request(), dtype=dtype, drops_ties=tied == "drop")
+    if request.untie and request.drops_ties:
+        raise CheckpointError(
+            "--untie does not go with --tied drop: a reader that ties nothing needs every tied "
+            "tensor; leave one of them out",
+            "refused",
+        )
+
+    _require_choice("dtype", dtype, DTYPES)
+    _require_choice("format", format, get_args(Format))
+    _require_choice("tied", tied, (None, *get_args(Tied)))
+
+    place = local_path(checkpoint)
+    output_path = None if output is None else local_path(output)
+    source = sources.read(place, tag, request)
+    if format == "lightning":
+        decided = _lightning(source, request, tied or "keep")
+    else:
+        decided = _folder(source, request, tied, format, _shard_bytes(max_shard_size))
+
+    return Conversion(
+        checkpoint=source,
+        product=decided.product,
+        verdict=decided.verdict,
+        plan=decided.plan,
+        output=_place(place, output_path, dtype),
+        dtype=dtype,
+        format=format,
+        tied=decided.tied,
+        notes=tuple(_notes(source, decided.product, decided.verdict)),
+        option_paths=request.paths,
+    )
+
+
+def _shard_bytes(size: int | str) -> int:
+    try:
+        return parse_size(size)
+    except ValueError as error:
+        raise CheckpointError(f"max_shard_size: {error}", "refused") from error
+
+
+def _require_choice(argument: str, value: object, choices: Iterable[object]) -> None:
+    """``CheckpointError`` for an argument that is none of some values."""
+    values = list(choices)
+    if value not in values:
+        texts = ", ".join(repr(choice) for choice in values)
+        raise CheckpointError(f"{argument} is {value!r}; expected one of {texts}", "refused")
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """The decisions: what is written, the verdict, the files, the fate of ties."""
+
+    product: Product
+    verdict: LoadVerdict
+    plan: Plan
+    tied: Tied
+
+
+def _lightning(source: Source, request: Request, tied: Tied) -> _Decided:
+    """The one file that Lightning loads."""
+    lightning.require_every_name(source, tied)
+    product = lightning.product(source, request)
+    entries = lightning.entries(source).values
+    dtype = DTYPES[request.dtype]
+    plan = wrapped_state_dict.plan(product.weights, dtype, tied, lightning.FILE, entries)
+    return _Decided(product, lightning.verdict(), plan, tied)
+
+
+def _folder(
+    source: Source,
+    request: Request,
+    tied: Tied | None,
+    format: Format,
+    max_shard_size: int,
+) -> _Decided:
+    """A model's folder, or an adapter's, checked against its reader."""
+    root = source.place.root
+    product = planning.product(source, request)
+    spared_names = ties.chosen(product.weights, tied, root, product.surroundings.config)
+    weights = ties.without_spared(product.weights, spared_names)
+    verdict = checking.check(replace(product, weights=weights), root, request)
+
+    forced = tied or "keep"
+    dtype = DTYPES[request.dtype]
+    plan = weight_files.planned(product, weights, dtype, max_shard_size, forced, format)
+    return _Decided(product, verdict, plan, "drop" if spared_names else forced)
+
+
+def _notes(source: Source, product: Product, verdict: LoadVerdict) -> Iterator[str]:
+    """Notes for the user, one line each."""
+    for note in source.notes:
+        if product.kind not in ("adapter", "merged") or note != EXCLUDED:
+            yield note
+
+    yield from (*product.notes, *product.surroundings.notes, *verdict.notes)
+
+    root = source.place.root
+    if others := engines.others(root):
+        yield (
+            f"this is the engine {root.name}; {root.parent} has {', '.join(others)} as "
+            "well, each converted by its folder"
+        )
+
+
+def _place(checkpoint: Path, output: Path | None, dtype: str) -> Path:
+    place = output or Path(os.path.abspath(checkpoint) + f"-{dtype}")
+    # Of "." or "/" only the whole path has a name, or none has.
+    return place if place.name not in ("", "..") else Path(os.path.abspath(place))
+
+
+def run(
+    conversion: Conversion,
+    *,
+    verify: bool = True,
+    allow_overflow: bool = False,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Writes the output folder, all at once; returns the facts of conversion.json.
+
+    After a ``CheckpointError``, nothing is left that looks finished. After an
+    interruption or a full disk, the same call continues with the missing shards.
+    """
+    output, texts, plan = conversion.output, conversion.texts, conversion.plan
+    workplace = output_place.workplace(conversion, overwrite)
+    _require_readable(conversion.companions)
+    with (
+        staging.as_output_error(output),
+        locks.reading(conversion.checkpoint.place.folder),
+        staging.staged(workplace, plan, conversion.nbytes) as folder,
+    ):
+        checks = shards.Checks(
+            verify=verify,
+            exact_copies=conversion.strict,
+            remedy=conversion.remedy(),
+            allow_overflow=allow_overflow,
+            count_specials=True,
+        )
+        report = shards.execute(plan, folder, checks, workers=workers, progress=progress)
+        facts = describe(conversion, report.digests)
+        facts["checks"] = _checks(conversion, report, verify)
+        _complete(conversion, folder, texts, facts)
+    if conversion.is_file:
+        with staging.as_output_error(output):
+            staging.take_file(workplace / plan.shards[0].filename, output)
+    return facts
+
+
+def _require_readable(companions: Mapping[str, Path]) -> None:
+    """Raises for a file that could not be copied later, when all weights are written."""
+    for path in companions.values():
+        if not os.access(path, os.R_OK):
+            raise CheckpointError(f"{path} cannot be read; make it readable or move it away")
+
+
+def _complete(
+    conversion: Conversion,
+    folder: Path,
+    texts: Mapping[str, bytes],
+    facts: dict[str, Any],
+) -> None:
+    """Everything beside the shards; the index and the record of the conversion last."""
+    for name, path in conversion.companions.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with local.named(path):
+            data = path.read_bytes()
+        local.write_file(target, data)
+
+    for name, text in texts.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        local.write_file(target, text)
+
+    if conversion.plan.index is not None:
+        name, content = conversion.plan.index
+        local.write_file(folder / name, content)
+
+    local.write_file(folder / "conversion.json", bounded_json.dumps(facts))
+
+
+def describe(conversion: Conversion, digests: Mapping[Path, str] | None = None) -> dict[str, Any]:
+    """The facts of a conversion as JSON has them; names are relative to the checkpoint.
+
+    A source file's digest is that of its zip directory, which binds all its bytes. Raw
+    and legacy files have no CRC32s; their digest is in ``digests``, of the CRC32s of
+    the bytes that were read.
+    """
+    source, plan, product = conversion.checkpoint, conversion.plan, conversion.product
+    return {
+        "ckpt": __version__,
+        "source": {
+            "kind": source.kind,
+            "tag": source.place.tag,
+            "stage": source.stage,
+            "world_size": source.world_size,
+            "precision": source.precision,
+            "step": source.step,
+            "deepspeed": source.version,
+            "files": _source_files(source, product, digests or {}),
+        },
+        "dtype": conversion.dtype,
+        "format": conversion.format,
+        "files": [{"name": shard.filename, "size": shard.nbytes} for shard in plan.shards],
+        "tensors": sum(1 for _ in plan.placements()),
+        "total_size": plan.total_size,
+        "tied": conversion.tied,
+        "aliases": dict(product.weights.aliases),
+        "absent": product.absent,
+        "kind": product.kind,
+        "renamed": product.all_renamed,
+        "rules": list(product.rules),
+        "reader": conversion.verdict.reader,
+        "loads": conversion.verdict.loads,
+        "verdict": conversion.verdict.line,
+        "notes": list(conversion.notes),
+    }
+
+
+def _source_files(
+    source: Source, product: Product, digests: Mapping[Path, str]
+) -> list[dict[str, Any]]:
+    """The files that were read, with their sizes in bytes and digests."""
+    root = source.place.root.resolve()
+    digests_by_path = dict(source.files) | dict(product.files)
+    digests_by_path |= {path: None for path in digests if path not in digests_by_path}
+    return [
+        {
+            # A link has its own name here, not that of the file that it leads to.
+            "name": os.path.relpath(path.parent.resolve() / path.name, root),
+            "size": path.stat().st_size,
+            "directory_sha256": digest,
+            "crc32s_sha256": None if digest else digests.get(path),
+        }
+        for path, digest in digests_by_path.items()
+    ]
+
+
+def _checks(conversion: Conversion, report: shards.MoveReport, verify: bool) -> dict[str, Any]:
+    compared = comparison.facts(conversion.product, conversion.plan, report.unlike)
+    if not verify:
+        compared |= {"compared_with": None, "compared_tensors": 0, "compared_bytes": 0}
+    return compared | {
+        "coverage": "every element of the flat partitions is used once or is padding",
+        "crc32_bytes": report.checked,
+        "no_crc32_bytes": report.unchecked,
+        "unlike_tensors": report.unlike,
+        "overflowed": report.overflowed,
+        "nan": report.nan,
+        "inf": report.inf,
+        "verified": verify,
+    }
+
+
+plan, execute = prepare, run  # the two verbs of every planned job; the first names stay public

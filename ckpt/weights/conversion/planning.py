@@ -1,0 +1,145 @@
+"""Decides what is written: tensors under their final names, and the files beside."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ckpt.weights.adapters import adapter_folder, idle_options
+from ckpt.weights.adapters.adapter_folder import Adapter
+from ckpt.weights.companions import surroundings
+from ckpt.weights.companions.surroundings import Surroundings
+from ckpt.weights.naming import naming, packed, sentence_transformers
+from ckpt.weights.naming.naming import NamedWeights
+from ckpt.weights.output.product import Product
+from ckpt.weights.reader import untying
+from ckpt.weights.reader.audience import Audience
+from ckpt.weights.request import Request
+from converters.formats import gathered_16bit
+from converters.source import Source
+from converters.tensors import Weights
+
+_UNNAMED = (  # options that would change nothing where all is written as it is stored
+    *("--merge", "--part", "--strip", "--rename", "--base", "--adapter-config"),
+    *("--untie", "--check", "--other-base"),
+)
+
+
+def product(source: Source, request: Request) -> Product:
+    """Decides what is written of a checkpoint. Reads headers and small files, no tensor.
+
+    ``CheckpointError`` for what cannot be written so that its reader loads it.
+    """
+    root = source.place.root
+    if request.naming.as_stored:
+        request.refuse(_UNNAMED, "--names as-stored, which writes weights as they are stored")
+    around = surroundings.of(source.place, request, source.weights)
+    stored = _marked(source.weights, around, request)
+    if request.naming.as_stored:
+        return _proven(_as_stored(stored, request), source)
+
+    around = stored.surroundings
+    if request.untie and around.config is not None:
+        around = replace(around, config=untying.without_ties(around.config))
+    audience = Audience(root, around.config, alone=gathered_16bit.holds(root, source.weights))
+    unwrapped = naming.unwrapped(stored.weights, audience)
+    modular = sentence_transformers.split(unwrapped, around, request.naming)
+    request = replace(request, naming=modular.wishes)
+
+    adapter = adapter_folder.recognized(modular.main.weights, root, request)
+    if adapter is not None:
+        output = _of_peft(source, modular.main, adapter, around, request)
+        # Of an adapter without codes, notes on quantized weights would be about the
+        # base.
+        stored_notes = stored.notes if output.weights.packed else ()
+    else:
+        output = _of_model(modular.main, audience, around, request)
+        stored_notes = stored.notes
+    output = replace(
+        output,
+        notes=(*stored_notes, *modular.notes, *output.notes),
+        parts=(*output.parts, *modular.parts),
+        lacking=modular.lacking,
+    )
+    return _proven(output, source) if adapter is None else output
+
+
+def _marked(weights: Weights, around: Surroundings, request: Request) -> packed.Packed:
+    """The weights with codes marked, or as numbers; config.json as it is with those."""
+    marked = packed.marked(weights, around, request)
+    if request.merge:  # which decides it by the base
+        return marked
+    numeric = packed.of_numbers(marked.weights, marked.surroundings)
+    return replace(numeric, notes=(*marked.notes, *numeric.notes))
+
+
+def _as_stored(stored: packed.Packed, request: Request) -> Product:
+    """The weights under the names of the checkpoint."""
+    around, notes = without_config(stored.surroundings)
+    weights = naming.wished(stored.weights, request.naming)
+    return Product("model", weights, around, notes=(*stored.notes, *notes))
+
+
+def _of_peft(
+    source: Source,
+    unwrapped: NamedWeights,
+    adapter: Adapter,
+    around: Surroundings,
+    request: Request,
+) -> Product:
+    """The adapter's folder, or the model with the adapter merged in."""
+    adapter_folder.require_own_names(request)
+    if request.merge:
+        from ckpt.weights.merge import merged_model  # which needs numpy
+
+        return merged_model.product(source, unwrapped, adapter, around, request)
+
+    output = adapter_folder.product(source, unwrapped, adapter, around, request)
+    return replace(output, notes=(*idle_options.of_adapter(request), *output.notes))
+
+
+def _of_model(
+    unwrapped: NamedWeights, audience: Audience, around: Surroundings, request: Request
+) -> Product:
+    """A model under the names that its reader knows."""
+    notes = idle_options.of_model(audience.root, request, around)
+    if request.untie and around.config is not None:
+        notes = (*notes, *untying.notes(around.config))
+    model = naming.for_reader(unwrapped, audience, request)
+
+    return Product(
+        "model",
+        model.weights,
+        around,
+        renamed=model.renamed,
+        rules=model.rules,
+        notes=(*notes, *model.notes),
+    )
+
+
+def without_config(around: Surroundings) -> tuple[Surroundings, tuple[str, ...]]:
+    """The same without config.json, which is of a model with other names; and a note."""
+    if around.config is None:
+        return around, ()
+    note = "config.json is left out: the names are those of the checkpoint (--names as-stored)"
+    return replace(around, config=None, config_path=None), (note,)
+
+
+def _proven(output: Product, source: Source) -> Product:
+    """The same with copies to compare with, from the checkpoint or gathered beside it."""
+    if output.weights.copies:
+        return replace(output, proof=source.record, strict=source.of_one_save)
+
+    root = source.place.root
+    weights, name = gathered_16bit.attach(output.weights, root)
+    parts = [
+        replace(part, weights=gathered_16bit.attach(part.weights, root / part.folder)[0])
+        for part in output.parts
+    ]
+
+    return replace(
+        output,
+        weights=weights,
+        parts=tuple(parts),
+        proof=name,
+        strict=gathered_16bit.belongs(root),
+    )

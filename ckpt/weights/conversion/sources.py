@@ -1,0 +1,76 @@
+"""Which weights of a checkpoint are converted: the fp32 masters, or the 16-bit ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ckpt.weights.request import Request
+from converters.detect import detection
+from converters.errors import CheckpointError
+from converters.source import STATES, Source
+from converters.zero import checkpoint as zero
+from converters.zero import weights_16bit
+from converters.zero.naming import assemble
+
+
+def read(checkpoint: Path, tag: str | None, request: Request) -> Source:
+    """The checkpoint with the weights that the user wants.
+
+    ``CheckpointError`` says where the fp32 weights cannot be had and the 16-bit ones can.
+    """
+    source = _read(checkpoint, tag, request)
+    if request.unsupported_types == "skip" or not isinstance(source, zero.Checkpoint):
+        return source
+
+    weights, notes = assemble.with_bytes(source.weights, source.model)
+    return replace(source, weights=weights, notes=(*source.notes, *notes))
+
+
+def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
+    if request.weights != "16bit":
+        return fp32(checkpoint, tag, "--weights 16bit")
+
+    half = weights_16bit.read(checkpoint, tag)
+    if not request.merge:
+        return half
+    return replace(half, weights=replace(half.weights, copies={}))
+
+
+def fp32(checkpoint: Path, tag: str | None, option: str) -> Source:
+    """The weights that a training goes on from, as the reader that fits locates them.
+
+    Where of a ZeRO checkpoint only the 16-bit ones can be had, ``option`` is named for
+    these. ``CheckpointError`` for what is not the checkpoint of a training.
+    """
+    try:
+        return detection.read(checkpoint, tag)
+    except CheckpointError as error:
+        if error.kind == "refused" or not _has_16bit(checkpoint, tag):
+            raise
+        remedy_16bit = f"the 16-bit weights of the model file are whole: {option} writes those"
+        raise CheckpointError(f"{error}; {remedy_16bit}", error.kind) from error
+
+
+def _has_16bit(checkpoint: Path, tag: str | None) -> bool:
+    """Whether the 16-bit weights can be had."""
+    try:
+        return bool(weights_16bit.read(checkpoint, tag).weights.tensors)
+    except CheckpointError:
+        return False
+
+
+def remedy(source: Source, proof: str | None, skips: bool = True) -> str:
+    """Why the weights may be unlike their copies in ``proof``, and what the user can do then.
+
+    ``skips`` says whether the command has ``--no-verify``.
+    """
+    if proof != STATES or not isinstance(source, zero.Checkpoint) or not source.ranks:
+        anyway = " (--no-verify writes the weights anyway)" if skips else ""
+        return f"these files are of different saves; copy those of one save here{anyway}"
+
+    anyway = ", --no-verify the optimizer's anyway" if skips else ""
+    return (
+        f"{weights_16bit.disagreement(source)}; --weights 16bit writes those of "
+        f"{source.model.path.name}{anyway}"
+    )

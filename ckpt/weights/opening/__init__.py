@@ -1,0 +1,6 @@
+"""Weights read when they are asked for.
+
+opened          ``ckpt.open``;  tensors  one tensor as an array
+opened_adapter  the halves of a PEFT checkpoint
+load_into       weights into a model, in place
+"""

@@ -1,0 +1,172 @@
+"""Weights of a checkpoint into a model, in place, and DeepSpeed out of it.
+
+A model that an engine has used is not an ordinary one: under stage 3 its parameters are
+placeholders without elements (``ds_shape`` has the shape), kept in dicts of DeepSpeed's
+own, and every module has hooks that fetch and release them. All of that is undone here.
+Seen in DeepSpeed 0.19.8 ``runtime/zero/partition_parameters.py`` and
+``parameter_offload.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckpt.engine.view import full_shape, is_partitioned
+from ckpt.weights.naming import naming
+from ckpt.weights.opening import tensors
+from converters import words
+from converters.errors import CheckpointError
+from converters.execute.workers import MOVE_BYTES
+from converters.source import Source
+from converters.storage import open_files
+from converters.tensors import TensorRef, Weights
+from converters.words import counted, some, verb
+
+
+def load(model: nn.Module, source: Source) -> nn.Module:
+    """The model on the CPU with the weights in it; see ``zero_to_fp32``."""
+    targets = _targets(model)
+    weights = naming.like(source.weights, targets)
+    _check(targets, weights, str(source.place.folder))
+    model = model.cpu()
+    _undo(model)
+    filled: set[int] = set()
+    for name, target in _targets(model).items():
+        ref = weights.tensors.get(weights.aliases.get(name, name))
+        if ref is not None and id(target) not in filled:  # tied names are one parameter
+            _fill(target, ref)
+            filled.add(id(target))
+
+    return model
+
+
+def _targets(model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, tied names too."""
+    names = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in names.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return full_shape(tensor)
+
+
+def _check(targets: Mapping[str, torch.Tensor], weights: Weights, where: str) -> None:
+    """Raises unless every tensor of the model has a value of its shape, or may stay.
+
+    A tensor that the checkpoint does not hold keeps its own values if it is a buffer,
+    or frozen in the model. One warning names such tensors.
+    """
+    missing, mismatches, filled = [], [], set()
+    for name, target in targets.items():
+        ref = weights.tensors.get(weights.aliases.get(name, name))
+        if ref is None:
+            missing.append(name)
+            continue
+
+        filled.add(id(target))
+        if ref.shape != _shape(target):
+            model_shape, stored_shape = words.shape(_shape(target)), words.shape(ref.shape)
+            mismatches.append(f"{name} is {model_shape}, stored as {stored_shape}")
+
+    # tied to one that is there
+    missing = [name for name in missing if id(targets[name]) not in filled]
+    unchanged = [name for name in missing if filled and _stays(targets[name])]
+    missing = [name for name in missing if name not in set(unchanged)]
+    extra = [name for name in (*weights.tensors, *weights.aliases) if name not in targets]
+    if missing or mismatches:
+        problems = "; ".join(_problems(missing, mismatches, extra, weights))
+        raise CheckpointError(f"{where}: {problems}", "incomplete")
+
+    if unchanged:
+        warnings.warn(f"{where}: {_stays_line(unchanged, targets)}", stacklevel=4)
+    if extra:
+        warnings.warn(f"{where}: not in the model: {_some(extra)}", stacklevel=4)
+
+
+def _problems(
+    missing: list[str], mismatches: list[str], extra: list[str], weights: Weights
+) -> Iterator[str]:
+    """How the checkpoint and the model differ."""
+    if missing:
+        tensors, have = counted(len(missing), "tensor"), verb(len(missing), "has", "have")
+        yield f"{tensors} of the model {have} no value: {_some(missing)}"
+    if mismatches:
+        have = verb(len(mismatches), "has", "have")
+        yield f"{len(mismatches):,} {have} another shape: {_some(mismatches)}"
+    if extra:
+        are = verb(len(extra), "is", "are")
+        yield f"{counted(len(extra), 'name')} {are} not the model's: {_some(extra)}"
+
+    absent = [f"{name}: {weights.absent[name]}" for name in missing if name in weights.absent]
+    if absent:
+        yield f"absent: {_some(absent)}"
+
+
+def _stays(target: torch.Tensor) -> bool:
+    """Whether a tensor without a value may stay: it is neither trained nor a placeholder."""
+    trained = isinstance(target, nn.Parameter) and target.requires_grad
+    return not trained and tuple(target.shape) == _shape(target)
+
+
+def _stays_line(names: list[str], targets: Mapping[str, torch.Tensor]) -> str:
+    frozen = [name for name in names if isinstance(targets[name], nn.Parameter)]
+    buffers = [name for name in names if name not in set(frozen)]
+    kinds = (("frozen parameter", frozen), ("buffer", buffers))
+    group_texts = [
+        f"{counted(len(group), kind)} ({_some(group)})" for kind, group in kinds if group
+    ]
+    return f"not in the checkpoint, so left as they are in the model: {', '.join(group_texts)}"
+
+
+def _some(names: list[str]) -> str:
+    return some(names, 4)
+
+
+def _undo(model: nn.Module) -> None:
+    """Makes every module and parameter what they were before DeepSpeed."""
+    parameters_by_id: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for hooks in (value for key, value in vars(module).items() if key.endswith("_hooks")):
+            for key in [key for key, hook in (hooks or {}).items() if _of_deepspeed(hook)]:
+                del hooks[key]
+
+        module_parameters = dict(module._parameters)
+        for key, parameter in module_parameters.items():
+            if parameter is not None and is_partitioned(parameter):
+                if id(parameter) not in parameters_by_id:
+                    empty = torch.empty(_shape(parameter), dtype=parameter.dtype)
+                    parameters_by_id[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                module_parameters[key] = parameters_by_id[id(parameter)]
+
+        module._parameters = module_parameters
+        for key in [key for key in vars(module) if key.startswith("ds_")]:
+            delattr(module, key)
+
+
+def _of_deepspeed(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("deepspeed")
+
+
+def _fill(target: torch.Tensor, ref: TensorRef) -> None:
+    """The stored values into the tensor's own storage, a chunk at a time."""
+    flat = target.data.reshape(-1)
+    is_contiguous = flat.data_ptr() == target.data.data_ptr()
+    has_same_type = tensors.torch_dtype(ref.dtype) is target.dtype
+    step = MOVE_BYTES // ref.dtype.itemsize
+    for start in range(0, ref.numel, step):
+        count = min(step, ref.numel - start)
+        part = ref.narrow(start, count)
+        if has_same_type and is_contiguous:
+            open_files.read_extents(
+                flat[start : start + count].view(torch.uint8).numpy().data, part.extents
+            )
+        else:
+            flat[start : start + count] = torch.as_tensor(tensors.read(part, ref.dtype, "pt"))
+
+    if not is_contiguous:  # reshape made a copy of a strided tensor
+        target.data.copy_(flat.reshape(target.shape))

@@ -1,0 +1,270 @@
+"""A checkpoint opened without converting it: tensors are read when asked for.
+
+The interface is that of ``safetensors.safe_open`` and of a ``Mapping``, so what is
+opened goes into ``load_state_dict`` and ``from_pretrained(..., state_dict=...)``. Only
+headers are read until then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt import text
+from ckpt.folders import locks
+from ckpt.weights import arguments
+from ckpt.weights.opening.tensors import Framework, Slice, read
+from ckpt.weights.request import Naming
+from converters.detect import detect, detect_weights
+from converters.errors import CheckpointError
+from converters.formats import safetensors, weight_files
+from converters.plan import output_dtype
+from converters.source import Source
+from converters.storage.store import local_path
+from converters.tensors import DType, TensorRef, Weights
+from converters.words import counted
+from converters.zero.files import discovery
+
+if TYPE_CHECKING:
+    from ckpt.weights.opening.tensors import Array
+
+
+def open(
+    path: str | os.PathLike[str],
+    framework: Framework = "pt",
+    *,
+    tag: str | None = None,
+    strip: str | Sequence[str] = (),
+    rename: str | Mapping[str, str] | Sequence[str | tuple[str, str]] = (),
+    select: str | Sequence[str] = (),
+    part: str | None = None,
+    adapter_config: str | os.PathLike[str] | None = None,
+) -> Opened:
+    """Opens a ZeRO checkpoint, a safetensors or .bin file, or a folder of such files.
+
+    Weights of a ZeRO checkpoint are given in fp32 (buffers in at least fp32, integers
+    as they are), others as stored. ``framework`` is "pt" for torch, or "np" for numpy.
+    ``strip``, ``rename``, ``select`` and ``part`` work like the options of ``ckpt
+    to-fp32``: prefixes to drop, regular expressions to replace, globs of the names to
+    have, one model of several. Without them the names are those of the checkpoint, with
+    the ``_orig_mod.`` of a compiled model, which ``to-fp32`` takes off.
+    ``adapter_config`` is PEFT's file, or its folder, for a checkpoint without one.
+
+    ``CheckpointError`` if nothing can be opened there. While the checkpoint is open,
+    ``ckpt prune`` does not delete it.
+    """
+    path = local_path(path)
+    with arguments.naming_arguments("tag=", "strip=", "rename=", "select=", "part="):
+        lock = locks.reading(_place(path, tag))
+        try:
+            weights, checkpoint = _weights(path, tag)
+            weights, sources = _wished(weights, Naming.of(strip, rename, select, part))
+        except BaseException:
+            lock.release()
+            raise
+
+    config_path = None if adapter_config is None else Path(adapter_config)
+    return Opened(path, weights, checkpoint, framework, lock, config_path, sources)
+
+
+def _wished(weights: Weights, wishes: Naming) -> tuple[Weights, dict[str, str]]:
+    """The weights under the names wished for, and their names in the checkpoint."""
+    if not wishes.changes:
+        return weights, {}
+
+    from ckpt.weights.naming import naming
+
+    stored = {id(ref): name for name, ref in weights.tensors.items()}
+    renamed_weights = naming.wished(weights, wishes)
+
+    return renamed_weights, {name: stored[id(ref)] for name, ref in renamed_weights.tensors.items()}
+
+
+def _place(path: Path, tag: str | None) -> Path:
+    """The folder that the tensors lie in: the tag's, if ``path`` leads to one."""
+    if path.is_dir() and (tag is not None or (path / "latest").exists()):
+        return discovery.find(path, tag).folder
+    return path
+
+
+def _weights(path: Path, tag: str | None) -> tuple[Weights, Source | None]:
+    source = _source(path, tag)
+    return source.weights, source if source.topology else None
+
+
+def _source(path: Path, tag: str | None) -> Source:
+    """What the reader that fits makes of it: weights come before states nothing points to."""
+    if path.is_file() or (tag is None and not (path / "latest").exists()):
+        if (weights := detect_weights(path)) is not None:
+            return weights.read()
+        if path.is_file():
+            return weight_files.read(path)
+    return detect(path, tag).read()
+
+
+def _place_in_file(ref: TensorRef) -> tuple[str, int]:
+    first = ref.extents[0] if len(ref.extents) else None
+    return (str(first.path), first.offset) if first else ("", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened(Mapping[str, "Array"]):
+    """The weights of a checkpoint by name, tied names included; a context manager.
+
+    ``sources`` maps names to those in the checkpoint, where they differ.
+    """
+
+    path: Path
+    weights: Weights
+    checkpoint: Source | None
+    framework: Framework
+    lock: locks.Lock = field(default_factory=locks.Lock, repr=False, compare=False)
+    adapter_config: str | Path | None = None
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        """One short line: where it is, and how much."""
+        nbytes = sum(ref.nbytes for ref in self.weights.tensors.values())
+        return f"<Opened {self.path}: {counted(len(self), 'tensor')}, {text.size(nbytes)}>"
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets go of the checkpoint, which may be deleted from now on."""
+        self.lock.release()
+
+    def __len__(self) -> int:
+        return len(self.weights.tensors) + len(self.weights.aliases)
+
+    def __iter__(self) -> Iterator[str]:
+        present = self.weights.tensors.keys() | self.weights.aliases.keys()
+        return (name for name in self.weights.order or self.weights.tensors if name in present)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights.tensors or name in self.weights.aliases
+
+    def __getitem__(self, name: str) -> Array:
+        return self.get_tensor(name)
+
+    def get_tensor(self, name: str) -> Array:
+        """The tensor, read now; ``KeyError``, with the reason if it is absent."""
+        return read(self.ref(name), self.dtype(name), self.framework)
+
+    @property
+    def absent(self) -> Mapping[str, str]:
+        """Names without a tensor here, and why; also tensors of a kind that is not read."""
+        return self.weights.absent
+
+    def get_tensors(self) -> dict[str, Array]:
+        """All tensors by name, read now."""
+        return {name: self.get_tensor(name) for name in self}
+
+    def offset_keys(self) -> list[str]:
+        """The names in the order in which the tensors lie in their files."""
+        return sorted(self, key=lambda name: _place_in_file(self.ref(name)))
+
+    def get_slice(self, name: str) -> Slice:
+        """The tensor for indexing; only the rows that an index wants are read."""
+        return Slice(self.ref(name), self.dtype(name), self.framework)
+
+    @property
+    def adapter(self) -> Opened:
+        """Of a PEFT checkpoint the adapter, under the names that PEFT saves and loads.
+
+        It is worked out at each access. ``CheckpointError`` where there is no adapter,
+        where there are several and none is called ``default``, or where no
+        adapter_config.json is found.
+        """
+        from ckpt.weights.adapters.adapter_config import DEFAULT
+
+        adapters = self.adapters
+        if DEFAULT in adapters or len(adapters) == 1:
+            return adapters.get(DEFAULT) or next(iter(adapters.values()))
+
+        listing = ", ".join(adapters)
+        several = f"has the adapters {listing}: take one of .adapters"
+        raise CheckpointError(
+            f"{self.path} {several if adapters else 'holds no adapter'}", "refused"
+        )
+
+    @property
+    def adapters(self) -> Mapping[str, Opened]:
+        """Of a PEFT checkpoint every adapter by its name; empty for any other."""
+        from ckpt.weights.opening import opened_adapter
+
+        with arguments.naming_arguments("adapter_config="):
+            halves = opened_adapter.adapters(self.weights, self.checkpoint, self.adapter_config)
+
+        return {name: self._half(half.weights, half.sources) for name, half in halves.items()}
+
+    @property
+    def base(self) -> Opened:
+        """The base model's weights in a PEFT checkpoint, under the base model's names.
+
+        It is empty where they were not saved. ``CheckpointError`` for a checkpoint
+        without an adapter.
+        """
+        from ckpt.weights.opening import opened_adapter
+
+        with arguments.naming_arguments():
+            half = opened_adapter.base(self.path, self.weights, self.checkpoint)
+
+        return self._half(half.weights, half.sources)
+
+    def _half(self, weights: Weights, sources: Mapping[str, str]) -> Opened:
+        """Some of the weights; the lock stays with the whole."""
+        return replace(self, weights=weights, sources=sources, lock=locks.Lock())
+
+    def metadata(self) -> dict[str, str]:
+        """Facts about the checkpoint as text: format, and ZeRO's step, stage, version.
+
+        For a safetensors file these are the file's own (``__metadata__``).
+        """
+        if self.checkpoint is None and weight_files.is_safetensors(self.path):
+            return safetensors.metadata(self.path)
+
+        facts: dict[str, Any] = {"format": self.framework}
+        if self.checkpoint is not None:
+            facts |= {
+                "tag": self.checkpoint.place.tag,
+                "step": self.checkpoint.step,
+                "stage": self.checkpoint.stage,
+                "world_size": self.checkpoint.world_size,
+                "deepspeed": self.checkpoint.version,
+            }
+
+        return {key: str(value) for key, value in facts.items() if value is not None}
+
+    def optimizer_state(self, name: str) -> dict[str, Any]:
+        """A parameter's optimizer state, such as ``exp_avg``, ``exp_avg_sq``, ``step``.
+
+        The tensors come as they are stored. ``KeyError`` for names that are not
+        trained, ``CheckpointError`` where the file holds no optimizer.
+        """
+        if self.checkpoint is None or self.checkpoint.optimizer is None:
+            raise CheckpointError(f"{self.path} holds weights only, no optimizer", "incomplete")
+
+        self.ref(name)
+        state = self.checkpoint.optimizer(self.sources.get(name, name))
+
+        return {
+            key: read(value, value.dtype, self.framework) if isinstance(value, TensorRef) else value
+            for key, value in state.items()
+        }
+
+    def ref(self, name: str) -> TensorRef:
+        """Where the tensor lies."""
+        owner = self.weights.aliases.get(name, name)
+        if owner in self.weights.tensors:
+            return self.weights.tensors[owner]
+        reason = self.weights.absent.get(name, "no such name")
+        raise KeyError(f"{self.path}: {name}: {reason}")
+
+    def dtype(self, name: str) -> DType:
+        """The element type that the tensor is given in."""
+        target = DType.F32 if self.checkpoint is not None else None
+        return output_dtype(self.weights.aliases.get(name, name), self.weights, target)

@@ -1,0 +1,95 @@
+"""Why an output would not load, as errors for a user."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from ckpt.weights import advice
+from ckpt.weights.reader import losses
+from ckpt.weights.reader.audience import Audience
+from ckpt.weights.reader.fields import Size
+from ckpt.weights.reader.fit import Fit
+from ckpt.weights.reader.losses import Loss
+from converters.errors import CheckpointError
+from converters.words import some
+
+
+def unloadable(
+    reader: str,
+    fit: Fit,
+    missing: list[str],
+    loss: Loss,
+    audience: Audience,
+    remedy: str,
+) -> CheckpointError:
+    """The error for names that do not fit; ``remedy`` is one more advice, or empty."""
+    if missing:
+        present_text = (
+            f"the checkpoint has {some(sorted(fit.unexpected))} instead"
+            if fit.unexpected
+            else f"the checkpoint has {fit.present:,} of {fit.required:,} names"
+        )
+        problem = (
+            f"{len(missing):,} of its {fit.required:,} names are missing, such as "
+            f"{some(sorted(missing))}; {present_text}"
+        )
+        problem += f". {loss.reason}" if loss.reason else ""
+    else:
+        problem = losses.sentence(loss)
+
+    return CheckpointError(
+        f"{audience.root}: {reader}, the class of config.json, would not load these "
+        f"weights{'' if missing else ' whole'}: {problem}. {source(audience)}Change "
+        "names with --strip, --rename or --part, take another configuration with "
+        f"--config, or {advice.WRITE_AS_STORED}{'; ' if remedy else ''}{remedy}",
+        "unloadable",
+    )
+
+
+def unmerged(reader: str, fit: Fit, missing: list[str], audience: Audience) -> CheckpointError:
+    """The error for a merged model that neither checkpoint nor base has whole."""
+    return CheckpointError(
+        f"{audience.root}: {reader} of the config.json that is written wants "
+        f"{fit.required:,} names, and {len(missing):,} of them are in neither the "
+        f"checkpoint nor the base, such as {some(sorted(missing))}: the base or "
+        "config.json is of another model than the trained one, or these tensors were "
+        "added to the base, frozen, and not saved with the trained ones. Name the "
+        "base that was trained on with --base, or its configuration with --config; "
+        f"--check none writes what is there; {advice.ASK_TRANSFORMERS}",
+        "unloadable",
+    )
+
+
+class AbsurdConfigError(CheckpointError):
+    """A number in config.json that no model has, with which nobody should be asked to build
+    one: that would take all time and memory."""
+
+
+def absurd(reader: str, values: Mapping[str, object], audience: Audience) -> AbsurdConfigError:
+    """The error for a number of layers that no model has."""
+    path, value = next(iter(values.items()))
+    return AbsurdConfigError(
+        f"{audience.root}: config.json says {path} {json.dumps(value)}, with which no "
+        f"{reader} can be built. {source(audience)}Take another configuration with "
+        f"--config, or {advice.WRITE_AS_STORED}; {advice.ASK_TRANSFORMERS}",
+        "unloadable",
+    )
+
+
+def other_shapes(reader: str, size: Size, audience: Audience) -> CheckpointError:
+    """The error for tensors of other sizes than config.json says."""
+    return CheckpointError(
+        f"{audience.root}: {reader} of config.json has other shapes: {size}. "
+        f"{source(audience)}Take the configuration of this model with --config, or "
+        f"{advice.WRITE_AS_STORED}; {advice.ASK_TRANSFORMERS}",
+        "unloadable",
+    )
+
+
+def source(audience: Audience) -> str:
+    """Where config.json is from, if that is not the checkpoint's own folder."""
+    path = audience.config_path
+    if path is None or path.parent.resolve() == audience.root.resolve():
+        return ""
+    return f"The configuration is {path}. "

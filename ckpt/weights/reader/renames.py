@@ -1,0 +1,108 @@
+"""The names that ``from_pretrained`` gives to tensors before it looks for them in the model.
+
+transformers 5 reads files with names that no model of its own has, such as those that transformers
+4 ran with. ``architecture_renames.jsonl`` has its rules for each class, in order; it is made by
+``scripts/tables/make_architecture_renames.py``, which says what they are. Each rule is [prefixes
+of the names that it is for or null, pattern, new texts] (transformers 5.23 core_model_loading.py:
+WeightTransform.rename_source_key).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ckpt.weights.reader import entries
+
+TABLE = Path(__file__).parent.parent / "architecture_renames.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """One rule: what ``pattern`` finds after one of ``scopes`` is replaced by ``targets``.
+
+    Several targets are several tensors that are made of one. ``\\1`` in a target is what the first
+    group inside the alternative that matched has.
+    """
+
+    scopes: tuple[str, ...] | None
+    pattern: re.Pattern[str]
+    targets: tuple[str, ...]
+
+    def apply(self, name: str) -> list[str]:
+        """The names after the rule; the same name where the rule is not for it."""
+        scope = ""
+        if self.scopes is not None:
+            scopes = [prefix for prefix in self.scopes if name.startswith(prefix)]
+            if not scopes:
+                return [name]
+            scope = scopes[0]
+
+        suffix = name.removeprefix(scope)
+        match = self.pattern.search(suffix)
+        if match is None:
+            return [name]
+
+        return [
+            scope + suffix.replace(match[0], _filled(target, match), 1) for target in self.targets
+        ]
+
+
+def _filled(target: str, match: re.Match[str]) -> str:
+    """A target with the text of the group that it names."""
+    if r"\1" not in target:
+        return target
+
+    alternative = next(name for name, text in match.groupdict().items() if text is not None)
+    return target.replace(r"\1", match[match.re.groupindex[alternative] + 1])
+
+
+def renamed(architecture: str, names: Iterable[str]) -> dict[str, str] | None:
+    """The given names by those that a class's rules make of them.
+
+    ``None`` where the rules change none, or give two tensors the same name.
+    """
+    rules = _rules(architecture)
+    if not rules:
+        return None
+
+    sources: dict[str, str] = {}
+    for name in names:
+        for new_name in _apply_all(rules, name):
+            if new_name in sources:
+                return None
+            sources[new_name] = name
+
+    is_changed = any(new_name != name for new_name, name in sources.items())
+    return sources if is_changed else None
+
+
+def _apply_all(rules: Sequence[Rename], name: str) -> list[str]:
+    """A name after all rules, one after the other."""
+    names = [name]
+    for rule in rules:
+        names = [new_name for old_name in names for new_name in rule.apply(old_name)]
+
+    return names
+
+
+@cache
+def _rules(architecture: str) -> tuple[Rename, ...]:
+    table = _table()
+    number = table["classes"].get(architecture)
+    if number is None:
+        return ()
+
+    return tuple(
+        Rename(None if scopes is None else tuple(scopes), re.compile(pattern), tuple(targets))
+        for scopes, pattern, targets in table["rules"][number]
+    )
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return entries.read(TABLE, "rules")

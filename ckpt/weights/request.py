@@ -1,0 +1,147 @@
+"""A user's wishes for a conversion, besides the checkpoint and the output's place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from converters.errors import CheckpointError
+from converters.tensors import DType
+
+DTYPES = {"fp32": DType.F32, "bf16": DType.BF16, "fp16": DType.F16, "keep": None}
+
+Masters = Literal["fp32", "16bit"]
+Check = Literal["auto", "names", "transformers", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """Wishes for the names of tensors.
+
+    ``part`` is the model of several that are saved in one, such as ``policy``.
+    ``strip`` are prefixes to drop, ``rename`` pairs of a regular expression and its
+    replacement, both in order; ``select`` are globs of the names (after renaming) to
+    write. ``as_stored`` keeps every name.
+    """
+
+    part: str | None = None
+    strip: tuple[str, ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
+    select: tuple[str, ...] = ()
+    as_stored: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        strip: str | Sequence[str] = (),
+        rename: str | Mapping[str, str] | Sequence[str | tuple[str, str]] = (),
+        select: str | Sequence[str] = (),
+        part: str | None = None,
+    ) -> Naming:
+        """The wishes as functions take them: one string for one, a mapping for pairs.
+
+        ``CheckpointError`` (kind "refused") for anything else.
+        """
+        if isinstance(rename, Mapping):
+            rename = tuple(rename.items())
+        pairs = (rename,) if isinstance(rename, str) else tuple(rename)
+        strips = (strip,) if isinstance(strip, str) else tuple(strip)
+        selects = (select,) if isinstance(select, str) else tuple(select)
+        if not all(isinstance(text, str) for text in (*strips, *selects, part or "")):
+            raise CheckpointError("strip, select and part are strings", "refused")
+
+        return cls(part, strips, tuple(_pair(each) for each in pairs), selects)
+
+    @property
+    def changes(self) -> bool:
+        """Whether any name is to change, or a tensor to be left out."""
+        return bool(self.part or self.strip or self.rename or self.select)
+
+
+def _pair(rename: str | Sequence[str]) -> tuple[str, str]:
+    """A regular expression and its replacement, also from OLD=NEW as in commands."""
+    if isinstance(rename, str):
+        old, equals, new = rename.rpartition("=")
+        if equals:
+            return old, new
+    elif len(rename) == 2 and all(isinstance(text, str) for text in rename):
+        return rename[0], rename[1]
+
+    raise CheckpointError(
+        f"rename {rename!r} is not a pair of a regular expression and its replacement: "
+        "give {'old': 'new'}, [('old', 'new')] or 'old=new'",
+        "refused",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Wishes for a conversion.
+
+    naming             wishes for names
+    weights            the fp32 masters, or the 16-bit weights of the model file
+    merge              writes a model with its adapter merged in
+    base               folder of the base model
+    other_base         merges into a base whose values differ from the frozen copy
+    adapter_config     PEFT's adapter_config.json, or its folder
+    config, tokenizer  folders or files to take in place of the checkpoint's own
+    dequantize         writes packed weights as numbers
+    check              who judges whether the output loads: the table of names, the installed
+                       transformers, nobody, or the table and transformers where the table
+                       has doubts ("auto")
+    untie              writes ``tie_word_embeddings: false``, and both of two tied tensors
+    unsupported_types  tensors of an element type that no writer has are left out with a
+                       note ("skip"), or copied as bytes ("raw")
+    dtype              the element type to write, a key of ``DTYPES``
+    drops_ties         leaves out every tied name, whatever the reader makes of that
+    """
+
+    naming: Naming = field(default_factory=Naming)
+    weights: Masters = "fp32"
+    merge: bool = False
+    base: Path | None = None
+    other_base: bool = False
+    adapter_config: Path | None = None
+    config: Path | None = None
+    tokenizer: Path | None = None
+    dequantize: bool = False
+    check: Check = "names"
+    untie: bool = False
+    unsupported_types: Literal["skip", "raw"] = "skip"
+    dtype: str = "fp32"
+    drops_ties: bool = False
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The folders and files that are named, by option."""
+        options = {
+            "--config": self.config,
+            "--tokenizer": self.tokenizer,
+            "--base": self.base,
+            "--adapter-config": self.adapter_config,
+        }
+        return {option: path for option, path in options.items() if path is not None}
+
+    def refuse(self, names: Sequence[str], situation: str) -> None:
+        """Raises if one of the options ``names`` is given, as it would be ignored."""
+        naming = self.naming
+        options: dict[str, object] = {
+            "--merge": self.merge,
+            "--dequantize": self.dequantize,
+            "--part": naming.part,
+            "--select": naming.select,
+            "--strip": naming.strip,
+            "--rename": naming.rename,
+            "--untie": self.untie,
+            "--other-base": self.other_base,
+            "--check transformers": self.check == "transformers",
+            **self.paths,
+        }
+        for option, value in options.items():
+            if value and option.partition(" ")[0] in names:
+                raise CheckpointError(
+                    f"{option} does not go with {situation}; leave one of them out",
+                    "refused",
+                )

@@ -1,0 +1,166 @@
+"""Checkpoints of DeepSpeed: of any ZeRO stage, of parallelism that is not read, universal."""
+
+from __future__ import annotations
+
+import re
+
+from converters.detect import filenames, state_folders
+from converters.detect.kind import Kind
+from converters.detect.look import Look
+
+LOAD_THERE = (
+    "load it with DeepSpeed in the training that wrote it, on as many ranks, and save "
+    "the weights there"
+)
+
+
+def no_tag(look: Look) -> str | None:
+    """A folder without the tag that the user named."""
+    if look.tag is None or not look.is_folder or look.state_folder is not None:
+        return None
+    return f"{look.tag}; {state_folders.offer(look.path)}"
+
+
+def universal(look: Look) -> str | None:
+    """The folder of a universal checkpoint, in the tag or in the path itself."""
+    folder = look.state_folder
+    if folder is not None and (folder / filenames.UNIVERSAL).is_dir():
+        return f"{filenames.UNIVERSAL}/"
+    if not look.is_folder or filenames.LATEST in look.names:
+        return None
+    if (look.path / filenames.UNIVERSAL / "optimizer_state.pt").is_file():
+        return f"{filenames.UNIVERSAL}/"
+    return look.has([filenames.LATEST_UNIVERSAL])
+
+
+def experts(look: Look) -> str | None:
+    """State files of experts."""
+    return _first(look.state_names, filenames.EXPERTS)
+
+
+def pipeline(look: Look) -> str | None:
+    """State files of layers."""
+    return _first(look.state_names, filenames.STAGES)
+
+
+def tensor_parallel(look: Look) -> str | None:
+    """State files of a second model-parallel rank."""
+    for name in look.state_names:
+        for pattern in filenames.STATES:
+            match = pattern.fullmatch(name)
+            if match and int(match["mp"]) > 0:
+                return name
+    return None
+
+
+def deepspeed(look: Look) -> str | None:
+    """State files, or a file ``latest`` or a tag that the user named, wherever that leads."""
+    if not look.is_folder:
+        return None
+    if look.tag is not None and look.state_folder is not None:
+        return look.tag
+    if any(state_folders.is_state_file(name) for name in look.state_names):
+        return str(look.state_folder)
+    is_pointer = filenames.LATEST in look.names and not (look.path / filenames.LATEST).is_dir()
+    return filenames.LATEST if is_pointer else None
+
+
+def stage(look: Look) -> str:
+    """The ZeRO stage, as far as names tell it."""
+    names = look.state_names
+    if _first(names, filenames.PARTITIONED):
+        return "ZeRO stage 3"
+    if _first(names, filenames.OPTIMIZER):
+        return "ZeRO stage 1 or 2"
+    return "no ZeRO (stage 0)" if _first(names, filenames.MODULE) else "of no known stage"
+
+
+def several(look: Look) -> str | None:
+    """Checkpoints or tags of DeepSpeed, of which none is the newest by a file ``latest``."""
+    if not look.is_folder:
+        return None
+    offer = state_folders.offer(look.path)
+    return None if offer == state_folders.NOTHING else offer
+
+
+def state_file(look: Look) -> str | None:
+    """A single state file of DeepSpeed."""
+    is_one = look.is_file and state_folders.is_state_file(look.path.name)
+    return f": {look.path.parent}" if is_one else None
+
+
+def _first(names: tuple[str, ...], pattern: re.Pattern[str]) -> str | None:
+    return next((name for name in names if pattern.fullmatch(name)), None)
+
+
+KINDS = (
+    Kind(
+        name="no-tag",
+        title="folder without the tag that --tag names",
+        recognized_by="`--tag` names no folder in it",
+        sign=no_tag,
+        refusal="has no tag {evidence}",
+    ),
+    Kind(
+        name="deepspeed-universal",
+        title="universal checkpoint of DeepSpeed",
+        recognized_by="`zero/` in the tag folder, or `latest_universal`",
+        sign=universal,
+        refusal="is a universal checkpoint; convert the tag it was made from, or make native "
+        "files of it first with ckpt from-universal",
+        trouble="unsupported",
+        of_tag=True,
+    ),
+    Kind(
+        name="deepspeed-experts",
+        title="DeepSpeed checkpoint of experts (DeepSpeed-MoE or AutoEP)",
+        recognized_by="`layer_L_expert_E_*` or `expp_rank_E_*` in the tag folder",
+        sign=experts,
+        refusal="holds expert files (DeepSpeed-MoE or AutoEP); merging experts is not "
+        f"supported yet: {LOAD_THERE}",
+        trouble="unsupported",
+        of_tag=True,
+    ),
+    Kind(
+        name="deepspeed-pipeline",
+        title="pipeline-parallel DeepSpeed checkpoint",
+        recognized_by="`layer_NN-model_MM-model_states.pt` in the tag folder",
+        sign=pipeline,
+        refusal="is a pipeline-parallel checkpoint (layer_NN files); merging stages is not "
+        f"supported yet: {LOAD_THERE}",
+        trouble="unsupported",
+        of_tag=True,
+    ),
+    Kind(
+        name="deepspeed-model-parallel",
+        title="DeepSpeed checkpoint of tensor or pipeline parallelism",
+        recognized_by="state files of `mp_rank_01` and up in the tag folder",
+        sign=tensor_parallel,
+        refusal="was saved with tensor or pipeline parallelism (mp_rank_01 and up); merging "
+        f"these is not supported yet: {LOAD_THERE}",
+        trouble="unsupported",
+        of_tag=True,
+    ),
+    Kind(
+        name="deepspeed",
+        title="DeepSpeed checkpoint",
+        recognized_by="`latest`, or `*_optim_states.pt` and `*_model_states.pt` of any ZeRO "
+        "stage or none",
+        sign=deepspeed,
+        reader="converters.zero.reader:read",
+    ),
+    Kind(
+        name="deepspeed-several",
+        title="several DeepSpeed checkpoints",
+        recognized_by="folders with `latest`, or tag folders, and no `latest` beside them",
+        sign=several,
+        refusal="has no file latest; {evidence}",
+    ),
+    Kind(
+        name="deepspeed-file",
+        title="single state file of DeepSpeed",
+        recognized_by="the name: `*_optim_states.pt` or `*_model_states.pt`",
+        sign=state_file,
+        refusal="is a file; expected the folder of a checkpoint{evidence}",
+    ),
+)

@@ -1,0 +1,120 @@
+"""``detect``: what lies at a path, and the reader that fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol
+
+from converters.detect import deepspeed, kinds
+from converters.detect.kind import Kind, first
+from converters.detect.look import Look
+from converters.errors import CheckpointError
+from converters.source import Source
+from converters.storage.store import Name, local_path
+
+
+class Reader(Protocol):
+    """Locates all that a checkpoint holds; reads headers and pickles, no tensor."""
+
+    def __call__(self, path: Path, tag: str | None = None, complete: bool = False) -> Source:
+        """The checkpoint; ``CheckpointError`` for what is damaged or incomplete.
+
+        ``complete`` asks for everything that a training goes on from, not for the weights
+        alone.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detection:
+    """What lies at ``path``.
+
+    ``evidence`` is the sign that it was recognised by, such as the name of a file, ``folder``
+    what the kind is said of: the path, or the folder of its tag. ``detail`` is what else
+    names tell, such as the ZeRO stages that are possible.
+    """
+
+    path: Path
+    tag: str | None
+    kind: Kind
+    evidence: str
+    folder: Path
+    detail: str = ""
+
+    @property
+    def refusal(self) -> str | None:
+        """Why this cannot be converted, and what to do: one sentence; ``None`` if it can."""
+        if self.kind.refusal is None:
+            return None
+        return f"{self.folder} {self.kind.refusal.format(evidence=self.evidence)}"
+
+    @property
+    def error(self) -> CheckpointError:
+        """The refusal as an error."""
+        sentence = self.refusal or f"{self.path} could not be read as a {self.kind.title}"
+        return CheckpointError(sentence, self.kind.trouble)
+
+    def read(self, complete: bool = False) -> Source:
+        """What the kind's reader makes of it; ``CheckpointError`` where no reader fits."""
+        if self.kind.reader is None:
+            raise self.error
+        return reader(self.kind.reader)(self.path, self.tag, complete)
+
+
+def detect(path: Name, tag: str | None = None) -> Detection:
+    """What lies at ``path``, from names and first bytes alone.
+
+    ``tag`` chooses one of several tags of DeepSpeed. Nothing is executed, and neither a
+    tensor nor a pickle is read. ``OSError`` where the folder may not be looked into.
+    """
+    return _among(path, tag, kinds.KINDS)
+
+
+def detect_weights(path: Name) -> Detection | None:
+    """The weights at ``path``, whatever lies beside them; ``None`` where there are none."""
+    try:
+        return _among(path, None, kinds.WEIGHTS)
+    except LookupError:
+        return None
+
+
+def read(path: Name, tag: str | None = None, complete: bool = False) -> Source:
+    """The checkpoint of a training at ``path``, as the reader that fits locates it.
+
+    ``complete`` asks for everything that a training goes on from, not for the weights
+    alone. ``CheckpointError`` says what lies there instead, and what to do about it.
+    """
+    detection = detect(path, tag)
+    if detection.refusal is not None:
+        raise detection.error
+    return detection.read(complete)
+
+
+def _among(path: Name, tag: str | None, rows: Sequence[Kind]) -> Detection:
+    path = local_path(path)
+    look = Look(path, tag)
+    kind, evidence = first(look, rows)
+    folder = look.state_folder if kind.of_tag else None
+    detail = deepspeed.stage(look) if kind.name == "deepspeed" else ""
+
+    return Detection(
+        path=path, tag=tag, kind=kind, evidence=evidence, folder=folder or path, detail=detail
+    )
+
+
+def reader(name: str) -> Reader:
+    """The reader that a row names as "module:function"."""
+    module_name, _, function_name = name.partition(":")
+    function: Reader = getattr(import_module(module_name), function_name)
+    return function
+
+
+def require_readable(folder: Path) -> None:
+    """``CheckpointError`` for the folder of a tag whose files are of a kind not read here."""
+    look = Look(folder, folder.resolve().name)
+    for kind in kinds.OF_TAG:
+        if (evidence := kind.sign(look)) is not None:
+            sentence = (kind.refusal or "").format(evidence=evidence)
+            raise CheckpointError(f"{folder} {sentence}", kind.trouble)

@@ -1,0 +1,55 @@
+"""The names of files by which checkpoints are recognised.
+
+Sources: DeepSpeed 0.3 to 0.19.8 (``runtime/engine.py``: ``_get_*_ckpt_name``), torch 2.13
+(``distributed/checkpoint/filesystem.py``), accelerate 1.15 (``utils/constants.py``,
+``utils/fsdp_utils.py``), transformers 5.24, PEFT 0.21, Lightning 2.6, Megatron-LM core
+0.16 (``training/checkpointing.py``).
+"""
+
+from __future__ import annotations
+
+import re
+
+# DeepSpeed. Up to 0.3.13 no underscore stood before optim_states; the fast writer appends
+# -RANK.COUNT.
+_SUFFIX = r"\.pt(?:-(?P<writer>\d+)\.\d+)?"
+OPTIMIZER = re.compile(
+    r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_?optim_states" + _SUFFIX
+)
+PARTITIONED = re.compile(r"zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_model_states" + _SUFFIX)
+MODULE = re.compile(r"mp_rank_(?P<mp>\d+)_model_states" + _SUFFIX)
+STATES = (OPTIMIZER, PARTITIONED, MODULE)
+EXPERTS = re.compile(r"(layer_\d+_)?expert_\d+_.*|expp_rank_\d+_.*")
+STAGES = re.compile(r"layer_\d+(-model_\d+)?-model_states\.pt")
+LATEST = "latest"
+LATEST_UNIVERSAL = "latest_universal"
+UNIVERSAL = "zero"  # the folder of a universal checkpoint's tensors
+SCRIPT = "zero_to_fp32.py"  # which DeepSpeed lays beside every checkpoint
+
+# Models and adapters.
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+TORCH_BIN = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+TRAINER_STATE = "trainer_state.json"
+
+# torch's distributed checkpoints (DCP), and what writes them.
+DCP = ".metadata"
+DCP_PART = re.compile(r"__\w+\.distcp")
+DCP_OF_RANK = re.compile(r"__\d+\.metadata")
+DCP_SAFETENSORS = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+FSDP_FOLDER = re.compile(r"pytorch_model_fsdp_\d+")
+FSDP_OF_RANK = re.compile(r"pytorch_model_fsdp_\d+_rank\d+\.bin")
+FSDP_FULL = re.compile(r"pytorch_model_fsdp(_\d+)?\.bin")
+RANDOM_STATES = re.compile(r"random_states_(\d+)\.pkl")
+LIGHTNING_META = "meta.pt"
+
+# Megatron.
+MEGATRON_LATEST = "latest_checkpointed_iteration.txt"
+MEGATRON_RANK = re.compile(r"mp_rank_\d+(_\d+){0,2}")
+MEGATRON_STATE = ("model_optim_rng.pt", "model_rng.pt")
+MEGATRON_COMMON = "common.pt"
+
+# Runs of ckpt.
+MANIFEST = "manifest.json"  # the commit record of a checkpoint, written last
+
+ARCHIVE = re.compile(r".*\.(tar|tar\.\w+|tgz|tbz2?|txz|zip|7z|rar|gz|bz2|xz|zst)", re.I)

@@ -1,0 +1,73 @@
+"""Single files of other kinds: pointers, pages, archives."""
+
+from __future__ import annotations
+
+from converters.detect import filenames
+from converters.detect.kind import Kind
+from converters.detect.look import Look
+from converters.storage import misplaced_files
+
+
+def pointer(look: Look) -> str | None:
+    """A Git LFS pointer."""
+    return _content(look, "Git LFS")
+
+
+def web_page(look: Look) -> str | None:
+    """What a server sent instead of the file: a page, an error."""
+    return _content(look, "web page", "XML", "answer of a server")
+
+
+def compressed(look: Look) -> str | None:
+    """An archive or a compressed file, by its first bytes or its name."""
+    if why := _content(look, "compressed"):
+        return why
+    is_tar = look.head[257:262] == b"ustar"
+    is_rar = look.head.startswith(b"Rar!")
+    is_zip = look.head.startswith(b"PK") and not look.begins_as_torch_save
+    is_named = look.is_file and filenames.ARCHIVE.fullmatch(look.path.name)
+    return "is an archive: unpack it first" if is_tar or is_rar or is_zip or is_named else None
+
+
+def _content(look: Look, *words: str) -> str | None:
+    why = misplaced_files.content(look.head)
+    return why if why and any(word in why for word in words) else None
+
+
+def gguf(look: Look) -> str | None:
+    """A model of llama.cpp."""
+    return look.path.name if look.head.startswith(b"GGUF") else None
+
+
+KINDS = (
+    Kind(
+        name="git-lfs-pointer",
+        title="Git LFS pointer",
+        recognized_by="the first line, `version https://git-lfs...`",
+        sign=pointer,
+        refusal="{evidence}",
+    ),
+    Kind(
+        name="web-page",
+        title="answer of a server",
+        recognized_by="HTML, XML or a server's words in the place of the file",
+        sign=web_page,
+        refusal="{evidence}",
+    ),
+    Kind(
+        name="archive",
+        title="archive",
+        recognized_by="the first bytes or the suffix: tar, zip, 7z, rar, gz, bz2, xz, zst",
+        sign=compressed,
+        refusal="{evidence}",
+    ),
+    Kind(
+        name="gguf",
+        title="model of llama.cpp",
+        recognized_by="the first four bytes, `GGUF`",
+        sign=gguf,
+        refusal="is a file of llama.cpp (GGUF), which ckpt does not read: llama.cpp runs it, "
+        "and transformers loads it with from_pretrained(..., gguf_file=...)",
+        trouble="unsupported",
+    ),
+)

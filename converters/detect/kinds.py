@@ -1,0 +1,56 @@
+"""What can lie where a checkpoint is looked for: a table with a row a kind.
+
+The first row whose sign is seen is the kind. A new input format is a folder with its
+reader, and a row in one of the modules that this one joins
+(docs/decisions/0011-source-and-detect.md). ``docs/inputs.md`` shows the table to users; a
+test holds the two together.
+"""
+
+from __future__ import annotations
+
+from converters.detect import deepspeed, files, others, sharded, weights
+from converters.detect.kind import Kind, first
+from converters.detect.look import Look
+
+_MAX_SUBFOLDERS = 16  # that are looked into for what a folder holds
+
+
+def _holds(look: Look) -> str | None:
+    """The first folder in the path that is of a known kind, and what it is."""
+    for name in look.names[:_MAX_SUBFOLDERS]:
+        inner = Look(look.path / name)
+        if name.startswith(".") or not inner.is_folder:
+            continue
+        try:
+            kind, evidence = first(inner, _INNER)
+        except (LookupError, OSError):
+            continue
+        return f"{name}, which {(kind.refusal or '').format(evidence=evidence)}"
+
+    return None
+
+
+_PARENT = (
+    Kind(
+        name="parent",
+        title="folder of checkpoints",
+        recognized_by="a folder of one of the kinds above in it",
+        sign=_holds,
+        refusal="is a folder of checkpoints; it holds {evidence}",
+    ),
+)
+
+KINDS = (
+    *others.NOTHING,
+    *files.KINDS,
+    *deepspeed.KINDS,
+    *sharded.KINDS,
+    *weights.KINDS,
+    *_PARENT,
+    *others.KINDS,
+)
+OF_TAG = tuple(kind for kind in KINDS if kind.of_tag)
+# of weights alone: what ``ckpt.open`` takes before state files that nothing points to
+WEIGHTS = tuple(kind for kind in weights.KINDS if kind.reader)
+BY_NAME = {kind.name: kind for kind in KINDS}
+_INNER = (*OF_TAG, *sharded.KINDS, *weights.KINDS)

@@ -1,0 +1,88 @@
+"""What can be seen of a path from names and first bytes: no tensor, no pickle, no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+from converters.detect import state_folders
+from converters.detect.filenames import LATEST
+
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number, pickled
+_HEAD_BYTES = 512  # as far as the magic number of a tar archive
+
+
+class Look:
+    """A path that a user named, and perhaps a tag in it; each fact is looked up once.
+
+    ``OSError`` for a folder that may not be looked into.
+    """
+
+    def __init__(self, path: Path, tag: str | None = None):
+        self.path = path
+        self.tag = tag
+
+    @cached_property
+    def is_folder(self) -> bool:
+        """Whether a folder lies at the path, or a link to a folder."""
+        return self.path.is_dir()
+
+    @cached_property
+    def is_file(self) -> bool:
+        """Whether a file lies at the path, or a link to a file."""
+        return self.path.is_file()
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names in a folder, sorted; of anything else none."""
+        return tuple(sorted(e.name for e in self.path.iterdir())) if self.is_folder else ()
+
+    @cached_property
+    def state_folder(self) -> Path | None:
+        """The folder that DeepSpeed's files of the tag lie in, if the path leads to one."""
+        if not self.is_folder:
+            return None
+        if self.tag is not None:
+            folder = self.path / self.tag
+            if folder.is_dir():
+                return folder
+            return self.path if self.path.resolve().name == self.tag else None
+        if state_folders.is_tag_folder(self.path):
+            return self.path
+
+        latest = self.path / LATEST
+        tag = state_folders.tag_in(latest) if latest.is_file() else None
+        return self.path / tag if tag and (self.path / tag).is_dir() else None
+
+    @cached_property
+    def state_names(self) -> tuple[str, ...]:
+        """The names in ``state_folder``, sorted."""
+        folder = self.state_folder
+        return tuple(sorted(entry.name for entry in folder.iterdir())) if folder else ()
+
+    @cached_property
+    def head(self) -> bytes:
+        """The first bytes of a file; none of what cannot be read."""
+        if not self.is_file:
+            return b""
+        with contextlib.suppress(OSError), open(self.path, "rb") as file:
+            return file.read(_HEAD_BYTES)
+        return b""
+
+    def has(self, names: Iterable[str]) -> str | None:
+        """The first of some names that a file in the folder has."""
+        return next((name for name in names if (self.path / name).is_file()), None)
+
+    def match(self, pattern: re.Pattern[str]) -> str | None:
+        """The first name in the folder that fits."""
+        return next((name for name in self.names if pattern.fullmatch(name)), None)
+
+    @property
+    def begins_as_torch_save(self) -> bool:
+        """Whether the first record of a zip is a pickle, or the file is of before torch 1.6."""
+        if self.head.startswith(b"PK\x03\x04"):
+            return b"data.pkl" in self.head[30:300]
+        return self.head.startswith(_LEGACY)

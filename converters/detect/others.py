@@ -1,0 +1,95 @@
+"""The kinds that no other room reads: nothing, an empty folder, a folder of
+checkpoints."""
+
+from __future__ import annotations
+
+from converters.detect import filenames
+from converters.detect.kind import Kind
+from converters.detect.look import Look
+from converters.storage import misplaced_files
+
+
+def nothing(look: Look) -> str | None:
+    """Nothing lies there; a link that leads nowhere is said to be one."""
+    if look.path.exists():
+        return None
+    return misplaced_files.link(look.path)
+
+
+def unfinished(look: Look) -> str | None:
+    """A download that did not end: the file itself, or one in the folder."""
+    if look.is_file and look.path.name.lower().endswith(misplaced_files.UNFINISHED):
+        return f"{look.path.name} is a download that did not end: download it again"
+    missing = misplaced_files.missing(look.path) if look.is_folder else ""
+    return missing.removeprefix("; ") or None
+
+
+def archives(look: Look) -> str | None:
+    """A folder with an archive in it, and nothing known beside it."""
+    return look.match(filenames.ARCHIVE)
+
+
+def empty(look: Look) -> str | None:
+    """A folder with nothing in it."""
+    return "" if look.is_folder and not look.names else None
+
+
+def unknown(look: Look) -> str | None:
+    """A folder of no known kind: the first names in it."""
+    return ", ".join(look.names[:3]) if look.is_folder else None
+
+
+def other_file(look: Look) -> str | None:
+    """Any other file."""
+    return "" if look.path.exists() and not look.is_folder else None
+
+
+NOTHING = (
+    Kind(
+        name="nothing",
+        title="nothing",
+        recognized_by="nothing is there, or a link that leads nowhere",
+        sign=nothing,
+        refusal="does not exist; expected the folder of a checkpoint{evidence}",
+    ),
+)
+
+KINDS = (
+    Kind(
+        name="other-file",
+        title="file of no known kind",
+        recognized_by="any other file",
+        sign=other_file,
+        refusal="is a file; expected the folder of a checkpoint",
+    ),
+    Kind(
+        name="archives",
+        title="folder with an archive",
+        recognized_by="a file with the suffix of an archive, and nothing known beside it",
+        sign=archives,
+        refusal="has no file latest; {evidence} in it is an archive: unpack it first",
+    ),
+    Kind(
+        name="unfinished-download",
+        title="download that did not end",
+        recognized_by="`.incomplete`, `.part` and the like, of the path or in it",
+        sign=unfinished,
+        refusal="is not whole: {evidence}",
+    ),
+    Kind(
+        name="empty",
+        title="empty folder",
+        recognized_by="no file and no folder in it",
+        sign=empty,
+        refusal="is an empty folder, so no checkpoint of DeepSpeed lies in it; name the folder of "
+        "one, or save or copy one to there",
+    ),
+    Kind(
+        name="unknown",
+        title="folder of no known kind",
+        recognized_by="any other folder",
+        sign=unknown,
+        refusal="has no file latest, and no checkpoint of DeepSpeed lies below it; it holds "
+        "{evidence}: name the folder of a checkpoint",
+    ),
+)

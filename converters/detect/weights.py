@@ -1,0 +1,195 @@
+"""Weights that need no conversion: models, adapters, and what ckpt keeps of a training."""
+
+from __future__ import annotations
+
+from converters.detect import filenames
+from converters.detect.kind import Kind
+from converters.detect.look import Look
+from converters.storage import bounded_json, misplaced_files
+
+_READER = "converters.formats.weight_files:read"
+_OPENS = "ckpt.open reads it as it is; from_pretrained reads the folder"
+_TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+_MODELS = (*filenames.SAFETENSORS, *filenames.TORCH_BIN)
+_MAX_MANIFEST_BYTES = 64 << 20
+
+
+def hub_cache(look: Look) -> str | None:
+    """A repository in the cache of the Hub client: the paths of its snapshots."""
+    if not (look.path / "snapshots").is_dir() or not (look.path / "refs").exists():
+        return None
+    snapshots = sorted(entry.name for entry in (look.path / "snapshots").iterdir())
+    paths = ", ".join(str(look.path / "snapshots" / name) for name in snapshots[:4])
+    return paths or "it has none"
+
+
+def misplaced_weights(look: Look) -> str | None:
+    """A file of weights in whose place lies something else: a pointer, a web page."""
+    name = look.has((*_MODELS, *filenames.ADAPTERS)) if look.is_folder else None
+    why = misplaced_files.file(look.path / name) if name else None
+    return None if why is None else f"{name} in it {why}"
+
+
+def weights_tier(look: Look) -> str | None:
+    """A checkpoint that ckpt saved as weights alone."""
+    is_named_so = look.path.resolve().name.startswith("weights-")
+    return filenames.MANIFEST if is_named_so and _tier(look) == "weights" else None
+
+
+def slimmed(look: Look) -> str | None:
+    """A checkpoint that ``ckpt slim`` took the states from."""
+    return filenames.MANIFEST if _tier(look) == "weights" else None
+
+
+def _tier(look: Look) -> str | None:
+    """The tier in the folder's manifest; ``None`` if there is none that can be read."""
+    path = look.path / filenames.MANIFEST
+    if look.has([filenames.MANIFEST]) is None or path.stat().st_size > _MAX_MANIFEST_BYTES:
+        return None
+    try:
+        manifest = bounded_json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    tier = manifest.get("tier") if isinstance(manifest, dict) else None
+    return tier if isinstance(tier, str) else None
+
+
+def adapter(look: Look) -> str | None:
+    """An adapter of PEFT, with no weights of a model beside it."""
+    if look.is_file:
+        return look.path.name if look.path.name in filenames.ADAPTERS else None
+    has_model = look.has(_MODELS)
+    return None if has_model else look.has(filenames.ADAPTERS)
+
+
+def gathered(look: Look) -> str | None:
+    """16-bit weights that a training gathered, without the states that they are of."""
+    is_trained = look.has([filenames.TRAINER_STATE, filenames.SCRIPT])
+    return look.has(_MODELS) if is_trained else None
+
+
+def accelerate(look: Look) -> str | None:
+    """A folder of Accelerate's ``save_state`` with weights in it."""
+    has_states = look.match(filenames.RANDOM_STATES)
+    return look.has(_MODELS) if has_states else None
+
+
+def safetensors(look: Look) -> str | None:
+    """A model in safetensors: a file, a folder with one, or with an index of shards."""
+    if look.is_file:
+        return look.path.name if look.path.suffix == ".safetensors" else None
+    return look.has(filenames.SAFETENSORS)
+
+
+def torch_bin(look: Look) -> str | None:
+    """A model in files of ``torch.save``: one of them, a folder with one, or with an index."""
+    if look.is_file:
+        return look.path.name if _is_torch_file(look) else None
+    return look.has(filenames.TORCH_BIN)
+
+
+def _is_torch_file(look: Look) -> bool:
+    if look.path.name.lower().endswith(misplaced_files.UNFINISHED):
+        return False
+    return look.path.suffix in _TORCH_SUFFIXES or look.begins_as_torch_save
+
+
+def lightning_file(look: Look) -> str | None:
+    """A checkpoint of Lightning in one file."""
+    if look.is_file and look.path.suffix == ".ckpt":
+        return look.path.name
+    return None
+
+
+KINDS = (
+    Kind(
+        name="hub-cache",
+        title="repository in the cache of the Hub client",
+        recognized_by="`snapshots/` and `refs/`",
+        sign=hub_cache,
+        refusal="is a repository in the cache of the Hub client; name a snapshot: {evidence}",
+    ),
+    Kind(
+        name="misplaced-weights",
+        title="model whose weights are not there",
+        recognized_by="a Git LFS pointer, a web page or the like in the place of the weights",
+        sign=misplaced_weights,
+        refusal="has no state files of DeepSpeed, and {evidence}",
+    ),
+    Kind(
+        name="weights-tier",
+        title="checkpoint of weights alone, saved by ckpt",
+        recognized_by='`manifest.json` with `"tier": "weights"` in a folder `weights-N`',
+        sign=weights_tier,
+        reader=_READER,
+        refusal="is a checkpoint of weights alone ({evidence}), which a training cannot go on "
+        f"from; it has the weights already, so there is nothing to convert: {_OPENS}",
+    ),
+    Kind(
+        name="slimmed",
+        title="slimmed checkpoint",
+        recognized_by='`manifest.json` with `"tier": "weights"` in another folder',
+        sign=slimmed,
+        reader=_READER,
+        refusal="is a slimmed checkpoint ({evidence}), whose states are gone; it has the weights "
+        f"already, so there is nothing to convert: {_OPENS}",
+    ),
+    Kind(
+        name="adapter",
+        title="adapter of PEFT",
+        recognized_by="`adapter_model.safetensors` or `adapter_model.bin`, and no model beside it",
+        sign=adapter,
+        reader=_READER,
+        refusal="is an adapter of PEFT without state files of DeepSpeed; it has the adapter "
+        "already, {evidence}, so there is nothing to convert: PeftModel.from_pretrained reads it, "
+        "and ckpt.open its tensors",
+    ),
+    Kind(
+        name="gathered-16bit",
+        title="16-bit weights that a training gathered",
+        recognized_by="weights of a model beside `trainer_state.json` or `zero_to_fp32.py`",
+        sign=gathered,
+        reader=_READER,
+        refusal="is what a training gathered, without state files of DeepSpeed "
+        "(save_only_model, save_16bit_model); it has the weights already, {evidence}, so there "
+        f"is nothing to convert: {_OPENS}",
+    ),
+    Kind(
+        name="accelerate",
+        title="checkpoint of Accelerate without DeepSpeed",
+        recognized_by="`random_states_R.pkl` and the weights of a model",
+        sign=accelerate,
+        reader=_READER,
+        refusal="is a checkpoint of Accelerate without DeepSpeed; it has the weights already, "
+        "{evidence}, so there is nothing to convert: accelerator.load_state goes on from it, and "
+        "ckpt.open reads the weights",
+    ),
+    Kind(
+        name="safetensors",
+        title="weights in safetensors",
+        recognized_by="`model.safetensors`, its index, or any `.safetensors` file",
+        sign=safetensors,
+        reader=_READER,
+        refusal="is a model in safetensors, without state files of DeepSpeed; it has the "
+        f"weights already, {{evidence}}, so there is nothing to convert: {_OPENS}",
+    ),
+    Kind(
+        name="lightning-file",
+        title="checkpoint of Lightning in one file",
+        recognized_by="the suffix `.ckpt`",
+        sign=lightning_file,
+        reader=_READER,
+        refusal="is a file; expected the folder of a checkpoint: if Lightning saved it, "
+        "load_from_checkpoint reads it, and its state_dict holds the weights already",
+    ),
+    Kind(
+        name="torch-bin",
+        title="weights in files of torch.save",
+        recognized_by="`pytorch_model.bin`, its index, any `.bin`, `.pt` or `.pth` file, or "
+        "the first bytes",
+        sign=torch_bin,
+        reader=_READER,
+        refusal="is in the form of torch.save, without state files of DeepSpeed; it has the "
+        f"weights already, {{evidence}}, so there is nothing to convert: {_OPENS}",
+    ),
+)

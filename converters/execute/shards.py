@@ -1,0 +1,238 @@
+"""Moving the bytes of a plan: read, check, cast, write. No decisions are left here.
+
+    for every chunk of every tensor, on two threads or more, in the order of the output:
+      pread its runs -> CRC32 of each -> compare with the 16-bit copy -> cast -> pwrite in place
+
+Memory is ``MOVE_BYTES`` bytes a buffer, four buffers a thread, whatever the model's size. A
+shard is written as ``NAME.partial`` and renamed when it is whole and on disk; one that
+is there already is only checked. Nothing is promised about the order in which bytes of a
+shard arrive.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from converters.errors import CheckpointError
+from converters.execute.workers import OUTPUT, Mover, Progress, Specials
+from converters.plan import Plan, Shard
+from converters.storage import local
+from converters.storage.checksums import Ledger
+from converters.tensors import Extent
+from converters.words import counted, verb
+
+
+@dataclass(slots=True)
+class MoveReport:
+    """What was moved and what was proven. Sizes are bytes, ``compared`` and ``unlike``
+    tensors.
+
+    ``unlike`` are tensors whose copy has other values; ``overflowed`` counts numbers by
+    tensor, as do ``nan`` and ``inf``, those of written numbers that did not become
+    infinite on the way, ``digests`` stand for source files without CRC32s
+    (``Ledger.digests``).
+    """
+
+    read: int = 0
+    written: int = 0
+    checked: int = 0
+    unchecked: int = 0
+    compared: int = 0
+    unlike: list[str] = field(default_factory=list)
+    overflowed: dict[str, int] = field(default_factory=dict)
+    nan: dict[str, int] = field(default_factory=dict)
+    inf: dict[str, int] = field(default_factory=dict)
+    digests: dict[Path, str] = field(default_factory=dict)
+
+    def count(self, specials: Specials) -> None:
+        """Enters NaN and infinities of pieces."""
+        for (name, _), (nan_count, inf_count) in sorted(specials.items()):
+            self.nan[name] = self.nan.get(name, 0) + nan_count
+            self.inf[name] = self.inf.get(name, 0) + inf_count
+
+        for name, overflow_count in self.overflowed.items():
+            self.inf[name] = max(0, self.inf.get(name, 0) - overflow_count)
+
+        self.nan = {name: number for name, number in self.nan.items() if number}
+        self.inf = {name: number for name, number in self.inf.items() if number}
+
+    def prove(self, plan: Plan, ledger: Ledger, mismatched: Collection[str]) -> None:
+        """Enters what the bytes that passed prove; reads what of the records never did.
+
+        ``CheckpointError`` if a CRC32 of the source is wrong.
+        """
+        self.checked, self.unchecked = ledger.check(plan.checksums)
+        self.digests = ledger.digests(plan.checksums)
+        with_copies = sum(bool(placement.copies) for placement in plan.placements())
+        self.compared = with_copies - len(mismatched)
+        self.unlike = sorted(mismatched)
+
+
+OTHER_SAVES = "these files are of different saves; copy those of one save here"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checks:
+    """What ``execute`` checks and counts while it moves bytes.
+
+    ``verify`` compares CRC32s and copies. ``exact_copies`` makes a copy with other
+    values an error, and ``remedy`` says in the error how that may have come about and
+    what to do. ``allow_overflow`` writes numbers that are too large for the output's
+    type as infinities. ``count_specials`` counts NaN and infinities.
+    """
+
+    verify: bool = True
+    exact_copies: bool = True
+    remedy: str = OTHER_SAVES
+    allow_overflow: bool = False
+    count_specials: bool = False
+
+
+DEFAULT_CHECKS = Checks()
+
+
+def execute(
+    plan: Plan,
+    folder: Path,
+    checks: Checks = DEFAULT_CHECKS,
+    *,
+    workers: int | None = None,
+    progress: Progress = lambda _: None,
+) -> MoveReport:
+    """Writes the plan's shards into ``folder``, each whole or not at all, and proves
+    their source.
+
+    ``workers`` is the number of threads; ``progress`` gets bytes written. Shards of an
+    interrupted run of the same plan are kept. Raises ``CheckpointError``, and leaves no
+    shard half written then.
+    """
+    report, ledger = MoveReport(), Ledger()
+    mismatched: set[str] = set()
+    specials: Specials | None = {} if checks.count_specials else None
+    for shard in plan.shards:
+        target = folder / shard.filename
+        target.parent.mkdir(parents=True, exist_ok=True)
+        already_written = target.is_file() and target.stat().st_size == shard.nbytes
+        if already_written and not checks.verify:
+            progress(shard.nbytes)
+            continue
+
+        mover = Mover(checks.verify, ledger, mismatched, progress, specials)
+        if not already_written or not _intact(mover, shard, target, workers):
+            mover = Mover(checks.verify, ledger, mismatched, progress, specials)
+            _write(mover, shard, target, workers, checks.allow_overflow)
+            report.written += shard.nbytes
+
+        report.read += mover.read
+        report.overflowed |= mover.overflowed
+        if mismatched and checks.exact_copies:
+            raise unlike_error(plan, shard, ledger, sorted(mismatched)[0], checks.remedy)
+
+    if checks.verify:
+        report.prove(plan, ledger, mismatched)
+
+    report.count(specials or {})
+    subfolders = {(folder / shard.filename).parent for shard in plan.shards}
+    for subfolder in subfolders | {folder}:
+        local.sync_folder(subfolder)
+
+    return report
+
+
+def _write(
+    mover: Mover, shard: Shard, target: Path, workers: int | None, allow_overflow: bool
+) -> None:
+    """Writes a shard whole, in place of what lies at ``target``."""
+    target.parent.mkdir(parents=True, exist_ok=True)  # of a further adapter
+    with local.replacing(target) as fd:
+        os.ftruncate(fd, shard.nbytes)
+        mover.move(shard, fd, workers)
+        if mover.overflowed and not allow_overflow:
+            refuse_overflow(shard, mover.overflowed)
+
+        writer = local.LocalWriter(fd)
+        for offset, literal in _literals(shard, mover.output):
+            writer.write(literal, offset)
+
+
+def unlike_error(
+    plan: Plan,
+    shard: Shard,
+    ledger: Ledger,
+    name: str,
+    remedy: str,
+) -> CheckpointError:
+    """The error for a tensor unlike its copy; raises that of a damaged record if that is
+    why.
+
+    ``remedy`` says how that may have come about, and what to do.
+    """
+    placement = next(candidate for candidate in shard.placements if candidate.name == name)
+    copies = placement.copies
+    runs = {
+        (extent.path, extent.offset)
+        for tensor in (placement.source, *copies)
+        for extent in tensor.extents
+    }
+
+    def has_run(record: Extent) -> bool:
+        return any(
+            path == record.path and record.offset <= offset < record.end for path, offset in runs
+        )
+
+    ledger.check(checksum for checksum in plan.checksums if has_run(checksum.extent))
+
+    return CheckpointError(
+        f"{copies[0].extents[0].path} holds other values of {name} than "
+        f"{placement.source.extents[0].path}, whose weights do not round to them: "
+        f"{remedy}"
+    )
+
+
+def refuse_overflow(
+    shard: Shard,
+    overflowed: dict[str, int],
+    remedy: str = "choose --dtype bf16, or --allow-overflow",
+) -> None:
+    """Raises ``CheckpointError``: numbers of the shard's tensors do not fit the type
+    asked for."""
+    name, count = next(iter(overflowed.items()))
+    further = len(overflowed) - 1
+    others = f" (and {counted(further, 'other tensor')})" if further else ""
+    placement = next(candidate for candidate in shard.placements if candidate.name == name)
+    raise CheckpointError(
+        f"{placement.source.extents[0].path}: {counted(count, 'value')} of "
+        f"{name}{others} {verb(count, 'is', 'are')} too large for "
+        f"{placement.dtype.value} and would become infinite; {remedy}",
+        "refused",
+    )
+
+
+def _intact(mover: Mover, shard: Shard, target: Path, workers: int | None) -> bool:
+    """Whether a shard that an interrupted run left holds what would be written now."""
+    with open(target, "rb") as file:
+        mover.move(shard, file.fileno(), workers, compare=True)
+        return not mover.stale and all(
+            local.read_at(file.fileno(), len(literal), offset) == literal
+            for offset, literal in _literals(shard, mover.output)
+        )
+
+
+def _literals(shard: Shard, output: Ledger) -> Iterator[tuple[int, bytes]]:
+    """The literals, with the CRC32s of the tensors in their slots."""
+    placements_by_name = {placement.name: placement for placement in shard.placements}
+    slots = dict(shard.crc_slots)
+    for offset, literal in shard.literals:
+        patched = bytearray(literal)
+        for slot in (slot for slot in slots if offset <= slot < offset + len(literal)):
+            placement, tensor_crc32 = placements_by_name[slots[slot]], 0
+            if placement.nbytes:
+                starts, _ = output.runs[OUTPUT]
+                _, tensor_crc32 = starts[placement.offset]
+
+            first = slot - offset
+            patched[first : first + 4] = tensor_crc32.to_bytes(4, "little")
+        yield offset, bytes(patched)

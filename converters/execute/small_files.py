@@ -1,0 +1,153 @@
+"""Moving the bytes of a plan of many small files into a folder that has not got its name
+yet.
+
+``shards`` makes each shard durable before the next, its pieces moved by several threads: right for
+a few large ones, but a universal folder has four files for each parameter. A staging folder counts
+for nothing until it is renamed, so here each thread takes whole files, and they are synced at the
+end, many at a time, which the filesystem's journal commits together.
+
+A file that an interrupted run left is compared, piece by piece, before it is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from isal import isal_zlib
+
+from converters.execute.shards import MoveReport
+from converters.execute.workers import (
+    MOVE_BYTES,
+    Mover,
+    Progress,
+    Worker,
+    default_workers,
+    pieces_of,
+)
+from converters.plan import Plan, Shard
+from converters.storage import local
+from converters.storage.checksums import Ledger
+
+SYNCS = 16  # files synced at a time
+
+
+def execute(
+    plan: Plan,
+    folder: Path,
+    *,
+    verify: bool = True,
+    workers: int | None = None,
+    progress: Progress = lambda _: None,
+) -> MoveReport:
+    """Writes the plan's files into ``folder`` and makes them durable before it returns.
+
+    ``verify`` compares the CRC32s of what is read. ``progress`` gets bytes written.
+    Raises ``CheckpointError`` for damage in what is read, and ``OSError`` for trouble in
+    writing.
+    """
+    report, ledger = MoveReport(), Ledger()
+    for subfolder in sorted({(folder / shard.filename).parent for shard in plan.shards}):
+        subfolder.mkdir(parents=True, exist_ok=True)
+
+    mover, shards = Mover(verify, ledger, set(), progress), iter(plan.shards)
+    thread_count = workers or default_workers()
+    with ThreadPoolExecutor(thread_count) as pool:
+        try:
+            jobs = [pool.submit(_work, mover, shards, folder) for _ in range(thread_count)]
+            for job in jobs:
+                job.result()
+        finally:
+            mover.stopped = True
+
+    report.read, report.written = mover.read, plan.nbytes
+    if verify:
+        report.checked, report.unchecked = ledger.check(plan.checksums)
+
+    sync(folder / shard.filename for shard in plan.shards)
+    return report
+
+
+def _work(mover: Mover, shards: Iterator[Shard], folder: Path) -> None:
+    """Writes files, in a thread, until none is left."""
+    worker = Worker(mover)
+    try:
+        while not mover.stopped:
+            with mover.lock:
+                shard = next(shards, None)
+            if shard is None:
+                break
+
+            path = folder / shard.filename
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                with local.named(path):
+                    same_size = os.fstat(fd).st_size == shard.nbytes
+                    os.ftruncate(fd, shard.nbytes)
+                    _write(worker, shard, fd, same_size)
+            finally:
+                os.close(fd)
+    except BaseException:
+        mover.stopped = True
+        raise
+    finally:
+        worker.close()
+
+
+def _write(worker: Worker, shard: Shard, fd: int, same_size: bool) -> None:
+    """Writes a file. Where it has the ``same_size`` already, pieces that are equal are
+    not written."""
+    mover, crc32s = worker.mover, dict[str, int]()
+    # small uncached writes wait for those before them in the same page to reach the disk
+    write = local.LocalWriter(fd).write if shard.nbytes > MOVE_BYTES else partial(_write_cached, fd)
+    for piece in pieces_of(shard):
+        if mover.stopped:
+            return
+
+        name = piece.placement.name
+        output = worker.make(piece)
+        crc32s[name] = isal_zlib.crc32(output, crc32s.get(name, 0))
+        if not same_size or not worker.is_there(fd, piece.offset, output):
+            write(output, piece.offset)
+
+        with mover.lock:
+            mover.read += piece.stored
+            mover.progress(piece.nbytes)
+
+    for offset, literals in _joined(shard, crc32s):
+        _write_cached(fd, literals, offset)
+
+
+def _write_cached(fd: int, data: memoryview | bytes, offset: int) -> None:
+    view = memoryview(data)
+    while len(view):
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _joined(shard: Shard, crc32s: dict[str, int]) -> Iterator[tuple[int, bytes]]:
+    """The literals with the CRC32s in their slots; those that touch as one, to be one
+    write."""
+    slots = [(offset, crc32s.get(name, 0)) for offset, name in shard.crc_slots]
+    start, pending = 0, bytearray()
+    for offset, literal in [*sorted(shard.literals), (shard.nbytes + 1, b"")]:
+        if offset != start + len(pending):
+            for slot, crc32 in slots:
+                if start <= slot < start + len(pending):
+                    first = slot - start
+                    pending[first : first + 4] = crc32.to_bytes(4, "little")
+
+            yield start, bytes(pending)
+            start, pending = offset, bytearray()
+        pending += literal
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Makes files durable, and the folders that they lie in."""
+    files = list(paths)
+    with ThreadPoolExecutor(SYNCS) as pool:
+        list(pool.map(local.sync_file, files))
+        list(pool.map(local.sync_folder, sorted({path.parent for path in files})))

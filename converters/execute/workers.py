@@ -1,0 +1,353 @@
+"""The threads that move a shard: each takes the next piece, and carries it from end to
+end.
+
+    pread its runs -> CRC32 of each -> compare with the 16-bit copy -> cast -> pwrite in place
+
+All but the last step is ``Worker.make``, which ``virtual_file`` uses too.
+
+A thread has four buffers of ``MOVE_BYTES`` bytes (tensor, copy, rounded, output) and nothing
+else that grows with the model. numpy is loaded only where there is something to cast or
+to compare: a plain copy does without its 15 MB and 100 ms.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from isal import isal_zlib
+
+from converters.computing.computed import Computed, stored
+from converters.execute import nonfinite
+from converters.execute.source_files import SourceFiles
+from converters.plan import Placement, Shard
+from converters.storage import local
+from converters.storage.checksums import Ledger
+from converters.tensors import DType, Extent, Extents, TensorRef
+
+if TYPE_CHECKING:
+    from converters.computing.inputs import Factors, Rooms
+
+MOVE_BYTES = 2 << 20  # bytes of the widest type in a piece; a thread has four such buffers
+MAX_RUNS_IN_A_PIECE = 1 << 14  # runs of a strided view in a piece
+OUTPUT = Path("output")  # the name that the ledger of a shard's own CRC32s knows it by
+
+Progress = Callable[[int], None]
+Specials = dict[tuple[str, int], tuple[int, int]]  # NaN and infinities of a piece
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements ``start`` to ``start + count`` of a placement."""
+
+    placement: Placement
+    start: int
+    count: int
+
+    @property
+    def offset(self) -> int:
+        """The byte of the shard that it begins at."""
+        return self.placement.offset + self.start * self.placement.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the shard."""
+        return self.count * self.placement.dtype.itemsize
+
+    @property
+    def stored(self) -> int:
+        """Bytes read for it, its copy aside; of a computed tensor its share of all
+        inputs."""
+        source = self.placement.source
+        if not isinstance(source, Computed):
+            return self.count * source.dtype.itemsize
+        nbytes, end = stored(source), self.start + self.count
+        return nbytes * end // source.numel - nbytes * self.start // source.numel
+
+
+def default_workers() -> int:
+    """Threads that move bytes: one reads while another writes; more than four gained
+    nothing."""
+    return min(4, max(2, os.cpu_count() or 1))
+
+
+def computing(shard: Shard) -> AbstractContextManager[None]:
+    """What computed tensors of the shard are made within: products give the same bits
+    then."""
+    sources = (placement.source for placement in shard.placements)
+    if not any(isinstance(source, Computed) for source in sources):
+        return nullcontext()
+
+    from converters.computing import blas
+
+    blas.prefer()
+    import numpy  # noqa: F401 - the library whose threads are set
+
+    return blas.one_thread()
+
+
+class Mover:
+    """The state that the threads moving one shard share.
+
+    ``nonfinite`` takes how many NaN and infinities each piece has, by tensor and first
+    element; ``None`` does not look.
+    """
+
+    def __init__(
+        self,
+        verify: bool,
+        ledger: Ledger,
+        mismatched: set[str],
+        progress: Progress,
+        specials: Specials | None = None,
+    ):
+        self.verify = verify
+        self.ledger = ledger
+        self.mismatched = mismatched
+        self.progress = progress
+        self.specials = specials
+
+        self.output = Ledger()
+        self.overflowed: dict[str, int] = {}
+        self.read = 0
+        self.lock = threading.Lock()
+        self.failure: BaseException | None = None
+        self.stopped = False
+        self.stale = False
+        self.factors: Factors | None = None
+
+    def move(self, shard: Shard, fd: int, workers: int | None, *, compare: bool = False) -> None:
+        """Moves every tensor of the shard to ``fd``, or only compares it with what is
+        there."""
+        pieces = pieces_of(shard)
+        count = workers or default_workers()
+        args = (pieces, fd, compare, bool(shard.crc_slots))
+        threads = [threading.Thread(target=self.work, args=args) for _ in range(count)]
+
+        with computing(shard):
+            for thread in threads:
+                thread.start()
+
+            if self.specials is not None and shard.nbytes >= nonfinite.NUMPY_FROM:
+                from converters import cast  # noqa: F401  # meanwhile, since it is worth its time
+
+            try:
+                for thread in threads:
+                    thread.join()
+            finally:
+                self.stopped = True
+                for thread in threads:
+                    thread.join()
+
+        if self.failure is not None:
+            raise self.failure
+
+    def work(self, pieces: Iterator[Piece], fd: int, compare: bool, sealed: bool) -> None:
+        """Carries pieces, in a thread, until none is left."""
+        worker, writer = Worker(self), local.LocalWriter(fd)
+        try:
+            while not self.stopped:
+                with self.lock:
+                    piece = next(pieces, None)
+                if piece is None:
+                    break
+
+                output = worker.make(piece)
+                worker.look(piece, output)
+                if sealed:
+                    crc32 = isal_zlib.crc32(output)
+                    self.output.add(OUTPUT, piece.offset, len(output), crc32)
+
+                if compare:
+                    if not worker.is_there(fd, piece.offset, output):
+                        self.stale = True  # no |=: it would undo what another thread found
+                else:
+                    writer.write(output, piece.offset)
+
+                with self.lock:
+                    self.read += piece.stored
+                    self.progress(piece.nbytes)
+        except BaseException as error:
+            self.failure = self.failure or error
+            self.stopped = True
+        finally:
+            worker.close()
+
+
+def pieces_of(shard: Shard) -> Iterator[Piece]:
+    """The shard's tensors in the order of its bytes, cut where a buffer is full."""
+    for placement in sorted(shard.placements, key=lambda placement: placement.offset):
+        source = placement.source
+        types = [source.dtype, placement.dtype]
+        types += [placement.copy.dtype] if placement.copy else []
+        widest = max(dtype.itemsize for dtype in types)
+        max_elements = MOVE_BYTES // widest
+        if isinstance(source, Computed):
+            # the formula takes memory besides
+            max_elements = max(1, max_elements // 2)
+            max_elements -= max_elements % min(source.block, max_elements)
+        elif source.extents.scattered:
+            run_bytes = source.extents.nbytes // len(source.extents)
+            max_elements = min(
+                max_elements, MAX_RUNS_IN_A_PIECE * run_bytes // source.dtype.itemsize
+            )
+
+        for start in range(0, source.numel, max_elements):
+            yield Piece(placement, start, min(max_elements, source.numel - start))
+
+
+class Worker:
+    """One thread's buffers and open files."""
+
+    def __init__(self, mover: Mover):
+        self.mover = mover
+        self.buffers = [memoryview(bytearray(MOVE_BYTES)) for _ in range(4)]
+        self.files = SourceFiles()
+        self.rooms: Rooms = {}
+
+    def close(self) -> None:
+        """Closes the source files; the worker opens them again when it is used again."""
+        self.files.close()
+
+    def make(self, piece: Piece) -> memoryview:
+        """The piece's bytes in the shard: read, checked, cast. They last until the next
+        call."""
+        placement = piece.placement
+        if isinstance(placement.source, Computed):
+            return self.compute(placement.source, piece)
+
+        piece_bytes = self.fetch(placement.source, piece, 0)
+        if placement.copy is not None and self.mover.verify:
+            self.compare(piece, placement.source.dtype, piece_bytes, placement.copy)
+        if placement.dtype is placement.source.dtype:
+            return piece_bytes
+
+        return self.cast(placement, piece_bytes, piece.count)
+
+    def compute(self, source: Computed, piece: Piece) -> memoryview:
+        """Makes a piece of a computed tensor by its formula."""
+        from converters.computing import inputs
+
+        mover, placement = self.mover, piece.placement
+        with mover.lock:
+            mover.factors = mover.factors or inputs.Factors()
+
+        mover.factors.advance(placement.offset)
+
+        reader = inputs.InputReader(
+            self.take,
+            mover.factors,
+            source.proofs if mover.verify else (),
+            lambda: mover.mismatched.add(placement.name),
+            self.rooms,
+        )
+
+        elements = source.elements(piece.start, piece.count, reader)
+        piece_bytes = inputs.octets(elements, source, piece.count)
+
+        if placement.copy is not None and mover.verify:
+            self.compare(piece, source.dtype, piece_bytes, placement.copy)
+        if placement.dtype is source.dtype:
+            return piece_bytes
+
+        return self.cast(placement, piece_bytes, piece.count)
+
+    def look(self, piece: Piece, output: memoryview) -> None:
+        """Counts NaN and infinities in a piece, as it is written."""
+        mover, placement = self.mover, piece.placement
+        if mover.specials is None or placement.codes or not placement.dtype.floating:
+            return
+
+        numeric = "converters.cast" in sys.modules
+        special_counts = nonfinite.count(output, placement.dtype, numeric)
+        if any(special_counts):
+            mover.specials[placement.name, piece.start] = special_counts
+
+    def is_there(self, fd: int, offset: int, output: memoryview) -> bool:
+        """Whether a file holds these bytes at ``offset``."""
+        file_bytes = self.buffers[1][: len(output)]
+        count = local.read_into(fd, file_bytes, offset)
+        return count == len(output) and file_bytes == output
+
+    def cast(self, placement: Placement, piece_bytes: memoryview, count: int) -> memoryview:
+        """The piece in the type it is written in; counts what overflows."""
+        from converters import cast
+
+        output = self.buffers[3][: count * placement.dtype.itemsize]
+        source = cast.array(piece_bytes, placement.source.dtype)
+        target = cast.array(output, placement.dtype)
+        cast.convert(source, target)
+        if overflow_count := cast.overflows(source, target, placement.dtype):
+            with self.mover.lock:
+                counts = self.mover.overflowed
+                counts[placement.name] = counts.get(placement.name, 0) + overflow_count
+
+        return output
+
+    def compare(self, piece: Piece, dtype: DType, piece_bytes: memoryview, copy: TensorRef) -> None:
+        """Notes the tensor as unlike unless the piece rounds to its copy, or its copy to
+        it."""
+        from converters import cast
+
+        values = cast.array(piece_bytes, dtype)
+        expected = cast.array(self.fetch(copy, piece, 1), copy.dtype)
+        if dtype is not copy.dtype:
+            narrower = min(dtype, copy.dtype, key=lambda candidate: candidate.itemsize)
+            buffer = self.buffers[2][: piece.count * narrower.itemsize]
+            rounded = cast.array(buffer, narrower)
+            if narrower is dtype:
+                cast.convert(expected, rounded)
+                expected = rounded
+            else:
+                cast.convert(values, rounded)
+                values = rounded
+
+        if cast.differences(values, expected) and not cast.same_in_16_bits(values, expected):
+            self.mover.mismatched.add(piece.placement.name)
+
+    def fetch(self, tensor: TensorRef, piece: Piece, buffer: int) -> memoryview:
+        """The piece's bytes of a tensor, in the numbered buffer."""
+        destination = self.buffers[buffer][: piece.count * tensor.dtype.itemsize]
+        self.take(tensor, piece.start, destination)
+        return destination
+
+    def take(self, tensor: TensorRef, start: int, destination: memoryview) -> None:
+        """Fills ``destination`` from element ``start`` of a tensor on, and notes the
+        CRC32s."""
+        part = tensor.narrow(start, len(destination) // tensor.dtype.itemsize)
+        if tensor.extents.scattered:
+            self.gather(part.extents, destination)
+            return  # out of order: its CRC32 is left to the closing of the account
+
+        position = 0
+        for extent in part.extents:
+            run_bytes = destination[position : position + extent.length]
+            self.files.fill(run_bytes, extent)
+            if self.mover.verify:
+                crc32 = isal_zlib.crc32(run_bytes)
+                self.mover.ledger.add(extent.path, extent.offset, extent.length, crc32)
+            position += extent.length
+
+    def gather(self, runs: Extents, destination: memoryview) -> None:
+        """Many small runs, with one read of all between them where that fits into a
+        buffer."""
+        window_start = min(run.offset for run in runs)
+        length = max(run.end for run in runs) - window_start
+        window = self.buffers[3][:length]
+        if fits_window := length <= MOVE_BYTES:
+            self.files.fill(window, Extent(runs[0].path, window_start, length))
+
+        position = 0
+        for run in runs:
+            target = destination[position : position + run.length]
+            if fits_window:
+                target[:] = window[run.offset - window_start : run.end - window_start]
+            else:
+                self.files.fill(target, run)
+            position += run.length

@@ -1,0 +1,170 @@
+"""``pytorch_model.bin``: ``Weights`` as the plan of files that ``torch.load`` reads, and
+back.
+
+    NAME/data.pkl | NAME/byteorder | NAME/data/0 | NAME/data/1 | ... | NAME/version | directory
+
+A zip of stored records, each payload at a multiple of 64 bytes as torch has them, so
+that ``torch.load(mmap=True)`` works. The pickle holds a plain dict of tensors, nothing
+but what ``torch.load(weights_only=True)`` allows; tied names share one storage. Sizes
+stand in the local headers; the CRC32 of a tensor is filled in when its bytes have
+passed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from converters.errors import CheckpointError
+from converters.formats.safetensors import shards
+from converters.plan import Entry, Plan, Shard, Tied
+from converters.plan import plan as plan_shards
+from converters.tensors import DType, TensorRef, Weights
+from converters.torch_files import reader, rebuild
+from converters.torch_files.zip_writer import Archive
+
+ALIGNMENT = 64
+_STORAGES = {dtype: name for name, dtype in rebuild.STORAGES.items() if name != "UntypedStorage"}
+_DTYPES = {dtype: name for name, dtype in rebuild.DTYPES.items()}
+
+
+def plan(
+    weights: Weights,
+    dtype: DType | None,
+    max_shard_size: int,
+    tied: Tied,
+    pattern: str = "pytorch_model{suffix}.bin",
+) -> Plan:
+    """``pytorch_model.bin``, or shards of at most ``max_shard_size`` bytes and their
+    index."""
+    return plan_shards(
+        weights,
+        dtype,
+        max_shard_size,
+        tied,
+        pattern,
+        _shard,
+        shares=True,
+    )
+
+
+def _shard(filename: str, entries: Sequence[Entry], shared: Mapping[str, str]) -> Shard:
+    return tensor_file(filename, entries, dict_pickle(entries, shared))
+
+
+def tensor_file(filename: str, entries: Sequence[Entry], pickle: bytes) -> Shard:
+    """A file of these tensors, as ``torch.save`` lays them out, with this pickle of
+    them."""
+    stem = filename.rpartition("/")[2].rpartition(".")[0]
+    archive = Archive(stem, ALIGNMENT)
+    archive.data("data.pkl", pickle)
+    archive.data("byteorder", b"little")
+
+    for storage_key, entry in enumerate(entries):
+        archive.tensor(f"data/{storage_key}", [entry])
+
+    archive.data("version", b"3\n")
+    return archive.shard(filename)
+
+
+def dict_pickle(entries: Sequence[Entry], shared: Mapping[str, str]) -> bytes:
+    """The pickle, protocol 2, of a dict of tensors as ``torch._utils`` rebuilds them."""
+    keyed_entries = {entry.name: (str(key), entry) for key, entry in enumerate(entries)}
+    opcodes = [b"\x80\x02}("]
+    for name in (*keyed_entries, *shared):
+        key, entry = keyed_entries[shared.get(name, name)]
+        opcodes += [text(name), _tensor(key, entry)]
+
+    return b"".join([*opcodes, b"u."])
+
+
+def _tensor(storage_key: str, entry: Entry) -> bytes:
+    shape = entry.source.shape
+    strides, stride = [0] * len(shape), 1
+    for axis in reversed(range(len(shape))):
+        strides[axis] = stride
+        stride *= max(shape[axis], 1)
+
+    has_storage_type = entry.dtype in _STORAGES
+    storage = _STORAGES[entry.dtype] if has_storage_type else "UntypedStorage"
+    module = "torch" if has_storage_type else "torch.storage"
+    numel = entry.source.numel if has_storage_type else entry.nbytes
+    function = "_rebuild_tensor_v2" if has_storage_type else "_rebuild_tensor_v3"
+
+    opcodes = _global("torch._utils", function) + b"(("
+    opcodes += text("storage") + _global(module, storage)
+    opcodes += text(storage_key) + text("cpu") + _int(numel)
+    opcodes += b"tQ" + _int(0) + _tuple(shape) + _tuple(strides)
+    opcodes += b"\x89" + _global("collections", "OrderedDict") + b")R"
+    if not has_storage_type:
+        opcodes += _global("torch", _DTYPES[entry.dtype])
+
+    return opcodes + b"tR"
+
+
+def _global(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def text(value: str) -> bytes:
+    """The opcode of a string."""
+    data = value.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def _int(number: int) -> bytes:
+    if number < 1 << 31:
+        return b"J" + struct.pack("<i", number)
+    data = number.to_bytes(9, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def _tuple(numbers: Iterable[int]) -> bytes:
+    return b"(" + b"".join(map(_int, numbers)) + b"t"
+
+
+def read(path: Path) -> Weights:
+    """The tensors of a ``pytorch_model.bin``, or of a folder's shards named by its
+    index.
+
+    Reads pickles only. What is not a tensor of a type that safetensors has is ``absent``,
+    with the reason. ``CheckpointError`` if a file is damaged or holds no tensors by
+    name.
+    """
+    if not path.is_dir():
+        return _read_file(path)
+
+    index = path / "pytorch_model.bin.index.json"
+    paths = shards(index) if index.is_file() else [path / "pytorch_model.bin"]
+    tensors: dict[str, TensorRef] = {}
+    absent: dict[str, str] = {}
+
+    for shard_path in paths:
+        shard = _read_file(shard_path)
+        tensors |= shard.tensors
+        absent |= shard.absent
+
+    lacking = {name: reason for name, reason in absent.items() if name not in tensors}
+    return Weights(tensors, absent=lacking)
+
+
+def _read_file(path: Path) -> Weights:
+    root = reader.read(path).root
+    if not isinstance(root, dict):
+        raise CheckpointError(f"{path} does not hold a dict of tensors")
+
+    entries = {name: value for name, value in root.items() if isinstance(name, str)}
+    tensors = {name: tensor for name, tensor in entries.items() if isinstance(tensor, TensorRef)}
+    dicts = [name for name, value in entries.items() if isinstance(value, dict) and value]
+    if not tensors and dicts:
+        raise CheckpointError(
+            f"{path} holds no tensors by name, but dicts of other values under "
+            f"{', '.join(sorted(dicts)[:8])}: it is not a file of weights; take the state "
+            "dict out of it and save that",
+            "unsupported",
+        )
+
+    others = {name: value for name, value in entries.items() if name not in tensors}
+    absent = {name: rebuild.reason(value) for name, value in others.items()}
+    return Weights(tensors, absent=absent)

@@ -1,0 +1,260 @@
+"""The safetensors format: a file or sharded folder as ``Weights``, and ``Weights`` as a
+plan.
+
+    8 bytes: header length | header: JSON, padded with spaces to 8 bytes | tensors, no gaps
+
+The header maps names to ``dtype``, ``shape`` and ``data_offsets``. Tensors stand by
+element type, the widest first, then by name, as ``safetensors.torch.save_file`` writes
+them (safetensors 0.8, ``tensor.rs``: ``prepare``); a single shard planned here equals
+its output byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from converters import words
+from converters.errors import MALFORMED, CheckpointError
+from converters.plan import Entry, Plan, Shard, Tied
+from converters.plan import plan as plan_shards
+from converters.storage import bounded_json, misplaced_files, open_files
+from converters.tensors import DType, Extent, Listed, TensorRef, Weights
+
+MAX_HEADER_BYTES = 64 << 20  # bytes; safetensors itself reads 100 MB, and takes 1 GB for them
+MAX_INDEX_BYTES = 64 << 20
+MAX_NUMBERS = 1 << 10  # sizes of a shape
+_WIDTH = {dtype: order for order, dtype in enumerate(DType)}
+
+
+def plan(
+    weights: Weights,
+    dtype: DType | None,
+    max_shard_size: int,
+    tied: Tied,
+    pattern: str = "model{suffix}.safetensors",
+) -> Plan:
+    """``model.safetensors``, or shards of at most ``max_shard_size`` bytes and their
+    index."""
+    return plan_shards(
+        weights,
+        dtype,
+        max_shard_size,
+        tied,
+        pattern,
+        _shard,
+        shares=False,
+    )
+
+
+def _shard(filename: str, entries: Sequence[Entry], _shared: Mapping[str, str]) -> Shard:
+    ordered = sorted(entries, key=lambda entry: (-_WIDTH[entry.dtype], entry.name))
+    header_parts, starts, offset = ['{"__metadata__":{"format":"pt"}'], [], 0
+    for entry in ordered:  # one at a time: as objects, 100,000 tensors take 40 MB
+        stop = offset + entry.nbytes
+        shape = counted(entry.source.shape, entry.dtype)
+        offsets = [offset, stop]
+        description = {"dtype": entry.dtype.value, "shape": shape, "data_offsets": offsets}
+        header_parts.append(f"{_json(entry.name)}:{_json(description)}")
+        starts.append(offset)
+        offset = stop
+
+    text = (",".join(header_parts) + "}").encode()
+    text += b" " * (-len(text) % 8)
+    tensors_start = 8 + len(text)
+    head = len(text).to_bytes(8, "little") + text
+    placements = tuple(
+        entry.at(tensors_start + entry_start)
+        for entry, entry_start in zip(ordered, starts, strict=True)
+    )
+    return Shard(filename, tensors_start + offset, ((0, head),), placements)
+
+
+def counted(shape: Sequence[int], dtype: DType) -> list[int]:
+    """A shape in numbers, as headers have it: of ``F4`` there are two in an element."""
+    if dtype.numbers == 1 or not shape:
+        return list(shape)
+    return [*shape[:-1], shape[-1] * dtype.numbers]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def read(path: Path) -> Weights:
+    """The tensors of a safetensors file, or of a folder's shards named by its index.
+
+    Reads headers only. ``CheckpointError`` if a header is damaged or a shard is missing.
+    """
+    if not path.is_dir():
+        return Weights(_read_file(path))
+
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return Weights(_read_file(path / "model.safetensors"))
+
+    tensors: dict[str, TensorRef] = {}
+    for shard in shards(index):
+        tensors |= _read_file(shard)
+
+    return Weights(tensors)
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index names, in order; ``CheckpointError`` if one of them is
+    missing."""
+    paths = [index.parent / name for name in shard_names(index)]
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        others = f", as are {len(missing) - 1} more of {len(paths)}" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{missing[0]} is missing{others}: {index.name} beside it says that "
+            "weights are in it; copy or download the file to there",
+            "incomplete",
+        )
+
+    return paths
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names, in order; ``CheckpointError`` if it is not an
+    index."""
+    try:
+        if index.stat().st_size > MAX_INDEX_BYTES:
+            raise ValueError(f"it has over {MAX_INDEX_BYTES} bytes")
+        document = bounded_json.loads(index.read_bytes())
+        weight_map = document.get("weight_map") if isinstance(document, dict) else None
+        if not isinstance(weight_map, dict):
+            raise ValueError("it has no weight_map")
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError("its weight_map names what is not a file")
+
+        names = sorted(set(weight_map.values()))
+        if any("/" in name or "\0" in name or name in ("", ".", "..") for name in names):
+            raise ValueError("names a file outside its folder")
+    except (OSError, *MALFORMED) as error:
+        raise CheckpointError(f"{index} is not an index of shards: {error!r}") from error
+
+    return names
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The texts that a file keeps beside its tensors (``__metadata__``); of shards the
+    first's."""
+    if path.is_dir():
+        index = path / "model.safetensors.index.json"
+        path = path / (shard_names(index)[0] if index.is_file() else "model.safetensors")
+    texts = _header(path)[0].get("__metadata__") or {}
+    return {str(key): str(value) for key, value in texts.items()}
+
+
+def _read_file(path: Path) -> dict[str, TensorRef]:
+    header, start, size = _header(path)
+    header.pop("__metadata__", None)
+    with _damage(path):
+        tensors = {name: _tensor(path, start, entry) for name, entry in header.items()}
+        _cover(header, size - start)
+
+    return tensors
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """A file's header, the byte at which its tensors begin, and its size."""
+    try:
+        file_size = path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}", "incomplete") from error
+
+    if not file_size:
+        raise CheckpointError(f"{path} is empty; copy it again from where it was saved")
+    if file_size < 8:
+        raise CheckpointError(f"{path} has {file_size} bytes, too few for a safetensors file")
+
+    length = int.from_bytes(open_files.read_extent(Extent(path, 0, 8)), "little")
+    if not 2 <= length <= min(MAX_HEADER_BYTES, file_size - 8):
+        if (explanation := misplaced_files.file(path)) is not None:
+            raise CheckpointError(f"{path} {explanation}", "incomplete")
+        raise CheckpointError(f"{path}: its header claims {length} bytes of {file_size}")
+
+    with _damage(path):
+        header = bounded_json.loads(open_files.read_extent(Extent(path, 8, length)))
+        if not isinstance(header, dict):
+            raise ValueError("it is not an object")
+        texts = header.get("__metadata__")
+        if texts is not None and not isinstance(texts, dict):
+            raise ValueError("__metadata__ is not an object")
+
+    return header, 8 + length, file_size
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """What does not fit together in a header, in this block, is a
+    ``CheckpointError``."""
+    try:
+        yield
+    except MALFORMED as error:
+        raise CheckpointError(f"{path}: damaged header: {error}") from error
+
+
+def _tensor(path: Path, start: int, entry: Any) -> TensorRef:
+    """A tensor by its entry; ``start`` is the byte that offsets count from."""
+    offsets, shape = _list_in(entry, "data_offsets"), _list_in(entry, "shape")
+    first, last = offsets
+    numbers = (first, last, *shape)
+    if len(numbers) > MAX_NUMBERS or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError("an offset or a size is not a whole number")
+    if not max(numbers, default=0) < 1 << 63 or last < first:
+        raise ValueError(f"a tensor cannot lie from byte {first} to byte {last}")
+
+    extents = Listed([Extent(path, start + first, last - first)] if last > first else [])
+    dtype = _dtype(path, entry["dtype"])
+    if dtype.numbers > 1 and (not shape or shape[-1] % dtype.numbers):
+        raise CheckpointError(
+            f"{path}: a tensor {dtype.value} ({words.shape(shape)}) has rows that end within "
+            "a byte, which is not read",
+            "unsupported",
+        )
+
+    if dtype.numbers > 1:
+        shape = [*shape[:-1], shape[-1] // dtype.numbers]
+
+    return TensorRef(dtype, tuple(shape), extents)
+
+
+def _list_in(entry: Any, key: str) -> list[Any]:
+    """A list in the entry of a tensor."""
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, list):
+        raise ValueError(f"a tensor has no list {key}")
+    return value
+
+
+def _dtype(path: Path, name: Any) -> DType:
+    try:
+        return DType(name)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: elements of type {str(name)[:40]}, which safetensors 0.8 does "
+            "not have; if newer ones do, update ckpt",
+            "unsupported",
+        ) from error
+
+
+def _cover(header: Mapping[str, Any], nbytes: int) -> None:
+    """Raises unless the tensors cover all bytes behind the header once, as the format
+    demands."""
+    previous_end = 0
+    spans = ((entry["data_offsets"], name) for name, entry in header.items())
+    for (first, last), name in sorted(spans):
+        if first != previous_end:
+            raise ValueError(
+                f"{name} begins at byte {first}, the one before it ends at {previous_end}"
+            )
+        previous_end = last
+
+    if previous_end != nbytes:
+        raise ValueError(f"its tensors take {previous_end} bytes, {nbytes} follow it")

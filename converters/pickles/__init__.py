@@ -1,0 +1,10 @@
+"""Pickles as inert data: opcodes are interpreted, and nothing that a file names is
+called.
+
+interpreter  runs pickles
+machine      its stack and memo
+opcodes      which of the machine's methods each opcode is
+values       what stays of classes, functions and calls
+denylist     names that no honest checkpoint holds
+nesting      limits on the depth and number of values
+"""

@@ -1,0 +1,364 @@
+"""The stack machine of pickles: it builds inert data, and calls nothing that a file
+names.
+
+The stack machine is small and closed. Containers and scalars are built; every global is
+only a name (``Global``), and every call of a global is only a record of it (``Call``),
+unless the name stands in the caller's table of builders. So unknown classes are carried
+along, never imported, and nothing is allocated from a number in the file: lengths are
+checked against the bytes that are there, and what is built may take ``MAX_CHARGED_BYTES`` bytes
+and more only with the pickle and its storages.
+
+``opcodes`` says which of its methods each opcode is.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Mapping
+from sys import getsizeof, intern
+from typing import Any, NoReturn
+
+from converters.errors import CheckpointError
+from converters.pickles import denylist, nesting
+from converters.pickles.values import Call, Global, hashable
+
+MAX_CHARGED_BYTES = 16 << 20  # bytes of containers, whatever the pickle's size
+A_BYTE, A_STORAGE = 24, 1 << 10  # more for each byte of the pickle, and for each storage it names
+MAX_TEXT_BYTES = 256 << 20  # bytes of one string
+MAX_INT_BYTES = 1024  # bytes of one int; arithmetic with longer ones takes its time
+MAX_NAME_LENGTH = 4096  # characters of a global
+MAX_KEYS_OF_ONE_HASH = 64  # keys of one hash
+_RECORD, _ENTRY = 320, 100  # bytes of a record with its lists, and of a dict's or set's item
+
+
+Builders = Mapping[tuple[str, str], Callable[..., Any]]
+Persistent = Callable[[Any], Any]
+
+MARK = object()
+
+
+def gets(data: bytes) -> bytearray:
+    """The memo's entries that a pickle may ask for: a byte each, 1 also for some it
+    does not.
+
+    Pickles put into the memo all that they build. What is not asked for need not stay in
+    memory.
+    """
+    requested = bytearray(len(data) // 2)  # to put one takes two bytes
+    for match in re.finditer(rb"j(?=(....))", data, re.DOTALL):  # LONG_BINGET, or part of a name
+        index = int.from_bytes(match[1], "little")
+        if index < len(requested):
+            requested[index] = 1
+
+    return requested
+
+
+class Machine:
+    """The stack, the memo, and what opcodes do to them; ``Interpreter`` runs it over
+    ``data``.
+
+    ``builders`` maps (module, name) to the function that builds what a call of that
+    global means; ``persistent`` gets what each persistent id names. ``where`` begins
+    every error message.
+    """
+
+    def __init__(self, data: bytes, builders: Builders, persistent: Persistent, where: str):
+        self.data = data
+        self.builders = builders
+        self.persistent = persistent
+        self.where = where
+
+        self.position = 0
+        self.charged_bytes = 0
+        self.open_marks = 0
+        self.last_tuple_position = self.tuple_depth = 0
+
+        self.puts: int = 0
+        self.gets = gets(data)
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.storages: set[Any] = set()
+        self.keys_by_hash: dict[int, set[Any]] = {}
+
+    def fail(self, problem: str) -> NoReturn:
+        """Raises ``CheckpointError`` for a damaged pickle, with the byte reached."""
+        raise CheckpointError(f"{self.where}: damaged pickle at byte {self.position}: {problem}")
+
+    def refuse_unnatural(self, problem: str) -> NoReturn:
+        """Raises ``CheckpointError``, "refused", for what ``torch.save`` never writes."""
+        raise CheckpointError(
+            f"{self.where}: {problem}; torch.save of a training writes nothing like "
+            "it: do not load this file, and ask where it came from",
+            "refused",
+        )
+
+    def charge(self, nbytes: int) -> None:
+        """Accounts for memory; ``CheckpointError`` if it is out of all proportion."""
+        self.charged_bytes += nbytes
+        limit = MAX_CHARGED_BYTES + A_BYTE * self.position + A_STORAGE * len(self.storages)
+        if self.charged_bytes > limit:
+            self.refuse_unnatural(
+                f"{self.position} bytes of its pickle ask for {self.charged_bytes} bytes of memory"
+            )
+
+    def charged(self, value: Any) -> Any:
+        """``value``, a container, accounted for."""
+        self.charge(getsizeof(value))
+        return value
+
+    def take(self, count: int) -> bytes:
+        """The next ``count`` bytes; ``CheckpointError`` for fewer, or for too many."""
+        if count > MAX_TEXT_BYTES:
+            self.fail(f"a string has {count} bytes, expected at most {MAX_TEXT_BYTES}")
+
+        payload = self.data[self.position : self.position + count]
+        if len(payload) != count:
+            self.fail(f"{count} bytes are announced, {len(payload)} are there")
+
+        self.position += count
+        return payload
+
+    def byte(self) -> int:
+        """The next byte, as a number."""
+        self.position += 1
+        return self.data[self.position - 1]
+
+    def number(self, layout: struct.Struct) -> Any:
+        """The next number, stored as ``layout`` says."""
+        return layout.unpack(self.take(layout.size))[0]
+
+    def text(self, count: int) -> str:
+        """The next string, of ``count`` bytes of UTF-8."""
+        self.charged_bytes += count + 50
+        return intern(self.take(count).decode("utf-8", "surrogatepass"))  # names come often
+
+    def line(self) -> str:
+        """The next line of text, without its end; ``CheckpointError`` if it has no end."""
+        line_end = self.data.find(b"\n", self.position)
+        if line_end < 0:
+            self.fail("a line has no end")
+        return self.take(line_end + 1 - self.position)[:-1].decode("utf-8")
+
+    def mark(self) -> None:
+        """Pushes a mark; ``CheckpointError`` if too many are open."""
+        self.open_marks += 1  # one that POP takes off stays counted: picklers do that to few
+        if self.open_marks > nesting.MAX_DEPTH:
+            self.refuse_unnatural(f"its pickle begins {self.open_marks} values inside each other")
+        self.stack.append(MARK)
+
+    def since_mark(self) -> list[Any]:
+        """Pops the last mark and all above it, and returns those values, lowest first."""
+        stack = self.stack
+        mark_index = len(stack) - 1
+        while stack[mark_index] is not MARK:
+            mark_index -= 1
+            if mark_index < 0:
+                self.fail("a mark is missing")
+
+        items = stack[mark_index + 1 :]
+        del stack[mark_index:]
+        self.open_marks -= 1
+
+        return items
+
+    def global_name(self, module: str, name: str) -> Global:
+        """A global; ``CheckpointError``, "refused", if it runs code, or can be no
+        name."""
+        if len(module) + len(name) > MAX_NAME_LENGTH or not (module + name).isprintable():
+            self.refuse_unnatural("its pickle holds a name that nothing can have")
+        if denylist.runs_code(module, name):
+            self.refuse(f"{module}.{name}")
+
+        self.charge(_ENTRY)
+        return Global(module, name)
+
+    def refuse(self, request: str) -> NoReturn:
+        """Raises ``CheckpointError``, "refused", for a request that would run code."""
+        raise CheckpointError(
+            f"{self.where}: its pickle asks for {request}, which would run code in "
+            "torch.load; do not load this file, and ask where it came from",
+            "refused",
+        )
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        """What calling ``function`` means: the builder's value, or a record of the
+        call."""
+        arguments = arguments if isinstance(arguments, tuple) else (arguments,)
+        if isinstance(function, Global):
+            builder = self.builders.get((function.module, function.name))
+            if builder is not None:
+                result = builder(*arguments)
+                items = len(result) if isinstance(result, (dict, set)) else 0
+                self.charge(getsizeof(result) + items * _ENTRY)
+                return result
+
+        return self.record(function, arguments)
+
+    def record(
+        self,
+        function: Any,
+        arguments: tuple[Any, ...],
+        new: bool = False,
+    ) -> Call:
+        """The record of a call that is not made."""
+        if isinstance(function, Global):
+            if denylist.reaches(function.name, arguments):
+                self.refuse(f"{function} of {arguments[-1]}")
+            if denylist.allocates(function, arguments):
+                self.refuse_unnatural(f"its pickle asks for {function} of a number, however large")
+
+        self.charge(_RECORD)
+        return Call(function, arguments, new=new)
+
+    def reduce(self) -> None:
+        """Replaces a function and its arguments with what the call means."""
+        arguments = self.stack.pop()
+        self.stack[-1] = self.call(self.stack[-1], arguments)
+
+    def newobj(self) -> None:
+        """Replaces a class and its arguments with the record of a new object."""
+        arguments = self.stack.pop()
+        arguments = arguments if isinstance(arguments, tuple) else (arguments,)
+        self.stack[-1] = self.record(self.stack[-1], arguments, new=True)
+
+    def newobj_ex(self) -> None:
+        """Replaces a class, arguments and keywords with the record of a new object."""
+        keywords, arguments = self.stack.pop(), self.stack.pop()
+        if keywords:  # as protocol 2 says the same
+            function = Global("copyreg", "__newobj_ex__")
+            self.stack[-1] = self.record(function, (self.stack[-1], arguments, keywords))
+            return
+
+        self.stack.append(arguments)
+        self.newobj()
+
+    def obj(self) -> None:
+        """Replaces a mark, a class and its arguments with the record of a new object."""
+        function, *args = self.since_mark()
+        self.stack.append(self.record(function, tuple(args)))
+
+    def inst(self) -> None:
+        """Replaces a mark and arguments with an object of the class that lines name."""
+        function = self.global_name(self.line(), self.line())
+        self.stack.append(self.record(function, tuple(self.since_mark())))
+
+    def build(self) -> None:
+        """Gives the record below the state that lies on top; other values take none."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Call):
+            self.stack[-1].state = state
+
+    def set_items(self, pairs: list[Any]) -> None:
+        """Sets items of the dict or record on top; ``pairs`` alternates keys and values."""
+        target = self.stack[-1]
+        self.charge(len(pairs) // 2 * _ENTRY)
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            if isinstance(target, dict):
+                target[self.key(key)] = value
+            elif isinstance(target, Call):
+                target.pairs = target.pairs or []  # few records have any
+                target.pairs.append((self.key(key), value))  # type: ignore[attr-defined]
+            else:
+                self.fail("items are set on what is not a dict")
+
+    def key(self, value: Any) -> Any:
+        """The value as a key of a dict or set: itself, or a stand-in that has a hash."""
+        usable_key = hashable(value)
+        if usable_key is not value:
+            self.charge(_RECORD)
+            if isinstance(value, (int, tuple)):
+                self.check_hash_flood(value)
+        return usable_key
+
+    def check_hash_flood(self, value: Any) -> None:
+        """Refuses many keys of one hash: they were made to take long."""
+        try:
+            colliding_keys = self.keys_by_hash.setdefault(hash(value), {value})
+        except TypeError:  # a tuple of what has no hash
+            return
+
+        self.charge(2 * _ENTRY)
+        colliding_keys.add(value)
+        if len(colliding_keys) > MAX_KEYS_OF_ONE_HASH:
+            self.refuse_unnatural(f"its pickle holds {len(colliding_keys)} keys of one hash")
+
+    def append_all(self, values: list[Any]) -> None:
+        """Adds values to the list, set or record on top; ``CheckpointError`` for another."""
+        target = self.stack[-1]
+        if isinstance(target, set):
+            self.charge(len(values) * _ENTRY)
+            target.update(self.key(value) for value in values)
+        elif isinstance(target, Call):
+            target.items = target.items or []
+            target.items.extend(values)  # type: ignore[attr-defined]
+        elif isinstance(target, list):
+            target.extend(values)
+        else:
+            self.fail("values are appended to what is not a list")
+
+    def take_set_item(self) -> None:
+        """Pops a value and its key, and sets them in the dict below."""
+        value = self.stack.pop()
+        self.set_items([self.stack.pop(), value])
+
+    def dict_of(self) -> None:
+        """Replaces a mark and the keys and values above it with a dict."""
+        pairs = self.since_mark()
+        self.stack.append(self.charged({}))
+        self.set_items(pairs)
+
+    def tuple_of(self, count: int) -> None:
+        """Replaces the ``count`` values on top with a tuple.
+
+        ``CheckpointError`` if fewer lie there, or too many tuples hold each other.
+        """
+        is_inner = self.position == self.last_tuple_position + 1  # right behind the last one
+        self.tuple_depth = self.tuple_depth + 1 if is_inner else 0
+        self.last_tuple_position = self.position
+        if self.tuple_depth > nesting.MAX_DEPTH:
+            self.refuse_unnatural(f"its pickle holds {self.tuple_depth} tuples in each other")
+
+        items = tuple(self.stack[len(self.stack) - count :])
+        if len(items) != count or MARK in items:
+            self.fail("a tuple is short of items")
+
+        del self.stack[len(self.stack) - count :]
+        self.stack.append(self.charged(items))
+
+    def long(self, count: int) -> None:
+        """Pushes the int that the next ``count`` bytes hold in two's complement."""
+        if not 0 <= count <= MAX_INT_BYTES:
+            self.fail(f"an int has {count} bytes, expected at most {MAX_INT_BYTES}")
+        self.stack.append(int.from_bytes(self.take(count), "little", signed=True))
+
+    def stack_global(self) -> None:
+        """Replaces the names of a module and of a member of it with the global."""
+        name, module = self.stack.pop(), self.stack.pop()
+        if not isinstance(module, str) or not isinstance(name, str):
+            self.fail("a global is named by what is not a string")
+        self.stack.append(self.global_name(module, name))
+
+    def frozenset_of(self) -> None:
+        """Replaces a mark and the values above it with a frozenset."""
+        keys = (self.key(value) for value in self.since_mark())
+        self.stack.append(self.charged(frozenset(keys)))
+
+    def persist(self) -> None:
+        """Replaces a persistent id with what it names: of torch files, a storage."""
+        persistent_id = self.stack[-1]
+        self.stack[-1] = self.persistent(persistent_id)
+        names_storage = isinstance(persistent_id, tuple) and len(persistent_id) > 2
+        self.storages.add(hashable(persistent_id[2]) if names_storage else None)
+
+    def put(self, index: int) -> None:
+        """Stores the value on top in the memo, unless the pickle never asks for it.
+
+        ``CheckpointError`` if ``index`` is larger than any pickler would count.
+        """
+        self.puts += 1
+        if index >= len(self.data):  # picklers count them, and to put one takes two bytes
+            self.fail(f"entry {index} of the memo is out of range")
+        if index < 256 or index >= len(self.gets) or self.gets[index]:
+            self.charge(_ENTRY)
+            self.memo[index] = self.stack[-1]

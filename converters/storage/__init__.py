@@ -1,0 +1,11 @@
+"""The door to bytes: reading, writing durably, and what may lie where a file should.
+
+store            what a place that keeps files has to offer; URLs stay URLs
+local_store      the local filesystem as one, and the durable renames that only it has
+open_files       the files of a command, each opened and parsed once
+local            writes, renames and other calls of the operating system
+syncing          on disk when the call returns, whatever the filesystem offers
+checksums        CRC32s of pieces, joined to those of whole records
+bounded_json     JSON that others wrote, read strictly and in bounded memory
+misplaced_files  a Git LFS pointer, a web page, an unfinished download in a file's place
+"""

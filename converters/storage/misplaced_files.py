@@ -1,0 +1,90 @@
+"""What lies where a checkpoint should: a Git LFS pointer, a web page, a download that
+did not end.
+
+Told from the first bytes of a file and the names in a folder; nothing is opened that is
+not small. Sources: the Git LFS specification (docs/spec.md), huggingface_hub 1.x
+(``file_download.py``: names of unfinished downloads, the layout of the cache), torch
+2.13 (``distributed/checkpoint``).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+LFS = b"version https://git-lfs"
+_PAGES = (b"<!doctype html", b"<html", b"<head")
+UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
+
+
+def content(head: bytes) -> str | None:
+    """What a file is by its first bytes, and what to do; ``None`` if it is nothing known
+    here."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith(LFS):
+        return "is a Git LFS pointer, not the file itself: run git lfs pull in its repository"
+    if text.startswith(_PAGES):
+        return (
+            "is a web page (HTML), not the file itself: download the file's own "
+            "address (on the Hub: .../resolve/main/..., or hf download), logged in "
+            "where that is needed"
+        )
+    if text.startswith(b"<?xml"):
+        return "is an XML text, such as a storage service answers with an error; download it again"
+    if text.startswith((b"entry not found", b"repository not found", b"access denied")):
+        return f"is an answer of a server ({head[:40].decode('ascii', 'replace').strip()!r})"
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd", b"7z\xbc\xaf")):
+        return "is a compressed archive: unpack it first"
+
+    return None
+
+
+def file(path: Path) -> str | None:
+    """The reason why a file is not what its name says; ``None`` also if it cannot be
+    read."""
+    try:
+        with open(path, "rb") as opened:
+            return content(opened.read(128))
+    except OSError:
+        return None
+
+
+def missing(folder: Path) -> str:
+    """What of a folder is why files are missing from it, as the end of a sentence, or
+    nothing."""
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        return ""
+
+    if unfinished := [name for name in names if name.lower().endswith(UNFINISHED)]:
+        return f"; {unfinished[0]} is a download that did not end: download it again"
+
+    for parent in (folder, *folder.absolute().parents[:3]):
+        download_cache = parent / ".cache" / "huggingface" / "download"
+        if (
+            download_cache.is_dir()
+            and (unfinished_download := next(download_cache.rglob("*.incomplete"), None))
+            is not None
+        ):
+            return f"; {unfinished_download} is a download that did not end: run hf download again"
+
+    if dangling := [name for name in names if _dangles(folder / name)]:
+        return _broken_link(folder / dangling[0])
+
+    return ""
+
+
+def link(path: Path) -> str:
+    """The end of a sentence for a link that leads nowhere; nothing for anything else."""
+    return _broken_link(path) if _dangles(path) else ""
+
+
+def _dangles(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
+
+
+def _broken_link(path: Path) -> str:
+    target = os.readlink(path)
+    remedy = "; download it again with hf download" if "blobs" in Path(target).parts else ""
+    return f"; {path.name} is a link to {target}, which is not there{remedy}"

@@ -1,0 +1,218 @@
+"""The files that a command reads: each is opened once, and parsed once.
+
+    with open_files.once():            the block of a command; blocks inside share it
+        open_files.opened(path)          a File: the one that is open, or a new one
+        open_files.parsed(path, ...)     what it was parsed to, or a parse of it
+
+Outside of such a block, and in other threads than its own, files are opened and closed
+by each call. What stays open is bounded, and so is what is kept of files that nobody
+uses; what somebody uses is found again in any case. A file that was replaced meanwhile
+is opened and parsed again.
+"""
+
+from __future__ import annotations
+
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+from weakref import WeakValueDictionary
+
+from converters.errors import CheckpointError
+from converters.storage.local_store import LocalStore
+from converters.storage.store import File, Store, fill_exactly, read_exactly
+from converters.tensors import Extent
+
+MAX_OPEN_FILES = 64
+MAX_KEPT_BYTES = 8 << 20  # of pickles whose values are kept: about 6 times as much in memory
+_Value = TypeVar("_Value")
+
+
+class FilePool:
+    """Open files, of which the longest unused is closed where they become too many.
+
+    A file that was got is good until the next one is.
+    """
+
+    def __init__(self, store: Store | None = None) -> None:
+        self.store: Store = LocalStore() if store is None else store
+        self.files: OrderedDict[Path, File] = OrderedDict()
+        self.max_open_files = max_open_files()
+
+    def get(self, path: Path) -> File:
+        """The file, open; ``OSError`` if it cannot be opened."""
+        if path in self.files:
+            self.files.move_to_end(path)
+        else:
+            if len(self.files) >= self.max_open_files:
+                self.files.popitem(last=False)[1].close()
+            self.files[path] = self.store.open(path)
+
+        return self.files[path]
+
+    def drop(self, path: Path) -> None:
+        """Closes a file, if it is open."""
+        if path in self.files:
+            self.files.pop(path).close()
+
+    def close(self) -> None:
+        """Closes all of them."""
+        while self.files:
+            self.files.popitem()[1].close()
+
+
+def max_open_files() -> int:
+    """The number of files that a thread may hold open, fewer where the process may open
+    few."""
+    open_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_OPEN_FILES if open_limit < 0 else max(4, min(MAX_OPEN_FILES, open_limit // 8))
+
+
+@dataclass(frozen=True, eq=False)
+class Parsed:
+    """What a file was parsed to, and the bytes of the text that it was parsed from."""
+
+    value: Any
+    nbytes: int
+
+
+class OpenFiles:
+    """The files of one command, for one thread."""
+
+    def __init__(self, store: Store | None = None) -> None:
+        self.pool = FilePool(store)
+        self.identities: dict[Path, Any] = {}
+        self.values: dict[Path, WeakValueDictionary[str, Any]] = {}
+        self.recent: OrderedDict[tuple[Path, str], Parsed] = OrderedDict()
+        self.recent_bytes = 0
+
+    def file(self, path: Path) -> File:
+        """The file as it is now, open."""
+        self._forget_if_replaced(path)
+        file = self.pool.get(path)
+        self.identities[path] = file.identity
+        return file
+
+    def parsed(self, path: Path, form: str, parse: Callable[[File], Parsed]) -> Any:
+        """What ``parse`` makes of the file; ``form`` says which of its parsers that is."""
+        self._forget_if_replaced(path)
+        values = self.values.setdefault(path, WeakValueDictionary())
+        value = values.get(form)
+        if value is None:
+            result = parse(self.file(path))
+            value = values[form] = result.value
+            self._keep((path, form), result)
+
+        return value
+
+    def close(self) -> None:
+        """Closes all files, and forgets what they hold."""
+        self.pool.close()
+        self.values.clear()
+        self.recent.clear()
+
+    def _keep(self, key: tuple[Path, str], result: Parsed) -> None:
+        """Keeps a value in memory, in the place of those that were parsed longest ago."""
+        self.recent[key] = result
+        self.recent_bytes += result.nbytes
+        while self.recent_bytes > MAX_KEPT_BYTES:
+            self.recent_bytes -= self.recent.popitem(last=False)[1].nbytes
+
+    def _forget_if_replaced(self, path: Path) -> None:
+        if path not in self.identities:
+            return
+        if self.identities[path] == self.pool.store.identity(path):
+            return
+
+        self.pool.drop(path)
+        del self.identities[path]
+        self.values.pop(path, None)
+        for key in [key for key in self.recent if key[0] == path]:
+            self.recent_bytes -= self.recent.pop(key).nbytes
+
+
+class _Current(threading.local):
+    """The block that a thread is in."""
+
+    files: OpenFiles | None = None
+
+
+_current = _Current()
+
+
+@contextmanager
+def once() -> Iterator[None]:
+    """Opens and parses each file once in this block; also a decorator.
+
+    A block inside another one shares its files. All are closed at the end.
+    """
+    if _current.files is not None:
+        yield
+        return
+
+    _current.files = files = OpenFiles()
+    try:
+        yield
+    finally:
+        _current.files = None
+        files.close()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[File]:
+    """The file, open for this block; ``OSError`` if it cannot be opened."""
+    with _files() as get:
+        yield get(path)
+
+
+def parsed(path: Path, form: str, parse: Callable[[File], tuple[_Value, int]]) -> _Value:
+    """The value that ``parse`` makes of the file, with the bytes that it parsed.
+
+    ``form`` names the kind of value: a file may be read in several ways.
+    """
+    if _current.files is not None:
+        value = _current.files.parsed(path, form, lambda file: Parsed(*parse(file)))
+        return cast(_Value, value)
+
+    with opened(path) as file:
+        return parse(file)[0]
+
+
+def read_extent(extent: Extent) -> bytes:
+    """The bytes of a small extent; ``CheckpointError`` if the file is gone or shorter."""
+    try:
+        with opened(extent.path) as file:
+            return read_exactly(file, extent.offset, extent.length)
+    except OSError as error:
+        raise CheckpointError(f"{extent.path}: {error.strerror}", "incomplete") from error
+
+
+def read_extents(buffer: memoryview, extents: Iterable[Extent]) -> None:
+    """Reads extents one after another; ``CheckpointError`` if a file is gone or shorter."""
+    position = 0
+    try:
+        with _files() as get:
+            for extent in extents:
+                destination = buffer[position : position + extent.length]
+                fill_exactly(get(extent.path), extent.offset, destination)
+                position += extent.length
+    except OSError as error:
+        raise CheckpointError(f"{extent.path}: {error.strerror}", "incomplete") from error
+
+
+@contextmanager
+def _files() -> Iterator[Callable[[Path], File]]:
+    """What opens files: those of the command or, outside of one, of this block alone."""
+    if _current.files is not None:
+        yield _current.files.file
+        return
+
+    pool = FilePool()
+    try:
+        yield pool.get
+    finally:
+        pool.close()

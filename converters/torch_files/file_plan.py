@@ -1,0 +1,93 @@
+"""A tree as the plan of a file that ``torch.load`` reads as what ``torch.save`` was
+given.
+
+    NAME/data.pkl | NAME/byteorder
+    NAME/data/0 | NAME/data/1 | ...     one storage each; those of a page or more on whole pages
+    NAME/version | central directory
+
+Without ``.format_version``, by which torch (``serialization.py: _load``) would know that
+it may work out where storages lie instead of looking: sizes stand in the headers here,
+not behind the records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from converters import tensors
+from converters.plan import Entry, Plan, Shard
+from converters.tensors import Checksum, Extent, Listed, TensorRef, record_index
+from converters.torch_files import reader
+from converters.torch_files.object_graph import Storage
+from converters.torch_files.pickle_writer import dumps
+from converters.torch_files.zip_writer import Archive
+
+SWAPPED = ".tensor.swp"  # how the names of files end that were on NVMe
+
+ALIGNMENT = 4096
+MAX_EXTENTS = 256  # of a placement: it is walked from its first extent for each piece of it
+
+
+def shard(filename: str, tree: Any) -> Shard:
+    """The file; its storages are named by their keys."""
+    data, storages = dumps(tree)
+    archive = Archive(filename.rpartition("/")[2].removesuffix(".pt"), ALIGNMENT)
+    archive.data("data.pkl", data)
+    archive.data("byteorder", b"little")
+
+    for storage_key, storage in enumerate(storages):
+        archive.tensor(
+            f"data/{storage_key}",
+            list(_entries(f"storage {storage_key}", storage)),
+        )
+
+    archive.data("version", b"3\n")
+    return archive.shard(filename)
+
+
+def plan(shards: Sequence[Shard]) -> Plan:
+    """The plan of these files, with the checksums of the records that they take bytes
+    from."""
+    total = sum(placement.nbytes for shard in shards for placement in shard.placements)
+    return Plan(tuple(shards), None, total, {}, _checksums(shards))
+
+
+def _checksums(shards: Sequence[Shard]) -> tuple[Checksum, ...]:
+    """The records of torch files that shards take bytes from."""
+    offsets_by_path: dict[Path, set[int]] = {}
+    ends: dict[Path, int] = {}
+    for placement in (placement for shard in shards for placement in shard.placements):
+        for extent in (extent for extent in placement.source.extents if extent.length):
+            offsets_by_path.setdefault(extent.path, set()).add(extent.offset)
+            ends[extent.path] = max(ends.get(extent.path, 0), extent.end)
+
+    used_records: list[Checksum] = []
+    for path in sorted(offsets_by_path.keys() - {tensors.ZEROS}):
+        if path.name.endswith(SWAPPED):  # raw bytes: nobody noted what they should be
+            used_records.append(Checksum(Extent(path, 0, ends[path]), None))
+            continue
+
+        checksums = reader.read(path).checksums
+        indices = {record_index(checksums, offset) for offset in offsets_by_path[path]}
+        used_records += [checksums[index] for index in sorted(indices)]
+
+    return tuple(used_records)
+
+
+def _entries(name: str, storage: Storage) -> Iterator[Entry]:
+    if not storage.numel:
+        return
+
+    tensor = storage.ref.view(storage.numel)
+    if len(tensor.extents) <= MAX_EXTENTS:
+        yield Entry(name, tensor, storage.dtype, None)
+        return
+
+    for first_extent in range(0, len(tensor.extents), MAX_EXTENTS):
+        end_extent = min(first_extent + MAX_EXTENTS, len(tensor.extents))
+        extents = Listed(tensor.extents[index] for index in range(first_extent, end_extent))
+        numel = extents.nbytes // tensor.dtype.itemsize
+        label = f"{name}, extents from {first_extent} on"
+        yield Entry(label, TensorRef(tensor.dtype, (numel,), extents), storage.dtype, None)

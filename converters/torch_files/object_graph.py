@@ -1,0 +1,186 @@
+"""A torch file's object as its pickle says it, to be written again with some parts
+replaced.
+
+Here nothing is built: ``OrderedDict``, ``torch.Size``, the loss scaler, an enum and
+every tensor stay the calls (``Call``) that the pickle asks for, so that what is
+written back are the very classes that DeepSpeed wrote, without importing one. Storages
+are the leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from converters import words
+from converters.errors import CheckpointError
+from converters.pickles.values import Call, Global, hashable
+from converters.tensors import DType, TensorRef
+from converters.torch_files import reader, rebuild
+from converters.torch_files.torch_file import TorchFile
+
+Pairs = Sequence[tuple[Any, Any]]
+_KINDS = {dtype: name for name, dtype in rebuild.STORAGES.items() if name != "UntypedStorage"}
+_REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
+_ORDERED = Global("collections", "OrderedDict")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Storage:
+    """A storage: its class, what fills it, and the type that is written in.
+
+    Two tensors share memory if they have the same ``Storage``, whatever it holds.
+    """
+
+    kind: Global
+    ref: TensorRef
+    dtype: DType
+
+    @property
+    def numel(self) -> int:
+        """Elements, as the persistent id counts them."""
+        return self.ref.numel
+
+
+def read(path: Path) -> TorchFile:
+    """The file, its root a tree; ``CheckpointError`` if it is damaged or has storages of
+    a kind that is not read."""
+    storages: dict[str, Storage] = {}
+
+    def stored(persistent_id: Any, ref: TensorRef | Call) -> Storage:
+        if not isinstance(ref, TensorRef):
+            raise CheckpointError(
+                f"{path}: storages of {persistent_id[1]} are not read", "unsupported"
+            )
+        return storages.setdefault(
+            persistent_id[2],
+            Storage(persistent_id[1], ref, ref.dtype),
+        )
+
+    return reader.read_as(path, "graph", {}, stored)
+
+
+def read_root(path: Path) -> dict[Any, Any]:
+    """The root of a file, which must be a dict; else ``CheckpointError``."""
+    root = read(path).root
+    if not isinstance(root, dict):
+        raise CheckpointError(f"{path} holds {type(root).__name__}, expected a dict")
+    return root
+
+
+def storage(ref: TensorRef, dtype: DType | None = None) -> Storage:
+    """A new storage that holds the elements of ``ref``, as ``dtype`` where that is
+    given."""
+    kind = dtype or ref.dtype
+    return Storage(Global("torch", _KINDS[kind]), ref, kind)
+
+
+def tensor(
+    backing: Storage,
+    shape: Sequence[int],
+    offset: int = 0,
+    grad: bool = False,
+) -> Call:
+    """A contiguous tensor from element ``offset`` of a storage on."""
+    strides, stride = [0] * len(shape), 1
+    for axis in reversed(range(len(shape))):
+        strides[axis] = stride
+        stride *= max(shape[axis], 1)
+
+    if offset + prod(shape) > backing.numel:
+        raise ValueError(
+            f"a tensor ({words.shape(shape)}) at {offset} does not fit {backing.numel} elements"
+        )
+    return Call(
+        _REBUILD,
+        (backing, offset, tuple(shape), tuple(strides), grad, ordered(())),
+    )
+
+
+def ordered(pairs: Iterable[tuple[Any, Any]]) -> Call:
+    """An ``OrderedDict``."""
+    return Call(_ORDERED, pairs=list(pairs))
+
+
+def size(shape: Sequence[int]) -> Call:
+    """A ``torch.Size``."""
+    return Call(Global("torch", "Size"), (tuple(shape),))
+
+
+def pairs(node: Any) -> Pairs:
+    """The keys and values of a dict or an ``OrderedDict``; ``ValueError`` for anything
+    else."""
+    if isinstance(node, dict):
+        return list(node.items())
+    if not isinstance(node, Call) or node.of != _ORDERED:
+        raise ValueError(f"a dict is expected, found {type(node).__name__}")
+
+    if not all(isinstance(argument, (list, tuple)) for argument in node.args):
+        raise ValueError("an OrderedDict is made of what is not a list of pairs")
+    members = [*(pair for argument in node.args for pair in argument), *node.pairs]
+    for pair in members:
+        is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
+        if not is_pair or hashable(pair[0]) is not pair[0]:
+            raise ValueError("an OrderedDict is made of what is not a pair of a key and a value")
+    return members
+
+
+def replaced(node: Any, values: Mapping[Any, Any]) -> Any:
+    """A dict or an ``OrderedDict`` with other values, in its own order; new keys come
+    last."""
+    members = dict(pairs(node)) | dict(values)
+    if isinstance(node, dict):
+        return members
+    return Call(node.of, (), node.state, pairs=list(members.items()), new=node.new)
+
+
+def copied(node: Any) -> Any:
+    """A copy that shares no memory with the original when both are loaded."""
+    match node:
+        case Storage():
+            return Storage(node.kind, node.ref, node.dtype)
+        case Call():
+            arguments, state, items, members = (
+                copied(part) for part in (node.args, node.state, node.items, node.pairs)
+            )
+            return Call(node.of, arguments, state, items, members, node.new)
+        case dict():
+            return {key: copied(value) for key, value in node.items()}
+        case list():
+            return [copied(value) for value in node]
+        case tuple():
+            return tuple(copied(value) for value in node)
+
+    return node
+
+
+def equal(first: Any, second: Any, storages: Callable[[Storage, Storage], bool]) -> bool:
+    """Whether two trees say the same; ``trained_storages`` says it of storages."""
+    if type(first) is not type(second):
+        return False
+
+    match first:
+        case Storage():
+            return storages(first, second)
+        case Call():
+            return all(map(equal, _fields(first), _fields(second), repeat(storages)))
+        case dict():
+            return equal(list(first.items()), list(second.items()), storages)
+        case list() | tuple():
+            return len(first) == len(second) and all(
+                equal(item, counterpart, storages)
+                for item, counterpart in zip(first, second, strict=True)
+            )
+        case float():
+            return first == second or (first != first and second != second)
+
+    return bool(first == second)
+
+
+def _fields(record: Call) -> tuple[Any, ...]:
+    contents = (list(record.items), list(record.pairs))  # a tuple where there are none
+    return (record.of, record.new, record.args, record.state, *contents)

@@ -1,0 +1,145 @@
+"""Inert data (``pickles``, ``object_graph``) as the pickle that says it.
+
+Protocol 2, as ``torch.save`` writes it. What is one object stays one object; of equal
+strings and globals each is written once.
+"""
+
+from __future__ import annotations
+
+import struct
+from itertools import chain
+from typing import Any
+
+from converters.pickles.values import Call, Global
+from converters.torch_files.object_graph import Storage
+
+MAX_DEPTH = 200  # levels; DeepSpeed's files have about ten
+
+
+def dumps(tree: Any) -> tuple[bytes, list[Storage]]:
+    """The pickle, and the storages that it names by their place in the list.
+
+    ``ValueError`` for what is not such data, or nested too deep.
+    """
+    writer = _Writer()
+    writer.write(tree, 0)
+    return b"\x80\x02" + b"".join(writer.opcodes) + b".", writer.storages
+
+
+class _Writer:
+    def __init__(self) -> None:
+        self.opcodes: list[bytes] = []
+        self.memo: dict[Any, int] = {}
+        self.alive: list[Any] = []  # keeps what is known by its id alive
+        self.keys: dict[int, str] = {}
+        self.storages: list[Storage] = []
+
+    def write(self, value: Any, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"values nest over {MAX_DEPTH} levels deep")
+
+        memo_key = value if isinstance(value, (str, Global)) else ("id", id(value))
+        if (memo_index := self.memo.get(memo_key)) is not None:
+            self.opcodes.append(_memo_opcode(b"h", b"j", memo_index))
+            return
+
+        match value:
+            case None | bool() | int() | float() | bytes():
+                self.opcodes.append(_scalar(value))
+            case str():
+                data = value.encode("utf-8", "surrogatepass")
+                self.opcodes.append(b"X" + struct.pack("<I", len(data)) + data)
+                self.put(memo_key)
+            case Global():
+                self.opcodes.append(f"c{value.module}\n{value.name}\n".encode())
+                self.put(memo_key)
+            case Storage():
+                storage_key = self.keys.setdefault(id(value), str(len(self.keys)))
+                if len(self.keys) > len(self.storages):
+                    self.storages.append(value)
+                persistent_id = ("storage", value.kind, storage_key, "cpu", value.numel)
+                self.write(persistent_id, depth + 1)
+                self.opcodes.append(b"Q")
+            case tuple() | list() | dict() | set() | frozenset():
+                self.container(value, memo_key, depth)
+            case Call():
+                self.call(value, depth)
+                self.put(memo_key, value)
+                self.fill(list(value.items), depth)
+                self.fill(dict(value.pairs), depth)
+                if value.state is not None:
+                    self.write(value.state, depth + 1)
+                    self.opcodes.append(b"b")
+            case _:
+                raise ValueError(f"{type(value).__name__} is not written")
+
+    def container(self, value: Any, memo_key: Any, depth: int) -> None:
+        """A list or a dict is remembered before it is filled, since it may hold itself;
+        the others cannot."""
+        match value:
+            case tuple():
+                self.opcodes.append(b"(")
+                for item in value:
+                    self.write(item, depth + 1)
+                self.opcodes.append(b"t")
+                self.put(memo_key, value)
+            case list() | dict():
+                self.opcodes.append(b"]" if isinstance(value, list) else b"}")
+                self.put(memo_key, value)
+                self.fill(value, depth)
+            case _:
+                kind = Global("__builtin__", type(value).__name__)
+                self.call(Call(kind, (list(value),)), depth)
+                self.put(memo_key, value)
+
+    def call(self, record: Call, depth: int) -> None:
+        self.write(record.of, depth + 1)
+        self.write(record.args, depth + 1)
+        self.opcodes.append(b"\x81" if record.new else b"R")
+
+    def fill(self, contents: list[Any] | dict[Any, Any], depth: int) -> None:
+        """Appends or sets what a container, on top of the stack, holds."""
+        if not contents:
+            return
+
+        self.opcodes.append(b"(")
+        if isinstance(contents, dict):
+            members, opcode = [*chain.from_iterable(contents.items())], b"u"
+        else:
+            members, opcode = contents, b"e"
+
+        for member in members:
+            self.write(member, depth + 1)
+
+        self.opcodes.append(opcode)
+
+    def put(self, memo_key: Any, value: Any = None) -> None:
+        memo_index = self.memo[memo_key] = len(self.memo)
+        self.alive.append(value)
+        self.opcodes.append(_memo_opcode(b"q", b"r", memo_index))
+
+
+def _memo_opcode(short: bytes, long: bytes, memo_index: int) -> bytes:
+    """An opcode on an entry of the memo: the short one where its number is a byte."""
+    if memo_index < 256:
+        return short + bytes((memo_index,))
+    return long + struct.pack("<I", memo_index)
+
+
+def _scalar(value: bool | int | float | bytes | None) -> bytes:
+    match value:
+        case None:
+            return b"N"
+        case True | False if isinstance(value, bool):
+            return b"\x88" if value else b"\x89"
+        case int() if -(1 << 31) <= value < 1 << 31:
+            return b"J" + struct.pack("<i", value)
+        case int():
+            data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            is_short = len(data) < 256
+            length = bytes((len(data),)) if is_short else struct.pack("<I", len(data))
+            return (b"\x8a" if is_short else b"\x8b") + length + data
+        case float():
+            return b"G" + struct.pack(">d", value)
+        case bytes():
+            return b"B" + struct.pack("<I", len(value)) + value

@@ -1,0 +1,333 @@
+"""What the pickles of ``torch.save`` name, and what it means here: tensors located, not
+built.
+
+The table ``BUILDERS`` is the whole policy: what stands in it is built by the functions
+of this module, everything else a pickle names stays an inert record. Sources:
+``torch/_utils.py``, ``torch/_tensor.py`` and ``torch/serialization.py`` of 0.4 to 2.13.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from converters.errors import CheckpointError
+from converters.pickles.machine import Builders
+from converters.pickles.values import Call, Global, hashable
+from converters.tensors import DType, Extent, Extents, Listed, Strided, TensorRef
+
+MAX_LISTED_RUNS = 1 << 10  # runs that are kept; more are worked out one by one
+MAX_AXES = 1 << 10
+MAX_REPEATED_RUNS = 1 << 16  # runs of a view that has more elements than its storage
+
+STORAGES = {
+    "DoubleStorage": DType.F64,
+    "FloatStorage": DType.F32,
+    "HalfStorage": DType.F16,
+    "BFloat16Storage": DType.BF16,
+    "LongStorage": DType.I64,
+    "IntStorage": DType.I32,
+    "ShortStorage": DType.I16,
+    "CharStorage": DType.I8,
+    "ByteStorage": DType.U8,
+    "BoolStorage": DType.BOOL,
+    "ComplexFloatStorage": DType.C64,
+    "UntypedStorage": DType.U8,
+}
+# Kinds that torch 2.13 has and safetensors lacks, with the bytes of an element. A quantized one
+# comes with its scale.
+UNREAD = {"ComplexDoubleStorage": ("complex128", 16)}
+QUANTIZED = {f"{kind}Storage" for kind in ("QInt8", "QInt32", "QUInt8", "QUInt4x2", "QUInt2x4")}
+DTYPES = {
+    "float64": DType.F64,
+    "float32": DType.F32,
+    "float16": DType.F16,
+    "bfloat16": DType.BF16,
+    "float8_e4m3fn": DType.F8_E4M3,
+    "float8_e5m2": DType.F8_E5M2,
+    "float8_e8m0fnu": DType.F8_E8M0,
+    "float8_e4m3fnuz": DType.F8_E4M3FNUZ,
+    "float8_e5m2fnuz": DType.F8_E5M2FNUZ,
+    "float4_e2m1fn_x2": DType.F4,
+    "int64": DType.I64,
+    "int32": DType.I32,
+    "int16": DType.I16,
+    "int8": DType.I8,
+    "uint8": DType.U8,
+    "uint16": DType.U16,
+    "uint32": DType.U32,
+    "uint64": DType.U64,
+    "bool": DType.BOOL,
+    "complex64": DType.C64,
+}
+# The others of torch 2.13, with the bytes of an element.
+UNREAD_DTYPES = {
+    **{"complex32": 4, "complex128": 16, "bits16": 2},
+    **dict.fromkeys(("bits1x8", "bits2x4", "bits4x2", "bits8"), 1),
+    **{f"{sign}int{bits}": 1 for sign in ("", "u") for bits in range(1, 8)},
+    **{"qint8": 1, "qint32": 4, "quint8": 1, "quint4x2": 1, "quint2x4": 1},
+}
+
+
+# Functions of torch._utils that rebuild other kinds of tensors, by the beginning of their names.
+_KINDS_OF_TENSORS = {
+    "_rebuild_sparse": "sparse",
+    "_rebuild_qtensor": "quantized",
+    "_rebuild_nested": "nested",
+    "_rebuild_meta": "meta",
+}
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Odd(Call):
+    """A tensor of an element type that safetensors lacks.
+
+    ``kind`` is the type under torch's name, ``raw`` its bytes: ``U8``, with an axis more
+    for the bytes of an element. ``of`` and ``args`` say how torch rebuilds it.
+    """
+
+    kind: str = ""
+    raw: TensorRef | None = None
+
+
+def reason(value: Any) -> str:
+    """Why a value is not read as a tensor, in words."""
+    if isinstance(value, Odd):
+        return f"its elements are of type {value.kind}, which safetensors does not have"
+    if not isinstance(value, Call):
+        return f"a value of type {type(value).__name__}, not a tensor"
+
+    name = getattr(value.of, "name", "")
+    for beginning, word in _KINDS_OF_TENSORS.items():
+        if name.startswith(beginning):
+            return f"a {word} tensor, which is not read"
+
+    text = str(value.of) if isinstance(value.of, Global) else "the result of a call"
+    text = text if text.isprintable() else ascii(text)
+    return f"no plain tensor but {text}, which is not read"
+
+
+def storage_id(persistent_id: Any, path: Path) -> tuple[DType | None, str, int]:
+    """Element type, key and elements of the storage that a persistent id names.
+
+    The type is ``None`` for kinds that are not read, such as complex doubles.
+    """
+    match persistent_id:
+        case ("storage", Global(name=name), str(key), _, int(numel), *_) if 0 <= numel < 1 << 60:
+            if not {name} & (STORAGES.keys() | UNREAD.keys() | QUANTIZED):
+                raise CheckpointError(f"{path}: {_unknown(name)}", "unsupported")
+            return STORAGES.get(name), key, numel
+
+    raise CheckpointError(f"{path}: a pickle names something that is not a storage")
+
+
+def raw_storage(persistent_id: Any, extent: Extent) -> Call:
+    """A storage of a kind that is not read: its bytes, where the size of an element is
+    known."""
+    _, itemsize = UNREAD.get(persistent_id[1].name, ("", 0))
+    is_complete = itemsize and extent.length == persistent_id[4] * itemsize
+    return Call(persistent_id[1], (_bytes(extent),) if is_complete else ())
+
+
+def _bytes(extent: Extent) -> TensorRef:
+    return TensorRef(DType.U8, (extent.length,), Listed([extent]))
+
+
+def _unknown(name: str) -> str:
+    return f"elements of type {name}, which torch 2.13 does not have; if newer ones do, update ckpt"
+
+
+def _tensor(*arguments: Any) -> TensorRef | Call:
+    """``torch._utils._rebuild_tensor_v2``: a view into a storage."""
+    storage, offset, shape, stride = arguments[:4]
+    if isinstance(storage, Call) and getattr(storage.of, "name", "") in QUANTIZED:
+        raise ValueError("a quantized tensor has no scale")
+    if isinstance(storage, TensorRef):
+        return _view(storage, offset, shape, stride)
+    if not isinstance(storage, Call):
+        return Call(storage, (shape,))
+
+    name, itemsize = UNREAD.get(getattr(storage.of, "name", ""), ("", 0))
+    data = storage.args[0] if storage.args else None
+    if not itemsize or not isinstance(data, TensorRef) or not data.extents:
+        return Call(storage.of, (shape,))
+
+    raw_bytes = _raw(data, itemsize, offset, shape, stride)
+    return Odd(storage.of, (shape,), kind=name, raw=raw_bytes)
+
+
+def _raw(
+    data: TensorRef,
+    itemsize: int,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+) -> TensorRef:
+    """A view into a storage of bytes whose elements have ``itemsize`` bytes, as those
+    bytes."""
+    numel = data.numel // itemsize
+    extents = _runs(data.extents[0], numel, itemsize, offset, shape, stride)
+    return TensorRef(DType.U8, (*shape, itemsize), extents)
+
+
+def _view(storage: TensorRef, offset: Any, shape: Any, stride: Any) -> TensorRef:
+    """A view into a storage."""
+    itemsize = storage.dtype.itemsize
+    extents = _runs(storage.extents[0], storage.numel, itemsize, offset, shape, stride)
+    return TensorRef(storage.dtype, tuple(shape), extents)
+
+
+def _runs(
+    base: Extent,
+    storage_numel: int,
+    itemsize: int,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+) -> Extents:
+    """The runs of a view into a storage of ``storage_numel`` elements of ``itemsize``
+    bytes."""
+    if not isinstance(shape, (tuple, list)) or not isinstance(stride, (tuple, list)):
+        raise ValueError("the shape or the stride of a tensor is not a tuple")
+
+    fits = len(shape) == len(stride) and len(shape) <= MAX_AXES
+    if not fits or not _are_sizes((offset, *shape, *stride)):
+        sizes, strides = _brief(shape, " x "), _brief(stride, ", ")
+        raise ValueError(f"a tensor cannot have the shape {sizes} and the strides {strides}")
+
+    numel = prod(shape)
+    if not numel:  # an empty run still tells the storage, which tied names share
+        return Listed([_empty(base)])
+
+    axes = list(zip(shape, stride, strict=True))
+    last_element = offset + sum((count - 1) * step for count, step in axes)
+    if last_element >= storage_numel:
+        raise ValueError(f"a tensor ends at element {last_element} of a storage of {storage_numel}")
+
+    # the innermost axes without gaps between their elements make one run
+    run_numel, dims = 1, [(count, step) for count, step in axes if count != 1]
+    while dims and dims[-1][1] == run_numel:
+        run_numel *= dims.pop()[0]
+
+    steps = tuple((count, step * itemsize) for count, step in dims)
+    runs = Strided(base.path, base.offset + offset * itemsize, run_numel * itemsize, steps)
+    if numel > storage_numel and len(runs) > MAX_REPEATED_RUNS:
+        raise ValueError(f"a tensor of {numel} elements repeats a storage of {storage_numel}")
+
+    return runs if len(runs) > MAX_LISTED_RUNS else Listed(runs)
+
+
+def _are_sizes(numbers: tuple[Any, ...]) -> bool:
+    return all(type(n) is int and 0 <= n < 1 << 60 for n in numbers)
+
+
+def _brief(numbers: Any, separator: str) -> str:
+    return separator.join(map(repr, numbers[:8])) + (" and more" if len(numbers) > 8 else "")
+
+
+def _empty(extent: Extent) -> Extent:
+    return Extent(extent.path, extent.offset, 0)
+
+
+def _tensor_v3(*arguments: Any) -> TensorRef | Call:
+    """``torch._utils._rebuild_tensor_v3``: the storage is bytes, the element type is
+    given."""
+    storage, offset, shape, stride, _, _, kind = arguments[:7]
+    if not isinstance(kind, Global):
+        raise ValueError("the element type of a tensor is not a name")
+
+    dtype, itemsize = DTYPES.get(kind.name), UNREAD_DTYPES.get(kind.name)
+    if dtype is None and itemsize is None:
+        raise ValueError(_unknown(kind.name))
+    if not isinstance(storage, TensorRef) or not storage.extents:
+        return Call(Global("torch._utils", "_rebuild_tensor_v3"), (shape, kind))
+    if dtype is not None:
+        elements = TensorRef(dtype, (storage.nbytes // dtype.itemsize,), storage.extents)
+        return _view(elements, offset, shape, stride)
+
+    assert itemsize is not None
+    raw_bytes = _raw(_bytes(storage.extents[0]), itemsize, offset, shape, stride)
+    return Odd(kind, (shape,), kind=kind.name, raw=raw_bytes)
+
+
+_TENSOR_TYPES = {"Tensor", "Parameter", "Buffer"}
+
+
+def _typed(*call: Any) -> Any:
+    """``torch._tensor._rebuild_from_type_v2``: a tensor with attributes, or of a
+    subclass."""
+    function, kind, arguments, state = call
+    arguments = _sequence(arguments)
+    builder = None
+    if _is_global(function):
+        builder = BUILDERS.get((function.module, function.name))
+    if builder is None or not _is_global(kind) or kind.name not in _TENSOR_TYPES:
+        return Call(kind, arguments, state)
+
+    tensor = builder(*arguments)
+    if isinstance(tensor, TensorRef) and isinstance(state, dict):
+        return TensorRef(tensor.dtype, tensor.shape, tensor.extents, state)
+    return tensor
+
+
+def _is_global(value: Any) -> bool:
+    return isinstance(value, Global)
+
+
+def _dict(*arguments: Any) -> dict[Any, Any]:
+    pairs = _only(arguments)
+    items = pairs.items() if isinstance(pairs, dict) else map(_sequence, _sequence(pairs))
+    return {hashable(key): value for key, value in items}
+
+
+def _first(*arguments: Any) -> Any:
+    return arguments[0]
+
+
+def _set(*arguments: Any) -> set[Any]:
+    return {hashable(value) for value in _sequence(_only(arguments))}
+
+
+def _size(*arguments: Any) -> tuple[Any, ...]:
+    return tuple(_sequence(_only(arguments)))
+
+
+def _encode(*arguments: Any) -> bytes:
+    """``_codecs.encode``: how protocol 2 writes bytes."""
+    text = arguments[0]
+    if not isinstance(text, str):
+        raise ValueError("bytes are not made of a text")
+    return text.encode("latin-1")
+
+
+def _only(arguments: tuple[Any, ...]) -> Any:
+    """The argument of a call that has one or none."""
+    if len(arguments) > 1:
+        raise ValueError(f"a call of one argument has {len(arguments)}")
+    return arguments[0] if arguments else ()
+
+
+def _sequence(value: Any) -> Any:
+    """The value if it can be iterated: a sequence, a set, or a dict, for its keys."""
+    if not isinstance(value, (tuple, list, set, frozenset, dict, str, bytes)):
+        raise ValueError("values are expected, and there is one that is not a container")
+    return value
+
+
+BUILDERS: Builders = {
+    ("collections", "OrderedDict"): _dict,
+    ("__builtin__", "set"): _set,
+    ("builtins", "set"): _set,
+    ("_codecs", "encode"): _encode,
+    ("torch", "Size"): _size,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): _first,
+    ("torch._utils", "_rebuild_parameter_with_state"): _first,
+    ("torch._tensor", "_rebuild_from_type_v2"): _typed,
+    # an enum of ints; its value is all that is needed (deepspeed/runtime/zero/config.py)
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"): _first,
+}

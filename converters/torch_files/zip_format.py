@@ -1,0 +1,142 @@
+"""A file written by ``torch.save``, read as the same object with a ``TensorRef`` for
+each tensor.
+
+    zip (torch 1.6 and later)         local header | payload | descriptor   for every record
+      NAME/data.pkl                     the object; tensors name their storage by a key
+      NAME/data/0, NAME/data/1, ...     one storage each, stored uncompressed, aligned
+      central directory                 offsets, sizes and CRC32 of the records (0: not computed)
+
+Sizes and CRCs come from the central directory (torch leaves them 0 in the local
+headers); the length of the name and of the padding field come from the local header
+(they differ from the central ones). Only ``data.pkl`` is read. Layout: PyTorch
+``caffe2/serialize/inline_container.cc``.
+
+``reader`` says which files are zips.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from converters.errors import CheckpointError
+from converters.pickles.interpreter import Interpreter
+from converters.pickles.machine import Builders
+from converters.pickles.values import Call
+from converters.storage.store import File, read_exactly
+from converters.tensors import Checksum, Extent, Listed, TensorRef
+from converters.torch_files import zip_directory
+from converters.torch_files.rebuild import raw_storage, storage_id
+from converters.torch_files.torch_file import Stored, TorchFile
+
+MAX_PICKLE_BYTES = 1 << 30  # bytes of data.pkl; the largest seen is a few MB
+
+
+def read(file: File, path: Path, builders: Builders, stored: Stored) -> TorchFile:
+    """The file of a zip; ``CheckpointError`` if it is damaged. Arguments: see
+    ``reader.read``."""
+    directory = zip_directory.read(file, path)
+    pickles = [name for name in directory.records if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CheckpointError(f"{path} holds {len(pickles)} data.pkl, expected one")
+
+    prefix = pickles[0].removesuffix("data.pkl")
+    strays = [name for name in directory.records if not name.startswith(prefix)]
+    if strays or prefix in ("/", "./", "../") or prefix.count("/") != 1:
+        stray = strays[0] if strays else pickles[0]
+        raise CheckpointError(
+            f"{path} holds {stray}; expected one folder of records",
+            "refused",
+        )
+
+    records = _Records(path, file, prefix, directory)
+    if (byte_order := records.small("byteorder")) not in (None, b"little"):
+        raise CheckpointError(
+            f"{path} is {byte_order!r} endian, expected little",
+            "refused",
+        )
+
+    data = records.small("data.pkl")
+    assert data is not None
+
+    def storage(persistent_id: Any) -> Any:
+        return stored(persistent_id, records.storage(persistent_id))
+
+    interpreter = Interpreter(data, builders, storage, str(path))
+    root = interpreter.run()
+    if interpreter.position != len(data):
+        raise CheckpointError(f"{path}: {len(data) - interpreter.position} bytes follow its pickle")
+
+    all_checksummed = all(record.crc32 for record in directory.records.values() if record.size)
+    digest = directory.digest if all_checksummed else None
+    return TorchFile(path, root, records.checksums(), digest, prefix[:-1], len(data))
+
+
+class _Records:
+    """The records of a zip; storages are located when a tensor first names them."""
+
+    def __init__(self, path: Path, file: File, prefix: str, directory: zip_directory.Directory):
+        self.path, self.file, self.prefix, self.directory = path, file, prefix, directory
+        self.storages_by_key: dict[str, Checksum] = {}
+
+    def storage(self, persistent_id: Any) -> TensorRef | Call:
+        """The storage that a persistent id names, as a vector of its elements."""
+        dtype, key, numel = storage_id(persistent_id, self.path)
+        if key not in self.storages_by_key:
+            self.storages_by_key[key] = self.locate(f"data/{key}")
+        if dtype is None:
+            return raw_storage(persistent_id, self.storages_by_key[key].extent)
+
+        extent = self.storages_by_key[key].extent
+        if extent.length != numel * dtype.itemsize:
+            raise CheckpointError(
+                f"{self.path}: storage {key} has {extent.length} bytes, "
+                f"its tensor expects {numel * dtype.itemsize}"
+            )
+
+        return TensorRef(dtype, (numel,), Listed([extent]))
+
+    def small(self, name: str) -> bytes | None:
+        """The bytes of a record that is not a storage; ``None`` if there is none."""
+        if self.prefix + name not in self.directory.records:
+            return None
+
+        record = self.locate(name)
+        if record.extent.length > MAX_PICKLE_BYTES:
+            raise CheckpointError(
+                f"{self.path}: {name} is over {MAX_PICKLE_BYTES} bytes",
+                "refused",
+            )
+
+        data = read_exactly(self.file, record.extent.offset, record.extent.length)
+        if record.crc32 not in (None, crc32(data)):
+            raise CheckpointError(
+                f"{self.path} is damaged: the CRC32 of {name} is {crc32(data):08x}, "
+                f"expected {record.crc32:08x}; copy it again from where it was saved"
+            )
+
+        return data
+
+    def locate(self, name: str) -> Checksum:
+        record = self.directory.records.get(self.prefix + name)
+        if record is None:
+            raise CheckpointError(f"{self.path} has no record {name}, which its data.pkl names")
+        if not record.size:
+            return Checksum(Extent(self.path, record.header, 0), None)
+
+        payload_start = self.directory.payload(self.file, self.prefix + name)
+        return Checksum(
+            Extent(self.path, payload_start, record.size),
+            record.crc32 or None,
+        )
+
+    def checksums(self) -> tuple[Checksum, ...]:
+        storages = [storage for storage in self.storages_by_key.values() if storage.extent.length]
+        storages.sort(key=lambda checksum: checksum.extent.offset)
+        for previous, following in pairwise(storages):
+            if previous.extent.end > following.extent.offset:
+                raise CheckpointError(f"{self.path}: two records overlap; it is damaged")
+
+        return tuple(storages)

@@ -1,0 +1,32 @@
+"""Lists and numbers in messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def some(items: Iterable[str], limit: int = 3) -> str:
+    """The first of some names, and how many more there are."""
+    all_items = list(items)
+    remaining = len(all_items) - limit
+    return ", ".join(all_items[:limit]) + (f" and {remaining:,} more" if remaining > 0 else "")
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things: ``1 name``, ``2 names``."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
+def shape(dimensions: Iterable[int]) -> str:
+    """A tensor's shape: ``2 x 3``; ``scalar`` if it has no dimensions."""
+    return " x ".join(map(str, dimensions)) or "scalar"
+
+
+def numbers(values: Iterable[object], limit: int = 8) -> str:
+    """The first of some numbers, and how many more there are: ``0, 2, 3``."""
+    return some(map(str, values), limit)
+
+
+def verb(number: int, singular: str, plural: str) -> str:
+    """The form of a verb for a number of things: ``is`` or ``are``."""
+    return singular if number == 1 else plural

@@ -1,0 +1,79 @@
+"""Whether the files of all ranks are there, and of one save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from converters.errors import CheckpointError
+from converters.storage import misplaced_files
+from converters.zero.files import discovery, state_files
+from converters.zero.files.state_files import State
+
+
+def in_rank_order(place: discovery.Place, optimizers: Mapping[int, State]) -> list[State]:
+    """The optimizer files in rank order; raises unless all are there, of one save."""
+    if not optimizers:
+        return []
+
+    first_state, *other_states = optimizers.values()
+    rank_count = first_state.optimizer.get("partition_count", len(optimizers))
+    if isinstance(rank_count, list):  # one for each group
+        counts = [count for count in rank_count if isinstance(count, int)]
+        rank_count = max(counts, default=len(optimizers))
+
+    if not isinstance(rank_count, int) or not 1 <= rank_count <= state_files.MAX_RANKS:
+        raise first_state.fail(
+            f"partition_count is {state_files.shown(rank_count)}, expected a number of ranks"
+        )
+
+    node_local = first_state.setting("checkpoint", "use_node_local_storage") is True
+    require_ranks(place, rank_count, optimizers, "optimizer", node_local)
+    expected = state_files.progress(first_state)
+
+    for state in other_states:
+        progress = state_files.progress(state)
+        for key in expected.keys() & progress.keys():
+            if progress[key] != expected[key]:
+                raise CheckpointError(
+                    f"{state.path} is of another save than {first_state.path.name}: "
+                    f"its {key} is {progress[key]}, expected {expected[key]}; copy the "
+                    "file of this save here"
+                )
+
+    return list(optimizers.values())
+
+
+def require_ranks(
+    place: discovery.Place,
+    rank_count: int,
+    present_ranks: Iterable[int],
+    file_kind: str,
+    node_local: bool = False,
+) -> None:
+    """Raises ``CheckpointError`` unless there is a file for each rank, and no more."""
+    missing_ranks = sorted(set(range(rank_count)) - set(present_ranks))
+    surplus_ranks = sorted(set(present_ranks) - set(range(rank_count)))
+
+    if missing_ranks:
+        origin = "the save"
+        if node_local:
+            origin = "the folders of the other nodes (use_node_local_storage)"
+        raise CheckpointError(
+            f"{place.folder} was saved by {rank_count} ranks, but the {file_kind} "
+            f"files of rank {rank_list(missing_ranks)} are missing; copy them here "
+            f"from {origin}{misplaced_files.missing(place.folder)}",
+            "incomplete",
+        )
+
+    if surplus_ranks:
+        raise CheckpointError(
+            f"{place.folder} was saved by {rank_count} ranks, but has {file_kind} "
+            f"files of rank {rank_list(surplus_ranks)} too: they are of another save; "
+            "move them away"
+        )
+
+
+def rank_list(ranks: Sequence[int]) -> str:
+    """Ranks for a message, the first eight of them."""
+    remainder = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return ", ".join(map(str, ranks[:8])) + remainder

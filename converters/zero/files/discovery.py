@@ -1,0 +1,147 @@
+"""Finding a checkpoint: from the path a user gives to the files of one tag.
+
+    out/checkpoint-8/            root: what a Trainer or ``engine.save_checkpoint`` wrote into
+      latest                       the tag, as text without a newline
+      global_step8/                the tag folder; any name, even with a slash in it
+        [bf16_]zero_pp_rank_R_mp_rank_MM_optim_states.pt    one a rank: fp32 and optimizer state
+        mp_rank_MM_model_states.pt                          stages 0 to 2: the module
+        zero_pp_rank_R_mp_rank_MM_model_states.pt           stage 3: one a rank
+
+Up to 0.3.13 no underscore stood before ``optim_states``; the fast writer appends
+``-RANK.COUNT``. Names: ``deepspeed/runtime/engine.py`` (``_get_*_ckpt_name``) of
+0.3 to 0.19.8.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.detect import detection, state_folders
+from converters.detect.filenames import MODULE, OPTIMIZER, PARTITIONED
+from converters.detect.state_folders import is_tag_folder as is_tag_folder
+from converters.detect.state_folders import tags as tags
+from converters.errors import CheckpointError
+from converters.source import Place as Place
+from converters.storage import misplaced_files
+
+_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_?(optim|model)_states")
+
+
+def rank_file(name: str) -> tuple[int, str] | None:
+    """The rank of a file of one rank and its kind, optim or model.
+
+    ``name`` is its name or a part of it.
+    """
+    match = _RANK.search(name)
+    return (int(match[1]), match[2]) if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The state files of a tag.
+
+    Optimizer files and model files of stage 3 are by rank; ``module`` is the one of
+    other stages.
+    """
+
+    optimizer: dict[int, Path]
+    partitioned: dict[int, Path]
+    module: Path | None
+
+
+def find(path: Path, tag: str | None = None) -> Place:
+    """The tag that ``path`` (a Trainer folder, a save_dir or a tag folder) means.
+
+    ``tag`` wins over everything. ``CheckpointError`` says what is there instead.
+    """
+    if not path.is_dir():
+        raise detection.detect(path).error
+    if tag is not None:
+        return _named(path, tag)
+    if is_tag_folder(path):
+        return Place(path.resolve().parent, path, path.resolve().name)
+
+    latest = path / "latest"
+    if not latest.is_file():
+        if link_note := misplaced_files.link(latest):
+            raise CheckpointError(f"{path} has no file latest{link_note}", "incomplete")
+        raise detection.detect(path).error
+
+    return _newest(path, latest)
+
+
+def _named(path: Path, tag: str) -> Place:
+    """The place of a tag that the user named."""
+    if is_tag_folder(path) and path.resolve().name == tag:
+        return Place(path.parent, path, tag)
+    if not (path / tag).is_dir():
+        raise detection.detect(path, tag).error
+    return Place(path, path / tag, tag)
+
+
+def _newest(path: Path, latest: Path) -> Place:
+    """The place of the tag that the file ``latest`` names."""
+    tag_name = state_folders.tag_in(latest)
+    if tag_name is None or not (path / tag_name).is_dir():
+        misplaced_note = misplaced_files.file(latest)
+        if misplaced_note is not None:
+            raise CheckpointError(f"{latest} {misplaced_note}", "incomplete")
+
+        stated = repr(tag_name) if tag_name else "no tag"
+        raise CheckpointError(
+            f"{latest} names {stated}, which is not there; {state_folders.offer(path)}",
+            "incomplete",
+        )
+
+    inner_folder = (path / tag_name).parent
+    # a run's pointer names a folder with a pointer of its own: checkpoint-5/global_step5
+    if inner_folder != path and (inner_folder / "latest").is_file():
+        return Place(inner_folder, path / tag_name, (path / tag_name).name)
+
+    return Place(path, path / tag_name, tag_name)
+
+
+def scan(place: Place) -> Files:
+    """The state files of the tag.
+
+    ``CheckpointError`` if it is of a kind that is not read.
+    """
+    names = sorted(entry.name for entry in place.folder.iterdir())
+    detection.require_readable(place.folder)
+
+    optimizer_files = _by_rank(place, names, OPTIMIZER)
+    partitioned_files = _by_rank(place, names, PARTITIONED)
+    modules = [match for name in names if (match := MODULE.fullmatch(name))]
+    module = place.folder / modules[0][0] if modules else None
+
+    if not optimizer_files and not partitioned_files and module is None:
+        raise CheckpointError(
+            f"{place.folder} holds no *_states.pt; {state_folders.offer(place.root)}"
+            f"{misplaced_files.missing(place.folder)}",
+            "incomplete",
+        )
+
+    return Files(optimizer_files, partitioned_files, module)
+
+
+def _by_rank(place: Place, names: list[str], pattern: re.Pattern[str]) -> dict[int, Path]:
+    """The files of one kind by rank. Of a fast writer's equal copies, the first."""
+    paths_by_rank: dict[int, Path] = {}
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match is None:
+            continue
+
+        rank = int(match["rank"])
+        if rank in paths_by_rank and match["writer"] is None:
+            raise CheckpointError(
+                f"{place.folder} has two files of rank {rank}, "
+                f"{paths_by_rank[rank].name} and {name}: two saves are mixed; move the "
+                "older one away"
+            )
+
+        paths_by_rank.setdefault(rank, place.folder / name)
+
+    return dict(sorted(paths_by_rank.items()))

@@ -1,0 +1,92 @@
+"""Values of a state file, looked at before they are used.
+
+A file may hold anything anywhere. Whoever needs a dict, a list or a number at some place
+asks for it here, and gets it or a ``CheckpointError`` that says what is there instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import Repr
+from typing import Any, TypeVar
+
+from converters.errors import CheckpointError
+
+_Kind = TypeVar("_Kind")
+_NAMES = {
+    dict: "a dict",
+    list: "a list",
+    int: "a whole number",
+    str: "a text",
+}
+_MISSING = object()
+_short_repr = Repr()  # short, whatever a file nests
+_short_repr.maxlevel = 3
+_short_repr.maxother = 120
+
+
+def shown(value: Any) -> str:
+    """What a file holds, for a message: never long, nor for long at work."""
+    return _short_repr.repr(value)
+
+
+def expected(path: Path, label: str, value: Any, kind: type[_Kind]) -> _Kind:
+    """``value`` if it is of this kind; ``CheckpointError`` says what it is instead."""
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    name = _NAMES.get(kind, kind.__name__)
+    raise CheckpointError(f"{path}: {label} is {shown(value)}, expected {name}")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A dict in a state file; ``label`` says where it stands, empty for the root."""
+
+    path: Path
+    label: str
+    values: Mapping[Any, Any]
+
+    def required(self, key: Any, kind: type[_Kind]) -> _Kind:
+        """The value of a key that must be there."""
+        value = self.values.get(key, _MISSING)
+        if value is _MISSING:
+            raise CheckpointError(f"{self.path} has no {self._label(key)}; it is damaged")
+        return expected(self.path, self._label(key), value, kind)
+
+    def optional(self, key: Any, kind: type[_Kind]) -> _Kind | None:
+        """The value of a key that may be missing, or ``None``."""
+        value = self.values.get(key)
+        return None if value is None else expected(self.path, self._label(key), value, kind)
+
+    def state(self, index: int) -> dict[Any, Any]:
+        """A dict in this one; an empty one where there is none."""
+        return self.required(index, dict) if index in self.values else {}
+
+    def section(self, key: Any) -> Section:
+        """A dict in this one, which must be there."""
+        return Section(self.path, self._label(key), self.required(key, dict))
+
+    def dicts(self, key: Any) -> list[dict[Any, Any]]:
+        """A list of dicts, which must be there."""
+        return dicts(self.path, self._label(key), self.required(key, list))
+
+    def numbers(self, key: Any) -> list[int]:
+        """A list of whole numbers, which must be there."""
+        return numbers(self.path, self._label(key), self.values.get(key))
+
+    def _label(self, key: Any) -> str:
+        return f"{self.label}[{key!r}]" if self.label else str(key)
+
+
+def dicts(path: Path, label: str, values: Sequence[Any]) -> list[dict[Any, Any]]:
+    """The values, each of which must be a dict."""
+    return [expected(path, f"{label}[{index}]", value, dict) for index, value in enumerate(values)]
+
+
+def numbers(path: Path, label: str, values: Any) -> list[int]:
+    """The values of a list or tuple, each of which must be a whole number."""
+    if not isinstance(values, (list, tuple)):
+        raise CheckpointError(f"{path}: {label} is {shown(values)}, expected a list")
+    return [expected(path, f"{label}[{index}]", value, int) for index, value in enumerate(values)]

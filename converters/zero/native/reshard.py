@@ -1,0 +1,336 @@
+"""A checkpoint of ZeRO 1, 2 or 3 for another world size or stage, as a plan of
+DeepSpeed's files.
+
+    checkpoint, param_groups   every parameter, weights and state, whatever it is cut up for
+    optimizer_files            cut up for the target, and the objects that optimizer files hold
+    model_files                the same for the model files
+    file_plan                  those objects as files, every byte decided
+
+What does not depend on the topology (loss scaler, scheduler, client state, buffers) is
+written as it was read, class by class. ``proof`` verifies that a result holds every
+element of the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.errors import CheckpointError, consistent
+from converters.plan import Plan
+from converters.torch_files import file_plan, object_graph
+from converters.zero import checkpoint as zero
+from converters.zero import muon, param_groups
+from converters.zero.checkpoint import Checkpoint
+from converters.zero.files import discovery, state_files
+from converters.zero.files.state_files import State
+from converters.zero.files.typed import Section
+from converters.zero.native import model_files, optimizer_files, proof
+from converters.zero.native.optimizer_files import (
+    SCALING,
+    SUB_GROUP,
+    TargetTopology,
+    with_loss_scale,
+)
+from converters.zero.param_groups import Group
+
+# the names of it in runtime/config.py: DtypeEnum
+_FP32 = ("fp32", "float32", "float", "torch.float32")
+_LAYOUT = {  # what the layout decides, or a stage alone has, in an optimizer file
+    "base_optimizer_state",
+    "single_partition_of_fp32_groups",
+    "group_paddings",
+    "param_alignment_paddings",
+    "partition_count",
+    "param_slice_mappings",
+    "optimizer_state_dict",
+    "fp32_flat_groups",
+    "base_optimizer_state_step",
+    "clip_grad",
+    "ds_version",
+    "universal_checkpoint_info",
+    "zero_stage",
+}
+
+
+def target(
+    checkpoint: Checkpoint,
+    stage: int | None,
+    world_size: int,
+    sub_group_size: int | None = None,
+    zero_init: bool | None = None,
+) -> TargetTopology:
+    """The topology to make, with the settings that the run's own configuration gives.
+
+    ``CheckpointError`` for a checkpoint that cannot be cut up for other ranks.
+    """
+    _require(checkpoint)
+    setting, module = checkpoint.model.setting, checkpoint.model.module
+    stage = stage or checkpoint.stage or 1
+
+    # BF16_Optimizer neither deals parameters out nor aligns them
+    bf16_optimizer = stage == 1 and _bf16_optimizer(checkpoint.model)
+    round_robin = setting("zero_optimization", "round_robin_gradients") is True
+    aligned = setting("zero_optimization", "parameter_alignment") is True
+
+    itemsizes = [
+        state_files.tensor(checkpoint.model, module[name], name).dtype.itemsize
+        for name in trained_names(checkpoint)
+    ]
+
+    return TargetTopology(
+        stage,
+        world_size,
+        round_robin and not bf16_optimizer,
+        aligned and not bf16_optimizer,
+        sub_group_size or configured_sub_group_size(checkpoint.model),
+        min(itemsizes, default=2),
+        bf16_optimizer,
+        muon.keeps_whole_momentum(checkpoint.model),
+        zero_init,
+    )
+
+
+def configured_sub_group_size(model: State) -> int:
+    """The elements of a sub-group of stage 3, as the run was configured."""
+    configured_size = model.setting("zero_optimization", "sub_group_size")
+    if not isinstance(configured_size, (int, float)):
+        return SUB_GROUP
+    if not 1 <= configured_size < state_files.MAX_ELEMENTS:
+        raise model.fail(f"sub_group_size is {configured_size}, expected a number of elements")
+    return int(configured_size)
+
+
+def bf16(model: State) -> bool:
+    """Whether the run has bf16.enabled, which gives optimizer files their prefix."""
+    return any(model.setting(name, "enabled") is True for name in ("bf16", "bfloat16"))
+
+
+def _bf16_optimizer(model: State) -> bool:
+    """Whether DeepSpeed makes a BF16_Optimizer of this configuration in stage 1.
+
+    ``_do_optimizer_sanity_check`` in runtime/engine.py, DeepSpeed 0.19.8.
+    """
+    sums_in_fp32 = model.setting("data_types", "grad_accum_dtype") in _FP32
+    elastic = model.setting("zero_optimization", "elastic_checkpoint")
+    return bf16(model) and sums_in_fp32 and not muon.offloaded(model) and not elastic
+
+
+def tag_folder(checkpoint: Checkpoint) -> str:
+    """The name of the tag's folder, without those above it that a tag may name."""
+    return Path(checkpoint.place.tag).name
+
+
+def plan(checkpoint: Checkpoint, topology: TargetTopology) -> Plan:
+    """The files of the tag, named relative to the save_dir.
+
+    Reads pickles; of tensors only Muon's momentum of matrices that ranks share
+    (``muon``). ``CheckpointError`` for what cannot be cut up for other ranks.
+    """
+    remedy = "a file is damaged or of another save; ckpt verify tells more"
+    with consistent(checkpoint.place.folder, remedy):
+        return _plan(checkpoint, topology)
+
+
+def _plan(checkpoint: Checkpoint, topology: TargetTopology) -> Plan:
+    rank_paths = [state.path for state in checkpoint.ranks]
+    paths = model_paths(checkpoint)
+    groups = _groups(checkpoint, topology)
+    _require_options(checkpoint, groups, topology)
+    _require_rule(checkpoint, topology)
+
+    shards = []
+    own_groups = param_groups.with_names(groups, checkpoint.names.parameters)
+    for rank, group_keys in enumerate(optimizer_files.optimizer_trees(own_groups, topology)):
+        path = rank_paths[rank % len(rank_paths)]
+        root = object_graph.read_root(path)
+        source_state = _optimizer_state(path, root)
+        optimizer = _optimizer(checkpoint, root, source_state, topology, group_keys)
+        tree = configured(root, topology) | {"optimizer_state_dict": optimizer}
+        shards.append(file_plan.shard(_optimizer_name(checkpoint, rank), tree))
+
+    model_trees = model_files.model_trees(checkpoint, paths, groups, topology)
+    for rank, tree in enumerate(model_trees):
+        name = f"zero_pp_rank_{rank}_mp_rank_00" if topology.stage == 3 else "mp_rank_00"
+        name = f"{tag_folder(checkpoint)}/{name}_model_states.pt"
+        shards.append(file_plan.shard(name, configured(tree, topology)))
+
+    return file_plan.plan(shards)
+
+
+def prove(
+    checkpoint: Checkpoint, topology: TargetTopology, native_plan: Plan, output: Path
+) -> dict[str, int]:
+    """Reads the plan's files in ``output`` and compares all of them with the source.
+
+    By place, not by value (``proof``); counts what was found equal. ``CheckpointError``
+    if anything is not.
+    """
+    result = zero.read(output / tag_folder(checkpoint))
+    if (result.stage, result.world_size) != (topology.stage, topology.world_size):
+        raise CheckpointError(f"{output} reads as stage {result.stage} of {result.world_size}")
+
+    groups = _groups(checkpoint, topology)
+    counts = proof.verify_tensors(checkpoint, groups, result, native_plan, output)
+    provenance = proof.Provenance(native_plan, output)
+    decided_keys = _LAYOUT | (set(SCALING) if topology.bf16 else set())
+
+    for rank, state in enumerate(result.ranks):
+        source_rank = checkpoint.ranks[rank % checkpoint.world_size]
+        source_root = object_graph.read_root(source_rank.path)
+        result_root = object_graph.read_root(state.path)
+        apart = {"optimizer_state_dict", "ds_config"}
+        proof.verify_metadata(provenance, source_root, result_root, apart, state.path)
+
+        source_state = with_loss_scale(_optimizer_state(source_rank.path, source_root))
+        result_state = with_loss_scale(_optimizer_state(state.path, result_root))
+        proof.verify_metadata(provenance, source_state, result_state, decided_keys, state.path)
+
+    source_paths = model_paths(checkpoint)
+    for rank, path in enumerate(model_paths(result)):
+        source_root = object_graph.read_root(source_paths[rank % len(source_paths)])
+        result_root = object_graph.read_root(path)
+        proof.verify_metadata(provenance, source_root, result_root, model_files.DECIDED, path)
+
+    return counts
+
+
+def _optimizer_state(path: Path, root: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The tree of an optimizer file under ``optimizer_state_dict``."""
+    return Section(path, "", root).required("optimizer_state_dict", dict)
+
+
+def _groups(checkpoint: Checkpoint, topology: TargetTopology) -> list[Group]:
+    """The param groups, in the target's order."""
+    tree = object_graph.read_root(checkpoint.ranks[0].path)
+    groups = param_groups.read(checkpoint, tree)
+    return optimizer_files.in_optimizer_order(groups, checkpoint, topology)
+
+
+def _require(checkpoint: Checkpoint) -> None:
+    """Raises for what has no partitions to cut up, or not all of them."""
+    path, model = checkpoint.place.folder, checkpoint.model
+    absent = checkpoint.weights.absent
+    absent_names = [name for name in absent if not name.endswith("_extra_state")]
+    unnamed = [name for name in trained_names(checkpoint) if name not in model.module]
+
+    if not checkpoint.ranks:
+        reason = "was saved without ZeRO: it loads on any number of ranks as it is"
+    elif model.setting("zero_optimization", "zenflow"):
+        reason = "was saved with ZenFlow, whose own state is in no file; it cannot be resharded"
+    elif (stated_size := model.root.get("dp_world_size")) != checkpoint.world_size:
+        reason = (
+            f"was saved by {checkpoint.world_size} ranks, but says dp_world_size "
+            f"{stated_size}: its topology is not known"
+        )
+    elif absent_names:
+        name = absent_names[0]
+        reason = f"lacks {name} ({absent[name]}); it cannot be resharded"
+    elif pieces := checkpoint.names.pieces:
+        reason = (
+            f"has {pieces[0]} as several tensors in its state dict (a hook cuts it "
+            "up); such a checkpoint cannot be resharded"
+        )
+    elif unnamed:
+        reason = f"lacks {unnamed[0]}, which is trained, in its state dict; it cannot be resharded"
+    else:
+        return
+
+    raise CheckpointError(f"{path} {reason}", "unsupported")
+
+
+def trained_names(checkpoint: Checkpoint) -> list[str]:
+    """The names of the parameters that have an optimizer."""
+    untrained = checkpoint.weights.buffers | checkpoint.weights.frozen
+    return [name for name in checkpoint.weights.tensors if name not in untrained]
+
+
+def _require_rule(checkpoint: Checkpoint, topology: TargetTopology) -> None:
+    """Raises where stage 3, whose placeholders have no places, could not tell names."""
+    names = checkpoint.names
+    if topology.stage == 3 and names.state and names.rule is None:
+        name, state = next(iter(names.state.items()))
+        raise CheckpointError(
+            f"{checkpoint.place.folder}: the state dict calls the parameter {name} "
+            f"{state}, and no one rule turns all such names into those; a checkpoint "
+            "of stage 3 could not be read again, so reshard it to stage 1 or 2",
+            "unsupported",
+        )
+
+
+def _require_options(
+    checkpoint: Checkpoint, groups: Iterable[Group], topology: TargetTopology
+) -> None:
+    """Raises for an elastic checkpoint that is to become one of stage 3."""
+    if topology.stage == 3 and any(group.options is None for group in groups):
+        raise CheckpointError(
+            f"{checkpoint.place.folder} was saved with elastic_checkpoint, which keeps "
+            "no param groups, and stage 3 needs them; reshard it to stage 1 or 2",
+            "unsupported",
+        )
+
+
+def _optimizer_name(checkpoint: Checkpoint, rank: int) -> str:
+    """The name of a rank's optimizer file, with the run's prefix, bf16_ or none."""
+    prefix = "bf16_" if checkpoint.ranks[0].path.name.startswith("bf16_") else ""
+    name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    return f"{tag_folder(checkpoint)}/{name}"
+
+
+def model_paths(checkpoint: Checkpoint) -> list[Path]:
+    """The model files: one for each rank under stage 3, else the only one."""
+    if checkpoint.stage < 3:
+        return [checkpoint.model.path]
+    return list(discovery.scan(checkpoint.place).partitioned.values())
+
+
+def configured(root: Any, topology: TargetTopology) -> dict[Any, Any]:
+    """A root whose configuration has the stage and sub_group_size of the target.
+
+    That is how readers learn them.
+    """
+    config = root.get("ds_config")
+    source_settings = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(source_settings, dict):
+        return dict(root)
+
+    settings = {**source_settings, "stage": topology.stage}
+    configured_size = settings.get("sub_group_size", SUB_GROUP)
+    if topology.stage == 3 and configured_size != topology.sub_group_size:
+        settings["sub_group_size"] = topology.sub_group_size
+
+    return {**root, "ds_config": {**config, "zero_optimization": settings}}
+
+
+def _optimizer(
+    checkpoint: Checkpoint,
+    root: Mapping[Any, Any],
+    source_state: Mapping[Any, Any],
+    topology: TargetTopology,
+    group_keys: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The optimizer_state_dict of a rank, from that of a rank of the source.
+
+    ``clip_grad``, which only stages 1 and 2 have, is left out where it is not known:
+    the engine that loads has its own then.
+    """
+    if topology.bf16:
+        foreign_keys = {
+            "param_alignment_paddings",
+            "optimizer_state_dict",
+            "fp32_flat_groups",
+            *SCALING,
+        }
+        remaining = {key: value for key, value in source_state.items() if key not in foreign_keys}
+        return {"ds_version": root["ds_version"], **remaining, **group_keys}
+
+    source_state = with_loss_scale(source_state)
+    zero_stage = optimizer_files.stage_like(source_state["zero_stage"], topology)
+    if (topology.stage == 3) == (checkpoint.stage == 3):
+        return {**source_state, **group_keys, "zero_stage": zero_stage}
+
+    # from stage 3 to another or back: nothing of the source's layout fits
+    remaining = {key: value for key, value in source_state.items() if key not in _LAYOUT}
+    version = {"ds_version": root["ds_version"]} if topology.stage < 3 else {}
+    return {**remaining, **group_keys, "zero_stage": zero_stage, **version}

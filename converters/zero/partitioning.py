@@ -1,0 +1,175 @@
+"""How ZeRO cuts parameters up, as two short generators over ``narrow`` and
+``concat``. No I/O.
+
+Stages 1 and 2 flatten each parameter group into one vector and cut it into equal runs:
+
+    parameters   |--- a ---|------ b ------|- c -|pad|
+    ranks        |------ 0 -------|------ 1 ---------|
+
+Padding stands only at the end, where ranks may hold less or nothing; with
+``parameter_alignment`` (DeepSpeed after 0.19.5) also behind single parameters, and then
+it is recorded. Stage 3 cuts each parameter into equal runs, padding the last:
+
+    rank 0       |- a -|-- b --|-c-|
+    rank 1       |- a -|-- b --|-c+pad|
+
+The same holds for whatever the optimizer keeps for each element. Sources: DeepSpeed
+0.19.8 ``runtime/zero/stage_1_and_2.py`` and ``stage3.py``, ``utils/zero_to_fp32.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import gcd, prod
+
+from converters.tensors import TensorRef, zeros
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def stage12(
+    ranks: Sequence[TensorRef], shapes: Shapes, paddings: Sequence[int] = ()
+) -> Iterator[tuple[str, TensorRef]]:
+    """The parameters of a group from its partitions, one a rank, in rank order.
+
+    ``paddings`` are the elements left empty behind each parameter. ``ValueError`` if
+    the partitions are too short. What is left over at the end: ``unused_elements``.
+    """
+    flat = TensorRef.concat(ranks)
+    for name, (offset, shape) in places12(shapes, paddings):
+        yield name, flat.narrow(offset, prod(shape)).view(*shape)
+
+
+def places12(
+    shapes: Shapes, paddings: Sequence[int] = ()
+) -> Iterator[tuple[str, tuple[int, tuple[int, ...]]]]:
+    """The first element in its group, and the shape, of each parameter."""
+    offset = 0
+    for index, (name, shape) in enumerate(shapes.items()):
+        yield name, (offset, shape)
+        offset += prod(shape) + (paddings[index] if paddings else 0)
+
+
+def unused_elements(
+    ranks: Sequence[TensorRef], shapes: Shapes, paddings: Sequence[int] = ()
+) -> int:
+    """Elements of a group's partitions that no parameter uses.
+
+    They are its padding, if all is well.
+    """
+    used_numel = sum(prod(shape) for shape in shapes.values()) + sum(paddings)
+    return sum(rank.numel for rank in ranks) - used_numel
+
+
+def stage3(ranks: Sequence[TensorRef], shapes: Shapes) -> Iterator[tuple[str, TensorRef]]:
+    """The parameters of a sub-group from its flat vectors, one a rank, in rank order.
+
+    ``ValueError`` if a vector is too short. Its exact length: ``subgroup_size``.
+    """
+    offset = 0
+    for name, shape in shapes.items():
+        piece_size = partition_numel(shape, len(ranks))
+        pieces = [rank.narrow(offset, piece_size) for rank in ranks]
+        yield name, TensorRef.concat(pieces).narrow(0, prod(shape)).view(*shape)
+        offset += piece_size
+
+
+def partition_numel(shape: Sequence[int], world_size: int) -> int:
+    """Elements of a stage 3 parameter that each rank holds, padding included."""
+    return -(-prod(shape) // world_size)
+
+
+def subgroup_size(shapes: Shapes, world_size: int) -> int:
+    """Elements of a sub-group's flat vector on each rank."""
+    return sum(partition_numel(shape, world_size) for shape in shapes.values())
+
+
+def padding_for(numels: Sequence[int], itemsize: int) -> list[int]:
+    """Elements that parameter_alignment leaves empty behind each parameter but the last.
+
+    Every parameter begins at a multiple of 16 bytes; ``itemsize`` is that of the
+    16-bit weights.
+    """
+    multiple = 16 // gcd(16, itemsize)
+    offset = 0
+    paddings: list[int] = []
+
+    for numel in numels:
+        paddings.append(-(offset + numel) % multiple)
+        offset += numel + paddings[-1]
+    return [*paddings[:-1], 0] if paddings else []
+
+
+def rank_size(numel: int, world_size: int) -> int:
+    """Elements of each rank's run of a group of ``numel``, inner padding included."""
+    # runs begin at multiples of two: 4 bytes in 16 bits
+    return 2 * -(-numel // (2 * world_size))
+
+
+def unpadded_sizes(numel: int, world_size: int) -> list[int]:
+    """Elements of each rank's run that are not padding at the group's end."""
+    partition_size = rank_size(numel, world_size)
+    starts = [rank * partition_size for rank in range(world_size)]
+    return [min(max(numel - start, 0), partition_size) for start in starts]
+
+
+def partition_group(
+    parameters: Sequence[TensorRef], world_size: int, paddings: Sequence[int] = ()
+) -> list[TensorRef]:
+    """The ranks' runs of a group, padding included: what ``stage12`` takes apart again.
+
+    ``ValueError`` if the group is empty, or its parameters are of several types.
+    """
+    pieces = []
+    for index, parameter in enumerate(parameters):
+        pieces += [parameter, zeros(parameter.dtype, paddings[index] if paddings else 0)]
+
+    vector = TensorRef.concat(pieces)
+    partition_size = rank_size(vector.numel, world_size)
+    end_padding = zeros(vector.dtype, partition_size * world_size - vector.numel)
+    vector = TensorRef.concat([vector, end_padding])
+
+    starts = [rank * partition_size for rank in range(world_size)]
+    return [vector.narrow(start, partition_size) for start in starts]
+
+
+def partition_parameter(parameter: TensorRef, rank: int, world_size: int) -> TensorRef:
+    """A rank's piece of a parameter, padded to the length that all have."""
+    piece_size = partition_numel(parameter.shape, world_size)
+    start = min(rank * piece_size, parameter.numel)
+    piece = parameter.narrow(start, min(piece_size, parameter.numel - start))
+    if piece.numel == piece_size:
+        return piece
+    return TensorRef.concat([piece, zeros(parameter.dtype, piece_size - piece.numel)])
+
+
+def sub_groups(shapes: Shapes, world_size: int, size: int) -> list[dict[str, tuple[int, ...]]]:
+    """A param group cut up as ``_create_fp16_sub_groups`` does.
+
+    A sub-group ends with the parameter that makes its vector ``size`` elements long or
+    longer.
+    """
+    groups: list[dict[str, tuple[int, ...]]] = []
+    filled_numel = size
+    for name, shape in shapes.items():
+        if filled_numel >= size:
+            groups.append({})
+            filled_numel = 0
+        groups[-1][name] = shape
+        filled_numel += partition_numel(shape, world_size)
+
+    return groups
+
+
+def round_robin_order(names: Sequence[str], world_size: int) -> list[str]:
+    """The order of a group under round_robin_gradients: dealt out to the ranks in turns.
+
+    ``_round_robin_reorder`` of ``stage_1_and_2.py``.
+    """
+    return [name for rank in range(world_size) for name in names[rank::world_size]]
+
+
+def undo_round_robin(names: Sequence[str], world_size: int) -> list[str]:
+    """The order that ``round_robin_order`` was given."""
+    positions = round_robin_order([str(position) for position in range(len(names))], world_size)
+    return [name for _, name in sorted(zip(map(int, positions), names, strict=True))]

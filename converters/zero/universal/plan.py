@@ -1,0 +1,327 @@
+"""Native checkpoint to universal folder and back, as plans of DeepSpeed's files.
+
+    zero, groups  -->  zero/NAME/*.pt, optimizer_state.pt, both kinds of model file
+    universal     -->  optimizer_trees, model_trees: native files, as ``reshard`` makes them
+
+A stock engine of stage 1 or 2 reads ``mp_rank_00_model_states.pt`` of a universal
+folder, one of stage 3 ``zero_pp_rank_0_mp_rank_00_model_states.pt``;
+``ds_to_universal.py`` writes one of the two, here both are written, so that every stage
+can load it. For the same reason ``optimizer_state.pt`` has the keys that either asks
+for. Sources: ``_get_all_ckpt_names`` (runtime/engine.py),
+``load_hp_checkpoint_state_from_checkpoint_dir`` (runtime/base_optimizer.py) and its
+counterpart in runtime/zero/stage3.py, DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from converters.errors import CheckpointError, consistent
+from converters.plan import Plan
+from converters.tensors import DType, TensorRef
+from converters.torch_files import file_plan, object_graph
+from converters.zero import param_groups
+from converters.zero.checkpoint import Checkpoint
+from converters.zero.files.typed import Section
+from converters.zero.naming import storage_views
+from converters.zero.native import model_files, optimizer_files, reshard
+from converters.zero.native.optimizer_files import SCALING, TargetTopology, with_loss_scale
+from converters.zero.param_groups import WEIGHTS, Group
+from converters.zero.universal import parameter_folders
+from converters.zero.universal.parameter_folders import COMMON, MASTER, STEP
+from converters.zero.universal.reader import INFO, SUFFIX, Universal
+
+VERSION = {"universal_checkpoint_version": 0.4}  # checkpoint/constants.py of DeepSpeed 0.19.8
+SHARDED = {  # keys of an optimizer file that only a rank has
+    "base_optimizer_state",
+    "single_partition_of_fp32_groups",
+    "param_slice_mappings",
+    "fp32_flat_groups",
+    "optimizer_state_dict",
+}
+LAYOUT = {  # further keys that the topology decides, or that a universal folder alone has
+    "group_paddings",
+    "param_alignment_paddings",
+    "partition_count",
+    "param_groups",
+    "zero_stage",
+    INFO,
+}
+
+
+def to_universal(checkpoint: Checkpoint) -> Plan:
+    """The files of the universal folder, named relative to the save_dir.
+
+    Reads pickles only. ``CheckpointError`` for a checkpoint that is not cut up in
+    partitions alone.
+    """
+    remedy = "a file is damaged or of another save; ckpt verify tells more"
+    with consistent(checkpoint.place.folder, remedy):
+        return _to_universal(checkpoint)
+
+
+def from_universal(source: Universal, topology: TargetTopology) -> Plan:
+    """The native files, named relative to the save_dir.
+
+    Reads pickles, and a little of weights. ``CheckpointError`` if the weights are not
+    those that the model file has in 16 bits.
+    """
+    remedy = "a file is damaged or of another conversion; make it again"
+    with consistent(source.checkpoint.place.folder, remedy):
+        return _from_universal(source, topology)
+
+
+def universal_tag(checkpoint: Checkpoint) -> str:
+    """The folder that a checkpoint's tag becomes."""
+    return reshard.tag_folder(checkpoint) + SUFFIX
+
+
+def native_tag(source: Universal) -> str:
+    """The tag that a universal folder was made from, as its name tells."""
+    return reshard.tag_folder(source.checkpoint).removesuffix(SUFFIX) or "universal"
+
+
+def stage12_target(checkpoint: Checkpoint) -> TargetTopology:
+    """What the model file of stages 1 and 2 is made for.
+
+    Its order is that of the folder.
+    """
+    stage = min(checkpoint.stage or 1, 2)
+    return reshard.target(checkpoint, stage, checkpoint.world_size)
+
+
+def _to_universal(checkpoint: Checkpoint) -> Plan:
+    whole_target = stage12_target(checkpoint)  # also refuses what has no partitions
+    stage_3_target = reshard.target(checkpoint, 3, 1)
+    for name, state in checkpoint.names.state.items():
+        raise CheckpointError(
+            f"{checkpoint.place.folder}: the state dict calls the parameter {name} "
+            f"{state}; the universal format has a folder for each name, and no place "
+            "for another one; use ckpt reshard",
+            "unsupported",
+        )
+
+    tree = object_graph.read_root(checkpoint.ranks[0].path)
+    groups = param_groups.read(checkpoint, tree)
+    groups = optimizer_files.in_optimizer_order(groups, checkpoint, whole_target)
+    if any(group.options is None for group in groups):
+        raise CheckpointError(
+            f"{checkpoint.place.folder} was saved with elastic_checkpoint, which keeps "
+            "no param groups, and load_universal needs them; ckpt reshard makes native "
+            "files of it",
+            "unsupported",
+        )
+
+    tag = universal_tag(checkpoint)
+    files = _universal_files(checkpoint, tree, groups, whole_target, stage_3_target)
+    return file_plan.plan([file_plan.shard(f"{tag}/{name}", root) for name, root in files])
+
+
+def _universal_files(
+    checkpoint: Checkpoint,
+    tree: Any,
+    groups: Sequence[Group],
+    whole_target: TargetTopology,
+    stage_3_target: TargetTopology,
+) -> Iterator[tuple[str, Any]]:
+    """The files of the tag by name, as trees."""
+    models = reshard.model_paths(checkpoint)
+    targets = {"mp_rank_00": whole_target, "zero_pp_rank_0_mp_rank_00": stage_3_target}
+    for name, target in targets.items():
+        root = next(iter(model_files.model_trees(checkpoint, models, groups, target)))
+        info = root.get(INFO) or dict(VERSION)
+        yield f"{name}_model_states.pt", object_graph.replaced(root, {INFO: info})
+
+    yield f"zero/{COMMON}", common(checkpoint, tree, groups)
+    for name, stem, root in parameter_files(checkpoint, groups):
+        yield f"zero/{parameter_folders.folder_name(name)}/{stem}.pt", root
+
+
+def common(checkpoint: Checkpoint, tree: Any, groups: Sequence[Group]) -> dict[Any, Any]:
+    """``optimizer_state.pt`` for both loaders.
+
+    Stages 1 and 2 take ``param_groups``, one by one. Stage 3 gives every param
+    group what the first of the inner ones has, and every sub-group the step of
+    the first; so the inner ones have only what all groups have alike, and the
+    engine keeps its own of the rest.
+    """
+    path = checkpoint.ranks[0].path
+    optimizer_state = with_loss_scale(
+        Section(path, "", tree).required("optimizer_state_dict", dict)
+    )
+    common_state = {key: value for key, value in optimizer_state.items() if key not in SHARDED}
+    common_state.setdefault("ds_version", tree.get("ds_version"))
+
+    options = [group.options or {} for group in groups]
+    common_keys = [
+        key
+        for key in options[0]
+        if all(
+            key in group_options and group_options[key] == options[0][key]
+            for group_options in options
+        )
+    ]
+
+    common_state["param_groups"] = [
+        {**group_options, "params": [index]} for index, group_options in enumerate(options)
+    ]
+    common_state["optimizer_state_dict"] = {
+        "state": {index: _group_state(group) for index, group in enumerate(groups)},
+        "param_groups": [
+            {**{key: group_options[key] for key in common_keys}, "params": [index]}
+            for index, group_options in enumerate(options)
+        ],
+    }
+
+    return common_state
+
+
+def _group_state(group: Group) -> dict[str, Any]:
+    """The state of a group: what is kept once, and where the rest is kept."""
+    return {
+        key: parameter_folders.elsewhere(key)
+        if key in group.values
+        else object_graph.copied(group.constants[key])
+        for key in group.keys
+    }
+
+
+def parameter_files(
+    checkpoint: Checkpoint, groups: Sequence[Group]
+) -> Iterator[tuple[str, str, Any]]:
+    """Every file of a parameter: its name, the file's stem, the tree.
+
+    Trained ones with their states; frozen ones, buffers and tied names with the
+    weights alone, in fp32 where they are floating-point numbers
+    (``ds_to_universal.py`` rounds integers to fp32, too, and tied names from 16
+    bits; here they have the master weights).
+    """
+    trained: dict[str, TensorRef] = {}
+    for group in groups:
+        for key, tensors in group.values.items():
+            for name, tensor in tensors.items():
+                yield name, _stem(key), _tensor_entry(tensor, tensor.dtype)
+
+        if STEP in group.constants:
+            for name in group.shapes:
+                yield name, STEP, object_graph.copied(group.constants[STEP])
+
+        trained |= group.values[WEIGHTS]
+
+    weights = checkpoint.weights
+    for name, tensor in weights.tensors.items():
+        if name not in trained:
+            yield name, MASTER, _tensor_entry(tensor, raised(tensor))
+
+    for name, owner in weights.aliases.items():
+        tensor = trained.get(owner, weights.tensors[owner])
+        dtype = tensor.dtype if owner in trained else raised(tensor)
+        yield name, MASTER, _tensor_entry(tensor, dtype)
+
+
+def _stem(key: str) -> str:
+    """The name of a state's files.
+
+    ``CheckpointError`` for one that means something else there.
+    """
+    if key in (MASTER, STEP):
+        raise CheckpointError(
+            f"the optimizer keeps {key!r} for each element, which is something else in "
+            "the universal format; use ckpt reshard",
+            "unsupported",
+        )
+
+    return parameter_folders.folder_name(key) if key else MASTER
+
+
+def raised(tensor: TensorRef) -> DType:
+    """The type that weights without an optimizer are written in."""
+    dtype = tensor.dtype
+    return DType.F32 if dtype.floating and dtype.itemsize < 4 else dtype
+
+
+def _tensor_entry(tensor: TensorRef, dtype: DType) -> dict[str, Any]:
+    """A tensor as the loaders want it (checkpoint/constants.py: CAT_DIM, PARAM)."""
+    flattened = tensor.view(tensor.numel) if tensor.extents.scattered else tensor
+    storage = object_graph.storage(flattened, dtype)
+    return {"cat_dim": 0, "param": object_graph.tensor(storage, tensor.shape)}
+
+
+def _from_universal(source: Universal, topology: TargetTopology) -> Plan:
+    checkpoint = source.checkpoint
+    _require_same_weights(checkpoint)
+    model = object_graph.read_root(source.models[0])
+    prefix = "bf16_" if reshard.bf16(checkpoint.model) else ""
+    tag, shards = native_tag(source), []
+    groups = optimizer_files.in_optimizer_order(source.groups, checkpoint, topology)
+
+    for rank, group_keys in enumerate(optimizer_files.optimizer_trees(groups, topology)):
+        optimizer_state = optimizer(source.common, model, topology, group_keys)
+        tree = {
+            "optimizer_state_dict": optimizer_state,
+            "ds_config": model.get("ds_config"),
+            "ds_version": model.get("ds_version"),
+        }
+
+        name = f"{tag}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        shards.append(file_plan.shard(name, reshard.configured(tree, topology)))
+
+    model_trees = model_files.model_trees(checkpoint, source.models, groups, topology)
+    for rank, root in enumerate(model_trees):
+        name = f"zero_pp_rank_{rank}_mp_rank_00" if topology.stage == 3 else "mp_rank_00"
+        remaining = {key: value for key, value in root.items() if (key, value) != (INFO, VERSION)}
+        tree = reshard.configured(remaining, topology)
+        shards.append(file_plan.shard(f"{tag}/{name}_model_states.pt", tree))
+
+    return file_plan.plan(shards)
+
+
+def optimizer(
+    common_state: Mapping[Any, Any],
+    model: Mapping[Any, Any],
+    topology: TargetTopology,
+    group_keys: Mapping[str, Any],
+) -> dict[Any, Any]:
+    """The ``optimizer_state_dict`` of a rank.
+
+    ``common_state`` is ``optimizer_state.pt``.
+    ``clip_grad`` and ``ds_version`` stand in files of stages 1 and 2 only.
+    """
+    common_state = with_loss_scale(common_state)
+    zero_stage = optimizer_files.stage_like(common_state["zero_stage"], topology)
+    remaining = {key: value for key, value in common_state.items() if key not in SHARDED | LAYOUT}
+    version = remaining.pop("ds_version", None) or model.get("ds_version")
+
+    if topology.bf16:
+        remaining = {key: value for key, value in remaining.items() if key not in SCALING}
+        return {**remaining, **group_keys, "ds_version": version}
+
+    if topology.stage == 3:
+        remaining.pop("clip_grad", None)
+    else:
+        remaining["ds_version"] = version
+
+    return {**remaining, **group_keys, "zero_stage": zero_stage}
+
+
+def _require_same_weights(checkpoint: Checkpoint) -> None:
+    """Raises unless the master weights begin with what the model file has, rounded.
+
+    ds_to_universal.py scrambles them, states included, under round_robin_gradients.
+    """
+    from converters import cast
+
+    for name, reference in checkpoint.weights.copies.items():
+        tensor = checkpoint.weights.tensors[name]
+        count = min(tensor.numel, storage_views.PROBE)
+        if not cast.rounds_to(tensor.narrow(0, count), reference.narrow(0, count)):
+            reason = ""
+            if checkpoint.model.setting("zero_optimization", "round_robin_gradients"):
+                reason = "ds_to_universal.py mixes them up under round_robin_gradients; "
+
+            raise CheckpointError(
+                f"{tensor.extents[0].path} has other values of {name} than "
+                f"{checkpoint.model.path.name}: {reason}make the folder again with "
+                "ckpt to-universal"
+            )

@@ -1,0 +1,182 @@
+"""Proof of a conversion to or from the universal format: by place, as ``proof`` proves.
+
+The finished files are read again, by a reader that knows nothing of the plan, and
+everything that it finds is traced through the plan to the bytes it was made from.
+These must be the very bytes that the source has for it; what is not a tensor is
+compared by value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from converters.errors import CheckpointError
+from converters.pickles.values import Call
+from converters.plan import Plan
+from converters.tensors import DType, TensorRef
+from converters.torch_files import object_graph
+from converters.zero import checkpoint, param_groups
+from converters.zero.checkpoint import Checkpoint
+from converters.zero.files.typed import Section
+from converters.zero.native import model_files, optimizer_files, proof, reshard
+from converters.zero.native.optimizer_files import SCALING, TargetTopology, with_loss_scale
+from converters.zero.native.proof import Provenance
+from converters.zero.param_groups import Group
+from converters.zero.universal import reader
+from converters.zero.universal.plan import (
+    LAYOUT,
+    SHARDED,
+    VERSION,
+    common,
+    native_tag,
+    parameter_files,
+    stage12_target,
+    universal_tag,
+)
+from converters.zero.universal.reader import INFO, Universal
+
+
+def to_universal(source: Checkpoint, plan: Plan, folder: Path) -> dict[str, int]:
+    """Counts of tensors that are equal.
+
+    ``CheckpointError`` names the first thing that is not.
+    """
+    result = reader.read(folder / universal_tag(source))
+    inner = result.checkpoint.place.folder / "zero"
+    tree = object_graph.read_root(source.ranks[0].path)
+    groups = param_groups.read(source, tree)
+    groups = optimizer_files.in_optimizer_order(groups, source, stage12_target(source))
+
+    provenance = Provenance(plan, folder)
+    counts = _prove_same(provenance, source, groups, result.checkpoint, result.groups)
+    proof.verify_metadata(provenance, common(source, tree, groups), result.common, set(), inner)
+
+    for name, stem, root in parameter_files(source, groups):
+        path = inner / name / f"{stem}.pt"
+        result_root = object_graph.read(path).root
+        proof.verify_metadata(provenance, {"it": root}, {"it": result_root}, set(), path)
+
+    source_root = {INFO: VERSION} | dict(object_graph.read_root(source.model.path))
+    stage_12_path = result.models[0]
+    stage_3_path = stage_12_path.with_name(f"zero_pp_rank_0_{stage_12_path.name}")
+    for path in (stage_12_path, stage_3_path):
+        result_root = object_graph.read_root(path)
+        proof.verify_metadata(provenance, source_root, result_root, model_files.DECIDED, path)
+
+    return counts
+
+
+def from_universal(
+    source: Universal, topology: TargetTopology, plan: Plan, folder: Path
+) -> dict[str, int]:
+    """Counts of tensors that are equal.
+
+    ``CheckpointError`` names the first thing that is not.
+    """
+    result = checkpoint.read(folder / native_tag(source))
+    if (result.stage, result.world_size) != (topology.stage, topology.world_size):
+        raise CheckpointError(f"{folder} reads as stage {result.stage} of {result.world_size}")
+
+    result_tree = object_graph.read_root(result.ranks[0].path)
+    result_groups = param_groups.read(result, result_tree)
+    source_groups = optimizer_files.in_optimizer_order(source.groups, source.checkpoint, topology)
+
+    provenance = Provenance(plan, folder)
+    counts = _prove_same(provenance, source.checkpoint, source_groups, result, result_groups)
+    decided_keys = SHARDED | LAYOUT | {"clip_grad", "ds_version"}
+    decided_keys |= set(SCALING) if topology.bf16 else set()
+
+    for state in result.ranks:
+        result_root = object_graph.read_root(state.path)
+        fields = Section(state.path, "", result_root)
+        result_state = fields.required("optimizer_state_dict", dict)
+        source_state = with_loss_scale(source.common)
+        proof.verify_metadata(provenance, source_state, result_state, decided_keys, state.path)
+
+    decided_keys = model_files.DECIDED | {INFO}
+    for rank, path in enumerate(reshard.model_paths(result)):
+        source_root = object_graph.read_root(source.models[rank % len(source.models)])
+        result_root = object_graph.read_root(path)
+        proof.verify_metadata(provenance, source_root, result_root, decided_keys, path)
+
+    return counts
+
+
+def _prove_same(
+    provenance: Provenance,
+    source: Checkpoint,
+    source_groups: Sequence[Group],
+    result: Checkpoint,
+    result_groups: Sequence[Group],
+) -> dict[str, int]:
+    """Proves groups and weights, as trees with one entry for each tensor."""
+    path = result.place.folder
+    if len(source_groups) != len(result_groups):
+        raise CheckpointError(
+            f"{path} has {len(result_groups)} param groups, the source {len(source_groups)}"
+        )
+
+    for group, result_group in zip(source_groups, result_groups, strict=True):
+        proof.verify_metadata(provenance, _group(group), _group(result_group), set(), path)
+
+    trained = {name for group in source_groups for name in group.shapes}
+    source_tree, result_tree = _untrained(source, trained), _untrained(result, trained)
+    proof.verify_metadata(provenance, source_tree, result_tree, set(), path)
+
+    source_copies, result_copies = _copies(result, source), _copies(result, result)
+    proof.verify_metadata(provenance, source_copies, result_copies, set(), path)
+
+    state_counts = [
+        len(tensors)
+        for group in source_groups
+        for key, tensors in group.values.items()
+        if key  # that of the weights is empty
+    ]
+    return {
+        "parameters": len(trained),
+        "states": sum(state_counts),
+        "others": len(source.weights.tensors.keys() - trained),
+        "copies": len(result.weights.copies),
+    }
+
+
+def _group(group: Group) -> dict[str, Any]:
+    """A param group: its order, options, constants, and every tensor by name."""
+    entries = {
+        f"{key or 'fp32'} of {name}": _tree(tensor)
+        for key, tensors_by_name in group.values.items()
+        for name, tensor in tensors_by_name.items()
+    }
+
+    settings = {"the order of parameters": list(group.shapes), "options": group.options}
+    return {**settings, "constants": dict(group.constants), **entries}
+
+
+def _untrained(zero_checkpoint: Checkpoint, trained: set[str]) -> dict[str, Any]:
+    """The values that are not trained, and the names."""
+    weights = zero_checkpoint.weights
+    facts: dict[str, Any] = {
+        "tied names": sorted(weights.aliases.items()),
+        "names of buffers": sorted(weights.buffers),
+        "frozen names": sorted(weights.frozen - trained),
+    }
+
+    trees = {name: _tree(tensor) for name, tensor in weights.tensors.items() if name not in trained}
+    return facts | trees
+
+
+def _copies(result: Checkpoint, source: Checkpoint) -> Mapping[str, Any]:
+    """What the 16-bit weights of ``result`` are made from, if it is made of ``source``."""
+    weights = source.weights
+    trees = {}
+    for name, reference in result.weights.copies.items():
+        tensor = weights.copies.get(name, weights.tensors[name])
+        trees[f"16-bit {name}"] = _tree(tensor, reference.dtype)
+
+    return trees
+
+
+def _tree(tensor: TensorRef, dtype: DType | None = None) -> Call:
+    return object_graph.tensor(object_graph.storage(tensor, dtype), tensor.shape)

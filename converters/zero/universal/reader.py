@@ -1,0 +1,287 @@
+"""DeepSpeed's universal format, read as the checkpoint that it was made from.
+
+    ROOT/
+      latest_universal                     the tag's name, as text
+      TAG_universal/
+        mp_rank_00_model_states.pt           the model file of stages 1 and 2; and/or
+        zero_pp_rank_R_mp_rank_00_...        those of stage 3
+        zero/optimizer_state.pt              what the ranks' files have alike, and param_groups
+        zero/NAME/...                        a parameter and its states (``parameter_folders``)
+
+``ds_to_universal.py`` of DeepSpeed 0.19.8 writes the first model file or the second
+ones, after the stage that saved. Frozen parameters and buffers have files in ``zero``,
+too, which are not read: the model file has them in their own type.
+
+The order of the parameters and their param groups stand in the model file
+(``param_shapes``); where they do not, a native checkpoint of the same model tells
+them (``like``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters import words
+from converters.errors import MALFORMED, CheckpointError
+from converters.source import Topology
+from converters.storage import local
+from converters.tensors import TensorRef
+from converters.torch_files import object_graph
+from converters.torch_files import reader as torch_reader
+from converters.torch_files.torch_file import TorchFile
+from converters.zero import checkpoint as zero
+from converters.zero import partitioning, stage3
+from converters.zero.checkpoint import Checkpoint
+from converters.zero.files import discovery, state_files
+from converters.zero.files.state_files import State
+from converters.zero.naming import storage_views
+from converters.zero.naming.assemble import assemble
+from converters.zero.param_groups import WEIGHTS, Group
+from converters.zero.universal import parameter_folders
+from converters.zero.universal.group_layouts import group_layouts, stage_of, world_size_of
+from converters.zero.universal.parameter_folders import COMMON, MASTER
+
+LATEST = "latest_universal"
+SUFFIX = "_universal"
+INFO = "universal_checkpoint_info"
+_MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
+
+
+@dataclass(frozen=True, slots=True)
+class Universal:
+    """A universal folder: the checkpoint that it stands for, its param groups, the rest.
+
+    ``checkpoint`` has the stage that its model file is of, and the world size of the
+    run; its ``ranks`` are ``optimizer_state.pt``, which ``common`` is as a tree
+    (``object_graph``). ``models`` are the model files.
+    """
+
+    checkpoint: Checkpoint
+    groups: tuple[Group, ...]
+    common: Mapping[Any, Any]
+    models: tuple[Path, ...]
+
+
+def find(path: Path, tag: str | None = None) -> discovery.Place:
+    """The tag that ``path`` means.
+
+    It is a folder with ``latest_universal``, or with ``zero`` itself.
+    ``CheckpointError`` says what is there instead.
+    """
+    if not path.is_dir():
+        problem = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {problem}; expected a universal checkpoint", "incomplete")
+
+    if tag is None and (path / "zero").is_dir():
+        return discovery.Place(path.resolve().parent, path, path.resolve().name)
+
+    zero_folders = [folder for folder in path.glob("*/zero") if folder.is_dir()]
+    tags = sorted(folder.parent.name for folder in zero_folders)
+    offer = f"it holds {', '.join(tags)}: choose with --tag" if tags else "none is in it"
+
+    if tag is None:
+        if not (path / LATEST).is_file():
+            raise CheckpointError(
+                f"{path} has no file {LATEST}, so it is not a universal checkpoint; {offer}",
+                "incomplete",
+            )
+
+        with open(path / LATEST, "rb") as file, local.named(path / LATEST):
+            tag = file.read(4096).decode("utf-8", "replace").strip()
+
+    if tag not in tags:
+        raise CheckpointError(f"{path} has no universal tag {tag!r}; {offer}", "incomplete")
+
+    return discovery.Place(path, path / tag, tag)
+
+
+def read(path: Path, tag: str | None = None, like: Checkpoint | None = None) -> Universal:
+    """Locates every tensor of a universal folder; reads pickles only, no tensor data.
+
+    ``like`` gives the order of the parameters, and their groups, where the folder
+    does not. Raises ``CheckpointError`` for what is damaged, incomplete or of a
+    kind that is not read.
+    """
+    place = find(path, tag)
+    try:
+        return _read(place, like)
+    except MALFORMED as error:
+        raise CheckpointError(
+            f"{place.folder} contradicts itself ({error!r}): a file is damaged or of "
+            "another conversion; make it again"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or place.folder}: {error.strerror}") from error
+
+
+def _read(place: discovery.Place, like: Checkpoint | None) -> Universal:
+    models = _models(place)
+    zero.refuse_foreign(models)
+    inner = place.folder / "zero"
+    if not (inner / COMMON).is_file():
+        raise CheckpointError(
+            f"{inner} has no {COMMON}, which has the param groups; the conversion did "
+            "not finish: make it again",
+            "incomplete",
+        )
+
+    common = torch_reader.read(inner / COMMON)
+    if not isinstance(common.root, dict):
+        raise CheckpointError(
+            f"{common.path} does not hold a dict; make the universal folder again"
+        )
+
+    tree = object_graph.read_root(inner / COMMON)
+
+    rank = State(common, {"optimizer_state_dict": common.root})
+    groups: list[Group] = []
+    files: list[TorchFile] = []
+
+    for layout in group_layouts(models, rank, tree, like):
+        group, group_files = parameter_folders.read(inner, *layout)
+        groups.append(group)
+        files += group_files
+
+    trained = [name for group in groups for name in group.shapes]
+    missing_names = [name for name in trained if name not in models[0].module]
+    if missing_names:
+        raise models[0].fail(
+            f"its state dict has no {missing_names[0]}, which is trained: it has other "
+            "names than the parameters, and the universal format says nothing of "
+            "these; use ckpt reshard on the checkpoint that this was made from"
+        )
+
+    checkpoint = _checkpoint(place, models, rank, groups, files)
+    _require_known(inner, checkpoint, groups)
+    return Universal(checkpoint, tuple(groups), tree, tuple(model.path for model in models))
+
+
+def _models(place: discovery.Place) -> list[State]:
+    """The model files: that of stages 1 and 2 if it is there, else those of stage 3."""
+    paths_by_rank: dict[int, Path] = {}
+    for path in sorted(place.folder.glob("*_states.pt")):
+        match = _MODEL.fullmatch(path.name)
+        if match is None or int(match["mp"]):
+            raise CheckpointError(
+                f"{path}: universal checkpoints of tensor, pipeline or expert "
+                "parallelism are not supported yet",
+                "unsupported",
+            )
+
+        paths_by_rank[-1 if match["rank"] is None else int(match["rank"])] = path
+
+    if -1 in paths_by_rank:
+        return [state_files.read(paths_by_rank[-1])]
+    if 0 not in paths_by_rank:
+        raise CheckpointError(
+            f"{place.folder} has no model file (mp_rank_00_model_states.pt or "
+            "zero_pp_rank_0_mp_rank_00_model_states.pt); copy it from the checkpoint "
+            "that it was made from",
+            "incomplete",
+        )
+
+    models = [state_files.read(paths_by_rank[rank]) for rank in sorted(paths_by_rank)]
+    if sorted(paths_by_rank) != list(range(world_size_of(models[0]))):
+        raise CheckpointError(
+            f"{place.folder} has the model files of ranks "
+            f"{words.numbers(sorted(paths_by_rank))}, but "
+            f"was saved by {world_size_of(models[0])}; copy the others from the "
+            "checkpoint that it was made from",
+            "incomplete",
+        )
+
+    return models
+
+
+def _checkpoint(
+    place: discovery.Place,
+    models: Sequence[State],
+    rank: State,
+    groups: Sequence[Group],
+    files: Sequence[TorchFile],
+) -> Checkpoint:
+    """What the folder stands for.
+
+    Names, ties and what is frozen are as the model files tell them.
+    """
+    stage, world_size = stage_of(models, rank), world_size_of(models[0])
+    ranks = [rank] * world_size
+    if stage == 3:
+        ranks = _partitioned(rank, models[0], groups, world_size)
+        parameters = stage3.parameters(place.folder, models, ranks)
+    else:
+        masters: dict[str, TensorRef] = {}
+        for group in groups:
+            masters |= group.values[WEIGHTS]
+        shapes = [dict(group.shapes) for group in groups]
+        parameters = storage_views.complete(models[0], masters, shapes)
+
+    sources = [*models, *(State(file, {}) for file in files)]
+    weights = assemble(models[0], parameters, sources)
+    step = models[0].root.get("global_steps")
+
+    return Checkpoint(
+        place=place,
+        topology=Topology(world_size, stage),
+        precision=zero.precision(models[0], weights),
+        step=step if isinstance(step, int) else None,
+        version=models[0].version,
+        files={state.path: state.file.digest for state in (*sources, rank)},
+        weights=weights,
+        entries=models[0].root,
+        notes=tuple(parameters.notes),
+        without_frozen=zero.excludes_frozen(stage, models[0]),
+        model=models[0],
+        ranks=tuple(ranks),
+    )
+
+
+def _partitioned(
+    rank: State, model: State, groups: Sequence[Group], world_size: int
+) -> list[State]:
+    """The optimizer files that the ranks of stage 3 would have had, weights alone."""
+    masters: dict[str, TensorRef] = {}
+    for group in groups:
+        masters |= group.values[WEIGHTS]
+
+    shapes = state_files.shapes(model, "param_shapes") or []
+    rank_states = []
+
+    for number in range(world_size):
+        flats = []
+        for group_shapes in shapes:
+            tensors = [masters[name] for name in group_shapes]
+            pieces = [partitioning.partition_parameter(ref, number, world_size) for ref in tensors]
+            flats.append(TensorRef.concat(pieces))
+
+        optimizer = {**rank.optimizer, "fp32_flat_groups": flats}
+        rank_states.append(State(rank.file, {"optimizer_state_dict": optimizer}))
+
+    return rank_states
+
+
+def _require_known(inner: Path, checkpoint: Checkpoint, groups: Sequence[Group]) -> None:
+    """Raises for a folder that the model has no parameter for, or that loses states."""
+    known_names = {*checkpoint.weights.order, COMMON}
+    trained = {name for group in groups for name in group.shapes}
+
+    for path in sorted(inner.iterdir()):
+        if path.name not in known_names:
+            raise CheckpointError(
+                f"{path} is not a parameter of the model in {checkpoint.model.path.name}; "
+                "it is of another conversion: move it away"
+            )
+
+        if path.name in trained:
+            continue
+
+        stems = {state_path.stem for state_path in path.glob("*.pt")}
+        if stems - {MASTER}:
+            raise CheckpointError(
+                f"{path} has optimizer state, but no param group has {path.name}: the "
+                "order of the parameters (param_shapes, or --like) is of another model"
+            )

@@ -1,0 +1,194 @@
+"""ckpt.zero_to_fp32 beside deepspeed.utils.zero_to_fp32, and models made ordinary again."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from made_checkpoints import make_checkpoint
+from oracles import FIXTURES, ROOT, live, same, weights_in
+from safetensors.torch import load_file
+
+from ckpt import zero_to_fp32 as ours
+from converters.errors import CheckpointError
+
+NAMES = ["zero2-bf16-w3", "zero3-bf16-w2", "zero3-fp16-w4", "trainer-zero3"]
+
+
+def source(name: str) -> Path:
+    folder = FIXTURES / name
+    return folder / "checkpoint-2" if name.startswith("trainer") else folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "get_fp32_state_dict_from_zero_checkpoint",
+        "convert_zero_checkpoint_to_state_dict",
+        "convert_zero_checkpoint_to_fp32_state_dict",
+        "load_state_dict_from_zero_checkpoint",
+    ],
+)
+def test_names_and_arguments_are_deepspeeds(name: str) -> None:
+    from deepspeed.utils import zero_to_fp32 as theirs
+
+    wanted = inspect.signature(getattr(theirs, name)).parameters
+    assert list(inspect.signature(getattr(ours, name)).parameters) == list(wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("exclude", [False, True])
+def test_the_state_dict_is_deepspeeds_with_frozen_weights_in_fp32(name: str, exclude: bool) -> None:
+    from deepspeed.utils import zero_to_fp32 as theirs
+
+    expected = theirs.get_fp32_state_dict_from_zero_checkpoint(
+        str(source(name)), exclude_frozen_parameters=exclude
+    )
+    for lazy in (False, True):
+        found = ours.get_fp32_state_dict_from_zero_checkpoint(
+            str(source(name)), exclude_frozen_parameters=exclude, lazy_mode=lazy
+        )
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            held = found[key].contiguous()
+            assert held.shape == found[key].shape and held.dtype == found[key].dtype
+            wide = value.float() if value.is_floating_point() else value
+            assert same(held, wide), key
+    if "head.weight" in found:
+        eager = ours.get_fp32_state_dict_from_zero_checkpoint(source(name))
+        assert eager["head.weight"] is eager["embed.weight"]
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("limit", ["1KB", None])
+def test_files_are_written_as_deepspeed_writes_them(
+    safe: bool, limit: str | None, tmp_path: Path
+) -> None:
+    from deepspeed.utils import zero_to_fp32 as theirs
+
+    name = source("trainer-zero3")
+    for module, folder in ((theirs, tmp_path / "theirs"), (ours, tmp_path / "ours")):
+        folder.mkdir()
+        (folder / "mine.txt").touch()
+        module.convert_zero_checkpoint_to_fp32_state_dict(
+            str(name), str(folder), max_shard_size=limit, safe_serialization=safe
+        )
+    found, expected = weights_in(tmp_path / "ours"), weights_in(tmp_path / "theirs")
+    assert found.keys() == expected.keys()
+    assert all(same(found[key], expected[key]) for key in expected)
+    index = [path.name for path in (tmp_path / "theirs").glob("*.index.json")]
+    assert [path.name for path in (tmp_path / "ours").glob("*.index.json")] == index
+    assert (tmp_path / "ours/mine.txt").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "fp16"])
+def test_the_type_may_be_chosen(dtype: object, tmp_path: Path) -> None:
+    ours.convert_zero_checkpoint_to_state_dict(source("zero2-bf16-w3"), tmp_path, dtype)
+    wanted = torch.bfloat16 if dtype is torch.bfloat16 else torch.float16
+    assert weights_in(tmp_path)["norm.weight"].dtype is wanted
+    with pytest.raises(ValueError, match="unsupported output dtype"):
+        ours.convert_zero_checkpoint_to_state_dict(source("zero2-bf16-w3"), tmp_path, "int8")
+
+
+def test_it_runs_as_the_script_in_a_checkpoint_does(tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "ckpt/zero_to_fp32.py")]
+    options = ["--max_shard_size", "1KB", "--safe_serialization", "--tag", "global_step2", "-d"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    args = [str(source("zero2-bf16-w3")), str(tmp_path / "m"), *options]
+    subprocess.run([*script, *args], check=True, timeout=60, env=environment)
+    assert (tmp_path / "m/model.safetensors.index.json").is_file()
+    done = subprocess.run(
+        [*script, "nowhere", str(tmp_path)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "{m}.pt", "model.safetensors"])
+def test_an_output_that_is_named_as_a_file_is_one_file(name: str, tmp_path: Path) -> None:
+    path = source("zero2-bf16-w3")
+    expected = ours.get_fp32_state_dict_from_zero_checkpoint(path)
+    for _ in range(2):  # as before DeepSpeed 0.15.3, over the file of the last time too
+        ours.convert_zero_checkpoint_to_fp32_state_dict(path, tmp_path / name, "1KB")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    if name.endswith(".safetensors"):
+        found = load_file(tmp_path / name)
+    else:
+        found = torch.load(tmp_path / name, weights_only=True)
+    assert found.keys() == expected.keys()
+    assert all(same(found[key], expected[key]) for key in expected)
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m").touch()
+    with pytest.raises(SystemExit):
+        ours.main([str(source("zero2-bf16-w3")), str(tmp_path / "m")])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "is a file; name a folder, or a file that ends in" in said
+
+
+def model(name: str) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source(name)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["trainer-zero2", "trainer-zero3"])
+def test_weights_are_loaded_into_the_models_own_storage(name: str, dtype: torch.dtype) -> None:
+    target = model(name).to(dtype)
+    places = {key: value.data_ptr() for key, value in target.named_parameters()}
+    loaded = ours.load_state_dict_from_zero_checkpoint(target, source(name))
+    assert loaded is target
+    state = loaded.state_dict()
+    for key, value in live(FIXTURES / name)["fp32"].items():
+        assert same(state[key], value.to(dtype)), key
+    assert {key: value.data_ptr() for key, value in loaded.named_parameters()} == places
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "module", "module._orig_mod"])
+@pytest.mark.parametrize("of_model", [True, False])
+def test_wrappers_of_the_checkpoint_or_of_the_model_do_not_matter(
+    wrapper: str, of_model: bool, tmp_path: Path
+) -> None:
+    def made(wrapped: bool) -> torch.nn.Module:
+        inner: torch.nn.Module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+        for name in reversed(wrapper.split(".")) if wrapped else ():
+            inner = torch.nn.ModuleDict({name: inner})
+        return inner
+
+    trained, target = made(not of_model), made(of_model)
+    make_checkpoint(tmp_path, dict(trained.named_parameters()))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.load_state_dict_from_zero_checkpoint(target, tmp_path)
+
+    pairs = zip(trained.parameters(), target.parameters(), strict=True)
+    assert all(torch.equal(value, loaded) for value, loaded in pairs)
+
+
+def test_a_parameter_without_a_value_is_an_error_and_nothing_is_changed() -> None:
+    target = model("trainer-zero3")
+    target.extra = torch.nn.Linear(2, 2)
+    target.lm_head = torch.nn.Linear(3, 4)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    with pytest.raises(CheckpointError) as raised:
+        ours.load_state_dict_from_zero_checkpoint(target, source("trainer-zero3"))
+    said = str(raised.value)
+    assert "3 tensors of the model have no value: lm_head.bias, extra.weight, extra.bias" in said
+    assert "1 has another shape: lm_head.weight is 4 x 3, stored as 64 x 16" in said
+    assert all(same(before[key], value) for key, value in target.state_dict().items())
+
+
+def test_names_the_model_does_not_have_are_reported() -> None:
+    target = model("trainer-zero3")
+    del target.lm_head
+    with pytest.warns(UserWarning, match=r"not in the model: lm_head\.weight"):
+        ours.load_state_dict_from_zero_checkpoint(target, source("trainer-zero3"))

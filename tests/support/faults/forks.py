@@ -1,0 +1,176 @@
+"""The command ``ckpt`` as forks of a process that has imported it all: 20 ms each, not 600.
+
+    with Forks() as forks:
+        whole = forks.run(["to-fp32", folder], folder, reads=1)
+        ended = forks.run(["to-fp32", folder], folder, at=17, do="eio", reads=1)
+
+The process runs with the library of ``faults`` preloaded and has a single thread, so that its
+forks are as good as fresh processes. What only its imports read of the environment is in ``env``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paths import PYTHONPATH
+
+from faults import faults
+
+LIMIT = 60.0  # seconds until a command counts as hung
+IMPORTED = (
+    "ckpt.cli.main",
+    "ckpt.weights.conversion.convert",
+    "ckpt.rewrite.reshard",
+    "ckpt.cli.conversion",
+    "ckpt.cli.report",
+    "ckpt.cli.weights",
+    "ckpt.runs.upkeep.doctor",
+    "isal",
+)
+THREADED = ("hf_xet",)  # what starts a thread when it is imported: each fork does that itself
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended: its exit status (negative: the signal), what it said on stderr, and how
+    many file operations it counted, if it lived to tell."""
+
+    status: int
+    said: str
+    count: int
+    hung: bool
+
+
+class Forks:
+    """The warm process, for as long as the block lasts.
+
+    ``env`` is its whole environment but for what is needed here, ``imported`` what it has beside
+    ``IMPORTED``.
+    """
+
+    def __init__(self, env: Mapping[str, str] | None = None, imported: Sequence[str] = ()):
+        self.env, self.imported = env, imported
+
+    def __enter__(self) -> Forks:
+        found = dict(os.environ if self.env is None else self.env)
+        found |= faults.environment(Path("/nowhere"))
+        found |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        found["PYTHONPATH"] = PYTHONPATH
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-m", "faults.forks", *self.imported]
+        self.process = subprocess.Popen(command, env=found, stdin=pipe, stdout=pipe, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(LIMIT)
+        self.process.stdout.close()
+
+    def run(
+        self,
+        args: Sequence[object],
+        root: Path,
+        stdout: bool = False,
+        env: Mapping[str, str] | None = None,
+        **fault: Any,
+    ) -> Ended:
+        """Runs ``ckpt`` with ``args``; ``root`` and ``fault`` as ``faults.set_here`` takes them.
+
+        With ``stdout``, what it prints there is part of what it said. ``env`` comes on top.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        asked = {"args": [str(arg) for arg in args], "root": str(root), "fault": fault}
+        asked |= {"stdout": stdout, "env": dict(env or {})}
+        self.process.stdin.write(json.dumps(asked, default=str) + "\n")
+        self.process.stdin.flush()
+        return Ended(**json.loads(self.process.stdout.readline()))
+
+
+def serve() -> None:
+    """The life of the warm process."""
+    for name in (*IMPORTED, *sys.argv[1:]):
+        importlib.import_module(name)
+    said = os.fdopen(os.memfd_create("said"), "w+b")
+    for line in sys.stdin:
+        if len(os.listdir("/proc/self/task")) > 1:
+            raise RuntimeError("an import has started a thread, which no fork would have")
+        pid = os.fork()
+        if not pid:
+            _be_command(json.loads(line), said.fileno())
+        status, hung = _wait(pid)
+        said.seek(0)
+        *words, last = said.read().decode(errors="replace").split("\n")
+        said.seek(0)
+        said.truncate()
+        count, _, modules = last.removeprefix("counted ").partition(" ")
+        told = last.startswith("counted ")
+        ended = {"status": status, "count": int(count) if told else -1, "hung": hung}
+        print(json.dumps(ended | {"said": "\n".join(words if told else [*words, last])}))
+        sys.stdout.flush()
+        for name in modules.split() if status == 0 else ():
+            if name not in sys.modules and name.partition(".")[0] not in THREADED:
+                with suppress(Exception):
+                    importlib.import_module(name)
+
+
+def _be_command(asked: dict[str, Any], said: int) -> None:
+    """A fork: runs the command, and writes how far it counted behind what it said."""
+    status, count = 1, 0
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not longer than the parent
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        os.dup2(said if asked["stdout"] else 0, 1)
+        os.dup2(said, 2)
+        os.environ.update(asked["env"])
+        from ckpt.cli.main import main
+        from ckpt.runs.upkeep import findings
+
+        findings.QUIET = 0.0  # what was written just now counts as left by a crash
+        fault = asked["fault"]
+        for name in ("log", "trace"):
+            fault[name] = Path(fault[name]) if fault.get(name) else None
+        faults.set_here(Path(asked["root"]), **fault)
+        try:
+            main(asked["args"])
+        except SystemExit as done:
+            status = done.code if isinstance(done.code, int) else 0 if done.code is None else 1
+        count = faults.count_here()
+    except BaseException as error:
+        sys.stderr.write(f"Traceback: {type(error).__name__}: {error}\n")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(2, f"counted {count} {' '.join(sys.modules)}".encode())
+        os._exit(status)
+
+
+def _wait(pid: int) -> tuple[int, bool]:
+    hung, pause, waited = False, 0.001, 0.0  # by its own clock: both may be stopped meanwhile
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), hung
+        if waited > LIMIT and not hung:
+            hung = True
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(pause)
+        waited += pause
+        pause = min(0.02, pause * 1.3)
+
+
+if __name__ == "__main__":
+    serve()

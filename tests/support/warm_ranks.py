@@ -1,0 +1,319 @@
+"""Ranks as forks of one process that has imported torch, DeepSpeed and the trainers: 0.3 s, not 8.
+
+    ended = run("tests/workers/live_worker.py", [out, "cases"], ranks=2, limit=300, environment={})
+
+The warm process has a single thread and has computed nothing, so that its forks are as good as
+fresh processes: each sets up gloo, DeepSpeed and its trainer itself, and ends as the interpreter
+ends. It imports nothing of this repository, so that each rank does. A store process of its own
+listens on the port that the ranks meet at, as the agent of torchrun does; the system chooses the
+port, and nobody else can take it meanwhile. Ranks see the variables that torchrun sets.
+
+What torchrun itself does (signals, restarts, its report of a failure) is not here: those tests
+start it (``oracles.torchrun`` with ``fresh``, tests/training/test_launchers.py).
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import fcntl
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paths import PATHS, PYTHONPATH, ROOT
+
+IMPORTED = (
+    "torch.distributed",
+    "deepspeed",
+    "transformers",
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+    "accelerate",
+    "peft",
+    "lightning.pytorch",
+    "safetensors.torch",
+)
+SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+THREADED = {"hf_xet", "tensorboard", "wandb"}  # start threads when they are imported
+GRACE = 30.0  # seconds from SIGTERM to SIGKILL for ranks whose fellow has failed, as torchrun's
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How ranks ended: 0, or 1 if any failed, as torchrun has it, and what they wrote on stderr."""
+
+    returncode: int
+    stderr: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """What the ranks of a launch run, and with which environment; ``limit`` is in seconds.
+
+    Without ``elastic`` there is no store, and the environment is only what it says: a process as
+    a user starts it, without a launcher.
+    """
+
+    script: str
+    arguments: list[str]
+    ranks: int
+    limit: float
+    environment: dict[str, str]
+    elastic: bool = True
+
+
+class _WarmProcess:
+    def __init__(self) -> None:
+        # By its arguments, ckpt.distributed.launchers takes it for what it stands in for.
+        command = [sys.executable, "-m", "warm_ranks", "torch.distributed.run"]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | SINGLE_THREAD | {"PYTHONPATH": PYTHONPATH},
+            stdin=pipe,
+            stdout=pipe,
+            text=True,
+        )
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def launch(self, launch: Launch) -> Ended:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with tempfile.TemporaryFile("w+", errors="replace") as messages:
+            os.set_inheritable(messages.fileno(), True)
+            request = {
+                "messages": f"/proc/{os.getpid()}/fd/{messages.fileno()}",
+                **{name: getattr(launch, name) for name in Launch.__dataclass_fields__},
+            }
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+            messages.seek(0)
+            text = messages.read()
+        if not answer:
+            raise RuntimeError(f"the warm process has ended: {self.process.wait()}; {text[-3000:]}")
+        reply = json.loads(answer)
+        if reply["hung"]:
+            raise subprocess.TimeoutExpired(launch.script, launch.limit, stderr=text)
+        return Ended(reply["code"], text)
+
+
+_warm: _WarmProcess | None = None
+
+
+def run(
+    script: str,
+    arguments: Sequence[Any],
+    *,
+    ranks: int,
+    limit: float,
+    environment: Mapping[str, str],
+    elastic: bool = True,
+) -> Ended:
+    """Runs a script on forked ranks; ``subprocess.TimeoutExpired`` after ``limit`` seconds."""
+    global _warm
+    if _warm is None or _warm.process.poll() is not None:
+        _warm = _WarmProcess()
+    launch = Launch(
+        script=str(ROOT / script),
+        arguments=[str(argument) for argument in arguments],
+        ranks=ranks,
+        limit=limit,
+        environment=os.environ | {"PYTHONPATH": PYTHONPATH} | environment,
+        elastic=elastic,
+    )
+    return _warm.launch(launch)
+
+
+# From here on: the warm process and its forks.
+
+
+def serve() -> None:
+    """The life of the warm process: a launch for each line that it reads."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what imports print there is no answer
+    for name in IMPORTED:
+        importlib.import_module(name)
+    _build()
+    for line in sys.stdin:
+        gc.collect()
+        gc.freeze()  # so that a collection in a fork copies no page of what was imported
+        request = json.loads(line)
+        messages = os.open(request.pop("messages"), os.O_WRONLY | os.O_APPEND)
+        with os.fdopen(os.memfd_create("modules"), "w+") as modules:
+            code, hung = _run_ranks(Launch(**request), messages, modules.fileno())
+            os.close(messages)
+            print(json.dumps({"code": code, "hung": hung}), file=answers, flush=True)
+            modules.seek(0)
+            _import_too(modules.read().split())
+
+
+def _build() -> None:
+    """Compiles, if it has to be, the extension that DeepSpeed loads in every rank, for all of them.
+
+    One process of the test run does; a lock that a killed one has left is in nobody's way.
+    """
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "warm_ranks.lock").open("w") as own_lock:
+        fcntl.flock(own_lock, fcntl.LOCK_EX)
+        (root / ShareMemCommBuilder.NAME / "lock").unlink(missing_ok=True)
+        ShareMemCommBuilder().load(verbose=False)
+
+
+def _import_too(names: Sequence[str]) -> None:
+    """Imports what a rank has imported on its way, so that the next are forked with it."""
+    ours = {path.stem for folder in PATHS for path in Path(folder).iterdir()} | {"__main__"}
+    for name in names:
+        top = name.partition(".")[0]
+        if name not in sys.modules and top not in ours and top not in THREADED:
+            with suppress(Exception):
+                importlib.import_module(name)
+            _require_one_thread(f"importing {name}")
+
+
+def _require_one_thread(what: str) -> None:
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        raise RuntimeError(f"{what} started {threads - 1} threads, which no fork would have")
+
+
+def _run_ranks(launch: Launch, messages: int, modules: int) -> tuple[int, bool]:
+    """The exit code of a launch, and whether it was killed for taking too long."""
+    _require_one_thread("an import")
+    store, port = _start_store() if launch.elastic else (None, 0)
+    pids = []
+    for rank in range(launch.ranks):
+        pid = os.fork()
+        if not pid:
+            _be_rank(launch, rank, port, messages, modules)  # does not return
+        pids.append(pid)
+    try:
+        return _wait(pids, launch.limit, messages)
+    finally:
+        if store is not None:
+            os.kill(store, signal.SIGKILL)
+            os.waitpid(store, 0)
+
+
+def _start_store() -> tuple[int, int]:
+    """Forks the process that the ranks meet at; returns its id and port."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        from torch.distributed import TCPStore
+
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        os.write(writing, str(store.port).encode())
+        os.close(writing)
+        while True:
+            signal.pause()
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        return pid, int(answer.read())
+
+
+def _wait(pids: list[int], limit: float, messages: int) -> tuple[int, bool]:
+    running = dict(enumerate(pids))
+    code, hung, kill_at = 0, False, time.monotonic() + limit
+    pause = 0.005
+    while running:
+        for rank, pid in list(running.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended:
+                continue
+            del running[rank]
+            exit_code = os.waitstatus_to_exitcode(status)
+            if exit_code:
+                how = signal.Signals(-exit_code).name if exit_code < 0 else f"exit {exit_code}"
+                os.write(messages, f"warm_ranks: rank {rank} (process {pid}): {how}\n".encode())
+            if exit_code and not code:
+                code, kill_at = 1, min(kill_at, time.monotonic() + GRACE)
+                for other in running.values():
+                    os.kill(other, signal.SIGTERM)
+        if time.monotonic() > kill_at:
+            hung, kill_at = not code, float("inf")
+            for other in running.values():
+                os.kill(other, signal.SIGKILL)
+        time.sleep(pause)
+        pause = min(0.05, pause * 1.2)
+    return code, hung
+
+
+def _be_rank(launch: Launch, rank: int, port: int, messages: int, modules: int) -> None:
+    """The life of a rank: a fresh process as far as it can tell."""
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere, 0)
+        os.dup2(nowhere, 1)
+        os.dup2(messages, 2)
+        os.close(messages)
+        os.environ.clear()
+        os.environ.update(launch.environment)
+        if launch.elastic:
+            os.environ.update(_variables(rank, launch.ranks, port))
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed()
+        sys.argv = [launch.script, *launch.arguments]
+        sys.path[0] = str(Path(launch.script).parent)
+        if not rank:
+            atexit.register(lambda: os.write(modules, "\n".join(sys.modules).encode()))
+        runpy.run_path(launch.script, run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        raise SystemExit(1) from None
+    raise SystemExit(0)
+
+
+def _variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun (torch 2.13 ``elastic/agent/server/local_elastic_agent.py``) sets."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "ROLE_RANK": str(rank),
+        "ROLE_NAME": "default",
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "WORLD_SIZE": str(ranks),
+        "GROUP_WORLD_SIZE": "1",
+        "ROLE_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    }
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,336 @@
+"""Checkpoints of other ranks, another stage or precision: one sentence, a way on, everywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracles import FIXTURES, torchrun
+from run_folders import SOURCE, real, small
+
+import ckpt
+from ckpt.distributed.ranks import RankGroup
+from ckpt.engine import precision
+from ckpt.engine.layout import Layout, Topology
+from ckpt.resuming import configured, topology
+from ckpt.resuming.source import Source
+from ckpt.rewrite import reshard
+from ckpt.runs.run import open_checkpoint
+from converters.errors import CheckpointError
+from converters.zero import checkpoint
+
+WORKER = "tests/workers/topology_worker.py"
+LIGHTNING = "tests/workers/trainers_worker_lightning.py"
+LIMIT = 900  # seconds; a launch takes 20 to 90
+ONE = Layout(Topology(3, 1), {"sub_group_size": 200})
+
+
+@pytest.fixture
+def alone() -> Iterator[Callable[[], RankGroup]]:
+    """The only rank of a process group, in one call after the other."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield lambda: RankGroup("test", 10)
+    dist.destroy_process_group()
+
+
+def test_in_another_precision_masters_and_moments_are_the_saved_ones(tmp_path: Path) -> None:
+    said = torchrun(WORKER, tmp_path, "precisions", limit=LIMIT)
+    cut = json.loads((tmp_path / "cut.json").read_text())
+    folder = tmp_path / "zero3-bf16" / "checkpoint-2"
+    command = f"ckpt reshard {folder} --world-size 2 --stage 3 --sub-group-size 1000"
+    assert (
+        f"(zero_optimization.sub_group_size 1000); set that to what it was, or run: {command}"
+        in cut
+    )
+    line = "saved in bf16, this training computes in fp16: weights and optimizer go on from the"
+    assert line in said
+    starts = said.count("the loss scale begins at its initial value")
+    assert starts == 4 * (2 + 2)  # stages; precisions, weights
+
+
+def test_trainer_and_accelerate_go_on_on_other_ranks_and_in_other_stages(tmp_path: Path) -> None:
+    torchrun(WORKER, tmp_path, "saves", limit=LIMIT)
+    said = torchrun(WORKER, tmp_path, "goes_on", ranks=1, limit=LIMIT)
+    told = json.loads((tmp_path / "said.json").read_text())
+    folder = tmp_path / "hf" / "checkpoint-2"
+    sentence = (
+        f"{folder} is of 2 ranks with ZeRO stage 2, this training has 1 with stage 3; run: ckpt "
+        f"reshard {folder} --world-size 1 --stage 3 --sub-group-size 1000000000 -o {folder}-z3-w1; "
+    )
+    assert told["class"].endswith(f'{sentence}or set reshard = "auto" in the class of the Trainer')
+    assert told["callback"].endswith(f'{sentence}or pass reshard="auto" to ckpt.find')
+    assert "weights only; training cannot go on from it" in told["weights"]
+    assert told["accelerate"].endswith('/acc/checkpoint-2-w1; or pass reshard="auto"')
+    assert said.count("resharding to") == 3
+    assert said.count("saved in bf16, this training computes in fp32") == 3
+    assert {"checkpoint-2", "checkpoint-2-w1", "checkpoint-2-z3-w1"} < set(told["names"])
+    said = torchrun(WORKER, tmp_path, "grows", limit=LIMIT)
+    assert said.count("resharding to") == 2
+    assert "the ranks from 1 on are new: each has the random and extra state" in said
+
+
+def test_lightning_goes_on_on_other_ranks_and_in_another_precision(tmp_path: Path) -> None:
+    torchrun(LIGHTNING, tmp_path, "leaves", limit=LIMIT)
+    said = torchrun(LIGHTNING, tmp_path, "goes_on", ranks=1, limit=LIMIT)
+    told, names = json.loads((tmp_path / "told.json").read_text())
+    folder = tmp_path / "out" / "step=4.ckpt"
+    assert f"ckpt reshard {folder} --world-size 1 --stage 3 --sub-group-size 1000000000" in told
+    assert told.endswith('or pass reshard="auto" to the strategy')
+    assert names == ["step=4.ckpt", "step=4.ckpt-w1", "step=4.ckpt-z3-w1"]
+    assert said.count("resharding to") == 2
+    assert "saved in bf16, this training computes in fp32" in said
+
+
+def test_the_command_of_the_sentence_makes_what_loads(
+    tmp_path: Path, alone: Callable[[], RankGroup]
+) -> None:
+    """And what it made is taken, not made again."""
+    folder = real(tmp_path, 2).folder
+    with pytest.raises(CheckpointError) as raised:
+        topology.loadable(alone(), folder, ONE, None)
+    sentence = str(raised.value)
+    command = sentence.split("; run: ckpt ")[1].split("; or pass")[0].split()
+    assert command[:2] == ["reshard", str(folder)]
+    from ckpt.cli.main import main
+
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(command)
+    made = open_checkpoint(Path(command[-1]))
+    before = made.folder.stat().st_ino
+    assert topology.loadable(alone(), folder, ONE, "auto") == made.folder
+    assert made.folder.stat().st_ino == before
+    assert made.manifest is not None and ONE.topology.fits(made.manifest)
+
+
+def test_where_there_is_no_room_the_option_named_is_that_of_the_command(
+    tmp_path: Path, alone: Callable[[], RankGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = real(tmp_path, 2).folder
+    monkeypatch.setattr("converters.storage.local.free_space", lambda _: 10)
+    with pytest.raises(CheckpointError) as raised:
+        topology.loadable(alone(), folder, ONE, "auto")
+    said = str(raised.value)
+    assert "10 bytes free" in said
+    assert f"choose another folder with -o (an option of: ckpt reshard {folder} --world" in said
+
+
+def test_all_front_ends_refuse_without_zero_by_name(
+    tmp_path: Path, alone: Callable[[], RankGroup]
+) -> None:
+    folder = real(tmp_path, 2).folder
+    without = Layout(Topology(0, 1), {})
+    for mode in (None, "auto"):
+        with pytest.raises(CheckpointError, match=r"only stages 1 to 3 .*stage to 2"):
+            topology.loadable(alone(), folder, without, mode)  # type: ignore[arg-type]
+
+
+def test_of_a_checkpoint_without_a_manifest_it_is_made_anew(
+    tmp_path: Path, alone: Callable[[], RankGroup]
+) -> None:
+    """Nobody knows whether the first one is of these bytes; what is not ours is never replaced."""
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(SOURCE, folder)
+    made = topology.loadable(alone(), folder, ONE, "auto")
+    before = made.stat().st_ino
+    assert topology.loadable(alone(), folder, ONE, "auto") == made and made.stat().st_ino != before
+    (made / "latest").unlink()
+    shutil.rmtree(made / "global_step2")
+    (made / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"exists, and is not .* resharded for this training"):
+        topology.loadable(alone(), folder, ONE, "auto")
+    assert (made / "notes.txt").read_text() == "mine"
+
+
+def test_weights_alone_are_refused_with_a_way_on(
+    tmp_path: Path, alone: Callable[[], RankGroup]
+) -> None:
+    first, last = real(tmp_path, 2).folder, small(tmp_path, 4, tier="weights").folder
+    with pytest.raises(CheckpointError) as raised:
+        topology.loadable(alone(), last, ONE, None)
+    assert "weights only; training cannot go on from it" in str(raised.value)
+    assert f"resume from {first}" in str(raised.value)
+    bare = tmp_path / "bare" / "checkpoint-6"
+    bare.mkdir(parents=True)
+    (bare / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="weights only") as raised:
+        topology.loadable(alone(), bare, ONE, None)
+    assert "resume from" not in str(raised.value)
+    (bare / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="saved without DeepSpeed"):
+        topology.loadable(alone(), bare, ONE, None)
+
+
+def test_what_nobody_can_read_is_left_to_the_trainer(
+    tmp_path: Path, alone: Callable[[], RankGroup]
+) -> None:
+    """Without a manifest: a checkpoint of pipeline stages, say, which DeepSpeed loads."""
+    (tmp_path / "global_step2").mkdir()
+    (tmp_path / "global_step2" / "mp_rank_00_model_states.pt").write_bytes(b"of another kind")
+    assert topology.loadable(alone(), tmp_path, ONE, "auto") == tmp_path
+
+
+def test_find_takes_what_fits_the_configuration(
+    tmp_path: Path,
+    alone: Callable[[], RankGroup],
+    monkeypatch: pytest.MonkeyPatch,
+    logged: Callable[[], str],
+) -> None:
+    first = real(tmp_path, 2).folder
+    third = str(reshard.execute(reshard.plan(first, 1, stage=3)).output)
+    second = str(reshard.execute(reshard.plan(first, 1)).output)  # the last one
+
+    def ask(stage: Any, **options: Any) -> Any:
+        config = {"zero_optimization": {"stage": stage}}
+        monkeypatch.setattr(configured, "config", lambda: config)
+        return ckpt.find(tmp_path, timeout=10, **options)
+
+    assert ask(3) == third and ask(2) == second
+    monkeypatch.setattr(configured, "config", lambda: None)
+    assert ckpt.find(tmp_path, timeout=10) == second
+    logged()
+    assert ask(1) == second
+    said = logged()
+    assert "this training has 1 with stage 1; run: ckpt reshard" in said
+    assert 'or pass reshard="auto" to ckpt.find' in said
+    made = ask(1, reshard="auto")
+    assert made == f"{second}-z1-w1" and ask(1) == made == ask(1, reshard="auto")
+    with pytest.raises(CheckpointError, match="not known yet"):
+        ask("auto", reshard="auto")
+    with pytest.raises(CheckpointError, match="expected None or auto"):
+        ask(1, reshard="yes")
+
+
+def test_find_without_ranks_asks_nobody(tmp_path: Path) -> None:
+    folder = real(tmp_path, 2).folder
+    assert ckpt.find(tmp_path) == str(folder)
+    with pytest.raises(CheckpointError, match="not known yet"):
+        ckpt.find(tmp_path, reshard="auto")
+
+
+def test_the_configuration_says_the_layout() -> None:
+    zero_of = {"stage": 3, "sub_group_size": 1e6}
+    found = Layout.of_config({"zero_optimization": zero_of}, 4)
+    assert found == Layout(Topology(3, 4), {"sub_group_size": 1_000_000})
+    muon = {"zero_optimization": {"stage": 3}, "optimizer": {"type": "Muon"}}
+    found = Layout.of_config(muon, 4, zero_init=False)
+    assert found is not None and found.settings["zero_init"] is False
+    source = Source(Path("out/c"), "t", 1, Topology(2, 2))
+    said = str(topology.refusal(source, found, "or else"))
+    assert "--stage 3 --sub-group-size 1000000000 --no-zero-init -o out/c-z3-w4; or else" in said
+    assert "zero-init" not in str(
+        topology.refusal(Source(Path("c"), "t", 1, Topology(3, 2)), found)
+    )
+    assert Layout.of_config({}, 2) == Layout(Topology(0, 2), {})
+    assert Layout.of_config({"zero_optimization": {"stage": "auto"}}, 2) is None
+
+
+def test_other_sub_groups_alone_are_a_resharding(tmp_path: Path) -> None:
+    source = FIXTURES / "zero3-subgroups"
+    with pytest.raises(CheckpointError, match="already; load it as it is"):
+        reshard.plan(source, 3, output=tmp_path / "same")
+    planned = reshard.plan(source, 3, sub_group_size=100, output=tmp_path / "cut")
+    reshard.execute(planned)
+    cut = checkpoint.read(tmp_path / "cut")
+    assert cut.model.setting("zero_optimization", "sub_group_size") == 100
+    back = reshard.plan(tmp_path / "cut", 3, sub_group_size=20, output=tmp_path / "back")
+    reshard.execute(back)
+
+
+def test_a_precision_is_what_the_configuration_enables() -> None:
+    on, off = {"enabled": True}, {"enabled": False}
+    assert precision.of_config({"bf16": on, "fp16": off}) == "bf16"
+    assert precision.of_config({"bfloat16": on}) == "bf16"
+    assert precision.of_config({"fp16": on}) == "fp16"
+    assert precision.of_config({"bf16": off}) == precision.of_config({}) == "fp32"
+    assert precision.of_config(None) is None
+    for name, expected in (("zero2-fp16-w2", "fp16"), ("zero3-bf16-w2", "bf16")):
+        assert precision.of_checkpoint(checkpoint.read(FIXTURES / name).place.folder) == expected
+    configs = ({"bf16": on, "a": 1}, {"fp16": on, "a": 2})
+    assert precision.unsaid(configs) == ({"a": 1}, {"a": 2})
+    assert precision.unsaid(({"bf16": on}, {"bf16": on, "data_types": 1}))[1]["data_types"] == 1
+
+
+def test_a_file_of_another_precision_is_found_under_its_name(tmp_path: Path) -> None:
+    name = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    plain, prefixed = tmp_path / name, tmp_path / f"bf16_{name}"
+    assert precision.saved_path(str(plain)) == str(plain)  # neither is there
+    prefixed.touch()
+    assert precision.saved_path(str(plain)) == str(prefixed) == precision.saved_path(str(prefixed))
+    plain.touch()
+    assert precision.saved_path(str(plain)) == str(plain)
+    prefixed.unlink()
+    assert precision.saved_path(str(prefixed)) == str(plain)
+
+
+def test_where_the_configuration_was_a_path_the_parameters_tell() -> None:
+    buffer, weight = torch.zeros(1), torch.zeros(1).half()
+    state = {"ds_config": "ds.json", "module": {"b": buffer, "w": weight}, "buffer_names": ["b"]}
+    assert precision.of_state(state) == "fp16"
+    assert precision.of_state({"ds_config": "ds.json"}) is None
+    assert precision.of_config({"bf16": {"enabled": 1}}) == "bf16"
+
+
+BF16 = {"ds_config": {"bf16": {"enabled": True}}}
+
+
+def engine_of(kind: str, optimizer: Any = None, zero_of: Any = None) -> Any:
+    """What a change of precision asks an engine."""
+    return SimpleNamespace(
+        bfloat16_enabled=lambda: kind == "bf16",
+        fp16_enabled=lambda: kind == "fp16",
+        zero_optimization=lambda: zero_of is not None,
+        optimizer=optimizer,
+        zero_parameter_alignment=lambda: (zero_of or {}).get("parameter_alignment", False),
+        zero_optimization_stage=lambda: (zero_of or {}).get("stage", 0),
+        module=torch.nn.Linear(2, 2),
+    )
+
+
+def test_padding_that_depends_on_the_precision_is_refused_by_name() -> None:
+    aligned = {"stage": 2, "parameter_alignment": True}
+    states = tuple({"ds_config": {kind: {"enabled": True}}} for kind in ("bf16", "fp16"))
+    for now, saved in (("fp32", states[0]), ("fp16", states[0])):
+        change = precision.PrecisionChange.of(engine_of(now, SimpleNamespace(), aligned), saved)
+        assert change is not None
+        if now == "fp16":
+            change.translate({}, "f.pt")
+            continue
+        with pytest.raises(CheckpointError, match=r"parameter_alignment, .*resume it in bf16 or"):
+            change.translate({}, "f.pt")
+    assert precision.PrecisionChange.of(engine_of("fp16"), states[1]) is None
+
+
+def test_without_zero_masters_in_one_piece_and_apart_are_not_mixed() -> None:
+    change = precision.PrecisionChange.of(engine_of("fp32", SimpleNamespace()), BF16)
+    assert change is not None
+    with pytest.raises(CheckpointError, match="keeps its masters in one piece"):
+        change.translate({"optimizer": {"fp32_groups_flat": []}, "module": {}}, "f.pt")
+
+
+def test_what_fp16_cannot_hold_is_refused_by_name() -> None:
+    engine = engine_of("fp16")
+    change = precision.PrecisionChange.of(engine, BF16)
+    assert change is not None
+    change.finish()
+    engine.module.weight.data[0, 0] = torch.tensor(1e30).half()
+    with pytest.raises(CheckpointError, match="weight has values beyond the range of fp16"):
+        change.finish()
+
+
+def test_a_watch_is_over_with_the_last_callback() -> None:
+    from ckpt.trainers.hf import load_watch
+
+    stock = load_watch.module.deepspeed_load_checkpoint
+    watches = [load_watch.LoadWatch(1.0), load_watch.LoadWatch(2.0)]
+    assert load_watch.module.deepspeed_load_checkpoint is not stock
+    watches.pop()
+    assert load_watch.module.deepspeed_load_checkpoint is not stock
+    watches.pop()
+    assert load_watch.module.deepspeed_load_checkpoint is stock

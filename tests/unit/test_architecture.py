@@ -1,0 +1,155 @@
+"""The house: which room may import which, and what no room may do."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from oracles import ROOT
+
+PACKAGES = ("converters", "ckpt")
+MAX_MODULES = 16  # in a folder, its __init__.py aside
+
+# A room is a folder, or a module that lies directly in a package. It imports rooms of the floors
+# above its own line here, and itself.
+FLOORS = """
+converters.errors converters.tensors converters.words ckpt.text ckpt.version
+converters.source converters.storage converters.pickles converters.names ckpt.runs.lease
+converters.cast converters.detect
+converters.computing
+converters.plan converters.peft converters.quantized
+converters.execute converters.torch_files converters.peft.merge
+converters.formats converters.zero.files
+converters.zero.naming
+converters.zero
+converters.zero.native
+converters.zero.universal
+
+ckpt.deprecation ckpt.results
+ckpt.cli.results ckpt.folders ckpt.distributed ckpt.weights
+ckpt.runs
+ckpt.runs.foreign ckpt.state ckpt.weights.companions
+ckpt.rewrite ckpt.saving.commit ckpt.weights.output ckpt.weights.reader
+ckpt.weights.naming
+ckpt.engine ckpt.weights.adapters
+ckpt.runs.upkeep ckpt.weights.merge ckpt.weights.check ckpt.weights.opening
+ckpt.weights.conversion ckpt.zero_to_fp32
+ckpt.live ckpt.hub.content
+ckpt.hub.client
+ckpt.hub
+ckpt.saving ckpt.cli
+ckpt.resuming ckpt.__main__
+ckpt.trainers.hf
+ckpt.trainers
+ckpt converters
+"""
+FLOOR = {
+    room: number for number, line in enumerate(FLOORS.strip().splitlines()) for room in line.split()
+}
+# Rooms and modules that live in a training process: only they import torch when they are imported.
+INSIDE_A_TRAINING = {
+    "ckpt.distributed",
+    "ckpt.engine",
+    "ckpt.live",
+    "ckpt.resuming",
+    "ckpt.saving",
+    "ckpt.saving.commit",
+    "ckpt.state",
+    "ckpt.trainers",
+    "ckpt.trainers.hf",
+    "ckpt.weights.opening.load_into",
+}
+HEAVY = {"torch", "deepspeed", "transformers", "huggingface_hub", "accelerate", "lightning"}
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the packages by its dotted name."""
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return {dotted(path): path for path in paths}
+
+
+def dotted(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def room(module: str) -> str:
+    """The room that a module is in."""
+    path = modules()[module]
+    folder = dotted(path.parent / "__init__.py")
+    return module if folder in PACKAGES and path.name != "__init__.py" else folder
+
+
+def imports(module: str, *, when_used: bool = True) -> Iterator[str]:
+    """The names that a module imports; with ``when_used`` also those inside of functions."""
+    tree = ast.parse(modules()[module].read_text())
+    for node in ast.walk(tree) if when_used else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in modules() else node.module for name in inner)
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of the packages that a module imports."""
+    return {name for name in imports(module) if name in modules()} - {module}
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_room_imports_only_rooms_of_lower_floors(module: str) -> None:
+    here = room(module)
+    upward = {
+        other
+        for other in own_imports(module)
+        if room(other) != here and FLOOR[room(other)] >= FLOOR[here]
+    }
+    assert upward == set()
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    left = {module: own_imports(module) - {module} for module in modules()}
+    while free := [module for module, others in left.items() if not others & left.keys()]:
+        for module in free:
+            del left[module]
+    assert left == {}
+
+
+def test_no_folder_is_too_large_to_be_read() -> None:
+    folders = {path.parent for path in modules().values()}
+    sizes = {folder: len(list(folder.glob("*.py"))) - 1 for folder in folders}
+    assert {folder: size for folder, size in sizes.items() if size > MAX_MODULES} == {}
+
+
+def test_every_room_is_on_one_floor() -> None:
+    assert {room(module) for module in modules()} == FLOOR.keys()
+
+
+@pytest.mark.parametrize("module", modules())
+def test_only_rooms_inside_a_training_import_torch_and_its_like(module: str) -> None:
+    if not {module, room(module)} & INSIDE_A_TRAINING:
+        heavy = {name.partition(".")[0] for name in imports(module, when_used=False)} & HEAVY
+        assert heavy == set()
+
+
+@pytest.mark.parametrize(
+    "room",
+    sorted(
+        path.parent.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("__init__.py")
+    ),
+)
+def test_a_room_says_what_is_in_it(room: str) -> None:
+    """Each module and folder is named in the docstring of its room, where there are several."""
+    folder = ROOT / room
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
+    rooms = {path.parent.name for path in folder.glob("*/__init__.py")}
+
+    assert (modules | rooms) - set(re.findall(r"[a-z0-9_]+", text)) == set()

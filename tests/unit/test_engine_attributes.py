@@ -1,0 +1,120 @@
+"""What ``ckpt`` relies on in DeepSpeed: it is there, and only ``ckpt/engine`` knows of it."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from oracles import ROOT
+
+from ckpt.engine import attributes
+from ckpt.engine.view import EngineView, TrainingEngine
+from converters.errors import CheckpointError
+
+NAMES = {attribute.name for attribute in attributes.relied_on()}
+# What every front end may ask of an engine.
+OF_THE_VIEW = {
+    name
+    for protocol in (EngineView, TrainingEngine)
+    for name in (*vars(protocol), *protocol.__annotations__)
+}
+# Names that much else has as well; they are DeepSpeed's only where an engine is asked.
+COMMON = {
+    *("config", "device", "save", "load", "commit", "create", "makedirs", "status"),
+    *("overflow", "scale_factor", "grid", "optimizer", "zero_config"),
+    *("gradient_accumulation_steps", "lr_scheduler", "_save_checkpoint"),
+}
+ENGINES = {"engine", "first", "deepspeed_engine", "model_wrapped", "optimizer"}
+ASKING = {"getattr", "hasattr", "setattr", "delattr"}
+# Attributes of optimizers of torch and bitsandbytes.
+OF_TORCH = {"param_groups", "state", "state_dict", "load_state_dict", "defaults", "name2qmap"}
+
+
+def other_rooms() -> list[Path]:
+    folder = ROOT / "ckpt/engine"
+    return sorted(path for path in (ROOT / "ckpt").rglob("*.py") if folder not in path.parents)
+
+
+def accesses(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Line, receiver and name of each attribute that a module reads, sets or asks for."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, last_name(node.value), node.attr
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ASKING:
+            receiver, name, *_ = node.args
+            if isinstance(name, ast.Constant):
+                yield node.lineno, last_name(receiver), str(name.value)
+
+
+def last_name(receiver: ast.expr) -> str:
+    """The last part of what an attribute is asked of: "engine" of ``self.engine``."""
+    if isinstance(receiver, ast.Attribute):
+        return receiver.attr
+    if isinstance(receiver, ast.Call):
+        return last_name(receiver.func).removeprefix("_")
+    return receiver.id if isinstance(receiver, ast.Name) else ""
+
+
+def test_the_installed_deepspeed_has_every_attribute() -> None:
+    assert [str(attribute) for attribute in attributes.missing(optional=True)] == []
+    attributes.require()
+
+
+def test_what_an_upgrade_drops_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = attributes._package()
+    for file in {attribute.file for attribute in attributes.relied_on()}:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / file, tmp_path / file)
+
+    stage3 = tmp_path / "runtime/zero/stage3.py"
+    text = stage3.read_text()
+    for name in ("fp32_partitioned_groups_flat", "use_muon"):
+        text = text.replace(name, f"{name}_renamed")
+    stage3.write_text(text)
+    (tmp_path / "runtime/pipe/topology.py").unlink()
+
+    expected = [
+        "DeepSpeedZeroOptimizer_Stage3.fp32_partitioned_groups_flat (runtime/zero/stage3.py)",
+        "PipelineParallelGrid.get_pipe_parallel_world_size (runtime/pipe/topology.py)",
+    ]
+    assert list(map(str, attributes.missing(tmp_path))) == expected
+    assert "use_muon" in str(list(map(str, attributes.missing(tmp_path, optional=True))))
+
+    monkeypatch.setattr(attributes, "_package", lambda: tmp_path)
+    with pytest.raises(CheckpointError, match=r"does not define DeepSpeedZeroOptimizer_Stage3\."):
+        attributes.require()
+
+
+def test_no_other_room_knows_deepspeeds_attributes() -> None:
+    private = NAMES - OF_THE_VIEW
+    known = [
+        f"{path.relative_to(ROOT)}:{line}: {receiver}.{name}"
+        for path in other_rooms()
+        for line, receiver, name in accesses(path)
+        if name in private - COMMON or (receiver in ENGINES and name in private)
+    ]
+    assert known == []
+
+
+def test_what_the_room_asks_of_an_engine_is_in_the_table() -> None:
+    unknown = [
+        f"{path.name}:{line}: {receiver}.{name}"
+        for path in sorted((ROOT / "ckpt/engine").glob("*.py"))
+        for line, receiver, name in accesses(path)
+        if receiver in {"engine", "optimizer", "inner_optimizer"}
+        and name not in NAMES | OF_THE_VIEW | OF_TORCH
+    ]
+    assert unknown == []
+
+
+def test_the_table_has_nothing_that_is_not_used() -> None:
+    texts = [
+        path.read_text()
+        for path in (ROOT / "ckpt/engine").glob("*.py")
+        if path.name != "attributes.py"
+    ]
+    unused = {name for name in NAMES if not any(name in text for text in texts)}
+    assert unused == set()

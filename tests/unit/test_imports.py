@@ -1,0 +1,60 @@
+"""One direction, and light: what may import what."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from oracles import FIXTURES, ROOT
+
+HEAVY = {"torch", "deepspeed", "transformers", "huggingface_hub", "accelerate", "lightning"}
+
+
+def imported(path: Path, everywhere: bool) -> Iterator[str]:
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "path", modules("converters"), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_converters_know_no_trainer_and_no_ckpt(path: Path) -> None:
+    assert not set(imported(path, everywhere=True)) & (HEAVY | {"ckpt", "pickle"})
+
+
+@pytest.mark.parametrize(
+    "path", [*modules("converters"), *modules("ckpt")], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_a_module_fits_in_the_head(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 370  # about 350
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_conversion_never_imports_torch_or_pickle_readers(dtype: str, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from ckpt.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit as done:\n    assert not done.code\n"
+        f"assert not set(sys.modules) & {HEAVY!r}, set(sys.modules)\n"
+    )
+    source = FIXTURES / "zero2-bf16-w3"
+    args = ["to-fp32", source, "-o", tmp_path / "m", "--dtype", dtype]
+    subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, check=True, timeout=60)
+
+
+def test_help_imports_neither_numpy_nor_tqdm() -> None:
+    code = "import sys, ckpt.cli.main; assert not {'numpy', 'tqdm', 'isal'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

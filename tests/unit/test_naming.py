@@ -1,0 +1,103 @@
+"""Names say what things are: no bare participle or adverb, no class name twice in a package.
+
+python tests/unit/test_naming.py       prints what is left, in the form of the tables below
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("converters", "ckpt")
+BARE = {
+    *("alike", "asked", "begun", "built", "cut", "dealt", "done", "found", "given", "gone"),
+    *("heard", "held", "here", "kept", "known", "laid", "lean", "left", "made", "mine", "most"),
+    *("named", "now", "odd", "one", "other", "ours", "own", "passed", "plain", "rest", "said"),
+    *("same", "scaled", "seen", "sent", "shown", "taken", "there", "told", "unlike", "wanted"),
+    *("whole", "written"),
+}
+# How many a room still has. The numbers may only become smaller: lower one where names went.
+LEFT = {
+    "ckpt/cli/results": 3,  # keys of JSON
+    "ckpt/distributed": 3,
+    "ckpt/hub/content": 2,
+    "ckpt/live": 2,
+    "ckpt/resuming": 2,
+    "ckpt/runs": 1,
+    "ckpt/runs/lease": 2,
+    "ckpt/saving": 2,
+    "converters/execute": 5,
+    "converters/peft": 1,
+    "converters/peft/merge": 8,
+    "converters/storage": 1,
+    "converters/zero/files": 1,
+    "converters/zero/native": 1,
+}
+# The same: names that two classes of a package have.
+TWICE: dict[str, set[str]] = {"ckpt": set(), "converters": {"Group", "Trained"}}
+
+
+def modules(package: str) -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        yield path.relative_to(ROOT), ast.parse(path.read_text())
+
+
+def bound_names(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """The names of variables, arguments, attributes and imports that a module binds, with lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+        elif isinstance(node, ast.alias) and node.asname:
+            yield node.asname, node.lineno
+
+
+def bare_names(package: str) -> dict[str, list[str]]:
+    """By room, where a bare participle or adverb is a name: ``path:line name``."""
+    rooms: dict[str, list[str]] = defaultdict(list)
+    for path, tree in modules(package):
+        for name, line in bound_names(tree):
+            if name.strip("_") in BARE:
+                rooms[path.parent.as_posix()].append(f"{path}:{line} {name}")
+    return rooms
+
+
+def class_names_used_twice(package: str) -> set[str]:
+    counts = Counter(
+        node.name
+        for _, tree in modules(package)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    )
+    return {name for name, count in counts.items() if count > 1}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_names_are_no_bare_participles_or_adverbs(package: str) -> None:
+    for room, places in bare_names(package).items():
+        assert len(places) <= LEFT.get(room, 0), "\n".join(places)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_class_has_its_name_alone_in_its_package(package: str) -> None:
+    assert class_names_used_twice(package) <= TWICE[package]
+
+
+def test_the_lists_of_what_is_left_name_rooms_that_exist() -> None:
+    assert all((ROOT / room).is_dir() for room in LEFT)
+
+
+if __name__ == "__main__":
+    for package in PACKAGES:
+        for room, places in sorted(bare_names(package).items()):
+            print(f'    "{room}": {len(places)},')
+            print(*(f"        # {place}" for place in places), sep="\n")
+        print(f"    # classes: {sorted(class_names_used_twice(package))}")

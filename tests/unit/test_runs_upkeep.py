@@ -1,0 +1,666 @@
+"""doctor, adopt, slim and collect: what they find, prove and mend, and what they leave alone."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import peft_models
+import pytest
+import torch
+import zero_folders
+from faults import faults
+from oracles import FIXTURES, ROOT, run
+from run_folders import SOURCE, commit, listed, real
+from safetensors.torch import load_file, save_file
+
+from ckpt.folders import filenames, locks
+from ckpt.runs import manifest, pruning
+from ckpt.runs.foreign import completeness, liveness
+from ckpt.runs.retention import Retention
+from ckpt.runs.run import Run, open_checkpoint
+from ckpt.runs.upkeep import adoption, collect, doctor, findings, slim
+from converters.errors import CheckpointError
+from converters.zero import checkpoint as zero
+
+Later = Callable[[], None]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two looks at what nobody committed follow each other at once."""
+    monkeypatch.setattr(liveness, "PAUSE", 0.05)
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Later:
+    """From its call on, what was written counts as written long ago."""
+    return lambda: monkeypatch.setattr(findings, "QUIET", 0.0)
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None
+        for p in sorted(folder.rglob("*"))
+    }
+
+
+def found(run: Run) -> dict[str, str]:
+    return {f.path.relative_to(run.path).as_posix(): f.remedy or "" for f in doctor.diagnose(run)}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Run:
+    """A run with two committed checkpoints and right pointers."""
+    made = Run(tmp_path / "out")
+    for step in (2, 4):
+        real(made.path, step)
+    made.point("latest", made.newest())
+    return made
+
+
+def test_a_healthy_run_has_nothing_to_mend(out: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tree(out.path)
+    run("doctor", out.path)
+    run("doctor", out.path, "--fix")
+    assert tree(out.path) == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "", "checkpoint-9/global_step9", "checkpoint-4/gone", "checkpoint-2/global_step2"],
+)
+def test_a_wrong_latest_is_found_and_mended(text: str | None, out: Run) -> None:
+    (out.path / "latest").unlink()
+    if text is not None:
+        (out.path / "latest").write_text(text)
+    before = tree(out.path)
+    run("doctor", out.path, code=1)
+    assert tree(out.path) == before
+    run("doctor", out.path, "--fix")
+    assert (out.path / "latest").read_text() == "checkpoint-4/global_step2"
+    assert zero.read(out.path).world_size == 2
+
+
+def test_a_best_that_names_nothing_is_removed_and_one_without_its_tag_renamed(out: Run) -> None:
+    (out.path / "best").write_text("checkpoint-3/global_step3")
+    run("doctor", out.path, "--fix")
+    assert not (out.path / "best").exists()
+    (out.path / "best").write_text("checkpoint-2/global_step9")
+    run("doctor", out.path, "--fix")
+    assert (out.path / "best").read_text() == "checkpoint-2/global_step2"
+
+
+def test_a_latest_without_anything_committed_is_left_to_the_user(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("global_step9")
+    run("doctor", tmp_path, "--fix", code=1)
+    assert (tmp_path / "latest").read_text() == "global_step9"
+
+
+@pytest.mark.parametrize("state", ["missing", "wrong", "short"])
+def test_the_latest_inside_a_checkpoint_is_mended(state: str, out: Run, later: Later) -> None:
+    inner = out.path / "checkpoint-4/latest"
+    inner.unlink()
+    if state == "wrong":
+        inner.write_text("global_step9")
+    if state == "short":
+        inner.write_text("global")
+    later()
+    run("doctor", out.path, "--fix")
+    assert inner.read_text() == "global_step2"
+    newest = out.newest()
+    assert newest and newest.step == 4 and zero.read(newest.folder).step == 2
+
+
+def test_leftovers_nobody_works_on_are_removed(out: Run, later: Later) -> None:
+    for name in (".checkpoint-6.saving", ".checkpoint-1.trash", ".checkpoint-4-fp32.partial"):
+        (out.path / name / "global_step6").mkdir(parents=True)
+    (out.path / ".checkpoint-6.saving/.lock").touch()
+    (out.path / ".checkpoint-4-fp32.partial/plan.json").touch()
+    (out.path / "latest.partial").touch()
+    (out.path / "checkpoint-4/model.safetensors.partial").touch()
+    (out.path / ".cache").mkdir()
+    later()
+    run("doctor", out.path, code=1)
+    run("doctor", out.path, "--fix")
+    kept = [".cache", "checkpoint-2", "checkpoint-4", "latest"]
+    assert sorted(os.listdir(out.path)) == kept
+    assert not (out.path / "checkpoint-4/model.safetensors.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "lock"), [(".checkpoint-6.saving", ".lock"), (".m-fp32.partial", "plan.json")]
+)
+def test_work_that_goes_on_is_not_harmed(name: str, lock: str, out: Run, later: Later) -> None:
+    (out.path / name).mkdir()
+    later()
+    script = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX)\n"
+    script += "print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(out.path / name / lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"locked\n"
+        run("doctor", out.path, "--fix")
+        assert (out.path / name / lock).exists()
+        process.kill()
+    run("doctor", out.path, "--fix")
+    assert not (out.path / name).exists()
+
+
+def test_a_staging_folder_without_a_lock_is_left_while_it_changes(out: Run, later: Later) -> None:
+    folder = out.path / ".checkpoint-6.saving"
+    folder.mkdir()
+    assert found(out) == {}
+    later()
+    assert found(out) == {folder.name: "remove it"}
+
+
+def test_a_torn_folder_is_set_aside_and_never_deleted(out: Run, later: Later) -> None:
+    torn = out.path / "checkpoint-6"
+    shutil.copytree(SOURCE, torn)
+    cut = torn / "global_step2/mp_rank_00_model_states.pt"
+    cut.write_bytes(cut.read_bytes()[:5000])
+    assert found(out) == {"checkpoint-6": ""}  # it changed just now: a Trainer may be at it
+    later()
+    before = tree(torn)
+    run("doctor", out.path, "--fix")
+    assert tree(out.path / ".checkpoint-6.torn") == before
+    assert [c.step for c in out.checkpoints()] == [2, 4]
+
+
+def test_a_damaged_committed_folder_is_set_aside_and_latest_moves_back(
+    out: Run, later: Later
+) -> None:
+    (out.path / "checkpoint-4/global_step2/mp_rank_00_model_states.pt").unlink()
+    later()
+    run("doctor", out.path, "--fix")
+    assert (out.path / "latest").read_text() == "checkpoint-2/global_step2"
+    assert (out.path / ".checkpoint-4.torn").is_dir()
+
+
+@pytest.mark.parametrize("kept", ["model.safetensors", "pytorch_model.bin"])
+def test_a_trainers_folder_without_deepspeed_is_not_torn(kept: str, out: Run, later: Later) -> None:
+    folder = out.path / "checkpoint-6"
+    folder.mkdir()
+    shutil.copy(SOURCE / "model.safetensors", folder / kept)
+    shutil.copy(SOURCE / "trainer_state.json", folder)
+    later()
+    run("doctor", out.path, "--fix", code=1)
+    assert folder.is_dir()
+
+
+def test_folders_of_other_trainers_are_never_renamed(tmp_path: Path, later: Later) -> None:
+    for step, name in ((1, "__0_0.distcp"), (2, "optimizer.pt"), (3, "weights.npz")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / name).write_bytes(b"of another trainer")
+    later()
+    before = tree(tmp_path)
+    run("doctor", tmp_path, "--fix", code=1)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("node", ["n0", "n1"])
+def test_a_nodes_part_of_a_checkpoint_is_not_torn(node: str, out: Run, later: Later) -> None:
+    folder = out.path / "checkpoint-6"
+    shutil.copytree(FIXTURES / "corpus/nl2" / node, folder)
+    later()
+    run("doctor", out.path, "--fix", code=1)
+    assert folder.is_dir()
+
+
+@pytest.mark.parametrize("text", [None, "", "global_step9"])
+def test_a_whole_checkpoint_that_lacks_only_its_latest_gets_it(
+    text: str | None, tmp_path: Path, later: Later
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(SOURCE, folder)
+    (folder / "latest").unlink()
+    if text is not None:
+        (folder / "latest").write_text(text)  # empty: what a power loss leaves
+    later()
+    run("doctor", tmp_path, "--fix", code=1)
+    assert (folder / "latest").read_text() == "global_step2"
+    run("doctor", tmp_path, "--adopt")
+    run("doctor", tmp_path, "--fix")
+    assert (tmp_path / "latest").read_text() == "checkpoint-2/global_step2"
+
+
+def test_folders_of_kinds_that_are_not_read_here_are_not_torn(out: Run, later: Later) -> None:
+    for number, name in enumerate(("pp_z1bf", "moe_s2"), 6):
+        folder = out.path / f"checkpoint-{number}"
+        shutil.copytree(FIXTURES / "corpus" / name, folder)
+    later()
+    run("doctor", out.path, "--fix", code=1)
+    assert {c.name for c in out.checkpoints()} >= {"checkpoint-6", "checkpoint-7"}
+
+
+def test_two_folders_of_one_step_are_told(out: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(out.path / "checkpoint-4", out.path / "again")
+    run("doctor", out.path, "--json", code=1)
+    facts = json.loads(capsys.readouterr().out)["findings"]
+    assert [f["problem"] for f in facts if f["remedy"] is None] == [
+        "and again are both of step 4; delete or move one"
+    ]
+
+
+def test_a_run_of_deepspeed_itself_is_left_alone(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "zero2-bf16-w2", tmp_path / "out")
+    before = tree(tmp_path / "out")
+    run("doctor", tmp_path / "out", "--fix")
+    assert tree(tmp_path / "out") == before
+
+
+def test_a_whole_checkpoint_of_a_trainer_is_adopted(tmp_path: Path) -> None:
+    out = Run(tmp_path)
+    for name in ("trainer-zero2", "trainer-zero3"):
+        shutil.copytree(FIXTURES / name / "checkpoint-2", tmp_path / name)
+    run("doctor", tmp_path, "--adopt")  # at once: they do not change any more
+    for checkpoint in out.checkpoints():
+        held = checkpoint.manifest
+        assert held and checkpoint.committed and (held.step, held.tag) == (2, "global_step2")
+        assert held.versions["deepspeed"] == "0.19.8" and held.world_size == 2
+    run("verify", tmp_path, "--data")
+    assert not (tmp_path / "latest").exists()  # adopting implies nothing else
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        ("rng_state_1.pth", None),
+        ("rng_state_1.pth", 7968),
+        ("trainer_state.json", None),
+        ("trainer_state.json", 300),
+        ("model.safetensors", 9000),
+        ("scheduler.pt", 700),
+        ("config.json", 100),
+        ("latest", 0),
+        ("global_step2/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", None),
+        ("global_step2/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", 20000),
+    ],
+)
+def test_a_torn_checkpoint_is_never_adopted(
+    name: str, cut: int | None, tmp_path: Path, later: Later
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(SOURCE, folder)
+    data = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if cut is not None:
+        (folder / name).write_bytes(data[:cut])
+    later()
+    before = tree(tmp_path)
+    run("doctor", tmp_path, "--adopt", code=1)
+    assert tree(tmp_path) == before
+
+
+def test_zeroed_pages_are_found_before_adoption(tmp_path: Path, later: Later) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(SOURCE, folder)
+    path = folder / "global_step2/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    with zipfile.ZipFile(path) as archive:
+        info = max(archive.infolist(), key=lambda info: info.file_size)
+    data = bytearray(path.read_bytes())
+    at = info.header_offset + 400  # as a power loss leaves a file that was never synced
+    data[at : at + 512] = bytes(512)
+    path.write_bytes(data)
+    zero.read(folder)  # nothing in the headers gives it away
+    later()
+    with pytest.raises(CheckpointError, match="CRC32"):
+        adoption.commit(folder)
+
+
+def test_one_that_changes_is_not_adopted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(SOURCE, folder)
+    proven = liveness.prove
+
+    def prove(path: Path, tag: str | None) -> Any:
+        (folder / "rng_state_2.pth").write_bytes(b"a rank that is late")
+        return proven(path, tag) if tag else completeness.Proof(path, "x", 2, "global_step2")
+
+    monkeypatch.setattr(liveness, "prove", prove)
+    run("doctor", tmp_path, "--adopt", code=1)
+    assert "is being written right now" in capsys.readouterr().out
+    assert not open_checkpoint(folder).committed
+
+
+def test_what_was_deleted_by_hand_is_taken_off_the_manifest(
+    out: Run, later: Later, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two, four = (checkpoint.folder for checkpoint in out.checkpoints())
+    (four / "model.safetensors").unlink()
+    shutil.rmtree(two / "global_step2")
+    later()
+    run("ls", out.path)
+    said = capsys.readouterr().out
+    assert "lacks model.safetensors" in said and "global_step2/" in said
+    run("verify", four, code=1)
+    assert "model.safetensors: missing" in capsys.readouterr().out
+    run("doctor", out.path, code=1)
+    said = capsys.readouterr().out
+    assert "model.safetensors, which was deleted: resumable, its weights were deleted" in said
+    assert "which was deleted: weights only" in said
+    run("doctor", out.path, "--fix")
+    first, second = out.checkpoints()
+    assert (first.tier, first.why, first.deleted) == ("weights", None, ())
+    assert (second.tier, second.why, second.deleted) == ("full", None, ())
+    run("verify", out.path, "--data")
+    assert found(out) == {}
+
+
+def test_what_was_thinned_by_hand_is_rotated_as_if_it_were_whole(tmp_path: Path) -> None:
+    out = Run(tmp_path)
+    for step in (2, 4, 6, 8, 10):
+        real(tmp_path, step)
+    for step in (2, 4, 6):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}/global_step2")
+    (tmp_path / "checkpoint-8/model.safetensors").unlink()
+    pruning.pin(out.checkpoints()[0], True)
+    torn = tmp_path / "checkpoint-3"
+    shutil.copytree(SOURCE, torn)  # nobody committed it
+    outcomes = pruning.prune(out, Retention(last=3), dry_run=True)
+    assert [o.kept for o in outcomes] == [True, False, True, True, True]
+    pruning.prune(out, Retention(last=3))
+    assert [c.step for c in out.checkpoints()] == [2, 3, 6, 8, 10]
+    pruning.prune(out, Retention(last=1))
+    assert [c.step for c in out.checkpoints()] == [2, 3, 10]
+
+
+def test_slim_keeps_the_weights_and_says_what_goes(
+    out: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = out.path / "checkpoint-2"
+    before = tree(folder)
+    run("slim", folder, "--dry-run", "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert tree(folder) == before
+    run("slim", folder)
+    after = tree(folder)
+    gone = {name for name in before if name not in after} - {"global_step2"}
+    assert gone == set(told["deleted"])
+    assert told["bytes"] == sum(len(before[name] or b"") for name in gone)
+    assert sorted(after) == [
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "trainer_state.json",
+        "training_args.bin",
+    ]
+    assert all(after[name] == before[name] for name in after if name != "manifest.json")
+    slimmed = open_checkpoint(folder)
+    assert slimmed.committed and slimmed.tier == "weights"
+    run("verify", folder, "--data")
+    run("slim", folder)
+    assert found(out) == {}
+
+
+def test_the_doctor_finishes_a_slim_down_to_the_last_empty_folder(out: Run) -> None:
+    run("slim", out.path / "checkpoint-2")
+    done = set(tree(out.path))
+    (out.path / "checkpoint-2/.global_step2.trash/empty").mkdir(parents=True)
+    assert found(out) == {"checkpoint-2": "remove them"}
+    run("doctor", out.path, "--fix")
+    assert set(tree(out.path)) == done
+
+
+def test_slim_moves_the_pointers_that_named_the_tag(out: Run) -> None:
+    out.point("best", out.find("2"))
+    run("slim", out.path / "checkpoint-2")
+    assert (out.path / "best").read_text() == "checkpoint-2"
+    run("slim", out.path / "checkpoint-4", "--force")
+    assert (out.path / "latest").read_text() == "checkpoint-4"
+
+
+def test_slim_refuses_the_newest_the_pinned_and_what_is_read(out: Run) -> None:
+    before = tree(out.path)
+    run("slim", out.path / "checkpoint-4", code=1)
+    with locks.reading(out.path / "checkpoint-2"):
+        run("slim", out.path / "checkpoint-2", code=1)
+    assert tree(out.path) == before
+    pruning.pin(out.find("2"), True)
+    run("slim", out.path / "checkpoint-2", code=1)
+    assert (out.path / "checkpoint-2/global_step2").is_dir()
+
+
+@pytest.mark.parametrize(
+    "damage", ["none", "missing", "shape", "bytes", "unlisted", "empty", "alias"]
+)
+def test_slim_removes_nothing_unless_the_weights_are_complete(damage: str, out: Run) -> None:
+    folder = out.path / "checkpoint-2"
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    if damage in ("missing", "shape", "empty"):
+        name = "model.norm.weight"
+        tensors |= {name: torch.zeros(3 if damage == "shape" else 0, dtype=torch.bfloat16)}
+        if damage == "missing":
+            del tensors[name]
+        save_file(tensors, path)
+        commit(folder, 2)
+    elif damage == "alias":  # tied: only the other name is there
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight", None)  # type: ignore
+        save_file({k: v for k, v in tensors.items() if v is not None}, path)
+        commit(folder, 2)
+    elif damage == "bytes":
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 4
+        path.write_bytes(data)
+    elif damage == "unlisted":
+        held = manifest.read(folder)
+        files = {n: f for n, f in held.files.items() if n != "model.safetensors"}
+        (folder / filenames.MANIFEST).write_bytes(replace(held, files=files).dumps())
+    else:
+        path.unlink()
+        commit(folder, 2)
+    before = tree(out.path)
+    if damage == "alias":
+        run("slim", folder)
+        return
+    with pytest.raises(CheckpointError, match="nothing was removed"):
+        slim.plan(open_checkpoint(folder))
+    assert tree(out.path) == before
+
+
+def test_slim_removes_nothing_through_a_link(out: Run, tmp_path: Path) -> None:
+    folder, elsewhere = out.path / "checkpoint-2", tmp_path / "elsewhere"
+    shutil.move(folder / "global_step2", elsewhere)
+    (folder / "global_step2").symlink_to(elsewhere)
+    before = tree(tmp_path)
+    run("slim", folder, code=1)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["dora", "saved-modules", "embedding", "p-tuning", "ia3"])
+def test_slim_of_an_adapter_keeps_the_adapter(kind: str, tmp_path: Path) -> None:
+    out, folder = Run(tmp_path), tmp_path / "checkpoint-2"
+    model = peft_models.model(kind)
+    zero_folders.save(model, folder, exclude_frozen=True)
+    peft_models.saved(model, folder)
+    commit(folder, 2)
+    real(tmp_path, 4)
+
+    made = slim.plan(out.find("2"))
+    assert "all of the adapter" in made.proven[0]
+    slim.execute(made)
+
+    assert out.find("2").tier == "weights"
+    assert not (folder / zero_folders.TAG).exists()
+
+
+def test_slim_keeps_the_states_of_an_adapter_that_is_not_whole(tmp_path: Path) -> None:
+    out, folder = Run(tmp_path), tmp_path / "checkpoint-2"
+    model = peft_models.model("saved-modules")
+    zero_folders.save(model, folder, exclude_frozen=True)
+    path = peft_models.saved(model, folder) / "adapter_model.safetensors"
+    tensors = load_file(path)
+    real(tmp_path, 4)
+    for name in ("base_model.model.lm_head.weight", next(n for n in tensors if "lora_B" in n)):
+        save_file({n: tensor for n, tensor in tensors.items() if n != name}, path)
+        commit(folder, 2)
+        with pytest.raises(CheckpointError, match=r"not complete: .* is missing"):
+            slim.plan(out.find("2"))
+
+
+@pytest.mark.hardening
+def test_slim_killed_at_any_operation_leaves_a_committed_checkpoint(tmp_path: Path) -> None:
+    out, log, folder = tmp_path / "out", tmp_path / "log", tmp_path / "out/checkpoint-2"
+
+    def start(at: int) -> int:
+        shutil.rmtree(out, ignore_errors=True)
+        real(out, 2)
+        real(out, 4)
+        Run(out).point("best", Run(out).find("2"))
+        env = os.environ | faults.environment(out, at, log=log)
+        command = [sys.executable, "-m", "ckpt", "slim", str(folder)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=60)
+        return done.returncode
+
+    assert start(0) == 0
+    wanted, count = set(tree(out)), len(faults.journal(log))
+    assert count > 10
+    tiers = []
+    for at in range(1, count + 1):
+        assert start(at) == -signal.SIGKILL
+        state = open_checkpoint(folder)
+        assert state.committed, (at, state.why)
+        tiers.append(state.tier)
+        if state.tier == "full":
+            zero.read(folder)
+        # the same command, or the doctor, finishes
+        if state.tier == "weights":
+            doctor.mend(Run(out))
+            assert not slim.leftovers(open_checkpoint(folder)), at
+        run("slim", folder)
+        assert set(tree(out)) - {"latest"} == wanted, at
+        assert (out / "best").read_text() == "checkpoint-2"
+    assert set(tiers) == {"full", "weights"} and tiers == sorted(tiers)
+
+
+def nodes(folder: Path, same: bool = True) -> list[Path]:
+    """A checkpoint of two nodes, a rank each, as ``use_node_local_storage`` leaves it."""
+    save, parts = uuid4().hex, []
+    for node in range(2):
+        part = folder / f"node{node}/checkpoint-2"
+        shutil.copytree(SOURCE, part)
+        other = 1 - node
+        (part / f"global_step2/bf16_zero_pp_rank_{other}_mp_rank_00_optim_states.pt").unlink()
+        (part / f"rng_state_{other}.pth").unlink()
+        if node:
+            (part / "latest").unlink()
+            (part / "global_step2/mp_rank_00_model_states.pt").unlink()
+            if not same:
+                (part / "config.json").write_text("{}")
+        commit(part, 2, node=node, nodes=2, save=save)
+        parts.append(part)
+    return parts
+
+
+def test_parts_of_nodes_become_one_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = nodes(tmp_path)
+    whole = tmp_path / "out/checkpoint-2"
+    run("collect", *parts[::-1], "-o", whole, "--dry-run")
+    assert not whole.parent.exists()
+    run("collect", *parts[::-1], "-o", whole)
+    made = {n: d for n, d in tree(whole).items() if n != "manifest.json"}
+    assert made == tree(SOURCE)
+    held = manifest.read(whole)
+    assert (held.node, held.nodes, held.files) == (0, 1, listed(SOURCE))
+    run("verify", whole, "--data")
+    assert os.listdir(whole.parent) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_parts_are_joined_in_place(node: int, tmp_path: Path) -> None:
+    parts = nodes(tmp_path)
+    run("collect", *parts, "-o", parts[node])
+    made = {n: d for n, d in tree(parts[node]).items() if n != "manifest.json"}
+    assert made == tree(SOURCE)
+    run("verify", parts[node], "--data")
+    run("verify", parts[1 - node])
+
+
+def test_what_is_no_whole_save_is_not_collected(tmp_path: Path) -> None:
+    first, second = nodes(tmp_path)
+    other = nodes(tmp_path / "other")[1]
+    unlike = nodes(tmp_path / "unlike", same=False)
+    before = tree(tmp_path)
+    for parts, said in (
+        ([first], "node 1 is missing"),
+        ([first, first], "node 1 is missing"),
+        ([first, second, second], "node 1 is there twice"),
+        ([first, other], "of another save"),
+        (unlike, "config.json is not the file"),
+        ([first, tmp_path], "no manifest"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            collect.plan(parts, tmp_path / "out/checkpoint-2")
+    with pytest.raises(CheckpointError, match="exists already"):
+        collect.plan([first, second], tmp_path / "other")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_damaged_part_is_not_collected(inside: bool, tmp_path: Path) -> None:
+    parts = nodes(tmp_path)
+    path = parts[1] / "global_step2/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    output = parts[0] if inside else tmp_path / "out"
+    before = manifest.read(parts[0])
+    run("collect", *parts, "-o", output, code=1)
+    assert manifest.read(parts[0]) == before and open_checkpoint(parts[0]).committed
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+    assert not (parts[0] / path.relative_to(parts[1])).exists()
+
+
+@pytest.mark.hardening
+def test_collect_killed_at_any_operation_leaves_a_part_or_the_whole(tmp_path: Path) -> None:
+    base, log = tmp_path / "base", tmp_path / "log"
+
+    def start(at: int) -> tuple[int, list[Path]]:
+        shutil.rmtree(base, ignore_errors=True)
+        parts = nodes(base)
+        env = os.environ | faults.environment(base, at, log=log)
+        command = [sys.executable, "-m", "ckpt", "collect", *map(str, parts), "-o", str(parts[0])]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=60)
+        return done.returncode, parts
+
+    assert start(0)[0] == 0
+    count = len(faults.journal(log))
+    for at in range(1, count + 1):
+        code, parts = start(at)
+        assert code == -signal.SIGKILL
+        state = open_checkpoint(parts[0])
+        assert state.committed and state.manifest, (at, state.why)
+        if state.manifest.nodes == 2:
+            run("collect", *parts, "-o", parts[0])
+        made = {n: d for n, d in tree(parts[0]).items() if n != "manifest.json"}
+        assert made == tree(SOURCE), at
+
+
+def test_collecting_takes_the_lock_that_the_doctor_looks_for(tmp_path: Path) -> None:
+    parts = nodes(tmp_path)
+    staging = tmp_path / "out/.checkpoint-2.saving"
+    staging.mkdir(parents=True)
+    with open(staging / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run("collect", *parts, "-o", tmp_path / "out/checkpoint-2", code=1)
+    run("collect", *parts, "-o", tmp_path / "out/checkpoint-2")
+    assert os.listdir(tmp_path / "out") == ["checkpoint-2"]

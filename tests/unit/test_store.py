@@ -1,0 +1,214 @@
+"""The door to bytes: the local store, names that are URLs, and files opened once a command."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from oracles import FIXTURES
+
+from ckpt.cli.main import cli
+from converters.errors import CheckpointError
+from converters.storage import open_files
+from converters.storage.local_store import LocalStore
+from converters.storage.store import File, is_url, local_path
+from converters.tensors import Extent
+from tests.support.store_suite import Place, StoreSuite
+
+
+class TestLocalStore(StoreSuite):
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Place:
+        return Place(LocalStore(), tmp_path)
+
+
+class Value:
+    def __init__(self, data: bytes):
+        self.data = data
+
+
+@contextmanager
+def counted_opens(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the files that are opened in the block."""
+    opened: list[str] = []
+    real_open = os.open
+
+    def open_and_count(path: str, *args: int) -> int:
+        opened.append(Path(path).name)
+        return real_open(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", open_and_count)
+        yield opened
+
+
+def files_of(tmp_path: Path, count: int) -> list[Path]:
+    paths = [tmp_path / f"file-{number}" for number in range(count)]
+    for number, path in enumerate(paths):
+        path.write_bytes(b"%08d" % number)
+    return paths
+
+
+def value_of(path: Path, form: str = "value", nbytes: int = 8) -> Value:
+    def parse(file: File) -> tuple[Value, int]:
+        return Value(file.read([(0, 8)])[0]), nbytes
+
+    return open_files.parsed(path, form, parse)
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/run/file.pt", "hf://org/repo", "https://host/a//b"])
+def test_a_url_stays_a_url_and_is_refused_by_its_name(name: str) -> None:
+    assert is_url(name)
+    for ask in (local_path, LocalStore().open, LocalStore().identity):
+        with pytest.raises(CheckpointError) as raised:
+            ask(name)
+        assert str(raised.value).startswith(f"{name} is a URL")
+        assert raised.value.kind == "unsupported"
+
+
+@pytest.mark.parametrize("name", ["out/checkpoint-5", "/a/b", "c:/model", "a:b", Path("a//b")])
+def test_a_path_is_no_url(name: str | Path) -> None:
+    assert not is_url(name)
+    assert local_path(name) == Path(name)
+
+
+def test_a_command_opens_and_parses_each_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = files_of(tmp_path, 2)
+    with counted_opens(monkeypatch) as opened, open_files.once():
+        value = value_of(first)
+        for _ in range(3):
+            assert value_of(first) is value
+            assert value_of(first, "another form") is not value
+            with open_files.once():  # a block inside shares what is open
+                assert open_files.read_extent(Extent(first, 2, 4)) == b"0000"
+            buffer = bytearray(3)
+            extents = [Extent(first, 7, 1), Extent(second, 7, 1), Extent(first, 0, 1)]
+            open_files.read_extents(memoryview(buffer), extents)
+            assert buffer == b"010"
+
+    assert opened == ["file-0", "file-1"]
+
+
+def test_all_files_are_closed_at_the_end_and_outside_of_a_command(tmp_path: Path) -> None:
+    paths = files_of(tmp_path, 5)
+    before = os.listdir("/proc/self/fd")
+    for path in paths:
+        value_of(path)
+        open_files.read_extent(Extent(path, 0, 8))
+    assert os.listdir("/proc/self/fd") == before
+
+    with pytest.raises(RuntimeError), open_files.once():
+        for path in paths:
+            value_of(path)
+        assert len(os.listdir("/proc/self/fd")) == len(before) + 5
+        raise RuntimeError
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_few_stay_open_and_what_is_in_use_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = files_of(tmp_path, 300)
+    before = len(os.listdir("/proc/self/fd"))
+    with counted_opens(monkeypatch) as opened, open_files.once():
+        values = [value_of(path, nbytes=open_files.MAX_KEPT_BYTES) for path in paths]
+        assert len(os.listdir("/proc/self/fd")) <= before + open_files.MAX_OPEN_FILES
+        assert [value_of(path) for path in paths] == values
+        assert len(opened) == 300
+
+
+def test_what_nobody_uses_is_kept_as_long_as_it_is_small(tmp_path: Path) -> None:
+    paths = files_of(tmp_path, 3)
+    with open_files.once():
+        addresses = [id(value_of(path, nbytes=open_files.MAX_KEPT_BYTES // 2)) for path in paths]
+        gc.collect()
+        assert [id(value_of(path)) for path in paths[1:]] == addresses[1:]
+        assert value_of(paths[0]).data == b"00000000"
+
+
+def test_a_file_that_was_replaced_is_read_again(tmp_path: Path) -> None:
+    (path,) = files_of(tmp_path, 1)
+    with open_files.once():
+        old = value_of(path)
+        (tmp_path / "new").write_bytes(b"replaced")
+        os.replace(tmp_path / "new", path)
+        assert value_of(path).data == b"replaced"
+        assert old.data == b"00000000"
+        assert open_files.read_extent(Extent(path, 0, 8)) == b"replaced"
+        path.unlink()
+        with pytest.raises(CheckpointError, match="No such file") as raised:
+            open_files.read_extent(Extent(path, 0, 8))
+        assert raised.value.kind == "incomplete"
+
+
+def test_other_threads_have_files_of_their_own(tmp_path: Path) -> None:
+    (path,) = files_of(tmp_path, 1)
+    values: list[Value] = []
+    with open_files.once():
+        values.append(value_of(path))
+        thread = threading.Thread(target=lambda: values.append(value_of(path)))
+        thread.start()
+        thread.join()
+    assert values[0] is not values[1]
+
+
+def test_files_are_replaced_swapped_and_thrown_away(tmp_path: Path) -> None:
+    store = LocalStore()
+    first, second = files_of(tmp_path, 2)
+    store.reserve(tmp_path / "reserved", 1 << 16)
+    store.sync(tmp_path / "reserved")
+    store.sync(tmp_path)
+    if store.swap(first, second):
+        assert (first.read_bytes(), second.read_bytes()) == (b"00000001", b"00000000")
+        store.swap(first, second)
+
+    store.replace(first, second)
+    assert second.read_bytes() == b"00000000" and not first.exists()
+
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    for name in (second, folder, tmp_path / "reserved"):
+        store.trash(name)
+    assert list(tmp_path.iterdir()) == []
+
+
+OPENED: Counter[str] | None = None  # what is opened, while somebody counts
+
+
+@pytest.fixture(scope="module")
+def audited() -> None:
+    def count(event: str, arguments: tuple[object, ...]) -> None:
+        if OPENED is not None and event == "open":
+            OPENED[str(arguments[0])] += 1
+
+    sys.addaudithook(count)  # for good: none can be taken away again
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["show"], "zero2-bf16-w4"),
+        (["to-fp32", "--dry-run"], "zero3-bf16-w4"),
+        (["reshard", "--world-size", "8", "--dry-run"], "zero2-bf16-w4"),
+        (["reshard", "--world-size", "3", "--stage", "2", "--dry-run"], "zero3-bf16-w4"),
+        (["to-universal", "--dry-run"], "zero3-bf16-w4"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_command_opens_each_state_file_once(
+    command: list[str], name: str, audited: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Counter[str]()
+    monkeypatch.setattr(sys.modules[__name__], "OPENED", opened)
+    cli.main(args=[command[0], str(FIXTURES / name), *command[1:]], standalone_mode=False)
+    counts = {path: count for path, count in opened.items() if path.endswith("_states.pt")}
+    assert counts and set(counts.values()) == {1}, counts

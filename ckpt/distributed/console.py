@@ -33,8 +33,12 @@ class Console(logging.Handler):
             return
 
         try:
-            message = self.format(record)
-            print(f"ckpt: {message}", file=sys.stderr, flush=True)
+            line = f"ckpt: {self.format(record)}\n"
+
+            # One call of write: torchrun starts ranks with "python -u", where print() writes
+            # the text and the end of the line apart, and lines of two ranks become one.
+            sys.stderr.write(line)
+            sys.stderr.flush()
         except Exception:
             self.handleError(record)
 

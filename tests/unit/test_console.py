@@ -8,9 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from oracles import ROOT
+
+from ckpt.distributed import console
 
 # Modules that are programs of their own: what they print is read by whoever started them.
 PROGRAMS = {
@@ -18,6 +21,7 @@ PROGRAMS = {
     "ckpt/weights/reader/installed.py",
     "converters/names/substitution.py",
 }
+WRITES = {"print", "click.echo", "sys.stderr.write", "sys.stdout.write"}
 LINES = """
 log.debug("a detail")
 log.info("saved %s", "out/checkpoint-5")
@@ -84,9 +88,22 @@ def test_the_library_prints_nothing() -> None:
         for path in sorted((ROOT / package).rglob("*.py"))
         if not is_program(path)
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "click.echo")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in WRITES
     ]
-    assert printed == ["ckpt/distributed/console.py"]
+    assert set(printed) == {"ckpt/distributed/console.py"}
+
+
+def test_a_message_is_one_write() -> None:
+    writes: list[str] = []
+
+    class Stderr:
+        write = staticmethod(writes.append)
+        flush = staticmethod(lambda: None)
+
+    # ranks run with "python -u", where two writes of two ranks become one line and an empty one
+    with mock.patch("sys.stderr", Stderr), mock.patch.object(console, "_is_configured", bool):
+        console.Console().emit(logging.LogRecord("ckpt", 30, "", 0, "a doubt", None, None))
+    assert writes == ["ckpt: a doubt\n"]
 
 
 def is_program(path: Path) -> bool:

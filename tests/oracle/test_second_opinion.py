@@ -138,3 +138,34 @@ def test_untie_and_tied_drop_contradict_each_other(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="--untie does not go with --tied drop"):
         convert.prepare(checkpoint, tied="drop", request=Request(untie=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux limits memory")
+def test_a_model_that_takes_too_much_memory_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.BertConfig(**SIZES | {"num_hidden_layers": 2000}).to_dict()
+    monkeypatch.setattr(installed, "MAX_BUILD_BYTES", 48 << 20)
+    with pytest.raises(installed.NoAnswerError, match=r"takes more than 50\.33 MB of memory"):
+        installed.ask(config, "BertModel")
+
+
+def test_a_decoder_may_have_a_vocabulary_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = transformers.MarianConfig(
+        vocab_size=64,
+        decoder_vocab_size=80,
+        share_encoder_decoder_embeddings=False,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        pad_token_id=0,
+        bos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    checkpoint = saved(transformers.MarianMTModel(config), tmp_path / "checkpoint")
+
+    run("to-fp32", checkpoint, "-o", tmp_path / "output", "--check", "names")
+
+    printed = capsys.readouterr()
+    assert "loads as MarianMTModel: 47 of 47 names" in printed.out
+    assert "rows" not in printed.err

@@ -55,13 +55,33 @@ def resized(weights: Weights, reader: Reader, config: Mapping[str, Any]) -> Rows
             for name in names
             if name in weights.tensors and name not in weights.packed
         }
+        counts = {count, 0, *_other_vocabularies(config, field, reader)}
         mismatched = [
-            name for name, ref in refs.items() if ref.shape[:1] not in ((count,), (0,), ())
+            name for name, ref in refs.items() if ref.shape and ref.shape[0] not in counts
         ]
         if mismatched and count is not None:
             return Rows(tuple(mismatched), refs[mismatched[0]].shape[0], field, count)
 
     return None
+
+
+def _other_vocabularies(config: Mapping[str, Any], field: str, reader: Reader) -> set[int]:
+    """The sizes of other vocabularies that the table does not know, beside ``field``.
+
+    Marian's decoder has ``decoder_vocab_size`` rows where that is given, and ``vocab_size``
+    of them otherwise.
+    """
+    parent, _, name = field.rpartition(".")
+    section = look_up(config, parent) if parent else config
+    if not name.endswith("vocab_size") or not isinstance(section, Mapping):
+        return set()
+
+    paths = {key: f"{parent}.{key}" if parent else key for key in section}
+    return {
+        value
+        for key, value in section.items()
+        if key.endswith("_vocab_size") and paths[key] not in reader.rows and type(value) is int
+    }
 
 
 def _count(config: Mapping[str, Any], field: str) -> int | None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt.text import size
 from ckpt.weights.reader import renames
 from ckpt.weights.reader.audience import StoredShapes
 from ckpt.weights.reader.fit import Fit
@@ -20,11 +21,15 @@ from converters.errors import CheckpointError
 from converters.tensors import Weights
 
 TIMEOUT_SECONDS = 120
-MAX_MESSAGE_CHARACTERS = (
-    300  # characters of what transformers says; it may list all types of models
-)
+MAX_MESSAGE_CHARACTERS = 300  # of what transformers says, which may list all types of models
+
+# What building may take, beyond the libraries themselves. On the meta device a model of
+# 61 layers with 256 experts each, one module an expert, takes 0.4 GiB.
+MAX_BUILD_BYTES = 2 << 30
+MAX_ANSWER_CHARACTERS = 256 << 20
+
 # Reads config.json on stdin; answers with the class, and the name and shape of each
-# tensor in memory and as save_pretrained names it.
+# tensor in memory and as save_pretrained names it. Its arguments are the two limits above.
 _CHILD = """
 import json, sys, warnings
 warnings.filterwarnings("ignore")
@@ -34,6 +39,22 @@ except ImportError as error:
     print(json.dumps({"lacks": error.name}))
     sys.exit()
 transformers.logging.set_verbosity_error()
+
+def limit_memory(size):
+    # so many bytes more than the process has now, where the system can do that
+    try:
+        import resource
+        with open("/proc/self/status") as status:
+            data = next(line for line in status if line.startswith("VmData:"))
+    except (ImportError, OSError):
+        return
+    limit = (int(data.split()[1]) << 10) + size
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+limit_memory(int(sys.argv[1]))
 content = json.load(sys.stdin)
 kind = content.pop("model_type", "")
 config = transformers.AutoConfig.for_model(kind, **content)
@@ -56,7 +77,7 @@ if hasattr(model, "all_tied_weights_keys"):
 else:  # transformers 4
     tied = list(getattr(model, "_tied_weights_keys", None) or ())
     tied = tied if getattr(config, "tie_word_embeddings", True) else []
-print(json.dumps({
+answer = json.dumps({
     "version": transformers.__version__,
     "class": type(model).__name__,
     "prefix": model.base_model_prefix,
@@ -65,7 +86,10 @@ print(json.dumps({
     "tied": tied,
     "missing": list(map(str, model._keys_to_ignore_on_load_missing or ())),
     "unexpected": list(map(str, model._keys_to_ignore_on_load_unexpected or ())),
-}))
+})
+if len(answer) > int(sys.argv[2]):
+    raise MemoryError(f"{len(state)} tensors are more than can be listed")
+print(answer)
 """
 
 
@@ -83,7 +107,7 @@ def ask(config: Mapping[str, Any], cls: str | None = None) -> dict[str, Any]:
     """
     try:
         process = subprocess.run(
-            [sys.executable, "-c", _CHILD],
+            [sys.executable, "-c", _CHILD, str(MAX_BUILD_BYTES), str(MAX_ANSWER_CHARACTERS)],
             input=json.dumps(dict(config) | ({"architectures": [cls]} if cls else {})),
             capture_output=True,
             text=True,
@@ -115,6 +139,8 @@ def ask(config: Mapping[str, Any], cls: str | None = None) -> dict[str, Any]:
 def _last_line(text: str) -> str:
     """The last line of what a process said, cut to a length that a message may have."""
     line = (text.strip().splitlines() or ["no answer"])[-1]
+    if line.startswith("MemoryError") or "DefaultCPUAllocator: can't allocate" in line:
+        line = f"without any weights it takes more than {size(MAX_BUILD_BYTES)} of memory"
     return line if len(line) <= MAX_MESSAGE_CHARACTERS else f"{line[:MAX_MESSAGE_CHARACTERS]}..."
 
 

@@ -42,9 +42,10 @@ def latest(run: Path, best: bool, designation: str | None, dry_run: bool, as_jso
     ckpt latest out --best
     ckpt latest out --set checkpoint-500
     """
-    from ckpt.runs.run import Run
+    from ckpt.runs import user_paths
 
-    opened_run, pointer_name = Run(run), "best" if best else "latest"
+    opened_run = user_paths.run_at(run, "ckpt latest")
+    pointer_name = "best" if best else "latest"
     passed_over: list[SkippedCheckpoint] = []
     notices: list[str] = []
 
@@ -91,10 +92,14 @@ def _designated(run: Run, designation: str) -> RunCheckpoint:
 def _resumed(run: Run, passed_over: Sequence[SkippedCheckpoint], as_json: bool) -> RunCheckpoint:
     """The checkpoint that a resume takes; ``CheckpointError``, after what it passes over, if
     there is none."""
+    from ckpt.runs import user_paths
+
     newest = run.newest()
     if newest is None:
         for line in () if as_json else _passed_over_lines(passed_over):
             click.echo(line, err=True)
+        if not run.checkpoints():
+            raise user_paths.instead(run.path, user_paths.RUN)
         _refuse(f"{run.path} holds no committed full checkpoint; see ckpt ls {run.path}")
 
     return newest
@@ -143,8 +148,8 @@ def _why(checkpoint: RunCheckpoint) -> str:
 
     try:
         proof = completeness.prove(checkpoint.folder)
-    except CheckpointError:
-        return str(checkpoint.why)
+    except CheckpointError as error:
+        return str(error if error.kind == "unsupported" else checkpoint.why)
 
     if not proof.resumable:
         return str(checkpoint.why)

@@ -9,6 +9,8 @@ from ckpt.cli.results.runs import CheckpointEntry, ListResult
 from ckpt.folders import locks
 from ckpt.runs import lineage
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint, members
+from converters.detect import detect
+from converters.detect.kinds import BY_NAME
 
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 
@@ -32,6 +34,7 @@ def _entry(checkpoint: RunCheckpoint, marks: tuple[str, ...], current: bool) -> 
     return CheckpointEntry(
         name=checkpoint.name,
         path=checkpoint.folder,
+        kind=detect(checkpoint.folder).kind.name,
         step=checkpoint.step,
         committed=checkpoint.committed,
         reason=checkpoint.why,
@@ -87,7 +90,8 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 def _remark(entry: CheckpointEntry) -> str:
     """What a reader should know of a checkpoint that is not as its save left it."""
     if entry.reason:
-        return f"  not committed: {entry.reason}"
+        title = "" if entry.kind == "deepspeed" else f"{BY_NAME[entry.kind].title}; "
+        return f"  {title}not committed: {entry.reason}"
     return f"  {entry.lacks}" if entry.lacks else ""
 
 

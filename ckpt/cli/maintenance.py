@@ -53,12 +53,13 @@ def doctor(run: Path, fix: bool, adopt: bool, dry_run: bool, as_json: bool) -> N
     ckpt doctor out --fix
     ckpt doctor out --adopt
     """
-    from ckpt.runs.run import Run
+    from ckpt.runs import user_paths
 
     if fix and adopt:
         raise click.UsageError("--adopt and --fix are two steps; adopt first.")
 
-    work = _adoption(Run(run)) if adopt else _mending(Run(run))
+    opened_run = user_paths.run_at(run, "ckpt doctor")
+    work = _adoption(opened_run) if adopt else _mending(opened_run)
     planned.run(work, dry_run=dry_run or not (fix or adopt), as_json=as_json)
 
 
@@ -93,9 +94,17 @@ def _findings(
     return Output(
         DoctorResult(dry_run, tuple(entries)),
         lines,
-        [] if entries else [f"ckpt: {run.path}: nothing to mend"],
+        _idle(run, [] if entries else ["nothing to mend"]),
         exit_code=1 if remaining else 0,
     )
+
+
+def _idle(run: Run, reasons: Sequence[str]) -> Sequence[str]:
+    """Lines on why there is nothing to do; of a folder without checkpoints what lies there."""
+    from ckpt.runs import user_paths
+
+    absence = user_paths.absence(run.path, user_paths.RUN) if reasons else []
+    return absence or [f"ckpt: {run.path}: {reason}" for reason in reasons]
 
 
 def _adoption(run: Run) -> Planned:
@@ -122,7 +131,7 @@ def _adopted(run: Run, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> Ou
             ),
         ),
         lines,
-        [] if outcomes else [f"ckpt: {run.path}: every checkpoint has its manifest"],
+        _idle(run, [] if outcomes else ["every checkpoint has its manifest"]),
         exit_code=0 if all(outcome.adopted for outcome in outcomes) else 1,
     )
 
@@ -143,10 +152,12 @@ def slim(checkpoint: Path, dry_run: bool, force: bool, as_json: bool) -> None:
     ckpt slim out/checkpoint-500 --dry-run
     ckpt slim out/checkpoint-500
     """
-    from ckpt.runs.run import require_checkpoint
+    from ckpt.runs import user_paths
     from ckpt.runs.upkeep import slim as slimming
 
-    slimming_plan = slimming.plan(require_checkpoint(checkpoint), force)
+    run_checkpoint = user_paths.checkpoint_at(checkpoint, "ckpt slim")
+    user_paths.require_deepspeed(run_checkpoint)
+    slimming_plan = slimming.plan(run_checkpoint, force)
 
     def execute(_: Progress) -> Output:
         slimming.execute(slimming_plan)

@@ -78,16 +78,10 @@ def _tensors_by_name(weights: Weights) -> dict[str, TensorEntry]:
 
 def show_text(result: ShowResult) -> str:
     """The facts as text for a reader."""
-    no_partitioning = "" if result.stage else " (no ZeRO partitioning)"
-
     lines = [
         f"kind         {BY_NAME[result.kind].title}",
         f"folder       {result.path}",
-        f"ZeRO stage   {result.stage}{no_partitioning}",
-        f"world size   {result.world_size}",
-        f"trained in   {result.precision}",
-        f"step         {_or(result.step)}",
-        f"DeepSpeed    {_or(result.deepspeed)}",
+        *_training_lines(result),
         *(adapter_facts.lines(result.adapter) if result.adapter else [_parameters(result)]),
         f"weights      {size(result.weight_bytes)} in {', '.join(result.dtypes)}",
         f"on disk      {size(result.nbytes)} in {counted(result.file_count, 'file')}",
@@ -103,6 +97,30 @@ def show_text(result: ShowResult) -> str:
         lines.append(f"{name}\t{entry.dtype}\t{shape(entry.shape)}")
 
     return "\n".join(lines)
+
+
+def _training_lines(result: ShowResult) -> list[str]:
+    """The training that saved; of what is not DeepSpeed's only what is known."""
+    if result.stage is not None:
+        no_partitioning = "" if result.stage else " (no ZeRO partitioning)"
+        return [
+            f"ZeRO stage   {result.stage}{no_partitioning}",
+            f"world size   {result.world_size}",
+            f"trained in   {result.precision}",
+            f"step         {_or(result.step)}",
+            f"DeepSpeed    {_or(result.deepspeed)}",
+        ]
+
+    facts = {
+        "world size": result.world_size,
+        "trained in": result.precision,
+        "step": result.step,
+        "saved by": result.deepspeed,
+    }
+    if result.world_size == 1:
+        del facts["world size"]
+
+    return [f"{name:<12} {fact}" for name, fact in facts.items() if fact is not None]
 
 
 def _parameters(result: ShowResult) -> str:

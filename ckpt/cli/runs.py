@@ -43,18 +43,18 @@ def ls(run: Path, as_json: bool) -> None:
     ckpt ls out --json
     """
     from ckpt.cli import listing
-    from ckpt.runs import verify
+    from ckpt.runs import user_paths
     from ckpt.runs.lease import watch
     from ckpt.runs.run import Run
 
-    checkpoints = verify.chosen(run)
+    checkpoints = user_paths.checkpoints_at(run)
     folders = {checkpoint.folder.parent for checkpoint in checkpoints}
     folder = folders.pop() if folders else run
     if (writer := watch.describe(folder)) is not None:
         click.echo(f"ckpt: {folder}: {writer}", err=True)
 
     result = listing.facts(Run(folder), checkpoints)
-    notices = [] if checkpoints else [f"ckpt: {run} holds no checkpoints"]
+    notices = user_paths.absence(run, user_paths.EITHER)
     planned.show(Output(result, listing.lines(result.checkpoints), notices), as_json)
 
 
@@ -73,9 +73,10 @@ def verify(path: Path, data: bool, as_json: bool) -> None:
     ckpt verify out/checkpoint-500
     ckpt verify out --data
     """
+    from ckpt.runs import user_paths
     from ckpt.runs import verify as checking
 
-    checkpoints = checking.chosen(path)
+    checkpoints = user_paths.checkpoints_at(path)
     total_bytes = sum(checkpoint.nbytes for checkpoint in checkpoints if checkpoint.manifest)
     with planned.progress(total_bytes if data else None, path.name) as advance:
         verdicts = [checking.verify(checkpoint, data, advance) for checkpoint in checkpoints]
@@ -84,7 +85,7 @@ def verify(path: Path, data: bool, as_json: bool) -> None:
     output = Output(
         VerifyResult(tuple(_verify_entry(verdict) for verdict in verdicts)),
         [line for verdict in verdicts for line in _verify_lines(verdict)],
-        [] if verdicts else [f"ckpt: {path} holds no checkpoints"],
+        user_paths.absence(path, user_paths.EITHER),
         exit_code=0 if is_whole else 1,
     )
     planned.show(output, as_json)
@@ -152,12 +153,12 @@ def prune(
     ckpt prune out --keep-last 3
     ckpt prune out --others --dry-run
     """
-    from ckpt.runs import pruning
+    from ckpt.runs import pruning, user_paths
     from ckpt.runs.retention import Retention
-    from ckpt.runs.run import Run
 
     _require_rules(bool(keep_last or keep_every or keep_best), others, run_id)
-    opened_run = Run(run)
+    opened_run = user_paths.run_at(run, "ckpt prune")
+    absence = user_paths.absence(run, user_paths.RUN)
     if others:
         outcomes = pruning.plan_others(opened_run, run_id)
     else:
@@ -165,8 +166,10 @@ def prune(
 
     planned.run(
         Planned(
-            preview=lambda: _pruned(outcomes, dry_run=True),
-            execute=lambda _: _pruned(pruning.execute(opened_run, outcomes), dry_run=False),
+            preview=lambda: _pruned(outcomes, absence, dry_run=True),
+            execute=lambda _: _pruned(
+                pruning.execute(opened_run, outcomes), absence, dry_run=False
+            ),
         ),
         dry_run=dry_run,
         as_json=as_json,
@@ -184,7 +187,7 @@ def _require_rules(has_rules: bool, others: bool, run_id: str | None) -> None:
         )
 
 
-def _pruned(outcomes: Sequence[Outcome], dry_run: bool) -> Output:
+def _pruned(outcomes: Sequence[Outcome], absence: Sequence[str], dry_run: bool) -> Output:
     from ckpt.text import size
 
     entries = tuple(
@@ -201,7 +204,7 @@ def _pruned(outcomes: Sequence[Outcome], dry_run: bool) -> Output:
             f"\t{entry.reason}"
             for entry in entries
         ],
-        [f"{size(freed_bytes)} {'would be freed' if dry_run else 'freed'}"],
+        [*absence, f"{size(freed_bytes)} {'would be freed' if dry_run else 'freed'}"],
     )
 
 
@@ -232,11 +235,10 @@ def unpin(checkpoint: Path, dry_run: bool, as_json: bool) -> None:
 
 
 def _pin(folder: Path, *, pinned: bool, dry_run: bool, as_json: bool) -> None:
-    from ckpt.runs import pruning
-    from ckpt.runs.run import require_checkpoint
+    from ckpt.runs import pruning, user_paths
 
-    checkpoint = require_checkpoint(folder)
     verb = "pin" if pinned else "unpin"
+    checkpoint = user_paths.checkpoint_at(folder, f"ckpt {verb}")
 
     def execute(_: object) -> Output:
         pruning.pin(checkpoint, pinned)

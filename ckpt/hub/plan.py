@@ -15,7 +15,7 @@ from ckpt.hub.content.allow_list import CARD
 from ckpt.hub.content.contents import contents
 from ckpt.hub.content.items import Contents, Item, unfit
 from ckpt.hub.upload import Transport
-from ckpt.runs import manifest, verify
+from ckpt.runs import manifest, user_paths, verify
 from ckpt.runs.run import RunCheckpoint
 from ckpt.version import __version__
 from ckpt.weights.request import Request
@@ -190,6 +190,7 @@ def _require_names(repo: str, path_in_repo: str | None) -> None:
 
 def _require_committed(checkpoint: RunCheckpoint, uncommitted: bool) -> None:
     """``CheckpointError`` unless the checkpoint is committed, and whole as far as sizes tell."""
+    user_paths.require_deepspeed(checkpoint, user_paths.UPLOAD)
     if checkpoint.why == manifest.ABSENT:
         if uncommitted:
             return

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ckpt.runs import user_paths
 from ckpt.runs.retention import Best, Candidate, ranked
-from ckpt.runs.run import (
-    Run,
-    RunCheckpoint,
-    is_checkpoint,
-    is_run,
-    members,
-    open_checkpoint,
-    spelt,
-)
+from ckpt.runs.run import Run, RunCheckpoint, members
 from converters.errors import CheckpointError
 from converters.words import counted
 
@@ -24,14 +17,17 @@ def chosen(path: Path, best: Best | None = None, full: bool = False) -> RunCheck
     ``best`` is (metric, "min" or "max", which place), and NaN is never best; ``full``
     asks for one that a training can go on from. ``CheckpointError`` if there is none.
     """
-    path = spelt(path)
-    if path.is_dir() and is_checkpoint(path) and not is_run(path):
+    path = user_paths.spelt(path)
+    checkpoints = user_paths.checkpoints_at(path, user_paths.UPLOAD)
+    if not checkpoints:
+        raise user_paths.instead(path, user_paths.EITHER)
+    if checkpoints[0].folder == path:
         if best is not None:
             raise CheckpointError(
                 f"{path} is one checkpoint; --best chooses among those of a run",
                 "refused",
             )
-        return open_checkpoint(path)
+        return checkpoints[0]
 
     run_of_path = Run(path)
     if best is None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, MutableMapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from ckpt.distributed.ranks import TIMEOUT, RankGroup, alive
@@ -27,6 +26,7 @@ from ckpt.resuming.several_engines import resume_together
 from ckpt.resuming.topology import Reshard
 from ckpt.saving.commit import identity
 from ckpt.saving.engines import Engines
+from converters.storage.store import local_path
 
 
 def resume(
@@ -92,7 +92,7 @@ def resume(
     )
     request = ResumeRequest(
         ranks=ranks,
-        path=Path(path),
+        path=local_path(path),
         tag=tag,
         extra=extra,
         verify=verify,

@@ -44,6 +44,7 @@ from ckpt.runs.run import (
 )
 from ckpt.runs.verify import states
 from converters.errors import CheckpointError
+from converters.storage.store import local_path
 
 log = logging.getLogger("ckpt")
 
@@ -74,7 +75,7 @@ def find(
     """
     ranks = RankGroup("find", timeout) if dist.is_initialized() else None
     checkpoint = select_checkpoint(
-        ranks, Path(path), None, verify, fits=configured.fits(ranks), deepspeed=False
+        ranks, local_path(path), None, verify, fits=configured.fits(ranks), deepspeed=False
     )
     if checkpoint is None:
         return None

@@ -18,9 +18,11 @@ from ckpt.runs.run import (
     open_checkpoint,
     require_read,
 )
+from converters.detect import detect
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
+_EXPECTED = "a checkpoint or a run that can be resumed"
 
 
 def interpret(path: Path, tag: str | None, fits: TopologyFilter | None) -> tuple[str, str | None]:
@@ -41,8 +43,7 @@ def _meaning_without_folder(path: Path, tag: str | None) -> str:
         return "checkpoint"
 
     if tag is not None or path.exists() or completeness.is_name(path.name):
-        condition = "is a file" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {condition}; expected a checkpoint or a run", "incomplete")
+        raise detect(path).unlike(_EXPECTED)
 
     return "nothing"
 
@@ -80,7 +81,23 @@ def _meaning_of_run(path: Path) -> str:
             "incomplete",
         )
 
+    _require_beginning(path)
     return "nothing"
+
+
+def _require_beginning(path: Path) -> None:
+    """``CheckpointError`` for a checkpoint of another kind, which a new training would pass over.
+
+    Weights that lie in a run's folder, and other files, are only said.
+    """
+    detection = detect(path)
+    if detection.kind.name in ("empty", "unknown"):
+        return
+
+    instead = detection.unlike(_EXPECTED)
+    if detection.kind.trouble == "unsupported":
+        raise instead
+    log.warning("no checkpoint to resume from: %s", instead)
 
 
 def _has_other_tags(path: Path) -> bool:

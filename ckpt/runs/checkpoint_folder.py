@@ -11,6 +11,7 @@ from ckpt.folders import filenames
 from ckpt.runs import manifest as manifests
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.recognition import is_numbered, is_spare, step_in
+from converters.detect import detect
 from converters.errors import CheckpointError
 
 _MISSING = ": missing"  # as ``digests.unlike`` says it
@@ -115,10 +116,7 @@ def open_checkpoint(folder: Path) -> RunCheckpoint:
     whether it is committed cannot be told then, and nothing may be decided by it.
     """
     if not folder.is_dir():
-        finding = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(
-            f"{folder} {finding}; expected the folder of a checkpoint", "incomplete"
-        )
+        raise detect(folder).unlike("the folder of a checkpoint")
 
     pinned = os.path.exists(folder / filenames.PINNED)
     reason: str | None

@@ -25,6 +25,7 @@ from ckpt.runs.checkpoint_folder import (
 )
 from ckpt.runs.lineage import Line
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, step_in
+from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.storage import local
 from converters.storage.store import local_path
@@ -42,9 +43,7 @@ __all__ = [
     "of_line",
     "open_checkpoint",
     "order",
-    "require_checkpoint",
     "require_read",
-    "spelt",
     "step_in",
 ]
 POINTERS = ("latest", "best")
@@ -68,6 +67,8 @@ class Run:
         try:
             entries = os.scandir(self.path)
             folders = [Path(entry.path) for entry in entries if entry.is_dir()]
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise detect(self.path).unlike("a run of DeepSpeed checkpoints") from error
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: {error.strerror}; expected the folder of a run",
@@ -229,20 +230,3 @@ def leading(
     resumable = [checkpoint for checkpoint in ordered if checkpoint.tier == "full"]
 
     return next(reversed(resumable or ordered), None)
-
-
-def require_checkpoint(folder: Path) -> RunCheckpoint:
-    """The checkpoint in a folder; ``CheckpointError`` if the folder holds none."""
-    folder = spelt(folder)
-    if folder.is_dir() and not is_checkpoint(folder):
-        raise CheckpointError(
-            f"{folder} holds no checkpoint; expected a folder such as out/checkpoint-500",
-            "incomplete",
-        )
-
-    return open_checkpoint(folder)
-
-
-def spelt(folder: Path) -> Path:
-    """The path, which ends in the folder's name even where that of "." or ".." was given."""
-    return Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder

@@ -9,7 +9,7 @@ from ckpt.folders import locks
 from ckpt.runs import engines
 from ckpt.runs import manifest as manifests
 from ckpt.runs.digests import Progress, quiet
-from ckpt.runs.run import Run, RunCheckpoint, is_checkpoint, is_run, open_checkpoint, spelt
+from ckpt.runs.run import RunCheckpoint
 from converters.errors import CheckpointError
 from converters.words import counted
 
@@ -37,18 +37,6 @@ class Verification:
         spared_names = () if self.checkpoint.lacks is None else self.checkpoint.deleted
         spared_lines = {f"{file_name}: missing" for file_name in spared_names}
         return next((line for line in self.problems if line not in spared_lines), None)
-
-
-def chosen(path: Path) -> list[RunCheckpoint]:
-    """The checkpoint that ``path`` is, or those of the run that it is.
-
-    ``CheckpointError`` if it is not a folder.
-    """
-    path = spelt(path)
-    if path.is_dir() and is_checkpoint(path) and not is_run(path):
-        return [open_checkpoint(path)]
-
-    return Run(path).checkpoints()
 
 
 def verify(
@@ -95,6 +83,7 @@ def states(folder: Path, tag: str | None = None) -> tuple[str | None, str | None
     What is not read here, such as pipeline parallelism, is said and counts as no fault.
     """
     from converters import detect
+    from converters.detect import kinds
 
     try:
         source = detect.read(folder, tag, complete=True)
@@ -105,6 +94,8 @@ def states(folder: Path, tag: str | None = None) -> tuple[str | None, str | None
 
     rank_count = counted(source.world_size, "rank")
     tensor_count = counted(len(source.weights.tensors), "tensor")
-    stage_text = f"ZeRO stage {source.stage}" if source.stage else "no ZeRO"
+    kind_text = f"ZeRO stage {source.stage}" if source.stage else "no ZeRO"
+    if source.stage is None:
+        kind_text = kinds.BY_NAME[source.kind].title
 
-    return f"state files complete: {stage_text}, {rank_count}, {tensor_count}", None
+    return f"state files complete: {kind_text}, {rank_count}, {tensor_count}", None

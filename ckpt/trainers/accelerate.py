@@ -38,6 +38,7 @@ from ckpt.saving.commit import identity
 from ckpt.saving.front_end import RunFolder, SaveDetails, describe
 from ckpt.saving.model_weights import WeightsWriter
 from converters.errors import CheckpointError
+from converters.storage.store import local_path
 
 # by accelerator
 _leases: WeakKeyDictionary[Any, dict[Path, Lease]] = WeakKeyDictionary()
@@ -163,7 +164,7 @@ def load_state(
     )
     request = ResumeRequest(
         ranks=ranks,
-        path=Path(path),
+        path=local_path(path),
         tag=tag,
         extra=extra,
         verify=verify,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from converters.detect import deepspeed, kinds
-from converters.detect.kind import Kind, first
+from converters.detect.kind import CHECKPOINT, Kind, first
 from converters.detect.look import Look
 from converters.errors import CheckpointError
 from converters.source import Source
@@ -44,17 +44,29 @@ class Detection:
     detail: str = ""
 
     @property
+    def statement(self) -> str:
+        """What lies there, to stand after the path: "is a model in safetensors"."""
+        return self.kind.statement.format(evidence=self.evidence, expected=CHECKPOINT)
+
+    @property
     def refusal(self) -> str | None:
         """Why this cannot be converted, and what to do: one sentence; ``None`` if it can."""
-        if self.kind.refusal is None:
-            return None
-        return f"{self.folder} {self.kind.refusal.format(evidence=self.evidence)}"
+        reason = self.kind.reason(self.evidence)
+        return None if reason is None else f"{self.folder} {reason}"
 
     @property
     def error(self) -> CheckpointError:
         """The refusal as an error."""
         sentence = self.refusal or f"{self.path} could not be read as a {self.kind.title}"
         return CheckpointError(sentence, self.kind.trouble)
+
+    def unlike(self, expected: str, remedy: str = "") -> CheckpointError:
+        """That this is not what a command expects, such as "a run", and what handles it.
+
+        ``remedy`` takes the place of the kind's own.
+        """
+        sentence = self.kind.sentence(self.evidence, expected, remedy)
+        return CheckpointError(f"{self.folder} {sentence}", self.kind.trouble)
 
     def read(self, complete: bool = False) -> Source:
         """What the kind's reader makes of it; ``CheckpointError`` where no reader fits."""
@@ -116,5 +128,4 @@ def require_readable(folder: Path) -> None:
     look = Look(folder, folder.resolve().name)
     for kind in kinds.OF_TAG:
         if (evidence := kind.sign(look)) is not None:
-            sentence = (kind.refusal or "").format(evidence=evidence)
-            raise CheckpointError(f"{folder} {sentence}", kind.trouble)
+            raise CheckpointError(f"{folder} {kind.reason(evidence)}", kind.trouble)

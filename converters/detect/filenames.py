@@ -29,6 +29,7 @@ SCRIPT = "zero_to_fp32.py"  # which DeepSpeed lays beside every checkpoint
 # Models and adapters.
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 TORCH_BIN = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINER_STATE = "trainer_state.json"
 

@@ -20,11 +20,15 @@ def web_page(look: Look) -> str | None:
 
 def compressed(look: Look) -> str | None:
     """An archive or a compressed file, by its first bytes or its name."""
+    if look.is_unfinished:
+        return None
     if why := _content(look, "compressed"):
         return why
     is_tar = look.head[257:262] == b"ustar"
     is_rar = look.head.startswith(b"Rar!")
-    is_zip = look.head.startswith(b"PK") and not look.begins_as_torch_save
+    # a file that is named as torch names its own is left to the reader of these
+    is_named_torch = look.path.suffix in filenames.TORCH_SUFFIXES
+    is_zip = look.head.startswith(b"PK") and not (look.begins_as_torch_save or is_named_torch)
     is_named = look.is_file and filenames.ARCHIVE.fullmatch(look.path.name)
     return "is an archive: unpack it first" if is_tar or is_rar or is_zip or is_named else None
 
@@ -36,7 +40,8 @@ def _content(look: Look, *words: str) -> str | None:
 
 def gguf(look: Look) -> str | None:
     """A model of llama.cpp."""
-    return look.path.name if look.head.startswith(b"GGUF") else None
+    is_one = look.head.startswith(b"GGUF") and not look.is_unfinished
+    return look.path.name if is_one else None
 
 
 KINDS = (
@@ -45,29 +50,34 @@ KINDS = (
         title="Git LFS pointer",
         recognized_by="the first line, `version https://git-lfs...`",
         sign=pointer,
-        refusal="{evidence}",
+        statement="{evidence}",
+        refusal="{statement}",
     ),
     Kind(
         name="web-page",
         title="answer of a server",
         recognized_by="HTML, XML or a server's words in the place of the file",
         sign=web_page,
-        refusal="{evidence}",
+        statement="{evidence}",
+        refusal="{statement}",
     ),
     Kind(
         name="archive",
         title="archive",
         recognized_by="the first bytes or the suffix: tar, zip, 7z, rar, gz, bz2, xz, zst",
         sign=compressed,
-        refusal="{evidence}",
+        statement="{evidence}",
+        refusal="{statement}",
     ),
     Kind(
         name="gguf",
         title="model of llama.cpp",
         recognized_by="the first four bytes, `GGUF`",
         sign=gguf,
-        refusal="is a file of llama.cpp (GGUF), which ckpt does not read: llama.cpp runs it, "
-        "and transformers loads it with from_pretrained(..., gguf_file=...)",
+        statement="is a file of llama.cpp (GGUF)",
+        remedy="llama.cpp runs it, and transformers loads it with from_pretrained(..., "
+        "gguf_file=...)",
+        refusal="{statement}, which ckpt does not read: {remedy}",
         trouble="unsupported",
     ),
 )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from converters import errors
 from converters.detect.look import Look
 
+CHECKPOINT = "the folder of a checkpoint"  # what most commands expect
+
 # looks, and returns what it saw, which the kind's sentence quotes; or None
 Sign = Callable[[Look], str | None]
 
@@ -18,20 +20,51 @@ class Kind:
 
     ``name`` is what ``--json`` says, ``title`` what people read, ``recognized_by`` the
     sign in words. ``reader`` is "module:function", imported when it is used: from a path
-    and a tag it makes a ``Source``. ``refusal`` is what commands say that convert a
-    training's states, where the kind holds none: the path stands before the refusal, and
-    ``{evidence}`` is what the sign saw. ``trouble`` is the kind of the error. ``of_tag``
-    says that the sign is in the folder of a tag.
+    and a tag it makes a ``Source``.
+
+    ``statement`` says what lies there, ``remedy`` which command or library handles it.
+    ``refusal`` is what commands say that convert a training's states, where the kind
+    holds none. The path stands before statement and refusal. In all three ``{evidence}``
+    is what the sign saw, in a statement ``{expected}`` what the command reads, and in a
+    refusal ``{statement}`` and ``{remedy}`` are these.
+
+    ``trouble`` is the kind of the error. ``of_tag`` says that the sign is in the folder
+    of a tag.
     """
 
     name: str
     title: str
     recognized_by: str
     sign: Sign
+    statement: str
+    remedy: str = ""
     reader: str | None = None
     refusal: str | None = None
     trouble: errors.Kind = "incomplete"
     of_tag: bool = False
+
+    def sentence(self, evidence: str, expected: str, remedy: str = "") -> str:
+        """What lies there instead of what a command expects, and what handles it.
+
+        ``expected`` is a noun with its article, such as "a run"; ``remedy`` takes the
+        place of the kind's own.
+        """
+        statement = self.statement.format(evidence=evidence, expected=expected)
+        remedy = remedy or self.remedy.format(evidence=evidence)
+        if not self.remedy:  # the statement says all
+            return statement
+        contrast = "" if "{expected}" in self.statement else f", not {expected}"
+        return f"{statement}{contrast}; {remedy}"
+
+    def reason(self, evidence: str) -> str | None:
+        """Why conversions refuse the kind, and what to do; ``None`` if they read it."""
+        if self.refusal is None:
+            return None
+        return self.refusal.format(
+            statement=self.statement.format(evidence=evidence, expected=CHECKPOINT),
+            remedy=self.remedy.format(evidence=evidence),
+            evidence=evidence,
+        )
 
 
 def first(look: Look, rows: Sequence[Kind]) -> tuple[Kind, str]:

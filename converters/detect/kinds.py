@@ -25,7 +25,7 @@ def _holds(look: Look) -> str | None:
             kind, evidence = first(inner, _INNER)
         except (LookupError, OSError):
             continue
-        return f"{name}, which {(kind.refusal or '').format(evidence=evidence)}"
+        return f"{name}, which {kind.reason(evidence)}"
 
     return None
 
@@ -36,7 +36,8 @@ _PARENT = (
         title="folder of checkpoints",
         recognized_by="a folder of one of the kinds above in it",
         sign=_holds,
-        refusal="is a folder of checkpoints; it holds {evidence}",
+        statement="is a folder of checkpoints; it holds {evidence}",
+        refusal="{statement}",
     ),
 )
 

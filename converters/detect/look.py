@@ -10,6 +10,7 @@ from pathlib import Path
 
 from converters.detect import state_folders
 from converters.detect.filenames import LATEST
+from converters.storage import misplaced_files
 
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number, pickled
 _HEAD_BYTES = 512  # as far as the magic number of a tar archive
@@ -79,6 +80,11 @@ class Look:
     def match(self, pattern: re.Pattern[str]) -> str | None:
         """The first name in the folder that fits."""
         return next((name for name in self.names if pattern.fullmatch(name)), None)
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the path is a file that a download left before its end, by its name."""
+        return self.is_file and self.path.name.lower().endswith(misplaced_files.UNFINISHED)
 
     @property
     def begins_as_torch_save(self) -> bool:

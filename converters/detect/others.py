@@ -10,16 +10,16 @@ from converters.storage import misplaced_files
 
 
 def nothing(look: Look) -> str | None:
-    """Nothing lies there; a link that leads nowhere is said to be one."""
+    """Nothing lies there; a link that leads nowhere, or a download to there, is named."""
     if look.path.exists():
         return None
-    return misplaced_files.link(look.path)
+    return misplaced_files.link(look.path) or misplaced_files.download_to(look.path)
 
 
 def unfinished(look: Look) -> str | None:
     """A download that did not end: the file itself, or one in the folder."""
-    if look.is_file and look.path.name.lower().endswith(misplaced_files.UNFINISHED):
-        return f"{look.path.name} is a download that did not end: download it again"
+    if look.is_unfinished:
+        return "it is a download that did not end: download it again"
     missing = misplaced_files.missing(look.path) if look.is_folder else ""
     return missing.removeprefix("; ") or None
 
@@ -41,7 +41,8 @@ def unknown(look: Look) -> str | None:
 
 def other_file(look: Look) -> str | None:
     """Any other file."""
-    return "" if look.path.exists() and not look.is_folder else None
+    is_other = look.path.exists() and not look.is_folder and not look.is_unfinished
+    return "" if is_other else None
 
 
 NOTHING = (
@@ -50,7 +51,8 @@ NOTHING = (
         title="nothing",
         recognized_by="nothing is there, or a link that leads nowhere",
         sign=nothing,
-        refusal="does not exist; expected the folder of a checkpoint{evidence}",
+        statement="does not exist; expected {expected}{evidence}",
+        refusal="{statement}",
     ),
 )
 
@@ -60,36 +62,41 @@ KINDS = (
         title="file of no known kind",
         recognized_by="any other file",
         sign=other_file,
-        refusal="is a file; expected the folder of a checkpoint",
-    ),
-    Kind(
-        name="archives",
-        title="folder with an archive",
-        recognized_by="a file with the suffix of an archive, and nothing known beside it",
-        sign=archives,
-        refusal="has no file latest; {evidence} in it is an archive: unpack it first",
+        statement="is a file of no known kind; expected {expected}, or a file of weights "
+        "(.safetensors, .bin, .pt)",
+        refusal="{statement}",
     ),
     Kind(
         name="unfinished-download",
         title="download that did not end",
         recognized_by="`.incomplete`, `.part` and the like, of the path or in it",
         sign=unfinished,
-        refusal="is not whole: {evidence}",
+        statement="is not whole: {evidence}",
+        refusal="{statement}",
+    ),
+    Kind(
+        name="archives",
+        title="folder with an archive",
+        recognized_by="a file with the suffix of an archive, and nothing known beside it",
+        sign=archives,
+        statement="holds no checkpoint; {evidence} in it is an archive: unpack it first",
+        refusal="{statement}",
     ),
     Kind(
         name="empty",
         title="empty folder",
         recognized_by="no file and no folder in it",
         sign=empty,
-        refusal="is an empty folder, so no checkpoint of DeepSpeed lies in it; name the folder of "
-        "one, or save or copy one to there",
+        statement="is an empty folder; expected {expected}: name another folder, or save or copy "
+        "one to there",
+        refusal="{statement}",
     ),
     Kind(
         name="unknown",
         title="folder of no known kind",
         recognized_by="any other folder",
         sign=unknown,
-        refusal="has no file latest, and no checkpoint of DeepSpeed lies below it; it holds "
-        "{evidence}: name the folder of a checkpoint",
+        statement="holds no checkpoint; it holds {evidence}: name {expected}",
+        refusal="{statement}",
     ),
 )

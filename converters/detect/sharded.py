@@ -6,6 +6,8 @@ from converters.detect import filenames
 from converters.detect.kind import Kind
 from converters.detect.look import Look
 
+_UNREAD = "{statement}, which ckpt does not read yet: {remedy}"
+
 
 def megatron_dist(look: Look) -> str | None:
     """Megatron-Core's distributed checkpoint, right in the folder."""
@@ -83,8 +85,9 @@ KINDS = (
         title="distributed checkpoint of Megatron-Core",
         recognized_by="`common.pt` and `metadata.json`",
         sign=megatron_dist,
-        refusal="is a distributed checkpoint of Megatron-Core ({evidence}), which ckpt does not "
-        "read: Megatron Bridge exports it to a model folder",
+        statement="is a distributed checkpoint of Megatron-Core ({evidence})",
+        remedy="Megatron Bridge exports it to a model folder",
+        refusal="{statement}, which ckpt does not read: {remedy}",
         trouble="unsupported",
     ),
     Kind(
@@ -92,8 +95,9 @@ KINDS = (
         title="checkpoint of Megatron-LM",
         recognized_by="`latest_checkpointed_iteration.txt`, or `mp_rank_XX/model_optim_rng.pt`",
         sign=megatron,
-        refusal="is a checkpoint of Megatron-LM ({evidence}), which ckpt does not read: "
-        "Megatron-LM's tools/checkpoint/convert.py converts it",
+        statement="is a checkpoint of Megatron-LM ({evidence})",
+        remedy="Megatron-LM's tools/checkpoint/convert.py converts it",
+        refusal="{statement}, which ckpt does not read: {remedy}",
         trouble="unsupported",
     ),
     Kind(
@@ -101,9 +105,10 @@ KINDS = (
         title="sharded FSDP checkpoint of Lightning",
         recognized_by="`meta.pt` and `.metadata`",
         sign=lightning_folder,
-        refusal="is a checkpoint of FSDP or torch.distributed.checkpoint that Lightning "
-        "saved ({evidence}), which ckpt does not read yet: python -m "
-        "lightning.pytorch.utilities.consolidate_checkpoint makes one file of it",
+        statement="is a checkpoint of FSDP or torch.distributed.checkpoint that Lightning "
+        "saved ({evidence})",
+        remedy="python -m lightning.pytorch.utilities.consolidate_checkpoint makes one file of it",
+        refusal=_UNREAD,
         trouble="unsupported",
     ),
     Kind(
@@ -111,9 +116,10 @@ KINDS = (
         title="FSDP checkpoint of Accelerate or the Trainer",
         recognized_by="`pytorch_model_fsdp_0/` with `.metadata` or `__*_*.distcp`",
         sign=fsdp_folder,
-        refusal="is a checkpoint of FSDP or torch.distributed.checkpoint that Accelerate "
-        "saved ({evidence}), which ckpt does not read yet: accelerate merge-weights makes a "
-        "model folder of pytorch_model_fsdp_0",
+        statement="is a checkpoint of FSDP or torch.distributed.checkpoint that Accelerate "
+        "saved ({evidence})",
+        remedy="accelerate merge-weights makes a model folder of pytorch_model_fsdp_0",
+        refusal=_UNREAD,
         trouble="unsupported",
     ),
     Kind(
@@ -121,10 +127,11 @@ KINDS = (
         title="checkpoint of torch.distributed.checkpoint, saved without collectives",
         recognized_by="`__R.metadata` of each rank, and no `.metadata`",
         sign=dcp_of_ranks,
-        refusal="is a checkpoint of FSDP or torch.distributed.checkpoint, saved without "
-        "collectives ({evidence}), which ckpt does not read yet: load it with "
-        "torch.distributed.checkpoint.load on as many ranks (dcp_to_torch gives wrong "
-        "values, as it reads the metadata of one rank)",
+        statement="is a checkpoint of FSDP or torch.distributed.checkpoint, saved without "
+        "collectives ({evidence})",
+        remedy="load it with torch.distributed.checkpoint.load on as many ranks (dcp_to_torch "
+        "gives wrong values, as it reads the metadata of one rank)",
+        refusal=_UNREAD,
         trouble="unsupported",
     ),
     Kind(
@@ -132,9 +139,10 @@ KINDS = (
         title="checkpoint of FSDP or torch.distributed.checkpoint",
         recognized_by="`.metadata` and `__*_*.distcp`",
         sign=dcp,
-        refusal="is a checkpoint of FSDP or torch.distributed.checkpoint ({evidence}), which "
-        "ckpt does not read yet: python -m torch.distributed.checkpoint.format_utils "
-        "dcp_to_torch makes one file of it",
+        statement="is a checkpoint of FSDP or torch.distributed.checkpoint ({evidence})",
+        remedy="python -m torch.distributed.checkpoint.format_utils dcp_to_torch makes one file "
+        "of it",
+        refusal=_UNREAD,
         trouble="unsupported",
     ),
     Kind(
@@ -142,9 +150,10 @@ KINDS = (
         title="checkpoint of torch.distributed.checkpoint in safetensors",
         recognized_by="`shard-R-model-N-of-M.safetensors`",
         sign=dcp_safetensors,
-        refusal="is a checkpoint of torch.distributed.checkpoint in safetensors ({evidence}), "
-        "whose files may hold pieces of tensors, which ckpt does not read yet: load it with "
-        "torch's HuggingFaceStorageReader",
+        statement="is a checkpoint of torch.distributed.checkpoint in safetensors ({evidence}), "
+        "whose files may hold pieces of tensors",
+        remedy="load it with torch's HuggingFaceStorageReader",
+        refusal=_UNREAD,
         trouble="unsupported",
     ),
     Kind(
@@ -152,8 +161,9 @@ KINDS = (
         title="FSDP checkpoint with a file a rank",
         recognized_by="`pytorch_model_fsdp_0_rankR.bin`",
         sign=fsdp_of_ranks,
-        refusal="is a checkpoint of FSDP with a file a rank ({evidence}), which ckpt does not "
-        "read yet: accelerator.load_state reads it on as many ranks",
+        statement="is a checkpoint of FSDP with a file a rank ({evidence})",
+        remedy="accelerator.load_state reads it on as many ranks",
+        refusal=_UNREAD,
         trouble="unsupported",
     ),
     Kind(
@@ -161,16 +171,18 @@ KINDS = (
         title="FSDP checkpoint with the weights in one file",
         recognized_by="`pytorch_model_fsdp.bin`",
         sign=fsdp_full,
-        refusal="is a checkpoint of FSDP; {evidence} in it holds the weights already, and "
-        "ckpt.open reads that file",
+        statement="is a checkpoint of FSDP",
+        remedy="{evidence} in it holds the weights already, and ckpt.open reads that file",
+        refusal="{statement}; {remedy}",
     ),
     Kind(
         name="dcp-file",
         title="single file of a distributed checkpoint",
         recognized_by="`.metadata` or `__*_*.distcp`",
         sign=dcp_part,
-        refusal="is one file of a checkpoint of FSDP or torch.distributed.checkpoint, which "
-        "ckpt does not read yet; the checkpoint is its folder: {evidence}",
+        statement="is one file of a checkpoint of FSDP or torch.distributed.checkpoint",
+        remedy="the checkpoint is its folder: {evidence}",
+        refusal="{statement}, which ckpt does not read yet; {remedy}",
         trouble="unsupported",
     ),
 )

@@ -8,7 +8,8 @@ from converters.detect.look import Look
 from converters.storage import bounded_json, misplaced_files
 
 _READER = "converters.formats.weight_files:read"
-_OPENS = "ckpt.open reads it as it is; from_pretrained reads the folder"
+_OPENS = "ckpt.open reads it as it is, and from_pretrained reads the folder"
+_WHOLE = "it has the weights already, {evidence}, so there is nothing to convert: {remedy}"
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _MODELS = (*filenames.SAFETENSORS, *filenames.TORCH_BIN)
 _MAX_MANIFEST_BYTES = 64 << 20
@@ -65,31 +66,46 @@ def adapter(look: Look) -> str | None:
 def gathered(look: Look) -> str | None:
     """16-bit weights that a training gathered, without the states that they are of."""
     is_trained = look.has([filenames.TRAINER_STATE, filenames.SCRIPT])
-    return look.has(_MODELS) if is_trained else None
+    return _model(look) if is_trained else None
 
 
 def accelerate(look: Look) -> str | None:
     """A folder of Accelerate's ``save_state`` with weights in it."""
     has_states = look.match(filenames.RANDOM_STATES)
-    return look.has(_MODELS) if has_states else None
+    return _model(look) if has_states else None
 
 
 def safetensors(look: Look) -> str | None:
     """A model in safetensors: a file, a folder with one, or with an index of shards."""
     if look.is_file:
         return look.path.name if look.path.suffix == ".safetensors" else None
-    return look.has(filenames.SAFETENSORS)
+    return _model(look, filenames.SAFETENSORS)
 
 
 def torch_bin(look: Look) -> str | None:
     """A model in files of ``torch.save``: one of them, a folder with one, or with an index."""
     if look.is_file:
         return look.path.name if _is_torch_file(look) else None
-    return look.has(filenames.TORCH_BIN)
+    return _model(look, filenames.TORCH_BIN)
+
+
+def _model(look: Look, names: tuple[str, ...] = _MODELS) -> str | None:
+    """The file of a model's weights, or the index of its shards if none is still to come."""
+    name = look.has(names)
+    if name is None or not name.endswith(".json"):
+        return name
+    return None if any(_is_coming(shard, look.names) for shard in look.names) else name
+
+
+def _is_coming(name: str, names: tuple[str, ...]) -> bool:
+    """Whether a file is a shard that a download left before its end."""
+    stem, _, suffix = name.rpartition(".")
+    is_shard = stem.endswith((".safetensors", ".bin")) and stem not in names
+    return is_shard and f".{suffix.lower()}" in misplaced_files.UNFINISHED
 
 
 def _is_torch_file(look: Look) -> bool:
-    if look.path.name.lower().endswith(misplaced_files.UNFINISHED):
+    if look.is_unfinished:
         return False
     return look.path.suffix in _TORCH_SUFFIXES or look.begins_as_torch_save
 
@@ -107,14 +123,17 @@ KINDS = (
         title="repository in the cache of the Hub client",
         recognized_by="`snapshots/` and `refs/`",
         sign=hub_cache,
-        refusal="is a repository in the cache of the Hub client; name a snapshot: {evidence}",
+        statement="is a repository in the cache of the Hub client",
+        remedy="name a snapshot: {evidence}",
+        refusal="{statement}; {remedy}",
     ),
     Kind(
         name="misplaced-weights",
         title="model whose weights are not there",
         recognized_by="a Git LFS pointer, a web page or the like in the place of the weights",
         sign=misplaced_weights,
-        refusal="has no state files of DeepSpeed, and {evidence}",
+        statement="is a model whose weights are not there: {evidence}",
+        refusal="{statement}",
     ),
     Kind(
         name="weights-tier",
@@ -122,8 +141,10 @@ KINDS = (
         recognized_by='`manifest.json` with `"tier": "weights"` in a folder `weights-N`',
         sign=weights_tier,
         reader=_READER,
-        refusal="is a checkpoint of weights alone ({evidence}), which a training cannot go on "
-        f"from; it has the weights already, so there is nothing to convert: {_OPENS}",
+        statement="is a checkpoint of weights alone ({evidence}), which a training cannot go on "
+        "from",
+        remedy=_OPENS,
+        refusal="{statement}; it has the weights already, so there is nothing to convert: {remedy}",
     ),
     Kind(
         name="slimmed",
@@ -131,8 +152,9 @@ KINDS = (
         recognized_by='`manifest.json` with `"tier": "weights"` in another folder',
         sign=slimmed,
         reader=_READER,
-        refusal="is a slimmed checkpoint ({evidence}), whose states are gone; it has the weights "
-        f"already, so there is nothing to convert: {_OPENS}",
+        statement="is a slimmed checkpoint ({evidence}), whose states are gone",
+        remedy=_OPENS,
+        refusal="{statement}; it has the weights already, so there is nothing to convert: {remedy}",
     ),
     Kind(
         name="adapter",
@@ -140,9 +162,10 @@ KINDS = (
         recognized_by="`adapter_model.safetensors` or `adapter_model.bin`, and no model beside it",
         sign=adapter,
         reader=_READER,
-        refusal="is an adapter of PEFT without state files of DeepSpeed; it has the adapter "
-        "already, {evidence}, so there is nothing to convert: PeftModel.from_pretrained reads it, "
-        "and ckpt.open its tensors",
+        statement="is an adapter of PEFT",
+        remedy="PeftModel.from_pretrained reads it, and ckpt.open its tensors",
+        refusal="{statement} without state files of DeepSpeed; it has the adapter already, "
+        "{evidence}, so there is nothing to convert: {remedy}",
     ),
     Kind(
         name="gathered-16bit",
@@ -150,9 +173,10 @@ KINDS = (
         recognized_by="weights of a model beside `trainer_state.json` or `zero_to_fp32.py`",
         sign=gathered,
         reader=_READER,
-        refusal="is what a training gathered, without state files of DeepSpeed "
-        "(save_only_model, save_16bit_model); it has the weights already, {evidence}, so there "
-        f"is nothing to convert: {_OPENS}",
+        statement="is a model that a training saved, without state files of DeepSpeed "
+        "(save_only_model, save_16bit_model, or no DeepSpeed)",
+        remedy=_OPENS,
+        refusal="{statement}; " + _WHOLE,
     ),
     Kind(
         name="accelerate",
@@ -160,9 +184,9 @@ KINDS = (
         recognized_by="`random_states_R.pkl` and the weights of a model",
         sign=accelerate,
         reader=_READER,
-        refusal="is a checkpoint of Accelerate without DeepSpeed; it has the weights already, "
-        "{evidence}, so there is nothing to convert: accelerator.load_state goes on from it, and "
-        "ckpt.open reads the weights",
+        statement="is a checkpoint of Accelerate without DeepSpeed",
+        remedy="accelerator.load_state goes on from it, and ckpt.open reads the weights",
+        refusal="{statement}; " + _WHOLE,
     ),
     Kind(
         name="safetensors",
@@ -170,8 +194,9 @@ KINDS = (
         recognized_by="`model.safetensors`, its index, or any `.safetensors` file",
         sign=safetensors,
         reader=_READER,
-        refusal="is a model in safetensors, without state files of DeepSpeed; it has the "
-        f"weights already, {{evidence}}, so there is nothing to convert: {_OPENS}",
+        statement="is a model in safetensors",
+        remedy=_OPENS,
+        refusal="{statement}, without state files of DeepSpeed; " + _WHOLE,
     ),
     Kind(
         name="lightning-file",
@@ -179,8 +204,9 @@ KINDS = (
         recognized_by="the suffix `.ckpt`",
         sign=lightning_file,
         reader=_READER,
-        refusal="is a file; expected the folder of a checkpoint: if Lightning saved it, "
-        "load_from_checkpoint reads it, and its state_dict holds the weights already",
+        statement="is a .ckpt file, such as Lightning saves",
+        remedy="load_from_checkpoint reads it, and ckpt.open the weights in it",
+        refusal="{statement}, without state files of DeepSpeed; " + _WHOLE,
     ),
     Kind(
         name="torch-bin",
@@ -189,7 +215,8 @@ KINDS = (
         "the first bytes",
         sign=torch_bin,
         reader=_READER,
-        refusal="is in the form of torch.save, without state files of DeepSpeed; it has the "
-        f"weights already, {{evidence}}, so there is nothing to convert: {_OPENS}",
+        statement="is a model in files of torch.save",
+        remedy=_OPENS,
+        refusal="{statement}, without state files of DeepSpeed; " + _WHOLE,
     ),
 )

@@ -69,9 +69,22 @@ def missing(folder: Path) -> str:
         ):
             return f"; {unfinished_download} is a download that did not end: run hf download again"
 
+    blobs = folder.absolute().parent.parent / "blobs"
+    if folder.absolute().parent.name == "snapshots" and any(blobs.glob("*.incomplete")):
+        return f"; {blobs} has a download that did not end: run hf download again"
+
     if dangling := [name for name in names if _dangles(folder / name)]:
         return _broken_link(folder / dangling[0])
 
+    return ""
+
+
+def download_to(path: Path) -> str:
+    """The end of a sentence for a file whose download has not come to its end, or nothing."""
+    for suffix in UNFINISHED:
+        download = path.with_name(path.name + suffix) if path.name else path
+        if download.is_file():
+            return f"; {download.name} is a download that did not end: download it again"
     return ""
 
 

@@ -12,12 +12,14 @@ class CheckpointEntry:
     """A checkpoint of a run.
 
     ``reason`` says why it is not committed, ``lacks`` what was deleted from it by hand.
-    ``marks`` are latest, best, pinned, in use. ``current`` is whether it belongs to the
+    ``kind`` is the name of its row in ``converters.detect.kinds``. ``marks`` are latest,
+    best, pinned, in use. ``current`` is whether it belongs to the
     run that saved last, and to what that run did not go back from.
     """
 
     name: str
     path: Path
+    kind: str
     step: int | None
     committed: bool
     reason: str | None

@@ -79,6 +79,8 @@ def candidates(run_folder: Path) -> list[Path]:
     """All in a run's folder that is a checkpoint, whole or not, or may be one, whoever wrote it."""
     try:
         entries = sorted(os.scandir(run_folder), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise detect.detect(run_folder).unlike("a run") from error
     except OSError as error:
         raise CheckpointError(
             f"{run_folder}: {error.strerror}; expected the folder of a run", "incomplete"
@@ -175,11 +177,14 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
         raise CheckpointError(f"{path} is empty: its save did not begin", "incomplete")
     if model_parts or intact_files.WEIGHTS_NAMES & entry_names:
         raise CheckpointError(
-            f"{path} has weights, but no {STATE}, which a Trainer writes last, and no "
-            "random_states of Accelerate: its save did not finish, or it is a model "
-            "folder",
+            f"{path} {detect.detect(path).statement}, but has no {STATE}, which a Trainer writes "
+            "last, and no random_states of Accelerate: its save did not finish, or no training "
+            "goes on from it",
             "incomplete",
         )
+
+    if (detection := detect.detect(path)).kind.name != "unknown":
+        raise CheckpointError(str(detection.error), "unsupported")
 
     first_names = ", ".join(sorted(entry_names)[:3])
     raise CheckpointError(

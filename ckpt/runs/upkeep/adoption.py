@@ -99,7 +99,8 @@ def plan(folder: Path, data: bool = True) -> Adoption:
     source = detect.read(folder, complete=True)
     if source.place.root != folder:
         raise CheckpointError(
-            f"{folder} is the folder of a tag; commit the one above",
+            f"{folder} is the folder of a tag; commit the one above: ckpt doctor "
+            f"{folder.absolute().parent.parent} --adopt",
             "refused",
         )
     if proof.step is None:

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from ckpt.folders import filenames, locks
 from ckpt.folders.replacing import is_arriving, replace_folder
-from ckpt.runs import engines, manifest
+from ckpt.runs import engines, manifest, user_paths
 from ckpt.runs.digests import CHUNK, Progress, quiet
 from ckpt.runs.manifest import Manifest
-from ckpt.runs.run import RunCheckpoint, open_checkpoint
+from ckpt.runs.run import RunCheckpoint
 from ckpt.runs.verify import states
 from converters.errors import CheckpointError
 from converters.storage import local
@@ -140,7 +140,8 @@ def _joined_files(
 
 
 def _part(folder: Path) -> RunCheckpoint:
-    node_checkpoint = open_checkpoint(folder)
+    node_checkpoint = user_paths.checkpoint_at(folder, "ckpt collect")
+    user_paths.require_deepspeed(node_checkpoint)
     if node_checkpoint.why is not None:
         raise CheckpointError(
             f"{folder} is not committed: {node_checkpoint.why}",

@@ -97,12 +97,9 @@ def _weights(path: Path, tag: str | None) -> tuple[Weights, Source | None]:
 
 def _source(path: Path, tag: str | None) -> Source:
     """What the reader that fits makes of it: weights come before states nothing points to."""
-    if path.is_file() or (tag is None and not (path / "latest").exists()):
-        if (weights := detect_weights(path)) is not None:
-            return weights.read()
-        if path.is_file():
-            return weight_files.read(path)
-    return detect(path, tag).read()
+    has_choice = path.is_dir() and tag is None and not (path / "latest").exists()
+    weights = detect_weights(path) if has_choice else None
+    return (weights or detect(path, tag)).read()
 
 
 def _place_in_file(ref: TensorRef) -> tuple[str, int]:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from converters import words
+from converters.detect import detect
 from converters.errors import MALFORMED, CheckpointError
 from converters.source import Topology
 from converters.storage import local
@@ -46,6 +47,10 @@ from converters.zero.universal.group_layouts import group_layouts, stage_of, wor
 from converters.zero.universal.parameter_folders import COMMON, MASTER
 
 LATEST = "latest_universal"
+_NATIVE = (
+    "ckpt to-universal makes a universal one of it, and ckpt reshard takes it for other ranks or "
+    "stages"
+)
 SUFFIX = "_universal"
 INFO = "universal_checkpoint_info"
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
@@ -73,20 +78,21 @@ def find(path: Path, tag: str | None = None) -> discovery.Place:
     ``CheckpointError`` says what is there instead.
     """
     if not path.is_dir():
-        problem = "is a file" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {problem}; expected a universal checkpoint", "incomplete")
+        raise _instead(path)
 
     if tag is None and (path / "zero").is_dir():
         return discovery.Place(path.resolve().parent, path, path.resolve().name)
 
     zero_folders = [folder for folder in path.glob("*/zero") if folder.is_dir()]
     tags = sorted(folder.parent.name for folder in zero_folders)
+    if not tags and not (path / LATEST).is_file():
+        raise _instead(path)
     offer = f"it holds {', '.join(tags)}: choose with --tag" if tags else "none is in it"
 
     if tag is None:
         if not (path / LATEST).is_file():
             raise CheckpointError(
-                f"{path} has no file {LATEST}, so it is not a universal checkpoint; {offer}",
+                f"{path} has no file {LATEST}, which names a universal checkpoint; {offer}",
                 "incomplete",
             )
 
@@ -97,6 +103,14 @@ def find(path: Path, tag: str | None = None) -> discovery.Place:
         raise CheckpointError(f"{path} has no universal tag {tag!r}; {offer}", "incomplete")
 
     return discovery.Place(path, path / tag, tag)
+
+
+def _instead(path: Path) -> CheckpointError:
+    """What lies at a path instead of a universal checkpoint, and what handles it."""
+    detection = detect(path)
+    if detection.kind.name == "deepspeed":
+        return detection.unlike(f"a universal one (it has no file {LATEST})", _NATIVE)
+    return detection.unlike("a universal checkpoint")
 
 
 def read(path: Path, tag: str | None = None, like: Checkpoint | None = None) -> Universal:

@@ -1,0 +1,152 @@
+"""What a path that a user gave is to the commands on runs: a run, a checkpoint, or neither.
+
+What is neither is named by ``converters.detect``, the table of all kinds, with what
+handles it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from ckpt.folders.filenames import MANIFEST
+from ckpt.runs import manifest as manifests
+from ckpt.runs.checkpoint_folder import RunCheckpoint, open_checkpoint, order
+from ckpt.runs.lease import lease_file
+from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run
+from ckpt.runs.run import Run
+from converters.detect import detect
+from converters.errors import CheckpointError
+from converters.words import counted
+
+RUN = "a run of DeepSpeed checkpoints"
+CHECKPOINT = "a DeepSpeed checkpoint"
+UPLOAD = "hf upload (of huggingface_hub) publishes it as it is"
+EITHER = "a DeepSpeed checkpoint or a run of them"
+
+_BEGINNINGS = ("empty", "unknown", "deepspeed")  # a run's folder without checkpoints
+_LEFTOVER = re.compile(r"\..+\.(?:saving|partial|trash|torn)|\.(?:nonce|preflight)-.*|.*\.partial")
+_MAX_NAMES = 5
+
+
+def instead(path: Path, expected: str, weights: str = "") -> CheckpointError:
+    """What lies at a path instead of what a command expects, and what handles it.
+
+    ``weights`` is the remedy for a folder or file that has weights alone.
+    """
+    detection = detect(path)
+    holds_weights = detection.kind.reader is not None and detection.refusal is not None
+    return detection.unlike(expected, weights if holds_weights else "")
+
+
+def absence(path: Path, expected: str) -> list[str]:
+    """A line on what lies in a folder without checkpoints; none where there are some."""
+    if is_checkpoint(path) or _holds_checkpoints(path):
+        return []
+    return [f"ckpt: no checkpoints here: {instead(path, expected)}"]
+
+
+def run_at(path: Path, command: str) -> Run:
+    """The run that a path is; its folder may have no checkpoints yet.
+
+    ``CheckpointError`` for anything else, also for a checkpoint; ``command`` is how the
+    user called it, such as "ckpt prune".
+    """
+    path = spelt(path)
+    if path.is_dir() and (is_numbered(path) or (path / MANIFEST).is_file()):
+        raise CheckpointError(
+            f"{path} is a checkpoint, not a run; name the folder that it lies in: "
+            f"{command} {path.parent}",
+            "incomplete",
+        )
+    is_known = _may_begin(path) or (_holds_checkpoints(path) and not _is_universal(path))
+    if not is_known:
+        raise instead(path, RUN)
+
+    return Run(path)
+
+
+def checkpoint_at(path: Path, command: str) -> RunCheckpoint:
+    """The checkpoint that a path is; ``CheckpointError`` for anything else, also for a run.
+
+    ``command`` is how the user called it, such as "ckpt pin".
+    """
+    path = spelt(path)
+    if not path.is_dir():
+        raise instead(path, CHECKPOINT)
+    if is_run(path):
+        raise _run_instead(path, command)
+    if not is_checkpoint(path):
+        raise instead(path, CHECKPOINT)
+
+    return open_checkpoint(path)
+
+
+def checkpoints_at(path: Path, weights: str = "") -> list[RunCheckpoint]:
+    """The checkpoint that a path is, or those of the run that it is: none if it has none yet.
+
+    ``CheckpointError`` for anything else; ``weights`` as in ``instead``.
+    """
+    path = spelt(path)
+    if path.is_dir() and is_checkpoint(path) and not is_run(path):
+        return [open_checkpoint(path)]
+
+    checkpoints = Run(path).checkpoints() if path.is_dir() else []
+    if not checkpoints and not _may_begin(path):
+        raise instead(path, EITHER, weights)
+
+    return checkpoints
+
+
+def require_deepspeed(checkpoint: RunCheckpoint, weights: str = "") -> None:
+    """``CheckpointError`` for what has no manifest and no states of DeepSpeed that ckpt reads.
+
+    ``weights`` as in ``instead``.
+    """
+    if checkpoint.why != manifests.ABSENT:
+        return
+    detection = detect(checkpoint.folder)
+    if detection.refusal is not None:
+        has_reader = detection.kind.reader is not None
+        raise instead(checkpoint.folder, CHECKPOINT, weights) if has_reader else detection.error
+
+
+def _run_instead(path: Path, command: str) -> CheckpointError:
+    """That a path is a run, which checkpoints it holds, and how one of them is named."""
+    names = [checkpoint.name for checkpoint in sorted(Run(path).checkpoints(), key=order)]
+    recent = ", ".join(names[-_MAX_NAMES:])
+    listing = f"{counted(len(names), 'checkpoint')}, the newest of which are {recent}"
+    if len(names) <= _MAX_NAMES:
+        listing = f"{'the checkpoint' if len(names) == 1 else 'the checkpoints'} {recent}"
+
+    return CheckpointError(
+        f"{path} is a run, not a checkpoint; it holds {listing}: name one of them, such as "
+        f"{command} {path / names[-1]}",
+        "incomplete",
+    )
+
+
+def _is_universal(path: Path) -> bool:
+    return not is_run(path) and detect(path).kind.name == "deepspeed-universal"
+
+
+def _holds_checkpoints(path: Path) -> bool:
+    if not path.is_dir():
+        return False
+    with os.scandir(path) as entries:
+        return any(is_checkpoint(Path(entry.path)) for entry in entries if entry.is_dir())
+
+
+def _may_begin(path: Path) -> bool:
+    """Whether the folder may be a run's without checkpoints: new, or with what a crash left."""
+    if not path.is_dir():
+        return False
+    if any(_LEFTOVER.fullmatch(name) or name == lease_file.NAME for name in os.listdir(path)):
+        return True
+    return detect(path).kind.name in _BEGINNINGS
+
+
+def spelt(folder: Path) -> Path:
+    """The path, which ends in the folder's name even where that of "." or ".." was given."""
+    return Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder

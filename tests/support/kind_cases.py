@@ -1,0 +1,270 @@
+"""A small path of every kind that ``converters.detect`` knows, and what its user is told to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from paths import FIXTURES
+from safetensors.numpy import save_file
+
+NAME = "zero2-bf16-w2"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 153733\n"
+DCP = ("__0_0.distcp", "__1_0.distcp")
+CASES: dict[str, tuple[Callable[[Path], Path], str]] = {}
+Case = Callable[[Path], Path]
+
+
+def case(name: str, remedy: str) -> Callable[[Case], Case]:
+    """Registers what makes a path of a kind, and words of what its user is told."""
+
+    def register(build: Case) -> Case:
+        CASES[name] = (build, remedy)
+        return build
+
+    return register
+
+
+def touch(folder: Path, *names: str) -> Path:
+    """The folder with empty files of these names."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def tensors(path: Path) -> Path:
+    """A safetensors file with one tensor, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"a": np.ones(3, "f4")}, path)
+    return path.parent
+
+
+def tagged(folder: Path, *names: str) -> Path:
+    """A save_dir with a tag of these files."""
+    touch(folder / "global_step5", *names)
+    (folder / "latest").write_text("global_step5")
+    return folder
+
+
+@case("nothing", "does not exist; expected the folder of a checkpoint")
+def nothing(folder: Path) -> Path:
+    return folder / "nowhere"
+
+
+@case("git-lfs-pointer", "run git lfs pull in its repository")
+def pointer(folder: Path) -> Path:
+    (folder / "model.bin").write_bytes(POINTER)
+    return folder / "model.bin"
+
+
+@case("web-page", "download the file's own address")
+def web_page(folder: Path) -> Path:
+    (folder / "model.safetensors").write_bytes(b"<!DOCTYPE html><html>Log in</html>")
+    return folder / "model.safetensors"
+
+
+@case("archive", "unpack it first")
+def archive(folder: Path) -> Path:
+    with tarfile.open(folder / "checkpoint-5", "w") as file:
+        file.add(__file__, "x")
+    return folder / "checkpoint-5"
+
+
+@case("gguf", "llama.cpp runs it")
+def gguf(folder: Path) -> Path:
+    (folder / "model.gguf").write_bytes(b"GGUF\3\0\0\0")
+    return folder / "model.gguf"
+
+
+@case("no-tag", "has no tag global_step9; it holds the tags global_step5: choose one with --tag")
+def no_tag(folder: Path) -> Path:
+    return tagged(folder, "mp_rank_00_model_states.pt")
+
+
+@case("deepspeed-universal", "make native files of it first with ckpt from-universal")
+def universal(folder: Path) -> Path:
+    return tagged(folder, "zero/optimizer_state.pt", "mp_rank_00_model_states.pt")
+
+
+@case("deepspeed-experts", "load it with DeepSpeed in the training that wrote it")
+def experts(folder: Path) -> Path:
+    name = "layer_0_expert_1_mp_rank_00_model_states.pt"
+    return tagged(folder, name, "mp_rank_00_model_states.pt")
+
+
+@case("deepspeed-pipeline", "load it with DeepSpeed in the training that wrote it")
+def pipeline(folder: Path) -> Path:
+    names = ("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt")
+    return tagged(folder, "layer_00-model_00-model_states.pt", *names)
+
+
+@case("deepspeed-model-parallel", "load it with DeepSpeed in the training that wrote it")
+def tensor_parallel(folder: Path) -> Path:
+    return tagged(folder, *(f"mp_rank_{rank:02d}_model_states.pt" for rank in range(2)))
+
+
+@case("deepspeed", "")
+def deepspeed(folder: Path) -> Path:
+    shutil.copytree(FIXTURES / NAME, folder, dirs_exist_ok=True)
+    return folder
+
+
+@case("deepspeed-several", "it holds the checkpoints checkpoint-5: name one of these folders")
+def several(folder: Path) -> Path:
+    tagged(folder / "checkpoint-5", "mp_rank_00_model_states.pt")
+    return folder
+
+
+@case("deepspeed-file", "expected the folder of a checkpoint: ")
+def state_file(folder: Path) -> Path:
+    return touch(folder, "mp_rank_00_model_states.pt") / "mp_rank_00_model_states.pt"
+
+
+@case("megatron-dist", "Megatron Bridge exports it to a model folder")
+def megatron_dist(folder: Path) -> Path:
+    return touch(folder, "common.pt", "metadata.json", ".metadata", *DCP)
+
+
+@case("megatron", "Megatron-LM's tools/checkpoint/convert.py converts it")
+def megatron(folder: Path) -> Path:
+    (folder / "latest_checkpointed_iteration.txt").write_text("100")
+    return touch(folder, "iter_0000100/mp_rank_00/model_optim_rng.pt")
+
+
+@case("lightning-fsdp", "lightning.pytorch.utilities.consolidate_checkpoint makes one file of it")
+def lightning_fsdp(folder: Path) -> Path:
+    return touch(folder, "meta.pt", ".metadata", *DCP)
+
+
+@case("fsdp", "accelerate merge-weights makes a model folder of pytorch_model_fsdp_0")
+def fsdp(folder: Path) -> Path:
+    inner = [f"{part}/{name}" for part in ("pytorch_model_fsdp_0", "optimizer_0") for name in DCP]
+    return touch(folder, "pytorch_model_fsdp_0/.metadata", "trainer_state.json", *inner)
+
+
+@case("dcp-of-ranks", "load it with torch.distributed.checkpoint.load on as many ranks")
+def dcp_of_ranks(folder: Path) -> Path:
+    return touch(folder, "__0.metadata", "__1.metadata", *DCP)
+
+
+@case("dcp", "dcp_to_torch makes one file of it")
+def dcp(folder: Path) -> Path:
+    return touch(folder, ".metadata", *DCP)
+
+
+@case("dcp-safetensors", "load it with torch's HuggingFaceStorageReader")
+def dcp_safetensors(folder: Path) -> Path:
+    return tensors(folder / "shard-00001-model-00001-of-00001.safetensors")
+
+
+@case("fsdp-of-ranks", "accelerator.load_state reads it on as many ranks")
+def fsdp_of_ranks(folder: Path) -> Path:
+    return touch(folder, *(f"pytorch_model_fsdp_0_rank{rank}.bin" for rank in range(2)))
+
+
+@case("fsdp-full", "pytorch_model_fsdp.bin in it holds the weights already")
+def fsdp_full(folder: Path) -> Path:
+    torch.save({"a": torch.ones(3)}, folder / "pytorch_model_fsdp.bin")
+    return folder
+
+
+@case("dcp-file", "the checkpoint is its folder: ")
+def dcp_file(folder: Path) -> Path:
+    return touch(folder, ".metadata", *DCP) / DCP[0]
+
+
+@case("hub-cache", "snapshots/abc")
+def hub_cache(folder: Path) -> Path:
+    return touch(folder, "snapshots/abc/config.json", "refs/main")
+
+
+@case("misplaced-weights", "git lfs pull")
+def misplaced_weights(folder: Path) -> Path:
+    (folder / "model.safetensors").write_bytes(POINTER)
+    return touch(folder, "config.json")
+
+
+def weights_alone(folder: Path) -> Path:
+    tensors(folder / "model.safetensors")
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "tier": "weights"}))
+    return folder
+
+
+@case("weights-tier", "a training cannot go on from")
+def weights_tier(folder: Path) -> Path:
+    return weights_alone(folder / "weights-5")
+
+
+@case("slimmed", "whose states are gone")
+def slimmed(folder: Path) -> Path:
+    return weights_alone(folder / "checkpoint-5")
+
+
+@case("adapter", "PeftModel.from_pretrained reads it")
+def adapter(folder: Path) -> Path:
+    return touch(tensors(folder / "adapter_model.safetensors"), "adapter_config.json")
+
+
+@case("gathered-16bit", "so there is nothing to convert")
+def gathered(folder: Path) -> Path:
+    return touch(tensors(folder / "model.safetensors"), "trainer_state.json")
+
+
+@case("accelerate", "accelerator.load_state goes on from it")
+def accelerate(folder: Path) -> Path:
+    return touch(tensors(folder / "model.safetensors"), "random_states_0.pkl", "optimizer.bin")
+
+
+@case("safetensors", "has the weights already, model.safetensors, so there is nothing to convert")
+def safetensors(folder: Path) -> Path:
+    return tensors(folder / "model.safetensors")
+
+
+@case("lightning-file", "load_from_checkpoint reads it")
+def lightning_file(folder: Path) -> Path:
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6"}, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+@case("torch-bin", "has the weights already, pytorch_model.bin, so there is nothing to convert")
+def torch_bin(folder: Path) -> Path:
+    torch.save({"a": torch.ones(3)}, folder / "pytorch_model.bin")
+    return folder
+
+
+@case("parent", "dcp_to_torch makes one file of it")
+def parent(folder: Path) -> Path:
+    dcp(folder / "step-5")
+    return folder
+
+
+@case("other-file", "expected the folder of a checkpoint")
+def other_file(folder: Path) -> Path:
+    (folder / "notes").write_text("of a run")
+    return folder / "notes"
+
+
+@case("archives", "checkpoint-5.tar.gz in it is an archive: unpack it first")
+def archives(folder: Path) -> Path:
+    return touch(folder, "checkpoint-5.tar.gz", "README.md")
+
+
+@case("unfinished-download", "download it again")
+def unfinished(folder: Path) -> Path:
+    return touch(folder, "model.safetensors.incomplete")
+
+
+@case("empty", "save or copy one to there")
+def empty(folder: Path) -> Path:
+    return folder
+
+
+@case("unknown", "it holds README.md, train.py: name the folder of a checkpoint")
+def unknown(folder: Path) -> Path:
+    return touch(folder, "train.py", "README.md")

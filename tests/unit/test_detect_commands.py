@@ -1,0 +1,232 @@
+"""Every command, at a path of every kind, does its work or names the kind and what handles it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kind_cases import CASES, NAME, dcp, tensors, touch
+from oracles import FIXTURES, run
+from run_folders import real
+from safetensors.numpy import save_file
+
+import ckpt
+from ckpt.cli import report
+from ckpt.cli.main import main
+from converters.detect import Detection, detect, read
+from converters.detect.kinds import KINDS
+from converters.errors import CheckpointError
+from converters.source import Place, Source, Topology
+from converters.tensors import Weights
+
+COMMANDS = {
+    "ls": (),
+    "verify": (),
+    "latest": (),
+    "doctor": (),
+    "doctor --adopt": (),
+    "prune": ("--keep-last", "1"),
+    "pin": (),
+    "unpin": (),
+    "slim": (),
+    "push": ("org/name",),
+    "reshard": ("--world-size", "1"),
+    "to-universal": (),
+    "from-universal": ("--world-size", "1"),
+    "collect": ("-o", "joined"),
+    "show": (),
+    "to-fp32": (),
+}
+WITHOUT_DRY_RUN = ("ls", "verify", "latest", "show")
+STATES = ("deepspeed-experts", "deepspeed-pipeline", "deepspeed-model-parallel")
+ON_RUNS = ("ls", "verify", "latest", "doctor", "doctor --adopt", "prune", "pin", "unpin")
+# What a command takes at a path of a kind, and so says nothing of the kind: --tag is no option of
+# the commands on runs, and a folder with a manifest is a checkpoint of ckpt's own.
+TAKEN = {
+    "no-tag": tuple(COMMANDS),
+    "deepspeed": tuple(COMMANDS),
+    "deepspeed-several": (*ON_RUNS, "push", "slim", "collect"),
+    "weights-tier": (*ON_RUNS, "slim", "push", "collect"),
+    "slimmed": (*ON_RUNS, "slim", "push", "collect"),
+    "deepspeed-universal": ("doctor --adopt", "pin", "unpin", "from-universal"),
+} | dict.fromkeys(STATES, ("latest", "doctor", "doctor --adopt", "prune", "pin", "unpin"))
+
+
+def names(text: str, detection: Detection) -> bool:
+    """Whether a message names the kind: in the words of its statement, or by its title."""
+    expected = "\0"
+    statement = detection.kind.statement.format(evidence=detection.evidence, expected=expected)
+    return statement.partition(expected)[0] in text or detection.kind.title in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", [kind.name for kind in KINDS])
+def test_a_command_names_what_lies_there(
+    name: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = CASES[name][0](tmp_path)
+    verb, *options = command.split()
+    options += [] if verb in WITHOUT_DRY_RUN else ["--dry-run"]
+    with pytest.raises(SystemExit) as exit:
+        main([verb, str(path), *COMMANDS[command], *options])
+
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err and exit.value.code in (0, 1)
+    if command not in TAKEN.get(name, ()):
+        assert names(printed.out + printed.err, detect(path))
+
+
+@pytest.mark.parametrize("name", [kind.name for kind in KINDS])
+def test_a_kind_says_what_it_is_and_what_to_do(name: str, tmp_path: Path) -> None:
+    detection = detect(CASES[name][0](tmp_path), "global_step9" if name == "no-tag" else None)
+    sentence = str(detection.unlike("a thing"))
+    assert sentence.startswith(str(detection.folder)) and "{" not in sentence
+    assert names(sentence, detection)
+    if detection.kind.remedy:
+        assert "a thing; " in sentence
+        assert str(detection.unlike("a thing", "do this")).endswith("a thing; do this")
+
+
+@pytest.mark.parametrize("command", ["pin", "unpin", "slim"])
+def test_a_run_in_the_place_of_a_checkpoint_names_its_checkpoints(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 4):
+        real(tmp_path, step)
+    run(command, tmp_path, code=1)
+    assert capsys.readouterr().err == (
+        f"ckpt: {tmp_path} is a run, not a checkpoint; it holds the checkpoints checkpoint-2, "
+        f"checkpoint-4: name one of them, such as ckpt {command} {tmp_path / 'checkpoint-4'}\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["latest", "doctor", "prune --keep-last 1"])
+def test_a_checkpoint_in_the_place_of_a_run_names_the_run(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real(tmp_path, 2)
+    verb, *options = command.split()
+    run(verb, tmp_path / "checkpoint-2", *options, code=1)
+    line = capsys.readouterr().err
+    assert "is a checkpoint, not a run; name the folder that it lies in: " in line
+    assert line.endswith(f": ckpt {verb} {tmp_path}\n")
+
+
+def test_push_says_what_publishes_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("push", tensors(tmp_path / "model.safetensors"), "org/name", code=1)
+    assert "is a model in safetensors, not a DeepSpeed checkpoint" in (
+        line := capsys.readouterr().err
+    )
+    assert "hf upload" in line
+
+
+def test_a_checkpoint_of_another_library_in_a_run_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dcp(tmp_path / "checkpoint-5")
+    run("ls", tmp_path)
+    assert "checkpoint of FSDP or torch.distributed.checkpoint; not committed" in (
+        capsys.readouterr().out
+    )
+    for command in (["push", "org/name"], ["slim"]):
+        run(command[0], tmp_path / "checkpoint-5", *command[1:], code=1)
+        assert "dcp_to_torch makes one file of it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["megatron", "dcp-safetensors", "gguf"])
+def test_a_resume_does_not_begin_anew_over_a_checkpoint_of_another_library(
+    name: str, tmp_path: Path
+) -> None:
+    path = CASES[name][0](tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        ckpt.find(path)
+    assert names(str(error.value), detect(path))
+
+
+def test_a_resume_says_which_weights_lie_where_a_training_begins(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ckpt.find(touch(tmp_path / "new", "train.log")) is None
+    assert not caplog.text
+    assert ckpt.find(tensors(tmp_path / "model/model.safetensors")) is None
+    assert "is a model in safetensors" in caplog.text
+    with pytest.raises(CheckpointError, match="s3://bucket/run is a URL"):
+        ckpt.find("s3://bucket/run")
+
+
+@pytest.mark.parametrize("name", ["git-lfs-pointer", "archive", "gguf", "other-file", "dcp-file"])
+def test_a_file_is_opened_by_what_it_is(name: str, tmp_path: Path) -> None:
+    path = CASES[name][0](tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        ckpt.open(path, "np")
+    assert str(error.value) == detect(path).refusal
+
+
+@pytest.mark.parametrize("suffix", [".incomplete", ".part", ".crdownload"])
+@pytest.mark.parametrize("name", ["model.safetensors", "run.tar.gz", "model.gguf", "model.bin"])
+def test_an_unfinished_download_is_one_by_itself_and_in_its_folder(
+    name: str, suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(b"GGUF" if name.endswith("gguf") else b"PK\3\4")
+    for place in (path, tmp_path):
+        detection = detect(place)
+        assert detection.kind.name == "unfinished-download"
+        assert "is a download that did not end: download it again" in str(detection.refusal)
+    assert f"{path.name} is a download that did not end" in str(detect(tmp_path / name).refusal)
+
+
+def test_a_model_whose_shards_are_still_to_come_is_unfinished(tmp_path: Path) -> None:
+    touch(tmp_path, "model.safetensors.index.json", "config.json")
+    save_file({"a": np.ones(3, "f4")}, tmp_path / "model-00001-of-00002.safetensors")
+    assert detect(tmp_path).kind.name == "safetensors"
+    coming = tmp_path / "model-00002-of-00002.safetensors.incomplete"
+    coming.touch()
+    assert detect(tmp_path).kind.name == "unfinished-download"
+    with pytest.raises(CheckpointError, match="is a download that did not end"):
+        ckpt.open(tmp_path, "np")
+    save_file({"b": np.ones(3, "f4")}, coming.with_suffix(""))  # what is left is of no concern
+    assert detect(tmp_path).kind.name == "safetensors"
+
+
+def test_a_snapshot_of_the_hub_cache_without_its_weights_is_unfinished(tmp_path: Path) -> None:
+    touch(tmp_path, "models--a--b/snapshots/abc/config.json", "models--a--b/blobs/f0.incomplete")
+    detection = detect(tmp_path / "models--a--b/snapshots/abc")
+    assert detection.kind.name == "unfinished-download"
+    assert "run hf download again" in str(detection.refusal)
+
+
+def source(topology: Topology | None, place: Path) -> Source:
+    return Source(
+        kind="safetensors",
+        place=Place(place, place, "step5"),
+        weights=Weights(tensors={}, order=()),
+        files={},
+        topology=topology,
+        step=5,
+    )
+
+
+def test_show_says_of_other_sources_only_what_is_known(tmp_path: Path) -> None:
+    text = report.show_text(report.show(source(None, tmp_path)))
+    assert text.startswith(f"kind         weights in safetensors\nfolder       {tmp_path}\n")
+    assert "ZeRO" not in text and "DeepSpeed" not in text and "None" not in text
+    assert "\nstep         5\n" in text
+    assert "world size   4" in report.show_text(report.show(source(Topology(4), tmp_path)))
+    zero = report.show_text(report.show(read(FIXTURES / NAME)))
+    assert "\nZeRO stage   2\nworld size   2\n" in zero and "\nDeepSpeed    0." in zero
+
+
+def test_a_doctor_of_a_folder_without_checkpoints_still_mends_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors(tmp_path / "model.safetensors")
+    shutil.copytree(FIXTURES / NAME, tmp_path / ".checkpoint-5.trash")
+    run("doctor", tmp_path, "--fix")
+    assert "a deletion that was interrupted" in capsys.readouterr().out
+    run("doctor", tmp_path, code=1)
+    assert "is a model in safetensors, not a run" in capsys.readouterr().err

@@ -125,8 +125,8 @@ import sys
 from pathlib import Path
 from huggingface_hub import HfApi
 from ckpt.hub.push import PushOptions, execute, plan
-from ckpt.runs.run import require_checkpoint
-checkpoint = require_checkpoint(Path("out/checkpoint-2"))
+from ckpt.runs.run import open_checkpoint
+checkpoint = open_checkpoint(Path("out/checkpoint-2"))
 planned = plan(checkpoint, sys.argv[1], PushOptions(dtype="bf16"))
 HfApi().upload_file(path_or_fileobj=b"theirs", path_in_repo="x.txt", repo_id=sys.argv[1])
 try:

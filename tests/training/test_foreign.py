@@ -24,7 +24,7 @@ from ckpt.resuming.select import select_checkpoint
 from ckpt.runs.foreign import completeness, liveness
 from ckpt.runs.foreign.completeness import prove
 from ckpt.runs.run import Run, open_checkpoint
-from ckpt.runs.verify import chosen
+from ckpt.runs.user_paths import checkpoints_at
 from converters.errors import CheckpointError
 
 Make = Callable[[Path], None]
@@ -346,7 +346,7 @@ def test_a_state_of_save_model_in_the_run_hides_nothing(
     folder = committed(tmp_path, 2, LOG)
     shutil.copytree(FIXTURES / "zero2-bf16-w2/global_step2", tmp_path / "global_step8")
     (tmp_path / "latest").write_text("global_step8")
-    assert [c.name for c in chosen(tmp_path)] == ["checkpoint-2", "global_step8"]
+    assert [c.name for c in checkpoints_at(tmp_path)] == ["checkpoint-2", "global_step8"]
     assert ckpt.find(tmp_path) == str(folder)
     assert "global_step8: is a state of the engine alone" in logged()
     shutil.copytree(tmp_path / "global_step8", tmp_path / "global_step2")

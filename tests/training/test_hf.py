@@ -22,7 +22,7 @@ from ckpt.runs import manifest
 from ckpt.runs.lease.lease import Lease
 from ckpt.runs.lineage import Line
 from ckpt.runs.run import Run
-from ckpt.runs.verify import chosen
+from ckpt.runs.user_paths import checkpoints_at
 from ckpt.saving.commit.nodes import Nodes
 from ckpt.saving.front_end import RunFolder
 from ckpt.state import rng
@@ -140,7 +140,7 @@ def test_what_is_kept_what_is_written_and_when_it_stops(tmp_path: Path) -> None:
     assert equal(load_file(streamed / FILE), load_file(run / FILE))
     assert not list(run.glob("global_step*")) and (run / "tokenizer.json").exists()
     AutoModelForCausalLM.from_pretrained(run)
-    assert [c.name for c in chosen(left_out.parent)] == [
+    assert [c.name for c in checkpoints_at(left_out.parent)] == [
         "checkpoint-2",
         "checkpoint-4",
         "global_step6",

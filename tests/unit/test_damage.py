@@ -372,7 +372,7 @@ def test_wrong_paths_are_explained(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "file").touch()
     assert "is a file" in refused(tmp_path / "file")
     (tmp_path / "empty").mkdir()
-    assert "no checkpoint of DeepSpeed" in refused(tmp_path / "empty")
+    assert "is an empty folder" in refused(tmp_path / "empty")
     assert "name one of these folders" in refused(FIXTURES / "trainer-zero2")
 
 

@@ -606,7 +606,7 @@ def test_what_is_no_whole_save_is_not_collected(tmp_path: Path) -> None:
         ([first, second, second], "node 1 is there twice"),
         ([first, other], "of another save"),
         (unlike, "config.json is not the file"),
-        ([first, tmp_path], "no manifest"),
+        ([first, tmp_path], "holds no checkpoint"),
     ):
         with pytest.raises(CheckpointError, match=said):
             collect.plan(parts, tmp_path / "out/checkpoint-2")

@@ -19,6 +19,7 @@ from typing import Any
 
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
+from ckpt.engine.view import EngineView, internals
 from ckpt.runs.manifest import File
 from ckpt.state import torch_file
 
@@ -94,17 +95,17 @@ class WritingEngine(CapturingEngine):
 
 
 @contextmanager
-def installed(engine: Any, writer_class: type[CapturingEngine]) -> Iterator[CapturingEngine]:
+def installed(engine: EngineView, writer_class: type[CapturingEngine]) -> Iterator[CapturingEngine]:
     """Puts a writer of ckpt in the place of the engine's own for this block.
 
     What the engine itself does between its barriers is made to fail later too: making
     the states (of the user's scheduler, say), writing the recovery script and, under
     NVMe offload, copying the swap folder by ``shutil.copytree``.
     """
-    original, copytree = engine.checkpoint_engine, shutil.copytree
-    engine.checkpoint_engine = writer = writer_class(original)
+    original, copytree = internals(engine).checkpoint_engine, shutil.copytree
+    internals(engine).checkpoint_engine = writer = writer_class(original)
     steps = [name for name in _STEPS if hasattr(engine, name)]
-    copies_swap_folder = bool(engine.zero_nvme_offload_optimizer())
+    copies_swap_folder = bool(internals(engine).zero_nvme_offload_optimizer())
     for name in steps:
         setattr(engine, name, writer.later(getattr(engine, name)))
     if copies_swap_folder:
@@ -112,7 +113,7 @@ def installed(engine: Any, writer_class: type[CapturingEngine]) -> Iterator[Capt
     try:
         yield writer
     finally:
-        engine.checkpoint_engine = original
+        internals(engine).checkpoint_engine = original
         for name in steps:
             delattr(engine, name)
         if copies_swap_folder:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ckpt.engine.view import EngineView
 from ckpt.weights.naming import naming
 from ckpt.weights.request import Naming
 from converters import quantized
@@ -77,7 +78,7 @@ class Inventory:
         return name if self.names is None else self.names.get(name)
 
 
-def inventory(engine: Any, wishes: Naming | None = None) -> Inventory:
+def inventory(engine: EngineView, wishes: Naming | None = None) -> Inventory:
     """What ``engine`` (of ``deepspeed.initialize``) trains, in the model's order, buffers included.
 
     ``wishes`` choose among the tensors and rename them.
@@ -154,7 +155,7 @@ def _named_parameters(
     return parameters, aliases
 
 
-def _require_supported(engine: Any) -> None:
+def _require_supported(engine: EngineView) -> None:
     if not hasattr(engine, "module") or not hasattr(engine, "zero_optimization_stage"):
         raise CheckpointError(
             f"{type(engine).__name__} is not a DeepSpeed engine; pass what "
@@ -188,7 +189,7 @@ def _require_supported(engine: Any) -> None:
             )
 
 
-def _shapes(engine: Any) -> dict[int, Sequence[int]]:
+def _shapes(engine: EngineView) -> dict[int, Sequence[int]]:
     """Shapes of parameters whose own storage may be elsewhere, by ``id``."""
     shapes: dict[int, Sequence[int]] = {
         id(parameter): parameter.ds_shape

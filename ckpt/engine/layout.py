@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ckpt.engine.view import EngineView, internals
 from ckpt.runs.manifest import Manifest
 from converters.errors import CheckpointError
 from converters.zero.native.optimizer_files import SUB_GROUP
@@ -44,7 +45,7 @@ class Layout:
     settings: Mapping[str, Any]
 
     @classmethod
-    def of_engine(cls, engine: Any, world: int) -> Layout:
+    def of_engine(cls, engine: EngineView, world: int) -> Layout:
         """The layout of a DeepSpeed engine on ``world`` ranks."""
         topology = Topology(int(engine.zero_optimization_stage()), world)
         return cls(topology, _stage3(engine) if topology.stage == 3 else {})
@@ -84,10 +85,10 @@ class Layout:
         }
 
 
-def _stage3(engine: Any) -> dict[str, Any]:
+def _stage3(engine: EngineView) -> dict[str, Any]:
     """What the layout of a stage 3 engine depends on."""
     optimizer = engine.optimizer
-    settings = {"sub_group_size": int(engine.zero_sub_group_size())}
+    settings = {"sub_group_size": int(internals(engine).zero_sub_group_size())}
     if not getattr(optimizer, "use_muon", False):
         return settings
 
@@ -106,7 +107,7 @@ def _stage3(engine: Any) -> dict[str, Any]:
 
 
 def require_cut(
-    engine: Any,
+    engine: EngineView,
     saved: Any,
     current: Any,
     path: str | os.PathLike[str],
@@ -120,7 +121,7 @@ def require_cut(
     if cuts[0] == cuts[1]:
         return
 
-    folder, size = Path(path).parent.parent, int(engine.zero_sub_group_size())
+    folder, size = Path(path).parent.parent, int(internals(engine).zero_sub_group_size())
     raise CheckpointError(
         f"{path}: its {sum(cuts[0])} parameters are in {len(cuts[0])} sub-groups, "
         f"those of this training in {len(cuts[1])} (zero_optimization.sub_group_size "

@@ -25,6 +25,7 @@ import torch
 from ckpt.distributed.load_slots import LoadSlot, Need
 from ckpt.engine import optimizers, parameters, precision
 from ckpt.engine.remedies import DEFAULT_WAYS, Ways
+from ckpt.engine.view import EngineView, internals
 from converters.errors import CheckpointError
 from converters.storage import local
 
@@ -56,7 +57,7 @@ class Mapped:
         original: Any,
         dropped_keys: tuple[str, ...] = (),
         slot: LoadSlot | None = None,
-        engine: Any = None,
+        engine: EngineView | None = None,
         renamed: Mapping[str, str] | None = None,
         ways: Ways = DEFAULT_WAYS,
     ):
@@ -97,7 +98,7 @@ class Mapped:
                 parameters.require(self.engine, shapes, path, self.renamed)
                 parameters.rename_module(self.engine, state, self.renamed)
                 optimizers.require_options(self.engine, state, path, self.ways.optimizer)
-                self._translate(state, path)
+                self._translate(self.engine, state, path)
 
             self.config = self.config or state.get("ds_config")
             for key in self.dropped_keys:
@@ -105,11 +106,11 @@ class Mapped:
 
         return state
 
-    def _translate(self, state: dict[str, Any], path: str) -> None:
+    def _translate(self, engine: EngineView, state: dict[str, Any], path: str) -> None:
         """Makes the state one of the engine's precision, and says so once."""
         if self.change is None:
-            self.change = precision.PrecisionChange.of(self.engine, state)
-            if self.change is not None and not self.engine.global_rank:
+            self.change = precision.PrecisionChange.of(engine, state)
+            if self.change is not None and not internals(engine).global_rank:
                 folder = os.path.dirname(os.path.dirname(path))
                 log.warning("%s: %s", folder, self.change.sentence)
         if self.change is not None:
@@ -173,7 +174,7 @@ def is_mappable(path: str | os.PathLike[str]) -> bool:
 
 @contextmanager
 def mapped(
-    engine: Any,
+    engine: EngineView,
     dropped_keys: tuple[str, ...] = (),
     slot: LoadSlot | None = None,
     renamed: Mapping[str, str] | None = None,
@@ -184,9 +185,9 @@ def mapped(
     What the block keeps of the loaded states it gives to ``detach`` itself. What cannot
     be mapped is read when it is this rank's ``slot``.
     """
-    original = engine.checkpoint_engine
+    original = internals(engine).checkpoint_engine
     reader = Mapped(original, dropped_keys, slot, engine, renamed, ways)
-    engine.checkpoint_engine = reader
+    internals(engine).checkpoint_engine = reader
     try:
         with _ending_slot(engine, slot), precision.from_masters(engine, reader):
             yield reader
@@ -198,14 +199,14 @@ def mapped(
         reader.detach(getattr(inner_optimizer, "param_groups", None))
         if optimizer:
             reader.detach([vars(optimizer).get(name) for name in SCALING])
-        reader.detach(engine.lr_scheduler)
+        reader.detach(internals(engine).lr_scheduler)
     finally:
-        engine.checkpoint_engine = original
+        internals(engine).checkpoint_engine = original
         gc.collect()  # states in reference cycles would keep the files mapped
 
 
 @contextmanager
-def _ending_slot(engine: Any, slot: LoadSlot | None) -> Iterator[None]:
+def _ending_slot(engine: EngineView, slot: LoadSlot | None) -> Iterator[None]:
     """Frees the slot when ``engine.load_checkpoint`` has put everything in its place.
 
     That is when it returns or, under stage 3, before the optimizer gathers what all
@@ -215,7 +216,7 @@ def _ending_slot(engine: Any, slot: LoadSlot | None) -> Iterator[None]:
         yield
         return
 
-    load, optimizer = engine.load_checkpoint, engine.optimizer
+    load, optimizer = internals(engine).load_checkpoint, engine.optimizer
     gather = getattr(optimizer, "checkpoint_event_epilogue", None)
 
     def end_slot() -> None:
@@ -231,19 +232,19 @@ def _ending_slot(engine: Any, slot: LoadSlot | None) -> Iterator[None]:
         end_slot()
         return gather() if gather else None
 
-    engine.load_checkpoint = load_and_end
+    internals(engine).load_checkpoint = load_and_end
     if gather:
         optimizer.checkpoint_event_epilogue = end_and_gather
     try:
         yield
     finally:
-        del engine.load_checkpoint
+        del internals(engine).load_checkpoint
         if gather:
             del optimizer.checkpoint_event_epilogue
 
 
 @contextmanager
-def weights_alone(engine: Any) -> Iterator[None]:
+def weights_alone(engine: EngineView) -> Iterator[None]:
     """The optimizer takes the fp32 masters of what is loaded in this block, and nothing else.
 
     For the two options of ``load_checkpoint`` that DeepSpeed 0.19.8 gets wrong: without
@@ -282,15 +283,15 @@ def weights_alone(engine: Any) -> Iterator[None]:
         del optimizer.load_state_dict
 
 
-def files_of(engine: Any, folder: Path, tag: str) -> list[Path]:
+def files_of(engine: EngineView, folder: Path, tag: str) -> list[Path]:
     """The files that this rank loads; ``CheckpointError`` if one is not there.
 
     Names: DeepSpeed's own (``_get_ckpt_name``, ``_get_zero_ckpt_name``).
     """
-    names = [engine._get_ckpt_name(str(folder), tag)]
-    offloaded = bool(engine.zero_nvme_offload_optimizer())
+    names = [internals(engine)._get_ckpt_name(str(folder), tag)]
+    offloaded = bool(internals(engine).zero_nvme_offload_optimizer())
     if engine.zero_optimization() and engine.optimizer is not None and not offloaded:
-        names.append(precision.saved_path(engine._get_zero_ckpt_name(str(folder), tag)))
+        names.append(precision.saved_path(internals(engine)._get_zero_ckpt_name(str(folder), tag)))
     for name in names:
         if not os.path.isfile(name):
             raise CheckpointError(
@@ -303,18 +304,20 @@ def files_of(engine: Any, folder: Path, tag: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
-def need(engine: Any, paths: list[Path]) -> Need:
+def need(engine: EngineView, paths: list[Path]) -> Need:
     """What loading these files takes: those that cannot be mapped are read, and of the
     optimizer's most stays where the engine computes in host memory or keeps its
     optimizer there."""
     sizes = [0 if is_mappable(path) else path.stat().st_size for path in paths]
-    stays_in_host_memory = engine.device.type == "cpu" or bool(engine.zero_cpu_offload())
+    stays_in_host_memory = internals(engine).device.type == "cpu" or bool(
+        internals(engine).zero_cpu_offload()
+    )
     return Need(sum(sizes), sum(sizes[1:] or sizes) if stays_in_host_memory else 0)
 
 
-def require_own_order(engine: Any, folder: Path) -> None:
+def require_own_order(engine: EngineView, folder: Path) -> None:
     """``CheckpointError`` if DeepSpeed has an order of its own, in which ranks wait for others."""
-    if engine._config.zero_config.pipeline_loading_checkpoint:
+    if internals(engine)._config.zero_config.pipeline_loading_checkpoint:
         raise CheckpointError(
             f"{folder}: there is not the memory for all ranks of a node to load at "
             "once; unset zero_optimization.pipeline_loading_checkpoint, so that they "
@@ -323,22 +326,22 @@ def require_own_order(engine: Any, folder: Path) -> None:
         )
 
 
-def is_mapped(engine: Any) -> bool:
+def is_mapped(engine: EngineView) -> bool:
     """Whether ``engine`` loads in a block of ``mapped``."""
-    return isinstance(engine.checkpoint_engine, Mapped)
+    return isinstance(internals(engine).checkpoint_engine, Mapped)
 
 
 @contextmanager
-def before_load(engine: Any, call: Callable[[], None]) -> Iterator[None]:
+def before_load(engine: EngineView, call: Callable[[], None]) -> Iterator[None]:
     """In this block ``engine.load_checkpoint`` calls ``call`` first."""
-    load = engine.load_checkpoint
+    load = internals(engine).load_checkpoint
 
     def call_and_load(*args: Any, **options: Any) -> Any:
         call()
         return load(*args, **options)
 
-    engine.load_checkpoint = call_and_load
+    internals(engine).load_checkpoint = call_and_load
     try:
         yield
     finally:
-        del engine.load_checkpoint
+        del internals(engine).load_checkpoint

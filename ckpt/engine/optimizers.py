@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ckpt.engine.view import EngineView
 from ckpt.state.jsonable import jsonable
 from converters.errors import CheckpointError
 
@@ -32,7 +33,7 @@ LR = "lr"
 BASE = "initial_lr"  # the rate that a scheduler of torch starts from
 
 
-def inner(engine: Any) -> Any:
+def inner(engine: EngineView) -> Any:
     """The optimizer that steps, out of DeepSpeed's wrappers."""
     optimizer = engine.optimizer
     return getattr(optimizer, "optimizer", optimizer)
@@ -109,7 +110,7 @@ def require_known(
 
 
 def require_options(
-    engine: Any,
+    engine: EngineView,
     state: Mapping[str, Any],
     path: str | os.PathLike[str],
     new_optimizer: str | None,

@@ -20,6 +20,7 @@ from hashlib import sha256
 from itertools import zip_longest
 from typing import Any
 
+from ckpt.engine.view import EngineView, internals
 from converters.errors import CheckpointError
 from converters.words import shape as shape_text
 
@@ -50,7 +51,7 @@ class Parameter:
         return f"{self.name} {list(self.shape)}"
 
 
-def of_engine(engine: Any) -> list[Parameter]:
+def of_engine(engine: EngineView) -> list[Parameter]:
     """The parameters of the engine's optimizer, in its order; none without an optimizer."""
     optimizer = engine.optimizer
     if optimizer is None:
@@ -242,7 +243,7 @@ def _remedy(
 
 
 def require(
-    engine: Any,
+    engine: EngineView,
     saved: Any,
     path: str | os.PathLike[str],
     renamed: Mapping[str, str] | None = None,
@@ -259,10 +260,10 @@ def require(
     if not isinstance(saved, list) or not isinstance(engine.optimizer, ZeROOptimizer):
         # of stage 0; DeepSpeed of old noted the module's parameters, not by groups
         return
-    if engine.load_universal_checkpoint():
+    if internals(engine).load_universal_checkpoint():
         return
 
-    groups_of = (saved, engine._get_zero_param_shapes())
+    groups_of = (saved, internals(engine)._get_zero_param_shapes())
     saved_parameters, current_parameters = (
         [Parameter(name, tuple(shape)) for group in groups for name, shape in group.items()]
         for groups in groups_of
@@ -280,7 +281,7 @@ def require(
 
 
 def rename_module(
-    engine: Any, state: Mapping[str, Any], renamed: Mapping[str, str] | None = None
+    engine: EngineView, state: Mapping[str, Any], renamed: Mapping[str, str] | None = None
 ) -> None:
     """Gives what a state file has by name (``module``, frozen weights) the names of the engine.
 

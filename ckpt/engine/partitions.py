@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from ckpt.engine.inventory import Inventory
+from ckpt.engine.view import EngineView
 from converters.errors import CheckpointError
 
 
@@ -39,7 +40,7 @@ class Piece(NamedTuple):
     rounded: torch.Tensor | None = None
 
 
-def masters(engine: Any, inventory: Inventory) -> Iterator[Piece]:
+def masters(engine: EngineView, inventory: Inventory) -> Iterator[Piece]:
     """This rank's pieces of every tensor at the precision that the optimizer keeps.
 
     What no optimizer trains (frozen parameters, buffers) is given as the model holds

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ckpt.engine.view import EngineView, internals
 from converters.errors import CheckpointError
 from converters.zero.files import state_files
 
@@ -79,11 +80,11 @@ def of_checkpoint(folder: Path) -> str | None:
         return None
 
 
-def of_engine(engine: Any) -> str:
+def of_engine(engine: EngineView) -> str:
     """The precision that an engine computes in."""
-    if engine.bfloat16_enabled():
+    if internals(engine).bfloat16_enabled():
         return "bf16"
-    return "fp16" if engine.fp16_enabled() else "fp32"
+    return "fp16" if internals(engine).fp16_enabled() else "fp32"
 
 
 def saved_path(path: str) -> str:
@@ -117,12 +118,12 @@ class PrecisionChange:
     ``masters``: those of an optimizer without ZeRO, kept until the module has them.
     """
 
-    engine: Any
+    engine: EngineView
     saved: str
     masters: Any = None
 
     @classmethod
-    def of(cls, engine: Any, state: Mapping[str, Any]) -> PrecisionChange | None:
+    def of(cls, engine: EngineView, state: Mapping[str, Any]) -> PrecisionChange | None:
         """The change of precision that loading a file makes; ``None`` if it makes none."""
         saved = of_state(state)
         return cls(engine, saved) if saved not in (None, of_engine(engine)) else None
@@ -255,21 +256,21 @@ class PrecisionChange:
 
 
 @contextmanager
-def from_masters(engine: Any, reader: Any) -> Iterator[None]:
+def from_masters(engine: EngineView, reader: Any) -> Iterator[None]:
     """Has masters taken from masters if the precision changes, in this block.
 
     ``reader`` has a ``change`` as soon as it is known.
     """
-    configured = engine.zero_load_from_fp32_weights
+    configured = internals(engine).zero_load_from_fp32_weights
 
     def from_fp32() -> Any:
         return reader.change is not None or configured()
 
-    engine.zero_load_from_fp32_weights = from_fp32
+    internals(engine).zero_load_from_fp32_weights = from_fp32
     try:
         yield
     finally:
-        del engine.zero_load_from_fp32_weights
+        del internals(engine).zero_load_from_fp32_weights
 
 
 def _require_finite(module: torch.nn.Module) -> None:

@@ -18,13 +18,14 @@ from typing import Any
 import torch.distributed as dist
 
 from ckpt.engine.settings import ENGINE_ALONE, Loop, describe
+from ckpt.engine.view import EngineView
 from ckpt.version import __version__
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
 
 
-def record(engine: Any, epoch: Any = None, loop: Loop = ENGINE_ALONE) -> dict[str, Any]:
+def record(engine: EngineView, epoch: Any = None, loop: Loop = ENGINE_ALONE) -> dict[str, Any]:
     """What a manifest says of a training that is saved now: ``progress``, and its settings.
 
     A save in the middle of gradient accumulation is warned of: what was accumulated is
@@ -71,7 +72,7 @@ def whole_micro_steps(
     return micro_steps // saved * current if isinstance(micro_steps, int) else None
 
 
-def progress(engine: Any, epoch: Any = None) -> dict[str, Any]:
+def progress(engine: EngineView, epoch: Any = None) -> dict[str, Any]:
     """Counters, the epoch where it is a number, learning rate of each param group, loss
     scale, samples in a step of all ranks, and a digest of the configuration.
 

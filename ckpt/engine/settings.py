@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ckpt.engine import optimizers, parameters
+from ckpt.engine.view import EngineView
 from ckpt.state.jsonable import is_plain, jsonable
 
 # Of a PEFT configuration: where the model came from and what is set while it runs.
@@ -73,7 +74,7 @@ class Loop:
 ENGINE_ALONE = Loop()
 
 
-def describe(engine: Any, loop: Loop = ENGINE_ALONE) -> dict[str, Any]:
+def describe(engine: EngineView, loop: Loop = ENGINE_ALONE) -> dict[str, Any]:
     """The settings of a training with DeepSpeed."""
     scheduler, data = loop.scheduler, loop.data
     config = config_of(engine)
@@ -105,7 +106,7 @@ def describe(engine: Any, loop: Loop = ENGINE_ALONE) -> dict[str, Any]:
     return settings
 
 
-def config_of(engine: Any) -> dict[str, Any]:
+def config_of(engine: EngineView) -> dict[str, Any]:
     """DeepSpeed's configuration as it was given, or as it was read from a file."""
     config = getattr(engine, "config", None)
     if not isinstance(config, dict):
@@ -132,7 +133,7 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _batch(
-    engine: Any,
+    engine: EngineView,
     config: Mapping[str, Any],
     accumulation: int | None,
 ) -> dict[str, Any]:
@@ -162,13 +163,13 @@ def _batch(
     return batch
 
 
-def _engine_value(engine: Any, config: Mapping[str, Any], name: str) -> int | None:
+def _engine_value(engine: EngineView, config: Mapping[str, Any], name: str) -> int | None:
     getter = getattr(engine, name, None)
     value = getter() if callable(getter) else config.get(name)
     return value if isinstance(value, int) else None
 
 
-def _topology(engine: Any) -> dict[str, Any]:
+def _topology(engine: EngineView) -> dict[str, Any]:
     topology = {
         "world_size": dist.get_world_size() if dist.is_initialized() else 1,
         "zero_stage": int(engine.zero_optimization_stage()),
@@ -189,7 +190,7 @@ def _size(name: str) -> int | None:
     return None
 
 
-def _pipeline(engine: Any) -> int | None:
+def _pipeline(engine: EngineView) -> int | None:
     getter = getattr(getattr(engine, "grid", None), "get_pipe_parallel_world_size", None)
     return int(getter()) if callable(getter) else None
 

@@ -15,7 +15,7 @@ import torch
 from deepspeed.utils import zero_to_fp32
 
 from ckpt.engine import first_step
-from ckpt.engine.view import EngineView, writes_optimizer_states
+from ckpt.engine.view import EngineView, internals, writes_optimizer_states
 from ckpt.runs.run import bytes_under
 from ckpt.state import torch_file
 from converters.torch_files.zip_headers import ALIGNMENT
@@ -24,7 +24,7 @@ EXTRA_RECORDS = 5  # of a file of torch.save, beside the pickle and the storages
 
 
 def predicted(
-    engine: Any, exclude_frozen_parameters: bool = False, alignment: int = ALIGNMENT
+    engine: EngineView, exclude_frozen_parameters: bool = False, alignment: int = ALIGNMENT
 ) -> int:
     """Bytes of this rank's state files, from what the engine would hand over now.
 
@@ -53,10 +53,10 @@ def predicted(
     return total + storages + _swap_bytes(engine)
 
 
-def _states(engine: Any, exclude_frozen_parameters: bool) -> dict[str, Any]:
+def _states(engine: EngineView, exclude_frozen_parameters: bool) -> dict[str, Any]:
     """What goes into this rank's files, by the kind of file."""
     state: dict[str, Any] = {}
-    if engine.save_non_zero_checkpoint:
+    if internals(engine).save_non_zero_checkpoint:
         frozen = {
             name
             for name, parameter in engine.module.named_parameters()
@@ -71,7 +71,7 @@ def _states(engine: Any, exclude_frozen_parameters: bool) -> dict[str, Any]:
         if engine.optimizer is not None and not engine.zero_optimization():
             state["module"]["optimizer"] = engine.optimizer.state_dict()
 
-    if engine.save_zero_checkpoint:
+    if internals(engine).save_zero_checkpoint:
         state["optimizer"] = engine.optimizer.state_dict()
     return state
 
@@ -83,9 +83,9 @@ def _as_saved(entry: Any) -> Any:
     return entry.detach() if isinstance(entry, torch.Tensor) else entry
 
 
-def _fragments(engine: Any) -> list[torch.Tensor]:
+def _fragments(engine: EngineView) -> list[torch.Tensor]:
     """What DeepSpeed saves of frozen parameters once more: this rank's part, in host memory."""
-    if not engine.save_non_zero_checkpoint or engine.zero_optimization_stage() < 2:
+    if not internals(engine).save_non_zero_checkpoint or engine.zero_optimization_stage() < 2:
         return []
     parameters = engine.module.parameters()
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
@@ -97,7 +97,7 @@ def _is_in_host_memory(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _swap_bytes(engine: Any) -> int:
+def _swap_bytes(engine: EngineView) -> int:
     """Bytes of the swap folder, which DeepSpeed copies into a checkpoint under NVMe offload."""
     swapper = getattr(engine.optimizer, "optimizer_swapper", None)
     folder = getattr(swapper, "swap_folder", None)

@@ -7,9 +7,9 @@ one folder; ``attributes`` lists what that folder relies on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 # What counts the steps of an engine.
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
@@ -50,6 +50,37 @@ class TrainingEngine(EngineView, Protocol):
         """Loads the state of this rank and returns a path and the client state."""
 
 
+class Internals(TrainingEngine, Protocol):
+    """What only this folder asks of DeepSpeed's engine; each name is in ``attributes``."""
+
+    checkpoint_engine: Any
+    load_checkpoint: Callable[..., Any]
+    lr_scheduler: Any
+    device: Any
+    global_rank: int
+    micro_steps: int
+    save_zero_checkpoint: bool
+    save_non_zero_checkpoint: bool
+    zero_load_from_fp32_weights: Callable[[], bool]
+    bfloat16_enabled: Callable[[], bool]
+    fp16_enabled: Callable[[], bool]
+    gradient_accumulation_steps: Callable[[], int]
+    load_universal_checkpoint: Callable[[], bool]
+    zero_cpu_offload: Callable[[], bool]
+    zero_gather_16bit_weights_on_model_save: Callable[[], bool]
+    zero_nvme_offload_optimizer: Callable[[], bool]
+    zero_sub_group_size: Callable[[], int]
+    _config: Any
+    _get_ckpt_name: Callable[[str, str], str]
+    _get_zero_ckpt_name: Callable[[str, str], str]
+    _get_zero_param_shapes: Callable[[], list[dict[str, Any]]]
+
+
+def internals(engine: EngineView) -> Internals:
+    """The engine with all that DeepSpeed gives it, for this folder alone."""
+    return cast(Internals, engine)
+
+
 def is_engine(value: Any) -> bool:
     """Whether an object is an engine of DeepSpeed that writes and loads checkpoints."""
     return hasattr(value, "checkpoint_engine")
@@ -60,12 +91,12 @@ def has_stage(value: Any) -> bool:
     return hasattr(value, "zero_optimization_stage")
 
 
-def step(engine: Any) -> int:
+def step(engine: EngineView) -> int:
     """Optimizer steps so far; 0 where the engine does not count them."""
     return int(getattr(engine, "global_steps", 0))
 
 
-def loaded_step(engine: Any) -> int | None:
+def loaded_step(engine: EngineView) -> int | None:
     """The step of an engine that has loaded a checkpoint by itself; ``None`` of any other.
 
     Source: DeepSpeed 0.19.8 ``runtime/engine.py``: ``loaded_checkpoint_dp_world_size``
@@ -76,50 +107,50 @@ def loaded_step(engine: Any) -> int | None:
     return int(engine.global_steps)
 
 
-def is_between_steps(engine: Any) -> bool:
+def is_between_steps(engine: EngineView) -> bool:
     """Whether no gradient is being accumulated."""
-    return not getattr(engine, "micro_steps", 0) % engine.gradient_accumulation_steps()
+    return not getattr(engine, "micro_steps", 0) % internals(engine).gradient_accumulation_steps()
 
 
-def uses_node_local_storage(engine: Any) -> bool:
+def uses_node_local_storage(engine: EngineView) -> bool:
     """Whether the configuration says that nodes have folders of their own."""
     call = getattr(engine, "use_node_local_storage", None)
     return bool(call()) if callable(call) else False
 
 
-def loads_universal(engine: Any) -> bool:
+def loads_universal(engine: EngineView) -> bool:
     """Whether the configuration has the engine load universal checkpoints."""
-    return bool(engine.load_universal_checkpoint())
+    return bool(internals(engine).load_universal_checkpoint())
 
 
-def offloads_optimizer_to_nvme(engine: Any) -> bool:
+def offloads_optimizer_to_nvme(engine: EngineView) -> bool:
     """Whether the optimizer's state is in files on NVMe."""
     return bool(getattr(engine, "zero_nvme_offload_optimizer", lambda: False)())
 
 
-def gathers_16bit_weights(engine: Any) -> bool:
+def gathers_16bit_weights(engine: EngineView) -> bool:
     """Whether the engine gathers a whole 16-bit model when it saves one under stage 3."""
-    return bool(engine.zero_gather_16bit_weights_on_model_save())
+    return bool(internals(engine).zero_gather_16bit_weights_on_model_save())
 
 
-def writes_optimizer_states(engine: Any) -> bool:
+def writes_optimizer_states(engine: EngineView) -> bool:
     """Whether this rank writes states of a ZeRO optimizer."""
-    return bool(engine.save_zero_checkpoint)
+    return bool(internals(engine).save_zero_checkpoint)
 
 
-def scheduler(engine: Any) -> Any:
+def scheduler(engine: EngineView) -> Any:
     """The scheduler that the engine steps; ``None`` where somebody else does."""
     return getattr(engine, "lr_scheduler", None)
 
 
-def set_micro_steps(engine: Any, count: int) -> None:
+def set_micro_steps(engine: EngineView, count: int) -> None:
     """Sets the count of micro batches, where the engine has one."""
     if hasattr(engine, "micro_steps"):
-        engine.micro_steps = count
+        internals(engine).micro_steps = count
 
 
 @contextmanager
-def keeping_counters(engine: Any) -> Iterator[None]:
+def keeping_counters(engine: EngineView) -> Iterator[None]:
     """Sets the counters of the engine back after this block, unless it raises."""
     names = [name for name in COUNTERS if hasattr(engine, name)]
     counters = {name: getattr(engine, name) for name in names}

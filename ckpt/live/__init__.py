@@ -19,11 +19,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ckpt.distributed.ranks import TIMEOUT
+from ckpt.engine.view import EngineView
 from ckpt.live.export import Job
 from ckpt.weights import arguments
 from ckpt.weights.request import Naming
@@ -34,7 +34,7 @@ _WISHES = ("strip=", "rename=", "select=")
 
 
 def save_fp32(
-    engine: Any,
+    engine: EngineView,
     output: str | os.PathLike[str],
     max_shard_size: str | int = "5GB",
     *,
@@ -60,7 +60,7 @@ def save_fp32(
 
 
 def save_16bit(
-    engine: Any,
+    engine: EngineView,
     output: str | os.PathLike[str],
     max_shard_size: str | int = "5GB",
     *,
@@ -84,7 +84,7 @@ def save_16bit(
 
 
 def fp32_state_dict(
-    engine: Any,
+    engine: EngineView,
     rank: int | None = 0,
     *,
     verify: bool = True,

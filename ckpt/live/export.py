@@ -17,6 +17,7 @@ from ckpt.distributed.ranks import RankGroup
 from ckpt.engine import view
 from ckpt.engine.inventory import TORCH, Inventory, config_of, inventory
 from ckpt.engine.partitions import Piece, masters, require_rounds, sixteen_bit
+from ckpt.engine.view import EngineView
 from ckpt.folders import staging
 from ckpt.live import shards
 from ckpt.version import __version__
@@ -45,7 +46,7 @@ class Job:
     latter, rounded, with the former.
     """
 
-    engine: Any
+    engine: EngineView
     what: str
     dtype: DType | None
     computed: bool

@@ -21,6 +21,7 @@ from ckpt.engine import optimizers, precision, view
 from ckpt.engine.mapped_loading import Mapped
 from ckpt.engine.progress import progress, settings_in, whole_micro_steps
 from ckpt.engine.settings import ENGINE_ALONE, Loop, config_of, describe
+from ckpt.engine.view import EngineView
 from ckpt.resuming import continuity
 from ckpt.resuming.changes import Change, LoadOptions, changes
 from ckpt.resuming.continuity import OnMismatch, Row
@@ -40,7 +41,7 @@ class Comparison:
     def __init__(
         self,
         source: Source,
-        engine: Any,
+        engine: EngineView,
         request: LoadOptions,
         *,
         loop: Loop = ENGINE_ALONE,

@@ -63,7 +63,7 @@ class Load:
 
     def __init__(
         self,
-        engine: Any,
+        engine: TrainingEngine,
         source: Source,
         slot: LoadSlot,
         comparison: Comparison,

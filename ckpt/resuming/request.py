@@ -110,7 +110,7 @@ class ResumeRequest:
                 text.seconds(time.monotonic() - self.began_at),
             )
 
-    def choose(self, engine: Any, stack: ExitStack) -> Source | None:
+    def choose(self, engine: EngineView, stack: ExitStack) -> Source | None:
         """What to load, kept from being deleted while ``stack`` is open; ``None``: nothing yet."""
         ranks = self.ranks
         layout = Layout.of_engine(engine, ranks.world)
@@ -140,7 +140,7 @@ class ResumeRequest:
 
     def prepare(
         self,
-        engine: Any,
+        engine: EngineView,
         source: Source,
         everything: bool = True,
     ) -> tuple[RankState, LoadSlot]:
@@ -188,7 +188,7 @@ class ResumeRequest:
 
     def _slots(
         self,
-        engine: Any,
+        engine: EngineView,
         source: Source,
         reports: Sequence[Any],
     ) -> dict[str, int]:

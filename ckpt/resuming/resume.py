@@ -30,7 +30,7 @@ from converters.storage.store import local_path
 
 
 def resume(
-    engine: Any,
+    engine: TrainingEngine | Mapping[str, TrainingEngine],
     path: str | os.PathLike[str],
     *,
     tag: str | None = None,
@@ -102,16 +102,15 @@ def resume(
         memory=memory,
         options=options,
     )
-    names = list(engine) if isinstance(engine, Mapping) else None
     request.require_same(
         load_optimizer_states=load_optimizer_states,
         load_lr_scheduler_states=load_lr_scheduler_states,
         load_module_only=load_module_only,
         override=sorted(options.override),
-        engines=names,
+        engines=list(engine) if isinstance(engine, Mapping) else None,
     )
 
-    if names is not None:
+    if isinstance(engine, Mapping):
         with ranks.step():
             engines = Engines(engine)
         return resume_together(request, engines, load_module_strict, client_state)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ckpt.engine.layout import Topology
 from ckpt.engine.progress import whole_micro_steps
-from ckpt.engine.view import set_micro_steps
+from ckpt.engine.view import EngineView, set_micro_steps
 from ckpt.folders import filenames
 from ckpt.runs import engines, lineage
 from ckpt.runs.manifest import Manifest
@@ -67,7 +67,7 @@ class Source:
         metrics = [f"{name} {value:g}" for name, value in (self.metrics or {}).items()]
         return "; ".join([line, *metrics[:3]])
 
-    def go_on(self, engine: Any, batch: Mapping[str, Any]) -> None:
+    def go_on(self, engine: EngineView, batch: Mapping[str, Any]) -> None:
         """Sets what DeepSpeed does not load: micro steps, as of the last whole step.
 
         ``batch`` is a part of the engine's settings.

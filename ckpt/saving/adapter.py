@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.engine.inventory import Inventory, inventory
+from ckpt.engine.view import EngineView
 from ckpt.weights.adapters import saved_tensors
 from ckpt.weights.request import Request
 from converters.errors import CheckpointError
@@ -30,7 +31,7 @@ log = logging.getLogger("ckpt")
 FILE = "adapter_model.safetensors"
 
 
-def planned(engine: Any, dtype: DType) -> tuple[Inventory, Plan]:
+def planned(engine: EngineView, dtype: DType) -> tuple[Inventory, Plan]:
     """The active adapter's tensors under the names that PEFT loads, and the file of them.
 
     ``CheckpointError`` for a kind of adapter whose tensors are not parameters of the

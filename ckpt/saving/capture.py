@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.engine.checkpoint_engine import CapturingEngine, installed
+from ckpt.engine.view import EngineView
 from ckpt.live.export import save_config
 from ckpt.saving import preflight
 from ckpt.saving.commit.commit import Commit
@@ -105,7 +106,7 @@ def write_all_companions(
     if weights is not None:
         weights.make(folder)
 
-    def write_beside(engine_folder: Path, engine: Any) -> None:
+    def write_beside(engine_folder: Path, engine: EngineView) -> None:
         if weights is None:
             write_companions(engine.module, engine_folder, None)
         if tokenizer is not None:

@@ -35,7 +35,7 @@ class Engines:
     Every rank gives the same ones in the same order.
     """
 
-    def __init__(self, engines: Any):
+    def __init__(self, engines: TrainingEngine | Mapping[str, TrainingEngine]):
         self.by_name: dict[str, TrainingEngine] = (
             dict(engines) if isinstance(engines, Mapping) else {"": engines}
         )

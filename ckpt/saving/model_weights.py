@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from ckpt.distributed.chunks import Chunk
 from ckpt.distributed.ranks import RankGroup
+from ckpt.engine.view import EngineView
 from ckpt.live import shards
 from ckpt.live.export import CHUNK, Job, save_config, written_types
 from ckpt.runs.manifest import File
@@ -31,7 +31,7 @@ class WeightsWriter:
     """The weights of ``engine`` as ``kind``: bf16 or fp16 of what the model computes
     with, or the optimizer's fp32. ``nbytes`` is what all ranks together write."""
 
-    def __init__(self, engine: Any, kind: str, max_shard_size: str | int, ranks: RankGroup):
+    def __init__(self, engine: EngineView, kind: str, max_shard_size: str | int, ranks: RankGroup):
         if kind not in KINDS:
             raise CheckpointError(
                 f"weights={kind!r}, expected bf16, fp16, fp32 or None",

@@ -27,7 +27,7 @@ from typing import Any
 from ckpt import text
 from ckpt.distributed.host_memory import budget
 from ckpt.distributed.ranks import TIMEOUT, RankGroup
-from ckpt.engine.view import uses_node_local_storage
+from ckpt.engine.view import TrainingEngine, uses_node_local_storage
 from ckpt.hub.background import Push, Pushes
 from ckpt.runs.lease import lease
 from ckpt.runs.lineage import Line
@@ -76,7 +76,7 @@ class Saver:
 
     def __init__(
         self,
-        engine: Any,
+        engine: TrainingEngine | Mapping[str, TrainingEngine],
         run: str | os.PathLike[str],
         *,
         retention: Retention | None = None,

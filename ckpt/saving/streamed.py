@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ckpt.distributed.ranks import RankGroup
+from ckpt.engine.view import EngineView
 from ckpt.saving.capture import send
 from ckpt.saving.commit.commit import Commit
 from ckpt.saving.commit.nodes import Nodes
@@ -33,7 +33,7 @@ def write(weights: WeightsWriter, commit: Commit) -> None:
     commit.join = lambda notes: weights.finish(folder, notes)
 
 
-def save(engine: Any, kind: str, folder: Path, nodes: Nodes, ranks: RankGroup) -> None:
+def save(engine: EngineView, kind: str, folder: Path, nodes: Nodes, ranks: RankGroup) -> None:
     """A loadable model into a folder that is not a checkpoint; every rank calls it.
 
     The files take their names when every element is written and on disk; weights of an

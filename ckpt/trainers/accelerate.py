@@ -24,7 +24,7 @@ from accelerate.utils import MODEL_NAME, DistributedType
 from ckpt.distributed.ranks import TIMEOUT, RankGroup, alive
 from ckpt.engine.remedies import Ways
 from ckpt.engine.settings import Loop
-from ckpt.engine.view import uses_node_local_storage
+from ckpt.engine.view import TrainingEngine, uses_node_local_storage
 from ckpt.resuming.changes import LoadOptions, names_in
 from ckpt.resuming.continuity import OnMismatch
 from ckpt.resuming.load import loading
@@ -179,7 +179,10 @@ def load_state(
 
 
 def _load(
-    accelerator: Any, engines: list[Any], request: ResumeRequest, keywords: Mapping[str, Any]
+    accelerator: Any,
+    engines: list[TrainingEngine],
+    request: ResumeRequest,
+    keywords: Mapping[str, Any],
 ) -> int:
     ranks = request.ranks
     with ExitStack() as stack:
@@ -212,7 +215,7 @@ def _load(
     return source.step
 
 
-def _require_all_models(source: Source, engines: list[Any]) -> None:
+def _require_all_models(source: Source, engines: list[TrainingEngine]) -> None:
     """Raises where only the first of several models was resharded."""
     if source.resharded and len(engines) > 1:
         raise CheckpointError(

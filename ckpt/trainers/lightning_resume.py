@@ -17,7 +17,7 @@ from ckpt.distributed.ranks import RankGroup
 from ckpt.engine.mapped_loading import Mapped
 from ckpt.engine.remedies import Ways
 from ckpt.engine.settings import Loop
-from ckpt.engine.view import TrainingEngine
+from ckpt.engine.view import EngineView, TrainingEngine
 from ckpt.resuming import continuity
 from ckpt.resuming.changes import LoadOptions, names_in
 from ckpt.resuming.comparison import Comparison
@@ -71,7 +71,7 @@ class FitResume:
             return None
         return cls(Source.of(checkpoint), loop_of(trainer), options)
 
-    def require(self, engine: Any, on_mismatch: OnMismatch) -> None:
+    def require(self, engine: EngineView, on_mismatch: OnMismatch) -> None:
         """``CheckpointError`` if this is another training; nothing is loaded yet."""
         self.comparison = Comparison(self.source, engine, self.options, loop=self.loop)
         self.comparison.require_here(on_mismatch)

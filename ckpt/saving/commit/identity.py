@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from ckpt.runs import lineage, manifest
@@ -24,16 +23,16 @@ from ckpt.runs.run import Run, RunCheckpoint, members, open_checkpoint
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
-_lines_by_engine: WeakKeyDictionary[Any, Line] = WeakKeyDictionary()  # by engine
+_lines_by_engine: WeakKeyDictionary[object, Line] = WeakKeyDictionary()  # by engine
 _launches: set[str] = set()  # of this process
 
 
-def begin(engine: Any = None) -> Line:
+def begin(engine: object = None) -> Line:
     """The line of a training that starts from nothing, noted for ``engine``."""
     return _note(engine, Line.begin())
 
 
-def go_on(engine: Any, source: Manifest | None, step: int) -> Line:
+def go_on(engine: object, source: Manifest | None, step: int) -> Line:
     """The line of a training that resumed from a checkpoint at ``step``, noted for ``engine``.
 
     ``source``: its manifest, ``None`` if it has none. ``engine`` may be ``None``.
@@ -41,7 +40,7 @@ def go_on(engine: Any, source: Manifest | None, step: int) -> Line:
     return _note(engine, Line.go_on(source, step))
 
 
-def line_after(engine: Any, folder: str | os.PathLike[str] | None, step: int) -> Line:
+def line_after(engine: object, folder: str | os.PathLike[str] | None, step: int) -> Line:
     """The line of a training of ``engine`` at ``step`` that resumed from ``folder``, if any."""
     if folder is None or not step:
         return begin(engine)
@@ -51,7 +50,7 @@ def line_after(engine: Any, folder: str | os.PathLike[str] | None, step: int) ->
     return _note(engine, line) if line else go_on(engine, source, step)
 
 
-def line_of(engine: Any, folder: Path, loaded_step: int | None) -> Line:
+def line_of(engine: object, folder: Path, loaded_step: int | None) -> Line:
     """The line of the training of ``engine``, which saves into ``folder``.
 
     ``loaded_step``: its step, where it has loaded a checkpoint by itself.
@@ -147,7 +146,7 @@ def _warning(
     )
 
 
-def _note(engine: Any, line: Line) -> Line:
+def _note(engine: object, line: Line) -> Line:
     _launches.add(line.launch)
     if engine is not None:
         _lines_by_engine[engine] = line

@@ -13,6 +13,7 @@ from ckpt.distributed.ranks import RankGroup
 from ckpt.engine import mapped_loading
 from ckpt.engine.progress import progress
 from ckpt.engine.remedies import Ways
+from ckpt.engine.view import TrainingEngine
 from ckpt.resuming import continuity
 from ckpt.resuming.changes import LoadOptions, names_in
 from ckpt.resuming.comparison import Comparison
@@ -52,22 +53,19 @@ class TrainerResume:
             ways=WAYS,
         )
         self.ranks = RankGroup("resume", trainer.timeout)
-        self.engine: Any = None
         self.reader: mapped_loading.Mapped | None = None
         self.began_at = 0.0  # when the load began, in monotonic seconds
         self.comparison: Comparison | None = None
 
     @contextmanager
-    def loading(self, engine: Any) -> Iterator[None]:
+    def loading(self, engine: TrainingEngine) -> Iterator[None]:
         """In this block ``engine.load_checkpoint`` compares first, and maps files."""
-        self.engine = engine
-
         with loading([engine], self.options) as readers:
             [self.reader] = readers
-            with mapped_loading.before_load(engine, self._compare):
+            with mapped_loading.before_load(engine, lambda: self._compare(engine)):
                 yield
 
-    def _compare(self) -> None:
+    def _compare(self, engine: TrainingEngine) -> None:
         self.began_at = time.monotonic()
         with self.ranks.step():
             checkpoint = open_checkpoint(self.path)
@@ -75,9 +73,7 @@ class TrainerResume:
                 # nothing was noted; the files' own lists of parameters are looked at
                 return
             loop = loop_of(self.trainer.args, self.trainer.lr_scheduler, self.data)
-            self.comparison = Comparison(
-                Source.of(checkpoint), self.engine, self.options, loop=loop
-            )
+            self.comparison = Comparison(Source.of(checkpoint), engine, self.options, loop=loop)
             self.comparison.require_here(self.on_mismatch)
 
         if self.comparison is not None and not self.ranks.rank:
@@ -104,7 +100,7 @@ class TrainerResume:
             began_at=self.began_at,
         )
         with request.finishing(comparison.source) as report:
-            report.rows = comparison.rows(progress(self.engine), self._new_parts)
+            report.rows = comparison.rows(progress(comparison.engine), self._new_parts)
 
     @property
     def _new_parts(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from ckpt.distributed.ranks import RankGroup
 from ckpt.engine import mapped_loading
 from ckpt.engine.layout import Layout
 from ckpt.engine.remedies import Ways
-from ckpt.engine.view import loads_universal
+from ckpt.engine.view import EngineView, loads_universal
 from ckpt.resuming import topology
 from converters.errors import CheckpointError
 
@@ -64,7 +64,7 @@ class _Watches(list[Any]):
 _watches = _Watches()
 
 
-def _load(engine: Any, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
+def _load(engine: EngineView, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
     """``deepspeed_load_checkpoint`` of a checkpoint that loads here; else ``CheckpointError``."""
     watch = _watches[-1]() if _watches else None
     # seen to already

@@ -152,7 +152,8 @@ class MappedCheckpoints(Trainer):
         best_folder: Any = self.state.best_model_checkpoint
         with ExitStack() as mappings:
             if self.is_deepspeed_enabled:
-                mappings.enter_context(mapped_loading.mapped(self.model_wrapped))
+                engine: Any = self.model_wrapped
+                mappings.enter_context(mapped_loading.mapped(engine))
                 self.state.best_model_checkpoint = self._loadable(best_folder)
 
             try:

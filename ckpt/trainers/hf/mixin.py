@@ -25,13 +25,13 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ckpt.distributed.ranks import RankGroup
-from ckpt.engine.view import uses_node_local_storage
+from ckpt.engine.view import TrainingEngine, uses_node_local_storage
 from ckpt.folders import locks
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Retention
@@ -157,8 +157,8 @@ class CommittedCheckpoints(MappedCheckpoints):
         for run_folder in self._run_folders.values():
             run_folder.release()
 
-    def _engine(self) -> Any:
-        return self.model_wrapped
+    def _engine(self) -> TrainingEngine:
+        return cast(TrainingEngine, self.model_wrapped)
 
     def _run_folder(self, ranks: RankGroup, run: Path) -> RunFolder:
         if run not in self._run_folders:

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ckpt.engine.settings import Loop
-from ckpt.engine.view import gathers_16bit_weights, has_stage
+from ckpt.engine.view import EngineView, gathers_16bit_weights, has_stage
 from ckpt.folders import locks, replacing
 from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import File, digest
@@ -148,7 +148,7 @@ def lift(inner_folder: Path) -> None:
     inner_folder.rmdir()
 
 
-def leaves_out_weights(engine: Any) -> bool:
+def leaves_out_weights(engine: EngineView) -> bool:
     """Whether the Trainer writes no 16-bit model, but the engine's files, and those twice."""
     # none before the training begins
     if not has_stage(engine) or engine.zero_optimization_stage() != 3:

@@ -161,7 +161,7 @@ def _convert(
         plan = pytorch_bin.plan(weights, target_dtype, max_shard_bytes, "keep", file or BIN)
     for shard in plan.shards:  # of another conversion, perhaps: never taken for this one's
         (folder / shard.filename).unlink(missing_ok=True)
-    shards.execute(plan, folder, shards.Checks(allow_overflow=True))
+    shards.execute(plan, folder, shards.CheckOptions(allow_overflow=True))
     if plan.index is not None:
         name, content = plan.index
         local.write_file(folder / name, content)

@@ -35,7 +35,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Topology:
+class SourceTopology:
     """The ranks that share a training's state, and how ZeRO cuts it.
 
     ``stage`` is 0 for DeepSpeed without ZeRO, and ``None`` for other trainers.
@@ -78,7 +78,7 @@ class Source:
     place: Place
     weights: Weights
     files: Mapping[Path, str | None]
-    topology: Topology | None = None
+    topology: SourceTopology | None = None
     optimizer: OptimizerState | None = field(default=None, compare=False)
     precision: str | None = None
     step: int | None = None

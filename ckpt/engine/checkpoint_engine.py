@@ -20,7 +20,7 @@ from typing import Any
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from ckpt.engine.view import EngineView, internals
-from ckpt.runs.manifest import File
+from ckpt.runs.manifest import FileRecord
 from ckpt.state import torch_file
 
 # What the engine does between barriers, without any in them.
@@ -88,7 +88,7 @@ class WritingEngine(CapturingEngine):
 
     def __init__(self, original: Any):
         super().__init__(original)
-        self.files: dict[Path, File] = {}
+        self.files: dict[Path, FileRecord] = {}
 
     def _keep(self, path: Path, state: torch_file.Captured) -> None:
         self.files[path] = state.write(path)

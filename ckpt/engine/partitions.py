@@ -27,7 +27,7 @@ from ckpt.engine.view import EngineView
 from converters.errors import CheckpointError
 
 
-class Piece(NamedTuple):
+class PartitionPiece(NamedTuple):
     """Elements of a tensor from ``start`` on, as a vector on any device.
 
     ``rounded`` are the same elements as the model computes with them, where they are at
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
     rounded: torch.Tensor | None = None
 
 
-def masters(engine: EngineView, inventory: Inventory) -> Iterator[Piece]:
+def masters(engine: EngineView, inventory: Inventory) -> Iterator[PartitionPiece]:
     """This rank's pieces of every tensor at the precision that the optimizer keeps.
 
     What no optimizer trains (frozen parameters, buffers) is given as the model holds
@@ -61,7 +61,7 @@ def masters(engine: EngineView, inventory: Inventory) -> Iterator[Piece]:
     for parameter, start, values in _masters(optimizer, sizes):
         flat = values.detach().reshape(-1)
         rounded = _rounded(parameter, start, flat.numel())
-        yield Piece(names[id(parameter)], start, flat, rounded)
+        yield PartitionPiece(names[id(parameter)], start, flat, rounded)
 
     untrained = {
         name: parameter
@@ -71,7 +71,7 @@ def masters(engine: EngineView, inventory: Inventory) -> Iterator[Piece]:
     yield from _own_copy(inventory, untrained)
 
 
-def sixteen_bit(inventory: Inventory) -> Iterator[Piece]:
+def sixteen_bit(inventory: Inventory) -> Iterator[PartitionPiece]:
     """This rank's pieces of every tensor as the model computes with it: stage 3 partitions, or all.
 
     ``CheckpointError`` names a parameter whose values are not there.
@@ -171,7 +171,7 @@ def _available(shard: Any) -> bool:
     return getattr(shard.status, "name", "AVAILABLE") == "AVAILABLE"
 
 
-def _own_copy(inventory: Inventory, parameters: Mapping[str, Any]) -> Iterator[Piece]:
+def _own_copy(inventory: Inventory, parameters: Mapping[str, Any]) -> Iterator[PartitionPiece]:
     """The model's own copy: of a partitioned parameter each rank's piece, of all else rank 0's."""
     is_rank_0 = dist.get_rank() == 0
     for name, parameter in parameters.items():
@@ -183,15 +183,15 @@ def _own_copy(inventory: Inventory, parameters: Mapping[str, Any]) -> Iterator[P
             if count > 0:
                 with _shard(name, parameter) as shard:
                     _require(name, shard, count)
-                    yield Piece(name, rank * partition_size, shard[:count])
+                    yield PartitionPiece(name, rank * partition_size, shard[:count])
         elif is_rank_0 and expected:
             flat = parameter.detach().reshape(-1)
             _require(name, flat, expected)
-            yield Piece(name, 0, flat)
+            yield PartitionPiece(name, 0, flat)
 
     for name, buffer in inventory.buffers.items():
         if is_rank_0 and buffer.numel():
-            yield Piece(name, 0, buffer.detach().reshape(-1))
+            yield PartitionPiece(name, 0, buffer.detach().reshape(-1))
 
 
 @contextmanager
@@ -228,7 +228,7 @@ def _require(name: str, values: torch.Tensor, count: int) -> None:
         )
 
 
-def require_rounds(piece: Piece, values: torch.Tensor, rounded: torch.Tensor) -> None:
+def require_rounds(piece: PartitionPiece, values: torch.Tensor, rounded: torch.Tensor) -> None:
     """Raises unless the values round to those the model computes with; NaN equals NaN."""
     rounded_values = values.to(rounded.dtype)
     if torch.equal(rounded_values, rounded):

@@ -16,7 +16,7 @@ from ckpt.distributed.chunks import Chunk, Wire
 from ckpt.distributed.ranks import RankGroup
 from ckpt.engine import view
 from ckpt.engine.inventory import TORCH, Inventory, config_of, inventory
-from ckpt.engine.partitions import Piece, masters, require_rounds, sixteen_bit
+from ckpt.engine.partitions import PartitionPiece, masters, require_rounds, sixteen_bit
 from ckpt.engine.view import EngineView
 from ckpt.folders import staging
 from ckpt.live import shards
@@ -203,7 +203,7 @@ class Job:
                 ranks.heartbeat(raise_failures=True)
                 yield name, piece.start + start, _cast(name, values, dtypes[name])
 
-    def pieces(self, model_inventory: Inventory) -> Iterator[Piece]:
+    def pieces(self, model_inventory: Inventory) -> Iterator[PartitionPiece]:
         """What this rank holds, where it lies."""
         if self.computed:
             return sixteen_bit(model_inventory)

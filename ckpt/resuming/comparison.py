@@ -25,7 +25,7 @@ from ckpt.engine.view import EngineView
 from ckpt.resuming import continuity
 from ckpt.resuming.changes import Change, LoadOptions, changes
 from ckpt.resuming.continuity import OnMismatch, Row
-from ckpt.resuming.source import Source
+from ckpt.resuming.resume_point import ResumePoint
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
@@ -40,7 +40,7 @@ class Comparison:
 
     def __init__(
         self,
-        source: Source,
+        source: ResumePoint,
         engine: EngineView,
         request: LoadOptions,
         *,

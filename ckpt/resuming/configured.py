@@ -17,7 +17,7 @@ from typing import Any
 from ckpt.distributed.ranks import RankGroup
 from ckpt.engine.layout import Layout
 from ckpt.resuming import topology
-from ckpt.resuming.source import Source
+from ckpt.resuming.resume_point import ResumePoint
 from ckpt.resuming.topology import Reshard
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import open_checkpoint
@@ -89,7 +89,7 @@ def offer(ranks: RankGroup | None, folder: Path, mode: Reshard) -> Path:
         checkpoint = open_checkpoint(folder)
         source = None
         if checkpoint.manifest is not None and not ranks.rank:
-            source = Source.of(checkpoint)
+            source = ResumePoint.of(checkpoint)
 
         if source is not None and not source.topology.loads_as(current_layout.topology):
             reason = topology.refusal(

@@ -13,7 +13,7 @@ from ckpt.engine.view import TrainingEngine
 from ckpt.resuming.changes import LoadOptions
 from ckpt.resuming.comparison import Comparison
 from ckpt.resuming.continuity import Row
-from ckpt.resuming.source import Source
+from ckpt.resuming.resume_point import ResumePoint
 from converters.errors import CheckpointError
 
 # What DeepSpeed itself puts beside the user's client state (runtime/engine.py:
@@ -64,7 +64,7 @@ class Load:
     def __init__(
         self,
         engine: TrainingEngine,
-        source: Source,
+        source: ResumePoint,
         slot: LoadSlot,
         comparison: Comparison,
         module_only: bool,

@@ -24,8 +24,8 @@ from ckpt.resuming import continuity, select, topology
 from ckpt.resuming.changes import LoadOptions
 from ckpt.resuming.comparison import Comparison
 from ckpt.resuming.continuity import OnMismatch
+from ckpt.resuming.resume_point import RankState, ResumePoint
 from ckpt.resuming.select import VerifyLevel
-from ckpt.resuming.source import RankState, Source
 from ckpt.resuming.topology import Reshard
 from ckpt.runs import manifest as manifests
 from ckpt.runs.run import RunCheckpoint, is_numbered, open_checkpoint
@@ -84,12 +84,14 @@ class ResumeRequest:
                         "refused",
                     )
 
-    def compare(self, source: Source, engine: EngineView, loop: Loop = ENGINE_ALONE) -> Comparison:
+    def compare(
+        self, source: ResumePoint, engine: EngineView, loop: Loop = ENGINE_ALONE
+    ) -> Comparison:
         """Compares what was saved with the training of ``engine``, which has not loaded it."""
         return Comparison(source, engine, self.options, loop=loop)
 
     @contextmanager
-    def finishing(self, source: Source) -> Iterator[ResumeReport]:
+    def finishing(self, source: ResumePoint) -> Iterator[ResumeReport]:
         """A block for what follows the load, which puts the ``rows`` into the report.
 
         Every rank calls it; after the block they are told (``tell``).
@@ -110,7 +112,7 @@ class ResumeRequest:
                 text.seconds(time.monotonic() - self.began_at),
             )
 
-    def choose(self, engine: EngineView, stack: ExitStack) -> Source | None:
+    def choose(self, engine: EngineView, stack: ExitStack) -> ResumePoint | None:
         """What to load, kept from being deleted while ``stack`` is open; ``None``: nothing yet."""
         ranks = self.ranks
         layout = Layout.of_engine(engine, ranks.world)
@@ -127,7 +129,7 @@ class ResumeRequest:
             checkpoint = committed(ranks, checkpoint)
         with ranks.step():
             stack.enter_context(locks.reading(checkpoint.folder))
-            source = Source.of(checkpoint, self.tag)
+            source = ResumePoint.of(checkpoint, self.tag)
 
         if not ranks.rank:
             log.info("going on from %s", source.said(self.verify))
@@ -141,7 +143,7 @@ class ResumeRequest:
     def prepare(
         self,
         engine: EngineView,
-        source: Source,
+        source: ResumePoint,
         everything: bool = True,
     ) -> tuple[RankState, LoadSlot]:
         """This rank's own state, of ``everything`` that was saved, or of nothing; when it may load.
@@ -175,7 +177,7 @@ class ResumeRequest:
         predecessor = slot_order.heard[0].get(str(self.ranks.rank))
         return state, LoadSlot(self.ranks, source.folder, need.reads, predecessor)
 
-    def state(self, source: Source) -> RankState:
+    def state(self, source: ResumePoint) -> RankState:
         """What this rank saved beside the engine; ``CheckpointError`` if not all comes back."""
         state = RankState.read(source, self.ranks.rank)
         losses = state.lost(self.extra)
@@ -189,7 +191,7 @@ class ResumeRequest:
     def _slots(
         self,
         engine: EngineView,
-        source: Source,
+        source: ResumePoint,
         reports: Sequence[Any],
     ) -> dict[str, int]:
         """Which rank each one waits for before it loads, where not all of a node can at once."""
@@ -221,7 +223,7 @@ class ResumeRequest:
         return predecessors
 
     def tell(
-        self, source: Source, rows: Sequence[continuity.Row], mismatches: Sequence[Any]
+        self, source: ResumePoint, rows: Sequence[continuity.Row], mismatches: Sequence[Any]
     ) -> None:
         """Logs the table on rank 0, and raises on all ranks if something is not as it was saved.
 

@@ -19,7 +19,7 @@ from ckpt.folders import locks
 from ckpt.resuming import select
 from ckpt.resuming.load import Load
 from ckpt.resuming.request import ResumeRequest
-from ckpt.resuming.source import RankState, Source
+from ckpt.resuming.resume_point import RankState, ResumePoint
 from ckpt.runs import engines as recorded
 from ckpt.runs.run import RunCheckpoint
 from ckpt.saving.commit import identity
@@ -76,7 +76,7 @@ def resume_together(
 
 
 def _prepare_loads(
-    resume_request: ResumeRequest, engines: Engines, sources: Mapping[str, Source]
+    resume_request: ResumeRequest, engines: Engines, sources: Mapping[str, ResumePoint]
 ) -> list[Load]:
     """A load for each engine, compared with what was saved; no engine is touched yet.
 
@@ -135,16 +135,16 @@ def _choose(
     return checkpoint
 
 
-def _joint_source(checkpoint: RunCheckpoint) -> Source:
+def _joint_source(checkpoint: RunCheckpoint) -> ResumePoint:
     """The checkpoint as one, without what its manifest says of each engine."""
     assert checkpoint.manifest is not None
     manifest = replace(checkpoint.manifest, progress={})
-    return Source.of(replace(checkpoint, manifest=manifest))
+    return ResumePoint.of(replace(checkpoint, manifest=manifest))
 
 
 def _sources(
-    checkpoint: RunCheckpoint, joint_source: Source, engines: Engines, world: int
-) -> dict[str, Source]:
+    checkpoint: RunCheckpoint, joint_source: ResumePoint, engines: Engines, world: int
+) -> dict[str, ResumePoint]:
     """What each engine loads; ``CheckpointError`` unless they are those that were saved."""
     assert checkpoint.manifest is not None
     _require_engines(checkpoint.folder, recorded.names(checkpoint.manifest), engines.names)
@@ -195,12 +195,14 @@ def _require_engines(folder: Path, saved_names: Sequence[str], engine_names: Seq
     )
 
 
-def _announce(resume_request: ResumeRequest, joint_source: Source) -> None:
+def _announce(resume_request: ResumeRequest, joint_source: ResumePoint) -> None:
     if not resume_request.ranks.rank:
         log.info("going on from %s", joint_source.said(resume_request.verify))
 
 
-def _read_state(resume_request: ResumeRequest, joint_source: Source, everything: bool) -> RankState:
+def _read_state(
+    resume_request: ResumeRequest, joint_source: ResumePoint, everything: bool
+) -> RankState:
     """This rank's random states and extras, which are of all engines together."""
     with resume_request.ranks.step():
         return resume_request.state(joint_source) if everything else RankState.none()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from ckpt.distributed.ranks import RankGroup, alive
 from ckpt.engine.layout import Layout
-from ckpt.resuming.source import Source
+from ckpt.resuming.resume_point import ResumePoint
 from ckpt.rewrite import job
 from ckpt.rewrite.job import Rewriting
 from ckpt.runs.run import Run, RunCheckpoint, is_numbered, open_checkpoint
@@ -37,7 +37,7 @@ def require_known(mode: Any) -> None:
         raise CheckpointError(f"reshard={mode!r}, expected None or auto", "refused")
 
 
-def difference(source: Source, layout: Layout) -> str:
+def difference(source: ResumePoint, layout: Layout) -> str:
     """What the checkpoint is, and what this training is."""
     saved, current = source.topology, layout.topology
     return (
@@ -47,7 +47,7 @@ def difference(source: Source, layout: Layout) -> str:
     )
 
 
-def refusal(source: Source, layout: Layout, alternative: str = "") -> CheckpointError:
+def refusal(source: ResumePoint, layout: Layout, alternative: str = "") -> CheckpointError:
     """Why the checkpoint does not load as it is, and the command that makes one that does.
 
     ``alternative`` is another way, which the front end has.
@@ -67,7 +67,7 @@ def refusal(source: Source, layout: Layout, alternative: str = "") -> Checkpoint
     return CheckpointError(sentence, "unsupported")
 
 
-def _command(source: Source, layout: Layout) -> str:
+def _command(source: ResumePoint, layout: Layout) -> str:
     """The command line that makes of the checkpoint what loads."""
     saved, current = source.topology, layout.topology
     output = _output_of(source, layout)
@@ -77,7 +77,7 @@ def _command(source: Source, layout: Layout) -> str:
     )
 
 
-def _output_of(source: Source, layout: Layout) -> Path:
+def _output_of(source: ResumePoint, layout: Layout) -> Path:
     """The folder beside the checkpoint that it is resharded to, as ``reshard`` names it."""
     saved, current = source.topology, layout.topology
     stage = f"-z{current.stage}" if current.stage != saved.stage else ""
@@ -86,11 +86,11 @@ def _output_of(source: Source, layout: Layout) -> Path:
 
 def fitting(
     ranks: RankGroup,
-    source: Source,
+    source: ResumePoint,
     layout: Layout,
     mode: Reshard,
     alternative: str = BY_ARGUMENT,
-) -> Source:
+) -> ResumePoint:
     """The source itself or, if it does not load as it is, what it is resharded to.
 
     Every rank calls it. ``CheckpointError`` if it has to be resharded and is not to be,
@@ -107,7 +107,7 @@ def fitting(
 
     with ranks.step():
         output = open_checkpoint(Path(outcome.heard[0]))
-        return replace(Source.of(output, Path(source.tag).name), resharded=True)
+        return replace(ResumePoint.of(output, Path(source.tag).name), resharded=True)
 
 
 def loadable(
@@ -141,7 +141,7 @@ def _loadable(
     require_state(checkpoint)
 
     try:
-        source = Source.of(checkpoint)
+        source = ResumePoint.of(checkpoint)
     except CheckpointError:
         if checkpoint.manifest is not None:
             raise
@@ -162,7 +162,7 @@ def _loadable(
     return _reshard_source(ranks, source, layout)
 
 
-def _earlier_output(source: Source, layout: Layout) -> Path | None:
+def _earlier_output(source: ResumePoint, layout: Layout) -> Path | None:
     """Where the source was resharded for this layout before, as the error advises."""
     output = _output_of(source, layout)
     if not output.is_dir() or not _is_made_of(source, _plan_rewriting(source, layout)):
@@ -207,7 +207,7 @@ def _may_have_state(folder: Path) -> bool:
     return any(map(is_tag_folder, inner_folders))
 
 
-def _reshard_source(ranks: RankGroup, source: Source, layout: Layout) -> Path:
+def _reshard_source(ranks: RankGroup, source: ResumePoint, layout: Layout) -> Path:
     """Where the source is for this layout, made if need be; on rank 0."""
     from ckpt.rewrite import reshard as resharding
 
@@ -234,7 +234,7 @@ def _reshard_source(ranks: RankGroup, source: Source, layout: Layout) -> Path:
     return rewriting.output
 
 
-def _plan_rewriting(source: Source, layout: Layout) -> Rewriting:
+def _plan_rewriting(source: ResumePoint, layout: Layout) -> Rewriting:
     """The resharding of the source for this layout, beside it."""
     from ckpt.rewrite import reshard as resharding
 
@@ -244,7 +244,7 @@ def _plan_rewriting(source: Source, layout: Layout) -> Rewriting:
     return resharding.plan(source.folder, current.world_size, **options)
 
 
-def _is_made_of(source: Source, rewriting: Rewriting) -> bool:
+def _is_made_of(source: ResumePoint, rewriting: Rewriting) -> bool:
     """Whether the planned output is there, whole, and a resharding of this source for this."""
     if source.foreign or not rewriting.output.is_dir():
         return False
@@ -260,7 +260,7 @@ def _is_made_of(source: Source, rewriting: Rewriting) -> bool:
     return resharded.manifest.save == job.save_of(source_manifest, rewriting.target)
 
 
-def _may_be_replaced(source: Source, rewriting: Rewriting) -> bool:
+def _may_be_replaced(source: ResumePoint, rewriting: Rewriting) -> bool:
     """Whether what has the output's name was resharded from this source before.
 
     One without a manifest says nothing of its bytes, so it is made again: only if its

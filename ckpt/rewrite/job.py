@@ -219,7 +219,7 @@ def _move(
 
     (staged_folder / rewriting.tag).mkdir(exist_ok=True)
     # numbers may overflow, as torch rounds when the engine does it
-    checks = shards.Checks(verify=verify, allow_overflow=True)
+    checks = shards.CheckOptions(verify=verify, allow_overflow=True)
     return shards.execute(plan, staged_folder, checks, workers=workers, progress=progress)
 
 
@@ -308,7 +308,7 @@ def _rewritten_manifest(
     )
 
 
-def _digest(path: Path) -> manifest.File:
+def _digest(path: Path) -> manifest.FileRecord:
     with local.named(path):
         return manifest.digest(path)
 

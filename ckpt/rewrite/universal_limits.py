@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from converters.pickles.values import Call
 from converters.zero import checkpoint, muon
 from converters.zero.native.optimizer_files import SUB_GROUP
-from converters.zero.param_groups import Group
+from converters.zero.param_groups import ParamGroup
 
 _ADAM = ("exp_avg", "exp_avg_sq")  # all that stage 3 reads
 
 
-def notes(source: checkpoint.Checkpoint, groups: Sequence[Group]) -> Iterator[str]:
+def notes(source: checkpoint.Checkpoint, groups: Sequence[ParamGroup]) -> Iterator[str]:
     """The limits that concern a checkpoint; ``groups`` are its param groups."""
     if untrained_count := len(source.weights.frozen | source.weights.buffers):
         yield (
@@ -42,7 +42,7 @@ def notes(source: checkpoint.Checkpoint, groups: Sequence[Group]) -> Iterator[st
         )
 
 
-def _notes_on_states(source: checkpoint.Checkpoint, groups: Sequence[Group]) -> Iterator[str]:
+def _notes_on_states(source: checkpoint.Checkpoint, groups: Sequence[ParamGroup]) -> Iterator[str]:
     """Which states of the optimizer are not read."""
     states = {str(key) for group in groups for key in group.values} - {""}
     other_states = sorted(states - {*_ADAM})
@@ -66,7 +66,7 @@ def _notes_on_states(source: checkpoint.Checkpoint, groups: Sequence[Group]) -> 
         yield f"load_universal does not restore {', '.join(sorted(constants))}"
 
 
-def _notes_on_options(groups: Sequence[Group]) -> Iterator[str]:
+def _notes_on_options(groups: Sequence[ParamGroup]) -> Iterator[str]:
     """Which options of the param groups are lost, since all get those of the first."""
     options = [group.options or {} for group in groups]
     keys = {str(key) for group_options in options for key in group_options}
@@ -83,7 +83,7 @@ def _notes_on_options(groups: Sequence[Group]) -> Iterator[str]:
         )
 
 
-def _counts_steps_together(source: checkpoint.Checkpoint, groups: Sequence[Group]) -> bool:
+def _counts_steps_together(source: checkpoint.Checkpoint, groups: Sequence[ParamGroup]) -> bool:
     """Whether several sub-groups of stage 3 would count their steps in one tensor."""
     numel = sum(tensor.numel for tensor in source.weights.tensors.values())
     steps = [group.constants.get("step") for group in groups]

@@ -37,7 +37,7 @@ def quiet(_: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class FileRecord:
     """A file's size in bytes and its digest, ``KIND:HEX``."""
 
     size: int
@@ -57,7 +57,7 @@ class File:
         return self.digest.partition(":")[0]
 
 
-def digest(path: Path) -> File:
+def digest(path: Path) -> FileRecord:
     """The size and digest of a file, of the kind that its form allows; ``OSError`` if unreadable.
 
     A torch zip's tensors are not read: 1 GB takes as long as 1 MB.
@@ -65,16 +65,16 @@ def digest(path: Path) -> File:
     with open(path, "rb") as stream:
         file_size = os.fstat(stream.fileno()).st_size
         if path.suffix == ".safetensors":
-            return File(file_size, _crc32(stream, file_size, quiet))
+            return FileRecord(file_size, _crc32(stream, file_size, quiet))
         if (directory_digest := _directory_digest(stream)) is not None:
-            return File(file_size, f"zip:{directory_digest}")
+            return FileRecord(file_size, f"zip:{directory_digest}")
         if file_size > LARGE:
-            return File(file_size, _crc32(stream, file_size, quiet))
+            return FileRecord(file_size, _crc32(stream, file_size, quiet))
 
-        return File(file_size, _sha256(stream, file_size, quiet))
+        return FileRecord(file_size, _sha256(stream, file_size, quiet))
 
 
-def unlike(path: Path, expected: File, data: bool, progress: Progress) -> str | None:
+def unlike(path: Path, expected: FileRecord, data: bool, progress: Progress) -> str | None:
     """How a file differs from what is expected; ``None`` if it does not.
 
     In its size or, with ``data``, in any byte. ``OSError`` if it cannot be read.
@@ -87,7 +87,7 @@ def unlike(path: Path, expected: File, data: bool, progress: Progress) -> str | 
         return _check_content(stream, expected, progress)
 
 
-def _check_structure(path: Path, expected: File) -> str | None:
+def _check_structure(path: Path, expected: FileRecord) -> str | None:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -101,7 +101,7 @@ def _check_structure(path: Path, expected: File) -> str | None:
     return None
 
 
-def _check_content(stream: BinaryIO, expected: File, progress: Progress) -> str | None:
+def _check_content(stream: BinaryIO, expected: FileRecord, progress: Progress) -> str | None:
     if expected.kind == "zip":
         directory_digest = _directory_digest(stream)
         if directory_digest is None:

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.folders.filenames import MANIFEST, PINNED
-from ckpt.runs.digests import File, Progress, digest, quiet, unlike
+from ckpt.runs.digests import FileRecord, Progress, digest, quiet, unlike
 from converters.errors import MALFORMED, CheckpointError
 from converters.storage import bounded_json
 
 __all__ = [
     "ABSENT",
-    "File",
+    "FileRecord",
     "Manifest",
     "check",
     "digest",
@@ -75,7 +75,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     progress: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, File] = field(default_factory=dict)
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
     run: str | None = None
     line: tuple[tuple[str, int], ...] = ()
     name: str | None = None
@@ -135,7 +135,7 @@ class Manifest:
         _require(is_known_stage, "stage", self.stage, "0 to 3 or null")
 
     def _require_values(self) -> None:
-        value_types = (("versions", str), ("metrics", (int, float)), ("files", File))
+        value_types = (("versions", str), ("metrics", (int, float)), ("files", FileRecord))
         for name, expected_type in value_types:
             for entry_name, value in getattr(self, name).items():
                 is_text_key = isinstance(entry_name, str)
@@ -280,7 +280,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         for name, metric in fields["metrics"].items()
     }
     fields["files"] = {
-        name: File(entry["size"], entry["digest"]) for name, entry in fields["files"].items()
+        name: FileRecord(entry["size"], entry["digest"]) for name, entry in fields["files"].items()
     }
     return Manifest(**fields)
 

@@ -19,7 +19,7 @@ from ckpt.engine.view import TrainingEngine, is_between_steps
 from ckpt.live import shards
 from ckpt.runs.engines import ENGINES
 from ckpt.runs.lineage import Line
-from ckpt.runs.manifest import File
+from ckpt.runs.manifest import FileRecord
 from ckpt.saving.commit.commit import Facts
 from ckpt.saving.model_weights import WeightsWriter
 from ckpt.saving.tiers import Tier
@@ -176,9 +176,9 @@ class SeveralWeights:
             for index in range(count)
         ]
 
-    def finish(self, folder: Path, reports: list[Any]) -> dict[str, File]:
+    def finish(self, folder: Path, reports: list[Any]) -> dict[str, FileRecord]:
         """Gives the files of each engine their names; returns them by path in ``folder``."""
-        files: dict[str, File] = {}
+        files: dict[str, FileRecord] = {}
         for name, weights in self.by_name.items():
             engine_reports = [report[name] for report in reports]
             engine_files = weights.finish(folder / name, engine_reports)

@@ -34,7 +34,7 @@ from ckpt.runs import pruning
 from ckpt.runs.lease import lease
 from ckpt.runs.lease.lease import Lease
 from ckpt.runs.lineage import Line
-from ckpt.runs.manifest import File
+from ckpt.runs.manifest import FileRecord
 from ckpt.runs.retention import Retention
 from ckpt.saving import preflight, streamed
 from ckpt.saving.capture import write_companions
@@ -285,7 +285,7 @@ class Save:
             for path, file in writer.files.items():
                 self.commit.files[path.relative_to(root).as_posix()] = file
 
-    def add(self, files: Mapping[str, File]) -> None:
+    def add(self, files: Mapping[str, FileRecord]) -> None:
         """Files that are on disk, by their paths in the checkpoint."""
         self.commit.files |= files
 

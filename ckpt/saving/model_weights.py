@@ -16,7 +16,7 @@ from ckpt.distributed.ranks import RankGroup
 from ckpt.engine.view import EngineView
 from ckpt.live import shards
 from ckpt.live.export import CHUNK, Job, save_config, written_types
-from ckpt.runs.manifest import File
+from ckpt.runs.manifest import FileRecord
 from ckpt.saving import adapter
 from ckpt.saving.host_copies import rounded
 from ckpt.weights.conversion import task
@@ -88,13 +88,13 @@ class WeightsWriter:
         """Writes all parts, where some ranks do not see rank 0's folder and send their part."""
         return self.job.write(self.ranks, self.inventory, self.plan, folder, senders)
 
-    def finish(self, folder: Path, reports: list[shards.WrittenRuns]) -> dict[str, File]:
+    def finish(self, folder: Path, reports: list[shards.WrittenRuns]) -> dict[str, FileRecord]:
         """Gives the files their names, on rank 0, when every element is written once."""
         runs = [report["written"] for report in reports]
         shards.require_all(self.inventory.weights, runs)
         crcs = shards.crc32s(self.plan, reports)
         shards.finish(self.plan, folder)
         return {
-            shard.filename: File(shard.nbytes, f"crc32:{crcs[shard.filename]:08x}")
+            shard.filename: FileRecord(shard.nbytes, f"crc32:{crcs[shard.filename]:08x}")
             for shard in self.plan.shards
         }

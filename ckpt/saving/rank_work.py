@@ -10,7 +10,7 @@ import torch
 
 from ckpt.distributed.chunks import Chunk
 from ckpt.live import shards
-from ckpt.runs.manifest import File
+from ckpt.runs.manifest import FileRecord
 from ckpt.saving.host_copies import HostCopies, rounded
 from ckpt.saving.model_weights import WeightsWriter
 from ckpt.state.torch_file import Captured
@@ -31,7 +31,7 @@ class RankWork:
     ):
         self.folder, self.states, self.weights = folder, states, weights
         self.chunks: Iterable[Chunk] = weights.chunks() if weights else ()
-        self.files: dict[str, File] = {}
+        self.files: dict[str, FileRecord] = {}
         self.report: shards.WrittenRuns | None = None
         self.heartbeat: Callable[[], object] = lambda: None
         # set when all that is not copied is written: the trainer may change its state

@@ -32,7 +32,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from ckpt.runs.digests import File
+from ckpt.runs.digests import FileRecord
 from converters.errors import CheckpointError
 from converters.storage import local
 from converters.words import shape as shape_text
@@ -78,11 +78,11 @@ def dumps(state: Any, name: str = "state") -> bytes:
     return safetensors.torch.save(writer.tensors, metadata)
 
 
-def write(path: Path, state: Any) -> File:
+def write(path: Path, state: Any) -> FileRecord:
     """Writes ``dumps(state)``, whole or not at all, and returns its size and digest."""
     data = dumps(state, str(path))
     local.write_file(path, data)
-    return File(len(data), f"sha256:{sha256(data).hexdigest()}")
+    return FileRecord(len(data), f"sha256:{sha256(data).hexdigest()}")
 
 
 def loads(source: bytes | Path) -> Any:

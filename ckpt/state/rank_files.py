@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt.runs.manifest import File
+from ckpt.runs.manifest import FileRecord
 from ckpt.state import plain, rng
 from converters.errors import CheckpointError
 
@@ -41,7 +41,7 @@ def state_of(extra: Mapping[str, Any] | None) -> dict[str, Any]:
     return states
 
 
-def write(folder: Path, rank: int, extra: Mapping[str, Any] | None) -> dict[str, File]:
+def write(folder: Path, rank: int, extra: Mapping[str, Any] | None) -> dict[str, FileRecord]:
     """Writes this rank's files, on disk when it returns.
 
     ``CheckpointError`` names what is not a plain state.

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch.serialization import location_tag, normalize_storage_type
 
-from ckpt.runs.digests import File, Progress, digest, quiet
+from ckpt.runs.digests import FileRecord, Progress, digest, quiet
 from ckpt.state.blocks import Blocks, Payload, ahead, view
 from converters.storage import local
 from converters.torch_files.zip_headers import ALIGNMENT, EntryHeader, directory
@@ -101,7 +101,7 @@ class Captured:
 
         self.storages[index] = replacement
 
-    def write(self, path: Path, progress: Progress = quiet) -> File:
+    def write(self, path: Path, progress: Progress = quiet) -> FileRecord:
         """Writes the file, whole or not at all, and returns its size and digest.
 
         Its bytes are on disk then; its name is when the folder is synced.
@@ -127,7 +127,7 @@ class Captured:
 
         if blocks.digest is None:
             return digest(path)
-        return File(offset, f"zip:{blocks.digest}")
+        return FileRecord(offset, f"zip:{blocks.digest}")
 
     def records(self, path: Path) -> list[EntryHeader]:
         """The records of the file at ``path``, in order."""

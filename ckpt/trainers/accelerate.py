@@ -29,8 +29,8 @@ from ckpt.resuming.changes import LoadOptions, names_in
 from ckpt.resuming.continuity import OnMismatch
 from ckpt.resuming.load import loading
 from ckpt.resuming.request import ResumeRequest
+from ckpt.resuming.resume_point import ResumePoint
 from ckpt.resuming.select import VerifyLevel
-from ckpt.resuming.source import Source
 from ckpt.resuming.topology import Reshard
 from ckpt.runs.lease.lease import Lease
 from ckpt.runs.retention import Retention
@@ -215,7 +215,7 @@ def _load(
     return source.step
 
 
-def _require_all_models(source: Source, engines: list[TrainingEngine]) -> None:
+def _require_all_models(source: ResumePoint, engines: list[TrainingEngine]) -> None:
     """Raises where only the first of several models was resharded."""
     if source.resharded and len(engines) > 1:
         raise CheckpointError(

@@ -24,7 +24,7 @@ from ckpt.resuming.comparison import Comparison
 from ckpt.resuming.continuity import OnMismatch
 from ckpt.resuming.load import loading
 from ckpt.resuming.request import ResumeRequest
-from ckpt.resuming.source import Source
+from ckpt.resuming.resume_point import ResumePoint
 from ckpt.runs.run import open_checkpoint
 
 WAYS = Ways(
@@ -54,7 +54,7 @@ def loop_of(trainer: Any) -> Loop:
 class FitResume:
     """One fit that goes on from ``source``."""
 
-    def __init__(self, source: Source, loop: Loop, options: LoadOptions):
+    def __init__(self, source: ResumePoint, loop: Loop, options: LoadOptions):
         self.source, self.loop, self.options = source, loop, options
         self.began_at = time.monotonic()
         self.comparison: Comparison | None = None
@@ -69,7 +69,7 @@ class FitResume:
             or trainer.state.fn != "fit"
         ):
             return None
-        return cls(Source.of(checkpoint), loop_of(trainer), options)
+        return cls(ResumePoint.of(checkpoint), loop_of(trainer), options)
 
     def require(self, engine: EngineView, on_mismatch: OnMismatch) -> None:
         """``CheckpointError`` if this is another training; nothing is loaded yet."""

@@ -92,7 +92,7 @@ def read_names(weights: Weights, changes: Mapping[str, str] | None = None) -> li
     return [name for name in names.values() if not name.startswith(VALUE_HEAD)]
 
 
-def _of_weight(name: str, group: quantized.Group) -> str:
+def _of_weight(name: str, group: quantized.QuantizedGroup) -> str:
     """The (new) name of codes with the end that the weight's name has: ``weight``."""
     assert group.codes is not None
     place = group.codes.rpartition(".")[0]

@@ -16,7 +16,7 @@ from converters.source import Source
 from converters.storage.store import Name, local_path
 
 
-class Reader(Protocol):
+class FormatReader(Protocol):
     """Locates all that a checkpoint holds; reads headers and pickles, no tensor."""
 
     def __call__(self, path: Path, tag: str | None = None, complete: bool = False) -> Source:
@@ -116,10 +116,10 @@ def _among(path: Name, tag: str | None, rows: Sequence[Kind]) -> Detection:
     )
 
 
-def reader(name: str) -> Reader:
+def reader(name: str) -> FormatReader:
     """The reader that a row names as "module:function"."""
     module_name, _, function_name = name.partition(":")
-    function: Reader = getattr(import_module(module_name), function_name)
+    function: FormatReader = getattr(import_module(module_name), function_name)
     return function
 
 

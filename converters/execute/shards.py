@@ -75,7 +75,7 @@ OTHER_SAVES = "these files are of different saves; copy those of one save here"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Checks:
+class CheckOptions:
     """What ``execute`` checks and counts while it moves bytes.
 
     ``verify`` compares CRC32s and copies. ``exact_copies`` makes a copy with other
@@ -91,13 +91,13 @@ class Checks:
     count_specials: bool = False
 
 
-DEFAULT_CHECKS = Checks()
+DEFAULT_CHECKS = CheckOptions()
 
 
 def execute(
     plan: Plan,
     folder: Path,
-    checks: Checks = DEFAULT_CHECKS,
+    checks: CheckOptions = DEFAULT_CHECKS,
     *,
     workers: int | None = None,
     progress: Progress = lambda _: None,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from converters import words
 from converters.peft import expected_layers, kinds, names, patterns
 from converters.peft.config import AdapterConfig
-from converters.peft.expected_layers import Trained
-from converters.peft.names import Parameter
+from converters.peft.expected_layers import TrainedLayers
+from converters.peft.names import ParsedName
 from converters.tensors import TensorRef
 
 _B = ("lora_B",)
@@ -35,7 +35,7 @@ class Shown:
     saved: tuple[str, ...]
     dora: bool
     prompt: bool
-    trained: Trained
+    trained: TrainedLayers
 
     @property
     def title(self) -> str:
@@ -62,7 +62,7 @@ def untouched(parameter_names: Iterable[str]) -> frozenset[str]:
 
 
 def shown(
-    parameters: Iterable[Parameter],
+    parameters: Iterable[ParsedName],
     tensors: Mapping[str, TensorRef],
     unadapted: frozenset[str] = frozenset(),
 ) -> Shown:
@@ -101,7 +101,7 @@ def shown(
     prompt = names.PROMPT in roles
     kind = network if prompt else kinds.by_roles(roles)
     dora = "lora_magnitude_vector" in roles
-    trained = Trained(
+    trained = TrainedLayers(
         tuple(modules),
         tuple(saved),
         tuple(tokens.items()),
@@ -112,7 +112,7 @@ def shown(
     return Shown(kind, ranks, tuple(modules), tuple(saved), dora, prompt, trained)
 
 
-def _adapted(parameter: Parameter) -> bool:
+def _adapted(parameter: ParsedName) -> bool:
     """Whether a parameter belongs to the adapter of a layer (rows of embeddings are
     another's)."""
     of_layer = names.is_role(parameter.role) and parameter.module != ""

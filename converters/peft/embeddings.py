@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from converters.peft import names, patterns
 from converters.peft.config import AdapterConfig
-from converters.peft.names import Parameter
+from converters.peft.names import ParsedName
 
 TARGETS = ("embed_tokens", "lm_head")  # EMBEDDING_LAYER_NAMES
 ALL_LINEAR = "all-linear"
@@ -29,7 +29,7 @@ OUTPUTS = (  # and their output embedding
 
 
 def saved(
-    parameters: Iterable[Parameter], config: AdapterConfig, resized: bool
+    parameters: Iterable[ParsedName], config: AdapterConfig, resized: bool
 ) -> Iterator[tuple[str, str]]:
     """The embeddings' tensors that are saved whole: the names in the file, and here."""
     all_parameters = list(parameters)
@@ -53,7 +53,7 @@ def _tokens(config: AdapterConfig) -> bool:
     return rows or config.peft_type == "TRAINABLE_TOKENS"
 
 
-def targeted(parameters: Iterable[Parameter], config: AdapterConfig) -> bool:
+def targeted(parameters: Iterable[ParsedName], config: AdapterConfig) -> bool:
     """Whether the configuration's targets are embeddings, by PEFT's rule."""
     targets = config.target_modules
     if targets is None or targets == ALL_LINEAR:
@@ -69,7 +69,7 @@ def targeted(parameters: Iterable[Parameter], config: AdapterConfig) -> bool:
     )
 
 
-def layers(parameters: Iterable[Parameter]) -> tuple[str, ...]:
+def layers(parameters: Iterable[ParsedName]) -> tuple[str, ...]:
     """The model's input and output embedding, as far as names tell, with PEFT's
     prefix."""
     all_parameters = list(parameters)
@@ -77,7 +77,7 @@ def layers(parameters: Iterable[Parameter]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(layer for layer in pair if layer is not None))
 
 
-def _layer(parameters: Iterable[Parameter], candidates: Iterable[str]) -> str | None:
+def _layer(parameters: Iterable[ParsedName], candidates: Iterable[str]) -> str | None:
     """The first of some modules that is there; the least deep of several of one name.
 
     Modules within numbered layers are left out.
@@ -113,7 +113,7 @@ def inputs(all_names: Iterable[str]) -> str | None:
     return None
 
 
-def rows(parameters: Iterable[Parameter]) -> str | None:
+def rows(parameters: Iterable[ParsedName]) -> str | None:
     """The name of the tensor whose first axis is the vocabulary, if one is there.
 
     That may be the trained copy of an embedding whose original is not in the checkpoint.

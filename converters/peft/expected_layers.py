@@ -30,7 +30,7 @@ _DEFAULTS = tuple(
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class TrainedLayers:
     """What tensors show of an adapter beside kind and ranks.
 
     ``modules`` are the adapted ones, ``saved`` those that are trained whole, ``tokens``
@@ -91,7 +91,7 @@ def _layer(pattern: Any, module: str) -> int | None:
     return None
 
 
-def unchosen(config: AdapterConfig, trained: Trained) -> str | None:
+def unchosen(config: AdapterConfig, trained: TrainedLayers) -> str | None:
     """Why PEFT would choose other targets than those that are adapted; of no targets,
     its own."""
     if config.target_modules is not None or config.values.get("target_parameters"):
@@ -105,13 +105,13 @@ def unchosen(config: AdapterConfig, trained: Trained) -> str | None:
     return f"it has no target_modules, and the tensors adapt {_short(sorted(ends))}"
 
 
-def without_tensors(config: AdapterConfig, trained: Trained) -> str | None:
+def without_tensors(config: AdapterConfig, trained: TrainedLayers) -> str | None:
     """What the configuration demands and the tensors lack, or the other way round."""
     reasons = (_saved(config, trained), _tokens(config, trained), _biases(config, trained))
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _saved(config: AdapterConfig, trained: Trained) -> str | None:
+def _saved(config: AdapterConfig, trained: TrainedLayers) -> str | None:
     if config.values.get("ensure_weight_tying"):
         return None
 
@@ -136,7 +136,7 @@ def _saved(config: AdapterConfig, trained: Trained) -> str | None:
     return f"its modules_to_save are {names}, of which the tensors have no trained copy"
 
 
-def _tokens(config: AdapterConfig, trained: Trained) -> str | None:
+def _tokens(config: AdapterConfig, trained: TrainedLayers) -> str | None:
     name = "token_indices" if config.peft_type == "TRAINABLE_TOKENS" else "trainable_token_indices"
     counts = {len(rows) for rows in config.token_indices.values() if rows}
     if counts and not trained.tokens:
@@ -152,7 +152,7 @@ def _tokens(config: AdapterConfig, trained: Trained) -> str | None:
     return None
 
 
-def _biases(config: AdapterConfig, trained: Trained) -> str | None:
+def _biases(config: AdapterConfig, trained: TrainedLayers) -> str | None:
     if config.peft_type != "LORA" or config.lora_bias == trained.biased or not trained.modules:
         return None
     if config.lora_bias:
@@ -160,7 +160,7 @@ def _biases(config: AdapterConfig, trained: Trained) -> str | None:
     return "it says no lora_bias, and the tensors have a bias of lora_B"
 
 
-def unscaled(config: AdapterConfig, trained: Trained) -> str | None:
+def unscaled(config: AdapterConfig, trained: TrainedLayers) -> str | None:
     """The problem of a LoRA without ``lora_alpha``: PEFT would take 8, whatever the
     training had."""
     if config.peft_type != "LORA" or config.lora_alpha is not None:

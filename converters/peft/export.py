@@ -15,7 +15,7 @@ from converters.errors import CheckpointError
 from converters.peft import embeddings, names
 from converters.peft.config import AdapterConfig
 from converters.peft.kinds import KINDS, title
-from converters.peft.names import Parameter, parsed
+from converters.peft.names import ParsedName, parsed
 
 PROMPT_EMBEDDINGS = "prompt_embeddings"
 _SHARED = {  # of the whole adapter, not of a layer: saved where the configuration says
@@ -102,7 +102,7 @@ def _of_another(name: str, others: frozenset[str]) -> bool:
 
 
 def _layers(
-    parameters: Iterable[Parameter], config: AdapterConfig, adapter: str
+    parameters: Iterable[ParsedName], config: AdapterConfig, adapter: str
 ) -> Iterator[tuple[str, str]]:
     """The tensors of adapted layers, and the biases that are trained with them."""
     shared = _SHARED.get(config.peft_type, ())
@@ -138,7 +138,7 @@ def _dora(name: str) -> str:
 
 
 def _saved_modules(
-    parameters: Iterable[Parameter], adapter: str, tied: Collection[str]
+    parameters: Iterable[ParsedName], adapter: str, tied: Collection[str]
 ) -> Iterator[tuple[str, str]]:
     """Modules that are trained whole, and trained rows of embeddings: of tied ones the
     first's."""
@@ -152,7 +152,7 @@ def _saved_modules(
 
 
 def _prompt(
-    parameters: Iterable[Parameter], config: AdapterConfig, adapter: str
+    parameters: Iterable[ParsedName], config: AdapterConfig, adapter: str
 ) -> tuple[dict[str, str], dict[str, str]]:
     """The tensors of a prompt encoder, and those that the prompt is computed of."""
     encoder = {

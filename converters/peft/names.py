@@ -45,7 +45,7 @@ _MODULES = (  # roles that are modules with such parameters; X.ia3_l.weight is o
 
 
 @dataclass(frozen=True, slots=True)
-class Parameter:
+class ParsedName:
     """A name, taken apart.
 
     ``prefix`` is ``base_model.model.``, ``base_model.`` or nothing, behind whatever a
@@ -82,7 +82,7 @@ class Parameter:
 
 
 @lru_cache(maxsize=4096)
-def parsed(name: str) -> Parameter:
+def parsed(name: str) -> ParsedName:
     """A parameter's name taken apart. Any name has parts: those of another model are
     ``base``."""
     prefix = _prefix(name)
@@ -92,7 +92,7 @@ def parsed(name: str) -> Parameter:
         inside = parts[index + 2 :]
         if inside[0] in _ENCODER:  # other models have a prompt_encoder too, without adapters in it
             head = prefix + _path([*parts[:index], ""])
-            return Parameter(name, head, "", PROMPT, parts[index + 1], _path(inside))
+            return ParsedName(name, head, "", PROMPT, parts[index + 1], _path(inside))
 
     for index, part in enumerate(parts):
         following = parts[index + 1 :]
@@ -101,26 +101,26 @@ def parsed(name: str) -> Parameter:
         if part == SAVED and len(following) > 1:
             module, adapter = _path(parts[:index]), following[0]
             remainder = _path(following[1:])
-            return Parameter(name, prefix, module, SAVED, adapter, remainder)
+            return ParsedName(name, prefix, module, SAVED, adapter, remainder)
         if part == ORIGINAL and following:
             module = _path(parts[:index])
-            return Parameter(name, prefix, module, ORIGINAL, None, _path(following))
+            return ParsedName(name, prefix, module, ORIGINAL, None, _path(following))
 
     for index in reversed(range(len(parts) - 1)):
         if _has_adapter(parts, index):
             module = _path(part for part in parts[:index] if part != TOKEN_ADAPTER)
             remainder = _path(parts[index + 2 :])
             role, adapter = parts[index], parts[index + 1]
-            return Parameter(name, prefix, module, role, adapter, remainder)
+            return ParsedName(name, prefix, module, role, adapter, remainder)
 
     if BASE_LAYER in parts[:-1]:
         layer_index = len(parts) - 1 - parts[::-1].index(BASE_LAYER)
         added = (BASE_LAYER, TOKEN_ADAPTER)
         module = _path(part for part in parts[:layer_index] if part not in added)
         remainder = _path(parts[layer_index + 1 :])
-        return Parameter(name, prefix, module, BASE_LAYER, None, remainder)
+        return ParsedName(name, prefix, module, BASE_LAYER, None, remainder)
 
-    return Parameter(name, prefix, _path(parts[:-1]), BASE, None, parts[-1])
+    return ParsedName(name, prefix, _path(parts[:-1]), BASE, None, parts[-1])
 
 
 def _prefix(name: str) -> str:
@@ -161,11 +161,11 @@ def without_adapter(name: str, adapter: str) -> str:
     return f"{head.removesuffix(f'.{adapter}')}{dot}{leaf}"
 
 
-def adapters(names: Iterable[str]) -> dict[str, list[Parameter]]:
+def adapters(names: Iterable[str]) -> dict[str, list[ParsedName]]:
     """The parameters of each adapter, in the order of ``names``; empty where there is
     none."""
     all_names = list(names)
-    groups: dict[str, list[Parameter]] = {}
+    groups: dict[str, list[ParsedName]] = {}
     text = "\n".join(all_names)
     if not any(hint in text for hint in _HINTS):  # a model of 100,000 tensors without an adapter
         return groups

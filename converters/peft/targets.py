@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from converters.peft import config_fit, expected_layers
 from converters.peft.config import AdapterConfig
-from converters.peft.expected_layers import Trained
+from converters.peft.expected_layers import TrainedLayers
 
 # Of these a layer with a matrix, or with a kernel, is adapted whatever else it is.
 _OF_MATRICES = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "VERA", "OFT", "BOFT")
@@ -21,7 +21,7 @@ _MOST = 5_000  # modules that are compared with a pattern
 
 def unadapted(
     config: AdapterConfig,
-    trained: Trained,
+    trained: TrainedLayers,
     modules: Iterable[str],
 ) -> list[str]:
     """The targets among ``modules``, which have matrices, without a tensor of the
@@ -52,7 +52,7 @@ def unadapted(
     ]
 
 
-def unmatched(config: AdapterConfig, trained: Trained) -> list[str]:
+def unmatched(config: AdapterConfig, trained: TrainedLayers) -> list[str]:
     """The targets that no adapted module has the name of."""
     targets = config.target_modules
     if not _told_by_names(config) or targets is None or isinstance(targets, str):

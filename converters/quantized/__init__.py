@@ -18,11 +18,19 @@ from typing import Any
 
 from converters.errors import CheckpointError
 from converters.quantized.detection import groups, quantization
-from converters.quantized.groups import Group, Modules
+from converters.quantized.groups import Modules, QuantizedGroup
 from converters.quantized.recipes import Recipe, Recipes, Unknown
 from converters.tensors import DType, TensorRef, Weights
 
-__all__ = ["Group", "dequantized", "groups", "marked", "quantization", "recipes", "without"]
+__all__ = [
+    "QuantizedGroup",
+    "dequantized",
+    "groups",
+    "marked",
+    "quantization",
+    "recipes",
+    "without",
+]
 
 
 def marked(weights: Weights, config: Mapping[str, Any] | None = None) -> Weights:
@@ -37,7 +45,7 @@ def marked(weights: Weights, config: Mapping[str, Any] | None = None) -> Weights
 
 def recipes(
     weights: Weights,
-    quantized_groups: Iterable[Group],
+    quantized_groups: Iterable[QuantizedGroup],
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Recipe | str]:
     """The recipe of each quantized weight by its name, or the reason why it has none."""

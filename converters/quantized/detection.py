@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from converters.quantized.groups import Group, Modules
+from converters.quantized.groups import Modules, QuantizedGroup
 from converters.quantized.shapes import four_bit_blocks
 from converters.tensors import DType, Weights
 
@@ -40,7 +40,7 @@ _CONSTANT_NAME = re.compile(
 def groups(
     weights: Weights,
     config: Mapping[str, Any] | None = None,
-) -> tuple[Group, ...]:
+) -> tuple[QuantizedGroup, ...]:
     """The quantized weights, each with its constants. Reads no tensor.
 
     ``config`` is the content of config.json: under its ``quantization_config`` every
@@ -48,7 +48,7 @@ def groups(
     """
     modules = Modules(weights)
     claimed: set[str] = set()
-    result: list[Group] = []
+    result: list[QuantizedGroup] = []
     for finder in _FINDERS:
         for group in finder(modules):
             if claimed.isdisjoint(group.names):
@@ -68,18 +68,18 @@ def _stated(
     modules: Modules,
     stated: Mapping[str, Any],
     names: Sequence[str],
-) -> Iterator[Group]:
+) -> Iterator[QuantizedGroup]:
     """The groups that config.json alone calls quantized, of tensors that are not
     trained."""
     in_4_bits = bool(stated.get("load_in_4bit") or stated.get("_load_in_4bit"))
     for name in names:
         tensor, leaf = modules.ref(name), name.rpartition(".")[2]
         if tensor.dtype in CODES:
-            yield Group("unknown", _word(tensor.dtype), name, name)
+            yield QuantizedGroup("unknown", _word(tensor.dtype), name, name)
         elif leaf in _CACHES and tensor.dtype.floating:
-            yield Group("unknown", "scales of the cache", name, None, {leaf: name})
+            yield QuantizedGroup("unknown", "scales of the cache", name, None, {leaf: name})
         elif in_4_bits and leaf == "weight" and _is_frozen_column(modules, name):
-            yield Group("unknown", "bitsandbytes without its state", name, name)
+            yield QuantizedGroup("unknown", "bitsandbytes without its state", name, name)
 
 
 def _is_frozen_column(modules: Modules, name: str) -> bool:
@@ -96,7 +96,7 @@ def quantization(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return {}
 
 
-def _four_bits(modules: Modules) -> Iterator[Group]:
+def _four_bits(modules: Modules) -> Iterator[QuantizedGroup]:
     """``Linear4bit``: X with X.absmax, X.quant_map and
     X.quant_state.bitsandbytes__nf4."""
     for weight, leaves in modules:
@@ -112,7 +112,7 @@ def _four_bits(modules: Modules) -> Iterator[Group]:
         variant = state.removeprefix("bitsandbytes__") if state else "4 bit"
         has_codes = modules.has(weight) and _holds_four_bits(modules, weight, leaves)
         codes = weight if has_codes else None
-        yield Group("four_bits", f"bitsandbytes {variant}", weight, codes, constants)
+        yield QuantizedGroup("four_bits", f"bitsandbytes {variant}", weight, codes, constants)
 
 
 def _holds_four_bits(modules: Modules, weight: str, leaves: Mapping[str, str]) -> bool:
@@ -123,7 +123,7 @@ def _holds_four_bits(modules: Modules, weight: str, leaves: Mapping[str, str]) -
     return owner not in modules.weights.copies and four_bit_blocks(tensor.nbytes, blocks)
 
 
-def _int8(modules: Modules) -> Iterator[Group]:
+def _int8(modules: Modules) -> Iterator[QuantizedGroup]:
     """``Linear8bitLt``: X.weight (int8) with X.SCB."""
     for prefix, leaves in modules:
         if "SCB" not in leaves:
@@ -137,10 +137,12 @@ def _int8(modules: Modules) -> Iterator[Group]:
             if tensor.dtype is not DType.I8 or len(tensor.shape) != 2 or tensor.shape[0] != rows:
                 codes = None
 
-        yield Group("int8", "bitsandbytes int8", _joined(prefix, "weight"), codes, constants)
+        yield QuantizedGroup(
+            "int8", "bitsandbytes int8", _joined(prefix, "weight"), codes, constants
+        )
 
 
-def _packed_columns(modules: Modules) -> Iterator[Group]:
+def _packed_columns(modules: Modules) -> Iterator[QuantizedGroup]:
     """GPTQ and AWQ: X.qweight (int32) with X.scales, X.qzeros and X.g_idx."""
     for prefix, leaves in modules:
         if "qweight" not in leaves or "scales" not in leaves:
@@ -160,10 +162,10 @@ def _packed_columns(modules: Modules) -> Iterator[Group]:
             elif codes.shape[1] * 8 == scales.shape[1] and zeros is not None:
                 kind, scheme = "awq", "AWQ"
 
-        yield Group(kind, scheme, _joined(prefix, "weight"), leaves["qweight"], constants)
+        yield QuantizedGroup(kind, scheme, _joined(prefix, "weight"), leaves["qweight"], constants)
 
 
-def _packed_rows(modules: Modules) -> Iterator[Group]:
+def _packed_rows(modules: Modules) -> Iterator[QuantizedGroup]:
     """compressed-tensors: X.weight_packed with X.weight_scale and X.weight_shape."""
     for prefix, leaves in modules:
         if "weight_packed" not in leaves or "weight_scale" not in leaves:
@@ -173,7 +175,7 @@ def _packed_rows(modules: Modules) -> Iterator[Group]:
         constants = modules.constants(leaves, roles | _ACTIVATIONS)
         dtype = modules.ref(leaves["weight_packed"]).dtype
         kinds = {DType.I32: "rows", DType.U8: "nibbles"}
-        yield Group(
+        yield QuantizedGroup(
             kinds.get(dtype, "unknown"),
             "compressed-tensors",
             _joined(prefix, "weight"),
@@ -182,7 +184,7 @@ def _packed_rows(modules: Modules) -> Iterator[Group]:
         )
 
 
-def _blocks(modules: Modules) -> Iterator[Group]:
+def _blocks(modules: Modules) -> Iterator[QuantizedGroup]:
     """MXFP4 of gpt-oss: X_blocks and X_scales, bytes both."""
     for _, leaves in modules:
         for leaf, name in leaves.items():
@@ -198,19 +200,21 @@ def _blocks(modules: Modules) -> Iterator[Group]:
                 continue
 
             weight = name.removesuffix("_blocks")
-            yield Group("mxfp4", "MXFP4", weight, name, {"scales": scales})
+            yield QuantizedGroup("mxfp4", "MXFP4", weight, name, {"scales": scales})
 
 
-def _hqq(modules: Modules) -> Iterator[Group]:
+def _hqq(modules: Modules) -> Iterator[QuantizedGroup]:
     """HQQ: X.W_q with X.scale and X.zero; its codes may be stored as floats
     (``view_as_float``)."""
     for prefix, leaves in modules:
         if {"W_q", "scale", "zero"} <= leaves.keys() and not modules.trained(leaves["W_q"]):
             constants = {role: name for role, name in leaves.items() if role not in ("W_q", "bias")}
-            yield Group("unknown", "HQQ", _joined(prefix, "weight"), leaves["W_q"], constants)
+            yield QuantizedGroup(
+                "unknown", "HQQ", _joined(prefix, "weight"), leaves["W_q"], constants
+            )
 
 
-def _scaled(modules: Modules) -> Iterator[Group]:
+def _scaled(modules: Modules) -> Iterator[QuantizedGroup]:
     """X (float8, int8 or bytes) with X_scale or X_scale_inv: a factor for all, rows or
     blocks."""
     for _, leaves in modules:
@@ -238,10 +242,12 @@ def _scaled(modules: Modules) -> Iterator[Group]:
             if tensor.dtype is DType.U8 or scales[0].endswith("_scales"):
                 kind = "nibbles" if "scale_2" in constants else "unknown"
 
-            yield Group(kind, f"{_word(tensor.dtype)} with {scales[0]}", name, name, constants)
+            yield QuantizedGroup(
+                kind, f"{_word(tensor.dtype)} with {scales[0]}", name, name, constants
+            )
 
 
-def _unknown(modules: Modules) -> Iterator[Group]:
+def _unknown(modules: Modules) -> Iterator[QuantizedGroup]:
     """Codes of other kinds (HQQ, quanto, torchao, AQLM ...): integers beside what scales
     them."""
     for prefix, leaves in modules:
@@ -267,7 +273,7 @@ def _unknown(modules: Modules) -> Iterator[Group]:
         largest = max(codes, key=lambda name: modules.ref(name).nbytes)
         others = {name.rpartition(".")[2]: name for name in codes if name != largest}
         weight = prefix if prefix.endswith("weight") else _joined(prefix, "weight")
-        yield Group("unknown", "an unknown scheme", weight, largest, constants | others)
+        yield QuantizedGroup("unknown", "an unknown scheme", weight, largest, constants | others)
 
 
 def _word(dtype: DType) -> str:
@@ -280,6 +286,6 @@ def _joined(prefix: str, leaf: str) -> str:
     return f"{prefix}.{leaf}" if prefix else leaf
 
 
-_FINDERS: tuple[Callable[[Modules], Iterator[Group]], ...] = (
+_FINDERS: tuple[Callable[[Modules], Iterator[QuantizedGroup]], ...] = (
     *(_four_bits, _int8, _packed_columns, _packed_rows, _blocks, _hqq, _scaled, _unknown),
 )

@@ -10,7 +10,7 @@ from converters.tensors import DType, TensorRef, Weights
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class QuantizedGroup:
     """The tensors that stand for one weight.
 
     ``scheme`` says how it is quantized, such as "bitsandbytes nf4"; ``weight`` is the

@@ -16,7 +16,7 @@ from converters.computing.computed import Computed, computed
 from converters.errors import MALFORMED
 from converters.quantized import small
 from converters.quantized.detection import quantization
-from converters.quantized.groups import Group, Modules
+from converters.quantized.groups import Modules, QuantizedGroup
 from converters.quantized.shapes import blocks
 from converters.tensors import DType, TensorRef
 
@@ -77,7 +77,7 @@ class Recipes:
         names = [str(part.get(key)) for part in parts for key in keys]
         self.model = next((_NAMES[name] for name in names if name in _NAMES), DType.BF16)
 
-    def recipe(self, group: Group) -> Recipe:
+    def recipe(self, group: QuantizedGroup) -> Recipe:
         """The recipe of a group; ``Unknown`` says why the group has none."""
         makers = {
             "four_bits": self.four_bits,
@@ -100,14 +100,14 @@ class Recipes:
         except MALFORMED as error:
             raise Unknown(f"its constants do not fit ({error!r})") from error
 
-    def constant(self, group: Group, role: str) -> TensorRef:
+    def constant(self, group: QuantizedGroup, role: str) -> TensorRef:
         """A constant that must be there."""
         constant = self.optional(group, role)
         if constant is None:
             raise Unknown(f"it has no {role}")
         return constant
 
-    def optional(self, group: Group, role: str) -> TensorRef | None:
+    def optional(self, group: QuantizedGroup, role: str) -> TensorRef | None:
         """A constant that may be there."""
         return self.modules.ref(group.constants[role]) if role in group.constants else None
 
@@ -115,7 +115,7 @@ class Recipes:
         """The type of the numbers: that of 16-bit factors, else the model's."""
         return scale.dtype if scale.dtype in _SIXTEEN else self.model
 
-    def four_bits(self, group: Group, codes: TensorRef) -> Recipe:
+    def four_bits(self, group: QuantizedGroup, codes: TensorRef) -> Recipe:
         """The recipe of bitsandbytes' FP4 and NF4: two codes a byte, which index a table.
 
         The table has 16 numbers; each block of elements has a factor.
@@ -144,7 +144,7 @@ class Recipes:
 
         return Recipe(shape, _NAMES[str(state["dtype"])], build)
 
-    def _nested(self, group: Group, state: Mapping[str, Any], codes: TensorRef) -> _Nested:
+    def _nested(self, group: QuantizedGroup, state: Mapping[str, Any], codes: TensorRef) -> _Nested:
         """What makes the factors of blocks, where they are codes themselves."""
         table = self.constant(group, "nested_quant_map")
         absmax = self.constant(group, "nested_absmax")
@@ -160,7 +160,7 @@ class Recipes:
 
         return _Nested(table, absmax, block, dtype, offset)
 
-    def int8(self, group: Group, codes: TensorRef) -> Recipe:
+    def int8(self, group: QuantizedGroup, codes: TensorRef) -> Recipe:
         """The recipe of bitsandbytes' LLM.int8: a byte a number (out, in), a factor a row."""
         scale = self.constant(group, "SCB")
         if small.is_reordered(self.optional(group, "weight_format")):
@@ -171,7 +171,7 @@ class Recipes:
         factors = {"blocks": (1, shape[1]), "times": 7.874015718698502e-3}
         return self._scaled(group, codes, shape, scale, self.model, factors)
 
-    def scaled(self, group: Group, codes: TensorRef) -> Recipe:
+    def scaled(self, group: QuantizedGroup, codes: TensorRef) -> Recipe:
         """The recipe of codes of a number each: a factor for the tensor, a row or a block."""
         scale = self.optional(group, "scale") or self.constant(group, "scale_inv")
         exponents = scale.dtype in (DType.U8, DType.F8_E8M0)
@@ -194,7 +194,7 @@ class Recipes:
         native = self.native(scale)
         return self._scaled(group, codes, codes.shape, scale, native, factors)
 
-    def nibbles(self, group: Group, codes: TensorRef) -> Recipe:
+    def nibbles(self, group: QuantizedGroup, codes: TensorRef) -> Recipe:
         """The recipe of FP4 codes, two a byte: a factor for 16 or 32 of them, a global one."""
         packed = "weight_scale" in group.constants
         scale = self.constant(group, "weight_scale" if packed else "scale")
@@ -215,7 +215,7 @@ class Recipes:
         factors = {"blocks": shares, "bits": 4, "divisor": divisor, "factor": factor}
         return self._scaled(group, codes, shape, scale, self.model, factors)
 
-    def rows(self, group: Group, codes: TensorRef) -> Recipe:
+    def rows(self, group: QuantizedGroup, codes: TensorRef) -> Recipe:
         """The recipe of compressed-tensors' integers (out, in), packed along rows in words.
 
         A word has 32 bits.
@@ -268,7 +268,7 @@ class Recipes:
 
     def _scaled(
         self,
-        group: Group,
+        group: QuantizedGroup,
         codes: TensorRef,
         shape: tuple[int, ...],
         scale: TensorRef,
@@ -298,7 +298,7 @@ class Recipes:
 
         return Recipe(shape, native, build)
 
-    def columns(self, group: Group, codes: TensorRef) -> Recipe:
+    def columns(self, group: QuantizedGroup, codes: TensorRef) -> Recipe:
         """The recipe of GPTQ's and AWQ's integers, packed into 32-bit words.
 
         The numbers are (out, in); a group of inputs has factors and zero points.
@@ -343,7 +343,7 @@ class Recipes:
             raise Unknown("the number of bits is not known")
         return int(bits)
 
-    def experts(self, group: Group, codes: TensorRef) -> Recipe:
+    def experts(self, group: QuantizedGroup, codes: TensorRef) -> Recipe:
         """The recipe of gpt-oss' MXFP4: codes (experts, rows, groups, 16), a power of two a group.
 
         The numbers are (experts, 32 * groups, rows), as the model has them.

@@ -21,7 +21,7 @@ from converters.errors import MALFORMED, CheckpointError
 from converters.names.rules import Names
 from converters.source import EXCLUDED as EXCLUDED
 from converters.source import STATES as STATES
-from converters.source import Place, Source, Topology
+from converters.source import Place, Source, SourceTopology
 from converters.storage import misplaced_files, open_files
 from converters.storage.store import Name, local_path
 from converters.tensors import Weights
@@ -42,7 +42,7 @@ class Checkpoint(Source):
     """
 
     kind: str = "deepspeed"
-    topology: Topology
+    topology: SourceTopology
     precision: str
     model: State
     ranks: tuple[State, ...]
@@ -116,7 +116,7 @@ def _read(place: Place, require_all: bool) -> Checkpoint:
 
     return Checkpoint(
         place=place,
-        topology=Topology(len(rank_files) or _data_parallel_size(model_files[0]), stage),
+        topology=SourceTopology(len(rank_files) or _data_parallel_size(model_files[0]), stage),
         precision=precision(model_files[0], weights),
         step=step if isinstance(step, int) else None,
         version=model_files[0].version,

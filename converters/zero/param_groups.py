@@ -28,7 +28,7 @@ _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ParamGroup:
     """A param group.
 
     ``shapes`` are in the order in which the optimizer was given the parameters.
@@ -59,7 +59,7 @@ class Group:
                 )
 
 
-def read(checkpoint: Checkpoint, tree: Any) -> list[Group]:
+def read(checkpoint: Checkpoint, tree: Any) -> list[ParamGroup]:
     """The groups of a checkpoint; ``tree`` is rank 0's optimizer file (``trees.read``).
 
     ``CheckpointError`` if something is kept that is neither per element nor a constant.
@@ -71,7 +71,7 @@ def read(checkpoint: Checkpoint, tree: Any) -> list[Group]:
     return list(_stage12(checkpoint, optimizer))
 
 
-def _stage12(checkpoint: Checkpoint, optimizer: Section) -> Iterator[Group]:
+def _stage12(checkpoint: Checkpoint, optimizer: Section) -> Iterator[ParamGroup]:
     shapes = _shapes(checkpoint)
     files = RankFiles.of(checkpoint, len(shapes))
     constant_states, group_options = states_and_options(optimizer)
@@ -93,7 +93,7 @@ def _stage12(checkpoint: Checkpoint, optimizer: Section) -> Iterator[Group]:
             names = partitioning.undo_round_robin(names, len(checkpoint.ranks))
 
         state = constant_states[index]
-        yield Group(
+        yield ParamGroup(
             {name: group_shapes[name] for name in names},
             values,
             {key: value for key, value in state.items() if key not in vectors},
@@ -102,7 +102,7 @@ def _stage12(checkpoint: Checkpoint, optimizer: Section) -> Iterator[Group]:
         )
 
 
-def _stage3(checkpoint: Checkpoint, optimizer: Section) -> Iterator[Group]:
+def _stage3(checkpoint: Checkpoint, optimizer: Section) -> Iterator[ParamGroup]:
     shapes = _shapes(checkpoint)
     inner = optimizer.section("optimizer_state_dict")
     nodes = inner.section("state")
@@ -123,7 +123,7 @@ def _stage3(checkpoint: Checkpoint, optimizer: Section) -> Iterator[Group]:
         if group_shapes:
             first_node = nodes.state(indices[0])
             constants = {key: value for key, value in first_node.items() if key not in values}
-            yield Group(
+            yield ParamGroup(
                 group_shapes, values, constants, _without_params(options), tuple(first_node)
             )
 
@@ -167,7 +167,7 @@ def _shapes(checkpoint: Checkpoint) -> list[dict[str, Shape]]:
     ]
 
 
-def with_names(groups: Sequence[Group], names: Mapping[str, str]) -> list[Group]:
+def with_names(groups: Sequence[ParamGroup], names: Mapping[str, str]) -> list[ParamGroup]:
     """The groups with other names of the parameters; ``names`` maps old to new."""
     if not names:
         return list(groups)

@@ -24,7 +24,7 @@ from converters.zero.files import state_files
 from converters.zero.files.state_files import Shape, State
 from converters.zero.naming import storage_views, trained_storages
 from converters.zero.naming.assemble import Parameters
-from converters.zero.naming.group_storages import Group
+from converters.zero.naming.group_storages import FlatGroup
 
 
 def parameters(model: State, ranks: Sequence[State]) -> Parameters:
@@ -110,13 +110,13 @@ def _walk(
     state: State,
     groups: list[list[TensorRef]],
     shapes: list[dict[str, Shape]],
-) -> list[Group]:
+) -> list[FlatGroup]:
     """Each group with the places of its parameters, by ``param_shapes`` in order."""
     if len(groups) != len(shapes):
         raise state.fail(f"{len(groups)} groups of weights, but param_shapes has {len(shapes)}")
 
     alignment_paddings = state_files.alignment_paddings(state, len(groups))
-    layouts: list[Group] = []
+    layouts: list[FlatGroup] = []
 
     for index, (group, group_shapes) in enumerate(zip(groups, shapes, strict=True)):
         paddings = alignment_paddings[index]
@@ -135,12 +135,12 @@ def _walk(
             )
 
         places = dict(partitioning.places12(group_shapes, paddings))
-        layouts.append(Group(TensorRef.concat(group), places))
+        layouts.append(FlatGroup(TensorRef.concat(group), places))
 
     return layouts
 
 
-def _agree(model: State, index: int, group: Group) -> None:
+def _agree(model: State, index: int, group: FlatGroup) -> None:
     """Raises if ``module`` and ``param_shapes`` place a parameter differently.
 
     Only where the group's parameters are views of one storage: clones say nothing.

@@ -18,7 +18,7 @@ from converters.errors import CheckpointError, consistent
 from converters.formats import gathered_16bit
 from converters.names import rules, selection
 from converters.names.rules import Names
-from converters.source import Place, Topology
+from converters.source import Place, SourceTopology
 from converters.tensors import DType, Weights
 from converters.words import counted
 from converters.zero import checkpoint as zero
@@ -194,7 +194,7 @@ def _checkpoint(place: Place, model: State, weights: Weights, notes: list[str]) 
 
     return Checkpoint(
         place=place,
-        topology=Topology(world_size if isinstance(world_size, int) else 1, stage),
+        topology=SourceTopology(world_size if isinstance(world_size, int) else 1, stage),
         precision=zero.precision(model, replace(weights, copies=half_weights)),
         step=step if isinstance(step, int) else None,
         version=model.version,

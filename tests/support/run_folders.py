@@ -18,7 +18,7 @@ from ckpt.runs.run import RunCheckpoint, open_checkpoint
 SOURCE = FIXTURES / "trainer-zero2/checkpoint-2"
 
 
-def listed(folder: Path) -> dict[str, manifest.File]:
+def listed(folder: Path) -> dict[str, manifest.FileRecord]:
     """Every file of a folder with its digest, as a manifest lists them."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     own = (filenames.MANIFEST, filenames.PINNED)

@@ -21,8 +21,8 @@ from ckpt.distributed import host_memory, load_slots
 from ckpt.distributed.load_slots import Need
 from ckpt.engine.mapped_loading import Mapped
 from ckpt.resuming import continuity
+from ckpt.resuming.resume_point import ResumePoint
 from ckpt.resuming.select import select_checkpoint
-from ckpt.resuming.source import Source
 from ckpt.runs.run import open_checkpoint
 from converters.errors import CheckpointError
 
@@ -168,7 +168,7 @@ def test_a_run_that_deepspeed_saved_into_before_is_still_a_run(tmp_path: Path) -
     with pytest.raises(CheckpointError, match="for global_step2"):
         select_checkpoint(None, tmp_path, "global_step2", load_foreign=True)  # which of the two?
     old = tmp_path / "global_step2"
-    source = Source.of(open_checkpoint(old))
+    source = ResumePoint.of(open_checkpoint(old))
     assert (source.folder, source.tag) == (tmp_path, "global_step2")
 
 

@@ -20,7 +20,7 @@ from ckpt.distributed.ranks import RankGroup
 from ckpt.engine import precision
 from ckpt.engine.layout import Layout, Topology
 from ckpt.resuming import configured, topology
-from ckpt.resuming.source import Source
+from ckpt.resuming.resume_point import ResumePoint
 from ckpt.rewrite import reshard
 from ckpt.runs.run import open_checkpoint
 from converters.errors import CheckpointError
@@ -221,11 +221,11 @@ def test_the_configuration_says_the_layout() -> None:
     muon = {"zero_optimization": {"stage": 3}, "optimizer": {"type": "Muon"}}
     found = Layout.of_config(muon, 4, zero_init=False)
     assert found is not None and found.settings["zero_init"] is False
-    source = Source(Path("out/c"), "t", 1, Topology(2, 2))
+    source = ResumePoint(Path("out/c"), "t", 1, Topology(2, 2))
     said = str(topology.refusal(source, found, "or else"))
     assert "--stage 3 --sub-group-size 1000000000 --no-zero-init -o out/c-z3-w4; or else" in said
     assert "zero-init" not in str(
-        topology.refusal(Source(Path("c"), "t", 1, Topology(3, 2)), found)
+        topology.refusal(ResumePoint(Path("c"), "t", 1, Topology(3, 2)), found)
     )
     assert Layout.of_config({}, 2) == Layout(Topology(0, 2), {})
     assert Layout.of_config({"zero_optimization": {"stage": "auto"}}, 2) is None

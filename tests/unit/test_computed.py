@@ -180,7 +180,9 @@ def test_a_copy_proves_the_input_or_the_result(source: Source, tmp_path: Path) -
         assert plan.read_bytes > report.read
     for tensor, copy in wrong:
         plan = plan_of(source.weights(tensor, copy))
-        assert shards.execute(plan, tmp_path, shards.Checks(exact_copies=False)).unlike == ["x"]
+        assert shards.execute(plan, tmp_path, shards.CheckOptions(exact_copies=False)).unlike == [
+            "x"
+        ]
         with pytest.raises(CheckpointError, match="other values of x"):
             shards.execute(plan, tmp_path)
 

@@ -409,5 +409,5 @@ def test_fp16_overflow_is_an_error_with_the_tensors_name(
 
 def test_a_plan_is_executed_without_the_folder_around_it(tmp_path: Path) -> None:
     planned = conversion.prepare(SOURCE, tmp_path / "m")
-    report = shards.execute(planned.plan, tmp_path, shards.Checks(verify=False))
+    report = shards.execute(planned.plan, tmp_path, shards.CheckOptions(verify=False))
     assert report.written == planned.plan.nbytes and report.checked == 0

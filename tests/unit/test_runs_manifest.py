@@ -22,7 +22,7 @@ from run_folders import SOURCE, listed, real
 
 from ckpt.folders import filenames
 from ckpt.runs import manifest
-from ckpt.runs.manifest import File
+from ckpt.runs.manifest import FileRecord
 from ckpt.runs.run import Run
 from converters.errors import CheckpointError
 
@@ -192,7 +192,7 @@ def test_the_kind_of_a_digest_follows_from_the_file(tmp_path: Path) -> None:
         "packed.zip": "sha256",
     }
     found = manifest.digest(tmp_path / "m.safetensors")
-    assert found == File(4, f"crc32:{crc32(b'0123'):08x}")
+    assert found == FileRecord(4, f"crc32:{crc32(b'0123'):08x}")
 
 
 def test_a_zip_without_crc32s_is_read_in_full(tmp_path: Path) -> None:

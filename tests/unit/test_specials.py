@@ -59,7 +59,7 @@ def test_integers_and_codes_have_none(tmp_path: Path) -> None:
     state = {"ids": torch.full((4,), -1), "codes": torch.full((4, 1), NAN).bfloat16()}
     weights = replace(weights_of(state, tmp_path), packed=frozenset({"codes"}))
     plan = safetensors.plan(weights, None, 1 << 30, "keep")
-    found = shards.execute(plan, tmp_path, shards.Checks(count_specials=True))
+    found = shards.execute(plan, tmp_path, shards.CheckOptions(count_specials=True))
     assert (found.nan, found.inf) == ({}, {})
 
 
@@ -69,7 +69,7 @@ def test_they_are_counted_by_tensor_written_or_served(tmp_path: Path) -> None:
     weights = weights_of(state, tmp_path)
     for dtype in (None, DType.BF16):
         plan = safetensors.plan(weights, dtype, 1 << 30, "keep")
-        found = shards.execute(plan, tmp_path, shards.Checks(count_specials=True))
+        found = shards.execute(plan, tmp_path, shards.CheckOptions(count_specials=True))
         assert (found.nan, found.inf) == ({"a": 2, "b": 1}, {"b": 2})
         (tmp_path / "model.safetensors").unlink()
 
@@ -86,7 +86,9 @@ def test_they_are_counted_by_tensor_written_or_served(tmp_path: Path) -> None:
 def test_numbers_that_become_infinite_are_told_once(tmp_path: Path) -> None:
     weights = weights_of({"a": torch.tensor([1e30, INF, 1.0])}, tmp_path)
     plan = safetensors.plan(weights, DType.F16, 1 << 30, "keep")
-    found = shards.execute(plan, tmp_path, shards.Checks(count_specials=True, allow_overflow=True))
+    found = shards.execute(
+        plan, tmp_path, shards.CheckOptions(count_specials=True, allow_overflow=True)
+    )
     assert (found.overflowed, found.inf) == ({"a": 1}, {"a": 1})
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from oracles import FIXTURES, ROOT, convert, root_of, same
 from torch.utils.serialization import config
 
-from ckpt.runs.manifest import File, digest
+from ckpt.runs.manifest import FileRecord, digest
 from ckpt.state.blocks import CHUNK, Blocks
 from ckpt.state.torch_file import Captured, capture
 from converters import cast
@@ -357,7 +357,7 @@ def test_a_storage_of_over_4_gib_is_found_and_what_follows_it_too(tmp_path: Path
     assert digest(path) == written
 
 
-def write_sparsely(captured: Captured, path: Path) -> File:
+def write_sparsely(captured: Captured, path: Path) -> FileRecord:
     """``captured.write`` with a hole in the file in place of the first storage, which is zero."""
     records = captured.records(path)
     first = records[4]
@@ -369,4 +369,4 @@ def write_sparsely(captured: Captured, path: Path) -> File:
             if at < first.payload or at + len(block) > first.payload + first.size:
                 writer.write(block, at)
             at += len(block)
-    return File(at, f"zip:{blocks.digest}")
+    return FileRecord(at, f"zip:{blocks.digest}")

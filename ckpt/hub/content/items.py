@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ckpt.runs.digests import File, quiet, unlike
+from ckpt.runs.digests import FileRecord, quiet, unlike
 from converters.errors import CheckpointError
 from converters.plan import Shard
 
@@ -35,7 +35,7 @@ class Item:
 
     name: str
     source: Path | bytes | Shard
-    expected: File | None = None
+    expected: FileRecord | None = None
 
     def __post_init__(self) -> None:
         if (fault := unfit(self.name)) is not None:

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from ckpt.folders import locks
 from ckpt.runs import engines
 from ckpt.runs import manifest as manifests
-from ckpt.runs.manifest import File, Manifest
+from ckpt.runs.manifest import FileRecord, Manifest
 from ckpt.runs.recognition import is_spare
 from ckpt.runs.run import RunCheckpoint
 from ckpt.runs.upkeep import slim
@@ -62,7 +62,7 @@ def amendment(checkpoint: RunCheckpoint) -> Amendment | None:
 
 
 def _weights_only(
-    manifest: Manifest, remaining_files: Mapping[str, File], deleted_names: Collection[str]
+    manifest: Manifest, remaining_files: Mapping[str, FileRecord], deleted_names: Collection[str]
 ) -> Amendment | None:
     """The manifest of weights alone, if they are all there and the state is gone."""
     weights_files = {

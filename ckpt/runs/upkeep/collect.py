@@ -116,10 +116,10 @@ def _require_all_nodes(first_folder: Path, manifests: Sequence[Manifest]) -> Non
 
 def _joined_files(
     sources: Sequence[RunCheckpoint], manifests: Sequence[Manifest], output: Path
-) -> tuple[dict[str, Path], dict[str, manifest.File]]:
+) -> tuple[dict[str, Path], dict[str, manifest.FileRecord]]:
     """For every name the folder that its file comes from, and what the manifests say of it."""
     source_folders: dict[str, Path] = {}
-    listed_files: dict[str, manifest.File] = {}
+    listed_files: dict[str, manifest.FileRecord] = {}
     for source, node_manifest in zip(sources, manifests, strict=True):
         for file_name, file in node_manifest.files.items():
             if listed_files.setdefault(file_name, file) != file:

@@ -32,13 +32,13 @@ from ckpt.runs import engines
 from ckpt.runs.lease import lease
 from ckpt.runs.lease.lease import Lease
 from ckpt.runs.lineage import Line
-from ckpt.runs.manifest import File, Manifest, digest
+from ckpt.runs.manifest import FileRecord, Manifest, digest
 from ckpt.saving.commit import collision
 from ckpt.saving.commit.nodes import Nodes
 from converters.errors import CheckpointError
 from converters.storage import local
 
-Files = dict[str, File]
+Files = dict[str, FileRecord]
 log = logging.getLogger("ckpt")
 
 
@@ -208,7 +208,7 @@ class Commit:
         for folder, rank_files, _ in reports:
             if folder == self.nodes.folder:
                 for name, (size, checksum) in rank_files.items():
-                    files[name] = File(size, checksum)
+                    files[name] = FileRecord(size, checksum)
 
         if self.join is not None and not self.ranks.rank:
             files |= self.join([note for _, _, note in reports if note is not None])

@@ -20,7 +20,7 @@ from ckpt.resuming.comparison import Comparison
 from ckpt.resuming.continuity import OnMismatch
 from ckpt.resuming.load import loading
 from ckpt.resuming.request import ResumeRequest
-from ckpt.resuming.source import Source
+from ckpt.resuming.resume_point import ResumePoint
 from ckpt.runs.run import open_checkpoint
 from ckpt.trainers.hf.resuming import ResumeCallback
 from ckpt.trainers.hf.trainer_state import loop_of
@@ -73,7 +73,9 @@ class TrainerResume:
                 # nothing was noted; the files' own lists of parameters are looked at
                 return
             loop = loop_of(self.trainer.args, self.trainer.lr_scheduler, self.data)
-            self.comparison = Comparison(Source.of(checkpoint), engine, self.options, loop=loop)
+            self.comparison = Comparison(
+                ResumePoint.of(checkpoint), engine, self.options, loop=loop
+            )
             self.comparison.require_here(self.on_mismatch)
 
         if self.comparison is not None and not self.ranks.rank:

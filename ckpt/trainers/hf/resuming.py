@@ -30,8 +30,8 @@ from ckpt.resuming.changes import LoadOptions, names_in
 from ckpt.resuming.comparison import Comparison
 from ckpt.resuming.continuity import OnMismatch
 from ckpt.resuming.request import ResumeRequest, committed
+from ckpt.resuming.resume_point import ResumePoint
 from ckpt.resuming.select import VerifyLevel
-from ckpt.resuming.source import Source
 from ckpt.runs.foreign.completeness import has_tag
 from ckpt.runs.run import Run, RunCheckpoint
 from ckpt.state import rng
@@ -103,7 +103,7 @@ class ResumeCallback(TrainerCallback):
 
             if layout is not None:
                 checkpoint = _checkpoint_loaded(checkpoint, layout)
-            source = Source.of(checkpoint)
+            source = ResumePoint.of(checkpoint)
             engine = _engine(objects["model"], wrapper.optimizer, ranks.rank, current_step)
             comparison = self._comparison_with(source, engine, args, objects)
             comparison.progress["step"] = source.step
@@ -130,7 +130,7 @@ class ResumeCallback(TrainerCallback):
         )
 
     def _comparison_with(
-        self, source: Source, engine: CallbackEngine, args: Any, objects: Any
+        self, source: ResumePoint, engine: CallbackEngine, args: Any, objects: Any
     ) -> Comparison:
         """The comparison that a Trainer has made already, or one made now that all is loaded."""
         if self.comparison is not None:
@@ -195,7 +195,7 @@ def _engine(model: Any, optimizer: Any, rank: int, step: int) -> CallbackEngine:
     return CallbackEngine(model, optimizer, stage, rank, step, config)
 
 
-def _uncompared_names(source: Source) -> list[str]:
+def _uncompared_names(source: ResumePoint) -> list[str]:
     """What is not compared: a callback sees the step alone, which stands for the counters.
 
     Nor is the loss scale where the training has another precision than ``source``.

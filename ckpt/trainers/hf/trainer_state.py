@@ -21,7 +21,7 @@ from ckpt.engine.settings import Loop
 from ckpt.engine.view import EngineView, gathers_16bit_weights, has_stage
 from ckpt.folders import locks, replacing
 from ckpt.runs.lineage import Line
-from ckpt.runs.manifest import File, digest
+from ckpt.runs.manifest import FileRecord, digest
 from ckpt.runs.retention import Best, Retention
 from ckpt.saving.front_end import RunFolder
 from ckpt.state import rank_files
@@ -128,7 +128,7 @@ def name_best(state: Any, args: Any, folder: Path, final: str) -> None:
         state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
 
-def write_random_states(inner_folder: Path, rank: int, args: Any) -> dict[str, File]:
+def write_random_states(inner_folder: Path, rank: int, args: Any) -> dict[str, FileRecord]:
     """This rank's random states: the Trainer's, on disk now, and ours, which are not a pickle."""
     if args.save_only_model:
         return {}

@@ -22,7 +22,7 @@ from converters.peft import config as configs
 from converters.peft import config_fit, export, kinds, names
 from converters.peft.config import NAME
 from converters.peft.config_fit import Shown
-from converters.peft.names import Parameter
+from converters.peft.names import ParsedName
 from converters.source import Place, Source
 from converters.tensors import Weights
 
@@ -44,7 +44,7 @@ class Adapter:
     """
 
     names: tuple[str, ...]
-    parameters: Mapping[str, tuple[Parameter, ...]]
+    parameters: Mapping[str, tuple[ParsedName, ...]]
     evidence: Mapping[str, Shown]
     chat: bool = False
 

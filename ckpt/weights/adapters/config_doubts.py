@@ -16,7 +16,7 @@ from ckpt.weights.adapters.named_base import NamedBase, NamedBases
 from ckpt.weights.adapters.stored_adapter import Stored
 from converters.peft import config_fit, names, targets
 from converters.peft.config import NAME, AdapterConfig
-from converters.peft.expected_layers import Trained
+from converters.peft.expected_layers import TrainedLayers
 from converters.tensors import TensorRef, Weights
 
 _LISTED = f"{NAME} targets its module, which has no adapter in the checkpoint"
@@ -35,7 +35,7 @@ def of_adapter(
     adapter_weights: Weights,
     sources: Mapping[str, str],
     config: AdapterConfig,
-    trained: Trained,
+    trained: TrainedLayers,
     stored: Stored | None,
     bases: NamedBases,
 ) -> Doubts:
@@ -59,7 +59,7 @@ def of_merge(
     weights: Weights,
     sources: Mapping[str, str],
     config: AdapterConfig,
-    trained: Trained,
+    trained: TrainedLayers,
     stored: Stored | None,
 ) -> tuple[str, ...]:
     """Doubts about the configuration of an adapter that is merged.
@@ -99,7 +99,7 @@ def _of_file(
 
 
 def _lacking(
-    weights: Weights, config: AdapterConfig, trained: Trained, base: NamedBase | None
+    weights: Weights, config: AdapterConfig, trained: TrainedLayers, base: NamedBase | None
 ) -> list[str]:
     """The modules that PEFT would adapt, and of which the checkpoint has no adapter."""
     modules = dict.fromkeys((*named_base.modules(weights), *(base.modules if base else ())))
@@ -111,7 +111,7 @@ def _holds_base(weights: Weights) -> bool:
 
 
 def _of_targets(
-    config: AdapterConfig, trained: Trained, lacking: Sequence[str], base_known: bool
+    config: AdapterConfig, trained: TrainedLayers, lacking: Sequence[str], base_known: bool
 ) -> list[str]:
     if lacking:
         statement = (
@@ -135,7 +135,9 @@ def _of_targets(
     ]
 
 
-def _names(lacking: Sequence[str], sources: Mapping[str, str], trained: Trained) -> dict[str, str]:
+def _names(
+    lacking: Sequence[str], sources: Mapping[str, str], trained: TrainedLayers
+) -> dict[str, str]:
     """The names that PEFT looks for, modelled on those of a module that is there."""
     of_module: dict[str, list[str]] = {}
     for new, old in sources.items():

@@ -18,7 +18,7 @@ from converters.computing.computed import Computed
 from converters.errors import CheckpointError
 from converters.peft import names
 from converters.peft.config import AdapterConfig
-from converters.peft.expected_layers import Trained
+from converters.peft.expected_layers import TrainedLayers
 from converters.tensors import TensorRef, Weights
 
 _MAX_COMPARED = 256  # tensors that are compared
@@ -53,13 +53,13 @@ class NamedBases:
     ``trained`` are the trained layers of all the adapters.
     """
 
-    def __init__(self, trained: Iterable[Trained], request: Request):
+    def __init__(self, trained: Iterable[TrainedLayers], request: Request):
         modules = (module for layers in trained for module in layers.modules)
         self.adapted_names = [f"{module}.weight" for module in dict.fromkeys(modules)]
         self.request = request
         self.bases: dict[BaseModel, NamedBase | None] = {}
 
-    def of(self, config: AdapterConfig, trained: Trained) -> NamedBase | None:
+    def of(self, config: AdapterConfig, trained: TrainedLayers) -> NamedBase | None:
         """The base of an adapter; ``None`` if it is not on this disk or unreadable."""
         folder = self.request.base
         model = BaseModel(folder) if folder is not None else base_model.locate(config)

@@ -187,7 +187,7 @@ def run(
         locks.reading(conversion.checkpoint.place.folder),
         staging.staged(workplace, plan, conversion.nbytes) as folder,
     ):
-        checks = shards.Checks(
+        checks = shards.CheckOptions(
             verify=verify,
             exact_copies=conversion.strict,
             remedy=conversion.remedy(),

@@ -10,7 +10,7 @@ from ckpt.weights.companions.surroundings import Surroundings
 from ckpt.weights.request import Request
 from converters import quantized
 from converters.errors import CheckpointError
-from converters.quantized import Group
+from converters.quantized import QuantizedGroup
 from converters.tensors import DType, Weights
 from converters.words import counted
 
@@ -106,7 +106,9 @@ def _has_codes(weights: Weights) -> bool:
     )
 
 
-def _notes(weights: Weights, around: Surroundings, groups: Sequence[Group]) -> tuple[str, ...]:
+def _notes(
+    weights: Weights, around: Surroundings, groups: Sequence[QuantizedGroup]
+) -> tuple[str, ...]:
     """Notes on quantized weights that are copied as they are stored."""
     present = [group for group in groups if group.codes is not None]
     orphans = [group for group in groups if group.codes is None]
@@ -132,7 +134,7 @@ def _notes(weights: Weights, around: Surroundings, groups: Sequence[Group]) -> t
     return tuple(notes)
 
 
-def _orphans(groups: Sequence[Group]) -> str:
+def _orphans(groups: Sequence[QuantizedGroup]) -> str:
     """A sentence on constants whose codes are missing."""
     constants = sum(len(group.constants) for group in groups)
     return (
@@ -141,7 +143,7 @@ def _orphans(groups: Sequence[Group]) -> str:
     )
 
 
-def _copied(weights: Weights, around: Surroundings, present: Sequence[Group]) -> str:
+def _copied(weights: Weights, around: Surroundings, present: Sequence[QuantizedGroup]) -> str:
     constants = sum(len(group.constants) for group in present)
     line = f"{_weights(len(present))} quantized {_schemes(present, constants)}: "
     line += "copied as stored under every --dtype"
@@ -160,7 +162,7 @@ def _weights(count: int) -> str:
     return counted(count, "weight") + (" is" if count == 1 else " are")
 
 
-def _schemes(groups: Sequence[Group], constants: int = 0) -> str:
+def _schemes(groups: Sequence[QuantizedGroup], constants: int = 0) -> str:
     """The schemes in parentheses, with the count of each where there are several."""
     counts: dict[str, int] = {}
     for group in groups:
@@ -172,7 +174,7 @@ def _schemes(groups: Sequence[Group], constants: int = 0) -> str:
     return f"({', '.join(parts)})"
 
 
-def _is_rounded(weights: Weights, group: Group) -> bool:
+def _is_rounded(weights: Weights, group: QuantizedGroup) -> bool:
     """Whether the factors of a 4-bit weight are numbers of 16 bits."""
     name = group.constants.get("absmax") if group.kind == "four_bits" else None
     return name is not None and weights.tensors[weights.aliases.get(name, name)].dtype in _SIXTEEN

@@ -19,7 +19,7 @@ from converters.errors import CheckpointError
 from converters.names import selection
 from converters.peft import names
 from converters.peft.adapter_weights import built
-from converters.peft.names import Parameter
+from converters.peft.names import ParsedName
 from converters.source import Source
 from converters.tensors import Weights
 
@@ -88,13 +88,13 @@ def base(path: Path, weights: Weights, checkpoint: Source | None) -> Half:
     return Half(selection.renamed(chosen, originals), sources)
 
 
-def _original(parameter: Parameter, prompt: bool) -> str:
+def _original(parameter: ParsedName, prompt: bool) -> str:
     """The name in the base model, which a prompt model calls ``base_model``."""
     inner = names.MODEL.removeprefix(names.WRAPPER) if _inner(parameter, prompt) else ""
     return inner + parameter.original
 
 
-def _inner(parameter: Parameter, prompt: bool) -> bool:
+def _inner(parameter: ParsedName, prompt: bool) -> bool:
     return prompt and parameter.prefix.endswith(names.MODEL)
 
 

@@ -96,7 +96,7 @@ def cells(shape: tuple[int, ...], start: int, count: int) -> Iterator[Cell]:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class WeightChange:
     """The change that an adapter makes to a weight: the formula of the result.
 
     ``weight`` is the tensor before, ``dtype`` the type it is loaded in and the result
@@ -189,7 +189,7 @@ def factor(inputs: Inputs, tensor: TensorRef) -> Array:
 
 
 @dataclass(frozen=True, slots=True)
-class Rounded(Change):
+class Rounded(WeightChange):
     """The tensor itself, in another type."""
 
     title: ClassVar[str] = "rounded"

@@ -20,12 +20,12 @@ import numpy as np
 from converters import cast
 from converters.cast import Array
 from converters.computing.computed import Inputs
-from converters.peft.merge.cells import Cell, Change, cells, factor, wide
+from converters.peft.merge.cells import Cell, WeightChange, cells, factor, wide
 from converters.tensors import TensorRef
 
 
 @dataclass(frozen=True, slots=True)
-class Lora(Change):
+class Lora(WeightChange):
     """A layer's LoRA. ``a`` is (r, in, ...), ``b`` (out, r, ...).
 
     ``transposed`` says that the weight is (in, out): an embedding, or a Conv1D of
@@ -206,7 +206,7 @@ class Dora(Lora):
     def unmerged_cell(self, cell: Cell, inputs: Inputs) -> Array:
         """A cell of the weight that the norm is taken of, in a room of its own."""
         space = inputs.room("unmerged", wide(self.dtype), prod(cell.shape))
-        return Change(self.unmerged or self.weight, self.dtype).before(
+        return WeightChange(self.unmerged or self.weight, self.dtype).before(
             cell,
             inputs,
             space,
@@ -237,7 +237,7 @@ class Dora(Lora):
 
 
 @dataclass(frozen=True, slots=True)
-class Bias(Change):
+class Bias(WeightChange):
     """lora_bias: the layer's bias + the bias of B * scale."""
 
     bias: TensorRef

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from converters import words
 from converters.peft.config import AdapterConfig
-from converters.peft.merge.cells import Change
+from converters.peft.merge.cells import WeightChange
 from converters.peft.merge.lora import AdaLora, Bias, ChatLora, Dora, Lora
 from converters.peft.merge.sites import Changed, Parts, Site, find, lies_flipped, part_of, sizes
 from converters.tensors import TensorRef
@@ -24,7 +24,7 @@ def lora(site: Site, parts: Parts, config: AdapterConfig) -> Changed:
     flipped = lies_flipped(site, outputs, inputs)
     values = (site.weight, site.type_of(site.weight), factor_a, factor_b, scale, flipped)
     magnitude = find(parts, "lora_magnitude_vector")
-    changes: dict[str, Change] = {}
+    changes: dict[str, WeightChange] = {}
     if magnitude is None:
         changes["weight"] = Lora(*values)
     else:
@@ -40,7 +40,7 @@ def lora(site: Site, parts: Parts, config: AdapterConfig) -> Changed:
     return changes
 
 
-def _dora(site: Site, magnitude: TensorRef, outputs: int, lora: Lora) -> Change:
+def _dora(site: Site, magnitude: TensorRef, outputs: int, lora: Lora) -> WeightChange:
     if magnitude.numel != outputs:
         raise site.fail(
             f"its magnitudes have the shape {words.shape(magnitude.shape)}, expected "

@@ -14,12 +14,12 @@ import numpy as np
 
 from converters.cast import Array
 from converters.computing.computed import Inputs
-from converters.peft.merge.cells import Cell, Change, factor
+from converters.peft.merge.cells import Cell, WeightChange, factor
 from converters.tensors import TensorRef
 
 
 @dataclass(frozen=True, slots=True)
-class Loha(Change):
+class Loha(WeightChange):
     """(w1_a w1_b) * (w2_a w2_b) * scale. With cores ``t1`` and ``t2``, (r, r, kernel,
     kernel), of convolutions each product is one of three: w_a and w_b are (r, out) and
     (r, in) then."""
@@ -83,7 +83,7 @@ def through_core(core: Array, left_matrix: Array, right_matrix: Array) -> Array:
 
 
 @dataclass(frozen=True, slots=True)
-class Lokr(Change):
+class Lokr(WeightChange):
     """The Kronecker product of w1 and w2, times the scale; each is whole or a product.
 
     ``first`` is (w1,) or (w1_a, w1_b), ``second`` (w2,) or (w2_a, w2_b) or (w2_a, w2_b,

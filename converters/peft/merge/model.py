@@ -20,7 +20,7 @@ from converters.peft.merge.cells import Rounded
 from converters.peft.merge.lora_changes import CHAT
 from converters.peft.merge.origins import Base, Origins
 from converters.peft.merge.sites import Parts, Site, known_sides
-from converters.peft.names import BASE, BASE_LAYER, ORIGINAL, SAVED, TOKENS, Parameter
+from converters.peft.names import BASE, BASE_LAYER, ORIGINAL, SAVED, TOKENS, ParsedName
 from converters.tensors import DType, TensorRef, Weights
 
 WHOLE = "ln_tuning_layers"  # a trained copy of a whole layer, as modules_to_save are
@@ -148,7 +148,7 @@ def sorted_names(weights: Weights, adapters: Iterable[str]) -> Sorted:
     return result
 
 
-def _place(parameters: Sorted, part: Parameter, tensor: TensorRef) -> None:
+def _place(parameters: Sorted, part: ParsedName, tensor: TensorRef) -> None:
     """Puts an adapter's tensor to its layer, or to what all layers share."""
     adapter = part.adapter or ""
     layers = parameters.shared

@@ -5,7 +5,7 @@ from __future__ import annotations
 from converters import words
 from converters.errors import CheckpointError
 from converters.peft.config import INPUT_EMBEDDING, AdapterConfig
-from converters.peft.merge.cells import Change, matrix_shape
+from converters.peft.merge.cells import WeightChange, matrix_shape
 from converters.peft.merge.lycoris import Loha, Lokr
 from converters.peft.merge.sites import Changed, Parts, Site, find, part_of
 from converters.peft.merge.vectors import Ia3, Tokens, Vera
@@ -47,7 +47,7 @@ def ia3(site: Site, parts: Parts, shared: Parts, config: AdapterConfig) -> Chang
             f"{words.shape(weight.shape)}"
         )
 
-    changes: dict[str, Change] = {
+    changes: dict[str, WeightChange] = {
         "weight": Ia3(weight, site.type_of(weight), vector, by_column, repeat)
     }
     bias = site.tensors.get("bias")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from converters import words
 from converters.errors import CheckpointError
-from converters.peft.merge.cells import Change, matrix_shape
+from converters.peft.merge.cells import WeightChange, matrix_shape
 from converters.tensors import DType, TensorRef
 
 Parts = dict[tuple[str, str], TensorRef]  # an adapter's tensors, by role and rest of name
-Changed = Mapping[str, Change]  # by the last part of the tensor's name: weight, bias
+Changed = Mapping[str, WeightChange]  # by the last part of the tensor's name: weight, bias
 
 
 @dataclass(frozen=True, slots=True)

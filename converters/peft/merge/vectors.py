@@ -13,12 +13,12 @@ import numpy as np
 
 from converters.cast import Array
 from converters.computing.computed import Inputs
-from converters.peft.merge.cells import Cell, Change, factor
+from converters.peft.merge.cells import Cell, WeightChange, factor
 from converters.tensors import TensorRef
 
 
 @dataclass(frozen=True, slots=True)
-class Ia3(Change):
+class Ia3(WeightChange):
     """The weight times a vector: of every row, or (``columns``) of every column's first
     axis.
 
@@ -50,7 +50,7 @@ class Ia3(Change):
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens(Change):
+class Tokens(WeightChange):
     """Some rows replaced: row ``indices[n]`` by row n of ``rows``, the last of equal
     ones."""
 
@@ -77,7 +77,7 @@ class Tokens(Change):
 
 
 @dataclass(frozen=True, slots=True)
-class Vera(Change):
+class Vera(WeightChange):
     """W + (lambda_b * B) (lambda_d * A); A and B are shared by all layers and cut to
     size."""
 

@@ -15,7 +15,7 @@ Views = Mapping[str, tuple[int, TensorRef]]
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class FlatGroup:
     """A param group: its fp32 vector, and the places of the parameters in it.
 
     A place is the first element, and the shape.
@@ -42,7 +42,7 @@ class Group:
         return self.flat.narrow(offset, view.numel).view(*view.shape)
 
 
-def homes(model: State, groups: Sequence[Group]) -> list[Views]:
+def homes(model: State, groups: Sequence[FlatGroup]) -> list[Views]:
     """For each group the views of its storage; none where none is surely its own."""
     storages = storage_views.views_by_storage(model)
     choices = [
@@ -66,7 +66,7 @@ def homes(model: State, groups: Sequence[Group]) -> list[Views]:
     ]
 
 
-def _fits(group: Group, storage: Extent, views: Views) -> bool:
+def _fits(group: FlatGroup, storage: Extent, views: Views) -> bool:
     """Whether a storage is long enough, and has a view where a parameter is, or all."""
     itemsize = next(iter(views.values()))[1].dtype.itemsize
     if not group.end or storage.length // itemsize < group.end:
@@ -89,12 +89,12 @@ def covers(views: Views, offset: int, numel: int) -> bool:
     return numel > 0 and offset >= end
 
 
-def _same_layout(group: Group, views: Views) -> bool:
+def _same_layout(group: FlatGroup, views: Views) -> bool:
     places = {(offset, shape) for offset, shape in group.places.values() if numel_of(shape)}
     return places == {(offset, view.shape) for offset, view in views.values()}
 
 
-def _same_values(group: Group, views: Views) -> bool:
+def _same_values(group: FlatGroup, views: Views) -> bool:
     """Whether the fp32 vector rounds to the views, as far as that is looked at.
 
     Reads both.

@@ -23,13 +23,13 @@ from converters.words import some
 from converters.zero.files import state_files
 from converters.zero.files.state_files import Shape, State
 from converters.zero.naming import cloned_parameters, group_storages, storage_views
-from converters.zero.naming.group_storages import Group, numel_of
+from converters.zero.naming.group_storages import FlatGroup, numel_of
 
 STRIDED = "its elements are trained, but lie in another order than those of its parameter"
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class TrainedWeights:
     """Master weights by the names of the state dict, and what became of other names.
 
     ``copies`` are 16-bit copies of those that the state dict does not have as they are.
@@ -42,7 +42,7 @@ class Trained:
     copies: Mapping[str, TensorRef] = field(default_factory=dict)
 
 
-def trained(model: State, groups: Sequence[Group]) -> Trained:
+def trained(model: State, groups: Sequence[FlatGroup]) -> TrainedWeights:
     """The master weights under the names that ``module`` has for them.
 
     Parameters that it has no name for keep their own.
@@ -52,7 +52,7 @@ def trained(model: State, groups: Sequence[Group]) -> Trained:
     absent: dict[str, str] = {}
     state_names: dict[str, str] = {}
     pieces: list[str] = []
-    unplaced: dict[str, tuple[Group, int, Shape]] = {}
+    unplaced: dict[str, tuple[FlatGroup, int, Shape]] = {}
 
     for group, views in zip(groups, views_by_group, strict=True):
         inside = {
@@ -85,7 +85,7 @@ def trained(model: State, groups: Sequence[Group]) -> Trained:
     naming, notes, copies = _match_copies(model, naming, unplaced, masters, absent)
     _add_unplaced(model, naming, unplaced, masters, absent)
 
-    return Trained(masters, absent, naming, notes, copies)
+    return TrainedWeights(masters, absent, naming, notes, copies)
 
 
 def _by_place(
@@ -106,7 +106,7 @@ def _by_place(
 def _add_unplaced(
     model: State,
     naming: Names,
-    unplaced: Mapping[str, tuple[Group, int, Shape]],
+    unplaced: Mapping[str, tuple[FlatGroup, int, Shape]],
     masters: dict[str, TensorRef],
     absent: Mapping[str, str],
 ) -> None:
@@ -128,7 +128,7 @@ def _add_unplaced(
 def _match_copies(
     model: State,
     naming: Names,
-    unplaced: dict[str, tuple[Group, int, Shape]],
+    unplaced: dict[str, tuple[FlatGroup, int, Shape]],
     masters: dict[str, TensorRef],
     absent: Mapping[str, str],
 ) -> tuple[Names, tuple[str, ...], dict[str, TensorRef]]:
@@ -197,7 +197,7 @@ def _add_joined(
     parts_by_name: Mapping[str, Sequence[str]],
     vectors: Mapping[str, TensorRef],
     unclaimed: Mapping[str, TensorRef],
-    unplaced: Mapping[str, tuple[Group, int, Shape]],
+    unplaced: Mapping[str, tuple[FlatGroup, int, Shape]],
     masters: dict[str, TensorRef],
 ) -> dict[str, TensorRef]:
     """Adds the master weights of joined tensors; gives the copies of their parts."""
@@ -263,7 +263,7 @@ def _with_rule(
     model: State,
     state_names: Mapping[str, str],
     pieces: tuple[str, ...],
-    unplaced: Mapping[str, tuple[Group, int, Shape]],
+    unplaced: Mapping[str, tuple[FlatGroup, int, Shape]],
     masters: Mapping[str, TensorRef],
 ) -> Names:
     """The names with a rule: that of those with places, else one for the others."""

@@ -20,7 +20,7 @@ from converters.zero import partitioning
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import state_files
 from converters.zero.native.optimizer_files import TargetTopology, Tree
-from converters.zero.param_groups import Group
+from converters.zero.param_groups import ParamGroup
 
 DECIDED = {  # what the layout decides in a model file; its tensors are proven as weights
     "module",
@@ -36,7 +36,7 @@ DECIDED = {  # what the layout decides in a model file; its tensors are proven a
 def model_trees(
     checkpoint: Checkpoint,
     models: Sequence[Path],
-    groups: Sequence[Group],
+    groups: Sequence[ParamGroup],
     target: TargetTopology,
 ) -> Iterator[Any]:
     """The root of each model file of the target.
@@ -73,7 +73,9 @@ def model_trees(
         yield object_graph.replaced(root, changes)
 
 
-def _common_keys(checkpoint: Checkpoint, groups: Sequence[Group], target: TargetTopology) -> Tree:
+def _common_keys(
+    checkpoint: Checkpoint, groups: Sequence[ParamGroup], target: TargetTopology
+) -> Tree:
     """The values that are the same for all ranks: world size and order of the
     parameters.
 
@@ -150,7 +152,7 @@ def _shared_params(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _module12(
-    checkpoint: Checkpoint, model: Any, groups: Sequence[Group], target: TargetTopology
+    checkpoint: Checkpoint, model: Any, groups: Sequence[ParamGroup], target: TargetTopology
 ) -> Tree:
     """The module of stages 1 and 2, and the frozen parameters, which share storages."""
     weights = checkpoint.weights
@@ -175,7 +177,7 @@ def _module12(
 
 
 def _views(
-    checkpoint: Checkpoint, groups: Sequence[Group], target: TargetTopology
+    checkpoint: Checkpoint, groups: Sequence[ParamGroup], target: TargetTopology
 ) -> dict[str, Call]:
     """The trained parameters, as views into one storage for each group.
 

@@ -16,7 +16,7 @@ from converters.tensors import TensorRef
 from converters.torch_files import object_graph
 from converters.zero import muon, partitioning
 from converters.zero.checkpoint import Checkpoint
-from converters.zero.param_groups import WEIGHTS, Group
+from converters.zero.param_groups import WEIGHTS, ParamGroup
 
 Tree = dict[str, Any]
 SUB_GROUP = 1_000_000_000  # the default of zero_optimization.sub_group_size
@@ -62,29 +62,29 @@ class TargetTopology:
                 "parameter_alignment"
             )
 
-    def order(self, group: Group) -> list[str]:
+    def order(self, group: ParamGroup) -> list[str]:
         """The names of a group's parameters in the order in which they are laid down."""
         names = list(group.shapes)
         if self.dealt and self.stage < 3:
             return partitioning.round_robin_order(names, self.world_size)
         return names
 
-    def paddings(self, group: Group) -> list[int]:
+    def paddings(self, group: ParamGroup) -> list[int]:
         """The elements left empty behind each parameter, in that order."""
         numels = [group.values[WEIGHTS][name].numel for name in self.order(group)]
         if not self.aligned or self.stage == 3:
             return [0] * len(numels)
         return partitioning.padding_for(numels, self.itemsize)
 
-    def whole(self, group: Group) -> str | None:
+    def whole(self, group: ParamGroup) -> str | None:
         """The state that ranks keep for whole parameters, if there is one (``muon``)."""
         keeps_whole = self.muon and self.stage < 3 and not self.bf16
         return muon.MOMENTUM if keeps_whole and muon.is_muon_group(group.options) else None
 
 
 def in_optimizer_order(
-    groups: Sequence[Group], checkpoint: Checkpoint, target: TargetTopology
-) -> list[Group]:
+    groups: Sequence[ParamGroup], checkpoint: Checkpoint, target: TargetTopology
+) -> list[ParamGroup]:
     """The groups with their parameters in the order of the target's optimizer.
 
     That is the one they have, but for Muon, which sorts its own where it sees their
@@ -93,7 +93,7 @@ def in_optimizer_order(
     return [_as_given(group, checkpoint, target) for group in groups]
 
 
-def _as_given(group: Group, checkpoint: Checkpoint, target: TargetTopology) -> Group:
+def _as_given(group: ParamGroup, checkpoint: Checkpoint, target: TargetTopology) -> ParamGroup:
     if not muon.is_muon_group(group.options):
         return group
     if (checkpoint.stage == 3) == (target.stage == 3):
@@ -145,12 +145,12 @@ def stage_like(source_stage: Any, target: TargetTopology) -> Any:
     return target.stage
 
 
-def optimizer_trees(groups: Sequence[Group], target: TargetTopology) -> Iterator[Tree]:
+def optimizer_trees(groups: Sequence[ParamGroup], target: TargetTopology) -> Iterator[Tree]:
     """For each rank, what an optimizer file has under keys that the layout decides."""
     return _stage3(groups, target) if target.stage == 3 else _stage12(groups, target)
 
 
-def _stage12(groups: Sequence[Group], target: TargetTopology) -> Iterator[Tree]:
+def _stage12(groups: Sequence[ParamGroup], target: TargetTopology) -> Iterator[Tree]:
     world_size = target.world_size
     paddings = [target.paddings(group) for group in groups]
     totals = [
@@ -226,7 +226,7 @@ def _end_paddings(
 
 
 def _vectors12(
-    group: Group, target: TargetTopology, paddings: Sequence[int], partition_size: int
+    group: ParamGroup, target: TargetTopology, paddings: Sequence[int], partition_size: int
 ) -> dict[str, list[TensorRef]]:
     """The weights and each state of a group, cut up for the ranks."""
     world_size = target.world_size
@@ -245,7 +245,7 @@ def _vectors12(
 
 
 def _base_state(
-    groups: Sequence[Group],
+    groups: Sequence[ParamGroup],
     target: TargetTopology,
     rank_vectors: Sequence[Mapping[str, TensorRef]],
     unpadded_sizes: Sequence[int],
@@ -268,7 +268,7 @@ def _base_state(
 
 
 def _state(
-    group: Group,
+    group: ParamGroup,
     vectors: Mapping[str, TensorRef],
     length: int,
     whole_key: str | None = None,
@@ -294,7 +294,7 @@ def _state(
 
 
 def _fragments(
-    group: Group,
+    group: ParamGroup,
     target: TargetTopology,
     inner_paddings: Sequence[int],
     start: int,
@@ -328,7 +328,7 @@ def _fragments(
     )
 
 
-def _stage3(groups: Sequence[Group], target: TargetTopology) -> Iterator[Tree]:
+def _stage3(groups: Sequence[ParamGroup], target: TargetTopology) -> Iterator[Tree]:
     world_size = target.world_size
     sub_groups_by_group = [
         partitioning.sub_groups(group.shapes, world_size, target.sub_group_size) for group in groups

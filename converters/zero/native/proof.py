@@ -30,7 +30,7 @@ from converters.torch_files import object_graph, reader
 from converters.torch_files.object_graph import Storage
 from converters.zero import param_groups
 from converters.zero.checkpoint import Checkpoint
-from converters.zero.param_groups import Group
+from converters.zero.param_groups import ParamGroup
 
 
 class Provenance:
@@ -78,7 +78,7 @@ class Provenance:
 
 def verify_tensors(
     source: Checkpoint,
-    source_groups: Sequence[Group],
+    source_groups: Sequence[ParamGroup],
     result: Checkpoint,
     plan: Plan,
     folder: Path,
@@ -125,7 +125,11 @@ def verify_tensors(
 
 
 def _verify_group(
-    provenance: Provenance, result: Checkpoint, index: int, group: Group, result_group: Group
+    provenance: Provenance,
+    result: Checkpoint,
+    index: int,
+    group: ParamGroup,
+    result_group: ParamGroup,
 ) -> None:
     """Raises unless two param groups have the same order, constants and tensors."""
     same_order = list(group.shapes) == list(result_group.shapes)

@@ -33,7 +33,7 @@ from converters.zero.native.optimizer_files import (
     TargetTopology,
     with_loss_scale,
 )
-from converters.zero.param_groups import Group
+from converters.zero.param_groups import ParamGroup
 
 # the names of it in runtime/config.py: DtypeEnum
 _FP32 = ("fp32", "float32", "float", "torch.float32")
@@ -201,7 +201,7 @@ def _optimizer_state(path: Path, root: Mapping[Any, Any]) -> dict[Any, Any]:
     return Section(path, "", root).required("optimizer_state_dict", dict)
 
 
-def _groups(checkpoint: Checkpoint, topology: TargetTopology) -> list[Group]:
+def _groups(checkpoint: Checkpoint, topology: TargetTopology) -> list[ParamGroup]:
     """The param groups, in the target's order."""
     tree = object_graph.read_root(checkpoint.ranks[0].path)
     groups = param_groups.read(checkpoint, tree)
@@ -260,7 +260,7 @@ def _require_rule(checkpoint: Checkpoint, topology: TargetTopology) -> None:
 
 
 def _require_options(
-    checkpoint: Checkpoint, groups: Iterable[Group], topology: TargetTopology
+    checkpoint: Checkpoint, groups: Iterable[ParamGroup], topology: TargetTopology
 ) -> None:
     """Raises for an elastic checkpoint that is to become one of stage 3."""
     if topology.stage == 3 and any(group.options is None for group in groups):

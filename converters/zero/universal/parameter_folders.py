@@ -25,7 +25,7 @@ from converters.torch_files.object_graph import Storage
 from converters.torch_files.torch_file import TorchFile
 from converters.zero.files import state_files
 from converters.zero.files.state_files import Shape
-from converters.zero.param_groups import WEIGHTS, Group
+from converters.zero.param_groups import WEIGHTS, ParamGroup
 
 MASTER = "fp32"  # the name of the file that has the master weights
 STEP = "step"
@@ -58,7 +58,7 @@ def read(
     shapes: Mapping[str, Shape],
     options: Mapping[str, Any],
     group_state: Mapping[str, Any],
-) -> tuple[Group, list[TorchFile]]:
+) -> tuple[ParamGroup, list[TorchFile]]:
     """A param group from ``inner`` (the folder ``zero``), and the files that it lies in.
 
     ``shapes`` are in the order of the optimizer; ``group_state`` is what
@@ -82,7 +82,7 @@ def read(
     )
     ordered = {key: {name: tensors[name] for name in shapes} for key, tensors in values.items()}
 
-    return Group(dict(shapes), ordered, constants, options, keys), files
+    return ParamGroup(dict(shapes), ordered, constants, options, keys), files
 
 
 def _read_folders(

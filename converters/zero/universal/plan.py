@@ -27,7 +27,7 @@ from converters.zero.files.typed import Section
 from converters.zero.naming import storage_views
 from converters.zero.native import model_files, optimizer_files, reshard
 from converters.zero.native.optimizer_files import SCALING, TargetTopology, with_loss_scale
-from converters.zero.param_groups import WEIGHTS, Group
+from converters.zero.param_groups import WEIGHTS, ParamGroup
 from converters.zero.universal import parameter_folders
 from converters.zero.universal.parameter_folders import COMMON, MASTER, STEP
 from converters.zero.universal.reader import INFO, SUFFIX, Universal
@@ -121,7 +121,7 @@ def _to_universal(checkpoint: Checkpoint) -> Plan:
 def _universal_files(
     checkpoint: Checkpoint,
     tree: Any,
-    groups: Sequence[Group],
+    groups: Sequence[ParamGroup],
     whole_target: TargetTopology,
     stage_3_target: TargetTopology,
 ) -> Iterator[tuple[str, Any]]:
@@ -138,7 +138,7 @@ def _universal_files(
         yield f"zero/{parameter_folders.folder_name(name)}/{stem}.pt", root
 
 
-def common(checkpoint: Checkpoint, tree: Any, groups: Sequence[Group]) -> dict[Any, Any]:
+def common(checkpoint: Checkpoint, tree: Any, groups: Sequence[ParamGroup]) -> dict[Any, Any]:
     """``optimizer_state.pt`` for both loaders.
 
     Stages 1 and 2 take ``param_groups``, one by one. Stage 3 gives every param
@@ -177,7 +177,7 @@ def common(checkpoint: Checkpoint, tree: Any, groups: Sequence[Group]) -> dict[A
     return common_state
 
 
-def _group_state(group: Group) -> dict[str, Any]:
+def _group_state(group: ParamGroup) -> dict[str, Any]:
     """The state of a group: what is kept once, and where the rest is kept."""
     return {
         key: parameter_folders.elsewhere(key)
@@ -188,7 +188,7 @@ def _group_state(group: Group) -> dict[str, Any]:
 
 
 def parameter_files(
-    checkpoint: Checkpoint, groups: Sequence[Group]
+    checkpoint: Checkpoint, groups: Sequence[ParamGroup]
 ) -> Iterator[tuple[str, str, Any]]:
     """Every file of a parameter: its name, the file's stem, the tree.
 

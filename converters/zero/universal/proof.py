@@ -23,7 +23,7 @@ from converters.zero.files.typed import Section
 from converters.zero.native import model_files, optimizer_files, proof, reshard
 from converters.zero.native.optimizer_files import SCALING, TargetTopology, with_loss_scale
 from converters.zero.native.proof import Provenance
-from converters.zero.param_groups import Group
+from converters.zero.param_groups import ParamGroup
 from converters.zero.universal import reader
 from converters.zero.universal.plan import (
     LAYOUT,
@@ -107,9 +107,9 @@ def from_universal(
 def _prove_same(
     provenance: Provenance,
     source: Checkpoint,
-    source_groups: Sequence[Group],
+    source_groups: Sequence[ParamGroup],
     result: Checkpoint,
-    result_groups: Sequence[Group],
+    result_groups: Sequence[ParamGroup],
 ) -> dict[str, int]:
     """Proves groups and weights, as trees with one entry for each tensor."""
     path = result.place.folder
@@ -142,7 +142,7 @@ def _prove_same(
     }
 
 
-def _group(group: Group) -> dict[str, Any]:
+def _group(group: ParamGroup) -> dict[str, Any]:
     """A param group: its order, options, constants, and every tensor by name."""
     entries = {
         f"{key or 'fp32'} of {name}": _tree(tensor)

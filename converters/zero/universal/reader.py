@@ -28,7 +28,7 @@ from typing import Any
 from converters import words
 from converters.detect import detect
 from converters.errors import MALFORMED, CheckpointError
-from converters.source import Topology
+from converters.source import SourceTopology
 from converters.storage import local
 from converters.tensors import TensorRef
 from converters.torch_files import object_graph
@@ -41,7 +41,7 @@ from converters.zero.files import discovery, state_files
 from converters.zero.files.state_files import State
 from converters.zero.naming import storage_views
 from converters.zero.naming.assemble import assemble
-from converters.zero.param_groups import WEIGHTS, Group
+from converters.zero.param_groups import WEIGHTS, ParamGroup
 from converters.zero.universal import parameter_folders
 from converters.zero.universal.group_layouts import group_layouts, stage_of, world_size_of
 from converters.zero.universal.parameter_folders import COMMON, MASTER
@@ -66,7 +66,7 @@ class Universal:
     """
 
     checkpoint: Checkpoint
-    groups: tuple[Group, ...]
+    groups: tuple[ParamGroup, ...]
     common: Mapping[Any, Any]
     models: tuple[Path, ...]
 
@@ -152,7 +152,7 @@ def _read(place: discovery.Place, like: Checkpoint | None) -> Universal:
     tree = object_graph.read_root(inner / COMMON)
 
     rank = State(common, {"optimizer_state_dict": common.root})
-    groups: list[Group] = []
+    groups: list[ParamGroup] = []
     files: list[TorchFile] = []
 
     for layout in group_layouts(models, rank, tree, like):
@@ -215,7 +215,7 @@ def _checkpoint(
     place: discovery.Place,
     models: Sequence[State],
     rank: State,
-    groups: Sequence[Group],
+    groups: Sequence[ParamGroup],
     files: Sequence[TorchFile],
 ) -> Checkpoint:
     """What the folder stands for.
@@ -240,7 +240,7 @@ def _checkpoint(
 
     return Checkpoint(
         place=place,
-        topology=Topology(world_size, stage),
+        topology=SourceTopology(world_size, stage),
         precision=zero.precision(models[0], weights),
         step=step if isinstance(step, int) else None,
         version=models[0].version,
@@ -255,7 +255,7 @@ def _checkpoint(
 
 
 def _partitioned(
-    rank: State, model: State, groups: Sequence[Group], world_size: int
+    rank: State, model: State, groups: Sequence[ParamGroup], world_size: int
 ) -> list[State]:
     """The optimizer files that the ranks of stage 3 would have had, weights alone."""
     masters: dict[str, TensorRef] = {}
@@ -278,7 +278,7 @@ def _partitioned(
     return rank_states
 
 
-def _require_known(inner: Path, checkpoint: Checkpoint, groups: Sequence[Group]) -> None:
+def _require_known(inner: Path, checkpoint: Checkpoint, groups: Sequence[ParamGroup]) -> None:
     """Raises for a folder that the model has no parameter for, or that loses states."""
     known_names = {*checkpoint.weights.order, COMMON}
     trained = {name for group in groups for name in group.shapes}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckpt.runs import manifest
-from ckpt.runs.manifest import File, Manifest
+from ckpt.runs.manifest import FileRecord, Manifest
 from converters.errors import CheckpointError
 
 WHOLE = Manifest(
@@ -19,7 +19,10 @@ WHOLE = Manifest(
     versions={"ckpt": "1.0", "torch": "2.13.0"},
     metrics={"eval_loss": 1.9375, "worst": float("inf")},
     progress={"lr": [0.001], "loss_scale": None, "samples": 4000},
-    files={"model.safetensors": File(3, "crc32:00000000"), "a/b.pt": File(1, "zip:" + "0" * 64)},
+    files={
+        "model.safetensors": FileRecord(3, "crc32:00000000"),
+        "a/b.pt": FileRecord(1, "zip:" + "0" * 64),
+    },
 )
 
 

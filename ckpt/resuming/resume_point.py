@@ -24,7 +24,7 @@ log = logging.getLogger("ckpt")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ResumePoint:
     """What is loaded. ``foreign``: without a manifest; then ``digest`` is empty.
 
     ``resharded``: it was made of what was asked for.
@@ -77,7 +77,7 @@ class Source:
             set_micro_steps(engine, micro_steps)
 
     @classmethod
-    def of(cls, run_checkpoint: RunCheckpoint, tag: str | None = None) -> Source:
+    def of(cls, run_checkpoint: RunCheckpoint, tag: str | None = None) -> ResumePoint:
         """What a checkpoint is, by its manifest or its state files; raises as ``detect.read``."""
         manifest = run_checkpoint.manifest
         if manifest is None:
@@ -123,7 +123,7 @@ class RankState:
         return cls(None, {}, False)
 
     @classmethod
-    def read(cls, source: Source, rank: int) -> RankState:
+    def read(cls, source: ResumePoint, rank: int) -> RankState:
         """The state that ``rank_files.write`` wrote; ``CheckpointError`` if a file is damaged."""
         random = source.folder / rng.NAME.format(rank)
         extra = source.folder / rank_files.EXTRA.format(rank)

@@ -3,6 +3,7 @@
 view               an engine as the front ends see it: a Protocol, and questions about the rest
 attributes         what of DeepSpeed this folder relies on, as a table; what an upgrade dropped
 inventory          the tensors of a running training
+placeholders       parameters of ZeRO-3 in a model, and the model without DeepSpeed
 partitions         what this rank holds of them
 layout             how the training cuts up its state
 parameters, optimizers, settings, progress  what a manifest says of a training

@@ -159,18 +159,3 @@ def keeping_counters(engine: EngineView) -> Iterator[None]:
 
     for name, value in counters.items():
         setattr(engine, name, value)
-
-
-def is_partitioned(parameter: Any) -> bool:
-    """Whether a parameter is one of ZeRO-3, or was made under ``zero.Init``."""
-    return hasattr(parameter, "ds_id")
-
-
-def full_shape(tensor: Any) -> tuple[int, ...]:
-    """The shape of a tensor whose elements may be on all ranks."""
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
-
-
-def full_size(tensor: Any) -> int:
-    """Elements of a tensor on all ranks together."""
-    return int(getattr(tensor, "ds_numel", tensor.numel()))

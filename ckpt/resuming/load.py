@@ -15,18 +15,7 @@ from ckpt.resuming.comparison import Comparison
 from ckpt.resuming.continuity import Row
 from ckpt.resuming.resume_point import ResumePoint
 from converters.errors import CheckpointError
-
-# What DeepSpeed itself puts beside the user's client state (runtime/engine.py:
-# _common_checkpoint_state, _save_checkpoint, _checkpoint_parallel_metadata).
-DEEPSPEEDS = {
-    *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes"),
-    *("shared_params", "frozen_param_fragments", "lr_scheduler"),
-    *("data_sampler", "random_ltd"),
-    *("sparse_tensor_module_names", "skipped_steps", "global_steps", "global_samples"),
-    *("dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions"),
-    *("ds_config", "ds_version"),
-    *("num_experts", "ds_autoep_layers", "autoep_layers", "universal_checkpoint_info"),
-}
+from converters.zero.files.keys import MODEL_KEYS
 
 
 @contextmanager
@@ -98,7 +87,7 @@ class Load:
                 )
 
             self.reader = reader
-            names = [name for name in loaded_state if name not in DEEPSPEEDS]
+            names = [name for name in loaded_state if name not in MODEL_KEYS]
             client_state = {name: loaded_state[name] for name in names}
             reader.detach(client_state)
             loaded_state.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from oracles import ROOT
 
 from ckpt.engine import attributes
-from ckpt.engine.view import EngineView, TrainingEngine
+from ckpt.engine.view import EngineView, Internals, TrainingEngine
 from converters.errors import CheckpointError
 
 NAMES = {attribute.name for attribute in attributes.relied_on()}
@@ -99,12 +100,50 @@ def test_no_other_room_knows_deepspeeds_attributes() -> None:
     assert known == []
 
 
+def test_no_other_room_names_what_deepspeed_sets_on_a_model_or_imports_it() -> None:
+    known = []
+    for path in other_rooms():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and str(node.value).startswith(("ds_", "_ds_")):
+                known.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.value}")
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+                known += [f"{path.relative_to(ROOT)}: {name}" for name in names if of_ds(name)]
+            elif isinstance(node, ast.ImportFrom) and of_ds(node.module or ""):
+                known.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.module}")
+
+    assert known == []
+
+
+def of_ds(module: str) -> bool:
+    return module.partition(".")[0] == "deepspeed"
+
+
+def test_an_engine_has_a_type_where_it_is_taken() -> None:
+    """``Any`` for an engine would let every room ask it for everything."""
+    untyped = []
+    for path in sorted((ROOT / "ckpt").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.arg) and node.arg in {"engine", "engines"}:
+                annotation = "" if node.annotation is None else ast.unparse(node.annotation)
+                if re.search(r"\bAny\b", annotation) or not annotation:
+                    untyped.append(f"{path.relative_to(ROOT)}:{node.lineno}: {annotation}")
+
+    assert untyped == []
+
+
+def test_what_the_room_alone_asks_is_in_the_table() -> None:
+    members = {*Internals.__annotations__} - {*TrainingEngine.__annotations__}
+    of_engine = {a.name for a in attributes.relied_on() if a.file == "runtime/engine.py"}
+    assert members - of_engine == set()
+
+
 def test_what_the_room_asks_of_an_engine_is_in_the_table() -> None:
     unknown = [
         f"{path.name}:{line}: {receiver}.{name}"
         for path in sorted((ROOT / "ckpt/engine").glob("*.py"))
         for line, receiver, name in accesses(path)
-        if receiver in {"engine", "optimizer", "inner_optimizer"}
+        if receiver in {"engine", "internals", "optimizer", "inner_optimizer"}
         and name not in NAMES | OF_THE_VIEW | OF_TORCH
     ]
     assert unknown == []

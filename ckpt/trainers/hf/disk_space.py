@@ -14,7 +14,8 @@ from typing import Any
 import numpy
 import torch
 
-from ckpt.engine.view import EngineView, full_size, is_partitioned
+from ckpt.engine.placeholders import full_size, is_partitioned
+from ckpt.engine.view import EngineView
 from ckpt.live.export import save_config
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Retention

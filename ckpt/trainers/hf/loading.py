@@ -18,8 +18,9 @@ from transformers import Trainer
 from ckpt.distributed.ranks import TIMEOUT, RankGroup
 from ckpt.engine import mapped_loading
 from ckpt.engine.layout import Layout
+from ckpt.engine.placeholders import is_partitioned
 from ckpt.engine.settings import Loop
-from ckpt.engine.view import is_engine, is_partitioned
+from ckpt.engine.view import is_engine
 from ckpt.resuming import configured, select, topology
 from ckpt.resuming.continuity import OnMismatch
 from ckpt.resuming.topology import Reshard

@@ -29,6 +29,7 @@ from converters.source import Source
 from converters.tensors import TensorRef
 from converters.words import counted
 from converters.zero.files import state_files
+from converters.zero.files.keys import MODEL_KEYS, OTHER_MODEL_KEYS
 
 FILE = "model.ckpt"  # in the folder that is written where -o names no file
 SUFFIXES = (".ckpt", ".pt", ".pth")  # of -o where it names a file
@@ -42,20 +43,7 @@ _WHAT = "which writes one file with all weights under the LightningModule's own 
 _PREFIX = "_forward_module."  # Lightning's wrapper of the module, before 2.1
 _ARGUMENTS = ("hyper_parameters", "datamodule_hyper_parameters")
 _TRAINING = ("callbacks", "optimizer_states", "lr_schedulers", "state_dict")
-_DEEPSPEEDS = frozenset(  # keys of engine.py, DeepSpeed 0.19.8, and older ones
-    (
-        *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes"),
-        *("shared_params", "frozen_param_fragments", "lr_scheduler", "data_sampler"),
-        "random_ltd",
-        *("sparse_tensor_module_names", "csr_tensor_module_names", "skipped_steps"),
-        *("global_steps", "global_samples", "dp_world_size", "mp_world_size"),
-        "ds_config",
-        *("ds_version", "num_experts", "universal_checkpoint_info"),
-        "optimizer_state_dict",
-        *("loss_scaler", "global_steps_at_last_save", "ds_autoep_layers", "batch_size"),
-        *("checkpoint_parallel_dimensions", "ds_checkpoint_info"),
-    )
-)
+_DEEPSPEEDS = MODEL_KEYS | OTHER_MODEL_KEYS
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,15 @@
-"""Weights of a checkpoint into a model, in place, and DeepSpeed out of it.
-
-A model that an engine has used is not an ordinary one: under stage 3 its parameters are
-placeholders without elements (``ds_shape`` has the shape), kept in dicts of DeepSpeed's
-own, and every module has hooks that fetch and release them. All of that is undone here.
-Seen in DeepSpeed 0.19.8 ``runtime/zero/partition_parameters.py`` and
-``parameter_offload.py``.
-"""
+"""Weights of a checkpoint into a model, in place, and DeepSpeed out of it (``placeholders``)."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
-from ckpt.engine.view import full_shape, is_partitioned
+from ckpt.engine import placeholders
+from ckpt.engine.placeholders import full_shape
 from ckpt.weights.naming import naming
 from ckpt.weights.opening import tensors
 from converters import words
@@ -34,7 +27,7 @@ def load(model: nn.Module, source: Source) -> nn.Module:
     weights = naming.like(source.weights, targets)
     _check(targets, weights, str(source.place.folder))
     model = model.cpu()
-    _undo(model)
+    placeholders.undo(model)
     filled: set[int] = set()
     for name, target in _targets(model).items():
         ref = weights.tensors.get(weights.aliases.get(name, name))
@@ -51,10 +44,6 @@ def _targets(model: nn.Module) -> Mapping[str, torch.Tensor]:
     return {name: tensor for name, tensor in names.items() if isinstance(tensor, torch.Tensor)}
 
 
-def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return full_shape(tensor)
-
-
 def _check(targets: Mapping[str, torch.Tensor], weights: Weights, where: str) -> None:
     """Raises unless every tensor of the model has a value of its shape, or may stay.
 
@@ -69,8 +58,8 @@ def _check(targets: Mapping[str, torch.Tensor], weights: Weights, where: str) ->
             continue
 
         filled.add(id(target))
-        if ref.shape != _shape(target):
-            model_shape, stored_shape = words.shape(_shape(target)), words.shape(ref.shape)
+        if ref.shape != full_shape(target):
+            model_shape, stored_shape = words.shape(full_shape(target)), words.shape(ref.shape)
             mismatches.append(f"{name} is {model_shape}, stored as {stored_shape}")
 
     # tied to one that is there
@@ -110,7 +99,7 @@ def _problems(
 def _stays(target: torch.Tensor) -> bool:
     """Whether a tensor without a value may stay: it is neither trained nor a placeholder."""
     trained = isinstance(target, nn.Parameter) and target.requires_grad
-    return not trained and tuple(target.shape) == _shape(target)
+    return not trained and tuple(target.shape) == full_shape(target)
 
 
 def _stays_line(names: list[str], targets: Mapping[str, torch.Tensor]) -> str:
@@ -125,31 +114,6 @@ def _stays_line(names: list[str], targets: Mapping[str, torch.Tensor]) -> str:
 
 def _some(names: list[str]) -> str:
     return some(names, 4)
-
-
-def _undo(model: nn.Module) -> None:
-    """Makes every module and parameter what they were before DeepSpeed."""
-    parameters_by_id: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for hooks in (value for key, value in vars(module).items() if key.endswith("_hooks")):
-            for key in [key for key, hook in (hooks or {}).items() if _of_deepspeed(hook)]:
-                del hooks[key]
-
-        module_parameters = dict(module._parameters)
-        for key, parameter in module_parameters.items():
-            if parameter is not None and is_partitioned(parameter):
-                if id(parameter) not in parameters_by_id:
-                    empty = torch.empty(_shape(parameter), dtype=parameter.dtype)
-                    parameters_by_id[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-                module_parameters[key] = parameters_by_id[id(parameter)]
-
-        module._parameters = module_parameters
-        for key in [key for key in vars(module) if key.startswith("ds_")]:
-            delattr(module, key)
-
-
-def _of_deepspeed(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("deepspeed")
 
 
 def _fill(target: torch.Tensor, ref: TensorRef) -> None:

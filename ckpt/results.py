@@ -46,6 +46,34 @@ class TrainingState:
     deepspeed: str | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightChecks:
+    """What was proven of weights that were written or sent.
+
+    Of a push that found its shards proven by an ``earlier`` one, nothing but that.
+
+    ``compared_*`` and ``uncompared_*`` are about the 16-bit copies in ``compared_with``;
+    ``overflowed``, ``nan`` and ``inf`` count numbers by tensor.
+    """
+
+    verified: bool
+    earlier: bool = False
+    coverage: str | None = None
+    crc32_bytes: int | None = None
+    no_crc32_bytes: int | None = None
+    source_bytes: int | None = None
+    compared_with: str | None = None
+    compared_tensors: int | None = None
+    compared_bytes: int | None = None
+    uncompared_tensors: tuple[str, ...] = ()
+    uncompared_buffers: int | None = None
+    without_copy: int | None = None
+    unlike_tensors: tuple[str, ...] = ()
+    overflowed: Mapping[str, int] | None = None
+    nan: Mapping[str, int] | None = None
+    inf: Mapping[str, int] | None = None
+
+
 def document(result: object) -> dict[str, Any]:
     """The whole JSON of a result: the number of the schema, the version, and its fields."""
     return {"schema": SCHEMA, "ckpt": __version__} | members(result)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
-from ckpt.cli.results.conversion import Checks, ConversionResult, ConversionSource, SourceFile
-from ckpt.results import FileEntry
+from ckpt.cli.results.conversion import ConversionResult, ConversionSource, SourceFile
+from ckpt.results import FileEntry, WeightChecks
 from ckpt.text import size
 from ckpt.weights import absences
 from ckpt.weights.conversion import comparison, convert
+from ckpt.weights.conversion.record import ConversionRecord
 from ckpt.weights.conversion.task import Conversion
 from converters.detect.kinds import BY_NAME
 from converters.execute import workers as mover
@@ -37,63 +37,63 @@ def preview(conversion: Conversion, verify: bool, workers: int | None) -> Conver
     return ConversionResult(
         dry_run=True,
         output=conversion.output,
-        kind=record["kind"],
+        kind=record.kind,
         source=_source(conversion, record),
-        dtype=record["dtype"],
-        format=record["format"],
-        tied=record["tied"],
-        tensors=record["tensors"],
-        weight_bytes=record["total_size"],
-        files=tuple(FileEntry(file["name"], file["size"]) for file in record["files"]),
+        dtype=record.dtype,
+        format=record.format,
+        tied=record.tied,
+        tensors=record.tensors,
+        weight_bytes=record.total_size,
+        files=tuple(FileEntry(file.name, file.size) for file in record.files),
         copied_files=tuple(conversion.companions),
         read_bytes=plan.read_bytes - (0 if verify else reference_bytes),
         write_bytes=conversion.nbytes,
         free_bytes=local.free_space(conversion.output),
         memory_bytes=_BASE_BYTES + threads * 4 * mover.MOVE_BYTES,
         compared_with=conversion.proof if verify and reference_bytes else None,
-        aliases=record["aliases"],
-        missing=record["absent"],
-        renamed=record["renamed"],
-        rules=tuple(record["rules"]),
-        reader=record["reader"],
-        loads=record["loads"],
-        verdict=record["verdict"],
-        notes=tuple(record["notes"]),
+        aliases=record.aliases,
+        missing=record.absent,
+        renamed=record.renamed,
+        rules=record.rules,
+        reader=record.reader,
+        loads=record.loads,
+        verdict=record.verdict,
+        notes=record.notes,
     )
 
 
 def result(
-    planned: ConversionResult, conversion: Conversion, record: Mapping[str, Any]
+    planned: ConversionResult, conversion: Conversion, record: ConversionRecord
 ) -> ConversionResult:
     """What was made of a plan: with the digests of what was read, and what was proven."""
     return replace(
         planned,
         dry_run=False,
         source=_source(conversion, record),
-        checks=checks_of(record["checks"]),
+        checks=record.checks,
     )
 
 
-def _source(conversion: Conversion, record: Mapping[str, Any]) -> ConversionSource:
+def _source(conversion: Conversion, record: ConversionRecord) -> ConversionSource:
     """The checkpoint that is converted, and every file that is read of it."""
-    checkpoint, source = conversion.checkpoint, record["source"]
+    checkpoint, source = conversion.checkpoint, record.source
     return ConversionSource(
-        kind=source["kind"],
+        kind=source.kind,
         path=checkpoint.place.folder,
-        tag=source["tag"],
-        stage=source["stage"],
-        world_size=source["world_size"],
-        precision=source["precision"],
-        step=source["step"],
-        deepspeed=source["deepspeed"],
+        tag=source.tag,
+        stage=source.stage,
+        world_size=source.world_size,
+        precision=source.precision,
+        step=source.step,
+        deepspeed=source.deepspeed,
         files=tuple(
             SourceFile(
-                name=file["name"],
-                nbytes=file["size"],
-                directory_sha256=file["directory_sha256"],
-                crc32s_sha256=file["crc32s_sha256"],
+                name=file.name,
+                nbytes=file.size,
+                directory_sha256=file.directory_sha256,
+                crc32s_sha256=file.crc32s_sha256,
             )
-            for file in source["files"]
+            for file in source.files
         ),
     )
 
@@ -107,12 +107,6 @@ def _kind(source: Source) -> str:
         text += f", {counted(source.world_size, 'rank')}"
 
     return text
-
-
-def checks_of(checks: Mapping[str, Any]) -> Checks:
-    """What was proven of weights, from the facts of a conversion or of a push."""
-    names = {field.name for field in fields(Checks)}
-    return Checks(**{name: value for name, value in checks.items() if name in names})
 
 
 def preview_lines(conversion: Conversion, planned: ConversionResult) -> list[str]:
@@ -148,47 +142,44 @@ def _path(conversion: Conversion, name: str) -> str:
     return str(conversion.output if conversion.is_file else conversion.output / name)
 
 
-def verified(record: Mapping[str, Any]) -> str:
+def verified(record: ConversionRecord) -> str:
     """One line: what was proven of the output, and what could not be."""
-    checks = record["checks"]
-    if not checks["verified"]:
+    checks = record.checks
+    if checks is None or not checks.verified:
         return "not verified (--no-verify): sizes and coverage only"
 
     proven = [
-        f"{size(checks['crc32_bytes'])} by CRC32",
+        f"{size(checks.crc32_bytes or 0)} by CRC32",
         "every element used once or padding",
     ]
     equal, open_points = comparison.words(checks)
     if equal is not None:
         proven.append(equal)
-    if checks["no_crc32_bytes"]:
-        open_points.append(f"{size(checks['no_crc32_bytes'])} carry no CRC32")
+    if checks.no_crc32_bytes:
+        open_points.append(f"{size(checks.no_crc32_bytes)} carry no CRC32")
 
     line = "verified: " + ", ".join(proven)
     return line + ("; not verified: " + ", ".join(open_points) if open_points else "")
 
 
-def warnings(record: Mapping[str, Any]) -> list[str]:
+def warnings(record: ConversionRecord) -> list[str]:
     """Lines on what the user must know: names without values, lost precision, notes."""
-    lines = [f"absent: {line}" for line in absences.lines(record["absent"])]
-    for name, count in record.get("checks", {}).get("overflowed", {}).items():
-        lines.append(f"overflow: {counted(count, 'value')} of {name} became infinite")
-    lines += [f"note: {line}" for line in specials(record.get("checks", {}))]
-    lines += [f"names: {rule}" for rule in record.get("rules", ())]
-    return lines + [f"note: {note}" for note in record["notes"]]
+    lines = [f"absent: {line}" for line in absences.lines(record.absent)]
+    if record.checks is not None:
+        for name, count in (record.checks.overflowed or {}).items():
+            lines.append(f"overflow: {counted(count, 'value')} of {name} became infinite")
+        lines += [f"note: {line}" for line in specials(record.checks)]
+    lines += [f"names: {rule}" for rule in record.rules]
+    return lines + [f"note: {note}" for note in record.notes]
 
 
-def specials(checks: Mapping[str, Any]) -> list[str]:
+def specials(checks: WeightChecks) -> list[str]:
     """Lines on NaN and infinities that were written."""
-    kinds = (("nan", "NaN", "NaN"), ("inf", "infinite number", "infinite numbers"))
-    return [
-        _specials(singular, plural, checks[key])
-        for key, singular, plural in kinds
-        if checks.get(key)
-    ]
+    kinds = (("NaN", "NaN", checks.nan), ("infinite number", "infinite numbers", checks.inf))
+    return [_specials(singular, plural, counts) for singular, plural, counts in kinds if counts]
 
 
-def _specials(singular: str, plural: str, counts: dict[str, int]) -> str:
+def _specials(singular: str, plural: str, counts: Mapping[str, int]) -> str:
     """How many numbers of a kind are in which tensors, those with most of them first."""
     largest = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:8]
     names = ", ".join(f"{name} ({count:,})" for name, count in largest)

@@ -196,7 +196,7 @@ def _preview_lines(push_plan: PushPlan) -> list[str]:
 
 
 def _pushed(pushed: Pushed) -> Output:
-    from ckpt.cli.conversion import checks_of, specials
+    from ckpt.cli.conversion import specials
 
     committed = pushed.committed
     for warning in pushed.warnings[len(pushed.push_plan.warnings) :]:
@@ -219,11 +219,11 @@ def _pushed(pushed: Pushed) -> Output:
         pull_request=committed.pull_request,
         files=files,
         deleted_revisions=pushed.outdated,
-        checks=checks_of(pushed.checks) if pushed.checks else None,
+        checks=pushed.checks,
         seconds=round(pushed.seconds, 3),
         **_push_facts(pushed.push_plan, pushed.warnings),
     )
-    notices = [pushed.summary(), *specials(pushed.checks)]
+    notices = [pushed.summary(), *(specials(pushed.checks) if pushed.checks else ())]
     return Output(
         result,
         [committed.pull_request or committed.url],

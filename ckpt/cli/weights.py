@@ -94,7 +94,7 @@ def to_fp32(
         )
         return Output(
             reports.result(preview, conversion, record),
-            lines=[conversion.output, reports.verified(record), record["verdict"]],
+            lines=[conversion.output, reports.verified(record), record.verdict],
             notices=reports.warnings(record),
         )
 

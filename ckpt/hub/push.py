@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckpt.folders import locks
 from ckpt.hub import commit, download_check, journal, upload
@@ -25,6 +25,7 @@ from ckpt.hub.client.xet import UploadedFile, UploadTarget
 from ckpt.hub.commit import CommitChange, Committed
 from ckpt.hub.content.allow_list import CARD
 from ckpt.hub.plan import PushOptions, PushPlan, api_for, plan, require_open
+from ckpt.results import WeightChecks
 from ckpt.text import size
 from ckpt.weights.conversion import comparison
 from converters.errors import CheckpointError
@@ -44,7 +45,7 @@ class Pushed:
     """What the Hub has now. ``seconds`` is the time of ``execute``.
 
     ``outdated`` are branches that retention deleted; ``checks`` is what was proven of
-    the weights, by the keys of ``conversion.json``.
+    the weights, ``None`` if it has none that are converted.
     """
 
     push_plan: PushPlan
@@ -52,7 +53,7 @@ class Pushed:
     files: tuple[UploadedFile, ...]
     outdated: tuple[str, ...]
     warnings: tuple[str, ...]
-    checks: dict[str, Any] = field(default_factory=dict)
+    checks: WeightChecks | None = None
     seconds: float = 0.0
 
     def summary(self) -> str:
@@ -201,15 +202,15 @@ def _serve_shards(push_plan: PushPlan) -> tuple[Serving, journal.Journal] | None
 def _prove(
     push_plan: PushPlan,
     shards: tuple[Serving, journal.Journal] | None,
-) -> dict[str, Any]:
+) -> WeightChecks | None:
     """What was proven of the weights; ``CheckpointError`` if a CRC32 of their source is wrong."""
     conversion = push_plan.contents.conversion
     if shards is None or conversion is None:
-        return {}
+        return None
 
     serving, shard_journal = shards
     if shard_journal.proven:
-        return {"verified": True, "earlier": True}
+        return WeightChecks(verified=True, earlier=True)
 
     try:
         report = serving.check()
@@ -218,16 +219,7 @@ def _prove(
         raise
 
     shard_journal.prove(serving)
-    comparison_facts = comparison.facts(conversion.product, conversion.plan, report.unlike)
-
-    return comparison_facts | {
-        "verified": True,
-        "crc32_bytes": report.checked,
-        "no_crc32_bytes": report.unchecked,
-        "unlike_tensors": report.unlike,
-        "nan": report.nan,
-        "inf": report.inf,
-    }
+    return comparison.checks(conversion.product, conversion.plan, report)
 
 
 def _retire(api: HfApi, push_plan: PushPlan) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -90,4 +91,19 @@ def test_older_names_do_the_same_and_warn(tmp_path: Path) -> None:
     with pytest.warns(DeprecationWarning, match=r"ckpt\.universal\.plan_from"):
         ckpt.universal.prepare_from(tmp_path / "u", 1)
 
-    assert ckpt.convert.prepare is ckpt.convert.plan and ckpt.convert.run is ckpt.convert.execute
+    assert ckpt.convert.prepare is ckpt.convert.plan
+
+
+def test_the_record_of_a_conversion_is_a_value_and_the_facts_of_its_json(tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    record = ckpt.convert.execute(ckpt.convert.plan(SOURCE, output))
+    content = json.loads((output / "conversion.json").read_text())
+
+    assert record == content and dict(record) == record.as_json() == content
+    assert record["checks"]["verified"] is record.checks.verified is True
+    assert record["source"]["files"][0]["name"] == record.source.files[0].name
+    assert record.get("total_size") == record.total_size and "nothing" not in record
+    assert len(repr(record)) < 100
+
+    facts = ckpt.convert.run(ckpt.convert.plan(SOURCE, tmp_path / "again"))
+    assert type(facts) is dict and json.loads(json.dumps(facts)) == content

@@ -18,6 +18,7 @@ from test_variants import edit, optimizers
 
 from ckpt.cli import conversion as reports
 from ckpt.cli.main import cli
+from ckpt.results import WeightChecks
 from converters.execute import nonfinite, shards
 from converters.execute.virtual_file import Serving
 from converters.formats import safetensors
@@ -111,7 +112,7 @@ def test_the_user_is_told(tmp_path: Path) -> None:
 
 def test_the_line_names_the_worst_first() -> None:
     counts = {"b": 2, "a": 10_000} | {f"x{i}": 1 for i in range(9)}
-    (line,) = reports.specials({"nan": counts, "inf": {}})
+    (line,) = reports.specials(WeightChecks(verified=True, nan=counts, inf={}))
     assert line.startswith("10,011 NaN in 11 tensors: a (10,000), b (2), x0 (1)")
     assert line.endswith(" and 3 more")
 

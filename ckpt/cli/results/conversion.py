@@ -1,4 +1,4 @@
-"""What ``ckpt to-fp32`` prints, and what was proven of weights that were written or sent."""
+"""What ``ckpt to-fp32`` prints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.results import FileEntry, TrainingState
+from ckpt.results import FileEntry, TrainingState, WeightChecks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,33 +28,6 @@ class ConversionSource(TrainingState):
     """The checkpoint that was converted, with every file that was read of it."""
 
     files: tuple[SourceFile, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checks:
-    """What was proven of weights. Of a push that found its shards proven by an ``earlier``
-    one, nothing but that.
-
-    ``compared_*`` and ``uncompared_*`` are about the 16-bit copies in ``compared_with``;
-    ``overflowed``, ``nan`` and ``inf`` count numbers by tensor.
-    """
-
-    verified: bool
-    earlier: bool = False
-    coverage: str | None = None
-    crc32_bytes: int | None = None
-    no_crc32_bytes: int | None = None
-    source_bytes: int | None = None
-    compared_with: str | None = None
-    compared_tensors: int | None = None
-    compared_bytes: int | None = None
-    uncompared_tensors: tuple[str, ...] = ()
-    uncompared_buffers: int | None = None
-    without_copy: int | None = None
-    unlike_tensors: tuple[str, ...] = ()
-    overflowed: Mapping[str, int] | None = None
-    nan: Mapping[str, int] | None = None
-    inf: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,4 +63,4 @@ class ConversionResult:
     loads: bool | None
     verdict: str
     notes: tuple[str, ...]
-    checks: Checks | None = None
+    checks: WeightChecks | None = None

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.cli.results.conversion import Checks
-from ckpt.results import FileEntry
+from ckpt.results import FileEntry, WeightChecks
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ class PushResult(PushFacts):
     pull_request: str | None
     files: tuple[SentFile, ...]
     deleted_revisions: tuple[str, ...]
-    checks: Checks | None
+    checks: WeightChecks | None
     seconds: float
 
 

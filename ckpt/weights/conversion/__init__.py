@@ -1,6 +1,7 @@
 """A checkpoint to a model folder.
 
 convert       locate, plan, move, commit;  task  what was decided, as a value
+record        conversion.json, as a value
 planning      what is written, step by step
 sources       the fp32 weights or the 16-bit ones
 weight_files  the files that weights are cut into

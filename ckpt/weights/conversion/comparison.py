@@ -1,26 +1,27 @@
-"""Which tensors of an output were compared with copies: facts, and words for them."""
+"""What was proven of the tensors of an output by CRC32s and copies, and words for it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
+from ckpt.results import WeightChecks
 from ckpt.weights.output.product import COPIES, Product
+from converters.execute.shards import MoveReport
 from converters.plan import Plan
 from converters.source import STATES
 from converters.words import counted, verb
 from converters.zero.weights_16bit import MASTERS
 
 
-def facts(product: Product, plan: Plan, mismatched: Sequence[str]) -> dict[str, Any]:
-    """How many tensors and bytes have copies, and how many were equal to them.
+def checks(product: Product, plan: Plan, report: MoveReport) -> WeightChecks:
+    """What was proven when the bytes of ``plan`` were moved or served, as ``report`` says.
 
-    ``mismatched`` are the tensors whose copy differs. ``uncompared_tensors`` are
-    parameters without a copy, ``uncompared_buffers`` counts other tensors without one;
-    ``without_copy`` counts the parameters that only the optimizer's files have. Bytes
-    are counted as they are read: of all tensors, and of those that were compared.
+    ``uncompared_tensors`` are parameters without a copy, ``uncompared_buffers`` counts
+    other tensors without one; ``without_copy`` counts the parameters that only the
+    optimizer's files have. Bytes are counted as they are read: of all tensors, and of
+    those that were compared.
     """
-    different = set(mismatched)
+    different = set(report.unlike)
     aliases, buffers = product.weights.aliases, product.weights.buffers
     trained = product.weights.trained
     compared = total = equal_bytes = 0
@@ -36,25 +37,31 @@ def facts(product: Product, plan: Plan, mismatched: Sequence[str]) -> dict[str, 
         else:
             parameters.append(placement.name)
 
-    return {
-        "compared_with": product.proof,
-        "compared_tensors": compared,
-        "compared_bytes": equal_bytes,
-        "source_bytes": total,
-        "uncompared_tensors": parameters,
-        "uncompared_buffers": len(other_names),
-        "without_copy": sum(aliases.get(name, name) in trained for name in parameters),
-    }
+    return WeightChecks(
+        verified=True,
+        crc32_bytes=report.checked,
+        no_crc32_bytes=report.unchecked,
+        source_bytes=total,
+        compared_with=product.proof,
+        compared_tensors=compared,
+        compared_bytes=equal_bytes,
+        uncompared_tensors=tuple(parameters),
+        uncompared_buffers=len(other_names),
+        without_copy=sum(aliases.get(name, name) in trained for name in parameters),
+        unlike_tensors=tuple(report.unlike),
+        nan=report.nan,
+        inf=report.inf,
+    )
 
 
-def words(checks: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+def words(checks: WeightChecks) -> tuple[str | None, list[str]]:
     """What copies have proven, and what they have not, in words for a user."""
-    against, equal = checks["compared_with"], checks["compared_tensors"]
+    against, equal = checks.compared_with, checks.compared_tensors or 0
     if not against:
         return None, ["no 16-bit copy to compare with"]
 
-    parameters, buffers = len(checks["uncompared_tensors"]), checks["uncompared_buffers"]
-    mismatched = len(checks["unlike_tensors"])
+    parameters, buffers = len(checks.uncompared_tensors), checks.uncompared_buffers or 0
+    mismatched = len(checks.unlike_tensors)
     open_points = []
     if mismatched:
         open_points.append(_difference(against, mismatched))
@@ -70,8 +77,9 @@ def words(checks: Mapping[str, Any]) -> tuple[str | None, list[str]]:
     if not equal:
         return None, open_points
 
-    share = 100 * checks["compared_bytes"] / max(checks["source_bytes"], 1)
-    if checks["compared_bytes"] < checks["source_bytes"]:
+    equal_bytes, all_bytes = checks.compared_bytes or 0, checks.source_bytes or 0
+    share = 100 * equal_bytes / max(all_bytes, 1)
+    if equal_bytes < all_bytes:
         share = min(share, 99.9)  # all but a few bytes are not all
     digits = 0 if share < 99.5 else 1
     part = f"{equal} of {all_tensors} tensors ({share:.{digits}f} % of bytes)"
@@ -79,18 +87,18 @@ def words(checks: Mapping[str, Any]) -> tuple[str | None, list[str]]:
     return f"{part} equal to {against}", open_points
 
 
-def _uncompared(checks: Mapping[str, Any], against: str) -> Iterator[str]:
+def _uncompared(checks: WeightChecks, against: str) -> Iterator[str]:
     """Which tensors were not compared, and why."""
-    without = checks.get("without_copy", 0) if against == STATES else 0
+    without = (checks.without_copy or 0) if against == STATES else 0
     if without:
         are = verb(without, "is", "are")
         yield f"{counted(without, 'tensor')} {are} not there, but in the optimizer's files"
 
-    remaining = len(checks["uncompared_tensors"]) - without
+    remaining = len(checks.uncompared_tensors) - without
     if remaining:
         yield f"{counted(remaining, 'tensor')} {_why_uncompared(remaining, against)}"
 
-    buffers = checks["uncompared_buffers"]
+    buffers = checks.uncompared_buffers
     if buffers:
         yield f"{counted(buffers, 'buffer')} {verb(buffers, 'is', 'are')} not compared"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ckpt.folders import locks, staging
+from ckpt.results import WeightChecks
 from ckpt.runs import engines
 from ckpt.version import __version__
 from ckpt.weights.check import checking
@@ -19,6 +20,12 @@ from ckpt.weights.conversion import (
     planning,
     sources,
     weight_files,
+)
+from ckpt.weights.conversion.record import (
+    ConversionRecord,
+    ReadFile,
+    RecordedFile,
+    RecordedSource,
 )
 from ckpt.weights.conversion.task import Conversion, Format
 from ckpt.weights.naming import ties
@@ -35,7 +42,7 @@ from converters.storage.store import local_path
 
 
 @open_files.once()
-def prepare(
+def plan(
     checkpoint: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
@@ -165,7 +172,7 @@ def _place(checkpoint: Path, output: Path | None, dtype: str) -> Path:
     return place if place.name not in ("", "..") else Path(os.path.abspath(place))
 
 
-def run(
+def execute(
     conversion: Conversion,
     *,
     verify: bool = True,
@@ -173,8 +180,8 @@ def run(
     overwrite: bool = False,
     workers: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Writes the output folder, all at once; returns the facts of conversion.json.
+) -> ConversionRecord:
+    """Writes the output folder, all at once; returns what conversion.json says.
 
     After a ``CheckpointError``, nothing is left that looks finished. After an
     interruption or a full disk, the same call continues with the missing shards.
@@ -195,13 +202,14 @@ def run(
             count_specials=True,
         )
         report = shards.execute(plan, folder, checks, workers=workers, progress=progress)
-        facts = describe(conversion, report.digests)
-        facts["checks"] = _checks(conversion, report, verify)
-        _complete(conversion, folder, texts, facts)
+        record = replace(
+            describe(conversion, report.digests), checks=_checks(conversion, report, verify)
+        )
+        _complete(conversion, folder, texts, record)
     if conversion.is_file:
         with staging.as_output_error(output):
             staging.take_file(workplace / plan.shards[0].filename, output)
-    return facts
+    return record
 
 
 def _require_readable(companions: Mapping[str, Path]) -> None:
@@ -215,7 +223,7 @@ def _complete(
     conversion: Conversion,
     folder: Path,
     texts: Mapping[str, bytes],
-    facts: dict[str, Any],
+    record: ConversionRecord,
 ) -> None:
     """Everything beside the shards; the index and the record of the conversion last."""
     for name, path in conversion.companions.items():
@@ -234,80 +242,79 @@ def _complete(
         name, content = conversion.plan.index
         local.write_file(folder / name, content)
 
-    local.write_file(folder / "conversion.json", bounded_json.dumps(facts))
+    local.write_file(folder / "conversion.json", bounded_json.dumps(record.as_json()))
 
 
-def describe(conversion: Conversion, digests: Mapping[Path, str] | None = None) -> dict[str, Any]:
-    """The facts of a conversion as JSON has them; names are relative to the checkpoint.
+def describe(conversion: Conversion, digests: Mapping[Path, str] | None = None) -> ConversionRecord:
+    """The record of a conversion; names are relative to the checkpoint.
 
     A source file's digest is that of its zip directory, which binds all its bytes. Raw
     and legacy files have no CRC32s; their digest is in ``digests``, of the CRC32s of
     the bytes that were read.
     """
     source, plan, product = conversion.checkpoint, conversion.plan, conversion.product
-    return {
-        "ckpt": __version__,
-        "source": {
-            "kind": source.kind,
-            "tag": source.place.tag,
-            "stage": source.stage,
-            "world_size": source.world_size,
-            "precision": source.precision,
-            "step": source.step,
-            "deepspeed": source.version,
-            "files": _source_files(source, product, digests or {}),
-        },
-        "dtype": conversion.dtype,
-        "format": conversion.format,
-        "files": [{"name": shard.filename, "size": shard.nbytes} for shard in plan.shards],
-        "tensors": sum(1 for _ in plan.placements()),
-        "total_size": plan.total_size,
-        "tied": conversion.tied,
-        "aliases": dict(product.weights.aliases),
-        "absent": product.absent,
-        "kind": product.kind,
-        "renamed": product.all_renamed,
-        "rules": list(product.rules),
-        "reader": conversion.verdict.reader,
-        "loads": conversion.verdict.loads,
-        "verdict": conversion.verdict.line,
-        "notes": list(conversion.notes),
-    }
+    return ConversionRecord(
+        ckpt=__version__,
+        source=RecordedSource(
+            kind=source.kind,
+            tag=source.place.tag,
+            stage=source.stage,
+            world_size=source.world_size,
+            precision=source.precision,
+            step=source.step,
+            deepspeed=source.version,
+            files=tuple(_source_files(source, product, digests or {})),
+        ),
+        dtype=conversion.dtype,
+        format=conversion.format,
+        files=tuple(RecordedFile(name=shard.filename, size=shard.nbytes) for shard in plan.shards),
+        tensors=sum(1 for _ in plan.placements()),
+        total_size=plan.total_size,
+        tied=conversion.tied,
+        aliases=dict(product.weights.aliases),
+        absent=product.absent,
+        kind=product.kind,
+        renamed=product.all_renamed,
+        rules=tuple(product.rules),
+        reader=conversion.verdict.reader,
+        loads=conversion.verdict.loads,
+        verdict=conversion.verdict.line,
+        notes=tuple(conversion.notes),
+    )
 
 
 def _source_files(
     source: Source, product: Product, digests: Mapping[Path, str]
-) -> list[dict[str, Any]]:
+) -> Iterator[ReadFile]:
     """The files that were read, with their sizes in bytes and digests."""
     root = source.place.root.resolve()
     digests_by_path = dict(source.files) | dict(product.files)
     digests_by_path |= {path: None for path in digests if path not in digests_by_path}
-    return [
-        {
+    for path, digest in digests_by_path.items():
+        yield ReadFile(
             # A link has its own name here, not that of the file that it leads to.
-            "name": os.path.relpath(path.parent.resolve() / path.name, root),
-            "size": path.stat().st_size,
-            "directory_sha256": digest,
-            "crc32s_sha256": None if digest else digests.get(path),
-        }
-        for path, digest in digests_by_path.items()
-    ]
+            name=os.path.relpath(path.parent.resolve() / path.name, root),
+            size=path.stat().st_size,
+            directory_sha256=digest,
+            crc32s_sha256=None if digest else digests.get(path),
+        )
 
 
-def _checks(conversion: Conversion, report: shards.MoveReport, verify: bool) -> dict[str, Any]:
-    compared = comparison.facts(conversion.product, conversion.plan, report.unlike)
-    if not verify:
-        compared |= {"compared_with": None, "compared_tensors": 0, "compared_bytes": 0}
-    return compared | {
-        "coverage": "every element of the flat partitions is used once or is padding",
-        "crc32_bytes": report.checked,
-        "no_crc32_bytes": report.unchecked,
-        "unlike_tensors": report.unlike,
-        "overflowed": report.overflowed,
-        "nan": report.nan,
-        "inf": report.inf,
-        "verified": verify,
-    }
+def _checks(conversion: Conversion, report: shards.MoveReport, verify: bool) -> WeightChecks:
+    checks = replace(
+        comparison.checks(conversion.product, conversion.plan, report),
+        verified=verify,
+        coverage="every element of the flat partitions is used once or is padding",
+        overflowed=report.overflowed,
+    )
+    if verify:
+        return checks
+    return replace(checks, compared_with=None, compared_tensors=0, compared_bytes=0)
 
 
-plan, execute = prepare, run  # the two verbs of every planned job; the first names stay public
+def run(conversion: Conversion, **options: Any) -> dict[str, Any]:
+    """``execute`` under its first name, whose result is the dictionary of conversion.json."""
+    return execute(conversion, **options).as_json()
+
+
+prepare = plan  # the first name, which stays public

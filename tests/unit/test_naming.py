@@ -39,6 +39,15 @@ LEFT = {
     "converters/zero/native": 1,
 }
 
+COLLECTIONS = {"dict", "frozenset", "list", "set", "sorted", "tuple"}
+# How many f-strings that are no messages have a list or a tuple, by module.
+RAW = {
+    "ckpt/engine/parameters.py": 1,  # a line of a manifest
+    "converters/computing/computed.py": 2,  # what is hashed
+    "converters/peft/columns.py": 1,  # a recipe, which is hashed
+    "converters/peft/merge/vectors.py": 1,  # the same
+}
+
 
 def modules(package: str) -> Iterator[tuple[Path, ast.Module]]:
     for path in sorted((ROOT / package).rglob("*.py")):
@@ -87,6 +96,27 @@ def test_names_are_no_bare_participles_or_adverbs(package: str) -> None:
 
 def test_a_class_has_its_name_alone_in_both_packages() -> None:
     assert class_names_used_twice() == set()
+
+
+def raw_collections(tree: ast.Module) -> Iterator[int]:
+    """The lines where an f-string shows a list, a tuple, a set or a dict as Python does."""
+    displays = (ast.List, ast.Tuple, ast.Set, ast.Dict, ast.ListComp, ast.SetComp, ast.DictComp)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FormattedValue):
+            value = node.value
+            makes_one = isinstance(value, ast.Call) and ast.unparse(value.func) in COLLECTIONS
+            is_shape = isinstance(value, ast.Attribute) and value.attr == "shape"
+            if isinstance(value, displays) or makes_one or is_shape:
+                yield node.lineno
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_messages_show_no_raw_list_or_tuple(package: str) -> None:
+    """``converters.words`` has what joins them."""
+    places = Counter(
+        path.as_posix() for path, tree in modules(package) for _ in raw_collections(tree)
+    )
+    assert places == {path: RAW[path] for path in RAW if path.startswith(package)}
 
 
 def test_the_lists_of_what_is_left_name_rooms_that_exist() -> None:

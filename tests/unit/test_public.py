@@ -68,6 +68,11 @@ def test_dir_names_what_is_public_without_loading_it() -> None:
         ("ckpt.live", "save_fp32"),
         ("ckpt.trainers.hf", "CommittedCheckpoints"),
         ("ckpt.trainers.accelerate", "save_state"),
+        ("ckpt.trainers.accelerate", "load_state"),
+        ("ckpt.trainers.hf", "CheckpointCallback"),
+        ("ckpt.trainers.hf", "ResumeCallback"),
+        ("ckpt.trainers.lightning", "DeepSpeedStrategy"),
+        ("converters.errors", "CheckpointError"),
         ("converters.zero", "read"),
     ],
 )

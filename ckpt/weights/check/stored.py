@@ -1,4 +1,4 @@
-"""Files of weights that are published as they are: would anybody load them?"""
+"""Files of weights that are published as they are: whether anybody would load them."""
 
 from __future__ import annotations
 

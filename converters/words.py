@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+LONG_LIST = 6  # names in a message that is about names
+
 
 def some(items: Iterable[str], limit: int = 3) -> str:
     """The first of some names, and how many more there are."""

@@ -21,6 +21,7 @@ from ckpt.engine.view import EngineView
 from ckpt.folders import staging
 from ckpt.live import shards
 from ckpt.version import __version__
+from ckpt.weights.arguments import shard_bytes
 from ckpt.weights.companions import model_folder
 from ckpt.weights.companions.surroundings import config_text
 from ckpt.weights.conversion import task
@@ -28,7 +29,7 @@ from ckpt.weights.naming import ties
 from ckpt.weights.request import Naming
 from converters.errors import CheckpointError
 from converters.formats import safetensors
-from converters.plan import Plan, Tied, parse_size
+from converters.plan import Plan, Tied
 from converters.storage import bounded_json, local
 from converters.tensors import DType, Weights
 from converters.words import counted
@@ -106,8 +107,8 @@ class Job:
         written_weights = ties.without_spared(model_inventory.written, spared_names)
         tied_mode: Tied = "drop" if spared_names else "keep"
 
-        shard_bytes = _bytes(max_shard_size)
-        plan = safetensors.plan(written_weights, self.dtype, shard_bytes, "keep")
+        max_shard_bytes = shard_bytes(max_shard_size, "output")
+        plan = safetensors.plan(written_weights, self.dtype, max_shard_bytes, "keep")
         return model_inventory, plan, tied_mode
 
     def write(
@@ -317,13 +318,6 @@ def _cast(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             )
 
     return converted
-
-
-def _bytes(size: str | int) -> int:
-    try:
-        return parse_size(size) if isinstance(size, str) else max(1, size)
-    except ValueError as error:
-        raise CheckpointError(f"max_shard_size: {error}", "output") from error
 
 
 def _require_place(output: Path, overwrite: bool) -> None:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, Kind
+from converters.plan import parse_size
 
 # An option, not as part of a command that is named, and the placeholder of its value:
 # --tag TAG.
@@ -29,6 +30,14 @@ def naming_arguments(*arguments: str) -> Iterator[None]:
         arguments_by_option = {_option(argument): argument for argument in arguments}
         error.args = (_OPTION.sub(lambda match: _spoken(match, arguments_by_option), str(error)),)
         raise
+
+
+def shard_bytes(size: int | str, kind: Kind) -> int:
+    """Bytes of ``max_shard_size``, given as a number or as "5GB"; an error of ``kind``."""
+    try:
+        return parse_size(size)
+    except ValueError as error:
+        raise CheckpointError(f"max_shard_size: {error}", kind) from error
 
 
 def _option(argument: str) -> str:

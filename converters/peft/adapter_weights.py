@@ -8,7 +8,7 @@ from dataclasses import replace
 from converters import words
 from converters.errors import CheckpointError
 from converters.names import selection
-from converters.peft import config_fit, names
+from converters.peft import names
 from converters.peft.export import PROMPT_EMBEDDINGS, Selection
 from converters.tensors import Listed, TensorRef, Weights
 
@@ -165,13 +165,13 @@ def _notes(missing: list[str], from_adapter_file: list[str]) -> tuple[str, ...]:
     notes = []
     if from_adapter_file:
         notes.append(
-            f"{config_fit.some(from_adapter_file)}: not trained and not in the states; "
+            f"{words.some(from_adapter_file, words.LONG_LIST)}: not trained and not in the states; "
             "taken from the adapter's own file in the checkpoint"
         )
 
     if missing:
         notes.append(
-            f"{config_fit.some(missing)}: not trained and not in the checkpoint, so "
+            f"{words.some(missing, words.LONG_LIST)}: not trained and not in the checkpoint, so "
             "the base model's own values are used; if its vocabulary was resized, "
             "resize the base model likewise"
         )

@@ -15,7 +15,6 @@ from converters.tensors import TensorRef
 _B = ("lora_B",)
 _A = ("lora_A", "lora_embedding_A")
 _PROMPT_NETWORKS = {"mlp_head": "P_TUNING", "lstm_head": "P_TUNING", "transform": "PREFIX_TUNING"}
-_MOST_NAMES = 6  # in a message
 _MOST_MODULES = 2000  # that are compared with a pattern
 
 
@@ -49,7 +48,9 @@ class Shown:
     @property
     def targets(self) -> str:
         """The last parts of the adapted modules' names, for people."""
-        return some(sorted({module.rpartition(".")[2] for module in self.modules}))
+        return words.some(
+            sorted({module.rpartition(".")[2] for module in self.modules}), words.LONG_LIST
+        )
 
 
 def untouched(parameter_names: Iterable[str]) -> frozenset[str]:
@@ -173,7 +174,7 @@ def _target_misfit(config: AdapterConfig, adapter: Shown) -> str | None:
             if (exclusion := expected_layers.left_out(config, module)) is not None:
                 return f"{exclusion} {module}, which the tensors adapt"
             continue
-        text = targets if isinstance(targets, str) else some(sorted(targets))
+        text = targets if isinstance(targets, str) else words.some(sorted(targets), words.LONG_LIST)
         return f"its target_modules are {text}, and the tensors adapt {module}"
 
     return None
@@ -193,15 +194,10 @@ def _saved_misfit(config: AdapterConfig, adapter: Shown) -> str | None:
 
     for module in adapter.saved:
         if not module.endswith(config.modules_to_save):  # PEFT wants no dot before
-            text = some(sorted(config.modules_to_save)) or "none"
+            text = words.some(sorted(config.modules_to_save), words.LONG_LIST) or "none"
             return f"its modules_to_save are {text}, and the tensors have a trained {module}"
 
     return None
-
-
-def some(items: Iterable[str]) -> str:
-    """A few of the names, and how many more there are."""
-    return words.some(items, _MOST_NAMES)
 
 
 def _range(ranks: Collection[int]) -> str:

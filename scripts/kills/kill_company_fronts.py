@@ -13,10 +13,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from forked_ranks import RANKS
-from kill_fronts import EVERY, SWEPT, Task, Trained, digest, engine_of, train_step
-from kill_fronts_ckpt import KEEP, require_whole
+from kill_fronts import EVERY, SWEPT, Task, Trained, engine_of, train_step
+from kill_fronts_ckpt import KEEP, saver_loop
 
 import ckpt
 from ckpt.runs.lease import lease, lease_file, processes, watch
@@ -70,35 +69,16 @@ def newest(run: Path) -> Path:
 def loop(background: bool, task: Task) -> Trained:
     """A loop around a DeepSpeed engine and ``ckpt.Saver``, which ``ckpt.resume`` resumes."""
     watch.WATCH = watch.SHORT_WATCH = SILENCE
-    if task.resume:
-        require_whole(task.out, EVERY)
-    engine, start = engine_of(task), 0
-    options: dict[str, Any] = {
-        "retention": KEEP,
-        "weights": "bf16",
-        "timeout": 3.0,
-    }
-    saver = ckpt.Saver(engine, task.out, background=background, **options)
-    if task.resume:
-        start = ckpt.resume(engine, newest(task.out))
-    else:
-        torch.manual_seed(int(os.environ["RANK"]))
-    for step in range(start + 1, task.last + 1):
-        train_step(engine, step)
-        if step % EVERY == 0:
-            saver.wait()  # the save before is to be committed undisturbed
-            if step == SWEPT and task.armed and beside(task.out, "guest").exists():
-                _await(beside(task.out, "ready").exists)
-            task.before_save(step)
-            saver.save(step)
-    made = Trained(start, digest(engine))
-    if background and task.armed:  # the save goes on while the training does
-        train_step(engine, task.last + 1)
-        saver.step(task.last + 1)
-    saver.close()
-    if task.resume:
-        require_whole(task.out, task.last)
-    return made
+
+    def resume(task: Task, engine: Any) -> int:
+        return ckpt.resume(engine, newest(task.out))
+
+    def before_save(step: int) -> None:
+        if step == SWEPT and task.armed and beside(task.out, "guest").exists():
+            _await(beside(task.out, "ready").exists)
+        task.before_save(step)
+
+    return saver_loop(task, background, resume, before_save)
 
 
 def visit(out: Path, elsewhere: bool, stays: bool) -> Visit:

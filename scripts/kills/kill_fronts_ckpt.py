@@ -8,8 +8,10 @@ committed checkpoint, the one that ``latest`` names, every byte of all that are 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -66,8 +68,16 @@ def newest_in(task: Task) -> Path:
     return newest.folder
 
 
-def committed_loop(background: bool, task: Task) -> Trained:
-    """A loop around a DeepSpeed engine and ``ckpt.Saver``, keeping only the newest checkpoint."""
+def saver_loop(
+    task: Task,
+    background: bool,
+    resume: Callable[[Task, Any], int],
+    before_save: Callable[[int], None],
+) -> Trained:
+    """A loop around a DeepSpeed engine and ``ckpt.Saver``, keeping only the newest checkpoint.
+
+    ``resume`` loads a checkpoint into the engine and returns its step.
+    """
     if task.resume:
         require_whole(task.out, EVERY)
     engine, start = engine_of(task), 0
@@ -80,17 +90,14 @@ def committed_loop(background: bool, task: Task) -> Trained:
         timeout=PATIENCE,
     )
     if task.resume:
-        newest = newest_in(task)
-        engine.load_checkpoint(str(newest))
-        start = engine.global_steps
-        rng.restore(plain.loads(newest / rng.NAME.format(os.environ["RANK"])))
+        start = resume(task, engine)
     else:
         torch.manual_seed(int(os.environ["RANK"]))
     for step in range(start + 1, task.last + 1):
         train_step(engine, step)
         if step % EVERY == 0:
             saver.wait()  # the save before is to be committed undisturbed
-            task.before_save(step)
+            before_save(step)
             saver.save(step)
     made = Trained(start, digest(engine))
     if background and task.armed:  # the save goes on while the training does
@@ -100,6 +107,18 @@ def committed_loop(background: bool, task: Task) -> Trained:
     if task.resume:
         require_whole(task.out, task.last)
     return made
+
+
+def committed_loop(background: bool, task: Task) -> Trained:
+    """The loop as DeepSpeed itself resumes it, with the random states from their files."""
+    return saver_loop(task, background, _load_newest, task.before_save)
+
+
+def _load_newest(task: Task, engine: Any) -> int:
+    newest = newest_in(task)
+    engine.load_checkpoint(str(newest))
+    rng.restore(plain.loads(newest / rng.NAME.format(os.environ["RANK"])))
+    return int(engine.global_steps)
 
 
 def accelerated(task: Task) -> Trained:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ckpt.weights import advice
 from ckpt.weights.request import Request
+from converters import words
 from converters.errors import CheckpointError
 from converters.peft import config as configs
 from converters.peft import config_fit
@@ -155,7 +156,7 @@ def _question(place: Place, adapter: str, evidence: Shown, run_configs: list[Ada
     target_text = f" on {evidence.targets}" if evidence.modules else ""
     situation = f"{place.root} holds a {evidence.title}{adapter_text}{target_text}"
     if run_configs:
-        paths = config_fit.some(str(config.path) for config in run_configs)
+        paths = words.some((str(config.path) for config in run_configs), words.LONG_LIST)
         return f"{situation}, and {paths} differ; name the right {NAME} with --adapter-config FILE"
 
     return (

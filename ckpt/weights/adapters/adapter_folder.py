@@ -17,6 +17,7 @@ from ckpt.weights.naming.naming import NamedWeights
 from ckpt.weights.output.part import Part
 from ckpt.weights.output.product import Product
 from ckpt.weights.request import Request
+from converters import words
 from converters.errors import CheckpointError
 from converters.peft import config as configs
 from converters.peft import config_fit, export, kinds, names
@@ -223,7 +224,7 @@ def _notes(weights: Weights, parts: Iterable[WrittenAdapter], adapter: Adapter) 
     ]
     if other_trained:
         notes.append(
-            f"{config_fit.some(other_trained)}: trained, but not part of the adapter, "
+            f"{words.some(other_trained, words.LONG_LIST)}: trained, but not part of the adapter, "
             f"so not in this folder; {advice.EVERY_TENSOR}"
         )
 

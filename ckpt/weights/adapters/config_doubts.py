@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from ckpt.weights.adapters import named_base, stored_adapter
 from ckpt.weights.adapters.named_base import NamedBase, NamedBases
 from ckpt.weights.adapters.stored_adapter import Stored
-from converters.peft import config_fit, names, targets
+from converters import words
+from converters.peft import names, targets
 from converters.peft.config import NAME, AdapterConfig
 from converters.peft.expected_layers import TrainedLayers
 from converters.tensors import TensorRef, Weights
@@ -114,9 +115,8 @@ def _of_targets(
     config: AdapterConfig, trained: TrainedLayers, lacking: Sequence[str], base_known: bool
 ) -> list[str]:
     if lacking:
-        statement = (
-            f"{config_fit.some(lacking)}: targets in {NAME} without an adapter in the checkpoint"
-        )
+        names = words.some(lacking, words.LONG_LIST)
+        statement = f"{names}: targets in {NAME} without an adapter in the checkpoint"
     else:
         unmatched = [] if base_known else targets.unmatched(config, trained)
         if not unmatched:
@@ -124,8 +124,8 @@ def _of_targets(
 
         modules = {module.rpartition(".")[2] for module in trained.modules}
         statement = (
-            f"{NAME} lists the targets {config_fit.some(unmatched)}, and the tensors "
-            f"adapt only {config_fit.some(sorted(modules))}"
+            f"{NAME} lists the targets {words.some(unmatched, words.LONG_LIST)}, and the tensors "
+            f"adapt only {words.some(sorted(modules), words.LONG_LIST)}"
         )
 
     return [

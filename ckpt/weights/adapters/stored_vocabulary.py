@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ckpt.weights.adapters import stored_adapter
 from ckpt.weights.adapters.stored_adapter import Stored
+from converters import words
 from converters.errors import CheckpointError
-from converters.peft import config_fit, names
+from converters.peft import names
 from converters.tensors import TensorRef, Weights
 from converters.torch_files.record_checksums import located_in_files
 
@@ -89,8 +90,8 @@ def _with(vocabulary: Vocabulary, stored: Stored, base: Weights) -> Vocabulary:
         return vocabulary
 
     note = (
-        f"{config_fit.some(tensors)}: not trained and not in the states; taken from the "
-        f"adapter's own file in the checkpoint, {stored.path.name}"
+        f"{words.some(tensors, words.LONG_LIST)}: not trained and not in the states; taken from "
+        f"the adapter's own file in the checkpoint, {stored.path.name}"
     )
 
     return Vocabulary(

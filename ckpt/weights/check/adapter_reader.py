@@ -19,10 +19,11 @@ from ckpt.weights.adapters.stored_adapter import Stored
 from ckpt.weights.output.product import Product
 from ckpt.weights.reader.verdict import LoadVerdict
 from ckpt.weights.request import Request
+from converters import words
 from converters.errors import CheckpointError
 from converters.formats import gathered_16bit
 from converters.peft import config as configs
-from converters.peft import config_fit, kinds, names
+from converters.peft import kinds, names
 from converters.peft.config import NAME, AdapterConfig
 from converters.storage import bounded_json
 from converters.tensors import TensorRef, Weights
@@ -91,7 +92,7 @@ def check(product: Product, root: Path, request: Request) -> LoadVerdict:
 def _require_names(root: Path, missing: Sequence[str]) -> None:
     if missing:
         raise CheckpointError(
-            f"{root}: PEFT would not load the adapter: {config_fit.some(missing)}: not "
+            f"{root}: PEFT would not load the adapter: {words.some(missing, words.LONG_LIST)}: not "
             f"in the checkpoint; {advice.TENSORS_AS_STORED}",
             "incomplete",
         )
@@ -165,7 +166,9 @@ def _differences(tensors: Mapping[str, TensorRef], stored: Stored) -> tuple[list
 
 def _other_names(file: str, differing: Sequence[str]) -> str:
     """A note on an adapter's own file that has more names, or fewer."""
-    statement = f"{file} in the checkpoint has other names ({config_fit.some(differing)})"
+    statement = (
+        f"{file} in the checkpoint has other names ({words.some(differing, words.LONG_LIST)})"
+    )
     if all(names.parsed(name).role in (names.BASE, names.BASE_LAYER) for name in differing):
         return (
             f"{statement}: PEFT saved it with or without the embeddings, depending on "
@@ -180,7 +183,7 @@ def _require_elements(tensors: Mapping[str, TensorRef], config: AdapterConfig) -
     empty = [name for name, ref in tensors.items() if not ref.numel]
     if empty and config.peft_type != "ADALORA":  # whose budget may leave a layer no rank at all
         raise CheckpointError(
-            f"{config_fit.some(empty)}: no elements, so there is no adapter to load",
+            f"{words.some(empty, words.LONG_LIST)}: no elements, so there is no adapter to load",
             "incomplete",
         )
 

@@ -12,6 +12,7 @@ from ckpt.folders import locks, staging
 from ckpt.results import WeightChecks
 from ckpt.runs import engines
 from ckpt.version import __version__
+from ckpt.weights.arguments import shard_bytes
 from ckpt.weights.check import checking
 from ckpt.weights.conversion import (
     comparison,
@@ -35,7 +36,7 @@ from ckpt.weights.request import DTYPES, Request
 from converters.errors import CheckpointError
 from converters.execute import shards
 from converters.formats import wrapped_state_dict
-from converters.plan import Plan, Tied, parse_size
+from converters.plan import Plan, Tied
 from converters.source import EXCLUDED, Source
 from converters.storage import bounded_json, local, open_files
 from converters.storage.store import local_path
@@ -79,7 +80,7 @@ def plan(
     if format == "lightning":
         decided = _lightning(source, request, tied or "keep")
     else:
-        decided = _folder(source, request, tied, format, _shard_bytes(max_shard_size))
+        decided = _folder(source, request, tied, format, shard_bytes(max_shard_size, "refused"))
 
     return Conversion(
         checkpoint=source,
@@ -93,13 +94,6 @@ def plan(
         notes=tuple(_notes(source, decided.product, decided.verdict)),
         option_paths=request.paths,
     )
-
-
-def _shard_bytes(size: int | str) -> int:
-    try:
-        return parse_size(size)
-    except ValueError as error:
-        raise CheckpointError(f"max_shard_size: {error}", "refused") from error
 
 
 def _require_choice(argument: str, value: object, choices: Iterable[object]) -> None:

@@ -13,10 +13,11 @@ from ckpt.weights.adapters import (
 )
 from ckpt.weights.adapters.adapter_folder import Adapter, chosen_names
 from ckpt.weights.request import Request
+from converters import words
 from converters.errors import CheckpointError
 from converters.names import selection
 from converters.peft import config as configs
-from converters.peft import config_fit, kinds, names
+from converters.peft import kinds, names
 from converters.peft.config import AdapterConfig
 from converters.source import Place
 from converters.tensors import Weights
@@ -42,7 +43,7 @@ def inside(weights: Weights, adapter: Adapter) -> tuple[Weights, tuple[str, ...]
         return weights, ()
 
     note = (
-        f"{config_fit.some(name for name in all_names if name in outer_names)}: "
+        f"{words.some((name for name in all_names if name in outer_names), words.LONG_LIST)}: "
         "outside of the PEFT model, so not part of the merged one; "
         f"{advice.EVERY_TENSOR}"
     )

@@ -14,9 +14,9 @@ def some(items: Iterable[str], limit: int = 3) -> str:
     return ", ".join(all_items[:limit]) + (f" and {remaining:,} more" if remaining > 0 else "")
 
 
-def counted(number: int, thing: str) -> str:
+def counted(number: int, noun: str) -> str:
     """A number of things: ``1 name``, ``2 names``."""
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def shape(dimensions: Iterable[int]) -> str:

@@ -101,9 +101,9 @@ class Launcher:
             return "; torchrun --shutdown-timeout 300 gives more time"
         return "; PET_SHUTDOWN_TIMEOUT=300 in the environment gives more time" * self.elastic
 
-    def announcement(self, heeded: Sequence[str]) -> tuple[str, bool]:
+    def announcement(self, signals: Sequence[str]) -> tuple[str, bool]:
         """A line on what the launcher will do, and whether something in it needs the user."""
-        unheeded = [signal for signal in heeded if signal not in self.passes]
+        fatal_signals = [signal for signal in signals if signal not in self.passes]
         if self.elastic:
             grace = f"{self.grace:g} s" if self.grace is not None else "some time"
             description = (
@@ -111,12 +111,12 @@ class Launcher:
                 f"{grace} later (--shutdown-timeout), and exits with 1 whatever the "
                 "ranks exit with"
             )
-            if unheeded:
+            if fatal_signals:
                 description += (
-                    f"; {' and '.join(unheeded)} ends {self.name} itself: {self.remedy()}"
+                    f"; {' and '.join(fatal_signals)} ends {self.name} itself: {self.remedy()}"
                 )
 
-            return description, bool(unheeded) and self.slurm
+            return description, bool(fatal_signals) and self.slurm
 
         if self.name == "deepspeed":
             return (

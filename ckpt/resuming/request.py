@@ -144,9 +144,9 @@ class ResumeRequest:
         self,
         engine: EngineView,
         source: ResumePoint,
-        everything: bool = True,
+        with_state: bool = True,
     ) -> tuple[RankState, LoadSlot]:
-        """This rank's own state, of ``everything`` that was saved, or of nothing; when it may load.
+        """This rank's own state, of ``with_state`` that was saved, or of nothing; when it may load.
 
         ``CheckpointError`` on every rank if something is missing, or memory would not
         suffice.
@@ -168,7 +168,7 @@ class ResumeRequest:
                 need.keeps,
                 available_bytes,
             ]
-            state = self.state(source) if everything else RankState.none()
+            state = self.state(source) if with_state else RankState.none()
 
         with self.ranks.step() as slot_order:
             if not self.ranks.rank:

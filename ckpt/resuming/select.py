@@ -199,15 +199,15 @@ def _newest(
         offers = Offers(run, fits, deepspeed) if rank_of(ranks) == 0 else None
     remaining_offers = iter(offers or ())
     while True:
-        with _step(ranks) as offered:
+        with _step(ranks) as offer_step:
             offer = next(remaining_offers, None)
             if offer is not None:
-                offered.value = Sight.of(offer.checkpoint).plain()
+                offer_step.value = Sight.of(offer.checkpoint).plain()
 
-        if offered.heard[0] is None:
+        if offer_step.heard[0] is None:
             break
 
-        sight = Sight.parse(offered.heard[0])
+        sight = Sight.parse(offer_step.heard[0])
         path = run / sight.name
         with _step(ranks) as objections:
             objections.value = mismatch(ranks, path, sight, data)

@@ -201,8 +201,8 @@ def _announce(resume_request: ResumeRequest, joint_source: ResumePoint) -> None:
 
 
 def _read_state(
-    resume_request: ResumeRequest, joint_source: ResumePoint, everything: bool
+    resume_request: ResumeRequest, joint_source: ResumePoint, with_state: bool
 ) -> RankState:
     """This rank's random states and extras, which are of all engines together."""
     with resume_request.ranks.step():
-        return resume_request.state(joint_source) if everything else RankState.none()
+        return resume_request.state(joint_source) if with_state else RankState.none()

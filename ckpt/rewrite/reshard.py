@@ -94,11 +94,11 @@ def _require_change(source: zero.Checkpoint, target: TargetTopology) -> None:
 
 def _note_on_files_left_out(home: Path, companion_names: set[str]) -> Iterator[str]:
     """A line on the files beside the tag's folder that are not copied, if there are any."""
-    accounted = {*companion_names, *job.WRITTEN_NAMES}
+    written_names = {*companion_names, *job.WRITTEN_NAMES}
     names = [
         path.name
         for path in sorted(home.iterdir())
-        if path.is_file() and path.name not in accounted
+        if path.is_file() and path.name not in written_names
     ]
     if names:
         yield f"not copied: {', '.join(names)}"

@@ -130,12 +130,12 @@ class PreemptionWatch:
         self._look_for_requests()
 
         try:
-            flagged = self.asked_at is not None
-            if self.last_step is None and not flagged and self.store.check(["asked"]):
+            is_asked = self.asked_at is not None
+            if self.last_step is None and not is_asked and self.store.check(["asked"]):
                 self._request_stop(f"another rank ({self.store.get('asked').decode()})")
             if self.last_step is None and self.asked_at is not None:
                 self.last_step = self._agree_on_last_step(
-                    step, flagged and between_steps, min(pace, PATIENCE)
+                    step, is_asked and between_steps, min(pace, PATIENCE)
                 )
         except dist.DistError as error:
             raise CheckpointError(

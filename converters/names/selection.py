@@ -40,13 +40,13 @@ def new_names(
 
     for expression, replacement in rename:
         _require_expression(expression)
-        tried = [name for name, text in current.items() if len(text) <= MAX_NAME_LENGTH]
+        short_names = [name for name, text in current.items() if len(text) <= MAX_NAME_LENGTH]
         texts = substitution.replaced(
             expression,
             replacement,
-            [current[name] for name in tried],
+            [current[name] for name in short_names],
         )
-        changed = current | dict(zip(tried, texts, strict=True))
+        changed = current | dict(zip(short_names, texts, strict=True))
         _require_change(current, changed, f"{expression!r} matches no name")
         current = changed
 
@@ -108,9 +108,9 @@ def renamed(weights: Weights, names: Mapping[str, str]) -> Weights:
     def new_name(old_name: str) -> str:
         return names.get(old_name, old_name)
 
-    everything = [*weights.tensors, *weights.aliases, *weights.absent]
+    all_names = [*weights.tensors, *weights.aliases, *weights.absent]
     sources: dict[str, str] = {}
-    for name in everything:
+    for name in all_names:
         first_name = sources.setdefault(new_name(name), name)
         if first_name != name:
             raise CheckpointError(

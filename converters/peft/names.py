@@ -95,16 +95,16 @@ def parsed(name: str) -> ParsedName:
             return ParsedName(name, head, "", PROMPT, parts[index + 1], _path(inside))
 
     for index, part in enumerate(parts):
-        following = parts[index + 1 :]
+        later_parts = parts[index + 1 :]
         if index and is_role(parts[index - 1]):  # then it is the name of an adapter
             continue
-        if part == SAVED and len(following) > 1:
-            module, adapter = _path(parts[:index]), following[0]
-            remainder = _path(following[1:])
+        if part == SAVED and len(later_parts) > 1:
+            module, adapter = _path(parts[:index]), later_parts[0]
+            remainder = _path(later_parts[1:])
             return ParsedName(name, prefix, module, SAVED, adapter, remainder)
-        if part == ORIGINAL and following:
+        if part == ORIGINAL and later_parts:
             module = _path(parts[:index])
-            return ParsedName(name, prefix, module, ORIGINAL, None, _path(following))
+            return ParsedName(name, prefix, module, ORIGINAL, None, _path(later_parts))
 
     for index in reversed(range(len(parts) - 1)):
         if _has_adapter(parts, index):

@@ -46,8 +46,8 @@ def unpacked(words: Array, size: int, count: int) -> Array:
 
     bit_positions = np.arange(count, dtype=np.int64) * size
     word, shift = bit_positions >> 5, (bit_positions & 31).astype(np.uint64)
-    following = np.minimum(word + 1, words.shape[-1] - 1)
-    pairs = words[..., word].astype(np.uint64) | words[..., following].astype(np.uint64) << 32
+    next_word = np.minimum(word + 1, words.shape[-1] - 1)
+    pairs = words[..., word].astype(np.uint64) | words[..., next_word].astype(np.uint64) << 32
 
     return (pairs >> shift & np.uint64(mask)).astype(np.uint8)
 

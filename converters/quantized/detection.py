@@ -47,18 +47,18 @@ def groups(
     frozen tensor of a small floating-point type is taken for codes.
     """
     modules = Modules(weights)
-    claimed: set[str] = set()
+    claimed_names: set[str] = set()
     result: list[QuantizedGroup] = []
     for finder in _FINDERS:
         for group in finder(modules):
-            if claimed.isdisjoint(group.names):
-                claimed.update(group.names)
+            if claimed_names.isdisjoint(group.names):
+                claimed_names.update(group.names)
                 result.append(group)
 
     stated = quantization(config)
     if stated:
-        unclaimed = [name for name in weights.tensors if name not in claimed]
-        untrained = [name for name in unclaimed if not modules.trained(name)]
+        remaining = [name for name in weights.tensors if name not in claimed_names]
+        untrained = [name for name in remaining if not modules.trained(name)]
         result += _stated(modules, stated, untrained)
 
     return tuple(result)

@@ -135,8 +135,8 @@ class _Records:
     def checksums(self) -> tuple[Checksum, ...]:
         storages = [storage for storage in self.storages_by_key.values() if storage.extent.length]
         storages.sort(key=lambda checksum: checksum.extent.offset)
-        for previous, following in pairwise(storages):
-            if previous.extent.end > following.extent.offset:
+        for previous, next_storage in pairwise(storages):
+            if previous.extent.end > next_storage.extent.offset:
                 raise CheckpointError(f"{self.path}: two records overlap; it is damaged")
 
         return tuple(storages)

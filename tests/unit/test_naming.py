@@ -20,6 +20,9 @@ BARE = {
     *("named", "now", "odd", "one", "other", "ours", "own", "passed", "plain", "rest", "said"),
     *("same", "scaled", "seen", "sent", "shown", "taken", "there", "told", "unlike", "wanted"),
     *("whole", "written"),
+    *("accounted", "around", "beyond", "both", "claimed", "everything", "flagged", "following"),
+    *("heeded", "least", "noted", "offered", "only", "over", "stayed", "thing", "tried"),
+    *("unclaimed", "unheeded"),
 }
 # How many a room still has. The numbers may only become smaller: lower one where names went.
 LEFT = {

@@ -119,7 +119,7 @@ def of_conversion(
             raise CheckpointError(f"{path} cannot be sent: {reason}", "refused")
 
         files[file_name] = path
-        left_out = [(stayed, reason) for stayed, reason in left_out if stayed != file_name]
+        left_out = [(left_name, reason) for left_name, reason in left_out if left_name != file_name]
 
     return Allowed(
         tuple(sorted(files.items())),

@@ -181,5 +181,5 @@ def _names_path(line: str, local_name: str) -> bool:
 
 def _is_emptied(metadata: Sequence[str], index: int) -> bool:
     """Whether a line is ``base_model:`` with nothing left in its list."""
-    following = metadata[index + 1].lstrip() if index + 1 < len(metadata) else ""
-    return metadata[index].rstrip() == f"{_FIELD}:" and not following.startswith("- ")
+    next_line = metadata[index + 1].lstrip() if index + 1 < len(metadata) else ""
+    return metadata[index].rstrip() == f"{_FIELD}:" and not next_line.startswith("- ")

@@ -132,7 +132,7 @@ def product(
     source: Source,
     unwrapped: NamedWeights,
     adapter: Adapter,
-    around: Surroundings,
+    surroundings: Surroundings,
     request: Request,
 ) -> Product:
     """The adapter folder. Reads headers and small files.
@@ -155,7 +155,7 @@ def product(
     return Product(
         "adapter",
         main.weights,
-        _beside(source.place, around),
+        _beside(source.place, surroundings),
         renamed={new: old for part in parts for new, old in part.renamed.items()},
         rules=unwrapped.rules,
         texts={NAME: main.text} | {f"{part.name}/{NAME}": part.text for part in others},
@@ -195,19 +195,19 @@ def chosen_names(adapter: Adapter, request: Request) -> tuple[str, ...] | None:
     return chosen
 
 
-def _beside(place: Place, around: Surroundings) -> Surroundings:
+def _beside(place: Place, surroundings: Surroundings) -> Surroundings:
     """Tokenizer, processor and card, without what would mark a model's folder."""
     companions = {
         name: path
-        for name, path in around.companions.items()
+        for name, path in surroundings.companions.items()
         if name not in _NOT_BESIDE and not name.endswith(".py")
     }
     card = place.root / _CARD
     if card.is_file():
         companions.setdefault(_CARD, card)
-    notes = tuple(note for note in around.notes if "config.json" not in note)
+    notes = tuple(note for note in surroundings.notes if "config.json" not in note)
 
-    return replace(around, config=None, config_path=None, companions=companions, notes=notes)
+    return replace(surroundings, config=None, config_path=None, companions=companions, notes=notes)
 
 
 def _notes(weights: Weights, parts: Iterable[WrittenAdapter], adapter: Adapter) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from ckpt.weights.request import Request
 from converters.errors import CheckpointError
 
 
-def of_model(root: Path, request: Request, around: Surroundings) -> tuple[str, ...]:
+def of_model(root: Path, request: Request, surroundings: Surroundings) -> tuple[str, ...]:
     """Notes where the weights are not taken for an adapter.
 
     ``CheckpointError`` (refused) for ``--merge``: the output would not be what was
@@ -22,7 +22,7 @@ def of_model(root: Path, request: Request, around: Surroundings) -> tuple[str, .
             f"--merge: {reason}, so there is nothing to merge; leave it out", "refused"
         )
 
-    path = around.config_path
+    path = surroundings.config_path
     configures = path is not None and request.base is not None and request.base in path.parents
 
     return (
@@ -35,7 +35,7 @@ def of_model(root: Path, request: Request, around: Surroundings) -> tuple[str, .
             reason,
         ),
         *_notes(
-            {"--untie": request.untie and around.config is None},
+            {"--untie": request.untie and surroundings.config is None},
             "no config.json is written",
         ),
     )

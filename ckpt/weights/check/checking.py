@@ -50,12 +50,14 @@ def _of_weights(product: Product, root: Path, request: Request) -> LoadVerdict:
     if request.check == "none":
         return LoadVerdict("not checked (--check none)")
 
-    around = product.surroundings
+    surroundings = product.surroundings
 
     # The names of a file prove nothing of the file's own weights.
     alone = gathered_16bit.holds(root, product.weights)
 
-    return judged(product, Audience(root, around.config, alone, around.config_path), request)
+    return judged(
+        product, Audience(root, surroundings.config, alone, surroundings.config_path), request
+    )
 
 
 def judged(product: Product, audience: Audience, request: Request) -> LoadVerdict:

@@ -91,7 +91,13 @@ def partial(
     lacks_layers = bool(set(missing).intersection(fit.lost_members))
     is_much = share > (_SUBSTANTIAL if fit.unexpected else MAX_MISSING_SHARE) or loss.substantial
     if is_much or lacks_layers or _share(fit.empty, missing, fit) > _SUBSTANTIAL:
-        if remedy and audience.newer and share < _NEW and not fit.beyond and not lacks_layers:
+        if (
+            remedy
+            and audience.newer
+            and share < _NEW
+            and not fit.highest_numbers
+            and not lacks_layers
+        ):
             return LoadVerdict(
                 "not checked: config.json is of a newer transformers "
                 f"({audience.newer}) than the table ({table.version()}). By this table "

@@ -32,27 +32,31 @@ def product(source: Source, request: Request) -> Product:
     root = source.place.root
     if request.naming.as_stored:
         request.refuse(_UNNAMED, "--names as-stored, which writes weights as they are stored")
-    around = surroundings.of(source.place, request, source.weights)
-    stored = _marked(source.weights, around, request)
+    model_surroundings = surroundings.of(source.place, request, source.weights)
+    stored = _marked(source.weights, model_surroundings, request)
     if request.naming.as_stored:
         return _proven(_as_stored(stored, request), source)
 
-    around = stored.surroundings
-    if request.untie and around.config is not None:
-        around = replace(around, config=untying.without_ties(around.config))
-    audience = Audience(root, around.config, alone=gathered_16bit.holds(root, source.weights))
+    model_surroundings = stored.surroundings
+    if request.untie and model_surroundings.config is not None:
+        model_surroundings = replace(
+            model_surroundings, config=untying.without_ties(model_surroundings.config)
+        )
+    audience = Audience(
+        root, model_surroundings.config, alone=gathered_16bit.holds(root, source.weights)
+    )
     unwrapped = naming.unwrapped(stored.weights, audience)
-    modular = sentence_transformers.split(unwrapped, around, request.naming)
+    modular = sentence_transformers.split(unwrapped, model_surroundings, request.naming)
     request = replace(request, naming=modular.wishes)
 
     adapter = adapter_folder.recognized(modular.main.weights, root, request)
     if adapter is not None:
-        output = _of_peft(source, modular.main, adapter, around, request)
+        output = _of_peft(source, modular.main, adapter, model_surroundings, request)
         # Of an adapter without codes, notes on quantized weights would be about the
         # base.
         stored_notes = stored.notes if output.weights.packed else ()
     else:
-        output = _of_model(modular.main, audience, around, request)
+        output = _of_model(modular.main, audience, model_surroundings, request)
         stored_notes = stored.notes
     output = replace(
         output,
@@ -63,9 +67,9 @@ def product(source: Source, request: Request) -> Product:
     return _proven(output, source) if adapter is None else output
 
 
-def _marked(weights: Weights, around: Surroundings, request: Request) -> packed.Packed:
+def _marked(weights: Weights, model_surroundings: Surroundings, request: Request) -> packed.Packed:
     """The weights with codes marked, or as numbers; config.json as it is with those."""
-    marked = packed.marked(weights, around, request)
+    marked = packed.marked(weights, model_surroundings, request)
     if request.merge:  # which decides it by the base
         return marked
     numeric = packed.of_numbers(marked.weights, marked.surroundings)
@@ -74,16 +78,16 @@ def _marked(weights: Weights, around: Surroundings, request: Request) -> packed.
 
 def _as_stored(stored: packed.Packed, request: Request) -> Product:
     """The weights under the names of the checkpoint."""
-    around, notes = without_config(stored.surroundings)
+    model_surroundings, notes = without_config(stored.surroundings)
     weights = naming.wished(stored.weights, request.naming)
-    return Product("model", weights, around, notes=(*stored.notes, *notes))
+    return Product("model", weights, model_surroundings, notes=(*stored.notes, *notes))
 
 
 def _of_peft(
     source: Source,
     unwrapped: NamedWeights,
     adapter: Adapter,
-    around: Surroundings,
+    model_surroundings: Surroundings,
     request: Request,
 ) -> Product:
     """The adapter's folder, or the model with the adapter merged in."""
@@ -91,37 +95,37 @@ def _of_peft(
     if request.merge:
         from ckpt.weights.merge import merged_model  # which needs numpy
 
-        return merged_model.product(source, unwrapped, adapter, around, request)
+        return merged_model.product(source, unwrapped, adapter, model_surroundings, request)
 
-    output = adapter_folder.product(source, unwrapped, adapter, around, request)
+    output = adapter_folder.product(source, unwrapped, adapter, model_surroundings, request)
     return replace(output, notes=(*idle_options.of_adapter(request), *output.notes))
 
 
 def _of_model(
-    unwrapped: NamedWeights, audience: Audience, around: Surroundings, request: Request
+    unwrapped: NamedWeights, audience: Audience, model_surroundings: Surroundings, request: Request
 ) -> Product:
     """A model under the names that its reader knows."""
-    notes = idle_options.of_model(audience.root, request, around)
-    if request.untie and around.config is not None:
-        notes = (*notes, *untying.notes(around.config))
+    notes = idle_options.of_model(audience.root, request, model_surroundings)
+    if request.untie and model_surroundings.config is not None:
+        notes = (*notes, *untying.notes(model_surroundings.config))
     model = naming.for_reader(unwrapped, audience, request)
 
     return Product(
         "model",
         model.weights,
-        around,
+        model_surroundings,
         renamed=model.renamed,
         rules=model.rules,
         notes=(*notes, *model.notes),
     )
 
 
-def without_config(around: Surroundings) -> tuple[Surroundings, tuple[str, ...]]:
+def without_config(model_surroundings: Surroundings) -> tuple[Surroundings, tuple[str, ...]]:
     """The same without config.json, which is of a model with other names; and a note."""
-    if around.config is None:
-        return around, ()
+    if model_surroundings.config is None:
+        return model_surroundings, ()
     note = "config.json is left out: the names are those of the checkpoint (--names as-stored)"
-    return replace(around, config=None, config_path=None), (note,)
+    return replace(model_surroundings, config=None, config_path=None), (note,)
 
 
 def _proven(output: Product, source: Source) -> Product:

@@ -21,28 +21,30 @@ _READERS = (
 )
 
 
-def beside(around: Surroundings, model: BaseModel | None) -> Surroundings:
+def beside(model_surroundings: Surroundings, model: BaseModel | None) -> Surroundings:
     """The files beside the checkpoint, else those beside the base."""
     if model is None:
-        return around
+        return model_surroundings
 
     place = Place(model.folder, model.folder, "")
     donor = surroundings.of(place, Request())
-    has_reader = any(name.startswith(_READERS) for name in around.companions)
+    has_reader = any(name.startswith(_READERS) for name in model_surroundings.companions)
     companions = {
         name: path
         for name, path in donor.companions.items()
         if not (has_reader and name.startswith(_READERS))
     }
-    if around.config is not None:
-        return replace(around, companions={**companions, **around.companions})
+    if model_surroundings.config is not None:
+        return replace(
+            model_surroundings, companions={**companions, **model_surroundings.companions}
+        )
 
-    notes = tuple(note for note in around.notes if note != NO_CONFIG)
+    notes = tuple(note for note in model_surroundings.notes if note != NO_CONFIG)
     if donor.config is not None:
         notes = (*notes, f"config.json is that of the base, {model.place}")
     return Surroundings(
         donor.config,
         donor.config_path,
-        {**companions, **around.companions},
-        notes if donor.config is not None else around.notes,
+        {**companions, **model_surroundings.companions},
+        notes if donor.config is not None else model_surroundings.notes,
     )

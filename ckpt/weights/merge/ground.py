@@ -27,7 +27,7 @@ class Ground:
     """The weights to merge into: the checkpoint's, with those of another base."""
 
     weights: Weights
-    around: Surroundings
+    surroundings: Surroundings
     base: Base | None
     notes: tuple[str, ...]
     files: Mapping[Path, str | None] = field(default_factory=dict)
@@ -40,31 +40,31 @@ def ground_of(
     source: Source,
     weights: Weights,
     adapters: Mapping[str, AdapterConfig],
-    around: Surroundings,
+    surroundings: Surroundings,
     request: Request,
 ) -> Ground:
     """The base: of ``--base``, the checkpoint's own, or the one an adapter names."""
-    groups = quantized.groups(weights, around.config)
+    groups = quantized.groups(weights, surroundings.config)
     constants = [name for group in groups for name in group.constants.values()]
-    numbers = quantized.without(quantized.marked(weights, around.config), constants)
+    numbers = quantized.without(quantized.marked(weights, surroundings.config), constants)
     sorted_names = merge.sorted_names(numbers, adapters)
     adapted_names = [f"{module}.weight" for module in sorted_names.layers]
 
     first_config = next(iter(adapters.values()))
     option_model = base_model.chosen(request)
     model = option_model or base_model.locate(first_config)
-    around = base_companions.beside(around, model)
+    surroundings = base_companions.beside(surroundings, model)
     names = frozenset((*sorted_names.plain, *sorted_names.saved))
-    architecture = trained_class.architecture(around.config, adapters.values(), names)
+    architecture = trained_class.architecture(surroundings.config, adapters.values(), names)
 
     if option_model is None and holds_base(numbers, sorted_names.plain, adapted_names):
-        return replace(_own_ground(weights, around, bool(groups)), architecture=architecture)
+        return replace(_own_ground(weights, surroundings, bool(groups)), architecture=architecture)
     if model is None or not model.holds_weights:
         raise CheckpointError(_missing(source.place, first_config), "incomplete")
 
     notes = _notes_on_base(model, option_model is not None, bool(groups))
     if groups:
-        weights, around = numbers, _unquantized(around)
+        weights, surroundings = numbers, _unquantized(surroundings)
     trained = _TrainedModel(
         weights=weights,
         adapters=adapters,
@@ -72,7 +72,9 @@ def ground_of(
         adapted_names=adapted_names or [*sorted_names.plain],
         architecture=architecture,
     )
-    ground = _ground_elsewhere(model, trained, source.place.root, around, DTYPES[request.dtype])
+    ground = _ground_elsewhere(
+        model, trained, source.place.root, surroundings, DTYPES[request.dtype]
+    )
     return replace(ground, notes=(*notes, *ground.notes))
 
 
@@ -109,7 +111,7 @@ def _ground_elsewhere(
     model: BaseModel,
     trained: _TrainedModel,
     root: Path,
-    around: Surroundings,
+    surroundings: Surroundings,
     dtype: DType | None,
 ) -> Ground:
     """The weights of a base from elsewhere, as the trained model has them."""
@@ -125,7 +127,7 @@ def _ground_elsewhere(
 
     return Ground(
         weights=full.weights,
-        around=around,
+        surroundings=surroundings,
         base=Base(tensors, model.place, loaded.inner, fitted.of_other_class),
         notes=full.notes,
         files={**loaded.files, **dict.fromkeys(full.files)},
@@ -135,15 +137,17 @@ def _ground_elsewhere(
     )
 
 
-def _own_ground(weights: Weights, around: Surroundings, codes: bool) -> Ground:
+def _own_ground(weights: Weights, surroundings: Surroundings, codes: bool) -> Ground:
     """The frozen weights of the checkpoint, made numbers where they are codes."""
     if codes:
-        weights = quantized.dequantized(weights, around.config, None)
+        weights = quantized.dequantized(weights, surroundings.config, None)
         note = (
             "merged into the quantized base of the checkpoint, dequantized as in the "
             "training; --base DIR takes the full-precision base"
         )
-        return Ground(weights=weights, around=_unquantized(around), base=None, notes=(note,))
+        return Ground(
+            weights=weights, surroundings=_unquantized(surroundings), base=None, notes=(note,)
+        )
 
     types = sorted(
         {weights.tensors[name].dtype.value for name in weights.frozen & {*weights.tensors}}
@@ -152,13 +156,13 @@ def _own_ground(weights: Weights, around: Surroundings, codes: bool) -> Ground:
     note = f"merged into the checkpoint's own copy of the base{kinds_of}"
     if any(kind in ("BF16", "F16") for kind in types):
         note += "; --base DIR takes the base in its original precision"
-    return Ground(weights=weights, around=around, base=None, notes=(note,))
+    return Ground(weights=weights, surroundings=surroundings, base=None, notes=(note,))
 
 
-def _unquantized(around: Surroundings) -> Surroundings:
-    if around.config is None:
-        return around
-    return replace(around, config=packed.unquantized(around.config))
+def _unquantized(surroundings: Surroundings) -> Surroundings:
+    if surroundings.config is None:
+        return surroundings
+    return replace(surroundings, config=packed.unquantized(surroundings.config))
 
 
 def _missing(place: Place, config: AdapterConfig) -> str:

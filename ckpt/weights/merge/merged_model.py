@@ -41,7 +41,7 @@ def product(
     source: Source,
     unwrapped: NamedWeights,
     adapter: Adapter,
-    around: Surroundings,
+    surroundings: Surroundings,
     request: Request,
 ) -> Product:
     """The model with its adapters merged in. Reads headers and small files, no tensor.
@@ -53,9 +53,9 @@ def product(
     for config in adapters.values():
         changes.require_mergeable(config)
     weights, outside_notes = choice.inside(unwrapped.weights, adapter)
-    ground = ground_of(source, weights, adapters, around, request)
+    ground = ground_of(source, weights, adapters, surroundings, request)
     embedding_names = _own_embeddings(ground, adapter, adapters, request)
-    transposed = conv1d.transposed(ground.around.config)
+    transposed = conv1d.transposed(ground.surroundings.config)
     dtype = DTYPES[request.dtype]
     result = merge.merged(ground.weights, adapters, ground.base, dtype, embedding_names, transposed)
     _require_change(result, source.place)
@@ -95,7 +95,7 @@ def _as_product(
         "merged",
         # --part chose the adapters; the merged model has no parts.
         naming.wished(result.weights, replace(request.naming, part=None)),
-        replace(ground.around, config=content),
+        replace(ground.surroundings, config=content),
         renamed=_renamed(result, unwrapped),
         rules=(*unwrapped.rules, *adapter_rules),
         proof=_proof(result, ground.base),
@@ -114,7 +114,7 @@ def _config(
     adapters: Mapping[str, AdapterConfig], result: Merge, ground: Ground, request: Request
 ) -> tuple[Mapping[str, Any] | None, list[str]]:
     """The content of the merged model's config.json, and notes on its changes."""
-    numeric = packed.of_numbers(result.weights, ground.around)
+    numeric = packed.of_numbers(result.weights, ground.surroundings)
     config = merged_config.of(numeric.surroundings.config, adapters, result, ground.architecture)
     content, notes = config.content, [*config.notes]
     if request.untie and content is not None:
@@ -157,10 +157,10 @@ def _saved_frozen(
 
 def _resized(ground: Ground, adapters: Iterable[str]) -> frozenset[str]:
     """Tensors of the vocabulary with other rows than those of another base."""
-    if ground.base is None or ground.around.config is None:
+    if ground.base is None or ground.surroundings.config is None:
         return frozenset()
 
-    readers = Audience(Path(), ground.around.config, alone=True).readers
+    readers = Audience(Path(), ground.surroundings.config, alone=True).readers
     vocabulary = frozenset(name for reader in readers for name in reader.vocabulary)
     base, weights = ground.base.weights, ground.weights
 

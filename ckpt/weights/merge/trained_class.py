@@ -70,8 +70,8 @@ def _with_head(name: str, end: str) -> str:
 
 
 def _noted(config: AdapterConfig) -> str | None:
-    noted = config.values.get("auto_mapping")
-    name = noted.get("base_model_class") if isinstance(noted, dict) else None
+    auto_mapping = config.values.get("auto_mapping")
+    name = auto_mapping.get("base_model_class") if isinstance(auto_mapping, dict) else None
     return name if isinstance(name, str) else None
 
 

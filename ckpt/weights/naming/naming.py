@@ -265,8 +265,8 @@ def _role(model: NamedWeights, groups: Mapping[str, list[str]], audience: Audien
     if len(fitting) == 1:
         others = ", ".join(part for part in groups if part != fitting[0])
         note = f"only {fitting[0]} is written, the model of config.json"
-        only = _one_part(model, fitting[0])
-        return only.with_note(f"{note}; not {others}") if others else only
+        part = _one_part(model, fitting[0])
+        return part.with_note(f"{note}; not {others}") if others else part
 
     if len(groups) == 1:
         return model

@@ -26,50 +26,50 @@ class Packed:
     notes: tuple[str, ...] = ()
 
 
-def marked(weights: Weights, around: Surroundings, request: Request) -> Packed:
+def marked(weights: Weights, surroundings: Surroundings, request: Request) -> Packed:
     """The weights as they are stored, never cast; with ``dequantize`` as numbers.
 
     ``CheckpointError`` if a weight is to be dequantized and no formula is known.
     """
-    groups = quantized.groups(weights, around.config)
+    groups = quantized.groups(weights, surroundings.config)
     if request.dequantize and not request.merge:
-        return numbers(weights, around, None if request.dtype == "keep" else DType.F32)
+        return numbers(weights, surroundings, None if request.dtype == "keep" else DType.F32)
 
-    notes = _notes(weights, around, groups) if groups else ()
+    notes = _notes(weights, surroundings, groups) if groups else ()
 
-    return Packed(quantized.marked(weights, around.config), around, notes)
+    return Packed(quantized.marked(weights, surroundings.config), surroundings, notes)
 
 
-def numbers(weights: Weights, around: Surroundings, dtype: DType | None) -> Packed:
+def numbers(weights: Weights, surroundings: Surroundings, dtype: DType | None) -> Packed:
     """The weights dequantized, and config.json without the quantization.
 
     With ``dtype=None`` they get the type that the library of the quantization gives.
     ``CheckpointError`` if no formula is known for one of them.
     """
-    groups = quantized.groups(weights, around.config)
+    groups = quantized.groups(weights, surroundings.config)
     if not any(group.codes for group in groups):
-        stated = quantized.quantization(around.config)
+        stated = quantized.quantization(surroundings.config)
         if stated and not groups:
             raise CheckpointError(
-                f"{around.config_path} says that the weights are quantized "
+                f"{surroundings.config_path} says that the weights are quantized "
                 f"({stated.get('quant_method', 'no method is named')}), but nothing "
                 "here tells which tensors are codes; leave --dequantize out to copy "
                 "them as stored",
                 "unsupported",
             )
 
-    number_weights = quantized.dequantized(weights, around.config, dtype)
-    config = around.config
+    number_weights = quantized.dequantized(weights, surroundings.config, dtype)
+    config = surroundings.config
     if config is not None:
-        around = replace(around, config=unquantized(config))
+        surroundings = replace(surroundings, config=unquantized(config))
     count = sum(group.codes is not None for group in groups)
     if not count:
         orphans = _orphans(groups) if groups else "no weight here is quantized"
-        return Packed(number_weights, around, (f"--dequantize: {orphans}",))
+        return Packed(number_weights, surroundings, (f"--dequantize: {orphans}",))
 
     note = f"{_weights(count)} dequantized {_schemes(groups)}"
 
-    return Packed(number_weights, around, (note,))
+    return Packed(number_weights, surroundings, (note,))
 
 
 def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,21 +81,21 @@ def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def of_numbers(weights: Weights, around: Surroundings) -> Packed:
+def of_numbers(weights: Weights, surroundings: Surroundings) -> Packed:
     """The same without a quantization in config.json, if no weight is quantized.
 
     A reader would take numbers for codes, or ask for constants that are not there.
     BitNet alone (transformers 5.23, ``integrations/bitnet.py``: AutoBitLinear) trains
     and stores numbers.
     """
-    stated = quantized.quantization(around.config)
+    stated = quantized.quantization(surroundings.config)
     method = stated.get("quant_method", "no method is named")
-    if around.config is None or not stated or method == "bitnet" or _has_codes(weights):
-        return Packed(weights, around)
+    if surroundings.config is None or not stated or method == "bitnet" or _has_codes(weights):
+        return Packed(weights, surroundings)
 
     note = f"config.json loses its quantization_config ({method}): every weight here is a number"
 
-    return Packed(weights, replace(around, config=unquantized(around.config)), (note,))
+    return Packed(weights, replace(surroundings, config=unquantized(surroundings.config)), (note,))
 
 
 def _has_codes(weights: Weights) -> bool:
@@ -107,15 +107,19 @@ def _has_codes(weights: Weights) -> bool:
 
 
 def _notes(
-    weights: Weights, around: Surroundings, groups: Sequence[QuantizedGroup]
+    weights: Weights, surroundings: Surroundings, groups: Sequence[QuantizedGroup]
 ) -> tuple[str, ...]:
     """Notes on quantized weights that are copied as they are stored."""
     present = [group for group in groups if group.codes is not None]
     orphans = [group for group in groups if group.codes is None]
     notes = []
     if present:
-        notes.append(_copied(weights, around, present))
-    if present and around.config is not None and not quantized.quantization(around.config):
+        notes.append(_copied(weights, surroundings, present))
+    if (
+        present
+        and surroundings.config is not None
+        and not quantized.quantization(surroundings.config)
+    ):
         notes.append(
             "config.json has no quantization_config, so most readers would take the "
             "codes for numbers; --dequantize writes numbers"
@@ -143,11 +147,11 @@ def _orphans(groups: Sequence[QuantizedGroup]) -> str:
     )
 
 
-def _copied(weights: Weights, around: Surroundings, present: Sequence[QuantizedGroup]) -> str:
+def _copied(weights: Weights, surroundings: Surroundings, present: Sequence[QuantizedGroup]) -> str:
     constants = sum(len(group.constants) for group in present)
     line = f"{_weights(len(present))} quantized {_schemes(present, constants)}: "
     line += "copied as stored under every --dtype"
-    recipes = quantized.recipes(weights, present, around.config)
+    recipes = quantized.recipes(weights, present, surroundings.config)
     unknown_reasons = {name: reason for name, reason in recipes.items() if isinstance(reason, str)}
     if not unknown_reasons:
         return line + "; --dequantize writes numbers"

@@ -53,14 +53,14 @@ class Split:
     lacking: tuple[str, ...] = ()
 
 
-def split(unwrapped: NamedWeights, around: Surroundings, wishes: Naming) -> Split:
+def split(unwrapped: NamedWeights, surroundings: Surroundings, wishes: Naming) -> Split:
     """The weights by the folders that modules.json, among the surroundings, names.
 
     Unchanged where there is no modules.json, or where no name is one of its modules'.
     If the names only fit after the changes that the user wishes, these are made first.
     """
     names = list(unwrapped.weights.order or unwrapped.weights.tensors)
-    path = around.companions.get(MODULES)
+    path = surroundings.companions.get(MODULES)
     if path is None:
         return Split(unwrapped, wishes, notes=_note_on_modules(names))
 

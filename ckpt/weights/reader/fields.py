@@ -281,7 +281,9 @@ def _sparse_layers(config: Mapping[str, Any]) -> tuple[str | None, Any]:
     transformers 5.23: modeling_deepseek_v3.py, modeling_qwen3_moe.py,
     modeling_llama4.py, modeling_ernie4_5_moe.py.
     """
-    first, only, every = map(config.get, ("first_k_dense_replace", "mlp_only_layers", "moe_layers"))
+    first, dense_layers, every = map(
+        config.get, ("first_k_dense_replace", "mlp_only_layers", "moe_layers")
+    )
     if config.get("mlp_layer_types") is not None:
         return None, None
     if isinstance(every, list):
@@ -290,8 +292,8 @@ def _sparse_layers(config: Mapping[str, Any]) -> tuple[str | None, Any]:
         return "first_k_dense_replace", lambda number: number >= first
 
     step = config.get("decoder_sparse_step", 1)
-    if isinstance(only, list) and type(step) is int and step > 0:
-        return "mlp_only_layers", lambda n: n not in only and (n + 1) % step == 0
+    if isinstance(dense_layers, list) and type(step) is int and step > 0:
+        return "mlp_only_layers", lambda n: n not in dense_layers and (n + 1) % step == 0
 
     start, end, step = map(
         config.get,

@@ -17,8 +17,8 @@ class Fit:
     lost_members  missing names of whole members of lists, such as layers, where
                   config.json counts the members and others are there
     empty         missing names of such lists that have no member at all
-    beyond        a statement of config.json on a list -> the highest number among the
-                  names, where that is too high
+    highest_numbers  a statement of config.json on a list -> the highest number among
+                  the names, where that is too high
     short         the same where it is too low; -1 for a list without members
     absurd        fields of config.json -> values that are not believed
     tree          number of the tree of names that was compared
@@ -32,7 +32,7 @@ class Fit:
     unexpected: list[str] = field(default_factory=list)
     lost_members: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
-    beyond: dict[str, int] = field(default_factory=dict)
+    highest_numbers: dict[str, int] = field(default_factory=dict)
     short: dict[str, int] = field(default_factory=dict)
     absurd: dict[str, Any] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
@@ -67,8 +67,10 @@ class Fit:
         self.unexpected += addition.unexpected
         self.lost_members += addition.lost_members
         self.empty += addition.empty
-        for sentence, highest in addition.beyond.items():
-            self.beyond[sentence] = max(highest, self.beyond.get(sentence, highest))
+        for sentence, highest in addition.highest_numbers.items():
+            self.highest_numbers[sentence] = max(
+                highest, self.highest_numbers.get(sentence, highest)
+            )
         for sentence, highest in addition.short.items():
             self.short[sentence] = min(highest, self.short.get(sentence, highest))
         self.absurd |= addition.absurd

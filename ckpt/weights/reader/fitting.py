@@ -127,7 +127,7 @@ class Fitting:
         if (doubt := rule.doubted(self.config, number)) is not None:
             fit.absurd[doubt[0]] = doubt[1]
         elif length is not None and highest + 1 > length:
-            fit.beyond[rule.sentence(self.config, number)] = highest
+            fit.highest_numbers[rule.sentence(self.config, number)] = highest
         elif length is not None and rule.counted and highest + 1 < length:
             fit.short[rule.sentence(self.config, number)] = highest
 

@@ -46,7 +46,7 @@ def loss(
     elements = sum(weights.tensors[owner].numel for owner in lost_names)
     total = sum(weights.tensors[owner].numel for owner in owners)
     is_many = len(lost_names) > MAX_FEW_TENSORS and len(lost_names) > SUBSTANTIAL * len(owners)
-    lacks_layers = bool(lost_names) and bool(fit.beyond)
+    lacks_layers = bool(lost_names) and bool(fit.highest_numbers)
     absent = [weights.absent[name] for name in fit.missing if name in weights.absent]
     reasons = dict.fromkeys((*layers(fit), *map(str, disagreements), *absent))
 
@@ -61,7 +61,7 @@ def loss(
 def layers(fit: Fit) -> list[str]:
     """Sentences on lists, such as layers, whose length differs from config.json's."""
     sentences = []
-    for statement, highest in (fit.beyond | fit.short).items():
+    for statement, highest in (fit.highest_numbers | fit.short).items():
         noun = "layers" if "layer" in statement else "numbers"
         present_text = f"{noun} 0 to {highest:,}" if highest >= 0 else "none"
         sentences.append(f"{statement}, and the checkpoint has {present_text}")

@@ -54,14 +54,14 @@ def unexplained(model: State, known_names: Iterable[str]) -> dict[str, TensorRef
 
 
 def copies_by_parameter(
-    masters: Mapping[str, TensorRef], unclaimed: Mapping[str, TensorRef]
+    masters: Mapping[str, TensorRef], unclaimed_tensors: Mapping[str, TensorRef]
 ) -> dict[str, dict[str, TensorRef]]:
     """For each parameter its copies, with the fp32 weights of each.
 
     There are one or several, in the order of its elements. ``masters`` are flat fp32
     vectors. Only parameters whose copies no other tensor may be.
     """
-    remaining = dict(unclaimed)
+    remaining = dict(unclaimed_tensors)
     comparisons_left = MAX_COMPARISONS
     copies: dict[str, dict[str, TensorRef]] = {}
 
@@ -103,7 +103,7 @@ def copies_by_parameter(
 
 
 def joined(
-    masters: Mapping[str, TensorRef], unclaimed: Mapping[str, TensorRef]
+    masters: Mapping[str, TensorRef], unclaimed_tensors: Mapping[str, TensorRef]
 ) -> dict[str, tuple[str, ...]]:
     """The tensors that are several parameters one after another, with their names.
 
@@ -114,7 +114,7 @@ def joined(
     comparisons_left = MAX_GLANCES
     parts_by_name: dict[str, tuple[str, ...]] = {}
 
-    for name, tensor in unclaimed.items():
+    for name, tensor in unclaimed_tensors.items():
         # the parameters whose names begin most like the tensor's
         closeness = {parameter: _shared_pieces(parameter, name) for parameter in remaining}
         closest = max(closeness.values(), default=0)

@@ -144,8 +144,8 @@ def _match_copies(
         return naming, (), {}
 
     known_names = (*masters, *absent, *final_names.values())
-    unclaimed = cloned_parameters.unexplained(model, known_names)
-    if not unclaimed:
+    unclaimed_tensors = cloned_parameters.unexplained(model, known_names)
+    if not unclaimed_tensors:
         return naming, (), {}
 
     vectors = {}
@@ -153,26 +153,26 @@ def _match_copies(
         group, offset, shape = unplaced[name]
         vectors[name] = group.flat.narrow(offset, numel_of(shape))
 
-    copies_by_parameter = cloned_parameters.copies_by_parameter(vectors, unclaimed)
+    copies_by_parameter = cloned_parameters.copies_by_parameter(vectors, unclaimed_tensors)
     naming = _with_copies(naming, copies_by_parameter)
     for name, copies in copies_by_parameter.items():
         masters.update(copies)
         del unplaced[name]
-        unclaimed = _without(unclaimed, copies)
+        unclaimed_tensors = _without(unclaimed_tensors, copies)
 
     missing_names = [name for name in missing_names if name in unplaced]
     parts_by_name = cloned_parameters.joined(
-        {name: vectors[name] for name in missing_names}, unclaimed
+        {name: vectors[name] for name in missing_names}, unclaimed_tensors
     )
-    copies = _add_joined(parts_by_name, vectors, unclaimed, unplaced, masters)
-    unclaimed = _without(unclaimed, parts_by_name)
+    copies = _add_joined(parts_by_name, vectors, unclaimed_tensors, unplaced, masters)
+    unclaimed_tensors = _without(unclaimed_tensors, parts_by_name)
 
     notes = (_note_on_joined(parts_by_name),) if parts_by_name else ()
     missing_names = [name for name in missing_names if name not in copies]
-    if not missing_names or not unclaimed:
+    if not missing_names or not unclaimed_tensors:
         return naming, notes, copies
 
-    return naming, (*notes, _note_on_unmatched(missing_names, unclaimed)), copies
+    return naming, (*notes, _note_on_unmatched(missing_names, unclaimed_tensors)), copies
 
 
 def _with_copies(
@@ -196,14 +196,14 @@ def _without(tensors: Mapping[str, TensorRef], names: Container[str]) -> dict[st
 def _add_joined(
     parts_by_name: Mapping[str, Sequence[str]],
     vectors: Mapping[str, TensorRef],
-    unclaimed: Mapping[str, TensorRef],
+    unclaimed_tensors: Mapping[str, TensorRef],
     unplaced: Mapping[str, tuple[FlatGroup, int, Shape]],
     masters: dict[str, TensorRef],
 ) -> dict[str, TensorRef]:
     """Adds the master weights of joined tensors; gives the copies of their parts."""
     copies: dict[str, TensorRef] = {}
     for name, parts in parts_by_name.items():
-        joined_tensor = unclaimed[name]
+        joined_tensor = unclaimed_tensors[name]
         masters[name] = TensorRef.concat(vectors[part] for part in parts).view(*joined_tensor.shape)
 
         offset = 0
@@ -215,10 +215,10 @@ def _add_joined(
     return copies
 
 
-def _note_on_unmatched(missing_names: Iterable[str], unclaimed: Iterable[str]) -> str:
+def _note_on_unmatched(missing_names: Iterable[str], unclaimed_tensors: Iterable[str]) -> str:
     return (
         f"the state dict lacks {some(missing_names)}, written here in fp32, and has "
-        f"{some(unclaimed)}, which no parameter's values are: a hook of the state dict "
+        f"{some(unclaimed_tensors)}, which no parameter's values are: a hook of the state dict "
         "may have made the latter of the former; the latter are exact to 16 bits only"
     )
 
@@ -275,7 +275,7 @@ def _with_rule(
     )
 
     if rule is None and unplaced:
-        unclaimed = module.keys() - masters.keys() - unplaced.keys()
+        unclaimed_tensors = module.keys() - masters.keys() - unplaced.keys()
 
         def fits(name: str, candidate: str) -> bool:
             group, offset, shape = unplaced[name]
@@ -286,7 +286,7 @@ def _with_rule(
             return storage_views.same(master, {candidate: (0, tensor)})
 
         missing_names = [name for name in unplaced if name not in module]
-        rule = rules.rule(missing_names, unclaimed, fits)
+        rule = rules.rule(missing_names, unclaimed_tensors, fits)
 
     other_names = [*unplaced, *storage_views.buffer_names(model)]
     for shapes in state_files.shapes(model, "frozen_param_shapes") or ():

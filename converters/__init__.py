@@ -1,6 +1,6 @@
 """Bytes to bytes: formats read as tensors located in files, and written by moving bytes.
 
-tensors, source  tensors located in files; a checkpoint with all of them located
+tensors, extents  tensors located in files, and their bytes;  source  a checkpoint of them
 detect/          what lies at a path, and which reader fits it
 zero/            DeepSpeed's state files;  formats/  files of weights;  peft/  adapters
 torch_files/     files of torch.save;  pickles/  read without running anything

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ckpt.engine.view import EngineView, internals
 from ckpt.runs.manifest import Manifest
 from converters.errors import CheckpointError
-from converters.zero.native.optimizer_files import SUB_GROUP
+from converters.zero.native.target import SUB_GROUP
 
 
 @dataclass(frozen=True, slots=True)

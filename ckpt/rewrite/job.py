@@ -40,7 +40,7 @@ from converters.words import counted
 from converters.zero import checkpoint as zero
 from converters.zero.native import proof as retrace
 from converters.zero.native import reshard
-from converters.zero.native.optimizer_files import TargetTopology
+from converters.zero.native.target import TargetTopology
 from converters.zero.universal import proof, reader
 from converters.zero.universal.reader import Universal
 

@@ -24,7 +24,7 @@ from converters.zero import checkpoint as zero
 from converters.zero import muon
 from converters.zero.files import several_models
 from converters.zero.native import reshard as native
-from converters.zero.native.optimizer_files import SUB_GROUP, TargetTopology
+from converters.zero.native.target import SUB_GROUP, TargetTopology
 
 
 @open_files.once()

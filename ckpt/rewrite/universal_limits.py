@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from converters.pickles.values import Call
 from converters.zero import checkpoint, muon
-from converters.zero.native.optimizer_files import SUB_GROUP
+from converters.zero.native.target import SUB_GROUP
 from converters.zero.param_groups import ParamGroup
 
 _ADAM = ("exp_avg", "exp_avg_sq")  # all that stage 3 reads

@@ -2,7 +2,7 @@
 called.
 
 interpreter  runs pickles
-machine      its stack and memo
+machine      its stack and memo;  memo  which entries of that are asked for
 opcodes      which of the machine's methods each opcode is
 values       what stays of classes, functions and calls
 denylist     names that no honest checkpoint holds

@@ -13,7 +13,6 @@ and more only with the pickle and its storages.
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Callable, Mapping
 from sys import getsizeof, intern
@@ -21,6 +20,7 @@ from typing import Any, NoReturn
 
 from converters.errors import CheckpointError
 from converters.pickles import denylist, nesting
+from converters.pickles.memo import requested_entries
 from converters.pickles.values import Call, Global, hashable
 
 MAX_CHARGED_BYTES = 16 << 20  # bytes of containers, whatever the pickle's size
@@ -36,22 +36,6 @@ Builders = Mapping[tuple[str, str], Callable[..., Any]]
 Persistent = Callable[[Any], Any]
 
 MARK = object()
-
-
-def gets(data: bytes) -> bytearray:
-    """The memo's entries that a pickle may ask for: a byte each, 1 also for some it
-    does not.
-
-    Pickles put into the memo all that they build. What is not asked for need not stay in
-    memory.
-    """
-    requested = bytearray(len(data) // 2)  # to put one takes two bytes
-    for match in re.finditer(rb"j(?=(....))", data, re.DOTALL):  # LONG_BINGET, or part of a name
-        index = int.from_bytes(match[1], "little")
-        if index < len(requested):
-            requested[index] = 1
-
-    return requested
 
 
 class Machine:
@@ -75,7 +59,7 @@ class Machine:
         self.last_tuple_position = self.tuple_depth = 0
 
         self.puts: int = 0
-        self.gets = gets(data)
+        self.requested = requested_entries(data)
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.storages: set[Any] = set()
@@ -359,6 +343,6 @@ class Machine:
         self.puts += 1
         if index >= len(self.data):  # picklers count them, and to put one takes two bytes
             self.fail(f"entry {index} of the memo is out of range")
-        if index < 256 or index >= len(self.gets) or self.gets[index]:
+        if index < 256 or index >= len(self.requested) or self.requested[index]:
             self.charge(_ENTRY)
             self.memo[index] = self.stack[-1]

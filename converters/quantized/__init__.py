@@ -4,6 +4,7 @@ stand for.
 groups      the tensors that belong together
 detection   which tensors do, by what lies beside each other
 shapes      whether codes and constants fit
+recipe      the way to numbers, as a value
 recipes     what makes numbers of a group, or why nothing does
 small       small tensors that recipes read
 formulas    the arithmetic, piece by piece;  transposed  of codes that lie the other way round
@@ -19,7 +20,8 @@ from typing import Any
 from converters.errors import CheckpointError
 from converters.quantized.detection import groups, quantization
 from converters.quantized.groups import Modules, QuantizedGroup
-from converters.quantized.recipes import Recipe, Recipes, Unknown
+from converters.quantized.recipe import Recipe, Unknown
+from converters.quantized.recipes import Recipes
 from converters.tensors import DType, TensorRef, Weights
 
 __all__ = [

@@ -7,8 +7,7 @@ keeps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -17,53 +16,13 @@ from converters.errors import MALFORMED
 from converters.quantized import small
 from converters.quantized.detection import quantization
 from converters.quantized.groups import Modules, QuantizedGroup
+from converters.quantized.recipe import NestedConstants, Recipe, Unknown
 from converters.quantized.shapes import blocks
 from converters.tensors import DType, TensorRef
 
 _NAMES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
 _SIXTEEN = (DType.F16, DType.BF16)
 _WORD = 32  # bits
-
-
-class Unknown(Exception):
-    """The reason why a group has no formula."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """The way to make the numbers of a group.
-
-    ``native`` is the type that the library gives them in, ``build`` makes the tensor in
-    a type.
-    """
-
-    shape: tuple[int, ...]
-    native: DType
-    build: Callable[[DType], Computed]
-
-
-@dataclass(frozen=True, slots=True)
-class _Nested:
-    """The constants of bitsandbytes' double quantization."""
-
-    table: TensorRef
-    absmax: TensorRef
-    block: int
-    dtype: DType
-    offset: float
-
-    @property
-    def inputs(self) -> tuple[TensorRef, ...]:
-        return (self.table, self.absmax)
-
-    @property
-    def numbers(self) -> str:
-        return f"{self.block} {self.dtype.value} {self.offset!r}"
-
-    def formula(self) -> Any:
-        from converters.quantized.formulas import Nested
-
-        return Nested(self.table, self.absmax, self.block, self.dtype, self.offset)
 
 
 class Recipes:
@@ -144,7 +103,9 @@ class Recipes:
 
         return Recipe(shape, _NAMES[str(state["dtype"])], build)
 
-    def _nested(self, group: QuantizedGroup, state: Mapping[str, Any], codes: TensorRef) -> _Nested:
+    def _nested(
+        self, group: QuantizedGroup, state: Mapping[str, Any], codes: TensorRef
+    ) -> NestedConstants:
         """What makes the factors of blocks, where they are codes themselves."""
         table = self.constant(group, "nested_quant_map")
         absmax = self.constant(group, "nested_absmax")
@@ -158,7 +119,7 @@ class Recipes:
             float(small.number(state, "nested_offset")),
         )
 
-        return _Nested(table, absmax, block, dtype, offset)
+        return NestedConstants(table, absmax, block, dtype, offset)
 
     def int8(self, group: QuantizedGroup, codes: TensorRef) -> Recipe:
         """The recipe of bitsandbytes' LLM.int8: a byte a number (out, in), a factor a row."""

@@ -17,6 +17,7 @@ MAX_MODULES = 16  # in a folder, its __init__.py aside
 # A room is a folder, or a module that lies directly in a package. It imports rooms of the floors
 # above its own line here, and itself.
 FLOORS = """
+converters.extents
 converters.errors converters.tensors converters.words ckpt.text ckpt.version
 converters.source converters.storage converters.pickles converters.names ckpt.runs.lease
 converters.cast converters.detect

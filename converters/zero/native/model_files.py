@@ -19,7 +19,8 @@ from converters.torch_files import object_graph
 from converters.zero import partitioning
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import state_files
-from converters.zero.native.optimizer_files import TargetTopology, Tree
+from converters.zero.native.optimizer_files import Tree
+from converters.zero.native.target import TargetTopology
 from converters.zero.param_groups import ParamGroup
 
 DECIDED = {  # what the layout decides in a model file; its tensors are proven as weights

@@ -29,10 +29,9 @@ from converters.zero.files.typed import Section
 from converters.zero.native import model_files, optimizer_files, proof
 from converters.zero.native.optimizer_files import (
     SCALING,
-    SUB_GROUP,
-    TargetTopology,
     with_loss_scale,
 )
+from converters.zero.native.target import SUB_GROUP, TargetTopology
 from converters.zero.param_groups import ParamGroup
 
 # the names of it in runtime/config.py: DtypeEnum

@@ -26,7 +26,8 @@ from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.typed import Section
 from converters.zero.naming import storage_views
 from converters.zero.native import model_files, optimizer_files, reshard
-from converters.zero.native.optimizer_files import SCALING, TargetTopology, with_loss_scale
+from converters.zero.native.optimizer_files import SCALING, with_loss_scale
+from converters.zero.native.target import TargetTopology
 from converters.zero.param_groups import WEIGHTS, ParamGroup
 from converters.zero.universal import parameter_folders
 from converters.zero.universal.parameter_folders import COMMON, MASTER, STEP

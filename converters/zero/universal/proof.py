@@ -21,8 +21,9 @@ from converters.zero import checkpoint, param_groups
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.typed import Section
 from converters.zero.native import model_files, optimizer_files, proof, reshard
-from converters.zero.native.optimizer_files import SCALING, TargetTopology, with_loss_scale
+from converters.zero.native.optimizer_files import SCALING, with_loss_scale
 from converters.zero.native.proof import Provenance
+from converters.zero.native.target import TargetTopology
 from converters.zero.param_groups import ParamGroup
 from converters.zero.universal import reader
 from converters.zero.universal.plan import (

@@ -1,0 +1,146 @@
+"""Runs of bytes in files: what the elements of a tensor are stored in, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of ``length`` bytes at ``offset`` in the file ``path``."""
+
+    path: Path
+    offset: int
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.offset < 0 or self.length < 0:
+            raise ValueError(f"{self.path} has no {self.length} bytes at {self.offset}")
+
+    @property
+    def end(self) -> int:
+        """Offset of the first byte after the run."""
+        return self.offset + self.length
+
+
+class Extents(Protocol):
+    """The runs of bytes of a tensor, in the order of its elements.
+
+    ``Listed`` has them one by one, ``Strided`` works them out: for views that have too
+    many to keep. Tensors whose columns lie in several files (those of tensor
+    parallelism) would be a third kind, ``Interleaved``: it is not built yet.
+    """
+
+    def __len__(self) -> int:
+        """The number of runs."""
+
+    def __getitem__(self, index: int, /) -> Extent:
+        """The run with this number."""
+
+    def __iter__(self) -> Iterator[Extent]:
+        """All runs."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all runs; known without going through them where they are many."""
+
+    @property
+    def scattered(self) -> bool:
+        """Whether runs are many and small, in no order of a file: what lies between them
+        is read along with them."""
+
+    def narrow(self, start: int, stop: int) -> Extents:
+        """The bytes from ``start`` to ``stop``, counted in the order of the runs."""
+
+    def per_record(self) -> Sequence[Extent]:
+        """Runs of which one or more lie in each record of a file that the bytes lie in."""
+
+
+class Listed(tuple[Extent, ...]):
+    """Runs that are kept one by one."""
+
+    __slots__ = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all runs."""
+        return sum(extent.length for extent in self)
+
+    @property
+    def scattered(self) -> bool:
+        """Runs that are kept are read one by one."""
+        return False
+
+    def narrow(self, start: int, stop: int) -> Listed:
+        """The bytes from ``start`` to ``stop``, in the order of the runs."""
+        return Listed(_cut(self, 0, start, stop))
+
+    def per_record(self) -> Listed:
+        """All runs: nothing says that two of them are in one record."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Strided:
+    """The runs of a strided view, each worked out when it is asked for.
+
+    ``length`` bytes each; ``strides`` are (count, bytes from one to the next), the
+    outermost first. A transposed matrix has a run for every element, too many to keep.
+    """
+
+    path: Path
+    offset: int
+    length: int
+    strides: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return prod(count for count, _ in self.strides)
+
+    def __getitem__(self, index: int, /) -> Extent:
+        remainder, offset = range(len(self))[index], self.offset
+        for count, step in reversed(self.strides):
+            remainder, position = divmod(remainder, count)
+            offset += position * step
+
+        return Extent(self.path, offset, self.length)
+
+    def __iter__(self) -> Iterator[Extent]:
+        return map(self.__getitem__, range(len(self)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all runs."""
+        return len(self) * self.length
+
+    @property
+    def scattered(self) -> bool:
+        """What lies between the runs is read along with them."""
+        return True
+
+    def narrow(self, start: int, stop: int) -> Listed:
+        """The bytes from ``start`` to ``stop``, in the order of the runs."""
+        first = start // self.length if self.length else 0
+        runs = map(self.__getitem__, range(first, len(self)))
+        return Listed(_cut(runs, first * self.length, start, stop))
+
+    def per_record(self) -> Sequence[Extent]:
+        """A view is one of a single storage."""
+        return (self[0],)
+
+
+def _cut(extents: Iterable[Extent], position: int, start: int, stop: int) -> Iterator[Extent]:
+    """What of the bytes from ``start`` to ``stop`` lies in each extent; the first one begins
+    at ``position``."""
+    for extent in extents:
+        first = max(start - position, 0)
+        end = min(stop - position, extent.length)
+        if first < end:
+            yield Extent(extent.path, extent.offset + first, end - first)
+
+        position += extent.length
+        if position >= stop:
+            break

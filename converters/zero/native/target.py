@@ -1,0 +1,66 @@
+"""The topology that state files are made for, and how it lays parameters down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from converters.zero import muon, partitioning
+from converters.zero.param_groups import WEIGHTS, ParamGroup
+
+SUB_GROUP = 1_000_000_000  # the default of zero_optimization.sub_group_size
+
+
+@dataclass(frozen=True, slots=True)
+class TargetTopology:
+    """The topology to make: stage, world size, and the settings that the layout depends
+    on.
+
+    ``dealt`` is round_robin_gradients and ``aligned`` parameter_alignment, both of
+    stages 1 and 2; ``sub_group_size`` is of stage 3. ``itemsize`` is that of the
+    weights that are computed with. ``bf16``: as BF16_Optimizer saves stage 1. ``muon``:
+    whether the optimizer is one that keeps the momentum of Muon for whole parameters in
+    stages 1 and 2. ``zero_init``, of stage 3: whether the engine's model is made under
+    ``zero.Init``, where Muon does not sort; ``None``: it is not known.
+    """
+
+    stage: int
+    world_size: int
+    dealt: bool = False
+    aligned: bool = False
+    sub_group_size: int = SUB_GROUP
+    itemsize: int = 2
+    bf16: bool = False
+    muon: bool = False
+    zero_init: bool | None = None
+
+    def __post_init__(self) -> None:
+        positive = self.world_size >= 1 and self.sub_group_size >= 1
+        if self.stage not in (1, 2, 3) or not positive:
+            raise ValueError(
+                f"stage {self.stage} of {self.world_size} ranks with sub-groups of "
+                f"{self.sub_group_size} elements is not a topology of ZeRO"
+            )
+        if self.bf16 and (self.stage != 1 or self.dealt or self.aligned):
+            raise ValueError(
+                "BF16_Optimizer has stage 1 only, and neither round_robin_gradients nor "
+                "parameter_alignment"
+            )
+
+    def order(self, group: ParamGroup) -> list[str]:
+        """The names of a group's parameters in the order in which they are laid down."""
+        names = list(group.shapes)
+        if self.dealt and self.stage < 3:
+            return partitioning.round_robin_order(names, self.world_size)
+        return names
+
+    def paddings(self, group: ParamGroup) -> list[int]:
+        """The elements left empty behind each parameter, in that order."""
+        numels = [group.values[WEIGHTS][name].numel for name in self.order(group)]
+        if not self.aligned or self.stage == 3:
+            return [0] * len(numels)
+        return partitioning.padding_for(numels, self.itemsize)
+
+    def whole(self, group: ParamGroup) -> str | None:
+        """The state that ranks keep for whole parameters, if there is one (``muon``)."""
+        keeps_whole = self.muon and self.stage < 3 and not self.bf16
+        return muon.MOMENTUM if keeps_whole and muon.is_muon_group(group.options) else None

@@ -6,12 +6,12 @@ from __future__ import annotations
 from converters.detect import filenames
 from converters.detect.kind import Kind
 from converters.detect.look import Look
-from converters.storage import misplaced_files
+from converters.storage import misplaced_files, stores
 
 
 def nothing(look: Look) -> str | None:
     """Nothing lies there; a link that leads nowhere is said to be one."""
-    if look.path.exists():
+    if stores.exists(look.path):
         return None
     return misplaced_files.link(look.path)
 
@@ -41,7 +41,7 @@ def unknown(look: Look) -> str | None:
 
 def other_file(look: Look) -> str | None:
     """Any other file."""
-    return "" if look.path.exists() and not look.is_folder else None
+    return "" if stores.exists(look.path) and not look.is_folder else None
 
 
 NOTHING = (

@@ -216,16 +216,3 @@ def is_mappable(path: str | os.PathLike[str]) -> bool:
             return False
 
     return True
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copies a file, whole or not at all, and synced."""
-    with open(source, "rb") as file, replacing(target) as fd:
-        writer, position = LocalWriter(fd), 0
-        while True:
-            with named(source):
-                piece = file.read(1 << 20)
-            if not piece:
-                break
-            writer.write(piece, position)
-            position += len(piece)

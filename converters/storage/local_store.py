@@ -13,6 +13,7 @@ from typing import Any
 
 from converters.storage import local
 from converters.storage.store import Entry, Name, Range, Status, StoredFile, local_path
+from converters.storage.syncing import UNOFFERED as UNOFFERED
 
 
 class LocalFile:

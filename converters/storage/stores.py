@@ -20,6 +20,8 @@ from converters.storage.local_store import LOCAL
 from converters.storage.store import Entry, File, Name, Status, Store, StoredFile
 from converters.storage.url_path import UrlPath, scheme_of
 
+_COPIED_BYTES = 1 << 20  # at a time
+
 STORES: dict[str, Store] = {"": LOCAL}
 
 # what else a filesystem answers where nothing is, as ``pathlib`` has it
@@ -122,6 +124,20 @@ def head(path: Name, nbytes: int) -> bytes:
     """The first bytes of a file, fewer where it is shorter; ``OSError`` if it cannot be read."""
     with opened(path) as file:
         return file.read([(0, nbytes)])[0]
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file to a local one, whole or not at all, and synced."""
+    with opened(source) as file, LOCAL.open_writer(target) as writer:
+        position = 0
+        while piece := file.read([(position, _COPIED_BYTES)])[0]:
+            writer.write(piece, position)
+            position += len(piece)
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a file may be read, as far as can be said without opening it."""
+    return bool(scheme_of(path)) or os.access(path, os.R_OK)
 
 
 def content(path: Name) -> bytes:

@@ -30,8 +30,10 @@ from converters.execute import shards
 from converters.formats import wrapped_state_dict
 from converters.plan import Plan, Tied, parse_size
 from converters.source import EXCLUDED, Source
-from converters.storage import bounded_json, local, open_files
+from converters.storage import bounded_json, local, open_files, stores
 from converters.storage.store import local_path
+from converters.storage.stores import source_path
+from converters.storage.url_path import absolute
 
 
 @open_files.once()
@@ -66,7 +68,7 @@ def prepare(
     _require_choice("format", format, get_args(Format))
     _require_choice("tied", tied, (None, *get_args(Tied)))
 
-    place = local_path(checkpoint)
+    place = source_path(checkpoint)
     output_path = None if output is None else local_path(output)
     source = sources.read(place, tag, request)
     if format == "lightning":
@@ -160,9 +162,9 @@ def _notes(source: Source, product: Product, verdict: LoadVerdict) -> Iterator[s
 
 
 def _place(checkpoint: Path, output: Path | None, dtype: str) -> Path:
-    place = output or Path(os.path.abspath(checkpoint) + f"-{dtype}")
+    place = output or local_path(f"{absolute(checkpoint)}-{dtype}")
     # Of "." or "/" only the whole path has a name, or none has.
-    return place if place.name not in ("", "..") else Path(os.path.abspath(place))
+    return place if place.name not in ("", "..") else absolute(place)
 
 
 def run(
@@ -207,7 +209,7 @@ def run(
 def _require_readable(companions: Mapping[str, Path]) -> None:
     """Raises for a file that could not be copied later, when all weights are written."""
     for path in companions.values():
-        if not os.access(path, os.R_OK):
+        if not stores.is_readable(path):
             raise CheckpointError(f"{path} cannot be read; make it readable or move it away")
 
 
@@ -221,9 +223,7 @@ def _complete(
     for name, path in conversion.companions.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        with local.named(path):
-            data = path.read_bytes()
-        local.write_file(target, data)
+        local.write_file(target, stores.content(path))
 
     for name, text in texts.items():
         target = folder / name
@@ -286,7 +286,7 @@ def _source_files(
         {
             # A link has its own name here, not that of the file that it leads to.
             "name": os.path.relpath(path.parent.resolve() / path.name, root),
-            "size": path.stat().st_size,
+            "size": stores.status(path).size,
             "directory_sha256": digest,
             "crc32s_sha256": None if digest else digests.get(path),
         }

@@ -200,8 +200,9 @@ def test_weights_are_opened_and_shown(
             assert local.keys() == values.keys()
             assert all(same(values[name], local[name]) for name in local)
 
+    capsys.readouterr()
     run("show", URL, "--json")
-    shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+    shown = json.loads(capsys.readouterr().out)
     assert shown["path"].startswith(URL) and shown["kind"] == "deepspeed"
 
 

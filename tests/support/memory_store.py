@@ -32,13 +32,15 @@ class Content:
 class MemoryFile:
     """A file of the store, of the version that was there when it was opened."""
 
-    def __init__(self, name: str, content: Content):
+    def __init__(self, name: str, content: Content, requests: Counter[tuple[str, str]]):
         self.name = name
+        self.requests = requests
         self.size = len(content.data)
         self.identity = content.version
         self.data = content.data
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
+        self.requests["read", self.name] += 1
         starts = [offset if offset >= 0 else max(0, self.size + offset) for offset, _ in ranges]
         return [
             self.data[start : start + length]
@@ -46,6 +48,7 @@ class MemoryFile:
         ]
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
+        self.requests["read", self.name] += 1
         data = self.data[offset : offset + len(buffer)]
         buffer[: len(data)] = data
         return len(data)
@@ -93,7 +96,7 @@ class MemoryStore:
         url = self._asked("open", name)
         if url not in self.files:
             raise _absent(url)
-        return MemoryFile(url, self.files[url])
+        return MemoryFile(url, self.files[url], self.requests)
 
     def status(self, name: Name) -> Status:
         url = self._asked("status", name)

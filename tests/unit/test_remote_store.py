@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,9 +109,17 @@ def test_a_zero_checkpoint_is_converted(
     store.put_folder(source, URL)
     require_same(tmp_path, source, "to-fp32")
     require_apart(events, source)
+    assert any(store.requests["open", url] for url in store.files if url.endswith("_states.pt"))
 
-    opens = Counter({url: n for (call, url), n in store.requests.items() if call == "open"})
-    assert any(url.endswith("_states.pt") for url in opens)
+
+@pytest.mark.parametrize("name", ["zero2-bf16-w4", "zero3-bf16-w4"])
+def test_a_plan_asks_for_few_runs_of_each_state_file(name: str, store: MemoryStore) -> None:
+    """Its first bytes twice, its end, directory, headers and two records; and single numbers."""
+    store.put_folder(FIXTURES / name, URL)
+    ckpt.reshard.plan(URL, 8, output="out")
+    state_files = [url for url in store.files if url.endswith("_states.pt")]
+    assert {store.requests["open", url] for url in state_files} == {1}
+    assert max(store.requests["read", url] for url in state_files) <= 12
 
 
 def test_a_conversion_goes_on_where_it_stopped(store: MemoryStore, tmp_path: Path) -> None:

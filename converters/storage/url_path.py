@@ -21,7 +21,7 @@ _OF_A_FILESYSTEM = (
     *("stat", "lstat", "exists", "is_dir", "is_file", "is_symlink", "is_mount", "samefile"),
     *("iterdir", "glob", "rglob", "walk", "open", "read_bytes", "read_text", "readlink"),
     *("write_bytes", "write_text", "touch", "mkdir", "rmdir", "unlink", "rename", "replace"),
-    *("chmod", "symlink_to", "hardlink_to", "owner", "group", "expanduser"),
+    *("chmod", "symlink_to", "hardlink_to", "owner", "group", "expanduser", "copy", "move"),
 )
 
 
@@ -41,8 +41,8 @@ class UrlPath(PosixPath):
         return self
 
     def is_absolute(self) -> bool:
-        """True."""
-        return True
+        """Whether it begins with a scheme; what is left of one by ``relative_to`` does not."""
+        return bool(scheme_of(self))
 
     def refuse(self, *_: object, **__: object) -> NoReturn:
         """``CheckpointError``: nothing of the filesystem lies under a URL."""

@@ -273,7 +273,7 @@ def test_a_path_that_is_a_url_stays_one() -> None:
     assert str(path.with_name("latest.pt")) == f"{URL}/latest.pt"
     assert path.relative_to(UrlPath(URL)).as_posix() == "global_step2"
     assert sorted([path / "b", path / "a"]) == [path / "a", path / "b"]
-    assert absolute(path) is path.resolve() is path
+    assert path.is_absolute() and absolute(path) is path.resolve() is path
     for ask in (path.exists, path.is_dir, path.iterdir, path.read_bytes, path.mkdir):
         with pytest.raises(CheckpointError, match=f"^{path} is a URL"):
             ask()

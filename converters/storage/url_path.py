@@ -32,6 +32,18 @@ class UrlPath(PosixPath):
         scheme, colon, rest = super().__str__().partition(":/")
         return f"{scheme}://{rest.lstrip('/')}" if colon else scheme
 
+    @property
+    def parent(self) -> UrlPath:
+        """The folder around it; around a bucket there is none, so it is its own."""
+        is_bucket = len(self.parts) == 2 and self.parts[0].endswith(":")
+        return self if is_bucket else super().parent
+
+    @property
+    def parents(self) -> tuple[UrlPath, ...]:
+        """The folders around it, the nearest first."""
+        parent = self.parent
+        return () if parent == self else (parent, *parent.parents)
+
     def absolute(self) -> UrlPath:
         """Itself."""
         return self

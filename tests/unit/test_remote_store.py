@@ -122,6 +122,13 @@ def test_a_plan_asks_for_few_runs_of_each_state_file(name: str, store: MemorySto
     assert max(store.requests["read", url] for url in state_files) <= 12
 
 
+def test_a_checkpoint_may_fill_a_bucket(store: MemoryStore, tmp_path: Path) -> None:
+    store.put_folder(FIXTURES / "zero2-bf16-w4", f"{SCHEME}://bucket")
+    expected = convert(FIXTURES / "zero2-bf16-w4", tmp_path / "local")
+    run("to-fp32", f"{SCHEME}://bucket", "-o", tmp_path / "remote")
+    assert contents(tmp_path / "remote") == contents(tmp_path / "local") and expected
+
+
 def test_a_conversion_goes_on_where_it_stopped(store: MemoryStore, tmp_path: Path) -> None:
     store.put_folder(FIXTURES / "zero2-bf16-w4", URL)
     conversion = ckpt.convert.plan(URL, tmp_path / "out", max_shard_size="1KB")
@@ -272,6 +279,8 @@ def test_a_path_that_is_a_url_stays_one() -> None:
     )
     assert str(path.with_name("latest.pt")) == f"{URL}/latest.pt"
     assert path.relative_to(UrlPath(URL)).as_posix() == "global_step2"
+    bucket = UrlPath(f"{SCHEME}://bucket")
+    assert bucket.parent == bucket and list(path.parents) == [UrlPath(URL), bucket]
     assert sorted([path / "b", path / "a"]) == [path / "a", path / "b"]
     assert path.is_absolute() and absolute(path) is path.resolve() is path
     for ask in (path.exists, path.is_dir, path.iterdir, path.read_bytes, path.mkdir):

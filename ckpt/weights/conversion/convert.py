@@ -31,7 +31,7 @@ from converters.formats import wrapped_state_dict
 from converters.plan import Plan, Tied, parse_size
 from converters.source import EXCLUDED, Source
 from converters.storage import bounded_json, local, open_files, stores
-from converters.storage.store import local_path
+from converters.storage.store import is_url, local_path
 from converters.storage.stores import source_path
 from converters.storage.url_path import absolute
 
@@ -284,14 +284,20 @@ def _source_files(
     digests_by_path |= {path: None for path in digests if path not in digests_by_path}
     return [
         {
-            # A link has its own name here, not that of the file that it leads to.
-            "name": os.path.relpath(path.parent.resolve() / path.name, root),
+            "name": _name_from(root, path),
             "size": stores.status(path).size,
             "directory_sha256": digest,
             "crc32s_sha256": None if digest else digests.get(path),
         }
         for path, digest in digests_by_path.items()
     ]
+
+
+def _name_from(root: Path, path: Path) -> str:
+    """The name of a file as seen from the checkpoint; from a URL that of a local file is whole."""
+    # a link has its own name here, not that of the file that it leads to
+    full_path = path.parent.resolve() / path.name
+    return str(full_path) if is_url(path) != is_url(root) else os.path.relpath(full_path, root)
 
 
 def _checks(conversion: Conversion, report: shards.MoveReport, verify: bool) -> dict[str, Any]:

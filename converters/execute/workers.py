@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from isal import isal_zlib
 
@@ -28,7 +28,7 @@ from converters.execute import nonfinite
 from converters.execute.source_files import SourceFiles
 from converters.plan import Placement, Shard
 from converters.storage.checksums import Ledger
-from converters.storage.store import Writer
+from converters.storage.store import Readable, Writer
 from converters.tensors import DType, Extent, Extents, TensorRef
 
 if TYPE_CHECKING:
@@ -43,13 +43,6 @@ Specials = dict[tuple[str, int], tuple[int, int]]  # NaN and infinities of a pie
 
 
 Delivery = Callable[["Worker", int, memoryview], None]  # the offset of a piece, and its bytes
-
-
-class Readable(Protocol):
-    """What a piece can be compared with: a file that is open."""
-
-    def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fills ``buffer`` from ``offset`` on; returns the bytes read."""
 
 
 @dataclass(frozen=True, slots=True)

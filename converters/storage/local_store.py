@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.storage import local
-from converters.storage.store import Entry, Name, Range, Status, StoredFile, local_path
+from converters.storage.store import FolderEntry, Name, Range, Status, StoredFile, local_path
 from converters.storage.syncing import UNOFFERED as UNOFFERED
 
 
@@ -119,10 +119,12 @@ class LocalStore:
             identity=_identity(status),
         )
 
-    def entries(self, folder: Name) -> Sequence[Entry]:
+    def entries(self, folder: Name) -> Sequence[FolderEntry]:
         """The names in the folder, sorted; links to folders are folders."""
         with os.scandir(local_path(folder)) as present:
-            return sorted((Entry(entry.name, _is_folder(entry)) for entry in present), key=_by_name)
+            return sorted(
+                (FolderEntry(entry.name, _is_folder(entry)) for entry in present), key=_by_name
+            )
 
     def list(self, folder: Name) -> Iterator[StoredFile]:
         """Every file below the folder, by its name there, sorted; links are followed."""
@@ -184,7 +186,7 @@ class LocalStore:
 LOCAL = LocalStore()  # it keeps nothing in memory
 
 
-def _by_name(entry: Entry | StoredFile) -> str:
+def _by_name(entry: FolderEntry | StoredFile) -> str:
     return entry.name
 
 
@@ -201,15 +203,15 @@ def _files_below(
 ) -> Iterator[StoredFile]:
     """The files below a folder; a link to one of its ``parents`` is not followed."""
     status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in parents:
+    folder_number = (status.st_dev, status.st_ino)
+    if folder_number in parents:
         return
 
     with os.scandir(folder) as present:
         for entry in present:
             if _is_folder(entry):
-                below = _files_below(Path(entry.path), f"{prefix}{entry.name}/", (*parents, here))
-                yield from below
+                prefix_inside = f"{prefix}{entry.name}/"
+                yield from _files_below(Path(entry.path), prefix_inside, (*parents, folder_number))
             elif entry.is_file():
                 yield StoredFile(prefix + entry.name, entry.stat().st_size)
 

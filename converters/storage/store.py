@@ -25,7 +25,14 @@ Name = str | os.PathLike[str]
 Range = tuple[int, int]  # offset and length in bytes; a negative offset counts from the end
 
 
-class File(Protocol):
+class Readable(Protocol):
+    """What bytes can be read from: a file that is open."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fills ``buffer`` from ``offset`` on; returns the bytes read."""
+
+
+class File(Readable, Protocol):
     """A file that is open for reading, by one descriptor or connection.
 
     Its ``OSError`` have its own name as ``filename``. Fewer bytes than were asked for
@@ -46,9 +53,6 @@ class File(Protocol):
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         """The bytes of each range, in their order: one request where a store can do that."""
-
-    def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fills ``buffer`` from ``offset`` on; returns the bytes read."""
 
     def contents(self) -> AbstractContextManager[Any]:
         """All bytes, to be sliced and searched; a local file is mapped, not read."""
@@ -80,7 +84,7 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class FolderEntry:
     """A name in a folder, and whether it is that of a folder."""
 
     name: str
@@ -108,7 +112,7 @@ class Store(Protocol):
     def status(self, name: Name) -> Status:
         """What lies there; ``OSError`` if nothing does."""
 
-    def entries(self, folder: Name) -> Sequence[Entry]:
+    def entries(self, folder: Name) -> Sequence[FolderEntry]:
         """What lies right in ``folder``, by name; ``OSError`` if it is not a folder."""
 
     def list(self, folder: Name) -> Iterator[StoredFile]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from converters.errors import CheckpointError
 from converters.storage.local_store import LOCAL
-from converters.storage.store import Entry, File, Name, Status, Store, StoredFile
+from converters.storage.store import File, FolderEntry, Name, Status, Store, StoredFile
 from converters.storage.url_path import UrlPath, scheme_of
 
 _COPIED_BYTES = 1 << 20  # at a time
@@ -33,7 +33,7 @@ def store_of(name: Name) -> Store:
     scheme = scheme_of(name)
     store = STORES.get(scheme)
     if store is None:
-        known_schemes = [f"{known}://" for known in sorted(STORES) if known]
+        known_schemes = [f"{key}://" for key in sorted(STORES) if key]
         places = " and ".join(("local files", *known_schemes))
         raise CheckpointError(
             f"{os.fspath(name)} is a URL of a kind ({scheme}://) that ckpt does not read: it "
@@ -90,7 +90,7 @@ def is_dead_link(path: Path) -> bool:
     return not scheme_of(path) and path.is_symlink() and not path.exists()
 
 
-def entries(folder: Name) -> Sequence[Entry]:
+def entries(folder: Name) -> Sequence[FolderEntry]:
     """What lies right in a folder, by name; ``OSError`` if it is not a folder."""
     return store_of(folder).entries(folder)
 

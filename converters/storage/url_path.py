@@ -29,8 +29,8 @@ class UrlPath(PosixPath):
     """The path of a file or folder in a store that is not the local filesystem."""
 
     def __str__(self) -> str:
-        scheme, colon, rest = super().__str__().partition(":/")
-        return f"{scheme}://{rest.lstrip('/')}" if colon else scheme
+        scheme, colon, location = super().__str__().partition(":/")
+        return f"{scheme}://{location.lstrip('/')}" if colon else scheme
 
     @property
     def parent(self) -> UrlPath:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.storage.store import Entry, Name, Range, Status, StoredFile
+from converters.storage.store import FolderEntry, Name, Range, Status, StoredFile
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class MemoryStore:
             return Status(False, True, 0, 0, None)
         raise _absent(url)
 
-    def entries(self, folder: Name) -> Sequence[Entry]:
+    def entries(self, folder: Name) -> Sequence[FolderEntry]:
         url = self._asked("entries", folder)
         if url in self.files:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), url)
@@ -116,7 +116,7 @@ class MemoryStore:
         names = {name.partition("/")[0]: is_folder for name, is_folder in folders.items()}
         if not names:
             raise _absent(url)
-        return [Entry(name, is_folder) for name, is_folder in sorted(names.items())]
+        return [FolderEntry(name, is_folder) for name, is_folder in sorted(names.items())]
 
     def list(self, folder: Name) -> Iterator[StoredFile]:
         yield from self._below(self._asked("list", folder))

@@ -83,7 +83,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
     ``lazy_mode`` gives tensors that are read by ``contiguous()``.
     """
     with arguments.naming_arguments("tag="):
-        source = checkpoint.weights(local_path(checkpoint_dir), tag)
+        source = checkpoint.weights(checkpoint_dir, tag)
     weights = _weights(source.weights, exclude_frozen_parameters)
     lazy = {
         name: LazyTensor(ref, output_dtype(name, weights, DType.F32))
@@ -129,7 +129,7 @@ def convert_zero_checkpoint_to_state_dict(
         raise ValueError(f"unsupported output dtype {dtype!r}; choose one of {', '.join(_DTYPES)}")
     max_shard_bytes = WHOLE if max_shard_size is None else parse_size(max_shard_size)
     with arguments.naming_arguments("tag="):
-        source = checkpoint.weights(local_path(checkpoint_dir), tag)
+        source = checkpoint.weights(checkpoint_dir, tag)
         place = local_path(output_dir)
         _convert(
             source,
@@ -218,7 +218,7 @@ def load_state_dict_from_zero_checkpoint(
     from ckpt.weights.opening import load_into
 
     with arguments.naming_arguments("tag="):
-        return load_into.load(model, checkpoint.weights(local_path(checkpoint_dir), tag))
+        return load_into.load(model, checkpoint.weights(checkpoint_dir, tag))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from typing import Literal
 
 from converters.computing.computed import copies, described, stored
 from converters.errors import CheckpointError
+from converters.storage import stores
 from converters.tensors import METADATA, Checksum, DType, TensorRef, Weights
 
 Tied = Literal["keep", "drop"]
@@ -147,8 +148,8 @@ class Plan:
             extent = checksum.extent
             seal.update(f"{extent.path}\0{extent.offset}\0{checksum.crc32}\0".encode())
             if checksum.crc32 is None:
-                status = extent.path.stat()
-                seal.update(f"{status.st_size}\0{status.st_mtime_ns}\0".encode())
+                status = stores.status(extent.path)
+                seal.update(f"{status.size}\0{status.modified_ns}\0".encode())
 
         return seal.hexdigest()
 

@@ -27,8 +27,21 @@ class LocalPath(click.Path):
         return local_path(value)
 
 
+class SourcePath(click.Path):
+    """A path to read a checkpoint from, or a URL of a store that there is."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path; ``CheckpointError`` for a URL that no store keeps."""
+        from converters.storage.stores import source_path
+
+        return source_path(value)
+
+
 LOCAL_PATH = LocalPath()
-CHECKPOINT = click.argument("checkpoint", type=LOCAL_PATH)
+CHECKPOINT = click.argument("checkpoint", type=SourcePath())
 RUN = click.argument("run", type=LOCAL_PATH)
 TAG = click.option("--tag", help="The tag to read. Default: what the file latest names.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -14,6 +14,7 @@ from ckpt.weights.naming import packed
 from ckpt.weights.request import Request
 from converters.detect.kinds import BY_NAME
 from converters.source import EXCLUDED, Source
+from converters.storage import stores
 from converters.tensors import Weights
 from converters.words import counted, shape, verb
 
@@ -42,7 +43,7 @@ def show(source: Source, tensors: bool = False) -> ShowResult:
         tensors=len(weights.tensors),
         dtypes=tuple(sorted({tensor.dtype.value for tensor in weights.tensors.values()})),
         weight_bytes=sum(tensor.nbytes for tensor in weights.tensors.values()),
-        nbytes=sum(path.stat().st_size for path in source.files),
+        nbytes=sum(stores.status(path).size for path in source.files),
         file_count=len(source.files),
         buffers=tuple(sorted(weights.buffers)),
         aliases=weights.aliases,

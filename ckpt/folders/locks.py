@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ckpt.folders.filenames import LOCK, MANIFEST
 from converters.errors import CheckpointError
+from converters.storage.store import is_url
 
 PATIENCE = 10.0  # seconds a reader waits for a deleter; renames take milliseconds
 _LOCKED_ERRNOS = (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN)
@@ -59,9 +60,12 @@ class Lock:
 def reading(folder: Path) -> Lock:
     """Keeps the checkpoint that ``folder`` is, or is the tag of, from being deleted.
 
-    Holds nothing where there is no manifest, or no locks. ``CheckpointError`` if the
-    checkpoint is being deleted.
+    Holds nothing where there is no manifest, or no locks, as under a URL.
+    ``CheckpointError`` if the checkpoint is being deleted.
     """
+    if is_url(folder):
+        return Lock()
+
     manifest_path = _manifest_of(folder)
     if manifest_path is None:
         return Lock()

@@ -25,7 +25,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ckpt.folders.filenames import MANIFEST, PINNED
-from converters.storage import local
+from converters.storage import stores
+from converters.storage.local_store import LOCAL, UNOFFERED
 
 ARRIVING = ".arriving"  # in a folder that files are still being moved into
 TRIAL = ".renaming-"  # how the folders of a trial are called
@@ -53,7 +54,7 @@ def replace_folder(new_folder: Path, final_path: Path) -> None:
             if (final_path / PINNED).exists():
                 (new_folder / PINNED).touch()
             if _swap_folders(new_folder, final_path):
-                undo_steps = [lambda: local.swap_names(new_folder, final_path)]
+                undo_steps = [lambda: LOCAL.swap(new_folder, final_path)]
             else:
                 _discard(trash)
                 move(final_path, trash)
@@ -61,7 +62,7 @@ def replace_folder(new_folder: Path, final_path: Path) -> None:
                 move(new_folder, final_path)
                 undo_steps.insert(0, lambda: move(final_path, new_folder))
 
-        local.sync_folder(final_path.parent)
+        LOCAL.sync(final_path.parent)
     except BaseException:
         for undo_step in undo_steps:
             undo_step()
@@ -96,7 +97,7 @@ def renamed(source: Path, target: Path) -> bool:
     except OSError as error:
         if error.errno == errno.EXDEV:
             return False
-        if error.errno in local.UNOFFERED and refusal(source.parent) is not None:
+        if error.errno in UNOFFERED and refusal(source.parent) is not None:
             return False
         raise
 
@@ -124,7 +125,7 @@ def refusal(parent: Path) -> OSError | None:
     try:
         os.rename(trial, renamed_trial)
     except OSError as error:
-        return error if error.errno in (errno.EXDEV, *local.UNOFFERED) else None
+        return error if error.errno in (errno.EXDEV, *UNOFFERED) else None
     finally:
         for folder in (trial, renamed_trial):
             with suppress(OSError):
@@ -136,9 +137,9 @@ def refusal(parent: Path) -> OSError | None:
 def _swap_folders(first_folder: Path, second_folder: Path) -> bool:
     """Whether two folders changed places at once; ``False`` where that is not offered."""
     try:
-        return local.swap_names(first_folder, second_folder)
+        return LOCAL.swap(first_folder, second_folder)
     except OSError as error:
-        if error.errno in (errno.EXDEV, *local.UNOFFERED):
+        if error.errno in (errno.EXDEV, *UNOFFERED):
             return False
         raise
 
@@ -165,19 +166,19 @@ def _move_contents(source: Path, target: Path) -> None:
     try:
         _make_folders(source, target)
         (target / ARRIVING).touch()
-        local.sync_folder(target)
+        LOCAL.sync(target)
         for relative_path in move_order:
             if relative_path == deciding_record and not is_hiding:
                 _sync_tree(target)  # before the record says that all is there
             _move_file(source / relative_path, target / relative_path)
             moved_names.append(relative_path)
             if relative_path == deciding_record and is_hiding:
-                local.sync_folder(source)  # before anything that it lists is gone
+                LOCAL.sync(source)  # before anything that it lists is gone
 
         _sync_tree(target)
         remove_empty(source)
         (target / ARRIVING).unlink()
-        local.sync_folder(target)
+        LOCAL.sync(target)
     except BaseException:
         with suppress(OSError):
             _make_folders(target, source)
@@ -222,20 +223,20 @@ def _move_file(source: Path, target: Path) -> None:
     try:
         os.rename(source, target)
     except OSError as error:
-        if error.errno not in (errno.EXDEV, *local.UNOFFERED):
+        if error.errno not in (errno.EXDEV, *UNOFFERED):
             raise
 
         if source.is_symlink():
             os.symlink(os.readlink(source), target)
         else:
-            local.copy_file(source, target)
+            stores.copy_file(source, target)
 
         source.unlink()
 
 
 def _sync_tree(folder: Path) -> None:
     for subfolder, _, _ in os.walk(folder, topdown=False):
-        local.sync_folder(Path(subfolder))
+        LOCAL.sync(Path(subfolder))
 
 
 def remove_empty(folder: Path) -> None:

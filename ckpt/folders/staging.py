@@ -23,6 +23,7 @@ from ckpt.folders.replacing import is_arriving, replace_folder
 from converters.errors import CheckpointError
 from converters.plan import Plan
 from converters.storage import local
+from converters.storage.local_store import LOCAL
 
 
 def folder_for(output: Path) -> Path:
@@ -86,8 +87,7 @@ def folder_of_file(output: Path) -> Path:
 
 def take_file(made_file: Path, output: Path) -> None:
     """Moves a file that is whole and on disk to its place; the folder that it was made in goes."""
-    os.replace(made_file, output)
-    local.sync_folder(output.parent)
+    LOCAL.replace(made_file, output)
     shutil.rmtree(made_file.parent, ignore_errors=True)
 
 
@@ -144,7 +144,7 @@ def staged(output: Path, plan: Plan, needed_bytes: int) -> Iterator[Path]:
             require_room(folder, needed_bytes, "choose another folder with -o")
             yield folder
             (folder / PLAN).unlink()
-            local.sync_folder(folder)
+            LOCAL.sync(folder)
             replace_folder(folder, output)
         except BaseException as error:
             is_unusable = isinstance(error, CheckpointError) and error.kind != "output"

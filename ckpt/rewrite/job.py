@@ -14,7 +14,6 @@ OUTPUT/
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +34,9 @@ from ckpt.weights.companions import model_folder
 from converters.errors import CheckpointError
 from converters.execute import shards, small_files
 from converters.plan import Plan
-from converters.storage import local, open_files
+from converters.storage import local, open_files, stores
+from converters.storage.local_store import LOCAL
+from converters.storage.url_path import absolute
 from converters.words import counted
 from converters.zero import checkpoint as zero
 from converters.zero.native import proof as retrace
@@ -103,12 +104,12 @@ class Rewriting:
     @property
     def nbytes(self) -> int:
         """Bytes of the output: DeepSpeed's files and the copied ones."""
-        return self.plan.nbytes + sum(path.stat().st_size for path, _ in self.companions)
+        return self.plan.nbytes + sum(stores.status(path).size for path, _ in self.companions)
 
 
 def home_of(checkpoint: zero.Checkpoint) -> Path:
     """The folder that a checkpoint's tag lies in."""
-    return Path(os.path.abspath(checkpoint.place.folder)).parent
+    return absolute(checkpoint.place.folder).parent
 
 
 def stage_of(source: zero.Checkpoint | Universal) -> int:
@@ -129,7 +130,7 @@ def companions_for(
     """
     ranked_files: dict[tuple[str, str], dict[int, Path]] = {}
     companions = set(model_folder.companions(home))
-    files = {path for path in home.iterdir() if path.is_file()}
+    files = {path for path in map(home.joinpath, stores.names(home)) if stores.is_file(path)}
 
     for path in sorted(companions | files):
         if match := _RANKED.fullmatch(path.name):
@@ -238,10 +239,10 @@ def _complete(rewriting: Rewriting, staged_folder: Path) -> None:
     """Writes everything beside DeepSpeed's files; the pointer and the manifest last."""
     folders = {staged_folder / rewriting.tag}
     for path, name in rewriting.companions:
-        _copy(path, staged_folder / name)
+        stores.copy_file(path, staged_folder / name)
         folders.add((staged_folder / name).parent)
     for folder in folders:
-        local.sync_folder(folder)
+        LOCAL.sync(folder)
 
     local.write_file(staged_folder / rewriting.pointer, rewriting.tag.encode())
     if rewriting.target is None or isinstance(rewriting.source, Universal):
@@ -258,21 +259,6 @@ def _complete(rewriting: Rewriting, staged_folder: Path) -> None:
             source_manifest, rewriting.target, staged_folder, rewriting.output.name
         )
         local.write_file(staged_folder / filenames.MANIFEST, rewritten.dumps())
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copies a file, synced."""
-    target.parent.mkdir(exist_ok=True)
-    with open(source, "rb") as file, local.replacing(target) as descriptor:
-        writer = local.LocalWriter(descriptor)
-        offset = 0
-        while True:
-            with local.named(source):
-                block = file.read(1 << 20)
-            if not block:
-                break
-            writer.write(block, offset)
-            offset += len(block)
 
 
 def save_of(source_manifest: manifest.Manifest, target: TargetTopology) -> str:

@@ -17,8 +17,10 @@ from ckpt.rewrite import job
 from ckpt.rewrite.job import Rewriting
 from ckpt.rewrite.job import execute as execute
 from converters.errors import CheckpointError
-from converters.storage import open_files
+from converters.storage import open_files, stores
 from converters.storage.store import local_path
+from converters.storage.stores import source_path
+from converters.storage.url_path import absolute
 from converters.words import counted
 from converters.zero import checkpoint as zero
 from converters.zero import muon
@@ -51,7 +53,7 @@ def plan(
             f"world_size is {world_size!r}; expected a number of ranks, 1 or more", "refused"
         )
 
-    place = local_path(checkpoint)
+    place = source_path(checkpoint)
     several_models.find(place, tag)  # refuses a choice between models
     source = zero.read(place, tag)
     target = native.target(source, stage, world_size, sub_group_size, zero_init)
@@ -68,7 +70,7 @@ def plan(
         source=source,
         target=target,
         plan=file_plan,
-        output=Path(os.path.abspath(local_path(output))),
+        output=absolute(local_path(output)),
         tag=native.tag_folder(source),
         companions=companions,
         notes=(
@@ -96,9 +98,9 @@ def _note_on_files_left_out(home: Path, companion_names: set[str]) -> Iterator[s
     """A line on the files beside the tag's folder that are not copied, if there are any."""
     written_names = {*companion_names, *job.WRITTEN_NAMES}
     names = [
-        path.name
-        for path in sorted(home.iterdir())
-        if path.is_file() and path.name not in written_names
+        name
+        for name in stores.names(home)
+        if name not in written_names and stores.is_file(home / name)
     ]
     if names:
         yield f"not copied: {', '.join(names)}"

@@ -11,7 +11,6 @@ out/checkpoint-500-z2-w3/          native files again
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from ckpt.deprecation import renamed
 from ckpt.rewrite import job, reshard, universal_limits
@@ -19,6 +18,8 @@ from ckpt.rewrite.job import Rewriting
 from ckpt.rewrite.job import execute as execute
 from converters.storage import open_files
 from converters.storage.store import local_path
+from converters.storage.stores import source_path
+from converters.storage.url_path import absolute
 from converters.torch_files import object_graph
 from converters.zero import checkpoint as zero
 from converters.zero import param_groups
@@ -41,7 +42,7 @@ def plan_to(
     Reads pickles, no tensors. Raises ``CheckpointError`` for what is damaged, or
     has no partitions.
     """
-    several_models.find(local_path(checkpoint), tag)  # refuses a choice between models
+    several_models.find(source_path(checkpoint), tag)  # refuses a choice between models
     source = zero.read(checkpoint, tag)
     file_plan = planning.to_universal(source)
     groups = param_groups.read(source, object_graph.read_root(source.ranks[0].path))
@@ -51,7 +52,7 @@ def plan_to(
         source=source,
         target=None,
         plan=file_plan,
-        output=Path(os.path.abspath(output or home.with_name(home.name + SUFFIX))),
+        output=absolute(local_path(output or home.with_name(home.name + SUFFIX))),
         tag=planning.universal_tag(source),
         companions=tuple(job.companions_for(home, source.world_size, source.world_size)),
         notes=(*source.notes, *universal_limits.notes(source, groups)),
@@ -77,7 +78,7 @@ def plan_from(
     pickles, and the first 65,536 elements of each parameter. ``zero_init`` as
     ``reshard.plan`` has it. Raises ``CheckpointError``.
     """
-    source = reader.read(local_path(folder), tag, zero.read(like) if like else None)
+    source = reader.read(source_path(folder), tag, zero.read(like) if like else None)
     checkpoint = source.checkpoint
     home = job.home_of(checkpoint)
     saved_stage = job.stage_of(source)
@@ -90,7 +91,7 @@ def plan_from(
         source=source,
         target=target,
         plan=file_plan,
-        output=Path(os.path.abspath(output or home.with_name(name))),
+        output=absolute(local_path(output or home.with_name(name))),
         tag=planning.native_tag(source),
         companions=tuple(job.companions_for(home, checkpoint.world_size, world_size)),
         notes=(*checkpoint.notes, *reshard.notes_on(checkpoint, target)),

@@ -23,7 +23,7 @@ from typing import Any
 from ckpt.folders.filenames import MANIFEST, PINNED
 from ckpt.runs.digests import FileRecord, Progress, digest, quiet, unlike
 from converters.errors import MALFORMED, CheckpointError
-from converters.storage import bounded_json
+from converters.storage import bounded_json, stores
 
 __all__ = [
     "ABSENT",
@@ -305,14 +305,13 @@ def read(folder: Path) -> Manifest:
     manifest_path = folder / MANIFEST
     try:
         # opening a pipe would wait forever
-        if manifest_path.exists() and not manifest_path.is_file():
+        if stores.exists(manifest_path) and not stores.is_file(manifest_path):
             raise CheckpointError(
                 f"{manifest_path} is not a plain file; it is not a manifest",
                 "refused",
             )
 
-        with open(manifest_path, "rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
+        data = stores.head(manifest_path, MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{folder} has {ABSENT}",

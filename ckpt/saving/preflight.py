@@ -26,6 +26,7 @@ from ckpt.saving.commit.nodes import Nodes
 from ckpt.state import rank_files
 from converters.errors import CheckpointError
 from converters.storage import local
+from converters.storage.local_store import LOCAL
 from converters.torch_files.zip_headers import ALIGNMENT
 
 # writes into a folder what a rank writes beside the states
@@ -157,7 +158,7 @@ def _try_to_reserve(trial: Path, nbytes: int) -> None:
     """Asks the disk for as many bytes, which finds quotas too, and gives them back."""
     path = trial / "room"
     try:
-        local.preallocate(path, nbytes)
+        LOCAL.reserve(path, nbytes)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

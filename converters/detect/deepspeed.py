@@ -7,6 +7,7 @@ import re
 from converters.detect import filenames, state_folders
 from converters.detect.kind import Kind
 from converters.detect.look import Look
+from converters.storage import stores
 
 LOAD_THERE = (
     "load it with DeepSpeed in the training that wrote it, on as many ranks, and save "
@@ -24,11 +25,11 @@ def no_tag(look: Look) -> str | None:
 def universal(look: Look) -> str | None:
     """The folder of a universal checkpoint, in the tag or in the path itself."""
     folder = look.state_folder
-    if folder is not None and (folder / filenames.UNIVERSAL).is_dir():
+    if folder is not None and stores.is_folder(folder / filenames.UNIVERSAL):
         return f"{filenames.UNIVERSAL}/"
     if not look.is_folder or filenames.LATEST in look.names:
         return None
-    if (look.path / filenames.UNIVERSAL / "optimizer_state.pt").is_file():
+    if stores.is_file(look.path / filenames.UNIVERSAL / "optimizer_state.pt"):
         return f"{filenames.UNIVERSAL}/"
     return look.has([filenames.LATEST_UNIVERSAL])
 
@@ -61,7 +62,8 @@ def deepspeed(look: Look) -> str | None:
         return look.tag
     if any(state_folders.is_state_file(name) for name in look.state_names):
         return str(look.state_folder)
-    is_pointer = filenames.LATEST in look.names and not (look.path / filenames.LATEST).is_dir()
+    has_latest = filenames.LATEST in look.names
+    is_pointer = has_latest and not stores.is_folder(look.path / filenames.LATEST)
     return filenames.LATEST if is_pointer else None
 
 

@@ -13,7 +13,8 @@ from converters.detect.kind import CHECKPOINT, Kind, first
 from converters.detect.look import Look
 from converters.errors import CheckpointError
 from converters.source import Source
-from converters.storage.store import Name, local_path
+from converters.storage.store import Name
+from converters.storage.stores import source_path
 
 
 class FormatReader(Protocol):
@@ -105,7 +106,7 @@ def read(path: Name, tag: str | None = None, complete: bool = False) -> Source:
 
 
 def _among(path: Name, tag: str | None, rows: Sequence[Kind]) -> Detection:
-    path = local_path(path)
+    path = source_path(path)
     look = Look(path, tag)
     kind, evidence = first(look, rows)
     folder = look.state_folder if kind.of_tag else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from converters.detect import state_folders
 from converters.detect.filenames import LATEST
-from converters.storage import misplaced_files
+from converters.storage import misplaced_files, stores
 
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number, pickled
 _HEAD_BYTES = 512  # as far as the magic number of a tar archive
@@ -29,17 +29,17 @@ class Look:
     @cached_property
     def is_folder(self) -> bool:
         """Whether a folder lies at the path, or a link to a folder."""
-        return self.path.is_dir()
+        return stores.is_folder(self.path)
 
     @cached_property
     def is_file(self) -> bool:
         """Whether a file lies at the path, or a link to a file."""
-        return self.path.is_file()
+        return stores.is_file(self.path)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The names in a folder, sorted; of anything else none."""
-        return tuple(sorted(e.name for e in self.path.iterdir())) if self.is_folder else ()
+        return tuple(stores.names(self.path)) if self.is_folder else ()
 
     @cached_property
     def state_folder(self) -> Path | None:
@@ -48,34 +48,34 @@ class Look:
             return None
         if self.tag is not None:
             folder = self.path / self.tag
-            if folder.is_dir():
+            if stores.is_folder(folder):
                 return folder
             return self.path if self.path.resolve().name == self.tag else None
         if state_folders.is_tag_folder(self.path):
             return self.path
 
         latest = self.path / LATEST
-        tag = state_folders.tag_in(latest) if latest.is_file() else None
-        return self.path / tag if tag and (self.path / tag).is_dir() else None
+        tag = state_folders.tag_in(latest) if stores.is_file(latest) else None
+        return self.path / tag if tag and stores.is_folder(self.path / tag) else None
 
     @cached_property
     def state_names(self) -> tuple[str, ...]:
         """The names in ``state_folder``, sorted."""
         folder = self.state_folder
-        return tuple(sorted(entry.name for entry in folder.iterdir())) if folder else ()
+        return tuple(stores.names(folder)) if folder else ()
 
     @cached_property
     def head(self) -> bytes:
         """The first bytes of a file; none of what cannot be read."""
         if not self.is_file:
             return b""
-        with contextlib.suppress(OSError), open(self.path, "rb") as file:
-            return file.read(_HEAD_BYTES)
+        with contextlib.suppress(OSError):
+            return stores.head(self.path, _HEAD_BYTES)
         return b""
 
     def has(self, names: Iterable[str]) -> str | None:
         """The first of some names that a file in the folder has."""
-        return next((name for name in names if (self.path / name).is_file()), None)
+        return next((name for name in names if stores.is_file(self.path / name)), None)
 
     def match(self, pattern: re.Pattern[str]) -> str | None:
         """The first name in the folder that fits."""

@@ -6,12 +6,12 @@ from __future__ import annotations
 from converters.detect import filenames
 from converters.detect.kind import Kind
 from converters.detect.look import Look
-from converters.storage import misplaced_files
+from converters.storage import misplaced_files, stores
 
 
 def nothing(look: Look) -> str | None:
     """Nothing lies there; a link that leads nowhere, or a download to there, is named."""
-    if look.path.exists():
+    if stores.exists(look.path):
         return None
     return misplaced_files.link(look.path) or misplaced_files.download_to(look.path)
 
@@ -41,7 +41,7 @@ def unknown(look: Look) -> str | None:
 
 def other_file(look: Look) -> str | None:
     """Any other file."""
-    is_other = look.path.exists() and not look.is_folder and not look.is_unfinished
+    is_other = stores.exists(look.path) and not look.is_folder and not look.is_unfinished
     return "" if is_other else None
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from converters.detect import filenames
 from converters.detect.kind import Kind
 from converters.detect.look import Look
+from converters.storage import stores
+
+_FSDP_PART = re.compile(r"__.*_.*\.distcp")
 
 _UNREAD = "{statement}, which ckpt does not read yet: {remedy}"
 
@@ -22,7 +27,7 @@ def megatron(look: Look) -> str | None:
     for name in look.names:
         if filenames.MEGATRON_RANK.fullmatch(name):
             for state in filenames.MEGATRON_STATE:
-                if (look.path / name / state).is_file():
+                if stores.is_file(look.path / name / state):
                     return f"{name}/{state}"
     return None
 
@@ -36,9 +41,8 @@ def lightning_folder(look: Look) -> str | None:
 def fsdp_folder(look: Look) -> str | None:
     """The folder that Accelerate and the Trainer save FSDP's shards in."""
     if name := look.match(filenames.FSDP_FOLDER):
-        if (look.path / name / filenames.DCP).is_file():
-            return name
-        return name if any((look.path / name).glob("__*_*.distcp")) else None
+        inner = Look(look.path / name)
+        return name if inner.has([filenames.DCP]) or inner.match(_FSDP_PART) else None
     return look.path.name if _of_fsdp_folder(look) else None
 
 

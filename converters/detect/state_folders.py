@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
 from converters.detect.filenames import LATEST, STATES
-from converters.storage import local
+from converters.storage import stores
 
+_STATES = re.compile(r".*_states\.pt.*", re.DOTALL)
+_UNREADABLE = (PermissionError, FileNotFoundError, NotADirectoryError)
 NOTHING = "and no checkpoint of DeepSpeed lies below it"
 
 
@@ -18,15 +21,13 @@ def is_state_file(name: str) -> bool:
 
 def is_tag_folder(path: Path) -> bool:
     """Whether state files lie directly in ``path``."""
-    return any(is_state_file(entry.name) for entry in path.iterdir())
+    return any(map(is_state_file, stores.names(path)))
 
 
 def tag_in(latest: Path) -> str | None:
     """The tag that the file names; ``None`` if that can be no folder beside it."""
-    with open(latest, "rb") as file, local.named(latest):
-        data = file.read(4096)
     try:
-        tag_name = data.decode().strip()
+        tag_name = stores.head(latest, 4096).decode().strip()
     except UnicodeDecodeError:
         return None
 
@@ -40,28 +41,40 @@ def tag_in(latest: Path) -> str | None:
 def tags(root: Path) -> list[str]:
     """The names of the tag folders that lie directly in ``root``."""
     names = []
-    for entry in sorted(root.iterdir()):
+    for name in stores.folders(root):
         with contextlib.suppress(OSError):  # a folder that may not be looked into
-            if entry.is_dir() and is_tag_folder(entry):
-                names.append(entry.name)
+            if is_tag_folder(root / name):
+                names.append(name)
 
     return names
 
 
 def checkpoints_below(path: Path) -> list[str]:
     """The names of the folders in ``path`` that have a file ``latest``."""
-    return sorted(latest.parent.name for latest in path.glob(f"*/{LATEST}"))
+    return [name for name in _folders(path) if LATEST in _names(path / name)]
 
 
 def tags_below(path: Path) -> list[str]:
     """The tag folders in ``path``, and in folders right below it, by their relative paths."""
+    outer = _folders(path)
+    inner = [f"{name}/{below}" for name in outer for below in _folders(path / name)]
     return sorted(
-        {
-            state_file.parent.relative_to(path).as_posix()
-            for pattern in ("*/*_states.pt*", "*/*/*_states.pt*")
-            for state_file in path.glob(pattern)
-        }
+        name for name in (*outer, *inner) if any(map(_STATES.fullmatch, _names(path / name)))
     )
+
+
+def _folders(path: Path) -> list[str]:
+    """The folders in a folder; none where it may not be looked into."""
+    with contextlib.suppress(*_UNREADABLE):
+        return stores.folders(path)
+    return []
+
+
+def _names(path: Path) -> list[str]:
+    """The names in a folder; none where it may not be looked into."""
+    with contextlib.suppress(*_UNREADABLE):
+        return stores.names(path)
+    return []
 
 
 def offer(path: Path) -> str:

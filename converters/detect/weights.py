@@ -5,7 +5,7 @@ from __future__ import annotations
 from converters.detect import filenames
 from converters.detect.kind import Kind
 from converters.detect.look import Look
-from converters.storage import bounded_json, misplaced_files
+from converters.storage import bounded_json, misplaced_files, stores
 
 _READER = "converters.formats.weight_files:read"
 _OPENS = "ckpt.open reads it as it is, and from_pretrained reads the folder"
@@ -17,10 +17,11 @@ _MAX_MANIFEST_BYTES = 64 << 20
 
 def hub_cache(look: Look) -> str | None:
     """A repository in the cache of the Hub client: the paths of its snapshots."""
-    if not (look.path / "snapshots").is_dir() or not (look.path / "refs").exists():
+    folder = look.path / "snapshots"
+    if not stores.is_folder(folder) or not stores.exists(look.path / "refs"):
         return None
-    snapshots = sorted(entry.name for entry in (look.path / "snapshots").iterdir())
-    paths = ", ".join(str(look.path / "snapshots" / name) for name in snapshots[:4])
+    snapshots = stores.names(folder)
+    paths = ", ".join(str(folder / name) for name in snapshots[:4])
     return paths or "it has none"
 
 
@@ -45,10 +46,10 @@ def slimmed(look: Look) -> str | None:
 def _tier(look: Look) -> str | None:
     """The tier in the folder's manifest; ``None`` if there is none that can be read."""
     path = look.path / filenames.MANIFEST
-    if look.has([filenames.MANIFEST]) is None or path.stat().st_size > _MAX_MANIFEST_BYTES:
+    if look.has([filenames.MANIFEST]) is None or stores.status(path).size > _MAX_MANIFEST_BYTES:
         return None
     try:
-        manifest = bounded_json.loads(path.read_bytes())
+        manifest = bounded_json.loads(stores.content(path))
     except (OSError, ValueError):
         return None
     tier = manifest.get("tier") if isinstance(manifest, dict) else None

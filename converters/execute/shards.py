@@ -11,7 +11,6 @@ shard arrive.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,9 @@ from pathlib import Path
 from converters.errors import CheckpointError
 from converters.execute.workers import OUTPUT, Mover, Progress, Specials
 from converters.plan import Plan, Shard
-from converters.storage import local
+from converters.storage import stores
 from converters.storage.checksums import Ledger
+from converters.storage.local_store import LOCAL
 from converters.tensors import Extent
 from converters.words import counted, verb
 
@@ -115,7 +115,7 @@ def execute(
     for shard in plan.shards:
         target = folder / shard.filename
         target.parent.mkdir(parents=True, exist_ok=True)
-        already_written = target.is_file() and target.stat().st_size == shard.nbytes
+        already_written = stores.is_file(target) and stores.status(target).size == shard.nbytes
         if already_written and not checks.verify:
             progress(shard.nbytes)
             continue
@@ -137,7 +137,7 @@ def execute(
     report.count(specials or {})
     subfolders = {(folder / shard.filename).parent for shard in plan.shards}
     for subfolder in subfolders | {folder}:
-        local.sync_folder(subfolder)
+        LOCAL.sync(subfolder)
 
     return report
 
@@ -146,14 +146,11 @@ def _write(
     mover: Mover, shard: Shard, target: Path, workers: int | None, allow_overflow: bool
 ) -> None:
     """Writes a shard whole, in place of what lies at ``target``."""
-    target.parent.mkdir(parents=True, exist_ok=True)  # of a further adapter
-    with local.replacing(target) as fd:
-        os.ftruncate(fd, shard.nbytes)
-        mover.move(shard, fd, workers)
+    with LOCAL.open_writer(target, shard.nbytes) as writer:
+        mover.move(shard, writer, workers)
         if mover.overflowed and not allow_overflow:
             refuse_overflow(shard, mover.overflowed)
 
-        writer = local.LocalWriter(fd)
         for offset, literal in _literals(shard, mover.output):
             writer.write(literal, offset)
 
@@ -213,10 +210,10 @@ def refuse_overflow(
 
 def _intact(mover: Mover, shard: Shard, target: Path, workers: int | None) -> bool:
     """Whether a shard that an interrupted run left holds what would be written now."""
-    with open(target, "rb") as file:
-        mover.move(shard, file.fileno(), workers, compare=True)
+    with stores.opened(target) as file:
+        mover.compare(shard, file, workers)
         return not mover.stale and all(
-            local.read_at(file.fileno(), len(literal), offset) == literal
+            file.read([(offset, len(literal))]) == [literal]
             for offset, literal in _literals(shard, mover.output)
         )
 

@@ -11,10 +11,8 @@ A file that an interrupted run left is compared, piece by piece, before it is ke
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 from isal import isal_zlib
@@ -29,8 +27,8 @@ from converters.execute.workers import (
     pieces_of,
 )
 from converters.plan import Plan, Shard
-from converters.storage import local
 from converters.storage.checksums import Ledger
+from converters.storage.local_store import LOCAL, InPlace
 
 SYNCS = 16  # files synced at a time
 
@@ -81,15 +79,8 @@ def _work(mover: Mover, shards: Iterator[Shard], folder: Path) -> None:
             if shard is None:
                 break
 
-            path = folder / shard.filename
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                with local.named(path):
-                    same_size = os.fstat(fd).st_size == shard.nbytes
-                    os.ftruncate(fd, shard.nbytes)
-                    _write(worker, shard, fd, same_size)
-            finally:
-                os.close(fd)
+            with LOCAL.open_in_place(folder / shard.filename, shard.nbytes) as file:
+                _write(worker, shard, file)
     except BaseException:
         mover.stopped = True
         raise
@@ -97,12 +88,10 @@ def _work(mover: Mover, shards: Iterator[Shard], folder: Path) -> None:
         worker.close()
 
 
-def _write(worker: Worker, shard: Shard, fd: int, same_size: bool) -> None:
-    """Writes a file. Where it has the ``same_size`` already, pieces that are equal are
-    not written."""
+def _write(worker: Worker, shard: Shard, file: InPlace) -> None:
+    """Writes a file. Where it had its size already, pieces that are equal are not written."""
     mover, crc32s = worker.mover, dict[str, int]()
-    # small uncached writes wait for those before them in the same page to reach the disk
-    write = local.LocalWriter(fd).write if shard.nbytes > MOVE_BYTES else partial(_write_cached, fd)
+    write = file.write if shard.nbytes > MOVE_BYTES else file.write_cached
     for piece in pieces_of(shard):
         if mover.stopped:
             return
@@ -110,7 +99,7 @@ def _write(worker: Worker, shard: Shard, fd: int, same_size: bool) -> None:
         name = piece.placement.name
         output = worker.make(piece)
         crc32s[name] = isal_zlib.crc32(output, crc32s.get(name, 0))
-        if not same_size or not worker.is_there(fd, piece.offset, output):
+        if not file.had_size or not worker.is_there(file, piece.offset, output):
             write(output, piece.offset)
 
         with mover.lock:
@@ -118,14 +107,7 @@ def _write(worker: Worker, shard: Shard, fd: int, same_size: bool) -> None:
             mover.progress(piece.nbytes)
 
     for offset, literals in _joined(shard, crc32s):
-        _write_cached(fd, literals, offset)
-
-
-def _write_cached(fd: int, data: memoryview | bytes, offset: int) -> None:
-    view = memoryview(data)
-    while len(view):
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count
+        file.write_cached(literals, offset)
 
 
 def _joined(shard: Shard, crc32s: dict[str, int]) -> Iterator[tuple[int, bytes]]:
@@ -149,5 +131,5 @@ def sync(paths: Iterable[Path]) -> None:
     """Makes files durable, and the folders that they lie in."""
     files = list(paths)
     with ThreadPoolExecutor(SYNCS) as pool:
-        list(pool.map(local.sync_file, files))
-        list(pool.map(local.sync_folder, sorted({path.parent for path in files})))
+        list(pool.map(LOCAL.sync, files))
+        list(pool.map(LOCAL.sync, sorted({path.parent for path in files})))

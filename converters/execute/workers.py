@@ -27,8 +27,8 @@ from converters.computing.computed import Computed, stored
 from converters.execute import nonfinite
 from converters.execute.source_files import SourceFiles
 from converters.plan import Placement, Shard
-from converters.storage import local
 from converters.storage.checksums import Ledger
+from converters.storage.store import Readable, Writer
 from converters.tensors import DType, Extent, Extents, TensorRef
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ OUTPUT = Path("output")  # the name that the ledger of a shard's own CRC32s know
 
 Progress = Callable[[int], None]
 Specials = dict[tuple[str, int], tuple[int, int]]  # NaN and infinities of a piece
+
+
+Delivery = Callable[["Worker", int, memoryview], None]  # the offset of a piece, and its bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +125,28 @@ class Mover:
         self.stale = False
         self.factors: Factors | None = None
 
-    def move(self, shard: Shard, fd: int, workers: int | None, *, compare: bool = False) -> None:
-        """Moves every tensor of the shard to ``fd``, or only compares it with what is
-        there."""
+    def move(self, shard: Shard, writer: Writer, workers: int | None) -> None:
+        """Moves every tensor of the shard to where ``writer`` writes."""
+
+        def write(_: Worker, offset: int, output: memoryview) -> None:
+            writer.write(output, offset)
+
+        self._carry(shard, write, workers)
+
+    def compare(self, shard: Shard, file: Readable, workers: int | None) -> None:
+        """Compares every tensor of the shard with what a file holds; see ``stale``."""
+
+        def compare(worker: Worker, offset: int, output: memoryview) -> None:
+            if not worker.is_there(file, offset, output):
+                self.stale = True  # no |=: it would undo what another thread found
+
+        self._carry(shard, compare, workers)
+
+    def _carry(self, shard: Shard, deliver: Delivery, workers: int | None) -> None:
+        """Makes every piece of the shard, in threads that hand theirs to ``deliver``."""
         pieces = pieces_of(shard)
         count = workers or default_workers()
-        args = (pieces, fd, compare, bool(shard.crc_slots))
+        args = (pieces, deliver, bool(shard.crc_slots))
         threads = [threading.Thread(target=self.work, args=args) for _ in range(count)]
 
         with computing(shard):
@@ -148,9 +167,9 @@ class Mover:
         if self.failure is not None:
             raise self.failure
 
-    def work(self, pieces: Iterator[Piece], fd: int, compare: bool, sealed: bool) -> None:
+    def work(self, pieces: Iterator[Piece], deliver: Delivery, sealed: bool) -> None:
         """Carries pieces, in a thread, until none is left."""
-        worker, writer = Worker(self), local.LocalWriter(fd)
+        worker = Worker(self)
         try:
             while not self.stopped:
                 with self.lock:
@@ -164,12 +183,7 @@ class Mover:
                     crc32 = isal_zlib.crc32(output)
                     self.output.add(OUTPUT, piece.offset, len(output), crc32)
 
-                if compare:
-                    if not worker.is_there(fd, piece.offset, output):
-                        self.stale = True  # no |=: it would undo what another thread found
-                else:
-                    writer.write(output, piece.offset)
-
+                deliver(worker, piece.offset, output)
                 with self.lock:
                     self.read += piece.stored
                     self.progress(piece.nbytes)
@@ -269,10 +283,10 @@ class Worker:
         if any(special_counts):
             mover.specials[placement.name, piece.start] = special_counts
 
-    def is_there(self, fd: int, offset: int, output: memoryview) -> bool:
+    def is_there(self, file: Readable, offset: int, output: memoryview) -> bool:
         """Whether a file holds these bytes at ``offset``."""
         file_bytes = self.buffers[1][: len(output)]
-        count = local.read_into(fd, file_bytes, offset)
+        count = file.read_into(offset, file_bytes)
         return count == len(output) and file_bytes == output
 
     def cast(self, placement: Placement, piece_bytes: memoryview, count: int) -> memoryview:

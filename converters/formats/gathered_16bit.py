@@ -13,6 +13,7 @@ from pathlib import Path
 
 from converters.errors import CheckpointError
 from converters.formats import model_files
+from converters.storage import stores
 from converters.tensors import Checksum, TensorRef, Weights
 from converters.torch_files.record_checksums import located_in_files
 
@@ -29,7 +30,7 @@ class Beside:
 def candidates(root: Path) -> Iterator[Beside]:
     """The files of 16-bit weights in ``root`` that can be read, the likeliest first."""
     for name, reader in model_files.SINGLE_FIRST.items():
-        if not (root / name).is_file():
+        if not stores.is_file(root / name):
             continue
         try:
             weights = reader(root)
@@ -107,4 +108,4 @@ def _checksums(tensors: Mapping[str, TensorRef]) -> tuple[Checksum, ...] | None:
 def belongs(root: Path) -> bool:
     """Whether files in ``root`` are of one step for certain: it is the folder of a
     Trainer."""
-    return (root / "trainer_state.json").is_file()
+    return stores.is_file(root / "trainer_state.json")

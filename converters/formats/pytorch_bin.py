@@ -20,6 +20,7 @@ from converters.errors import CheckpointError
 from converters.formats.safetensors import shards
 from converters.plan import Entry, Plan, Shard, Tied
 from converters.plan import plan as plan_shards
+from converters.storage import stores
 from converters.tensors import DType, TensorRef, Weights
 from converters.torch_files import reader, rebuild
 from converters.torch_files.zip_writer import Archive
@@ -132,11 +133,11 @@ def read(path: Path) -> Weights:
     with the reason. ``CheckpointError`` if a file is damaged or holds no tensors by
     name.
     """
-    if not path.is_dir():
+    if not stores.is_folder(path):
         return _read_file(path)
 
     index = path / "pytorch_model.bin.index.json"
-    paths = shards(index) if index.is_file() else [path / "pytorch_model.bin"]
+    paths = shards(index) if stores.is_file(index) else [path / "pytorch_model.bin"]
     tensors: dict[str, TensorRef] = {}
     absent: dict[str, str] = {}
 

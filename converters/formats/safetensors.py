@@ -21,7 +21,7 @@ from converters import words
 from converters.errors import MALFORMED, CheckpointError
 from converters.plan import Entry, Plan, Shard, Tied
 from converters.plan import plan as plan_shards
-from converters.storage import bounded_json, misplaced_files, open_files
+from converters.storage import bounded_json, misplaced_files, open_files, stores
 from converters.tensors import DType, Extent, Listed, TensorRef, Weights
 
 MAX_HEADER_BYTES = 64 << 20  # bytes; safetensors itself reads 100 MB, and takes 1 GB for them
@@ -89,11 +89,11 @@ def read(path: Path) -> Weights:
 
     Reads headers only. ``CheckpointError`` if a header is damaged or a shard is missing.
     """
-    if not path.is_dir():
+    if not stores.is_folder(path):
         return Weights(_read_file(path))
 
     index = path / "model.safetensors.index.json"
-    if not index.is_file():
+    if not stores.is_file(index):
         return Weights(_read_file(path / "model.safetensors"))
 
     tensors: dict[str, TensorRef] = {}
@@ -107,7 +107,7 @@ def shards(index: Path) -> list[Path]:
     """The files that an index names, in order; ``CheckpointError`` if one of them is
     missing."""
     paths = [index.parent / name for name in shard_names(index)]
-    missing = [path for path in paths if not path.exists()]
+    missing = [path for path in paths if not stores.exists(path)]
     if missing:
         others = f", as are {len(missing) - 1} more of {len(paths)}" if len(missing) > 1 else ""
         raise CheckpointError(
@@ -123,9 +123,9 @@ def shard_names(index: Path) -> list[str]:
     """The files that an index names, in order; ``CheckpointError`` if it is not an
     index."""
     try:
-        if index.stat().st_size > MAX_INDEX_BYTES:
+        if stores.status(index).size > MAX_INDEX_BYTES:
             raise ValueError(f"it has over {MAX_INDEX_BYTES} bytes")
-        document = bounded_json.loads(index.read_bytes())
+        document = bounded_json.loads(stores.content(index))
         weight_map = document.get("weight_map") if isinstance(document, dict) else None
         if not isinstance(weight_map, dict):
             raise ValueError("it has no weight_map")
@@ -144,9 +144,9 @@ def shard_names(index: Path) -> list[str]:
 def metadata(path: Path) -> dict[str, str]:
     """The texts that a file keeps beside its tensors (``__metadata__``); of shards the
     first's."""
-    if path.is_dir():
+    if stores.is_folder(path):
         index = path / "model.safetensors.index.json"
-        path = path / (shard_names(index)[0] if index.is_file() else "model.safetensors")
+        path = path / (shard_names(index)[0] if stores.is_file(index) else "model.safetensors")
     texts = _header(path)[0].get("__metadata__") or {}
     return {str(key): str(value) for key, value in texts.items()}
 
@@ -164,7 +164,7 @@ def _read_file(path: Path) -> dict[str, TensorRef]:
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     """A file's header, the byte at which its tensors begin, and its size."""
     try:
-        file_size = path.stat().st_size
+        file_size = stores.status(path).size
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", "incomplete") from error
 

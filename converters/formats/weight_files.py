@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from converters.detect import filenames
 from converters.formats import pytorch_bin, safetensors
 from converters.source import Place, Source
+from converters.storage import stores
 from converters.tensors import Weights
 
 
@@ -17,7 +19,7 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     damaged or holds no tensors by name.
     """
     weights = _weights(path)
-    folder = path if path.is_dir() else path.parent
+    folder = path if stores.is_folder(path) else path.parent
     references = [ref for ref in weights.tensors.values() if len(ref.extents)]
     files = {ref.extents[0].path: None for ref in references}
 
@@ -32,9 +34,9 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
 def _weights(path: Path) -> Weights:
     if is_safetensors(path):
         return safetensors.read(path)
-    if path.is_dir() and not any((path / name).is_file() for name in filenames.TORCH_BIN):
+    if stores.is_folder(path) and not _has_any(path, filenames.TORCH_BIN):
         for name in filenames.ADAPTERS:
-            if (path / name).is_file():
+            if stores.is_file(path / name):
                 return _weights(path / name)
 
     return pytorch_bin.read(path)
@@ -42,6 +44,10 @@ def _weights(path: Path) -> Weights:
 
 def is_safetensors(path: Path) -> bool:
     """Whether the weights in a file or a folder are read as safetensors."""
-    if path.is_dir():
-        return any((path / name).is_file() for name in filenames.SAFETENSORS)
+    if stores.is_folder(path):
+        return _has_any(path, filenames.SAFETENSORS)
     return path.suffix == ".safetensors"
+
+
+def _has_any(folder: Path, names: Iterable[str]) -> bool:
+    return any(stores.is_file(folder / name) for name in names)

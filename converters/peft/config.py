@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from converters.errors import CheckpointError
 from converters.peft import patterns
-from converters.storage import bounded_json
+from converters.storage import bounded_json, stores
 
 NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 16 << 20  # bytes; indices of trained tokens are the only long list in it
@@ -94,14 +94,14 @@ def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
 def read(path: Path) -> AdapterConfig:
     """The configuration in a file, or in a folder's file of the name;
     ``CheckpointError``."""
-    path = path / NAME if path.is_dir() else path
+    path = path / NAME if stores.is_folder(path) else path
     try:
-        if path.exists() and not path.is_file():  # a device or a pipe may have no end
+        if stores.exists(path) and not stores.is_file(path):  # a device or a pipe may have no end
             raise CheckpointError(f"{path} is not a regular file", "refused")
-        size = path.stat().st_size
+        size = stores.status(path).size
         if size > MAX_CONFIG_BYTES:
             raise CheckpointError(f"{path} has {size} bytes, expected at most {MAX_CONFIG_BYTES}")
-        values = bounded_json.loads(path.read_bytes())
+        values = bounded_json.loads(stores.content(path))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", "incomplete") from error
     except ValueError as error:

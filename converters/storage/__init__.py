@@ -1,6 +1,7 @@
 """The door to bytes: reading, writing durably, and what may lie where a file should.
 
-store            what a place that keeps files has to offer; URLs stay URLs
+store            what a place that keeps files has to offer
+stores           which store keeps a name, by its scheme;  url_path  a path that stays a URL
 local_store      the local filesystem as one, and the durable renames that only it has
 open_files       the files of a command, each opened and parsed once
 local            writes, renames and other calls of the operating system

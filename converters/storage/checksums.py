@@ -9,7 +9,6 @@ when the account is closed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from isal import isal_zlib
 
 from converters.errors import CheckpointError
-from converters.storage import local
+from converters.storage import stores
 from converters.tensors import Checksum
 
 
@@ -117,15 +116,12 @@ class Ledger:
 def _read(path: Path, start: int, end: int, crc32: int) -> int:
     """``crc32`` continued over the bytes from ``start`` to ``end`` of the file."""
     buffer = memoryview(bytearray(min(1 << 20, end - start)))
-    fd = os.open(path, os.O_RDONLY)
-    try:
+    with stores.opened(path) as file:
         while start < end:
             piece = buffer[: min(len(buffer), end - start)]
-            if local.read_into(fd, piece, start) != len(piece):
+            if file.read_into(start, piece) != len(piece):
                 raise CheckpointError(f"{path} ends before byte {end}; it is cut short")
             crc32 = isal_zlib.crc32(piece, crc32)
             start += len(piece)
-    finally:
-        os.close(fd)
 
     return crc32

@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from converters.storage import local
-from converters.storage.store import Name, Range, StoredFile, local_path
+from converters.storage.store import FolderEntry, Name, Range, Status, StoredFile, local_path
+from converters.storage.syncing import UNOFFERED as UNOFFERED
 
 
 class LocalFile:
@@ -74,30 +75,90 @@ class LocalFile:
             os.close(fd)
 
 
+class InPlace(local.LocalWriter):
+    """A file of a staging folder that is written where it lies, and can be read meanwhile.
+
+    ``had_size`` says whether it had its size already: then it may have its bytes, too.
+    """
+
+    def __init__(self, fd: int, had_size: bool):
+        super().__init__(fd)
+        self.had_size = had_size
+
+    def write_cached(self, data: memoryview | bytes, offset: int) -> None:
+        """Writes small pieces: an uncached one waits for those before it in the same page."""
+        view = memoryview(data)
+        while len(view):
+            count = os.pwrite(self.fd, view, offset)
+            view, offset = view[count:], offset + count
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fills ``buffer`` from ``offset`` on; the number of bytes that were read."""
+        return local.read_into(self.fd, buffer, offset)
+
+
 class LocalStore:
-    """Files under their paths; see ``store.Store``. All of it may raise ``OSError``."""
+    """Files under their paths; see ``store.Store``. All of it may raise ``OSError``.
+
+    What follows ``open_writer`` only a filesystem offers. Outputs and the folders of runs are
+    committed by it (``ckpt.folders``, ``converters.execute``).
+    """
 
     def open(self, name: Name) -> LocalFile:
         """The file of this name, open for reading."""
         return LocalFile(local_path(name))
 
-    def identity(self, name: Name) -> Any:
-        """A value that changes when the file is replaced or changed."""
-        return _identity(os.stat(local_path(name)))
+    def status(self, name: Name) -> Status:
+        """What lies there; links are followed."""
+        status = os.stat(local_path(name))
+        return Status(
+            is_file=stat.S_ISREG(status.st_mode),
+            is_folder=stat.S_ISDIR(status.st_mode),
+            size=status.st_size,
+            modified_ns=status.st_mtime_ns,
+            identity=_identity(status),
+        )
+
+    def entries(self, folder: Name) -> Sequence[FolderEntry]:
+        """The names in the folder, sorted; links to folders are folders."""
+        with os.scandir(local_path(folder)) as present:
+            return sorted(
+                (FolderEntry(entry.name, _is_folder(entry)) for entry in present), key=_by_name
+            )
 
     def list(self, folder: Name) -> Iterator[StoredFile]:
-        """Every file below the folder, by its name there, sorted."""
+        """Every file below the folder, by its name there, sorted; links are followed."""
         root = local_path(folder)
-        for path in sorted(path for path in root.rglob("*") if path.is_file()):
-            yield StoredFile(path.relative_to(root).as_posix(), path.stat().st_size)
+        yield from sorted(_files_below(root, "", ()), key=_by_name)
 
     @contextmanager
-    def open_writer(self, name: Name) -> Iterator[local.LocalWriter]:
-        """Writes a file that appears complete at the end of the block, or not at all."""
+    def open_writer(self, name: Name, nbytes: int = 0) -> Iterator[local.LocalWriter]:
+        """Writes a file that appears complete at the end of the block, or not at all.
+
+        Its name is durable after ``sync`` of its folder, which serves many files at once.
+        """
         path = local_path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with local.replacing(path) as fd:
+            if nbytes:
+                os.ftruncate(fd, nbytes)
             yield local.LocalWriter(fd)
+
+    @contextmanager
+    def open_in_place(self, name: Name, nbytes: int) -> Iterator[InPlace]:
+        """Writes a file where it lies, in a folder that counts for nothing yet (``staging``).
+
+        It is made ``nbytes`` long, and keeps what it holds; nothing is durable before ``sync``.
+        """
+        path = local_path(name)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            with local.named(path):
+                had_size = os.fstat(fd).st_size == nbytes
+                os.ftruncate(fd, nbytes)
+                yield InPlace(fd, had_size)
+        finally:
+            os.close(fd)
 
     def reserve(self, name: Name, nbytes: int) -> None:
         """Makes a file that takes ``nbytes`` of the disk."""
@@ -115,26 +176,44 @@ class LocalStore:
         """Renames a file over another, if there is one, durably."""
         source_path, target_path = local_path(source), local_path(target)
         os.replace(source_path, target_path)
-        for folder in {source_path.parent, target_path.parent}:
-            local.sync_folder(folder)
+        local.sync_folder(target_path.parent)
 
     def swap(self, first: Name, second: Name) -> bool:
         """Lets two names change places at once; ``False`` where that is not offered."""
         return local.swap_names(local_path(first), local_path(second))
 
-    def trash(self, name: Name) -> None:
-        """Deletes a file or a folder: its name is gone at once, whatever comes between."""
-        path = local_path(name)
-        trash_path = path.with_name(f".{path.name}.trash")
-        if trash_path.is_dir() and not trash_path.is_symlink():
-            shutil.rmtree(trash_path)
-        os.replace(path, trash_path)
-        local.sync_folder(path.parent)
 
-        if trash_path.is_dir() and not trash_path.is_symlink():
-            shutil.rmtree(trash_path)
-        else:
-            trash_path.unlink()
+LOCAL = LocalStore()  # it keeps nothing in memory
+
+
+def _by_name(entry: FolderEntry | StoredFile) -> str:
+    return entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether a name is that of a folder; not so of a link that may not be followed."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _files_below(
+    folder: Path, prefix: str, parents: tuple[tuple[int, int], ...]
+) -> Iterator[StoredFile]:
+    """The files below a folder; a link to one of its ``parents`` is not followed."""
+    status = folder.stat()
+    folder_number = (status.st_dev, status.st_ino)
+    if folder_number in parents:
+        return
+
+    with os.scandir(folder) as present:
+        for entry in present:
+            if _is_folder(entry):
+                prefix_inside = f"{prefix}{entry.name}/"
+                yield from _files_below(Path(entry.path), prefix_inside, (*parents, folder_number))
+            elif entry.is_file():
+                yield StoredFile(prefix + entry.name, entry.stat().st_size)
 
 
 def _start(offset: int, size: int) -> int:

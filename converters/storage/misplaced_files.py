@@ -12,6 +12,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from converters.storage import stores
+from converters.storage.url_path import UrlPath
+
 LFS = b"version https://git-lfs"
 _PAGES = (b"<!doctype html", b"<html", b"<head")
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
@@ -43,8 +46,7 @@ def file(path: Path) -> str | None:
     """The reason why a file is not what its name says; ``None`` also if it cannot be
     read."""
     try:
-        with open(path, "rb") as opened:
-            return content(opened.read(128))
+        return content(stores.head(path, 128))
     except OSError:
         return None
 
@@ -53,13 +55,17 @@ def missing(folder: Path) -> str:
     """What of a folder is why files are missing from it, as the end of a sentence, or
     nothing."""
     try:
-        names = sorted(entry.name for entry in folder.iterdir())
+        names = stores.names(folder)
     except OSError:
         return ""
 
     if unfinished := [name for name in names if name.lower().endswith(UNFINISHED)]:
         return f"; {unfinished[0]} is a download that did not end: download it again"
+    return "" if isinstance(folder, UrlPath) else _missing_of_local(folder, names)
 
+
+def _missing_of_local(folder: Path, names: list[str]) -> str:
+    """The same for what only a local folder has: a cache of downloads, links."""
     for parent in (folder, *folder.absolute().parents[:3]):
         download_cache = parent / ".cache" / "huggingface" / "download"
         if (
@@ -73,7 +79,7 @@ def missing(folder: Path) -> str:
     if folder.absolute().parent.name == "snapshots" and any(blobs.glob("*.incomplete")):
         return f"; {blobs} has a download that did not end: run hf download again"
 
-    if dangling := [name for name in names if _dangles(folder / name)]:
+    if dangling := [name for name in names if stores.is_dead_link(folder / name)]:
         return _broken_link(folder / dangling[0])
 
     return ""
@@ -83,18 +89,14 @@ def download_to(path: Path) -> str:
     """The end of a sentence for a file whose download has not come to its end, or nothing."""
     for suffix in UNFINISHED:
         download = path.with_name(path.name + suffix) if path.name else path
-        if download.is_file():
+        if stores.is_file(download):
             return f"; {download.name} is a download that did not end: download it again"
     return ""
 
 
 def link(path: Path) -> str:
     """The end of a sentence for a link that leads nowhere; nothing for anything else."""
-    return _broken_link(path) if _dangles(path) else ""
-
-
-def _dangles(path: Path) -> bool:
-    return path.is_symlink() and not path.exists()
+    return _broken_link(path) if stores.is_dead_link(path) else ""
 
 
 def _broken_link(path: Path) -> str:

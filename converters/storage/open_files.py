@@ -23,8 +23,8 @@ from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from converters.errors import CheckpointError
-from converters.storage.local_store import LocalStore
-from converters.storage.store import File, Store, fill_exactly, read_exactly
+from converters.storage import stores
+from converters.storage.store import File, fill_exactly, read_exactly
 from converters.tensors import Extent
 
 MAX_OPEN_FILES = 64
@@ -35,11 +35,10 @@ _Value = TypeVar("_Value")
 class FilePool:
     """Open files, of which the longest unused is closed where they become too many.
 
-    A file that was got is good until the next one is.
+    Each comes from the store that keeps it. A file that was got is good until the next one is.
     """
 
-    def __init__(self, store: Store | None = None) -> None:
-        self.store: Store = LocalStore() if store is None else store
+    def __init__(self) -> None:
         self.files: OrderedDict[Path, File] = OrderedDict()
         self.max_open_files = max_open_files()
 
@@ -50,7 +49,7 @@ class FilePool:
         else:
             if len(self.files) >= self.max_open_files:
                 self.files.popitem(last=False)[1].close()
-            self.files[path] = self.store.open(path)
+            self.files[path] = stores.store_of(path).open(path)
 
         return self.files[path]
 
@@ -83,8 +82,8 @@ class Parsed:
 class OpenFiles:
     """The files of one command, for one thread."""
 
-    def __init__(self, store: Store | None = None) -> None:
-        self.pool = FilePool(store)
+    def __init__(self) -> None:
+        self.pool = FilePool()
         self.identities: dict[Path, Any] = {}
         self.values: dict[Path, WeakValueDictionary[str, Any]] = {}
         self.recent: OrderedDict[tuple[Path, str], Parsed] = OrderedDict()
@@ -125,7 +124,7 @@ class OpenFiles:
     def _forget_if_replaced(self, path: Path) -> None:
         if path not in self.identities:
             return
-        if self.identities[path] == self.pool.store.identity(path):
+        if self.identities[path] == stores.status(path).identity:
             return
 
         self.pool.drop(path)
@@ -169,17 +168,25 @@ def opened(path: Path) -> Iterator[File]:
         yield get(path)
 
 
-def parsed(path: Path, form: str, parse: Callable[[File], tuple[_Value, int]]) -> _Value:
+def parsed(
+    path: Path,
+    form: str,
+    parse: Callable[[File], tuple[_Value, int]],
+    file: File | None = None,
+) -> _Value:
     """The value that ``parse`` makes of the file, with the bytes that it parsed.
 
-    ``form`` names the kind of value: a file may be read in several ways.
+    ``form`` names the kind of value: a file may be read in several ways. ``file`` is the file,
+    where the caller has it open.
     """
     if _current.files is not None:
         value = _current.files.parsed(path, form, lambda file: Parsed(*parse(file)))
         return cast(_Value, value)
 
-    with opened(path) as file:
+    if file is not None:
         return parse(file)[0]
+    with opened(path) as own_file:
+        return parse(own_file)[0]
 
 
 def read_extent(extent: Extent) -> bytes:

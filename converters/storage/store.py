@@ -4,14 +4,14 @@
     File     one of them: its size, and runs of its bytes
     Writer   a new one, which appears whole or not at all
 
-Only the local filesystem is built (``local_store``). docs/decisions/0010 says what
-a remote store has to do; ``tests/support/store_suite.py`` tests one.
+Only the local filesystem is built (``local_store``); ``stores`` has the table of those
+that there are. docs/decisions/0010 and 0013 say what a remote store has to do;
+``tests/support/store_suite.py`` tests one.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,14 +19,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from converters.errors import CheckpointError
+from converters.storage.url_path import scheme_of
 
 Name = str | os.PathLike[str]
 Range = tuple[int, int]  # offset and length in bytes; a negative offset counts from the end
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # of one letter it is a drive
+
+class Readable(Protocol):
+    """What bytes can be read from: a file that is open."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fills ``buffer`` from ``offset`` on; returns the bytes read."""
 
 
-class File(Protocol):
+class File(Readable, Protocol):
     """A file that is open for reading, by one descriptor or connection.
 
     Its ``OSError`` have its own name as ``filename``. Fewer bytes than were asked for
@@ -43,13 +49,10 @@ class File(Protocol):
 
     @property
     def identity(self) -> Any:
-        """Equal to that of ``Store.identity`` for as long as the bytes are the same."""
+        """Equal to that of ``Store.status`` for as long as the bytes are the same."""
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         """The bytes of each range, in their order: one request where a store can do that."""
-
-    def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fills ``buffer`` from ``offset`` on; returns the bytes read."""
 
     def contents(self) -> AbstractContextManager[Any]:
         """All bytes, to be sliced and searched; a local file is mapped, not read."""
@@ -66,6 +69,29 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Status:
+    """What lies under a name: a file, a folder, or (both false) a device or a pipe.
+
+    ``size`` is in bytes, ``modified_ns`` the time of the last change, in nanoseconds since
+    1970; of a folder both may be 0. ``identity`` changes when the bytes of a file do.
+    """
+
+    is_file: bool
+    is_folder: bool
+    size: int
+    modified_ns: int
+    identity: Any
+
+
+@dataclass(frozen=True, slots=True)
+class FolderEntry:
+    """A name in a folder, and whether it is that of a folder."""
+
+    name: str
+    is_folder: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StoredFile:
     """A file as a listing has it: its name relative to the folder, and its bytes."""
 
@@ -74,34 +100,45 @@ class StoredFile:
 
 
 class Store(Protocol):
-    """A place that keeps files. Names are paths, or URLs as they are written."""
+    """A place that keeps files. Names are paths, or URLs as they are written.
+
+    Its ``OSError`` have the name as ``filename``; what is not there is a
+    ``FileNotFoundError``.
+    """
 
     def open(self, name: Name) -> File:
-        """The file, open; ``OSError`` with the name if it is not there."""
+        """The file, open; ``OSError`` if it is not there."""
 
-    def identity(self, name: Name) -> Any:
-        """What changes when the bytes of a file do; ``OSError`` if it is not there."""
+    def status(self, name: Name) -> Status:
+        """What lies there; ``OSError`` if nothing does."""
+
+    def entries(self, folder: Name) -> Sequence[FolderEntry]:
+        """What lies right in ``folder``, by name; ``OSError`` if it is not a folder."""
 
     def list(self, folder: Name) -> Iterator[StoredFile]:
         """The files below ``folder``, in the order of their names."""
 
-    def open_writer(self, name: Name) -> AbstractContextManager[Writer]:
-        """A writer of a file that replaces ``name``, whole and durably, at the end of the
-        block; nothing appears if the block raises."""
+    def open_writer(self, name: Name, nbytes: int = 0) -> AbstractContextManager[Writer]:
+        """A writer of a file that replaces ``name``, whole and with its bytes durable, at the
+        end of the block; nothing appears if the block raises.
+
+        Folders on the way to it are made. ``nbytes`` is the size, where that is known. Pieces
+        may come from several threads.
+        """
 
 
 def is_url(name: Name) -> bool:
     """Whether a name is a URL. Such a one stays text: ``Path`` makes one slash of two."""
-    return _SCHEME.match(os.fspath(name)) is not None
+    return bool(scheme_of(name))
 
 
 def local_path(name: Name) -> Path:
-    """The path that a name is; ``CheckpointError`` for a URL, since no remote store is
-    built."""
+    """The path that a name is; ``CheckpointError`` for a URL, where only a local path will do:
+    outputs, runs, and what a user adds by options."""
     if is_url(name):
         raise CheckpointError(
-            f"{os.fspath(name)} is a URL, and ckpt reads and writes local files only: download "
-            "it first, or write to a local folder and upload that",
+            f"{os.fspath(name)} is a URL, and this has to be a local path: download it first, "
+            "or write to a local folder and upload that",
             "unsupported",
         )
     return Path(name)

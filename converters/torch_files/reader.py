@@ -3,13 +3,11 @@ else."""
 
 from __future__ import annotations
 
-import os
-import stat
 from pathlib import Path
 
 from converters.errors import CheckpointError
 from converters.pickles.machine import Builders
-from converters.storage import misplaced_files, open_files
+from converters.storage import misplaced_files, open_files, stores
 from converters.storage.store import File
 from converters.torch_files import legacy_format, zip_format
 from converters.torch_files.rebuild import BUILDERS
@@ -39,7 +37,7 @@ def read_as(path: Path, form: str, builders: Builders, stored: Stored) -> TorchF
         return torch_file, torch_file.pickle_bytes + MIN_KEPT_BYTES
 
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        if not stores.status(path).is_file:  # opening a pipe would wait for ever
             raise CheckpointError(f"{path} is not a plain file; expected one of torch.save")
         return open_files.parsed(path, form, parse)
     except OSError as error:

@@ -14,7 +14,7 @@ read is what ``torch.load`` reads. Fields: PKWARE APPNOTE 4.3.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -60,17 +60,24 @@ class Directory:
 
         ``CheckpointError`` if that header is not there or says other than the directory.
         """
-        record = self.records[name]
-        (header_bytes,) = file.read([(record.header, _LOCAL.size)])
+        return self.payload_behind(name, self.headers(file, [name])[name])
+
+    def headers(self, file: File, names: Sequence[str]) -> dict[str, bytes]:
+        """The local headers of records with their names behind, as they stand: one request."""
+        ranges = [(self.records[n].header, _LOCAL.size + len(n.encode())) for n in names]
+        return dict(zip(names, file.read(ranges), strict=True))
+
+    def payload_behind(self, name: str, header: bytes) -> int:
+        """The first byte of a record whose local header was read; see ``payload``."""
+        record, raw_name = self.records[name], name.encode()
+        header_bytes, local_name = header[: _LOCAL.size], header[_LOCAL.size :]
         if len(header_bytes) != _LOCAL.size or header_bytes[:4] != b"PK\x03\x04":
             self._fail(f"record {name} is not where the directory says")
 
         fields = _LOCAL.unpack(header_bytes)
         _, _, flags, method, _, _, local_crc32 = fields[:7]
         packed_size, size, name_length, extra_length = fields[7:]
-        raw_name = name.encode()
-        (local_name,) = file.read([(record.header + _LOCAL.size, name_length)])
-        if local_name != raw_name:
+        if (name_length, local_name) != (len(raw_name), raw_name):
             self._fail(f"record {name} has another name in front of its bytes")
 
         sizes_agree = all(n in (0, record.size, _FULL) for n in (packed_size, size))

@@ -23,7 +23,8 @@ from converters.source import EXCLUDED as EXCLUDED
 from converters.source import STATES as STATES
 from converters.source import Place, Source, SourceTopology
 from converters.storage import misplaced_files, open_files
-from converters.storage.store import Name, local_path
+from converters.storage.store import Name
+from converters.storage.stores import source_path
 from converters.tensors import Weights
 from converters.zero import stage0, stage3, stage12
 from converters.zero.files import all_ranks, discovery, several_models, state_files
@@ -67,7 +68,7 @@ def read(path: Name, tag: str | None = None) -> Checkpoint:
     ``path`` is a Trainer folder, a save_dir or a tag folder; ``tag`` always wins. Raises
     ``CheckpointError`` for what is damaged, incomplete or of a kind that is not read.
     """
-    return _read_or_explain(discovery.find(local_path(path), tag), require_all=True)
+    return _read_or_explain(discovery.find(source_path(path), tag), require_all=True)
 
 
 @open_files.once()
@@ -78,7 +79,7 @@ def weights(path: Name, tag: str | None = None) -> Checkpoint:
     ``CheckpointError`` where ``path`` holds several models, of which only ``tag``
     can choose one.
     """
-    return _read_or_explain(several_models.find(local_path(path), tag), require_all=False)
+    return _read_or_explain(several_models.find(source_path(path), tag), require_all=False)
 
 
 def _read_or_explain(place: Place, require_all: bool) -> Checkpoint:

@@ -23,6 +23,7 @@ from types import NoneType
 from typing import Any
 
 from converters.errors import CheckpointError, consistent
+from converters.storage import stores
 from converters.tensors import Extent, Listed, TensorRef
 from converters.zero import muon
 from converters.zero.checkpoint import Checkpoint
@@ -252,7 +253,7 @@ def _stage3(checkpoint: Checkpoint, state: State, optimizer_state: Any) -> Itera
     for flat, values in zip(flat_vectors, states, strict=True):
         tensor_id = flat.attributes.get("ds_id")
         master_path = folder / f"{tensor_id}.tensor.swp"
-        if flat.numel or not master_path.is_file():
+        if flat.numel or not stores.is_file(master_path):
             continue
         if not isinstance(values, (dict, NoneType)):
             continue
@@ -260,12 +261,12 @@ def _stage3(checkpoint: Checkpoint, state: State, optimizer_state: Any) -> Itera
         swapped_values = dict(values or {})
         for key, value in swapped_values.items():
             value_path = folder / f"{key}-{tensor_id}.tensor.swp"
-            if isinstance(value, TensorRef) and not value.numel and value_path.is_file():
-                numel = value_path.stat().st_size // value.dtype.itemsize
+            if isinstance(value, TensorRef) and not value.numel and stores.is_file(value_path):
+                numel = stores.status(value_path).size // value.dtype.itemsize
                 value_extent = Extent(value_path, 0, numel * value.dtype.itemsize)
                 swapped_values[key] = TensorRef(value.dtype, (numel,), Listed([value_extent]))
 
-        master_extent = Extent(master_path, 0, master_path.stat().st_size)
+        master_extent = Extent(master_path, 0, stores.status(master_path).size)
         yield master_extent, flat.dtype.itemsize, swapped_values
 
 

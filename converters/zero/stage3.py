@@ -22,6 +22,7 @@ from typing import Any
 from converters import words
 from converters.errors import CheckpointError
 from converters.pickles.values import Call
+from converters.storage import stores
 from converters.tensors import DType, Extent, Listed, TensorRef
 from converters.torch_files import rebuild
 from converters.torch_files.file_plan import SWAPPED
@@ -214,7 +215,7 @@ def _swapped_tensor(
     tensor_id = flat.attributes.get("ds_id")
     stem = f"{prefix}{tensor_id}"
     path = folder / "offloaded_tensors" / f"rank{rank:02d}" / f"{stem}{SWAPPED}"
-    if not isinstance(tensor_id, str) or "/" in stem or not path.is_file():
+    if not isinstance(tensor_id, str) or "/" in stem or not stores.is_file(path):
         raise CheckpointError(
             f"{state.path}: sub-group {index} was offloaded to NVMe, but its file "
             f"{path} is missing; copy the folder offloaded_tensors of every rank here",
@@ -222,9 +223,10 @@ def _swapped_tensor(
         )
 
     nbytes = length * dtype.itemsize
-    if not nbytes <= path.stat().st_size < nbytes + (1 << 20):
+    file_size = stores.status(path).size
+    if not nbytes <= file_size < nbytes + (1 << 20):
         raise CheckpointError(
-            f"{path} has {path.stat().st_size} bytes, expected {nbytes} and some "
+            f"{path} has {file_size} bytes, expected {nbytes} and some "
             "padding; it is cut short or of another save"
         )
 

@@ -19,6 +19,7 @@ from converters.formats import gathered_16bit
 from converters.names import rules, selection
 from converters.names.rules import Names
 from converters.source import Place, SourceTopology
+from converters.storage import stores
 from converters.tensors import DType, Weights
 from converters.words import counted
 from converters.zero import checkpoint as zero
@@ -226,8 +227,8 @@ def disagreement(checkpoint: Checkpoint) -> str:
     if step_note := _step_note(checkpoint):
         facts.append(step_note)
 
-    write_times = [state.path.stat().st_mtime for state in (model, *ranks)]
-    gap = max(write_times) - min(write_times)
+    write_times = [stores.status(state.path).modified_ns for state in (model, *ranks)]
+    gap = (max(write_times) - min(write_times)) / 1e9
     gap_note = f"they were written {_duration(gap)} apart" if gap > _APART else ""
 
     if facts:

@@ -60,7 +60,8 @@ def test_a_manifest_or_pointer_that_cannot_be_read_is_not_taken_for_none(
     (scene,) = (scene for scene in scenes() if scene.name == name)
     probe = Probe(scene, tmp_path / "scene", forks)
     faults = [fault for fault in probe.faults() if fault.kind == "eio"]
-    calls = ("read manifest.json", "read latest", "read best", "read latest_universal")
+    names = ("manifest.json", "latest", "best", "latest_universal")
+    calls = [f"{call} {name}" for call in ("read", "pread") for name in names]
     faults = [fault for fault in faults if fault.call in calls]
     assert faults
     for fault in random.Random(f"{SEED} {name}").sample(faults, min(len(faults), 6)):

@@ -12,6 +12,8 @@ import contextlib
 import os
 import random
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +106,7 @@ class StoreSuite:
         file.close()
 
     def test_a_missing_file_is_an_os_error_with_its_name(self, place: Place) -> None:
-        for ask in (place.store.open, place.store.identity):
+        for ask in (place.store.open, place.store.status, place.store.entries):
             with pytest.raises(FileNotFoundError) as raised:
                 ask(place.name("missing"))
             assert str(raised.value.filename) == os.fspath(place.name("missing"))
@@ -134,9 +136,9 @@ class StoreSuite:
     def test_the_identity_changes_with_the_bytes(self, place: Place) -> None:
         name = place.put("file", b"one")
         file = place.store.open(name)
-        assert file.identity == place.store.identity(name)
+        assert file.identity == place.store.status(name).identity
         place.put("file", b"two")
-        assert file.identity != place.store.identity(name)
+        assert file.identity != place.store.status(name).identity
         file.close()
 
     def test_an_open_file_never_mixes_old_and_new_bytes(self, place: Place) -> None:
@@ -146,6 +148,30 @@ class StoreSuite:
         with contextlib.suppress(OSError):  # a store that keeps no old versions refuses to go on
             assert read_exactly(file, 500, 10) == b"1" * 10
         file.close()
+
+    def test_a_file_is_told_from_a_folder(self, place: Place) -> None:
+        name = place.put("folder/file")
+        status = place.store.status(name)
+        assert (status.is_file, status.is_folder, status.size) == (True, False, len(CONTENT))
+        assert abs(time.time() - status.modified_ns / 1e9) < 3600
+        for folder in (place.folder, place.name("folder")):
+            status = place.store.status(folder)
+            assert (status.is_file, status.is_folder) == (False, True)
+
+    def test_a_folder_says_what_is_right_in_it_in_order(self, place: Place) -> None:
+        for name in ("b", "a/inner/z", "a/c", "a.b"):
+            place.put(name)
+        entries = [(entry.name, entry.is_folder) for entry in place.store.entries(place.folder)]
+        assert entries == [("a", True), ("a.b", False), ("b", False)]
+        inner = [(entry.name, entry.is_folder) for entry in place.store.entries(place.name("a"))]
+        assert inner == [("c", False), ("inner", True)]
+
+    def test_a_file_is_not_a_folder_to_look_into(self, place: Place) -> None:
+        place.put("file")
+        with pytest.raises(OSError):
+            place.store.entries(place.name("file"))
+        with pytest.raises(OSError):
+            place.store.status(place.name("file/inner"))
 
     def test_files_are_listed_below_a_folder_in_order(self, place: Place) -> None:
         for name in ("b", "a/inner/z", "a/c"):
@@ -157,6 +183,18 @@ class StoreSuite:
         with place.store.open_writer(place.name("file")) as writer:
             writer.write(CONTENT[50_000:], 50_000)
             writer.write(memoryview(CONTENT)[:50_000], 0)
+        file = place.store.open(place.name("file"))
+        assert read_exactly(file, 0, len(CONTENT)) == CONTENT
+        file.close()
+
+    def test_many_threads_may_write_one_file(self, place: Place) -> None:
+        starts = range(0, len(CONTENT), 1000)
+        pieces = [CONTENT[start : start + 1000] for start in starts]
+        with (
+            place.store.open_writer(place.name("file"), len(CONTENT)) as writer,
+            ThreadPoolExecutor(4) as pool,
+        ):
+            list(pool.map(writer.write, pieces, starts))
         file = place.store.open(place.name("file"))
         assert read_exactly(file, 0, len(CONTENT)) == CONTENT
         file.close()

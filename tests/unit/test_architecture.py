@@ -64,6 +64,22 @@ INSIDE_A_TRAINING = {
     "ckpt.trainers.hf",
     "ckpt.weights.opening.load_into",
 }
+# Where converters open what no store keeps, and why. Everything else goes through the door
+# (converters/storage): a call beside it would read no checkpoint of another store.
+BESIDE_THE_DOOR = {
+    ("converters.computing.blas", "open"): "/proc/cpuinfo, which says what the processor has",
+    ("converters.computing.blas", "read_text"): "/proc/self/maps, which says what is loaded",
+}
+OF_A_PATH = {
+    *("open", "read_text", "read_bytes", "write_text", "write_bytes", "touch"),
+    *("stat", "lstat", "exists", "is_file", "is_dir", "is_symlink", "iterdir", "glob", "rglob"),
+    *("unlink", "rename", "symlink_to", "readlink"),
+}
+OF_OS = {
+    *("open", "stat", "lstat", "listdir", "scandir", "walk", "access", "replace", "rename"),
+    *("unlink", "remove", "fsync", "truncate", "ftruncate", "link", "symlink", "readlink"),
+}
+OF_OS_PATH = {"exists", "lexists", "isfile", "isdir", "islink", "getsize", "getmtime", "samefile"}
 HEAVY = {"torch", "deepspeed", "transformers", "huggingface_hub", "accelerate", "lightning"}
 
 
@@ -136,6 +152,44 @@ def test_only_rooms_inside_a_training_import_torch_and_its_like(module: str) -> 
     if not {module, room(module)} & INSIDE_A_TRAINING:
         heavy = {name.partition(".")[0] for name in imports(module, when_used=False)} & HEAVY
         assert heavy == set()
+
+
+def opening_calls(module: str) -> Iterator[str]:
+    """The calls of a module that ask the filesystem themselves."""
+    for node in ast.walk(ast.parse(modules()[module].read_text())):
+        match node:
+            case ast.Call(func=ast.Name(id="open")):
+                yield "open"
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="os"), attr=name)):
+                yield from {name} & OF_OS
+            case ast.Call(func=ast.Attribute(value=ast.Attribute(attr="path"), attr=name)) if (
+                name in OF_OS_PATH
+            ):
+                yield name
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="stores" | "LOCAL"))):
+                pass
+            case ast.Call(func=ast.Attribute(attr=name)):
+                yield from {name} & OF_A_PATH
+            case ast.Name(id="mmap" | "shutil") as name:
+                yield name.id
+
+
+def test_what_asks_the_filesystem_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = ("open(p)", "os.open(p, 0)", "p.read_bytes()", "(a / b).iterdir()", "os.path.exists(p)")
+    for number, call in enumerate((*calls, "shutil.rmtree(p)", "look.path.stat()")):
+        path = tmp_path / f"module{number}.py"
+        path.write_text(f"def f(p):\n    return {call}\n")
+        monkeypatch.setitem(modules(), "other", path)
+        assert len(list(opening_calls("other"))) == 1, call
+
+
+@pytest.mark.parametrize(
+    "module",
+    [name for name in modules() if name.startswith("converters.") and ".storage" not in name],
+)
+def test_converters_open_files_through_the_door(module: str) -> None:
+    allowed = {call for name, call in BESIDE_THE_DOOR if name == module}
+    assert set(opening_calls(module)) == allowed
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from converters.execute import workers as mover
 from converters.execute.virtual_file import Serving
 from converters.formats import pytorch_bin, safetensors
 from converters.plan import Plan
+from converters.storage import local
 from converters.tensors import Checksum, DType, Extent, TensorRef, Weights
 
 ROWS, COLUMNS = 48, 40
@@ -228,13 +229,13 @@ def test_a_factor_is_read_once_for_all_pieces(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[int] = []
-    read_into = mover.local.read_into
+    read_into = local.read_into
 
     def counted(fd: int, buffer: memoryview, offset: int) -> int:
         reads.append(offset)
         return read_into(fd, buffer, offset)
 
     monkeypatch.setattr(mover, "MOVE_BYTES", 1 << 10)
-    monkeypatch.setattr(mover.local, "read_into", counted)
+    monkeypatch.setattr(local, "read_into", counted)
     shards.execute(plan_of(source.weights()), tmp_path)
     assert reads.count(os.path.getsize(source.path) - source.factor.nbytes) == 1

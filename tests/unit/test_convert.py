@@ -23,8 +23,9 @@ from converters.errors import CheckpointError
 from converters.execute import shards
 from converters.execute import workers as mover
 from converters.execute.workers import Mover, Worker
-from converters.storage import local
+from converters.storage import local, stores
 from converters.storage.checksums import Ledger
+from converters.storage.store import File
 
 TRAINER = FIXTURES / "trainer-zero2/checkpoint-2"
 SOURCE = FIXTURES / "zero2-bf16-w3"
@@ -231,7 +232,7 @@ def test_what_one_thread_finds_damaged_no_other_thread_takes_back(
     (tmp_path / "left").write_bytes(bytes(shard.nbytes))
     begun = threading.Event()
 
-    def is_there(worker: Worker, fd: int, offset: int, output: memoryview) -> bool:
+    def is_there(worker: Worker, file: File, offset: int, output: memoryview) -> bool:
         """The second is looked at before the first is found damaged, and found whole after it."""
         if offset == second:
             begun.set()
@@ -244,8 +245,8 @@ def test_what_one_thread_finds_damaged_no_other_thread_takes_back(
 
     monkeypatch.setattr(Worker, "is_there", is_there)
     moving = Mover(True, Ledger(), set(), lambda _: None)
-    with open(tmp_path / "left", "rb") as file:
-        moving.move(shard, file.fileno(), 2, compare=True)
+    with stores.opened(tmp_path / "left") as file:
+        moving.compare(shard, file, 2)
     assert moving.stale
 
 

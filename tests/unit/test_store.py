@@ -16,9 +16,10 @@ from oracles import FIXTURES
 
 from ckpt.cli.main import cli
 from converters.errors import CheckpointError
-from converters.storage import open_files
+from converters.storage import open_files, stores
 from converters.storage.local_store import LocalStore
 from converters.storage.store import File, is_url, local_path
+from converters.storage.stores import source_path
 from converters.tensors import Extent
 from tests.support.store_suite import Place, StoreSuite
 
@@ -66,7 +67,7 @@ def value_of(path: Path, form: str = "value", nbytes: int = 8) -> Value:
 @pytest.mark.parametrize("name", ["s3://bucket/run/file.pt", "hf://org/repo", "https://host/a//b"])
 def test_a_url_stays_a_url_and_is_refused_by_its_name(name: str) -> None:
     assert is_url(name)
-    for ask in (local_path, LocalStore().open, LocalStore().identity):
+    for ask in (local_path, source_path, LocalStore().open, LocalStore().status, stores.is_file):
         with pytest.raises(CheckpointError) as raised:
             ask(name)
         assert str(raised.value).startswith(f"{name} is a URL")
@@ -76,7 +77,7 @@ def test_a_url_stays_a_url_and_is_refused_by_its_name(name: str) -> None:
 @pytest.mark.parametrize("name", ["out/checkpoint-5", "/a/b", "c:/model", "a:b", Path("a//b")])
 def test_a_path_is_no_url(name: str | Path) -> None:
     assert not is_url(name)
-    assert local_path(name) == Path(name)
+    assert local_path(name) == source_path(name) == Path(name)
 
 
 def test_a_command_opens_and_parses_each_file_once(
@@ -161,7 +162,33 @@ def test_other_threads_have_files_of_their_own(tmp_path: Path) -> None:
     assert values[0] is not values[1]
 
 
-def test_files_are_replaced_swapped_and_thrown_away(tmp_path: Path) -> None:
+def test_links_are_followed_but_not_in_a_circle(tmp_path: Path) -> None:
+    inner = tmp_path / "a" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "file").write_bytes(b"1")
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
+    (inner / "circle").symlink_to(tmp_path / "a")
+    (tmp_path / "dead").symlink_to(tmp_path / "nowhere")
+
+    listed = [file.name for file in LocalStore().list(tmp_path)]
+    assert listed == ["a/inner/file", "linked/inner/file"]
+    assert stores.folders(tmp_path) == ["a", "linked"]
+    assert stores.names(tmp_path) == ["a", "dead", "linked"]
+    assert stores.is_dead_link(tmp_path / "dead") and not stores.exists(tmp_path / "dead")
+
+
+def test_a_file_is_written_where_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    for nbytes, had_size in ((5, True), (7, False)):
+        with LocalStore().open_in_place(tmp_path / "file", nbytes) as file:
+            buffer = bytearray(5)
+            assert (file.had_size, file.read_into(0, memoryview(buffer))) == (had_size, 5)
+            file.write(b"x", 1)
+            file.write_cached(memoryview(b"y"), 3)
+    assert (tmp_path / "file").read_bytes() == b"1x3y5\0\0"
+
+
+def test_files_are_replaced_swapped_and_made_durable(tmp_path: Path) -> None:
     store = LocalStore()
     first, second = files_of(tmp_path, 2)
     store.reserve(tmp_path / "reserved", 1 << 16)
@@ -173,12 +200,6 @@ def test_files_are_replaced_swapped_and_thrown_away(tmp_path: Path) -> None:
 
     store.replace(first, second)
     assert second.read_bytes() == b"00000000" and not first.exists()
-
-    folder = tmp_path / "folder"
-    (folder / "inner").mkdir(parents=True)
-    for name in (second, folder, tmp_path / "reserved"):
-        store.trash(name)
-    assert list(tmp_path.iterdir()) == []
 
 
 OPENED: Counter[str] | None = None  # what is opened, while somebody counts

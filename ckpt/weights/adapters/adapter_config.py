@@ -23,6 +23,7 @@ from converters.peft import config_fit
 from converters.peft.config import NAME, AdapterConfig
 from converters.peft.config_fit import Shown
 from converters.source import Place
+from converters.storage import stores
 
 DEFAULT = "default"
 MAX_SIBLINGS = 1000  # checkpoints of a run that are looked into
@@ -88,7 +89,7 @@ def _own_path(place: Place, request: Request, adapter: str, alone: bool) -> Path
     """The file that the user names, or that lies in the checkpoint."""
     option = request.adapter_config
     if option is not None:
-        if not option.is_dir():
+        if not stores.is_folder(option):
             return option
         return _first(places(option, adapter, True)) or option / NAME
 
@@ -102,7 +103,7 @@ def _own_path(place: Place, request: Request, adapter: str, alone: bool) -> Path
 
 def _first(folders: tuple[Path, ...]) -> Path | None:
     """The first of the folders' files that is there."""
-    return next((folder / NAME for folder in folders if (folder / NAME).is_file()), None)
+    return next((folder / NAME for folder in folders if stores.is_file(folder / NAME)), None)
 
 
 def _beside(root: Path, adapter: str, alone: bool) -> Iterator[AdapterConfig]:
@@ -113,7 +114,7 @@ def _beside(root: Path, adapter: str, alone: bool) -> Iterator[AdapterConfig]:
     """
     run = root.resolve().parent
     try:
-        entries = sorted(entry for entry in run.iterdir() if _CHECKPOINT.fullmatch(entry.name))
+        entries = [run / name for name in stores.names(run) if _CHECKPOINT.fullmatch(name)]
     except OSError:
         return
 

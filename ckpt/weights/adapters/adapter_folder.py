@@ -25,6 +25,7 @@ from converters.peft.config import NAME
 from converters.peft.config_fit import Shown
 from converters.peft.names import ParsedName
 from converters.source import Place, Source
+from converters.storage import stores
 from converters.tensors import Weights
 
 DEFAULT = adapter_config.DEFAULT
@@ -98,7 +99,7 @@ def _require_folders(groups: Collection[str], root: Path) -> None:
 def _refuse_unknown(all_names: Iterable[str], root: Path) -> None:
     """Raises for the names of a PEFT model whose kind of adapter is not known."""
     path = root / NAME
-    if not path.is_file() or not any(name.startswith(names.WRAPPER) for name in all_names):
+    if not stores.is_file(path) or not any(name.startswith(names.WRAPPER) for name in all_names):
         return
 
     try:
@@ -203,7 +204,7 @@ def _beside(place: Place, surroundings: Surroundings) -> Surroundings:
         if name not in _NOT_BESIDE and not name.endswith(".py")
     }
     card = place.root / _CARD
-    if card.is_file():
+    if stores.is_file(card):
         companions.setdefault(_CARD, card)
     notes = tuple(note for note in surroundings.notes if "config.json" not in note)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from ckpt.weights.companions.surroundings import Surroundings
 from ckpt.weights.request import Request
 from converters.errors import CheckpointError
+from converters.storage import stores
 
 
 def of_model(root: Path, request: Request, surroundings: Surroundings) -> tuple[str, ...]:
@@ -48,7 +49,7 @@ def of_adapter(request: Request) -> tuple[str, ...]:
     """
     reason = "the folder of an adapter has no config.json; --merge writes a model, which has one"
     path = request.config
-    within = path is not None and path.is_dir()  # other files of the folder are taken
+    within = path is not None and stores.is_folder(path)  # other files of the folder are taken
 
     return (
         *_notes(

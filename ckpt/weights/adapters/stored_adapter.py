@@ -15,6 +15,7 @@ from ckpt.weights.adapters import adapter_config
 from ckpt.weights.adapters.adapter_config import DEFAULT
 from converters.errors import CheckpointError
 from converters.formats import pytorch_bin, safetensors
+from converters.storage import stores
 from converters.tensors import TensorRef, Weights
 from converters.torch_files.record_checksums import located_in_files
 
@@ -45,7 +46,7 @@ def read(root: Path, adapter: str = DEFAULT, alone: bool = True) -> Stored | Non
     for folder in adapter_config.places(root, adapter, alone):
         for name in FILES:
             path = folder / name
-            if not path.is_file():
+            if not stores.is_file(path):
                 continue
 
             reader = safetensors.read if path.suffix == ".safetensors" else pytorch_bin.read

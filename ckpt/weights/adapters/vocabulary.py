@@ -16,6 +16,7 @@ from ckpt.weights.request import Request
 from converters.errors import CheckpointError
 from converters.peft import embeddings, names
 from converters.peft.config import AdapterConfig
+from converters.storage import stores
 from converters.tensors import Weights
 
 # The configuration of a text model inside, whose vocab_size a resizing changes
@@ -94,7 +95,7 @@ def _base_rows(config: AdapterConfig, request: Request, inner: bool) -> int | No
 
 
 def _rows(path: Path, inner: bool) -> int | None:
-    if not path.is_file():
+    if not stores.is_file(path):
         return None
 
     try:

@@ -25,6 +25,7 @@ from converters.peft.config import NAME, AdapterConfig
 from converters.peft.config_fit import Shown
 from converters.peft.export import Selection
 from converters.source import Source
+from converters.storage import stores
 from converters.tensors import Weights
 
 
@@ -96,7 +97,7 @@ def write_plan(
         weights=replace(adapter_weights, absent=doubts.absent),
         renamed=_renamed(unwrapped, chosen, adapter_weights),
         sources=frozenset((*chosen.sources.values(), *chosen.prompt.values())),
-        text=config.path.read_bytes(),
+        text=stores.content(config.path),
         proof=proof,
         strict=strict,
         notes=(*_note_on_place(config.path, root, request), *notes, *resizing_notes, *doubts.notes),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converters.storage import stores
 from converters.storage.local import named
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Code:
 
 def is_file(path: Path) -> bool:
     """Whether a plain file, or a link to one, can be read there."""
-    return path.is_file()
+    return stores.is_file(path)
 
 
 def code(
@@ -105,11 +106,15 @@ def read_object(path: Path, is_readable: Callable[[Path], bool] = is_file) -> di
 
 def read_json(path: Path, is_readable: Callable[[Path], bool] = is_file) -> Any:
     """The same of any JSON; ``None`` where there is none."""
-    if not path.is_file() or not is_readable(path) or path.stat().st_size > MAX_JSON_BYTES:
+    if (
+        not stores.is_file(path)
+        or not is_readable(path)
+        or stores.status(path).size > MAX_JSON_BYTES
+    ):
         return None
 
     with named(path):
-        data = path.read_bytes()
+        data = stores.content(path)
     try:
         return json.loads(data)  # the Trainer writes NaN
     except (ValueError, RecursionError):
@@ -137,9 +142,9 @@ def _parsed(path: Path) -> ast.Module:
     import ast  # takes 10 ms, and few checkpoints have code
 
     with named(path):
-        if path.stat().st_size > MAX_CODE_BYTES:
+        if stores.status(path).size > MAX_CODE_BYTES:
             raise ValueError(f"{path} is too large for a Python file")
-        return ast.parse(path.read_bytes())
+        return ast.parse(stores.content(path))
 
 
 def _custom_modules(root: Path, is_readable: Callable[[Path], bool]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from ckpt.weights.companions import model_code, module_folders
 from ckpt.weights.companions.model_code import is_file
 from ckpt.weights.companions.reader_files import VOCABULARY_FILES
 from converters.errors import CheckpointError
-from converters.storage import bounded_json, misplaced_files
+from converters.storage import bounded_json, misplaced_files, stores
 from converters.tensors import DType
 
 _MODEL = ("generation_config.json",)
@@ -94,12 +94,13 @@ def companion_files(root: Path, is_readable: Callable[[Path], bool] = is_file) -
     may be taken.
     """
     code = model_code.code(root, is_readable)
-    names = [path.name for path in sorted(root.iterdir()) if path.is_file()]
+    present = stores.names(root)
+    names = [name for name in present if stores.is_file(root / name)]
     readers = [name for name in names if _fits(name, (*_READERS, *sorted(code.vocabulary)))]
     readers += list(_in_folders(root))
 
     patterns = (*_READERS, *_MODEL, *_MODULAR)
-    dead_links = [p.name for p in sorted(root.iterdir()) if p.is_symlink() and not p.exists()]
+    dead_links = [name for name in present if stores.is_dead_link(root / name)]
     broken = {name: "is a link that leads nowhere" for name in dead_links if _fits(name, patterns)}
     broken |= {
         name: problem
@@ -136,13 +137,21 @@ def _fits(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _in_folders(root: Path) -> Iterator[str]:
     """The files of a processor that lie in folders of their own."""
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+    for folder in stores.folders(root):
         for pattern, inner in _READER_FOLDERS.items():
-            if not fnmatchcase(folder.name, pattern):
+            if not fnmatchcase(folder, pattern):
                 continue
-            for path in sorted((*folder.glob("*"), *folder.glob("*/*"))):
-                if path.is_file() and _fits(path.name, inner):
+            for path in sorted(_two_levels(root / folder)):
+                if stores.is_file(path) and _fits(path.name, inner):
                     yield path.relative_to(root).as_posix()
+
+
+def _two_levels(folder: Path) -> Iterator[Path]:
+    """What lies in a folder and in the folders in it."""
+    for entry in stores.entries(folder):
+        yield folder / entry.name
+        if entry.is_folder:
+            yield from (folder / entry.name / name for name in stores.names(folder / entry.name))
 
 
 def _of_modules(root: Path) -> tuple[list[str], tuple[str, ...]]:
@@ -156,9 +165,9 @@ def _of_modules(root: Path) -> tuple[list[str], tuple[str, ...]]:
     names = []
     for folder in dict.fromkeys(module.folder for module in modules if module.folder):
         place = root / folder
-        for path in sorted(place.iterdir()) if place.is_dir() else ():
-            if path.is_file() and _fits(path.name, _MODULE):
-                names.append(f"{folder}/{path.name}")
+        for name in stores.names(place) if stores.is_folder(place) else ():
+            if stores.is_file(place / name) and _fits(name, _MODULE):
+                names.append(f"{folder}/{name}")
 
     return names, ()
 
@@ -169,11 +178,11 @@ def read_object(path: Path) -> dict[str, Any]:
     ``CheckpointError`` if the file has none.
     """
     try:
-        if path.exists() and not path.is_file():  # a device or a pipe may have no end
+        if stores.exists(path) and not stores.is_file(path):  # a device or a pipe may have no end
             raise CheckpointError(f"{path} is not a regular file")
-        if path.stat().st_size > model_code.MAX_JSON_BYTES:
+        if stores.status(path).size > model_code.MAX_JSON_BYTES:
             raise CheckpointError(f"{path} is too large for a configuration")
-        content = bounded_json.loads(path.read_bytes(), infinite=True)
+        content = bounded_json.loads(stores.content(path), infinite=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ckpt.weights.companions.model_code import MAX_JSON_BYTES, MODULES
 from converters.errors import CheckpointError
-from converters.storage import bounded_json
+from converters.storage import bounded_json, stores
 
 ROUTER = "router_config.json"
 MAX_MODULES = 256
@@ -43,7 +43,7 @@ def modules(root: Path) -> tuple[Module, ...]:
     ``CheckpointError`` if it is broken, or names a folder outside ``root``.
     """
     path = root / MODULES
-    if not path.is_file():
+    if not stores.is_file(path):
         return ()
 
     entries = _read(path)
@@ -54,18 +54,18 @@ def modules(root: Path) -> tuple[Module, ...]:
     for entry in entries:
         module = _module(path, entry)
         router = root / module.folder / ROUTER
-        modules += _route_modules(router, module) if router.is_file() else [module]
+        modules += _route_modules(router, module) if stores.is_file(router) else [module]
 
     return tuple(modules)
 
 
 def _read(path: Path) -> Any:
     try:
-        if path.exists() and not path.is_file():  # a device or a pipe may have no end
+        if stores.exists(path) and not stores.is_file(path):  # a device or a pipe may have no end
             raise CheckpointError(f"{path} is not a regular file")
-        if path.stat().st_size > MAX_JSON_BYTES:
+        if stores.status(path).size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} is too large for a list of modules")
-        return bounded_json.loads(path.read_bytes())
+        return bounded_json.loads(stores.content(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
 

@@ -8,7 +8,6 @@ there is nothing else).
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from ckpt.weights.companions.model_folder import Companions
 from ckpt.weights.request import Request
 from converters.errors import CheckpointError
 from converters.source import Place
-from converters.storage import bounded_json, misplaced_files
+from converters.storage import bounded_json, misplaced_files, stores
 from converters.tensors import Weights
 
 CONFIG = "config.json"
@@ -74,7 +73,7 @@ def of(place: Place, request: Request, weights: Weights | None = None) -> Surrou
 
     if request.config is not None:
         config, companions = _config_of_user(request.config, config, companions)
-    elif request.base is not None and request.base.is_dir():
+    elif request.base is not None and stores.is_folder(request.base):
         config, companions = _config_of_base(request.base, config, companions)
 
     if request.tokenizer is not None:
@@ -101,9 +100,10 @@ def _needs_none(companions: Companions) -> bool:
 
 def _homes(place: Place) -> list[Path]:
     """The folders with the files beside the weights, the nearest to the states first."""
-    if os.path.lexists(place.folder / CONFIG):
+    config_path = place.folder / CONFIG
+    if stores.exists(config_path) or stores.is_dead_link(config_path):
         return [place.folder]
-    if any((place.folder / name).is_file() for name in _TOKENIZERS):
+    if any(stores.is_file(place.folder / name) for name in _TOKENIZERS):
         return [place.folder, place.root]
     return [place.root]
 
@@ -143,7 +143,7 @@ def _own_config(place: Place, weights: Weights | None) -> _Config:
 
 def _read(path: Path) -> _Config:
     """The config.json at ``path``. A broken one is a note, as the weights are whole."""
-    if path.is_file():
+    if stores.is_file(path):
         try:
             return _Config(model_folder.read_object(path), path)
         except CheckpointError as error:
@@ -151,9 +151,9 @@ def _read(path: Path) -> _Config:
             if isinstance(cause, OSError) and not isinstance(cause, PermissionError):
                 raise  # the disk fails, the file may be right
             problem = _why_broken(path, error)
-    elif path.is_symlink():
+    elif stores.is_dead_link(path):
         problem = "is a link that leads nowhere"
-    elif path.exists():
+    elif stores.exists(path):
         problem = "is not a file"
     else:
         return _Config()
@@ -164,15 +164,14 @@ def _read(path: Path) -> _Config:
 def _why_broken(path: Path, error: CheckpointError) -> str:
     if (problem := misplaced_files.file(path)) is not None:
         return problem
-    if not path.stat().st_size:
+    if not stores.status(path).size:
         return "is empty"
     return str(error).removeprefix(f"{path} ")
 
 
 def _of_this_model(config: _Config, place: Place, weights: Weights) -> _Config:
     """The config.json of a folder with several models, if it is of the converted one."""
-    names = sorted(path.name for path in place.root.iterdir() if path.is_dir())
-    several = [name for name in names if _SEVERAL.fullmatch(name)]
+    several = [name for name in stores.folders(place.root) if _SEVERAL.fullmatch(name)]
     if place.tag not in several or len(several) < 2:
         return config
 
@@ -234,16 +233,17 @@ def _config_of_user(
     path: Path, own_config: _Config, companions: Companions
 ) -> tuple[_Config, Companions]:
     """The configuration that ``--config`` names, and the other files of its folder."""
-    if not path.exists():
+    if not stores.exists(path):
         raise CheckpointError(
             f"--config {path} does not exist; name a config.json or a model's folder",
             "incomplete",
         )
 
-    file = path / CONFIG if path.is_dir() else path
-    if path.is_dir() and not file.is_file() and (path / "modules.json").is_file():
+    in_folder = stores.is_folder(path)
+    file = path / CONFIG if in_folder else path
+    if in_folder and not stores.is_file(file) and stores.is_file(path / "modules.json"):
         config = own_config  # sentence-transformers without a transformer in the folder itself
-    elif not file.is_file():
+    elif not stores.is_file(file):
         raise CheckpointError(f"--config {path} holds no config.json", "incomplete")
     else:
         config = _require(file)
@@ -251,7 +251,7 @@ def _config_of_user(
             note = "config.json is the one that --config names, not the checkpoint's own"
             config = replace(config, notes=(note,))
 
-    if path.is_dir():
+    if in_folder:
         donor = _companions_of(path)
         model, notes = {**companions.model, **donor.model}, donor.notes
         readers = companions.readers or donor.readers
@@ -288,7 +288,7 @@ def _config_of_base(
 ) -> tuple[_Config, Companions]:
     """The base model's configuration and tokenizer, where the checkpoint has none."""
     config = own_config
-    if own_config.content is None and (path / CONFIG).is_file():
+    if own_config.content is None and stores.is_file(path / CONFIG):
         config = _require(path / CONFIG)
     donor = _companions_of(path)
     model = {**donor.model, **companions.model} if config is not own_config else companions.model
@@ -297,8 +297,8 @@ def _config_of_base(
 
 def _replace_tokenizer(path: Path, companions: Companions) -> Companions:
     """The same with the tokenizer and the processor of another folder."""
-    if not path.is_dir():
-        what = "is a file; name its folder" if path.exists() else "does not exist"
+    if not stores.is_folder(path):
+        what = "is a file; name its folder" if stores.exists(path) else "does not exist"
         raise CheckpointError(f"--tokenizer {path} {what}", "incomplete")
 
     donor = _companions_of(path)

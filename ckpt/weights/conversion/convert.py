@@ -38,8 +38,10 @@ from converters.execute import shards
 from converters.formats import wrapped_state_dict
 from converters.plan import Plan, Tied
 from converters.source import EXCLUDED, Source
-from converters.storage import bounded_json, local, open_files
-from converters.storage.store import local_path
+from converters.storage import bounded_json, local, open_files, stores
+from converters.storage.store import is_url, local_path
+from converters.storage.stores import source_path
+from converters.storage.url_path import absolute
 
 
 @open_files.once()
@@ -74,7 +76,7 @@ def plan(
     _require_choice("format", format, get_args(Format))
     _require_choice("tied", tied, (None, *get_args(Tied)))
 
-    place = local_path(checkpoint)
+    place = source_path(checkpoint)
     output_path = None if output is None else local_path(output)
     source = sources.read(place, tag, request)
     if format == "lightning":
@@ -161,9 +163,9 @@ def _notes(source: Source, product: Product, verdict: LoadVerdict) -> Iterator[s
 
 
 def _place(checkpoint: Path, output: Path | None, dtype: str) -> Path:
-    place = output or Path(os.path.abspath(checkpoint) + f"-{dtype}")
+    place = output or local_path(f"{absolute(checkpoint)}-{dtype}")
     # Of "." or "/" only the whole path has a name, or none has.
-    return place if place.name not in ("", "..") else Path(os.path.abspath(place))
+    return place if place.name not in ("", "..") else absolute(place)
 
 
 def execute(
@@ -209,7 +211,7 @@ def execute(
 def _require_readable(companions: Mapping[str, Path]) -> None:
     """Raises for a file that could not be copied later, when all weights are written."""
     for path in companions.values():
-        if not os.access(path, os.R_OK):
+        if not stores.is_readable(path):
             raise CheckpointError(f"{path} cannot be read; make it readable or move it away")
 
 
@@ -223,9 +225,7 @@ def _complete(
     for name, path in conversion.companions.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        with local.named(path):
-            data = path.read_bytes()
-        local.write_file(target, data)
+        local.write_file(target, stores.content(path))
 
     for name, text in texts.items():
         target = folder / name
@@ -286,12 +286,18 @@ def _source_files(
     digests_by_path |= {path: None for path in digests if path not in digests_by_path}
     for path, digest in digests_by_path.items():
         yield ReadFile(
-            # A link has its own name here, not that of the file that it leads to.
-            name=os.path.relpath(path.parent.resolve() / path.name, root),
-            size=path.stat().st_size,
+            name=_name_from(root, path),
+            size=stores.status(path).size,
             directory_sha256=digest,
             crc32s_sha256=None if digest else digests.get(path),
         )
+
+
+def _name_from(root: Path, path: Path) -> str:
+    """The name of a file as seen from the checkpoint; from a URL that of a local file is whole."""
+    # a link has its own name here, not that of the file that it leads to
+    full_path = path.parent.resolve() / path.name
+    return str(full_path) if is_url(path) != is_url(root) else os.path.relpath(full_path, root)
 
 
 def _checks(conversion: Conversion, report: shards.MoveReport, verify: bool) -> WeightChecks:

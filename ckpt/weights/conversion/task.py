@@ -14,6 +14,7 @@ from ckpt.weights.output.product import Product
 from ckpt.weights.reader.verdict import LoadVerdict
 from converters.plan import Plan, Tied
 from converters.source import Source
+from converters.storage import stores
 from converters.tensors import DType
 
 Format = Literal["safetensors", "bin", "lightning"]
@@ -85,7 +86,7 @@ class Conversion:
     @property
     def nbytes(self) -> int:
         """Bytes of the output: shards, index and copied files."""
-        return self.plan.nbytes + sum(path.stat().st_size for path in self.companions.values())
+        return self.plan.nbytes + sum(stores.status(path).size for path in self.companions.values())
 
 
 def main_dtype(plan: Plan) -> DType:

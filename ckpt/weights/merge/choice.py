@@ -20,6 +20,7 @@ from converters.peft import config as configs
 from converters.peft import kinds, names
 from converters.peft.config import AdapterConfig
 from converters.source import Place
+from converters.storage import stores
 from converters.tensors import Weights
 
 
@@ -141,7 +142,7 @@ def _chat_config(place: Place, request: Request) -> AdapterConfig:
     path = request.adapter_config
     if path is None:
         own_path = place.root / configs.NAME
-        if not own_path.is_file():
+        if not stores.is_file(own_path):
             raise CheckpointError(
                 f"{place.folder} holds a LoRA of DeepSpeed-Chat, and no file says how it is "
                 "scaled; name one with --adapter-config FILE, such as "

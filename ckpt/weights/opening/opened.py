@@ -23,7 +23,8 @@ from converters.errors import CheckpointError
 from converters.formats import safetensors, weight_files
 from converters.plan import output_dtype
 from converters.source import Source
-from converters.storage.store import local_path
+from converters.storage import stores
+from converters.storage.stores import source_path
 from converters.tensors import DType, TensorRef, Weights
 from converters.words import counted
 from converters.zero.files import discovery
@@ -56,7 +57,7 @@ def open(
     ``CheckpointError`` if nothing can be opened there. While the checkpoint is open,
     ``ckpt prune`` does not delete it.
     """
-    path = local_path(path)
+    path = source_path(path)
     with arguments.naming_arguments("tag=", "strip=", "rename=", "select=", "part="):
         lock = locks.reading(_place(path, tag))
         try:
@@ -85,7 +86,7 @@ def _wished(weights: Weights, wishes: Naming) -> tuple[Weights, dict[str, str]]:
 
 def _place(path: Path, tag: str | None) -> Path:
     """The folder that the tensors lie in: the tag's, if ``path`` leads to one."""
-    if path.is_dir() and (tag is not None or (path / "latest").exists()):
+    if stores.is_folder(path) and (tag is not None or stores.exists(path / "latest")):
         return discovery.find(path, tag).folder
     return path
 
@@ -97,7 +98,7 @@ def _weights(path: Path, tag: str | None) -> tuple[Weights, Source | None]:
 
 def _source(path: Path, tag: str | None) -> Source:
     """What the reader that fits makes of it: weights come before states nothing points to."""
-    has_choice = path.is_dir() and tag is None and not (path / "latest").exists()
+    has_choice = stores.is_folder(path) and tag is None and not stores.exists(path / "latest")
     weights = detect_weights(path) if has_choice else None
     return (weights or detect(path, tag)).read()
 

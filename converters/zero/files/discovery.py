@@ -24,7 +24,7 @@ from converters.detect.state_folders import is_tag_folder as is_tag_folder
 from converters.detect.state_folders import tags as tags
 from converters.errors import CheckpointError
 from converters.source import Place as Place
-from converters.storage import misplaced_files
+from converters.storage import misplaced_files, stores
 
 _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_?(optim|model)_states")
 
@@ -56,7 +56,7 @@ def find(path: Path, tag: str | None = None) -> Place:
 
     ``tag`` wins over everything. ``CheckpointError`` says what is there instead.
     """
-    if not path.is_dir():
+    if not stores.is_folder(path):
         raise detection.detect(path).error
     if tag is not None:
         return _named(path, tag)
@@ -64,7 +64,7 @@ def find(path: Path, tag: str | None = None) -> Place:
         return Place(path.resolve().parent, path, path.resolve().name)
 
     latest = path / "latest"
-    if not latest.is_file():
+    if not stores.is_file(latest):
         if link_note := misplaced_files.link(latest):
             raise CheckpointError(f"{path} has no file latest{link_note}", "incomplete")
         raise detection.detect(path).error
@@ -76,7 +76,7 @@ def _named(path: Path, tag: str) -> Place:
     """The place of a tag that the user named."""
     if is_tag_folder(path) and path.resolve().name == tag:
         return Place(path.parent, path, tag)
-    if not (path / tag).is_dir():
+    if not stores.is_folder(path / tag):
         raise detection.detect(path, tag).error
     return Place(path, path / tag, tag)
 
@@ -84,7 +84,7 @@ def _named(path: Path, tag: str) -> Place:
 def _newest(path: Path, latest: Path) -> Place:
     """The place of the tag that the file ``latest`` names."""
     tag_name = state_folders.tag_in(latest)
-    if tag_name is None or not (path / tag_name).is_dir():
+    if tag_name is None or not stores.is_folder(path / tag_name):
         misplaced_note = misplaced_files.file(latest)
         if misplaced_note is not None:
             raise CheckpointError(f"{latest} {misplaced_note}", "incomplete")
@@ -97,7 +97,7 @@ def _newest(path: Path, latest: Path) -> Place:
 
     inner_folder = (path / tag_name).parent
     # a run's pointer names a folder with a pointer of its own: checkpoint-5/global_step5
-    if inner_folder != path and (inner_folder / "latest").is_file():
+    if inner_folder != path and stores.is_file(inner_folder / "latest"):
         return Place(inner_folder, path / tag_name, (path / tag_name).name)
 
     return Place(path, path / tag_name, tag_name)
@@ -108,7 +108,7 @@ def scan(place: Place) -> Files:
 
     ``CheckpointError`` if it is of a kind that is not read.
     """
-    names = sorted(entry.name for entry in place.folder.iterdir())
+    names = stores.names(place.folder)
     detection.require_readable(place.folder)
 
     optimizer_files = _by_rank(place, names, OPTIMIZER)

@@ -19,6 +19,7 @@ from typing import Any
 from converters import words
 from converters.errors import CheckpointError
 from converters.pickles.values import Call
+from converters.storage import stores
 from converters.tensors import DType, Listed, TensorRef
 from converters.torch_files import object_graph, reader
 from converters.torch_files.object_graph import Storage
@@ -53,19 +54,35 @@ def elsewhere(key: str) -> str:
     return f"zero/*/{key}.pt"
 
 
+def states_in(inner: Path) -> dict[str, set[str]]:
+    """The files in the folders of parameters, by the name of the folder, without ``.pt``.
+
+    One listing serves all of them: a folder may have one for each of 10,000 parameters.
+    """
+    states_by_name: dict[str, set[str]] = {}
+    for file in stores.files_below(inner):
+        folder, _, name = file.name.partition("/")
+        if name.endswith(".pt") and "/" not in name:
+            states_by_name.setdefault(folder, set()).add(name.removesuffix(".pt"))
+
+    return states_by_name
+
+
 def read(
     inner: Path,
+    states_by_name: Mapping[str, set[str]],
     shapes: Mapping[str, Shape],
     options: Mapping[str, Any],
     group_state: Mapping[str, Any],
 ) -> tuple[ParamGroup, list[TorchFile]]:
     """A param group from ``inner`` (the folder ``zero``), and the files that it lies in.
 
+    ``states_by_name`` says which files there are (``states_in``).
     ``shapes`` are in the order of the optimizer; ``group_state`` is what
     ``optimizer_state.pt`` has as the state of the group, if anything, as a tree.
     ``CheckpointError`` for what is missing or unlike.
     """
-    values, steps, files = _read_folders(inner, shapes)
+    values, steps, files = _read_folders(inner, states_by_name, shapes)
     constants = _constants(inner, group_state, values)
     common_steps = {COMMON: constants[STEP]} if STEP in constants else {}
     _require_complete(inner, shapes, values, steps | common_steps)
@@ -86,7 +103,7 @@ def read(
 
 
 def _read_folders(
-    inner: Path, shapes: Mapping[str, Shape]
+    inner: Path, states_by_name: Mapping[str, set[str]], shapes: Mapping[str, Shape]
 ) -> tuple[dict[str, dict[str, TensorRef]], dict[str, Any], list[TorchFile]]:
     """The weights and states of parameters by key and name, the steps, and the files.
 
@@ -98,8 +115,7 @@ def _read_folders(
 
     for name, shape in shapes.items():
         folder = inner / folder_name(name)
-        paths = folder.glob("*.pt") if folder.is_dir() else ()
-        stems = {path.stem for path in paths}
+        stems = states_by_name.get(folder.name, set())
         if MASTER not in stems:
             if prod(shape):
                 raise CheckpointError(

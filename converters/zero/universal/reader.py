@@ -29,7 +29,7 @@ from converters import words
 from converters.detect import detect
 from converters.errors import MALFORMED, CheckpointError
 from converters.source import SourceTopology
-from converters.storage import local
+from converters.storage import stores
 from converters.tensors import TensorRef
 from converters.torch_files import object_graph
 from converters.torch_files import reader as torch_reader
@@ -77,27 +77,25 @@ def find(path: Path, tag: str | None = None) -> discovery.Place:
     It is a folder with ``latest_universal``, or with ``zero`` itself.
     ``CheckpointError`` says what is there instead.
     """
-    if not path.is_dir():
+    if not stores.is_folder(path):
         raise _instead(path)
 
-    if tag is None and (path / "zero").is_dir():
+    if tag is None and stores.is_folder(path / "zero"):
         return discovery.Place(path.resolve().parent, path, path.resolve().name)
 
-    zero_folders = [folder for folder in path.glob("*/zero") if folder.is_dir()]
-    tags = sorted(folder.parent.name for folder in zero_folders)
-    if not tags and not (path / LATEST).is_file():
+    tags = [name for name in stores.folders(path) if stores.is_folder(path / name / "zero")]
+    if not tags and not stores.is_file(path / LATEST):
         raise _instead(path)
     offer = f"it holds {', '.join(tags)}: choose with --tag" if tags else "none is in it"
 
     if tag is None:
-        if not (path / LATEST).is_file():
+        if not stores.is_file(path / LATEST):
             raise CheckpointError(
                 f"{path} has no file {LATEST}, which names a universal checkpoint; {offer}",
                 "incomplete",
             )
 
-        with open(path / LATEST, "rb") as file, local.named(path / LATEST):
-            tag = file.read(4096).decode("utf-8", "replace").strip()
+        tag = stores.head(path / LATEST, 4096).decode("utf-8", "replace").strip()
 
     if tag not in tags:
         raise CheckpointError(f"{path} has no universal tag {tag!r}; {offer}", "incomplete")
@@ -136,7 +134,7 @@ def _read(place: discovery.Place, like: Checkpoint | None) -> Universal:
     models = _models(place)
     zero.refuse_foreign(models)
     inner = place.folder / "zero"
-    if not (inner / COMMON).is_file():
+    if not stores.is_file(inner / COMMON):
         raise CheckpointError(
             f"{inner} has no {COMMON}, which has the param groups; the conversion did "
             "not finish: make it again",
@@ -155,8 +153,9 @@ def _read(place: discovery.Place, like: Checkpoint | None) -> Universal:
     groups: list[ParamGroup] = []
     files: list[TorchFile] = []
 
+    states_by_name = parameter_folders.states_in(inner)
     for layout in group_layouts(models, rank, tree, like):
-        group, group_files = parameter_folders.read(inner, *layout)
+        group, group_files = parameter_folders.read(inner, states_by_name, *layout)
         groups.append(group)
         files += group_files
 
@@ -170,15 +169,18 @@ def _read(place: discovery.Place, like: Checkpoint | None) -> Universal:
         )
 
     checkpoint = _checkpoint(place, models, rank, groups, files)
-    _require_known(inner, checkpoint, groups)
+    _require_known(inner, states_by_name, checkpoint, groups)
     return Universal(checkpoint, tuple(groups), tree, tuple(model.path for model in models))
 
 
 def _models(place: discovery.Place) -> list[State]:
     """The model files: that of stages 1 and 2 if it is there, else those of stage 3."""
     paths_by_rank: dict[int, Path] = {}
-    for path in sorted(place.folder.glob("*_states.pt")):
-        match = _MODEL.fullmatch(path.name)
+    for name in stores.names(place.folder):
+        if not name.endswith("_states.pt"):
+            continue
+
+        path, match = place.folder / name, _MODEL.fullmatch(name)
         if match is None or int(match["mp"]):
             raise CheckpointError(
                 f"{path}: universal checkpoints of tensor, pipeline or expert "
@@ -278,24 +280,28 @@ def _partitioned(
     return rank_states
 
 
-def _require_known(inner: Path, checkpoint: Checkpoint, groups: Sequence[ParamGroup]) -> None:
+def _require_known(
+    inner: Path,
+    states_by_name: Mapping[str, set[str]],
+    checkpoint: Checkpoint,
+    groups: Sequence[ParamGroup],
+) -> None:
     """Raises for a folder that the model has no parameter for, or that loses states."""
     known_names = {*checkpoint.weights.order, COMMON}
     trained = {name for group in groups for name in group.shapes}
 
-    for path in sorted(inner.iterdir()):
-        if path.name not in known_names:
+    for name in stores.names(inner):
+        if name not in known_names:
             raise CheckpointError(
-                f"{path} is not a parameter of the model in {checkpoint.model.path.name}; "
+                f"{inner / name} is not a parameter of the model in {checkpoint.model.path.name}; "
                 "it is of another conversion: move it away"
             )
 
-        if path.name in trained:
+        if name in trained:
             continue
 
-        stems = {state_path.stem for state_path in path.glob("*.pt")}
-        if stems - {MASTER}:
+        if states_by_name.get(name, set()) - {MASTER}:
             raise CheckpointError(
-                f"{path} has optimizer state, but no param group has {path.name}: the "
+                f"{inner / name} has optimizer state, but no param group has {name}: the "
                 "order of the parameters (param_shapes, or --like) is of another model"
             )

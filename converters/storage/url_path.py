@@ -1,0 +1,81 @@
+"""A path that is a URL: it is joined, compared and shown as a path is, and never opened as one.
+
+    source_path("s3://bucket/run") / "latest"     UrlPath("s3://bucket/run/latest")
+
+So whatever takes a ``Path`` and only works with names takes a URL, too. What a filesystem
+would be asked (``stat``, ``open``, ``iterdir`` ...) is refused here: that goes through
+``stores``, which knows who keeps the file. Empty parts are dropped, as in any path.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path, PosixPath, PurePath
+from typing import NoReturn
+
+from converters.errors import CheckpointError
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # of one letter it is a drive
+_OF_A_FILESYSTEM = (
+    *("stat", "lstat", "exists", "is_dir", "is_file", "is_symlink", "is_mount", "samefile"),
+    *("iterdir", "glob", "rglob", "walk", "open", "read_bytes", "read_text", "readlink"),
+    *("write_bytes", "write_text", "touch", "mkdir", "rmdir", "unlink", "rename", "replace"),
+    *("chmod", "symlink_to", "hardlink_to", "owner", "group", "expanduser", "copy", "move"),
+)
+
+
+class UrlPath(PosixPath):
+    """The path of a file or folder in a store that is not the local filesystem."""
+
+    def __str__(self) -> str:
+        scheme, colon, location = super().__str__().partition(":/")
+        return f"{scheme}://{location.lstrip('/')}" if colon else scheme
+
+    @property
+    def parent(self) -> UrlPath:
+        """The folder around it; around a bucket there is none, so it is its own."""
+        is_bucket = len(self.parts) == 2 and self.parts[0].endswith(":")
+        return self if is_bucket else super().parent
+
+    @property
+    def parents(self) -> tuple[UrlPath, ...]:
+        """The folders around it, the nearest first."""
+        parent = self.parent
+        return () if parent == self else (parent, *parent.parents)
+
+    def absolute(self) -> UrlPath:
+        """Itself."""
+        return self
+
+    def resolve(self, strict: bool = False) -> UrlPath:
+        """Itself: a URL has no links to follow."""
+        return self
+
+    def is_absolute(self) -> bool:
+        """Whether it begins with a scheme; what is left of one by ``relative_to`` does not."""
+        return bool(scheme_of(self))
+
+    def refuse(self, *_: object, **__: object) -> NoReturn:
+        """``CheckpointError``: nothing of the filesystem lies under a URL."""
+        raise CheckpointError(
+            f"{self} is a URL, and this step works with local files only: download it first",
+            "unsupported",
+        )
+
+
+for _name in _OF_A_FILESYSTEM:
+    setattr(UrlPath, _name, UrlPath.refuse)
+
+
+def scheme_of(name: str | os.PathLike[str]) -> str:
+    """The scheme of a URL, in lower case; "" for a path."""
+    if isinstance(name, PurePath) and not isinstance(name, UrlPath):
+        return ""
+    match = _SCHEME.match(os.fspath(name))
+    return match[1].lower() if match else ""
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root on, without ``.`` and ``..``, links kept; a URL is one already."""
+    return path if isinstance(path, UrlPath) else Path(os.path.abspath(path))

@@ -18,6 +18,7 @@ from oracles import run as run_command
 from safetensors.torch import load_file, save_file
 
 import ckpt
+from ckpt.results import WeightChecks
 from ckpt.weights.check import checking, stored
 from ckpt.weights.companions.surroundings import Surroundings
 from ckpt.weights.conversion import comparison
@@ -504,7 +505,7 @@ def test_what_was_compared_is_counted() -> None:
         "uncompared_buffers": 0,
         "unlike_tensors": [],
     }
-    equal, open_points = comparison.words(checks)
+    equal, open_points = comparison.words(WeightChecks(verified=True, **checks))
     assert equal == "9 of 15 tensors (12 % of bytes) equal to model.safetensors"
     assert open_points == ["6 tensors have another layout there"]
 

@@ -18,7 +18,7 @@ from ckpt.cli.main import main
 from converters.detect import Detection, detect, read
 from converters.detect.kinds import KINDS
 from converters.errors import CheckpointError
-from converters.source import Place, Source, Topology
+from converters.source import Place, Source, SourceTopology
 from converters.tensors import Weights
 
 COMMANDS = {
@@ -200,7 +200,7 @@ def test_a_snapshot_of_the_hub_cache_without_its_weights_is_unfinished(tmp_path:
     assert "run hf download again" in str(detection.refusal)
 
 
-def source(topology: Topology | None, place: Path) -> Source:
+def source(topology: SourceTopology | None, place: Path) -> Source:
     return Source(
         kind="safetensors",
         place=Place(place, place, "step5"),
@@ -216,7 +216,7 @@ def test_show_says_of_other_sources_only_what_is_known(tmp_path: Path) -> None:
     assert text.startswith(f"kind         weights in safetensors\nfolder       {tmp_path}\n")
     assert "ZeRO" not in text and "DeepSpeed" not in text and "None" not in text
     assert "\nstep         5\n" in text
-    assert "world size   4" in report.show_text(report.show(source(Topology(4), tmp_path)))
+    assert "world size   4" in report.show_text(report.show(source(SourceTopology(4), tmp_path)))
     zero = report.show_text(report.show(read(FIXTURES / NAME)))
     assert "\nZeRO stage   2\nworld size   2\n" in zero and "\nDeepSpeed    0." in zero
 

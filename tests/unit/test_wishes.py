@@ -15,6 +15,7 @@ from test_names import WRAPPED, llama, loads_like, parameters, stated
 
 import ckpt
 from ckpt.cli import conversion as reports
+from ckpt.results import WeightChecks
 from ckpt.weights import arguments, request
 from ckpt.weights.conversion import comparison
 from ckpt.weights.conversion import convert as convert_module
@@ -132,7 +133,7 @@ def test_what_is_compared_is_told_in_numbers_that_are_true(equal: int, others: i
     checks = {"compared_with": "model states", "compared_tensors": equal, "unlike_tensors": []}
     checks |= {"uncompared_tensors": ["x"] * others, "uncompared_buffers": others}
     checks |= {"compared_bytes": 10**9, "source_bytes": 10**9 + 4}
-    line, open_points = comparison.words(checks)
+    line, open_points = comparison.words(WeightChecks(verified=True, **checks))
     assert line is not None and "(99.9 % of bytes)" in line
     one = ["1 tensor lies there only", "1 buffer is not compared"]
     assert open_points == (
@@ -144,7 +145,7 @@ def test_tensors_that_the_model_file_does_not_have_are_told_apart() -> None:
     checks = {"compared_with": "model states", "compared_tensors": 20, "unlike_tensors": []}
     checks |= {"uncompared_tensors": ["frozen", "a", "b"], "uncompared_buffers": 0}
     checks |= {"compared_bytes": 80, "source_bytes": 100, "without_copy": 2}
-    _, open_points = comparison.words(checks)
+    _, open_points = comparison.words(WeightChecks(verified=True, **checks))
     assert open_points == [
         "2 tensors are not there, but in the optimizer's files",
         "1 tensor lies there only",
@@ -152,9 +153,10 @@ def test_tensors_that_the_model_file_does_not_have_are_told_apart() -> None:
 
 
 def test_one_is_not_several() -> None:
-    one = reports.specials({"nan": {"a": 1}, "inf": {"b": 1}})
+    one = reports.specials(WeightChecks(verified=True, nan={"a": 1}, inf={"b": 1}))
     assert one == ["1 NaN in 1 tensor: a (1)", "1 infinite number in 1 tensor: b (1)"]
-    assert reports.specials({"inf": {"b": 2}}) == ["2 infinite numbers in 1 tensor: b (2)"]
+    two = reports.specials(WeightChecks(verified=True, inf={"b": 2}))
+    assert two == ["2 infinite numbers in 1 tensor: b (2)"]
 
 
 @pytest.mark.parametrize(

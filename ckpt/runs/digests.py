@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ def quiet(_: int) -> None:
     """Progress that nobody watches."""
 
 
+class FieldError(ValueError):
+    """A field of a manifest, or of a file in it, has a value that it cannot have."""
+
+
 @dataclass(frozen=True, slots=True)
 class File:
     """A file's size in bytes and its digest, ``KIND:HEX``."""
@@ -45,10 +50,10 @@ class File:
 
     def __post_init__(self) -> None:
         if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 0:
-            raise ValueError(f"size is {self.size!r}, expected a number of bytes")
+            raise FieldError(f"size is {reprlib.repr(self.size)}, expected a number of bytes")
         if not isinstance(self.digest, str) or not _DIGEST.fullmatch(self.digest):
-            raise ValueError(
-                f"digest is {self.digest!r}, expected zip:, crc32: or sha256: and hex",
+            raise FieldError(
+                f"digest is {reprlib.repr(self.digest)}, expected zip:, crc32: or sha256: and hex",
             )
 
     @property

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -21,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.folders.filenames import MANIFEST, PINNED
-from ckpt.runs.digests import File, Progress, digest, quiet, unlike
-from converters.errors import MALFORMED, CheckpointError
+from ckpt.runs.digests import FieldError, File, Progress, digest, quiet, unlike
+from converters.errors import CheckpointError
 from converters.storage import bounded_json
 
 __all__ = [
@@ -123,9 +124,7 @@ class Manifest:
             _require(_is_whole_number(step), f"line: {launch}", step, "a step")
 
     def _require_circumstances(self) -> None:
-        is_bool = isinstance(self.created, bool)
-        is_number = isinstance(self.created, (int, float)) and not is_bool
-        is_time = is_number and math.isfinite(self.created)
+        is_time = _is_number(self.created) and math.isfinite(self.created)
         _require(is_time, "created", self.created, "seconds")
 
         is_known_stage = self.stage is None
@@ -142,6 +141,9 @@ class Manifest:
                 has_type = isinstance(value, expected_type) and not isinstance(value, bool)
                 is_entry = is_text_key and has_type
                 _require(is_entry, f"{name}: {entry_name}", value, "another type")
+
+        for name, metric in self.metrics.items():
+            _require(_is_number(metric), f"metrics: {name}", metric, "a number")
 
         for name in self.files:
             is_tools_own = name in (MANIFEST, PINNED)
@@ -201,9 +203,15 @@ def _is_whole_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _is_number(value: object) -> bool:
+    """Whether a value is a number that a float can hold, which a whole one may not be."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, float) or (is_whole and abs(value) <= sys.float_info.max)
+
+
 def _require(is_valid: bool, name: str, actual_value: object, expected: str) -> None:
     if not is_valid:
-        raise ValueError(f"{name} is {_short_repr(actual_value)}, expected {expected}")
+        raise FieldError(f"{name} is {_short_repr(actual_value)}, expected {expected}")
 
 
 def is_inside(name: str) -> bool:
@@ -235,24 +243,31 @@ def _json_value(value: Any) -> Any:
 
 def loads(data: bytes, path: Path) -> Manifest:
     """The manifest in ``data``, read from ``path``; ``CheckpointError`` if it is damaged."""
+    text = data.decode("utf-8", "surrogateescape")
     try:
-        text = data.decode("utf-8", "surrogateescape")
         document = bounded_json.loads(data, text)
+    except ValueError as error:
+        raise _damaged(path, error) from error
+
+    try:
         _require_own(document, path)
         return _manifest(document)
-    except MALFORMED as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise CheckpointError(
-            f"{path} is damaged ({reason}); ckpt doctor {path.parent.parent} --adopt "
-            "writes a new one if the checkpoint proves to be whole"
-        ) from error
+    except FieldError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, reason: object) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged ({reason}); ckpt doctor {path.parent.parent} --adopt "
+        "writes a new one if the checkpoint proves to be whole"
+    )
 
 
 def _require_own(document: Any, path: Path) -> None:
-    """``ValueError`` for what is not a manifest, or was changed; ``CheckpointError`` for one
+    """``FieldError`` for what is not a manifest, or was changed; ``CheckpointError`` for one
     that a newer ckpt wrote. Takes the digest out of the document."""
     if not isinstance(document, dict) or "format" not in document:
-        raise ValueError("it is not a manifest")
+        raise FieldError("it is not a manifest")
     if document["format"] != FORMAT:
         raise CheckpointError(
             f"{path} has format {_short_repr(document['format'])}, this ckpt reads "
@@ -262,8 +277,13 @@ def _require_own(document: Any, path: Path) -> None:
 
     if "digest" in document:
         stated_digest = document.pop("digest")
-        if stated_digest != (actual_digest := _digest(document)):
-            raise ValueError(f"its digest is {actual_digest}, it says {_short_repr(stated_digest)}")
+        try:
+            actual_digest = _digest(document)
+        except (RecursionError, ValueError) as error:  # nested too deep; 1e999, an infinity
+            raise FieldError(f"it holds what JSON cannot: {error}") from error
+
+        if stated_digest != actual_digest:
+            raise FieldError(f"its digest is {actual_digest}, it says {_short_repr(stated_digest)}")
 
 
 def _manifest(document: dict[str, Any]) -> Manifest:
@@ -271,12 +291,12 @@ def _manifest(document: dict[str, Any]) -> Manifest:
     required_fields = [name for name in _FIELDS if name not in OPTIONAL]
     missing_fields = [name for name in required_fields if name not in document]
     if missing_fields:
-        raise ValueError(f"{', '.join(missing_fields)} missing")
+        raise FieldError(f"no {', '.join(missing_fields)}")
 
     fields = {name: document[name] for name in _FIELDS if name in document}
     _require_kinds(fields)
     fields["metrics"] = {
-        name: _NUMBERS[metric] if isinstance(metric, str) else metric
+        name: _number(name, metric) if isinstance(metric, str) else metric
         for name, metric in fields["metrics"].items()
     }
     fields["files"] = {
@@ -285,8 +305,14 @@ def _manifest(document: dict[str, Any]) -> Manifest:
     return Manifest(**fields)
 
 
+def _number(name: str, text: str) -> float:
+    """A metric that stands as a text: one of NaN and the infinities."""
+    _require(text in _NUMBERS, f"metrics: {name}", text, "a number, nan, inf or -inf")
+    return _NUMBERS[text]
+
+
 def _require_kinds(document: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` unless what has entries has them."""
+    """Raises ``FieldError`` unless what has entries has them."""
     for name in ("versions", "metrics", "progress", "files"):
         value = document[name]
         _require(isinstance(value, dict), name, value, "names and values")
@@ -296,7 +322,9 @@ def _require_kinds(document: Mapping[str, Any]) -> None:
         _require(is_file, f"files: {name}", entry, "a size and a digest")
 
     line = document.get("line", [])
-    is_line = isinstance(line, list) and all(isinstance(entry, list) for entry in line)
+    is_line = isinstance(line, list) and all(
+        isinstance(entry, list) and len(entry) == 2 for entry in line
+    )
     _require(is_line, "line", line, "pairs of a launch and a step")
 
 

@@ -120,9 +120,34 @@ class Machine:
         return payload
 
     def byte(self) -> int:
-        """The next byte, as a number."""
+        """The next byte, as a number; ``CheckpointError`` behind the last one."""
+        if self.position >= len(self.data):
+            self.fail("it has no end")
+
         self.position += 1
         return self.data[self.position - 1]
+
+    def require(self, count: int) -> None:
+        """Raises ``CheckpointError`` unless ``count`` values lie on the stack."""
+        if len(self.stack) < count:
+            self.fail(f"{count} values are expected on its stack, {len(self.stack)} are there")
+
+    def pop(self) -> Any:
+        """The value on top of the stack, taken off; ``CheckpointError`` if there is none."""
+        self.require(1)
+        return self.stack.pop()
+
+    def push_top(self) -> None:
+        """Pushes the value on top once more."""
+        self.require(1)
+        self.stack.append(self.stack[-1])
+
+    def push_memo(self, index: int) -> None:
+        """Pushes an entry of the memo; ``CheckpointError`` if nothing was put there."""
+        try:
+            self.stack.append(self.memo[index])
+        except KeyError:
+            self.fail(f"entry {index} of the memo is asked for, which was never put")
 
     def number(self, layout: struct.Struct) -> Any:
         """The next number, stored as ``layout`` says."""
@@ -131,14 +156,23 @@ class Machine:
     def text(self, count: int) -> str:
         """The next string, of ``count`` bytes of UTF-8."""
         self.charged_bytes += count + 50
-        return intern(self.take(count).decode("utf-8", "surrogatepass"))  # names come often
+        encoded = self.take(count)
+        try:
+            return intern(encoded.decode("utf-8", "surrogatepass"))  # names come often
+        except UnicodeDecodeError as error:
+            self.fail(f"a string is not UTF-8 ({error.reason})")
 
     def line(self) -> str:
         """The next line of text, without its end; ``CheckpointError`` if it has no end."""
         line_end = self.data.find(b"\n", self.position)
         if line_end < 0:
             self.fail("a line has no end")
-        return self.take(line_end + 1 - self.position)[:-1].decode("utf-8")
+
+        encoded = self.take(line_end + 1 - self.position)[:-1]
+        try:
+            return encoded.decode("utf-8")
+        except UnicodeDecodeError as error:
+            self.fail(f"a line is not UTF-8 ({error.reason})")
 
     def mark(self) -> None:
         """Pushes a mark; ``CheckpointError`` if too many are open."""
@@ -151,10 +185,10 @@ class Machine:
         """Pops the last mark and all above it, and returns those values, lowest first."""
         stack = self.stack
         mark_index = len(stack) - 1
-        while stack[mark_index] is not MARK:
+        while mark_index >= 0 and stack[mark_index] is not MARK:
             mark_index -= 1
-            if mark_index < 0:
-                self.fail("a mark is missing")
+        if mark_index < 0:
+            self.fail("a mark is missing")
 
         items = stack[mark_index + 1 :]
         del stack[mark_index:]
@@ -213,17 +247,20 @@ class Machine:
 
     def reduce(self) -> None:
         """Replaces a function and its arguments with what the call means."""
+        self.require(2)
         arguments = self.stack.pop()
         self.stack[-1] = self.call(self.stack[-1], arguments)
 
     def newobj(self) -> None:
         """Replaces a class and its arguments with the record of a new object."""
+        self.require(2)
         arguments = self.stack.pop()
         arguments = arguments if isinstance(arguments, tuple) else (arguments,)
         self.stack[-1] = self.record(self.stack[-1], arguments, new=True)
 
     def newobj_ex(self) -> None:
         """Replaces a class, arguments and keywords with the record of a new object."""
+        self.require(3)
         keywords, arguments = self.stack.pop(), self.stack.pop()
         if keywords:  # as protocol 2 says the same
             function = Global("copyreg", "__newobj_ex__")
@@ -235,8 +272,10 @@ class Machine:
 
     def obj(self) -> None:
         """Replaces a mark, a class and its arguments with the record of a new object."""
-        function, *args = self.since_mark()
-        self.stack.append(self.record(function, tuple(args)))
+        parts = self.since_mark()
+        if not parts:
+            self.fail("an object has no class")
+        self.stack.append(self.record(parts[0], tuple(parts[1:])))
 
     def inst(self) -> None:
         """Replaces a mark and arguments with an object of the class that lines name."""
@@ -245,12 +284,17 @@ class Machine:
 
     def build(self) -> None:
         """Gives the record below the state that lies on top; other values take none."""
+        self.require(2)
         state = self.stack.pop()
         if isinstance(self.stack[-1], Call):
             self.stack[-1].state = state
 
     def set_items(self, pairs: list[Any]) -> None:
         """Sets items of the dict or record on top; ``pairs`` alternates keys and values."""
+        self.require(1)
+        if len(pairs) % 2:
+            self.fail("a key has no value")
+
         target = self.stack[-1]
         self.charge(len(pairs) // 2 * _ENTRY)
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
@@ -274,17 +318,22 @@ class Machine:
     def check_hash_flood(self, value: Any) -> None:
         """Refuses many keys of one hash: they were made to take long."""
         try:
-            colliding_keys = self.keys_by_hash.setdefault(hash(value), {value})
-        except TypeError:  # a tuple of what has no hash
+            value_hash = hash(value)
+        except TypeError:  # a tuple of what has no hash: only hash() tells, however deep it is
             return
 
         self.charge(2 * _ENTRY)
-        colliding_keys.add(value)
+        colliding_keys = self.keys_by_hash.setdefault(value_hash, set())
+        try:
+            colliding_keys.add(value)
+        except RecursionError:  # two tuples of one hash are compared, which nest too deep
+            self.refuse_unnatural("its pickle holds keys that are tuples deep in each other")
         if len(colliding_keys) > MAX_KEYS_OF_ONE_HASH:
             self.refuse_unnatural(f"its pickle holds {len(colliding_keys)} keys of one hash")
 
     def append_all(self, values: list[Any]) -> None:
         """Adds values to the list, set or record on top; ``CheckpointError`` for another."""
+        self.require(1)
         target = self.stack[-1]
         if isinstance(target, set):
             self.charge(len(values) * _ENTRY)
@@ -299,8 +348,8 @@ class Machine:
 
     def take_set_item(self) -> None:
         """Pops a value and its key, and sets them in the dict below."""
-        value = self.stack.pop()
-        self.set_items([self.stack.pop(), value])
+        value = self.pop()
+        self.set_items([self.pop(), value])
 
     def dict_of(self) -> None:
         """Replaces a mark and the keys and values above it with a dict."""
@@ -334,7 +383,7 @@ class Machine:
 
     def stack_global(self) -> None:
         """Replaces the names of a module and of a member of it with the global."""
-        name, module = self.stack.pop(), self.stack.pop()
+        name, module = self.pop(), self.pop()
         if not isinstance(module, str) or not isinstance(name, str):
             self.fail("a global is named by what is not a string")
         self.stack.append(self.global_name(module, name))
@@ -346,6 +395,7 @@ class Machine:
 
     def persist(self) -> None:
         """Replaces a persistent id with what it names: of torch files, a storage."""
+        self.require(1)
         persistent_id = self.stack[-1]
         self.stack[-1] = self.persistent(persistent_id)
         names_storage = isinstance(persistent_id, tuple) and len(persistent_id) > 2
@@ -360,5 +410,6 @@ class Machine:
         if index >= len(self.data):  # picklers count them, and to put one takes two bytes
             self.fail(f"entry {index} of the memo is out of range")
         if index < 256 or index >= len(self.gets) or self.gets[index]:
+            self.require(1)
             self.charge(_ENTRY)
             self.memo[index] = self.stack[-1]

@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from converters.computing.computed import Computed, computed
-from converters.errors import MALFORMED
+from converters.errors import MalformedError
 from converters.quantized import small
 from converters.quantized.detection import quantization
 from converters.quantized.groups import Group, Modules
@@ -97,8 +97,8 @@ class Recipes:
 
         try:
             return makers[group.kind](group, self.modules.ref(group.codes))
-        except MALFORMED as error:
-            raise Unknown(f"its constants do not fit ({error!r})") from error
+        except MalformedError as error:
+            raise Unknown(f"its constants do not fit ({error})") from error
 
     def constant(self, group: Group, role: str) -> TensorRef:
         """A constant that must be there."""
@@ -121,7 +121,8 @@ class Recipes:
         The table has 16 numbers; each block of elements has a factor.
         """
         state = small.state(self.constant(group, "quant_state"))
-        shape, block = small.sizes(state["shape"]), int(small.number(state, "blocksize"))
+        shape = small.sizes(small.entry(state, "shape"))
+        block = small.whole_number(state, "blocksize")
         table, absmax = self.constant(group, "quant_map"), self.constant(group, "absmax")
         has_numbers = table.numel == 16 and table.dtype is DType.F32
         _require(has_numbers, "its table does not have 16 numbers")
@@ -142,21 +143,19 @@ class Recipes:
 
             return computed(dtype, shape, inputs, words, formula, block=step)
 
-        return Recipe(shape, _NAMES[str(state["dtype"])], build)
+        return Recipe(shape, _named_type(state, "dtype"), build)
 
     def _nested(self, group: Group, state: Mapping[str, Any], codes: TensorRef) -> _Nested:
         """What makes the factors of blocks, where they are codes themselves."""
         table = self.constant(group, "nested_quant_map")
         absmax = self.constant(group, "nested_absmax")
-        block = int(small.number(state, "nested_blocksize"))
+        block = small.whole_number(state, "nested_blocksize")
         has_blocks = block > 0 and absmax.numel == -(-codes.numel // block)
         _require(has_blocks, "its blocks do not fit")
         has_table = table.numel == 256 and codes.dtype is DType.U8
         _require(has_table, "its table does not fit")
-        dtype, offset = (
-            _NAMES[str(state["nested_dtype"])],
-            float(small.number(state, "nested_offset")),
-        )
+        dtype = _named_type(state, "nested_dtype")
+        offset = small.number(state, "nested_offset")
 
         return _Nested(table, absmax, block, dtype, offset)
 
@@ -167,6 +166,7 @@ class Recipes:
             raise Unknown("its rows are reordered for one kind of GPU")
 
         shape = codes.shape
+        _require(len(shape) == 2, "its codes are not a matrix")
         # bitsandbytes' 1 / 127
         factors = {"blocks": (1, shape[1]), "times": 7.874015718698502e-3}
         return self._scaled(group, codes, shape, scale, self.model, factors)
@@ -198,6 +198,7 @@ class Recipes:
         """The recipe of FP4 codes, two a byte: a factor for 16 or 32 of them, a global one."""
         packed = "weight_scale" in group.constants
         scale = self.constant(group, "weight_scale" if packed else "scale")
+        _require(len(codes.shape) > 0, "its codes are not rows of numbers")
         shape = (*codes.shape[:-1], 2 * codes.shape[-1])
         shares = blocks(shape, scale.shape)
         _require(shares is not None and shares[-1] in (16, 32), "its scale does not fit")
@@ -242,7 +243,7 @@ class Recipes:
         zero = self.optional(group, "weight_zero_point")
         if zero is not None:
             zero_rows = -(-shape[0] * bits // _WORD)
-            fits = zero.shape == (zero_rows, scale.shape[-1])
+            fits = len(scale.shape) > 0 and zero.shape == (zero_rows, scale.shape[-1])
             _require(fits, "its zero points do not fit")
             are_words = scale.shape[0] == shape[0] and zero.dtype is DType.I32
             _require(are_words, "its zero points do not fit")
@@ -305,6 +306,8 @@ class Recipes:
         """
         is_awq = group.kind == "awq"
         scales, zeros = self.constant(group, "scales"), self.constant(group, "qzeros")
+        are_matrices = len(scales.shape) == len(codes.shape) == 2
+        _require(are_matrices, "its codes or scales are not a matrix")
         group_count, output_count = scales.shape
         index = self.optional(group, "g_idx")
         bits = 4 if is_awq else self._gptq_bits(codes, index)
@@ -338,6 +341,7 @@ class Recipes:
 
     def _gptq_bits(self, codes: TensorRef, index: TensorRef | None) -> int:
         stated = self.stated.get("bits")
+        _require(index is None or index.numel > 0, "its groups do not fit")
         bits = codes.shape[0] * _WORD // index.numel if index is not None else stated
         if bits not in (2, 3, 4, 8) or (stated is not None and stated != bits):
             raise Unknown("the number of bits is not known")
@@ -362,6 +366,14 @@ class Recipes:
             return computed(dtype, shape, (codes, scales), "MXFP4", formula, block=rows)
 
         return Recipe((count, 32 * groups, rows), self.model, build)
+
+
+def _named_type(state: Mapping[str, Any], key: str) -> DType:
+    """The type that a state names, one of those that weights are computed in."""
+    name = str(small.entry(state, key))
+    if name not in _NAMES:
+        raise MalformedError(f"{key} is {name[:40]}, expected one of {', '.join(_NAMES)}")
+    return _NAMES[name]
 
 
 def _require(holds: bool, reason: str) -> None:

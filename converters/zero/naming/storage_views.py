@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
+from converters import words
 from converters.names.rules import Names
 from converters.tensors import DType, Extent, TensorRef
 from converters.zero.files.state_files import Shape, State, no_name
@@ -202,11 +203,17 @@ def complete(
             masters.pop(name, None)
             result.aliases[name] = owner
         elif name in masters:
+            if tensor.shape != masters[name].shape:
+                raise model.fail(
+                    f"module has {name} as {words.shape(tensor.shape)}, the fp32 weights "
+                    f"are {words.shape(masters[name].shape)}"
+                )
             result.copies[name] = tensor
-            trained.setdefault(tensor.extents, name)
-        elif tensor.numel and tensor.extents in trained:
+            trained.setdefault((tensor.extents, tensor.dtype), name)
+        elif tensor.numel and (tensor.extents, tensor.dtype) in trained:
             # the same bytes under another shape
-            masters[name] = masters[trained[tensor.extents]].view(*tensor.shape)
+            master = masters[trained[tensor.extents, tensor.dtype]]
+            masters[name] = master.view(*tensor.shape)
             result.copies[name] = tensor
         else:
             result.frozen[name] = tensor

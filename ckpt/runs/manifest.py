@@ -205,8 +205,9 @@ def _is_whole_number(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     """Whether a value is a number that a float can hold, which a whole one may not be."""
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, float) or (is_whole and abs(value) <= sys.float_info.max)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, float)
 
 
 def _require(is_valid: bool, name: str, actual_value: object, expected: str) -> None:

@@ -48,9 +48,15 @@ def _tier(look: Look) -> str | None:
     if look.has([filenames.MANIFEST]) is None or path.stat().st_size > _MAX_MANIFEST_BYTES:
         return None
     try:
-        manifest = bounded_json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        data = path.read_bytes()
+    except OSError:
         return None
+
+    try:
+        manifest = bounded_json.loads(data)
+    except ValueError:
+        return None
+
     tier = manifest.get("tier") if isinstance(manifest, dict) else None
     return tier if isinstance(tier, str) else None
 

@@ -101,9 +101,12 @@ def read(path: Path) -> AdapterConfig:
         size = path.stat().st_size
         if size > MAX_CONFIG_BYTES:
             raise CheckpointError(f"{path} has {size} bytes, expected at most {MAX_CONFIG_BYTES}")
-        values = bounded_json.loads(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", "incomplete") from error
+
+    try:
+        values = bounded_json.loads(data)
     except ValueError as error:
         raise CheckpointError(f"{path} is not an adapter configuration: {error}") from error
 

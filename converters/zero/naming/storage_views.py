@@ -85,9 +85,11 @@ def _match_storages(
     groups_of_one = [[index] for index in range(len(vectors))]
     try:
         return name_matching.assign(candidates, groups_of_one, exact_group)
-    except (LookupError, name_matching.AmbiguousError) as error:
+    except (name_matching.NoPlaceError, name_matching.AmbiguousError) as error:
         group = error.args[0]
-        fitting = "no storage" if isinstance(error, LookupError) else "several storages"
+        fitting = (
+            "no storage" if isinstance(error, name_matching.NoPlaceError) else "several storages"
+        )
         raise model.fail(
             f"group {group} of the fp32 weights ({vectors[group].numel} elements) fits "
             f"{fitting} of module by size and values, so its parameters have no names"

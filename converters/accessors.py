@@ -40,7 +40,7 @@ def number(mapping: Any, key: str) -> float:
     if isinstance(content, float):
         return content
 
-    whole = value(content, int, key)
-    if abs(whole) > sys.float_info.max:
+    whole_number = value(content, int, key)
+    if abs(whole_number) > sys.float_info.max:
         raise MalformedError(f"{key} is larger than any number that is counted with")
-    return float(whole)
+    return float(whole_number)

@@ -22,6 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
+from ckpt.runs.fields import FieldError
 from converters.errors import CheckpointError
 from converters.storage import local
 from converters.storage.local_store import LocalFile
@@ -35,10 +36,6 @@ _DIGEST = re.compile(r"(zip|sha256):[0-9a-f]{64}|crc32:[0-9a-f]{8}")
 
 def quiet(_: int) -> None:
     """Progress that nobody watches."""
-
-
-class FieldError(ValueError):
-    """A field of a manifest, or of a file in it, has a value that it cannot have."""
 
 
 @dataclass(frozen=True, slots=True)

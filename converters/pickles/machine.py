@@ -14,18 +14,17 @@ and more only with the pickle and its storages.
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Callable, Mapping
-from sys import getsizeof, intern
+from sys import getsizeof
 from typing import Any, NoReturn
 
 from converters.errors import CheckpointError
 from converters.pickles import denylist, nesting
+from converters.pickles.pickle_bytes import PickleBytes
 from converters.pickles.values import Call, Global, hashable
 
 MAX_CHARGED_BYTES = 16 << 20  # bytes of containers, whatever the pickle's size
 A_BYTE, A_STORAGE = 24, 1 << 10  # more for each byte of the pickle, and for each storage it names
-MAX_TEXT_BYTES = 256 << 20  # bytes of one string
 MAX_INT_BYTES = 1024  # bytes of one int; arithmetic with longer ones takes its time
 MAX_NAME_LENGTH = 4096  # characters of a global
 MAX_KEYS_OF_ONE_HASH = 64  # keys of one hash
@@ -54,7 +53,7 @@ def gets(data: bytes) -> bytearray:
     return requested
 
 
-class Machine:
+class Machine(PickleBytes):
     """The stack, the memo, and what opcodes do to them; ``Interpreter`` runs it over
     ``data``.
 
@@ -64,13 +63,10 @@ class Machine:
     """
 
     def __init__(self, data: bytes, builders: Builders, persistent: Persistent, where: str):
-        self.data = data
+        super().__init__(data, where)
         self.builders = builders
         self.persistent = persistent
-        self.where = where
 
-        self.position = 0
-        self.charged_bytes = 0
         self.open_marks = 0
         self.last_tuple_position = self.tuple_depth = 0
 
@@ -80,10 +76,6 @@ class Machine:
         self.memo: dict[int, Any] = {}
         self.storages: set[Any] = set()
         self.keys_by_hash: dict[int, set[Any]] = {}
-
-    def fail(self, problem: str) -> NoReturn:
-        """Raises ``CheckpointError`` for a damaged pickle, with the byte reached."""
-        raise CheckpointError(f"{self.where}: damaged pickle at byte {self.position}: {problem}")
 
     def refuse_unnatural(self, problem: str) -> NoReturn:
         """Raises ``CheckpointError``, "refused", for what ``torch.save`` never writes."""
@@ -107,26 +99,6 @@ class Machine:
         self.charge(getsizeof(value))
         return value
 
-    def take(self, count: int) -> bytes:
-        """The next ``count`` bytes; ``CheckpointError`` for fewer, or for too many."""
-        if count > MAX_TEXT_BYTES:
-            self.fail(f"a string has {count} bytes, expected at most {MAX_TEXT_BYTES}")
-
-        payload = self.data[self.position : self.position + count]
-        if len(payload) != count:
-            self.fail(f"{count} bytes are announced, {len(payload)} are there")
-
-        self.position += count
-        return payload
-
-    def byte(self) -> int:
-        """The next byte, as a number; ``CheckpointError`` behind the last one."""
-        if self.position >= len(self.data):
-            self.fail("it has no end")
-
-        self.position += 1
-        return self.data[self.position - 1]
-
     def require(self, count: int) -> None:
         """Raises ``CheckpointError`` unless ``count`` values lie on the stack."""
         if len(self.stack) < count:
@@ -148,31 +120,6 @@ class Machine:
             self.stack.append(self.memo[index])
         except KeyError:
             self.fail(f"entry {index} of the memo is asked for, which was never put")
-
-    def number(self, layout: struct.Struct) -> Any:
-        """The next number, stored as ``layout`` says."""
-        return layout.unpack(self.take(layout.size))[0]
-
-    def text(self, count: int) -> str:
-        """The next string, of ``count`` bytes of UTF-8."""
-        self.charged_bytes += count + 50
-        encoded = self.take(count)
-        try:
-            return intern(encoded.decode("utf-8", "surrogatepass"))  # names come often
-        except UnicodeDecodeError as error:
-            self.fail(f"a string is not UTF-8 ({error.reason})")
-
-    def line(self) -> str:
-        """The next line of text, without its end; ``CheckpointError`` if it has no end."""
-        line_end = self.data.find(b"\n", self.position)
-        if line_end < 0:
-            self.fail("a line has no end")
-
-        encoded = self.take(line_end + 1 - self.position)[:-1]
-        try:
-            return encoded.decode("utf-8")
-        except UnicodeDecodeError as error:
-            self.fail(f"a line is not UTF-8 ({error.reason})")
 
     def mark(self) -> None:
         """Pushes a mark; ``CheckpointError`` if too many are open."""

@@ -20,7 +20,6 @@ from converters.quantized.groups import Group, Modules
 from converters.quantized.shapes import blocks
 from converters.tensors import DType, TensorRef
 
-_NAMES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
 _SIXTEEN = (DType.F16, DType.BF16)
 _WORD = 32  # bits
 
@@ -75,7 +74,7 @@ class Recipes:
         parts = (config or {}, small.mapping((config or {}).get("text_config")))
         keys = ("dtype", "torch_dtype")
         names = [str(part.get(key)) for part in parts for key in keys]
-        self.model = next((_NAMES[name] for name in names if name in _NAMES), DType.BF16)
+        self.model = next((small.TYPES[name] for name in names if name in small.TYPES), DType.BF16)
 
     def recipe(self, group: Group) -> Recipe:
         """The recipe of a group; ``Unknown`` says why the group has none."""
@@ -143,7 +142,7 @@ class Recipes:
 
             return computed(dtype, shape, inputs, words, formula, block=step)
 
-        return Recipe(shape, _named_type(state, "dtype"), build)
+        return Recipe(shape, small.named_type(state, "dtype"), build)
 
     def _nested(self, group: Group, state: Mapping[str, Any], codes: TensorRef) -> _Nested:
         """What makes the factors of blocks, where they are codes themselves."""
@@ -154,10 +153,8 @@ class Recipes:
         _require(has_blocks, "its blocks do not fit")
         has_table = table.numel == 256 and codes.dtype is DType.U8
         _require(has_table, "its table does not fit")
-        dtype = _named_type(state, "nested_dtype")
-        offset = small.number(state, "nested_offset")
-
-        return _Nested(table, absmax, block, dtype, offset)
+        dtype = small.named_type(state, "nested_dtype")
+        return _Nested(table, absmax, block, dtype, small.number(state, "nested_offset"))
 
     def int8(self, group: Group, codes: TensorRef) -> Recipe:
         """The recipe of bitsandbytes' LLM.int8: a byte a number (out, in), a factor a row."""
@@ -366,14 +363,6 @@ class Recipes:
             return computed(dtype, shape, (codes, scales), "MXFP4", formula, block=rows)
 
         return Recipe((count, 32 * groups, rows), self.model, build)
-
-
-def _named_type(state: Mapping[str, Any], key: str) -> DType:
-    """The type that a state names, one of those that weights are computed in."""
-    name = str(small.entry(state, key))
-    if name not in _NAMES:
-        raise MalformedError(f"{key} is {name[:40]}, expected one of {', '.join(_NAMES)}")
-    return _NAMES[name]
 
 
 def _require(holds: bool, reason: str) -> None:

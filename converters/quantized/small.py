@@ -9,6 +9,8 @@ from converters.errors import CheckpointError, MalformedError
 from converters.storage import bounded_json, open_files
 from converters.tensors import DType, TensorRef
 
+# types that numbers are made in, by torch's names
+TYPES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
 MAX_STATE_BYTES = 64 << 10  # bytes of bitsandbytes' state: a few numbers and names
 
 
@@ -81,6 +83,14 @@ def entry(values: Mapping[str, Any], key: str) -> Any:
     if key not in values:
         raise MalformedError(f"it has no {key}")
     return values[key]
+
+
+def named_type(state: Mapping[str, Any], key: str) -> DType:
+    """The type that a state names, one of those that weights are computed in."""
+    name = str(entry(state, key))
+    if name not in TYPES:
+        raise MalformedError(f"{key} is {name[:40]}, expected one of {', '.join(TYPES)}")
+    return TYPES[name]
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

@@ -179,7 +179,7 @@ def equal(
             return storages(first, second)
         case Call():
             parts = zip(_fields(first), _fields(second), strict=True)
-            return all(equal(part, other, storages, inner) for part, other in parts)
+            return all(equal(part, counterpart, storages, inner) for part, counterpart in parts)
         case dict():
             return equal(list(first.items()), list(second.items()), storages, inner)
         case list() | tuple():

@@ -18,6 +18,7 @@ MAX_MODULES = 16  # in a folder, its __init__.py aside
 # above its own line here, and itself.
 FLOORS = """
 converters.errors converters.tensors converters.words ckpt.text ckpt.version
+converters.accessors
 converters.source converters.storage converters.pickles converters.names ckpt.runs.lease
 converters.cast converters.detect
 converters.computing

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,7 @@ def _is_method(function: ast.AST, tree: ast.Module) -> bool:
     return any(function in node.body for node in classes)
 
 
+@cache
 def all_problems() -> list[tuple[str, str]]:
     paths = [*(ROOT / "converters").rglob("*.py"), *(ROOT / "ckpt").rglob("*.py")]
     return [problem for path in sorted(paths) for problem in problems(path)]

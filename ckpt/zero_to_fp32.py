@@ -239,15 +239,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-d", "--debug", action="store_true", help="accepted, and without effect")
     options = parser.parse_args(argv)
     try:
+        max_shard_size = parse_size(options.max_shard_size)
+    except ValueError as error:
+        print(f"zero_to_fp32: {error}", file=sys.stderr)
+        sys.exit(1)
+
+    try:
         _convert(
             checkpoint.weights(Path(options.checkpoint_dir), options.tag),
             Path(options.output_dir),
             DType.F32,
-            parse_size(options.max_shard_size),
+            max_shard_size,
             options.safe_serialization,
             options.exclude_frozen_parameters,
         )
-    except (CheckpointError, ValueError) as error:
+    except CheckpointError as error:
         print(f"zero_to_fp32: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:

@@ -1,18 +1,13 @@
-"""The one exception a user sees."""
+"""The one exception a user sees, and the one that becomes it."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 MAX_MESSAGE_LENGTH = 4000  # characters of a message
-
-# What interpreting bad bytes can raise. Not ``TypeError`` and ``AttributeError``: these are
-# bugs of ours, and come out as they are; a value of a file is looked at before it is used.
-MALFORMED = (ValueError, LookupError, ArithmeticError, RecursionError, struct.error)
 
 Kind = Literal["corrupt", "incomplete", "refused", "unsupported", "output", "unloadable"]
 
@@ -45,11 +40,21 @@ class CheckpointError(Exception):
         self.kind: Kind = kind
 
 
+class MalformedError(Exception):
+    """What a file says cannot be interpreted; the message says what and why.
+
+    For code that looks at a value and does not know the file that it is from. The
+    reader, which knows, turns it into a ``CheckpointError``. No builtin exception is
+    turned into one but around the single call that interprets (``int(text)``,
+    ``json.loads``): a ``KeyError`` or ``ValueError`` of anything else is a bug of ours.
+    """
+
+
 @contextmanager
 def consistent(folder: Path, otherwise: str) -> Iterator[None]:
-    """What does not fit together inside a checkpoint, in this block, is a
+    """What a file says in this block, and cannot be interpreted, is a
     ``CheckpointError``; ``otherwise`` says what is the case then."""
     try:
         yield
-    except MALFORMED as error:
-        raise CheckpointError(f"{folder} contradicts itself ({error!r}): {otherwise}") from error
+    except MalformedError as error:
+        raise CheckpointError(f"{folder} contradicts itself ({error}): {otherwise}") from error

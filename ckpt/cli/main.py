@@ -1,13 +1,14 @@
 """The command ``ckpt``: its groups of commands, and the one door for failure.
 
-stdout is data, stderr is talk. Exit codes: 0 done, 1 unusable checkpoint or no place
-for the output, 2 bad usage, 130 interrupted.
+stdout is data, stderr is talk. Exit codes: 0 done, 1 unusable checkpoint, no place for
+the output or a bug of ckpt, 2 bad usage, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import traceback
 from typing import NoReturn
 
 import click
@@ -59,7 +60,10 @@ for commands in SECTIONS.values():
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command and exits with its code; every failure is one line on stderr."""
+    """Runs the command and exits with its code; every failure is one line on stderr.
+
+    A bug of ``ckpt`` is one, too, below its traceback.
+    """
     from converters.errors import CheckpointError
 
     arguments = sys.argv[1:] if argv is None else argv
@@ -77,6 +81,11 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         line = f"{error.filename or 'error'}: {error.strerror}"
         _fail(line, "system", as_json="--json" in arguments)
+    except Exception as error:  # the last place where a bug of ours can be called one
+        traceback.print_exc()
+        name = type(error).__name__
+        line = f"{name}: this is a bug of ckpt {__version__}; please report it with the lines above"
+        _fail(line, "bug", as_json="--json" in arguments)
 
 
 def _fail(message: str, kind: str, *, as_json: bool) -> NoReturn:

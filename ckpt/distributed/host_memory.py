@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -38,10 +37,9 @@ def available() -> int:
 
     As Linux estimates it (``/proc/meminfo``), or less where a container is allowed less.
     """
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return min([int(line.split()[1]) * 1024, *allowed()])
+    for name, count in _counts(Path("/proc/meminfo")):
+        if name == "MemAvailable:":
+            return min([count * 1024, *allowed()])
 
     return 0
 
@@ -54,8 +52,8 @@ def allowed(
 
     Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
     """
-    for line in groups_file.read_text().splitlines() if groups_file.is_file() else ():
-        _, controllers, group_path = line.split(":", 2)
+    for line in _lines(groups_file):
+        _, controllers, group_path = [*line.split(":", 2), "", "", ""][:3]
         if "memory" in controllers.split(","):
             hierarchy, file_names = mount_point / "memory", _V1
         elif not controllers:
@@ -68,13 +66,30 @@ def allowed(
             if folder == hierarchy.parent:
                 break
 
-            # above this container's own, or without a limit
-            with suppress(OSError, ValueError):
-                limit_bytes, used_bytes = (
-                    int((folder / name).read_text()) for name in file_names[:2]
-                )
-                statistics = dict(line.split() for line in (folder / "memory.stat").open())
-                yield max(
-                    0,
-                    limit_bytes - used_bytes + int(statistics.get(file_names[2], 0)),
-                )
+            limit_bytes, used_bytes = (_number(folder / name) for name in file_names[:2])
+            if limit_bytes is None or used_bytes is None:
+                continue  # above this container's own, or without a limit
+
+            cached_bytes = dict(_counts(folder / "memory.stat")).get(file_names[2], 0)
+            yield max(0, limit_bytes - used_bytes + cached_bytes)
+
+
+def _number(path: Path) -> int | None:
+    """The number that is all of a file; ``None`` where there is another text, or no file."""
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _counts(path: Path) -> Iterator[tuple[str, int]]:
+    """The names and numbers at the beginnings of a file's lines; nothing without a file."""
+    for line in _lines(path):
+        words = line.split()
+        if len(words) > 1 and words[1].isdecimal():
+            yield words[0], int(words[1])
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []

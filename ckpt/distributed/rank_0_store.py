@@ -64,8 +64,8 @@ def move_to_rank_0(ranks: RankGroup) -> None:
 
 
 def _connect(host: str, port: int, is_master: bool) -> Any:
+    options: dict[str, Any] = {"is_master": is_master, "wait_for_workers": False}
     try:
-        options: dict[str, Any] = {"is_master": is_master, "wait_for_workers": False}
         return dist.TCPStore(  # type: ignore[attr-defined]
             host, port, timeout=CONNECTING, **options
         )

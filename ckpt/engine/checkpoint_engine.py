@@ -43,7 +43,7 @@ class CapturingEngine(CheckpointEngine):
         """Keeps the state; what cannot be pickled is a failure."""
         try:
             self._keep(Path(path), torch_file.capture(state_dict))
-        except Exception as error:
+        except Exception as error:  # raised by ``require``, when no rank waits for this one
             self.failure = self.failure or error
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
@@ -59,7 +59,7 @@ class CapturingEngine(CheckpointEngine):
         def call_and_note(*args: Any, **kwargs: Any) -> Any:
             try:
                 return call(*args, **kwargs)
-            except Exception as error:
+            except Exception as error:  # as above
                 self.failure = self.failure or error
                 return None
 

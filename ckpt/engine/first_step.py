@@ -133,7 +133,7 @@ def _state_after_step(
     copy = _copy_of(inner_optimizer, group, placeholder)
     placeholder.grad = torch.empty_like(placeholder)
     # A step may ask for a value, which a tensor of "meta" has not; the state is there by then.
-    with suppress(Exception):
+    with suppress(Exception):  # of any class that a training may use
         inspect.unwrap(type(inner_optimizer).step)(copy)
     return dict(copy.state.get(placeholder, {}))
 
@@ -144,7 +144,7 @@ def _bitsandbytes_state(
     copy = _copy_of(inner_optimizer, group, placeholder)
     copy.is_paged = False  # it would take memory of a device
     copy.name2qmap = dict(getattr(inner_optimizer, "name2qmap", {}))
-    with suppress(Exception):
+    with suppress(Exception):  # of a class of bitsandbytes; what is not there is not counted
         copy.init_state(copy.param_groups[0], placeholder, 0, 0)
     return dict(copy.state.get(placeholder, {}))
 

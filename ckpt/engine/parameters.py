@@ -21,7 +21,8 @@ from itertools import zip_longest
 from typing import Any
 
 from ckpt.engine.view import EngineView, internals
-from converters.errors import CheckpointError
+from converters import accessors
+from converters.errors import CheckpointError, MalformedError
 from converters.words import shape as shape_text
 
 # characters of a list that is packed in a manifest; some 3,000 parameters
@@ -104,21 +105,39 @@ def pack(parameters: Sequence[Parameter]) -> dict[str, Any]:
 def unpack(packed: Any) -> list[Parameter] | None:
     """What ``pack`` made; ``None`` if it is something else."""
     try:
-        groups = packed.get("groups")
+        summary = accessors.value(packed, dict, "the list")
+        groups = summary.get("groups")
         if groups is None:
-            compressed = base64.b64decode(packed["packed"])
-            data = zlib.decompressobj().decompress(compressed, LARGEST)
-            groups = json.loads(data)
-        return [_parse(line, index) for index, lines in enumerate(groups) for line in lines]
-    except (AttributeError, KeyError, TypeError, ValueError, zlib.error, RecursionError):
+            groups = _unpacked(accessors.entry(summary, "packed", str))
+
+        return [
+            _parse(accessors.value(line, str, "a parameter"), index)
+            for index, lines in enumerate(accessors.value(groups, list, "groups"))
+            for line in accessors.value(lines, list, "a group")
+        ]
+    except MalformedError:
         return None
+
+
+def _unpacked(text: str) -> Any:
+    """The groups that ``pack`` compressed."""
+    try:
+        data = zlib.decompressobj().decompress(base64.b64decode(text), LARGEST)
+    except (ValueError, zlib.error) as error:
+        raise MalformedError("the list cannot be unpacked") from error
+
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise MalformedError("the list is not JSON") from error
 
 
 def _parse(line: str, group: int) -> Parameter:
     name, _, shape = line.rpartition(" [")
-    sizes = shape.removesuffix("]")
-    lengths = tuple(int(size) for size in sizes.split(",") if size.strip())
-    return Parameter(name, lengths, group)
+    sizes = [size.strip() for size in shape.removesuffix("]").split(",") if size.strip()]
+    if not all(size.isdecimal() and len(size) < 20 for size in sizes):
+        raise MalformedError(f"{line[:80]!r} is not a name and a shape")
+    return Parameter(name, tuple(map(int, sizes)), group)
 
 
 def plain_name(name: str) -> str:

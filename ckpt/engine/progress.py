@@ -127,7 +127,7 @@ def metrics(values: Mapping[str, Any] | None) -> dict[str, float]:
     for name, value in (values or {}).items():
         try:
             numbers[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:  # of float(), given what the user has
             raise CheckpointError(
                 f"metric {name} is {value!r}, expected a number", "output"
             ) from error

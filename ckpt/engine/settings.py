@@ -251,10 +251,10 @@ def _data(loader: Any) -> dict[str, Any]:
         with suppress(Exception):  # a length that is not known
             description["dataset_length"] = len(dataset)
 
-    with suppress(Exception):
-        has_getter = hasattr(loader, "get_sampler")
-        sampler = loader.get_sampler() if has_getter else loader.sampler
-        if sampler is not None:
-            description["sampler"] = type(sampler).__name__
+    sampler: Any = None
+    with suppress(Exception):  # a loader of the user's, which may have none
+        sampler = loader.get_sampler() if hasattr(loader, "get_sampler") else loader.sampler
+    if sampler is not None:
+        description["sampler"] = type(sampler).__name__
 
     return description

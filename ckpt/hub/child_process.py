@@ -58,9 +58,12 @@ class Child:
 
         lines = self._log_text().strip().splitlines() or [f"exit code {exit_code}"]
         try:
-            return str(json.loads(lines[-1])["error"])
-        except (ValueError, KeyError, TypeError):
+            answer = json.loads(lines[-1])
+        except ValueError:  # it ended with another line
             return lines[-1]
+
+        is_report = isinstance(answer, dict) and "error" in answer
+        return str(answer["error"]) if is_report else lines[-1]
 
     def talk(self) -> list[str]:
         """The lines with which the process warned."""

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from converters.accessors import entry, value
+from converters.errors import MalformedError
 from converters.execute.virtual_file import Serving
 from converters.plan import Plan
 from converters.storage import local
@@ -98,10 +100,20 @@ def opened(plan: Plan, serving: Serving) -> Journal:
     sizes = {shard.filename: shard.nbytes for shard in plan.shards}
     journal = Journal(journal_folder / f"{plan.digest()}.json", sizes)
     try:
-        document = json.loads(journal.path.read_bytes())
+        data = journal.path.read_bytes()
+    except OSError:
+        return journal
+
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):  # a disk that was full
+        return journal
+
+    try:
         digests, passed_runs = _read(document, journal.sizes)
-        unlike_names = {str(name) for name in document["unlike"]}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        unlike_names = {str(name) for name in entry(document, "unlike", list)}
+        is_proven = entry(document, "proven", bool)
+    except MalformedError:
         return journal
 
     for path, runs in passed_runs.items():
@@ -109,7 +121,7 @@ def opened(plan: Plan, serving: Serving) -> Journal:
             serving.ledger.add(path, start, end - start, run_crc)
 
     serving.mismatched |= unlike_names
-    journal.sha256, journal.proven = digests, document["proven"] is True
+    journal.sha256, journal.proven = digests, is_proven
 
     return journal
 
@@ -117,24 +129,33 @@ def opened(plan: Plan, serving: Serving) -> Journal:
 def _read(
     document: Any, shard_sizes: Mapping[str, int]
 ) -> tuple[dict[str, str], dict[Path, list[tuple[int, int, int]]]]:
-    """Digests by name, and runs by file; ``ValueError`` or the like if it is not a journal."""
-    if document["format"] != FORMAT:
-        raise ValueError("another format")
+    """Digests by name, and runs by file; ``MalformedError`` if it is not a journal."""
+    if entry(document, "format", int) != FORMAT:
+        raise MalformedError("another format")
 
     digests = {}
-    for shard_name, file_entry in document["files"].items():
-        if shard_sizes[shard_name] != file_entry["size"] or not re.fullmatch(
-            r"[0-9a-f]{64}", file_entry["sha256"]
-        ):
-            raise ValueError(shard_name)
-        digests[shard_name] = file_entry["sha256"]
+    for shard_name, file_entry in entry(document, "files", dict).items():
+        size, digest = entry(file_entry, "size", int), entry(file_entry, "sha256", str)
+        if shard_sizes.get(shard_name) != size or not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise MalformedError(shard_name)
+        digests[shard_name] = digest
 
     passed_runs = {
-        Path(path): [(int(start), int(end), int(crc)) for start, end, crc in runs]
-        for path, runs in document["passed"].items()
+        Path(path): [_run(run) for run in value(runs, list, path)]
+        for path, runs in entry(document, "passed", dict).items()
     }
 
     return digests, passed_runs
+
+
+def _run(run: Any) -> tuple[int, int, int]:
+    """The first byte, the end and the CRC32 of a run of bytes."""
+    numbers = [value(number, int, "a run") for number in value(run, list, "a run")]
+    if len(numbers) != 3:
+        raise MalformedError(f"a run has {len(numbers)} numbers")
+
+    start, end, crc = numbers
+    return start, end, crc
 
 
 def _throw_away_old(journal_folder: Path) -> None:

@@ -151,8 +151,6 @@ def _commit(
 
 def _require_card(push_plan: PushPlan) -> None:
     """``CheckpointError`` if the Hub would refuse the model card; before anything is sent."""
-    from huggingface_hub import ModelCard
-
     for item in push_plan.items:
         if push_plan.place + item.name == CARD:
             card_text = item.source
@@ -162,14 +160,20 @@ def _require_card(push_plan: PushPlan) -> None:
 
             assert isinstance(card_text, bytes)
             try:
-                card = ModelCard(card_text.decode())
-                retry.retry(partial(card.validate, repo_type="model"))
+                retry.retry(partial(_validate_card, card_text))
             except ValueError as error:
                 folder = push_plan.checkpoint.folder
                 raise CheckpointError(
                     f"{CARD} of {folder}: the Hub refuses its metadata: {error}",
                     "refused",
                 ) from error
+
+
+def _validate_card(content: bytes) -> None:
+    """Asks the Hub about a model card; ``ValueError`` if it would refuse it."""
+    from huggingface_hub import ModelCard
+
+    ModelCard(content.decode()).validate(repo_type="model")
 
 
 def _ensure_repository(api: HfApi, push_plan: PushPlan) -> Remote:

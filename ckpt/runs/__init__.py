@@ -4,6 +4,7 @@ run                the checkpoints of a folder, and the pointers latest and best
 checkpoint_folder  a folder that is taken for a checkpoint, committed or not
 recognition        what a folder or a file is taken for, by names alone
 manifest           the commit record of a checkpoint
+fields             what its fields may be
 digests            what binds the bytes of a file, and files checked against it
 user_paths         what a path that a user gave is: a run, a checkpoint, or neither
 verify             whether a checkpoint is whole

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
+from ckpt.runs.fields import FieldError
 from converters.errors import CheckpointError
 from converters.storage import local
 from converters.storage.local_store import LocalFile
@@ -45,10 +47,10 @@ class FileRecord:
 
     def __post_init__(self) -> None:
         if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 0:
-            raise ValueError(f"size is {self.size!r}, expected a number of bytes")
+            raise FieldError(f"size is {reprlib.repr(self.size)}, expected a number of bytes")
         if not isinstance(self.digest, str) or not _DIGEST.fullmatch(self.digest):
-            raise ValueError(
-                f"digest is {self.digest!r}, expected zip:, crc32: or sha256: and hex",
+            raise FieldError(
+                f"digest is {reprlib.repr(self.digest)}, expected zip:, crc32: or sha256: and hex",
             )
 
     @property

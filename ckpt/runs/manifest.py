@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.folders.filenames import MANIFEST, PINNED
+from ckpt.runs import fields
 from ckpt.runs.digests import FileRecord, Progress, digest, quiet, unlike
-from converters.errors import MALFORMED, CheckpointError
+from ckpt.runs.fields import FieldError, is_inside
+from converters.errors import CheckpointError
 from converters.storage import bounded_json, stores
 
 __all__ = [
@@ -94,45 +95,47 @@ class Manifest:
     def _require_numbers(self) -> None:
         for name in ("step", "node"):
             value = getattr(self, name)
-            _require(_is_whole_number(value), name, value, "a whole number")
+            fields.require(fields.is_whole_number(value), name, value, "a whole number")
 
         for name in ("world_size", "nodes"):
             value = getattr(self, name)
-            is_positive = _is_whole_number(value) and value > 0
-            _require(is_positive, name, value, "a positive number")
+            is_positive = fields.is_whole_number(value) and value > 0
+            fields.require(is_positive, name, value, "a positive number")
 
         is_one_of_nodes = self.node < self.nodes
-        _require(is_one_of_nodes, "node", self.node, f"less than nodes, {self.nodes}")
+        fields.require(is_one_of_nodes, "node", self.node, f"less than nodes, {self.nodes}")
 
     def _require_names(self) -> None:
-        _require(self.tier in TIERS, "tier", self.tier, "full or weights")
-        _require(_is_inside_or_none(self.tag), "tag", self.tag, "a folder inside the checkpoint")
+        fields.require(self.tier in TIERS, "tier", self.tier, "full or weights")
+        fields.require(
+            fields.is_inside_or_none(self.tag), "tag", self.tag, "a folder inside the checkpoint"
+        )
         has_its_tag = self.tag is not None or self.tier != "full"
-        _require(has_its_tag, "tag", None, "one: it is full")
-        _require(_is_id(self.save), "save", self.save, "hex digits")
-        _require(_is_inside_or_none(self.name), "name", self.name, "the name of a folder")
+        fields.require(has_its_tag, "tag", None, "one: it is full")
+        fields.require(fields.is_id(self.save), "save", self.save, "hex digits")
+        fields.require(
+            fields.is_inside_or_none(self.name), "name", self.name, "the name of a folder"
+        )
 
         for name in ("run", "made_of"):
             value = getattr(self, name)
-            _require(value is None or _is_id(value), name, value, "hex digits or null")
+            fields.require(value is None or fields.is_id(value), name, value, "hex digits or null")
 
     def _require_line(self) -> None:
         for launch, step in self.line:
-            is_launch = launch == "" or _is_id(launch)
-            _require(is_launch, "line", launch, "the id of a launch")
-            _require(_is_whole_number(step), f"line: {launch}", step, "a step")
+            is_launch = launch == "" or fields.is_id(launch)
+            fields.require(is_launch, "line", launch, "the id of a launch")
+            fields.require(fields.is_whole_number(step), f"line: {launch}", step, "a step")
 
     def _require_circumstances(self) -> None:
-        is_bool = isinstance(self.created, bool)
-        is_number = isinstance(self.created, (int, float)) and not is_bool
-        is_time = is_number and math.isfinite(self.created)
-        _require(is_time, "created", self.created, "seconds")
+        is_time = fields.is_number(self.created) and math.isfinite(self.created)
+        fields.require(is_time, "created", self.created, "seconds")
 
         is_known_stage = self.stage is None
         if self.stage is not None:
-            is_known_stage = _is_whole_number(self.stage) and self.stage <= 3
+            is_known_stage = fields.is_whole_number(self.stage) and self.stage <= 3
 
-        _require(is_known_stage, "stage", self.stage, "0 to 3 or null")
+        fields.require(is_known_stage, "stage", self.stage, "0 to 3 or null")
 
     def _require_values(self) -> None:
         value_types = (("versions", str), ("metrics", (int, float)), ("files", FileRecord))
@@ -141,12 +144,15 @@ class Manifest:
                 is_text_key = isinstance(entry_name, str)
                 has_type = isinstance(value, expected_type) and not isinstance(value, bool)
                 is_entry = is_text_key and has_type
-                _require(is_entry, f"{name}: {entry_name}", value, "another type")
+                fields.require(is_entry, f"{name}: {entry_name}", value, "another type")
+
+        for name, metric in self.metrics.items():
+            fields.require(fields.is_number(metric), f"metrics: {name}", metric, "a number")
 
         for name in self.files:
             is_tools_own = name in (MANIFEST, PINNED)
-            _require(is_inside(name), "files", name, "names inside the checkpoint")
-            _require(not is_tools_own, "files", name, "neither of the tool's own files")
+            fields.require(fields.is_inside(name), "files", name, "names inside the checkpoint")
+            fields.require(not is_tools_own, "files", name, "neither of the tool's own files")
 
     @property
     def nbytes(self) -> int:
@@ -189,31 +195,6 @@ _FIELDS = tuple(Manifest.__dataclass_fields__)
 OPTIONAL = ("run", "line", "name", "made_of")  # not in manifests of versions before 0.2
 
 
-def _is_inside_or_none(value: object) -> bool:
-    return value is None or (isinstance(value, str) and is_inside(value))
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{8,64}", value) is not None
-
-
-def _is_whole_number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _require(is_valid: bool, name: str, actual_value: object, expected: str) -> None:
-    if not is_valid:
-        raise ValueError(f"{name} is {_short_repr(actual_value)}, expected {expected}")
-
-
-def is_inside(name: str) -> bool:
-    """Whether a posix path stays inside the folder that it is relative to, and is spelt plainly."""
-    parts = name.split("/")  # of an absolute path the first is empty
-    return "\0" not in name and all(
-        part not in ("", ".", "..") and len(part) < 256 for part in parts
-    )
-
-
 def written(value: float) -> float | str:
     """A number as JSON can hold it: NaN and infinities as strings."""
     if math.isfinite(value):
@@ -235,24 +216,31 @@ def _json_value(value: Any) -> Any:
 
 def loads(data: bytes, path: Path) -> Manifest:
     """The manifest in ``data``, read from ``path``; ``CheckpointError`` if it is damaged."""
+    text = data.decode("utf-8", "surrogateescape")
     try:
-        text = data.decode("utf-8", "surrogateescape")
         document = bounded_json.loads(data, text)
+    except ValueError as error:
+        raise _damaged(path, error) from error
+
+    try:
         _require_own(document, path)
         return _manifest(document)
-    except MALFORMED as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise CheckpointError(
-            f"{path} is damaged ({reason}); ckpt doctor {path.parent.parent} --adopt "
-            "writes a new one if the checkpoint proves to be whole"
-        ) from error
+    except FieldError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, reason: object) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged ({reason}); ckpt doctor {path.parent.parent} --adopt "
+        "writes a new one if the checkpoint proves to be whole"
+    )
 
 
 def _require_own(document: Any, path: Path) -> None:
-    """``ValueError`` for what is not a manifest, or was changed; ``CheckpointError`` for one
+    """``FieldError`` for what is not a manifest, or was changed; ``CheckpointError`` for one
     that a newer ckpt wrote. Takes the digest out of the document."""
     if not isinstance(document, dict) or "format" not in document:
-        raise ValueError("it is not a manifest")
+        raise FieldError("it is not a manifest")
     if document["format"] != FORMAT:
         raise CheckpointError(
             f"{path} has format {_short_repr(document['format'])}, this ckpt reads "
@@ -262,8 +250,13 @@ def _require_own(document: Any, path: Path) -> None:
 
     if "digest" in document:
         stated_digest = document.pop("digest")
-        if stated_digest != (actual_digest := _digest(document)):
-            raise ValueError(f"its digest is {actual_digest}, it says {_short_repr(stated_digest)}")
+        try:
+            actual_digest = _digest(document)
+        except (RecursionError, ValueError) as error:  # nested too deep; 1e999, an infinity
+            raise FieldError(f"it holds what JSON cannot: {error}") from error
+
+        if stated_digest != actual_digest:
+            raise FieldError(f"its digest is {actual_digest}, it says {_short_repr(stated_digest)}")
 
 
 def _manifest(document: dict[str, Any]) -> Manifest:
@@ -271,33 +264,41 @@ def _manifest(document: dict[str, Any]) -> Manifest:
     required_fields = [name for name in _FIELDS if name not in OPTIONAL]
     missing_fields = [name for name in required_fields if name not in document]
     if missing_fields:
-        raise ValueError(f"{', '.join(missing_fields)} missing")
+        raise FieldError(f"no {', '.join(missing_fields)}")
 
-    fields = {name: document[name] for name in _FIELDS if name in document}
-    _require_kinds(fields)
-    fields["metrics"] = {
-        name: _NUMBERS[metric] if isinstance(metric, str) else metric
-        for name, metric in fields["metrics"].items()
+    entries = {name: document[name] for name in _FIELDS if name in document}
+    _require_kinds(entries)
+    entries["metrics"] = {
+        name: _number(name, metric) if isinstance(metric, str) else metric
+        for name, metric in entries["metrics"].items()
     }
-    fields["files"] = {
-        name: FileRecord(entry["size"], entry["digest"]) for name, entry in fields["files"].items()
+    entries["files"] = {
+        name: FileRecord(entry["size"], entry["digest"]) for name, entry in entries["files"].items()
     }
-    return Manifest(**fields)
+    return Manifest(**entries)
+
+
+def _number(name: str, text: str) -> float:
+    """A metric that stands as a text: one of NaN and the infinities."""
+    fields.require(text in _NUMBERS, f"metrics: {name}", text, "a number, nan, inf or -inf")
+    return _NUMBERS[text]
 
 
 def _require_kinds(document: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` unless what has entries has them."""
+    """Raises ``FieldError`` unless what has entries has them."""
     for name in ("versions", "metrics", "progress", "files"):
         value = document[name]
-        _require(isinstance(value, dict), name, value, "names and values")
+        fields.require(isinstance(value, dict), name, value, "names and values")
 
     for name, entry in document["files"].items():
         is_file = isinstance(entry, dict) and {"size", "digest"} <= entry.keys()
-        _require(is_file, f"files: {name}", entry, "a size and a digest")
+        fields.require(is_file, f"files: {name}", entry, "a size and a digest")
 
     line = document.get("line", [])
-    is_line = isinstance(line, list) and all(isinstance(entry, list) for entry in line)
-    _require(is_line, "line", line, "pairs of a launch and a step")
+    is_line = isinstance(line, list) and all(
+        isinstance(entry, list) and len(entry) == 2 for entry in line
+    )
+    fields.require(is_line, "line", line, "pairs of a launch and a step")
 
 
 def read(folder: Path) -> Manifest:

@@ -18,7 +18,6 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -252,10 +251,12 @@ class Saver:
         """Deletes old checkpoints, behind the training's back if saves are there too."""
         pruning = (self.run, self.retention, commit.final, commit.line)
         if self.background and not self.closed:
-            with suppress(RuntimeError):  # the process is ending
+            try:
                 self.pool.submit(prune_line, *pruning)
-                return
-        prune_line(*pruning)
+            except RuntimeError:  # the process is ending, and starts no threads any more
+                prune_line(*pruning)
+        else:
+            prune_line(*pruning)
 
     def step(
         self,

@@ -2,7 +2,7 @@
 
 torch_file  what ``torch.save`` would write, captured now and written later
 blocks      its bytes, hashed by one thread and written by another
-plain       nested state as a safetensors file
+plain       nested state as a safetensors file;  plain_reading: what is in one
 rng         random generators
 rank_files  what resuming needs beside DeepSpeed's files
 jsonable    values as JSON

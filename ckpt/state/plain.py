@@ -21,7 +21,7 @@ import json
 import math
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -30,18 +30,16 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from ckpt.runs.digests import FileRecord
-from converters.errors import CheckpointError
+from ckpt.state import plain_reading
+from ckpt.state.plain_reading import ARRAYS, KEY, MAX_DEPTH
+from converters.errors import CheckpointError, MalformedError
 from converters.storage import local
-from converters.words import shape as shape_text
 
-KEY = "ckpt"
 LONG = 1 << 20  # bytes of structure; a safetensors header may have 100 MB
 SIMPLE = (bool, int, float, complex, str)
 CONTAINERS = (list, tuple, torch.Size, set, frozenset, dict, OrderedDict)
-DEEPEST = 100  # levels; a state that holds itself has no end
 KEYS = (str, int, float, bool, type(None), tuple)
 # The element types that safetensors 0.4.3 has; tensors of others are written as bytes.
 NATIVE = {
@@ -49,12 +47,6 @@ NATIVE = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.float8_e4m3fn, torch.float8_e5m2),
 }
-# What a damaged file makes the libraries raise. RuntimeError includes RecursionError.
-DAMAGE = (
-    *(SafetensorError, ArithmeticError, AttributeError, LookupError),
-    *(RuntimeError, TypeError, ValueError, struct.error),
-)
-ARRAYS = "biufcmMSU"  # numpy's kinds of elements that are not Python objects
 
 
 def dumps(state: Any, name: str = "state") -> bytes:
@@ -97,18 +89,10 @@ def loads(source: bytes | Path) -> Any:
         raise CheckpointError(f"{name}: {error.strerror}", "incomplete") from error
 
     try:
-        tensors = safetensors.torch.load(data) | {"": _tensor(b"")}
-        length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-
-        structure_bytes = tensors.get(KEY)
-        if structure_bytes is not None:
-            metadata[KEY] = _bytes(structure_bytes).decode()
-        return _value(json.loads(metadata[KEY]), tensors)
-    except DAMAGE as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
+        return plain_reading.state(data)
+    except MalformedError as error:
         raise CheckpointError(
-            f"{name} is damaged, or was not written by ckpt ({reason}); resume from "
+            f"{name} is damaged, or was not written by ckpt ({error}); resume from "
             "another checkpoint"
         ) from error
 
@@ -121,8 +105,8 @@ class _PlainWriter:
         self.tensors: dict[str, torch.Tensor] = {}
 
     def value(self, value: Any, where: str, depth: int) -> Any:
-        if depth > DEEPEST:
-            problem = f"is nested over {DEEPEST} levels deep, or holds itself"
+        if depth > MAX_DEPTH:
+            problem = f"is nested over {MAX_DEPTH} levels deep, or holds itself"
             raise self.refusal(where, problem)
 
         kind = type(value)
@@ -223,87 +207,11 @@ def _simple_structure(value: Any) -> Any:
     return ["str", value.encode("utf-8", "surrogatepass").hex()]
 
 
-def _value(structure: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The value that a structure stands for; one of ``DAMAGE`` if it stands for none."""
-    if not isinstance(structure, (list, dict)):
-        return structure
-
-    match structure:
-        case [("list" | "tuple" | "Size" | "set" | "frozenset") as kind, *items]:
-            return _BUILDERS[kind](_value(item, tensors) for item in items)
-        case [("dict" | "OrderedDict") as kind, *items]:
-            values = [_value(item, tensors) for item in items]
-            return _BUILDERS[kind](zip(values[::2], values[1::2], strict=True))
-        case ["bytes", str(name)]:
-            return _bytes(tensors[name])
-        case ["tensor", str(name)]:
-            return tensors[name].clone()
-        case ["tensor", str(name), str(dtype), *shape]:
-            return tensors[name].clone().view(_dtype(dtype)).reshape(shape)
-        case ["array", str(dtype), str(name), *shape]:
-            return _array(dtype, _bytes(tensors[name]), shape)
-
-    return _simple_value(structure)
-
-
-def _simple_value(structure: Any) -> Any:
-    """The same for what has no tensor in it."""
-    match structure:
-        case ["int", str(text)]:
-            return int(text, 16)
-        case ["float", str(text)]:
-            return struct.unpack("<d", bytes.fromhex(text))[0]
-        case ["complex", str(text)]:
-            return complex(*struct.unpack("<dd", bytes.fromhex(text)))
-        case ["str", str(text)]:
-            return bytes.fromhex(text).decode("utf-8", "surrogatepass")
-        case ["dtype", str(name)]:
-            return _dtype(name)
-        case ["device", str(name)]:
-            return torch.device(name)
-        case ["scalar", str(dtype), str(text)]:
-            return _array(dtype, bytes.fromhex(text), [])[()]
-        case ["np.str", str(text)]:
-            return np.str_(bytes.fromhex(text).decode("utf-8", "surrogatepass"))
-        case ["np.bytes", str(text)]:
-            return np.bytes_(bytes.fromhex(text))
-
-    raise ValueError(f"{str(structure)[:60]} in its structure")
-
-
 def _ends_with_zero(value: np.str_ | np.bytes_) -> list[str]:
     """The structure of a text of numpy's that ends with zeros, which ``str`` would drop."""
     if isinstance(value, np.str_):
         return ["np.str", value[:].encode("utf-8", "surrogatepass").hex()]
     return ["np.bytes", value[:].hex()]
-
-
-_BUILDERS: dict[str, Callable[[Iterable[Any]], Any]] = {
-    "list": list,
-    "tuple": tuple,
-    "Size": lambda items: torch.Size(list(items)),
-    "set": set,
-    "frozenset": frozenset,
-    "dict": dict,
-    "OrderedDict": OrderedDict,
-}
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"no element type {name[:60]}")
-    return dtype
-
-
-def _array(dtype: str, data: bytes, shape: list[int]) -> np.ndarray[Any, Any]:
-    """An array of its own; only of elements that are not Python objects."""
-    element_type = np.dtype(dtype)
-    nbytes = math.prod(shape) * element_type.itemsize
-    if element_type.kind not in ARRAYS or nbytes != len(data):
-        raise ValueError(f"{len(data)} bytes for {shape_text(shape)} elements of {dtype[:60]}")
-
-    return np.ndarray(shape, element_type, bytearray(data) or bytearray(1))
 
 
 def _parts(key: Any) -> Iterator[Any]:
@@ -317,12 +225,6 @@ def _tensor(data: bytes) -> torch.Tensor:
     if not data:  # which torch.frombuffer refuses
         return torch.empty(0).byte()
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    if tensor.dtype != torch.uint8:
-        raise ValueError(f"bytes stored as {tensor.dtype}")
-    return tensor.numpy().tobytes()
 
 
 def _is_utf8(text: str) -> bool:

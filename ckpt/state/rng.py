@@ -8,15 +8,16 @@ are the same then. As plain values, for ``plain``.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from converters.errors import CheckpointError
+from converters.accessors import entry
+from converters.errors import CheckpointError, MalformedError
 
 NAME = "rng_state_{}.state"  # of a rank
-DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # Modules of torch with a generator for each device: its own, and those that vendors add.
 ACCELERATORS = ("cuda", "xpu", "npu", "mlu", "musa", "hpu")
 
@@ -49,7 +50,7 @@ def restore(state: dict[str, Any]) -> list[str]:
     previous = capture()
     try:
         return _set(state)
-    except DAMAGE as error:
+    except MalformedError as error:
         _set(previous)
         raise CheckpointError(
             f"the random state is damaged, or of another version ({error}); resume "
@@ -58,23 +59,25 @@ def restore(state: dict[str, Any]) -> list[str]:
 
 
 def _set(state: dict[str, Any]) -> list[str]:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
+    _apply(random.setstate, entry(state, "python", object))
+    _apply(np.random.set_state, entry(state, "numpy", object))
+    _apply(torch.set_rng_state, entry(state, "torch", torch.Tensor))
     missing_notes = []
 
-    for name, device_state in state["devices"].items():
-        module, states = _accelerators().get(name), device_state["states"]
+    for name, device_state in entry(state, "devices", dict).items():
+        module, states = _accelerators().get(name), entry(device_state, "states", list)
         if module is None:
             missing_notes.append(
                 f"the random states of {len(states)} {name} devices: there are none here"
             )
         elif module.device_count() == len(states):
             for index, generator_state in enumerate(states):
-                module.set_rng_state(generator_state, index)
+                _apply(module.set_rng_state, generator_state, index)
         else:
-            current = device_state["current"]
-            module.set_rng_state(states[current], module.current_device())
+            current = entry(device_state, "current", int)
+            if not 0 <= current < len(states):
+                raise MalformedError(f"device {current} of {len(states)} has no state")
+            _apply(module.set_rng_state, states[current], module.current_device())
             missing_notes += [
                 f"the random state of {name} device {index}: {len(states)} devices "
                 f"were saved, there are {module.device_count()} here"
@@ -83,6 +86,14 @@ def _set(state: dict[str, Any]) -> list[str]:
             ]
 
     return missing_notes
+
+
+def _apply(setter: Callable[..., object], *arguments: object) -> None:
+    """Sets a generator, which alone knows what its states may be."""
+    try:
+        setter(*arguments)
+    except Exception as error:  # random, numpy, torch: each raises what it stumbles over
+        raise MalformedError(str(error)) from error
 
 
 def _accelerators() -> dict[str, Any]:

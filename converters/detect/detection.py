@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from converters.detect import deepspeed, kinds
-from converters.detect.kind import CHECKPOINT, Kind, first
+from converters.detect.kind import CHECKPOINT, Kind, NoKindError, first
 from converters.detect.look import Look
 from converters.errors import CheckpointError
 from converters.source import Source
@@ -89,7 +89,7 @@ def detect_weights(path: Name) -> Detection | None:
     """The weights at ``path``, whatever lies beside them; ``None`` where there are none."""
     try:
         return _among(path, None, kinds.WEIGHTS)
-    except LookupError:
+    except NoKindError:
         return None
 
 

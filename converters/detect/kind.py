@@ -67,9 +67,13 @@ class Kind:
         )
 
 
+class NoKindError(LookupError):
+    """None of some kinds is seen at a path."""
+
+
 def first(look: Look, rows: Sequence[Kind]) -> tuple[Kind, str]:
-    """The first of some kinds whose sign is seen, and what was seen; else ``LookupError``."""
+    """The first of some kinds whose sign is seen, and what was seen; else ``NoKindError``."""
     for kind in rows:
         if (evidence := kind.sign(look)) is not None:
             return kind, evidence
-    raise LookupError(f"{look.path} is of none of {len(rows)} kinds")
+    raise NoKindError(f"{look.path} is of none of {len(rows)} kinds")

@@ -9,7 +9,7 @@ test holds the two together.
 from __future__ import annotations
 
 from converters.detect import deepspeed, files, others, sharded, weights
-from converters.detect.kind import Kind, first
+from converters.detect.kind import Kind, NoKindError, first
 from converters.detect.look import Look
 
 _MAX_SUBFOLDERS = 16  # that are looked into for what a folder holds
@@ -23,7 +23,7 @@ def _holds(look: Look) -> str | None:
             continue
         try:
             kind, evidence = first(inner, _INNER)
-        except (LookupError, OSError):
+        except (NoKindError, OSError):
             continue
         return f"{name}, which {kind.reason(evidence)}"
 

@@ -49,9 +49,15 @@ def _tier(look: Look) -> str | None:
     if look.has([filenames.MANIFEST]) is None or stores.status(path).size > _MAX_MANIFEST_BYTES:
         return None
     try:
-        manifest = bounded_json.loads(stores.content(path))
-    except (OSError, ValueError):
+        data = stores.content(path)
+    except OSError:
         return None
+
+    try:
+        manifest = bounded_json.loads(data)
+    except ValueError:
+        return None
+
     tier = manifest.get("tier") if isinstance(manifest, dict) else None
     return tier if isinstance(tier, str) else None
 

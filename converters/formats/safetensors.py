@@ -14,11 +14,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from converters import words
-from converters.errors import MALFORMED, CheckpointError
+from converters.errors import CheckpointError, MalformedError
 from converters.plan import Entry, Plan, Shard, Tied
 from converters.plan import plan as plan_shards
 from converters.storage import bounded_json, misplaced_files, open_files, stores
@@ -123,22 +124,34 @@ def shard_names(index: Path) -> list[str]:
     """The files that an index names, in order; ``CheckpointError`` if it is not an
     index."""
     try:
-        if stores.status(index).size > MAX_INDEX_BYTES:
-            raise ValueError(f"it has over {MAX_INDEX_BYTES} bytes")
-        document = bounded_json.loads(stores.content(index))
-        weight_map = document.get("weight_map") if isinstance(document, dict) else None
-        if not isinstance(weight_map, dict):
-            raise ValueError("it has no weight_map")
-        if not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError("its weight_map names what is not a file")
+        too_long = stores.status(index).size > MAX_INDEX_BYTES
+        data = b"" if too_long else stores.content(index)
+    except OSError as error:
+        raise _no_index(index, error.strerror or str(error)) from error
 
-        names = sorted(set(weight_map.values()))
-        if any("/" in name or "\0" in name or name in ("", ".", "..") for name in names):
-            raise ValueError("names a file outside its folder")
-    except (OSError, *MALFORMED) as error:
-        raise CheckpointError(f"{index} is not an index of shards: {error!r}") from error
+    if too_long:
+        raise _no_index(index, f"it has over {MAX_INDEX_BYTES} bytes")
+
+    try:
+        document = bounded_json.loads(data)
+    except ValueError as error:
+        raise _no_index(index, str(error)) from error
+
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict):
+        raise _no_index(index, "it has no weight_map")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise _no_index(index, "its weight_map names what is not a file")
+
+    names = sorted(set(weight_map.values()))
+    if any("/" in name or "\0" in name or name in ("", ".", "..") for name in names):
+        raise _no_index(index, "it names a file outside its folder")
 
     return names
+
+
+def _no_index(index: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{index} is not an index of shards: {reason}")
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -146,7 +159,10 @@ def metadata(path: Path) -> dict[str, str]:
     first's."""
     if stores.is_folder(path):
         index = path / "model.safetensors.index.json"
-        path = path / (shard_names(index)[0] if stores.is_file(index) else "model.safetensors")
+        names = shard_names(index) if stores.is_file(index) else ["model.safetensors"]
+        if not names:
+            return {}
+        path = path / names[0]
     texts = _header(path)[0].get("__metadata__") or {}
     return {str(key): str(value) for key, value in texts.items()}
 
@@ -180,38 +196,50 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
         raise CheckpointError(f"{path}: its header claims {length} bytes of {file_size}")
 
     with _damage(path):
-        header = bounded_json.loads(open_files.read_extent(Extent(path, 8, length)))
-        if not isinstance(header, dict):
-            raise ValueError("it is not an object")
+        header = _json_object(open_files.read_extent(Extent(path, 8, length)))
         texts = header.get("__metadata__")
         if texts is not None and not isinstance(texts, dict):
-            raise ValueError("__metadata__ is not an object")
+            raise MalformedError("__metadata__ is not an object")
 
     return header, 8 + length, file_size
 
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """What does not fit together in a header, in this block, is a
+    """What a header says in this block, and cannot be interpreted, is a
     ``CheckpointError``."""
     try:
         yield
-    except MALFORMED as error:
+    except MalformedError as error:
         raise CheckpointError(f"{path}: damaged header: {error}") from error
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    try:
+        document = bounded_json.loads(data)
+    except ValueError as error:
+        raise MalformedError(str(error)) from error
+
+    if not isinstance(document, dict):
+        raise MalformedError("it is not an object")
+    return document
 
 
 def _tensor(path: Path, start: int, entry: Any) -> TensorRef:
     """A tensor by its entry; ``start`` is the byte that offsets count from."""
     offsets, shape = _list_in(entry, "data_offsets"), _list_in(entry, "shape")
+    if len(offsets) != 2:
+        raise MalformedError(f"a tensor has {len(offsets)} offsets, expected 2")
+
     first, last = offsets
     numbers = (first, last, *shape)
     if len(numbers) > MAX_NUMBERS or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError("an offset or a size is not a whole number")
+        raise MalformedError("an offset or a size is not a whole number")
     if not max(numbers, default=0) < 1 << 63 or last < first:
-        raise ValueError(f"a tensor cannot lie from byte {first} to byte {last}")
+        raise MalformedError(f"a tensor cannot lie from byte {first} to byte {last}")
 
     extents = Listed([Extent(path, start + first, last - first)] if last > first else [])
-    dtype = _dtype(path, entry["dtype"])
+    dtype = _dtype(path, entry.get("dtype"))
     if dtype.numbers > 1 and (not shape or shape[-1] % dtype.numbers):
         raise CheckpointError(
             f"{path}: a tensor {dtype.value} ({words.shape(shape)}) has rows that end within "
@@ -222,6 +250,13 @@ def _tensor(path: Path, start: int, entry: Any) -> TensorRef:
     if dtype.numbers > 1:
         shape = [*shape[:-1], shape[-1] // dtype.numbers]
 
+    expected_bytes = prod(shape) * dtype.itemsize
+    if expected_bytes != last - first:
+        raise MalformedError(
+            f"{dtype.value} ({words.shape(shape)}) needs {expected_bytes} bytes, its offsets "
+            f"hold {last - first}"
+        )
+
     return TensorRef(dtype, tuple(shape), extents)
 
 
@@ -229,7 +264,7 @@ def _list_in(entry: Any, key: str) -> list[Any]:
     """A list in the entry of a tensor."""
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, list):
-        raise ValueError(f"a tensor has no list {key}")
+        raise MalformedError(f"a tensor has no list {key}")
     return value
 
 
@@ -251,10 +286,10 @@ def _cover(header: Mapping[str, Any], nbytes: int) -> None:
     spans = ((entry["data_offsets"], name) for name, entry in header.items())
     for (first, last), name in sorted(spans):
         if first != previous_end:
-            raise ValueError(
+            raise MalformedError(
                 f"{name} begins at byte {first}, the one before it ends at {previous_end}"
             )
         previous_end = last
 
     if previous_end != nbytes:
-        raise ValueError(f"its tensors take {previous_end} bytes, {nbytes} follow it")
+        raise MalformedError(f"its tensors take {previous_end} bytes, {nbytes} follow it")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, MalformedError
 from converters.formats import pytorch_bin
 from converters.pickles.values import Global
 from converters.plan import WHOLE, Entry, Plan, Shard, Tied
@@ -37,7 +37,7 @@ def plan(
     """
     try:
         body, storages = pickle_writer.dumps(dict(beside))
-    except ValueError as error:
+    except MalformedError as error:
         raise CheckpointError(f"what is to be written beside {key}: {error}") from error
 
     if storages:

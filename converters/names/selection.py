@@ -67,14 +67,14 @@ def chosen(names: Iterable[str], globs: Sequence[str]) -> list[str]:
 
 
 def _require_expression(expression: str) -> None:
+    problem = f"{expression[:80]!r} is not a regular expression"
+    if len(expression) > MAX_PATTERN_LENGTH:
+        raise CheckpointError(f"{problem}: it has over {MAX_PATTERN_LENGTH} characters", "refused")
+
     try:
-        if len(expression) > MAX_PATTERN_LENGTH:
-            raise re.error(f"it has over {MAX_PATTERN_LENGTH} characters")
         re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:
-        raise CheckpointError(
-            f"{expression[:80]!r} is not a regular expression: {error}", "refused"
-        ) from error
+        raise CheckpointError(f"{problem}: {error}", "refused") from error
 
 
 def _without(name: str, prefix: str) -> str:

@@ -35,8 +35,8 @@ def replaced(expression: str, replacement: str, names: Sequence[str]) -> list[st
     expression, and for an expression that takes over ``SECONDS``.
     """
     if _REPEATS.isdisjoint(expression) or not sys.executable:
+        pattern = re.compile(expression)  # the user's, tried by ``selection`` already
         try:
-            pattern = re.compile(expression)
             return [pattern.sub(replacement, name) for name in names]
         except (re.error, IndexError) as error:
             raise _unfit(expression, replacement, str(error)) from error

@@ -101,9 +101,12 @@ def read(path: Path) -> AdapterConfig:
         size = stores.status(path).size
         if size > MAX_CONFIG_BYTES:
             raise CheckpointError(f"{path} has {size} bytes, expected at most {MAX_CONFIG_BYTES}")
-        values = bounded_json.loads(stores.content(path))
+        data = stores.content(path)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", "incomplete") from error
+
+    try:
+        values = bounded_json.loads(data)
     except ValueError as error:
         raise CheckpointError(f"{path} is not an adapter configuration: {error}") from error
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, MalformedError
 
 try:  # Python 3.10 has them as modules of their own
     import re._constants as constants  # type: ignore[import-not-found, unused-ignore]
@@ -54,21 +54,30 @@ def matches(pattern: str, name: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _parsed(pattern: str) -> Any:
+    if len(pattern) > MAX_LENGTH:
+        reason = f"it has {len(pattern)} characters, expected at most {MAX_LENGTH}"
+        raise _unread(pattern, reason)
+
     try:
-        if len(pattern) > MAX_LENGTH:
-            raise ValueError(f"it has {len(pattern)} characters, expected at most {MAX_LENGTH}")
         sequence = parser.parse(pattern)
-        _require_readable(sequence, 0)
     except (re.error, ValueError, RecursionError, OverflowError) as error:
-        text = f"the pattern {pattern[:200]!r} is not read: {error}"
-        raise CheckpointError(text, "unsupported") from error
+        raise _unread(pattern, str(error)) from error
+
+    try:
+        _require_readable(sequence, 0)
+    except MalformedError as error:
+        raise _unread(pattern, str(error)) from error
 
     return sequence
 
 
+def _unread(pattern: str, reason: str) -> CheckpointError:
+    return CheckpointError(f"the pattern {pattern[:200]!r} is not read: {reason}", "unsupported")
+
+
 def _require_readable(sequence: Any, depth: int) -> None:
     if depth > MAX_DEPTH:
-        raise ValueError("its repetitions nest too deep")
+        raise MalformedError("its repetitions nest too deep")
 
     for operator, argument in sequence:
         name = str(operator)
@@ -77,21 +86,21 @@ def _require_readable(sequence: Any, depth: int) -> None:
             if min_repeats > MAX_REPEATS or (
                 max_repeats is not constants.MAXREPEAT and max_repeats > MAX_REPEATS
             ):
-                raise ValueError(f"it repeats over {MAX_REPEATS} times")
+                raise MalformedError(f"it repeats over {MAX_REPEATS} times")
             _require_readable(inner, depth + (max_repeats not in (0, 1)))
         elif name == "BRANCH":
             for inner in argument[1]:
                 _require_readable(inner, depth)
         elif name == "SUBPATTERN":
             if argument[1] or argument[2]:
-                raise ValueError("it changes flags")
+                raise MalformedError("it changes flags")
             _require_readable(argument[3], depth)
         elif name in ("ASSERT", "ASSERT_NOT"):
             if argument[0] < 0:
-                raise ValueError("it looks behind")
+                raise MalformedError("it looks behind")
             _require_readable(argument[1], depth + 1)
         elif name not in ("LITERAL", "NOT_LITERAL", "ANY", "IN", "AT"):
-            raise ValueError(f"{name.lower()} is not supported")
+            raise MalformedError(f"{name.lower()} is not supported")
 
 
 def _ends(sequence: Any, text: str, starts: Positions) -> Positions:

@@ -3,6 +3,7 @@ called.
 
 interpreter  runs pickles
 machine      its stack and memo;  memo  which entries of that are asked for
+pickle_bytes its bytes, taken one after another
 opcodes      which of the machine's methods each opcode is
 values       what stays of classes, functions and calls
 denylist     names that no honest checkpoint holds

@@ -3,10 +3,9 @@ called."""
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
-from converters.errors import MALFORMED
+from converters.errors import MalformedError
 from converters.pickles import nesting
 from converters.pickles.machine import MARK, Machine
 from converters.pickles.opcodes import OPCODES
@@ -25,20 +24,18 @@ class Interpreter(Machine):
     def run(self) -> Any:
         """The next object. ``CheckpointError`` if the bytes are not a complete pickle."""
         self.stack, self.memo = [], {}
-        data, handlers = self.data, OPCODES
+        data, end, handlers = self.data, len(self.data), OPCODES
         try:
-            while (opcode := data[self.position]) != _STOP:
+            while self.position < end and (opcode := data[self.position]) != _STOP:
                 self.position += 1
                 if opcode not in handlers:
                     self.fail(f"opcode {bytes((opcode,))!r} is not one torch.save writes")
                 handlers[opcode](self)
-            self.position += 1
-            result = self.stack.pop()
-        except (RecursionError, struct.error) as error:
-            self.fail(type(error).__name__)
-        except MALFORMED as error:
-            self.fail(f"{type(error).__name__} {error}")
+        except MalformedError as error:  # of a builder, which does not know the file
+            self.fail(str(error))
 
+        self.byte()  # the opcode that it ends with
+        result = self.pop()
         if self.stack or result is MARK:
             self.fail("objects are left over")
         if (problem := nesting.wrong(result)) is not None:

@@ -13,19 +13,18 @@ and more only with the pickle and its storages.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Mapping
-from sys import getsizeof, intern
+from sys import getsizeof
 from typing import Any, NoReturn
 
 from converters.errors import CheckpointError
 from converters.pickles import denylist, nesting
 from converters.pickles.memo import requested_entries
+from converters.pickles.pickle_bytes import PickleBytes
 from converters.pickles.values import Call, Global, hashable
 
 MAX_CHARGED_BYTES = 16 << 20  # bytes of containers, whatever the pickle's size
 A_BYTE, A_STORAGE = 24, 1 << 10  # more for each byte of the pickle, and for each storage it names
-MAX_TEXT_BYTES = 256 << 20  # bytes of one string
 MAX_INT_BYTES = 1024  # bytes of one int; arithmetic with longer ones takes its time
 MAX_NAME_LENGTH = 4096  # characters of a global
 MAX_KEYS_OF_ONE_HASH = 64  # keys of one hash
@@ -38,7 +37,7 @@ Persistent = Callable[[Any], Any]
 MARK = object()
 
 
-class Machine:
+class Machine(PickleBytes):
     """The stack, the memo, and what opcodes do to them; ``Interpreter`` runs it over
     ``data``.
 
@@ -48,13 +47,10 @@ class Machine:
     """
 
     def __init__(self, data: bytes, builders: Builders, persistent: Persistent, where: str):
-        self.data = data
+        super().__init__(data, where)
         self.builders = builders
         self.persistent = persistent
-        self.where = where
 
-        self.position = 0
-        self.charged_bytes = 0
         self.open_marks = 0
         self.last_tuple_position = self.tuple_depth = 0
 
@@ -64,10 +60,6 @@ class Machine:
         self.memo: dict[int, Any] = {}
         self.storages: set[Any] = set()
         self.keys_by_hash: dict[int, set[Any]] = {}
-
-    def fail(self, problem: str) -> NoReturn:
-        """Raises ``CheckpointError`` for a damaged pickle, with the byte reached."""
-        raise CheckpointError(f"{self.where}: damaged pickle at byte {self.position}: {problem}")
 
     def refuse_unnatural(self, problem: str) -> NoReturn:
         """Raises ``CheckpointError``, "refused", for what ``torch.save`` never writes."""
@@ -91,38 +83,27 @@ class Machine:
         self.charge(getsizeof(value))
         return value
 
-    def take(self, count: int) -> bytes:
-        """The next ``count`` bytes; ``CheckpointError`` for fewer, or for too many."""
-        if count > MAX_TEXT_BYTES:
-            self.fail(f"a string has {count} bytes, expected at most {MAX_TEXT_BYTES}")
+    def require(self, count: int) -> None:
+        """Raises ``CheckpointError`` unless ``count`` values lie on the stack."""
+        if len(self.stack) < count:
+            self.fail(f"{count} values are expected on its stack, {len(self.stack)} are there")
 
-        payload = self.data[self.position : self.position + count]
-        if len(payload) != count:
-            self.fail(f"{count} bytes are announced, {len(payload)} are there")
+    def pop(self) -> Any:
+        """The value on top of the stack, taken off; ``CheckpointError`` if there is none."""
+        self.require(1)
+        return self.stack.pop()
 
-        self.position += count
-        return payload
+    def push_top(self) -> None:
+        """Pushes the value on top once more."""
+        self.require(1)
+        self.stack.append(self.stack[-1])
 
-    def byte(self) -> int:
-        """The next byte, as a number."""
-        self.position += 1
-        return self.data[self.position - 1]
-
-    def number(self, layout: struct.Struct) -> Any:
-        """The next number, stored as ``layout`` says."""
-        return layout.unpack(self.take(layout.size))[0]
-
-    def text(self, count: int) -> str:
-        """The next string, of ``count`` bytes of UTF-8."""
-        self.charged_bytes += count + 50
-        return intern(self.take(count).decode("utf-8", "surrogatepass"))  # names come often
-
-    def line(self) -> str:
-        """The next line of text, without its end; ``CheckpointError`` if it has no end."""
-        line_end = self.data.find(b"\n", self.position)
-        if line_end < 0:
-            self.fail("a line has no end")
-        return self.take(line_end + 1 - self.position)[:-1].decode("utf-8")
+    def push_memo(self, index: int) -> None:
+        """Pushes an entry of the memo; ``CheckpointError`` if nothing was put there."""
+        try:
+            self.stack.append(self.memo[index])
+        except KeyError:
+            self.fail(f"entry {index} of the memo is asked for, which was never put")
 
     def mark(self) -> None:
         """Pushes a mark; ``CheckpointError`` if too many are open."""
@@ -135,10 +116,10 @@ class Machine:
         """Pops the last mark and all above it, and returns those values, lowest first."""
         stack = self.stack
         mark_index = len(stack) - 1
-        while stack[mark_index] is not MARK:
+        while mark_index >= 0 and stack[mark_index] is not MARK:
             mark_index -= 1
-            if mark_index < 0:
-                self.fail("a mark is missing")
+        if mark_index < 0:
+            self.fail("a mark is missing")
 
         items = stack[mark_index + 1 :]
         del stack[mark_index:]
@@ -197,17 +178,20 @@ class Machine:
 
     def reduce(self) -> None:
         """Replaces a function and its arguments with what the call means."""
+        self.require(2)
         arguments = self.stack.pop()
         self.stack[-1] = self.call(self.stack[-1], arguments)
 
     def newobj(self) -> None:
         """Replaces a class and its arguments with the record of a new object."""
+        self.require(2)
         arguments = self.stack.pop()
         arguments = arguments if isinstance(arguments, tuple) else (arguments,)
         self.stack[-1] = self.record(self.stack[-1], arguments, new=True)
 
     def newobj_ex(self) -> None:
         """Replaces a class, arguments and keywords with the record of a new object."""
+        self.require(3)
         keywords, arguments = self.stack.pop(), self.stack.pop()
         if keywords:  # as protocol 2 says the same
             function = Global("copyreg", "__newobj_ex__")
@@ -219,8 +203,10 @@ class Machine:
 
     def obj(self) -> None:
         """Replaces a mark, a class and its arguments with the record of a new object."""
-        function, *args = self.since_mark()
-        self.stack.append(self.record(function, tuple(args)))
+        parts = self.since_mark()
+        if not parts:
+            self.fail("an object has no class")
+        self.stack.append(self.record(parts[0], tuple(parts[1:])))
 
     def inst(self) -> None:
         """Replaces a mark and arguments with an object of the class that lines name."""
@@ -229,12 +215,17 @@ class Machine:
 
     def build(self) -> None:
         """Gives the record below the state that lies on top; other values take none."""
+        self.require(2)
         state = self.stack.pop()
         if isinstance(self.stack[-1], Call):
             self.stack[-1].state = state
 
     def set_items(self, pairs: list[Any]) -> None:
         """Sets items of the dict or record on top; ``pairs`` alternates keys and values."""
+        self.require(1)
+        if len(pairs) % 2:
+            self.fail("a key has no value")
+
         target = self.stack[-1]
         self.charge(len(pairs) // 2 * _ENTRY)
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
@@ -258,17 +249,22 @@ class Machine:
     def check_hash_flood(self, value: Any) -> None:
         """Refuses many keys of one hash: they were made to take long."""
         try:
-            colliding_keys = self.keys_by_hash.setdefault(hash(value), {value})
-        except TypeError:  # a tuple of what has no hash
+            value_hash = hash(value)
+        except TypeError:  # a tuple of what has no hash: only hash() tells, however deep it is
             return
 
         self.charge(2 * _ENTRY)
-        colliding_keys.add(value)
+        colliding_keys = self.keys_by_hash.setdefault(value_hash, set())
+        try:
+            colliding_keys.add(value)
+        except RecursionError:  # two tuples of one hash are compared, which nest too deep
+            self.refuse_unnatural("its pickle holds keys that are tuples deep in each other")
         if len(colliding_keys) > MAX_KEYS_OF_ONE_HASH:
             self.refuse_unnatural(f"its pickle holds {len(colliding_keys)} keys of one hash")
 
     def append_all(self, values: list[Any]) -> None:
         """Adds values to the list, set or record on top; ``CheckpointError`` for another."""
+        self.require(1)
         target = self.stack[-1]
         if isinstance(target, set):
             self.charge(len(values) * _ENTRY)
@@ -283,8 +279,8 @@ class Machine:
 
     def take_set_item(self) -> None:
         """Pops a value and its key, and sets them in the dict below."""
-        value = self.stack.pop()
-        self.set_items([self.stack.pop(), value])
+        value = self.pop()
+        self.set_items([self.pop(), value])
 
     def dict_of(self) -> None:
         """Replaces a mark and the keys and values above it with a dict."""
@@ -318,7 +314,7 @@ class Machine:
 
     def stack_global(self) -> None:
         """Replaces the names of a module and of a member of it with the global."""
-        name, module = self.stack.pop(), self.stack.pop()
+        name, module = self.pop(), self.pop()
         if not isinstance(module, str) or not isinstance(name, str):
             self.fail("a global is named by what is not a string")
         self.stack.append(self.global_name(module, name))
@@ -330,6 +326,7 @@ class Machine:
 
     def persist(self) -> None:
         """Replaces a persistent id with what it names: of torch files, a storage."""
+        self.require(1)
         persistent_id = self.stack[-1]
         self.stack[-1] = self.persistent(persistent_id)
         names_storage = isinstance(persistent_id, tuple) and len(persistent_id) > 2
@@ -344,5 +341,6 @@ class Machine:
         if index >= len(self.data):  # picklers count them, and to put one takes two bytes
             self.fail(f"entry {index} of the memo is out of range")
         if index < 256 or index >= len(self.requested) or self.requested[index]:
+            self.require(1)
             self.charge(_ENTRY)
             self.memo[index] = self.stack[-1]

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from converters.computing.computed import Computed, computed
-from converters.errors import MALFORMED
+from converters.errors import MalformedError
 from converters.quantized import small
 from converters.quantized.detection import quantization
 from converters.quantized.groups import Modules, QuantizedGroup
@@ -20,7 +20,6 @@ from converters.quantized.recipe import NestedConstants, Recipe, Unknown
 from converters.quantized.shapes import blocks
 from converters.tensors import DType, TensorRef
 
-_NAMES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
 _SIXTEEN = (DType.F16, DType.BF16)
 _WORD = 32  # bits
 
@@ -34,7 +33,7 @@ class Recipes:
         parts = (config or {}, small.mapping((config or {}).get("text_config")))
         keys = ("dtype", "torch_dtype")
         names = [str(part.get(key)) for part in parts for key in keys]
-        self.model = next((_NAMES[name] for name in names if name in _NAMES), DType.BF16)
+        self.model = next((small.TYPES[name] for name in names if name in small.TYPES), DType.BF16)
 
     def recipe(self, group: QuantizedGroup) -> Recipe:
         """The recipe of a group; ``Unknown`` says why the group has none."""
@@ -56,8 +55,8 @@ class Recipes:
 
         try:
             return makers[group.kind](group, self.modules.ref(group.codes))
-        except MALFORMED as error:
-            raise Unknown(f"its constants do not fit ({error!r})") from error
+        except MalformedError as error:
+            raise Unknown(f"its constants do not fit ({error})") from error
 
     def constant(self, group: QuantizedGroup, role: str) -> TensorRef:
         """A constant that must be there."""
@@ -80,7 +79,8 @@ class Recipes:
         The table has 16 numbers; each block of elements has a factor.
         """
         state = small.state(self.constant(group, "quant_state"))
-        shape, block = small.sizes(state["shape"]), int(small.number(state, "blocksize"))
+        shape = small.sizes(small.entry(state, "shape"))
+        block = small.whole_number(state, "blocksize")
         table, absmax = self.constant(group, "quant_map"), self.constant(group, "absmax")
         has_numbers = table.numel == 16 and table.dtype is DType.F32
         _require(has_numbers, "its table does not have 16 numbers")
@@ -101,7 +101,7 @@ class Recipes:
 
             return computed(dtype, shape, inputs, words, formula, block=step)
 
-        return Recipe(shape, _NAMES[str(state["dtype"])], build)
+        return Recipe(shape, small.named_type(state, "dtype"), build)
 
     def _nested(
         self, group: QuantizedGroup, state: Mapping[str, Any], codes: TensorRef
@@ -109,17 +109,13 @@ class Recipes:
         """What makes the factors of blocks, where they are codes themselves."""
         table = self.constant(group, "nested_quant_map")
         absmax = self.constant(group, "nested_absmax")
-        block = int(small.number(state, "nested_blocksize"))
+        block = small.whole_number(state, "nested_blocksize")
         has_blocks = block > 0 and absmax.numel == -(-codes.numel // block)
         _require(has_blocks, "its blocks do not fit")
         has_table = table.numel == 256 and codes.dtype is DType.U8
         _require(has_table, "its table does not fit")
-        dtype, offset = (
-            _NAMES[str(state["nested_dtype"])],
-            float(small.number(state, "nested_offset")),
-        )
-
-        return NestedConstants(table, absmax, block, dtype, offset)
+        dtype = small.named_type(state, "nested_dtype")
+        return NestedConstants(table, absmax, block, dtype, small.number(state, "nested_offset"))
 
     def int8(self, group: QuantizedGroup, codes: TensorRef) -> Recipe:
         """The recipe of bitsandbytes' LLM.int8: a byte a number (out, in), a factor a row."""
@@ -128,6 +124,7 @@ class Recipes:
             raise Unknown("its rows are reordered for one kind of GPU")
 
         shape = codes.shape
+        _require(len(shape) == 2, "its codes are not a matrix")
         # bitsandbytes' 1 / 127
         factors = {"blocks": (1, shape[1]), "times": 7.874015718698502e-3}
         return self._scaled(group, codes, shape, scale, self.model, factors)
@@ -159,6 +156,7 @@ class Recipes:
         """The recipe of FP4 codes, two a byte: a factor for 16 or 32 of them, a global one."""
         packed = "weight_scale" in group.constants
         scale = self.constant(group, "weight_scale" if packed else "scale")
+        _require(len(codes.shape) > 0, "its codes are not rows of numbers")
         shape = (*codes.shape[:-1], 2 * codes.shape[-1])
         shares = blocks(shape, scale.shape)
         _require(shares is not None and shares[-1] in (16, 32), "its scale does not fit")
@@ -203,7 +201,7 @@ class Recipes:
         zero = self.optional(group, "weight_zero_point")
         if zero is not None:
             zero_rows = -(-shape[0] * bits // _WORD)
-            fits = zero.shape == (zero_rows, scale.shape[-1])
+            fits = len(scale.shape) > 0 and zero.shape == (zero_rows, scale.shape[-1])
             _require(fits, "its zero points do not fit")
             are_words = scale.shape[0] == shape[0] and zero.dtype is DType.I32
             _require(are_words, "its zero points do not fit")
@@ -266,6 +264,8 @@ class Recipes:
         """
         is_awq = group.kind == "awq"
         scales, zeros = self.constant(group, "scales"), self.constant(group, "qzeros")
+        are_matrices = len(scales.shape) == len(codes.shape) == 2
+        _require(are_matrices, "its codes or scales are not a matrix")
         group_count, output_count = scales.shape
         index = self.optional(group, "g_idx")
         bits = 4 if is_awq else self._gptq_bits(codes, index)
@@ -299,6 +299,7 @@ class Recipes:
 
     def _gptq_bits(self, codes: TensorRef, index: TensorRef | None) -> int:
         stated = self.stated.get("bits")
+        _require(index is None or index.numel > 0, "its groups do not fit")
         bits = codes.shape[0] * _WORD // index.numel if index is not None else stated
         if bits not in (2, 3, 4, 8) or (stated is not None and stated != bits):
             raise Unknown("the number of bits is not known")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, MalformedError
 from converters.storage import bounded_json, open_files
 from converters.tensors import DType, TensorRef
 
+# types that numbers are made in, by torch's names
+TYPES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
 MAX_STATE_BYTES = 64 << 10  # bytes of bitsandbytes' state: a few numbers and names
 
 
@@ -17,7 +19,7 @@ def sizes(values: Any) -> tuple[int, ...]:
     if values is None:
         return ()
     if not isinstance(values, list | tuple) or any(type(n) is not int or n < 0 for n in values):
-        raise ValueError("a size is not a whole number")
+        raise MalformedError("a size is not a whole number")
     return tuple(values)
 
 
@@ -26,7 +28,7 @@ def integers(tensor: TensorRef, limit: int = 8) -> list[int]:
     part = tensor.narrow(0, min(tensor.numel, limit))
     data = b"".join(map(open_files.read_extent, part.extents))
     if tensor.dtype not in (DType.I32, DType.I64):
-        raise ValueError(f"its integers are of type {tensor.dtype.value}")
+        raise MalformedError(f"its integers are of type {tensor.dtype.value}")
 
     itemsize = tensor.dtype.itemsize
     return [
@@ -38,25 +40,57 @@ def integers(tensor: TensorRef, limit: int = 8) -> list[int]:
 def state(tensor: TensorRef) -> dict[str, Any]:
     """The state that bitsandbytes keeps as the bytes of a JSON text."""
     if tensor.dtype is not DType.U8 or tensor.nbytes > MAX_STATE_BYTES:
-        raise ValueError(f"its state has {tensor.nbytes} bytes of type {tensor.dtype.value}")
+        raise MalformedError(f"its state has {tensor.nbytes} bytes of type {tensor.dtype.value}")
 
     try:
-        values = bounded_json.loads(b"".join(map(open_files.read_extent, tensor.extents)))
+        data = b"".join(map(open_files.read_extent, tensor.extents))
     except (OSError, CheckpointError) as error:
-        raise ValueError("its state cannot be read") from error
+        raise MalformedError("its state cannot be read") from error
+
+    try:
+        values = bounded_json.loads(data)
+    except ValueError as error:
+        raise MalformedError(f"its state is not JSON: {error}") from error
 
     if not isinstance(values, dict):
-        raise ValueError("its state is not a JSON object")
+        raise MalformedError("its state is not a JSON object")
 
     return values
 
 
-def number(values: Mapping[str, Any], key: str) -> int | float | str:
-    """A number of a state, or its text; ``ValueError`` for anything else."""
-    value = values[key]
+def number(values: Mapping[str, Any], key: str) -> float:
+    """A number of a state, which may be a text of one."""
+    value = entry(values, key)
     if not isinstance(value, (int, float, str)):
-        raise ValueError(f"{key} is not a number")
-    return value
+        raise MalformedError(f"{key} is not a number")
+
+    try:
+        return float(value)
+    except (OverflowError, ValueError) as error:
+        raise MalformedError(f"{key} is not a number") from error
+
+
+def whole_number(values: Mapping[str, Any], key: str) -> int:
+    """A whole number of a state, or a text of one."""
+    value = number(values, key)
+    if not value.is_integer():
+        raise MalformedError(f"{key} is not a whole number")
+    return int(value)
+
+
+def entry(values: Mapping[str, Any], key: str) -> Any:
+    """A value of a state, which must be there."""
+    if key not in values:
+        raise MalformedError(f"it has no {key}")
+    return values[key]
+
+
+def named_type(state: Mapping[str, Any], key: str) -> DType:
+    """The type that a state names, one of those that weights are computed in."""
+    name = str(entry(state, key))
+    if name not in TYPES:
+        raise MalformedError(f"{key} is {name[:40]}, expected one of {', '.join(TYPES)}")
+    return TYPES[name]
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

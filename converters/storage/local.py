@@ -209,8 +209,8 @@ def is_mappable(path: str | os.PathLike[str]) -> bool:
     Some FUSE mounts answer ENODEV. An empty file cannot be mapped anywhere.
     """
     with open(path, "rb") as file:
+        mode = mmap.PROT_READ | mmap.PROT_WRITE
         try:
-            mode = mmap.PROT_READ | mmap.PROT_WRITE
             mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mode).close()
         except (OSError, ValueError):
             return False

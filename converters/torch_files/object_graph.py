@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from converters import words
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, MalformedError
 from converters.pickles.values import Call, Global, hashable
 from converters.tensors import DType, TensorRef
 from converters.torch_files import reader, rebuild
@@ -27,6 +26,7 @@ Pairs = Sequence[tuple[Any, Any]]
 _KINDS = {dtype: name for name, dtype in rebuild.STORAGES.items() if name != "UntypedStorage"}
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _ORDERED = Global("collections", "OrderedDict")
+MAX_DEPTH = 200  # levels of a tree that is copied or compared; DeepSpeed's have about ten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,8 +74,11 @@ def read_root(path: Path) -> dict[Any, Any]:
 
 def storage(ref: TensorRef, dtype: DType | None = None) -> Storage:
     """A new storage that holds the elements of ``ref``, as ``dtype`` where that is
-    given."""
+    given; ``MalformedError`` for a type that torch has no class of storages for."""
     kind = dtype or ref.dtype
+    if kind not in _KINDS:
+        raise MalformedError(f"tensors of type {kind.value} are not written into a state file")
+
     return Storage(Global("torch", _KINDS[kind]), ref, kind)
 
 
@@ -112,20 +115,22 @@ def size(shape: Sequence[int]) -> Call:
 
 
 def pairs(node: Any) -> Pairs:
-    """The keys and values of a dict or an ``OrderedDict``; ``ValueError`` for anything
-    else."""
+    """The keys and values of a dict or an ``OrderedDict``; ``MalformedError`` for
+    anything else."""
     if isinstance(node, dict):
         return list(node.items())
     if not isinstance(node, Call) or node.of != _ORDERED:
-        raise ValueError(f"a dict is expected, found {type(node).__name__}")
+        raise MalformedError(f"a dict is expected, found {type(node).__name__}")
 
     if not all(isinstance(argument, (list, tuple)) for argument in node.args):
-        raise ValueError("an OrderedDict is made of what is not a list of pairs")
+        raise MalformedError("an OrderedDict is made of what is not a list of pairs")
     members = [*(pair for argument in node.args for pair in argument), *node.pairs]
     for pair in members:
         is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
         if not is_pair or hashable(pair[0]) is not pair[0]:
-            raise ValueError("an OrderedDict is made of what is not a pair of a key and a value")
+            raise MalformedError(
+                "an OrderedDict is made of what is not a pair of a key and a value"
+            )
     return members
 
 
@@ -138,28 +143,34 @@ def replaced(node: Any, values: Mapping[Any, Any]) -> Any:
     return Call(node.of, (), node.state, pairs=list(members.items()), new=node.new)
 
 
-def copied(node: Any) -> Any:
+def copied(node: Any, depth: int = 0) -> Any:
     """A copy that shares no memory with the original when both are loaded."""
+    _require_depth(depth)
+    inner = depth + 1
     match node:
         case Storage():
             return Storage(node.kind, node.ref, node.dtype)
         case Call():
             arguments, state, items, members = (
-                copied(part) for part in (node.args, node.state, node.items, node.pairs)
+                copied(part, inner) for part in (node.args, node.state, node.items, node.pairs)
             )
             return Call(node.of, arguments, state, items, members, node.new)
         case dict():
-            return {key: copied(value) for key, value in node.items()}
+            return {key: copied(value, inner) for key, value in node.items()}
         case list():
-            return [copied(value) for value in node]
+            return [copied(value, inner) for value in node]
         case tuple():
-            return tuple(copied(value) for value in node)
+            return tuple(copied(value, inner) for value in node)
 
     return node
 
 
-def equal(first: Any, second: Any, storages: Callable[[Storage, Storage], bool]) -> bool:
-    """Whether two trees say the same; ``trained_storages`` says it of storages."""
+def equal(
+    first: Any, second: Any, storages: Callable[[Storage, Storage], bool], depth: int = 0
+) -> bool:
+    """Whether two trees say the same; ``storages`` says it of storages."""
+    _require_depth(depth)
+    inner = depth + 1
     if type(first) is not type(second):
         return False
 
@@ -167,18 +178,25 @@ def equal(first: Any, second: Any, storages: Callable[[Storage, Storage], bool])
         case Storage():
             return storages(first, second)
         case Call():
-            return all(map(equal, _fields(first), _fields(second), repeat(storages)))
+            parts = zip(_fields(first), _fields(second), strict=True)
+            return all(equal(part, counterpart, storages, inner) for part, counterpart in parts)
         case dict():
-            return equal(list(first.items()), list(second.items()), storages)
+            return equal(list(first.items()), list(second.items()), storages, inner)
         case list() | tuple():
             return len(first) == len(second) and all(
-                equal(item, counterpart, storages)
+                equal(item, counterpart, storages, inner)
                 for item, counterpart in zip(first, second, strict=True)
             )
         case float():
             return first == second or (first != first and second != second)
 
     return bool(first == second)
+
+
+def _require_depth(depth: int) -> None:
+    """Raises for a tree that nests deeper than any that a training saves."""
+    if depth > MAX_DEPTH:
+        raise MalformedError(f"values nest over {MAX_DEPTH} levels deep")
 
 
 def _fields(record: Call) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ import struct
 from itertools import chain
 from typing import Any
 
+from converters.errors import MalformedError
 from converters.pickles.values import Call, Global
 from converters.torch_files.object_graph import Storage
 
@@ -19,7 +20,7 @@ MAX_DEPTH = 200  # levels; DeepSpeed's files have about ten
 def dumps(tree: Any) -> tuple[bytes, list[Storage]]:
     """The pickle, and the storages that it names by their place in the list.
 
-    ``ValueError`` for what is not such data, or nested too deep.
+    ``MalformedError`` for what is not such data, or nested too deep.
     """
     writer = _Writer()
     writer.write(tree, 0)
@@ -36,7 +37,7 @@ class _Writer:
 
     def write(self, value: Any, depth: int) -> None:
         if depth > MAX_DEPTH:
-            raise ValueError(f"values nest over {MAX_DEPTH} levels deep")
+            raise MalformedError(f"values nest over {MAX_DEPTH} levels deep")
 
         memo_key = value if isinstance(value, (str, Global)) else ("id", id(value))
         if (memo_index := self.memo.get(memo_key)) is not None:
@@ -71,7 +72,7 @@ class _Writer:
                     self.write(value.state, depth + 1)
                     self.opcodes.append(b"b")
             case _:
-                raise ValueError(f"{type(value).__name__} is not written")
+                raise MalformedError(f"a value of type {type(value).__name__} is not written")
 
     def container(self, value: Any, memo_key: Any, depth: int) -> None:
         """A list or a dict is remembered before it is filled, since it may hold itself;

@@ -8,12 +8,13 @@ of this module, everything else a pickle names stays an inert record. Sources:
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, MalformedError
 from converters.pickles.machine import Builders
 from converters.pickles.values import Call, Global, hashable
 from converters.tensors import DType, Extent, Extents, Listed, Strided, TensorRef
@@ -141,9 +142,9 @@ def _unknown(name: str) -> str:
 
 def _tensor(*arguments: Any) -> TensorRef | Call:
     """``torch._utils._rebuild_tensor_v2``: a view into a storage."""
-    storage, offset, shape, stride = arguments[:4]
+    storage, offset, shape, stride = _first_arguments(arguments, 4)
     if isinstance(storage, Call) and getattr(storage.of, "name", "") in QUANTIZED:
-        raise ValueError("a quantized tensor has no scale")
+        raise MalformedError("a quantized tensor has no scale")
     if isinstance(storage, TensorRef):
         return _view(storage, offset, shape, stride)
     if not isinstance(storage, Call):
@@ -190,12 +191,12 @@ def _runs(
     """The runs of a view into a storage of ``storage_numel`` elements of ``itemsize``
     bytes."""
     if not isinstance(shape, (tuple, list)) or not isinstance(stride, (tuple, list)):
-        raise ValueError("the shape or the stride of a tensor is not a tuple")
+        raise MalformedError("the shape or the stride of a tensor is not a tuple")
 
     fits = len(shape) == len(stride) and len(shape) <= MAX_AXES
     if not fits or not _are_sizes((offset, *shape, *stride)):
         sizes, strides = _brief(shape, " x "), _brief(stride, ", ")
-        raise ValueError(f"a tensor cannot have the shape {sizes} and the strides {strides}")
+        raise MalformedError(f"a tensor cannot have the shape {sizes} and the strides {strides}")
 
     numel = prod(shape)
     if not numel:  # an empty run still tells the storage, which tied names share
@@ -204,7 +205,9 @@ def _runs(
     axes = list(zip(shape, stride, strict=True))
     last_element = offset + sum((count - 1) * step for count, step in axes)
     if last_element >= storage_numel:
-        raise ValueError(f"a tensor ends at element {last_element} of a storage of {storage_numel}")
+        raise MalformedError(
+            f"a tensor ends at element {last_element} of a storage of {storage_numel}"
+        )
 
     # the innermost axes without gaps between their elements make one run
     run_numel, dims = 1, [(count, step) for count, step in axes if count != 1]
@@ -214,7 +217,7 @@ def _runs(
     steps = tuple((count, step * itemsize) for count, step in dims)
     runs = Strided(base.path, base.offset + offset * itemsize, run_numel * itemsize, steps)
     if numel > storage_numel and len(runs) > MAX_REPEATED_RUNS:
-        raise ValueError(f"a tensor of {numel} elements repeats a storage of {storage_numel}")
+        raise MalformedError(f"a tensor of {numel} elements repeats a storage of {storage_numel}")
 
     return runs if len(runs) > MAX_LISTED_RUNS else Listed(runs)
 
@@ -224,7 +227,9 @@ def _are_sizes(numbers: tuple[Any, ...]) -> bool:
 
 
 def _brief(numbers: Any, separator: str) -> str:
-    return separator.join(map(repr, numbers[:8])) + (" and more" if len(numbers) > 8 else "")
+    return separator.join(map(reprlib.repr, numbers[:8])) + (
+        " and more" if len(numbers) > 8 else ""
+    )
 
 
 def _empty(extent: Extent) -> Extent:
@@ -234,16 +239,18 @@ def _empty(extent: Extent) -> Extent:
 def _tensor_v3(*arguments: Any) -> TensorRef | Call:
     """``torch._utils._rebuild_tensor_v3``: the storage is bytes, the element type is
     given."""
-    storage, offset, shape, stride, _, _, kind = arguments[:7]
+    storage, offset, shape, stride, _, _, kind = _first_arguments(arguments, 7)
     if not isinstance(kind, Global):
-        raise ValueError("the element type of a tensor is not a name")
+        raise MalformedError("the element type of a tensor is not a name")
 
     dtype, itemsize = DTYPES.get(kind.name), UNREAD_DTYPES.get(kind.name)
     if dtype is None and itemsize is None:
-        raise ValueError(_unknown(kind.name))
+        raise MalformedError(_unknown(kind.name))
     if not isinstance(storage, TensorRef) or not storage.extents:
         return Call(Global("torch._utils", "_rebuild_tensor_v3"), (shape, kind))
     if dtype is not None:
+        if storage.nbytes % dtype.itemsize:
+            raise MalformedError(f"a storage of {storage.nbytes} bytes holds {kind.name}")
         elements = TensorRef(dtype, (storage.nbytes // dtype.itemsize,), storage.extents)
         return _view(elements, offset, shape, stride)
 
@@ -258,12 +265,15 @@ _TENSOR_TYPES = {"Tensor", "Parameter", "Buffer"}
 def _typed(*call: Any) -> Any:
     """``torch._tensor._rebuild_from_type_v2``: a tensor with attributes, or of a
     subclass."""
+    if len(call) != 4:
+        raise MalformedError(f"a typed tensor is made of {len(call)} values, expected 4")
+
     function, kind, arguments, state = call
-    arguments = _sequence(arguments)
+    arguments = tuple(_sequence(arguments))
     builder = None
     if _is_global(function):
         builder = BUILDERS.get((function.module, function.name))
-    if builder is None or not _is_global(kind) or kind.name not in _TENSOR_TYPES:
+    if builder in (None, _typed) or not _is_global(kind) or kind.name not in _TENSOR_TYPES:
         return Call(kind, arguments, state)
 
     tensor = builder(*arguments)
@@ -278,12 +288,12 @@ def _is_global(value: Any) -> bool:
 
 def _dict(*arguments: Any) -> dict[Any, Any]:
     pairs = _only(arguments)
-    items = pairs.items() if isinstance(pairs, dict) else map(_sequence, _sequence(pairs))
+    items = pairs.items() if isinstance(pairs, dict) else map(_pair, _sequence(pairs))
     return {hashable(key): value for key, value in items}
 
 
 def _first(*arguments: Any) -> Any:
-    return arguments[0]
+    return _first_arguments(arguments, 1)[0]
 
 
 def _set(*arguments: Any) -> set[Any]:
@@ -296,23 +306,41 @@ def _size(*arguments: Any) -> tuple[Any, ...]:
 
 def _encode(*arguments: Any) -> bytes:
     """``_codecs.encode``: how protocol 2 writes bytes."""
-    text = arguments[0]
+    text = _first(*arguments)
     if not isinstance(text, str):
-        raise ValueError("bytes are not made of a text")
-    return text.encode("latin-1")
+        raise MalformedError("bytes are not made of a text")
+
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError as error:
+        raise MalformedError("bytes are made of a text with other characters") from error
+
+
+def _first_arguments(arguments: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """The first ``count`` arguments of a call; ``MalformedError`` if it has fewer."""
+    if len(arguments) < count:
+        raise MalformedError(f"a call of {count} arguments or more has {len(arguments)}")
+    return arguments[:count]
+
+
+def _pair(value: Any) -> Any:
+    """The value if it holds two: a key and its value."""
+    if len(_sequence(value)) != 2:
+        raise MalformedError("an item of a dict is not a key and a value")
+    return value
 
 
 def _only(arguments: tuple[Any, ...]) -> Any:
     """The argument of a call that has one or none."""
     if len(arguments) > 1:
-        raise ValueError(f"a call of one argument has {len(arguments)}")
+        raise MalformedError(f"a call of one argument has {len(arguments)}")
     return arguments[0] if arguments else ()
 
 
 def _sequence(value: Any) -> Any:
     """The value if it can be iterated: a sequence, a set, or a dict, for its keys."""
     if not isinstance(value, (tuple, list, set, frozenset, dict, str, bytes)):
-        raise ValueError("values are expected, and there is one that is not a container")
+        raise MalformedError("values are expected, and there is one that is not a container")
     return value
 
 

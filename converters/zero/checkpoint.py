@@ -17,7 +17,7 @@ from pathlib import Path
 
 from converters import quantized
 from converters.detect.deepspeed import LOAD_THERE
-from converters.errors import MALFORMED, CheckpointError
+from converters.errors import CheckpointError, consistent
 from converters.names.rules import Names
 from converters.source import EXCLUDED as EXCLUDED
 from converters.source import STATES as STATES
@@ -84,11 +84,8 @@ def weights(path: Name, tag: str | None = None) -> Checkpoint:
 
 def _read_or_explain(place: Place, require_all: bool) -> Checkpoint:
     try:
-        return _read(place, require_all)
-    except MALFORMED as error:
-        raise CheckpointError(
-            f"{place.folder} contradicts itself ({error}): a file is damaged or of another save"
-        ) from error
+        with consistent(place.folder, "a file is damaged or of another save"):
+            return _read(place, require_all)
     except OSError as error:
         raise CheckpointError(f"{error.filename or place.folder}: {error.strerror}") from error
 

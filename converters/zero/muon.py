@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from converters import tensors
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, MalformedError
 from converters.storage import open_files
 from converters.tensors import TensorRef
 from converters.zero.files.state_files import State
-from converters.zero.partitioning import Shapes, stage12
+from converters.zero.partitioning import Shapes, joined, stage12
 
 MOMENTUM = "momentum_buffer"
 COMPARE_BYTES = 1 << 20  # bytes compared at a time
@@ -131,6 +131,9 @@ def own_elements(
     """
     pieces: list[TensorRef] = []
     offset = filled_numel = 0
+    end = max((position + count for _, _, count, position in rank_parts), default=0)
+    if end > numel:
+        raise MalformedError(f"a partition of {numel} elements has parameters up to {end}")
 
     for name, first_element, count, position in rank_parts:
         padding = tensors.zeros(buffer.dtype, position - filled_numel)
@@ -171,7 +174,7 @@ def cut(
         for rank in range(world_size)
     ]
     return [
-        TensorRef.concat([no_elements, *(momenta[name] for name, *_ in rank_parts)])
+        joined([no_elements, *(momenta[name] for name, *_ in rank_parts)])
         for rank_parts in parts_by_rank
     ]
 

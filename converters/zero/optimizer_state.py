@@ -15,17 +15,17 @@ of what codes mean (``qmap1``), and a scale for each block of the rank's vector
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from converters.errors import CheckpointError, consistent
+from converters.errors import CheckpointError, MalformedError, consistent
 from converters.storage import stores
 from converters.tensors import Extent, Listed, TensorRef
-from converters.zero import muon
+from converters.zero import muon, partitioning
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import state_files, typed
 from converters.zero.files.state_files import State
@@ -51,10 +51,15 @@ def read(checkpoint: Checkpoint, name: str) -> dict[str, Value]:
     weights = checkpoint.weights
     weight = weights.tensors[weights.aliases.get(name, name)]
     with consistent(checkpoint.place.folder, "a file is damaged or of another save"):
-        partitions = sorted(_partitions(checkpoint), key=_offset)
+        return _state_of(name, weight, _partitions(checkpoint))
 
+
+def _state_of(
+    name: str, weight: TensorRef, all_partitions: Iterable[Partition]
+) -> dict[str, Value]:
+    """What partitions keep for the elements of a parameter."""
     partitions_by_path: dict[Any, list[Partition]] = {}
-    for partition in partitions:
+    for partition in sorted(all_partitions, key=_offset):
         partitions_by_path.setdefault(partition[0].path, []).append(partition)
 
     pieces = _Pieces()
@@ -86,6 +91,9 @@ class _Pieces:
     def add(self, state: Mapping[str, Any], start: int, count: int) -> None:
         """Adds what a partition's state has for ``count`` elements from ``start`` on."""
         values = _flattened(state)
+        if not all(isinstance(key, str) for key in values):
+            raise MalformedError("the optimizer keeps state under what is not a name")
+
         codes = values.get(CODES)
         code_count = codes.numel if isinstance(codes, TensorRef) else None
 
@@ -98,6 +106,11 @@ class _Pieces:
             elif block_size := _block_size(key, value, code_count):
                 first_block = start // block_size
                 block_count = -(-(start + count) // block_size) - first_block
+                if first_block + block_count > value.numel:
+                    raise MalformedError(
+                        f"{key} has {value.numel} entries, too few for its weights"
+                    )
+
                 blocks = value.narrow(first_block, block_count)
                 self.by_block.setdefault(key, []).append(blocks)
             else:
@@ -105,13 +118,13 @@ class _Pieces:
 
     def joined(self, weight: TensorRef) -> dict[str, Value]:
         """All of it; what is kept for each element has the shape of the weights."""
-        vectors = {key: TensorRef.concat(pieces) for key, pieces in self.by_element.items()}
+        vectors = {key: partitioning.joined(pieces) for key, pieces in self.by_element.items()}
         shaped_states = {
             key: vector.view(*weight.shape)
             for key, vector in vectors.items()
             if vector.numel == weight.numel
         }
-        block_states = {key: TensorRef.concat(pieces) for key, pieces in self.by_block.items()}
+        block_states = {key: partitioning.joined(pieces) for key, pieces in self.by_block.items()}
         return {**shaped_states, **block_states, **self.unsliced}
 
 
@@ -191,9 +204,7 @@ def _in_group_order(path: Path, optimizer_state: Any) -> list[Any]:
     fields = Section(path, label, typed.expected(path, label, optimizer_state, dict))
     states_by_id = fields.required("state", dict)
     if not fields.values.get("param_groups"):
-        return [
-            states_by_id[index] for index in sorted(typed.numbers(path, label, [*states_by_id]))
-        ]
+        return [states_by_id[key] for key in sorted(typed.numbers(path, label, [*states_by_id]))]
 
     groups = fields.dicts("param_groups")
     ids = [Section(path, "param_groups", group).numbers("params") for group in groups]
@@ -207,12 +218,13 @@ def _with_own_momentum(
     rank_path = checkpoint.ranks[rank].path
     states = _in_group_order(rank_path, optimizer_state)
     is_dict = isinstance(optimizer_state, dict)
-    options = optimizer_state.get("param_groups", ()) if is_dict else ()
+    options = (optimizer_state.get("param_groups") if is_dict else None) or ()
     shapes = state_files.shapes(checkpoint.model, "param_shapes") or []
     whole_momentum = muon.keeps_whole_momentum(checkpoint.model) and not checkpoint.bf16_optimizer
 
     for index, group_options in enumerate(options if whole_momentum else ()):
-        state = typed.expected(rank_path, "the state of a group", states[index] or {}, dict)
+        group_state = typed.item(rank_path, "the optimizer's state", states, index)
+        state = typed.expected(rank_path, "the state of a group", group_state or {}, dict)
         buffer = state.get(muon.MOMENTUM)
         if not muon.is_muon_group(group_options) or not isinstance(buffer, TensorRef):
             continue
@@ -221,16 +233,17 @@ def _with_own_momentum(
         first_rank = checkpoint.ranks[0]
         key = "single_partition_of_fp32_groups"
         first_masters = state_files.tensors(first_rank, first_rank.optimizer.get(key), key)
-        partition_size = first_masters[index].numel
+        partition_size = typed.item(first_rank.path, key, first_masters, index).numel
+        own_numel = typed.item(rank_path, key, masters, index).numel
+        group_shapes = typed.item(checkpoint.model.path, "param_shapes", shapes, index)
         paddings = state_files.alignment_paddings(first_rank, len(first_masters))[index]
 
         start = rank * partition_size
-        rank_parts = muon.overlaps(shapes[index], start, partition_size, paddings)
+        rank_parts = muon.overlaps(group_shapes, start, partition_size, paddings)
         consequence = "it is not known whose elements it has"
-        muon.require_whole(
-            rank_path, f"group {index}", buffer, shapes[index], rank_parts, consequence
-        )
-        own_momentum = muon.own_elements(buffer, shapes[index], rank_parts, masters[index].numel)
+        label = f"group {index}"
+        muon.require_whole(rank_path, label, buffer, group_shapes, rank_parts, consequence)
+        own_momentum = muon.own_elements(buffer, group_shapes, rank_parts, own_numel)
         states[index] = {**state, muon.MOMENTUM: own_momentum}
 
     return states
@@ -252,8 +265,11 @@ def _stage3(checkpoint: Checkpoint, state: State, optimizer_state: Any) -> Itera
 
     for flat, values in zip(flat_vectors, states, strict=True):
         tensor_id = flat.attributes.get("ds_id")
+        if flat.numel or not isinstance(tensor_id, str):
+            continue
+
         master_path = folder / f"{tensor_id}.tensor.swp"
-        if flat.numel or not stores.is_file(master_path):
+        if not stores.is_file(master_path):
             continue
         if not isinstance(values, (dict, NoneType)):
             continue
@@ -287,5 +303,5 @@ def _without_zero(model: State) -> Iterator[Partition]:
             "unsupported",
         )
 
-    states = _in_group_order(model.path, optimizer_state["optimizer_state_dict"])
+    states = _in_group_order(model.path, optimizer_state.get("optimizer_state_dict"))
     yield from _with_states(state_files.tensors(model, masters, "fp32_groups_flat"), states)

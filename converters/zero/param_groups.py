@@ -74,6 +74,7 @@ def read(checkpoint: Checkpoint, tree: Any) -> list[ParamGroup]:
 def _stage12(checkpoint: Checkpoint, optimizer: Section) -> Iterator[ParamGroup]:
     shapes = _shapes(checkpoint)
     files = RankFiles.of(checkpoint, len(shapes))
+    # a tree of rank 0's file, whose groups ``files`` has counted
     constant_states, group_options = states_and_options(optimizer)
 
     # BF16_Optimizer deals no parameters out
@@ -116,7 +117,14 @@ def _stage3(checkpoint: Checkpoint, optimizer: Section) -> Iterator[ParamGroup]:
 
         for index in indices:
             group_shapes |= shapes[index]
-            for key, vectors in files.vectors(index, indices[0], shapes[index]).items():
+            sub_group_vectors = files.vectors(index, indices[0], shapes[index])
+            if values and sub_group_vectors.keys() != values.keys():
+                raise checkpoint.ranks[0].fail(
+                    f"sub-group {index} has other state of its elements than sub-group "
+                    f"{indices[0]} of the same param group"
+                )
+
+            for key, vectors in sub_group_vectors.items():
                 tensors_by_name = partitioning.stage3(vectors, shapes[index])
                 values.setdefault(key, {}).update(tensors_by_name)
 
@@ -160,6 +168,8 @@ def _shapes(checkpoint: Checkpoint) -> list[dict[str, Shape]]:
             "unsupported",
         )
 
+    if not groups:
+        raise model.fail("its param_shapes name no parameter: nothing is trained")
     if not names.state:
         return groups
     return [

@@ -19,9 +19,10 @@ The same holds for whatever the optimizer keeps for each element. Sources: DeepS
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import gcd, prod
 
+from converters.errors import MalformedError
 from converters.tensors import TensorRef, zeros
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -32,12 +33,28 @@ def stage12(
 ) -> Iterator[tuple[str, TensorRef]]:
     """The parameters of a group from its partitions, one a rank, in rank order.
 
-    ``paddings`` are the elements left empty behind each parameter. ``ValueError`` if
-    the partitions are too short. What is left over at the end: ``unused_elements``.
+    ``paddings`` are the elements left empty behind each parameter. ``MalformedError``
+    if the partitions are too short. What is left over at the end: ``unused_elements``.
     """
-    flat = TensorRef.concat(ranks)
+    missing_numel = -unused_elements(ranks, shapes, paddings)
+    if missing_numel > 0:
+        raise MalformedError(f"the partitions of a group lack {missing_numel} elements")
+
+    flat = joined(ranks)
     for name, (offset, shape) in places12(shapes, paddings):
         yield name, flat.narrow(offset, prod(shape)).view(*shape)
+
+
+def joined(parts: Iterable[TensorRef]) -> TensorRef:
+    """What the ranks have of a vector, one part after another.
+
+    ``MalformedError`` for no parts, or parts of several types.
+    """
+    refs = list(parts)
+    types = sorted({ref.dtype.value for ref in refs})
+    if len(types) != 1:
+        raise MalformedError(f"the parts of a tensor are of types {' and '.join(types) or 'none'}")
+    return TensorRef.concat(refs)
 
 
 def places12(
@@ -64,13 +81,18 @@ def unused_elements(
 def stage3(ranks: Sequence[TensorRef], shapes: Shapes) -> Iterator[tuple[str, TensorRef]]:
     """The parameters of a sub-group from its flat vectors, one a rank, in rank order.
 
-    ``ValueError`` if a vector is too short. Its exact length: ``subgroup_size``.
+    ``MalformedError`` if a vector is too short. Its exact length: ``subgroup_size``.
     """
+    length = subgroup_size(shapes, len(ranks))
+    shortest = min((rank.numel for rank in ranks), default=0)
+    if shortest < length:
+        raise MalformedError(f"a vector of a sub-group has {shortest} elements of {length}")
+
     offset = 0
     for name, shape in shapes.items():
         piece_size = partition_numel(shape, len(ranks))
         pieces = [rank.narrow(offset, piece_size) for rank in ranks]
-        yield name, TensorRef.concat(pieces).narrow(0, prod(shape)).view(*shape)
+        yield name, joined(pieces).narrow(0, prod(shape)).view(*shape)
         offset += piece_size
 
 
@@ -118,13 +140,13 @@ def partition_group(
 ) -> list[TensorRef]:
     """The ranks' runs of a group, padding included: what ``stage12`` takes apart again.
 
-    ``ValueError`` if the group is empty, or its parameters are of several types.
+    ``MalformedError`` if the group is empty, or its parameters are of several types.
     """
     pieces = []
     for index, parameter in enumerate(parameters):
         pieces += [parameter, zeros(parameter.dtype, paddings[index] if paddings else 0)]
 
-    vector = TensorRef.concat(pieces)
+    vector = joined(pieces)
     partition_size = rank_size(vector.numel, world_size)
     end_padding = zeros(vector.dtype, partition_size * world_size - vector.numel)
     vector = TensorRef.concat([vector, end_padding])

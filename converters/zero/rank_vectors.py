@@ -13,11 +13,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, MalformedError
 from converters.tensors import TensorRef
 from converters.zero import muon, partitioning, stage3
 from converters.zero.checkpoint import Checkpoint
-from converters.zero.files import state_files
+from converters.zero.files import state_files, typed
 from converters.zero.files.state_files import Shape, State
 from converters.zero.files.typed import Section
 
@@ -44,11 +44,19 @@ class RankFiles:
     def of(checkpoint: Checkpoint, group_count: int) -> RankFiles:
         """The vectors of stages 1 and 2, of every rank and group."""
         ranks = checkpoint.ranks
+        states = [states_and_options(state.optimizer_fields)[0] for state in ranks]
+        for state, group_states in zip(ranks, states, strict=True):
+            if len(group_states) != group_count:
+                raise state.fail(
+                    f"its optimizer has the state of {len(group_states)} groups, "
+                    f"expected {group_count}"
+                )
+
         return RankFiles(
             checkpoint=checkpoint,
             paddings=state_files.alignment_paddings(ranks[0], group_count),
-            states=[states_and_options(state.optimizer_fields)[0] for state in ranks],
-            masters=[_master_partitions(state) for state in ranks],
+            states=states,
+            masters=[_master_partitions(state, group_count) for state in ranks],
             end_paddings=[_end_paddings(state, group_count) for state in ranks],
         )
 
@@ -90,16 +98,26 @@ class RankFiles:
         return masters, [master.numel + paddings[index] for master, paddings in by_rank]
 
 
-def _master_partitions(state: State) -> list[TensorRef]:
+def _master_partitions(state: State, group_count: int) -> list[TensorRef]:
     key = "single_partition_of_fp32_groups"
-    return state_files.tensors(state, state.optimizer_fields.required(key, list), key)
+    partitions = state_files.tensors(state, state.optimizer_fields.required(key, list), key)
+    if len(partitions) != group_count:
+        raise state.fail(f"{key} has {len(partitions)} groups, expected {group_count}")
+    return partitions
 
 
 def _end_paddings(state: State, group_count: int) -> list[int]:
     """The padding behind each group in a rank's partition."""
     if not state.optimizer.get("group_paddings"):
         return [0] * group_count
-    return state.optimizer_fields.numbers("group_paddings")
+
+    paddings = state.optimizer_fields.numbers("group_paddings")
+    if len(paddings) != group_count or min(paddings, default=0) < 0:
+        raise state.fail(
+            f"group_paddings is {state_files.shown(paddings)}, expected the elements "
+            f"behind each of {group_count} groups"
+        )
+    return paddings
 
 
 def _unpadded(masters: Sequence[TensorRef], numel: int) -> list[TensorRef]:
@@ -164,10 +182,15 @@ def _same_constants(
 ) -> bool:
     """Whether two sub-groups have the same states, and the same numbers in them."""
     return first_state.keys() == state.keys() and all(
-        state_files.scalar(first_state[key]) == state_files.scalar(state[key])
+        _constant_text(first_state[key]) == _constant_text(state[key])
         for key in first_state
         if key not in vectors
     )
+
+
+def _constant_text(value: Any) -> str:
+    """What is kept once, to be compared with what another rank or sub-group keeps."""
+    return typed.text(state_files.scalar(value))
 
 
 def states_and_options(
@@ -189,7 +212,7 @@ def states_and_options(
     for group in group_options:
         ids = Section(optimizer.path, "param_groups", group).numbers("params")
         if len(ids) != 1:
-            raise ValueError("a param group has not one flat parameter")
+            raise MalformedError("a param group has not one flat parameter")
         states.append(states_by_id.state(ids[0]))
 
     return states, group_options
@@ -251,7 +274,7 @@ def _is_constant(
     if any(_per_element(value, length) for value, length in by_rank):
         return False
 
-    if len({repr(state_files.scalar(value)) for value in values}) != 1:
+    if len({_constant_text(value) for value in values}) != 1:
         raise CheckpointError(
             f"{checkpoint.place.folder}: the ranks have unlike {label}; files are of "
             "different saves"

@@ -93,7 +93,7 @@ def _match_masters(
 
     if not _shows_order(candidates, indices_by_group):
         reason = "several tensors of module alike, whose order nothing shows"
-        raise _no_name_error(model, masters, LookupError(ambiguous[0]), reason)
+        raise _no_name_error(model, masters, name_matching.NoPlaceError(ambiguous[0]), reason)
 
     note = (
         f"{len(ambiguous)} fp32 tensors have no names and are alike in 16 bits; they "
@@ -115,7 +115,7 @@ def _assign(
     """
     try:
         return name_matching.assign(candidates, indices_by_group, exact), False
-    except LookupError as error:
+    except name_matching.NoPlaceError as error:
         # a hook on the state dict may have changed the order; values tell, if they can
         positions_by_value = _without_order(candidates, exact)
         if positions_by_value is None:
@@ -170,7 +170,7 @@ def _without_order(
     groups_of_one = [[index] for index in range(len(candidates))]
     try:
         return name_matching.assign(candidates, groups_of_one, exact)
-    except (LookupError, name_matching.AmbiguousError):
+    except (name_matching.NoPlaceError, name_matching.AmbiguousError):
         return None
 
 

@@ -38,7 +38,7 @@ def parameters(model: State, ranks: Sequence[State]) -> Parameters:
 
     # before 0.5.4 only the views of module tell which parameter lies where
     if shapes is None or not state_files.listed(model, ranks[0]):
-        flat_vectors = [TensorRef.concat(group) for group in groups]
+        flat_vectors = [partitioning.joined(group) for group in groups]
         masters = storage_views.by_view(model, flat_vectors)
         return storage_views.complete(model, masters, shapes)
 
@@ -74,13 +74,7 @@ def _group_partitions(ranks: Sequence[State]) -> list[list[TensorRef]]:
 
     key = "single_partition_of_fp32_groups"
     by_rank = [state_files.tensors(state, state.optimizer.get(key), key) for state in ranks]
-    group_counts = {len(groups) for groups in by_rank}
-    if len(group_counts) != 1:
-        raise ranks[-1].fail(
-            "the ranks have unlike numbers of parameter groups, "
-            f"{words.numbers(sorted(group_counts))}; saves are mixed"
-        )
-
+    _require_equal_counts(ranks, by_rank, "parameter groups")
     return [list(group) for group in zip(*by_rank, strict=True)]
 
 
@@ -99,10 +93,24 @@ def _sub_partitions(ranks: Sequence[State]) -> list[list[TensorRef]]:
         ]
         for state in ranks
     ]
-    return [
-        [part for turn in zip(*group, strict=True) for part in turn]
-        for group in zip(*by_rank, strict=True)
-    ]
+    _require_equal_counts(ranks, by_rank, "parameter groups")
+    groups = list(zip(*by_rank, strict=True))
+    for group in groups:
+        _require_equal_counts(ranks, group, "sub-partitions")
+
+    return [[part for turn in zip(*group, strict=True) for part in turn] for group in groups]
+
+
+def _require_equal_counts(
+    ranks: Sequence[State], by_rank: Sequence[Sequence[object]], label: str
+) -> None:
+    """Raises unless all ranks have as many of something."""
+    counts = {len(values) for values in by_rank}
+    if len(counts) != 1:
+        raise ranks[-1].fail(
+            f"the ranks have unlike numbers of {label}, "
+            f"{words.numbers(sorted(counts))}; saves are mixed"
+        )
 
 
 def _walk(
@@ -135,7 +143,7 @@ def _walk(
             )
 
         places = dict(partitioning.places12(group_shapes, paddings))
-        layouts.append(FlatGroup(TensorRef.concat(group), places))
+        layouts.append(FlatGroup(partitioning.joined(group), places))
 
     return layouts
 

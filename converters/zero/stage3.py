@@ -213,7 +213,7 @@ def _swapped_tensor(
 ) -> TensorRef:
     """A tensor of a sub-group in its own file; ``prefix`` tells which."""
     tensor_id = flat.attributes.get("ds_id")
-    stem = f"{prefix}{tensor_id}"
+    stem = f"{prefix}{tensor_id if isinstance(tensor_id, str) else ''}"
     path = folder / "offloaded_tensors" / f"rank{rank:02d}" / f"{stem}{SWAPPED}"
     if not isinstance(tensor_id, str) or "/" in stem or not stores.is_file(path):
         raise CheckpointError(
@@ -268,7 +268,7 @@ def _frozen_parameters(
         elif is_quantized:
             absence_reasons[name] = "frozen and quantized; DeepSpeed does not save the scales"
         else:
-            padded = TensorRef.concat(pieces)
+            padded = partitioning.joined(pieces)
             frozen_tensors[name] = padded.narrow(0, prod(shape)).view(*shape)
 
     return frozen_tensors, absence_reasons

@@ -8,6 +8,7 @@ or of another step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -247,7 +248,9 @@ def _step_note(checkpoint: Checkpoint) -> str | None:
     group_steps = {
         value
         for key, value in state_files.progress(checkpoint.ranks[0]).items()
-        if key.startswith("step of group") and isinstance(value, (int, float))
+        if key.startswith("step of group")
+        and isinstance(value, (int, float))
+        and math.isfinite(value)
     }
     if checkpoint.step is None or not group_steps:
         return None

@@ -19,6 +19,7 @@ MAX_MODULES = 16  # in a folder, its __init__.py aside
 FLOORS = """
 converters.extents
 converters.errors converters.tensors converters.words ckpt.text ckpt.version
+converters.accessors
 converters.source converters.storage converters.pickles converters.names ckpt.runs.lease
 converters.cast converters.detect
 converters.computing

@@ -80,11 +80,13 @@ def _text_of(item: Item) -> str | None:
     if isinstance(item.source, Shard) or item.nbytes > secrets.MAX_TEXT_BYTES:
         return None
 
+    content = item.source
+    if not isinstance(content, bytes):
+        with named(content):
+            content = content.read_bytes()
+
     try:
-        if isinstance(item.source, bytes):
-            return item.source.decode()
-        with named(item.source):
-            return item.source.read_bytes().decode()
+        return content.decode()
     except UnicodeDecodeError:
         return None
 

@@ -82,9 +82,12 @@ def read_json(path: Path) -> Any:
             raise CheckpointError(f"{path.parent} has no {path.name}", "incomplete")
         if path.stat().st_size > _MAX_INDEX_BYTES:
             raise CheckpointError(f"{path} is over {_MAX_INDEX_BYTES} bytes", "refused")
-        return json.loads(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", "incomplete") from error
+
+    try:
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is cut short or damaged: {error}") from error
 

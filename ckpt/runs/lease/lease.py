@@ -287,22 +287,28 @@ def _renew() -> None:
         time.sleep(BEAT)
         _collect_dropped()
         for grant in list(_grants.values()):
-            with suppress(Exception):  # a disk that fails for a while; a commit says so
+            try:
                 grant.renew()
+            except OSError:  # a disk that fails for a while; a commit says so
+                continue
+            except Exception:  # a bug, of which the other leases must not die
+                log.exception("the lease of %s is not renewed; please report this", grant.folder)
 
 
 def _collect_dropped() -> None:
-    with suppress(IndexError):
-        while True:
-            _dropped.popleft().give_back()
+    while True:
+        try:
+            grant = _dropped.popleft()
+        except IndexError:  # not looked at first: another thread may take the last one
+            return
+        grant.give_back()
 
 
 def release_all() -> None:
     """Gives all leases of this process up, at its end."""
-    with suppress(Exception):
-        for grant in list(_grants.values()):
-            with grant.lock:
-                grant.end()
+    for grant in list(_grants.values()):
+        with grant.lock:
+            grant.end()
 
 
 def _forget() -> None:

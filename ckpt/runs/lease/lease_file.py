@@ -27,6 +27,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt.runs.lease.processes import Life, ProcessIdentity
+from converters.accessors import entry, number
+from converters.errors import MalformedError
 
 NAME = "_lease"
 _MAX_BYTES = 1 << 16  # bytes
@@ -136,15 +138,20 @@ def _read(fd: int) -> LeaseRecord:
 
 
 def _holder(data: bytes) -> Holder | None:
+    """The job that the contents name; ``None`` if nobody could have written them."""
     try:
         facts = json.loads(data)
-        process = ProcessIdentity.of(facts["process"])
-        token, command = facts["token"], facts["command"]
-        start_time, inode = float(facts["since"]), int(facts["inode"])
-        is_text = isinstance(token, str) and isinstance(command, str)
-        return Holder(token, process, command, start_time, inode) if is_text and token else None
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+    except (ValueError, RecursionError):
         return None
+
+    try:
+        process = ProcessIdentity.of(entry(facts, "process", dict))
+        token, command = entry(facts, "token", str), entry(facts, "command", str)
+        since, inode = number(facts, "since"), entry(facts, "inode", int)
+    except MalformedError:
+        return None
+
+    return Holder(token, process, command, since, inode) if token else None
 
 
 def create(folder: Path, holder: Holder) -> Holder | None:

@@ -15,6 +15,9 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
+from converters.accessors import entry
+from converters.errors import MalformedError
+
 _EXITING = 0x4  # PF_EXITING of the kernel's include/linux/sched.h
 
 
@@ -52,13 +55,11 @@ class ProcessIdentity:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> ProcessIdentity:
-        """The process that ``facts`` made; ``ValueError`` or ``KeyError`` for anything else."""
-        host, machine = facts["host"], facts["machine"]
-        pid, start = facts["pid"], facts["start"]
-        if not (isinstance(host, str) and isinstance(machine, str)):
-            raise ValueError("the host or machine is not text")
-        if not (type(pid) is int and type(start) is int and 0 < pid < 1 << 31):
-            raise ValueError("the pid or start is not a number")
+        """The process that ``facts`` made; ``MalformedError`` for anything else."""
+        host, machine = entry(facts, "host", str), entry(facts, "machine", str)
+        pid, start = entry(facts, "pid", int), entry(facts, "start", int)
+        if not 0 < pid < 1 << 31:
+            raise MalformedError(f"the pid is {pid}")
 
         return cls(host, machine, pid, start)
 
@@ -103,15 +104,17 @@ def _stat(pid: str) -> _Stat | None:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             # a name may hold spaces and brackets
             fields = file.read().rpartition(")")[2].split()
-        return _Stat(fields[0], int(fields[6]), int(fields[19]))
-    except (OSError, ValueError, IndexError):
+    except OSError:
         return None
+
+    are_numbers = len(fields) > 19 and fields[6].isdecimal() and fields[19].isdecimal()
+    return _Stat(fields[0], int(fields[6]), int(fields[19])) if are_numbers else None
 
 
 def _machine() -> str:
     try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8", errors="replace") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except (OSError, ValueError):
+    except OSError:
         # as under gVisor; the host's name alone is the same in the next container too
         return ""

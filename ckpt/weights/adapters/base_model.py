@@ -118,8 +118,8 @@ def _candidates(config: AdapterConfig) -> Iterator[BaseModel]:
 
 def _commit(reference: Path) -> str | None:
     try:
-        commit = reference.read_text()[:200].strip()
-    except (OSError, ValueError):
+        commit = reference.read_text("utf-8", "replace")[:200].strip()
+    except OSError:
         return None
 
     return commit if _REVISION.fullmatch(commit) and ".." not in commit else None

@@ -76,12 +76,13 @@ def code(
             continue
 
         files.add(name)
-        try:
-            tree = _parsed(root / name)
-            queue += [(inner, name) for inner in _imports(tree)]
-            vocabulary |= set(_vocabulary(tree))
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+        tree = _parsed(root / name)
+        if tree is None:
             notes.append(f"{name} is not Python; the files that it imports are left out")
+            continue
+
+        queue += [(inner, name) for inner in _imports(tree)]
+        vocabulary |= set(_vocabulary(tree))
 
     return Code(frozenset(files), tuple(dict.fromkeys(notes)), frozenset(vocabulary))
 
@@ -137,14 +138,19 @@ def _auto_map_modules(
                     yield name, reference.rpartition(".")[0]
 
 
-def _parsed(path: Path) -> ast.Module:
-    """The syntax of a Python file; ``ValueError`` or ``SyntaxError`` if it is not Python."""
+def _parsed(path: Path) -> ast.Module | None:
+    """The syntax of a Python file; ``None`` if it is not Python, or too large for it."""
     import ast  # takes 10 ms, and few checkpoints have code
 
     with named(path):
         if stores.status(path).size > MAX_CODE_BYTES:
-            raise ValueError(f"{path} is too large for a Python file")
-        return ast.parse(stores.content(path))
+            return None
+        content = stores.content(path)
+
+    try:
+        return ast.parse(content)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
 
 
 def _custom_modules(root: Path, is_readable: Callable[[Path], bool]) -> Iterator[str]:

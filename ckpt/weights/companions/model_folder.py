@@ -182,9 +182,12 @@ def read_object(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is not a regular file")
         if stores.status(path).size > model_code.MAX_JSON_BYTES:
             raise CheckpointError(f"{path} is too large for a configuration")
-        content = bounded_json.loads(stores.content(path), infinite=True)
+        data = stores.content(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+    try:
+        content = bounded_json.loads(data, infinite=True)
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
 

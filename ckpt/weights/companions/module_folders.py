@@ -65,8 +65,13 @@ def _read(path: Path) -> Any:
             raise CheckpointError(f"{path} is not a regular file")
         if stores.status(path).size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} is too large for a list of modules")
-        return bounded_json.loads(stores.content(path))
-    except (OSError, ValueError) as error:
+        data = stores.content(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+    try:
+        return bounded_json.loads(data)
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
 
 

@@ -26,7 +26,7 @@ from converters.errors import CheckpointError
 from converters.source import Place as Place
 from converters.storage import misplaced_files, stores
 
-_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_?(optim|model)_states")
+_RANK = re.compile(r"zero_pp_rank_(\d{1,9})_mp_rank_\d+_?(optim|model)_states")
 
 
 def rank_file(name: str) -> tuple[int, str] | None:

@@ -239,6 +239,9 @@ def alignment_paddings(state: State, group_count: int) -> list[list[int]]:
     paddings = [
         typed.numbers(state.path, f"{key}[{index}]", group) for index, group in enumerate(recorded)
     ]
+    if any(padding < 0 for group in paddings for padding in group):
+        raise state.fail(f"{key} has a number of elements below 0")
+
     return [group if any(group) else [] for group in paddings]
 
 
@@ -295,7 +298,7 @@ def progress(state: State) -> dict[str, Any]:
         "zero_stage": optimizer.get("zero_stage"),
         "base_optimizer_state_step": optimizer.get("base_optimizer_state_step"),
         "ds_version": state.version,
-        "ranks": str(optimizer.get("partition_count")),
+        "ranks": typed.text(optimizer.get("partition_count")),
     }
 
     scaler = optimizer.get("loss_scaler")

@@ -25,11 +25,21 @@ _MISSING = object()
 _short_repr = Repr()  # short, whatever a file nests
 _short_repr.maxlevel = 3
 _short_repr.maxother = 120
+_full_repr = Repr()  # enough to tell values apart that are of use; the others take no time
+_full_repr.maxlevel = 3
+_full_repr.maxlist = _full_repr.maxtuple = _full_repr.maxdict = 100
+_full_repr.maxstring = _full_repr.maxlong = _full_repr.maxother = 4096
 
 
 def shown(value: Any) -> str:
     """What a file holds, for a message: never long, nor for long at work."""
     return _short_repr.repr(value)
+
+
+def text(value: Any) -> str:
+    """What a file holds, to be compared with another value: only what is nested deep, or
+    very long, may be alike and differ."""
+    return _full_repr.repr(value)
 
 
 def expected(path: Path, label: str, value: Any, kind: type[_Kind]) -> _Kind:
@@ -78,6 +88,13 @@ class Section:
 
     def _label(self, key: Any) -> str:
         return f"{self.label}[{key!r}]" if self.label else str(key)
+
+
+def item(path: Path, label: str, values: Sequence[_Kind], index: int) -> _Kind:
+    """An item of a list; ``CheckpointError`` if the list is shorter than others say."""
+    if not 0 <= index < len(values):
+        raise CheckpointError(f"{path}: {label} has {len(values)} entries, expected {index + 1}")
+    return values[index]
 
 
 def dicts(path: Path, label: str, values: Sequence[Any]) -> list[dict[Any, Any]]:

@@ -56,6 +56,11 @@ def assemble(model: State, parameters: Parameters, sources: Sequence[State]) -> 
         absent[name] = f"tied to {owner}, whose values are not stored"
         del aliases[name]
 
+    for name in tensors:
+        if name in aliases or name in absent:
+            problem = "is tied to another" if name in aliases else "has no values"
+            raise model.fail(f"{name} has values of its own, and {problem} at once")
+
     stored_tensors = [*tensors.values(), *parameters.copies.values()]
     names = (*tensors, *aliases, *absent)
     frozen = frozenset(parameters.frozen if parameters.masters else parameters.excluded)

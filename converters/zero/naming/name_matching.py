@@ -13,6 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 
+class NoPlaceError(LookupError):
+    """The tensor with the index ``args[0]`` fits nowhere."""
+
+
 class AmbiguousError(Exception):
     """The tensor with the index ``args[0]`` has several candidates that differ."""
 
@@ -25,7 +29,7 @@ def assign(
     """The place of each tensor by index; ``groups`` hold indices in order.
 
     ``exact`` says of a tensor whether its 16-bit value is all it holds; such ones may
-    be left out. ``LookupError`` with the index of a tensor that fits nowhere, or
+    be left out. ``NoPlaceError`` with the index of a tensor that fits nowhere, or
     ``AmbiguousError``.
     """
     remaining = [set(positions) for positions in candidates]
@@ -36,7 +40,7 @@ def assign(
             _keep_order(remaining, group)
         for index, positions in enumerate(remaining):
             if not positions:
-                raise LookupError(index)
+                raise NoPlaceError(index)
 
         if sum(map(len, remaining)) == count_before:
             break

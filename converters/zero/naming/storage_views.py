@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
+from converters import words
 from converters.names.rules import Names
 from converters.tensors import DType, Extent, TensorRef
 from converters.zero.files.state_files import Shape, State, no_name
@@ -84,9 +85,11 @@ def _match_storages(
     groups_of_one = [[index] for index in range(len(vectors))]
     try:
         return name_matching.assign(candidates, groups_of_one, exact_group)
-    except (LookupError, name_matching.AmbiguousError) as error:
+    except (name_matching.NoPlaceError, name_matching.AmbiguousError) as error:
         group = error.args[0]
-        fitting = "no storage" if isinstance(error, LookupError) else "several storages"
+        fitting = (
+            "no storage" if isinstance(error, name_matching.NoPlaceError) else "several storages"
+        )
         raise model.fail(
             f"group {group} of the fp32 weights ({vectors[group].numel} elements) fits "
             f"{fitting} of module by size and values, so its parameters have no names"
@@ -202,11 +205,17 @@ def complete(
             masters.pop(name, None)
             result.aliases[name] = owner
         elif name in masters:
+            if tensor.shape != masters[name].shape:
+                raise model.fail(
+                    f"module has {name} as {words.shape(tensor.shape)}, the fp32 weights "
+                    f"are {words.shape(masters[name].shape)}"
+                )
             result.copies[name] = tensor
-            trained.setdefault(tensor.extents, name)
-        elif tensor.numel and tensor.extents in trained:
+            trained.setdefault((tensor.extents, tensor.dtype), name)
+        elif tensor.numel and (tensor.extents, tensor.dtype) in trained:
             # the same bytes under another shape
-            masters[name] = masters[trained[tensor.extents]].view(*tensor.shape)
+            master = masters[trained[tensor.extents, tensor.dtype]]
+            masters[name] = master.view(*tensor.shape)
             result.copies[name] = tensor
         else:
             result.frozen[name] = tensor

@@ -9,7 +9,7 @@ Source: ``_common_checkpoint_state`` of DeepSpeed 0.19.8 ``runtime/engine.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from converters.torch_files import object_graph
 from converters.zero import partitioning
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import state_files
+from converters.zero.files.typed import Section
 from converters.zero.native.optimizer_files import Tree
 from converters.zero.native.target import TargetTopology
 from converters.zero.param_groups import ParamGroup
@@ -165,16 +166,22 @@ def _module12(
             storage = object_graph.storage(tensor.view(tensor.numel))
             views[name] = object_graph.tensor(storage, tensor.shape)
 
+    module = _module(checkpoint, model)
     nodes = {
         name: views.get(weights.aliases.get(name, name), node)
-        for name, node in object_graph.pairs(model["module"])
+        for name, node in object_graph.pairs(module)
     }
-    changes = {"module": object_graph.replaced(model["module"], nodes)}
+    changes = {"module": object_graph.replaced(module, nodes)}
     if target.stage == 1:
         return changes | {"frozen_param_shapes": None, "frozen_param_fragments": None}
 
     fragments = [(name, node) for name in frozen if (node := nodes.get(name)) is not None]
     return changes | _frozen_keys(checkpoint, fragments)
+
+
+def _module(checkpoint: Checkpoint, root: Mapping[Any, Any]) -> Any:
+    """The state dict in a model file's root, as a tree."""
+    return Section(checkpoint.model.path, "", root).required("module", object)
 
 
 def _views(
@@ -208,10 +215,11 @@ def _views(
 def _placeholders(checkpoint: Checkpoint, model: Any) -> Any:
     """The module of stage 3: buffers, and an empty storage for each parameter."""
     weights, module = checkpoint.weights, checkpoint.model.module
+    module_tree = _module(checkpoint, model)
     placeholders: dict[str, Call] = {}
     nodes = {}
 
-    for name, node in object_graph.pairs(model["module"]):
+    for name, node in object_graph.pairs(module_tree):
         owner = weights.aliases.get(name, name)
         value = module[name]
         is_parameter = owner not in weights.buffers and not _extra(name)
@@ -224,7 +232,7 @@ def _placeholders(checkpoint: Checkpoint, model: Any) -> Any:
             placeholders[owner] = object_graph.tensor(storage, (0,))
         nodes[name] = placeholders[owner]
 
-    return object_graph.replaced(model["module"], nodes)
+    return object_graph.replaced(module_tree, nodes)
 
 
 def _no_elements(dtype: DType) -> TensorRef:

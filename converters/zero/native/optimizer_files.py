@@ -294,7 +294,7 @@ def _stage3(groups: Sequence[ParamGroup], target: TargetTopology) -> Iterator[Tr
                     pieces = [
                         partitioning.partition_parameter(ref, rank, world_size) for ref in tensors
                     ]
-                    vectors[key] = TensorRef.concat(pieces)
+                    vectors[key] = partitioning.joined(pieces)
 
                 weights = vectors[WEIGHTS]
                 if group_state := _state(group, vectors, weights.numel):

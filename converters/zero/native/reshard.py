@@ -322,7 +322,7 @@ def _optimizer(
             *SCALING,
         }
         remaining = {key: value for key, value in source_state.items() if key not in foreign_keys}
-        return {"ds_version": root["ds_version"], **remaining, **group_keys}
+        return {"ds_version": _version(checkpoint, root), **remaining, **group_keys}
 
     source_state = with_loss_scale(source_state)
     zero_stage = optimizer_files.stage_like(source_state["zero_stage"], topology)
@@ -331,5 +331,10 @@ def _optimizer(
 
     # from stage 3 to another or back: nothing of the source's layout fits
     remaining = {key: value for key, value in source_state.items() if key not in _LAYOUT}
-    version = {"ds_version": root["ds_version"]} if topology.stage < 3 else {}
+    version = {"ds_version": _version(checkpoint, root)} if topology.stage < 3 else {}
     return {**remaining, **group_keys, "zero_stage": zero_stage, **version}
+
+
+def _version(checkpoint: Checkpoint, root: Mapping[Any, Any]) -> object:
+    """The version of DeepSpeed in the root of an optimizer file, which must have one."""
+    return Section(checkpoint.ranks[0].path, "", root).required("ds_version", object)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from converters import words
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, MalformedError
 from converters.pickles.values import Call
 from converters.storage import stores
 from converters.tensors import DType, Listed, TensorRef
@@ -38,7 +38,7 @@ def folder_name(name: str) -> str:
 
     ``CheckpointError`` if the name cannot be one.
     """
-    usable = isinstance(name, str) and not {"/", "\0"} & set(name)
+    usable = isinstance(name, str) and name.isprintable() and "/" not in name
     if not usable or name in ("", ".", "..", COMMON) or len(name.encode()) > 250:
         raise CheckpointError(
             f"{name!r} cannot be the name of a folder or file, as the universal format "
@@ -177,6 +177,14 @@ def _require_complete(
     empty = [name for name, shape in shapes.items() if not prod(shape)]
     for key, tensors in values.items():
         dtype = next(iter(tensors.values())).dtype
+        unlike_names = [name for name, tensor in tensors.items() if tensor.dtype is not dtype]
+        if unlike_names:
+            raise CheckpointError(
+                f"{inner / unlike_names[0]}: its {key or MASTER} is of type "
+                f"{tensors[unlike_names[0]].dtype.value}, that of {next(iter(tensors))} in "
+                f"the same param group {dtype.value}; make the folder again"
+            )
+
         for name in empty:
             tensors.setdefault(name, TensorRef(dtype, tuple(shapes[name]), Listed()))
 
@@ -231,10 +239,10 @@ def _constants(
 
 
 def number(node: Any) -> Any:
-    """The value of a number that may be a tensor in a tree; ``ValueError`` for what is
-    neither."""
+    """The value of a number that may be a tensor in a tree; ``MalformedError`` for what
+    is neither."""
     if isinstance(node, Call) and node.args and isinstance(node.args[0], Storage):
         return state_files.scalar(node.args[0].ref)
     if node is None or isinstance(node, (int, float, str)):
         return node
-    raise ValueError(f"a step is {state_files.shown(node)}, expected a number")
+    raise MalformedError(f"a step is {state_files.shown(node)}, expected a number")

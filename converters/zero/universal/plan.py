@@ -14,6 +14,7 @@ counterpart in runtime/zero/stage3.py, DeepSpeed 0.19.8.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -159,7 +160,8 @@ def common(checkpoint: Checkpoint, tree: Any, groups: Sequence[ParamGroup]) -> d
         key
         for key in options[0]
         if all(
-            key in group_options and group_options[key] == options[0][key]
+            key in group_options
+            and object_graph.equal(group_options[key], options[0][key], operator.is_)
             for group_options in options
         )
     ]

@@ -27,7 +27,7 @@ from typing import Any
 
 from converters import words
 from converters.detect import detect
-from converters.errors import MALFORMED, CheckpointError
+from converters.errors import CheckpointError, consistent
 from converters.source import SourceTopology
 from converters.storage import stores
 from converters.tensors import TensorRef
@@ -120,12 +120,8 @@ def read(path: Path, tag: str | None = None, like: Checkpoint | None = None) -> 
     """
     place = find(path, tag)
     try:
-        return _read(place, like)
-    except MALFORMED as error:
-        raise CheckpointError(
-            f"{place.folder} contradicts itself ({error!r}): a file is damaged or of "
-            "another conversion; make it again"
-        ) from error
+        with consistent(place.folder, "a file is damaged or of another conversion; make it again"):
+            return _read(place, like)
     except OSError as error:
         raise CheckpointError(f"{error.filename or place.folder}: {error.strerror}") from error
 
@@ -270,9 +266,16 @@ def _partitioned(
     for number in range(world_size):
         flats = []
         for group_shapes in shapes:
+            unknown_names = [name for name in group_shapes if name not in masters]
+            if unknown_names:
+                raise model.fail(
+                    f"its param_shapes have {unknown_names[0]}, which no param group has; "
+                    "the order of the parameters (--like) is of another model"
+                )
+
             tensors = [masters[name] for name in group_shapes]
             pieces = [partitioning.partition_parameter(ref, number, world_size) for ref in tensors]
-            flats.append(TensorRef.concat(pieces))
+            flats.append(partitioning.joined(pieces))
 
         optimizer = {**rank.optimizer, "fp32_flat_groups": flats}
         rank_states.append(State(rank.file, {"optimizer_state_dict": optimizer}))

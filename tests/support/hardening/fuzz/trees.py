@@ -1,19 +1,21 @@
 """State files in which one value is another: every place by turns, without torch.
 
-What a pickle holds is read as a graph of objects, one node of it is replaced, and the file is
-written again. So the places that a reader looks at are all tried, and with values of every kind.
+What a pickle holds is read as a graph of objects, one node of it is replaced, taken out, cut
+short or said twice, and the file is written again. So the places that a reader looks at are all
+tried, and with values of every kind.
 """
 
 from __future__ import annotations
 
-import contextlib
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from enum import Enum
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, MalformedError
 from converters.execute import shards
 from converters.pickles.values import Call, Global
 from converters.storage import open_files
@@ -22,15 +24,29 @@ from converters.torch_files import file_plan, object_graph
 from converters.zero import checkpoint as zero
 from converters.zero import optimizer_state, weights_16bit
 from converters.zero.native import reshard
+from converters.zero.native.optimizer_files import TargetTopology
 from converters.zero.universal import plan as universal
+from converters.zero.universal import reader as universal_reader
 from hardening.fuzz.targets import FIXTURES
 
 NAMES = (
     *("zero0-bf16", "zero0-bf16-fused", "zero0-fp32", "zero1-elastic", "zero1-bf16-w2"),
     *("zero2-aligned-round-robin", "zero2-fp16-w2", "zero3-bf16-w2", "zero3-exclude-frozen"),
+    *("corpus/o0_3_16_s2", "corpus/s2muon", "corpus/b16opt", "corpus/s3sub"),
+    *("universal/zero2-bf16-w2", "universal/zero3-bf16-w2"),  # made of these
 )
 MAX_PLACES = 4  # of a list or dict: those after are like them
 READ_SETTINGS = ("zero_optimization", "bf16", "fp16", "optimizer", "data_types", "checkpoint")
+
+
+class Edit(Enum):
+    """What is done to a place instead of putting a value there."""
+
+    DROP = "taken out"
+    HALVE = "cut short"
+    DOUBLE = "said twice"
+    RETYPE = "a tensor of another type"
+    RESIZE = "a tensor of one element more"
 
 
 def odd_values() -> list[Any]:
@@ -42,7 +58,22 @@ def odd_values() -> list[Any]:
         *((), [], {}, [[]], [{}], [None], {"x": None}, {0: [1]}, [-1, 3], (1, 2)),
         *(Call(Global("collections", "OrderedDict"), (3,)), Call(Global("some", "Class"))),
         *(tensor, number, [tensor], {0: tensor}),
+        *(-(1 << 40), 10**30, "a\0b", "\ud800", "..", set(), [0], {"params": [0]}, *Edit),
+        *(_tensor(DType.F32, (0,)), _tensor(DType.BF16, (3,)), _tensor(DType.F64, (2, 3))),
+        *(_nested(list), _nested(dict), Call(Global("torch", "Size"), ((1 << 50, 1 << 50),))),
     ]
+
+
+def _tensor(dtype: DType, shape: tuple[int, ...]) -> Call:
+    return object_graph.tensor(object_graph.storage(zeros(dtype, prod(shape))), shape)
+
+
+def _nested(kind: type) -> Any:
+    """Containers in each other, nearly as deep as a file is written."""
+    value: Any = 0
+    for _ in range(150):
+        value = {"x": value} if kind is dict else [value]
+    return value
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -63,8 +94,55 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
                 yield from places(getattr(node, field), (*path, field))
 
 
+def edited(node: Any, path: tuple[Any, ...], edit: Edit) -> Any:
+    """The graph with a place taken out, cut short or said twice; as it is where that cannot be."""
+    holder = node
+    for key in path[:-1]:
+        holder = getattr(holder, key) if isinstance(holder, Call) else holder[key]
+    if not isinstance(holder, (dict, list, tuple)):
+        return node
+
+    key = path[-1]
+    value = holder[key]
+    if edit in (Edit.RETYPE, Edit.RESIZE):
+        return _with_tensor(node, path, edit)
+    if edit is Edit.HALVE:
+        if isinstance(value, (list, tuple)):
+            return replaced(node, path, value[: len(value) // 2])
+        half = dict(list(value.items())[: len(value) // 2]) if isinstance(value, dict) else -1
+        return replaced(node, path, half)
+
+    new: Any = dict(holder) if isinstance(holder, dict) else list(holder)
+    if edit is Edit.DROP:
+        del new[key]
+    elif isinstance(new, list):
+        new.insert(key, value)
+    else:
+        new[0 if isinstance(key, str) else "x"] = value
+    return replaced(node, path[:-1], tuple(new) if isinstance(holder, tuple) else new)
+
+
+def _with_tensor(node: Any, path: tuple[Any, ...], edit: Edit) -> Any:
+    """The graph with another tensor in the place of the one that the path leads to or into."""
+    holder, tensors = node, []
+    for length, key in enumerate(path, 1):
+        holder = getattr(holder, key) if isinstance(holder, Call) else holder[key]
+        is_tensor = isinstance(holder, Call) and len(holder.args) > 3
+        if is_tensor and isinstance(holder.args[0], object_graph.Storage):
+            tensors.append((path[:length], holder.args[0].dtype, holder.args[2]))
+    if not tensors:
+        return node
+
+    place, dtype, shape = tensors[-1]
+    if edit is Edit.RETYPE:
+        return replaced(node, place, _tensor(DType.F64 if dtype is DType.F32 else DType.F32, shape))
+    return replaced(node, place, _tensor(dtype, (*shape[:-1], shape[-1] + 1) if shape else (2,)))
+
+
 def replaced(node: Any, path: tuple[Any, ...], value: Any) -> Any:
     """The graph with another value at a place; what does not lead there stays the same."""
+    if isinstance(value, Edit):
+        return edited(node, path, value)
     if not path:
         return value
     key, *rest = path
@@ -91,11 +169,21 @@ class Trees:
 
     def __init__(self, name: str, work: Path):
         self.folder = work / name
-        shutil.copytree(FIXTURES / name, self.folder)
+        self.readers = READERS
+        if name.startswith("universal/"):
+            source = zero.read(FIXTURES / name.removeprefix("universal/"))
+            self.folder.mkdir(parents=True)
+            shards.execute(universal.to_universal(source), self.folder)
+            (self.folder / "latest_universal").write_text(universal.universal_tag(source))
+            self.readers = (from_universal,)
+        else:
+            shutil.copytree(FIXTURES / name, self.folder)
+
         paths = sorted(self.folder.rglob("*_states.pt"))
         # a file of each kind, and a second rank's
         kinds = {path.name.partition("mp_rank")[2]: path for path in reversed(paths)}
-        self.paths = sorted({*kinds.values(), paths[0], paths[min(1, len(paths) - 1)]})
+        inner = sorted(self.folder.glob("*/zero/*.pt")) + sorted(self.folder.glob("*/zero/*/*.pt"))
+        self.paths = sorted({*kinds.values(), *paths[:2], *inner[:5]})
         self.roots = {path: object_graph.read(path).root for path in self.paths}
         self.cases = [(path, place) for path in self.paths for place in places(self.roots[path])]
 
@@ -108,14 +196,14 @@ class Trees:
             plan = file_plan.plan([file_plan.shard(path.name, tree)])
             spare.mkdir()
             shards.execute(plan, spare)
-        except (CheckpointError, ValueError, TypeError):  # no file can hold it there
+        except (CheckpointError, MalformedError, ValueError, TypeError):  # no file can hold it
             shutil.rmtree(spare, ignore_errors=True)
             return None
 
         try:
             (spare / path.name).replace(path)
             with open_files.once():  # parsed once for all of them
-                return next(filter(None, (fails(read, self.folder) for read in READERS)), None)
+                return next(filter(None, (fails(read, self.folder) for read in self.readers)), None)
         finally:
             shutil.rmtree(spare)
             path.write_bytes(real)
@@ -147,8 +235,11 @@ def states(folder: Path) -> None:
     checkpoint = zero.read(folder)
     names = [*checkpoint.weights.trained]
     for name in {*names[:1], *names[-1:]}:
-        with contextlib.suppress(KeyError):  # that the parameter is not trained
+        try:
             optimizer_state.read(checkpoint, name)
+        except KeyError as error:
+            if "is not trained" not in str(error):
+                raise
 
 
 def sixteen(folder: Path) -> None:
@@ -166,6 +257,13 @@ def resharded(folder: Path) -> None:
 def to_universal(folder: Path) -> None:
     """The plan of a universal folder."""
     universal.to_universal(zero.read(folder))
+
+
+def from_universal(folder: Path) -> None:
+    """Plans of native files from a universal folder, of two stages."""
+    source = universal_reader.read(folder)
+    for stage in (1, 3):
+        universal.from_universal(source, TargetTopology(stage, 3))
 
 
 READERS: tuple[Callable[[Path], None], ...] = (states, sixteen, resharded, to_universal)

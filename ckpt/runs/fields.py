@@ -1,0 +1,47 @@
+"""What the fields of a manifest may be."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+import sys
+
+
+class FieldError(ValueError):
+    """A field of a manifest, or of a file in it, has a value that it cannot have."""
+
+
+def is_inside_or_none(value: object) -> bool:
+    """Whether a value is such a path, or ``None``."""
+    return value is None or (isinstance(value, str) and is_inside(value))
+
+
+def is_id(value: object) -> bool:
+    """Whether a value is an id: 8 hex digits to 64."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{8,64}", value) is not None
+
+
+def is_whole_number(value: object) -> bool:
+    """Whether a value is a whole number, 0 or above."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number that a float can hold, which a whole one may not be."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, float)
+
+
+def require(is_valid: bool, name: str, actual_value: object, expected: str) -> None:
+    """Raises ``FieldError`` unless the field ``name`` is valid."""
+    if not is_valid:
+        raise FieldError(f"{name} is {reprlib.repr(actual_value)}, expected {expected}")
+
+
+def is_inside(name: str) -> bool:
+    """Whether a posix path stays inside the folder that it is relative to, and is spelt plainly."""
+    parts = name.split("/")  # of an absolute path the first is empty
+    return "\0" not in name and all(
+        part not in ("", ".", "..") and len(part) < 256 for part in parts
+    )

@@ -1,0 +1,46 @@
+"""Values of a document that others wrote, looked at before they are used.
+
+For JSON and for states as plain values; what a state file of DeepSpeed has is looked at by
+``converters.zero.files.typed``, whose errors name the file.
+"""
+
+from __future__ import annotations
+
+import reprlib
+import sys
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from converters.errors import MalformedError
+
+_Value = TypeVar("_Value")
+
+
+def value(content: Any, kind: type[_Value], label: str) -> _Value:
+    """``content`` if it is of a type; else ``MalformedError`` with its ``label``.
+
+    A truth value is not a whole number.
+    """
+    if isinstance(content, kind) and not (kind is int and isinstance(content, bool)):
+        return content
+    raise MalformedError(f"{label} is {reprlib.repr(content)}, expected {kind.__name__}")
+
+
+def entry(mapping: Any, key: str, kind: type[_Value]) -> _Value:
+    """The value under a key of a mapping, which must be there and of a type."""
+    members = value(mapping, Mapping, f"what has {key}")  # type: ignore[type-abstract]
+    if key not in members:
+        raise MalformedError(f"there is no {key}")
+    return value(members[key], kind, key)
+
+
+def number(mapping: Any, key: str) -> float:
+    """The number under a key of a mapping, whole or not, as far as a float can hold it."""
+    content = entry(mapping, key, object)
+    if isinstance(content, float):
+        return content
+
+    whole_number = value(content, int, key)
+    if abs(whole_number) > sys.float_info.max:
+        raise MalformedError(f"{key} is larger than any number that is counted with")
+    return float(whole_number)

@@ -10,7 +10,6 @@ from converters.detect.filenames import LATEST, STATES
 from converters.storage import stores
 
 _STATES = re.compile(r".*_states\.pt.*", re.DOTALL)
-_UNREADABLE = (PermissionError, FileNotFoundError, NotADirectoryError)
 NOTHING = "and no checkpoint of DeepSpeed lies below it"
 
 
@@ -65,14 +64,14 @@ def tags_below(path: Path) -> list[str]:
 
 def _folders(path: Path) -> list[str]:
     """The folders in a folder; none where it may not be looked into."""
-    with contextlib.suppress(*_UNREADABLE):
+    with contextlib.suppress(PermissionError, FileNotFoundError, NotADirectoryError):
         return stores.folders(path)
     return []
 
 
 def _names(path: Path) -> list[str]:
     """The names in a folder; none where it may not be looked into."""
-    with contextlib.suppress(*_UNREADABLE):
+    with contextlib.suppress(PermissionError, FileNotFoundError, NotADirectoryError):
         return stores.names(path)
     return []
 

@@ -465,7 +465,7 @@ def test_an_optimizer_file_that_contradicts_itself_is_one_line(tmp_path: Path) -
         root = torch.load(path, weights_only=False)
         root["optimizer_state_dict"]["base_optimizer_state"]["param_groups"].pop()
         torch.save(root, path)
-    with pytest.raises(CheckpointError, match="contradicts itself"):
+    with pytest.raises(CheckpointError, match="has the state of 1 groups, expected 2"):
         resharding.plan(source, 2, output=tmp_path / "o")
 
 

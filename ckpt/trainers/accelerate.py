@@ -238,7 +238,7 @@ def _loop(accelerator: Any) -> Loop:
     return Loop(scheduler, data, count, micro_batches_done)
 
 
-def _engines(accelerator: Any) -> list[Any]:
+def _engines(accelerator: Any) -> list[TrainingEngine]:
     models = list(accelerator._models)
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise CheckpointError(

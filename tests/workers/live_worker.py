@@ -209,7 +209,7 @@ def failures(out: Path) -> None:
     told["no size"] = caught(live.save_fp32, engine, out / "size", "many", timeout=20)
     for name, late in (("absent", 1), ("absent-0", 0)):
         told[name] = caught_while_absent(
-            out / f"{name}-over",
+            out / f"told-{name}",
             rank == late,
             lambda: live.save_fp32(engine, out / name, timeout=2),  # noqa: B023
         )

@@ -5,21 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
+import extensions
 import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# One folder for each virtual environment: what DeepSpeed compiles there names its headers.
-_BUILT = f"ckpt-torch-extensions-{crc32(sys.prefix.encode()):08x}"
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / _BUILT))
+os.environ.update(extensions.environment())
 # A build that was killed leaves a lock on which every later run would wait for ever.
 for _lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).rglob("lock"):
     if time.time() - _lock.stat().st_mtime > 900:

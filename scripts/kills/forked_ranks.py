@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -22,11 +21,11 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _IMPORTED = ("", "tests/support", "tests/workers", "scripts/fixtures", "scripts/kills")
 sys.path[:0] = [str(REPOSITORY / folder) for folder in _IMPORTED]
+import extensions  # noqa: E402
 from faults import faults  # noqa: E402
 
 RANKS = 2
@@ -83,9 +82,8 @@ class Ended:
 def preload() -> None:
     """Starts this program again if it runs without the library, else builds what ranks load."""
     if not hasattr(ctypes.CDLL(None), "fault_set"):
-        found = os.environ | ENVIRONMENT | {"LD_PRELOAD": str(faults.library())}
-        built = f"ckpt-torch-extensions-{crc32(sys.prefix.encode()):08x}"  # as tests/conftest.py
-        found.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / built))
+        library = {"LD_PRELOAD": str(faults.library())}
+        found = os.environ | ENVIRONMENT | extensions.environment() | library
         os.execve(sys.executable, [sys.executable, *sys.argv], found)
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 

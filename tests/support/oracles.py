@@ -79,14 +79,12 @@ def torchrun(
     """Runs a worker script as the ranks of one node; returns what it said on stderr.
 
     They are forks of a process that has imported what trainings import (``warm_ranks``), but with
-    ``fresh``, where a library is preloaded, or with CKPT_FRESH_RANKS=1: then torchrun itself starts
-    them.
+    ``fresh`` or with CKPT_FRESH_RANKS=1: then torchrun itself starts them.
 
     ``limit`` is in seconds: DeepSpeed compiles an extension at its first start. Fails unless the
     exit code is ``code``; of torchrun that is 1 whatever its processes end with.
     """
-    fresh = fresh or "LD_PRELOAD" in environment or os.environ.get("CKPT_FRESH_RANKS") == "1"
-    launch = _launched if fresh else _forked
+    launch = _launched if fresh or os.environ.get("CKPT_FRESH_RANKS") == "1" else _forked
     out = next((arg for arg in args if isinstance(arg, Path)), None)
     empty = out is not None and out.is_dir() and not any(out.iterdir())
     done = launch(script, args, ranks, limit, environment)
@@ -120,6 +118,30 @@ def _launched(
         timeout=limit,
         env=surroundings() | environment,
     )
+
+
+def torchruns(
+    script: str, *args: Any, limit: int = 900, fresh: bool = False, **environment: str
+) -> None:
+    """As ``torchrun`` on two ranks that are a node each: with ``fresh`` by a torchrun for each."""
+    if not fresh and os.environ.get("CKPT_FRESH_RANKS") != "1":
+        ended = warm_ranks.run(
+            script, args, ranks=2, limit=limit, environment=environment, alone=True
+        )
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        return
+    port, started = free_port(), []
+    for node in range(2):
+        options = ["--nnodes", "2", "--node_rank", str(node), "--master_addr", "localhost"]
+        command = launcher(script, *args, ranks=1, port=port, options=options)
+        started.append(
+            subprocess.Popen(
+                command, env=surroundings() | environment, stderr=subprocess.PIPE, text=True
+            )
+        )
+    for process in started:
+        _, said = process.communicate(timeout=limit)
+        assert process.returncode == 0, said[-3000:]
 
 
 def free_port() -> int:

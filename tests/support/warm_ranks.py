@@ -6,7 +6,8 @@ The warm process has a single thread and has computed nothing, so that its forks
 fresh processes: each sets up gloo, DeepSpeed and its trainer itself, and ends as the interpreter
 ends. It imports nothing of this repository, so that each rank does. A store process of its own
 listens on the port that the ranks meet at, as the agent of torchrun does; the system chooses the
-port, and nobody else can take it meanwhile. Ranks see the variables that torchrun sets.
+port, and nobody else can take it meanwhile. Ranks see the variables that torchrun sets. A library
+that ranks are to have preloaded gets a warm process of its own.
 
 What torchrun itself does (signals, restarts, its report of a failure) is not here: those tests
 start it (``oracles.torchrun`` with ``fresh``, tests/training/test_launchers.py).
@@ -49,6 +50,7 @@ IMPORTED = (
 SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 THREADED = {"hf_xet", "tensorboard", "wandb"}  # start threads when they are imported
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL for ranks whose fellow has failed, as torchrun's
+NOTICE = 0.5  # seconds until the others get that SIGTERM: torchrun looks at its ranks now and then
 PR_SET_PDEATHSIG = 1
 
 
@@ -65,7 +67,8 @@ class Launch:
     """What the ranks of a launch run, and with which environment; ``limit`` is in seconds.
 
     Without ``elastic`` there is no store, and the environment is only what it says: a process as
-    a user starts it, without a launcher.
+    a user starts it, without a launcher. With ``alone`` each rank is a node of its own, as if one
+    torchrun on each of so many machines had started it.
     """
 
     script: str
@@ -74,17 +77,18 @@ class Launch:
     limit: float
     environment: dict[str, str]
     elastic: bool = True
+    alone: bool = False
 
 
 class _WarmProcess:
-    def __init__(self) -> None:
+    def __init__(self, preloaded: str) -> None:
         # By its arguments, ckpt.distributed.launchers takes it for what it stands in for.
         command = [sys.executable, "-m", "warm_ranks", "torch.distributed.run"]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | SINGLE_THREAD | {"PYTHONPATH": PYTHONPATH},
+            env=os.environ | SINGLE_THREAD | {"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": preloaded},
             stdin=pipe,
             stdout=pipe,
             text=True,
@@ -118,7 +122,7 @@ class _WarmProcess:
         return Ended(reply["code"], text)
 
 
-_warm: _WarmProcess | None = None
+_warm: dict[str, _WarmProcess] = {}  # by what they have preloaded
 
 
 def run(
@@ -129,11 +133,12 @@ def run(
     limit: float,
     environment: Mapping[str, str],
     elastic: bool = True,
+    alone: bool = False,
 ) -> Ended:
     """Runs a script on forked ranks; ``subprocess.TimeoutExpired`` after ``limit`` seconds."""
-    global _warm
-    if _warm is None or _warm.process.poll() is not None:
-        _warm = _WarmProcess()
+    preloaded = environment.get("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
+    if preloaded not in _warm or _warm[preloaded].process.poll() is not None:
+        _warm[preloaded] = _WarmProcess(preloaded)
     launch = Launch(
         script=str(ROOT / script),
         arguments=[str(argument) for argument in arguments],
@@ -141,8 +146,9 @@ def run(
         limit=limit,
         environment=os.environ | {"PYTHONPATH": PYTHONPATH} | environment,
         elastic=elastic,
+        alone=alone,
     )
-    return _warm.launch(launch)
+    return _warm[preloaded].launch(launch)
 
 
 # From here on: the warm process and its forks.
@@ -241,7 +247,7 @@ def _start_store() -> tuple[int, int]:
 def _wait(pids: list[int], limit: float, messages: int) -> tuple[int, bool]:
     running = dict(enumerate(pids))
     code, hung, kill_at = 0, False, time.monotonic() + limit
-    pause = 0.005
+    pause, warn_at = 0.005, float("inf")
     while running:
         for rank, pid in list(running.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
@@ -253,9 +259,12 @@ def _wait(pids: list[int], limit: float, messages: int) -> tuple[int, bool]:
                 how = signal.Signals(-exit_code).name if exit_code < 0 else f"exit {exit_code}"
                 os.write(messages, f"warm_ranks: rank {rank} (process {pid}): {how}\n".encode())
             if exit_code and not code:
-                code, kill_at = 1, min(kill_at, time.monotonic() + GRACE)
-                for other in running.values():
-                    os.kill(other, signal.SIGTERM)
+                code, warn_at = 1, time.monotonic() + NOTICE
+                kill_at = min(kill_at, warn_at + GRACE)
+        if time.monotonic() > warn_at:
+            warn_at = float("inf")
+            for other in running.values():
+                os.kill(other, signal.SIGTERM)
         if time.monotonic() > kill_at:
             hung, kill_at = not code, float("inf")
             for other in running.values():
@@ -278,6 +287,8 @@ def _be_rank(launch: Launch, rank: int, port: int, messages: int, modules: int) 
         os.environ.update(launch.environment)
         if launch.elastic:
             os.environ.update(_variables(rank, launch.ranks, port))
+        if launch.alone:
+            os.environ.update(_variables_of_node(rank, launch.ranks))
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed()
         sys.argv = [launch.script, *launch.arguments]
@@ -312,6 +323,16 @@ def _variables(rank: int, ranks: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_RUN_ID": "none",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    }
+
+
+def _variables_of_node(node: int, nodes: int) -> dict[str, str]:
+    """What is otherwise where each node has a torchrun of its own, with one rank."""
+    return {
+        "LOCAL_RANK": "0",
+        "GROUP_RANK": str(node),
+        "LOCAL_WORLD_SIZE": "1",
+        "GROUP_WORLD_SIZE": str(nodes),
     }
 
 

@@ -6,14 +6,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from oracles import ROOT, free_port, launcher, surroundings, torchrun
+from oracles import ROOT, torchrun, torchruns
 from run_folders import commit, real, small
 
 import ckpt
@@ -98,17 +97,11 @@ def test_what_is_amiss_is_told_on_every_rank_and_never_becomes_a_fresh_start(
 
 
 def test_nodes_with_folders_of_their_own_go_on_from_what_all_of_them_have(tmp_path: Path) -> None:
-    port, started = free_port(), []
-    for node in (0, 1):
-        (tmp_path / f"node{node}").mkdir()
-        options = ["--nnodes", "2", "--node_rank", str(node), "--master_addr", "localhost"]
-        command = launcher(WORKER, tmp_path, "nodes", ranks=1, port=port, options=options)
-        environment = surroundings() | {"NODE_FOLDER": str(tmp_path / f"node{node}")}
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        started.append(process)
-    for process in started:
-        _, text = process.communicate(timeout=LIMIT)
-        assert process.returncode == 0, text[-3000:]
+    folders = [tmp_path / "node0", tmp_path / "node1"]
+    for folder in folders:
+        folder.mkdir()
+    joined = os.pathsep.join(map(str, folders))
+    torchruns(WORKER, tmp_path, "nodes", limit=LIMIT, NODE_FOLDERS=joined)
     mine, other = (json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in (0, 1))
     assert [text for text, _ in mine] == [text for text, _ in other]
     torn, one, none = (text for text, _ in mine)

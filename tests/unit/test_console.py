@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import os
 import subprocess
@@ -29,42 +30,67 @@ log.warning("a doubt")
 """
 
 
-def said(before: str = "", rank: int = 0, after: str = "") -> list[str]:
+LOGGER = "logging.getLogger('ckpt')"
+INFO, WARNING = ("logging.basicConfig(level=logging.INFO)", "logging.basicConfig(level=30)")
+OWN = f"{LOGGER}.addHandler(logging.StreamHandler()); {LOGGER}.setLevel(logging.DEBUG)"
+# By name: the rank, what runs before ckpt is imported and after, and what is to be on stderr.
+CASES: dict[str, tuple[int, str, str, list[str]]] = {
+    "rank 0": (0, "", "", ["ckpt: saved out/checkpoint-5", "ckpt: a doubt"]),
+    "another rank warns": (1, "", "", ["ckpt: a doubt"]),
+    "INFO before": (0, INFO, "", ["INFO:ckpt:saved out/checkpoint-5", "WARNING:ckpt:a doubt"]),
+    "INFO after": (0, "", INFO, ["INFO:ckpt:saved out/checkpoint-5", "WARNING:ckpt:a doubt"]),
+    "WARNING before": (0, WARNING, "", ["WARNING:ckpt:a doubt"]),
+    "WARNING after": (0, "", WARNING, ["WARNING:ckpt:a doubt"]),
+    "level after": (0, "", f"{LOGGER}.setLevel(logging.ERROR)", []),
+    "level before": (0, f"{LOGGER}.setLevel(logging.WARNING)", "", ["ckpt: a doubt"]),
+    "a handler that says nothing": (
+        *(0, "", f"{LOGGER}.addHandler(logging.NullHandler())"),
+        ["ckpt: saved out/checkpoint-5", "ckpt: a doubt"],
+    ),
+    "a handler": (0, "", OWN, ["a detail", "saved out/checkpoint-5", "a doubt"]),
+}
+# Each case in a fork of one process that has imported torch, but nothing of ckpt.
+FORKS = """
+import json, os, sys
+import torch.distributed
+for name, (rank, script) in json.load(sys.stdin).items():
+    if not os.fork():
+        os.environ["RANK"] = str(rank)
+        os.dup2(os.open(os.path.join(sys.argv[1], name), os.O_CREAT | os.O_WRONLY), 2)
+        exec(script)
+        raise SystemExit
+    if os.wait()[1]:
+        raise SystemExit(name)
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """What a process writes to stderr that imports a room of training and logs three messages."""
-    script = f"import logging\n{before}\nimport ckpt.distributed\n{after}\n"
-    script += f"log = logging.getLogger('ckpt')\n{LINES}"
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "RANK": str(rank), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
+    scripts = {
+        name: (
+            rank,
+            f"import logging\n{before}\nimport ckpt.distributed\n{after}\n"
+            f"log = logging.getLogger('ckpt')\n{LINES}",
+        )
+        for name, (rank, before, after, _) in CASES.items()
+    }
+    folder = tmp_path_factory.mktemp("said")
+    subprocess.run(
+        [sys.executable, "-c", FORKS, folder],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        input=json.dumps(scripts),
         text=True,
         check=True,
+        timeout=300,
     )
-    return result.stderr.splitlines()
+    return {name: (folder / name).read_text().splitlines() for name in CASES}
 
 
-def test_without_logging_rank_0_says_what_it_does_and_all_ranks_warn() -> None:
-    assert said() == ["ckpt: saved out/checkpoint-5", "ckpt: a doubt"]
-    assert said(rank=1) == ["ckpt: a doubt"]
-
-
-@pytest.mark.parametrize("level", ["INFO", "WARNING"])
-def test_the_logging_of_the_application_decides(level: str) -> None:
-    configured = f"logging.basicConfig(level=logging.{level})"
-    expected = ["INFO:ckpt:saved out/checkpoint-5"] if level == "INFO" else []
-    expected.append("WARNING:ckpt:a doubt")
-    assert said(before=configured) == expected
-    assert said(after=configured) == expected
-
-
-def test_a_level_and_a_handler_of_the_logger_itself_count() -> None:
-    logger = "logging.getLogger('ckpt')"
-    assert said(after=f"{logger}.setLevel(logging.ERROR)") == []
-    assert said(before=f"{logger}.setLevel(logging.WARNING)") == ["ckpt: a doubt"]
-    quiet = f"{logger}.addHandler(logging.NullHandler())"
-    assert said(after=quiet) == ["ckpt: saved out/checkpoint-5", "ckpt: a doubt"]
-    own = f"{logger}.addHandler(logging.StreamHandler()); {logger}.setLevel(logging.DEBUG)"
-    assert said(after=own) == ["a detail", "saved out/checkpoint-5", "a doubt"]
+def test_rank_0_says_what_it_does_unless_the_application_decides(
+    said: dict[str, list[str]],
+) -> None:
+    assert said == {name: expected for name, (*_, expected) in CASES.items()}
 
 
 def test_pytest_sees_messages_once(

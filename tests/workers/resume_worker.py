@@ -305,7 +305,8 @@ def wrong(out: Path) -> None:
 
 def nodes(out: Path) -> None:
     """Each rank is a node with a folder of its own: the newest step that all of them have."""
-    rank, run = dist.get_rank(), Path(os.environ["NODE_FOLDER"]) / "run"
+    rank = dist.get_rank()
+    run = Path(os.environ["NODE_FOLDERS"].split(os.pathsep)[rank]) / "run"
     local = {"checkpoint": {"use_node_local_storage": True}}
     engine, sampler = begin(Spec(2, zero=OFFLOAD, config=local)), Sampler()
     with ckpt.Saver(engine, run, timeout=20) as saver:

@@ -145,14 +145,17 @@ def every_code(real: Template, canary: Path) -> Iterator[Hostile]:
         yield Hostile("code", f"{form}, {container}", contained(real, opcodes, 4, container))
 
 
-def bombs(real: Template) -> Iterator[Hostile]:
-    """Bombs as the whole file, beside what is needed, and in place of it."""
-    for what, opcodes in lies.bombs().items():
+def bombs(real: Template, keys: int = len(KEYS)) -> Iterator[Hostile]:
+    """Bombs as the whole file, beside what is needed, and in place of so many of ``KEYS``.
+
+    Of fewer than all, each bomb has others.
+    """
+    for number, (what, opcodes) in enumerate(lies.bombs().items()):
         for container in ("stored", "legacy stream", "raw pickle"):
             yield Hostile("bomb", f"{what}, {container}", contained(real, opcodes, 4, container))
         inert = what in HONEST
         yield Hostile("bomb", f"{what}, nested", real.holding("client", opcodes), inert)
-        for key in KEYS:
+        for key in (KEYS * 2)[number % len(KEYS) :][:keys]:
             yield Hostile("bomb", f"{what}, as {key}", real.holding(key, opcodes), inert)
 
 

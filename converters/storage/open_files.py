@@ -168,25 +168,17 @@ def opened(path: Path) -> Iterator[File]:
         yield get(path)
 
 
-def parsed(
-    path: Path,
-    form: str,
-    parse: Callable[[File], tuple[_Value, int]],
-    file: File | None = None,
-) -> _Value:
+def parsed(path: Path, form: str, parse: Callable[[File], tuple[_Value, int]]) -> _Value:
     """The value that ``parse`` makes of the file, with the bytes that it parsed.
 
-    ``form`` names the kind of value: a file may be read in several ways. ``file`` is the file,
-    where the caller has it open.
+    ``form`` names the kind of value: a file may be read in several ways.
     """
     if _current.files is not None:
         value = _current.files.parsed(path, form, lambda file: Parsed(*parse(file)))
         return cast(_Value, value)
 
-    if file is not None:
+    with opened(path) as file:
         return parse(file)[0]
-    with opened(path) as own_file:
-        return parse(own_file)[0]
 
 
 def read_extent(extent: Extent) -> bytes:

@@ -16,7 +16,7 @@ headers); the length of the name and of the padding field come from the local he
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -25,46 +25,19 @@ from converters.errors import CheckpointError
 from converters.pickles.interpreter import Interpreter
 from converters.pickles.machine import Builders
 from converters.pickles.values import Call
-from converters.storage import open_files
 from converters.storage.store import File, read_exactly
 from converters.tensors import Checksum, Extent, Listed, TensorRef
 from converters.torch_files import zip_directory
 from converters.torch_files.rebuild import raw_storage, storage_id
 from converters.torch_files.torch_file import Stored, TorchFile
 
-KEPT_TIMES = 6  # what a pickle becomes takes so many times its memory (``open_files``)
+MAX_HEADERS = 512  # local headers that are read in one request
 MAX_PICKLE_BYTES = 1 << 30  # bytes of data.pkl; the largest seen is a few MB
 
 
 def read(file: File, path: Path, builders: Builders, stored: Stored) -> TorchFile:
     """The file of a zip; ``CheckpointError`` if it is damaged. Arguments: see
     ``reader.read``."""
-
-    def parse(opened: File) -> tuple[_Records, int]:
-        records = _read_records(opened, path)
-        return records, len(records.pickle) // KEPT_TIMES
-
-    # the values of a file and its graph of objects are two runs through one pickle
-    records = open_files.parsed(path, "records", parse, file)
-
-    def storage(persistent_id: Any) -> Any:
-        return stored(persistent_id, records.storage(persistent_id))
-
-    data = records.pickle
-    interpreter = Interpreter(data, builders, storage, str(path))
-    root = interpreter.run()
-    if interpreter.position != len(data):
-        raise CheckpointError(f"{path}: {len(data) - interpreter.position} bytes follow its pickle")
-
-    entries = records.directory.records.values()
-    all_checksummed = all(record.crc32 for record in entries if record.size)
-    digest = records.directory.digest if all_checksummed else None
-    saved_as = records.prefix.removesuffix("/")
-    return TorchFile(path, root, records.checksums(), digest, saved_as, len(data))
-
-
-def _read_records(file: File, path: Path) -> _Records:
-    """The records of a zip, which must be one of torch on a machine of our byte order."""
     directory = zip_directory.read(file, path)
     pickles = [name for name in directory.records if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -80,23 +53,35 @@ def _read_records(file: File, path: Path) -> _Records:
         )
 
     records = _Records(path, file, prefix, directory)
-    if (byte_order := records.small(file, "byteorder")) not in (None, b"little"):
+    if (byte_order := records.small("byteorder")) not in (None, b"little"):
         raise CheckpointError(
             f"{path} is {byte_order!r} endian, expected little",
             "refused",
         )
 
-    records.pickle = records.small(file, "data.pkl") or b""
-    return records
+    data = records.small("data.pkl")
+    assert data is not None
+
+    def storage(persistent_id: Any) -> Any:
+        return stored(persistent_id, records.storage(persistent_id))
+
+    interpreter = Interpreter(data, builders, storage, str(path))
+    root = interpreter.run()
+    if interpreter.position != len(data):
+        raise CheckpointError(f"{path}: {len(data) - interpreter.position} bytes follow its pickle")
+
+    all_checksummed = all(record.crc32 for record in directory.records.values() if record.size)
+    digest = directory.digest if all_checksummed else None
+    return TorchFile(path, root, records.checksums(), digest, prefix[:-1], len(data))
 
 
 class _Records:
-    """The records of a zip, with its pickle; storages are located when a tensor names them."""
+    """The records of a zip; storages are located when a tensor first names them."""
 
     def __init__(self, path: Path, file: File, prefix: str, directory: zip_directory.Directory):
-        self.path, self.prefix, self.directory = path, prefix, directory
-        self.headers = directory.headers(file, list(directory.records))
-        self.pickle = b""
+        self.path, self.file, self.prefix, self.directory = path, file, prefix, directory
+        self.headers: dict[str, bytes] = {}
+        self.unread_names = iter(directory.records)
         self.storages_by_key: dict[str, Checksum] = {}
 
     def storage(self, persistent_id: Any) -> TensorRef | Call:
@@ -116,7 +101,7 @@ class _Records:
 
         return TensorRef(dtype, (numel,), Listed([extent]))
 
-    def small(self, file: File, name: str) -> bytes | None:
+    def small(self, name: str) -> bytes | None:
         """The bytes of a record that is not a storage; ``None`` if there is none."""
         if self.prefix + name not in self.directory.records:
             return None
@@ -128,7 +113,7 @@ class _Records:
                 "refused",
             )
 
-        data = read_exactly(file, record.extent.offset, record.extent.length)
+        data = read_exactly(self.file, record.extent.offset, record.extent.length)
         if record.crc32 not in (None, crc32(data)):
             raise CheckpointError(
                 f"{self.path} is damaged: the CRC32 of {name} is {crc32(data):08x}, "
@@ -145,11 +130,19 @@ class _Records:
             return Checksum(Extent(self.path, record.header, 0), None)
 
         full_name = self.prefix + name
-        payload_start = self.directory.payload_behind(full_name, self.headers[full_name])
+        payload_start = self.directory.payload_behind(full_name, self._header(full_name))
         return Checksum(
             Extent(self.path, payload_start, record.size),
             record.crc32 or None,
         )
+
+    def _header(self, name: str) -> bytes:
+        """The local header of a record, which is asked for once; it comes with those behind it."""
+        while name not in self.headers:
+            batch = list(islice(self.unread_names, MAX_HEADERS)) or [name]
+            self.headers |= self.directory.headers(self.file, batch)
+
+        return self.headers.pop(name)
 
     def checksums(self) -> tuple[Checksum, ...]:
         storages = [storage for storage in self.storages_by_key.values() if storage.extent.length]

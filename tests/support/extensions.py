@@ -16,7 +16,8 @@ COMPILER = Path(__file__).with_name("compiler") / "g++"
 
 def environment() -> dict[str, str]:
     """CXX and TORCH_EXTENSIONS_DIR, as they are set or as tests have them."""
-    compiler = os.environ.get("CXX", str(COMPILER))
+    ours = str(COMPILER) if os.access(COMPILER, os.X_OK) else "c++"
+    compiler = os.environ.get("CXX", ours)
     # One folder for each virtual environment and compiler: what is built there names both.
     name = f"ckpt-torch-extensions-{crc32(f'{sys.prefix} {compiler}'.encode()):08x}"
     folder = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / name))

@@ -31,6 +31,12 @@ _LONGEST = (  # the modules that take a minute and more, by what was measured
 )
 
 
+# Read the syntax trees of all modules: one process parses them for all of these tests.
+_OF_SYNTAX = {
+    f"test_{name}.py"
+    for name in ("architecture", "catches", "console", "engine_attributes", "imports", "naming")
+}
+
 # What takes longest comes first, so that the processes of xdist end together; the many small tests
 # come last, and alone of all may go to any process one by one.
 _ROOMS = ("training", "hardening", "hub", "oracle", "unit")
@@ -54,6 +60,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByModule(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             module = nodeid.partition("::")[0]
+            if Path(module).name in _OF_SYNTAX:
+                return "syntax"
             return nodeid if module.startswith("tests/unit/") else module
 
     return ByModule(config, log)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from oracles import ROOT
+from syntax_trees import nodes, tree
 
 PACKAGES = ("converters", "ckpt")
 MAX_MODULES = 16  # in a folder, its __init__.py aside
@@ -105,8 +106,8 @@ def room(module: str) -> str:
 
 def imports(module: str, *, when_used: bool = True) -> Iterator[str]:
     """The names that a module imports; with ``when_used`` also those inside of functions."""
-    tree = ast.parse(modules()[module].read_text())
-    for node in ast.walk(tree) if when_used else tree.body:
+    path = modules()[module]
+    for node in nodes(path) if when_used else tree(path).body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -157,7 +158,7 @@ def test_only_rooms_inside_a_training_import_torch_and_its_like(module: str) -> 
 
 def opening_calls(module: str) -> Iterator[str]:
     """The calls of a module that ask the filesystem themselves."""
-    for node in ast.walk(ast.parse(modules()[module].read_text())):
+    for node in nodes(modules()[module]):
         match node:
             case ast.Call(func=ast.Name(id="open")):
                 yield "open"
@@ -204,7 +205,7 @@ def test_converters_open_files_through_the_door(module: str) -> None:
 def test_a_room_says_what_is_in_it(room: str) -> None:
     """Each module and folder is named in the docstring of its room, where there are several."""
     folder = ROOT / room
-    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    text = ast.get_docstring(tree(folder / "__init__.py")) or ""
     modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
     rooms = {path.parent.name for path in folder.glob("*/__init__.py")}
 

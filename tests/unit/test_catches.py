@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from oracles import ROOT
+from syntax_trees import nodes, tree
 
 # Raised by any mistake: caught only where the table below says why, or to be raised again.
 WIDE = {"Exception", "BaseException", "TypeError", "AttributeError", "LookupError", "NameError"}
@@ -112,21 +113,17 @@ def problem(caught: set[str], body: list[ast.stmt], handler: list[ast.stmt]) -> 
 
 def problems(path: Path) -> Iterator[tuple[str, str]]:
     """The place of each catch that is too wide, and what is wrong with it."""
-    tree = ast.parse(path.read_text())
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in nodes(path) if isinstance(node, ast.FunctionDef)]
+    classes = [node for node in nodes(path) if isinstance(node, ast.ClassDef)]
+    methods = {id(member) for node in classes for member in node.body}
     inner = {id(child) for node in functions for child in ast.walk(node) if child is not node}
-    for function in functions or [tree]:
-        if id(function) in inner and not _is_method(function, tree):
+    for function in functions or [tree(path)]:
+        if id(function) in inner and id(function) not in methods:
             continue
         place = f"{path.relative_to(ROOT).as_posix()} {getattr(function, 'name', '')}"
         for net in nets(function):
             if (wrong := problem(*net)) is not None:
                 yield place, wrong
-
-
-def _is_method(function: ast.AST, tree: ast.Module) -> bool:
-    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    return any(function in node.body for node in classes)
 
 
 @cache

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 from oracles import ROOT
+from syntax_trees import nodes
 
 from ckpt.distributed import console
 
@@ -87,6 +88,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return {name: (folder / name).read_text().splitlines() for name in CASES}
 
 
+@pytest.mark.oracle  # a process imports torch
 def test_rank_0_says_what_it_does_unless_the_application_decides(
     said: dict[str, list[str]],
 ) -> None:
@@ -113,7 +115,7 @@ def test_the_library_prints_nothing() -> None:
         for package in ("ckpt", "converters")
         for path in sorted((ROOT / package).rglob("*.py"))
         if not is_program(path)
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes(path)
         if isinstance(node, ast.Call) and ast.unparse(node.func) in WRITES
     ]
     assert set(printed) == {"ckpt/distributed/console.py"}

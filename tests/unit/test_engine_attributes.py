@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from oracles import ROOT
+from syntax_trees import nodes
 
 from ckpt.engine import attributes
 from ckpt.engine.view import EngineView, Internals, TrainingEngine
@@ -41,7 +42,7 @@ def other_rooms() -> list[Path]:
 
 def accesses(path: Path) -> Iterator[tuple[int, str, str]]:
     """Line, receiver and name of each attribute that a module reads, sets or asks for."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Attribute):
             yield node.lineno, last_name(node.value), node.attr
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ASKING:
@@ -59,11 +60,13 @@ def last_name(receiver: ast.expr) -> str:
     return receiver.id if isinstance(receiver, ast.Name) else ""
 
 
+@pytest.mark.oracle  # it imports DeepSpeed
 def test_the_installed_deepspeed_has_every_attribute() -> None:
     assert [str(attribute) for attribute in attributes.missing(optional=True)] == []
     attributes.require()
 
 
+@pytest.mark.oracle
 def test_what_an_upgrade_drops_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = attributes._package()
     for file in {attribute.file for attribute in attributes.relied_on()}:
@@ -103,7 +106,7 @@ def test_no_other_room_knows_deepspeeds_attributes() -> None:
 def test_no_other_room_names_what_deepspeed_sets_on_a_model_or_imports_it() -> None:
     known = []
     for path in other_rooms():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Constant) and str(node.value).startswith(("ds_", "_ds_")):
                 known.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.value}")
             elif isinstance(node, ast.Import):
@@ -123,7 +126,7 @@ def test_an_engine_has_a_type_where_it_is_taken() -> None:
     """``Any`` for an engine would let every room ask it for everything."""
     untyped = []
     for path in sorted((ROOT / "ckpt").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.arg) and node.arg in {"engine", "engines"}:
                 annotation = "" if node.annotation is None else ast.unparse(node.annotation)
                 if re.search(r"\bAny\b", annotation) or not annotation:

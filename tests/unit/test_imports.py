@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from oracles import FIXTURES, ROOT
+from syntax_trees import nodes, tree
 
 HEAVY = {"torch", "deepspeed", "transformers", "huggingface_hub", "accelerate", "lightning"}
 
 
 def imported(path: Path, everywhere: bool) -> Iterator[str]:
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree) if everywhere else tree.body:
+    for node in nodes(path) if everywhere else tree(path).body:
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

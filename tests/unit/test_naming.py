@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import syntax_trees
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("converters", "ckpt")
@@ -54,7 +55,7 @@ RAW = {
 
 def modules(package: str) -> Iterator[tuple[Path, ast.Module]]:
     for path in sorted((ROOT / package).rglob("*.py")):
-        yield path.relative_to(ROOT), ast.parse(path.read_text())
+        yield path.relative_to(ROOT), syntax_trees.tree(path)
 
 
 def bound_names(tree: ast.Module) -> Iterator[tuple[str, int]]:

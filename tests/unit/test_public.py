@@ -60,6 +60,7 @@ def test_dir_names_what_is_public_without_loading_it() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
+@pytest.mark.oracle  # it imports the trainers
 @pytest.mark.parametrize(
     ("module", "name"),
     [

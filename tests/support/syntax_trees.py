@@ -1,0 +1,19 @@
+"""The syntax trees of the project's modules, parsed once a process for all tests that read them."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a module, as ``ast.walk`` gives them."""
+    return tuple(ast.walk(tree(path)))
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    """The tree of a module. It is shared: nobody may change it."""
+    return ast.parse(path.read_text())

@@ -175,7 +175,10 @@ class Manifest:
         data = {"format": FORMAT, "digest": _digest(content)} | data
         text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
 
-        return text.encode("utf-8", "surrogateescape") + b"\n"
+        try:
+            return text.encode("utf-8", "surrogateescape") + b"\n"
+        except UnicodeEncodeError:  # half a character, which stands for no byte of a name
+            return json.dumps(data, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -278,3 +278,10 @@ def test_a_zip_swapped_for_another_of_the_same_size_is_found(tmp_path: Path) -> 
     data[-30] ^= 1  # in the directory: what a file of the same form and other tensors would change
     (tmp_path / "t" / name).write_bytes(data)
     assert "zip" in manifest.check(tmp_path, held, data=True)[0]
+
+
+def test_half_a_character_comes_back_as_it_was() -> None:
+    document = undigested() | {"progress": {"\ud800": "\udc80"}}
+    found = manifest.loads(json.dumps(document).encode(), HERE)
+    assert found.progress == {"\ud800": "\udc80"}
+    assert manifest.loads(found.dumps(), HERE).dumps() == found.dumps()

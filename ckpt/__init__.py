@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 from ckpt.version import __version__
 
 if TYPE_CHECKING:
+    from ckpt import live as live
+    from ckpt import trainers as trainers
+    from ckpt import zero_to_fp32 as zero_to_fp32
     from ckpt.hub.background import Push as Push
     from ckpt.resuming.resume import resume as resume
     from ckpt.resuming.select import find as find
@@ -59,18 +62,22 @@ _MODULES = {  # public modules, under the names that users import them by
     "reshard": "ckpt.rewrite.reshard",
     "trainers": "ckpt.trainers",
     "universal": "ckpt.rewrite.universal",
+    "zero_to_fp32": "ckpt.zero_to_fp32",
 }
 
 
-def __getattr__(name: str) -> Any:
-    """What is loaded when it is first used, so that ``ckpt --help`` stays instant."""
-    if name in _NAMES:
-        return getattr(import_module(_NAMES[name]), name)
-    if name in _MODULES:
-        return import_module(_MODULES[name])
-    raise AttributeError(f"module 'ckpt' has no attribute {name!r}")
+if not TYPE_CHECKING:  # or else a type checker takes every name, and knows the type of none
+
+    def __getattr__(name: str) -> Any:
+        """What is loaded when it is first used, so that ``ckpt --help`` stays instant."""
+        if name in _NAMES:
+            return getattr(import_module(_NAMES[name]), name)
+        if name in _MODULES:
+            return import_module(_MODULES[name])
+        raise AttributeError(f"module 'ckpt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """The public names, loaded or not."""
-    return sorted({*globals(), *_NAMES, *_MODULES})
+    """The public names, loaded or not, and what every module has."""
+    of_every_module = {name for name in globals() if name.startswith("__")}
+    return sorted({*of_every_module, *__all__, *_MODULES})

@@ -34,6 +34,15 @@ class Candidate:
     marks: tuple[str, ...] = ()
 
 
+def _is_rule(best: object) -> bool:
+    """Whether it is a rule for the best: what a user gave may be of any type."""
+    if not isinstance(best, (tuple, list)) or len(best) != 3:
+        return False
+    metric, mode, count = best
+    is_count = isinstance(count, int) and not isinstance(count, bool) and count >= 1
+    return isinstance(metric, str) and bool(metric) and mode in ("min", "max") and is_count
+
+
 @dataclass(frozen=True, slots=True)
 class Retention:
     """Keep the ``last`` newest, every one whose step ``every`` divides, and the best by a metric.
@@ -54,12 +63,11 @@ class Retention:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}, expected a number of at least 1")
 
-        if self.best is not None:
-            metric, mode, count = self.best
-            if not metric or mode not in ("min", "max") or count < 1:
-                raise ValueError(
-                    f"best is {metric}:{mode}:{count}, expected a metric, min or max, and how many"
-                )
+        if self.best is not None and not _is_rule(self.best):
+            raise ValueError(
+                f"best is {self.best!r}, expected a metric, min or max, and how many, such as "
+                '("eval_loss", "min", 2)'
+            )
 
     @staticmethod
     def best_of(rule_text: str) -> Best:

@@ -28,7 +28,7 @@ from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, step_in
 from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.storage import local
-from converters.storage.store import local_path
+from converters.storage.store import Name, local_path
 
 __all__ = [
     "POINTERS",
@@ -49,14 +49,14 @@ __all__ = [
 POINTERS = ("latest", "best")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Run:
     """A folder that checkpoints are saved into; ``path`` may be given as text."""
 
     path: Path
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", local_path(self.path))
+    def __init__(self, path: Name):
+        object.__setattr__(self, "path", local_path(path))
 
     def checkpoints(self) -> list[RunCheckpoint]:
         """All checkpoints, committed or not, in ``order``; ``CheckpointError`` without a folder.

@@ -57,10 +57,13 @@ class Preemption:
     deadline: float | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.signals, str):
+            raise ValueError(f'signals is {self.signals!r}, expected ("{self.signals}",)')
         for name in self.signals or ():
             if not isinstance(getattr(signal, name, None), signal.Signals):
                 raise ValueError(f"{name!r} is not a signal; expected names such as SIGTERM")
-        if self.deadline is not None and not self.deadline > 0:
+        is_seconds = isinstance(self.deadline, (int, float)) and self.deadline > 0
+        if self.deadline is not None and not is_seconds:
             raise ValueError(f"deadline is {self.deadline!r}, expected seconds")
 
 

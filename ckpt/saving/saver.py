@@ -96,7 +96,7 @@ class Saver:
         self.tokenizer = tokenizer
         self.exclude_frozen_parameters = exclude_frozen_parameters
         self.background, self.timeout = background, timeout
-        self.every = {"full": every} if isinstance(every, int) else dict(every or {})
+        self.every = tiers.steps_between_saves(every)
         ranks = RankGroup("Saver", timeout)
         with ranks.step():
             tiers.require_known(weights, self.every)

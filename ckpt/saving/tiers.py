@@ -29,6 +29,18 @@ def require_tier(tier: str, weights: str | None) -> None:
         )
 
 
+def steps_between_saves(every: int | Mapping[str, int] | None) -> dict[str, int]:
+    """``every`` as steps for each tier; ``CheckpointError`` for what is neither."""
+    if isinstance(every, int):
+        return {"full": every}
+    if every is not None and not isinstance(every, Mapping):
+        raise CheckpointError(
+            f'every is {every!r}, expected a number of steps, or {{"full": 500, "weights": 100}}',
+            "output",
+        )
+    return dict(every or {})
+
+
 def require_known(weights: str | None, every: Mapping[str, int]) -> None:
     """``CheckpointError`` for kinds of weights and steps between saves that make no sense."""
     if weights is not None and weights not in KINDS:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from ckpt.hub.content.contents import contents
 from ckpt.runs.run import open_checkpoint
 from ckpt.weights.conversion import convert, task
+from ckpt.weights.conversion.record import ConversionRecord
 from ckpt.weights.request import Naming, Request
 from converters.errors import CheckpointError
 from converters.execute.virtual_file import Serving
@@ -79,9 +80,9 @@ class Run:
     def save_base(self, base: Any) -> None:
         base.save_pretrained(self.base)
 
-    def merge(self, dtype: str = "fp32", **wishes: Any) -> dict[str, Any]:
+    def merge(self, dtype: str = "fp32", **wishes: Any) -> ConversionRecord:
         made = self.prepare(dtype, **wishes)
-        return convert.run(made, overwrite=True)
+        return convert.execute(made, overwrite=True)
 
     def prepare(self, dtype: str = "fp32", **wishes: Any) -> task.Conversion:
         request = Request(merge=True, **wishes)

@@ -72,11 +72,10 @@ def test_it_converts_a_checkpoint_in_an_environment_with_nothing_else(
             if not (site / top).exists():
                 (site / top).symlink_to(installed.locate_file(top))
     python = tmp_path / "venv/bin/python"
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index"]
-    subprocess.run([*install, "--no-deps", str(wheel)], check=True, timeout=300)
-
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = {"cwd": tmp_path, "env": environment, "check": True, "timeout": 300}
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index"]
+    subprocess.run([*install, "--no-deps", str(wheel)], **run)
     source, model = FIXTURES / "trainer-zero3/checkpoint-2", tmp_path / "model"
     absent = "import importlib.util as u; assert not u.find_spec('torch'); import ckpt; print(ckpt)"
     told = subprocess.run([python, "-c", absent], **run, capture_output=True, text=True).stdout

@@ -13,6 +13,7 @@ from oracles import ROOT
 from syntax_trees import nodes, tree
 
 PACKAGES = ("converters", "ckpt")
+MAX_BODY_LINES = 40
 MAX_MODULES = 16  # in a folder, its __init__.py aside
 
 # A room is a folder, or a module that lies directly in a package. It imports rooms of the floors
@@ -143,6 +144,20 @@ def test_no_folder_is_too_large_to_be_read() -> None:
     folders = {path.parent for path in modules().values()}
     sizes = {folder: len(list(folder.glob("*.py"))) - 1 for folder in folders}
     assert {folder: size for folder, size in sizes.items() if size > MAX_MODULES} == {}
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its signature and its docstring."""
+    statements = function.body[1:] if ast.get_docstring(function) else function.body
+    last = function.body[-1].end_lineno or function.lineno
+    return last - statements[0].lineno + 1 if statements else 0
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_function_is_short(module: str) -> None:
+    functions = [node for node in nodes(modules()[module]) if isinstance(node, ast.FunctionDef)]
+    long = {node.name: body_lines(node) for node in functions if body_lines(node) > MAX_BODY_LINES}
+    assert long == {}
 
 
 def test_every_room_is_on_one_floor() -> None:

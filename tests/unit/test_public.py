@@ -113,3 +113,24 @@ def test_the_record_of_a_conversion_is_a_value_and_the_facts_of_its_json(tmp_pat
 
     facts = ckpt.convert.run(ckpt.convert.plan(SOURCE, tmp_path / "again"))
     assert type(facts) is dict and json.loads(json.dumps(facts)) == content
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    {
+        "Retention(best='loss')": "best is 'loss', expected a metric",
+        "Retention(best=('loss', 'min'))": "expected a metric, min or max, and how many",
+        "Preemption(deadline='soon')": "deadline is 'soon', expected seconds",
+        "Preemption(signals='SIGTERM')": r"expected \(\"SIGTERM\",\)",
+        "open('out', 'tf')": 'framework is \'tf\', expected "pt" or "np"',
+    }.items(),
+)
+def test_an_argument_of_another_type_is_named(call: str, message: str) -> None:
+    with pytest.raises((ValueError, ckpt.CheckpointError), match=message):
+        eval(f"ckpt.{call}")
+
+
+def test_dir_lists_what_is_public() -> None:
+    names = {name for name in dir(ckpt) if not name.startswith("__")}
+    modules = {"convert", "live", "reshard", "trainers", "universal", "zero_to_fp32"}
+    assert names == {name for name in ckpt.__all__ if not name.startswith("__")} | modules

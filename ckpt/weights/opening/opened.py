@@ -57,6 +57,9 @@ def open(
     ``CheckpointError`` if nothing can be opened there. While the checkpoint is open,
     ``ckpt prune`` does not delete it.
     """
+    if framework not in ("pt", "np"):
+        raise CheckpointError(f'framework is {framework!r}, expected "pt" or "np"', "output")
+
     path = source_path(path)
     with arguments.naming_arguments("tag=", "strip=", "rename=", "select=", "part="):
         lock = locks.reading(_place(path, tag))

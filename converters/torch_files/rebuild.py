@@ -168,13 +168,21 @@ def _raw(
 ) -> TensorRef:
     """A view into a storage of bytes whose elements have ``itemsize`` bytes, as those
     bytes."""
+    _require_storage(data)
     numel = data.numel // itemsize
     extents = _runs(data.extents[0], numel, itemsize, offset, shape, stride)
     return TensorRef(DType.U8, (*shape, itemsize), extents)
 
 
+def _require_storage(storage: TensorRef) -> None:
+    """Raises for a view in the place of a storage: its bytes are several runs in the file."""
+    if len(storage.extents) > 1 or len(storage.shape) != 1:
+        raise MalformedError("a tensor is made of a view, expected a storage")
+
+
 def _view(storage: TensorRef, offset: Any, shape: Any, stride: Any) -> TensorRef:
     """A view into a storage."""
+    _require_storage(storage)
     itemsize = storage.dtype.itemsize
     extents = _runs(storage.extents[0], storage.numel, itemsize, offset, shape, stride)
     return TensorRef(storage.dtype, tuple(shape), extents)

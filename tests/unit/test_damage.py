@@ -14,8 +14,9 @@ import pytest
 import torch
 from oracles import FIXTURES, convert, run
 
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, MalformedError
 from converters.pickles import interpreter, values
+from converters.tensors import DType, Extent, Listed, TensorRef
 from converters.torch_files import reader, rebuild
 
 TAG = "global_step2"
@@ -317,6 +318,16 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path: Path) -> None:
                 archive.writestr(name, data.replace(old, new) if "data.pkl" in name else data)
         with pytest.raises(CheckpointError, match="ends at element"):
             reader.read(path)
+
+
+def test_a_view_in_the_place_of_a_storage_is_refused() -> None:
+    """Its bytes are several runs, of which only the first would be a storage's."""
+    extents = [Extent(Path("x.pt"), 0, 8), Extent(Path("x.pt"), 16, 8)]
+    view = TensorRef(DType.F32, (4,), Listed(extents))
+    table = TensorRef(DType.F32, (2, 2), Listed([Extent(Path("x.pt"), 0, 16)]))
+    for storage in (view, table):
+        with pytest.raises(MalformedError, match="expected a storage"):
+            rebuild._tensor(storage, 0, (4,), (1,))
 
 
 def test_a_compressed_record_is_refused(tmp_path: Path) -> None:

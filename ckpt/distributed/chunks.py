@@ -83,6 +83,7 @@ class Wire:
                         unfinished.remove(source)
                         raise CheckpointError(
                             f"rank {source}: its part could not be read",
+                            "incomplete",
                         )
                     if message == END:
                         unfinished.remove(source)

@@ -57,7 +57,9 @@ class RankGroup:
     def __init__(self, what: str, timeout: float):
         if not dist.is_initialized():
             raise CheckpointError(
-                "torch.distributed is not initialised; call it while training",
+                f"{what}: torch.distributed is not initialised; call this in the training, "
+                "after deepspeed.initialize",
+                "refused",
             )
 
         self.what, self.timeout = what, timeout

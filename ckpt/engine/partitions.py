@@ -241,5 +241,6 @@ def require_rounds(piece: PartitionPiece, values: torch.Tensor, rounded: torch.T
     raise CheckpointError(
         f"the fp32 values of {piece.name} from element {piece.start} on do not round "
         "to the weights the model computes with; call it after engine.step(), or, if "
-        "the module was changed by hand, pass verify=False"
+        "the module was changed by hand, pass verify=False",
+        "refused",
     )

@@ -100,7 +100,9 @@ def send(
                 if known_digest is not None and known_digest != sent_file.sha256:
                     journal.forget()
                     raise CheckpointError(
-                        f"{item.name} has other bytes than when an earlier push read it; push again"
+                        f"{item.name} has other bytes than when an earlier push "
+                        "read it; push again",
+                        "output",
                     )
 
                 journal.note(item.name, sent_file.sha256, serving)
@@ -198,7 +200,7 @@ def _sent_file(item: Item, operation: CommitOperationAdd) -> UploadedFile:
         operation.upload_info.sha256 = hashlib.sha256(content).digest()
         git_blob = repository.git_blob(content)
         if len(content) != item.nbytes:
-            raise CheckpointError(f"{item.name} changed while it was read; push again")
+            raise CheckpointError(f"{item.name} changed while it was read; push again", "output")
 
     content_sha256 = operation.upload_info.sha256.hex()
 

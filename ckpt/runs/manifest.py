@@ -322,7 +322,7 @@ def read(folder: Path) -> Manifest:
             "incomplete",
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{manifest_path}: {error.strerror}") from error
+        raise CheckpointError(f"{manifest_path}: {error.strerror}", "refused") from error
 
     if len(data) > MAX_BYTES:
         raise CheckpointError(

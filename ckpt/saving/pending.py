@@ -79,7 +79,7 @@ class PendingSave:
 
     def _fail(self, error: BaseException) -> BaseException:
         self.is_over = True
-        stopped = CheckpointError(f"stopped by {error!r}")
+        stopped = CheckpointError(f"stopped by {error!r}", "output")
         cause = error if isinstance(error, Exception) else stopped
         failure = self.commit.ranks.report_failure(cause)
         self.stop()

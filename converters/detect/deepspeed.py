@@ -19,7 +19,7 @@ def no_tag(look: Look) -> str | None:
     """A folder without the tag that the user named."""
     if look.tag is None or not look.is_folder or look.state_folder is not None:
         return None
-    return f"{look.tag}; {state_folders.offer(look.path)}"
+    return f"{look.tag}; {state_folders.offer(look.path, has_option=True)}"
 
 
 def universal(look: Look) -> str | None:
@@ -88,7 +88,7 @@ def several(look: Look) -> str | None:
 def state_file(look: Look) -> str | None:
     """A single state file of DeepSpeed."""
     is_one = look.is_file and state_folders.is_state_file(look.path.name)
-    return f": {look.path.parent}" if is_one else None
+    return str(look.path.parent) if is_one else None
 
 
 def _first(names: tuple[str, ...], pattern: re.Pattern[str]) -> str | None:
@@ -161,10 +161,10 @@ KINDS = (
     ),
     Kind(
         name="deepspeed-several",
-        title="several DeepSpeed checkpoints",
+        title="DeepSpeed checkpoints without a file latest",
         recognized_by="folders with `latest`, or tag folders, and no `latest` beside them",
         sign=several,
-        statement="has no file latest that says which of its checkpoints is meant; {evidence}",
+        statement="has no file latest, which says what checkpoint is meant; {evidence}",
         refusal="{statement}",
     ),
     Kind(
@@ -172,7 +172,7 @@ KINDS = (
         title="single state file of DeepSpeed",
         recognized_by="the name: `*_optim_states.pt` or `*_model_states.pt`",
         sign=state_file,
-        statement="is one state file of a DeepSpeed checkpoint; expected {expected}{evidence}",
+        statement="is one state file of the DeepSpeed checkpoint {evidence}; expected {expected}",
         refusal="{statement}",
     ),
 )

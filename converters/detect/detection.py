@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
+from converters import errors
 from converters.detect import deepspeed, kinds
 from converters.detect.kind import CHECKPOINT, Kind, NoKindError, first
 from converters.detect.look import Look
@@ -50,6 +51,11 @@ class Detection:
         return self.kind.statement.format(evidence=self.evidence, expected=CHECKPOINT)
 
     @property
+    def trouble(self) -> errors.Kind:
+        """The kind of an error about what lies there."""
+        return kinds.trouble(self.kind, self.path)
+
+    @property
     def refusal(self) -> str | None:
         """Why this cannot be converted, and what to do: one sentence; ``None`` if it can."""
         reason = self.kind.reason(self.evidence)
@@ -59,7 +65,7 @@ class Detection:
     def error(self) -> CheckpointError:
         """The refusal as an error."""
         sentence = self.refusal or f"{self.path} could not be read as a {self.kind.title}"
-        return CheckpointError(sentence, self.kind.trouble)
+        return CheckpointError(sentence, self.trouble)
 
     def unlike(self, expected: str, remedy: str = "") -> CheckpointError:
         """That this is not what a command expects, such as "a run", and what handles it.
@@ -67,7 +73,7 @@ class Detection:
         ``remedy`` takes the place of the kind's own.
         """
         sentence = self.kind.sentence(self.evidence, expected, remedy)
-        return CheckpointError(f"{self.folder} {sentence}", self.kind.trouble)
+        return CheckpointError(f"{self.folder} {sentence}", self.trouble)
 
     def read(self, complete: bool = False) -> Source:
         """What the kind's reader makes of it; ``CheckpointError`` where no reader fits."""

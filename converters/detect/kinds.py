@@ -8,6 +8,9 @@ test holds the two together.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from converters import errors
 from converters.detect import deepspeed, files, others, sharded, weights
 from converters.detect.kind import Kind, NoKindError, first
 from converters.detect.look import Look
@@ -17,6 +20,21 @@ _MAX_SUBFOLDERS = 16  # that are looked into for what a folder holds
 
 def _holds(look: Look) -> str | None:
     """The first folder in the path that is of a known kind, and what it is."""
+    inner = _first_inner(look)
+    if inner is None:
+        return None
+    name, kind, evidence = inner
+    return f"{name}, which {kind.reason(evidence)}"
+
+
+def trouble(kind: Kind, path: Path) -> errors.Kind:
+    """The kind of an error about a path: of a folder of checkpoints, that of what it holds."""
+    inner = _first_inner(Look(path)) if kind in _PARENT else None
+    return kind.trouble if inner is None else inner[1].trouble
+
+
+def _first_inner(look: Look) -> tuple[str, Kind, str] | None:
+    """The first folder in the path that is of a known kind: its name, the kind, the sign."""
     for name in look.names[:_MAX_SUBFOLDERS]:
         inner = Look(look.path / name)
         if name.startswith(".") or not inner.is_folder:
@@ -25,7 +43,7 @@ def _holds(look: Look) -> str | None:
             kind, evidence = first(inner, _INNER)
         except (NoKindError, OSError):
             continue
-        return f"{name}, which {kind.reason(evidence)}"
+        return name, kind, evidence
 
     return None
 

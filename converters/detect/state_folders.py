@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from converters.detect.filenames import LATEST, STATES
@@ -76,10 +77,22 @@ def _names(path: Path) -> list[str]:
     return []
 
 
-def offer(path: Path) -> str:
-    """What the user can name instead of ``path``, as the second half of a sentence."""
+def offer(path: Path, has_option: bool = False) -> str:
+    """What the user can name instead of ``path``, as the second half of a sentence.
+
+    ``has_option`` says that the command has an option ``--tag``, which not every one has.
+    """
     if names := checkpoints_below(path):
-        return f"it holds the checkpoints {', '.join(names)}: name one of these folders"
+        choice = "this folder" if len(names) == 1 else "one of these folders"
+        return f"it holds the {_nouns('checkpoint', names)}: name {choice}"
     if names := tags_below(path):
-        return f"it holds the tags {', '.join(names)}: choose one with --tag"
+        choice = f"name {'its folder' if len(names) == 1 else 'the folder of one'}, "
+        choice += str(path / names[-1])
+        if has_option:
+            choice = f"choose {'it' if len(names) == 1 else 'one'} with --tag"
+        return f"it holds the {_nouns('tag', names)}: {choice}"
     return NOTHING
+
+
+def _nouns(noun: str, names: Sequence[str]) -> str:
+    return f"{noun if len(names) == 1 else noun + 's'} {', '.join(names)}"

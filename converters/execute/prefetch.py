@@ -131,7 +131,8 @@ class Ahead:
                 source = piece.placement.source.extents[0].path
                 raise CheckpointError(
                     f"{source} changed while {piece.placement.name} was sent: read "
-                    "again it has other bytes; push again when nothing writes there"
+                    "again it has other bytes; push again when nothing writes there",
+                    "output",
                 )
 
             self.mover.read += piece.stored

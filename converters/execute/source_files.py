@@ -19,7 +19,9 @@ class SourceFiles:
         try:
             fill_exactly(self.pool.get(extent.path), extent.offset, destination)
         except OSError as error:
-            raise CheckpointError(f"{extent.path} cannot be read: {error.strerror}") from error
+            raise CheckpointError(
+                f"{extent.path} cannot be read: {error.strerror}", "incomplete"
+            ) from error
 
     def close(self) -> None:
         """Closes all of them."""

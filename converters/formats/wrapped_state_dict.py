@@ -38,10 +38,10 @@ def plan(
     try:
         body, storages = pickle_writer.dumps(dict(beside))
     except MalformedError as error:
-        raise CheckpointError(f"what is to be written beside {key}: {error}") from error
+        raise CheckpointError(f"what is to be written beside {key}: {error}", "output") from error
 
     if storages:
-        raise CheckpointError(f"what is to be written beside {key} holds tensors")
+        raise CheckpointError(f"what is to be written beside {key} holds tensors", "output")
 
     make_shard = partial(_shard, body=body, key=key)
     return plan_shards(weights, dtype, WHOLE, tied, filename, make_shard, shares=True)

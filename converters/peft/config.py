@@ -100,7 +100,9 @@ def read(path: Path) -> AdapterConfig:
             raise CheckpointError(f"{path} is not a regular file", "refused")
         size = stores.status(path).size
         if size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes, expected at most {MAX_CONFIG_BYTES}")
+            raise CheckpointError(
+                f"{path} has {size} bytes, expected at most {MAX_CONFIG_BYTES}", "refused"
+            )
         data = stores.content(path)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", "incomplete") from error

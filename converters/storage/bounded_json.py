@@ -38,7 +38,21 @@ def loads(data: bytes, text: str | None = None, infinite: bool = False) -> Any:
     except ValueError as error:
         if (explanation := misplaced_files.content(data[:128])) is not None:
             raise ValueError(f"it {explanation}") from error
-        raise
+        raise ValueError(fault(error)) from error
+
+
+def fault(error: ValueError) -> str:
+    """Why a text is not JSON, in words for whoever does not know the parser."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 at byte {error.start}"
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    if not error.doc.strip():
+        return "it is empty"
+    if error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string"):
+        return "it ends too early"
+
+    return f"unexpected character at line {error.lineno}, column {error.colno}"
 
 
 def dumps(content: Any, sort_keys: bool = False) -> bytes:

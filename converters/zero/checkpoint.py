@@ -87,7 +87,9 @@ def _read_or_explain(place: Place, require_all: bool) -> Checkpoint:
         with consistent(place.folder, "a file is damaged or of another save"):
             return _read(place, require_all)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or place.folder}: {error.strerror}") from error
+        raise CheckpointError(
+            f"{error.filename or place.folder}: {error.strerror}", "incomplete"
+        ) from error
 
 
 def _read(place: Place, require_all: bool) -> Checkpoint:

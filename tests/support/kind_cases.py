@@ -82,7 +82,7 @@ def gguf(folder: Path) -> Path:
     return folder / "model.gguf"
 
 
-@case("no-tag", "has no tag global_step9; it holds the tags global_step5: choose one with --tag")
+@case("no-tag", "has no tag global_step9; it holds the tag global_step5: choose it with --tag")
 def no_tag(folder: Path) -> Path:
     return tagged(folder, "mp_rank_00_model_states.pt")
 
@@ -115,13 +115,13 @@ def deepspeed(folder: Path) -> Path:
     return folder
 
 
-@case("deepspeed-several", "it holds the checkpoints checkpoint-5: name one of these folders")
+@case("deepspeed-several", "it holds the checkpoint checkpoint-5: name this folder")
 def several(folder: Path) -> Path:
     tagged(folder / "checkpoint-5", "mp_rank_00_model_states.pt")
     return folder
 
 
-@case("deepspeed-file", "expected the folder of a checkpoint: ")
+@case("deepspeed-file", "; expected the folder of a checkpoint")
 def state_file(folder: Path) -> Path:
     return touch(folder, "mp_rank_00_model_states.pt") / "mp_rank_00_model_states.pt"
 

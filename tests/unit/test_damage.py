@@ -364,7 +364,7 @@ def test_a_latest_that_leads_nowhere_lists_the_tags(
     shutil.copytree(source / TAG, source / "deep/tag")
     said = refused(source)
     assert "latest" in said and "it holds the tags deep/tag, global_step2" in said
-    assert "--tag" in said
+    assert "name the folder of one, " in said
     convert(source, source.parent / "by-tag", "--tag", "deep/tag")
 
 
@@ -384,7 +384,7 @@ def test_wrong_paths_are_explained(tmp_path: Path, refused: Refused) -> None:
     assert "is a file" in refused(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert "is an empty folder" in refused(tmp_path / "empty")
-    assert "name one of these folders" in refused(FIXTURES / "trainer-zero2")
+    assert "holds the checkpoint checkpoint-2: name this folder" in refused(FIXTURES / "trainer-zero2")
 
 
 @pytest.mark.parametrize("part", ["header", "length", "shape", "offset"])

@@ -17,6 +17,7 @@ from kind_cases import CASES, NAME, dcp, tensors
 from oracles import FIXTURES, ROOT, run
 
 import ckpt
+from ckpt.distributed.ranks import RankGroup
 from converters.detect import detect
 from converters.detect.detection import reader
 from converters.detect.kinds import BY_NAME, KINDS
@@ -53,7 +54,7 @@ def test_a_kind_is_recognised_and_its_user_is_told_what_to_do(
     assert remedy in lines[0] and not (tmp_path / "out").exists()
 
     run("show", path, *options, "--json", code=1)
-    assert json.loads(capsys.readouterr().err)["kind"] == detection.kind.trouble
+    assert json.loads(capsys.readouterr().err)["kind"] == detection.trouble
 
 
 @pytest.mark.parametrize("name", [kind.name for kind in KINDS if kind.refusal])
@@ -173,3 +174,25 @@ def row(name: str) -> str:
     kind = BY_NAME[name]
     answer = kind.reason("...") or kind.sentence("...", "...").replace(", not ...", "")
     return f"| `{kind.name}` | {kind.title} | {kind.recognized_by} | {answer} |"
+
+
+def test_a_folder_of_checkpoints_is_as_unsupported_as_what_it_holds(tmp_path: Path) -> None:
+    dcp(tmp_path / "step-5")
+    assert detect(tmp_path).error.kind == detect(tmp_path / "step-5").error.kind == "unsupported"
+
+
+def test_a_universal_source_is_of_the_kind_that_is_detected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("to-universal", FIXTURES / "zero2-bf16-w2", "-o", tmp_path / "u")
+    capsys.readouterr()
+    run("from-universal", tmp_path / "u", "--world-size", "1", "--dry-run", "--json")
+    kind = json.loads(capsys.readouterr().out)["source"]["kind"]
+    assert kind == detect(tmp_path / "u").kind.name == "deepspeed-universal"
+
+
+@pytest.mark.parametrize("call", ["Saver", "find"])
+def test_a_call_outside_of_a_training_is_no_damage(call: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{call}: torch.distributed is not init") as error:
+        RankGroup(call, 1.0)
+    assert error.value.kind == "refused"

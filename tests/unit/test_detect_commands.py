@@ -230,3 +230,34 @@ def test_a_doctor_of_a_folder_without_checkpoints_still_mends_it(
     assert "a deletion that was interrupted" in capsys.readouterr().out
     run("doctor", tmp_path, code=1)
     assert "is a model in safetensors, not a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", None])
+def test_what_can_be_named_in_the_place_of_a_latest_without_a_tag(
+    text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(FIXTURES / "zero2-bf16-w2", tmp_path / "out")
+    tag = next(path for path in folder.iterdir() if path.is_dir())
+    (folder / "latest").unlink()
+    if text is not None:
+        (folder / "latest").write_text(text)
+
+    run("show", folder, code=1)
+    line = capsys.readouterr().err
+    assert line.endswith(f"; it holds the tag {tag.name}: name its folder, {tag}\n")
+    assert "which is not there" not in line and "--tag" not in line
+    run("show", tag)
+
+    shutil.copytree(tag, folder / "again")
+    run("show", folder, code=1)
+    assert f"the tags again, {tag.name}: name the folder of one, " in capsys.readouterr().err
+    run("doctor", folder, code=0 if text is None else 1)
+    assert "''" not in capsys.readouterr().out
+
+
+def test_a_state_file_is_told_to_be_of_the_folder_it_lies_in(tmp_path: Path) -> None:
+    detection = detect(CASES["deepspeed-file"][0](tmp_path))
+    assert str(detection.unlike("a universal checkpoint")) == (
+        f"{detection.path} is one state file of the DeepSpeed checkpoint {detection.path.parent}; "
+        "expected a universal checkpoint"
+    )

@@ -274,6 +274,30 @@ def test_a_whole_checkpoint_of_a_trainer_is_adopted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", "null", '{"format": 1}', '{"version": 99}', "{", "", "\xff", "[" * 99_999, "EDIT"],
+)
+def test_a_damaged_manifest_is_replaced_by_adoption(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(SOURCE, folder)
+    run("doctor", tmp_path, "--adopt")
+    good = manifest.read(folder)
+    path = folder / filenames.MANIFEST
+    edited = path.read_text().replace('"step": 2', '"step": 3')
+    path.write_bytes((edited if content == "EDIT" else content).encode("latin-1"))
+    with pytest.raises(CheckpointError, match="--adopt") as damage:
+        manifest.read(folder)
+    assert "Expecting" not in str(damage.value) and "codec" not in str(damage.value)
+
+    run("doctor", tmp_path, "--adopt", "--dry-run")
+    run("doctor", tmp_path, "--adopt")
+    assert manifest.read(folder).files == good.files
+    run("verify", tmp_path, "--data")
+
+
+@pytest.mark.parametrize(
     ("name", "cut"),
     [
         ("rng_state_1.pth", None),
@@ -608,8 +632,9 @@ def test_what_is_no_whole_save_is_not_collected(tmp_path: Path) -> None:
         (unlike, "config.json is not the file"),
         ([first, tmp_path], "holds no checkpoint"),
     ):
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=said) as error:
             collect.plan(parts, tmp_path / "out/checkpoint-2")
+        assert error.value.kind in ("incomplete", "refused")
     with pytest.raises(CheckpointError, match="exists already"):
         collect.plan([first, second], tmp_path / "other")
     assert tree(tmp_path) == before

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckpt.folders.filenames import MANIFEST
 from ckpt.runs.foreign import intact_files
 from ckpt.runs.foreign.parallel import require_parallel
 from ckpt.runs.run import is_checkpoint, is_numbered, step_in
@@ -193,6 +194,12 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
     )
 
 
+def _is_tools_own(name: str) -> bool:
+    """Whether no writer of checkpoints wrote a file: a hidden one, or a manifest, whose
+    damage says nothing of the rest."""
+    return name.startswith(".") or name == MANIFEST
+
+
 def has_tag(path: Path) -> bool:
     """Whether DeepSpeed's state files lie in the folder, or in one right below it."""
     return is_tag_folder(path) or any(
@@ -239,7 +246,7 @@ def _of_trainer(folder: Path, entry_names: set[str]) -> Proof:
     )
     rng_ranks = rng_ranks or int("rng_state.pth" in entry_names)
     for name in sorted(entry_names):
-        if (folder / name).is_file() and not name.startswith("."):
+        if (folder / name).is_file() and not _is_tools_own(name):
             intact_files.require_file(folder / name)
 
     if has_tag(folder):
@@ -289,7 +296,7 @@ def _of_accelerate(folder: Path, entry_names: set[str]) -> Proof:
         folder, [folder / entry_name for entry_name in entry_names], RANDOM
     )
     for entry_name in sorted(entry_names):
-        if (folder / entry_name).is_file() and not entry_name.startswith("."):
+        if (folder / entry_name).is_file() and not _is_tools_own(entry_name):
             intact_files.require_file(folder / entry_name)
 
     if has_tag(folder):

@@ -25,7 +25,7 @@ from converters.errors import CheckpointError
 from converters.formats import safetensors
 from converters.pickles.interpreter import Interpreter
 from converters.pickles.values import Call
-from converters.storage import open_files
+from converters.storage import bounded_json, open_files
 from converters.torch_files import reader, zip_directory
 from converters.torch_files.rebuild import BUILDERS
 from converters.words import counted
@@ -88,8 +88,11 @@ def read_json(path: Path) -> Any:
 
     try:
         return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is cut short or damaged: {error}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is damaged: its lists nest too deep") from error
+    except ValueError as error:
+        reason = bounded_json.fault(error)
+        raise CheckpointError(f"{path} is cut short or damaged: {reason}") from error
 
 
 def require_shards(index: Path) -> None:

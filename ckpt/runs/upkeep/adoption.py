@@ -16,6 +16,7 @@ from typing import Any
 
 from ckpt.folders import filenames
 from ckpt.runs import manifest
+from ckpt.runs.fields import FieldError
 from ckpt.runs.foreign import completeness, intact_files, liveness, succession
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Run, RunCheckpoint
@@ -110,7 +111,14 @@ def plan(folder: Path, data: bool = True) -> Adoption:
     for file_name in file_names:
         intact_files.require_file(folder / file_name)
 
-    new_manifest = _manifest(source, proof.step, file_names, proof.history is not None)
+    try:
+        new_manifest = _manifest(source, proof.step, file_names, proof.history is not None)
+    except FieldError as error:
+        raise CheckpointError(
+            f"{folder} is whole, but a manifest cannot list it: {error}; rename or move away "
+            "what it names",
+            "unsupported",
+        ) from error
     if problems := manifest.check(folder, new_manifest, data):
         raise CheckpointError(f"{folder} is damaged: {problems[0]}")
 
@@ -161,7 +169,8 @@ def _file_names(folder: Path) -> list[str]:
     return [
         relative_path
         for relative_path in relative_paths
-        if not any(part.startswith(".") for part in relative_path.split("/"))
+        if relative_path != filenames.MANIFEST  # damaged, or there would be nothing to adopt
+        and not any(part.startswith(".") for part in relative_path.split("/"))
         and not relative_path.endswith(".partial")
     ]
 

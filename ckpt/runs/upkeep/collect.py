@@ -89,7 +89,8 @@ def _require_one_save(sources: Sequence[RunCheckpoint], manifests: Sequence[Mani
                 raise CheckpointError(
                     f"{source.folder} is of another save than {sources[0].folder}: its "
                     f"{field_name} is {getattr(node_manifest, field_name)}, expected "
-                    f"{getattr(first_manifest, field_name)}"
+                    f"{getattr(first_manifest, field_name)}; name the folders of one save",
+                    "refused",
                 )
 
 
@@ -130,7 +131,8 @@ def _joined_files(
                     f"{source.folder / file_name} is not the file that "
                     f"{source_folders[file_name] / file_name} is; which one belongs to "
                     "the checkpoint cannot be told; collect node 0's own folder, or "
-                    "into a new one with -o"
+                    "into a new one with -o",
+                    "refused",
                 )
 
             if file_name not in source_folders or _is_same_folder(source.folder, output):

@@ -73,6 +73,7 @@ def mend(run: Run) -> tuple[list[Finding], list[Finding]]:
         if len(mended_findings) > 100_000:
             raise CheckpointError(
                 f"{run.path} changes while it is mended; stop what writes it",
+                "refused",
             )
 
     return mended_findings, diagnose(run)

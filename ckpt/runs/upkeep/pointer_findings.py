@@ -11,6 +11,8 @@ from ckpt.runs.run import POINTERS, Run, RunCheckpoint, is_checkpoint, leading, 
 from ckpt.runs.upkeep.findings import Finding
 from converters.errors import CheckpointError
 
+_EMPTY = "is empty, and names no checkpoint"
+
 
 def pointer_findings(run: Run, checkpoints: Sequence[RunCheckpoint]) -> Iterator[Finding]:
     """A finding for each pointer that is missing, or names something else than it should."""
@@ -85,7 +87,9 @@ def _dangling(
     if pointer_text is None or (leads_somewhere and pointer_name == "latest"):
         return
 
-    description = f"names {pointer_text!r}, which is not a committed checkpoint"
+    description = _EMPTY
+    if pointer_text:
+        description = f"names {pointer_text!r}, which is not a committed checkpoint"
     if pointer_name == "best":
         yield Finding(
             run.path / pointer_name,
@@ -102,6 +106,8 @@ def _pointer_problem(
 ) -> str:
     if pointer_text is None:
         return "is missing"
+    if not pointer_text:
+        return _EMPTY
     if (pointed_checkpoint := run.pointer(pointer_name)) is None:
         return f"names {pointer_text!r}, which is not there"
     if pointed_checkpoint.name == expected.name:

@@ -179,12 +179,12 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         if stores.exists(path) and not stores.is_file(path):  # a device or a pipe may have no end
-            raise CheckpointError(f"{path} is not a regular file")
+            raise CheckpointError(f"{path} is not a regular file", "refused")
         if stores.status(path).size > model_code.MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is too large for a configuration")
+            raise CheckpointError(f"{path} is too large for a configuration", "refused")
         data = stores.content(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", "incomplete") from error
 
     try:
         content = bounded_json.loads(data, infinite=True)

@@ -62,12 +62,12 @@ def modules(root: Path) -> tuple[Module, ...]:
 def _read(path: Path) -> Any:
     try:
         if stores.exists(path) and not stores.is_file(path):  # a device or a pipe may have no end
-            raise CheckpointError(f"{path} is not a regular file")
+            raise CheckpointError(f"{path} is not a regular file", "refused")
         if stores.status(path).size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is too large for a list of modules")
+            raise CheckpointError(f"{path} is too large for a list of modules", "refused")
         data = stores.content(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", "incomplete") from error
 
     try:
         return bounded_json.loads(data)

@@ -212,7 +212,9 @@ def _require_readable(companions: Mapping[str, Path]) -> None:
     """Raises for a file that could not be copied later, when all weights are written."""
     for path in companions.values():
         if not stores.is_readable(path):
-            raise CheckpointError(f"{path} cannot be read; make it readable or move it away")
+            raise CheckpointError(
+                f"{path} cannot be read; make it readable or move it away", "incomplete"
+            )
 
 
 def _complete(

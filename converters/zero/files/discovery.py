@@ -89,9 +89,9 @@ def _newest(path: Path, latest: Path) -> Place:
         if misplaced_note is not None:
             raise CheckpointError(f"{latest} {misplaced_note}", "incomplete")
 
-        stated = repr(tag_name) if tag_name else "no tag"
+        stated = f"{tag_name!r}, which is not there" if tag_name else "no tag"
         raise CheckpointError(
-            f"{latest} names {stated}, which is not there; {state_folders.offer(path)}",
+            f"{latest} names {stated}; {state_folders.offer(path)}",
             "incomplete",
         )
 

@@ -123,7 +123,9 @@ def read(path: Path, tag: str | None = None, like: Checkpoint | None = None) -> 
         with consistent(place.folder, "a file is damaged or of another conversion; make it again"):
             return _read(place, like)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or place.folder}: {error.strerror}") from error
+        raise CheckpointError(
+            f"{error.filename or place.folder}: {error.strerror}", "incomplete"
+        ) from error
 
 
 def _read(place: discovery.Place, like: Checkpoint | None) -> Universal:
@@ -238,6 +240,7 @@ def _checkpoint(
 
     return Checkpoint(
         place=place,
+        kind="deepspeed-universal",
         topology=SourceTopology(world_size, stage),
         precision=zero.precision(models[0], weights),
         step=step if isinstance(step, int) else None,

@@ -215,6 +215,7 @@ def _rewrite(
     from ckpt.rewrite import job
 
     def preview() -> Output:
+        job.require_output(rewriting, overwrite)
         result = job.preview(rewriting)
         return Output(result, _preview_lines(result))
 

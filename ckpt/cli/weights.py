@@ -83,6 +83,10 @@ def to_fp32(
     conversion = convert.plan(checkpoint, output, request=request, **options)
     preview = reports.preview(conversion, verify=not no_verify, workers=workers)
 
+    def previewed() -> Output:
+        convert.require_output(conversion, overwrite)
+        return Output(preview, reports.preview_lines(conversion, preview))
+
     def execute(progress: Progress) -> Output:
         record = convert.execute(
             conversion,
@@ -100,7 +104,7 @@ def to_fp32(
 
     planned.run(
         Planned(
-            preview=lambda: Output(preview, reports.preview_lines(conversion, preview)),
+            preview=previewed,
             execute=execute,
             nbytes=conversion.plan.nbytes,
             title=conversion.output.name,

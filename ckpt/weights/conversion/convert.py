@@ -208,6 +208,13 @@ def execute(
     return record
 
 
+def require_output(conversion: Conversion, overwrite: bool = False) -> None:
+    """``CheckpointError`` where ``execute`` would refuse to make the output; makes nothing."""
+    workplace = output_place.workplace(conversion, overwrite)
+    _require_readable(conversion.companions)
+    staging.require_makeable(workplace, conversion.nbytes)
+
+
 def _require_readable(companions: Mapping[str, Path]) -> None:
     """Raises for a file that could not be copied later, when all weights are written."""
     for path in companions.values():

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ckpt.cli import planned
-from ckpt.cli.options import CHECKPOINT, DTYPE, JSON, LOCAL_PATH, MAX_SHARD_SIZE, TAG, dry_run
+from ckpt.cli.options import CHECKPOINT, DTYPE, JSON, MAX_SHARD_SIZE, OUTPUT_PATH, TAG, dry_run
 from ckpt.cli.planned import Output, Planned, Progress
 from ckpt.cli.weight_options import request as weights_request
 from ckpt.cli.weight_options import weights_options
@@ -22,7 +22,7 @@ from ckpt.cli.weight_options import weights_options
 @click.option(
     "-o",
     "--output",
-    type=LOCAL_PATH,
+    type=OUTPUT_PATH,
     help="Default: CHECKPOINT-fp32 (-bf16, ...).",
 )
 @TAG

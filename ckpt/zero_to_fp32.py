@@ -25,7 +25,7 @@ from converters.execute import shards
 from converters.formats import pytorch_bin, safetensors
 from converters.plan import WHOLE, output_dtype, parse_size
 from converters.storage import local
-from converters.storage.store import local_path
+from converters.storage.store import output_path
 from converters.tensors import DType, TensorRef, Weights
 from converters.zero import checkpoint
 
@@ -130,7 +130,7 @@ def convert_zero_checkpoint_to_state_dict(
     max_shard_bytes = WHOLE if max_shard_size is None else parse_size(max_shard_size)
     with arguments.naming_arguments("tag="):
         source = checkpoint.weights(checkpoint_dir, tag)
-        place = local_path(output_dir)
+        place = output_path(output_dir)
         _convert(
             source,
             place,

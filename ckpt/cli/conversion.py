@@ -103,7 +103,7 @@ def _kind(source: Source) -> str:
     text = BY_NAME[source.kind].title
     if source.stage:
         text += f", ZeRO stage {source.stage}"
-    if source.world_size is not None:
+    if source.topology is not None:  # else no rank wrote it
         text += f", {counted(source.world_size, 'rank')}"
 
     return text
@@ -148,18 +148,19 @@ def verified(record: ConversionRecord) -> str:
     if checks is None or not checks.verified:
         return "not verified (--no-verify): sizes and coverage only"
 
-    proven = [
-        f"{size(checks.crc32_bytes or 0)} by CRC32",
-        "every element used once or padding",
-    ]
+    proven = []
+    if checks.crc32_bytes:
+        proven.append(f"{size(checks.crc32_bytes)} by CRC32")
+    if record.source.stage is not None:  # else nothing is partitioned
+        proven.append("every element used once or padding")
     equal, open_points = comparison.words(checks)
     if equal is not None:
         proven.append(equal)
     if checks.no_crc32_bytes:
         open_points.append(f"{size(checks.no_crc32_bytes)} carry no CRC32")
 
-    line = "verified: " + ", ".join(proven)
-    return line + ("; not verified: " + ", ".join(open_points) if open_points else "")
+    parts = [("verified", proven), ("not verified", open_points)]
+    return "; ".join(f"{verdict}: {', '.join(points)}" for verdict, points in parts if points)
 
 
 def warnings(record: ConversionRecord) -> list[str]:

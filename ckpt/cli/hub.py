@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt.cli import planned
-from ckpt.cli.options import DTYPE, JSON, LOCAL_PATH, MAX_SHARD_SIZE, best_of
+from ckpt.cli.options import DTYPE, JSON, LOCAL_PATH, MAX_SHARD_SIZE, OUTPUT_PATH, best_of
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned
 from ckpt.cli.results.hub import LeftOut, PulledFile, PullResult, PushPreview, PushResult, SentFile
@@ -233,7 +233,7 @@ def _pushed(pushed: Pushed) -> Output:
 
 @click.command(short_help="Fetch a repository into a new folder.")
 @click.argument("source", metavar="ORG/NAME[@REVISION]")
-@click.argument("folder", metavar="DIR", type=LOCAL_PATH)
+@click.argument("folder", metavar="DIR", type=OUTPUT_PATH)
 @click.option("--path-in-repo", metavar="FOLDER", help="Only this folder of the repository.")
 @dry_run_option("Say what would be fetched, and fetch nothing.")
 @JSON

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpt.cli import planned
-from ckpt.cli.options import CHECKPOINT, JSON, LOCAL_PATH, RUN
+from ckpt.cli.options import JSON, LOCAL_CHECKPOINT, LOCAL_PATH, OUTPUT_PATH, RUN
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned, Progress
 from ckpt.cli.results.upkeep import (
@@ -137,7 +137,7 @@ def _adopted(run: Run, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> Ou
 
 
 @click.command(short_help="Make a full checkpoint a weights-only one.")
-@CHECKPOINT
+@LOCAL_CHECKPOINT
 @dry_run_option("Say what would be removed, and remove nothing.")
 @click.option("--force", is_flag=True, help="Even the newest full one, or a pinned one.")
 @JSON
@@ -202,7 +202,7 @@ def _slimmed(folder: Path, slimming: Slimming, dry_run: bool) -> Output:
     "-o",
     "--output",
     required=True,
-    type=LOCAL_PATH,
+    type=OUTPUT_PATH,
     help="A new folder, or one of the NODE_FOLDERs, to which the other files are added.",
 )
 @dry_run_option("Say what would be copied, and copy nothing.")

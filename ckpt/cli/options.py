@@ -27,6 +27,19 @@ class LocalPath(click.Path):
         return local_path(value)
 
 
+class OutputPath(click.Path):
+    """A path of this machine that is written to."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path; ``CheckpointError`` for a URL."""
+        from converters.storage.store import output_path
+
+        return output_path(value)
+
+
 class SourcePath(click.Path):
     """A path to read a checkpoint from, or a URL of a store that there is."""
 
@@ -41,7 +54,9 @@ class SourcePath(click.Path):
 
 
 LOCAL_PATH = LocalPath()
+OUTPUT_PATH = OutputPath()
 CHECKPOINT = click.argument("checkpoint", type=SourcePath())
+LOCAL_CHECKPOINT = click.argument("checkpoint", type=LOCAL_PATH)
 RUN = click.argument("run", type=LOCAL_PATH)
 TAG = click.option("--tag", help="The tag to read. Default: what the file latest names.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

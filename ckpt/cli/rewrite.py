@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt.cli import planned
-from ckpt.cli.options import CHECKPOINT, JSON, LOCAL_PATH, TAG
+from ckpt.cli.options import CHECKPOINT, JSON, LOCAL_PATH, OUTPUT_PATH, TAG
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned, Progress
 from converters.words import counted
@@ -56,7 +56,7 @@ _NATIVE = (
     click.option(
         "-o",
         "--output",
-        type=LOCAL_PATH,
+        type=OUTPUT_PATH,
         help="Default: CHECKPOINT-wRANKS.",
     ),
     click.option(
@@ -134,7 +134,7 @@ def reshard(
 @click.option(
     "-o",
     "--output",
-    type=LOCAL_PATH,
+    type=OUTPUT_PATH,
     help="Default: CHECKPOINT_universal.",
 )
 @TAG
@@ -215,6 +215,7 @@ def _rewrite(
     from ckpt.rewrite import job
 
     def preview() -> Output:
+        job.require_output(rewriting, overwrite)
         result = job.preview(rewriting)
         return Output(result, _preview_lines(result))
 

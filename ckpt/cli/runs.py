@@ -9,7 +9,7 @@ import click
 
 from ckpt.cli import planned
 from ckpt.cli.latest import latest
-from ckpt.cli.options import CHECKPOINT, JSON, LOCAL_PATH, RUN, best_of
+from ckpt.cli.options import JSON, LOCAL_CHECKPOINT, LOCAL_PATH, RUN, best_of
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned
 from ckpt.cli.results.runs import (
@@ -209,7 +209,7 @@ def _pruned(outcomes: Sequence[Outcome], absence: Sequence[str], dry_run: bool) 
 
 
 @click.command(short_help="Keep a checkpoint whatever retention says.")
-@CHECKPOINT
+@LOCAL_CHECKPOINT
 @dry_run_option("Say what would be marked, and mark nothing.")
 @JSON
 def pin(checkpoint: Path, dry_run: bool, as_json: bool) -> None:
@@ -222,7 +222,7 @@ def pin(checkpoint: Path, dry_run: bool, as_json: bool) -> None:
 
 
 @click.command(short_help="Leave a checkpoint to retention again.")
-@CHECKPOINT
+@LOCAL_CHECKPOINT
 @dry_run_option("Say what would be unmarked, and unmark nothing.")
 @JSON
 def unpin(checkpoint: Path, dry_run: bool, as_json: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ckpt.cli import planned
-from ckpt.cli.options import CHECKPOINT, DTYPE, JSON, LOCAL_PATH, MAX_SHARD_SIZE, TAG, dry_run
+from ckpt.cli.options import CHECKPOINT, DTYPE, JSON, MAX_SHARD_SIZE, OUTPUT_PATH, TAG, dry_run
 from ckpt.cli.planned import Output, Planned, Progress
 from ckpt.cli.weight_options import request as weights_request
 from ckpt.cli.weight_options import weights_options
@@ -22,7 +22,7 @@ from ckpt.cli.weight_options import weights_options
 @click.option(
     "-o",
     "--output",
-    type=LOCAL_PATH,
+    type=OUTPUT_PATH,
     help="Default: CHECKPOINT-fp32 (-bf16, ...).",
 )
 @TAG
@@ -83,6 +83,10 @@ def to_fp32(
     conversion = convert.plan(checkpoint, output, request=request, **options)
     preview = reports.preview(conversion, verify=not no_verify, workers=workers)
 
+    def previewed() -> Output:
+        convert.require_output(conversion, overwrite)
+        return Output(preview, reports.preview_lines(conversion, preview))
+
     def execute(progress: Progress) -> Output:
         record = convert.execute(
             conversion,
@@ -100,7 +104,7 @@ def to_fp32(
 
     planned.run(
         Planned(
-            preview=lambda: Output(preview, reports.preview_lines(conversion, preview)),
+            preview=previewed,
             execute=execute,
             nbytes=conversion.plan.nbytes,
             title=conversion.output.name,

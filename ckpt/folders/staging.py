@@ -65,6 +65,23 @@ def require_place(
         )
 
 
+def require_makeable(output: Path, needed_bytes: int) -> None:
+    """Raises ``CheckpointError`` where ``output`` could not be made, and makes nothing.
+
+    A dry run asks this; whoever makes the output is told by the system. ``needed_bytes``
+    are those of the output.
+    """
+    parent = next(path for path in output.absolute().parents if os.path.lexists(path))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        problem = "may not be written to" if parent.is_dir() else "is not a folder"
+        raise CheckpointError(
+            f"{parent} {problem}, so {output} cannot be made; choose another folder with -o",
+            "output",
+        )
+
+    require_room(folder_for(output), needed_bytes, "choose another folder with -o")
+
+
 def require_file_place(output: Path, overwrite: bool) -> None:
     """Raises ``CheckpointError`` unless a file may be made at ``output``."""
     if output.is_dir():

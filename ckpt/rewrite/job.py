@@ -172,10 +172,7 @@ def execute(
     """
     output, plan = rewriting.output, rewriting.plan
     folder = rewriting.checkpoint.place.folder
-
-    home = rewriting.home.resolve()
-    protected_folders = [folder.resolve(), home, *home.parents]
-    staging.require_place(output, protected_folders, overwrite)
+    _require_place(rewriting, overwrite)
     with (
         staging.as_output_error(output),
         locks.reading(folder),
@@ -197,6 +194,18 @@ def execute(
         verified=verify,
     )
     return replace(preview(rewriting), dry_run=False, checks=checks)
+
+
+def require_output(rewriting: Rewriting, overwrite: bool = False) -> None:
+    """``CheckpointError`` where ``execute`` would refuse to make the output; makes nothing."""
+    _require_place(rewriting, overwrite)
+    staging.require_makeable(rewriting.output, rewriting.nbytes)
+
+
+def _require_place(rewriting: Rewriting, overwrite: bool) -> None:
+    home = rewriting.home.resolve()
+    protected_folders = [rewriting.checkpoint.place.folder.resolve(), home, *home.parents]
+    staging.require_place(rewriting.output, protected_folders, overwrite)
 
 
 def run(rewriting: Rewriting, **options: Any) -> dict[str, Any]:

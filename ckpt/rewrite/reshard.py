@@ -18,7 +18,7 @@ from ckpt.rewrite.job import Rewriting
 from ckpt.rewrite.job import execute as execute
 from converters.errors import CheckpointError
 from converters.storage import open_files, stores
-from converters.storage.store import local_path
+from converters.storage.store import default_output, output_path
 from converters.storage.stores import source_path
 from converters.storage.url_path import absolute
 from converters.words import counted
@@ -63,14 +63,14 @@ def plan(
     home = job.home_of(source)
     if output is None:
         stage_part = f"-z{target.stage}" if target.stage != source.stage else ""
-        output = home.with_name(f"{home.name}{stage_part}-w{world_size}")
+        output = default_output(home, f"{home.name}{stage_part}-w{world_size}")
     companions = tuple(job.companions_for(home, source.world_size, world_size))
 
     return Rewriting(
         source=source,
         target=target,
         plan=file_plan,
-        output=absolute(local_path(output)),
+        output=absolute(output_path(output)),
         tag=native.tag_folder(source),
         companions=companions,
         notes=(

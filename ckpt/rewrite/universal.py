@@ -17,7 +17,7 @@ from ckpt.rewrite import job, reshard, universal_limits
 from ckpt.rewrite.job import Rewriting
 from ckpt.rewrite.job import execute as execute
 from converters.storage import open_files
-from converters.storage.store import local_path
+from converters.storage.store import default_output, output_path
 from converters.storage.stores import source_path
 from converters.storage.url_path import absolute
 from converters.torch_files import object_graph
@@ -52,7 +52,7 @@ def plan_to(
         source=source,
         target=None,
         plan=file_plan,
-        output=absolute(local_path(output or home.with_name(home.name + SUFFIX))),
+        output=absolute(output_path(output or default_output(home, home.name + SUFFIX))),
         tag=planning.universal_tag(source),
         companions=tuple(job.companions_for(home, source.world_size, source.world_size)),
         notes=(*source.notes, *universal_limits.notes(source, groups)),
@@ -91,7 +91,7 @@ def plan_from(
         source=source,
         target=target,
         plan=file_plan,
-        output=absolute(local_path(output or home.with_name(name))),
+        output=absolute(output_path(output or default_output(home, name))),
         tag=planning.native_tag(source),
         companions=tuple(job.companions_for(home, checkpoint.world_size, world_size)),
         notes=(*checkpoint.notes, *reshard.notes_on(checkpoint, target)),

@@ -63,9 +63,9 @@ class Detection:
 
     @property
     def error(self) -> CheckpointError:
-        """The refusal as an error."""
-        sentence = self.refusal or f"{self.path} could not be read as a {self.kind.title}"
-        return CheckpointError(sentence, self.trouble)
+        """The refusal as an error; of what can be read, that this is not DeepSpeed's."""
+        sentence = self.kind.objection(self.evidence)
+        return CheckpointError(f"{self.folder} {sentence}", self.trouble)
 
     def unlike(self, expected: str, remedy: str = "") -> CheckpointError:
         """That this is not what a command expects, such as "a run", and what handles it.
@@ -135,4 +135,4 @@ def require_readable(folder: Path) -> None:
     look = Look(folder, folder.resolve().name)
     for kind in kinds.OF_TAG:
         if (evidence := kind.sign(look)) is not None:
-            raise CheckpointError(f"{folder} {kind.reason(evidence)}", kind.trouble)
+            raise CheckpointError(f"{folder} {kind.objection(evidence)}", kind.trouble)

@@ -9,6 +9,7 @@ from converters import errors
 from converters.detect.look import Look
 
 CHECKPOINT = "the folder of a checkpoint"  # what most commands expect
+DEEPSPEED = "a DeepSpeed checkpoint"  # what commands that mean ZeRO expect
 
 # looks, and returns what it saw, which the kind's sentence quotes; or None
 Sign = Callable[[Look], str | None]
@@ -51,10 +52,11 @@ class Kind:
         """
         statement = self.statement.format(evidence=evidence, expected=expected)
         remedy = remedy or self.remedy.format(evidence=evidence)
-        if not self.remedy:  # the statement says all
+        is_read = self.reader is not None and self.refusal is None
+        if not self.remedy and not is_read:  # the statement says all
             return statement
         contrast = "" if "{expected}" in self.statement else f", not {expected}"
-        return f"{statement}{contrast}; {remedy}"
+        return f"{statement}{contrast}; {remedy}" if remedy else f"{statement}{contrast}"
 
     def reason(self, evidence: str) -> str | None:
         """Why conversions refuse the kind, and what to do; ``None`` if they read it."""
@@ -65,6 +67,11 @@ class Kind:
             remedy=self.remedy.format(evidence=evidence),
             evidence=evidence,
         )
+
+    def objection(self, evidence: str) -> str:
+        """What a command says that reads checkpoints of DeepSpeed alone."""
+        reason = self.reason(evidence)
+        return self.sentence(evidence, DEEPSPEED) if reason is None else reason
 
 
 class NoKindError(LookupError):

@@ -1,7 +1,8 @@
 """What can lie where a checkpoint is looked for: a table with a row a kind.
 
-The first row whose sign is seen is the kind. A new input format is a folder with its
-reader, and a row in one of the modules that this one joins
+The first row whose sign is seen is the kind, so the order decides: a sign that is more
+particular stands before one that takes the same paths as well. A new input format is a
+folder with its reader, and a row in one of the modules that this one joins
 (docs/decisions/0011-source-and-detect.md). ``docs/inputs.md`` shows the table to users; a
 test holds the two together.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from converters import errors
 from converters.detect import deepspeed, files, others, sharded, weights
-from converters.detect.kind import Kind, NoKindError, first
+from converters.detect.kind import CHECKPOINT, Kind, NoKindError, first
 from converters.detect.look import Look
 
 _MAX_SUBFOLDERS = 16  # that are looked into for what a folder holds
@@ -24,7 +25,11 @@ def _holds(look: Look) -> str | None:
     if inner is None:
         return None
     name, kind, evidence = inner
-    return f"{name}, which {kind.reason(evidence)}"
+    reason = kind.reason(evidence)
+    if reason is None:  # to-fp32 and show read it, where its own path is given
+        statement = kind.statement.format(evidence=evidence, expected=CHECKPOINT)
+        reason = f"{statement}: name {look.path / name}"
+    return f"{name}, which {reason}"
 
 
 def trouble(kind: Kind, path: Path) -> errors.Kind:

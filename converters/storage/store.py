@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from converters.errors import CheckpointError
-from converters.storage.url_path import scheme_of
+from converters.storage.url_path import canonical, scheme_of
 
 Name = str | os.PathLike[str]
 Range = tuple[int, int]  # offset and length in bytes; a negative offset counts from the end
@@ -133,12 +133,31 @@ def is_url(name: Name) -> bool:
 
 
 def local_path(name: Name) -> Path:
-    """The path that a name is; ``CheckpointError`` for a URL, where only a local path will do:
-    outputs, runs, and what a user adds by options."""
+    """The path that a name is, where something is read that has to be local: runs, and what
+    a user adds by options. "file:///PATH" is the path; ``CheckpointError`` for other URLs."""
+    return _local(name, "download it first")
+
+
+def output_path(name: Name) -> Path:
+    """The path that a name is, where something is written; ``CheckpointError`` for a URL."""
+    return _local(name, "name a local folder, and upload that")
+
+
+def default_output(source: Path, name: str) -> Path:
+    """A sibling of what is read; ``CheckpointError`` beside a URL, where none can be made."""
+    if is_url(source):
+        raise CheckpointError(
+            f"{source} is a URL, and the output has to be a local folder: name it with -o DIR",
+            "unsupported",
+        )
+    return source.parent / name
+
+
+def _local(name: Name, remedy: str) -> Path:
+    name = canonical(name)
     if is_url(name):
         raise CheckpointError(
-            f"{os.fspath(name)} is a URL, and this has to be a local path: download it first, "
-            "or write to a local folder and upload that",
+            f"{os.fspath(name)} is a URL, and this has to be a local path: {remedy}",
             "unsupported",
         )
     return Path(name)

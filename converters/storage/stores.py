@@ -18,7 +18,7 @@ from pathlib import Path
 from converters.errors import CheckpointError
 from converters.storage.local_store import LOCAL
 from converters.storage.store import File, FolderEntry, Name, Status, Store, StoredFile
-from converters.storage.url_path import UrlPath, scheme_of
+from converters.storage.url_path import UrlPath, canonical, scheme_of
 
 _COPIED_BYTES = 1 << 20  # at a time
 
@@ -44,10 +44,11 @@ def store_of(name: Name) -> Store:
 
 
 def source_path(name: Name) -> Path:
-    """The path of something to read, of a URL a ``UrlPath``.
+    """The path of something to read, of a URL a ``UrlPath``; of "file:///PATH" the path.
 
     ``CheckpointError`` for a URL of an unknown scheme.
     """
+    name = canonical(name)
     store_of(name)
     return UrlPath(name) if scheme_of(name) else Path(name)
 

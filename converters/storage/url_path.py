@@ -13,9 +13,11 @@ import os
 import re
 from pathlib import Path, PosixPath, PurePath
 from typing import NoReturn
+from urllib.parse import unquote
 
 from converters.errors import CheckpointError
 
+_LOCAL = re.compile(r"file://(?:localhost)?(/.*)", re.IGNORECASE | re.DOTALL)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # of one letter it is a drive
 _OF_A_FILESYSTEM = (
     *("stat", "lstat", "exists", "is_dir", "is_file", "is_symlink", "is_mount", "samefile"),
@@ -74,6 +76,16 @@ def scheme_of(name: str | os.PathLike[str]) -> str:
         return ""
     match = _SCHEME.match(os.fspath(name))
     return match[1].lower() if match else ""
+
+
+def canonical(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The path that "file:///PATH" stands for, another URL with its scheme in lower case."""
+    scheme = scheme_of(name)
+    if not scheme:
+        return name
+    text = os.fspath(name)
+    match = _LOCAL.fullmatch(text)
+    return unquote(match[1]) if match else scheme + text[len(scheme) :]
 
 
 def absolute(path: Path) -> Path:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from oracles import FIXTURES, run
@@ -72,6 +74,28 @@ def test_a_command_makes_no_folder_of_a_url(
     run(*words, code=1)
     assert "s3://bucket/run is a URL" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["pin", "unpin", "slim", "verify", "push"])
+def test_a_command_on_local_files_says_the_same_of_every_url(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(command, "s3://bucket/run", *(["a/b"] if command == "push" else []), code=1)
+    expected = "s3://bucket/run is a URL, and this has to be a local path: download it first\n"
+    assert capsys.readouterr().err == f"ckpt: {expected}"
+
+
+def test_an_output_under_a_url_is_told_to_be_local(capsys: pytest.CaptureFixture[str]) -> None:
+    run("to-fp32", SOURCE, "-o", "s3://bucket/run", code=1)
+    assert capsys.readouterr().err.endswith(": name a local folder, and upload that\n")
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("prefix", ["file://", "file://localhost", "FILE://"])
+def test_a_url_of_a_local_file_is_its_path(door: str, prefix: str, tmp_path: Path) -> None:
+    folder = tmp_path / "with space"
+    shutil.copytree(SOURCE, folder)
+    assert DOORS[door](f"{prefix}{quote(str(folder))}") is not None
 
 
 def test_a_size_may_be_text(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_optimizer_state_is_read(store: MemoryStore, events: list[str]) -> None:
 
 def test_an_output_is_local_and_has_to_be_named(store: MemoryStore, tmp_path: Path) -> None:
     store.put_folder(FIXTURES / "zero2-bf16-w4", URL)
-    with pytest.raises(CheckpointError, match=f"{URL}-fp32 is a URL") as raised:
+    with pytest.raises(CheckpointError, match=f"{URL} is a URL") as raised:
         ckpt.convert.plan(URL)
     assert raised.value.kind == "unsupported"
     for output in (None, f"{URL}-out"):
@@ -286,3 +286,21 @@ def test_a_path_that_is_a_url_stays_one() -> None:
     for ask in (path.exists, path.is_dir, path.iterdir, path.read_bytes, path.mkdir):
         with pytest.raises(CheckpointError, match=f"^{path} is a URL"):
             ask()
+
+
+def test_the_scheme_may_be_in_capitals(store: MemoryStore, tmp_path: Path) -> None:
+    store.put_folder(FIXTURES / "zero2-bf16-w2", URL)
+    assert detect(URL.replace(SCHEME, SCHEME.upper())).path == UrlPath(URL)
+    run("to-fp32", URL.replace(SCHEME, SCHEME.upper()), "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "command", [["to-fp32"], ["reshard", "--world-size", "3"], ["to-universal"]]
+)
+def test_a_url_without_an_output_is_told_to_name_one(
+    command: list[str], store: MemoryStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.put_folder(FIXTURES / "zero2-bf16-w2", URL)
+    run(*command, URL, code=1)
+    expected = f"{URL} is a URL, and the output has to be a local folder: name it with -o DIR"
+    assert capsys.readouterr().err == f"ckpt: {expected}\n"

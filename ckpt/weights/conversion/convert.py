@@ -39,7 +39,7 @@ from converters.formats import wrapped_state_dict
 from converters.plan import Plan, Tied
 from converters.source import EXCLUDED, Source
 from converters.storage import bounded_json, local, open_files, stores
-from converters.storage.store import is_url, local_path
+from converters.storage.store import default_output, is_url, output_path
 from converters.storage.stores import source_path
 from converters.storage.url_path import absolute
 
@@ -77,7 +77,7 @@ def plan(
     _require_choice("tied", tied, (None, *get_args(Tied)))
 
     place = source_path(checkpoint)
-    output_path = None if output is None else local_path(output)
+    output_folder = None if output is None else output_path(output)
     source = sources.read(place, tag, request)
     if format == "lightning":
         decided = _lightning(source, request, tied or "keep")
@@ -89,7 +89,7 @@ def plan(
         product=decided.product,
         verdict=decided.verdict,
         plan=decided.plan,
-        output=_place(place, output_path, dtype),
+        output=_place(place, output_folder, dtype),
         dtype=dtype,
         format=format,
         tied=decided.tied,
@@ -163,7 +163,8 @@ def _notes(source: Source, product: Product, verdict: LoadVerdict) -> Iterator[s
 
 
 def _place(checkpoint: Path, output: Path | None, dtype: str) -> Path:
-    place = output or local_path(f"{absolute(checkpoint)}-{dtype}")
+    source = absolute(checkpoint)
+    place = output or default_output(source, f"{source.name}-{dtype}")
     # Of "." or "/" only the whole path has a name, or none has.
     return place if place.name not in ("", "..") else absolute(place)
 
@@ -206,6 +207,13 @@ def execute(
         with staging.as_output_error(output):
             staging.take_file(workplace / plan.shards[0].filename, output)
     return record
+
+
+def require_output(conversion: Conversion, overwrite: bool = False) -> None:
+    """``CheckpointError`` where ``execute`` would refuse to make the output; makes nothing."""
+    workplace = output_place.workplace(conversion, overwrite)
+    _require_readable(conversion.companions)
+    staging.require_makeable(workplace, conversion.nbytes)
 
 
 def _require_readable(companions: Mapping[str, Path]) -> None:

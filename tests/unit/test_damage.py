@@ -384,7 +384,8 @@ def test_wrong_paths_are_explained(tmp_path: Path, refused: Refused) -> None:
     assert "is a file" in refused(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert "is an empty folder" in refused(tmp_path / "empty")
-    assert "holds the checkpoint checkpoint-2: name this folder" in refused(FIXTURES / "trainer-zero2")
+    message = refused(FIXTURES / "trainer-zero2")
+    assert "holds the checkpoint checkpoint-2: name this folder" in message
 
 
 @pytest.mark.parametrize("part", ["header", "length", "shape", "offset"])

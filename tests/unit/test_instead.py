@@ -141,7 +141,8 @@ def test_what_is_nothing_known_is_not_guessed(tmp_path: Path) -> None:
 
 def test_a_file_of_a_checkpoint_names_its_folder(source: Path, said: Said) -> None:
     path = files(source)[0]
-    assert f"expected the folder of a checkpoint: {path.parent}" in said(path)
+    message = said(path)
+    assert f"{path.parent}; expected the folder of a checkpoint" in message
 
 
 def test_a_blob_that_is_gone(source: Path, tmp_path: Path, said: Said) -> None:

@@ -246,7 +246,9 @@ class Offers:
             require_read(error)
             if error.kind == "refused" and "right now" in str(error):
                 raise
-            reason = str(error).removeprefix(f"{path} ").removeprefix(f"{path}/")
+            reason = str(error).removeprefix(f"{path}/")
+            if reason.startswith(f"{path} "):  # whose subject the sentence needs
+                reason = f"it {reason.removeprefix(f'{path} ')}"
             self.skip(path, f"it has no manifest.json, and is not whole: {reason}")
             return None
 

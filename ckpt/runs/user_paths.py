@@ -19,6 +19,7 @@ from ckpt.runs.run import Run
 from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.words import counted
+from converters.zero.files.discovery import is_tag_folder
 
 RUN = "a run of DeepSpeed checkpoints"
 CHECKPOINT = "a DeepSpeed checkpoint"
@@ -60,6 +61,15 @@ def run_at(path: Path, command: str) -> Run:
             f"{command} {path.parent}",
             "incomplete",
         )
+    if path.is_dir() and is_tag_folder(path):
+        above = path.parent
+        is_below_run = is_numbered(above) or (above / MANIFEST).is_file()
+        raise CheckpointError(
+            f"{path} is the folder of a tag, not a run; name the run that it lies in: "
+            f"{command} {above.parent if is_below_run else above}",
+            "incomplete",
+        )
+
     is_known = _may_begin(path) or (_holds_checkpoints(path) and not _is_universal(path))
     if not is_known:
         raise instead(path, RUN)

@@ -76,14 +76,26 @@ def is_folder(path: Name) -> bool:
 
 
 def _status(path: Name) -> Status | None:
+    if not _is_name_of_file(path):
+        return None
+
     try:
         return status(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None  # ValueError: a name that no file can have
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except OSError as error:
         if error.errno not in _ABSENT:
             raise
         return None
+
+
+def _is_name_of_file(path: Name) -> bool:
+    """Whether a file can have the name: no NUL is in it, and no half of a character."""
+    name = os.fspath(path)
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def is_dead_link(path: Path) -> bool:

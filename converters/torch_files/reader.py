@@ -38,9 +38,7 @@ def read_as(path: Path, form: str, builders: Builders, stored: Stored) -> TorchF
 
     try:
         if not stores.status(path).is_file:  # opening a pipe would wait for ever
-            raise CheckpointError(
-                f"{path} is not a plain file; expected one of torch.save", "refused"
-            )
+            raise CheckpointError(f"{path} is not a plain file; expected one of torch.save")
         return open_files.parsed(path, form, parse)
     except OSError as error:
         reason = f"{error.strerror or error}{misplaced_files.link(path)}"

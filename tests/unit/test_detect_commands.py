@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 import ckpt
 from ckpt.cli import report
 from ckpt.cli.main import main
+from ckpt.runs.upkeep import findings
 from converters.detect import Detection, detect, read
 from converters.detect.kinds import KINDS
 from converters.errors import CheckpointError
@@ -39,6 +41,7 @@ COMMANDS = {
     "show": (),
     "to-fp32": (),
 }
+TAG = "global_step2"  # of zero2-bf16-w2
 WITHOUT_DRY_RUN = ("ls", "verify", "latest", "show")
 STATES = ("deepspeed-experts", "deepspeed-pipeline", "deepspeed-model-parallel")
 ON_RUNS = ("ls", "verify", "latest", "doctor", "doctor --adopt", "prune", "pin", "unpin")
@@ -261,3 +264,43 @@ def test_a_state_file_is_told_to_be_of_the_folder_it_lies_in(tmp_path: Path) -> 
         f"{detection.path} is one state file of the DeepSpeed checkpoint {detection.path.parent}; "
         "expected a universal checkpoint"
     )
+
+
+@pytest.mark.parametrize("command", ["latest", "doctor", "prune --keep-last 1"])
+def test_the_folder_of_a_tag_in_the_place_of_a_run_names_the_run(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real(tmp_path, 2)
+    saved = shutil.copytree(FIXTURES / "zero2-bf16-w2", tmp_path / "saved")
+    verb, *options = command.split()
+    for tag, named in ((tmp_path / "checkpoint-2/global_step2", tmp_path), (saved / TAG, saved)):
+        run(verb, tag, *options, code=1)
+        line = capsys.readouterr().err
+        assert "is the folder of a tag, not a run; " in line
+        assert line.endswith(f": ckpt {verb} {named}\n")
+
+
+@pytest.mark.parametrize("damage", ["missing", "pointer"])
+def test_doctor_finds_the_damage_of_what_deepspeed_saved(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(findings, "QUIET", 0.0)
+    saved = shutil.copytree(FIXTURES / "zero2-bf16-w2", tmp_path / "saved")
+    states = sorted((saved / TAG).glob("*optim_states.pt"))[1]
+    states.unlink()
+    if damage == "pointer":
+        states.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    run("doctor", saved, code=1)
+    assert f"found\t{saved / TAG}: not whole: " in capsys.readouterr().out
+
+
+def test_a_find_says_of_what_it_passes_over_what_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    (folder / "pytorch_model_fsdp.bin").write_bytes(b"")
+    with caplog.at_level("WARNING"), contextlib.suppress(CheckpointError):
+        ckpt.find(tmp_path)
+    assert "not whole: " in caplog.text
+    assert "not whole: is " not in caplog.text and "not whole: has " not in caplog.text

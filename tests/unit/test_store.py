@@ -233,3 +233,22 @@ def test_a_command_opens_each_state_file_once(
     cli.main(args=[command[0], str(FIXTURES / name), *command[1:]], standalone_mode=False)
     counts = {path: count for path, count in opened.items() if path.endswith("_states.pt")}
     assert counts and set(counts.values()) == {1}, counts
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_nothing_lies_under_a_name_that_no_file_can_have(name: str, tmp_path: Path) -> None:
+    assert not any(
+        ask(tmp_path / name) for ask in (stores.exists, stores.is_file, stores.is_folder)
+    )
+
+
+def test_a_bug_of_a_store_is_not_an_absence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def status(self: LocalStore, name: object) -> None:
+        raise ValueError("planted")
+
+    monkeypatch.setattr(LocalStore, "status", status)
+    for ask in (stores.exists, stores.is_file, stores.is_folder):
+        with pytest.raises(ValueError, match="planted"):
+            ask(tmp_path)

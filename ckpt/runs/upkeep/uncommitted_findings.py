@@ -28,7 +28,10 @@ def uncommitted_findings(checkpoint: RunCheckpoint, is_deepspeed_run: bool) -> I
     if pruning.is_trash(folder):
         return  # said already
     if manifest is None and is_tag_folder(folder):
-        return  # the run is a save_dir of DeepSpeed itself
+        # the run is a save_dir of DeepSpeed itself
+        if not changed_lately(folder) and not locks.in_use(folder) and (reason := torn.why(folder)):
+            yield Finding(folder, f"not whole: {reason}")
+        return
     if changed_lately(folder) or locks.in_use(folder):
         hint = _describe_uncommitted(checkpoint)
         yield Finding(folder, f"not committed, changed in the last minutes: {hint}")

@@ -384,7 +384,9 @@ def test_wrong_paths_are_explained(tmp_path: Path, refused: Refused) -> None:
     assert "is a file" in refused(tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert "is an empty folder" in refused(tmp_path / "empty")
-    assert "holds the checkpoint checkpoint-2: name this folder" in refused(FIXTURES / "trainer-zero2")
+    assert "holds the checkpoint checkpoint-2: name this folder" in refused(
+        FIXTURES / "trainer-zero2"
+    )
 
 
 @pytest.mark.parametrize("part", ["header", "length", "shape", "offset"])

@@ -139,7 +139,7 @@ class Mapped:
     def detach(self, states: Any) -> None:
         """Gives every mapped tensor in ``states`` memory of its own, without changing its identity.
 
-        Looks into dicts, lists, tuples and the attributes of objects that are no
+        Looks into dicts, lists, tuples and the attributes of objects that are not
         modules.
         """
         seen_ids: set[int] = set()

@@ -69,7 +69,8 @@ def require_makeable(output: Path, needed_bytes: int) -> None:
     """Raises ``CheckpointError`` where ``output`` could not be made, and makes nothing.
 
     A dry run asks this; whoever makes the output is told by the system. ``needed_bytes``
-    are those of the output.
+    are those of the output. Too little room is no error here, as room can be made, and
+    the dry run tells both numbers; a filesystem without any, such as /proc, is one.
     """
     parent = next(path for path in output.absolute().parents if os.path.lexists(path))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -79,7 +80,8 @@ def require_makeable(output: Path, needed_bytes: int) -> None:
             "output",
         )
 
-    require_room(folder_for(output), needed_bytes, "choose another folder with -o")
+    if not local.free_space(output):
+        require_room(folder_for(output), needed_bytes, "choose another folder with -o")
 
 
 def require_file_place(output: Path, overwrite: bool) -> None:

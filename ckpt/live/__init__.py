@@ -95,8 +95,8 @@ def fp32_state_dict(
 ) -> dict[str, torch.Tensor] | None:
     """The fp32 weights in CPU memory, on ``rank`` or, for ``None``, on all ranks.
 
-    ``None`` elsewhere. Every rank calls it. Tied names share a tensor; what is no
-    parameter comes as it is, raised to fp32 where it has fewer bits. ``strip``,
+    ``None`` elsewhere. Every rank calls it. Tied names share a tensor; what is not
+    a parameter comes as it is, raised to fp32 where it has fewer bits. ``strip``,
     ``rename`` and ``select`` as for ``save_fp32``. Raises ``CheckpointError`` on
     every rank.
     """

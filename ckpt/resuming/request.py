@@ -79,7 +79,7 @@ class ResumeRequest:
                 if names:
                     raise CheckpointError(
                         f"rank {rank}: it asks to resume from {_words(request, names)}; "
-                        f"rank 0 asks for {_words(expected, names)}. Pass the same "
+                        f"rank 0 asks for {_words(expected, names)}; pass the same "
                         "arguments on every rank",
                         "refused",
                     )

@@ -26,7 +26,7 @@ from converters.zero import checkpoint as zero
 from converters.zero import muon
 from converters.zero.files import several_models
 from converters.zero.native import reshard as native
-from converters.zero.native.target import SUB_GROUP, TargetTopology
+from converters.zero.native.target import SUB_GROUP, TargetTopology, require_arguments
 
 
 @open_files.once()
@@ -48,11 +48,7 @@ def plan(
     Raises ``CheckpointError`` for what is damaged, or cannot be cut into other
     partitions.
     """
-    if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
-        raise CheckpointError(
-            f"world_size is {world_size!r}; expected a number of ranks, 1 or more", "refused"
-        )
-
+    require_arguments(world_size, stage, sub_group_size)
     place = source_path(checkpoint)
     several_models.find(place, tag)  # refuses a choice between models
     source = zero.read(place, tag)

@@ -25,6 +25,7 @@ from converters.zero import checkpoint as zero
 from converters.zero import param_groups
 from converters.zero.files import several_models
 from converters.zero.native import reshard as native
+from converters.zero.native.target import require_arguments
 from converters.zero.universal import plan as planning
 from converters.zero.universal import reader
 from converters.zero.universal.reader import SUFFIX
@@ -78,6 +79,7 @@ def plan_from(
     pickles, and the first 65,536 elements of each parameter. ``zero_init`` as
     ``reshard.plan`` has it. Raises ``CheckpointError``.
     """
+    require_arguments(world_size, stage, sub_group_size)
     source = reader.read(source_path(folder), tag, zero.read(like) if like else None)
     checkpoint = source.checkpoint
     home = job.home_of(checkpoint)

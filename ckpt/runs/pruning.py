@@ -230,7 +230,7 @@ def _require_resumable(
     ):
         raise CheckpointError(
             f"{run.path}: the run that saved last has no checkpoint that training can "
-            "go on from, and the others have; nothing is deleted. Delete folders by "
+            "go on from, and the others have; nothing is deleted; delete folders by "
             "hand if you mean it",
             "refused",
         )

@@ -77,6 +77,8 @@ class Detection:
 
     def read(self, complete: bool = False) -> Source:
         """What the kind's reader makes of it; ``CheckpointError`` where no reader fits."""
+        if self.kind.name == "other-file":
+            raise self.unlike(f"{CHECKPOINT}, or a file of weights (.safetensors, .bin, .pt)")
         if self.kind.reader is None:
             raise self.error
         return reader(self.kind.reader)(self.path, self.tag, complete)

@@ -26,7 +26,7 @@ def _holds(look: Look) -> str | None:
         return None
     name, kind, evidence = inner
     reason = kind.reason(evidence)
-    if reason is None:  # to-fp32 and show read it, where its own path is given
+    if reason is None or kind.reader is not None:  # it is read where its own path is given
         statement = kind.statement.format(evidence=evidence, expected=CHECKPOINT)
         reason = f"{statement}: name {look.path / name}"
     return f"{name}, which {reason}"

@@ -62,8 +62,7 @@ KINDS = (
         title="file of no known kind",
         recognized_by="any other file",
         sign=other_file,
-        statement="is a file of no known kind; expected {expected}, or a file of weights "
-        "(.safetensors, .bin, .pt)",
+        statement="is a file of no known kind; expected {expected}",
         refusal="{statement}",
     ),
     Kind(

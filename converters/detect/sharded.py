@@ -176,7 +176,8 @@ KINDS = (
         recognized_by="`pytorch_model_fsdp.bin`",
         sign=fsdp_full,
         statement="is a checkpoint of FSDP",
-        remedy="{evidence} in it holds the weights already, and ckpt.open reads that file",
+        remedy="{evidence} in it holds the weights already, and ckpt.open reads that file "
+        "where the file itself is named",
         refusal="{statement}; {remedy}",
     ),
     Kind(

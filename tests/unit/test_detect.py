@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kind_cases import CASES, NAME, dcp, tensors
+from kind_cases import CASES, NAME, dcp, tensors, touch
 from oracles import FIXTURES, ROOT, run
 
 import ckpt
@@ -196,3 +196,25 @@ def test_a_call_outside_of_a_training_is_no_damage(call: str) -> None:
     with pytest.raises(CheckpointError, match=f"{call}: torch.distributed is not init") as error:
         RankGroup(call, 1.0)
     assert error.value.kind == "refused"
+
+
+def test_what_cannot_be_opened_is_told_what_to_name(tmp_path: Path) -> None:
+    folder = tensors(tmp_path / "parent" / "model" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"name {folder}$") as raised:
+        ckpt.open(folder.parent)
+    assert "nothing to convert" not in str(raised.value)
+
+    full = touch(tmp_path / "fsdp", "pytorch_model_fsdp.bin")
+    with pytest.raises(CheckpointError, match="reads that file where the file itself is named"):
+        ckpt.open(full)
+
+
+def test_only_what_reads_a_file_of_weights_asks_for_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = touch(tmp_path, "notes") / "notes"
+    with pytest.raises(CheckpointError, match="a checkpoint, or a file of weights"):
+        ckpt.open(path)
+    for command in ("to-fp32", "show", "verify"):
+        run(command, path, code=1)
+        assert "a file of weights" not in capsys.readouterr().err

@@ -166,7 +166,7 @@ def test_a_file_is_opened_by_what_it_is(name: str, tmp_path: Path) -> None:
     path = CASES[name][0](tmp_path)
     with pytest.raises(CheckpointError) as error:
         ckpt.open(path, "np")
-    assert str(error.value) == detect(path).refusal
+    assert str(error.value).startswith(str(detect(path).refusal))
 
 
 @pytest.mark.parametrize("suffix", [".incomplete", ".part", ".crdownload"])

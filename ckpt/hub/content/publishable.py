@@ -45,7 +45,7 @@ def require_openable(model_root: Path, conversion: Conversion) -> None:
     if conversion.verdict.failure is not None:
         raise CheckpointError(
             f"{model_root}: {conversion.verdict.failure}: nobody could load what would be "
-            "published. Correct that first; --check none publishes it anyway",
+            "published; correct that first; --check none publishes it anyway",
             "unloadable",
         )
 

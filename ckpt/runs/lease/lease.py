@@ -90,7 +90,7 @@ class _Grant:
                     return
                 if self.loss is not None:
                     raise CheckpointError(
-                        f"{self.loss}; what this training saves is not committed. If "
+                        f"{self.loss}; what this training saves is not committed; if "
                         "it is the one to go on, stop the other and start it again",
                         "output",
                     )

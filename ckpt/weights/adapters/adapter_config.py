@@ -161,7 +161,7 @@ def _question(place: Place, adapter: str, evidence: Shown, run_configs: list[Ada
         return f"{situation}, and {paths} differ; name the right {NAME} with --adapter-config FILE"
 
     return (
-        f"{situation}, and no {NAME} that fits lies in it or in the run's folder. No "
+        f"{situation}, and no {NAME} that fits lies in it or in the run's folder; no "
         "tensor holds the values of that file, such as lora_alpha: name the file or "
         f"its folder with --adapter-config PATH; {advice.TENSORS_AS_STORED}"
     )

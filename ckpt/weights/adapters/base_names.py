@@ -176,8 +176,8 @@ def _other_names_error(
 ) -> CheckpointError:
     return CheckpointError(
         f"{folder} has the names that {reader.name} is published with, such as "
-        f"{hub[0]}, and the training ran under others, such as {lacking[0]}. The names "
-        "differ by more than prefixes, so they are not changed here. Load the base "
+        f"{hub[0]}, and the training ran under others, such as {lacking[0]}; the names "
+        "differ by more than prefixes, so they are not changed here; load the base "
         f"with {reader.name}.from_pretrained of transformers {table.version()}, write "
         "its state_dict() with safetensors.torch.save_file to model.safetensors "
         "beside a copy of its config.json, and name that folder with --base; a "

@@ -113,7 +113,7 @@ def _require_values(names_by_original: Mapping[str, str], stored: Stored) -> Non
             raise CheckpointError(
                 f"{stored.path} names {name}, which PEFT saves where the vocabulary "
                 "was resized, but neither this file nor the states have its values "
-                "(ZeRO-3 saved an empty tensor). The resized embeddings are lost, "
+                "(ZeRO-3 saved an empty tensor); the resized embeddings are lost, "
                 "unless a model with them was saved elsewhere; name that model with "
                 "--base DIR",
                 "incomplete",

@@ -249,8 +249,8 @@ def _missing_names(
         names = parts.every_name(product.weights)
         raise CheckpointError(
             f"{audience.root}: {reader}, the class of config.json, reads none of the "
-            f"{counted(len(names), 'name')} that --select leaves: {some(names)}. "
-            f"{refusals.source(audience)}Drop the prefix of its names with --strip, or "
+            f"{counted(len(names), 'name')} that --select leaves: {some(names)}; "
+            f"{refusals.source(audience)}drop the prefix of its names with --strip, or "
             f"{advice.WRITE_AS_STORED}",
             "unloadable",
         )

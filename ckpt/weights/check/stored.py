@@ -39,7 +39,7 @@ def require_adapter(path: Path, tensors: Mapping[str, TensorRef]) -> None:
         example = f", the first {empty[0]}" if empty else ""
         raise CheckpointError(
             f"{path} has {problem}{example}: the weights were not gathered when it was "
-            "written (ZeRO-3), and it would load as an untrained adapter. Make it "
+            "written (ZeRO-3), and it would load as an untrained adapter; make it "
             "from the checkpoint's states with ckpt to-fp32, or save it again with "
             "the weights gathered",
             "unloadable",

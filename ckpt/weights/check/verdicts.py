@@ -100,7 +100,7 @@ def partial(
         ):
             return LoadVerdict(
                 "not checked: config.json is of a newer transformers "
-                f"({audience.newer}) than the table ({table.version()}). By this table "
+                f"({audience.newer}) than the table ({table.version()}); by this table "
                 f"{len(missing):,} names are missing and {len(fit.unexpected):,} are "
                 "not read"
             )

@@ -41,7 +41,7 @@ class Rows:
             cause = "config.json is of another model"
         return (
             f"{self.names[0]} has {counted(self.rows, 'row')}, and config.json says "
-            f"{statement}: {cause}, and from_pretrained raises an error. Write "
+            f"{statement}: {cause}, and from_pretrained raises an error; write "
             f"{self.need}, in the config.json of the output or in a copy for --config"
         )
 

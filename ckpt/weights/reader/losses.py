@@ -77,4 +77,4 @@ def sentence(loss_found: Loss) -> str:
     text = f"{count_text} would not be read: {some(loss_found.names)}"
     if not loss_found.trained:
         text += "; none of them is trained, and --check none writes them beside those that are read"
-    return f"{text}. {loss_found.reason}" if loss_found.reason else text
+    return f"{text}; {loss_found.reason}" if loss_found.reason else text

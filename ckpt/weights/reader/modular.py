@@ -23,7 +23,7 @@ def judged(verdict: LoadVerdict, lacking: Sequence[str], root: Path) -> LoadVerd
         raise CheckpointError(
             f"{root}: SentenceTransformer would not open the output: modules.json "
             f"lists {some(lacking)}, which have no weights, and "
-            f"{some(verdict.unexpected)} belong to no module. Give the names that "
+            f"{some(verdict.unexpected)} belong to no module; give the names that "
             "modules.json says (2.linear.weight) with --strip or --rename; --check "
             "none writes what is there",
             "unloadable",

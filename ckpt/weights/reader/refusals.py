@@ -34,13 +34,13 @@ def unloadable(
             f"{len(missing):,} of its {fit.required:,} names are missing, such as "
             f"{some(sorted(missing))}; {present_text}"
         )
-        problem += f". {loss.reason}" if loss.reason else ""
+        problem += f"; {loss.reason}" if loss.reason else ""
     else:
         problem = losses.sentence(loss)
 
     return CheckpointError(
         f"{audience.root}: {reader}, the class of config.json, would not load these "
-        f"weights{'' if missing else ' whole'}: {problem}. {source(audience)}Change "
+        f"weights{'' if missing else ' whole'}: {problem}; {source(audience)}change "
         "names with --strip, --rename or --part, take another configuration with "
         f"--config, or {advice.WRITE_AS_STORED}{'; ' if remedy else ''}{remedy}",
         "unloadable",
@@ -54,7 +54,7 @@ def unmerged(reader: str, fit: Fit, missing: list[str], audience: Audience) -> C
         f"{fit.required:,} names, and {len(missing):,} of them are in neither the "
         f"checkpoint nor the base, such as {some(sorted(missing))}: the base or "
         "config.json is of another model than the trained one, or these tensors were "
-        "added to the base, frozen, and not saved with the trained ones. Name the "
+        "added to the base, frozen, and not saved with the trained ones; name the "
         "base that was trained on with --base, or its configuration with --config; "
         f"--check none writes what is there; {advice.ASK_TRANSFORMERS}",
         "unloadable",
@@ -71,7 +71,7 @@ def absurd(reader: str, values: Mapping[str, object], audience: Audience) -> Abs
     path, value = next(iter(values.items()))
     return AbsurdConfigError(
         f"{audience.root}: config.json says {path} {json.dumps(value)}, with which no "
-        f"{reader} can be built. {source(audience)}Take another configuration with "
+        f"{reader} can be built; {source(audience)}take another configuration with "
         f"--config, or {advice.WRITE_AS_STORED}; {advice.ASK_TRANSFORMERS}",
         "unloadable",
     )
@@ -80,8 +80,8 @@ def absurd(reader: str, values: Mapping[str, object], audience: Audience) -> Abs
 def other_shapes(reader: str, size: Size, audience: Audience) -> CheckpointError:
     """The error for tensors of other sizes than config.json says."""
     return CheckpointError(
-        f"{audience.root}: {reader} of config.json has other shapes: {size}. "
-        f"{source(audience)}Take the configuration of this model with --config, or "
+        f"{audience.root}: {reader} of config.json has other shapes: {size}; "
+        f"{source(audience)}take the configuration of this model with --config, or "
         f"{advice.WRITE_AS_STORED}; {advice.ASK_TRANSFORMERS}",
         "unloadable",
     )
@@ -92,4 +92,4 @@ def source(audience: Audience) -> str:
     path = audience.config_path
     if path is None or path.parent.resolve() == audience.root.resolve():
         return ""
-    return f"The configuration is {path}. "
+    return f"the configuration is {path}; "

@@ -79,7 +79,7 @@ def require_fitting_base(config: AdapterConfig, place: str, has_own_base: bool) 
         )
 
     raise CheckpointError(
-        text + "the changed ones are not in the checkpoint, which has only what was trained. Leave "
+        text + "the changed ones are not in the checkpoint, which has only what was trained; leave "
         "--merge out to write the adapter; PEFT makes a plain LoRA of it with the "
         "adapter as it was before the training (save_pretrained, "
         "path_initial_model_for_weight_conversion)",

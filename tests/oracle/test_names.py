@@ -402,7 +402,7 @@ def test_labels_unlike_the_configuration_are_said(tmp_path: Path) -> None:
     convert(make_checkpoint(tmp_path / "c", parameters(model), config=content), tmp_path / "m")
     notes = record(tmp_path / "m")["notes"]
     assert any("score.weight has 1 row, and config.json says 3 labels" in note for note in notes)
-    assert any('Write "num_labels": 1 in place of id2label and label2id' in note for note in notes)
+    assert any('write "num_labels": 1 in place of id2label and label2id' in note for note in notes)
 
     path = tmp_path / "m/config.json"
     mended = {

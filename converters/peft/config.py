@@ -96,9 +96,7 @@ def read(path: Path) -> AdapterConfig:
     ``CheckpointError``."""
     path = path / NAME if stores.is_folder(path) else path
     try:
-        if stores.exists(path) and not stores.is_file(path):  # a device or a pipe may have no end
-            raise CheckpointError(f"{path} is not a regular file", "refused")
-        size = stores.status(path).size
+        size = stores.regular_size(path)
         if size > MAX_CONFIG_BYTES:
             raise CheckpointError(
                 f"{path} has {size} bytes, expected at most {MAX_CONFIG_BYTES}", "refused"

@@ -58,6 +58,17 @@ def status(path: Name) -> Status:
     return store_of(path).status(path)
 
 
+def regular_size(path: Name) -> int:
+    """The bytes of a plain file, by one look; ``OSError`` if nothing lies there.
+
+    ``CheckpointError`` for what is not a plain file: a device or a pipe may have no end.
+    """
+    present = status(path)
+    if not present.is_file:
+        raise CheckpointError(f"{path} is not a regular file", "refused")
+    return present.size
+
+
 def exists(path: Name) -> bool:
     """Whether anything lies at a path; ``OSError`` where that may not be looked at."""
     return _status(path) is not None

@@ -5,4 +5,5 @@ model_folder    those that ``from_pretrained`` wants
 model_code      Python files of a model
 module_folders  modules of sentence-transformers
 reader_files    names of tokenizer files, as transformers has them
+json_files      reads JSON of any of them
 """

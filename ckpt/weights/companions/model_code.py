@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ckpt.weights.companions import json_files
 from converters.storage import stores
 from converters.storage.local import named
 
@@ -27,7 +28,6 @@ AUTO_MAPS = (
     "video_preprocessor_config.json",
 )
 MODULES = "modules.json"
-MAX_JSON_BYTES = 64 << 20  # bytes of a configuration; larger ones are not looked into
 MAX_CODE_BYTES = 16 << 20  # bytes of a Python file that is looked through for imports
 
 
@@ -110,7 +110,7 @@ def read_json(path: Path, is_readable: Callable[[Path], bool] = is_file) -> Any:
     if (
         not stores.is_file(path)
         or not is_readable(path)
-        or stores.status(path).size > MAX_JSON_BYTES
+        or stores.status(path).size > json_files.MAX_JSON_BYTES
     ):
         return None
 

@@ -14,11 +14,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ckpt.weights.companions import model_code, module_folders
+from ckpt.weights.companions import json_files, model_code, module_folders
 from ckpt.weights.companions.model_code import is_file
 from ckpt.weights.companions.reader_files import VOCABULARY_FILES
 from converters.errors import CheckpointError
-from converters.storage import bounded_json, misplaced_files, stores
+from converters.storage import misplaced_files, stores
 from converters.tensors import DType
 
 _MODEL = ("generation_config.json",)
@@ -177,20 +177,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
     ``CheckpointError`` if the file has none.
     """
-    try:
-        if stores.exists(path) and not stores.is_file(path):  # a device or a pipe may have no end
-            raise CheckpointError(f"{path} is not a regular file", "refused")
-        if stores.status(path).size > model_code.MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is too large for a configuration", "refused")
-        data = stores.content(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}", "incomplete") from error
-
-    try:
-        content = bounded_json.loads(data, infinite=True)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-
+    content = json_files.read(path, "a configuration", infinite=True)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object")
 

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ckpt.weights.companions.model_code import MAX_JSON_BYTES, MODULES
+from ckpt.weights.companions import json_files
+from ckpt.weights.companions.model_code import MODULES
 from converters.errors import CheckpointError
-from converters.storage import bounded_json, stores
+from converters.storage import stores
 
 ROUTER = "router_config.json"
 MAX_MODULES = 256
@@ -60,19 +61,7 @@ def modules(root: Path) -> tuple[Module, ...]:
 
 
 def _read(path: Path) -> Any:
-    try:
-        if stores.exists(path) and not stores.is_file(path):  # a device or a pipe may have no end
-            raise CheckpointError(f"{path} is not a regular file", "refused")
-        if stores.status(path).size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is too large for a list of modules", "refused")
-        data = stores.content(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}", "incomplete") from error
-
-    try:
-        return bounded_json.loads(data)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    return json_files.read(path, "a list of modules")
 
 
 def _module(path: Path, entry: Any) -> Module:

@@ -9,19 +9,31 @@ from __future__ import annotations
 import reprlib
 import sys
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from converters.errors import MalformedError
 
 _Value = TypeVar("_Value")
 
 
-def value(content: Any, kind: type[_Value], label: str) -> _Value:
-    """``content`` if it is of a type; else ``MalformedError`` with its ``label``.
+def is_a(content: object, kind: type[_Value]) -> TypeGuard[_Value]:
+    """Whether a value is of a type. A truth value is not a whole number."""
+    return isinstance(content, kind) and not (kind is int and isinstance(content, bool))
 
-    A truth value is not a whole number.
-    """
-    if isinstance(content, kind) and not (kind is int and isinstance(content, bool)):
+
+def is_whole_number(content: object, minimum: int = 0) -> TypeGuard[int]:
+    """Whether a value is a whole number of at least ``minimum``."""
+    return is_a(content, int) and content >= minimum
+
+
+def is_number(content: object) -> TypeGuard[float]:
+    """Whether a value is a number, whole or not, finite or not."""
+    return isinstance(content, float) or is_a(content, int)
+
+
+def value(content: Any, kind: type[_Value], label: str) -> _Value:
+    """``content`` if it is of a type (``is_a``); else ``MalformedError`` with its ``label``."""
+    if is_a(content, kind):
         return content
     raise MalformedError(f"{label} is {reprlib.repr(content)}, expected {kind.__name__}")
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from ckpt.engine.settings import ENGINE_ALONE, Loop, describe
 from ckpt.engine.view import EngineView
 from ckpt.version import __version__
+from converters.accessors import is_number
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
@@ -117,8 +118,7 @@ def _optimizer_step(optimizer: Any) -> int | None:
 def _number(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
+    return value if is_number(value) and math.isfinite(value) else None
 
 
 def metrics(values: Mapping[str, Any] | None) -> dict[str, float]:

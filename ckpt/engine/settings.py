@@ -23,6 +23,7 @@ import torch.distributed as dist
 from ckpt.engine import optimizers, parameters
 from ckpt.engine.view import EngineView
 from ckpt.state.jsonable import is_plain, jsonable
+from converters.accessors import is_number
 
 # Of a PEFT configuration: where the model came from and what is set while it runs.
 OF_NO_WEIGHT = {
@@ -115,8 +116,7 @@ def config_of(engine: EngineView) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number else None
+    return float(value) if is_number(value) else None
 
 
 def _precision(config: Mapping[str, Any]) -> str:

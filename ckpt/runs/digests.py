@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ckpt.runs.fields import FieldError
+from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.storage import local
 from converters.storage.local_store import LocalFile
@@ -46,7 +47,7 @@ class FileRecord:
     digest: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 0:
+        if not is_whole_number(self.size):
             raise FieldError(f"size is {reprlib.repr(self.size)}, expected a number of bytes")
         if not isinstance(self.digest, str) or not _DIGEST.fullmatch(self.digest):
             raise FieldError(

@@ -6,6 +6,8 @@ import re
 import reprlib
 import sys
 
+from converters.accessors import is_a
+
 
 class FieldError(ValueError):
     """A field of a manifest, or of a file in it, has a value that it cannot have."""
@@ -21,14 +23,9 @@ def is_id(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{8,64}", value) is not None
 
 
-def is_whole_number(value: object) -> bool:
-    """Whether a value is a whole number, 0 or above."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def is_number(value: object) -> bool:
     """Whether a value is a number that a float can hold, which a whole one may not be."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if is_a(value, int):
         return abs(value) <= sys.float_info.max
     return isinstance(value, float)
 

@@ -23,6 +23,7 @@ from ckpt.folders.filenames import MANIFEST, PINNED
 from ckpt.runs import fields
 from ckpt.runs.digests import FileRecord, Progress, digest, quiet, unlike
 from ckpt.runs.fields import FieldError, is_inside
+from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.storage import bounded_json, stores
 
@@ -95,11 +96,11 @@ class Manifest:
     def _require_numbers(self) -> None:
         for name in ("step", "node"):
             value = getattr(self, name)
-            fields.require(fields.is_whole_number(value), name, value, "a whole number")
+            fields.require(is_whole_number(value), name, value, "a whole number")
 
         for name in ("world_size", "nodes"):
             value = getattr(self, name)
-            is_positive = fields.is_whole_number(value) and value > 0
+            is_positive = is_whole_number(value) and value > 0
             fields.require(is_positive, name, value, "a positive number")
 
         is_one_of_nodes = self.node < self.nodes
@@ -125,7 +126,7 @@ class Manifest:
         for launch, step in self.line:
             is_launch = launch == "" or fields.is_id(launch)
             fields.require(is_launch, "line", launch, "the id of a launch")
-            fields.require(fields.is_whole_number(step), f"line: {launch}", step, "a step")
+            fields.require(is_whole_number(step), f"line: {launch}", step, "a step")
 
     def _require_circumstances(self) -> None:
         is_time = fields.is_number(self.created) and math.isfinite(self.created)
@@ -133,7 +134,7 @@ class Manifest:
 
         is_known_stage = self.stage is None
         if self.stage is not None:
-            is_known_stage = fields.is_whole_number(self.stage) and self.stage <= 3
+            is_known_stage = is_whole_number(self.stage) and self.stage <= 3
 
         fields.require(is_known_stage, "stage", self.stage, "0 to 3 or null")
 

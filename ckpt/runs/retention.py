@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
+from converters.accessors import is_whole_number
+
 Mode = Literal["min", "max"]
 Best = tuple[str, Mode, int]
 _BEST = re.compile(r"(.+?):(min|max)(?::(\d{1,9}))?")
@@ -39,8 +41,8 @@ def _is_rule(best: object) -> bool:
     if not isinstance(best, (tuple, list)) or len(best) != 3:
         return False
     metric, mode, count = best
-    is_count = isinstance(count, int) and not isinstance(count, bool) and count >= 1
-    return isinstance(metric, str) and bool(metric) and mode in ("min", "max") and is_count
+    is_metric = isinstance(metric, str) and bool(metric)
+    return is_metric and mode in ("min", "max") and is_whole_number(count, 1)
 
 
 @dataclass(frozen=True, slots=True)

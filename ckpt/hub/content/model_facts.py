@@ -19,6 +19,7 @@ from ckpt.runs.run import RunCheckpoint
 from ckpt.version import __version__
 from ckpt.weights import quantized_facts
 from ckpt.weights.conversion.task import Conversion
+from converters.accessors import is_number
 from converters.words import counted, verb
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -150,8 +151,7 @@ def _series(entries: list[dict[str, Any]], name: str) -> Points:
 
 def _number(value: Any) -> Any:
     """A finite number as it is, else ``None``; JSON has whole numbers of any length."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and abs(value) < MAX_NUMBER else None
+    return value if is_number(value) and abs(value) < MAX_NUMBER else None
 
 
 def _metrics(

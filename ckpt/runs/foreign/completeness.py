@@ -29,6 +29,7 @@ from ckpt.runs.foreign import intact_files
 from ckpt.runs.foreign.parallel import require_parallel
 from ckpt.runs.run import is_checkpoint, is_numbered, step_in
 from converters import detect
+from converters.accessors import is_whole_number
 from converters.detect import filenames
 from converters.errors import CheckpointError
 from converters.words import counted
@@ -214,7 +215,7 @@ def trainer_state(folder: Path) -> dict[str, Any]:
     state_path = folder / STATE
     state = intact_files.read_json(state_path)
     step = state.get("global_step") if isinstance(state, dict) else None
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+    if not is_whole_number(step):
         raise CheckpointError(
             f"{state_path} is cut short or damaged: global_step is {step!r}",
         )

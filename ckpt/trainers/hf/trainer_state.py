@@ -25,6 +25,7 @@ from ckpt.runs.manifest import FileRecord, digest
 from ckpt.runs.retention import Best, Retention
 from ckpt.saving.front_end import RunFolder
 from ckpt.state import rank_files
+from converters.accessors import is_number
 from converters.errors import CheckpointError
 from converters.storage import local
 
@@ -67,8 +68,7 @@ def evaluated(state: Any) -> dict[str, float]:
         if entry.get("step") != state.global_step:
             break
         for name, value in entry.items():
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if is_number and name.startswith("eval_") and not name.endswith(TIMES):
+            if is_number(value) and name.startswith("eval_") and not name.endswith(TIMES):
                 metrics.setdefault(name, float(value))
 
     return metrics

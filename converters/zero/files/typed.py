@@ -12,6 +12,7 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any, TypeVar
 
+from converters.accessors import is_a
 from converters.errors import CheckpointError
 
 _Kind = TypeVar("_Kind")
@@ -44,7 +45,7 @@ def text(value: Any) -> str:
 
 def expected(path: Path, label: str, value: Any, kind: type[_Kind]) -> _Kind:
     """``value`` if it is of this kind; ``CheckpointError`` says what it is instead."""
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+    if is_a(value, kind):
         return value
     name = _NAMES.get(kind, kind.__name__)
     raise CheckpointError(f"{path}: {label} is {shown(value)}, expected {name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.zero import muon, partitioning
 from converters.zero.param_groups import WEIGHTS, ParamGroup
@@ -15,21 +16,17 @@ def require_arguments(
     world_size: object, stage: object = None, sub_group_size: object = None
 ) -> None:
     """``CheckpointError`` for numbers of a caller that no topology of ZeRO has."""
-    if not _is_count(world_size):
+    if not is_whole_number(world_size, 1):
         raise CheckpointError(
             f"world_size is {world_size!r}; expected a number of ranks, 1 or more", "refused"
         )
     if stage is not None and (isinstance(stage, bool) or stage not in (1, 2, 3)):
         raise CheckpointError(f"stage is {stage!r}; expected a ZeRO stage, 1, 2 or 3", "refused")
-    if sub_group_size is not None and not _is_count(sub_group_size):
+    if sub_group_size is not None and not is_whole_number(sub_group_size, 1):
         raise CheckpointError(
             f"sub_group_size is {sub_group_size!r}; expected a number of elements, 1 or more",
             "refused",
         )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True, slots=True)

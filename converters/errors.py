@@ -40,6 +40,11 @@ class CheckpointError(Exception):
         self.kind: Kind = kind
 
 
+def unreadable(error: OSError, path: Path) -> CheckpointError:
+    """The error for what the system does not let be read: the file it names, or ``path``."""
+    return CheckpointError(f"{error.filename or path}: {error.strerror}", "incomplete")
+
+
 class MalformedError(Exception):
     """What a file says cannot be interpreted; the message says what and why.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LONG_LIST = 6  # names in a message that is about names
 
@@ -12,6 +12,16 @@ def some(items: Iterable[str], limit: int = 3) -> str:
     all_items = list(items)
     remaining = len(all_items) - limit
     return ", ".join(all_items[:limit]) + (f" and {remaining:,} more" if remaining > 0 else "")
+
+
+def more(count: int) -> str:
+    """How many more there are than a message has: `` (and 2 more)``, nothing for none."""
+    return f" (and {count} more)" if count > 0 else ""
+
+
+def first(items: Sequence[str]) -> str:
+    """The first of one or several, and how many more there are: ``a (and 2 more)``."""
+    return f"{items[0]}{more(len(items) - 1)}"
 
 
 def counted(number: int, noun: str) -> str:

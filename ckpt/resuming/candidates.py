@@ -31,6 +31,7 @@ from ckpt.runs.run import (
 )
 from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
+from converters.words import more
 
 log = logging.getLogger("ckpt")
 
@@ -209,10 +210,9 @@ class Offers:
         lost_work = [entry for entry in self.skipped if entry.sort != "weights"]
         if lost_work:
             summary = "; ".join(f"{entry.path}: {entry.why}" for entry in lost_work[:3])
-            and_more = f" (and {len(lost_work) - 3} more)" if len(lost_work) > 3 else ""
             raise CheckpointError(
                 f"{self.run} has checkpoints, but none that can be resumed from "
-                f"({summary}{and_more}); bring back what is missing (ckpt doctor "
+                f"({summary}{more(len(lost_work) - 3)}); bring back what is missing (ckpt doctor "
                 f"{self.run} helps), or move the checkpoints away to begin a new training",
                 "incomplete",
             )

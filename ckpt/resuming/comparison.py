@@ -27,6 +27,7 @@ from ckpt.resuming.changes import Change, LoadOptions, changes
 from ckpt.resuming.continuity import OnMismatch, Row
 from ckpt.resuming.resume_point import ResumePoint
 from converters.errors import CheckpointError
+from converters.words import more
 
 log = logging.getLogger("ckpt")
 
@@ -88,7 +89,7 @@ class Comparison:
 
         wrong_changes = [change for change in self.changes if change.effect == "wrong"]
         if wrong_changes:
-            and_more = _and_more(len(wrong_changes) + len(self._refused) - 1)
+            and_more = more(len(wrong_changes) + len(self._refused) - 1)
             raise CheckpointError(
                 f"{self.source.folder}: {wrong_changes[0].line}{and_more}", "refused"
             )
@@ -101,7 +102,7 @@ class Comparison:
         """The error for a training that is not as it was saved."""
         return (
             f"{self.source.folder}: the training is not as it was saved: "
-            f"{'; '.join(lines[:3])}{_and_more(len(lines) - 3)}; give it what it was "
+            f"{'; '.join(lines[:3])}{more(len(lines) - 3)}; give it what it was "
             f"saved with, or {self.request.ways.mismatch} to go on anyway"
         )
 
@@ -185,10 +186,6 @@ class Comparison:
         if not lr_comes_back or optimizers.LR in self.request.override:
             names.append("lr")
         return names
-
-
-def _and_more(count: int) -> str:
-    return f" (and {count} more)" if count > 0 else ""
 
 
 def _of_batch(progress: Mapping[str, Any], current: Mapping[str, Any]) -> list[Change]:

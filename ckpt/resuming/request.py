@@ -32,6 +32,7 @@ from ckpt.runs.run import RunCheckpoint, is_numbered, open_checkpoint
 from ckpt.runs.upkeep import adoption
 from converters.errors import CheckpointError
 from converters.storage import local
+from converters.words import first
 from converters.zero.files.discovery import is_tag_folder
 
 log = logging.getLogger("ckpt")
@@ -245,11 +246,9 @@ class ResumeRequest:
                 for line in mismatch_lines:
                     log.warning("%s: %s", source.folder, line)
             elif mismatch_lines:
-                count = len(mismatch_lines)
-                and_more = f" (and {count - 1} more)" if count > 1 else ""
                 raise CheckpointError(
                     f"{source.folder}: the training is not as it was saved: "
-                    f"{mismatch_lines[0]}{and_more}; give it what it was saved with, "
+                    f"{first(mismatch_lines)}; give it what it was saved with, "
                     f"or {self.options.ways.mismatch} to go on anyway",
                     "refused",
                 )

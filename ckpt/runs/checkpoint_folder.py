@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.recognition import is_numbered, is_spare, step_in
 from converters.detect import detect
 from converters.errors import CheckpointError
+from converters.words import first
 
 _MISSING = ": missing"  # as ``digests.unlike`` says it
 
@@ -55,7 +56,7 @@ class RunCheckpoint:
         if not self.committed or not self.deleted:
             return None
 
-        return f"lacks {_listed(self.deleted)}"
+        return f"lacks {first(self.deleted)}"
 
     @property
     def thinned(self) -> bool:
@@ -139,8 +140,7 @@ def open_checkpoint(folder: Path) -> RunCheckpoint:
         }
         problems = [line for line in problems if line not in spared_lines]
 
-    more_note = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    reason = f"manifest.json lists {problems[0]}{more_note}" if problems else None
+    reason = f"manifest.json lists {first(problems)}" if problems else None
 
     return RunCheckpoint(
         folder,
@@ -150,11 +150,6 @@ def open_checkpoint(folder: Path) -> RunCheckpoint:
         pinned,
         missing_names if is_only_missing or not problems else (),
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more_note = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-    return f"{names[0]}{more_note}"
 
 
 def require_read(error: CheckpointError) -> None:

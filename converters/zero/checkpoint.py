@@ -17,7 +17,7 @@ from pathlib import Path
 
 from converters import quantized
 from converters.detect.deepspeed import LOAD_THERE
-from converters.errors import CheckpointError, consistent
+from converters.errors import CheckpointError, consistent, unreadable
 from converters.names.rules import Names
 from converters.source import EXCLUDED as EXCLUDED
 from converters.source import STATES as STATES
@@ -87,9 +87,7 @@ def _read_or_explain(place: Place, require_all: bool) -> Checkpoint:
         with consistent(place.folder, "a file is damaged or of another save"):
             return _read(place, require_all)
     except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or place.folder}: {error.strerror}", "incomplete"
-        ) from error
+        raise unreadable(error, place.folder) from error
 
 
 def _read(place: Place, require_all: bool) -> Checkpoint:

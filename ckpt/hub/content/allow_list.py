@@ -16,7 +16,7 @@ from typing import Any
 
 from ckpt.hub.content.items import unfit
 from ckpt.weights.companions import model_code, model_folder
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, unreadable
 
 CARD = "README.md"
 _ALSO = (CARD, "LICENSE", "LICENSE.txt", "LICENSE.md")
@@ -59,9 +59,7 @@ def allowed(root: Path, own_names: frozenset[str] = frozenset()) -> Allowed:
         entries = sorted(path.name for path in root.iterdir())
         companions = model_folder.companion_files(root, _sendable(root))
     except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or root}: {error.strerror}", "incomplete"
-        ) from error
+        raise unreadable(error, root) from error
 
     sendable_names = {
         *companions.files,

@@ -31,7 +31,7 @@ from ckpt.runs.run import is_checkpoint, is_numbered, step_in
 from converters import detect
 from converters.accessors import is_whole_number
 from converters.detect import filenames
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, unreadable
 from converters.words import counted
 from converters.zero.files.discovery import is_tag_folder
 
@@ -135,9 +135,7 @@ def prove(path: Path, tag: str | None = None) -> Proof:
     try:
         return _proof(path, tag)
     except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or path}: {error.strerror}", "incomplete"
-        ) from error
+        raise unreadable(error, path) from error
 
 
 def _proof(path: Path, tag: str | None) -> Proof:

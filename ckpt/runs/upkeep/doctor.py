@@ -29,7 +29,7 @@ from ckpt.runs.upkeep.findings import Finding, changed_lately
 from ckpt.runs.upkeep.pointer_findings import pointer_findings
 from ckpt.runs.upkeep.uncommitted_findings import uncommitted_findings, write_pointer
 from converters.errors import CheckpointError
-from converters.words import counted, verb
+from converters.words import counted, first, verb
 
 _STAGING_LOCKS = {".saving": filenames.LOCK, ".partial": PLAN}
 
@@ -155,10 +155,7 @@ def _amendable(checkpoint: RunCheckpoint) -> Finding | None:
     if planned_amendment is None or locks.in_use(checkpoint.folder):
         return None
 
-    more_note = f" (and {len(checkpoint.deleted) - 1} more)" if len(checkpoint.deleted) > 1 else ""
-    description = (
-        f"lists {checkpoint.deleted[0]}{more_note}, which was deleted: {planned_amendment.what}"
-    )
+    description = f"lists {first(checkpoint.deleted)}, which was deleted: {planned_amendment.what}"
     remedy_action = partial(amending.amend, checkpoint)
 
     return Finding(

@@ -11,7 +11,7 @@ from ckpt.runs.manifest import Manifest
 from converters import words
 from converters.errors import CheckpointError
 from converters.tensors import TensorRef, Weights
-from converters.words import counted, verb
+from converters.words import counted, first, verb
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -49,11 +49,10 @@ def require_weights(
         else _missing_lines(source_weights, stored)
     )
     if lost_lines:
-        more_note = f" (and {len(lost_lines) - 1} more)" if len(lost_lines) > 1 else ""
         raise CheckpointError(
             f"{folder}: the {weights_kind} weights in "
             f"{file_names[0] if file_names else 'it'} are not complete: "
-            f"{lost_lines[0]}{more_note}; nothing was removed",
+            f"{first(lost_lines)}; nothing was removed",
             "incomplete",
         )
 

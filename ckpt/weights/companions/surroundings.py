@@ -18,7 +18,7 @@ from ckpt.runs import engines
 from ckpt.weights.companions import model_code, model_folder, module_folders
 from ckpt.weights.companions.model_folder import Companions
 from ckpt.weights.request import Request
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, unreadable
 from converters.source import Place
 from converters.storage import bounded_json, misplaced_files, stores
 from converters.tensors import Weights
@@ -211,9 +211,7 @@ def _companions_of(home: Path) -> Companions:
     try:
         return model_folder.companion_files(home)
     except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or home}: {error.strerror}", "incomplete"
-        ) from error
+        raise unreadable(error, home) from error
 
 
 def _merge(parts: Iterable[Companions]) -> Companions:

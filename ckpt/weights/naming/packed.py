@@ -12,7 +12,7 @@ from converters import quantized
 from converters.errors import CheckpointError
 from converters.quantized import QuantizedGroup
 from converters.tensors import DType, Weights
-from converters.words import counted
+from converters.words import counted, more
 
 _SIXTEEN = (DType.F16, DType.BF16)
 
@@ -157,7 +157,7 @@ def _copied(weights: Weights, surroundings: Surroundings, present: Sequence[Quan
         return line + "; --dequantize writes numbers"
 
     name, reason = next(iter(unknown_reasons.items()))
-    remainder = f" (and {len(unknown_reasons) - 1} more)" if len(unknown_reasons) > 1 else ""
+    remainder = more(len(unknown_reasons) - 1)
 
     return f"{line}; they cannot be made numbers, since of {name}{remainder} {reason}"
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from converters import words
 from converters.detect import detect
-from converters.errors import CheckpointError, consistent
+from converters.errors import CheckpointError, consistent, unreadable
 from converters.source import SourceTopology
 from converters.storage import stores
 from converters.tensors import TensorRef
@@ -123,9 +123,7 @@ def read(path: Path, tag: str | None = None, like: Checkpoint | None = None) -> 
         with consistent(place.folder, "a file is damaged or of another conversion; make it again"):
             return _read(place, like)
     except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or place.folder}: {error.strerror}", "incomplete"
-        ) from error
+        raise unreadable(error, place.folder) from error
 
 
 def _read(place: discovery.Place, like: Checkpoint | None) -> Universal:

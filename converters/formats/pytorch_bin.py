@@ -22,12 +22,10 @@ from converters.plan import Entry, Plan, Shard, Tied
 from converters.plan import plan as plan_shards
 from converters.storage import stores
 from converters.tensors import DType, TensorRef, Weights
-from converters.torch_files import reader, rebuild
+from converters.torch_files import element_types, reader, rebuild
 from converters.torch_files.zip_writer import Archive
 
 ALIGNMENT = 64
-_STORAGES = {dtype: name for name, dtype in rebuild.STORAGES.items() if name != "UntypedStorage"}
-_DTYPES = {dtype: name for name, dtype in rebuild.DTYPES.items()}
 
 
 def plan(
@@ -87,8 +85,8 @@ def _tensor(storage_key: str, entry: Entry) -> bytes:
         strides[axis] = stride
         stride *= max(shape[axis], 1)
 
-    has_storage_type = entry.dtype in _STORAGES
-    storage = _STORAGES[entry.dtype] if has_storage_type else "UntypedStorage"
+    has_storage_type = entry.dtype in element_types.STORAGE_NAMES
+    storage = element_types.STORAGE_NAMES[entry.dtype] if has_storage_type else "UntypedStorage"
     module = "torch" if has_storage_type else "torch.storage"
     numel = entry.source.numel if has_storage_type else entry.nbytes
     function = "_rebuild_tensor_v2" if has_storage_type else "_rebuild_tensor_v3"
@@ -99,7 +97,7 @@ def _tensor(storage_key: str, entry: Entry) -> bytes:
     opcodes += b"tQ" + _int(0) + _tuple(shape) + _tuple(strides)
     opcodes += b"\x89" + _global("collections", "OrderedDict") + b")R"
     if not has_storage_type:
-        opcodes += _global("torch", _DTYPES[entry.dtype])
+        opcodes += _global("torch", element_types.DTYPE_NAMES[entry.dtype])
 
     return opcodes + b"tR"
 

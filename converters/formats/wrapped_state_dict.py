@@ -18,9 +18,9 @@ from converters.pickles.values import Global
 from converters.plan import WHOLE, Entry, Plan, Shard, Tied
 from converters.plan import plan as plan_shards
 from converters.tensors import DType, Weights
-from converters.torch_files import pickle_writer, rebuild
+from converters.torch_files import element_types, pickle_writer
 
-_DTYPES = frozenset(rebuild.DTYPES)
+_DTYPES = frozenset(element_types.DTYPES)
 
 
 def plan(

@@ -7,7 +7,7 @@ zip_headers       the bytes around the records of a zip, as torch writes them
 zip_writer        the zip as a plan
 object_graph      the object as its pickle says it, to be written again
 pickle_writer     inert data as a pickle
-rebuild           what the pickles of torch name, as tensors located
+rebuild           what the pickles of torch name, as tensors located;  element_types  in tables
 record_checksums  the records that tensors lie in
 file_plan         an object graph as the plan of a file
 """

@@ -21,7 +21,7 @@ from converters.pickles.machine import Builders
 from converters.pickles.values import Call
 from converters.storage.store import File
 from converters.tensors import Checksum, DType, Extent, Listed, TensorRef
-from converters.torch_files import rebuild, torch_file
+from converters.torch_files import element_types, rebuild, torch_file
 
 MAGIC = 0x1950A86A20F9469CFC6C
 HEAD = b"\x80\x02\x8a\x0al\xfc\x9cF"  # the first bytes of pickle(MAGIC)
@@ -50,7 +50,7 @@ class _Sizes:
         """Notes a storage, whose place is not known yet."""
         dtype, key, numel = rebuild.storage_id(persistent_id, self.path)
         kind = persistent_id[1]
-        itemsize = dtype.itemsize if dtype else rebuild.UNREAD.get(kind.name, ("", 0))[1]
+        itemsize = dtype.itemsize if dtype else element_types.UNREAD.get(kind.name, ("", 0))[1]
         if not itemsize:  # then the place of what follows is not known either
             raise CheckpointError(f"{self.path}: storage {key} is of kind {kind}", "unsupported")
         if len(persistent_id) > 5 and persistent_id[5] is not None:

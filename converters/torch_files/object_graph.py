@@ -19,11 +19,11 @@ from converters import words
 from converters.errors import CheckpointError, MalformedError
 from converters.pickles.values import Call, Global, hashable
 from converters.tensors import DType, TensorRef
-from converters.torch_files import reader, rebuild
+from converters.torch_files import reader
+from converters.torch_files.element_types import STORAGE_NAMES
 from converters.torch_files.torch_file import TorchFile
 
 Pairs = Sequence[tuple[Any, Any]]
-_KINDS = {dtype: name for name, dtype in rebuild.STORAGES.items() if name != "UntypedStorage"}
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _ORDERED = Global("collections", "OrderedDict")
 MAX_DEPTH = 200  # levels of a tree that is copied or compared; DeepSpeed's have about ten
@@ -76,10 +76,10 @@ def storage(ref: TensorRef, dtype: DType | None = None) -> Storage:
     """A new storage that holds the elements of ``ref``, as ``dtype`` where that is
     given; ``MalformedError`` for a type that torch has no class of storages for."""
     kind = dtype or ref.dtype
-    if kind not in _KINDS:
+    if kind not in STORAGE_NAMES:
         raise MalformedError(f"tensors of type {kind.value} are not written into a state file")
 
-    return Storage(Global("torch", _KINDS[kind]), ref, kind)
+    return Storage(Global("torch", STORAGE_NAMES[kind]), ref, kind)
 
 
 def tensor(

@@ -18,59 +18,17 @@ from converters.errors import CheckpointError, MalformedError
 from converters.pickles.machine import Builders
 from converters.pickles.values import Call, Global, hashable
 from converters.tensors import DType, Extent, Extents, Listed, Strided, TensorRef
+from converters.torch_files.element_types import (
+    DTYPES,
+    QUANTIZED,
+    STORAGES,
+    UNREAD,
+    UNREAD_DTYPES,
+)
 
 MAX_LISTED_RUNS = 1 << 10  # runs that are kept; more are worked out one by one
 MAX_AXES = 1 << 10
 MAX_REPEATED_RUNS = 1 << 16  # runs of a view that has more elements than its storage
-
-STORAGES = {
-    "DoubleStorage": DType.F64,
-    "FloatStorage": DType.F32,
-    "HalfStorage": DType.F16,
-    "BFloat16Storage": DType.BF16,
-    "LongStorage": DType.I64,
-    "IntStorage": DType.I32,
-    "ShortStorage": DType.I16,
-    "CharStorage": DType.I8,
-    "ByteStorage": DType.U8,
-    "BoolStorage": DType.BOOL,
-    "ComplexFloatStorage": DType.C64,
-    "UntypedStorage": DType.U8,
-}
-# Kinds that torch 2.13 has and safetensors lacks, with the bytes of an element. A quantized one
-# comes with its scale.
-UNREAD = {"ComplexDoubleStorage": ("complex128", 16)}
-QUANTIZED = {f"{kind}Storage" for kind in ("QInt8", "QInt32", "QUInt8", "QUInt4x2", "QUInt2x4")}
-DTYPES = {
-    "float64": DType.F64,
-    "float32": DType.F32,
-    "float16": DType.F16,
-    "bfloat16": DType.BF16,
-    "float8_e4m3fn": DType.F8_E4M3,
-    "float8_e5m2": DType.F8_E5M2,
-    "float8_e8m0fnu": DType.F8_E8M0,
-    "float8_e4m3fnuz": DType.F8_E4M3FNUZ,
-    "float8_e5m2fnuz": DType.F8_E5M2FNUZ,
-    "float4_e2m1fn_x2": DType.F4,
-    "int64": DType.I64,
-    "int32": DType.I32,
-    "int16": DType.I16,
-    "int8": DType.I8,
-    "uint8": DType.U8,
-    "uint16": DType.U16,
-    "uint32": DType.U32,
-    "uint64": DType.U64,
-    "bool": DType.BOOL,
-    "complex64": DType.C64,
-}
-# The others of torch 2.13, with the bytes of an element.
-UNREAD_DTYPES = {
-    **{"complex32": 4, "complex128": 16, "bits16": 2},
-    **dict.fromkeys(("bits1x8", "bits2x4", "bits4x2", "bits8"), 1),
-    **{f"{sign}int{bits}": 1 for sign in ("", "u") for bits in range(1, 8)},
-    **{"qint8": 1, "qint32": 4, "quint8": 1, "quint4x2": 1, "quint2x4": 1},
-}
-
 
 # Functions of torch._utils that rebuild other kinds of tensors, by the beginning of their names.
 _KINDS_OF_TENSORS = {

@@ -101,9 +101,9 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     """The type of torch for an element type."""
     import torch
 
-    from converters.torch_files.rebuild import DTYPES
+    from converters.torch_files.element_types import DTYPE_NAMES
 
-    name = next((name for name, candidate in DTYPES.items() if candidate is dtype), None)
+    name = DTYPE_NAMES.get(dtype)
     torch_type: torch.dtype | None = getattr(torch, name, None) if name else None
     if torch_type is None:
         raise CheckpointError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from converters.storage import stores
 from converters.storage.url_path import UrlPath
 
+_HEAD_BYTES = 128  # as far as any of these signs reaches
 LFS = b"version https://git-lfs"
 _PAGES = (b"<!doctype html", b"<html", b"<head")
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
@@ -42,11 +43,15 @@ def content(head: bytes) -> str | None:
     return None
 
 
+def readable_file(path: Path) -> str | None:
+    """The reason why a file is not what its name says; ``OSError`` if it cannot be read."""
+    return content(stores.head(path, _HEAD_BYTES))
+
+
 def file(path: Path) -> str | None:
-    """The reason why a file is not what its name says; ``None`` also if it cannot be
-    read."""
+    """The same, for whoever explains an error: ``None`` also if it cannot be read."""
     try:
-        return content(stores.head(path, 128))
+        return readable_file(path)
     except OSError:
         return None
 

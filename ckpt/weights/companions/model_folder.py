@@ -91,7 +91,7 @@ def companion_files(root: Path, is_readable: Callable[[Path], bool] = is_file) -
 
     Optimizer, scheduler, RNG and trainer state and ``training_args.bin`` are never
     among them. ``is_readable`` says which Python files, and which files that name them,
-    may be taken.
+    may be taken. ``OSError`` for one that cannot be read.
     """
     code = model_code.code(root, is_readable)
     present = stores.names(root)
@@ -105,7 +105,7 @@ def companion_files(root: Path, is_readable: Callable[[Path], bool] = is_file) -
     broken |= {
         name: problem
         for name in readers
-        if (problem := misplaced_files.file(root / name)) is not None
+        if (problem := misplaced_files.readable_file(root / name)) is not None
     }
     readers = [name for name in readers if name not in broken]
 

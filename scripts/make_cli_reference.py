@@ -72,10 +72,10 @@ def main() -> None:
 
 def page() -> str:
     """The text of the page."""
-    from ckpt.cli.main import cli
+    from ckpt.cli.main import cli, commands
 
     parts = [HEAD, block(context(cli, "ckpt"))]
-    remaining = dict(cli.commands)
+    remaining = commands()
     for title, names in GROUPS.items():
         parts.append(f"## {title}\n")
         parts += [section(name, remaining.pop(name)) for name in names if name in remaining]

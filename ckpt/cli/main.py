@@ -9,34 +9,67 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from importlib import import_module
 from typing import NoReturn
 
 import click
 
-from ckpt.cli import hub, maintenance, rewrite, runs, weights
 from ckpt.results import SCHEMA
 from ckpt.version import __version__
 
-SECTIONS = {
-    "Weights": weights.COMMANDS,
-    "Training states": rewrite.COMMANDS,
-    "Runs": (*runs.COMMANDS, *maintenance.COMMANDS),
-    "Hugging Face Hub": hub.COMMANDS,
+SECTIONS = {  # the commands, each with the module of this package that has it
+    "Weights": {"show": "weights", "to-fp32": "weights"},
+    "Training states": {
+        "reshard": "rewrite",
+        "to-universal": "rewrite",
+        "from-universal": "rewrite",
+    },
+    "Runs": {
+        "ls": "runs",
+        "latest": "runs",
+        "verify": "runs",
+        "prune": "runs",
+        "pin": "runs",
+        "unpin": "runs",
+        "doctor": "maintenance",
+        "slim": "maintenance",
+        "collect": "maintenance",
+    },
+    "Hugging Face Hub": {"push": "hub", "pull": "hub"},
 }
+_MODULES = {name: module for section in SECTIONS.values() for name, module in section.items()}
 
 
 class Sections(click.Group):
-    """A group whose help lists its commands by what they are about."""
+    """A group whose help lists its commands by what they are about.
 
-    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    The module of a command is loaded when the command is used, so that each starts at
+    once.
+    """
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        """The names of all commands."""
+        return list(_MODULES)
+
+    def get_command(self, _ctx: click.Context | None, cmd_name: str) -> click.Command | None:
+        """The command of this name; ``None`` if there is none."""
+        if cmd_name not in _MODULES:
+            return None
+        module = import_module(f"ckpt.cli.{_MODULES[cmd_name]}")
+        in_module: tuple[click.Command, ...] = module.COMMANDS
+        return next(command for command in in_module if command.name == cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes a list for each section, in the order of ``SECTIONS``."""
-        width = max(len(str(command.name)) for command in self.commands.values())
-        for title, commands in SECTIONS.items():
+        width = max(map(len, _MODULES))
+        for title, names in SECTIONS.items():
             with formatter.section(title):
+                commands = [self.get_command(ctx, name) for name in names]
                 # of one width, so that the columns of all sections are below each other
                 rows = [
                     (str(command.name).ljust(width), command.get_short_help_str(limit=200))
                     for command in commands
+                    if command is not None
                 ]
                 formatter.write_dl(rows)
 
@@ -54,9 +87,10 @@ def cli() -> None:
     """
 
 
-for commands in SECTIONS.values():
-    for command in commands:
-        cli.add_command(command)
+def commands() -> dict[str, click.Command]:
+    """All commands by their names, which loads the modules of all."""
+    loaded = {name: cli.get_command(None, name) for name in _MODULES}
+    return {name: command for name, command in loaded.items() if command is not None}
 
 
 def main(argv: list[str] | None = None) -> None:

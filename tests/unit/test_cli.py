@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import click
 import pytest
 from oracles import FIXTURES, ROOT, run
 
-from ckpt.cli.main import cli
+from ckpt.cli.main import SECTIONS, commands
 
 SOURCE = FIXTURES / "trainer-zero2/checkpoint-2"
 
@@ -46,7 +47,7 @@ def test_every_command_explains_itself_with_examples(
     run(command, "--help")
     said = capsys.readouterr().out
     assert f"ckpt {command} out" in said
-    options = [p for p in cli.commands[command].params if isinstance(p, click.Option)]
+    options = [p for p in commands()[command].params if isinstance(p, click.Option)]
     assert all(option.help for option in options)
 
 
@@ -153,3 +154,13 @@ def test_a_tag_folder_a_save_dir_and_a_trainer_folder_are_the_same(
         facts = json.loads(capsys.readouterr().out)
         seen.append({key: value for key, value in facts.items() if key != "folder"})
     assert all(facts == seen[0] for facts in seen)
+
+
+def test_the_table_of_commands_is_what_the_modules_have() -> None:
+    for title, names in SECTIONS.items():
+        for name, module in names.items():
+            in_module = import_module(f"ckpt.cli.{module}").COMMANDS
+            assert name in [command.name for command in in_module], (title, name)
+    loaded = {module for names in SECTIONS.values() for module in names.values()}
+    in_modules = [c.name for m in loaded for c in import_module(f"ckpt.cli.{m}").COMMANDS]
+    assert sorted(in_modules) == sorted(commands())

@@ -17,7 +17,7 @@ from oracles import FIXTURES, run
 from run_folders import real
 
 from ckpt import results
-from ckpt.cli.main import cli
+from ckpt.cli.main import commands
 from ckpt.cli.results import checkpoints, conversion, hub, runs, upkeep
 from ckpt.results import FileEntry
 from ckpt.rewrite.result import RewriteResult
@@ -120,10 +120,10 @@ def test_a_key_has_one_type() -> None:
 def test_every_command_that_has_json_is_in_the_table() -> None:
     with_json = {
         name
-        for name, command in cli.commands.items()
+        for name, command in commands().items()
         if any(parameter.name == "as_json" for parameter in command.params)
     }
-    assert with_json == RESULTS.keys() == set(cli.commands)
+    assert with_json == RESULTS.keys() == set(commands())
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_what_json_cannot_hold_is_text() -> None:
 
 def test_commands_that_write_or_delete_have_a_dry_run() -> None:
     reading = {"show", "ls", "verify"}
-    for name, command in cli.commands.items():
+    for name, command in commands().items():
         options = {flag for parameter in command.params for flag in parameter.opts}
         assert ("--dry-run" in options) == (name not in reading), name
 
@@ -183,7 +183,7 @@ def test_the_help_of_ckpt_cuts_no_line_at_80_columns(
     monkeypatch.setenv("COLUMNS", "80")
     run("-h")
     lines = capsys.readouterr().out.splitlines()
-    for name, command in cli.commands.items():
+    for name, command in commands().items():
         (line,) = (line for line in lines if re.match(rf"  {name} ", line))
         assert line.endswith(str(command.short_help)) and len(line) <= 80, line
     heads = ["Weights:", "Training states:", "Runs:", "Hugging Face Hub:"]

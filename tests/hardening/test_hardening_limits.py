@@ -18,7 +18,7 @@ from hardening.limits import (
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_ten_thousand_tensors_leave_room_for_ten_times_as_many(tmp_path: Path, stage: int) -> None:
+def test_thousands_of_tensors_leave_room_for_a_hundred_thousand(tmp_path: Path, stage: int) -> None:
     made = many_tensors(tmp_path / "many", 10_000, stage)
     found = measured("to-fp32", made, "-o", tmp_path / "model")
     assert not list(findings("to-fp32", found))
@@ -26,6 +26,7 @@ def test_ten_thousand_tensors_leave_room_for_ten_times_as_many(tmp_path: Path, s
         "to-fp32", many_tensors(tmp_path / "few", 1_000, stage), "-o", tmp_path / "few1"
     )
     assert some.peak + 10 * (found.peak - some.peak) < CAP, (some, found)
+    assert found.seconds < 25 * some.seconds, (some, found)  # no more than linear
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -287,7 +287,7 @@ for line in sys.stdin:
         ProcessIdentity.current(), pid=os.getpid(), start=1
     )  # a pid that was given out again
     try:
-        for number in range(25):
+        for number in range(12):
             folder = tmp_path / str(number)
             folder.mkdir()
             if number % 3:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ _PARTITION = {  # keys that every optimizer under ZeRO has one of
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, so that what was checked once is remembered
 class State:
     """One state file.
 
@@ -68,7 +69,7 @@ class State:
 
         return optimizer_state
 
-    @property
+    @cached_property
     def module(self) -> Mapping[str, Any]:
         """The root's ``module``, name to tensor; ``CheckpointError`` if it has none."""
         state_dict = self.root.get("module")

@@ -1,0 +1,27 @@
+"""What transformers answers is remembered: a child that imports it takes five seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from ckpt.weights.reader import installed
+
+_answers: dict[str, dict[str, Any]] = {}
+_ask = installed.ask
+
+
+def remembered(config: Mapping[str, Any], cls: str | None = None) -> dict[str, Any]:
+    """``installed.ask``, which is asked once for each configuration and class."""
+    question = json.dumps([config, cls, installed._CHILD], sort_keys=True)
+    if question not in _answers:
+        _answers[question] = _ask(config, cls)  # a refusal is raised, and not remembered
+    return dict(_answers[question])
+
+
+@pytest.fixture(autouse=True)
+def _transformers_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "ask", remembered)

@@ -7,6 +7,7 @@ manifest           the commit record of a checkpoint
 fields             what its fields may be
 digests            what binds the bytes of a file, and files checked against it
 user_paths         what a path that a user gave is: a run, a checkpoint, or neither
+status             committed, complete or incomplete, whoever wrote it
 verify             whether a checkpoint is whole
 lineage            which training saved it, and the launches that led to it
 engines            several engines in one checkpoint

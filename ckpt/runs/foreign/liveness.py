@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt.folders import locks
@@ -54,32 +55,59 @@ def written(path: Path) -> float:
     return max((time_ns for _, time_ns, _ in look(path).values()), default=0) / 1e9
 
 
+class Watch:
+    """Two looks at checkpoints, with a pause between them where somebody may be writing."""
+
+    def __init__(self, paths: Sequence[Path]):
+        """The first look. What is done between it and ``changes`` counts as the pause."""
+        self._start_time = time.monotonic()
+        self._looks = {path: look(path) for path in paths}
+
+    def changes(self) -> dict[Path, str]:
+        """Why checkpoints are not at rest, by their path: in use, or changed since the first look.
+
+        Waits until ``PAUSE`` seconds have passed since then if any file changed within
+        the last ``RECENT`` seconds.
+        """
+        if any(map(_is_recent, self._looks.values())):
+            time.sleep(max(0.0, PAUSE - (time.monotonic() - self._start_time)))
+
+        reasons = {}
+        for path, first_look in self._looks.items():
+            if path.is_dir() and locks.in_use(path):
+                reasons[path] = "is in use by another process"
+            elif changed_names := _changed_names(first_look, look(path)):
+                reasons[path] = (
+                    f"is being written right now: {max(changed_names, key=len)} changed within "
+                    f"{time.monotonic() - self._start_time:.0f} seconds; try again when its save "
+                    "or copy is done"
+                )
+
+        return reasons
+
+
+def _is_recent(first_look: Look) -> bool:
+    """Whether a file changed within the last ``RECENT`` seconds."""
+    change_times = [change_time for _, _, change_time in first_look.values()]
+    return time.time() - max(change_times, default=0) / 1e9 < RECENT
+
+
+def _changed_names(first_look: Look, second_look: Look) -> list[str]:
+    names = first_look.keys() | second_look.keys()
+    return sorted(name for name in names if first_look.get(name) != second_look.get(name))
+
+
 def prove_at_rest(path: Path, tag: str | None = None) -> Proof:
     """What a checkpoint is that nobody committed: whole, and not being written.
 
     ``CheckpointError`` as ``prove``, and for one that changes meanwhile.
     """
-    start_time, first_look = time.monotonic(), look(path)
+    watch = Watch([path])
     if path.is_dir() and locks.in_use(path):
         raise CheckpointError(f"{path} is in use by another process", "refused")
 
     proof = prove(path, tag)
-    change_times = [change_time for _, _, change_time in first_look.values()]
-    newest_change = max(change_times, default=0) / 1e9
-    if time.time() - newest_change < RECENT:
-        time.sleep(max(0.0, PAUSE - (time.monotonic() - start_time)))
-    second_look = look(path)
-    changed_names = sorted(
-        name
-        for name in first_look.keys() | second_look.keys()
-        if first_look.get(name) != second_look.get(name)
-    )
-    if changed_names:
-        raise CheckpointError(
-            f"{path} is being written right now: {max(changed_names, key=len)} changed "
-            f"within {time.monotonic() - start_time:.0f} seconds; try again when its "
-            "save or copy is done",
-            "refused",
-        )
+    for reason in watch.changes().values():
+        raise CheckpointError(f"{path} {reason}", "refused")
 
     return proof

@@ -57,7 +57,10 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def found(run: Run) -> dict[str, str]:
-    return {f.path.relative_to(run.path).as_posix(): f.remedy or "" for f in doctor.diagnose(run)}
+    return {
+        f.path.relative_to(run.path).as_posix(): f.remedy or ""
+        for f in doctor.diagnose(run).findings
+    }
 
 
 @pytest.fixture

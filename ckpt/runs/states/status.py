@@ -25,6 +25,7 @@ from ckpt.runs.foreign.completeness import Proof, prove
 from ckpt.runs.foreign.overwriting import require_one_save
 from converters.errors import CheckpointError
 from converters.words import counted, verb
+from converters.zero.files.discovery import is_tag_folder
 
 WEIGHTS_ONLY = "weights only; training cannot go on from it"
 
@@ -63,8 +64,13 @@ class CheckpointStatus:
 
     @property
     def adoptable(self) -> bool:
-        """Whether ``ckpt doctor --adopt`` can commit it: a complete one of DeepSpeed."""
-        return self.proof is not None and self.proof.tag is not None
+        """Whether ``ckpt doctor --adopt`` can commit it.
+
+        That is a complete one of DeepSpeed in a folder of its own, whose states are read
+        here: of parallelism that is not, nothing says which shapes there are.
+        """
+        is_read = self.proof is not None and None not in (self.proof.tag, self.proof.shapes)
+        return is_read and not is_tag_folder(self.checkpoint.folder)
 
     @property
     def writer(self) -> str | None:
@@ -181,16 +187,24 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
     lines = []
     if adoptable:
         lines.append(
-            f"{_described(len(adoptable))} complete, not committed; "
+            f"{_described(len(adoptable))} complete but not committed; "
             f"ckpt doctor {run} --adopt commits {verb(len(adoptable), 'it', 'them')}"
         )
 
-    others = [status for status in complete if not status.adoptable]
-    if others:
-        writers = ", ".join(sorted({str(status.writer) for status in others}))
+    foreign = [status for status in complete if not status.adoptable]
+    states = [status for status in foreign if status.tier == "full"]
+    if states:
         lines.append(
-            f"{_described(len(others))} complete, written by {writers}; a manifest is for what "
-            f"DeepSpeed wrote, and ckpt.find takes {verb(len(others), 'it', 'them')} without"
+            f"{_described(len(states))} complete, written by {_writers(states)}; --adopt is for "
+            "DeepSpeed's checkpoints in folders of their own, and ckpt.find takes "
+            f"{verb(len(states), 'this one as it is', 'these as they are')}"
+        )
+
+    weights = [status for status in foreign if status.tier != "full"]
+    if weights:
+        lines.append(
+            f"{_described(len(weights))} complete weights, written by {_writers(weights)}; no "
+            f"training goes on from {verb(len(weights), 'it', 'them')}"
         )
 
     return lines
@@ -198,3 +212,7 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
 
 def _described(number: int) -> str:
     return f"{counted(number, 'checkpoint')} {verb(number, 'is', 'are')}"
+
+
+def _writers(statuses: Sequence[CheckpointStatus]) -> str:
+    return ", ".join(sorted({str(status.writer) for status in statuses}))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ckpt.runs.run import Run
+    from ckpt.runs.states.status import CheckpointStatus
     from ckpt.runs.upkeep.adoption import AdoptionOutcome
     from ckpt.runs.upkeep.doctor import Diagnosis
     from ckpt.runs.upkeep.findings import Finding
@@ -103,16 +104,20 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
     return Output(
         DoctorResult(dry_run, tuple(entries), untouched(complete)),
         lines,
-        [*_idle(run.path, idle, bool(diagnosis.statuses)), *hints],
+        [*_idle(run.path, idle, diagnosis.statuses), *hints],
         exit_code=1 if diagnosis.findings else 0,
     )
 
 
-def _idle(path: Path, reasons: Sequence[str], has_checkpoints: bool) -> list[str]:
+def _idle(
+    path: Path, reasons: Sequence[str], statuses: Sequence[CheckpointStatus]
+) -> list[str]:
     """Lines on why there is nothing to do; of a folder without checkpoints what lies there."""
     from ckpt.runs import user_paths
+    from ckpt.runs.states.status import CheckpointState
 
-    absence = user_paths.absence(path, user_paths.RUN) if reasons and not has_checkpoints else []
+    is_known = any(status.state is not CheckpointState.UNKNOWN for status in statuses)
+    absence = user_paths.absence(path, user_paths.RUN) if reasons and not is_known else []
     return absence or [f"ckpt: {path}: {reason}" for reason in reasons]
 
 
@@ -127,12 +132,10 @@ def _adoption(path: Path, *, wait: bool, dry_run: bool) -> Output:
     with planned.progress(adoption.nbytes_of(statuses), path.name) as advance:
         outcomes = adoption.adopt(statuses, dry_run, advance)
 
-    return _adopted(path, outcomes, bool(checkpoints), dry_run)
+    return _adopted(path, outcomes, dry_run)
 
 
-def _adopted(
-    path: Path, outcomes: Sequence[AdoptionOutcome], has_checkpoints: bool, dry_run: bool
-) -> Output:
+def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> Output:
     from ckpt.runs.states.status import adoption_hint
 
     verb = "would adopt" if dry_run else "adopted"
@@ -160,6 +163,6 @@ def _adopted(
     return Output(
         AdoptResult(dry_run, entries),
         lines,
-        [*_idle(path, idle, has_checkpoints), *notes],
+        [*_idle(path, idle, [outcome.status for outcome in outcomes]), *notes],
         exit_code=1 if any(outcome.failed for outcome in outcomes) else 0,
     )

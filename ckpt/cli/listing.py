@@ -9,7 +9,7 @@ from ckpt.cli.results.runs import CheckpointEntry, ListResult, UntouchedEntry
 from ckpt.folders import locks
 from ckpt.runs import lineage
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint, members
-from ckpt.runs.states.status import CheckpointStatus
+from ckpt.runs.states.status import PLAIN_KINDS, CheckpointStatus
 from converters.detect import detect
 from converters.detect.kinds import BY_NAME
 
@@ -118,8 +118,7 @@ def _remark(entry: CheckpointEntry) -> str:
     if entry.written_by is not None:
         return f"  complete, not committed: written by {entry.written_by}"
     if entry.reason is not None:
-        is_plain = entry.kind in ("deepspeed", "empty", "unknown")
-        title = "" if is_plain else f"{BY_NAME[entry.kind].title}; "
+        title = "" if entry.kind in PLAIN_KINDS else f"{BY_NAME[entry.kind].title}; "
         return f"  {title}{entry.state}: {entry.reason}"
 
     return f"  {entry.lacks}" if entry.lacks else ""

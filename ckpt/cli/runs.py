@@ -184,11 +184,12 @@ def _pruned(
 def _alone_lines(run: Path, has_outcomes: bool, alone: Sequence[CheckpointStatus]) -> list[str]:
     """Lines on what was not touched, or on what lies there instead of checkpoints."""
     from ckpt.runs import user_paths
-    from ckpt.runs.states.status import adoption_hint
+    from ckpt.runs.states.status import CheckpointState, adoption_hint
     from converters.words import counted, some, verb
 
-    if not alone:
-        return [] if has_outcomes else user_paths.absence(run, user_paths.RUN)
+    is_known = any(status.state is not CheckpointState.UNKNOWN for status in alone)
+    if not is_known and not has_outcomes:
+        return user_paths.absence(run, user_paths.RUN)
 
     lines = [f"ckpt: not touched: {line}" for line in adoption_hint(alone, run)]
     incomplete = [status.checkpoint.name for status in alone if not status.complete]

@@ -53,6 +53,9 @@ TAKEN = {
     "deepspeed-several": (*ON_RUNS, "push", "slim", "collect"),
     "weights-tier": (*ON_RUNS, "slim", "push", "collect"),
     "slimmed": (*ON_RUNS, "slim", "push", "collect"),
+    # a run of what torch.distributed.checkpoint saved, and a checkpoint of Lightning
+    "parent": ("ls", "verify", "latest", "doctor", "doctor --adopt", "prune"),
+    "lightning-file": ("ls", "verify", "doctor --adopt"),
     "deepspeed-universal": ("doctor --adopt", "pin", "unpin", "from-universal"),
 } | dict.fromkeys(STATES, ("latest", "doctor", "doctor --adopt", "prune", "pin", "unpin"))
 

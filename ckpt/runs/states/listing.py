@@ -20,6 +20,7 @@ from ckpt.runs.foreign import completeness
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, step_in
 from ckpt.runs.run import Run
 from ckpt.runs.states.status import CheckpointStatus, statuses_of
+from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.zero.files.discovery import is_tag_folder
 
@@ -74,7 +75,7 @@ def is_single(path: Path) -> bool:
     """Whether a path is one checkpoint: a folder or a file, but no folder that others lie in.
 
     A folder with tags of DeepSpeed and nothing of a trainer is a save_dir, so that each
-    tag is a checkpoint.
+    tag is a checkpoint; not so one of the universal format.
     """
     if path.is_file():
         return path.suffix == ".ckpt"
@@ -87,7 +88,9 @@ def is_single(path: Path) -> bool:
 
     is_trainers = (path / completeness.STATE).exists() or path.name.endswith(".ckpt")
 
-    return is_numbered(path) or is_trainers or (path / MANIFEST).is_file()
+    is_saved_as_one = is_numbered(path) or is_trainers or (path / MANIFEST).is_file()
+
+    return is_saved_as_one or detect(path).kind.name == "deepspeed-universal"
 
 
 def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:

@@ -23,10 +23,13 @@ from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.foreign import evaluation, liveness
 from ckpt.runs.foreign.completeness import Proof, prove
 from ckpt.runs.foreign.overwriting import require_one_save
+from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.words import counted, verb
 from converters.zero.files.discovery import is_tag_folder
 
+# which say nothing beside the reason
+PLAIN_KINDS = ("deepspeed", "empty", "unknown", "nothing")
 WEIGHTS_ONLY = "weights only; training cannot go on from it"
 
 
@@ -113,13 +116,19 @@ class CheckpointStatus:
 
     @property
     def description(self) -> str:
-        """What it is without a manifest, as a line; empty for a committed one."""
+        """What it is without a manifest, as a line; empty for a committed one.
+
+        One that is not DeepSpeed's is called by its kind, unless its writer is known.
+        """
         if self.state is CheckpointState.COMMITTED:
             return ""
         if self.complete:
             return f"complete, not committed; written by {self.writer}"
 
-        return f"{self.state.value}: {self.reason}"
+        kind = detect(self.checkpoint.folder).kind
+        title = "" if kind.name in PLAIN_KINDS else f"{kind.title}; "
+
+        return f"{title}{self.state.value}: {self.reason}"
 
 
 def status_of(checkpoint: RunCheckpoint) -> CheckpointStatus:

@@ -16,7 +16,7 @@ from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.foreign import liveness
 from ckpt.runs.states import checksums
 from ckpt.runs.states.checksums import ChecksumPlan
-from ckpt.runs.states.status import CheckpointState, CheckpointStatus
+from ckpt.runs.states.status import CheckpointStatus
 from ckpt.text import size
 from converters.errors import unreadable
 from converters.words import counted, some, verb
@@ -105,16 +105,16 @@ def plan(status: CheckpointStatus, depth: Depth) -> VerificationPlan:
 def execute(planned: VerificationPlan, progress: Progress = quiet) -> Verdict:
     """Reads what is planned, and says whether the checkpoint is whole."""
     status = planned.status
-    if status.state is CheckpointState.COMMITTED:
-        return _committed(planned, progress)
+    if status.checkpoint.manifest is not None:
+        return _by_manifest(planned, progress)
     if not status.complete:
-        return Verdict(status, planned.depth, (str(status.reason),), ())
+        return Verdict(status, planned.depth, (status.description,), ())
 
     return _complete(planned, progress)
 
 
-def _committed(planned: VerificationPlan, progress: Progress) -> Verdict:
-    """By the manifest: sizes and headers, and every byte or a sample."""
+def _by_manifest(planned: VerificationPlan, progress: Progress) -> Verdict:
+    """By the manifest, committed or not: sizes and headers, and every byte or a sample."""
     status, depth, checkpoint = planned.status, planned.depth, planned.status.checkpoint
     is_all = depth.word == "data"
     verification = by_manifest.verify(checkpoint, is_all, progress)

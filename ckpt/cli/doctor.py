@@ -34,12 +34,15 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--now",
+    "is_quiet",
     is_flag=True,
     help="With --adopt: nobody writes there, so do not wait for a second look.",
 )
 @dry_run_option("With --fix or --adopt: say what would be done, and do nothing.")
 @JSON
-def doctor(path: Path, fix: bool, adopt: bool, now: bool, dry_run: bool, as_json: bool) -> None:
+def doctor(
+    path: Path, fix: bool, adopt: bool, is_quiet: bool, dry_run: bool, as_json: bool
+) -> None:
     """Find what a crash left: pointers that lead nowhere, leftovers, torn folders.
 
     With --fix pointers are rewritten, leftovers of saves, conversions and deletions
@@ -58,11 +61,11 @@ def doctor(path: Path, fix: bool, adopt: bool, now: bool, dry_run: bool, as_json
 
     if fix and adopt:
         raise click.UsageError("--adopt and --fix are two steps; adopt first.")
-    if now and not adopt:
+    if is_quiet and not adopt:
         raise click.UsageError("--now is for --adopt, which waits for whoever may be writing.")
 
     if adopt:
-        planned.show(_adoption(path, wait=not now, dry_run=dry_run), as_json)
+        planned.show(_adoption(path, wait=not is_quiet, dry_run=dry_run), as_json)
         return
 
     opened_run = listing.run_at(path, "ckpt doctor")
@@ -109,9 +112,7 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
     )
 
 
-def _idle(
-    path: Path, reasons: Sequence[str], statuses: Sequence[CheckpointStatus]
-) -> list[str]:
+def _idle(path: Path, reasons: Sequence[str], statuses: Sequence[CheckpointStatus]) -> list[str]:
     """Lines on why there is nothing to do; of a folder without checkpoints what lies there."""
     from ckpt.runs import user_paths
     from ckpt.runs.states.status import CheckpointState

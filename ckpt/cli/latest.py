@@ -58,7 +58,7 @@ def latest(run: Path, best: bool, designation: str | None, dry_run: bool, as_jso
     elif best:
         checkpoint = _best(opened_run)
     else:
-        with planned.announcements(shown=not as_json):
+        with planned.announcements(as_json):
             choice = _choice(opened_run)
         assert choice.offer is not None
         checkpoint, proof = choice.offer.checkpoint, choice.offer.proof

@@ -103,11 +103,10 @@ class _Announcer(logging.Handler):
 
 
 @contextmanager
-def announcements(shown: bool) -> Iterator[None]:
-    """A block in which warnings of the library are lines on stderr, or, where the result is
-    JSON, are not ``shown``."""
+def announcements(as_json: bool) -> Iterator[None]:
+    """A block in which warnings of the library are lines on stderr; not so with ``as_json``."""
     logger = logging.getLogger("ckpt")
-    handler = _Announcer() if shown else logging.NullHandler()
+    handler = logging.NullHandler() if as_json else _Announcer()
     handler.setLevel(logging.WARNING)
     logger.addHandler(handler)
     try:

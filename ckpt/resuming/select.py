@@ -123,7 +123,7 @@ def select_checkpoint(
 
     kind, name = target.heard[0]
     if kind == "nothing":
-        with _step(ranks) as objections:
+        with _step(ranks):
             _require_nothing(path, [])
         return None
 
@@ -146,15 +146,18 @@ def select_checkpoint(
             _tell_foreign(answer)
             offer.value = Sight.of(answer.checkpoint).plain()
 
-    sight = Sight.parse(offer.heard[0])
+    _require_sight(ranks, folder, Sight.parse(offer.heard[0]), thorough == "data")
+    return candidate(folder)
+
+
+def _require_sight(ranks: RankGroup | None, folder: Path, sight: Sight, data: bool) -> None:
+    """``CheckpointError`` unless every rank sees the checkpoint that rank 0 sees."""
     with _step(ranks) as objections:
-        objections.value = mismatch(ranks, folder, sight, thorough == "data")
+        objections.value = mismatch(ranks, folder, sight, data)
     with _step(ranks):
         for rank, reason in enumerate(objections.heard if rank_of(ranks) == 0 else ()):
             if reason is not None:
                 raise CheckpointError(f"rank {rank}: {folder}: {reason}", "incomplete")
-
-    return candidate(folder)
 
 
 def _tell_foreign(offer: Offer) -> None:

@@ -18,9 +18,9 @@ from ckpt.resuming import select
 from ckpt.runs import manifest, pruning
 from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import Manifest
-from ckpt.runs.states import choice, offers
 from ckpt.runs.retention import Retention
 from ckpt.runs.run import Run, RunCheckpoint, leading, members, open_checkpoint
+from ckpt.runs.states import choice, offers
 from ckpt.runs.upkeep import adoption
 from ckpt.runs.upkeep.doctor import diagnose
 from ckpt.saving.commit import collision, identity
@@ -216,8 +216,9 @@ def test_the_first_line_of_a_new_training_names_what_is_there(
 
 
 def test_the_command_line_shows_and_removes_other_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(offers, "unusable", lambda checkpoint: checkpoint.unusable)
     first, second, third = Line.begin(), Line.begin(), Line.begin()
     save(tmp_path, 8, first)
     save(tmp_path, 9, second)

@@ -205,7 +205,7 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
     if states:
         lines.append(
             f"{_described(len(states))} complete, written by {_writers(states)}; --adopt is for "
-            "DeepSpeed's checkpoints in folders of their own, and ckpt.find takes "
+            "DeepSpeed's checkpoints that ckpt reads, in folders of their own, and ckpt.find takes "
             f"{verb(len(states), 'this one as it is', 'these as they are')}"
         )
 

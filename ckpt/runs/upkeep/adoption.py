@@ -119,7 +119,7 @@ def _hindrance(status: CheckpointStatus) -> str | None:
     if not status.adoptable:
         return (
             f"{folder} is complete, written by {status.writer}; a manifest is for DeepSpeed's "
-            "checkpoints in folders of their own"
+            "checkpoints that ckpt reads, in folders of their own"
         )
 
     return None

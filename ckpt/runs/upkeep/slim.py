@@ -80,11 +80,11 @@ def plan(checkpoint: RunCheckpoint, force: bool = False) -> Slimming:
         require_weights(checkpoint.folder, manifest, engine, tag_name)
         for engine, tag_name in engines.tags(manifest).items()
     ]
-    dtypes = {dtype for kept in kept_weights for dtype in kept.dtypes}
+    dtypes = {dtype for weights in kept_weights for dtype in weights.dtypes}
 
     return replace(
         without_states(checkpoint, manifest),
-        proven=tuple(kept.line for kept in kept_weights),
+        proven=tuple(weights.line for weights in kept_weights),
         dtypes=tuple(sorted(dtypes)),
     )
 

@@ -3,8 +3,8 @@
 main            the groups of commands, and the door for failure
 weights         show, to-fp32
 rewrite         reshard, to-universal, from-universal
-runs, latest    ls, verify, prune, pin, unpin; latest
-maintenance     doctor, slim, collect
+runs            ls, prune, pin, unpin;  verify, latest  the commands of these names
+maintenance     slim, collect;  doctor  the command of this name
 hub             push, pull
 planned         dry run, bar of bytes, JSON and messages, of them all
 results/        what they print, as values

@@ -14,9 +14,9 @@ from ckpt.cli.planned import Output
 from ckpt.cli.results.runs import LatestResult, SkippedCheckpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from ckpt.runs.foreign.completeness import Proof
     from ckpt.runs.run import Run, RunCheckpoint
+    from ckpt.runs.states.choice import Choice
 
 
 @click.command(short_help="Print the checkpoint that a resume takes.")
@@ -31,43 +31,68 @@ if TYPE_CHECKING:
 @dry_run_option("With --set: say which checkpoint would be named, and write nothing.")
 @JSON
 def latest(run: Path, best: bool, designation: str | None, dry_run: bool, as_json: bool) -> None:
-    """Print the newest committed full checkpoint, which a resume takes.
+    """Print the checkpoint that a resume takes: what ckpt.find returns.
 
-    Says on stderr why newer folders are passed over, and which of them a resume would
-    take though they have no manifest. DeepSpeed itself goes by the file latest, which
-    --set writes.
+    That is the newest full one that is committed, or complete without a manifest, which
+    stderr then says. stderr also says why newer ones are passed over. DeepSpeed itself
+    goes by the file latest, which --set writes.
 
     \b
     ckpt latest out
     ckpt latest out --best
     ckpt latest out --set checkpoint-500
     """
-    from ckpt.runs import user_paths
+    from ckpt.runs.states import listing
 
-    opened_run = user_paths.run_at(run, "ckpt latest")
+    opened_run = listing.run_at(run, "ckpt latest")
     pointer_name = "best" if best else "latest"
     passed_over: list[SkippedCheckpoint] = []
     notices: list[str] = []
+    proof: Proof | None = None
 
     if designation is not None:
         checkpoint = _designated(opened_run, designation)
+        opened_run.require_committed(pointer_name, checkpoint)
         if not dry_run:
             opened_run.point(pointer_name, checkpoint)
     elif best:
         checkpoint = _best(opened_run)
     else:
-        passed_over = _passed_over(opened_run, opened_run.newest())
-        checkpoint = _resumed(opened_run, passed_over, as_json)
-        notices = [*_passed_over_lines(passed_over), *_mismatch(opened_run, checkpoint)]
+        with planned.announcements(as_json):
+            choice = _choice(opened_run)
+        assert choice.offer is not None
+        checkpoint, proof = choice.offer.checkpoint, choice.offer.proof
+        passed_over = _passed_over(choice, checkpoint)
+        notices = [*_foreign_line(checkpoint, proof), *_mismatch(opened_run, checkpoint, proof)]
 
     result = LatestResult(
         dry_run=dry_run,
         path=checkpoint.folder,
-        step=checkpoint.step,
+        step=checkpoint.step if proof is None or proof.step is None else proof.step,
+        state="committed" if proof is None else "complete",
+        written_by=None if proof is None else proof.kind,
         pointer=opened_run.target(pointer_name),
         passed_over=tuple(passed_over),
     )
     planned.show(Output(result, [checkpoint.folder], notices), as_json)
+
+
+def _choice(run: Run) -> Choice:
+    """What a resume takes; ``CheckpointError`` if there is nothing yet, or nothing usable."""
+    from ckpt.runs import user_paths
+    from ckpt.runs.states import choice, listing
+    from converters.errors import CheckpointError
+
+    answer = choice.choose(run.path)
+    if answer.offer is not None:
+        return answer
+    if not listing.checkpoints_in(run.path):
+        raise user_paths.instead(run.path, user_paths.RUN)
+
+    raise CheckpointError(
+        f"{run.path} holds weights only, which no training goes on from; see ckpt ls {run.path}",
+        "incomplete",
+    )
 
 
 def _best(run: Run) -> RunCheckpoint:
@@ -89,82 +114,50 @@ def _designated(run: Run, designation: str) -> RunCheckpoint:
     return run.find(path.resolve().name if len(path.parts) > 1 else designation)
 
 
-def _resumed(run: Run, passed_over: Sequence[SkippedCheckpoint], as_json: bool) -> RunCheckpoint:
-    """The checkpoint that a resume takes; ``CheckpointError``, after what it passes over, if
-    there is none."""
-    from ckpt.runs import user_paths
-
-    newest = run.newest()
-    if newest is None:
-        for line in () if as_json else _passed_over_lines(passed_over):
-            click.echo(line, err=True)
-        if not run.checkpoints():
-            raise user_paths.instead(run.path, user_paths.RUN)
-        _refuse(f"{run.path} holds no committed full checkpoint; see ckpt ls {run.path}")
-
-    return newest
-
-
-def _passed_over_lines(passed_over: Sequence[SkippedCheckpoint]) -> list[str]:
-    return [f"ckpt: passed over {entry.path}: {entry.reason}" for entry in passed_over]
-
-
 def _refuse(reason: str) -> NoReturn:
     from converters.errors import CheckpointError
 
     raise CheckpointError(reason, "incomplete")
 
 
-def _passed_over(run: Run, newest: RunCheckpoint | None) -> list[SkippedCheckpoint]:
+def _passed_over(choice: Choice, checkpoint: RunCheckpoint) -> list[SkippedCheckpoint]:
     """The newer checkpoints that a resume does not take, and why."""
     from ckpt.runs.pruning import foreignness
-    from ckpt.runs.run import members, order
+    from ckpt.runs.run import order
 
-    checkpoints = run.checkpoints()
-    own_line = members(checkpoints)
-    entries = []
-
-    for checkpoint in checkpoints:
-        if newest is not None and order(checkpoint) <= order(newest):
-            continue
-        reason = _why(checkpoint)
-
-        is_committed = checkpoint.manifest is not None and checkpoint.committed
-        if is_committed and checkpoint not in own_line:
-            reason = foreignness(checkpoint, own_line)
-        entries.append(SkippedCheckpoint(checkpoint.folder, reason))
+    entries = [SkippedCheckpoint(entry.path, entry.why) for entry in choice.skipped]
+    entries += [
+        SkippedCheckpoint(newer.folder, foreignness(newer, [checkpoint]))
+        for newer in choice.other_lines
+        if order(newer) > order(checkpoint)
+    ]
 
     return entries
 
 
-def _why(checkpoint: RunCheckpoint) -> str:
-    """Why a checkpoint is not printed, or that a resume takes it without a manifest."""
-    from ckpt.runs import manifest
-    from ckpt.runs.foreign import completeness
-    from converters.errors import CheckpointError
+def _foreign_line(checkpoint: RunCheckpoint, proof: Proof | None) -> list[str]:
+    """A line where the checkpoint is not committed."""
+    if proof is None:
+        return []
 
-    if checkpoint.why != manifest.ABSENT:
-        return str(checkpoint.unusable)
-
-    try:
-        proof = completeness.prove(checkpoint.folder)
-    except CheckpointError as error:
-        return str(error if error.kind == "unsupported" else checkpoint.why)
-
-    if not proof.resumable:
-        return str(checkpoint.why)
-    return (
-        f"it has no manifest.json, but is whole, by {proof.kind}: ckpt.find and ckpt.resume take "
-        "it or say why not; ckpt doctor --adopt commits what DeepSpeed wrote"
-    )
+    commit = f"; ckpt doctor {checkpoint.folder.parent} --adopt commits it" if proof.tag else ""
+    return [
+        f"ckpt: {checkpoint.folder} is complete, not committed: written by {proof.kind}{commit}"
+    ]
 
 
-def _mismatch(run: Run, newest: RunCheckpoint) -> list[str]:
+def _mismatch(run: Run, checkpoint: RunCheckpoint, proof: Proof | None) -> list[str]:
     """A line where the file latest names another checkpoint than a resume takes."""
     pointer_target = run.target("latest")
-    if pointer_target is None or pointer_target == newest.pointer:
+    name = checkpoint.name
+    expected = {checkpoint.pointer} if proof is None else {name, f"{name}/{proof.tag}"}
+    if pointer_target is None or pointer_target in expected or checkpoint.folder == run.path:
         return []
+
+    remedy = ""
+    if proof is None:
+        remedy = f"; ckpt latest {run.path} --set {name} changes it"
     return [
         f"ckpt: {run.path / 'latest'} names {pointer_target}, which DeepSpeed itself "
-        f"would load; ckpt latest {run.path} --set {newest.name} changes it"
+        f"would load{remedy}"
     ]

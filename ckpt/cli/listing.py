@@ -5,52 +5,78 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from ckpt.cli.results.runs import CheckpointEntry, ListResult
+from ckpt.cli.results.runs import CheckpointEntry, ListResult, UntouchedEntry
 from ckpt.folders import locks
 from ckpt.runs import lineage
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint, members
+from ckpt.runs.states.status import PLAIN_KINDS, CheckpointStatus
 from converters.detect import detect
 from converters.detect.kinds import BY_NAME
 
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 
 
-def facts(run: Run, checkpoints: Sequence[RunCheckpoint]) -> ListResult:
+def facts(run: Run, statuses: Sequence[CheckpointStatus]) -> ListResult:
     """The checkpoints as values: sizes in bytes, times in seconds since 1970."""
-    line_members = members(checkpoints)
+    line_members = members(status.checkpoint for status in statuses)
     pointer_targets = {name: (run.target(name) or "").partition("/")[0] for name in POINTERS}
 
     return ListResult(
         run.path,
         tuple(
-            _entry(checkpoint, _marks(checkpoint, pointer_targets), checkpoint in line_members)
-            for checkpoint in checkpoints
+            _entry(
+                status,
+                _marks(status.checkpoint, pointer_targets),
+                current=status.checkpoint in line_members,
+            )
+            for status in statuses
         ),
     )
 
 
-def _entry(checkpoint: RunCheckpoint, marks: tuple[str, ...], current: bool) -> CheckpointEntry:
-    manifest = checkpoint.manifest
+def _entry(status: CheckpointStatus, marks: tuple[str, ...], *, current: bool) -> CheckpointEntry:
+    checkpoint, manifest = status.checkpoint, status.checkpoint.manifest
     return CheckpointEntry(
         name=checkpoint.name,
         path=checkpoint.folder,
         kind=detect(checkpoint.folder).kind.name,
-        step=checkpoint.step,
+        step=status.step,
         committed=checkpoint.committed,
-        reason=checkpoint.why,
+        state=status.state.value,
+        written_by=status.writer,
+        reason=reason(status),
         lacks=checkpoint.lacks,
-        tier=checkpoint.tier,
+        tier=status.tier,
         nbytes=checkpoint.nbytes,
-        created=manifest.created if manifest else None,
-        metrics=checkpoint.metrics,
+        created=status.created,
+        metrics=status.metrics,
         marks=marks,
-        tag=manifest.tag if manifest else None,
+        tag=status.tag,
         stage=manifest.stage if manifest else None,
         world_size=manifest.world_size if manifest else None,
         node=manifest.node if manifest else None,
         nodes=manifest.nodes if manifest else None,
         run=manifest.run if manifest else None,
         current=current,
+    )
+
+
+def reason(status: CheckpointStatus) -> str | None:
+    """Why a checkpoint is not committed; ``None`` for one that is."""
+    return f"no manifest.json: written by {status.writer}" if status.complete else status.reason
+
+
+def untouched(statuses: Sequence[CheckpointStatus]) -> tuple[UntouchedEntry, ...]:
+    """What is not committed and was left alone, as values."""
+    return tuple(
+        UntouchedEntry(
+            path=status.checkpoint.folder,
+            state=status.state.value,
+            written_by=status.writer,
+            reason=reason(status),
+            nbytes=status.checkpoint.nbytes,
+        )
+        for status in statuses
     )
 
 
@@ -88,10 +114,13 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _remark(entry: CheckpointEntry) -> str:
-    """What a reader should know of a checkpoint that is not as its save left it."""
-    if entry.reason:
-        title = "" if entry.kind == "deepspeed" else f"{BY_NAME[entry.kind].title}; "
-        return f"  {title}not committed: {entry.reason}"
+    """What a reader should know of a checkpoint that no save committed, or that lacks files."""
+    if entry.written_by is not None:
+        return f"  complete, not committed: written by {entry.written_by}"
+    if entry.reason is not None:
+        title = "" if entry.kind in PLAIN_KINDS else f"{BY_NAME[entry.kind].title}; "
+        return f"  {title}{entry.state}: {entry.reason}"
+
     return f"  {entry.lacks}" if entry.lacks else ""
 
 
@@ -107,7 +136,7 @@ def _row(entry: CheckpointEntry) -> tuple[str, ...]:
         entry.name,
         (entry.tier or "-") + part,
         size(entry.nbytes),
-        "-" if entry.created is None else age(time.time() - entry.created),
+        age(time.time() - entry.created),
         ", ".join(metrics) or "-",
         ", ".join(entry.marks) or "-",
         entry.tag or "-",

@@ -103,3 +103,18 @@ def best_of(_ctx: Any, _param: Any, value: str | None) -> Best | None:
         return None if value is None else Retention.best_of(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
+
+
+def percentage(_ctx: Any, _param: Any, value: str | None) -> float | None:
+    """The callback of an option that takes a part, such as ``5%``, in percent."""
+    if value is None:
+        return None
+
+    try:
+        percent = float(value.removesuffix("%"))
+    except ValueError as error:
+        raise click.BadParameter(f"{value} is not a part in percent, such as 5%") from error
+    if not 0 < percent <= 100:
+        raise click.BadParameter(f"{value} is not between 0% and 100%")
+
+    return percent

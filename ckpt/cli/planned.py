@@ -8,6 +8,7 @@ A result is printed as JSON or for a reader, never both. stdout is data, stderr 
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -81,13 +82,34 @@ def as_text(result: object) -> str:
 
 
 @contextmanager
-def progress(total_bytes: int | None, title: str) -> Iterator[Progress]:
-    """A bar of bytes on a terminal; nothing elsewhere, or without a total."""
-    if total_bytes is None or not sys.stderr.isatty():
+def progress(total: int | None, title: str, unit: str = "B") -> Iterator[Progress]:
+    """A bar of bytes, or of things that ``unit`` names, on a terminal; nothing elsewhere, or
+    without a total."""
+    if total is None or not sys.stderr.isatty():
         yield lambda _: None
         return
 
     from tqdm import tqdm
 
-    with tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, leave=False) as bar:
+    with tqdm(total=total, desc=title, unit=unit, unit_scale=unit == "B", leave=False) as bar:
         yield bar.update
+
+
+class _Announcer(logging.Handler):
+    """Prints what the library logs, as a line of the command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"ckpt: {record.getMessage()}", err=True)
+
+
+@contextmanager
+def announcements(as_json: bool) -> Iterator[None]:
+    """A block in which warnings of the library are lines on stderr; not so with ``as_json``."""
+    logger = logging.getLogger("ckpt")
+    handler = logging.NullHandler() if as_json else _Announcer()
+    handler.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

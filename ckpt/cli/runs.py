@@ -9,23 +9,22 @@ import click
 
 from ckpt.cli import planned
 from ckpt.cli.latest import latest
-from ckpt.cli.options import JSON, LOCAL_CHECKPOINT, LOCAL_PATH, RUN, best_of
+from ckpt.cli.options import JSON, LOCAL_CHECKPOINT, RUN, best_of
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned
 from ckpt.cli.results.runs import (
     PinResult,
     PruneEntry,
     PruneResult,
-    VerifyEntry,
-    VerifyResult,
 )
+from ckpt.cli.verify import statuses_at, verify
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ckpt.runs.pruning import Outcome
     from ckpt.runs.retention import Best
-    from ckpt.runs.verify import Verification
+    from ckpt.runs.states.status import CheckpointStatus
 
 
 @click.command(short_help="List the checkpoints of a run.")
@@ -35,8 +34,9 @@ def ls(run: Path, as_json: bool) -> None:
     """List the checkpoints of a run, the newest last.
 
     Step, name, tier, size, age, metrics, marks (latest, best, pinned, in use) and tag;
-    of those that are not committed, why. Sizes of files are compared with the manifest,
-    no bytes are read. Says on stderr which job saves there right now.
+    of those that are not committed whether they are complete and who wrote them, or what
+    is missing. Sizes are compared with the manifest; without one, headers are read. Says
+    on stderr which job saves there right now.
 
     \b
     ckpt ls out
@@ -47,65 +47,14 @@ def ls(run: Path, as_json: bool) -> None:
     from ckpt.runs.lease import watch
     from ckpt.runs.run import Run
 
-    checkpoints = user_paths.checkpoints_at(run)
-    folders = {checkpoint.folder.parent for checkpoint in checkpoints}
-    folder = folders.pop() if folders else run
+    statuses = statuses_at(run)
+    folder = statuses[0].checkpoint.folder.parent if statuses else run
     if (writer := watch.describe(folder)) is not None:
         click.echo(f"ckpt: {folder}: {writer}", err=True)
 
-    result = listing.facts(Run(folder), checkpoints)
-    notices = user_paths.absence(run, user_paths.EITHER)
+    result = listing.facts(Run(folder), statuses)
+    notices = [] if statuses else user_paths.absence(run, user_paths.EITHER)
     planned.show(Output(result, listing.lines(result.checkpoints), notices), as_json)
-
-
-@click.command(short_help="Check that checkpoints are whole.")
-@click.argument("path", metavar="CHECKPOINT|RUN", type=LOCAL_PATH)
-@click.option("--data", is_flag=True, help="Read every byte and compare it with its digest.")
-@JSON
-def verify(path: Path, data: bool, as_json: bool) -> None:
-    """Check that a checkpoint, or every one of a run, is whole.
-
-    Compares the files' sizes with the manifest and reads the headers of DeepSpeed's
-    files. Without a manifest only the latter can be done, and the checkpoint does not
-    count as whole.
-
-    \b
-    ckpt verify out/checkpoint-500
-    ckpt verify out --data
-    """
-    from ckpt.runs import user_paths
-    from ckpt.runs import verify as checking
-
-    checkpoints = user_paths.checkpoints_at(path)
-    total_bytes = sum(checkpoint.nbytes for checkpoint in checkpoints if checkpoint.manifest)
-    with planned.progress(total_bytes if data else None, path.name) as advance:
-        verdicts = [checking.verify(checkpoint, data, advance) for checkpoint in checkpoints]
-
-    is_whole = bool(verdicts) and all(verdict.whole for verdict in verdicts)
-    output = Output(
-        VerifyResult(tuple(_verify_entry(verdict) for verdict in verdicts)),
-        [line for verdict in verdicts for line in _verify_lines(verdict)],
-        user_paths.absence(path, user_paths.EITHER),
-        exit_code=0 if is_whole else 1,
-    )
-    planned.show(output, as_json)
-
-
-def _verify_entry(verdict: Verification) -> VerifyEntry:
-    return VerifyEntry(
-        path=verdict.checkpoint.folder,
-        step=verdict.checkpoint.step,
-        committed=verdict.checkpoint.committed,
-        whole=verdict.whole,
-        checked="data" if verdict.data else "structure",
-        problems=verdict.problems,
-        proven=verdict.proven,
-    )
-
-
-def _verify_lines(verdict: Verification) -> list[str]:
-    head = f"{verdict.checkpoint.folder}: {'whole' if verdict.whole else 'not whole'}"
-    return [head, *(f"  {line}" for line in (*verdict.problems, *verdict.proven))]
 
 
 @click.command(short_help="Delete checkpoints that no rule keeps.")
@@ -144,8 +93,8 @@ def prune(
     """Delete committed checkpoints that no rule keeps.
 
     The newest, the newest full one, the best, what latest or best names, what is pinned
-    and what a conversion reads are always kept. What is not committed is not touched
-    (see ckpt doctor). Where the folder has checkpoints of several runs, the rules count
+    and what a conversion reads are always kept. What is not committed is not touched,
+    and named on stderr. Where the folder has checkpoints of several runs, the rules count
     those of the run that saved last, and the others stay; --others deletes them.
 
     \b
@@ -153,22 +102,23 @@ def prune(
     ckpt prune out --keep-last 3
     ckpt prune out --others --dry-run
     """
-    from ckpt.runs import pruning, user_paths
+    from ckpt.runs import pruning
     from ckpt.runs.retention import Retention
+    from ckpt.runs.states import listing
 
     _require_rules(bool(keep_last or keep_every or keep_best), others, run_id)
-    opened_run = user_paths.run_at(run, "ckpt prune")
-    absence = user_paths.absence(run, user_paths.RUN)
+    opened_run = listing.run_at(run, "ckpt prune")
     if others:
         outcomes = pruning.plan_others(opened_run, run_id)
     else:
         outcomes = pruning.plan(opened_run, Retention(keep_last, keep_every, keep_best))
 
+    alone = _left_alone(opened_run.path, outcomes)
     planned.run(
         Planned(
-            preview=lambda: _pruned(outcomes, absence, dry_run=True),
+            preview=lambda: _pruned(opened_run.path, outcomes, alone, dry_run=True),
             execute=lambda _: _pruned(
-                pruning.execute(opened_run, outcomes), absence, dry_run=False
+                opened_run.path, pruning.execute(opened_run, outcomes), alone, dry_run=False
             ),
         ),
         dry_run=dry_run,
@@ -187,7 +137,27 @@ def _require_rules(has_rules: bool, others: bool, run_id: str | None) -> None:
         )
 
 
-def _pruned(outcomes: Sequence[Outcome], absence: Sequence[str], dry_run: bool) -> Output:
+def _left_alone(run: Path, outcomes: Sequence[Outcome]) -> list[CheckpointStatus]:
+    """The checkpoints that no rule is about: those that are not committed, with their states."""
+    from ckpt.runs.states import listing, status
+
+    judged_folders = {outcome.checkpoint.folder for outcome in outcomes}
+    uncommitted = [
+        checkpoint
+        for checkpoint in listing.checkpoints_in(run)
+        if not checkpoint.committed and checkpoint.folder not in judged_folders
+    ]
+
+    return listing.ordered(status.statuses_of(uncommitted))
+
+
+def _pruned(
+    run: Path,
+    outcomes: Sequence[Outcome],
+    alone: Sequence[CheckpointStatus],
+    dry_run: bool,
+) -> Output:
+    from ckpt.cli import listing
     from ckpt.text import size
 
     entries = tuple(
@@ -198,14 +168,39 @@ def _pruned(outcomes: Sequence[Outcome], absence: Sequence[str], dry_run: bool) 
     deletion = "would delete" if dry_run else "deleted"
 
     return Output(
-        PruneResult(dry_run, entries, freed_bytes),
+        PruneResult(dry_run, entries, listing.untouched(alone), freed_bytes),
         [
             f"{'kept' if entry.kept else deletion}\t{entry.path}\t{size(entry.nbytes)}"
             f"\t{entry.reason}"
             for entry in entries
         ],
-        [*absence, f"{size(freed_bytes)} {'would be freed' if dry_run else 'freed'}"],
+        [
+            *_alone_lines(run, bool(outcomes), alone),
+            f"{size(freed_bytes)} {'would be freed' if dry_run else 'freed'}",
+        ],
     )
+
+
+def _alone_lines(run: Path, has_outcomes: bool, alone: Sequence[CheckpointStatus]) -> list[str]:
+    """Lines on what was not touched, or on what lies there instead of checkpoints."""
+    from ckpt.runs import user_paths
+    from ckpt.runs.states.status import CheckpointState, adoption_hint
+    from converters.words import counted, some, verb
+
+    is_known = any(status.state is not CheckpointState.UNKNOWN for status in alone)
+    if not is_known and not has_outcomes:
+        return user_paths.absence(run, user_paths.RUN)
+
+    lines = [f"ckpt: not touched: {line}" for line in adoption_hint(alone, run)]
+    incomplete = [status.checkpoint.name for status in alone if not status.complete]
+    if incomplete:
+        subject = counted(len(incomplete), "checkpoint")
+        lines.append(
+            f"ckpt: not touched: {subject} {verb(len(incomplete), 'is', 'are')} not complete "
+            f"({some(incomplete)}); ckpt doctor {run} says why"
+        )
+
+    return lines
 
 
 @click.command(short_help="Keep a checkpoint whatever retention says.")

@@ -1,6 +1,6 @@
 """What ranks do together, and what they share.
 
-ranks         steps that all ranks take or none
+ranks         steps that all ranks take or none;  step  what a rank brings and gets
 stores        the store that they speak through; rank_0_store moves it
 launchers     what started them, and what it makes of signals
 chunks        tensors from rank to rank

@@ -17,8 +17,6 @@ import logging
 import os
 import sys
 
-import torch.distributed as dist
-
 
 class _DefaultLevel(int):
     """INFO, until somebody sets a level."""
@@ -72,6 +70,7 @@ def _is_configured() -> bool:
 
 def _rank() -> int:
     """This process among all ranks, before there is a process group by what its launcher says."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank()
+    dist = sys.modules.get("torch.distributed")  # without torch there is one process
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return int(dist.get_rank())
     return int(os.environ.get("RANK") or 0)

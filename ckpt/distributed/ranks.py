@@ -23,32 +23,23 @@ import time
 import traceback
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from ckpt.distributed import stores
+from ckpt.distributed.step import TIMEOUT as TIMEOUT
+from ckpt.distributed.step import Json, Step
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
-Json = Any
 T = TypeVar("T")
 Meeting = Generator[dict[int, str], None, list[Json]]
-TIMEOUT = 600.0  # seconds without a sign of life until a rank counts as absent
 FIRST_WORDS = 80  # characters of a failure that ranks say which only heard of it
 FRAMES = 4  # places in the code that are shown of an error that is not ours
 _calls = itertools.count()  # all ranks make the same calls, so they count alike
-
-
-@dataclass(slots=True)
-class Step:
-    """``value`` is what this rank brings, ``heard`` what it got: rank 0 all values, others its."""
-
-    value: Json = None
-    heard: list[Json] = field(default_factory=list)
 
 
 class RankGroup:

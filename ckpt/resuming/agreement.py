@@ -6,9 +6,8 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ckpt.distributed.ranks import RankGroup
 from ckpt.folders import filenames
 from ckpt.runs import digests
 from ckpt.runs import manifest as manifests
@@ -16,6 +15,9 @@ from ckpt.runs.foreign import liveness
 from ckpt.runs.run import RunCheckpoint, open_checkpoint
 from converters.errors import CheckpointError
 from converters.storage import local
+
+if TYPE_CHECKING:
+    from ckpt.distributed.ranks import RankGroup
 
 # looks, a second apart, until the files of a checkpoint are the same on all ranks
 PATIENCE = 3

@@ -56,6 +56,7 @@ class ResumeRequest:
     verify: VerifyLevel = "structure"
     on_mismatch: OnMismatch = "error"
     load_foreign: bool = False
+    committed_only: bool = False
     reshard: Reshard = None
     memory: str | int | None = None
     options: LoadOptions = field(default_factory=LoadOptions)
@@ -118,7 +119,9 @@ class ResumeRequest:
         ranks = self.ranks
         layout = Layout.of_engine(engine, ranks.world)
         options = (self.tag, self.verify, self.load_foreign, layout.topology.fits)
-        checkpoint = select.select_checkpoint(ranks, self.path, *options)
+        checkpoint = select.select_checkpoint(
+            ranks, self.path, *options, committed_only=self.committed_only
+        )
         if checkpoint is None:
             if not ranks.rank:
                 log.info("%s has no checkpoint yet", self.path)

@@ -45,6 +45,7 @@ def resume(
     load_module_only: bool = False,
     load_module_strict: bool = True,
     load_foreign: bool = False,
+    committed_only: bool = False,
     reshard: Reshard = None,
     memory: str | int | None = None,
     timeout: float = TIMEOUT,
@@ -72,7 +73,10 @@ def resume(
       optimizer is a new one, and the loss scale begins at its initial value
     - ``load_module_only``: the weights and nothing else: no counters, random states or
       extras; returns 0
-    - ``load_foreign``: whether to load one without a manifest, where it is asked for
+    - ``load_foreign``: whether to load one without a manifest, where it is asked for,
+      though it cannot prove to be whole
+    - ``committed_only``: whether to pass over what has no manifest, also where it proves
+      to be whole; by default the newest of both kinds is taken, and a line says so
     - ``reshard="auto"``: one of another world size or ZeRO stage is resharded beside it
       first
     - ``memory``: what the ranks of a node may take of its memory for files that cannot
@@ -98,6 +102,7 @@ def resume(
         verify=verify,
         on_mismatch=on_mismatch,
         load_foreign=load_foreign,
+        committed_only=committed_only,
         reshard=reshard,
         memory=memory,
         options=options,

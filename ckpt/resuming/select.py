@@ -11,40 +11,25 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch.distributed as dist
-
-from ckpt.distributed.ranks import TIMEOUT, RankGroup, Step
-from ckpt.resuming import configured
+from ckpt.distributed.step import TIMEOUT, Step
 from ckpt.resuming.agreement import Sight, mismatch, rank_of
-from ckpt.resuming.candidates import (
-    WEIGHTS_ONLY,
-    Offers,
-    TopologyFilter,
-    candidate,
-    require_deepspeed,
-    unusable,
-)
-from ckpt.resuming.target import interpret
-from ckpt.resuming.topology import Reshard
-from ckpt.runs import manifest as manifests
-from ckpt.runs.foreign import liveness
-from ckpt.runs.lineage import Line
-from ckpt.runs.run import (
-    Run,
-    RunCheckpoint,
-    is_checkpoint,
-    is_numbered,
-    is_run,
-    members,
-)
-from ckpt.runs.verify import states
+from ckpt.runs.run import Run, RunCheckpoint, is_checkpoint, is_run
+from ckpt.runs.states.choice import requested
+from ckpt.runs.states.listing import candidate
+from ckpt.runs.states.offers import Offer, Offers, TopologyFilter
+from ckpt.runs.states.target import interpret
 from converters.errors import CheckpointError
 from converters.storage.store import local_path
+
+if TYPE_CHECKING:
+    from ckpt.distributed.ranks import RankGroup
+    from ckpt.resuming.topology import Reshard
 
 log = logging.getLogger("ckpt")
 
@@ -56,6 +41,7 @@ def find(
     path: str | os.PathLike[str],
     *,
     verify: VerifyLevel = "structure",
+    committed_only: bool = False,
     reshard: Reshard = None,
     timeout: float = TIMEOUT,
 ) -> str | None:
@@ -63,23 +49,49 @@ def find(
 
     Whatever wrote it: ckpt, or the Trainer (with DeepSpeed, FSDP, DDP, or on one GPU),
     Accelerate, Lightning or DeepSpeed alone, in which case it has to prove that it is
-    whole. ``path`` may be a checkpoint too. In a process group every rank calls it and
-    gets the same answer; ``verify="data"`` reads every byte. ``CheckpointError`` if
-    there are checkpoints and none can be used, or it is not clear which of them is of
-    this training.
+    whole, and a line says so; ``committed_only`` takes none of these. ``path`` may be a
+    checkpoint too. In a process group every rank calls it and gets the same answer;
+    without one it needs no torch. ``verify="data"`` reads every byte.
+    ``CheckpointError`` if there are checkpoints and none can be used, or it is not clear
+    which of them is of this training.
 
     Of several of one step, the one of this world size and ZeRO stage is taken, as far
     as these are known: with a process group, and from the configuration that the
     Trainer's arguments or Accelerate hold. One that does not load here is named on
     stderr; ``reshard="auto"`` reshards it beside it, once, and returns that.
     """
-    ranks = RankGroup("find", timeout) if dist.is_initialized() else None
+    ranks = _process_group("find", timeout)
+    fits = None
+    if ranks is not None:
+        from ckpt.resuming import configured
+
+        fits = configured.fits(ranks)
+
     checkpoint = select_checkpoint(
-        ranks, local_path(path), None, verify, fits=configured.fits(ranks), deepspeed=False
+        ranks,
+        local_path(path),
+        thorough=verify,
+        fits=fits,
+        deepspeed=False,
+        committed_only=committed_only,
     )
-    if checkpoint is None:
-        return None
+    if checkpoint is None or (ranks is None and reshard is None):
+        return None if checkpoint is None else str(checkpoint.folder)
+
+    from ckpt.resuming import configured
+
     return str(configured.offer(ranks, checkpoint.folder, reshard))
+
+
+def _process_group(call: str, timeout: float) -> RankGroup | None:
+    """All ranks; ``None`` without a process group, which there is none of without torch."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        return None
+
+    from ckpt.distributed.ranks import RankGroup
+
+    return RankGroup(call, timeout)
 
 
 def select_checkpoint(
@@ -90,13 +102,15 @@ def select_checkpoint(
     load_foreign: bool = False,
     fits: TopologyFilter | None = None,
     deepspeed: bool = True,
+    committed_only: bool = False,
 ) -> RunCheckpoint | None:
     """The checkpoint at ``path``, the one of this tag (or name, or step) in the run
     there, or the newest of that run; ``None`` if the run has none yet.
 
     ``load_foreign`` takes a checkpoint without a manifest that is asked for, though it
     cannot prove to be whole. Among those of one step, one that ``fits`` comes first.
-    ``deepspeed``: whether it is DeepSpeed that will load it.
+    ``deepspeed``: whether it is DeepSpeed that will load it. ``committed_only`` takes
+    none without a manifest.
     """
     path = Path(os.path.abspath(path))
     with _step(ranks) as target:
@@ -109,94 +123,57 @@ def select_checkpoint(
 
     kind, name = target.heard[0]
     if kind == "nothing":
-        with _step(ranks) as objections:
+        with _step(ranks):
             _require_nothing(path, [])
         return None
 
     if kind == "run":
-        return _newest(ranks, path, thorough == "data", fits, deepspeed)
+        with _step(ranks):
+            is_first = rank_of(ranks) == 0
+            offers = Offers(path, fits, deepspeed, committed_only) if is_first else None
+        return _newest(ranks, path, offers, thorough == "data")
 
     folder = path if name is None else path / name
     with _step(ranks) as offer:
         if rank_of(ranks) == 0:
-            offer.value = _requested(folder, tag, load_foreign, deepspeed).plain()
+            answer = requested(
+                folder,
+                tag,
+                load_foreign=load_foreign,
+                deepspeed=deepspeed,
+                committed_only=committed_only,
+            )
+            _tell_foreign(answer)
+            offer.value = Sight.of(answer.checkpoint).plain()
 
-    sight = Sight.parse(offer.heard[0])
+    _require_sight(ranks, folder, Sight.parse(offer.heard[0]), thorough == "data")
+    return candidate(folder)
+
+
+def _require_sight(ranks: RankGroup | None, folder: Path, sight: Sight, data: bool) -> None:
+    """``CheckpointError`` unless every rank sees the checkpoint that rank 0 sees."""
     with _step(ranks) as objections:
-        objections.value = mismatch(ranks, folder, sight, thorough == "data")
+        objections.value = mismatch(ranks, folder, sight, data)
     with _step(ranks):
         for rank, reason in enumerate(objections.heard if rank_of(ranks) == 0 else ()):
             if reason is not None:
                 raise CheckpointError(f"rank {rank}: {folder}: {reason}", "incomplete")
 
-    return candidate(folder)
 
-
-def _requested(
-    folder: Path,
-    tag: str | None,
-    load_foreign: bool,
-    deepspeed: bool,
-) -> Sight:
-    """The checkpoint that was asked for, on rank 0.
-
-    ``CheckpointError`` unless it is whole, as far as rank 0 can see without reading
-    every byte.
-    """
-    checkpoint = candidate(folder)
-    if checkpoint.manifest is None and checkpoint.why == manifests.ABSENT:
-        tag_folder = tag if tag is not None and (folder / tag).is_dir() else None
-        if load_foreign and states(folder, tag_folder)[1] is None:
-            return Sight.of(checkpoint)
-
-        proof = liveness.prove_at_rest(folder, tag_folder)
-        if not proof.resumable:
-            raise CheckpointError(
-                f"{folder} cannot be resumed from: {WEIGHTS_ONLY}",
-                "incomplete",
-            )
-
-        if deepspeed:
-            require_deepspeed(proof)
-        log.info("%s was written without ckpt and is whole", folder)
-        return Sight.of(checkpoint)
-
-    reason = unusable(checkpoint)
-    if reason is not None:
-        siblings = reversed(_of_its_run(checkpoint))
-        usable = (sibling for sibling in siblings if sibling.unusable is None)
-        newest = next(usable, None)
-        alternative = f"; the newest committed one is {newest.folder}" if newest else ""
-        raise CheckpointError(
-            f"{folder} cannot be resumed from: {reason}{alternative}", "incomplete"
+def _tell_foreign(offer: Offer) -> None:
+    """Logs that a checkpoint is taken which no save committed."""
+    if offer.proof is not None:
+        log.info(
+            "%s is complete, not committed (written by %s): going on from it",
+            offer.checkpoint.folder,
+            offer.proof.kind,
         )
-
-    return Sight.of(checkpoint)
-
-
-def _of_its_run(checkpoint: RunCheckpoint) -> list[RunCheckpoint]:
-    """The other committed checkpoints of the same run, which an error may offer instead.
-
-    What lies beside a folder may be of another training: the manifests tell. Without
-    one, only what is numbered as it is counts.
-    """
-    folder, manifest = checkpoint.folder, checkpoint.manifest
-    siblings = Run(folder.parent).checkpoints()
-    if manifest is not None and manifest.run is not None:
-        line_members = members(siblings, Line.of(manifest))
-        return [member for member in line_members if member.folder != folder]
-    if not is_numbered(folder):
-        return []
-
-    committed = [sibling for sibling in siblings if sibling.folder != folder and sibling.manifest]
-    return [checkpoint for checkpoint in committed if is_numbered(checkpoint.folder)]
 
 
 def _newest(
-    ranks: RankGroup | None, run: Path, data: bool, fits: TopologyFilter | None, deepspeed: bool
+    ranks: RankGroup | None, run: Path, offers: Offers | None, data: bool
 ) -> RunCheckpoint | None:
-    with _step(ranks):
-        offers = Offers(run, fits, deepspeed) if rank_of(ranks) == 0 else None
+    """The newest that all ranks accept; ``offers`` are rank 0's."""
     remaining_offers = iter(offers or ())
     while True:
         with _step(ranks) as offer_step:
@@ -223,8 +200,8 @@ def _newest(
                 offers.skip(path, reasons[0])
 
         if verdict.heard[0] is None:
-            if offer is not None and offer.proof is not None:
-                log.info("%s was written without ckpt and is whole: going on from it", path)
+            if offer is not None:
+                _tell_foreign(offer)
             return candidate(path)
 
     with _step(ranks) as offered_names:

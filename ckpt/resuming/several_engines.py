@@ -124,6 +124,7 @@ def _choose(
         resume_request.verify,
         False,
         current_topology.fits,
+        committed_only=resume_request.committed_only,
     )
     if checkpoint is None:
         if not resume_request.ranks.rank:

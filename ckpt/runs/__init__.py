@@ -7,7 +7,6 @@ manifest           the commit record of a checkpoint
 fields             what its fields may be
 digests            what binds the bytes of a file, and files checked against it
 user_paths         what a path that a user gave is: a run, a checkpoint, or neither
-status             committed, complete or incomplete, whoever wrote it
 verify             whether a checkpoint is whole
 lineage            which training saved it, and the launches that led to it
 engines            several engines in one checkpoint
@@ -15,6 +14,7 @@ lease/             one job at a time saves into a folder
 retention          which checkpoints to keep: a value and a pure function
 pruning, deletion  deletion that no crash turns into half a checkpoint
 foreign/           checkpoints that were written without ckpt, or by another training
+states/            committed, complete or incomplete, whoever wrote it; which one a resume takes
 upkeep/            doctor, adoption, slim, collect
 
 Nothing here imports torch: a run is managed from any machine that sees its folder.

@@ -162,7 +162,10 @@ def require_read(error: CheckpointError) -> None:
 
 
 def bytes_under(folder: Path) -> int:
-    """Bytes of all files below a folder; what vanishes meanwhile is not counted."""
+    """Bytes of all files below a folder, or of a file; what vanishes meanwhile is not counted."""
+    if folder.is_file():
+        return folder.stat().st_size
+
     total_bytes = 0
     for parent, _, names in os.walk(folder):
         for file_name in names:

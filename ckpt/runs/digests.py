@@ -27,7 +27,9 @@ from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.storage import local
 from converters.storage.local_store import LocalFile
+from converters.storage.store import File
 from converters.torch_files import zip_directory
+from converters.torch_files.zip_directory import Directory
 
 LARGE = 64 << 20  # bytes; SHA-256 takes several times as long as CRC32
 CHUNK = 8 << 20  # bytes in memory at a time
@@ -60,21 +62,22 @@ class FileRecord:
         return self.digest.partition(":")[0]
 
 
-def digest(path: Path) -> FileRecord:
+def digest(path: Path, progress: Progress = quiet) -> FileRecord:
     """The size and digest of a file, of the kind that its form allows; ``OSError`` if unreadable.
 
-    A torch zip's tensors are not read: 1 GB takes as long as 1 MB.
+    A torch zip's tensors are not read: 1 GB takes as long as 1 MB. ``progress`` gets the
+    bytes that are.
     """
     with open(path, "rb") as stream:
         file_size = os.fstat(stream.fileno()).st_size
         if path.suffix == ".safetensors":
-            return FileRecord(file_size, _crc32(stream, file_size, quiet))
+            return FileRecord(file_size, _crc32(stream, file_size, progress))
         if (directory_digest := _directory_digest(stream)) is not None:
             return FileRecord(file_size, f"zip:{directory_digest}")
         if file_size > LARGE:
-            return FileRecord(file_size, _crc32(stream, file_size, quiet))
+            return FileRecord(file_size, _crc32(stream, file_size, progress))
 
-        return FileRecord(file_size, _sha256(stream, file_size, quiet))
+        return FileRecord(file_size, _sha256(stream, file_size, progress))
 
 
 def unlike(path: Path, expected: FileRecord, data: bool, progress: Progress) -> str | None:
@@ -130,15 +133,22 @@ def _as_file(stream: BinaryIO) -> LocalFile:
     return LocalFile(Path(stream.name), stream.fileno())
 
 
-def _directory_digest(stream: BinaryIO) -> str | None:
-    """The SHA-256 from the central directory on; ``None`` unless it binds every record's bytes."""
+def directory_of(stream: BinaryIO) -> Directory | None:
+    """The directory of an open torch zip; ``None`` for another file, and a damaged one."""
     stream.seek(0)
     if stream.read(4) != b"PK\x03\x04":
         return None
 
     try:
-        directory = zip_directory.read(_as_file(stream), Path(stream.name))
+        return zip_directory.read(_as_file(stream), Path(stream.name))
     except CheckpointError:
+        return None
+
+
+def _directory_digest(stream: BinaryIO) -> str | None:
+    """The SHA-256 from the central directory on; ``None`` unless it binds every record's bytes."""
+    directory = directory_of(stream)
+    if directory is None:
         return None
 
     binds_all = all(record.crc32 for record in directory.records.values() if record.size)
@@ -148,28 +158,47 @@ def _directory_digest(stream: BinaryIO) -> str | None:
 
 def _check_records(stream: BinaryIO, file_size: int, progress: Progress) -> str | None:
     """What is wrong with the bytes of the records, by the CRC32s of the directory."""
-    from isal import isal_zlib
-
-    bytes_read = 0
     file = _as_file(stream)
     directory = zip_directory.read(file, Path(stream.name))
-    for record_name, record in directory.records.items():
-        try:
-            stream.seek(directory.payload(file, record_name))
-        except CheckpointError as error:
-            return str(error)
+    for record_name in directory.records:
+        fault = record_fault(stream, file, directory, record_name, progress)
+        if fault is not None:
+            return fault
 
-        running_crc, remaining = 0, record.size
-        for block in _blocks(stream, remaining):
-            running_crc = isal_zlib.crc32(block, running_crc)
-            remaining -= len(block)
-            progress(len(block))
-            bytes_read += len(block)
+    progress(file_size - sum(record.size for record in directory.records.values()))
 
-        if remaining or running_crc != record.crc32:
-            return f"record {record_name} has CRC32 {running_crc:08x}, expected {record.crc32:08x}"
+    return None
 
-    progress(file_size - bytes_read)
+
+def record_fault(
+    stream: BinaryIO,
+    file: File,
+    directory: Directory,
+    record_name: str,
+    progress: Progress,
+    start: int = 0,
+) -> str | None:
+    """What is wrong with the bytes of a record, by its CRC32; ``None`` if nothing is.
+
+    ``file`` is what the directory was read from: the open file, or a part of it that
+    begins at byte ``start``.
+    """
+    from isal import isal_zlib
+
+    record = directory.records[record_name]
+    try:
+        stream.seek(start + directory.payload(file, record_name))
+    except CheckpointError as error:
+        return str(error)
+
+    running_crc, remaining = 0, record.size
+    for block in _blocks(stream, remaining):
+        running_crc = isal_zlib.crc32(block, running_crc)
+        remaining -= len(block)
+        progress(len(block))
+
+    if remaining or running_crc != record.crc32:
+        return f"record {record_name} has CRC32 {running_crc:08x}, expected {record.crc32:08x}"
 
     return None
 

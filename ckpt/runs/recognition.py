@@ -82,6 +82,11 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def is_weights(name: str) -> bool:
+    """Whether this file of a checkpoint holds its loadable weights, or is their index."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
 def is_spare(name: str) -> bool:
     """Whether no resume reads this file of a checkpoint: its loadable weights, and what is of them.
 

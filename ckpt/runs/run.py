@@ -135,13 +135,10 @@ class Run:
             raise ValueError(f"{name!r} is not a pointer; expected latest or best")
 
         pointer_path = self.path / name
+        if checkpoint is not None:
+            self.require_committed(name, checkpoint)
         if checkpoint is None:
             pointer_path.unlink(missing_ok=True)
-        elif checkpoint.why is not None:
-            raise CheckpointError(
-                f"{checkpoint.folder} is not committed ({checkpoint.why}); {name} stays as it is",
-                "refused",
-            )
         elif self.target(name) == checkpoint.pointer:
             return
         else:
@@ -151,6 +148,20 @@ class Run:
             )
 
         local.sync_folder(self.path)
+
+    def require_committed(self, name: str, checkpoint: RunCheckpoint) -> None:
+        """``CheckpointError`` where a pointer may not name the checkpoint."""
+        if checkpoint.why is None:
+            return
+
+        remedy = ""
+        if checkpoint.why == manifests.ABSENT:
+            remedy = f"; ckpt doctor {checkpoint.folder} --adopt commits it if it is complete"
+        raise CheckpointError(
+            f"{checkpoint.folder} is not committed ({checkpoint.why}); {name} stays as it "
+            f"is{remedy}",
+            "refused",
+        )
 
     def find(self, which: str) -> RunCheckpoint:
         """The checkpoint meant by ``latest``, ``best``, a step or a folder's name.

@@ -135,6 +135,7 @@ def load_state(
     renamed: Mapping[str, str] | None = None,
     load_optimizer_states: bool = True,
     load_foreign: bool = False,
+    committed_only: bool = False,
     reshard: Reshard = None,
     timeout: float = TIMEOUT,
     **load_model_func_kwargs: Any,
@@ -170,6 +171,7 @@ def load_state(
         verify=verify,
         on_mismatch=on_mismatch,
         load_foreign=load_foreign,
+        committed_only=committed_only,
         reshard=reshard,
         options=options,
     )

@@ -98,7 +98,7 @@ def test_it_is_mended_and_slimmed_as_a_whole(saved: Path, monkeypatch: pytest.Mo
     (folder / "critic/latest").unlink()
     (finding,) = [
         f
-        for f in doctor.diagnose(Run(saved / "back"))
+        for f in doctor.diagnose(Run(saved / "back")).findings
         if f.path.name == "latest" and f.path.parent.name == "critic"
     ]
     assert finding.path == folder / "critic/latest" and finding.mend is not None

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from oracles import FIXTURES, ROOT, surroundings
-from run_folders import SOURCE, commit, real, small
-from safetensors.torch import save_file
+from run_folders import commit, real, small
+from stock_checkpoints import accelerates, dcp, lightnings, sharded, state, stock, trainers
 
 import ckpt
 from ckpt.cli.main import main
@@ -34,68 +33,6 @@ Make = Callable[[Path], None]
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two looks follow each other at once."""
     monkeypatch.setattr(liveness, "PAUSE", 0.05)
-
-
-def state(step: int, log: list[dict[str, Any]] | None = None) -> str:
-    return json.dumps({"global_step": step, "epoch": 1.0, "log_history": log or []})
-
-
-def trainers(folder: Path, step: int, ranks: int = 2, log: Any = None) -> Path:
-    """As the Trainer saves under DDP, or alone."""
-    folder.mkdir(parents=True)
-    save_file({"w": torch.ones(3)}, folder / "model.safetensors")
-    torch.save({"state": {0: {"exp_avg": torch.ones(3)}}}, folder / "optimizer.pt")
-    torch.save({"last_epoch": step}, folder / "scheduler.pt")
-    for rank in range(ranks):
-        name = f"rng_state_{rank}.pth" if ranks > 1 else "rng_state.pth"
-        torch.save({"cpu": torch.get_rng_state()}, folder / name)
-    (folder / "trainer_state.json").write_text(state(step, log))
-    return folder
-
-
-def dcp(folder: Path) -> None:
-    """A folder of torch's distributed checkpoint."""
-    import torch.distributed.checkpoint as distributed
-
-    distributed.save({"w": torch.ones(3)}, checkpoint_id=folder, no_dist=True)
-
-
-def sharded(folder: Path, step: int) -> Path:
-    """As the Trainer saves with FSDP."""
-    trainers(folder, step)
-    for name in ("model.safetensors", "optimizer.pt"):
-        (folder / name).unlink()
-    dcp(folder / "pytorch_model_fsdp_0")
-    dcp(folder / "optimizer_0")
-    (folder / "trainer_state.json").touch()  # which is written last
-    return folder
-
-
-def accelerates(folder: Path, ranks: int = 2) -> Path:
-    """As ``accelerator.save_state`` writes without DeepSpeed."""
-    folder.mkdir(parents=True)
-    save_file({"w": torch.ones(3)}, folder / "model.safetensors")
-    torch.save({"state": {}}, folder / "optimizer.bin")
-    torch.save({"last_epoch": 1}, folder / "scheduler.bin")
-    for rank in range(ranks):
-        torch.save({"step": 1}, folder / f"random_states_{rank}.pkl")
-    return folder
-
-
-def lightnings(path: Path, step: int) -> Path:
-    """As Lightning saves with any strategy but DeepSpeed's and FSDP's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    held = {"pytorch-lightning_version": "2.6.6", "global_step": step, "loops": {}}
-    torch.save({**held, "state_dict": {"w": torch.ones(3)}, "optimizer_states": [{}]}, path)
-    return path
-
-
-def stock(run: Path, step: int, log: Any = None) -> Path:
-    """As the Trainer saves with DeepSpeed, ZeRO-2 on two ranks."""
-    folder = run / f"checkpoint-{step}"
-    shutil.copytree(SOURCE, folder)
-    (folder / "trainer_state.json").write_text(state(step, log))
-    return folder
 
 
 @pytest.mark.parametrize("part", ["trainer", "loops", "lightning"])
@@ -129,7 +66,7 @@ def test_the_newest_is_found_whoever_wrote_it(
     (path,) = (tmp_path / "run").iterdir()
     assert prove(path).kind == kind
     assert ckpt.find(tmp_path / "run") == str(path)
-    assert f"{path} was written without ckpt and is whole" in logged()
+    assert f"{path} is complete, not committed (written by {kind})" in logged()
     assert ckpt.find(path) == str(path)
     assert ckpt.find(tmp_path / "run", verify="data") == str(path)
 
@@ -246,7 +183,10 @@ def test_after_a_week_without_ckpt_the_newest_is_gone_on_from(
     os.truncate(torn / "latest", 0)
     assert ckpt.find(tmp_path) == str(whole)
     said = logged()
-    assert f"{whole} was written without ckpt and is whole: going on from it" in said
+    assert (
+        f"{whole} is complete, not committed (written by the Trainer with DeepSpeed): going on"
+        in said
+    )
     found = select_checkpoint(None, tmp_path)
     assert found is not None and found.folder == whole
     assert select_checkpoint(None, tmp_path, "4") == found == select_checkpoint(None, whole)
@@ -413,14 +353,16 @@ def test_an_interrupted_save_of_deepspeed_over_an_older_one_is_none(tmp_path: Pa
 def test_latest_says_which_newer_one_a_resume_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old, new = committed(tmp_path, 2, LOG), stock(tmp_path, 4, MORE)
+    committed(tmp_path, 2, LOG)
+    new = stock(tmp_path, 4, MORE)
     with pytest.raises(SystemExit) as exit:
         main(["latest", str(tmp_path)])
     said = capsys.readouterr()
-    assert exit.value.code == 0 and said.out == f"{old}\n"
+    assert exit.value.code == 0 and said.out == f"{new}\n"
     assert (
-        f"{new}: it has no manifest.json, but is whole, by the Trainer with DeepSpeed" in said.err
-    )
+        f"{new} is complete, not committed: written by the Trainer with DeepSpeed; ckpt doctor "
+        f"{tmp_path} --adopt commits it"
+    ) in said.err
 
 
 def test_damaged_weights_of_a_run_of_weights_are_no_lost_training(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_what_a_failed_start_left_is_removed_unless_it_lives(tmp_path: Path) -> 
     folder = locks.exclusive(tmp_path / ".preflight-alive/.lock")
     assert nonce is not None and folder is not None
     with nonce, folder:
-        found = [finding.path.name for finding in doctor.diagnose(Run(tmp_path))]
+        found = [finding.path.name for finding in doctor.diagnose(Run(tmp_path)).findings]
         assert found == [".nonce-dead", ".preflight-dead"]
         leftovers.clear(tmp_path)
     left = sorted(path.name for path in tmp_path.iterdir())
@@ -181,7 +181,8 @@ def test_a_deletion_without_a_rename_that_a_crash_cut_short_is_finished(tmp_path
         small(tmp_path, step)
     folder = tmp_path / "checkpoint-2"
     (folder / "manifest.json").rename(folder / pruning.DELETED)
-    assert [finding.what for finding in doctor.diagnose(Run(tmp_path)) if finding.mend][:1] == [
+    findings = doctor.diagnose(Run(tmp_path)).findings
+    assert [finding.what for finding in findings if finding.mend][:1] == [
         "a deletion that was interrupted"
     ]
     pruning.prune(Run(tmp_path), Retention(last=1))

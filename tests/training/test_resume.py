@@ -66,7 +66,7 @@ def test_what_is_amiss_is_told_on_every_rank_and_never_becomes_a_fresh_start(
     cut = "manifest.json lists global_step3/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     assert f"ckpt: passed over {tmp_path}/torn/checkpoint-3: {cut}" in said
     assert re.search(rf"passed over {tmp_path}/spoilt/checkpoint-3: .*CRC32", said)
-    assert f"{tmp_path}/bare/checkpoint-3 was written without ckpt and is whole: going on" in said
+    assert f"{tmp_path}/bare/checkpoint-3 is complete, not committed (written by" in said
     assert said.count(f"{tmp_path}/light holds weights only, nothing to resume from") == 2
     mine, other = (json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in (0, 1))
     expected = {

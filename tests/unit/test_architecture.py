@@ -37,7 +37,7 @@ ckpt.deprecation ckpt.results
 ckpt.cli.results ckpt.folders ckpt.distributed ckpt.weights
 ckpt.runs
 ckpt.runs.foreign ckpt.state ckpt.weights.companions
-ckpt.rewrite ckpt.saving.commit ckpt.weights.output ckpt.weights.reader
+ckpt.rewrite ckpt.runs.states ckpt.saving.commit ckpt.weights.output ckpt.weights.reader
 ckpt.weights.naming
 ckpt.engine ckpt.weights.adapters
 ckpt.runs.upkeep ckpt.weights.merge ckpt.weights.check ckpt.weights.opening

@@ -53,6 +53,9 @@ TAKEN = {
     "deepspeed-several": (*ON_RUNS, "push", "slim", "collect"),
     "weights-tier": (*ON_RUNS, "slim", "push", "collect"),
     "slimmed": (*ON_RUNS, "slim", "push", "collect"),
+    # a run of what torch.distributed.checkpoint saved, and a checkpoint of Lightning
+    "parent": ("ls", "verify", "latest", "doctor", "doctor --adopt", "prune"),
+    "lightning-file": ("ls", "verify", "doctor --adopt"),
     "deepspeed-universal": ("doctor --adopt", "pin", "unpin", "from-universal"),
 } | dict.fromkeys(STATES, ("latest", "doctor", "doctor --adopt", "prune", "pin", "unpin"))
 
@@ -132,7 +135,7 @@ def test_a_checkpoint_of_another_library_in_a_run_is_named(
 ) -> None:
     dcp(tmp_path / "checkpoint-5")
     run("ls", tmp_path)
-    assert "checkpoint of FSDP or torch.distributed.checkpoint; not committed" in (
+    assert "checkpoint of FSDP or torch.distributed.checkpoint; incomplete: " in (
         capsys.readouterr().out
     )
     for command in (["push", "org/name"], ["slim"]):
@@ -294,7 +297,7 @@ def test_doctor_finds_the_damage_of_what_deepspeed_saved(
     if damage == "pointer":
         states.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     run("doctor", saved, code=1)
-    assert f"found\t{saved / TAG}: not whole: " in capsys.readouterr().out
+    assert f"found\t{saved / TAG}: incomplete: " in capsys.readouterr().out
 
 
 def test_a_find_says_of_what_it_passes_over_what_it_is(

@@ -532,10 +532,10 @@ def test_doctor_leaves_the_lease_of_another_machine_for_a_while(tmp_path: Path) 
     away = replace(ProcessIdentity.current(), machine="another boot")
     for name in (NAME, f"{NAME}-1"):
         (tmp_path / name).write_bytes(replace(Holder.current(), process=away).dumps())
-    assert not doctor.diagnose(Run(tmp_path))
+    assert not doctor.diagnose(Run(tmp_path)).findings
     hour = time.time() - 3600
     for name in (NAME, f"{NAME}-1"):
         os.utime(tmp_path / name, (hour, hour))
     done, left = doctor.mend(Run(tmp_path))
-    assert len(done) == 2 and not left
+    assert len(done) == 2 and not left.findings
     assert os.listdir(tmp_path) == []

@@ -14,12 +14,13 @@ from oracles import run as command
 from run_folders import SOURCE, listed, real
 
 from ckpt.folders import filenames
-from ckpt.resuming import candidates, select
+from ckpt.resuming import select
 from ckpt.runs import manifest, pruning
 from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.retention import Retention
 from ckpt.runs.run import Run, RunCheckpoint, leading, members, open_checkpoint
+from ckpt.runs.states import choice, offers
 from ckpt.runs.upkeep import adoption
 from ckpt.runs.upkeep.doctor import diagnose
 from ckpt.saving.commit import collision, identity
@@ -143,7 +144,7 @@ def test_older_manifests_are_one_run_that_goes_on(tmp_path: Path) -> None:
 def test_a_resume_follows_the_run_that_saved_last_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (candidates, select):
+    for module in (choice, offers):
         monkeypatch.setattr(module, "unusable", lambda c: c.unusable)
     old, new = Line.begin(), Line.begin()
     save(tmp_path, 8, old)
@@ -215,8 +216,9 @@ def test_the_first_line_of_a_new_training_names_what_is_there(
 
 
 def test_the_command_line_shows_and_removes_other_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(offers, "unusable", lambda checkpoint: checkpoint.unusable)
     first, second, third = Line.begin(), Line.begin(), Line.begin()
     save(tmp_path, 8, first)
     save(tmp_path, 9, second)
@@ -224,7 +226,7 @@ def test_the_command_line_shows_and_removes_other_runs(
     save(tmp_path, 3, third)
     run = Run(tmp_path)
     run.point("latest", leading(run.checkpoints()))
-    assert not diagnose(run)
+    assert not diagnose(run).findings
 
     command("ls", str(tmp_path))
     table = capsys.readouterr().out

@@ -30,6 +30,7 @@ from ckpt.runs import manifest, pruning
 from ckpt.runs.foreign import completeness, liveness
 from ckpt.runs.retention import Retention
 from ckpt.runs.run import Run, open_checkpoint
+from ckpt.runs.states import status
 from ckpt.runs.upkeep import adoption, collect, doctor, findings, slim
 from converters.errors import CheckpointError
 from converters.zero import checkpoint as zero
@@ -57,7 +58,10 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def found(run: Run) -> dict[str, str]:
-    return {f.path.relative_to(run.path).as_posix(): f.remedy or "" for f in doctor.diagnose(run)}
+    return {
+        f.path.relative_to(run.path).as_posix(): f.remedy or ""
+        for f in doctor.diagnose(run).findings
+    }
 
 
 @pytest.fixture
@@ -188,14 +192,16 @@ def test_a_damaged_committed_folder_is_set_aside_and_latest_moves_back(
     assert (out.path / ".checkpoint-4.torn").is_dir()
 
 
-@pytest.mark.parametrize("kept", ["model.safetensors", "pytorch_model.bin"])
-def test_a_trainers_folder_without_deepspeed_is_not_torn(kept: str, out: Run, later: Later) -> None:
+@pytest.mark.parametrize(("kept", "code"), [("model.safetensors", 0), ("pytorch_model.bin", 1)])
+def test_a_trainers_folder_without_deepspeed_is_not_torn(
+    kept: str, code: int, out: Run, later: Later
+) -> None:
     folder = out.path / "checkpoint-6"
     folder.mkdir()
     shutil.copy(SOURCE / "model.safetensors", folder / kept)
     shutil.copy(SOURCE / "trainer_state.json", folder)
     later()
-    run("doctor", out.path, "--fix", code=1)
+    run("doctor", out.path, "--fix", code=code)  # complete weights, or no file of torch
     assert folder.is_dir()
 
 
@@ -228,7 +234,8 @@ def test_a_whole_checkpoint_that_lacks_only_its_latest_gets_it(
     if text is not None:
         (folder / "latest").write_text(text)  # empty: what a power loss leaves
     later()
-    run("doctor", tmp_path, "--fix", code=1)
+    run("doctor", tmp_path, code=1)
+    run("doctor", tmp_path, "--fix")
     assert (folder / "latest").read_text() == "global_step2"
     run("doctor", tmp_path, "--adopt")
     run("doctor", tmp_path, "--fix")
@@ -240,7 +247,7 @@ def test_folders_of_kinds_that_are_not_read_here_are_not_torn(out: Run, later: L
         folder = out.path / f"checkpoint-{number}"
         shutil.copytree(FIXTURES / "corpus" / name, folder)
     later()
-    run("doctor", out.path, "--fix", code=1)
+    run("doctor", out.path, "--fix")
     assert {c.name for c in out.checkpoints()} >= {"checkpoint-6", "checkpoint-7"}
 
 
@@ -348,15 +355,25 @@ def test_one_that_changes_is_not_adopted(
 ) -> None:
     folder = tmp_path / "checkpoint-2"
     shutil.copytree(SOURCE, folder)
-    proven = liveness.prove
+    proven, digest = status.prove, manifest.digest
 
-    def prove(path: Path, tag: str | None) -> Any:
+    def prove(path: Path) -> Any:
         (folder / "rng_state_2.pth").write_bytes(b"a rank that is late")
-        return proven(path, tag) if tag else completeness.Proof(path, "x", 2, "global_step2")
+        return completeness.Proof(path, "x", 2, "global_step2", shapes={})
 
-    monkeypatch.setattr(liveness, "prove", prove)
+    monkeypatch.setattr(status, "prove", prove)
     run("doctor", tmp_path, "--adopt", code=1)
     assert "is being written right now" in capsys.readouterr().out
+
+    def late_digest(path: Path, progress: Any) -> Any:
+        (folder / "late.json").write_text("{}")
+        return digest(path, progress)
+
+    (folder / "rng_state_2.pth").unlink()
+    monkeypatch.setattr(status, "prove", proven)
+    monkeypatch.setattr(manifest, "digest", late_digest)
+    run("doctor", tmp_path, "--adopt", code=1)
+    assert "it changed while it was read" in capsys.readouterr().out
     assert not open_checkpoint(folder).committed
 
 

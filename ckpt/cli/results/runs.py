@@ -11,7 +11,8 @@ from pathlib import Path
 class CheckpointEntry:
     """A checkpoint of a run.
 
-    ``reason`` says why it is not committed, ``lacks`` what was deleted from it by hand.
+    ``state`` is committed, complete, incomplete or unknown; ``reason`` says why it is not
+    committed, ``written_by`` who wrote a complete one, ``lacks`` what was deleted by hand.
     ``kind`` is the name of its row in ``converters.detect.kinds``. ``marks`` are latest,
     best, pinned, in use. ``current`` is whether it belongs to the
     run that saved last, and to what that run did not go back from.
@@ -22,11 +23,13 @@ class CheckpointEntry:
     kind: str
     step: int | None
     committed: bool
+    state: str
+    written_by: str | None
     reason: str | None
     lacks: str | None
     tier: str | None
     nbytes: int
-    created: float | None
+    created: float
     metrics: Mapping[str, float]
     marks: tuple[str, ...]
     tag: str | None
@@ -50,14 +53,22 @@ class ListResult:
 class VerifyEntry:
     """Whether a checkpoint is whole: ``problems`` are lines on what is not, ``proven`` on what is.
 
-    ``checked`` is data where every byte was read, structure otherwise.
+    ``checked`` is data where every byte was read that has a checksum, sample where
+    ``sample`` percent of the records and files were, chosen by ``seed``, and structure
+    otherwise. ``no_checksum_bytes`` have none, so that nothing can be said of them.
     """
 
     path: Path
     step: int | None
     committed: bool
+    state: str
+    written_by: str | None
     whole: bool
     checked: str
+    checked_bytes: int
+    no_checksum_bytes: int
+    sample: float | None
+    seed: int | None
     problems: tuple[str, ...]
     proven: tuple[str, ...]
 
@@ -79,11 +90,16 @@ class SkippedCheckpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatestResult:
-    """The checkpoint that a resume takes. ``pointer`` is the text of the file latest, or best."""
+    """The checkpoint that a resume takes. ``pointer`` is the text of the file latest, or best.
+
+    ``state`` and ``written_by`` as in ``CheckpointEntry``.
+    """
 
     dry_run: bool
     path: Path
     step: int | None
+    state: str
+    written_by: str | None
     pointer: str | None
     passed_over: tuple[SkippedCheckpoint, ...]
 
@@ -107,10 +123,22 @@ class PruneEntry:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UntouchedEntry:
+    """A checkpoint that is not committed, and so was left alone; ``reason`` as in ``ls``."""
+
+    path: Path
+    state: str
+    written_by: str | None
+    reason: str | None
+    nbytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class PruneResult:
     """What was deleted, or would be. ``freed_bytes`` is what that takes."""
 
     dry_run: bool
     checkpoints: tuple[PruneEntry, ...]
+    untouched: tuple[UntouchedEntry, ...]
     freed_bytes: int

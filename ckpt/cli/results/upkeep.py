@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckpt.cli.results.runs import UntouchedEntry
+from ckpt.results import FileEntry
+
 
 @dataclass(frozen=True, slots=True)
 class FindingEntry:
@@ -22,18 +25,22 @@ class FindingEntry:
 
 @dataclass(frozen=True, slots=True)
 class DoctorResult:
-    """What was found, first what was mended."""
+    """What was found, first what was mended; ``untouched`` are the complete checkpoints that
+    no save committed, which are no findings."""
 
     dry_run: bool
     findings: tuple[FindingEntry, ...]
+    untouched: tuple[UntouchedEntry, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdoptionEntry:
-    """A checkpoint without a manifest, whether it got one, and if not, why."""
+    """A checkpoint that had no manifest, its state then, whether it got one, and if not, why."""
 
     path: Path
     adopted: bool
+    state: str
+    written_by: str | None
     reason: str | None
 
 
@@ -49,11 +56,14 @@ class AdoptResult:
 class SlimResult:
     """A checkpoint made weights-only: names of the files that went, and their bytes.
 
-    ``proven`` are lines on the weights that stay.
+    ``proven`` are lines on the weights that stay, ``dtypes`` their element types. ``files``
+    are fp32 weights that are written for it.
     """
 
     dry_run: bool
     path: Path
+    dtypes: tuple[str, ...]
+    files: tuple[FileEntry, ...]
     proven: tuple[str, ...]
     deleted: tuple[str, ...]
     nbytes: int

@@ -5,6 +5,7 @@ intact_files  whether its files are whole, by their own form
 parallel      pipeline, tensor and expert parallelism, which are not read
 succession    whether it goes on from a committed one
 liveness      whether somebody writes it right now
+evaluation    its metrics, as the Trainer logged them
 overwriting   whether two saves are mixed in it
 torn          whether a folder can be a checkpoint at all
 """

@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,8 @@ def require_dcp(folder: Path) -> None:
 
     needed_ends: dict[str, int] = defaultdict(int)
     for path in metadata_paths:
-        for name, needed_end in _pieces(path):
-            needed_ends[name] = max(needed_ends[name], needed_end)
+        for piece in dcp_pieces(path):
+            needed_ends[piece.name] = max(needed_ends[piece.name], piece.end)
 
     for name, needed_end in sorted(needed_ends.items()):
         path = folder / name
@@ -163,8 +164,22 @@ def require_dcp(folder: Path) -> None:
             )
 
 
-def _pieces(path: Path) -> Iterable[tuple[str, int]]:
-    """The file of each piece that ``.metadata`` describes, and the byte after the piece."""
+@dataclass(frozen=True, slots=True)
+class StoredPiece:
+    """Bytes of a tensor or object in a file of DCP: the file's name, its first byte, its bytes."""
+
+    name: str
+    offset: int
+    nbytes: int
+
+    @property
+    def end(self) -> int:
+        """The byte after it."""
+        return self.offset + self.nbytes
+
+
+def dcp_pieces(path: Path) -> Iterator[StoredPiece]:
+    """The pieces that a ``.metadata`` describes; ``CheckpointError`` if it is damaged."""
     if path.stat().st_size > _MAX_INDEX_BYTES:
         raise CheckpointError(f"{path} is over {_MAX_INDEX_BYTES} bytes", "refused")
 
@@ -196,7 +211,7 @@ def _pieces(path: Path) -> Iterable[tuple[str, int]]:
                 "unsupported",
             )
 
-        yield str(file_name), int(str(offset)) + int(str(length))
+        yield StoredPiece(str(file_name), int(str(offset)), int(str(length)))
 
 
 # accelerate 1.15 ``utils/fsdp_utils.py``

@@ -3,23 +3,28 @@
 Nobody said that its save finished, so everything that can be checked is: that it is
 whole by what its writer writes (``completeness``) and does not change meanwhile
 (``liveness``), and that every record of a torch zip has its CRC32.
+
+    survey    the states of all that have no valid manifest; one wait for all of them
+    adopt     reads their bytes, and writes the manifests
 """
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ckpt.folders import filenames
 from ckpt.runs import manifest
+from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.fields import FieldError
-from ckpt.runs.foreign import completeness, intact_files, liveness, succession
+from ckpt.runs.foreign import evaluation, intact_files, liveness, succession
+from ckpt.runs.foreign.completeness import Proof
 from ckpt.runs.manifest import Manifest
-from ckpt.runs.run import Run, RunCheckpoint
+from ckpt.runs.run import RunCheckpoint
+from ckpt.runs.states.status import CheckpointState, CheckpointStatus, statuses_of
 from ckpt.version import __version__
 from converters import detect
 from converters.errors import CheckpointError
@@ -37,32 +42,87 @@ class Adoption:
 
 @dataclass(frozen=True, slots=True)
 class AdoptionOutcome:
-    """What became of a checkpoint without a manifest; ``reason`` says why it got none."""
+    """What became of a checkpoint without a manifest; ``reason`` says why it got none.
 
-    folder: Path
+    One that is complete and of a kind that gets none, or of which ckpt cannot tell, has
+    not ``failed``.
+    """
+
+    status: CheckpointStatus
     adopted: bool
     reason: str | None = None
+    failed: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint."""
+        return self.status.checkpoint.folder
 
 
-def adopt(run: Run, dry_run: bool = False) -> list[AdoptionOutcome]:
-    """Commits what is whole; returns every checkpoint without a manifest, and why it got none.
+def survey(
+    checkpoints: Iterable[RunCheckpoint], wait: bool = True, progress: Progress = quiet
+) -> list[CheckpointStatus]:
+    """The states of those checkpoints that have no valid manifest; as ``statuses_of``.
 
-    ``dry_run`` proves the same and writes nothing.
+    One whose manifest is damaged is judged as if it had none.
+    """
+    candidates = [
+        replace(checkpoint, manifest=None, why=manifest.ABSENT)
+        for checkpoint in checkpoints
+        if checkpoint.manifest is None and _may_be_adopted(checkpoint)
+    ]
+
+    return statuses_of(candidates, wait, progress)
+
+
+def nbytes_of(statuses: Iterable[CheckpointStatus]) -> int:
+    """Bytes that ``adopt`` reads."""
+    return sum(
+        (status.checkpoint.folder / name).stat().st_size
+        for status in statuses
+        if _hindrance(status) is None
+        for name in _file_names(status.checkpoint.folder)
+    )
+
+
+def adopt(
+    statuses: Iterable[CheckpointStatus], dry_run: bool = False, progress: Progress = quiet
+) -> list[AdoptionOutcome]:
+    """Commits what is complete and of DeepSpeed; returns what became of each checkpoint.
+
+    ``dry_run`` proves the same and writes nothing. ``progress`` gets the bytes read.
     """
     outcomes = []
-    for checkpoint in run.checkpoints():
-        if checkpoint.manifest is not None or not _may_be_adopted(checkpoint):
+    for status in statuses:
+        if (reason := _hindrance(status)) is not None:
+            failed = status.state is CheckpointState.INCOMPLETE
+            outcomes.append(AdoptionOutcome(status, False, reason, failed))
             continue
 
+        assert status.proof is not None
         try:
-            adoption = plan(checkpoint.folder)
+            adoption = _planned(status.proof, data=True, progress=progress)
             if not dry_run:
                 execute(adoption)
-            outcomes.append(AdoptionOutcome(checkpoint.folder, True))
+            outcomes.append(AdoptionOutcome(status, True))
         except CheckpointError as error:
-            outcomes.append(AdoptionOutcome(checkpoint.folder, False, str(error)))
+            outcomes.append(AdoptionOutcome(status, False, str(error), failed=True))
 
     return outcomes
+
+
+def _hindrance(status: CheckpointStatus) -> str | None:
+    """Why a checkpoint gets no manifest, by its state; ``None`` if it may get one."""
+    folder = status.checkpoint.folder
+    if not status.complete:
+        return f"{folder}: {status.description}"
+    if not status.adoptable:
+        return (
+            f"{folder} is complete, written by {status.writer}; a manifest is for DeepSpeed's "
+            "checkpoints that ckpt reads, in folders of their own"
+        )
+
+    return None
 
 
 def _may_be_adopted(checkpoint: RunCheckpoint) -> bool:
@@ -97,6 +157,12 @@ def plan(folder: Path, data: bool = True) -> Adoption:
             "unsupported",
         )
 
+    return _planned(proof, data, quiet)
+
+
+def _planned(proof: Proof, data: bool, progress: Progress) -> Adoption:
+    """The manifest that a whole checkpoint gets, after a look at all of its files."""
+    folder, look = proof.path, liveness.look(proof.path)
     source = detect.read(folder, complete=True)
     if source.place.root != folder:
         raise CheckpointError(
@@ -112,15 +178,24 @@ def plan(folder: Path, data: bool = True) -> Adoption:
         intact_files.require_file(folder / file_name)
 
     try:
-        new_manifest = _manifest(source, proof.step, file_names, proof.history is not None)
+        new_manifest = _manifest(source, proof, file_names, progress)
     except FieldError as error:
         raise CheckpointError(
             f"{folder} is whole, but a manifest cannot list it: {error}; rename or move away "
             "what it names",
             "unsupported",
         ) from error
-    if problems := manifest.check(folder, new_manifest, data):
+
+    # the other digests were made of all bytes just now
+    zips = {name: file for name, file in new_manifest.files.items() if file.kind == "zip"}
+    if problems := manifest.check(folder, replace(new_manifest, files=zips), data, progress):
         raise CheckpointError(f"{folder} is damaged: {problems[0]}")
+    if data and look != liveness.look(folder):
+        raise CheckpointError(
+            f"{folder} is being written right now: it changed while it was read; try again when "
+            "its save or copy is done",
+            "refused",
+        )
 
     return Adoption(folder, new_manifest)
 
@@ -135,11 +210,13 @@ def execute(adoption: Adoption) -> Manifest:
     return adoption.manifest
 
 
-def _manifest(source: Source, step: int, file_names: Sequence[str], by_trainer: bool) -> Manifest:
+def _manifest(
+    source: Source, proof: Proof, file_names: Sequence[str], progress: Progress
+) -> Manifest:
     """What the save would have written, had it been ckpt's."""
     folder = source.place.root
-    trainer_state = completeness.trainer_state(folder) if by_trainer else {}
-    line = succession.line_after(folder, step)
+    assert proof.step is not None
+    step, line = proof.step, succession.line_after(folder, proof.step)
     versions = {"ckpt": __version__}
     if source.version:
         versions["deepspeed"] = source.version
@@ -153,8 +230,10 @@ def _manifest(source: Source, step: int, file_names: Sequence[str], by_trainer: 
         stage=source.stage,
         world_size=source.world_size,
         versions=versions,
-        metrics=_metrics(trainer_state),
-        files={file_name: manifest.digest(folder / file_name) for file_name in file_names},
+        metrics=evaluation.metrics(proof.history or (), step),
+        files={
+            file_name: manifest.digest(folder / file_name, progress) for file_name in file_names
+        },
         run=line.run if line else None,
         line=line.at(step) if line else (),
         name=folder.name,
@@ -173,26 +252,6 @@ def _file_names(folder: Path) -> list[str]:
         and not any(part.startswith(".") for part in relative_path.split("/"))
         and not relative_path.endswith(".partial")
     ]
-
-
-def _metrics(state: dict[str, Any]) -> dict[str, float]:
-    """What the Trainer's evaluation at this very step logged."""
-    metrics: dict[str, float] = {}
-    log_history = state.get("log_history")
-    for entry in log_history if isinstance(log_history, list) else ():
-        if isinstance(entry, dict) and entry.get("step") == state.get("global_step"):
-            numbers = {
-                metric_name: value
-                for metric_name, value in entry.items()
-                if isinstance(value, (int, float))
-            }
-            metrics |= {
-                metric_name: float(value)
-                for metric_name, value in numbers.items()
-                if metric_name.startswith("eval_")
-            }
-
-    return metrics
 
 
 def _sync(folder: Path, names: list[str]) -> None:

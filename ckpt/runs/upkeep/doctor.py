@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -18,12 +19,15 @@ from pathlib import Path
 from ckpt.folders import filenames, leftovers, locks
 from ckpt.folders.filenames import PLAN
 from ckpt.runs import engines, pruning
+from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.lease import watch
 from ckpt.runs.run import (
     Run,
     RunCheckpoint,
     members,
 )
+from ckpt.runs.states import listing
+from ckpt.runs.states.status import CheckpointStatus, statuses_of
 from ckpt.runs.upkeep import amending, findings, slim
 from ckpt.runs.upkeep.findings import Finding, changed_lately
 from ckpt.runs.upkeep.pointer_findings import pointer_findings
@@ -31,11 +35,24 @@ from ckpt.runs.upkeep.uncommitted_findings import uncommitted_findings, write_po
 from converters.errors import CheckpointError
 from converters.words import counted, first, verb
 
-_STAGING_LOCKS = {".saving": filenames.LOCK, ".partial": PLAN}
+_STAGING_LOCKS = {".saving": filenames.LOCK, ".partial": PLAN, ".fp32": "conversion.json"}
 
 
-def diagnose(run: Run) -> list[Finding]:
-    """Everything in the folder that is not as a finished save leaves it; changes nothing."""
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What is not as a finished save leaves it, and the states of all checkpoints."""
+
+    findings: tuple[Finding, ...]
+    statuses: tuple[CheckpointStatus, ...]
+
+
+def diagnose(run: Run, progress: Progress = quiet) -> Diagnosis:
+    """Everything in the folder that is not as a finished save leaves it; changes nothing.
+
+    A complete checkpoint is as a save leaves it, whoever wrote it. ``progress`` gets 1 for
+    each checkpoint.
+    """
+    statuses = statuses_of(listing.checkpoints_in(run.path), progress=progress)
     checkpoints = run.checkpoints()
     is_deepspeed_run = any(
         checkpoint.manifest or any(checkpoint.folder.glob("*/*_states.pt*"))
@@ -45,8 +62,8 @@ def diagnose(run: Run) -> list[Finding]:
         *_staging_findings(run),
         *(
             finding
-            for checkpoint in checkpoints
-            for finding in _checkpoint_findings(checkpoint, is_deepspeed_run)
+            for status in statuses
+            for finding in _checkpoint_findings(status, is_deepspeed_run)
         ),
     ]
     all_findings += [
@@ -55,16 +72,21 @@ def diagnose(run: Run) -> list[Finding]:
         *_lease_findings(run.path),
     ]
 
-    return [*all_findings, *pointer_findings(run, checkpoints)]
+    return Diagnosis((*all_findings, *pointer_findings(run, checkpoints)), tuple(statuses))
 
 
-def mend(run: Run) -> tuple[list[Finding], list[Finding]]:
+def mend(run: Run) -> tuple[list[Finding], Diagnosis]:
     """Puts right what can be; returns what was, and what is left to the user.
 
     Looks again after each round, since pointers depend on which folders are whole.
     """
     mended_findings: list[Finding] = []
-    while mendable_findings := [finding for finding in diagnose(run) if finding.mend]:
+    while True:
+        diagnosis = diagnose(run)
+        mendable_findings = [finding for finding in diagnosis.findings if finding.mend]
+        if not mendable_findings:
+            return mended_findings, diagnosis
+
         for finding in mendable_findings:
             assert finding.mend is not None
             finding.mend()
@@ -75,8 +97,6 @@ def mend(run: Run) -> tuple[list[Finding], list[Finding]]:
                 f"{run.path} changes while it is mended; stop what writes it",
                 "refused",
             )
-
-    return mended_findings, diagnose(run)
 
 
 def _staging_findings(run: Run) -> Iterator[Finding]:
@@ -134,17 +154,15 @@ def _remove_idle(folder: Path, lock_name: str) -> None:
                 pruning.remove(folder)
 
 
-def _checkpoint_findings(
-    checkpoint: RunCheckpoint,
-    is_deepspeed_run: bool,
-) -> Iterator[Finding]:
+def _checkpoint_findings(status: CheckpointStatus, is_deepspeed_run: bool) -> Iterator[Finding]:
+    checkpoint = status.checkpoint
     if (amendable := _amendable(checkpoint)) is not None:
         yield amendable
     if checkpoint.committed:
         yield from _unfinished_slim(checkpoint)
         yield from _inner_latest(checkpoint)
     elif amendable is None:
-        yield from uncommitted_findings(checkpoint, is_deepspeed_run)
+        yield from uncommitted_findings(status, is_deepspeed_run)
 
     yield from _stray_findings(checkpoint.folder, checkpoint)
 

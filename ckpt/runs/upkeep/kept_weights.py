@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt.runs import manifest as manifests
@@ -16,13 +16,22 @@ from converters.words import counted, first, verb
 ADAPTER = "adapter_model.safetensors"
 
 
+@dataclass(frozen=True, slots=True)
+class KeptWeights:
+    """What the weights prove to be, in a line, and their element types as safetensors names
+    them."""
+
+    line: str
+    dtypes: frozenset[str]
+
+
 def require_weights(
     folder: Path,
     manifest: Manifest,
     engine: str,
     tag_path: str,
-) -> str:
-    """What the weights prove to be, in a line; ``CheckpointError`` unless they are all there.
+) -> KeptWeights:
+    """What the weights prove to be; ``CheckpointError`` unless they are all there.
 
     Those of one engine, which lie in the folder of its name; of a single one (""), in
     ``folder``.
@@ -61,7 +70,9 @@ def require_weights(
 
     are_verb = verb(len(stored), "is", "are")
 
-    return f"{stored_count} {are_verb} all of the {weights_kind}, digests verified"
+    line = f"{stored_count} {are_verb} all of the {weights_kind}, digests verified"
+
+    return KeptWeights(line, frozenset(ref.dtype.value for ref in stored.values()))
 
 
 def _verified_names(folder: Path, manifest: Manifest, stored: Mapping[str, TensorRef]) -> list[str]:

@@ -24,6 +24,7 @@ from ckpt.runs import engines, pruning
 from ckpt.runs import manifest as manifests
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint, open_checkpoint
+from ckpt.runs.states.status import status_of
 from ckpt.runs.upkeep.kept_weights import require_weights
 from converters.errors import CheckpointError
 from converters.storage import local
@@ -45,7 +46,8 @@ RESUME_ONLY = (
 class Slimming:
     """What goes and what stays: names relative to the folder, and the bytes of what goes.
 
-    ``manifest`` is the new one. ``proven`` has a line for each model whose weights stay.
+    ``manifest`` is the new one. ``proven`` has a line for each model whose weights stay,
+    ``dtypes`` their element types, as safetensors names them.
     """
 
     checkpoint: RunCheckpoint
@@ -53,6 +55,7 @@ class Slimming:
     removed: tuple[str, ...]
     nbytes: int
     proven: tuple[str, ...]
+    dtypes: tuple[str, ...] = ()
 
 
 def plan(checkpoint: RunCheckpoint, force: bool = False) -> Slimming:
@@ -62,12 +65,9 @@ def plan(checkpoint: RunCheckpoint, force: bool = False) -> Slimming:
     the run's newest full one and a pinned one. ``CheckpointError`` if the weights are
     not complete.
     """
-    manifest = checkpoint.manifest
-    if manifest is None or checkpoint.why is not None:
-        raise _refusal(checkpoint, f"is not committed ({checkpoint.why})")
-
-    leftover_names = tuple(_surplus(checkpoint.folder, manifest))
+    manifest = require_slimmable(checkpoint, force)
     if manifest.tier == "weights":
+        leftover_names = tuple(_surplus(checkpoint.folder, manifest))
         return Slimming(
             checkpoint=checkpoint,
             manifest=manifest,
@@ -76,12 +76,38 @@ def plan(checkpoint: RunCheckpoint, force: bool = False) -> Slimming:
             proven=("slim already",),
         )
 
-    _require_expendable(checkpoint, manifest, force)
-    engine_tags = engines.tags(manifest)
-    proven = tuple(
+    kept_weights = [
         require_weights(checkpoint.folder, manifest, engine, tag_name)
-        for engine, tag_name in engine_tags.items()
+        for engine, tag_name in engines.tags(manifest).items()
+    ]
+    dtypes = {dtype for weights in kept_weights for dtype in weights.dtypes}
+
+    return replace(
+        without_states(checkpoint, manifest),
+        proven=tuple(weights.line for weights in kept_weights),
+        dtypes=tuple(sorted(dtypes)),
     )
+
+
+def require_slimmable(checkpoint: RunCheckpoint, force: bool) -> Manifest:
+    """The manifest of a checkpoint that may be made a slim one, or is one already.
+
+    ``CheckpointError`` for what is not committed, and unless ``force`` for what may be
+    needed yet.
+    """
+    manifest = checkpoint.manifest
+    if manifest is None or checkpoint.why is not None:
+        raise _refusal(checkpoint, _uncommitted(checkpoint))
+    if manifest.tier != "weights":
+        _require_expendable(checkpoint, manifest, force)
+
+    return manifest
+
+
+def without_states(checkpoint: RunCheckpoint, manifest: Manifest) -> Slimming:
+    """A full checkpoint without what only a resume needs; nothing is proven of its weights."""
+    engine_tags = engines.tags(manifest)
+    leftover_names = _surplus(checkpoint.folder, manifest)
     resume_names = {name for name in manifest.files if _resume_only(name, engine_tags)}
     remaining_files = {
         name: file for name, file in manifest.files.items() if name not in resume_names
@@ -94,8 +120,25 @@ def plan(checkpoint: RunCheckpoint, force: bool = False) -> Slimming:
         manifest=replace(manifest, tier="weights", tag=None, files=remaining_files),
         removed=removed_names,
         nbytes=_bytes_of(checkpoint.folder, removed_names),
-        proven=proven,
+        proven=(),
     )
+
+
+def _uncommitted(checkpoint: RunCheckpoint) -> str:
+    """Why a checkpoint without a valid manifest is not made a slim one, and what to do first."""
+    if checkpoint.why != manifests.ABSENT:
+        return f"is not committed ({checkpoint.why})"
+
+    status = status_of(checkpoint)
+    if status.adoptable:
+        return (
+            "is complete, but not committed; commit it first: ckpt doctor "
+            f"{checkpoint.folder} --adopt"
+        )
+    if status.complete:
+        return f"was written by {status.writer}; slim is for committed checkpoints of DeepSpeed"
+
+    return f"is not committed, and {status.description}"
 
 
 def _require_expendable(checkpoint: RunCheckpoint, manifest: Manifest, force: bool) -> None:
@@ -131,29 +174,32 @@ def _require_inside(checkpoint: RunCheckpoint, names: tuple[str, ...]) -> None:
 
 def execute(slimming: Slimming) -> None:
     """Commits the slim state, then deletes; ``CheckpointError`` if the checkpoint is in use."""
-    folder = slimming.checkpoint.folder
-    lock = locks.alone(folder)
+    with lock_of(slimming.checkpoint) as lock:
+        if slimming.manifest == slimming.checkpoint.manifest:
+            commit(slimming, lock)
+        else:
+            commit(slimming, replaced(slimming.checkpoint.folder, slimming.manifest.dumps()))
+
+
+def lock_of(checkpoint: RunCheckpoint) -> locks.Lock:
+    """The exclusive lock of a checkpoint; ``CheckpointError`` if it is in use, or another one by
+    now."""
+    lock = locks.alone(checkpoint.folder)
     if lock is None:
-        raise _refusal(
-            slimming.checkpoint,
-            "is in use: somebody reads it; try again later",
-        )
+        raise _refusal(checkpoint, "is in use: somebody reads it; try again later")
 
+    if manifests.read(checkpoint.folder) != checkpoint.manifest:
+        lock.release()
+        raise _refusal(checkpoint, "was changed by another process meanwhile; try again")
+
+    return lock
+
+
+def commit(slimming: Slimming, lock: locks.Lock) -> None:
+    """Deletes what the manifest, which is there and locked, does not list any more."""
     with lock:
-        full_manifest = slimming.checkpoint.manifest
-        if manifests.read(folder) != full_manifest:
-            raise _refusal(
-                slimming.checkpoint,
-                "was changed by another process meanwhile; try again",
-            )
-
-        with (
-            lock
-            if slimming.manifest == full_manifest
-            else replaced(folder, slimming.manifest.dumps())
-        ):
-            repoint(folder)
-            _sweep(folder, slimming)
+        repoint(slimming.checkpoint.folder)
+        _sweep(slimming.checkpoint.folder, slimming)
 
 
 def replaced(folder: Path, data: bytes) -> locks.Lock:

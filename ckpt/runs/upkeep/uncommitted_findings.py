@@ -1,4 +1,4 @@
-"""Folders of a run without a valid manifest: torn, only not committed, or being saved."""
+"""Checkpoints of a run without a valid manifest that are not complete: torn, or being saved."""
 
 from __future__ import annotations
 
@@ -10,31 +10,33 @@ from pathlib import Path
 from ckpt.folders import locks, replacing
 from ckpt.runs import engines, pruning
 from ckpt.runs import manifest as manifests
-from ckpt.runs.foreign import completeness, torn
-from ckpt.runs.run import RunCheckpoint, is_numbered, require_read
+from ckpt.runs.foreign import torn
+from ckpt.runs.run import is_checkpoint, is_numbered
+from ckpt.runs.states.status import CheckpointState, CheckpointStatus
 from ckpt.runs.upkeep.findings import Finding, changed_lately
-from converters.errors import CheckpointError
 from converters.storage import local
 from converters.zero.files.discovery import is_tag_folder
 
 
-def uncommitted_findings(checkpoint: RunCheckpoint, is_deepspeed_run: bool) -> Iterator[Finding]:
-    """A folder without a valid manifest: torn, or whole and only not committed, or being saved.
+def uncommitted_findings(status: CheckpointStatus, is_deepspeed_run: bool) -> Iterator[Finding]:
+    """What is wrong with a checkpoint without a valid manifest; nothing if it is complete.
 
     ``is_deepspeed_run`` is whether anything in the run is DeepSpeed's; else nothing is
-    judged.
+    renamed.
     """
+    checkpoint = status.checkpoint
     folder, manifest = checkpoint.folder, checkpoint.manifest
-    if pruning.is_trash(folder):
-        return  # said already
+    if status.complete or pruning.is_trash(folder):
+        return  # of trash something is said already
+    is_unknown = status.state is CheckpointState.UNKNOWN
+    if is_unknown and not is_checkpoint(folder):
+        return  # perhaps not a checkpoint at all
     if manifest is None and is_tag_folder(folder):
         # the run is a save_dir of DeepSpeed itself
-        if not changed_lately(folder) and not locks.in_use(folder) and (reason := torn.why(folder)):
-            yield Finding(folder, f"not whole: {reason}")
+        yield Finding(folder, status.description)
         return
-    if changed_lately(folder) or locks.in_use(folder):
-        hint = _describe_uncommitted(checkpoint)
-        yield Finding(folder, f"not committed, changed in the last minutes: {hint}")
+    if not folder.is_dir() or changed_lately(folder) or locks.in_use(folder):
+        yield Finding(folder, _describe_uncommitted(status, changed_lately(folder)))
         return
 
     if manifest is not None and manifest.tag and (lost := _lost_latest(folder, manifest)):
@@ -60,7 +62,7 @@ def uncommitted_findings(checkpoint: RunCheckpoint, is_deepspeed_run: bool) -> I
         return
 
     finding = _torn_finding(folder, is_deepspeed_run)
-    yield finding or Finding(folder, f"not committed: {_describe_uncommitted(checkpoint)}")
+    yield finding or Finding(folder, _describe_uncommitted(status, was_changed=False))
 
 
 def _torn_finding(folder: Path, is_deepspeed_run: bool) -> Finding | None:
@@ -85,25 +87,14 @@ def _torn_finding(folder: Path, is_deepspeed_run: bool) -> Finding | None:
     )
 
 
-def _describe_uncommitted(checkpoint: RunCheckpoint) -> str:
-    """What an uncommitted folder is: whole and of whom, or why it is not, and the way on."""
-    if checkpoint.why != manifests.ABSENT:
-        return f"{checkpoint.why}; bring back what is missing, or move or delete the folder"
+def _describe_uncommitted(status: CheckpointStatus, was_changed: bool) -> str:
+    """Why a checkpoint is not complete, and the way on."""
+    if was_changed:
+        return f"{status.description}; it changed in the last minutes, so nothing is done to it yet"
+    if status.checkpoint.why != manifests.ABSENT:
+        return f"{status.description}; bring back what is missing, or move or delete the folder"
 
-    try:
-        proof = completeness.prove(checkpoint.folder)
-    except CheckpointError as error:
-        require_read(error)
-        return f"{checkpoint.why}; {error}; move or delete it if its save is over"
-
-    if not proof.resumable:
-        return f"{checkpoint.why}; weights only, by {proof.kind}"
-
-    remedies = "ckpt.find takes it"
-    if proof.tag is not None:
-        remedies += ", --adopt commits it"
-
-    return f"{checkpoint.why}; whole, by {proof.kind}: {remedies}"
+    return f"{status.description}; move or delete it if its save is over"
 
 
 def _lost_latest(folder: Path, manifest: manifests.Manifest) -> dict[str, str]:

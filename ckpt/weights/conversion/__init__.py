@@ -8,4 +8,5 @@ weight_files  the files that weights are cut into
 comparison    what was compared with copies
 output_place  where the output may be
 lightning     ``--format lightning``
+fp32_slimming  a checkpoint made weights-only that keeps fp32 weights
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ckpt.resuming.candidates import TopologyFilter
 from ckpt.runs.foreign import completeness
 from ckpt.runs.run import (
     POINTERS,
@@ -18,6 +17,7 @@ from ckpt.runs.run import (
     open_checkpoint,
     require_read,
 )
+from ckpt.runs.states.offers import TopologyFilter
 from converters.detect import detect
 from converters.errors import CheckpointError
 

@@ -1,4 +1,4 @@
-"""What rank 0 offers to go on from: the checkpoints of a run, the newest first, whoever wrote them.
+"""The checkpoints of a run that a training can go on from, the newest first, whoever wrote them.
 
 A committed one is known to be whole. One that was written without ckpt has to prove it,
 and, if a committed one is there too, that it goes on from that one; else the resume
@@ -21,20 +21,16 @@ from ckpt.runs.foreign.completeness import Proof
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.foreign.succession import relate
 from ckpt.runs.manifest import Manifest
-from ckpt.runs.run import (
-    RunCheckpoint,
-    members,
-    open_checkpoint,
-    order,
-    require_read,
-    step_in,
-)
+from ckpt.runs.run import RunCheckpoint, members, order, require_read
+from ckpt.runs.states.listing import checkpoints_in
+from ckpt.runs.states.status import WEIGHTS_ONLY
 from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
 from converters.words import more
 
 log = logging.getLogger("ckpt")
 
+COMMITTED_ONLY = "committed_only=True takes committed checkpoints alone"
 # whether it was saved by as many ranks, and in the same stage
 TopologyFilter = Callable[[Manifest], bool]
 Sort = Literal["weights", "lost", "apart"]
@@ -55,13 +51,6 @@ class SkippedCandidate:
     path: Path
     why: str
     sort: Sort
-
-
-def candidate(path: Path) -> RunCheckpoint:
-    """What a path in a run is: a folder, or a file of Lightning."""
-    if path.is_file():
-        return RunCheckpoint(path, step_in(path.name), None, manifests.ABSENT, False)
-    return open_checkpoint(path)
 
 
 def newest_first(
@@ -112,16 +101,18 @@ class Offers:
     """The checkpoints of a run that can be gone on from; ``skipped`` are the others, each said.
 
     ``deepspeed`` is whether DeepSpeed is to load it, which is said to be impossible for
-    others.
+    others. With ``committed_only`` what has no manifest is passed over, unproven.
     """
 
-    def __init__(self, run: Path, fits: TopologyFilter | None = None, deepspeed: bool = True):
-        self.run, self.deepspeed = run, deepspeed
-        present = [
-            checkpoint
-            for path in completeness.candidates(run)
-            if (checkpoint := _present_checkpoint(path)) is not None
-        ]
+    def __init__(
+        self,
+        run: Path,
+        fits: TopologyFilter | None = None,
+        deepspeed: bool = True,
+        committed_only: bool = False,
+    ):
+        self.run, self.deepspeed, self.committed_only = run, deepspeed, committed_only
+        present = checkpoints_in(run)
         line_members = members(present)
         self.other_lines = [
             checkpoint
@@ -191,6 +182,10 @@ class Offers:
                     sort: Sort = "weights" if is_weights_only else "lost"
                     self.skip(checkpoint.folder, reason, sort)
 
+                continue
+
+            if self.committed_only:
+                self.skip(checkpoint.folder, f"it has no manifest.json, and {COMMITTED_ONLY}")
                 continue
 
             proof = self._prove(checkpoint)
@@ -285,18 +280,6 @@ class Offers:
         if self.deepspeed:
             require_deepspeed(proof, base)
         return True
-
-
-WEIGHTS_ONLY = "weights only; training cannot go on from it"
-
-
-def _present_checkpoint(path: Path) -> RunCheckpoint | None:
-    try:
-        return candidate(path)
-    except CheckpointError:
-        if path.exists():
-            raise
-        return None  # it was deleted while we looked
 
 
 def unusable(checkpoint: RunCheckpoint) -> str | None:

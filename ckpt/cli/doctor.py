@@ -1,0 +1,169 @@
+"""The command ``ckpt doctor``: what a crash left, and what was written without ckpt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ckpt.cli import planned
+from ckpt.cli.listing import untouched
+from ckpt.cli.options import JSON, LOCAL_PATH
+from ckpt.cli.options import dry_run as dry_run_option
+from ckpt.cli.planned import Output, Planned, Progress
+from ckpt.cli.results.upkeep import AdoptionEntry, AdoptResult, DoctorResult, FindingEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ckpt.runs.run import Run
+    from ckpt.runs.states.status import CheckpointStatus
+    from ckpt.runs.upkeep.adoption import AdoptionOutcome
+    from ckpt.runs.upkeep.doctor import Diagnosis
+    from ckpt.runs.upkeep.findings import Finding
+
+
+@click.command(short_help="Find, and mend, what a crash left.")
+@click.argument("path", metavar="RUN|CHECKPOINT", type=LOCAL_PATH)
+@click.option("--fix", is_flag=True, help="Put right what can be.")
+@click.option(
+    "--adopt",
+    is_flag=True,
+    help="Commit complete checkpoints that were written without ckpt; nothing else is done.",
+)
+@click.option(
+    "--now",
+    "is_quiet",
+    is_flag=True,
+    help="With --adopt: nobody writes there, so do not wait for a second look.",
+)
+@dry_run_option("With --fix or --adopt: say what would be done, and do nothing.")
+@JSON
+def doctor(
+    path: Path, fix: bool, adopt: bool, is_quiet: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Find what a crash left: pointers that lead nowhere, leftovers, torn folders.
+
+    With --fix pointers are rewritten, leftovers of saves, conversions and deletions
+    that nobody works on are removed, and folders that no resume could read are renamed
+    to .NAME.torn. Exit code 1 if anything is left to put right. Checkpoints that are
+    complete need nothing: --adopt reads every byte of those that DeepSpeed wrote, of a
+    run or one, and commits them. Its exit code is 1 if one is not complete.
+
+    \b
+    ckpt doctor out
+    ckpt doctor out --fix
+    ckpt doctor out --adopt
+    ckpt doctor out/checkpoint-500 --adopt --now
+    """
+    from ckpt.runs.states import listing
+
+    if fix and adopt:
+        raise click.UsageError("--adopt and --fix are two steps; adopt first.")
+    if is_quiet and not adopt:
+        raise click.UsageError("--now is for --adopt, which waits for whoever may be writing.")
+
+    if adopt:
+        planned.show(_adoption(path, wait=not is_quiet, dry_run=dry_run), as_json)
+        return
+
+    opened_run = listing.run_at(path, "ckpt doctor")
+    planned.run(_mending(opened_run), dry_run=dry_run or not fix, as_json=as_json)
+
+
+def _mending(run: Run) -> Planned:
+    from ckpt.runs.upkeep import doctor as mending
+
+    def execute(_: Progress) -> Output:
+        mended, diagnosis = mending.mend(run)
+        return _findings(run, mended, diagnosis, dry_run=False)
+
+    return Planned(
+        preview=lambda: _findings(run, [], mending.diagnose(run), dry_run=True),
+        execute=execute,
+    )
+
+
+def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run: bool) -> Output:
+    from ckpt.runs.states.status import adoption_hint
+
+    lines = [
+        f"mended\t{finding.path}: {finding.what}; --fix: {finding.remedy}" for finding in mended
+    ]
+    for finding in diagnosis.findings:
+        remedy = f"; --fix: {finding.remedy}" if finding.remedy else ""
+        lines.append(f"found\t{finding.path}: {finding.what}{remedy}")
+
+    entries = [
+        FindingEntry(finding.path, finding.what, finding.remedy, is_mended)
+        for findings, is_mended in ((mended, True), (diagnosis.findings, False))
+        for finding in findings
+    ]
+    complete = [status for status in diagnosis.statuses if status.complete]
+    hints = [f"ckpt: {run.path}: {line}" for line in adoption_hint(complete, run.path)]
+    idle = [] if entries else ["nothing to mend"]
+
+    return Output(
+        DoctorResult(dry_run, tuple(entries), untouched(complete)),
+        lines,
+        [*_idle(run.path, idle, diagnosis.statuses), *hints],
+        exit_code=1 if diagnosis.findings else 0,
+    )
+
+
+def _idle(path: Path, reasons: Sequence[str], statuses: Sequence[CheckpointStatus]) -> list[str]:
+    """Lines on why there is nothing to do; of a folder without checkpoints what lies there."""
+    from ckpt.runs import user_paths
+    from ckpt.runs.states.status import CheckpointState
+
+    is_known = any(status.state is not CheckpointState.UNKNOWN for status in statuses)
+    absence = user_paths.absence(path, user_paths.RUN) if reasons and not is_known else []
+    return absence or [f"ckpt: {path}: {reason}" for reason in reasons]
+
+
+def _adoption(path: Path, *, wait: bool, dry_run: bool) -> Output:
+    """Adopts the checkpoints at a path under two bars: one of checkpoints, one of bytes."""
+    from ckpt.runs.states import listing
+    from ckpt.runs.upkeep import adoption
+
+    checkpoints = listing.checkpoints_at(path)
+    with planned.progress(len(checkpoints), path.name, "checkpoint") as advance:
+        statuses = listing.ordered(adoption.survey(checkpoints, wait, advance))
+    with planned.progress(adoption.nbytes_of(statuses), path.name) as advance:
+        outcomes = adoption.adopt(statuses, dry_run, advance)
+
+    return _adopted(path, outcomes, dry_run)
+
+
+def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> Output:
+    from ckpt.runs.states.status import adoption_hint
+
+    verb = "would adopt" if dry_run else "adopted"
+    lines = [f"{verb}\t{outcome.folder}" for outcome in outcomes if outcome.adopted]
+    lines += [f"not adopted\t{outcome.reason}" for outcome in outcomes if outcome.failed]
+    foreign = [outcome.status for outcome in outcomes if not outcome.status.adoptable]
+    notes = [f"ckpt: {path}: {line}" for line in adoption_hint(foreign, path)]
+    notes += [
+        f"ckpt: {outcome.reason}"
+        for outcome in outcomes
+        if not (outcome.adopted or outcome.failed or outcome.status.complete)
+    ]
+    idle = [] if outcomes else ["every checkpoint has its manifest"]
+    entries = tuple(
+        AdoptionEntry(
+            path=outcome.folder,
+            adopted=outcome.adopted,
+            state=outcome.status.state.value,
+            written_by=outcome.status.writer,
+            reason=outcome.reason,
+        )
+        for outcome in outcomes
+    )
+
+    return Output(
+        AdoptResult(dry_run, entries),
+        lines,
+        [*_idle(path, idle, [outcome.status for outcome in outcomes]), *notes],
+        exit_code=1 if any(outcome.failed for outcome in outcomes) else 0,
+    )

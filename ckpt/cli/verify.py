@@ -1,0 +1,109 @@
+"""The command ``ckpt verify``, and the states of the checkpoints at a path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ckpt.cli import planned
+from ckpt.cli.options import JSON, LOCAL_PATH, percentage
+from ckpt.cli.planned import Output
+from ckpt.cli.results.runs import VerifyEntry, VerifyResult
+
+if TYPE_CHECKING:
+    from ckpt.runs.states.status import CheckpointStatus
+    from ckpt.runs.states.verification import Depth, Verdict
+
+
+@click.command(short_help="Check that checkpoints are whole.")
+@click.argument("path", metavar="CHECKPOINT|RUN", type=LOCAL_PATH)
+@click.option("--data", is_flag=True, help="Read every byte and compare it with its checksum.")
+@click.option(
+    "--sample",
+    "percent",
+    metavar="5%",
+    callback=percentage,
+    help="Read this part of the records and files, chosen at random.",
+)
+@click.option("--seed", metavar="N", type=click.IntRange(0), help="Choose the sample as before.")
+@JSON
+def verify(path: Path, data: bool, percent: float | None, seed: int | None, as_json: bool) -> None:
+    """Check that a checkpoint, or every one of a run, is whole.
+
+    Compares the files' sizes with the manifest and reads the headers of DeepSpeed's
+    files. Without a manifest, everything that its writer writes has to be there and
+    whole by its form; --data then reads all bytes that have a CRC32 of their own, and
+    says how many have none. Exit code 1: something is missing or damaged.
+
+    \b
+    ckpt verify out/checkpoint-500
+    ckpt verify out --data
+    ckpt verify out --sample 5%
+    """
+    from ckpt.runs import user_paths
+    from ckpt.runs.states import verification
+
+    depth = _depth(data, percent, seed)
+    plans = [verification.plan(status, depth) for status in statuses_at(path)]
+    nbytes = sum(plan.nbytes for plan in plans)
+    with planned.progress(nbytes or None, path.name) as advance:
+        verdicts = [verification.execute(plan, advance) for plan in plans]
+
+    is_whole = bool(verdicts) and all(verdict.whole for verdict in verdicts)
+    output = Output(
+        VerifyResult(tuple(_verify_entry(verdict) for verdict in verdicts)),
+        [line for verdict in verdicts for line in _verify_lines(verdict)],
+        [] if verdicts else user_paths.absence(path, user_paths.EITHER),
+        exit_code=0 if is_whole else 1,
+    )
+    planned.show(output, as_json)
+
+
+def _depth(data: bool, percent: float | None, seed: int | None) -> Depth:
+    """How much is to be read; a sample without a seed gets one, which is printed with it."""
+    from random import SystemRandom
+
+    from ckpt.runs.states.verification import Depth
+
+    if data and percent is not None:
+        raise click.UsageError("--data reads every byte, --sample a part; use one of them.")
+    if seed is not None and percent is None:
+        raise click.UsageError("--seed chooses a sample; add --sample, such as --sample 5%.")
+
+    return Depth(data, percent, SystemRandom().randrange(1_000_000) if seed is None else seed)
+
+
+def _verify_entry(verdict: Verdict) -> VerifyEntry:
+    status, depth = verdict.status, verdict.depth
+    return VerifyEntry(
+        path=status.checkpoint.folder,
+        step=status.step,
+        committed=status.checkpoint.committed,
+        state=status.state.value,
+        written_by=status.writer,
+        whole=verdict.whole,
+        checked=depth.word,
+        checked_bytes=verdict.checked_bytes,
+        no_checksum_bytes=verdict.bare_bytes,
+        sample=depth.percent,
+        seed=None if depth.percent is None else depth.seed,
+        problems=verdict.problems,
+        proven=verdict.proven,
+    )
+
+
+def _verify_lines(verdict: Verdict) -> list[str]:
+    folder = verdict.status.checkpoint.folder
+    head = f"{folder}: {'whole' if verdict.whole else 'not whole'}"
+    return [head, *(f"  {line}" for line in (*verdict.problems, *verdict.proven))]
+
+
+def statuses_at(path: Path) -> list[CheckpointStatus]:
+    """The checkpoints at a path with their states, the newest last, under a bar."""
+    from ckpt.runs.states import listing, status
+
+    checkpoints = listing.checkpoints_at(path)
+    with planned.progress(len(checkpoints), path.name, "checkpoint") as advance:
+        return listing.ordered(status.statuses_of(checkpoints, progress=advance))

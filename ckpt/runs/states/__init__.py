@@ -1,0 +1,12 @@
+"""In which state every checkpoint of a run is, whoever wrote it, and which one a resume takes.
+
+status        committed, complete, incomplete or unknown
+listing       the checkpoints at a path, of all writers, with their states
+checksums     what has a checksum in a checkpoint, all of it or a sample, and what has none
+verification  whether checkpoints are whole: by names and headers, or by every byte
+target        what a path and a tag mean: a run, a checkpoint, or nothing yet
+offers        the checkpoints of a run that a training can go on from, the newest first
+choice        the one that ``ckpt.find`` and ``ckpt.resume`` take
+
+Nothing here imports torch.
+"""

@@ -1,0 +1,281 @@
+"""What has a checksum in a checkpoint, all of it or a sample, and what has none.
+
+    committed   by the manifest: every file has its digest; of a torch zip the digest binds the
+                directory, and that has the CRC32 of each record
+    complete    by the files themselves: each record of a torch zip has a CRC32, also of the zips
+                that DCP writes one behind the other into a .distcp. safetensors, JSON and files
+                of older forms have none
+
+What is read is decided first (``of_manifest``, ``of_files``, ``ChecksumPlan.sample``), then it
+is read (``execute``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from random import Random
+from typing import Any, BinaryIO
+
+from ckpt.folders.filenames import MANIFEST
+from ckpt.results import FileEntry
+from ckpt.runs import digests
+from ckpt.runs.digests import FileRecord, Progress, quiet
+from ckpt.runs.foreign import intact_files
+from ckpt.runs.foreign.intact_files import StoredPiece
+from ckpt.runs.manifest import Manifest
+from converters.errors import CheckpointError
+from converters.storage import local
+from converters.storage.local_store import LocalFile
+from converters.storage.store import Range
+from converters.torch_files import zip_directory
+from converters.torch_files.zip_directory import Directory
+
+DCP_SUFFIX = ".distcp"
+DCP_METADATA = ".metadata"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkable:
+    """Bytes that one checksum covers: a record of a zip, or a file by its digest.
+
+    ``name`` is the file's, as messages have it. The zip begins at byte ``start`` of the
+    file and takes ``span`` bytes.
+    """
+
+    path: Path
+    name: str
+    nbytes: int
+    digest: FileRecord | None = None
+    directory: Directory | None = None
+    record: str = ""
+    start: int = 0
+    span: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ChecksumPlan:
+    """What is read, by files. ``bare`` is what has no checksum; ``problems`` what is wrong already.
+
+    ``total`` counts what has checksums, also what is not in the sample.
+    """
+
+    checkables: tuple[Checkable, ...] = ()
+    bare: tuple[FileEntry, ...] = ()
+    problems: tuple[str, ...] = ()
+    total: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that ``execute`` reads."""
+        return sum(checkable.nbytes for checkable in self.checkables)
+
+    @property
+    def bare_bytes(self) -> int:
+        """Bytes that have no checksum."""
+        return sum(entry.nbytes for entry in self.bare)
+
+    def sample(self, percent: float, seed: int) -> ChecksumPlan:
+        """As many of the records and files, one at least; the same ones for the same seed."""
+        number = math.ceil(len(self.checkables) * percent / 100)
+        indices = sorted(Random(seed).sample(range(len(self.checkables)), number))
+
+        return replace(self, checkables=tuple(self.checkables[index] for index in indices))
+
+
+def of_manifest(folder: Path, manifest: Manifest, deleted: Collection[str] = ()) -> ChecksumPlan:
+    """What the digests of a manifest cover, but for files that were deleted by hand.
+
+    The files have their sizes already. ``OSError`` for one that cannot be read.
+    """
+    checkables: list[Checkable] = []
+    problems = []
+    for name, record in manifest.files.items():
+        path = folder / name
+        if name in deleted:
+            continue
+        if record.kind != "zip":
+            checkables.append(Checkable(path, name, record.size, record))
+            continue
+
+        with _opened(path) as stream:
+            directory = digests.directory_of(stream)
+        if directory is None:
+            problems.append(f"{name}: it is not a torch zip with CRC32s any more")
+        elif f"zip:{directory.digest}" != record.digest:
+            problems.append(f"{name}: its zip directory has changed")
+        else:
+            checkables += _records(path, name, directory)
+
+    return ChecksumPlan(tuple(checkables), (), tuple(problems), len(checkables))
+
+
+def of_files(place: Path) -> ChecksumPlan:
+    """What has checksums of its own in a checkpoint without a manifest, a folder or a file.
+
+    ``OSError`` for a file that cannot be read, ``CheckpointError`` for what describes the
+    files of DCP and is damaged.
+    """
+    checkables: list[Checkable] = []
+    bare: list[FileEntry] = []
+    pieces_by_folder: dict[Path, dict[str, list[StoredPiece]]] = {}
+    for path, name in _files(place):
+        nbytes = path.stat().st_size
+        with _opened(path) as stream:
+            if path.suffix == DCP_SUFFIX:
+                if path.parent not in pieces_by_folder:
+                    pieces_by_folder[path.parent] = _pieces_of(path.parent)
+                pieces = pieces_by_folder[path.parent].get(path.name, [])
+                covered = [*_records_of_pieces(stream, path, name, pieces)]
+            else:
+                directory = digests.directory_of(stream)
+                covered = [] if directory is None else [*_records(path, name, directory)]
+
+        checkables += covered
+        bare_bytes = _bytes_without(covered, nbytes)
+        bare += [FileEntry(name, bare_bytes)] if bare_bytes else []
+
+    return ChecksumPlan(tuple(checkables), tuple(bare), (), len(checkables))
+
+
+def execute(plan: ChecksumPlan, progress: Progress = quiet) -> list[str]:
+    """Reads what is planned; a line for each file that is not as its checksums say, or that
+    cannot be read."""
+    problems = list(plan.problems)
+    for path, checkables in groupby(plan.checkables, key=lambda checkable: checkable.path):
+        of_file = list(checkables)
+        try:
+            with _opened(path) as stream:
+                faults = (_fault(stream, checkable, progress) for checkable in of_file)
+                fault = next(filter(None, faults), None)
+        except OSError as error:
+            fault = str(error.strerror)
+
+        problems += [f"{of_file[0].name}: {fault}"] if fault is not None else []
+
+    return problems
+
+
+def _fault(stream: BinaryIO, checkable: Checkable, progress: Progress) -> str | None:
+    if checkable.digest is not None:
+        return digests.unlike(checkable.path, checkable.digest, True, progress)
+
+    assert checkable.directory is not None
+    part = FilePart(LocalFile(checkable.path, stream.fileno()), checkable.start, checkable.span)
+
+    return digests.record_fault(
+        stream, part, checkable.directory, checkable.record, progress, checkable.start
+    )
+
+
+def _files(place: Path) -> Iterator[tuple[Path, str]]:
+    """The files of a checkpoint by name; without hidden ones, and those of a write cut short."""
+    if place.is_file():
+        yield place, place.name
+        return
+
+    for path in sorted(place.rglob("*")):
+        name = path.relative_to(place).as_posix()
+        is_hidden = any(part.startswith(".") for part in name.split("/"))
+        is_temporary = path.suffix == ".partial" or name == MANIFEST
+        if path.is_file() and not is_temporary and (not is_hidden or path.name == DCP_METADATA):
+            yield path, name
+
+
+def _records(
+    path: Path, name: str, directory: Directory, start: int = 0, span: int | None = None
+) -> Iterator[Checkable]:
+    """The records of a zip that have bytes and a CRC32."""
+    nbytes = path.stat().st_size if span is None else span
+    for record_name, record in directory.records.items():
+        if record.size and record.crc32:
+            yield Checkable(
+                path,
+                name,
+                record.size,
+                directory=directory,
+                record=record_name,
+                start=start,
+                span=nbytes,
+            )
+
+
+def _bytes_without(covered: Sequence[Checkable], nbytes: int) -> int:
+    """Bytes of a file outside of its zips, and of records in these that have no CRC32."""
+    zips = {checkable.start: checkable for checkable in covered}
+    records = [
+        record
+        for checkable in zips.values()
+        if checkable.directory is not None
+        for record in checkable.directory.records.values()
+    ]
+    outside = nbytes - sum(checkable.span for checkable in zips.values())
+
+    return outside + sum(record.size for record in records if not record.crc32)
+
+
+def _pieces_of(folder: Path) -> dict[str, list[StoredPiece]]:
+    """The pieces of DCP in a folder, by the file that they lie in."""
+    pieces: dict[str, dict[int, StoredPiece]] = {}
+    for metadata_path in sorted(folder.glob(f"*{DCP_METADATA}")):
+        for piece in intact_files.dcp_pieces(metadata_path):
+            pieces.setdefault(piece.name, {})[piece.offset] = piece
+
+    return {name: list(by_offset.values()) for name, by_offset in pieces.items()}
+
+
+def _records_of_pieces(
+    stream: BinaryIO, path: Path, name: str, pieces: Sequence[StoredPiece]
+) -> Iterator[Checkable]:
+    """The records of the zips that ``torch.save`` wrote into a file of DCP."""
+    file = LocalFile(path, stream.fileno())
+    for piece in pieces:
+        part = FilePart(file, piece.offset, piece.nbytes)
+        if part.read([(0, 4)])[0] != b"PK\x03\x04":
+            continue
+
+        try:
+            directory = zip_directory.read(part, path)
+        except CheckpointError:
+            continue  # of another form, which has no checksum that is known here
+        yield from _records(path, name, directory, piece.offset, piece.nbytes)
+
+
+class FilePart:
+    """A run of bytes of an open file, as a file of its own; see ``store.File``."""
+
+    def __init__(self, file: LocalFile, start: int, size: int):
+        self.file, self.start, self.size = file, start, size
+        self.name, self.identity = file.name, (file.identity, start, size)
+
+    def read(self, ranges: Sequence[Range]) -> list[bytes]:
+        """The bytes of each range, as far as they lie in the part."""
+        bounds = []
+        for offset, length in ranges:
+            first = offset if offset >= 0 else max(0, self.size + offset)
+            bounds.append((self.start + first, max(0, min(length, self.size - first))))
+
+        return self.file.read(bounds)
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fills ``buffer`` from ``offset`` on; the number of bytes that were read."""
+        room = max(0, self.size - offset)
+        return self.file.read_into(self.start + offset, buffer[:room])
+
+    @contextmanager
+    def contents(self) -> Iterator[Any]:
+        """All bytes of the part, read."""
+        yield self.read([(0, self.size)])[0]
+
+    def close(self) -> None:
+        """Nothing: the file is whoever's opened it."""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    with open(path, "rb") as stream, local.named(path):
+        yield stream

@@ -1,0 +1,118 @@
+"""The checkpoints at a path that a user gave, of all writers, with their states.
+
+A run's folder holds checkpoints under many names: checkpoint-N of a Trainer, epoch=0.ckpt
+of Lightning (a file, or a folder), checkpoint_0 of Accelerate, step-2 of DCP, the tags of
+``engine.save_checkpoint`` right in it. ``foreign.completeness.candidates`` knows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ckpt.folders.filenames import MANIFEST
+from ckpt.runs import manifest as manifests
+from ckpt.runs import user_paths
+from ckpt.runs.checkpoint_folder import RunCheckpoint, open_checkpoint
+from ckpt.runs.digests import Progress, quiet
+from ckpt.runs.foreign import completeness
+from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, step_in
+from ckpt.runs.run import Run
+from ckpt.runs.states.status import CheckpointStatus, statuses_of
+from converters.detect import detect
+from converters.errors import CheckpointError
+from converters.zero.files.discovery import is_tag_folder
+
+
+def candidate(path: Path) -> RunCheckpoint:
+    """What a path in a run is: a folder, or a file of Lightning."""
+    if path.is_file():
+        return RunCheckpoint(path, step_in(path.name), None, manifests.ABSENT, False)
+    return open_checkpoint(path)
+
+
+def checkpoints_in(run_folder: Path) -> list[RunCheckpoint]:
+    """All in a run's folder that is a checkpoint, whole or not, or may be one, in any order.
+
+    ``CheckpointError`` without such a folder.
+    """
+    checkpoints = []
+    for path in completeness.candidates(run_folder):
+        try:
+            checkpoints.append(candidate(path))
+        except CheckpointError:
+            if path.exists():  # or else it was deleted while we looked
+                raise
+
+    return checkpoints
+
+
+def checkpoints_at(path: Path, weights: str = "") -> list[RunCheckpoint]:
+    """The checkpoint that a path is, or those of the run that it is: none if it has none yet.
+
+    ``CheckpointError`` for anything else; ``weights`` as in ``user_paths.instead``.
+    """
+    path = user_paths.spelt(path)
+    if is_single(path):
+        return [candidate(path)]
+
+    checkpoints = checkpoints_in(path) if path.is_dir() else []
+
+    return checkpoints or user_paths.checkpoints_at(path, weights)
+
+
+def run_at(path: Path, command: str) -> Run:
+    """The run that a path is, whoever saved into it; as ``user_paths.run_at``."""
+    path = user_paths.spelt(path)
+    if path.is_dir() and not is_single(path) and completeness.candidates(path):
+        return Run(path)
+
+    return user_paths.run_at(path, command)
+
+
+def is_single(path: Path) -> bool:
+    """Whether a path is one checkpoint: a folder or a file, but no folder that others lie in.
+
+    A folder with tags of DeepSpeed and nothing of a trainer is a save_dir, so that each
+    tag is a checkpoint; not so one of the universal format.
+    """
+    if path.is_file():
+        return path.suffix == ".ckpt"
+    if not path.is_dir() or is_run(path):
+        return False
+    if is_tag_folder(path) or completeness.has_signs(path):
+        return True
+    if not is_checkpoint(path):
+        return False
+
+    is_trainers = (path / completeness.STATE).exists() or path.name.endswith(".ckpt")
+
+    is_saved_as_one = is_numbered(path) or is_trainers or (path / MANIFEST).is_file()
+
+    return is_saved_as_one or detect(path).kind.name == "deepspeed-universal"
+
+
+def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
+    """The newest last: by step (unknown ones first), then by the time of saving, then by name.
+
+    Of one step, a copy by hand and a link come before what they are of, and a name
+    without a number before a numbered one.
+    """
+
+    def rank(status: CheckpointStatus) -> tuple[Any, ...]:
+        checkpoint = status.checkpoint
+        step = -1 if status.step is None else status.step
+        has_manifest = checkpoint.manifest is not None
+        numbered = is_numbered(checkpoint.folder)
+
+        return step, checkpoint.original, has_manifest, status.created, numbered, checkpoint.name
+
+    return sorted(statuses, key=rank)
+
+
+def statuses_at(
+    path: Path, wait: bool = True, progress: Progress = quiet
+) -> list[CheckpointStatus]:
+    """The checkpoints at a path with their states, the newest last; as ``checkpoints_at``."""
+    return ordered(statuses_of(checkpoints_at(path), wait, progress))

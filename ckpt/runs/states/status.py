@@ -1,0 +1,227 @@
+"""Whether a checkpoint is committed, complete or incomplete, whoever wrote it.
+
+    committed    its manifest.json is valid, and every file that it lists has its size
+    complete     without a manifest: what its writer writes is all there, each file is whole by
+                 its form, all files are of one save, and nobody writes there now
+    incomplete   something of it is missing, cut short, or still being written
+    unknown      its files are of a kind of which ckpt cannot tell
+
+Only the first was said by a save. The second is proven (``foreign.completeness``), from
+names and headers, by what is known of each writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from ckpt.runs import manifest as manifests
+from ckpt.runs.checkpoint_folder import RunCheckpoint, require_read
+from ckpt.runs.digests import Progress, quiet
+from ckpt.runs.foreign import evaluation, liveness
+from ckpt.runs.foreign.completeness import Proof, prove
+from ckpt.runs.foreign.overwriting import require_one_save
+from converters.detect import detect
+from converters.errors import CheckpointError
+from converters.words import counted, verb
+from converters.zero.files.discovery import is_tag_folder
+
+# which say nothing beside the reason
+PLAIN_KINDS = ("deepspeed", "empty", "unknown", "nothing")
+WEIGHTS_ONLY = "weights only; training cannot go on from it"
+
+
+class CheckpointState(Enum):
+    """How far a checkpoint can be relied on; the values are those of ``--json``."""
+
+    COMMITTED = "committed"
+    COMPLETE = "complete"
+    INCOMPLETE = "incomplete"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointStatus:
+    """A checkpoint and its state.
+
+    ``reason`` says why it is incomplete or unknown, as words after its name. ``proof`` is
+    what a complete one was proven to be, and ``None`` for all others.
+    """
+
+    checkpoint: RunCheckpoint
+    state: CheckpointState
+    reason: str | None = None
+    proof: Proof | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is missing: committed or complete."""
+        return self.state in (CheckpointState.COMMITTED, CheckpointState.COMPLETE)
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is proven to be whole, and not committed."""
+        return self.state is CheckpointState.COMPLETE
+
+    @property
+    def adoptable(self) -> bool:
+        """Whether ``ckpt doctor --adopt`` can commit it.
+
+        That is a complete one of DeepSpeed in a folder of its own, whose states are read
+        here: of parallelism that is not, nothing says which shapes there are.
+        """
+        is_read = self.proof is not None and None not in (self.proof.tag, self.proof.shapes)
+        return is_read and not is_tag_folder(self.checkpoint.folder)
+
+    @property
+    def writer(self) -> str | None:
+        """Who wrote a complete one, such as "the Trainer with DeepSpeed"."""
+        return self.proof.kind if self.proof is not None else None
+
+    @property
+    def step(self) -> int | None:
+        """The step that its files say or, if none does, its name."""
+        if self.proof is not None and self.proof.step is not None:
+            return self.proof.step
+        return self.checkpoint.step
+
+    @property
+    def tier(self) -> str | None:
+        """``full``, ``weights``, or ``None`` where it is neither committed nor complete."""
+        if self.proof is not None:
+            return "full" if self.proof.resumable else "weights"
+        return self.checkpoint.tier
+
+    @property
+    def tag(self) -> str | None:
+        """The tag that DeepSpeed loads, where it is known."""
+        if self.proof is not None:
+            return self.proof.tag
+        return self.checkpoint.manifest.tag if self.checkpoint.manifest else None
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Metrics by name: those of the manifest, or what the Trainer evaluated at this step."""
+        if self.proof is not None and self.proof.history is not None:
+            return evaluation.metrics(self.proof.history, self.proof.step)
+        return self.checkpoint.metrics
+
+    @property
+    def created(self) -> float:
+        """When it was saved: by its manifest, or by its newest file; seconds since 1970."""
+        manifest = self.checkpoint.manifest
+        return manifest.created if manifest else liveness.written(self.checkpoint.folder)
+
+    @property
+    def description(self) -> str:
+        """What it is without a manifest, as a line; empty for a committed one.
+
+        One that is not DeepSpeed's is called by its kind, unless its writer is known.
+        """
+        if self.state is CheckpointState.COMMITTED:
+            return ""
+        if self.complete:
+            return f"complete, not committed; written by {self.writer}"
+
+        kind = detect(self.checkpoint.folder).kind
+        title = "" if kind.name in PLAIN_KINDS else f"{kind.title}; "
+
+        return f"{title}{self.state.value}: {self.reason}"
+
+
+def status_of(checkpoint: RunCheckpoint) -> CheckpointStatus:
+    """The state of one checkpoint; as ``statuses_of``."""
+    return statuses_of([checkpoint])[0]
+
+
+def statuses_of(
+    checkpoints: Sequence[RunCheckpoint], wait: bool = True, progress: Progress = quiet
+) -> list[CheckpointStatus]:
+    """The states of checkpoints, in their order.
+
+    Reads the headers of those without a manifest. Where files of one changed within the
+    last minute it waits 1.5 seconds, once for all, and looks again; not without ``wait``,
+    which is for whoever knows that nobody writes there. ``progress`` gets 1 for each
+    checkpoint. ``CheckpointError`` if the disk or network fails.
+    """
+    uncommitted = [entry.folder for entry in checkpoints if entry.why == manifests.ABSENT]
+    watch = liveness.Watch(uncommitted if wait else ())
+    statuses = []
+    for checkpoint in checkpoints:
+        statuses.append(_status(checkpoint))
+        progress(1)
+
+    changes = watch.changes()
+
+    return [
+        CheckpointStatus(status.checkpoint, CheckpointState.INCOMPLETE, change)
+        if (change := changes.get(status.checkpoint.folder)) is not None
+        else status
+        for status in statuses
+    ]
+
+
+def _status(checkpoint: RunCheckpoint) -> CheckpointStatus:
+    """The state of a checkpoint, by what lies there at this moment."""
+    if checkpoint.committed:
+        return CheckpointStatus(checkpoint, CheckpointState.COMMITTED)
+    if checkpoint.why != manifests.ABSENT:
+        return CheckpointStatus(checkpoint, CheckpointState.INCOMPLETE, checkpoint.why)
+
+    folder = checkpoint.folder
+    try:
+        proof = prove(folder)
+        if folder.is_dir():
+            require_one_save(folder)
+    except CheckpointError as error:
+        require_read(error)
+        is_unknown = error.kind == "unsupported"
+        state = CheckpointState.UNKNOWN if is_unknown else CheckpointState.INCOMPLETE
+        return CheckpointStatus(checkpoint, state, subjectless(str(error), folder))
+
+    return CheckpointStatus(checkpoint, CheckpointState.COMPLETE, None, proof)
+
+
+def subjectless(message: str, folder: Path) -> str:
+    """A message about a checkpoint as words after its name."""
+    return message.removeprefix(f"{folder}/").removeprefix(f"{folder} ").removeprefix(f"{folder}: ")
+
+
+def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
+    """Lines on what is complete and not committed, and on what commits it."""
+    complete = [status for status in statuses if status.complete]
+    adoptable = [status for status in complete if status.adoptable]
+    lines = []
+    if adoptable:
+        lines.append(
+            f"{_described(len(adoptable))} complete but not committed; "
+            f"ckpt doctor {run} --adopt commits {verb(len(adoptable), 'it', 'them')}"
+        )
+
+    foreign = [status for status in complete if not status.adoptable]
+    states = [status for status in foreign if status.tier == "full"]
+    if states:
+        lines.append(
+            f"{_described(len(states))} complete, written by {_writers(states)}; --adopt is for "
+            "DeepSpeed's checkpoints that ckpt reads, in folders of their own, and ckpt.find takes "
+            f"{verb(len(states), 'this one as it is', 'these as they are')}"
+        )
+
+    weights = [status for status in foreign if status.tier != "full"]
+    if weights:
+        lines.append(
+            f"{_described(len(weights))} complete weights, written by {_writers(weights)}; no "
+            f"training goes on from {verb(len(weights), 'it', 'them')}"
+        )
+
+    return lines
+
+
+def _described(number: int) -> str:
+    return f"{counted(number, 'checkpoint')} {verb(number, 'is', 'are')}"
+
+
+def _writers(statuses: Sequence[CheckpointStatus]) -> str:
+    return ", ".join(sorted({str(status.writer) for status in statuses}))

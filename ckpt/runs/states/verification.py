@@ -1,0 +1,178 @@
+"""Whether checkpoints are whole, whoever wrote them: by names and headers, or by their bytes.
+
+    plan      the state of each, and which bytes have checksums: all, or a sample of them
+    execute   reads these bytes
+
+``ckpt.runs.verify`` is what a manifest says; this adds what is proven without one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ckpt.folders import locks
+from ckpt.runs import verify as by_manifest
+from ckpt.runs.digests import Progress, quiet
+from ckpt.runs.foreign import liveness
+from ckpt.runs.states import checksums
+from ckpt.runs.states.checksums import ChecksumPlan
+from ckpt.runs.states.status import CheckpointStatus
+from ckpt.text import size
+from converters.errors import unreadable
+from converters.words import counted, some, verb
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """How much is read: headers, with ``data`` every byte, or of these ``percent`` of the records
+    and files, which ``seed`` chooses."""
+
+    data: bool = False
+    percent: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.percent is not None and not 0 < self.percent <= 100:
+            raise ValueError(f"{self.percent:g} is not a part in percent; expected 5%")
+
+    @property
+    def word(self) -> str:
+        """The depth as ``--json`` has it: structure, sample or data."""
+        if self.percent is not None:
+            return "sample"
+        return "data" if self.data else "structure"
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationPlan:
+    """A checkpoint and what is read of it; ``look`` is how its files were before."""
+
+    status: CheckpointStatus
+    depth: Depth
+    checksums: ChecksumPlan | None = None
+    look: liveness.Look | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that ``execute`` reads beside headers."""
+        if self.checksums is not None:
+            return self.checksums.nbytes
+        manifest = self.status.checkpoint.manifest
+        return manifest.nbytes if manifest is not None and self.depth.data else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was found: ``problems`` has a line for each thing that is not whole, ``proven`` on
+    what is. ``bare_bytes`` are those that carry no checksum."""
+
+    status: CheckpointStatus
+    depth: Depth
+    problems: tuple[str, ...]
+    proven: tuple[str, ...]
+    checked_bytes: int = 0
+    bare_bytes: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the checkpoint is committed or complete, and nothing is wrong with it."""
+        return self.status.whole and not self.problems
+
+
+def plan(status: CheckpointStatus, depth: Depth) -> VerificationPlan:
+    """What of a checkpoint is read; ``CheckpointError`` where the disk fails."""
+    folder, manifest = status.checkpoint.folder, status.checkpoint.manifest
+    is_read = status.whole and depth.word != "structure"
+    is_by_manifest = manifest is not None and depth.percent is None
+    if not is_read or is_by_manifest:
+        return VerificationPlan(status, depth)
+
+    try:
+        if manifest is not None:
+            deleted = status.checkpoint.deleted
+            checksum_plan, look = checksums.of_manifest(folder, manifest, deleted), None
+        else:
+            checksum_plan, look = checksums.of_files(folder), liveness.look(folder)
+    except OSError as error:
+        raise unreadable(error, folder) from error
+
+    if depth.percent is not None:
+        checksum_plan = checksum_plan.sample(depth.percent, depth.seed)
+
+    return VerificationPlan(status, depth, checksum_plan, look)
+
+
+def execute(planned: VerificationPlan, progress: Progress = quiet) -> Verdict:
+    """Reads what is planned, and says whether the checkpoint is whole."""
+    status = planned.status
+    if status.checkpoint.manifest is not None:
+        return _by_manifest(planned, progress)
+    if not status.complete:
+        return Verdict(status, planned.depth, (status.description,), ())
+
+    return _complete(planned, progress)
+
+
+def _by_manifest(planned: VerificationPlan, progress: Progress) -> Verdict:
+    """By the manifest, committed or not: sizes and headers, and every byte or a sample."""
+    status, depth, checkpoint = planned.status, planned.depth, planned.status.checkpoint
+    is_all = depth.word == "data"
+    verification = by_manifest.verify(checkpoint, is_all, progress)
+    problems, proven = [*verification.problems], [*verification.proven]
+    checked_bytes = planned.nbytes
+    if planned.checksums is not None:
+        with locks.reading(checkpoint.folder):
+            problems += checksums.execute(planned.checksums, progress)
+        proven.append(_checked_line(planned.checksums, depth, bool(problems)))
+
+    return Verdict(status, depth, tuple(problems), tuple(proven), checked_bytes)
+
+
+def _complete(planned: VerificationPlan, progress: Progress) -> Verdict:
+    """By what its writer writes, and by the checksums that its files have themselves."""
+    status, depth, folder = planned.status, planned.depth, planned.status.checkpoint.folder
+    proven = [status.description]
+    if status.tag is not None:
+        line, _ = by_manifest.states(folder, status.tag)
+        proven += [line] if line else []
+
+    checksum_plan = planned.checksums
+    if checksum_plan is None:
+        return Verdict(status, depth, (), tuple(proven))
+
+    problems = checksums.execute(checksum_plan, progress)
+    if planned.look is not None and planned.look != liveness.look(folder):
+        problems.append("it changed while it was read: somebody is writing it; try again later")
+
+    proven.append(_checked_line(checksum_plan, depth, bool(problems)))
+    if checksum_plan.bare:
+        proven.append(_bare_line(checksum_plan))
+
+    return Verdict(
+        status,
+        depth,
+        tuple(problems),
+        tuple(proven),
+        checksum_plan.nbytes,
+        checksum_plan.bare_bytes,
+    )
+
+
+def _checked_line(checksum_plan: ChecksumPlan, depth: Depth, has_problems: bool) -> str:
+    number = len(checksum_plan.checkables)
+    subject = counted(number, "record or file")
+    if number != 1:
+        subject = f"{number:,} records and files"
+    if depth.percent is not None:
+        subject += f" of {checksum_plan.total:,} (--sample {depth.percent:g}% --seed {depth.seed})"
+
+    finding = "were compared with their checksums"
+    if not has_problems:
+        finding = f"{verb(number, 'agrees', 'agree')} with {verb(number, 'its', 'their')} checksum"
+
+    return f"{subject}, {size(checksum_plan.nbytes)}, {finding}"
+
+
+def _bare_line(checksum_plan: ChecksumPlan) -> str:
+    names = some(entry.name for entry in checksum_plan.bare)
+    return f"{size(checksum_plan.bare_bytes)} have no checksum, which a manifest would add: {names}"

@@ -1,0 +1,74 @@
+"""Checkpoints as trainers write them without ckpt, made of a few bytes or of fixtures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from run_folders import SOURCE
+from safetensors.torch import save_file
+
+
+def state(step: int, log: list[dict[str, Any]] | None = None) -> str:
+    return json.dumps({"global_step": step, "epoch": 1.0, "log_history": log or []})
+
+
+def trainers(folder: Path, step: int, ranks: int = 2, log: Any = None) -> Path:
+    """As the Trainer saves under DDP, or alone."""
+    folder.mkdir(parents=True)
+    save_file({"w": torch.ones(3)}, folder / "model.safetensors")
+    torch.save({"state": {0: {"exp_avg": torch.ones(3)}}}, folder / "optimizer.pt")
+    torch.save({"last_epoch": step}, folder / "scheduler.pt")
+    for rank in range(ranks):
+        name = f"rng_state_{rank}.pth" if ranks > 1 else "rng_state.pth"
+        torch.save({"cpu": torch.get_rng_state()}, folder / name)
+    (folder / "trainer_state.json").write_text(state(step, log))
+    return folder
+
+
+def dcp(folder: Path) -> None:
+    """A folder of torch's distributed checkpoint."""
+    import torch.distributed.checkpoint as distributed
+
+    distributed.save({"w": torch.ones(3)}, checkpoint_id=folder, no_dist=True)
+
+
+def sharded(folder: Path, step: int) -> Path:
+    """As the Trainer saves with FSDP."""
+    trainers(folder, step)
+    for name in ("model.safetensors", "optimizer.pt"):
+        (folder / name).unlink()
+    dcp(folder / "pytorch_model_fsdp_0")
+    dcp(folder / "optimizer_0")
+    (folder / "trainer_state.json").touch()  # which is written last
+    return folder
+
+
+def accelerates(folder: Path, ranks: int = 2) -> Path:
+    """As ``accelerator.save_state`` writes without DeepSpeed."""
+    folder.mkdir(parents=True)
+    save_file({"w": torch.ones(3)}, folder / "model.safetensors")
+    torch.save({"state": {}}, folder / "optimizer.bin")
+    torch.save({"last_epoch": 1}, folder / "scheduler.bin")
+    for rank in range(ranks):
+        torch.save({"step": 1}, folder / f"random_states_{rank}.pkl")
+    return folder
+
+
+def lightnings(path: Path, step: int) -> Path:
+    """As Lightning saves with any strategy but DeepSpeed's and FSDP's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = {"pytorch-lightning_version": "2.6.6", "global_step": step, "loops": {}}
+    torch.save({**held, "state_dict": {"w": torch.ones(3)}, "optimizer_states": [{}]}, path)
+    return path
+
+
+def stock(run: Path, step: int, log: Any = None) -> Path:
+    """As the Trainer saves with DeepSpeed, ZeRO-2 on two ranks."""
+    folder = run / f"checkpoint-{step}"
+    shutil.copytree(SOURCE, folder)
+    (folder / "trainer_state.json").write_text(state(step, log))
+    return folder

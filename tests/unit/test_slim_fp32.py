@@ -1,0 +1,114 @@
+"""``ckpt slim --dtype fp32``: fp32 weights take the place of the 16-bit ones, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from faults import faults
+from oracles import FIXTURES, ROOT, run
+from run_folders import real
+from safetensors.torch import load_file
+
+from ckpt.folders import filenames, locks
+from ckpt.runs.run import Run, RunCheckpoint
+
+LIVE = FIXTURES / "trainer-zero2/live.safetensors"
+
+
+def two(out: Path) -> RunCheckpoint:
+    """The older of two committed checkpoints, with 16-bit weights."""
+    older, _ = real(out, 2), real(out, 4)
+    Run(out).point("latest", Run(out).newest())
+    return older
+
+
+def require_fp32(folder: Path) -> None:
+    """Fails unless the weights in a folder are the live engine's fp32 ones."""
+    stored, live = load_file(folder / "model.safetensors"), load_file(LIVE)
+    assert stored and all(tensor.dtype is torch.float32 for tensor in stored.values())
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, live[f"fp32/{name}"]), name
+    config = json.loads((folder / "config.json").read_text())
+    assert (config.get("dtype") or config.get("torch_dtype")) == "float32"
+
+
+def test_slim_says_that_the_fp32_masters_go(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = two(tmp_path).folder
+    run("slim", folder, "--dry-run")
+    assert "the fp32 masters go with the optimizer state; the weights that stay are BF16" in (
+        capsys.readouterr().err
+    )
+
+
+def test_fp32_weights_are_written_before_the_states_go(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = two(tmp_path).folder
+    before = sorted(os.listdir(folder))
+    run("slim", folder, "--dtype", "fp32", "--dry-run", "--json")
+    preview = json.loads(capsys.readouterr().out)
+    assert sorted(os.listdir(folder)) == before and not list(tmp_path.glob(".*"))
+    run("slim", folder, "--dtype", "fp32")
+    said = capsys.readouterr()
+    assert f"wrote\t{folder / 'model.safetensors'}" in said.out and "masters" not in said.err
+
+    require_fp32(folder)
+    assert [file["name"] for file in preview["files"]] == ["model.safetensors"]
+    assert preview["dtypes"] == ["F32"]
+    assert not [name for name in preview["deleted"] if (folder / name).exists()]
+    checkpoint = Run(tmp_path).checkpoints()[0]
+    assert checkpoint.committed and checkpoint.tier == "weights"
+    run("verify", folder, "--data")
+    run("doctor", tmp_path)
+    run("slim", folder, "--dtype", "fp32")  # is slim already
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_read_or_needed_yet_is_left_alone(tmp_path: Path) -> None:
+    folder = two(tmp_path).folder
+    with locks.reading(folder):
+        run("slim", folder, "--dtype", "fp32", code=1)
+    run("slim", tmp_path / "checkpoint-4", "--dtype", "fp32", code=1)
+    assert all(checkpoint.tier == "full" for checkpoint in Run(tmp_path).checkpoints())
+    run("verify", tmp_path, "--data")
+
+
+@pytest.mark.hardening
+def test_a_crash_at_any_operation_leaves_a_checkpoint_and_the_same_command_goes_on(
+    tmp_path: Path,
+) -> None:
+    out, log, model = tmp_path / "out", tmp_path / "log", tmp_path / "run"
+    two(model)
+    folder = out / "checkpoint-2"
+    command = [sys.executable, "-m", "ckpt", "slim", str(folder), "--dtype", "fp32"]
+
+    def start(at: int) -> int:
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(model, out)
+        env = os.environ | faults.environment(out, at, log=log)
+        return subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, timeout=120
+        ).returncode
+
+    assert start(0) == 0
+    count = len(faults.journal(log))
+    assert count > 10
+    for at in range(1, count + 1):
+        assert start(at) == -signal.SIGKILL, at
+        checkpoint = Run(out).checkpoints()[0]
+        assert checkpoint.committed and (folder / filenames.MANIFEST).is_file(), at
+        run("verify", folder)
+        run("slim", folder, "--dtype", "fp32")
+        require_fp32(folder)
+        assert Run(out).checkpoints()[0].tier == "weights"
+        run("verify", out, "--data")

@@ -1,0 +1,375 @@
+"""The states of checkpoints: committed, complete, incomplete; and what commands make of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracles import FIXTURES, ROOT, run
+from run_folders import real, small
+from stock_checkpoints import accelerates, dcp, lightnings, sharded, state, stock, trainers
+
+import ckpt
+from ckpt.runs.foreign import liveness
+from ckpt.runs.states import checksums, listing
+from ckpt.runs.states.status import statuses_of
+
+Make = Callable[[Path], object]
+LOG = [
+    {"loss": 1.5, "step": 6},
+    {"eval_loss": 1.25, "eval_runtime": 3.0, "step": 6},
+    {"eval_loss": 9.0, "step": 4},
+]
+WRITERS: dict[str, tuple[Make, int | None]] = {
+    "the Trainer with DeepSpeed": (lambda out: stock(out, 6, LOG), 6),
+    "the Trainer without DeepSpeed": (lambda out: trainers(out / "checkpoint-6", 6, log=LOG), 6),
+    "the Trainer with FSDP": (lambda out: sharded(out / "checkpoint-6", 6), 6),
+    "Accelerate without DeepSpeed": (lambda out: accelerates(out / "checkpoint_6"), None),
+    "Lightning": (lambda out: lightnings(out / "epoch=0-step=6.ckpt", 6), 6),
+    "torch's distributed checkpoint": (lambda out: dcp(out / "step-6"), 6),
+    "DeepSpeed": (lambda out: shutil.copytree(FIXTURES / "zero2-bf16-w2", out), 2),
+}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two looks at what nobody committed follow each other at once."""
+    monkeypatch.setattr(liveness, "PAUSE", 0.05)
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """The JSON that a command prints."""
+
+    def command(*arguments: object, code: int = 0) -> Any:
+        capsys.readouterr()
+        run(*arguments, "--json", code=code)
+        return json.loads(capsys.readouterr().out)
+
+    return command
+
+
+def flip(path: Path, record: str = "data/0") -> None:
+    """Changes one byte of a record of a torch zip."""
+    with zipfile.ZipFile(path) as archive:
+        (info,) = (each for each in archive.infolist() if each.filename.endswith(record))
+        payload = archive.read(info)
+    data = bytearray(path.read_bytes())
+    data[data.index(payload, info.header_offset) + len(payload) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_complete_checkpoint_is_one_to_every_command(
+    writer: str, tmp_path: Path, printed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, step = WRITERS[writer]
+    out = tmp_path / "out"
+    make(out)
+
+    (entry,) = printed("ls", out)["checkpoints"]
+    assert (entry["state"], entry["written_by"], entry["committed"]) == ("complete", writer, False)
+    assert entry["step"] == step and entry["tier"] == "full" and entry["created"] and entry["bytes"]
+    assert entry["reason"] == f"no manifest.json: written by {writer}"
+    is_evaluated = writer in ("the Trainer with DeepSpeed", "the Trainer without DeepSpeed")
+    assert entry["metrics"] == ({"eval_loss": 1.25, "eval_runtime": 3.0} if is_evaluated else {})
+    run("ls", out)
+    assert f"complete, not committed: written by {writer}" in capsys.readouterr().out
+
+    newest = printed("latest", out)
+    assert newest["path"] == ckpt.find(out) and newest["state"] == "complete"
+    assert newest["written_by"] == writer and newest["step"] == step
+    run("latest", out)
+    said = capsys.readouterr()
+    assert said.out == f"{ckpt.find(out)}\n" and "is complete, not committed" in said.err
+
+    for options in ((), ("--data",), ("--sample", "5%")):
+        (verdict,) = printed("verify", out, *options)["checkpoints"]
+        assert verdict["whole"] and verdict["state"] == "complete", verdict
+        assert bool(verdict["checked_bytes"]) == bool(options)
+
+    diagnosis = printed("doctor", out)
+    assert diagnosis["findings"] == [] and len(diagnosis["untouched"]) == 1
+    remains = printed("prune", out, "--keep-last", "1")
+    assert remains["checkpoints"] == [] and remains["untouched"][0]["state"] == "complete"
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_flipped_byte_is_found_in_what_has_a_checksum(
+    writer: str, tmp_path: Path, printed: Callable[..., Any]
+) -> None:
+    out = tmp_path / "out"
+    WRITERS[writer][0](out)
+    (checkpoint,) = listing.checkpoints_at(out)
+    planned = checksums.of_files(checkpoint.folder)
+    tensors = [each for each in planned.checkables if not each.record.endswith(".pkl")]
+    largest = max(tensors, key=lambda checkable: checkable.nbytes)
+    with open(largest.path, "r+b") as stream:
+        assert largest.directory is not None
+        part = checksums.FilePart(
+            checksums.LocalFile(largest.path, stream.fileno()), largest.start, largest.span
+        )
+        at = largest.start + largest.directory.payload(part, largest.record)
+        stream.seek(at)
+        (byte,) = stream.read(1)
+        stream.seek(at)
+        stream.write(bytes([byte ^ 1]))
+
+    (verdict,) = printed("verify", out, "--data", code=1)["checkpoints"]
+    (problem,) = verdict["problems"]
+    assert problem.startswith(f"{largest.name}: record ") and "CRC32" in problem
+    sizes = [path.stat().st_size for path in checkpoint.folder.rglob("*") if path.is_file()]
+    total = sum(sizes) or checkpoint.folder.stat().st_size
+    assert 0 < verdict["checked_bytes"] <= total - verdict["no_checksum_bytes"]
+
+
+def test_what_carries_no_checksum_is_counted_and_named(
+    tmp_path: Path, printed: Callable[..., Any]
+) -> None:
+    folder = trainers(tmp_path / "checkpoint-6", 6)
+    names = ("model.safetensors", "trainer_state.json")
+    (verdict,) = printed("verify", folder, "--data")["checkpoints"]
+    assert verdict["no_checksum_bytes"] == sum((folder / name).stat().st_size for name in names)
+    assert any(all(name in line for name in names) for line in verdict["proven"])
+
+
+def test_a_sample_is_the_same_for_the_same_seed(
+    tmp_path: Path, printed: Callable[..., Any]
+) -> None:
+    stock(tmp_path, 6)
+    real(tmp_path, 8)
+    first, again = (
+        printed("verify", tmp_path, "--sample", "20%", "--seed", "7")["checkpoints"]
+        for _ in range(2)
+    )
+    assert first == again
+    everything = printed("verify", tmp_path, "--data")["checkpoints"]
+    for part, all_of_it in zip(first, everything, strict=True):
+        assert part["checked"] == "sample" and part["sample"] == 20.0 and part["seed"] == 7
+        assert 0 < part["checked_bytes"] < all_of_it["checked_bytes"]
+        assert all_of_it["seed"] is None
+    drawn = printed("verify", tmp_path, "--sample", "1%")["checkpoints"]
+    assert drawn[0]["seed"] is not None and drawn[0]["seed"] == drawn[1]["seed"]
+
+
+def test_a_sample_of_all_finds_what_is_damaged_in_a_committed_checkpoint(
+    tmp_path: Path, printed: Callable[..., Any]
+) -> None:
+    folder = real(tmp_path, 2).folder
+    flip(folder / "scheduler.pt", "data.pkl")
+    run("verify", folder, "--data", code=1)
+    (verdict,) = printed("verify", folder, "--sample", "100", code=1)["checkpoints"]
+    (problem,) = verdict["problems"]
+    assert problem.startswith("scheduler.pt: record ") and verdict["state"] == "committed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sample", "0%"), "between 0% and 100%"),
+        (("--sample", "many"), "such as 5%"),
+        (("--sample", "5%", "--data"), "use one of them"),
+        (("--seed", "5"), "add --sample"),
+    ],
+)
+def test_samples_that_mean_nothing_are_bad_usage(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("verify", tmp_path, *arguments, code=2)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("optimizer.pt", "has no optimizer.pt"),
+        ("rng_state_0.pth", "none of rank 0 (rng_state_0.pth)"),
+        ("model.safetensors", "has no weights of a model or adapter"),
+        ("trainer_state.json", "has no trainer_state.json"),
+    ],
+)
+def test_an_incomplete_checkpoint_says_what_is_missing(
+    name: str, reason: str, tmp_path: Path, printed: Callable[..., Any]
+) -> None:
+    trainers(tmp_path / "checkpoint-4", 4)
+    folder = trainers(tmp_path / "checkpoint-6", 6)
+    (folder / name).unlink()
+    for command in ("ls", "verify"):
+        entries = printed(command, tmp_path, code=int(command == "verify"))["checkpoints"]
+        assert [entry["state"] for entry in entries] == ["complete", "incomplete"]
+        told = entries[1]["reason"] if command == "ls" else entries[1]["problems"][0]
+        assert reason in told
+    newest = printed("latest", tmp_path)
+    assert newest["step"] == 4 and reason in newest["passed_over"][0]["reason"]
+    (finding,) = printed("doctor", tmp_path, code=1)["findings"]
+    assert reason in finding["problem"] and finding["remedy"] is None
+
+
+def test_the_newest_is_last_whatever_the_names_are(
+    tmp_path: Path, printed: Callable[..., Any]
+) -> None:
+    for number in (10, 9, 11):
+        folder = accelerates(tmp_path / f"checkpoint_{number}")
+        for path in (folder, *folder.iterdir()):
+            os.utime(path, (1e9 + number, 1e9 + number))
+    lightnings(tmp_path / "last.ckpt", 3)
+    lightnings(tmp_path / "epoch=0-step=2.ckpt", 2)
+    names = [entry["name"] for entry in printed("ls", tmp_path)["checkpoints"]]
+    accelerate_names = [f"checkpoint_{number}" for number in (9, 10, 11)]
+    assert names == [*accelerate_names, "epoch=0-step=2.ckpt", "last.ckpt"]
+
+
+def test_one_that_is_being_written_is_incomplete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = trainers(tmp_path / "checkpoint-6", 6)
+    looks = iter([liveness.look(folder)])
+    look = liveness.look
+    monkeypatch.setattr(liveness, "look", lambda path: next(looks, None) or look(path))
+    (folder / "rng_state_2.pth").write_bytes(b"a rank that is late")
+    checkpoints = listing.checkpoints_in(tmp_path)
+    (status,) = statuses_of(checkpoints)
+    assert status.state.value == "incomplete" and "is being written right now" in str(status.reason)
+
+
+def test_latest_takes_the_newer_of_committed_and_complete(
+    tmp_path: Path, printed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    real(tmp_path, 2)
+    newer = stock(tmp_path, 4)
+    assert printed("latest", tmp_path)["path"] == str(newer) == ckpt.find(tmp_path)
+    real(tmp_path, 6)
+    newest = printed("latest", tmp_path)
+    assert newest["step"] == 6 and newest["state"] == "committed" and not newest["written_by"]
+    run("latest", tmp_path, "--set", newer, "--dry-run", code=1)
+    assert f"ckpt doctor {newer} --adopt commits it" in capsys.readouterr().err
+
+
+def test_committed_only_takes_none_without_a_manifest(tmp_path: Path) -> None:
+    newer = stock(tmp_path, 4)
+    with pytest.raises(ckpt.CheckpointError, match=r"committed_only=True takes committed"):
+        ckpt.find(tmp_path, committed_only=True)
+    with pytest.raises(ckpt.CheckpointError, match=r"ckpt doctor .*checkpoint-4 --adopt"):
+        ckpt.find(newer, committed_only=True)
+    older = real(tmp_path, 2).folder
+    assert ckpt.find(tmp_path, committed_only=True) == str(older)
+    assert ckpt.find(tmp_path) == str(newer)
+
+
+def test_one_process_finds_a_checkpoint_without_torch(tmp_path: Path) -> None:
+    newer = stock(tmp_path, 4)
+    code = (
+        "import sys\nsys.modules['torch'] = None\nimport ckpt\n"
+        "print(ckpt.find(sys.argv[1]), ckpt.find(sys.argv[1] + '/new'))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{newer} None\n", done.stderr
+    assert f"ckpt: {newer} is complete, not committed (written by the Trainer" in done.stderr
+
+
+def test_doctor_adopts_one_checkpoint_and_leaves_the_others(
+    tmp_path: Path, printed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 4):
+        stock(tmp_path, step, LOG)
+    one = tmp_path / "checkpoint-4"
+    assert printed("doctor", one, "--adopt", "--dry-run")["checkpoints"][0]["adopted"]
+    assert not listing.candidate(one).committed
+    run("doctor", one, "--adopt", "--now")
+    assert [entry.committed for entry in listing.checkpoints_in(tmp_path)] == [False, True]
+    run("verify", one, "--data")
+    capsys.readouterr()
+    run("prune", tmp_path, "--keep-last", "1")
+    said = capsys.readouterr()
+    assert (
+        "not touched: 1 checkpoint is complete but not committed; "
+        f"ckpt doctor {tmp_path} --adopt commits it"
+    ) in said.err
+    run("slim", tmp_path / "checkpoint-2", code=1)
+    assert f"commit it first: ckpt doctor {tmp_path / 'checkpoint-2'} --adopt" in (
+        capsys.readouterr().err
+    )
+
+
+def test_now_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock(tmp_path, 4)
+
+    def sleep(_: float) -> None:
+        raise AssertionError("it waited")
+
+    monkeypatch.setattr(liveness.time, "sleep", sleep)
+    run("doctor", tmp_path, "--adopt", "--now")
+    run("doctor", tmp_path, "--now", code=2)
+
+
+def test_what_cannot_be_adopted_is_a_note_and_no_failure(
+    tmp_path: Path, printed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainers(tmp_path / "checkpoint-2", 2)
+    lightnings(tmp_path / "step=4.ckpt", 4)
+    shutil.copytree(FIXTURES / "corpus/pp_z1bf", tmp_path / "checkpoint-6")
+    stock(tmp_path, 8)
+    run("doctor", tmp_path, "--adopt", "--dry-run")
+    said = capsys.readouterr()
+    assert said.out == f"would adopt\t{tmp_path / 'checkpoint-8'}\n"
+    (note,) = said.err.splitlines()
+    assert "3 checkpoints are complete, written by DeepSpeed (parallel), Lightning, the" in note
+    entries = printed("doctor", tmp_path, "--adopt", "--dry-run")["checkpoints"]
+    assert [entry["adopted"] for entry in entries] == [False, False, False, True]
+    assert {entry["state"] for entry in entries} == {"complete"}
+
+    (tmp_path / "checkpoint-8/latest").unlink()
+    run("doctor", tmp_path, "--adopt", code=1)
+    assert "not adopted\t" in capsys.readouterr().out
+
+
+def test_adoption_reads_each_byte_once_and_says_so(tmp_path: Path) -> None:
+    from ckpt.runs.upkeep import adoption
+
+    stock(tmp_path, 4)
+    statuses = adoption.survey(listing.checkpoints_in(tmp_path), wait=False)
+    seen: list[int] = []
+    adoption.adopt(statuses, dry_run=True, progress=seen.append)
+    assert sum(seen) == adoption.nbytes_of(statuses) > 0
+
+
+def test_tags_of_a_save_dir_are_listed_each(tmp_path: Path, printed: Callable[..., Any]) -> None:
+    out = shutil.copytree(FIXTURES / "zero2-bf16-w2", tmp_path / "out")
+    shutil.copytree(out / "global_step2", out / "global_step4")
+    entries = printed("ls", out)["checkpoints"]
+    assert [entry["name"] for entry in entries] == ["global_step2", "global_step4"]
+    assert printed("latest", out)["path"] == str(out)  # a save_dir, as latest in it says
+    assert printed("doctor", out, "--adopt")["checkpoints"][0]["adopted"] is False
+
+
+def test_weights_alone_are_complete_and_nothing_is_resumed_from_them(
+    tmp_path: Path, printed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint-4"
+    small(tmp_path / "elsewhere", 4, tier="weights")
+    folder.mkdir()
+    shutil.copy(FIXTURES / "trainer-zero2/checkpoint-2/model.safetensors", folder)
+    (folder / "trainer_state.json").write_text(state(4))
+    (entry,) = printed("ls", folder)["checkpoints"]
+    assert (entry["state"], entry["tier"]) == ("complete", "weights")
+    run("verify", folder)
+    run("latest", tmp_path, code=1)
+    assert "holds weights only" in capsys.readouterr().err
+
+
+def test_a_file_of_the_torch_format_without_checksums_is_counted_as_such(tmp_path: Path) -> None:
+    folder = trainers(tmp_path / "checkpoint-4", 4)
+    path = folder / "scheduler.pt"
+    torch.save({"last_epoch": 4}, path, _use_new_zipfile_serialization=False)
+    bare = {entry.name: entry.nbytes for entry in checksums.of_files(folder).bare}
+    assert bare["scheduler.pt"] == path.stat().st_size

@@ -101,7 +101,7 @@ def lines(entries: Sequence[CheckpointEntry]) -> list[str]:
         rows = [(*row, _run(entry)) for row, entry in zip(rows, entries, strict=True)]
 
     widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
-    table_lines = [_aligned(heads, widths)]
+    table_lines = [_aligned(heads, widths).rstrip()]
     for row, entry in zip(rows, entries, strict=True):
         table_lines.append((_aligned(row, widths) + _remark(entry)).rstrip())
 
@@ -110,7 +110,7 @@ def lines(entries: Sequence[CheckpointEntry]) -> list[str]:
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-    return "  ".join(padded).rstrip()
+    return "  ".join(padded)
 
 
 def _remark(entry: CheckpointEntry) -> str:

@@ -73,16 +73,20 @@ def doctor(
 
 
 def _mending(run: Run) -> Planned:
+    from ckpt.runs.foreign import completeness
     from ckpt.runs.upkeep import doctor as mending
 
     def execute(_: Progress) -> Output:
         mended, diagnosis = mending.mend(run)
         return _findings(run, mended, diagnosis, dry_run=False)
 
-    return Planned(
-        preview=lambda: _findings(run, [], mending.diagnose(run), dry_run=True),
-        execute=execute,
-    )
+    def preview() -> Output:
+        count = len(completeness.candidates(run.path))
+        with planned.progress(count, run.path.name, "checkpoint") as advance:
+            diagnosis = mending.diagnose(run, advance)
+        return _findings(run, [], diagnosis, dry_run=True)
+
+    return Planned(preview=preview, execute=execute)
 
 
 def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run: bool) -> Output:

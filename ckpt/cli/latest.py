@@ -137,10 +137,16 @@ def _passed_over(choice: Choice, checkpoint: RunCheckpoint) -> list[SkippedCheck
 
 def _foreign_line(checkpoint: RunCheckpoint, proof: Proof | None) -> list[str]:
     """A line where the checkpoint is not committed."""
+    from ckpt.runs.states import listing
+    from ckpt.runs.states.status import CheckpointState, CheckpointStatus
+
     if proof is None:
         return []
 
-    commit = f"; ckpt doctor {checkpoint.folder.parent} --adopt commits it" if proof.tag else ""
+    status = CheckpointStatus(checkpoint, CheckpointState.COMPLETE, None, proof)
+    commit = ""
+    if status.adoptable and listing.is_single(checkpoint.folder):
+        commit = f"; ckpt doctor {checkpoint.folder} --adopt commits it"
     return [
         f"ckpt: {checkpoint.folder} is complete, not committed: written by {proof.kind}{commit}"
     ]

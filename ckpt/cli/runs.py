@@ -148,7 +148,8 @@ def _left_alone(run: Path, outcomes: Sequence[Outcome]) -> list[CheckpointStatus
         if not checkpoint.committed and checkpoint.folder not in judged_folders
     ]
 
-    return listing.ordered(status.statuses_of(uncommitted))
+    with planned.progress(len(uncommitted), run.name, "checkpoint") as advance:
+        return listing.ordered(status.statuses_of(uncommitted, progress=advance))
 
 
 def _pruned(

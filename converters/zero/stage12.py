@@ -156,9 +156,7 @@ def _agree(model: State, index: int, group: FlatGroup) -> None:
     """
     module = model.module
     tensors = {
-        name: tensor
-        for name in group.places
-        if isinstance(tensor := module.get(name), TensorRef)
+        name: tensor for name in group.places if isinstance(tensor := module.get(name), TensorRef)
     }
     for name, tensor in tensors.items():
         expected_shape = group.places[name][1]

@@ -361,7 +361,7 @@ def test_latest_says_which_newer_one_a_resume_takes(
     assert exit.value.code == 0 and said.out == f"{new}\n"
     assert (
         f"{new} is complete, not committed: written by the Trainer with DeepSpeed; ckpt doctor "
-        f"{tmp_path} --adopt commits it"
+        f"{new} --adopt commits it"
     ) in said.err
 
 

@@ -254,6 +254,26 @@ def test_latest_takes_the_newer_of_committed_and_complete(
     assert f"ckpt doctor {newer} --adopt commits it" in capsys.readouterr().err
 
 
+def test_what_a_deletion_began_with_is_not_complete(
+    tmp_path: Path, printed: Callable[..., Any]
+) -> None:
+    folder = real(tmp_path, 4).folder
+    (folder / "manifest.json").rename(folder / ".deleted")
+    (entry,) = printed("ls", tmp_path)["checkpoints"]
+    assert entry["state"] == "incomplete" and "is being deleted" in entry["reason"]
+    older = stock(tmp_path, 2)
+    assert ckpt.find(tmp_path) == str(older)
+
+
+def test_an_age_is_that_of_the_newest_file(tmp_path: Path, printed: Callable[..., Any]) -> None:
+    folder = trainers(tmp_path / "checkpoint-4", 4)
+    for path in folder.iterdir():
+        os.utime(path, (1e9, 1e9))
+    run("pin", folder)
+    (entry,) = printed("ls", tmp_path)["checkpoints"]
+    assert entry["created"] == 1e9 and entry["marks"] == ["pinned"]
+
+
 def test_committed_only_takes_none_without_a_manifest(tmp_path: Path) -> None:
     newer = stock(tmp_path, 4)
     with pytest.raises(ckpt.CheckpointError, match=r"committed_only=True takes committed"):

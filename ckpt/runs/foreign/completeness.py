@@ -73,7 +73,7 @@ def has_signs(path: Path) -> bool:
     """Whether a folder holds, right in it, what only the checkpoint of a training has."""
     entry_names = {entry.name for entry in os.scandir(path)}
     return bool(entry_names & _SIGNS) or any(
-        name.startswith("pytorch_model_fsdp") for name in entry_names
+        name.startswith("pytorch_model_fsdp") or name.endswith(".metadata") for name in entry_names
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt.folders import locks
+from ckpt.runs.deletion import is_trash
 from ckpt.runs.foreign.completeness import Proof, prove
 from converters.errors import CheckpointError
 
@@ -97,11 +98,22 @@ def _changed_names(first_look: Look, second_look: Look) -> list[str]:
     return sorted(name for name in names if first_look.get(name) != second_look.get(name))
 
 
+def require_not_deleted(path: Path) -> None:
+    """``CheckpointError`` for a checkpoint of which a deletion has taken the manifest."""
+    if is_trash(path):
+        raise CheckpointError(
+            f"{path} is being deleted, or its deletion was interrupted; ckpt prune or ckpt doctor "
+            f"{path.parent} --fix removes it",
+            "incomplete",
+        )
+
+
 def prove_at_rest(path: Path, tag: str | None = None) -> Proof:
     """What a checkpoint is that nobody committed: whole, and not being written.
 
-    ``CheckpointError`` as ``prove``, and for one that changes meanwhile.
+    ``CheckpointError`` as ``prove``, and for one that changes meanwhile or is being deleted.
     """
+    require_not_deleted(path)
     watch = Watch([path])
     if path.is_dir() and locks.in_use(path):
         raise CheckpointError(f"{path} is in use by another process", "refused")

@@ -67,6 +67,9 @@ def run_at(path: Path, command: str) -> Run:
     path = user_paths.spelt(path)
     if path.is_dir() and not is_single(path) and completeness.candidates(path):
         return Run(path)
+    if path.is_dir() and completeness.has_signs(path) and not is_run(path):
+        remedy = f"name the folder that it lies in: {command} {path.parent}"
+        raise detect(path).unlike("a run", remedy)
 
     return user_paths.run_at(path, command)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from ckpt.folders.filenames import PINNED
 from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import RunCheckpoint, require_read
 from ckpt.runs.digests import Progress, quiet
@@ -112,7 +113,7 @@ class CheckpointStatus:
     def created(self) -> float:
         """When it was saved: by its manifest, or by its newest file; seconds since 1970."""
         manifest = self.checkpoint.manifest
-        return manifest.created if manifest else liveness.written(self.checkpoint.folder)
+        return manifest.created if manifest else _newest_file_time(self.checkpoint.folder)
 
     @property
     def description(self) -> str:
@@ -172,6 +173,7 @@ def _status(checkpoint: RunCheckpoint) -> CheckpointStatus:
 
     folder = checkpoint.folder
     try:
+        liveness.require_not_deleted(folder)
         proof = prove(folder)
         if folder.is_dir():
             require_one_save(folder)
@@ -182,6 +184,19 @@ def _status(checkpoint: RunCheckpoint) -> CheckpointStatus:
         return CheckpointStatus(checkpoint, state, subjectless(str(error), folder))
 
     return CheckpointStatus(checkpoint, CheckpointState.COMPLETE, None, proof)
+
+
+def _newest_file_time(place: Path) -> float:
+    """When the newest file was written; a pin is not of the checkpoint. Seconds since 1970."""
+    times = {
+        name: time_ns
+        for name, (_, time_ns, _) in liveness.look(place).items()
+        if Path(name).name != PINNED
+    }
+    if len(times) > 1:
+        times.pop(str(place), None)  # the folder's own time is that of any file in it
+
+    return max(times.values(), default=0) / 1e9
 
 
 def subjectless(message: str, folder: Path) -> str:

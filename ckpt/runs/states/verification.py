@@ -168,7 +168,7 @@ def _checked_line(checksum_plan: ChecksumPlan, depth: Depth, has_problems: bool)
 
     finding = "were compared with their checksums"
     if not has_problems:
-        finding = f"{verb(number, 'agrees', 'agree')} with {verb(number, 'its checksum', 'their checksums')}"
+        finding = verb(number, "agrees with its checksum", "agree with their checksums")
 
     return f"{subject}, {size(checksum_plan.nbytes)}, {finding}"
 

@@ -9,9 +9,8 @@ from ckpt.cli.results.runs import CheckpointEntry, ListResult, UntouchedEntry
 from ckpt.folders import locks
 from ckpt.runs import lineage
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint, members
-from ckpt.runs.states.status import PLAIN_KINDS, CheckpointStatus
+from ckpt.runs.states.status import CheckpointStatus, prefix
 from converters.detect import detect
-from converters.detect.kinds import BY_NAME
 
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 
@@ -118,8 +117,7 @@ def _remark(entry: CheckpointEntry) -> str:
     if entry.written_by is not None:
         return f"  complete, not committed: written by {entry.written_by}"
     if entry.reason is not None:
-        title = "" if entry.kind in PLAIN_KINDS else f"{BY_NAME[entry.kind].title}; "
-        return f"  {title}{entry.state}: {entry.reason}"
+        return f"  {prefix(entry.kind, entry.reason)}{entry.state}: {entry.reason}"
 
     return f"  {entry.lacks}" if entry.lacks else ""
 

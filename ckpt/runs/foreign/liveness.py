@@ -78,8 +78,9 @@ class Watch:
             if path.is_dir() and locks.in_use(path):
                 reasons[path] = "is in use by another process"
             elif changed_names := _changed_names(first_look, look(path)):
+                changed_name = max(changed_names, key=len).removeprefix(f"{path}/")
                 reasons[path] = (
-                    f"is being written right now: {max(changed_names, key=len)} changed within "
+                    f"is being written right now: {changed_name} changed within "
                     f"{time.monotonic() - self._start_time:.0f} seconds; try again when its save "
                     "or copy is done"
                 )

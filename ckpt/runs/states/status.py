@@ -25,6 +25,7 @@ from ckpt.runs.foreign import evaluation, liveness
 from ckpt.runs.foreign.completeness import Proof, prove
 from ckpt.runs.foreign.overwriting import require_one_save
 from converters.detect import detect
+from converters.detect.kinds import BY_NAME
 from converters.errors import CheckpointError
 from converters.words import counted, verb
 from converters.zero.files.discovery import is_tag_folder
@@ -126,10 +127,17 @@ class CheckpointStatus:
         if self.complete:
             return f"complete, not committed; written by {self.writer}"
 
-        kind = detect(self.checkpoint.folder).kind
-        title = "" if kind.name in PLAIN_KINDS else f"{kind.title}; "
+        kind_name = detect(self.checkpoint.folder).kind.name
+        return f"{prefix(kind_name, str(self.reason))}{self.state.value}: {self.reason}"
 
-        return f"{title}{self.state.value}: {self.reason}"
+
+def prefix(kind_name: str, reason: str) -> str:
+    """What a line on an incomplete checkpoint begins with: its kind, unless the line says that."""
+    kind = BY_NAME[kind_name]
+    statement = kind.statement.partition("{")[0].strip()
+    is_said = kind_name in PLAIN_KINDS or (statement and statement in reason)
+
+    return "" if is_said else f"{kind.title}; "
 
 
 def status_of(checkpoint: RunCheckpoint) -> CheckpointStatus:

@@ -89,6 +89,8 @@ def _torn_finding(folder: Path, is_deepspeed_run: bool) -> Finding | None:
 
 def _describe_uncommitted(status: CheckpointStatus, was_changed: bool) -> str:
     """Why a checkpoint is not complete, and the way on."""
+    if (status.reason or "").startswith(("is being written", "is in use")):
+        return status.description
     if was_changed:
         return f"{status.description}; it changed in the last minutes, so nothing is done to it yet"
     if status.checkpoint.why != manifests.ABSENT:

@@ -43,8 +43,7 @@ def parameters(model: State, ranks: Sequence[State]) -> Parameters:
         return storage_views.complete(model, masters, shapes)
 
     layouts = _walk(model, ranks[0], groups, shapes)
-    module = model.module
-    if all(name in module for group in layouts for name in group.places):
+    if all(name in model.module for group in layouts for name in group.places):
         masters = {}
         for index, group in enumerate(layouts):
             _agree(model, index, group)
@@ -154,9 +153,10 @@ def _agree(model: State, index: int, group: FlatGroup) -> None:
 
     Only where the group's parameters are views of one storage: clones say nothing.
     """
-    module = model.module
     tensors = {
-        name: tensor for name in group.places if isinstance(tensor := module.get(name), TensorRef)
+        name: tensor
+        for name in group.places
+        if isinstance(tensor := model.module.get(name), TensorRef)
     }
     for name, tensor in tensors.items():
         expected_shape = group.places[name][1]

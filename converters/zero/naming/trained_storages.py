@@ -236,8 +236,7 @@ def _note_on_joined(parts_by_name: Mapping[str, Sequence[str]]) -> str:
 
 def holding(model: State, names: Iterable[str]) -> set[Extent]:
     """The storages that tensors of ``module`` lie in."""
-    module = model.module
-    tensors = [module.get(name) for name in names]
+    tensors = [model.module.get(name) for name in names]
     positions = [
         storage_views.place(model, tensor) for tensor in tensors if isinstance(tensor, TensorRef)
     ]

@@ -145,6 +145,7 @@ def push(
             execute=lambda progress: _pushed(pushing.execute(push_plan, progress)),
             nbytes=push_plan.contents.nbytes,
             title=repo,
+            interruption=lambda: "the same command sends what the Hub does not have yet",
         ),
         dry_run=dry_run,
         as_json=as_json,
@@ -255,12 +256,22 @@ def pull(source: str, folder: Path, path_in_repo: str | None, dry_run: bool, as_
     repo, _, revision = source.partition("@")
     pull_plan = pulling.plan(repo, folder, revision=revision or None, path_in_repo=path_in_repo)
 
+    def preview() -> Output:
+        pulling.require_output(pull_plan)
+        return _pull_preview(pull_plan)
+
+    def interruption() -> str | None:
+        if not pulling.is_begun(pull_plan):
+            return planned.interruption(None)
+        return "the same command goes on with the files that have come"
+
     planned.run(
         Planned(
-            preview=lambda: _pull_preview(pull_plan),
+            preview=preview,
             execute=lambda progress: _pulled(pulling.execute(pull_plan, progress)),
             nbytes=pull_plan.nbytes,
             title=repo,
+            interruption=interruption,
         ),
         dry_run=dry_run,
         as_json=as_json,

@@ -45,6 +45,7 @@ def _entry(status: CheckpointStatus, marks: tuple[str, ...], *, current: bool) -
         written_by=status.writer,
         reason=reason(status),
         lacks=checkpoint.lacks,
+        origin=checkpoint.origin,
         tier=status.tier,
         nbytes=checkpoint.nbytes,
         created=status.created,
@@ -114,12 +115,16 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _remark(entry: CheckpointEntry) -> str:
     """What a reader should know of a checkpoint that no save committed, or that lacks files."""
+    parts = [entry.origin] if entry.origin else []
+    is_universal = entry.origin is not None and entry.kind == "deepspeed-universal"
     if entry.written_by is not None:
-        return f"  complete, not committed: written by {entry.written_by}"
-    if entry.reason is not None:
-        return f"  {prefix(entry.kind, entry.reason)}{entry.state}: {entry.reason}"
+        parts.append(f"complete, not committed: written by {entry.written_by}")
+    elif entry.reason is not None and not is_universal:  # which never gets a manifest
+        parts.append(f"{prefix(entry.kind, entry.reason)}{entry.state}: {entry.reason}")
+    elif entry.lacks:
+        parts.append(entry.lacks)
 
-    return f"  {entry.lacks}" if entry.lacks else ""
+    return f"  {'; '.join(parts)}" if parts else ""
 
 
 def _row(entry: CheckpointEntry) -> tuple[str, ...]:

@@ -109,8 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("ckpt: interrupted; the same command continues where it stopped", err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        click.echo(f"ckpt: {'; '.join(filter(None, ['interrupted', _aftermath(error)]))}", err=True)
         sys.exit(130)
     except OSError as error:
         line = f"{error.filename or 'error'}: {error.strerror}"
@@ -120,6 +120,15 @@ def main(argv: list[str] | None = None) -> None:
         name = type(error).__name__
         line = f"{name}: this is a bug of ckpt {__version__}; please report it with the lines above"
         _fail(line, "bug", as_json="--json" in arguments)
+
+
+def _aftermath(error: BaseException) -> str:
+    """What an interrupted command leaves, as a sentence, if it says that."""
+    from ckpt.cli.planned import Interruption
+
+    # click makes an Abort of the interruption
+    interruption = error.__cause__ if isinstance(error, click.Abort) else error
+    return str(interruption) if isinstance(interruption, Interruption) else ""
 
 
 def _fail(message: str, kind: str, *, as_json: bool) -> NoReturn:

@@ -145,16 +145,21 @@ def collect(folders: tuple[Path, ...], output: Path, dry_run: bool, as_json: boo
 
     collection = collecting.plan(folders, output)
 
+    def preview() -> Output:
+        collecting.require_output(collection)
+        return _collected(collection, dry_run=True)
+
     def execute(progress: Progress) -> Output:
         collecting.execute(collection, progress)
         return _collected(collection, dry_run=False)
 
     planned.run(
         Planned(
-            preview=lambda: _collected(collection, dry_run=True),
+            preview=preview,
             execute=execute,
             nbytes=collection.nbytes,
             title=output.name,
+            interruption=lambda: None if collection.inside else planned.interruption(None),
         ),
         dry_run=dry_run,
         as_json=as_json,

@@ -12,10 +12,13 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from ckpt.folders.staging import Continuation
 
 Progress = Callable[[int], Any]
 
@@ -39,13 +42,21 @@ class Planned:
     """A command's work, planned: what it would do, and how it is done.
 
     ``nbytes`` is how many bytes ``execute`` reports, ``title`` what the bar is called;
-    ``None`` where there is nothing to wait for.
+    ``None`` where there is nothing to wait for. ``opening`` is what a reader should know
+    before it begins, ``interruption`` what an interrupted one leaves: sentences, or
+    ``None``.
     """
 
     preview: Callable[[], Output]
     execute: Callable[[Progress], Output]
     nbytes: int | None = None
     title: str = ""
+    opening: Callable[[], str | None] = lambda: None
+    interruption: Callable[[], str | None] = lambda: None
+
+
+class Interruption(KeyboardInterrupt):
+    """An interruption that says what it leaves, as a sentence."""
 
 
 def run(planned: Planned, *, dry_run: bool, as_json: bool) -> None:
@@ -54,9 +65,42 @@ def run(planned: Planned, *, dry_run: bool, as_json: bool) -> None:
         show(planned.preview(), as_json)
         return
 
-    with progress(planned.nbytes, planned.title) as advance:
-        output = planned.execute(advance)
+    if not as_json and (opening := planned.opening()) is not None:
+        click.echo(f"ckpt: {opening}", err=True)
+
+    try:
+        with progress(planned.nbytes, planned.title) as advance:
+            output = planned.execute(advance)
+    except KeyboardInterrupt as error:
+        sentence = planned.interruption()
+        raise error if sentence is None else Interruption(sentence) from error
     show(output, as_json)
+
+
+def opening(continuation: Continuation | None) -> str | None:
+    """That a command goes on with what an interrupted one left."""
+    return None if continuation is None else f"continuing: {continuation.sentence}, checking them"
+
+
+def interruption(continuation: Continuation | None) -> str:
+    """Whether the same command goes on after an interruption."""
+    if continuation is None:
+        return "nothing is left of the output; the same command begins anew"
+    return f"{continuation.sentence}; the same command continues where it stopped"
+
+
+def unfitting(output: Output, shortage: str | None) -> Output:
+    """The output of a dry run; exit code 1, and a note, where what it plans does not fit."""
+    if shortage is None:
+        return output
+    notes = (*getattr(output.result, "notes", ()), shortage)
+    result: Any = output.result
+    return replace(
+        output,
+        result=replace(result, notes=notes),
+        notices=[*output.notices, f"ckpt: {shortage}"],
+        exit_code=1,
+    )
 
 
 def show(output: Output, as_json: bool) -> None:

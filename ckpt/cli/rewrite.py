@@ -217,7 +217,8 @@ def _rewrite(
     def preview() -> Output:
         job.require_output(rewriting, overwrite)
         result = job.preview(rewriting)
-        return Output(result, _preview_lines(result))
+        output = Output(result, _preview_lines(result))
+        return planned.unfitting(output, job.shortage(rewriting))
 
     def execute(progress: Progress) -> Output:
         result = job.execute(
@@ -238,6 +239,8 @@ def _rewrite(
             execute=execute,
             nbytes=rewriting.plan.nbytes,
             title=rewriting.output.name,
+            opening=lambda: planned.opening(job.continuation(rewriting)),
+            interruption=lambda: planned.interruption(job.continuation(rewriting)),
         ),
         dry_run=dry_run,
         as_json=as_json,

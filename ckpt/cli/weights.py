@@ -85,7 +85,8 @@ def to_fp32(
 
     def previewed() -> Output:
         convert.require_output(conversion, overwrite)
-        return Output(preview, reports.preview_lines(conversion, preview))
+        output = Output(preview, reports.preview_lines(conversion, preview))
+        return planned.unfitting(output, convert.shortage(conversion))
 
     def execute(progress: Progress) -> Output:
         record = convert.execute(
@@ -108,6 +109,8 @@ def to_fp32(
             execute=execute,
             nbytes=conversion.plan.nbytes,
             title=conversion.output.name,
+            opening=lambda: planned.opening(convert.continuation(conversion)),
+            interruption=lambda: planned.interruption(convert.continuation(conversion)),
         ),
         dry_run=dry_run,
         as_json=as_json,

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ckpt.engine.view import EngineView, internals
-from ckpt.runs.manifest import Manifest
+from ckpt.runs.ancestry import Partitioning
 from converters.errors import CheckpointError
 from converters.zero.native.target import SUB_GROUP
 
@@ -23,9 +23,10 @@ class Topology:
     stage: int
     world_size: int
 
-    def fits(self, manifest: Manifest) -> bool:
-        """Whether DeepSpeed can load the checkpoint of this ``manifest``."""
-        return Topology(manifest.stage or 0, manifest.world_size).loads_as(self)
+    def fits(self, partitioning: Partitioning) -> bool:
+        """Whether DeepSpeed can load a checkpoint, by its manifest or record."""
+        saved_topology = Topology(partitioning.stage or 0, partitioning.world_size or 0)
+        return saved_topology.loads_as(self)
 
     def loads_as(self, target: Topology) -> bool:
         """Whether what was saved here loads there: without ZeRO, on any number of ranks."""

@@ -7,3 +7,5 @@ from converters.detect.filenames import MANIFEST as MANIFEST
 PINNED = ".pinned"  # in a checkpoint that retention never deletes
 LOCK = ".lock"  # what whoever writes a staging folder (.NAME.saving) holds a lock on
 PLAN = "plan.json"  # what an interrupted conversion goes on by
+LOGBOOK = "written.jsonl"  # which of its files were whole, and what was proven by then
+REWRITING = "rewriting.json"  # what a checkpoint without a manifest was made of

@@ -2,6 +2,7 @@
 
 .NAME.partial/    beside the output, while it is made
   plan.json         what is being made; another plan's leftovers are thrown away
+  written.jsonl     which shards were whole and on disk, and what was proven of the source
   *.partial         a shard in the making
   model-...         shards that are whole; the same command continues after them
 NAME/             the same folder, renamed when everything in it is whole; what it replaces changes
@@ -16,14 +17,49 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.folders.filenames import PLAN
+from ckpt.folders.filenames import LOGBOOK, PLAN
 from ckpt.folders.replacing import is_arriving, replace_folder
 from converters.errors import CheckpointError
 from converters.plan import Plan
 from converters.storage import local
 from converters.storage.local_store import LOCAL
+from converters.words import counted, verb
+
+ANOTHER_FOLDER = "choose another folder with -o"
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What an interrupted run of the same plan left: shards that are whole, of how many."""
+
+    present: int
+    total: int
+
+    @property
+    def sentence(self) -> str:
+        """How many are there."""
+        are_verb = verb(self.present, "is", "are")
+        return f"{self.present:,} of {counted(self.total, 'shard')} {are_verb} there"
+
+
+def continuation(output: Path, plan: Plan) -> Continuation | None:
+    """What the same plan would go on with at ``output``; ``None`` if it begins anew."""
+    if not output.name:
+        return None  # where no folder can be made
+
+    folder = folder_for(output)
+    try:
+        if not folder.is_dir() or (folder / PLAN).read_bytes() != plan.digest().encode():
+            return None
+        sizes = [(folder / shard.filename, shard.nbytes) for shard in plan.shards]
+        present = sum(path.is_file() and path.stat().st_size == size for path, size in sizes)
+    except OSError:
+        return None
+
+    return Continuation(present, len(plan.shards)) if present else None
 
 
 def folder_for(output: Path) -> Path:
@@ -65,23 +101,23 @@ def require_place(
         )
 
 
-def require_makeable(output: Path, needed_bytes: int) -> None:
+def require_makeable(output: Path, needed_bytes: int, alternative: str = ANOTHER_FOLDER) -> None:
     """Raises ``CheckpointError`` where ``output`` could not be made, and makes nothing.
 
     A dry run asks this; whoever makes the output is told by the system. ``needed_bytes``
     are those of the output. Too little room is no error here, as room can be made, and
-    the dry run tells both numbers; a filesystem without any, such as /proc, is one.
+    the dry run tells (``shortage``); a filesystem without any, such as /proc, is one.
     """
     parent = next(path for path in output.absolute().parents if os.path.lexists(path))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         problem = "may not be written to" if parent.is_dir() else "is not a folder"
         raise CheckpointError(
-            f"{parent} {problem}, so {output} cannot be made; choose another folder with -o",
+            f"{parent} {problem}, so {output} cannot be made; {alternative}",
             "output",
         )
 
     if not local.free_space(output):
-        require_room(folder_for(output), needed_bytes, "choose another folder with -o")
+        require_room(folder_for(output), needed_bytes, alternative)
 
 
 def require_file_place(output: Path, overwrite: bool) -> None:
@@ -151,7 +187,7 @@ def staged(output: Path, plan: Plan, needed_bytes: int) -> Iterator[Path]:
                 is_same_plan = plan_file.read() == digest
             _clear(
                 folder,
-                {shard.filename for shard in plan.shards} if is_same_plan else set(),
+                {LOGBOOK, *(shard.filename for shard in plan.shards)} if is_same_plan else set(),
             )
             if not is_same_plan:
                 with local.named(folder / PLAN):
@@ -160,8 +196,9 @@ def staged(output: Path, plan: Plan, needed_bytes: int) -> Iterator[Path]:
                     plan_file.write(digest)
                     plan_file.flush()
 
-            require_room(folder, needed_bytes, "choose another folder with -o")
+            require_room(folder, needed_bytes, ANOTHER_FOLDER)
             yield folder
+            (folder / LOGBOOK).unlink(missing_ok=True)
             (folder / PLAN).unlink()
             LOCAL.sync(folder)
             replace_folder(folder, output)
@@ -193,17 +230,25 @@ def _clear(folder: Path, kept_shards: Collection[str]) -> None:
 
 
 def require_room(folder: Path, needed_bytes: int, alternative: str) -> None:
-    """``CheckpointError`` unless ``needed_bytes`` fit on the disk.
+    """``CheckpointError`` unless ``needed_bytes`` fit on the disk; as ``shortage``."""
+    reason = shortage(folder, needed_bytes, alternative)
+    if reason is not None:
+        raise CheckpointError(reason, "output")
+
+
+def shortage(folder: Path, needed_bytes: int, alternative: str = ANOTHER_FOLDER) -> str | None:
+    """Why ``needed_bytes`` do not fit on the disk, as a sentence; ``None`` if they do.
 
     Those that are in ``folder`` are counted. ``alternative`` says what to do where no
     room can be made.
     """
-    present_files = [path for path in folder.rglob("*") if path.is_file()]
+    paths = (path for path in folder.rglob("*") if path.name not in (PLAN, LOGBOOK))
+    present_files = [path for path in paths if path.is_file()]
     present_bytes = sum(path.stat().st_size for path in present_files)
     free_bytes = local.free_space(folder)
-    if needed_bytes - present_bytes > free_bytes:
-        raise CheckpointError(
-            f"{folder.parent} has {free_bytes:,} bytes free, the output needs "
-            f"{needed_bytes - present_bytes:,}; make room or {alternative}",
-            "output",
-        )
+    if needed_bytes - present_bytes <= free_bytes:
+        return None
+    return (
+        f"{folder.parent} has {free_bytes:,} bytes free, the output needs "
+        f"{needed_bytes - present_bytes:,}; make room or {alternative}"
+    )

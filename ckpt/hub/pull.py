@@ -20,13 +20,13 @@ from pathlib import Path
 
 from ckpt.folders import filenames, locks
 from ckpt.folders.replacing import is_arriving, replace_folder
-from ckpt.folders.staging import folder_for, require_room
+from ckpt.folders.staging import folder_for, require_makeable, require_room
 from ckpt.hub.client import errors, repository
 from ckpt.hub.client.repository import RemoteFile
 from ckpt.hub.client.retry import retry
 from ckpt.hub.content.items import unfit
 from ckpt.hub.plan import api_for
-from ckpt.runs import verify
+from ckpt.runs import user_paths, verify
 from ckpt.runs.run import open_checkpoint
 from ckpt.text import size
 from converters.errors import CheckpointError
@@ -34,6 +34,7 @@ from converters.execute.workers import Progress
 from converters.storage import local
 from converters.words import counted
 
+ANOTHER_NAME = "name another folder"
 LOCK = ".pulling"
 CACHE = ".cache"  # where the client keeps what it knows of a local folder
 
@@ -97,6 +98,7 @@ def plan(
     that leave the folder, and for a place that is taken.
     """
     errors.require_client()
+    user_paths.require_outside(folder)
     _require_place(folder)
     branch = revision or repository.MAIN
     repo_folder = f"{path_in_repo.strip('/')}/" if path_in_repo else ""
@@ -134,9 +136,9 @@ def execute(pull_plan: PullPlan, progress: Progress = lambda _: None) -> Pulled:
     under the name.
     """
     start_time = time.monotonic()
+    require_output(pull_plan)
     folder, repo_folder = pull_plan.folder, pull_plan.repo_folder
     with errors.translate_errors(pull_plan.repo), _staged(folder) as staging:
-        require_room(staging, pull_plan.nbytes, "name another folder")
         _download(pull_plan, staging, progress)
 
         pulled_root = staging / repo_folder if repo_folder else staging
@@ -148,6 +150,19 @@ def execute(pull_plan: PullPlan, progress: Progress = lambda _: None) -> Pulled:
         replace_folder(pulled_root, folder.absolute())
 
     return Pulled(pull_plan, step, time.monotonic() - start_time)
+
+
+def require_output(pull_plan: PullPlan) -> None:
+    """``CheckpointError`` where ``execute`` would refuse to make the folder; makes nothing."""
+    folder = pull_plan.folder.absolute()
+    require_makeable(folder, pull_plan.nbytes, ANOTHER_NAME)
+    require_room(folder_for(folder), pull_plan.nbytes, ANOTHER_NAME)
+
+
+def is_begun(pull_plan: PullPlan) -> bool:
+    """Whether an interrupted ``execute`` left files that this one goes on with."""
+    staging = folder_for(pull_plan.folder.absolute())
+    return any((staging / name).is_file() for name in pull_plan.files)
 
 
 def _download(pull_plan: PullPlan, staging: Path, progress: Progress) -> None:

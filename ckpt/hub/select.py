@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ckpt.runs import user_paths
 from ckpt.runs.retention import Best, Candidate, ranked
-from ckpt.runs.run import Run, RunCheckpoint, members
+from ckpt.runs.run import Run, RunCheckpoint, members, without_derived
 from converters.errors import CheckpointError
 from converters.words import counted
 
@@ -47,9 +47,10 @@ def chosen(path: Path, best: Best | None = None, full: bool = False) -> RunCheck
 def _best_of(run: Run, best: Best, full: bool) -> RunCheckpoint:
     """The checkpoint of a run at a place of the ranking by a metric."""
     metric, mode, rank = best
+    checkpoints = run.checkpoints()
     checkpoints_by_name = {
         checkpoint.name: checkpoint
-        for checkpoint in members(run.checkpoints())
+        for checkpoint in without_derived(members(checkpoints), checkpoints)
         if checkpoint.tier == "full" or not full
     }
     candidates = [

@@ -48,8 +48,8 @@ class Comparison:
         loop: Loop = ENGINE_ALONE,
         script_groups: Sequence[Mapping[str, Any]] | None = None,
     ):
-        resharded = source.manifest is not None and source.manifest.made_of is not None
-        request = replace(request, other_ranks=resharded)
+        is_resharded = source.manifest is not None and source.manifest.is_derived
+        request = replace(request, other_ranks=is_resharded)
         self.source, self.engine, self.request = source, engine, request
         self.scheduler = loop.scheduler or view.scheduler(engine)
         self.optimizer = optimizers.inner(engine)

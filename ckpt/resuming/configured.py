@@ -19,7 +19,7 @@ from ckpt.engine.layout import Layout
 from ckpt.resuming import topology
 from ckpt.resuming.resume_point import ResumePoint
 from ckpt.resuming.topology import Reshard
-from ckpt.runs.manifest import Manifest
+from ckpt.runs.ancestry import Partitioning
 from ckpt.runs.run import open_checkpoint
 from converters.errors import CheckpointError
 
@@ -49,7 +49,7 @@ def layout(ranks: RankGroup | None) -> Layout | None:
     return Layout.of_config(configuration, ranks.world)
 
 
-def fits(ranks: RankGroup | None) -> Callable[[Manifest], bool] | None:
+def fits(ranks: RankGroup | None) -> Callable[[Partitioning], bool] | None:
     """Whether a checkpoint loads here, as far as that is known; ``None`` if nothing is."""
     current_layout = layout(ranks)
     if current_layout is not None:
@@ -59,8 +59,8 @@ def fits(ranks: RankGroup | None) -> Callable[[Manifest], bool] | None:
 
     world = ranks.world
 
-    def has_as_many_ranks(manifest: Manifest) -> bool:
-        return not manifest.stage or manifest.world_size == world
+    def has_as_many_ranks(partitioning: Partitioning) -> bool:
+        return not partitioning.stage or partitioning.world_size == world
 
     return has_as_many_ranks
 

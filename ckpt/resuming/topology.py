@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ckpt.distributed.ranks import RankGroup, alive
 from ckpt.engine.layout import Layout
 from ckpt.resuming.resume_point import ResumePoint
-from ckpt.rewrite import job
+from ckpt.rewrite import records
 from ckpt.rewrite.job import Rewriting
 from ckpt.runs.run import Run, RunCheckpoint, is_numbered, open_checkpoint
 from converters.errors import CheckpointError
@@ -257,7 +257,7 @@ def _is_made_of(source: ResumePoint, rewriting: Rewriting) -> bool:
         or rewriting.target is None
     ):
         return False
-    return resharded.manifest.save == job.save_of(source_manifest, rewriting.target)
+    return resharded.manifest.save == records.save_of(source_manifest, rewriting.target)
 
 
 def _may_be_replaced(source: ResumePoint, rewriting: Rewriting) -> bool:

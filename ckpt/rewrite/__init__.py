@@ -2,6 +2,7 @@
 universal format.
 
 job               moves, proves, commits
+records           its manifest, or what else says what it was made of
 result            what was done, as a value
 reshard           other ranks or another stage
 universal         the universal format and back

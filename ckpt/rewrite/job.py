@@ -10,29 +10,29 @@ OUTPUT/
   everything else                copied
   latest or latest_universal     the tag
   manifest.json                  if the source has one and the result is native, too
+  rewriting.json                 otherwise: what the output was made of
 """
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from ckpt import results
 from ckpt.folders import filenames, locks, staging
 from ckpt.results import FileEntry, TrainingState
+from ckpt.rewrite import records
 from ckpt.rewrite.result import RewriteChecks, RewriteResult
-from ckpt.runs import manifest
-from ckpt.runs.run import require_read
-from ckpt.version import __version__
+from ckpt.runs import user_paths
+from ckpt.runs.ancestry import Ancestry
+from ckpt.runs.manifest import Manifest
 from ckpt.weights.companions import model_folder
-from converters.errors import CheckpointError
 from converters.execute import shards, small_files
+from converters.execute.logbook import Logbook
 from converters.plan import Plan
 from converters.storage import local, open_files, stores
 from converters.storage.local_store import LOCAL
@@ -45,7 +45,8 @@ from converters.zero.native.target import TargetTopology
 from converters.zero.universal import proof, reader
 from converters.zero.universal.reader import Universal
 
-WRITTEN_NAMES = ("latest", filenames.MANIFEST, filenames.PINNED)  # written, never copied
+# written, never copied
+WRITTEN_NAMES = ("latest", filenames.MANIFEST, filenames.REWRITING, filenames.PINNED)
 _RANKED = re.compile(r"(rng_state|extra_state|random_states)_(\d+)\.(pth|state|pkl)")
 _ONLY = re.compile(r"rng_state\.(pth)")  # the Trainer's for a single rank
 # beside what a model folder has; the Trainer's, Accelerate's, PEFT's and DeepSpeed's
@@ -63,12 +64,14 @@ _COPIED = (
 class Rewriting:
     """A rewriting decided on but not begun: what is read, what is written, and where.
 
-    ``source`` is a native checkpoint or a universal one, ``target`` what is made of it,
-    or ``None`` for the universal format. ``tag`` is that of the output, ``companions``
-    are the files to copy, under their new names; ``notes`` what a user should know.
+    ``source`` is a native checkpoint or a universal one, and ``path`` what the caller
+    named it by; ``target`` is what is made of it, or ``None`` for the universal format.
+    ``tag`` is that of the output, ``companions`` are the files to copy, under their new
+    names; ``notes`` what a user should know.
     """
 
     source: zero.Checkpoint | Universal
+    path: Path
     target: TargetTopology | None
     plan: Plan
     output: Path
@@ -202,9 +205,20 @@ def require_output(rewriting: Rewriting, overwrite: bool = False) -> None:
     staging.require_makeable(rewriting.output, rewriting.nbytes)
 
 
+def continuation(rewriting: Rewriting) -> staging.Continuation | None:
+    """What an interrupted ``execute`` left that this one goes on with, if anything."""
+    return staging.continuation(rewriting.output, rewriting.plan)
+
+
+def shortage(rewriting: Rewriting) -> str | None:
+    """Why the output does not fit on its disk, as a sentence; ``None`` if it does."""
+    return staging.shortage(staging.folder_for(rewriting.output), rewriting.nbytes)
+
+
 def _require_place(rewriting: Rewriting, overwrite: bool) -> None:
-    home = rewriting.home.resolve()
-    protected_folders = [rewriting.checkpoint.place.folder.resolve(), home, *home.parents]
+    home, folder = rewriting.home.resolve(), rewriting.checkpoint.place.folder
+    user_paths.require_outside(rewriting.output, [rewriting.path, folder])
+    protected_folders = [folder.resolve(), home, *home.parents]
     staging.require_place(rewriting.output, protected_folders, overwrite)
 
 
@@ -221,16 +235,23 @@ def _move(
     progress: Callable[[int], Any],
 ) -> shards.MoveReport:
     """Native files are few and large; those of a universal folder many and small."""
-    plan = rewriting.plan
+    plan, logbook = rewriting.plan, Logbook(staged_folder / filenames.LOGBOOK)
     if rewriting.target is None:
         return small_files.execute(
-            plan, staged_folder, verify=verify, workers=workers, progress=progress
+            plan,
+            staged_folder,
+            verify=verify,
+            workers=workers,
+            progress=progress,
+            logbook=logbook,
         )
 
     (staged_folder / rewriting.tag).mkdir(exist_ok=True)
     # numbers may overflow, as torch rounds when the engine does it
     checks = shards.CheckOptions(verify=verify, allow_overflow=True)
-    return shards.execute(plan, staged_folder, checks, workers=workers, progress=progress)
+    return shards.execute(
+        plan, staged_folder, checks, workers=workers, progress=progress, logbook=logbook
+    )
 
 
 @open_files.once()
@@ -253,59 +274,35 @@ def _complete(rewriting: Rewriting, staged_folder: Path) -> None:
     for folder in folders:
         LOCAL.sync(folder)
 
+    source_manifest = records.source_manifest(rewriting.home, _source_tag(rewriting))
+    origin = _origin(rewriting, source_manifest)
+    target, is_native = rewriting.target, not isinstance(rewriting.source, Universal)
+    manifest = None
+    if source_manifest is not None and target is not None and is_native:
+        manifest = records.rewritten(source_manifest, target, origin)
+    else:
+        records.write_record(staged_folder, origin, target)
+
     local.write_file(staged_folder / rewriting.pointer, rewriting.tag.encode())
-    if rewriting.target is None or isinstance(rewriting.source, Universal):
-        return
-
-    try:
-        source_manifest = manifest.read(rewriting.home)
-    except CheckpointError as error:  # there is none, or none that anybody could use
-        require_read(error)
-        return
-
-    if source_manifest.tag == rewriting.tag:
-        rewritten = _rewritten_manifest(
-            source_manifest, rewriting.target, staged_folder, rewriting.output.name
-        )
-        local.write_file(staged_folder / filenames.MANIFEST, rewritten.dumps())
+    if manifest is not None:
+        records.write_manifest(staged_folder, manifest, rewriting.output.name)
 
 
-def save_of(source_manifest: manifest.Manifest, target: TargetTopology) -> str:
-    """The save that a committed checkpoint becomes: the same for the same target."""
-    return sha256(f"{source_manifest.save} {target}".encode()).hexdigest()[:32]
+def _source_tag(rewriting: Rewriting) -> str:
+    return rewriting.checkpoint.place.folder.name
 
 
-def _rewritten_manifest(
-    source_manifest: manifest.Manifest, target: TargetTopology, staged_folder: Path, name: str
-) -> manifest.Manifest:
-    """The source's manifest for what lies in ``staged_folder``, to be called ``name``.
-
-    It says what it is made of: making it says nothing about which run saved last.
-    """
-    paths = [path for path in staged_folder.rglob("*") if path.is_file()]
-    files = {
-        path.relative_to(staged_folder).as_posix(): _digest(path)
-        for path in paths
-        if path.name != filenames.PLAN
-    }
-    return replace(
-        source_manifest,
-        stage=target.stage,
-        world_size=target.world_size,
-        node=0,
-        nodes=1,
-        save=save_of(source_manifest, target),
-        created=time.time(),
-        name=name,
-        made_of=source_manifest.save,
-        versions={**source_manifest.versions, "ckpt": __version__},
-        files=files,
+def _origin(rewriting: Rewriting, source_manifest: Manifest | None) -> Ancestry:
+    """The checkpoint that the output is made of."""
+    source = rewriting.checkpoint
+    origin = Ancestry(
+        "universal" if rewriting.target is None else "resharded",
+        name=rewriting.home.name or None,
+        step=source.step,
+        world_size=source.world_size,
+        stage=stage_of(rewriting.source),
     )
-
-
-def _digest(path: Path) -> manifest.FileRecord:
-    with local.named(path):
-        return manifest.digest(path)
+    return records.first_origin(rewriting.home, source_manifest, origin)
 
 
 def preview(rewriting: Rewriting) -> RewriteResult:

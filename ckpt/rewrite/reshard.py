@@ -64,6 +64,7 @@ def plan(
 
     return Rewriting(
         source=source,
+        path=place,
         target=target,
         plan=file_plan,
         output=absolute(output_path(output)),

@@ -43,14 +43,16 @@ def plan_to(
     Reads pickles, no tensors. Raises ``CheckpointError`` for what is damaged, or
     has no partitions.
     """
-    several_models.find(source_path(checkpoint), tag)  # refuses a choice between models
-    source = zero.read(checkpoint, tag)
+    path = source_path(checkpoint)
+    several_models.find(path, tag)  # refuses a choice between models
+    source = zero.read(path, tag)
     file_plan = planning.to_universal(source)
     groups = param_groups.read(source, object_graph.read_root(source.ranks[0].path))
     home = job.home_of(source)
 
     return Rewriting(
         source=source,
+        path=path,
         target=None,
         plan=file_plan,
         output=absolute(output_path(output or default_output(home, home.name + SUFFIX))),
@@ -80,7 +82,8 @@ def plan_from(
     ``reshard.plan`` has it. Raises ``CheckpointError``.
     """
     require_arguments(world_size, stage, sub_group_size)
-    source = reader.read(source_path(folder), tag, zero.read(like) if like else None)
+    path = source_path(folder)
+    source = reader.read(path, tag, zero.read(like) if like else None)
     checkpoint = source.checkpoint
     home = job.home_of(checkpoint)
     saved_stage = job.stage_of(source)
@@ -91,6 +94,7 @@ def plan_from(
 
     return Rewriting(
         source=source,
+        path=path,
         target=target,
         plan=file_plan,
         output=absolute(output_path(output or default_output(home, name))),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ckpt.folders import filenames
 from ckpt.runs import manifest as manifests
+from ckpt.runs.ancestry import Ancestry, Record, record_in
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.recognition import is_numbered, is_spare, step_in
 from converters.detect import detect
@@ -24,7 +25,8 @@ class RunCheckpoint:
 
     ``step`` of one without a manifest is what its name says, if anything. ``deleted``
     are files that the manifest lists and that are gone: if no resume needs them (the
-    weights of a full checkpoint), it is still committed.
+    weights of a full checkpoint), it is still committed. ``record`` says what
+    one without a manifest was made of, if ckpt made it.
     """
 
     folder: Path
@@ -33,6 +35,7 @@ class RunCheckpoint:
     why: str | None
     pinned: bool
     deleted: tuple[str, ...] = ()
+    record: Record | None = None
 
     @property
     def name(self) -> str:
@@ -43,6 +46,18 @@ class RunCheckpoint:
     def committed(self) -> bool:
         """Whether the manifest is there, is valid, and every file that it lists has its size."""
         return self.why is None
+
+    @property
+    def source(self) -> Ancestry | None:
+        """What ckpt made it of; ``None`` if a training saved it."""
+        if self.manifest is not None:
+            return self.manifest.origin
+        return self.record.source if self.record is not None else None
+
+    @property
+    def origin(self) -> str | None:
+        """``source`` as words after its name."""
+        return self.source.sentence if self.source is not None else None
 
     @property
     def original(self) -> bool:
@@ -97,17 +112,25 @@ class RunCheckpoint:
         return f"{self.name}/{self.manifest.tag}"
 
 
-def order(checkpoint: RunCheckpoint) -> tuple[int, bool, float, bool, str]:
+def order(checkpoint: RunCheckpoint) -> tuple[int, bool, bool, float, bool, str]:
     """The order of checkpoints: by step (unknown ones first), then the time of saving, then name.
 
     Times of change play no part: copying a run must not reorder it. Of one step, a copy
-    by hand and a link come before what they are of, and a name without a number before
-    a numbered one.
+    by hand, a link and what was made of another one come before what they are of, and a
+    name without a number before a numbered one.
     """
     step = -1 if checkpoint.step is None else checkpoint.step
     created = checkpoint.manifest.created if checkpoint.manifest else 0.0
+    is_saved = checkpoint.source is None or not checkpoint.source.is_rewriting
 
-    return step, checkpoint.original, created, is_numbered(checkpoint.folder), checkpoint.name
+    return (
+        step,
+        checkpoint.original,
+        is_saved,
+        created,
+        is_numbered(checkpoint.folder),
+        checkpoint.name,
+    )
 
 
 def open_checkpoint(folder: Path) -> RunCheckpoint:
@@ -127,7 +150,10 @@ def open_checkpoint(folder: Path) -> RunCheckpoint:
         require_read(error)
         is_absent = error.kind == "incomplete"
         reason = manifests.ABSENT if is_absent else str(error).removeprefix(f"{folder}/")
-        return RunCheckpoint(folder, step_in(folder.name), None, reason, pinned)
+        record = record_in(folder) if is_absent else None
+        recorded_step = record.source.step if record is not None else None
+        step = step_in(folder.name) if recorded_step is None else recorded_step
+        return RunCheckpoint(folder, step, None, reason, pinned, record=record)
 
     problems = manifests.check(folder, manifest, strict=True)
     missing_names = tuple(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import reprlib
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from converters.accessors import is_a
 
@@ -34,6 +36,23 @@ def require(is_valid: bool, name: str, actual_value: object, expected: str) -> N
     """Raises ``FieldError`` unless the field ``name`` is valid."""
     if not is_valid:
         raise FieldError(f"{name} is {reprlib.repr(actual_value)}, expected {expected}")
+
+
+def require_kinds(document: Mapping[str, Any]) -> None:
+    """Raises ``FieldError`` unless those fields of a document that have entries have them."""
+    for name in ("versions", "metrics", "progress", "files"):
+        value = document[name]
+        require(isinstance(value, dict), name, value, "names and values")
+
+    for name, entry in document["files"].items():
+        is_file = isinstance(entry, dict) and {"size", "digest"} <= entry.keys()
+        require(is_file, f"files: {name}", entry, "a size and a digest")
+
+    line = document.get("line", [])
+    is_line = isinstance(line, list) and all(
+        isinstance(entry, list) and len(entry) == 2 for entry in line
+    )
+    require(is_line, "line", line, "pairs of a launch and a step")
 
 
 def is_inside(name: str) -> bool:

@@ -91,7 +91,7 @@ def current(manifests: Iterable[Manifest]) -> Line | None:
     time in its manifests, which copying a run does not change.
     """
     all_manifests = list(manifests)
-    saved_manifests = [manifest for manifest in all_manifests if manifest.made_of is None]
+    saved_manifests = [manifest for manifest in all_manifests if not manifest.is_derived]
     counting_manifests = saved_manifests or all_manifests
     superseded_launches = {
         launch_name for manifest in counting_manifests for launch_name, _ in manifest.line[:-1]

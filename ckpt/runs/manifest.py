@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.folders.filenames import MANIFEST, PINNED
-from ckpt.runs import fields
+from ckpt.runs import ancestry, fields
+from ckpt.runs.ancestry import Ancestry
 from ckpt.runs.digests import FileRecord, Progress, digest, quiet, unlike
 from ckpt.runs.fields import FieldError, is_inside
 from converters.accessors import is_whole_number
@@ -60,8 +61,9 @@ class Manifest:
     the manifest itself nor ``.pinned`` is among them. ``run`` is the id of the training,
     the same after every resume, and ``line`` the launches of it that led here
     (``lineage``); ``name`` is the folder's name, which a copy has another one than.
-    ``made_of`` is the save that a resharded one was made of. All four are empty in
-    manifests of older versions.
+    ``made_of`` is the save that a resharded one was made of, and ``source`` what is
+    known of the checkpoint that it, or a slimmed one, was made of. All five are empty
+    in manifests of older versions.
     ``ValueError`` for anything that contradicts this.
     """
 
@@ -82,6 +84,7 @@ class Manifest:
     line: tuple[tuple[str, int], ...] = ()
     name: str | None = None
     made_of: str | None = None
+    source: Ancestry | None = None
 
     def __post_init__(self) -> None:
         self._require_numbers()
@@ -156,6 +159,18 @@ class Manifest:
             fields.require(not is_tools_own, "files", name, "neither of the tool's own files")
 
     @property
+    def origin(self) -> Ancestry | None:
+        """What it was made of; of one that an older ckpt resharded only the save is known."""
+        if self.source is None and self.made_of is not None:
+            return Ancestry("resharded", save=self.made_of, step=self.step)
+        return self.source
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether it was rewritten from another checkpoint, so that no training saved it."""
+        return self.origin is not None and self.origin.is_rewriting
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files.values())
@@ -164,6 +179,7 @@ class Manifest:
         """The manifest as JSON; NaN and infinities among the metrics stand as strings."""
         data: dict[str, Any] = {"format": FORMAT}
         data |= {name: getattr(self, name) for name in _FIELDS if name != "files"}
+        data["source"] = None if self.source is None else self.source.as_json()
         data["versions"] = dict(self.versions)
         data["progress"] = _json_value(self.progress)
         data["metrics"] = {name: written(value) for name, value in self.metrics.items()}
@@ -196,7 +212,8 @@ def _digest(content: Mapping[str, Any]) -> str:
 _FIELDS = tuple(Manifest.__dataclass_fields__)
 
 
-OPTIONAL = ("run", "line", "name", "made_of")  # not in manifests of versions before 0.2
+# not in manifests of versions before 0.2
+OPTIONAL = ("run", "line", "name", "made_of", "source")
 
 
 def written(value: float) -> float | str:
@@ -271,7 +288,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         raise FieldError(f"no {', '.join(missing_fields)}")
 
     entries = {name: document[name] for name in _FIELDS if name in document}
-    _require_kinds(entries)
+    fields.require_kinds(entries)
     entries["metrics"] = {
         name: _number(name, metric) if isinstance(metric, str) else metric
         for name, metric in entries["metrics"].items()
@@ -279,6 +296,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
     entries["files"] = {
         name: FileRecord(entry["size"], entry["digest"]) for name, entry in entries["files"].items()
     }
+    entries["source"] = ancestry.parse(entries.get("source"))
     return Manifest(**entries)
 
 
@@ -286,23 +304,6 @@ def _number(name: str, text: str) -> float:
     """A metric that stands as a text: one of NaN and the infinities."""
     fields.require(text in _NUMBERS, f"metrics: {name}", text, "a number, nan, inf or -inf")
     return _NUMBERS[text]
-
-
-def _require_kinds(document: Mapping[str, Any]) -> None:
-    """Raises ``FieldError`` unless what has entries has them."""
-    for name in ("versions", "metrics", "progress", "files"):
-        value = document[name]
-        fields.require(isinstance(value, dict), name, value, "names and values")
-
-    for name, entry in document["files"].items():
-        is_file = isinstance(entry, dict) and {"size", "digest"} <= entry.keys()
-        fields.require(is_file, f"files: {name}", entry, "a size and a digest")
-
-    line = document.get("line", [])
-    is_line = isinstance(line, list) and all(
-        isinstance(entry, list) and len(entry) == 2 for entry in line
-    )
-    fields.require(is_line, "line", line, "pairs of a launch and a step")
 
 
 def read(folder: Path) -> Manifest:

@@ -26,7 +26,16 @@ from ckpt.runs.deletion import DELETED, delete, is_trash, pointed, remove, trash
 from ckpt.runs.lineage import Line
 from ckpt.runs.recognition import is_numbered, is_set_aside
 from ckpt.runs.retention import Candidate, Retention
-from ckpt.runs.run import POINTERS, Run, RunCheckpoint, members, of_line
+from ckpt.runs.run import (
+    POINTERS,
+    Run,
+    RunCheckpoint,
+    derived,
+    members,
+    of_line,
+    original_of,
+    without_derived,
+)
 from converters.errors import CheckpointError
 from converters.storage import local
 
@@ -138,9 +147,14 @@ def _plainness(checkpoint: RunCheckpoint) -> tuple[bool, int]:
 def _kept_steps(
     run: Run, retention: Retention, checkpoints: Sequence[RunCheckpoint]
 ) -> dict[str, tuple[str, ...]]:
-    """What the rules keep; what was resharded counts, stays and goes with what it was made of."""
+    """What the rules keep; what was made of another one stays and goes with that.
+
+    So do all of one step and tier, of which manifests of older versions do not tell
+    what was made of what.
+    """
     first_of: dict[tuple[int | None, str | None], RunCheckpoint] = {}
-    for checkpoint in sorted(checkpoints, key=_plainness):
+    independent = without_derived(checkpoints, checkpoints)
+    for checkpoint in sorted(independent, key=_plainness):
         first_of.setdefault((checkpoint.step, checkpoint.tier), checkpoint)
 
     marked = [candidate for candidate in facts(run, checkpoints) if candidate.marks]
@@ -148,12 +162,18 @@ def _kept_steps(
     reasons = retention.keep(
         facts(run, [checkpoint for checkpoint in checkpoints if checkpoint in first_of.values()])
     )
-    for checkpoint in checkpoints:
+    for name, mark in marks.items():
+        reasons.setdefault(name, mark)
+
+    for checkpoint in independent:
         first = first_of[checkpoint.step, checkpoint.tier]
-        if checkpoint.name in marks:
-            reasons.setdefault(checkpoint.name, marks[checkpoint.name])
         if checkpoint is not first and first.name in reasons:
             reasons.setdefault(checkpoint.name, (f"of the step of {first.name}",))
+
+    for checkpoint in derived(checkpoints):
+        original = original_of(checkpoint, checkpoints)
+        if original is not None and original.name in reasons:
+            reasons.setdefault(checkpoint.name, (f"made of {original.name}",))
 
     return reasons
 

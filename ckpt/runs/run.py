@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ckpt.runs import lineage
 from ckpt.runs import manifest as manifests
+from ckpt.runs.ancestry import Ancestry
 from ckpt.runs.checkpoint_folder import (
     RunCheckpoint,
     bytes_under,
@@ -35,6 +36,7 @@ __all__ = [
     "Run",
     "RunCheckpoint",
     "bytes_under",
+    "derived",
     "is_checkpoint",
     "is_numbered",
     "is_run",
@@ -43,8 +45,10 @@ __all__ = [
     "of_line",
     "open_checkpoint",
     "order",
+    "original_of",
     "require_read",
     "step_in",
+    "without_derived",
 ]
 POINTERS = ("latest", "best")
 
@@ -88,9 +92,11 @@ class Run:
     def newest(self, tier: str | None = "full") -> RunCheckpoint | None:
         """The committed checkpoint of the highest step in the line that saved last (``lineage``).
 
-        ``tier=None`` takes any. Looks at sizes only.
+        ``tier=None`` takes any. What was made of another one that is here does not
+        count. Looks at sizes only.
         """
-        ordered = members(self.checkpoints())
+        checkpoints = self.checkpoints()
+        ordered = without_derived(members(checkpoints), checkpoints)
         return next(
             (checkpoint for checkpoint in reversed(ordered) if tier in (None, checkpoint.tier)),
             None,
@@ -166,7 +172,8 @@ class Run:
     def find(self, which: str) -> RunCheckpoint:
         """The checkpoint meant by ``latest``, ``best``, a step or a folder's name.
 
-        ``CheckpointError`` if there is none, or several of that step.
+        Of one step, not what was made of the other. ``CheckpointError`` if there is
+        none, or several of that step.
         """
         if which in POINTERS:
             if (pointed_checkpoint := self.pointer(which)) is not None:
@@ -176,11 +183,14 @@ class Run:
                 "incomplete",
             )
 
+        checkpoints = self.checkpoints()
         matching = [
             checkpoint
-            for checkpoint in self.checkpoints()
+            for checkpoint in checkpoints
             if which in (checkpoint.name, str(checkpoint.step))
         ]
+        if len(matching) > 1:
+            matching = without_derived(matching, checkpoints)
         if len(matching) != 1:
             finding = (
                 "no checkpoint"
@@ -235,9 +245,70 @@ def leading(
 ) -> RunCheckpoint | None:
     """The checkpoint that ``latest`` names: the newest full one of a line, or its newest.
 
-    As ``members``: give it all checkpoints of a folder.
+    What was made of another one that is here does not count. As ``members``: give it
+    all checkpoints of a folder.
     """
-    ordered = members(checkpoints, line)
+    present = list(checkpoints)
+    ordered = without_derived(members(present, line), present)
     resumable = [checkpoint for checkpoint in ordered if checkpoint.tier == "full"]
 
     return next(reversed(resumable or ordered), None)
+
+
+def without_derived(
+    checkpoints: Iterable[RunCheckpoint],
+    present: Iterable[RunCheckpoint],
+) -> list[RunCheckpoint]:
+    """The checkpoints that were not made of another one that is ``present``.
+
+    Such a one stands beside its original, and is never taken in its place. Where the
+    original is gone, or cannot be used any more, it counts like any other.
+    """
+    derived_folders = {checkpoint.folder for checkpoint in derived(present)}
+    return [checkpoint for checkpoint in checkpoints if checkpoint.folder not in derived_folders]
+
+
+def derived(present: Iterable[RunCheckpoint]) -> list[RunCheckpoint]:
+    """The checkpoints that were made of another one of these."""
+    checkpoints = list(present)
+    return [
+        checkpoint for checkpoint in checkpoints if original_of(checkpoint, checkpoints) is not None
+    ]
+
+
+def original_of(
+    checkpoint: RunCheckpoint, present: Iterable[RunCheckpoint]
+) -> RunCheckpoint | None:
+    """The checkpoint that another was made of, if it is ``present`` and can be used."""
+    source = checkpoint.source
+    if source is None or not source.is_rewriting:
+        return None
+
+    return next(
+        (
+            candidate
+            for candidate in present
+            if candidate.folder != checkpoint.folder and _is_original(candidate, checkpoint, source)
+        ),
+        None,
+    )
+
+
+def _is_original(candidate: RunCheckpoint, checkpoint: RunCheckpoint, source: Ancestry) -> bool:
+    """Whether ``checkpoint`` was made of ``candidate``, which has all that it has.
+
+    A save is told by its id; one without a manifest by its name and step.
+    """
+    if candidate.source is not None and candidate.source.is_rewriting:
+        return False
+    if source.save is not None:
+        is_same = candidate.manifest is not None and candidate.manifest.save == source.save
+        has_state = candidate.tier in ("full", checkpoint.tier)
+        return is_same and candidate.committed and has_state
+
+    if candidate.name != source.name:
+        return False
+    if candidate.manifest is not None:  # it was adopted since
+        return candidate.committed and candidate.step == source.step
+    # what is committed does not stand back for what is not
+    return checkpoint.manifest is None and candidate.why == manifests.ABSENT

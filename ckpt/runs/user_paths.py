@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ckpt.folders.filenames import MANIFEST
@@ -17,7 +18,9 @@ from ckpt.runs.lease import lease_file
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run
 from ckpt.runs.run import Run
 from converters.detect import detect
+from converters.detect.filenames import TRAINER_STATE
 from converters.errors import CheckpointError
+from converters.storage.store import is_url
 from converters.words import counted
 from converters.zero.files.discovery import is_tag_folder
 
@@ -120,6 +123,50 @@ def require_deepspeed(checkpoint: RunCheckpoint, weights: str = "") -> None:
     if detection.refusal is not None:
         has_reader = detection.kind.reader is not None
         raise instead(checkpoint.folder, CHECKPOINT, weights) if has_reader else detection.error
+
+
+def require_outside(output: Path, sources: Iterable[Path] = ()) -> None:
+    """``CheckpointError`` where an output would lie inside of what it is made of.
+
+    Nor may it lie in any other checkpoint, whose files are those that its save wrote. A
+    run is not a checkpoint: an output may lie in one. Links are followed.
+    """
+    place, local_sources = output.resolve(), [path for path in sources if not is_url(path)]
+    parents = place.parents
+    if any(source.resolve() == place for source in local_sources):
+        return  # it is the place of the source itself, which is another fault
+
+    for source in local_sources:
+        if source.resolve() not in parents or is_run(source):
+            continue
+        raise CheckpointError(
+            f"{output} lies inside of {source}, which it would be made of; name a folder outside "
+            "of it",
+            "output",
+        )
+
+    for parent in parents:
+        if _is_filled_checkpoint(parent):
+            raise CheckpointError(
+                f"{output} lies inside of the checkpoint {parent}; name a folder outside of it",
+                "output",
+            )
+
+
+def _is_filled_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint by what lies in it, whatever its name."""
+    try:
+        if is_tag_folder(folder):
+            return True
+        if (folder / MANIFEST).is_file():
+            manifests.read(folder)  # many programs have a manifest.json
+            return True
+        return is_numbered(folder) and any(
+            entry.name == TRAINER_STATE or (entry.is_dir() and is_tag_folder(Path(entry.path)))
+            for entry in os.scandir(folder)
+        )
+    except (CheckpointError, OSError):
+        return False
 
 
 def _run_instead(path: Path, command: str) -> CheckpointError:

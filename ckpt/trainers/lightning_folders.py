@@ -14,7 +14,7 @@ from typing import Any
 from ckpt.runs import manifest
 from ckpt.runs.foreign import liveness
 from ckpt.runs.pruning import delete
-from ckpt.runs.run import POINTERS, Run, open_checkpoint, order
+from ckpt.runs.run import POINTERS, Run, open_checkpoint, order, without_derived
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
@@ -99,7 +99,7 @@ def remove(path: Path) -> None:
         and sibling.tier == "full"
         and not _is_deleted_with(sibling.folder, path)
     ]
-    heir = max(heirs, key=order, default=None)
+    heir = max(without_derived(heirs, heirs) or heirs, key=order, default=None)
 
     moved_pointers = []
     for name in POINTERS:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters.errors import CheckpointError
+from converters.execute.logbook import SMALL_BYTES, Logbook, Passage
 from converters.execute.workers import OUTPUT, Mover, Progress, Specials
 from converters.plan import Plan, Shard
 from converters.storage import stores
@@ -101,45 +102,82 @@ def execute(
     *,
     workers: int | None = None,
     progress: Progress = lambda _: None,
+    logbook: Logbook | None = None,
 ) -> MoveReport:
     """Writes the plan's shards into ``folder``, each whole or not at all, and proves
     their source.
 
     ``workers`` is the number of threads; ``progress`` gets bytes written. Shards of an
-    interrupted run of the same plan are kept. Raises ``CheckpointError``, and leaves no
-    shard half written then.
+    interrupted run of the same plan are kept: those of which the ``logbook`` tells that
+    they are unchanged at once, others once they are compared. Raises
+    ``CheckpointError``, and leaves no shard half written then.
     """
     report, ledger = MoveReport(), Ledger()
     mismatched: set[str] = set()
-    specials: Specials | None = {} if checks.count_specials else None
+    specials: Specials = {}
+    passages = logbook.passages(checks.verify, checks.count_specials) if logbook else {}
     for shard in plan.shards:
         target = folder / shard.filename
         target.parent.mkdir(parents=True, exist_ok=True)
         already_written = stores.is_file(target) and stores.status(target).size == shard.nbytes
-        if already_written and not checks.verify:
+        passage = passages.get(shard.filename)
+        if already_written and (passage is not None or not checks.verify):
+            passage = passage or Passage()
             progress(shard.nbytes)
-            continue
+        else:
+            mover, is_new = _made(shard, target, checks, workers, progress, already_written)
+            passage = _passage(mover)
+            report.read += mover.read
+            report.written += shard.nbytes if is_new else 0
 
-        mover = Mover(checks.verify, ledger, mismatched, progress, specials)
-        if not already_written or not _intact(mover, shard, target, workers):
-            mover = Mover(checks.verify, ledger, mismatched, progress, specials)
-            _write(mover, shard, target, workers, checks.allow_overflow)
-            report.written += shard.nbytes
-
-        report.read += mover.read
-        report.overflowed |= mover.overflowed
-        if mismatched and checks.exact_copies:
-            raise unlike_error(plan, shard, ledger, sorted(mismatched)[0], checks.remedy)
+        ledger.absorb(passage.ledger)
+        mismatched |= passage.unlike_names
+        specials |= passage.specials
+        report.overflowed |= passage.overflowed
+        if passage.unlike_names and checks.exact_copies:
+            raise unlike_error(plan, shard, ledger, sorted(passage.unlike_names)[0], checks.remedy)
+        if passage.overflowed and not checks.allow_overflow:
+            refuse_overflow(shard, passage.overflowed)
+        if logbook and shard.nbytes >= SMALL_BYTES and shard.filename not in passages:
+            logbook.enter([shard.filename], passage, checks.verify, checks.count_specials)
 
     if checks.verify:
         report.prove(plan, ledger, mismatched)
 
-    report.count(specials or {})
+    report.count(specials)
     subfolders = {(folder / shard.filename).parent for shard in plan.shards}
     for subfolder in subfolders | {folder}:
         LOCAL.sync(subfolder)
 
     return report
+
+
+def _made(
+    shard: Shard,
+    target: Path,
+    checks: CheckOptions,
+    workers: int | None,
+    progress: Progress,
+    already_written: bool,
+) -> tuple[Mover, bool]:
+    """Writes a shard, or compares what is there; who did it, and whether it was written."""
+
+    def new_mover() -> Mover:
+        specials: Specials | None = {} if checks.count_specials else None
+        return Mover(checks.verify, Ledger(), set(), progress, specials)
+
+    mover = new_mover()
+    if already_written and _intact(mover, shard, target, workers):
+        return mover, False
+
+    mover = new_mover()
+    _write(mover, shard, target, workers, checks.allow_overflow)
+    return mover, True
+
+
+def _passage(mover: Mover) -> Passage:
+    """What a mover saw of the source."""
+    return Passage(mover.ledger, mover.mismatched, mover.specials or {}, mover.overflowed)
 
 
 def _write(

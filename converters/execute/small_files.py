@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from isal import isal_zlib
 
+from converters.execute.logbook import Logbook, Passage
 from converters.execute.shards import MoveReport
 from converters.execute.workers import (
     MOVE_BYTES,
@@ -33,6 +36,14 @@ from converters.storage.local_store import LOCAL, InPlace
 SYNCS = 16  # files synced at a time
 
 
+@dataclass(slots=True)
+class _Queue:
+    """The files that are left to write, and the names of those that are written."""
+
+    shards: Iterator[Shard]
+    names: list[str] = field(default_factory=list)
+
+
 def execute(
     plan: Plan,
     folder: Path,
@@ -40,26 +51,31 @@ def execute(
     verify: bool = True,
     workers: int | None = None,
     progress: Progress = lambda _: None,
+    logbook: Logbook | None = None,
 ) -> MoveReport:
     """Writes the plan's files into ``folder`` and makes them durable before it returns.
 
-    ``verify`` compares the CRC32s of what is read. ``progress`` gets bytes written.
-    Raises ``CheckpointError`` for damage in what is read, and ``OSError`` for trouble in
-    writing.
+    ``verify`` compares the CRC32s of what is read. ``progress`` gets bytes written. Files
+    of which the ``logbook`` tells that they are unchanged are not read again; an
+    interruption writes down those that are whole. Raises ``CheckpointError`` for damage
+    in what is read, and ``OSError`` for trouble in writing.
     """
     report, ledger = MoveReport(), Ledger()
+    passages = logbook.passages(verify, count=False) if logbook else {}
+    for passage in {id(passage): passage for passage in passages.values()}.values():
+        ledger.absorb(passage.ledger)
+    progress(sum(shard.nbytes for shard in plan.shards if shard.filename in passages))
     for subfolder in sorted({(folder / shard.filename).parent for shard in plan.shards}):
         subfolder.mkdir(parents=True, exist_ok=True)
 
-    mover, shards = Mover(verify, ledger, set(), progress), iter(plan.shards)
-    thread_count = workers or default_workers()
-    with ThreadPoolExecutor(thread_count) as pool:
-        try:
-            jobs = [pool.submit(_work, mover, shards, folder) for _ in range(thread_count)]
-            for job in jobs:
-                job.result()
-        finally:
-            mover.stopped = True
+    mover = Mover(verify, ledger, set(), progress)
+    queue = _Queue(shard for shard in plan.shards if shard.filename not in passages)
+    try:
+        _move(mover, queue, folder, workers or default_workers())
+    except BaseException:
+        if logbook is not None:
+            _enter(logbook, [*passages, *queue.names], ledger, verify)
+        raise
 
     report.read, report.written = mover.read, plan.nbytes
     if verify:
@@ -69,18 +85,37 @@ def execute(
     return report
 
 
-def _work(mover: Mover, shards: Iterator[Shard], folder: Path) -> None:
+def _move(mover: Mover, queue: _Queue, folder: Path, thread_count: int) -> None:
+    """Writes all files of the queue, in threads."""
+    with ThreadPoolExecutor(thread_count) as pool:
+        try:
+            jobs = [pool.submit(_work, mover, queue, folder) for _ in range(thread_count)]
+            for job in jobs:
+                job.result()
+        finally:
+            mover.stopped = True
+
+
+def _enter(logbook: Logbook, names: list[str], ledger: Ledger, verify: bool) -> None:
+    """Makes files durable, and writes down that they are whole; without room they are not."""
+    with suppress(OSError):
+        sync(logbook.folder / name for name in names)
+        logbook.enter(names, Passage(ledger), verified=verify, counted=False)
+
+
+def _work(mover: Mover, queue: _Queue, folder: Path) -> None:
     """Writes files, in a thread, until none is left."""
     worker = Worker(mover)
     try:
         while not mover.stopped:
             with mover.lock:
-                shard = next(shards, None)
+                shard = next(queue.shards, None)
             if shard is None:
                 break
 
             with LOCAL.open_in_place(folder / shard.filename, shard.nbytes) as file:
-                _write(worker, shard, file)
+                if _write(worker, shard, file):
+                    queue.names.append(shard.filename)
     except BaseException:
         mover.stopped = True
         raise
@@ -88,13 +123,16 @@ def _work(mover: Mover, shards: Iterator[Shard], folder: Path) -> None:
         worker.close()
 
 
-def _write(worker: Worker, shard: Shard, file: InPlace) -> None:
-    """Writes a file. Where it had its size already, pieces that are equal are not written."""
+def _write(worker: Worker, shard: Shard, file: InPlace) -> bool:
+    """Writes a file; ``False`` if it was stopped in it.
+
+    Where it had its size already, pieces that are equal are not written.
+    """
     mover, crc32s = worker.mover, dict[str, int]()
     write = file.write if shard.nbytes > MOVE_BYTES else file.write_cached
     for piece in pieces_of(shard):
         if mover.stopped:
-            return
+            return False
 
         name = piece.placement.name
         output = worker.make(piece)
@@ -108,6 +146,8 @@ def _write(worker: Worker, shard: Shard, file: InPlace) -> None:
 
     for offset, literals in _joined(shard, crc32s):
         file.write_cached(literals, offset)
+
+    return True
 
 
 def _joined(shard: Shard, crc32s: dict[str, int]) -> Iterator[tuple[int, bytes]]:

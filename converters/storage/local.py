@@ -86,6 +86,12 @@ class LocalWriter:
             view, offset = view[count:], offset + count
 
 
+def append(path: Path, data: bytes) -> None:
+    """Writes ``data`` after what a file holds, which is made if need be; ``OSError``."""
+    with open(path, "ab") as stream, named(path):
+        stream.write(data)
+
+
 def preallocate(path: Path, nbytes: int) -> None:
     """Makes a file that takes ``nbytes`` of the disk; ``OSError`` if there is no such
     room.

@@ -208,6 +208,17 @@ def test_a_pull_request_leaves_the_branch_alone(client: Client, repo: str) -> No
     assert "a pull request needs one that is there" in said
 
 
+def test_a_dry_run_of_a_pull_says_no_where_the_pull_says_no(client: Client, repo: str) -> None:
+    client.push("out", repo, "--include-training-state")
+    client("pull", repo, "new/model", "--dry-run")
+    (client.folder / "file").touch()
+    for options in (["--dry-run"], []):
+        assert "file is not a" in client("pull", repo, "file/model", *options, fails=1)
+        said = client("pull", repo, "out/checkpoint-2/model", *options, fails=1)
+        assert "lies inside of the checkpoint" in said
+    assert not (client.folder / "new").exists()
+
+
 def test_a_training_state_goes_to_another_machine_and_is_whole_there(
     client: Client, repo: str
 ) -> None:

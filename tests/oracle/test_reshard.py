@@ -556,6 +556,8 @@ def test_what_belongs_to_ranks_goes_round_and_the_rest_is_copied(tmp_path: Path)
     files.pop("notes.txt")
     files["extra_state_2.state"] = b"zero"
     files["rng_state_2.pth"] = files["rng_state_0.pth"]
+    source_record = json.loads(written.pop("rewriting.json"))["source"]
+    assert source_record["name"] == "checkpoint-2" and source_record["world_size"] == 2
     assert written == files
     one = go(result, tmp_path / "one", 1)
     names = {p.name for p in one.glob("rng_state*")} | {p.name for p in one.glob("extra*")}

@@ -271,6 +271,19 @@ def test_a_path_that_is_not_there_is_a_new_run_unless_it_is_called_as_a_checkpoi
             ckpt.find(tmp_path / name)
 
 
+def test_a_slip_in_the_name_of_a_checkpoint_is_no_new_run(tmp_path: Path) -> None:
+    run = tmp_path / "out"
+    for step in (2, 500):
+        real(run, step)
+    for name in ("checkpoint-50", "chekpoint-500", "checkpoint500", "chkpt-500"):
+        with pytest.raises(CheckpointError) as raised:
+            ckpt.find(run / name)
+        assert f"{run} has checkpoint-2 and checkpoint-500" in str(raised.value)
+        assert f"did you mean {run / 'checkpoint-500'}?" in str(raised.value)
+    for name in ("newrun", "checkpoints", "llama-7b", "run2", "exp-500"):
+        assert ckpt.find(run / name) is None
+
+
 def test_an_error_offers_no_checkpoint_of_another_training(tmp_path: Path) -> None:
     real(tmp_path, 2)
     shutil.copytree(FIXTURES / "zero2-bf16-w2", tmp_path / "mine")

@@ -92,6 +92,9 @@ def require_same(tmp_path: Path, source: Path, *command: Any) -> None:
 
     local_files, remote_files = contents(tmp_path / "local"), contents(tmp_path / "remote")
     assert local_files.keys() == remote_files.keys() and local_files
+    for files in (local_files, remote_files):  # it names the folder that was read
+        record = json.loads(files.pop("rewriting.json", b"{}"))
+        assert not record or record["source"]["name"]
     assert [n for n in local_files if local_files[n] != remote_files[n]] == []
 
 

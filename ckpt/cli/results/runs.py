@@ -12,7 +12,8 @@ class CheckpointEntry:
     """A checkpoint of a run.
 
     ``state`` is committed, complete, incomplete or unknown; ``reason`` says why it is not
-    committed, ``written_by`` who wrote a complete one, ``lacks`` what was deleted by hand.
+    committed, ``written_by`` who wrote a complete one, ``lacks`` what was deleted by hand,
+    ``origin`` what ckpt made it of.
     ``kind`` is the name of its row in ``converters.detect.kinds``. ``marks`` are latest,
     best, pinned, in use. ``current`` is whether it belongs to the
     run that saved last, and to what that run did not go back from.
@@ -27,6 +28,7 @@ class CheckpointEntry:
     written_by: str | None
     reason: str | None
     lacks: str | None
+    origin: str | None
     tier: str | None
     nbytes: int
     created: float

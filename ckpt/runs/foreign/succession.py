@@ -59,8 +59,8 @@ def relate(committed: RunCheckpoint, proof: Proof) -> Succession:
         return Succession("apart", reason)
 
     # which says nothing about when it was saved
-    is_resharded = committed.manifest.made_of is not None
-    if not is_resharded and liveness.written(proof.path) < committed.manifest.created:
+    is_derived = committed.manifest.is_derived
+    if not is_derived and liveness.written(proof.path) < committed.manifest.created:
         reason = f"was written before {folder} was committed, so it does not go on from it"
         return Succession("apart", reason)
 
@@ -81,7 +81,7 @@ def line_after(folder: Path, step: int) -> Line | None:
     saved_checkpoints = [
         member
         for member in members(run_of_folder.checkpoints())
-        if member.manifest and member.manifest.made_of is None
+        if member.manifest and not member.manifest.is_derived
     ]
     earlier_members = [member for member in saved_checkpoints if (member.step or 0) <= step]
     base_manifest = earlier_members[-1].manifest if earlier_members else None

@@ -99,8 +99,8 @@ def is_single(path: Path) -> bool:
 def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
     """The newest last: by step (unknown ones first), then by the time of saving, then by name.
 
-    Of one step, a copy by hand and a link come before what they are of, and a name
-    without a number before a numbered one.
+    Of one step, a copy by hand, a link and what was made of another one come before what
+    they are of, and a name without a number before a numbered one.
     """
 
     def rank(status: CheckpointStatus) -> tuple[Any, ...]:
@@ -109,7 +109,10 @@ def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
         has_manifest = checkpoint.manifest is not None
         numbered = is_numbered(checkpoint.folder)
 
-        return step, checkpoint.original, has_manifest, status.created, numbered, checkpoint.name
+        is_saved = checkpoint.source is None or not checkpoint.source.is_rewriting
+        facts = (has_manifest, status.created, numbered)
+
+        return step, checkpoint.original, is_saved, *facts, checkpoint.name
 
     return sorted(statuses, key=rank)
 

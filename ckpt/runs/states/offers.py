@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ckpt.runs import lineage
 from ckpt.runs import manifest as manifests
+from ckpt.runs.ancestry import Partitioning
 from ckpt.runs.foreign import completeness, liveness
 from ckpt.runs.foreign.completeness import Proof
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.foreign.succession import relate
-from ckpt.runs.manifest import Manifest
-from ckpt.runs.run import RunCheckpoint, members, order, require_read
+from ckpt.runs.run import RunCheckpoint, members, order, original_of, require_read
 from ckpt.runs.states.listing import checkpoints_in
 from ckpt.runs.states.status import WEIGHTS_ONLY
 from ckpt.runs.verify import verify
@@ -32,7 +32,7 @@ log = logging.getLogger("ckpt")
 
 COMMITTED_ONLY = "committed_only=True takes committed checkpoints alone"
 # whether it was saved by as many ranks, and in the same stage
-TopologyFilter = Callable[[Manifest], bool]
+TopologyFilter = Callable[[Partitioning], bool]
 Sort = Literal["weights", "lost", "apart"]
 
 
@@ -59,9 +59,9 @@ def newest_first(
 ) -> list[RunCheckpoint]:
     """The order in which they are offered: by step; of one step what fits, then what is committed.
 
-    One whose step nobody says counts as newer than all if it was written later than all
-    that are committed. Where there is such a one and none is committed, they go by
-    their times.
+    What was made of another one comes after that, unless it alone fits. One whose step
+    nobody says counts as newer than all if it was written later than all that are
+    committed. Where there is such a one and none is committed, they go by their times.
     """
     committed = (checkpoint.manifest for checkpoint in checkpoints)
     times = (manifest.created for manifest in committed if manifest)
@@ -71,23 +71,40 @@ def newest_first(
         for checkpoint in checkpoints
     }
     by_time = not last_commit_at and None in steps.values()
+    originals = {
+        checkpoint.folder: original
+        for checkpoint in checkpoints
+        if (original := original_of(checkpoint, checkpoints)) is not None
+    }
 
     def rank(checkpoint: RunCheckpoint) -> tuple[Any, ...]:
         manifest, step = checkpoint.manifest, steps[checkpoint.folder]
+        is_first = checkpoint.folder not in originals
         if manifest is not None:
             order_step, *tie_breakers = order(checkpoint)
-            return order_step, fits is None or fits(manifest), True, *tie_breakers
+            return order_step, fits is None or fits(manifest), True, is_first, *tie_breakers
 
-        written_at = liveness.written(checkpoint.folder)
+        written_at = liveness.written(originals.get(checkpoint.folder, checkpoint).folder)
         if by_time:
             first = written_at
         elif step is not None:
             first = step
         else:
             first = math.inf if written_at > last_commit_at else -1
-        return first, fits is None, False, written_at, checkpoint.name
+        is_better = _fits_better(checkpoint, fits)
+        return first, is_better, False, is_first, written_at, checkpoint.name
 
     return sorted(checkpoints, key=rank, reverse=True)
+
+
+def _fits_better(checkpoint: RunCheckpoint, fits: TopologyFilter | None) -> bool:
+    """Whether one without a manifest is known to fit, and what it was made of not to."""
+    if fits is None:
+        return True
+    record = checkpoint.record
+    if record is None or record.source.form == "universal":
+        return False
+    return fits(record) and not fits(record.source)
 
 
 def _step(checkpoint: RunCheckpoint) -> int | None:
@@ -112,7 +129,7 @@ class Offers:
         committed_only: bool = False,
     ):
         self.run, self.deepspeed, self.committed_only = run, deepspeed, committed_only
-        present = checkpoints_in(run)
+        present = _without_universal(checkpoints_in(run))
         line_members = members(present)
         self.other_lines = [
             checkpoint
@@ -280,6 +297,21 @@ class Offers:
         if self.deepspeed:
             require_deepspeed(proof, base)
         return True
+
+
+def _without_universal(checkpoints: Iterable[RunCheckpoint]) -> list[RunCheckpoint]:
+    """All but what was written in the universal format of one that is here as well.
+
+    Nothing is lost with it: it holds no other state, and is loaded by name.
+    """
+    present = list(checkpoints)
+    return [
+        checkpoint
+        for checkpoint in present
+        if checkpoint.source is None
+        or checkpoint.source.form != "universal"
+        or original_of(checkpoint, present) is None
+    ]
 
 
 def unusable(checkpoint: RunCheckpoint) -> str | None:

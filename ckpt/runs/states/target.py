@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from difflib import get_close_matches
 from pathlib import Path
 
+from ckpt.runs import lineage
 from ckpt.runs.foreign import completeness
 from ckpt.runs.run import (
     POINTERS,
@@ -15,14 +17,18 @@ from ckpt.runs.run import (
     is_run,
     members,
     open_checkpoint,
+    order,
     require_read,
+    without_derived,
 )
+from ckpt.runs.states.listing import checkpoints_in
 from ckpt.runs.states.offers import TopologyFilter
 from converters.detect import detect
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
 _EXPECTED = "a checkpoint or a run that can be resumed"
+_SIMILARITY = 0.75  # names over this, of 1, differ by a slip: chkpt-500 and checkpoint-500
 
 
 def interpret(path: Path, tag: str | None, fits: TopologyFilter | None) -> tuple[str, str | None]:
@@ -42,10 +48,43 @@ def _meaning_without_folder(path: Path, tag: str | None) -> str:
     if tag is None and path.is_file() and path.suffix == ".ckpt":
         return "checkpoint"
 
-    if tag is not None or path.exists() or completeness.is_name(path.name):
+    if tag is not None or path.exists():
         raise detect(path).unlike(_EXPECTED)
 
+    _require_new_name(path)
     return "nothing"
+
+
+def _require_new_name(path: Path) -> None:
+    """``CheckpointError`` for a path that is not there and was meant to be a checkpoint.
+
+    A run begins under any other name, whatever lies beside it.
+    """
+    names = _checkpoint_names(path.parent)
+    similar_names: list[str] = []
+    if any(character.isdigit() for character in path.name):
+        usual_names = filter(completeness.is_name, names)
+        similar_names = get_close_matches(path.name, usual_names, cutoff=_SIMILARITY)
+    if not completeness.is_name(path.name) and not similar_names:
+        return
+
+    missing = detect(path).unlike(_EXPECTED)
+    if not names:
+        raise missing
+    suggestion = f"; did you mean {path.parent / similar_names[0]}?" if similar_names else ""
+    raise CheckpointError(
+        f"{path} does not exist; {path.parent} has {lineage.listed(names)}{suggestion}",
+        "incomplete",
+    )
+
+
+def _checkpoint_names(folder: Path) -> list[str]:
+    """The checkpoints in a folder, the oldest first; none if it cannot be looked into."""
+    try:
+        checkpoints = checkpoints_in(folder)
+    except CheckpointError:
+        return []
+    return [checkpoint.name for checkpoint in sorted(checkpoints, key=order)]
 
 
 def _meaning_of_checkpoint(path: Path, tag: str | None) -> str:
@@ -132,9 +171,10 @@ def _resolve_name(path: Path, tag: str, fits: TopologyFilter | None) -> str:
     if tag in POINTERS:
         return run.find(tag).name
 
+    checkpoints = run.checkpoints()
     matches = [
         checkpoint
-        for checkpoint in run.checkpoints()
+        for checkpoint in checkpoints
         if tag in (checkpoint.name, str(checkpoint.step), *_tags(checkpoint))
     ]
     if tag not in [checkpoint.name for checkpoint in matches]:
@@ -144,7 +184,7 @@ def _resolve_name(path: Path, tag: str, fits: TopologyFilter | None) -> str:
             for checkpoint in matches
             if checkpoint.manifest is not None or is_numbered(checkpoint.folder)
         ] or matches
-        line_members = members(run.checkpoints())
+        line_members = members(checkpoints)
         in_line = [checkpoint for checkpoint in matches if checkpoint in line_members]
         matches = in_line or matches
 
@@ -154,6 +194,8 @@ def _resolve_name(path: Path, tag: str, fits: TopologyFilter | None) -> str:
             for checkpoint in matches
             if checkpoint.manifest is not None and fits(checkpoint.manifest)
         ] or matches
+    if len(matches) > 1:
+        matches = without_derived(matches, checkpoints)
     if len(matches) != 1:
         names = ", ".join(checkpoint.name for checkpoint in matches)
         matches_text = names or "no checkpoint"

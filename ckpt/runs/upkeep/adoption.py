@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ckpt.folders import filenames
 from ckpt.runs import manifest
+from ckpt.runs.ancestry import record_in
 from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.fields import FieldError
 from ckpt.runs.foreign import evaluation, intact_files, liveness, succession
@@ -128,7 +129,7 @@ def _hindrance(status: CheckpointStatus) -> str | None:
 def _may_be_adopted(checkpoint: RunCheckpoint) -> bool:
     """Whether a checkpoint may get a manifest: it has none, or one that is damaged."""
     if checkpoint.why == manifest.ABSENT:
-        return True
+        return checkpoint.source is None or checkpoint.source.form != "universal"
 
     try:
         manifest.read(checkpoint.folder)
@@ -217,6 +218,8 @@ def _manifest(
     folder = source.place.root
     assert proof.step is not None
     step, line = proof.step, succession.line_after(folder, proof.step)
+    record = record_in(folder)
+    origin = None if record is None else record.source
     versions = {"ckpt": __version__}
     if source.version:
         versions["deepspeed"] = source.version
@@ -237,6 +240,8 @@ def _manifest(
         run=line.run if line else None,
         line=line.at(step) if line else (),
         name=folder.name,
+        made_of=None if origin is None else origin.save,
+        source=origin,
     )
 
 

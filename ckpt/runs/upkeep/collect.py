@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt.folders import filenames, locks
+from ckpt.folders import filenames, locks, staging
 from ckpt.folders.replacing import is_arriving, replace_folder
 from ckpt.runs import engines, manifest, user_paths
 from ckpt.runs.digests import CHUNK, Progress, quiet
@@ -64,6 +64,7 @@ class Collection:
 def plan(folders: Sequence[Path], output: Path) -> Collection:
     """Decides what is copied; ``CheckpointError`` unless these are all parts of one save."""
     sources = sorted((_part(folder) for folder in folders), key=_node)
+    user_paths.require_outside(output, folders)
     manifests = [source.manifest for source in sources if source.manifest is not None]
     _require_one_save(sources, manifests)
     _require_all_nodes(sources[0].folder, manifests)
@@ -179,13 +180,7 @@ def execute(collection: Collection, progress: Progress = quiet) -> None:
     output = collection.output
     parent_folder = Path(os.path.abspath(output)).parent
     parent_folder.mkdir(parents=True, exist_ok=True)
-    free_bytes = local.free_space(parent_folder)
-    if collection.nbytes > free_bytes:
-        raise CheckpointError(
-            f"{parent_folder} has {free_bytes:,} bytes free, the checkpoint needs "
-            f"{collection.nbytes:,}; make room or choose another folder with -o",
-            "output",
-        )
+    _require_room(collection)
 
     read_locks = [locks.reading(source.folder) for source in collection.sources]
     try:
@@ -199,17 +194,31 @@ def execute(collection: Collection, progress: Progress = quiet) -> None:
             lock.release()
 
 
-def _stage(collection: Collection, staging: Path, progress: Progress) -> None:
+def require_output(collection: Collection) -> None:
+    """``CheckpointError`` where ``execute`` would refuse to make the output; makes nothing."""
+    output = collection.output
+    # into a node's own folder files are added
+    place = output / filenames.MANIFEST if collection.inside else output
+    staging.require_makeable(place, collection.nbytes)
+    _require_room(collection)
+
+
+def _require_room(collection: Collection) -> None:
+    folder = staging.folder_for(Path(os.path.abspath(collection.output)))
+    staging.require_room(folder, collection.nbytes, staging.ANOTHER_FOLDER)
+
+
+def _stage(collection: Collection, staged_folder: Path, progress: Progress) -> None:
     """Makes the checkpoint under a name that no tool takes for one, and renames it."""
-    with locks.claimed(staging):
+    with locks.claimed(staged_folder):
         try:
-            _fill(collection, staging, progress)
-            _commit(collection, staging)
-            (staging / filenames.LOCK).unlink()
-            local.sync_folder(staging)
-            replace_folder(staging, collection.output)
+            _fill(collection, staged_folder, progress)
+            _commit(collection, staged_folder)
+            (staged_folder / filenames.LOCK).unlink()
+            local.sync_folder(staged_folder)
+            replace_folder(staged_folder, collection.output)
         except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(staged_folder, ignore_errors=True)
             raise
 
 

@@ -25,6 +25,7 @@ from ckpt.runs.run import (
     Run,
     RunCheckpoint,
     members,
+    without_derived,
 )
 from ckpt.runs.states import listing
 from ckpt.runs.states.status import CheckpointStatus, statuses_of
@@ -226,9 +227,8 @@ def _inner_latest(checkpoint: RunCheckpoint) -> Iterator[Finding]:
 
 
 def _double_findings(checkpoints: Sequence[RunCheckpoint]) -> Iterator[Finding]:
-    committed = [
-        checkpoint for checkpoint in members(checkpoints) if not checkpoint.folder.is_symlink()
-    ]
+    independent = without_derived(members(checkpoints), checkpoints)
+    committed = [checkpoint for checkpoint in independent if not checkpoint.folder.is_symlink()]
     for step, group in groupby(committed, key=lambda checkpoint: checkpoint.step):
         names = [checkpoint.name for checkpoint in group]
         if len(names) > 1:

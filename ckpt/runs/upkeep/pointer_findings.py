@@ -7,7 +7,15 @@ from functools import partial
 
 from ckpt.runs import manifest as manifests
 from ckpt.runs.foreign import completeness
-from ckpt.runs.run import POINTERS, Run, RunCheckpoint, is_checkpoint, leading, require_read
+from ckpt.runs.run import (
+    POINTERS,
+    Run,
+    RunCheckpoint,
+    is_checkpoint,
+    leading,
+    original_of,
+    require_read,
+)
 from ckpt.runs.upkeep.findings import Finding
 from converters.errors import CheckpointError
 
@@ -114,5 +122,7 @@ def _pointer_problem(
         return f"names {pointer_text!r}, expected {expected.pointer}"
 
     fault = "older" if pointed_checkpoint.committed else "not committed"
+    if original_of(pointed_checkpoint, [expected]) is not None:
+        fault = str(pointed_checkpoint.origin)
 
     return f"names {pointer_text!r}, which is {fault}"

@@ -22,6 +22,7 @@ from pathlib import Path
 from ckpt.folders import filenames, locks, replacing
 from ckpt.runs import engines, pruning
 from ckpt.runs import manifest as manifests
+from ckpt.runs.ancestry import Ancestry
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint, open_checkpoint
 from ckpt.runs.states.status import status_of
@@ -117,7 +118,13 @@ def without_states(checkpoint: RunCheckpoint, manifest: Manifest) -> Slimming:
 
     return Slimming(
         checkpoint=checkpoint,
-        manifest=replace(manifest, tier="weights", tag=None, files=remaining_files),
+        manifest=replace(
+            manifest,
+            tier="weights",
+            tag=None,
+            files=remaining_files,
+            source=manifest.origin or _origin(checkpoint, manifest),
+        ),
         removed=removed_names,
         nbytes=_bytes_of(checkpoint.folder, removed_names),
         proven=(),
@@ -139,6 +146,18 @@ def _uncommitted(checkpoint: RunCheckpoint) -> str:
         return f"was written by {status.writer}; slim is for committed checkpoints of DeepSpeed"
 
     return f"is not committed, and {status.description}"
+
+
+def _origin(checkpoint: RunCheckpoint, manifest: Manifest) -> Ancestry:
+    """The full checkpoint that is slimmed."""
+    return Ancestry(
+        "slimmed",
+        name=checkpoint.name,
+        save=manifest.save,
+        step=manifest.step,
+        world_size=manifest.world_size,
+        stage=manifest.stage,
+    )
 
 
 def _require_expendable(checkpoint: RunCheckpoint, manifest: Manifest, force: bool) -> None:

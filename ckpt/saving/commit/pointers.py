@@ -9,7 +9,7 @@ from ckpt.runs.lease import lease
 from ckpt.runs.lineage import Line
 from ckpt.runs.pruning import facts, prune
 from ckpt.runs.retention import Retention, ranked
-from ckpt.runs.run import Run, leading, members
+from ckpt.runs.run import Run, leading, members, without_derived
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
@@ -43,7 +43,7 @@ def update_pointers(folder: Path, retention: Retention | None, line: Line | None
 
         if retention is not None and retention.best is not None:
             metric, mode, _ = retention.best
-            best = ranked(facts(run, committed), metric, mode)
+            best = ranked(facts(run, without_derived(committed, committed)), metric, mode)
             by_name = {checkpoint.name: checkpoint for checkpoint in committed}
             if best:
                 run.point("best", by_name[best[0].name])

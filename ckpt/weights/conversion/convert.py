@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ckpt.folders import locks, staging
+from ckpt.folders.filenames import LOGBOOK
 from ckpt.results import WeightChecks
 from ckpt.runs import engines
+from ckpt.runs.recognition import is_numbered
 from ckpt.version import __version__
 from ckpt.weights.arguments import shard_bytes
 from ckpt.weights.check import checking
@@ -35,6 +37,7 @@ from ckpt.weights.reader.verdict import LoadVerdict
 from ckpt.weights.request import DTYPES, Request
 from converters.errors import CheckpointError
 from converters.execute import shards
+from converters.execute.logbook import Logbook
 from converters.formats import wrapped_state_dict
 from converters.plan import Plan, Tied
 from converters.source import EXCLUDED, Source
@@ -86,10 +89,11 @@ def plan(
 
     return Conversion(
         checkpoint=source,
+        path=place,
         product=decided.product,
         verdict=decided.verdict,
         plan=decided.plan,
-        output=_place(place, output_folder, dtype),
+        output=_place(_beside(place, source), output_folder, dtype),
         dtype=dtype,
         format=format,
         tied=decided.tied,
@@ -162,6 +166,13 @@ def _notes(source: Source, product: Product, verdict: LoadVerdict) -> Iterator[s
         )
 
 
+def _beside(path: Path, source: Source) -> Path:
+    """What the output lies beside by default: of a tag's folder the checkpoint around it."""
+    root = source.place.root
+    is_tag_itself = not is_url(path) and path.resolve() == source.place.folder.resolve()
+    return root if is_tag_itself and is_numbered(root) else path
+
+
 def _place(checkpoint: Path, output: Path | None, dtype: str) -> Path:
     source = absolute(checkpoint)
     place = output or default_output(source, f"{source.name}-{dtype}")
@@ -198,7 +209,14 @@ def execute(
             allow_overflow=allow_overflow,
             count_specials=True,
         )
-        report = shards.execute(plan, folder, checks, workers=workers, progress=progress)
+        report = shards.execute(
+            plan,
+            folder,
+            checks,
+            workers=workers,
+            progress=progress,
+            logbook=Logbook(folder / LOGBOOK),
+        )
         record = replace(
             describe(conversion, report.digests), checks=_checks(conversion, report, verify)
         )
@@ -214,6 +232,23 @@ def require_output(conversion: Conversion, overwrite: bool = False) -> None:
     workplace = output_place.workplace(conversion, overwrite)
     _require_readable(conversion.companions)
     staging.require_makeable(workplace, conversion.nbytes)
+
+
+def continuation(conversion: Conversion) -> staging.Continuation | None:
+    """What an interrupted ``execute`` left that this one goes on with, if anything."""
+    return staging.continuation(_staging_output(conversion), conversion.plan)
+
+
+def shortage(conversion: Conversion) -> str | None:
+    """Why the output does not fit on its disk, as a sentence; ``None`` if it does."""
+    staged_folder = staging.folder_for(_staging_output(conversion))
+    return staging.shortage(staged_folder, conversion.nbytes)
+
+
+def _staging_output(conversion: Conversion) -> Path:
+    """The folder that is made: the output, or the one that its one file is made in."""
+    output = conversion.output
+    return staging.folder_of_file(output) if conversion.is_file else output
 
 
 def _require_readable(companions: Mapping[str, Path]) -> None:

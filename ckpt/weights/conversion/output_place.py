@@ -10,13 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt.folders import staging
+from ckpt.runs import user_paths
 from ckpt.weights.conversion.task import Conversion
 from converters.errors import CheckpointError
+from converters.storage import stores
 
 
 def workplace(conversion: Conversion, overwrite: bool) -> Path:
     """The folder to make; ``CheckpointError`` if the output cannot be there."""
     output, source = conversion.output, conversion.checkpoint.place
+    # a file's folder holds it, and is not what is read
+    sources = [] if stores.is_file(conversion.path) else [conversion.path, source.folder]
+    user_paths.require_outside(output, sources)
     if conversion.is_file:
         _require_other_file(conversion)
         staging.require_file_place(output, overwrite)

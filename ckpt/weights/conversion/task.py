@@ -24,11 +24,13 @@ Format = Literal["safetensors", "bin", "lightning"]
 class Conversion:
     """A conversion decided on but not begun: what is read, what is written, and where.
 
-    ``verdict`` says whether the output loads in its reader. ``option_paths`` are the
-    paths that options name, by option.
+    ``path`` is what the caller named the checkpoint by. ``verdict`` says whether the
+    output loads in its reader. ``option_paths`` are the paths that options name, by
+    option.
     """
 
     checkpoint: Source
+    path: Path
     product: Product
     verdict: LoadVerdict
     plan: Plan

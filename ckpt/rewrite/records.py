@@ -1,0 +1,100 @@
+"""What a rewritten state says of itself: its manifest, or else a record of what it was made of.
+
+A state that is made of a committed one has a manifest, as that has. The universal format
+has none, and what is made of a checkpoint without a manifest gets none: nobody said that
+its save finished. Then ``rewriting.json`` says what it was made of.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+from ckpt.folders import filenames
+from ckpt.runs import manifest as manifests
+from ckpt.runs.ancestry import Ancestry, Record, record_in
+from ckpt.runs.manifest import Manifest
+from ckpt.runs.run import require_read
+from ckpt.version import __version__
+from converters.errors import CheckpointError
+from converters.storage import local
+from converters.zero.native.target import TargetTopology
+
+
+def source_manifest(home: Path, tag_name: str) -> Manifest | None:
+    """The manifest of the checkpoint in ``home``, if it has one that is of this tag."""
+    try:
+        manifest = manifests.read(home)
+    except CheckpointError as error:  # there is none, or none that anybody could use
+        require_read(error)
+        return None
+
+    return manifest if manifest.tag == tag_name else None
+
+
+def first_origin(home: Path, manifest: Manifest | None, origin: Ancestry) -> Ancestry:
+    """``origin``, as far as a training saved that; else what that was made of.
+
+    ``home`` and ``manifest`` are those of the checkpoint that is rewritten.
+    """
+    if manifest is not None:
+        earlier = manifest.origin
+        origin = replace(origin, save=manifest.save, step=manifest.step)
+    else:
+        record = record_in(home)
+        earlier = None if record is None else record.source
+    if earlier is not None and earlier.is_rewriting:
+        return replace(earlier, form=origin.form)
+
+    return origin
+
+
+def write_record(folder: Path, origin: Ancestry, target: TargetTopology | None) -> None:
+    """Writes ``rewriting.json``; ``target`` is ``None`` for the universal format."""
+    record = Record(origin)
+    if target is not None:
+        record = Record(origin, target.stage, target.world_size)
+    local.write_file(folder / filenames.REWRITING, record.dumps())
+
+
+def save_of(source: Manifest, target: TargetTopology) -> str:
+    """The save that a committed checkpoint becomes: the same for the same target."""
+    return sha256(f"{source.save} {target}".encode()).hexdigest()[:32]
+
+
+def rewritten(source: Manifest, target: TargetTopology, origin: Ancestry) -> Manifest:
+    """The source's manifest for another topology, before it lists any file.
+
+    It says what it is made of: making it says nothing about which run saved last.
+    """
+    return replace(
+        source,
+        stage=target.stage,
+        world_size=target.world_size,
+        node=0,
+        nodes=1,
+        save=save_of(source, target),
+        made_of=source.save,
+        source=origin,
+        versions={**source.versions, "ckpt": __version__},
+        files={},
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest, name: str) -> None:
+    """Writes the manifest of all that lies in ``folder``, which will be called ``name``."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    files = {
+        path.relative_to(folder).as_posix(): _digest(path)
+        for path in paths
+        if path.name not in (filenames.PLAN, filenames.LOGBOOK)
+    }
+    complete_manifest = replace(manifest, created=time.time(), name=name, files=files)
+    local.write_file(folder / filenames.MANIFEST, complete_manifest.dumps())
+
+
+def _digest(path: Path) -> manifests.FileRecord:
+    with local.named(path):
+        return manifests.digest(path)

@@ -1,0 +1,173 @@
+"""What a checkpoint was made of, where ckpt made it of another one.
+
+    ckpt reshard, from-universal   "resharded": native files for other ranks or another stage
+    ckpt to-universal              "universal"
+    ckpt slim                      "slimmed": of the full one that had the same folder
+
+A manifest has it as ``source``. What gets no manifest, as the universal format and what
+is made of a checkpoint without one, has it in ``rewriting.json``:
+
+    {"format": 1, "ckpt": "0.2.0", "stage": null, "world_size": null,
+     "source": {"form": "universal", "name": "checkpoint-8", "world_size": 4, "stage": 2, ...}}
+
+Of something that was made in several steps it is the first one, which a training saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+from ckpt.folders.filenames import REWRITING
+from ckpt.runs import fields
+from ckpt.runs.fields import FieldError
+from ckpt.version import __version__
+from converters.accessors import is_whole_number
+from converters.errors import CheckpointError
+from converters.storage import bounded_json, stores
+from converters.words import counted
+
+FORMAT = 1
+MAX_BYTES = 1 << 16
+Form = Literal["resharded", "universal", "slimmed"]
+
+
+class Partitioning(Protocol):
+    """What says for which stage, and how many ranks, the files of a checkpoint are."""
+
+    @property
+    def stage(self) -> int | None:
+        """The ZeRO stage; ``None`` without ZeRO."""
+
+    @property
+    def world_size(self) -> int | None:
+        """The ranks; ``None`` where that is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ancestry:
+    """The checkpoint that another was made of: its folder's ``name``, and what it was.
+
+    ``save`` is that of its manifest, if it had one. ``stage`` and ``world_size`` are
+    those of its files. What is not known is ``None``. ``FieldError`` for values that
+    these fields cannot have.
+    """
+
+    form: str
+    name: str | None = None
+    save: str | None = None
+    step: int | None = None
+    world_size: int | None = None
+    stage: int | None = None
+
+    def __post_init__(self) -> None:
+        is_form = self.form in get_args(Form)
+        fields.require(is_form, "source: form", self.form, ", ".join(get_args(Form)))
+        is_name = fields.is_inside_or_none(self.name)
+        fields.require(is_name, "source: name", self.name, "the name of a folder")
+        is_save = self.save is None or fields.is_id(self.save)
+        fields.require(is_save, "source: save", self.save, "hex digits or null")
+
+        for name in ("step", "world_size", "stage"):
+            value = getattr(self, name)
+            is_number = value is None or is_whole_number(value)
+            fields.require(is_number, f"source: {name}", value, "a whole number or null")
+
+    @property
+    def is_rewriting(self) -> bool:
+        """Whether it was another folder, which may lie beside what was made of it."""
+        return self.form != "slimmed"
+
+    @property
+    def sentence(self) -> str:
+        """How it was made, as words after the name of what was made of it."""
+        facts = []
+        if self.world_size is not None:
+            facts.append(counted(self.world_size, "rank"))
+        if self.stage is not None:
+            facts.append(f"stage {self.stage}")
+        topology = f" ({', '.join(facts)})" if facts else ""
+
+        if self.form == "universal":
+            return f"universal, made from {self.name or 'another checkpoint'}"
+        if self.form == "slimmed":
+            return f"slimmed from a full checkpoint{topology}"
+        return f"resharded from {self.name or 'another checkpoint'}{topology}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields, as ``parse`` reads them."""
+        return asdict(self)
+
+
+def parse(value: object) -> Ancestry | None:
+    """What ``as_json`` made; ``None`` for null. ``FieldError`` for anything else."""
+    if value is None:
+        return None
+    is_named = isinstance(value, Mapping) and "form" in value
+    fields.require(is_named, "source", value, "a form and what it was made of")
+    assert isinstance(value, Mapping)
+
+    facts: dict[str, Any] = {name: value.get(name) for name in Ancestry.__dataclass_fields__}
+
+    return Ancestry(**facts)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What ``rewriting.json`` says: what was made, and of what.
+
+    ``stage`` and ``world_size`` are ``None`` for the universal format, which has none.
+    """
+
+    source: Ancestry
+    stage: int | None = None
+    world_size: int | None = None
+
+    def dumps(self) -> bytes:
+        """The content of the file."""
+        content = {"format": FORMAT, "ckpt": __version__} | asdict(self)
+        return bounded_json.dumps(content)
+
+
+def record_in(folder: Path) -> Record | None:
+    """What ``rewriting.json`` of a folder says; ``None`` if it has none, or not one of ours.
+
+    ``CheckpointError`` if the disk or network fails.
+    """
+    path = folder / REWRITING
+    try:
+        if not stores.is_file(path):
+            return None
+        data = stores.head(path, MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}", "refused") from error
+
+    text = data.decode("utf-8", "surrogateescape")
+    try:
+        document = bounded_json.loads(data, text)
+    except ValueError:  # cut short
+        return None
+
+    try:
+        return _record(document)
+    except FieldError:  # another program's
+        return None
+
+
+def _record(document: object) -> Record | None:
+    """The record in a document; ``None`` if it is not one of this format."""
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        return None
+    if (source := parse(document.get("source"))) is None:
+        return None
+
+    topology = {name: document.get(name) for name in ("stage", "world_size")}
+    for name, value in topology.items():
+        is_number = value is None or is_whole_number(value)
+        fields.require(is_number, name, value, "a whole number or null")
+
+    return Record(source, **topology)

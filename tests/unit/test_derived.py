@@ -1,0 +1,288 @@
+"""What ckpt made of a checkpoint stands beside it, and is never taken in its place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from oracles import run as command
+from run_folders import SOURCE, real
+
+import ckpt
+from ckpt.engine.layout import Topology
+from ckpt.folders import filenames
+from ckpt.hub.select import chosen
+from ckpt.resuming import select
+from ckpt.runs import ancestry, manifest, pruning
+from ckpt.runs.ancestry import Ancestry, Record
+from ckpt.runs.manifest import Manifest
+from ckpt.runs.retention import Retention
+from ckpt.runs.run import Run, RunCheckpoint, leading, open_checkpoint, original_of
+from ckpt.runs.states.offers import Offers, newest_first
+from ckpt.runs.upkeep import adoption
+from ckpt.runs.upkeep.doctor import diagnose, mend
+from converters.errors import CheckpointError
+
+RESHARDED = "resharded from checkpoint-8 (2 ranks, stage 2)"
+
+
+def saved(run: Path, step: int = 8) -> RunCheckpoint:
+    """A committed checkpoint of the step in its name and its manifest."""
+    checkpoint = real(run, step, {"eval_loss": 1.0})
+    assert checkpoint.manifest is not None
+    record = replace(checkpoint.manifest, name=checkpoint.name)
+    (checkpoint.folder / filenames.MANIFEST).write_bytes(record.dumps())
+    return open_checkpoint(checkpoint.folder)
+
+
+def stock(run: Path) -> None:
+    """A checkpoint that was written without ckpt."""
+    shutil.copytree(SOURCE, run / "checkpoint-2")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Run:
+    """A run with a checkpoint, and what was made of it in three ways, by default outputs."""
+    original = saved(tmp_path / "out")
+    command("reshard", original.folder, "--world-size", "4")
+    command("reshard", original.folder, "--world-size", "1", "--stage", "3")
+    command("to-universal", original.folder)
+    return Run(tmp_path / "out")
+
+
+def rows(run: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, object]]:
+    capsys.readouterr()
+    command("ls", run, "--json")
+    entries = json.loads(capsys.readouterr().out)["checkpoints"]
+    return {entry["name"]: entry for entry in entries}
+
+
+def test_they_are_listed_as_what_they_were_made_of(
+    out: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    origins = {name: row["origin"] for name, row in rows(out.path, capsys).items()}
+    assert origins == {
+        "checkpoint-8": None,
+        "checkpoint-8-w4": RESHARDED,
+        "checkpoint-8-z3-w1": RESHARDED,
+        "checkpoint-8_universal": "universal, made from checkpoint-8",
+    }
+    command("ls", out.path)
+    table = capsys.readouterr().out
+    assert table.splitlines()[-1].split()[1] == "checkpoint-8"  # the newest is the last
+    assert table.count(RESHARDED) == 2 and "universal, made from checkpoint-8\n" in table
+    assert "not committed" not in table and "without ckpt" not in table
+
+
+def test_no_command_takes_one_in_the_place_of_the_original(
+    out: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = out.path / "checkpoint-8"
+    for newest in (out.newest(), out.newest(None), leading(out.checkpoints()), chosen(out.path)):
+        assert newest is not None and newest.folder == original
+    assert chosen(out.path, ("eval_loss", "min", 1)).folder == original
+    assert out.find("8").folder == original
+    assert ckpt.find(out.path) == str(original)
+
+    capsys.readouterr()
+    command("latest", out.path)
+    printed = capsys.readouterr()
+    assert printed.out == f"{original}\n" and "passed over" not in printed.err
+
+
+def test_doctor_points_at_the_original_and_has_nothing_against_the_others(out: Run) -> None:
+    assert [finding.path.name for finding in diagnose(out).findings] == ["latest"]
+    assert mend(out)[1].findings == ()
+    assert out.target() == "checkpoint-8/global_step2"
+
+    out.point("latest", out.find("checkpoint-8-w4"))  # as doctor itself did once
+    (finding,) = diagnose(out).findings
+    assert RESHARDED in finding.what
+    mend(out)
+    assert out.target() == "checkpoint-8/global_step2"
+
+
+def test_they_stay_and_go_with_the_original_and_never_count(
+    out: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def names() -> set[str]:
+        return {checkpoint.name for checkpoint in out.checkpoints()}
+
+    saved(out.path, 6)
+    everything = names()
+    pruning.prune(out, Retention(last=2))
+    assert names() == everything
+
+    pruning.prune(out, Retention(last=1))
+    assert names() == everything - {"checkpoint-6"}
+    (reason,) = (
+        outcome.reason
+        for outcome in pruning.plan(out, Retention(last=1))
+        if outcome.checkpoint.name == "checkpoint-8-w4"
+    )
+    assert reason == "made of checkpoint-8"
+
+    # whatever they are called
+    (out.path / "checkpoint-8-w4").rename(out.path / "checkpoint-9")
+    record = manifest.read(out.path / "checkpoint-9")
+    (out.path / "checkpoint-9/manifest.json").write_bytes(
+        replace(record, name="checkpoint-9").dumps()
+    )
+    pruning.prune(out, Retention(last=1))
+    assert {"checkpoint-8", "checkpoint-9"} < names()
+
+    saved(out.path, 10)
+    pruning.prune(out, Retention(last=1))
+    assert names() == {"checkpoint-10", "checkpoint-8_universal"}  # of which no rule says a word
+    assert rows(out.path, capsys)["checkpoint-8_universal"]["step"] == 8
+
+
+def test_where_the_original_is_gone_they_count_like_any_other(out: Run) -> None:
+    shutil.rmtree(out.path / "checkpoint-8")
+    newest = out.newest()
+    assert newest is not None and newest.name in ("checkpoint-8-w4", "checkpoint-8-z3-w1")
+    assert ckpt.find(out.path) == str(newest.folder)
+    saved(out.path, 6)
+    assert out.newest() == newest
+
+
+def test_where_the_original_cannot_be_gone_on_from_they_count(out: Run) -> None:
+    command("slim", out.path / "checkpoint-8", "--force")
+    newest = out.newest()
+    assert newest is not None and newest.name != "checkpoint-8"
+    slimmed = open_checkpoint(out.path / "checkpoint-8")
+    assert slimmed.origin == "slimmed from a full checkpoint (2 ranks, stage 2)"
+
+
+def test_a_resume_takes_the_one_that_fits(out: Run) -> None:
+    def first(stage: int, ranks: int) -> str:
+        return newest_first(out.checkpoints(), Topology(stage, ranks).fits)[0].name
+
+    assert first(2, 2) == "checkpoint-8"
+    assert first(2, 4) == "checkpoint-8-w4"
+    assert first(3, 1) == "checkpoint-8-z3-w1"
+    assert first(3, 64) == "checkpoint-8"
+
+    fits = Topology(2, 4).fits
+    by_step = select.select_checkpoint(None, out.path, "8", fits=fits, deepspeed=False)
+    assert by_step is not None and by_step.name == "checkpoint-8-w4"
+    by_step = select.select_checkpoint(None, out.path, "8", deepspeed=False)
+    assert by_step is not None and by_step.name == "checkpoint-8"
+
+
+def test_what_is_made_of_a_checkpoint_without_a_manifest_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock(tmp_path)
+    command("reshard", tmp_path / "checkpoint-2", "--world-size", "1")
+    made = open_checkpoint(tmp_path / "checkpoint-2-w1")
+    assert made.manifest is None and made.record is not None
+    assert (made.record.stage, made.record.world_size, made.step) == (2, 1, 2)
+    assert made.origin == RESHARDED.replace("8", "2")
+    assert rows(tmp_path, capsys)["checkpoint-2-w1"]["origin"] == RESHARDED.replace("8", "2")
+    present = Run(tmp_path).checkpoints()
+    assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-2")
+
+    def first(ranks: int) -> str:
+        return newest_first(present, Topology(2, ranks).fits)[0].name
+
+    assert [first(ranks) for ranks in (1, 2, 3)] == ["checkpoint-2-w1", *["checkpoint-2"] * 2]
+
+
+def test_an_adopted_one_remains_what_it_was_made_of(tmp_path: Path) -> None:
+    stock(tmp_path)
+    command("reshard", tmp_path / "checkpoint-2", "--world-size", "1")
+    newest = []
+    command("to-universal", tmp_path / "checkpoint-2")
+    statuses = adoption.survey(Run(tmp_path).checkpoints(), wait=False)
+    outcomes = adoption.adopt(statuses, dry_run=True)
+    assert {outcome.folder.name for outcome in outcomes} == {"checkpoint-2", "checkpoint-2-w1"}
+    for name in ("checkpoint-2-w1", "checkpoint-2"):
+        adoption.commit(tmp_path / name)
+        newest.append(Run(tmp_path).newest())
+    # what is committed does not stand back for what is not
+    assert [entry and entry.name for entry in newest] == ["checkpoint-2-w1", "checkpoint-2"]
+    made = manifest.read(tmp_path / "checkpoint-2-w1")
+    assert made.is_derived and made.origin is not None and made.origin.name == "checkpoint-2"
+
+
+def test_of_several_rewritings_the_first_source_is_named(tmp_path: Path) -> None:
+    original = saved(tmp_path)
+    command("reshard", original.folder, "--world-size", "4")
+    command("reshard", tmp_path / "checkpoint-8-w4", "--world-size", "3", "-o", tmp_path / "three")
+    command("to-universal", tmp_path / "three", "-o", tmp_path / "universal")
+    command("from-universal", tmp_path / "universal", "--world-size", "1", "-o", tmp_path / "one")
+    present = Run(tmp_path).checkpoints()
+    for name in ("three", "universal", "one"):
+        made = open_checkpoint(tmp_path / name)
+        found = original_of(made, present)
+        assert found is not None and found.folder == original.folder, name
+    assert open_checkpoint(tmp_path / "one").origin == RESHARDED
+
+
+def test_a_universal_folder_beside_its_original_is_no_matter_of_a_resume(
+    out: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    offered = [offer.checkpoint.name for offer in Offers(out.path)]
+    assert offered[0] == "checkpoint-8" and "checkpoint-8_universal" not in offered
+    assert "universal" not in caplog.text
+
+    alone = out.path.with_name("alone")
+    alone.mkdir()
+    shutil.move(out.path / "checkpoint-8_universal", alone)
+    with pytest.raises(CheckpointError, match="universal"):
+        ckpt.find(alone)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_manifests_of_older_versions_say_only_of_which_save(tmp_path: Path, fits: bool) -> None:
+    original = saved(tmp_path)
+    assert original.manifest is not None
+    command("reshard", original.folder, "--world-size", "4")
+    path = tmp_path / "checkpoint-8-w4/manifest.json"
+    document = json.loads(path.read_text())
+    del document["source"], document["digest"]
+    if not fits:
+        document["made_of"] = "ab" * 16
+    path.write_text(json.dumps(document))
+    made = open_checkpoint(path.parent)
+    assert made.committed and made.origin == "resharded from another checkpoint"
+    assert (original_of(made, [original]) is not None) is fits
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *({"form": "copied"}, {"name": "x"}, [], "checkpoint-8", {"form": "resharded", "step": -1}),
+        {"form": "resharded", "name": "../checkpoint-8"},
+        {"form": "resharded", "save": "no hex"},
+    ],
+)
+def test_a_source_that_cannot_be_one_is_damage(value: object, tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path)
+    path = checkpoint.folder / "manifest.json"
+    document = json.loads(path.read_text())
+    del document["digest"]
+    path.write_text(json.dumps(document | {"source": value}))
+    with pytest.raises(CheckpointError, match="damaged"):
+        manifest.read(checkpoint.folder)
+
+    (tmp_path / filenames.REWRITING).write_text(json.dumps({"format": 1, "source": value}))
+    assert ancestry.record_in(tmp_path) is None
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    record = Record(Ancestry("resharded", "ckpt-\udcff", "ab" * 16, 8, 4, 2), 3, 1)
+    path = tmp_path / filenames.REWRITING
+    path.write_bytes(record.dumps())
+    assert ancestry.record_in(tmp_path) == record
+    path.write_bytes(record.dumps()[:40])
+    assert ancestry.record_in(tmp_path) is None
+    path.write_text("[]")
+    assert ancestry.record_in(tmp_path) is None
+
+    sealed = Manifest(2, "tag", "full", "cd" * 16, 1.0, 2, 2, source=record.source)
+    assert manifest.loads(sealed.dumps(), path).source == record.source

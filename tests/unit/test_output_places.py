@@ -1,0 +1,91 @@
+"""An output never lies inside of what it is made of, nor inside of any checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from oracles import FIXTURES, run
+from run_folders import commit, real
+
+from ckpt.hub import pull
+from ckpt.runs import user_paths
+from ckpt.runs.run import Run
+from converters.errors import CheckpointError
+
+SOURCE = FIXTURES / "zero2-bf16-w2"
+COMMANDS = {
+    "to-fp32": ["to-fp32"],
+    "reshard": ["reshard", "--world-size", "3"],
+    "to-universal": ["to-universal"],
+}
+
+
+def everything(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+@pytest.fixture(params=COMMANDS)
+def command(request: pytest.FixtureRequest) -> list[str]:
+    """The words of a command that writes a folder."""
+    return COMMANDS[request.param]
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"], ["--overwrite"]])
+def test_no_command_writes_into_its_source(
+    command: list[str], options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "save"
+    shutil.copytree(SOURCE, source)
+    (tmp_path / "link").symlink_to("save")
+    (tmp_path / "elsewhere").symlink_to("save/global_step2")
+    before = everything(tmp_path)
+    inner = (source / "new", source / "global_step2/new.ckpt", tmp_path / "link/a/b")
+    for output in (*inner, tmp_path / "elsewhere/new", source / "global_step2/inner"):
+        run(*command, source, "-o", output, *options, code=1)
+        assert f"{output} lies inside of " in capsys.readouterr().err
+    run(*command, tmp_path / "link", "-o", source / "new", *options, code=1)
+    assert everything(tmp_path) == before
+
+
+def test_from_universal_and_collect_write_none_either(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("to-universal", SOURCE, "-o", tmp_path / "u")
+    run("from-universal", tmp_path / "u", "--world-size", "1", "-o", tmp_path / "u/one", code=1)
+    assert "lies inside of" in capsys.readouterr().err
+
+    parts = []
+    for node in (0, 1):
+        folder = tmp_path / f"node{node}/checkpoint-2"
+        shutil.copytree(FIXTURES / "trainer-zero2/checkpoint-2", folder)
+        parts.append(commit(folder, 2, node=node, nodes=2, save="ab" * 16).folder)
+    run("collect", *parts, "-o", parts[0] / "joined", "--dry-run", code=1)
+    assert "lies inside of" in capsys.readouterr().err
+
+
+def test_nothing_is_pulled_into_a_checkpoint(tmp_path: Path) -> None:
+    folder = real(tmp_path, 2).folder
+    pytest.importorskip("huggingface_hub")
+    with pytest.raises(CheckpointError, match="inside of the checkpoint"):
+        pull.plan("org/name", folder / "model")
+
+
+def test_a_run_is_not_a_checkpoint_and_holds_outputs(tmp_path: Path) -> None:
+    checkpoint = real(tmp_path / "out", 2)
+    Run(tmp_path / "out").point("latest", checkpoint)
+    for source, name in ((tmp_path / "out", "model"), (checkpoint.folder, "other")):
+        run("to-fp32", source, "-o", tmp_path / "out" / name)
+
+
+def test_a_file_of_another_program_makes_no_checkpoint_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "an app"}')
+    (tmp_path / "checkpoint-1").mkdir()
+    user_paths.require_outside(tmp_path / "checkpoint-1/work/new")
+
+
+def test_of_a_tag_in_a_checkpoint_the_output_is_beside_the_checkpoint(tmp_path: Path) -> None:
+    tag = real(tmp_path, 2).folder / "global_step2"
+    run("to-fp32", tag)
+    assert (tmp_path / "checkpoint-2-fp32/conversion.json").is_file()

@@ -59,6 +59,11 @@ CHECKPOINT = click.argument("checkpoint", type=SourcePath())
 LOCAL_CHECKPOINT = click.argument("checkpoint", type=LOCAL_PATH)
 RUN = click.argument("run", type=LOCAL_PATH)
 TAG = click.option("--tag", help="The tag to read. Default: what the file latest names.")
+LAST = click.option(
+    "--last",
+    is_flag=True,
+    help="CHECKPOINT is a run: take its newest checkpoint that is committed or complete.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 

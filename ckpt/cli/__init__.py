@@ -9,7 +9,6 @@ hub             push, pull
 planned         dry run, bar of bytes, JSON and messages, of them all
 results/        what they print, as values
 options         options that several commands have
-run_choice      the checkpoint that a path, --tag and --last mean
 weight_options  which weights, under which names
 conversion, report, listing, adapter_facts   results and lines of to-fp32, show, ls
 """

@@ -19,10 +19,10 @@ from ckpt.cli.options import (
     MAX_SHARD_SIZE,
     OUTPUT_PATH,
     TAG,
+    checkpoint_of,
     dry_run,
 )
 from ckpt.cli.planned import Output, Planned, Progress
-from ckpt.cli.run_choice import checkpoint_of
 from ckpt.cli.weight_options import request as weights_request
 from ckpt.cli.weight_options import weights_options
 

@@ -20,14 +20,14 @@ from converters.words import counted
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class PushSource:
     """The checkpoint to push; ``remark`` says which it is, where a user should know."""
 
     checkpoint: RunCheckpoint
     remark: str | None = None
 
 
-def chosen(path: Path, best: Best | None = None, full: bool = False) -> Choice:
+def chosen(path: Path, best: Best | None = None, full: bool = False) -> PushSource:
     """The checkpoint or model folder at ``path``, or a checkpoint of the run there.
 
     ``best`` is (metric, "min" or "max", which place), and NaN is never best; ``full``
@@ -41,14 +41,14 @@ def chosen(path: Path, best: Best | None = None, full: bool = False) -> Choice:
                 f"{path} is one checkpoint; --best chooses among those of a run",
                 "refused",
             )
-        return Choice(checkpoint)
+        return PushSource(checkpoint)
 
     if best is not None:
-        return Choice(_best_of(Run(path), best, full))
+        return PushSource(_best_of(Run(path), best, full))
 
     newest = newest_at(path, "ckpt push", full)
     is_complete = newest.state is CheckpointState.COMPLETE
-    return Choice(newest.checkpoint, newest.remark if is_complete else None)
+    return PushSource(newest.checkpoint, newest.remark if is_complete else None)
 
 
 def _single(path: Path) -> RunCheckpoint | None:

@@ -147,34 +147,18 @@ def _read(place: discovery.Place, like: Checkpoint | None, states: bool) -> Univ
     models = _models(place)
     zero.refuse_foreign(models)
     inner = place.folder / "zero"
-    if not stores.is_file(inner / COMMON):
-        raise CheckpointError(
-            f"{inner} has no {COMMON}, which has the param groups; the conversion did "
-            "not finish: make it again",
-            "incomplete",
-        )
-
-    common = torch_reader.read(inner / COMMON)
-    if not isinstance(common.root, dict):
-        raise CheckpointError(
-            f"{common.path} does not hold a dict; make the universal folder again"
-        )
-
-    tree = object_graph.read_root(inner / COMMON)
-
+    common, tree = _common(inner)
     rank = State(common, {"optimizer_state_dict": common.root})
     groups: list[ParamGroup] = []
     files: list[TorchFile] = []
 
     states_by_name = parameter_folders.states_in(inner)
+    present = states_by_name if states else parameter_folders.masters_in(states_by_name)
     layouts = tuple(group_layouts(models, rank, tree, like))
     for shapes, options, group_state in layouts:
+        group_constants = group_state if states else {}
         group, group_files = parameter_folders.read(
-            inner,
-            states_by_name if states else parameter_folders.masters_in(states_by_name),
-            shapes,
-            options,
-            group_state if states else {},
+            inner, present, shapes, options, group_constants
         )
         groups.append(group)
         files += group_files
@@ -193,6 +177,24 @@ def _read(place: discovery.Place, like: Checkpoint | None, states: bool) -> Univ
     _require_known(inner, states_by_name, checkpoint, groups)
     model_paths = tuple(model.path for model in models)
     return Universal(checkpoint, tuple(groups), tree, model_paths, layouts)
+
+
+def _common(inner: Path) -> tuple[TorchFile, dict[Any, Any]]:
+    """What the ranks' files have alike: the file, and its root as a tree."""
+    if not stores.is_file(inner / COMMON):
+        raise CheckpointError(
+            f"{inner} has no {COMMON}, which has the param groups; the conversion did "
+            "not finish: make it again",
+            "incomplete",
+        )
+
+    common = torch_reader.read(inner / COMMON)
+    if not isinstance(common.root, dict):
+        raise CheckpointError(
+            f"{common.path} does not hold a dict; make the universal folder again"
+        )
+
+    return common, object_graph.read_root(inner / COMMON)
 
 
 def _models(place: discovery.Place) -> list[State]:

@@ -37,14 +37,15 @@ def _give_memory_back() -> None:
         mallopt(-3, 1 << 20)
 
 
-@click.command(short_help="Publish a checkpoint on the Hugging Face Hub.")
-@click.argument("path", metavar="CHECKPOINT|RUN", type=LOCAL_PATH)
+@click.command(short_help="Publish a checkpoint or a model on the Hugging Face Hub.")
+@click.argument("path", metavar="CHECKPOINT|RUN|MODEL", type=LOCAL_PATH)
 @click.argument("repo", metavar="ORG/NAME")
 @click.option(
     "--best",
     metavar="METRIC:MODE",
     callback=best_of,
-    help="Of a run the best committed checkpoint, such as eval_loss:min. Default: the newest.",
+    help="Of a run the best committed checkpoint, such as eval_loss:min. Default: the newest one "
+    "that is committed or complete.",
 )
 @DTYPE
 @MAX_SHARD_SIZE
@@ -67,7 +68,7 @@ def _give_memory_back() -> None:
 @click.option(
     "--uncommitted",
     is_flag=True,
-    help="Even without a manifest, with the conversion's own proof alone.",
+    help="Even if the checkpoint is not complete, with the conversion's own proof alone.",
 )
 @click.option(
     "--keep-last",
@@ -112,15 +113,17 @@ def push(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Publish a checkpoint on the Hugging Face Hub, in one commit.
+    """Publish a checkpoint or a model folder on the Hugging Face Hub, in one commit.
 
-    Weights are converted while they are sent, and never lie on disk. Only model files
-    are sent (weights, config, tokenizer, code, card), and only from committed
-    checkpoints. A new repository is private; an existing one keeps its visibility. An
-    interrupted push continues where it stopped.
+    Weights of a training are converted while they are sent, and never lie on disk.
+    MODEL, a folder with weights alone (as to-fp32 writes it), is sent as it is. Only
+    model files are sent (weights, config, tokenizer, code, card), and only of what is
+    committed or complete. A new repository is private; an existing one keeps its
+    visibility. An interrupted push continues where it stopped.
 
     \b
     ckpt push out/checkpoint-500 org/name --dtype bf16
+    ckpt push out/checkpoint-500-fp32 org/name
     ckpt push out org/name --best eval_loss:min --revision step-500 --keep-last 3
     ckpt push out/checkpoint-500 org/name --include-training-state
     """
@@ -132,11 +135,14 @@ def push(
     _give_memory_back()
     errors.require_client()
     errors.quiet()
+    options["dtype"] = _named_dtype(options["dtype"])
     request = weights_request(options)
     push_options = planning.PushOptions(request=request, **options)
-    checkpoint = chosen(path, best, push_options.training_state)
-    push_plan = planning.plan(checkpoint, repo, push_options)
-    for line in push_plan.warnings:
+    with planned.announcements(as_json):
+        choice = chosen(path, best, push_options.training_state)
+    push_plan = planning.plan(choice.checkpoint, repo, push_options)
+    remarks = () if choice.remark is None else (choice.remark,)
+    for line in (*remarks, *push_plan.warnings):
         click.echo(f"ckpt: {line}", err=True)
 
     planned.run(
@@ -150,6 +156,12 @@ def push(
         dry_run=dry_run,
         as_json=as_json,
     )
+
+
+def _named_dtype(dtype: str) -> str | None:
+    """The type if the user named it; ``None`` has weights that are stored sent as they are."""
+    source = click.get_current_context().get_parameter_source("dtype")
+    return None if source is click.core.ParameterSource.DEFAULT else dtype
 
 
 def _push_facts(push_plan: PushPlan, warnings: Sequence[str]) -> dict[str, Any]:

@@ -59,6 +59,11 @@ CHECKPOINT = click.argument("checkpoint", type=SourcePath())
 LOCAL_CHECKPOINT = click.argument("checkpoint", type=LOCAL_PATH)
 RUN = click.argument("run", type=LOCAL_PATH)
 TAG = click.option("--tag", help="The tag to read. Default: what the file latest names.")
+LAST = click.option(
+    "--last",
+    is_flag=True,
+    help="CHECKPOINT is a run: take its newest checkpoint that is committed or complete.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -118,3 +123,32 @@ def percentage(_ctx: Any, _param: Any, value: str | None) -> float | None:
         raise click.BadParameter(f"{value} is not between 0% and 100%")
 
     return percent
+
+
+def checkpoint_of(path: Path, tag: str | None, last: bool, command: str) -> Path:
+    """The path of the checkpoint: ``path`` itself, or with ``last`` the newest of the run there.
+
+    Says on stderr which that is. ``CheckpointError`` for a run without ``last`` that no file
+    latest leads on from; ``command`` is how the user called it, such as "ckpt to-fp32".
+    """
+    from ckpt.cli import planned
+    from ckpt.runs.states import newest
+    from converters.errors import CheckpointError
+    from converters.storage.store import is_url, local_path
+
+    if not last:
+        if tag is None and not is_url(path):
+            newest.require_checkpoint(path, command, "--last")
+        return path
+    if tag is not None:
+        raise CheckpointError(
+            f"--tag {tag} does not go with --last, which chooses among the checkpoints of a run; "
+            "leave one of them out",
+            "refused",
+        )
+
+    with planned.announcements(as_json=False):
+        choice = newest.newest_at(local_path(path), f"{command} --last")
+    click.echo(f"ckpt: {choice.remark}", err=True)
+
+    return choice.checkpoint.folder

@@ -11,7 +11,17 @@ from typing import Any
 import click
 
 from ckpt.cli import planned
-from ckpt.cli.options import CHECKPOINT, DTYPE, JSON, MAX_SHARD_SIZE, OUTPUT_PATH, TAG, dry_run
+from ckpt.cli.options import (
+    CHECKPOINT,
+    DTYPE,
+    JSON,
+    LAST,
+    MAX_SHARD_SIZE,
+    OUTPUT_PATH,
+    TAG,
+    checkpoint_of,
+    dry_run,
+)
 from ckpt.cli.planned import Output, Planned, Progress
 from ckpt.cli.weight_options import request as weights_request
 from ckpt.cli.weight_options import weights_options
@@ -26,6 +36,7 @@ from ckpt.cli.weight_options import weights_options
     help="Default: CHECKPOINT-fp32 (-bf16, ...).",
 )
 @TAG
+@LAST
 @DTYPE
 @MAX_SHARD_SIZE
 @click.option(
@@ -67,18 +78,20 @@ def to_fp32(
     """Convert a ZeRO checkpoint to a model folder of fp32 or 16-bit weights.
 
     CHECKPOINT is a Trainer folder (with the file latest in it), a save_dir of
-    DeepSpeed, or a tag folder. The output appears all at once; an interrupted
-    conversion continues where it stopped.
+    DeepSpeed, a tag folder, or a universal one; with --last a run. The output appears
+    all at once; an interrupted conversion continues where it stopped.
 
     \b
     ckpt to-fp32 out/checkpoint-500
     ckpt to-fp32 out/checkpoint-500 -o model --dtype bf16 --max-shard-size 2GB
     ckpt to-fp32 out --tag global_step500 --format bin
+    ckpt to-fp32 out --last
     ckpt to-fp32 out/checkpoint-500 --dry-run
     """
     from ckpt.cli import conversion as reports
     from ckpt.weights.conversion import convert
 
+    checkpoint = checkpoint_of(checkpoint, options["tag"], options.pop("last"), "ckpt to-fp32")
     request = weights_request(options)
     conversion = convert.plan(checkpoint, output, request=request, **options)
     preview = reports.preview(conversion, verify=not no_verify, workers=workers)
@@ -120,18 +133,21 @@ def to_fp32(
 @click.command(short_help="Show what a checkpoint is and holds.")
 @CHECKPOINT
 @TAG
+@LAST
 @click.option("--tensors", is_flag=True, help="List every tensor: name, type, shape.")
 @JSON
-def show(checkpoint: Path, tag: str | None, tensors: bool, as_json: bool) -> None:
+def show(checkpoint: Path, tag: str | None, last: bool, tensors: bool, as_json: bool) -> None:
     """Show what a checkpoint is and holds, from headers only.
 
     \b
     ckpt show out/checkpoint-500
     ckpt show out --tag global_step500 --tensors
+    ckpt show out --last
     """
     from ckpt.cli import report
     from ckpt.weights.conversion import sources
 
+    checkpoint = checkpoint_of(checkpoint, tag, last, "ckpt show")
     source = sources.fp32(checkpoint, tag, "ckpt to-fp32 --weights 16bit")
     result = report.show(source, tensors)
     planned.show(Output(result, lines=[report.show_text(result)]), as_json)

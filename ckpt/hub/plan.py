@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt.folders import filenames
+from ckpt.folders.filenames import MANIFEST
 from ckpt.hub import upload
 from ckpt.hub.client import errors, repository
 from ckpt.hub.client.repository import Remote
@@ -15,10 +15,13 @@ from ckpt.hub.content.allow_list import CARD
 from ckpt.hub.content.contents import contents
 from ckpt.hub.content.items import Contents, Item, unfit
 from ckpt.hub.upload import Transport
-from ckpt.runs import manifest, user_paths, verify
-from ckpt.runs.run import RunCheckpoint
+from ckpt.runs import manifest, verify
+from ckpt.runs.foreign import liveness
+from ckpt.runs.run import RunCheckpoint, is_numbered
+from ckpt.runs.states.status import status_of
 from ckpt.version import __version__
 from ckpt.weights.request import Request
+from converters.detect import Detection, detect, filenames
 from converters.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,14 +32,16 @@ if TYPE_CHECKING:
 class PushOptions:
     """What is published of a checkpoint, where, and how.
 
-    ``dtype`` is a key of ``request.DTYPES``, ``max_shard_size`` in bytes. ``revision``
+    ``dtype`` is a key of ``request.DTYPES``; by default fp32 of states, and weights alone
+    as they are stored. ``max_shard_size`` is in bytes. ``uncommitted`` publishes what is
+    neither committed nor complete, as far as its weights can be read. ``revision``
     is a branch (main), made by the push where there is none; ``private`` counts only
     where the repository is made. ``keep_last`` deletes older steps, after the commit
     where they are branches. ``blocks`` of 64 MB may be on their way by Xet at once,
     each of which takes that much memory. ``verify_download`` reads headers back.
     """
 
-    dtype: str = "fp32"
+    dtype: str | None = None
     max_shard_size: int = 5_000_000_000
     request: Request | None = None
     training_state: bool = False
@@ -99,11 +104,11 @@ class PushPlan:
 def plan(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> PushPlan:
     """Looks at the checkpoint and the repository, and decides; changes nothing.
 
-    ``CheckpointError`` for what is not committed, does not fit the Hub, or may not be
+    ``CheckpointError`` for what is not whole, does not fit the Hub, or may not be
     published there.
     """
     _require_names(repo, options.path_in_repo)
-    _require_committed(checkpoint, options.uncommitted)
+    _require_whole(checkpoint, options.uncommitted)
     errors.require_client()
     _require_steps(options)
     transport, note = upload.choose(options.transport, options.stage_dir)
@@ -124,7 +129,7 @@ def plan(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> PushPlan
         options=options,
         deleted=_deleted_names(remote, push_contents, options),
         transport=transport,
-        message=options.message or _message(checkpoint, options),
+        message=options.message or _message(checkpoint, push_contents, options),
         warnings=(*notices, *push_contents.warnings),
     )
 
@@ -168,9 +173,11 @@ def _deleted_names(
     return tuple(sorted(set(deleted_names)))
 
 
-def _message(checkpoint: RunCheckpoint, options: PushOptions) -> str:
+def _message(checkpoint: RunCheckpoint, push_contents: Contents, options: PushOptions) -> str:
     step_text = f", step {checkpoint.step}" if checkpoint.step is not None else ""
-    content = "training state" if options.training_state else options.dtype
+    dtype = push_contents.facts["dtype"]
+    content = "as stored" if dtype == "keep" else dtype
+    content = "training state" if options.training_state else content
     return f"Push {checkpoint.name} ({content}{step_text}) with ckpt {__version__}"
 
 
@@ -188,19 +195,19 @@ def _require_names(repo: str, path_in_repo: str | None) -> None:
         raise CheckpointError(f"--path-in-repo {path_in_repo!r} {fault}", "refused")
 
 
-def _require_committed(checkpoint: RunCheckpoint, uncommitted: bool) -> None:
-    """``CheckpointError`` unless the checkpoint is committed, and whole as far as sizes tell."""
-    user_paths.require_deepspeed(checkpoint, user_paths.UPLOAD)
-    if checkpoint.why == manifest.ABSENT:
-        if uncommitted:
-            return
+def _require_whole(checkpoint: RunCheckpoint, uncommitted: bool) -> None:
+    """``CheckpointError`` unless the checkpoint is committed, and whole as far as sizes tell.
 
-        raise CheckpointError(
-            f"{checkpoint.folder} has {manifest.ABSENT}; ckpt doctor "
-            f"{checkpoint.folder.parent} --adopt commits it if it is whole, "
-            "--uncommitted pushes it with the conversion's own proof alone",
-            "incomplete",
-        )
+    Without a manifest it has to be complete (``runs.status``), or a folder of a model or
+    an adapter; whether such a one loads is decided with what is sent of it.
+    """
+    if checkpoint.why == manifest.ABSENT:
+        detection = detect(checkpoint.folder)
+        if detection.refusal is not None and not detection.kind.holds_weights:
+            raise detection.error
+        if not uncommitted:
+            _require_complete(checkpoint, detection)
+        return
 
     verdict = verify.verify(checkpoint)
     if not verdict.whole:
@@ -209,6 +216,31 @@ def _require_committed(checkpoint: RunCheckpoint, uncommitted: bool) -> None:
             f"{checkpoint.folder} is not whole: {reason}; choose another checkpoint",
             "incomplete",
         )
+
+
+def _require_complete(checkpoint: RunCheckpoint, detection: Detection) -> None:
+    """``CheckpointError`` for what lacks something, or may still be being written."""
+    folder = checkpoint.folder
+    if detection.kind.holds_weights and not _is_of_training(folder):
+        for reason in liveness.Watch([folder]).changes().values():
+            raise CheckpointError(f"{folder} {reason}", "refused")
+        return
+
+    status = status_of(checkpoint)
+    if not status.complete:
+        raise CheckpointError(
+            f"{folder} is not complete: {status.reason}; --uncommitted pushes it if its weights "
+            "are whole",
+            "incomplete",
+        )
+
+
+def _is_of_training(folder: Path) -> bool:
+    """Whether a trainer saved the folder to go on from, and not as a model alone."""
+    names = {path.name for path in folder.iterdir()}
+    has_states = filenames.TRAINER_STATE in names
+    has_states = has_states or any(map(filenames.RANDOM_STATES.fullmatch, names))
+    return has_states or is_numbered(folder)
 
 
 def _require_steps(options: PushOptions) -> None:
@@ -255,7 +287,7 @@ def _siblings(file_names: Iterable[str], place: str) -> set[str]:
 
 def _listed_before(remote: Remote, place: str) -> Iterator[str]:
     """Files that the manifest of an older training state at this place lists."""
-    path_in_repo = place + filenames.MANIFEST
+    path_in_repo = place + MANIFEST
     if path_in_repo not in remote.files:
         return
 

@@ -1,47 +1,84 @@
-"""Which checkpoint a path means: itself, or of a run the newest or the best that is committed."""
+"""What a path means to a push: a checkpoint, a model folder, or of a run the newest or the best.
+
+A run's newest is committed or complete (``runs.states.newest``), its best is committed. A
+folder of weights that no training goes on from is taken as a checkpoint without a manifest.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.runs import user_paths
 from ckpt.runs.retention import Best, Candidate, ranked
-from ckpt.runs.run import Run, RunCheckpoint, members, without_derived
+from ckpt.runs.run import (
+    Run,
+    RunCheckpoint,
+    is_checkpoint,
+    is_run,
+    members,
+    open_checkpoint,
+    without_derived,
+)
+from ckpt.runs.states.newest import newest_at
+from ckpt.runs.states.status import CheckpointState
+from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.words import counted
 
 
-def chosen(path: Path, best: Best | None = None, full: bool = False) -> RunCheckpoint:
-    """The checkpoint at ``path``, or the one of the run there.
+@dataclass(frozen=True, slots=True)
+class PushSource:
+    """The checkpoint to push; ``remark`` says which it is, where a user should know."""
+
+    checkpoint: RunCheckpoint
+    remark: str | None = None
+
+
+def chosen(path: Path, best: Best | None = None, full: bool = False) -> PushSource:
+    """The checkpoint or model folder at ``path``, or a checkpoint of the run there.
 
     ``best`` is (metric, "min" or "max", which place), and NaN is never best; ``full``
     asks for one that a training can go on from. ``CheckpointError`` if there is none.
     """
     path = user_paths.spelt(path)
-    checkpoints = user_paths.checkpoints_at(path, user_paths.UPLOAD)
-    if not checkpoints:
-        raise user_paths.instead(path, user_paths.EITHER)
-    if checkpoints[0].folder == path:
+    checkpoint = _single(path)
+    if checkpoint is not None:
         if best is not None:
             raise CheckpointError(
                 f"{path} is one checkpoint; --best chooses among those of a run",
                 "refused",
             )
-        return checkpoints[0]
+        return PushSource(checkpoint)
 
-    run_of_path = Run(path)
-    if best is None:
-        newest = run_of_path.newest("full" if full else None)
-        if newest is None:
-            raise CheckpointError(
-                f"{path} holds no committed checkpoint; see ckpt ls {path}, and ckpt "
-                f"doctor {path} --adopt for those written without ckpt",
-                "incomplete",
-            )
+    if best is not None:
+        return PushSource(_best_of(Run(path), best, full))
 
-        return newest
+    newest = newest_at(path, "ckpt push", full)
+    is_complete = newest.state is CheckpointState.COMPLETE
+    return PushSource(newest.checkpoint, newest.remark if is_complete else None)
 
-    return _best_of(run_of_path, best, full)
+
+def _single(path: Path) -> RunCheckpoint | None:
+    """The checkpoint or model folder that a path is; ``None`` for a run with checkpoints."""
+    if path.is_dir() and not is_checkpoint(path) and not is_run(path):
+        if detect(path).kind.holds_weights:
+            return open_checkpoint(path)
+    elif path.is_file():
+        _require_folder(path)
+
+    checkpoints = user_paths.checkpoints_at(path, user_paths.UPLOAD)
+    if not checkpoints:
+        raise user_paths.instead(path, user_paths.EITHER)
+    return checkpoints[0] if checkpoints[0].folder == path else None
+
+
+def _require_folder(path: Path) -> None:
+    """``CheckpointError`` for a file of weights that lies in the folder of its model."""
+    detection = detect(path)
+    if detection.kind.holds_weights and detect(path.parent).kind.holds_weights:
+        remedy = f"ckpt push {path.parent} publishes the folder that it lies in"
+        raise detection.unlike("a folder", remedy)
 
 
 def _best_of(run: Run, best: Best, full: bool) -> RunCheckpoint:

@@ -115,15 +115,6 @@ def home_of(checkpoint: zero.Checkpoint) -> Path:
     return absolute(checkpoint.place.folder).parent
 
 
-def stage_of(source: zero.Checkpoint | Universal) -> int:
-    """The stage of the run; the model file of a universal folder may be of another."""
-    if not isinstance(source, Universal):
-        return source.stage
-
-    stage = source.checkpoint.ranks[0].optimizer.get("zero_stage")
-    return stage if stage in (1, 2, 3) else source.checkpoint.stage
-
-
 def companions_for(
     home: Path, old_world_size: int, new_world_size: int
 ) -> Iterator[tuple[Path, str]]:
@@ -300,7 +291,7 @@ def _origin(rewriting: Rewriting, source_manifest: Manifest | None) -> Ancestry:
         name=rewriting.home.name or None,
         step=source.step,
         world_size=source.world_size,
-        stage=stage_of(rewriting.source),
+        stage=rewriting.source.stage,
     )
     return records.first_origin(rewriting.home, source_manifest, origin)
 
@@ -318,7 +309,7 @@ def preview(rewriting: Rewriting) -> RewriteResult:
             kind=source.kind,
             path=source.place.folder,
             tag=source.place.tag,
-            stage=stage_of(rewriting.source),
+            stage=rewriting.source.stage,
             world_size=source.world_size,
             precision=source.precision,
             step=source.step,

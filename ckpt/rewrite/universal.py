@@ -86,7 +86,7 @@ def plan_from(
     source = reader.read(path, tag, zero.read(like) if like else None)
     checkpoint = source.checkpoint
     home = job.home_of(checkpoint)
-    saved_stage = job.stage_of(source)
+    saved_stage = source.stage
     target = native.target(checkpoint, stage or saved_stage, world_size, sub_group_size, zero_init)
     file_plan = planning.from_universal(source, target)
     stage_part = f"-z{target.stage}" if target.stage != saved_stage else ""

@@ -18,14 +18,15 @@ from ckpt.runs.lease import lease_file
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run
 from ckpt.runs.run import Run
 from converters.detect import detect
+from converters.detect.deepspeed import UNIVERSAL
 from converters.detect.filenames import TRAINER_STATE
+from converters.detect.kind import DEEPSPEED
 from converters.errors import CheckpointError
 from converters.storage.store import is_url
 from converters.words import counted
 from converters.zero.files.discovery import is_tag_folder
 
 RUN = "a run of DeepSpeed checkpoints"
-CHECKPOINT = "a DeepSpeed checkpoint"
 UPLOAD = "hf upload (of huggingface_hub) publishes it as it is"
 EITHER = "a DeepSpeed checkpoint or a run of them"
 
@@ -40,8 +41,7 @@ def instead(path: Path, expected: str, weights: str = "") -> CheckpointError:
     ``weights`` is the remedy for a folder or file that has weights alone.
     """
     detection = detect(path)
-    holds_weights = detection.kind.reader is not None and detection.refusal is not None
-    return detection.unlike(expected, weights if holds_weights else "")
+    return detection.unlike(expected, weights if detection.kind.holds_weights else "")
 
 
 def absence(path: Path, expected: str) -> list[str]:
@@ -87,11 +87,11 @@ def checkpoint_at(path: Path, command: str) -> RunCheckpoint:
     """
     path = spelt(path)
     if not path.is_dir():
-        raise instead(path, CHECKPOINT)
+        raise instead(path, DEEPSPEED)
     if is_run(path):
-        raise _run_instead(path, command)
+        raise run_instead(path, command)
     if not is_checkpoint(path):
-        raise instead(path, CHECKPOINT)
+        raise instead(path, DEEPSPEED)
 
     return open_checkpoint(path)
 
@@ -120,9 +120,10 @@ def require_deepspeed(checkpoint: RunCheckpoint, weights: str = "") -> None:
     if checkpoint.why != manifests.ABSENT:
         return
     detection = detect(checkpoint.folder)
+    if detection.kind.holds_weights:
+        raise instead(checkpoint.folder, DEEPSPEED, weights)
     if detection.refusal is not None:
-        has_reader = detection.kind.reader is not None
-        raise instead(checkpoint.folder, CHECKPOINT, weights) if has_reader else detection.error
+        raise detection.error
 
 
 def require_outside(output: Path, sources: Iterable[Path] = ()) -> None:
@@ -169,23 +170,29 @@ def _is_filled_checkpoint(folder: Path) -> bool:
         return False
 
 
-def _run_instead(path: Path, command: str) -> CheckpointError:
-    """That a path is a run, which checkpoints it holds, and how one of them is named."""
+def run_instead(path: Path, command: str, alternative: str = "") -> CheckpointError:
+    """That a path is a run, which checkpoints it holds, and how one of them is named.
+
+    ``alternative`` is what else the user can do.
+    """
     names = [checkpoint.name for checkpoint in sorted(Run(path).checkpoints(), key=order)]
     recent = ", ".join(names[-_MAX_NAMES:])
     listing = f"{counted(len(names), 'checkpoint')}, the newest of which are {recent}"
     if len(names) <= _MAX_NAMES:
         listing = f"{'the checkpoint' if len(names) == 1 else 'the checkpoints'} {recent}"
 
+    example = f"{command} {path / names[-1]}".strip()
+    ending = f", or {alternative}" if alternative else ""
+
     return CheckpointError(
         f"{path} is a run, not a checkpoint; it holds {listing}: name one of them, such as "
-        f"{command} {path / names[-1]}",
+        f"{example}{ending}",
         "incomplete",
     )
 
 
 def _is_universal(path: Path) -> bool:
-    return not is_run(path) and detect(path).kind.name == "deepspeed-universal"
+    return not is_run(path) and detect(path).kind.name == UNIVERSAL
 
 
 def _holds_checkpoints(path: Path) -> bool:

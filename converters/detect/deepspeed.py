@@ -9,6 +9,7 @@ from converters.detect.kind import Kind
 from converters.detect.look import Look
 from converters.storage import stores
 
+UNIVERSAL = "deepspeed-universal"
 LOAD_THERE = (
     "load it with DeepSpeed in the training that wrote it, on as many ranks, and save "
     "the weights there"
@@ -105,14 +106,15 @@ KINDS = (
         refusal="{statement}",
     ),
     Kind(
-        name="deepspeed-universal",
+        name=UNIVERSAL,
         title="universal checkpoint of DeepSpeed",
         recognized_by="`zero/` in the tag folder, or `latest_universal`",
         sign=universal,
         statement="is a universal checkpoint",
-        remedy="convert the tag it was made from, or make native files of it first with ckpt "
-        "from-universal",
-        refusal="{statement}; {remedy}",
+        remedy="ckpt show, to-fp32, push and ckpt.open read it, and ckpt from-universal makes the "
+        "native files of it that a training goes on from",
+        reader="converters.zero.universal.source:read",
+        contrast="not one of native files",
         trouble="unsupported",
         of_tag=True,
     ),

@@ -48,7 +48,7 @@ class Detection:
     @property
     def statement(self) -> str:
         """What lies there, to stand after the path: "is a model in safetensors"."""
-        return self.kind.statement.format(evidence=self.evidence, expected=CHECKPOINT)
+        return self.kind.description(self.evidence)
 
     @property
     def trouble(self) -> errors.Kind:

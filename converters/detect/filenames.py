@@ -32,6 +32,13 @@ TORCH_BIN = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINER_STATE = "trainer_state.json"
+# What the Trainer and Accelerate keep beside the weights (transformers 5.24 ``trainer.py``,
+# accelerate 1.15 ``utils/constants.py``).
+OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
+OF_TRAINER = re.compile(
+    r"(optimizer|scheduler|scaler|sampler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth"
+    r"|random_states_\d+\.pkl|training_args\.bin|trainer_state\.json"
+)
 
 # torch's distributed checkpoints (DCP), and what writes them.
 DCP = ".metadata"
@@ -54,3 +61,27 @@ MEGATRON_COMMON = "common.pt"
 MANIFEST = "manifest.json"  # the commit record of a checkpoint, written last
 
 ARCHIVE = re.compile(r".*\.(tar|tar\.\w+|tgz|tbz2?|txz|zip|7z|rar|gz|bz2|xz|zst)", re.I)
+_TAR = re.compile(r".*\.(tar|tar\.\w+|tgz|tbz2?|txz)", re.I)
+_UNPACKERS = {
+    "zip": "unzip",
+    "7z": "7z x",
+    "rar": "unrar x",
+    "gz": "gunzip -k",
+    "bz2": "bunzip2 -k",
+    "xz": "unxz -k",
+    "zst": "unzstd",
+}
+
+# The name of a repository of the Hugging Face Hub, and of no checkpoint of a run.
+REPOSITORY = re.compile(
+    r"[A-Za-z0-9][\w.-]{0,95}/(?!checkpoint-|global_step|step[-_]?\d|epoch[-_=]?\d|weights-\d)"
+    r"[A-Za-z0-9][\w.-]{0,95}",
+    re.ASCII,
+)
+
+
+def unpacking(name: str) -> str:
+    """What to do with an archive of this name, with the command: "unpack it first (tar xf X)"."""
+    suffix = name.rpartition(".")[2].lower()
+    unpacker = "tar xf" if _TAR.fullmatch(name) else _UNPACKERS.get(suffix)
+    return f"unpack it first ({unpacker} {name})" if unpacker else "unpack it first"

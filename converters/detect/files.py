@@ -22,15 +22,19 @@ def compressed(look: Look) -> str | None:
     """An archive or a compressed file, by its first bytes or its name."""
     if look.is_unfinished:
         return None
-    if why := _content(look, "compressed"):
-        return why
     is_tar = look.head[257:262] == b"ustar"
     is_rar = look.head.startswith(b"Rar!")
     # a file that is named as torch names its own is left to the reader of these
     is_named_torch = look.path.suffix in filenames.TORCH_SUFFIXES
     is_zip = look.head.startswith(b"PK") and not (look.begins_as_torch_save or is_named_torch)
     is_named = look.is_file and filenames.ARCHIVE.fullmatch(look.path.name)
-    return "is an archive: unpack it first" if is_tar or is_rar or is_zip or is_named else None
+    is_compressed = _content(look, "compressed") is not None
+    if not (is_compressed or is_tar or is_rar or is_zip or is_named):
+        return None
+    if is_named or not (is_tar or is_zip):
+        return f"is an archive: {filenames.unpacking(look.path.name)}"
+    command = "tar xf" if is_tar else "unzip"
+    return f"is an archive: unpack it first ({command} {look.path.name})"
 
 
 def _content(look: Look, *words: str) -> str | None:

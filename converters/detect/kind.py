@@ -29,6 +29,7 @@ class Kind:
     is what the sign saw, in a statement ``{expected}`` what the command reads, and in a
     refusal ``{statement}`` and ``{remedy}`` are these.
 
+    ``contrast`` stands for "not EXPECTED" where that would be wrong of the kind.
     ``trouble`` is the kind of the error. ``of_tag`` says that the sign is in the folder
     of a tag.
     """
@@ -41,8 +42,18 @@ class Kind:
     remedy: str = ""
     reader: str | None = None
     refusal: str | None = None
+    contrast: str = ""
     trouble: errors.Kind = "incomplete"
     of_tag: bool = False
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether it has weights that are read as they are, and no states to convert."""
+        return self.reader is not None and self.refusal is not None
+
+    def description(self, evidence: str, expected: str = CHECKPOINT) -> str:
+        """What lies there, to stand after the path: "is a model in safetensors"."""
+        return self.statement.format(evidence=evidence, expected=expected)
 
     def sentence(self, evidence: str, expected: str, remedy: str = "") -> str:
         """What lies there instead of what a command expects, and what handles it.
@@ -50,12 +61,14 @@ class Kind:
         ``expected`` is a noun with its article, such as "a run"; ``remedy`` takes the
         place of the kind's own.
         """
-        statement = self.statement.format(evidence=evidence, expected=expected)
+        statement = self.description(evidence, expected)
         remedy = remedy or self.remedy.format(evidence=evidence)
         is_read = self.reader is not None and self.refusal is None
         if not self.remedy and not is_read:  # the statement says all
             return statement
-        contrast = "" if "{expected}" in self.statement else f", not {expected}"
+        contrast = f", {self.contrast or f'not {expected}'}"
+        if "{expected}" in self.statement:
+            contrast = ""
         return f"{statement}{contrast}; {remedy}" if remedy else f"{statement}{contrast}"
 
     def reason(self, evidence: str) -> str | None:
@@ -63,7 +76,7 @@ class Kind:
         if self.refusal is None:
             return None
         return self.refusal.format(
-            statement=self.statement.format(evidence=evidence, expected=CHECKPOINT),
+            statement=self.description(evidence),
             remedy=self.remedy.format(evidence=evidence),
             evidence=evidence,
         )

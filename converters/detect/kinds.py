@@ -13,7 +13,7 @@ from pathlib import Path
 
 from converters import errors
 from converters.detect import deepspeed, files, others, sharded, weights
-from converters.detect.kind import CHECKPOINT, Kind, NoKindError, first
+from converters.detect.kind import Kind, NoKindError, first
 from converters.detect.look import Look
 
 _MAX_SUBFOLDERS = 16  # that are looked into for what a folder holds
@@ -27,8 +27,7 @@ def _holds(look: Look) -> str | None:
     name, kind, evidence = inner
     reason = kind.reason(evidence)
     if reason is None or kind.reader is not None:  # it is read where its own path is given
-        statement = kind.statement.format(evidence=evidence, expected=CHECKPOINT)
-        reason = f"{statement}: name {look.path / name}"
+        reason = f"{kind.description(evidence)}: name {look.path / name}"
     return f"{name}, which {reason}"
 
 

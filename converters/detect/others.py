@@ -3,17 +3,30 @@ checkpoints."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from converters.detect import filenames
 from converters.detect.kind import Kind
 from converters.detect.look import Look
 from converters.storage import misplaced_files, stores
+from converters.storage.url_path import UrlPath
 
 
 def nothing(look: Look) -> str | None:
     """Nothing lies there; a link that leads nowhere, or a download to there, is named."""
     if stores.exists(look.path):
         return None
-    return misplaced_files.link(look.path) or misplaced_files.download_to(look.path)
+    misplaced = misplaced_files.link(look.path) or misplaced_files.download_to(look.path)
+    return misplaced or _repository(look.path)
+
+
+def _repository(path: Path) -> str:
+    """The end of a sentence for what looks like the name of a repository; nothing else."""
+    name = path.as_posix()
+    is_one = not isinstance(path, UrlPath) and filenames.REPOSITORY.fullmatch(name)
+    if not is_one or stores.exists(path.parent):
+        return ""
+    return f"; if it is a repository of the Hugging Face Hub, ckpt pull {name} DIR fetches it"
 
 
 def unfinished(look: Look) -> str | None:
@@ -25,8 +38,9 @@ def unfinished(look: Look) -> str | None:
 
 
 def archives(look: Look) -> str | None:
-    """A folder with an archive in it, and nothing known beside it."""
-    return look.match(filenames.ARCHIVE)
+    """A folder with an archive in it, and nothing known beside it; how it is unpacked."""
+    name = look.match(filenames.ARCHIVE)
+    return f"{name} in it is an archive: {filenames.unpacking(name)}" if name else None
 
 
 def empty(look: Look) -> str | None:
@@ -78,7 +92,7 @@ KINDS = (
         title="folder with an archive",
         recognized_by="a file with the suffix of an archive, and nothing known beside it",
         sign=archives,
-        statement="holds no checkpoint; {evidence} in it is an archive: unpack it first",
+        statement="holds no checkpoint; {evidence}",
         refusal="{statement}",
     ),
     Kind(

@@ -8,7 +8,7 @@ from converters.detect.look import Look
 from converters.storage import bounded_json, misplaced_files, stores
 
 _READER = "converters.formats.weight_files:read"
-_OPENS = "ckpt.open reads it as it is, and from_pretrained reads the folder"
+_OPENS = "ckpt.open reads it as it is, from_pretrained loads the folder, and ckpt push publishes it"
 _WHOLE = "it has the weights already, {evidence}, so there is nothing to convert: {remedy}"
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _MODELS = (*filenames.SAFETENSORS, *filenames.TORCH_BIN)
@@ -70,6 +70,20 @@ def adapter(look: Look) -> str | None:
     return None if has_model else look.has(filenames.ADAPTERS)
 
 
+def trainer_file(look: Look) -> str | None:
+    """A file that a trainer keeps beside the weights: optimizer, random states, arguments."""
+    is_one = look.is_file and filenames.OF_TRAINER.fullmatch(look.path.name)
+    return str(look.path.parent) if is_one and not look.is_unfinished else None
+
+
+def trainer(look: Look) -> str | None:
+    """A checkpoint of the Trainer with the optimizer in one file, and so without DeepSpeed."""
+    has_optimizer = look.has([filenames.TRAINER_STATE]) and look.has(filenames.OPTIMIZERS)
+    if not has_optimizer:
+        return None
+    return _model(look) or look.has(filenames.ADAPTERS)
+
+
 def gathered(look: Look) -> str | None:
     """16-bit weights that a training gathered, without the states that they are of."""
     is_trained = look.has([filenames.TRAINER_STATE, filenames.SCRIPT])
@@ -83,17 +97,23 @@ def accelerate(look: Look) -> str | None:
 
 
 def safetensors(look: Look) -> str | None:
-    """A model in safetensors: a file, a folder with one, or with an index of shards."""
-    if look.is_file:
-        return look.path.name if look.path.suffix == ".safetensors" else None
+    """A model in safetensors: a folder with a file, or with an index of shards."""
     return _model(look, filenames.SAFETENSORS)
 
 
+def safetensors_file(look: Look) -> str | None:
+    """A single file in safetensors."""
+    return look.path.name if look.is_file and look.path.suffix == ".safetensors" else None
+
+
 def torch_bin(look: Look) -> str | None:
-    """A model in files of ``torch.save``: one of them, a folder with one, or with an index."""
-    if look.is_file:
-        return look.path.name if _is_torch_file(look) else None
+    """A model in files of ``torch.save``: a folder with one, or with an index of shards."""
     return _model(look, filenames.TORCH_BIN)
+
+
+def torch_file(look: Look) -> str | None:
+    """A single file of ``torch.save``."""
+    return look.path.name if look.is_file and _is_torch_file(look) else None
 
 
 def _model(look: Look, names: tuple[str, ...] = _MODELS) -> str | None:
@@ -164,13 +184,25 @@ KINDS = (
         refusal="{statement}; it has the weights already, so there is nothing to convert: {remedy}",
     ),
     Kind(
+        name="trainer",
+        title="checkpoint of the Trainer without DeepSpeed",
+        recognized_by="`trainer_state.json`, `optimizer.pt` and weights",
+        sign=trainer,
+        reader=_READER,
+        statement="is a checkpoint of the Trainer without DeepSpeed",
+        remedy="trainer.train(resume_from_checkpoint=...) goes on from it, ckpt.open reads the "
+        "weights, and ckpt push publishes them",
+        refusal="{statement}; " + _WHOLE,
+    ),
+    Kind(
         name="adapter",
         title="adapter of PEFT",
         recognized_by="`adapter_model.safetensors` or `adapter_model.bin`, and no model beside it",
         sign=adapter,
         reader=_READER,
         statement="is an adapter of PEFT",
-        remedy="PeftModel.from_pretrained reads it, and ckpt.open its tensors",
+        remedy="PeftModel.from_pretrained reads it, ckpt.open its tensors, and ckpt push "
+        "publishes it",
         refusal="{statement} without state files of DeepSpeed; it has the adapter already, "
         "{evidence}, so there is nothing to convert: {remedy}",
     ),
@@ -192,18 +224,28 @@ KINDS = (
         sign=accelerate,
         reader=_READER,
         statement="is a checkpoint of Accelerate without DeepSpeed",
-        remedy="accelerator.load_state goes on from it, and ckpt.open reads the weights",
+        remedy="accelerator.load_state goes on from it, ckpt.open reads the weights, and ckpt "
+        "push publishes them",
         refusal="{statement}; " + _WHOLE,
     ),
     Kind(
         name="safetensors",
         title="weights in safetensors",
-        recognized_by="`model.safetensors`, its index, or any `.safetensors` file",
+        recognized_by="`model.safetensors` or its index",
         sign=safetensors,
         reader=_READER,
         statement="is a model in safetensors",
         remedy=_OPENS,
         refusal="{statement}, without state files of DeepSpeed; " + _WHOLE,
+    ),
+    Kind(
+        name="trainer-file",
+        title="single file of a trainer's checkpoint",
+        recognized_by="the name: `optimizer.pt`, `rng_state_R.pth`, `training_args.bin` and so on",
+        sign=trainer_file,
+        statement="is one file of a checkpoint of the Trainer or Accelerate, without weights",
+        remedy="the checkpoint is its folder: {evidence}",
+        refusal="{statement}; {remedy}",
     ),
     Kind(
         name="lightning-file",
@@ -218,12 +260,32 @@ KINDS = (
     Kind(
         name="torch-bin",
         title="weights in files of torch.save",
-        recognized_by="`pytorch_model.bin`, its index, any `.bin`, `.pt` or `.pth` file, or "
-        "the first bytes",
+        recognized_by="`pytorch_model.bin` or its index",
         sign=torch_bin,
         reader=_READER,
         statement="is a model in files of torch.save",
         remedy=_OPENS,
         refusal="{statement}, without state files of DeepSpeed; " + _WHOLE,
+    ),
+    Kind(
+        name="safetensors-file",
+        title="single file of weights in safetensors",
+        recognized_by="the suffix `.safetensors`",
+        sign=safetensors_file,
+        reader=_READER,
+        statement="is a file of weights in safetensors",
+        remedy="ckpt.open and safetensors.safe_open read it as it is",
+        refusal="{statement}, so there is nothing to convert: {remedy}",
+    ),
+    Kind(
+        name="torch-file",
+        title="single file of torch.save",
+        recognized_by="the suffix `.bin`, `.pt` or `.pth`, or the first bytes",
+        sign=torch_file,
+        reader=_READER,
+        statement="is a file of torch.save",
+        remedy="ckpt.open reads the tensors in it as they are",
+        refusal="{statement}, without other files of a checkpoint, so there is nothing to convert: "
+        "{remedy}",
     ),
 )

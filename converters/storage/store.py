@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from converters.errors import CheckpointError
-from converters.storage.url_path import canonical, scheme_of
+from converters.storage.url_path import canonical, download, scheme_of
 
 Name = str | os.PathLike[str]
 Range = tuple[int, int]  # offset and length in bytes; a negative offset counts from the end
@@ -135,7 +135,7 @@ def is_url(name: Name) -> bool:
 def local_path(name: Name) -> Path:
     """The path that a name is, where something is read that has to be local: runs, and what
     a user adds by options. "file:///PATH" is the path; ``CheckpointError`` for other URLs."""
-    return _local(name, "download it first")
+    return _local(name, download(name))
 
 
 def output_path(name: Name) -> Path:

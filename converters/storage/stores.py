@@ -18,7 +18,7 @@ from pathlib import Path
 from converters.errors import CheckpointError
 from converters.storage.local_store import LOCAL
 from converters.storage.store import File, FolderEntry, Name, Status, Store, StoredFile
-from converters.storage.url_path import UrlPath, canonical, scheme_of
+from converters.storage.url_path import UrlPath, canonical, download, scheme_of
 
 _COPIED_BYTES = 1 << 20  # at a time
 
@@ -37,7 +37,7 @@ def store_of(name: Name) -> Store:
         places = " and ".join(("local files", *known_schemes))
         raise CheckpointError(
             f"{os.fspath(name)} is a URL of a kind ({scheme}://) that ckpt does not read: it "
-            f"reads {places}; download it first",
+            f"reads {places}; {download(name)}",
             "unsupported",
         )
     return store

@@ -19,6 +19,17 @@ from converters.errors import CheckpointError
 
 _LOCAL = re.compile(r"file://(?:localhost)?(/.*)", re.IGNORECASE | re.DOTALL)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # of one letter it is a drive
+_REPOSITORY = re.compile(  # of the Hugging Face Hub, in a browser and in fsspec
+    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)"
+    r"(?!datasets/|spaces/|docs/|models/?$)"
+    r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<at>[^/]+)|/(?:tree|blob|resolve)/(?P<of>[^/]+))?(?:[/?#].*)?"
+)
+_DOWNLOADS = {  # by scheme, the command that copies what a URL names
+    "s3": "aws s3 cp --recursive {url} DIR",
+    "gs": "gcloud storage cp --recursive {url} DIR",
+    "http": "curl -LO {url}",
+    "https": "curl -LO {url}",
+}
 _OF_A_FILESYSTEM = (
     *("stat", "lstat", "exists", "is_dir", "is_file", "is_symlink", "is_mount", "samefile"),
     *("iterdir", "glob", "rglob", "walk", "open", "read_bytes", "read_text", "readlink"),
@@ -61,7 +72,7 @@ class UrlPath(PosixPath):
     def refuse(self, *_: object, **__: object) -> NoReturn:
         """``CheckpointError``: nothing of the filesystem lies under a URL."""
         raise CheckpointError(
-            f"{self} is a URL, and this step works with local files only: download it first",
+            f"{self} is a URL, and this step works with local files only: {download(str(self))}",
             "unsupported",
         )
 
@@ -86,6 +97,18 @@ def canonical(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
     text = os.fspath(name)
     match = _LOCAL.fullmatch(text)
     return unquote(match[1]) if match else scheme + text[len(scheme) :]
+
+
+def download(name: str | os.PathLike[str]) -> str:
+    """What to do with a URL that is not read here, with the command where one is known."""
+    url = os.fspath(name)
+    if match := _REPOSITORY.fullmatch(url):
+        revision = match["at"] or match["of"]
+        at_revision = f"@{revision}" if revision not in (None, "main") else ""
+        return f"download it first: ckpt pull {match['name']}{at_revision} DIR"
+
+    command = _DOWNLOADS.get(scheme_of(url))
+    return "download it first" + (f": {command.format(url=url)}" if command else "")
 
 
 def absolute(path: Path) -> Path:

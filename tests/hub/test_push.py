@@ -124,12 +124,14 @@ def test_a_dry_run_says_what_would_be_sent_and_changes_nothing(client: Client, r
     assert {one["method"] for one in client.hub.journal()[before:]} == {"GET"}
 
 
-def test_only_committed_checkpoints_are_pushed(client: Client, repo: str) -> None:
+def test_only_committed_or_complete_checkpoints_are_pushed(client: Client, repo: str) -> None:
     (client.folder / "out/checkpoint-2/manifest.json").unlink()
+    assert client.push("out/checkpoint-2", repo)["new_commit"]
+    (client.folder / "out/checkpoint-2/scheduler.pt").unlink()
     said = client("push", "out/checkpoint-2", repo, fails=1)
-    assert "ckpt doctor out --adopt commits it" in said and "--uncommitted" in said
-    assert "ckpt doctor out --adopt" in client("push", "out", repo, fails=1)
-    assert client.push("out/checkpoint-2", repo, "--uncommitted")["new_commit"]
+    assert "is not complete: has no scheduler.pt" in said and "--uncommitted" in said
+    assert "has no scheduler.pt" in client("push", "out", repo, fails=1)
+    assert not client.push("out/checkpoint-2", repo, "--uncommitted")["new_commit"]
     run_of(client.folder / "torn")
     (client.folder / "torn/checkpoint-2/scheduler.pt").write_bytes(b"")
     assert "is not whole" in client("push", "torn/checkpoint-2", repo, fails=1)

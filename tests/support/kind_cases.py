@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from paths import FIXTURES
 from safetensors.numpy import save_file
+
+from ckpt.rewrite import universal as converting
 
 NAME = "zero2-bf16-w2"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 153733\n"
@@ -69,7 +74,7 @@ def web_page(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-@case("archive", "unpack it first")
+@case("archive", "unpack it first (tar xf checkpoint-5)")
 def archive(folder: Path) -> Path:
     with tarfile.open(folder / "checkpoint-5", "w") as file:
         file.add(__file__, "x")
@@ -87,9 +92,18 @@ def no_tag(folder: Path) -> Path:
     return tagged(folder, "mp_rank_00_model_states.pt")
 
 
-@case("deepspeed-universal", "make native files of it first with ckpt from-universal")
+@cache
+def made_universal() -> Path:
+    """A universal folder that ckpt made, once for all tests of a process."""
+    folder = Path(tempfile.mkdtemp(prefix="universal-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    converting.execute(converting.plan_to(FIXTURES / NAME, output=folder / "u"))
+    return folder / "u"
+
+
+@case("deepspeed-universal", "")
 def universal(folder: Path) -> Path:
-    return tagged(folder, "zero/optimizer_state.pt", "mp_rank_00_model_states.pt")
+    return Path(shutil.copytree(made_universal(), folder, dirs_exist_ok=True))
 
 
 @case("deepspeed-experts", "load it with DeepSpeed in the training that wrote it")
@@ -115,7 +129,7 @@ def deepspeed(folder: Path) -> Path:
     return folder
 
 
-@case("deepspeed-several", "it holds the checkpoint checkpoint-5: name this folder")
+@case("deepspeed-several", "or take the newest with --last")
 def several(folder: Path) -> Path:
     tagged(folder / "checkpoint-5", "mp_rank_00_model_states.pt")
     return folder
@@ -206,6 +220,18 @@ def slimmed(folder: Path) -> Path:
     return weights_alone(folder / "checkpoint-5")
 
 
+@case("trainer", "trainer.train(resume_from_checkpoint=...) goes on from it")
+def trainer(folder: Path) -> Path:
+    tensors(folder / "model.safetensors")
+    return touch(folder, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+@case("trainer-file", "; the checkpoint is its folder: ")
+def trainer_file(folder: Path) -> Path:
+    torch.save({"state": {}}, folder / "optimizer.pt")
+    return folder / "optimizer.pt"
+
+
 @case("adapter", "PeftModel.from_pretrained reads it")
 def adapter(folder: Path) -> Path:
     return touch(tensors(folder / "adapter_model.safetensors"), "adapter_config.json")
@@ -238,6 +264,17 @@ def torch_bin(folder: Path) -> Path:
     return folder
 
 
+@case("safetensors-file", "ckpt.open and safetensors.safe_open read it as it is")
+def safetensors_file(folder: Path) -> Path:
+    return tensors(folder / "one.safetensors") / "one.safetensors"
+
+
+@case("torch-file", "ckpt.open reads the tensors in it as they are")
+def torch_file(folder: Path) -> Path:
+    torch.save({"a": torch.ones(3)}, folder / "one.pt")
+    return folder / "one.pt"
+
+
 @case("parent", "dcp_to_torch makes one file of it")
 def parent(folder: Path) -> Path:
     dcp(folder / "step-5")
@@ -250,7 +287,10 @@ def other_file(folder: Path) -> Path:
     return folder / "notes"
 
 
-@case("archives", "checkpoint-5.tar.gz in it is an archive: unpack it first")
+@case(
+    "archives",
+    "in it is an archive: unpack it first (tar xf checkpoint-5.tar.gz)",
+)
 def archives(folder: Path) -> Path:
     return touch(folder, "checkpoint-5.tar.gz", "README.md")
 

@@ -1,13 +1,19 @@
-"""Checkpoints as trainers write them without ckpt, made of a few bytes or of fixtures."""
+"""Checkpoints as trainers write them without ckpt, made of a few bytes or of fixtures.
+
+Those in ``STOCK`` have the state files of a fixture; only their layout is made here, as accelerate
+1.15 (``checkpointing.py``) and lightning 2.6 (``strategies/deepspeed.py``) write it.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from paths import FIXTURES
 from run_folders import SOURCE
 from safetensors.torch import save_file
 
@@ -72,3 +78,44 @@ def stock(run: Path, step: int, log: Any = None) -> Path:
     shutil.copytree(SOURCE, folder)
     (folder / "trainer_state.json").write_text(state(step, log))
     return folder
+
+
+def of_trainer(folder: Path) -> Path:
+    """Of the Hugging Face Trainer with DeepSpeed."""
+    return Path(shutil.copytree(SOURCE, folder / "checkpoint-1"))
+
+
+def of_engine(folder: Path) -> Path:
+    """What ``engine.save_checkpoint(folder)`` leaves: the folder is run and checkpoint."""
+    source = FIXTURES / "zero2-bf16-w2"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+def of_accelerate(folder: Path) -> Path:
+    """Of ``accelerator.save_state`` with DeepSpeed, on two ranks."""
+    checkpoint = _tagged(folder / "checkpoint_1", "pytorch_model")
+    for rank in range(2):
+        torch.save({"step": 1}, checkpoint / f"random_states_{rank}.pkl")
+    torch.save({"last_epoch": 1}, checkpoint / "scheduler.bin")
+    return checkpoint
+
+
+def of_lightning(folder: Path) -> Path:
+    """Of Lightning's DeepSpeedStrategy."""
+    return _tagged(folder / "epoch=0-step=2.ckpt", "checkpoint")
+
+
+def _tagged(checkpoint: Path, tag: str) -> Path:
+    shutil.copytree(SOURCE / "global_step2", checkpoint / tag)
+    (checkpoint / "latest").write_text(tag)
+    shutil.copy(SOURCE / "config.json", checkpoint)
+    return checkpoint
+
+
+STOCK: dict[str, Callable[[Path], Path]] = {
+    "trainer": of_trainer,
+    "engine": of_engine,
+    "accelerate": of_accelerate,
+    "lightning": of_lightning,
+}

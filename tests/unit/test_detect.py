@@ -40,17 +40,20 @@ def test_a_kind_is_recognised_and_its_user_is_told_what_to_do(
     options = ["--tag", "global_step9"] if name == "no-tag" else []
     detection = detect(path, options[1] if options else None)
     assert detection.kind is BY_NAME[name]
-    if name == "deepspeed":
+    if name in ("deepspeed", "deepspeed-universal"):
         run("to-fp32", path, "--dry-run")
         text = capsys.readouterr().out
-        assert "\nkind         DeepSpeed checkpoint, ZeRO stage 2, 2 ranks\n" in text
+        assert f"\nkind         {detection.kind.title}, ZeRO stage 2, 2 ranks\n" in text
         return
 
     lines = []
     for command in (["to-fp32", path, "-o", tmp_path / "out"], ["show", path]):
         run(*command, *options, code=1)
         lines.append(capsys.readouterr().err)
-    assert lines[0] == lines[1] == f"ckpt: {detection.refusal}\n"
+    if name == "deepspeed-several":
+        assert all("is a run, not a checkpoint" in line for line in lines)
+    else:
+        assert lines[0] == lines[1] == f"ckpt: {detection.refusal}\n"
     assert remedy in lines[0] and not (tmp_path / "out").exists()
 
     run("show", path, *options, "--json", code=1)

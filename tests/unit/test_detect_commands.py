@@ -47,23 +47,26 @@ STATES = ("deepspeed-experts", "deepspeed-pipeline", "deepspeed-model-parallel")
 ON_RUNS = ("ls", "verify", "latest", "doctor", "doctor --adopt", "prune", "pin", "unpin")
 # What a command takes at a path of a kind, and so says nothing of the kind: --tag is no option of
 # the commands on runs, and a folder with a manifest is a checkpoint of ckpt's own.
+RUN_INSTEAD = ("show", "to-fp32")  # which name the checkpoints of a run, and --last
 TAKEN = {
     "no-tag": tuple(COMMANDS),
     "deepspeed": tuple(COMMANDS),
-    "deepspeed-several": (*ON_RUNS, "push", "slim", "collect"),
+    "deepspeed-several": (*ON_RUNS, *RUN_INSTEAD, "push", "slim", "collect"),
     "weights-tier": (*ON_RUNS, "slim", "push", "collect"),
     "slimmed": (*ON_RUNS, "slim", "push", "collect"),
     # a run of what torch.distributed.checkpoint saved, and a checkpoint of Lightning
     "parent": ("ls", "verify", "latest", "doctor", "doctor --adopt", "prune"),
     "lightning-file": ("ls", "verify", "doctor --adopt"),
-    "deepspeed-universal": ("doctor --adopt", "pin", "unpin", "from-universal"),
+    "deepspeed-universal": tuple(COMMANDS),
+    **dict.fromkeys(("adapter", "gathered-16bit", "safetensors", "torch-bin"), ("push",)),
+    **dict.fromkeys(("trainer", "accelerate"), ("push",)),
 } | dict.fromkeys(STATES, ("latest", "doctor", "doctor --adopt", "prune", "pin", "unpin"))
 
 
 def names(text: str, detection: Detection) -> bool:
     """Whether a message names the kind: in the words of its statement, or by its title."""
     expected = "\0"
-    statement = detection.kind.statement.format(evidence=detection.evidence, expected=expected)
+    statement = detection.kind.description(detection.evidence, expected)
     return statement.partition(expected)[0] in text or detection.kind.title in text
 
 
@@ -91,8 +94,9 @@ def test_a_kind_says_what_it_is_and_what_to_do(name: str, tmp_path: Path) -> Non
     assert sentence.startswith(str(detection.folder)) and "{" not in sentence
     assert names(sentence, detection)
     if detection.kind.remedy:
-        assert "a thing; " in sentence
-        assert str(detection.unlike("a thing", "do this")).endswith("a thing; do this")
+        contrast = detection.kind.contrast or "a thing"
+        assert f"{contrast}; " in sentence
+        assert str(detection.unlike("a thing", "do this")).endswith(f"{contrast}; do this")
 
 
 @pytest.mark.parametrize("command", ["pin", "unpin", "slim"])
@@ -120,14 +124,77 @@ def test_a_checkpoint_in_the_place_of_a_run_names_the_run(
     assert line.endswith(f": ckpt {verb} {tmp_path}\n")
 
 
-def test_push_says_what_publishes_a_model(
+def test_push_of_a_file_says_what_publishes_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("push", tensors(tmp_path / "model.safetensors"), "org/name", code=1)
-    assert "is a model in safetensors, not a DeepSpeed checkpoint" in (
-        line := capsys.readouterr().err
-    )
-    assert "hf upload" in line
+    folder = tensors(tmp_path / "model/model.safetensors")
+    run("push", folder / "model.safetensors", "org/name", code=1)
+    line = capsys.readouterr().err
+    assert f"is a file of weights in safetensors, not a folder; ckpt push {folder} pub" in line
+    run("push", CASES["lightning-file"][0](tmp_path), "org/name", code=1)
+    assert "hf upload" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("call", ["open", "find"])
+@pytest.mark.parametrize("name", [kind.name for kind in KINDS if kind.name != "no-tag"])
+def test_a_function_names_what_lies_there(
+    name: str, call: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    path = CASES[name][0](folder)
+    detection = detect(path)
+    is_read = detection.kind.reader is not None or name == "deepspeed-several"
+    try:
+        opened = ckpt.open(path, "np") if call == "open" else ckpt.find(path)
+    except CheckpointError as error:
+        text = f"{caplog.text}\n{error}"
+        is_damaged = name == "misplaced-weights" or call == "find"  # which reads what is here
+        assert is_read or is_damaged or names(text, detection)
+        assert str(path) in text
+    else:
+        begins = opened is None and name in ("nothing", "empty", "unknown", "unfinished-download")
+        assert is_read or begins or names(caplog.text, detection)
+
+
+@pytest.mark.parametrize(
+    ("path", "fetch"),
+    [
+        ("org/name", "ckpt pull org/name DIR"),
+        ("https://huggingface.co/org/name", "ckpt pull org/name DIR"),
+        ("https://hf.co/org/name/tree/step-5", "ckpt pull org/name@step-5 DIR"),
+        ("https://huggingface.co/org/name/blob/main/model.safetensors", "ckpt pull org/name DIR"),
+        ("hf://org/name@v1", "ckpt pull org/name@v1 DIR"),
+        ("s3://bucket/run", "aws s3 cp --recursive s3://bucket/run DIR"),
+        ("gs://bucket/run", "gcloud storage cp --recursive gs://bucket/run DIR"),
+        ("https://example.org/a.bin", "curl -LO https://example.org/a.bin"),
+    ],
+)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_lies_elsewhere_is_answered_with_what_fetches_it(
+    command: str,
+    path: str,
+    fetch: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    verb, *options = command.split()
+    run(verb, path, *COMMANDS[command], *options, code=1)
+    line = capsys.readouterr().err
+    assert fetch in line and line.count("\n") == 1
+
+
+def test_a_checkpoint_that_is_not_there_is_no_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    for path in ("out/model", "runs/checkpoint-5", "a/b/c", "./org/name/", str(tmp_path / "x/y")):
+        run("show", path, code=1)
+        is_name = path == "./org/name/"  # as Path writes it
+        assert ("ckpt pull" in capsys.readouterr().err) == is_name
 
 
 def test_a_checkpoint_of_another_library_in_a_run_is_named(

@@ -81,7 +81,10 @@ def test_a_command_on_local_files_says_the_same_of_every_url(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(command, "s3://bucket/run", *(["a/b"] if command == "push" else []), code=1)
-    expected = "s3://bucket/run is a URL, and this has to be a local path: download it first\n"
+    expected = (
+        "s3://bucket/run is a URL, and this has to be a local path: download it first: "
+        "aws s3 cp --recursive s3://bucket/run DIR\n"
+    )
     assert capsys.readouterr().err == f"ckpt: {expected}"
 
 

@@ -266,7 +266,7 @@ def test_an_unknown_scheme_is_one_sentence(store: MemoryStore) -> None:
         detect("s3://bucket/run")
     assert str(raised.value) == (
         "s3://bucket/run is a URL of a kind (s3://) that ckpt does not read: it reads local "
-        "files and made-up://; download it first"
+        "files and made-up://; download it first: aws s3 cp --recursive s3://bucket/run DIR"
     )
     assert raised.value.kind == "unsupported"
 

@@ -158,7 +158,10 @@ def _loading(facts: Mapping[str, Any]) -> Iterator[str]:
 def _origin(facts: Mapping[str, Any]) -> str:
     tool = f"ckpt {plain(facts['ckpt'])}"
     if "stage" not in facts:
-        return f"Written by the training itself, published by {tool} unchanged."
+        return f"Published by {tool} as they were stored, unchanged."
+    if facts["stage"] is None:
+        type_words = "unchanged" if facts["dtype"] == "keep" else f"to {facts['dtype']}"
+        return f"Converted by {tool} from files of torch.save to safetensors, {type_words}."
 
     zero_stage = "DeepSpeed without ZeRO"
     if facts.get("stage"):

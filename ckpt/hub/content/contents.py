@@ -32,7 +32,7 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 def contents(
     checkpoint: RunCheckpoint,
     *,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     max_shard_size: int,
     training_state: bool = False,
     card: bool = True,
@@ -42,7 +42,8 @@ def contents(
 ) -> Contents:
     """Decides what is sent of ``checkpoint``; reads no tensor.
 
-    ``dtype`` is a key of ``request.DTYPES``, ``max_shard_size`` in bytes. ``repo``
+    ``dtype`` is a key of ``request.DTYPES``; by default fp32 of states, and weights alone
+    as they are stored. ``max_shard_size`` is in bytes. ``repo``
     ("org/name") and ``revision`` are what the card's example loads. ``CheckpointError``
     for what cannot be published whole, and for what is over the Hub's limits.
     """

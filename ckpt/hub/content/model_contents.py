@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,13 @@ from ckpt.hub.content.allow_list import CARD, Allowed, allowed, of_conversion
 from ckpt.hub.content.items import Contents, Item
 from ckpt.hub.content.publishable import (
     dominant_type,
+    has_safetensors,
+    is_adapter_folder,
     listed_item,
+    module_weights_names,
     require_config,
     require_loadable,
+    require_no_pickle,
     require_openable,
     weights_names,
 )
@@ -25,23 +29,28 @@ from ckpt.weights.conversion import convert
 from ckpt.weights.conversion.task import Conversion
 from ckpt.weights.request import DTYPES, Request
 from converters import quantized
+from converters.detect import detect
+from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
 from converters.formats import safetensors
-from converters.tensors import DType, Weights
+from converters.tensors import DType, TensorRef, Weights
 from converters.zero.files import discovery
+from converters.zero.universal import reader as universal
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def of_model(
-    checkpoint: RunCheckpoint, dtype: str, max_shard_size: int, request: Request | None
+    checkpoint: RunCheckpoint, dtype: str | None, max_shard_size: int, request: Request | None
 ) -> tuple[Contents, Path]:
     """What ``from_pretrained`` wants, and the folder that its configuration is in."""
-    if checkpoint.tier == "weights":
-        return _stored(checkpoint, dtype, request), checkpoint.folder
+    if _holds_weights_alone(checkpoint):
+        if has_safetensors(checkpoint.folder):
+            return _stored(checkpoint, dtype, request), checkpoint.folder
+        return _of_pickles(checkpoint, dtype, max_shard_size, request), checkpoint.folder
 
     tag = _tag_of_one_engine(checkpoint)
-    model_root = discovery.find(checkpoint.folder, tag).root
+    model_root = _root_of(checkpoint.folder, tag)
     has_adapter = (model_root / ADAPTER[0]).is_file()
     is_config_named = request is not None and request.config is not None
     is_config_sent = not has_adapter and not is_config_named
@@ -53,7 +62,7 @@ def of_model(
     conversion = convert.plan(
         checkpoint.folder,
         tag=tag,
-        dtype=dtype,
+        dtype=dtype or "fp32",
         max_shard_size=max_shard_size,
         request=request,
     )
@@ -62,9 +71,41 @@ def of_model(
     as_stored = request is not None and request.naming.as_stored
     if has_adapter and conversion.product.kind == "model" and not as_stored:
         stored_as = replace(checkpoint, folder=model_root)  # the states have none
-        return _stored(stored_as, dtype, request), model_root
+        return _stored(stored_as, dtype or "fp32", request), model_root
 
     return _converted(checkpoint, model_root, conversion), model_root
+
+
+def _holds_weights_alone(checkpoint: RunCheckpoint) -> bool:
+    """Whether there are no states to convert: by the manifest, or by what lies in the folder."""
+    if checkpoint.manifest is not None:
+        return checkpoint.tier == "weights"
+    return detect(checkpoint.folder).kind.holds_weights
+
+
+def _root_of(folder: Path, tag: str | None) -> Path:
+    """The folder with the companions of the states in a folder."""
+    if detect(folder, tag).kind.name == UNIVERSAL:
+        return universal.find(folder, tag).root
+    return discovery.find(folder, tag).root
+
+
+def _of_pickles(
+    checkpoint: RunCheckpoint, dtype: str | None, max_shard_size: int, request: Request | None
+) -> Contents:
+    """A model in files of torch.save, which are not published: the same as safetensors."""
+    root = checkpoint.folder
+    conversion = convert.plan_stored(
+        root, dtype=dtype or "keep", max_shard_size=max_shard_size, request=request
+    )
+    require_config(root, conversion, request)
+    require_openable(root, conversion)
+    contents = _converted(checkpoint, root, conversion)
+    note = (
+        f"{root}: the weights are sent as safetensors, with the same values, as pickles "
+        "are not published"
+    )
+    return replace(contents, warnings=(note, *contents.warnings))
 
 
 def _tag_of_one_engine(checkpoint: RunCheckpoint) -> str | None:
@@ -127,24 +168,24 @@ def _conversion_lines(
             yield f"note: {conversion_note}"
 
 
-def _stored(checkpoint: RunCheckpoint, dtype: str, request: Request | None) -> Contents:
-    """Weights that lie there as they are to be published: an adapter, or tier "weights"."""
+def _stored(checkpoint: RunCheckpoint, dtype: str | None, request: Request | None) -> Contents:
+    """Weights that lie there as they are to be published: an adapter, or a model's files."""
     root, warnings = checkpoint.folder, []
-    is_adapter = (root / ADAPTER[0]).is_file()
+    is_adapter = is_adapter_folder(root)
+    if is_adapter:
+        require_no_pickle(root)
     file_names = list(ADAPTER) if is_adapter else weights_names(root)
-    items = [listed_item(checkpoint, name) for name in file_names]
+    module_names = module_weights_names(root)
+    items = [listed_item(checkpoint, name) for name in (*file_names, *module_names)]
     weights_paths = [root / name for name in file_names if name.endswith(".safetensors")]
-    tensors = {
-        tensor_name: ref
-        for path in weights_paths
-        for tensor_name, ref in safetensors.read(path).tensors.items()
-    }
+    tensors = _tensors_in(weights_paths)
+    module_tensors = [*_tensors_in([root / name for name in module_names]).values()]
     warnings += require_loadable(root, weights_paths[0], tensors, is_adapter, request)
     weights = quantized.marked(Weights(tensors))
     stored_type = dominant_type(
         [ref for name, ref in tensors.items() if name not in weights.packed]
     )
-    if dtype != "keep" and DTYPES[dtype] is not stored_type:
+    if dtype not in (None, "keep") and DTYPES[dtype] is not stored_type:
         warnings.append(_type_note(root, weights_paths[0], stored_type, dtype, is_adapter))
 
     if os.path.lexists(root / "config.json"):
@@ -153,12 +194,10 @@ def _stored(checkpoint: RunCheckpoint, dtype: str, request: Request | None) -> C
     items += _companion_items(checkpoint, allowed_files)
     facts = {"kind": "adapter" if is_adapter else "weights"} | known.of_model(checkpoint, root)
     facts |= {
-        "dtype": next(
-            (dtype_name for dtype_name, known_type in DTYPES.items() if known_type is stored_type),
-            stored_type.value,
-        ),
-        "parameters": quantized_facts.parameters(weights),
-        "total_size": sum(ref.nbytes for ref in tensors.values()),
+        "dtype": _name_of(stored_type),
+        "parameters": quantized_facts.parameters(weights)
+        + sum(ref.numel for ref in module_tensors),
+        "total_size": sum(ref.nbytes for ref in (*tensors.values(), *module_tensors)),
         "code": any(name.endswith(".py") for name, _ in allowed_files.files),
     }
 
@@ -169,6 +208,17 @@ def _stored(checkpoint: RunCheckpoint, dtype: str, request: Request | None) -> C
         (*allowed_files.warnings, *warnings),
         facts,
     )
+
+
+def _tensors_in(paths: Sequence[Path]) -> dict[str, TensorRef]:
+    """The tensors of files by name; ``CheckpointError`` for a file that is damaged."""
+    return {name: ref for path in paths for name, ref in safetensors.read(path).tensors.items()}
+
+
+def _name_of(stored_type: DType) -> str:
+    """A type as ``--dtype`` has it, or as safetensors."""
+    names = (name for name, known_type in DTYPES.items() if known_type is stored_type)
+    return next(names, stored_type.value)
 
 
 def _type_note(

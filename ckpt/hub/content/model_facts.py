@@ -103,7 +103,7 @@ def of_conversion(conversion: Conversion) -> dict[str, Any]:
     weights = conversion.product.weights
     parameters = quantized_facts.parameters(weights)
     coverage_line = "Every element of the flat partitions is used once, or is padding."
-    is_unpartitioned = source.stage == 0
+    is_unpartitioned = not source.stage
     checks = [] if is_unpartitioned else [coverage_line]
     unchecked_count = sum(checksum.crc32 is None for checksum in plan.checksums)
     if plan.checksums and not unchecked_count:

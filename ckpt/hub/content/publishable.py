@@ -12,8 +12,10 @@ from ckpt.hub.content.allow_list import refusal
 from ckpt.hub.content.items import Item
 from ckpt.runs.run import RunCheckpoint
 from ckpt.weights.check import stored
+from ckpt.weights.companions import module_folders
 from ckpt.weights.conversion.task import Conversion
 from ckpt.weights.request import Request
+from converters.detect import filenames as names
 from converters.errors import CheckpointError
 from converters.formats import safetensors
 from converters.tensors import DType, TensorRef
@@ -70,6 +72,31 @@ def require_loadable(
     return [f"note: {note}" for note in verdict.notes]
 
 
+def is_adapter_folder(root: Path) -> bool:
+    """Whether a folder's weights are those of an adapter of PEFT."""
+    has_model = any((root / name).is_file() for name in (*names.SAFETENSORS, *names.TORCH_BIN))
+    has_adapter = any((root / name).is_file() for name in names.ADAPTERS)
+    return (root / "adapter_config.json").is_file() or (has_adapter and not has_model)
+
+
+def require_no_pickle(root: Path) -> None:
+    """``CheckpointError`` for an adapter that is there as a pickle alone."""
+    pickled, path = root / names.ADAPTERS[1], root / names.ADAPTERS[0]
+    if pickled.is_file() and not path.is_file():
+        raise CheckpointError(
+            f"{pickled} is a pickle, which is not published; load the adapter with "
+            "PeftModel.from_pretrained and save it again with save_pretrained, which writes "
+            f"{path.name}",
+            "refused",
+        )
+
+
+def has_safetensors(root: Path) -> bool:
+    """Whether a folder's weights are sent as they lie there: all but pickles of a model."""
+    is_pickled = not any((root / name).is_file() for name in names.SAFETENSORS)
+    return is_adapter_folder(root) or not is_pickled
+
+
 def weights_names(stored_root: Path) -> list[str]:
     """The files of weights in a folder without ZeRO states: one, or an index and its shards."""
     if (stored_root / INDEX).is_file() and refusal(stored_root, INDEX) is None:
@@ -91,6 +118,13 @@ def weights_names(stored_root: Path) -> list[str]:
         )
 
     return [WEIGHTS]
+
+
+def module_weights_names(stored_root: Path) -> list[str]:
+    """The weights of a sentence-transformers model's modules that have folders of their own."""
+    folders = [module.folder for module in module_folders.modules(stored_root) if module.folder]
+    candidates = [f"{folder}/{WEIGHTS}" for folder in dict.fromkeys(folders)]
+    return [name for name in candidates if (stored_root / name).is_file()]
 
 
 def dominant_type(tensors: Iterable[TensorRef]) -> DType:

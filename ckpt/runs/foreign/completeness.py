@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ckpt.runs.run import is_checkpoint, is_numbered, step_in
 from converters import detect
 from converters.accessors import is_whole_number
 from converters.detect import filenames
+from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError, unreadable
 from converters.words import counted
 from converters.zero.files.discovery import is_tag_folder
@@ -39,6 +40,7 @@ STATE = filenames.TRAINER_STATE
 RNG = r"rng_state_(\d+)\.pth"
 RANDOM = filenames.RANDOM_STATES.pattern
 _LIGHTNING = "pytorch-lightning_version"
+_UNIVERSAL = "it is a universal checkpoint: ckpt from-universal makes native files of it"
 _NAME = re.compile(r"(?:checkpoint|global_step|step|ckpt|iter|iteration|epoch)s?[-_=]?\d+")
 _PREFIX = re.compile(r"(?:checkpoint|weights|global_step|step|ckpt|iter|epoch)[-_=]?\d+.*")
 _SIGNS = frozenset(("optimizer.pt", "optimizer.bin", "random_states_0.pkl", ".metadata"))
@@ -52,7 +54,7 @@ class Proof:
 
     ``kind`` says who wrote it, ``tag`` is set for what DeepSpeed can load, ``step`` is
     ``None`` where the files do not say. ``history`` is what the Trainer logged until
-    then.
+    then. ``hindrance`` says why no training goes on from states as they lie there.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class Proof:
     resumable: bool = True
     history: History | None = None
     shapes: Mapping[str, tuple[int, ...]] | None = None
+    hindrance: str | None = None
 
 
 def is_name(name: str) -> bool:
@@ -257,6 +260,8 @@ def _of_trainer(folder: Path, entry_names: set[str]) -> Proof:
             )
 
         proof = _of_deepspeed(folder, "the Trainer with DeepSpeed", rng_ranks)
+        if proof.hindrance is not None:
+            return replace(proof, history=history)
         return Proof(folder, proof.kind, step, proof.tag, True, history, proof.shapes)
 
     return _of_plain_trainer(folder, entry_names, step, history, rng_ranks)
@@ -326,6 +331,11 @@ def _of_deepspeed(
             raise
         tag = require_parallel(folder, tag)
         return Proof(folder, f"{kind} (parallel)", step_in(tag), tag)
+
+    if source.kind == UNIVERSAL:
+        return Proof(
+            folder, "DeepSpeed (universal)", source.step, None, False, hindrance=_UNIVERSAL
+        )
 
     if rng_ranks is not None and rng_ranks < source.world_size:
         raise CheckpointError(

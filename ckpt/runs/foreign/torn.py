@@ -10,6 +10,7 @@ from pathlib import Path
 from ckpt.runs.manifest import is_inside
 from ckpt.runs.run import Run, require_read
 from converters import detect
+from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
 from converters.formats import safetensors
 from converters.zero.files import state_files
@@ -27,12 +28,12 @@ def only_tag(folder: Path) -> str | None:
         return None
 
     try:
-        detect.read(folder, tag_folders[0].name, complete=True)
+        source = detect.read(folder, tag_folders[0].name, complete=True)
     except CheckpointError as error:
         require_read(error)
         return None
 
-    return tag_folders[0].name
+    return None if source.kind == UNIVERSAL else tag_folders[0].name
 
 
 def why(folder: Path) -> str | None:

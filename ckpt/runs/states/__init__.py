@@ -7,6 +7,7 @@ verification  whether checkpoints are whole: by names and headers, or by every b
 target        what a path and a tag mean: a run, a checkpoint, or nothing yet
 offers        the checkpoints of a run that a training can go on from, the newest first
 choice        the one that ``ckpt.find`` and ``ckpt.resume`` take
+newest        the one whose weights ``--last`` and ``ckpt push`` take
 
 Nothing here imports torch.
 """

@@ -26,6 +26,8 @@ from ckpt.runs.states.offers import (
 from ckpt.runs.states.status import WEIGHTS_ONLY
 from ckpt.runs.states.target import interpret
 from ckpt.runs.verify import states
+from converters.detect import detect
+from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
@@ -105,13 +107,14 @@ def _requested_foreign(
     """One without a manifest, which has to prove that it is whole, unless ``load_foreign``."""
     folder = checkpoint.folder
     tag_folder = tag if tag is not None and (folder / tag).is_dir() else None
-    if load_foreign and states(folder, tag_folder)[1] is None:
+    is_native = detect(folder, tag_folder).kind.name != UNIVERSAL
+    if load_foreign and is_native and states(folder, tag_folder)[1] is None:
         return Offer(checkpoint)
 
     proof = liveness.prove_at_rest(folder, tag_folder)
     if not proof.resumable:
         raise CheckpointError(
-            f"{folder} cannot be resumed from: {WEIGHTS_ONLY}",
+            f"{folder} cannot be resumed from: {proof.hindrance or WEIGHTS_ONLY}",
             "incomplete",
         )
 

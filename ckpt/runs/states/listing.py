@@ -21,6 +21,7 @@ from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, step_in
 from ckpt.runs.run import Run
 from ckpt.runs.states.status import CheckpointStatus, statuses_of
 from converters.detect import detect
+from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
 from converters.zero.files.discovery import is_tag_folder
 
@@ -93,7 +94,7 @@ def is_single(path: Path) -> bool:
 
     is_saved_as_one = is_numbered(path) or is_trainers or (path / MANIFEST).is_file()
 
-    return is_saved_as_one or detect(path).kind.name == "deepspeed-universal"
+    return is_saved_as_one or detect(path).kind.name == UNIVERSAL
 
 
 def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:

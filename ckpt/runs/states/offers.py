@@ -264,6 +264,9 @@ class Offers:
             self.skip(path, f"it has no manifest.json, and is not whole: {reason}")
             return None
 
+        if proof.hindrance is not None:
+            self.skip(path, proof.hindrance)
+            return None
         if not proof.resumable:
             self.skip(path, WEIGHTS_ONLY, "weights")
             return None

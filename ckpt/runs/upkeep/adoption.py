@@ -151,6 +151,8 @@ def plan(folder: Path, data: bool = True) -> Adoption:
     compares them with the CRC32s that they had when they were saved.
     """
     proof = liveness.prove_at_rest(folder)
+    if proof.hindrance is not None:
+        raise CheckpointError(f"{folder} gets no manifest: {proof.hindrance}", "unsupported")
     if proof.tag is None:
         raise CheckpointError(
             f"{folder} is whole, written by {proof.kind}; a manifest is for what "

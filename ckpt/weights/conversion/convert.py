@@ -35,6 +35,7 @@ from ckpt.weights.naming import ties
 from ckpt.weights.output.product import Product
 from ckpt.weights.reader.verdict import LoadVerdict
 from ckpt.weights.request import DTYPES, Request
+from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.execute import shards
 from converters.execute.logbook import Logbook
@@ -87,14 +88,42 @@ def plan(
     else:
         decided = _folder(source, request, tied, format, shard_bytes(max_shard_size, "refused"))
 
+    target = _place(_beside(place, source), output_folder, dtype)
+    return _conversion(place, source, decided, target, request, format)
+
+
+@open_files.once()
+def plan_stored(
+    folder: Path,
+    *,
+    dtype: str = "keep",
+    max_shard_size: int | str = 5_000_000_000,
+    request: Request | None = None,
+) -> Conversion:
+    """Plans safetensors of a folder of weights alone, such as one with pytorch_model.bin.
+
+    Arguments and errors are those of ``plan``, which takes the states of a training.
+    """
+    request = replace(request or Request(), dtype=dtype)
+    source = detect(folder).read()
+    shard_size = shard_bytes(max_shard_size, "refused")
+    decided = _folder(source, request, None, "safetensors", shard_size)
+
+    output = _place(folder, None, dtype)
+    return _conversion(folder, source, decided, output, request, "safetensors")
+
+
+def _conversion(
+    place: Path, source: Source, decided: _Decided, output: Path, request: Request, format: Format
+) -> Conversion:
     return Conversion(
         checkpoint=source,
         path=place,
         product=decided.product,
         verdict=decided.verdict,
         plan=decided.plan,
-        output=_place(_beside(place, source), output_folder, dtype),
-        dtype=dtype,
+        output=output,
+        dtype=request.dtype,
         format=format,
         tied=decided.tied,
         notes=tuple(_notes(source, decided.product, decided.verdict)),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ckpt.weights.request import Request
 from converters.detect import detection
+from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
 from converters.source import STATES, Source
 from converters.zero import checkpoint as zero
@@ -30,6 +31,13 @@ def read(checkpoint: Path, tag: str | None, request: Request) -> Source:
 def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
     if request.weights != "16bit":
         return fp32(checkpoint, tag, "--weights 16bit")
+
+    if detection.detect(checkpoint, tag).kind.name == UNIVERSAL:
+        raise CheckpointError(
+            f"{checkpoint} is a universal checkpoint, which is read for its fp32 weights; leave "
+            "--weights 16bit out (--dtype bf16 rounds them)",
+            "refused",
+        )
 
     half = weights_16bit.read(checkpoint, tag)
     if not request.merge:
@@ -65,6 +73,8 @@ def remedy(source: Source, proof: str | None, skips: bool = True) -> str:
 
     ``skips`` says whether the command has ``--no-verify``.
     """
+    if source.kind == UNIVERSAL:
+        return "the folder is damaged, or has files of two conversions; make it again"
     if proof != STATES or not isinstance(source, zero.Checkpoint) or not source.ranks:
         anyway = " (--no-verify writes the weights anyway)" if skips else ""
         return f"these files are of different saves; copy those of one save here{anyway}"

@@ -7,6 +7,7 @@ headers are read until then.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt import text
 from ckpt.folders import locks
+from ckpt.runs.states import newest
 from ckpt.weights import arguments
 from ckpt.weights.opening.tensors import Framework, Slice, read
 from ckpt.weights.request import Naming
-from converters.detect import detect, detect_weights
+from converters.detect import detect, detect_weights, filenames
 from converters.errors import CheckpointError
 from converters.formats import safetensors, weight_files
 from converters.plan import output_dtype
 from converters.source import Source
 from converters.storage import stores
+from converters.storage.store import is_url, local_path
 from converters.storage.stores import source_path
 from converters.tensors import DType, TensorRef, Weights
 from converters.words import counted
@@ -31,6 +34,8 @@ from converters.zero.files import discovery
 
 if TYPE_CHECKING:
     from ckpt.weights.opening.tensors import Array
+
+log = logging.getLogger("ckpt")
 
 
 def open(
@@ -43,6 +48,7 @@ def open(
     select: str | Sequence[str] = (),
     part: str | None = None,
     adapter_config: str | os.PathLike[str] | None = None,
+    last: bool = False,
 ) -> Opened:
     """Opens a ZeRO checkpoint, a safetensors or .bin file, or a folder of such files.
 
@@ -53,6 +59,8 @@ def open(
     have, one model of several. Without them the names are those of the checkpoint, with
     the ``_orig_mod.`` of a compiled model, which ``to-fp32`` takes off.
     ``adapter_config`` is PEFT's file, or its folder, for a checkpoint without one.
+    ``last`` takes the newest checkpoint of the run at ``path`` that is committed or
+    complete.
 
     ``CheckpointError`` if nothing can be opened there. While the checkpoint is open,
     ``ckpt prune`` does not delete it.
@@ -60,7 +68,7 @@ def open(
     if framework not in ("pt", "np"):
         raise CheckpointError(f'framework is {framework!r}, expected "pt" or "np"', "output")
 
-    path = source_path(path)
+    path = _checkpoint_at(path, tag, last)
     with arguments.naming_arguments("tag=", "strip=", "rename=", "select=", "part="):
         lock = locks.reading(_place(path, tag))
         try:
@@ -72,6 +80,21 @@ def open(
 
     config_path = None if adapter_config is None else Path(adapter_config)
     return Opened(path, weights, checkpoint, framework, lock, config_path, sources)
+
+
+def _checkpoint_at(path: str | os.PathLike[str], tag: str | None, last: bool) -> Path:
+    """The path itself, or the newest checkpoint of the run there; ``CheckpointError`` for a run."""
+    if last:
+        if tag is not None:
+            raise CheckpointError("tag= does not go with last=True; leave one out", "refused")
+        choice = newest.newest_at(local_path(path), "ckpt.open")
+        log.info("%s", choice.remark)
+        return choice.checkpoint.folder
+
+    source = source_path(path)
+    if tag is None and not is_url(source):
+        newest.require_checkpoint(source, "", "last=True")
+    return source
 
 
 def _wished(weights: Weights, wishes: Naming) -> tuple[Weights, dict[str, str]]:
@@ -89,7 +112,7 @@ def _wished(weights: Weights, wishes: Naming) -> tuple[Weights, dict[str, str]]:
 
 def _place(path: Path, tag: str | None) -> Path:
     """The folder that the tensors lie in: the tag's, if ``path`` leads to one."""
-    if stores.is_folder(path) and (tag is not None or stores.exists(path / "latest")):
+    if stores.is_folder(path) and (tag is not None or stores.exists(path / filenames.LATEST)):
         return discovery.find(path, tag).folder
     return path
 
@@ -101,7 +124,8 @@ def _weights(path: Path, tag: str | None) -> tuple[Weights, Source | None]:
 
 def _source(path: Path, tag: str | None) -> Source:
     """What the reader that fits makes of it: weights come before states nothing points to."""
-    has_choice = stores.is_folder(path) and tag is None and not stores.exists(path / "latest")
+    pointers = (path / filenames.LATEST, path / filenames.LATEST_UNIVERSAL)
+    has_choice = stores.is_folder(path) and tag is None and not any(map(stores.exists, pointers))
     weights = detect_weights(path) if has_choice else None
     return (weights or detect(path, tag)).read()
 

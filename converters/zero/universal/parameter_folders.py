@@ -68,6 +68,18 @@ def states_in(inner: Path) -> dict[str, set[str]]:
     return states_by_name
 
 
+def masters_in(states_by_name: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Of the files in the folders of parameters those with the weights alone."""
+    return {name: states & {MASTER} for name, states in states_by_name.items()}
+
+
+def states_of(inner: Path, name: str) -> dict[str, set[str]]:
+    """The files in the folder of one parameter, as ``states_in`` has those of all."""
+    folder = inner / folder_name(name)
+    names = stores.names(folder) if stores.is_folder(folder) else ()
+    return {folder.name: {file.removesuffix(".pt") for file in names if file.endswith(".pt")}}
+
+
 def read(
     inner: Path,
     states_by_name: Mapping[str, set[str]],

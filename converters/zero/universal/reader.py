@@ -27,6 +27,7 @@ from typing import Any
 
 from converters import words
 from converters.detect import detect
+from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError, consistent, unreadable
 from converters.source import SourceTopology
 from converters.storage import stores
@@ -43,7 +44,12 @@ from converters.zero.naming import storage_views
 from converters.zero.naming.assemble import assemble
 from converters.zero.param_groups import WEIGHTS, ParamGroup
 from converters.zero.universal import parameter_folders
-from converters.zero.universal.group_layouts import group_layouts, stage_of, world_size_of
+from converters.zero.universal.group_layouts import (
+    GroupLayout,
+    group_layouts,
+    stage_of,
+    world_size_of,
+)
 from converters.zero.universal.parameter_folders import COMMON, MASTER
 
 LATEST = "latest_universal"
@@ -62,13 +68,21 @@ class Universal:
 
     ``checkpoint`` has the stage that its model file is of, and the world size of the
     run; its ``ranks`` are ``optimizer_state.pt``, which ``common`` is as a tree
-    (``object_graph``). ``models`` are the model files.
+    (``object_graph``). ``models`` are the model files. ``layouts`` are the param groups
+    as the model file and ``optimizer_state.pt`` tell them.
     """
 
     checkpoint: Checkpoint
     groups: tuple[ParamGroup, ...]
     common: Mapping[Any, Any]
     models: tuple[Path, ...]
+    layouts: tuple[GroupLayout, ...] = ()
+
+    @property
+    def stage(self) -> int:
+        """The stage of the run; the model file may be of another."""
+        stage = self.checkpoint.ranks[0].optimizer.get("zero_stage")
+        return stage if stage in (1, 2, 3) else self.checkpoint.stage
 
 
 def find(path: Path, tag: str | None = None) -> discovery.Place:
@@ -80,8 +94,9 @@ def find(path: Path, tag: str | None = None) -> discovery.Place:
     if not stores.is_folder(path):
         raise _instead(path)
 
-    if tag is None and stores.is_folder(path / "zero"):
-        return discovery.Place(path.resolve().parent, path, path.resolve().name)
+    own_name = path.resolve().name
+    if tag in (None, own_name) and stores.is_folder(path / "zero"):
+        return discovery.Place(path.resolve().parent, path, own_name)
 
     tags = [name for name in stores.folders(path) if stores.is_folder(path / name / "zero")]
     if not tags and not stores.is_file(path / LATEST):
@@ -111,25 +126,61 @@ def _instead(path: Path) -> CheckpointError:
     return detection.unlike("a universal checkpoint")
 
 
-def read(path: Path, tag: str | None = None, like: Checkpoint | None = None) -> Universal:
+def read(
+    path: Path, tag: str | None = None, like: Checkpoint | None = None, states: bool = True
+) -> Universal:
     """Locates every tensor of a universal folder; reads pickles only, no tensor data.
 
-    ``like`` gives the order of the parameters, and their groups, where the folder
-    does not. Raises ``CheckpointError`` for what is damaged, incomplete or of a
-    kind that is not read.
+    Without ``states`` only the weights, which is a third of the files or less. ``like``
+    gives the order of the parameters, and their groups, where the folder does not.
+    ``CheckpointError`` for what is damaged, incomplete or of a kind that is not read.
     """
     place = find(path, tag)
     try:
         with consistent(place.folder, "a file is damaged or of another conversion; make it again"):
-            return _read(place, like)
+            return _read(place, like, states)
     except OSError as error:
         raise unreadable(error, place.folder) from error
 
 
-def _read(place: discovery.Place, like: Checkpoint | None) -> Universal:
+def _read(place: discovery.Place, like: Checkpoint | None, states: bool) -> Universal:
     models = _models(place)
     zero.refuse_foreign(models)
     inner = place.folder / "zero"
+    common, tree = _common(inner)
+    rank = State(common, {"optimizer_state_dict": common.root})
+    groups: list[ParamGroup] = []
+    files: list[TorchFile] = []
+
+    states_by_name = parameter_folders.states_in(inner)
+    present = states_by_name if states else parameter_folders.masters_in(states_by_name)
+    layouts = tuple(group_layouts(models, rank, tree, like))
+    for shapes, options, group_state in layouts:
+        group_constants = group_state if states else {}
+        group, group_files = parameter_folders.read(
+            inner, present, shapes, options, group_constants
+        )
+        groups.append(group)
+        files += group_files
+
+    trained = [name for group in groups for name in group.shapes]
+    module = models[0].module  # checked at each access
+    missing_names = [name for name in trained if name not in module]
+    if missing_names:
+        raise models[0].fail(
+            f"its state dict has no {missing_names[0]}, which is trained: it has other "
+            "names than the parameters, and the universal format says nothing of "
+            "these; use ckpt reshard on the checkpoint that this was made from"
+        )
+
+    checkpoint = _checkpoint(place, models, rank, groups, files)
+    _require_known(inner, states_by_name, checkpoint, groups)
+    model_paths = tuple(model.path for model in models)
+    return Universal(checkpoint, tuple(groups), tree, model_paths, layouts)
+
+
+def _common(inner: Path) -> tuple[TorchFile, dict[Any, Any]]:
+    """What the ranks' files have alike: the file, and its root as a tree."""
     if not stores.is_file(inner / COMMON):
         raise CheckpointError(
             f"{inner} has no {COMMON}, which has the param groups; the conversion did "
@@ -143,30 +194,7 @@ def _read(place: discovery.Place, like: Checkpoint | None) -> Universal:
             f"{common.path} does not hold a dict; make the universal folder again"
         )
 
-    tree = object_graph.read_root(inner / COMMON)
-
-    rank = State(common, {"optimizer_state_dict": common.root})
-    groups: list[ParamGroup] = []
-    files: list[TorchFile] = []
-
-    states_by_name = parameter_folders.states_in(inner)
-    for layout in group_layouts(models, rank, tree, like):
-        group, group_files = parameter_folders.read(inner, states_by_name, *layout)
-        groups.append(group)
-        files += group_files
-
-    trained = [name for group in groups for name in group.shapes]
-    missing_names = [name for name in trained if name not in models[0].module]
-    if missing_names:
-        raise models[0].fail(
-            f"its state dict has no {missing_names[0]}, which is trained: it has other "
-            "names than the parameters, and the universal format says nothing of "
-            "these; use ckpt reshard on the checkpoint that this was made from"
-        )
-
-    checkpoint = _checkpoint(place, models, rank, groups, files)
-    _require_known(inner, states_by_name, checkpoint, groups)
-    return Universal(checkpoint, tuple(groups), tree, tuple(model.path for model in models))
+    return common, object_graph.read_root(inner / COMMON)
 
 
 def _models(place: discovery.Place) -> list[State]:
@@ -238,7 +266,7 @@ def _checkpoint(
 
     return Checkpoint(
         place=place,
-        kind="deepspeed-universal",
+        kind=UNIVERSAL,
         topology=SourceTopology(world_size, stage),
         precision=zero.precision(models[0], weights),
         step=step if isinstance(step, int) else None,

@@ -1,0 +1,97 @@
+"""The newest checkpoint of a run that can be relied on, for whoever wants its weights.
+
+It is the one that a resume takes (``offers``): committed, or complete without a manifest.
+Where weights alone are enough, a newer one of weights alone comes before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt.runs import manifest as manifests
+from ckpt.runs import user_paths
+from ckpt.runs.recognition import is_run
+from ckpt.runs.run import RunCheckpoint
+from ckpt.runs.states import listing
+from ckpt.runs.states.offers import Offers
+from ckpt.runs.states.status import CheckpointState
+from converters.detect import detect
+from converters.errors import CheckpointError
+from converters.words import more
+
+_RUNS = ("deepspeed-several", "parent")  # the kinds of a run that no file latest leads on from
+_MAX_REASONS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """The newest checkpoint of a run, and its state."""
+
+    checkpoint: RunCheckpoint
+    state: CheckpointState
+
+    @property
+    def remark(self) -> str:
+        """A line for a user on which checkpoint it is."""
+        folder = self.checkpoint.folder
+        is_complete = self.state is CheckpointState.COMPLETE
+        state = "complete, not committed" if is_complete else self.state.value
+        return f"the newest checkpoint of {folder.parent} is {folder} ({state})"
+
+
+def newest_at(path: Path, command: str, full: bool = True) -> Newest:
+    """The newest checkpoint of the run at a path that is committed or complete.
+
+    ``full`` asks for one that a training can go on from. What is passed over is logged, with
+    the reason. ``CheckpointError`` for what is not a run, and for one without such a
+    checkpoint; ``command`` is how the user called it, such as "ckpt to-fp32 --last".
+    """
+    run = listing.run_at(path, command)
+    offers = Offers(run.path, deepspeed=False)
+    offer = next(iter(offers), None)
+
+    weights = None if full else _newest_weights(offers)
+    if weights is not None:
+        return weights
+    if offer is not None:
+        is_committed = offer.proof is None
+        state = CheckpointState.COMMITTED if is_committed else CheckpointState.COMPLETE
+        return Newest(offer.checkpoint, state)
+    if not listing.checkpoints_in(run.path):
+        raise user_paths.instead(run.path, user_paths.RUN)
+
+    reasons = [
+        f"{entry.path.name}: {entry.why.removeprefix(f'{entry.path}/')}" for entry in offers.skipped
+    ]
+    shown_reasons = "; ".join(reasons[:_MAX_REASONS]) + more(len(reasons) - _MAX_REASONS)
+    raise CheckpointError(
+        f"{run.path} holds no checkpoint that is committed or complete ({shown_reasons}); see "
+        f"ckpt ls {run.path}",
+        "incomplete",
+    )
+
+
+def _newest_weights(offers: Offers) -> Newest | None:
+    """The newest of weights alone that was passed over: newer than all that are offered."""
+    for entry in offers.skipped:
+        if entry.sort != "weights":
+            continue
+
+        checkpoint = listing.candidate(entry.path)
+        if checkpoint.committed:
+            return Newest(checkpoint, CheckpointState.COMMITTED)
+        if checkpoint.why == manifests.ABSENT:
+            return Newest(checkpoint, CheckpointState.COMPLETE)
+
+    return None
+
+
+def require_checkpoint(path: Path, command: str, choice: str) -> None:
+    """``CheckpointError`` for a run, which is several checkpoints: it names them and ``choice``.
+
+    ``choice`` is what takes the newest, such as "--last". A run whose file ``latest`` names
+    a checkpoint stands for that, and everything that is no run is left to its reader.
+    """
+    if is_run(path) and detect(path).kind.name in _RUNS:
+        raise user_paths.run_instead(path, command, f"take the newest with {choice}")

@@ -1,0 +1,178 @@
+"""A universal folder opened, shown, converted and published directly, whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from oracles import FIXTURES, convert, live, root_of, run, same
+from run_folders import real
+from test_universal import deepspeeds, to
+
+import ckpt
+from ckpt.hub.content.contents import contents
+from ckpt.resuming.select import select_checkpoint
+from ckpt.runs.run import Run, open_checkpoint
+from ckpt.runs.states.status import status_of
+from converters.detect import detect
+from converters.errors import CheckpointError
+from converters.zero import checkpoint
+
+OURS = [
+    *("zero1-bf16-w2", "zero1-fp32-w3", "zero2-bf16-w3", "zero2-aligned", "zero2-round-robin"),
+    *("zero2-zero-sized", "zero3-bf16-w3", "zero3-fp16-w2", "zero3-subgroups", "zero3-zero-sized"),
+    *("trainer-zero2", "trainer-zero3", "corpus/s2bf", "corpus/s3bf_w3", "corpus/b16opt"),
+]
+DEEPSPEEDS = ["zero1-bf16-w2", "zero2-bf16-w3", "zero2-aligned", "zero3-bf16-w2", "corpus/b16opt"]
+
+
+def require_live(folder: Path, source: Path) -> None:
+    """Every value and every state of an opened folder is the live engine's."""
+    truth = live(source)
+    with ckpt.open(folder) as opened:
+        for name, value in truth["fp32"].items():
+            assert same(opened[name], value.float()), name
+        for kind in ("exp_avg", "exp_avg_sq"):
+            for name, value in truth.get(kind, {}).items():
+                if value.numel():
+                    state = opened.optimizer_state(name)
+                    assert same(state[kind].float(), value.float()), (kind, name)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_ckpt_wrote_opens_with_the_live_engines_values(name: str, tmp_path: Path) -> None:
+    source = root_of(FIXTURES / name)
+    folder = to(source, tmp_path / "u")
+    require_live(folder, FIXTURES / name)
+    require_live(folder / f"{(source / 'latest').read_text()}_universal", FIXTURES / name)
+
+    with ckpt.open(folder) as opened, ckpt.open(source) as native:
+        assert set(opened) == set(native)
+        trained = [key for key in live(FIXTURES / name)["exp_avg"] if opened[key].numel()]
+        assert {opened.optimizer_state(key).get("step") for key in trained} == {
+            native.optimizer_state(key).get("step") for key in trained
+        }
+        facts = opened.metadata()
+        assert {key: facts[key] for key in ("step", "stage", "world_size")} == {
+            key: native.metadata()[key] for key in ("step", "stage", "world_size")
+        }
+
+
+@pytest.mark.parametrize("name", DEEPSPEEDS)
+def test_what_deepspeed_wrote_opens_with_the_live_engines_values(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "s"
+    shutil.copytree(FIXTURES / name, source)
+    require_live(deepspeeds(source, tmp_path / "ds"), source)
+
+
+def test_deepspeeds_tag_beside_the_native_one_is_chosen_by_name(tmp_path: Path) -> None:
+    """As its documentation has it: the output beside the input, latest_universal beside latest."""
+    source = tmp_path / "s"
+    shutil.copytree(FIXTURES / "zero2-bf16-w2", source)
+    made = deepspeeds(source, tmp_path / "ds")
+    for path in made.iterdir():
+        shutil.move(path, source / path.name)
+    (source / "latest_universal").write_text("global_step2_universal")
+
+    assert detect(source).kind.name == "deepspeed"
+    for folder, tag in (
+        (source, "global_step2_universal"),
+        (source / "global_step2_universal", None),
+        (source / "global_step2_universal", "global_step2_universal"),
+    ):
+        with ckpt.open(folder, tag=tag) as opened:
+            assert opened.checkpoint is not None
+            assert opened.checkpoint.kind == "deepspeed-universal"
+            assert same(opened["norm.weight"], live(source)["fp32"]["norm.weight"].float())
+
+
+@pytest.mark.parametrize("name", ["trainer-zero2", "trainer-zero3", "zero2-bf16-w3"])
+def test_the_model_is_that_of_the_native_checkpoint(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = root_of(FIXTURES / name)
+    folder = to(source, tmp_path / "checkpoint-2_universal")
+    expected, weights = convert(source, tmp_path / "native"), convert(folder, tmp_path / "ours")
+    assert expected.keys() == weights.keys()
+    assert all(same(expected[key], value) for key, value in weights.items())
+    assert ", every element used once or padding, " in capsys.readouterr().out
+    for path in (tmp_path / "native").iterdir():
+        if path.suffix == ".json" and path.name != "conversion.json":
+            assert (tmp_path / "ours" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_show_says_what_it_is_and_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = to(FIXTURES / "zero2-bf16-w2", tmp_path / "u")
+    capsys.readouterr()
+    run("show", folder)
+    text = capsys.readouterr().out
+    assert text.startswith("kind         universal checkpoint of DeepSpeed\n")
+    assert "\nZeRO stage   2\nworld size   2\n" in text
+    run("show", FIXTURES / "zero2-bf16-w2", "--json")
+    native = json.loads(capsys.readouterr().out)
+    run("show", folder, "--json")
+    ours = json.loads(capsys.readouterr().out)
+    for key in ("parameters", "tensors", "weight_bytes", "missing", "aliases", "step"):
+        assert ours[key] == native[key], key
+
+
+def test_its_16_bit_weights_are_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = to(FIXTURES / "zero2-bf16-w2", tmp_path / "u")
+    run("to-fp32", folder, "--weights", "16bit", code=1)
+    assert "leave --weights 16bit out (--dtype bf16 rounds them)" in capsys.readouterr().err
+
+
+def test_a_push_sends_the_model_of_it(tmp_path: Path) -> None:
+    folder = to(FIXTURES / "trainer-zero2/checkpoint-2", tmp_path / "checkpoint-2_universal")
+    entry = open_checkpoint(folder)
+    assert status_of(entry).complete
+    names = {item.name for item in contents(entry, max_shard_size=1 << 40).items}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= names
+    assert not [name for name in names if name.endswith(".pt")]
+
+
+def test_what_means_native_files_says_what_makes_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = to(FIXTURES / "zero2-bf16-w2", tmp_path / "u")
+    capsys.readouterr()
+    with pytest.raises(CheckpointError, match="is a universal checkpoint, not one of native files"):
+        checkpoint.read(folder)
+    run("reshard", folder, "--world-size", 1, code=1)
+    assert "ckpt from-universal makes the native files" in capsys.readouterr().err
+
+
+def test_a_resume_never_takes_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    real(tmp_path / "out", 2)
+    to(tmp_path / "out/checkpoint-2", tmp_path / "out/checkpoint-4")
+    assert ckpt.find(tmp_path / "out") == str(tmp_path / "out/checkpoint-2")
+    assert "ckpt from-universal makes native files of it" in caplog.text
+    for load_foreign in (False, True):
+        with pytest.raises(CheckpointError, match="from-universal"):
+            select_checkpoint(None, tmp_path / "out/checkpoint-4", load_foreign=load_foreign)
+
+    shutil.rmtree(tmp_path / "out/checkpoint-2")
+    with pytest.raises(CheckpointError, match="universal checkpoint"):
+        ckpt.find(tmp_path / "out")
+
+
+def test_doctor_names_no_universal_tag_in_latest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to(FIXTURES / "trainer-zero2/checkpoint-2", tmp_path / "out/checkpoint-2_universal")
+    real(tmp_path / "out", 2)
+    for option in (["--fix"], ["--adopt"]):
+        with pytest.raises(SystemExit):
+            from ckpt.cli.main import main
+
+            main(["doctor", str(tmp_path / "out"), *option])
+    assert "global_step2_universal is whole" not in capsys.readouterr().out
+    assert not (tmp_path / "out/checkpoint-2_universal/latest").exists()
+    assert not (tmp_path / "out/checkpoint-2_universal/manifest.json").exists()
+    assert [entry.name for entry in Run(tmp_path / "out").checkpoints() if entry.committed] == [
+        "checkpoint-2"
+    ]

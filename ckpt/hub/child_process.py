@@ -80,7 +80,7 @@ class Child:
 
     def _log_text(self) -> str:
         try:
-            return self.log.read_text(errors="replace")
+            return self.log.read_text("utf-8", errors="replace")
         except OSError:
             return ""
 

@@ -25,6 +25,7 @@ from converters import detect
 from converters.errors import CheckpointError
 from converters.source import Source
 from converters.storage import local
+from converters.storage.system import flock
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,9 @@ def adopt(run: Run, dry_run: bool = False) -> list[AdoptionOutcome]:
 
     ``dry_run`` proves the same and writes nothing.
     """
+    if not dry_run:
+        flock.require("ckpt doctor --adopt")
+
     outcomes = []
     for checkpoint in run.checkpoints():
         if checkpoint.manifest is not None or not _may_be_adopted(checkpoint):

@@ -11,10 +11,7 @@ with files that nothing lists; the same command removes these.
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -150,32 +147,10 @@ def execute(slimming: Slimming) -> None:
         with (
             lock
             if slimming.manifest == full_manifest
-            else replaced(folder, slimming.manifest.dumps())
+            else locks.replaced(folder / filenames.MANIFEST, slimming.manifest.dumps())
         ):
             repoint(folder)
             _sweep(folder, slimming)
-
-
-def replaced(folder: Path, data: bytes) -> locks.Lock:
-    """The lock of the new manifest, taken before it becomes the manifest."""
-    partial_path = folder / f"{filenames.MANIFEST}.partial"
-    fd = os.open(partial_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    lock = locks.Lock(fd)
-    try:
-        with suppress(OSError):  # no locks here
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with local.named(partial_path):
-            local.LocalWriter(fd).write(data, 0)
-            local.sync(fd, partial_path)
-
-        os.replace(partial_path, folder / filenames.MANIFEST)
-        local.sync_folder(folder)
-    except BaseException:
-        lock.release()
-        partial_path.unlink(missing_ok=True)
-        raise
-
-    return lock
 
 
 def repoint(folder: Path) -> None:

@@ -1,0 +1,54 @@
+"""Reading and writing at an offset of an open file, from several threads.
+
+Each call moves as much as one call of the system does, which may be less than asked for.
+Without pread(2) the file's own position is set first, by one thread at a time for each
+descriptor; nobody else uses that position here.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+# RWF_DONTCACHE, Linux 6.14: written through and dropped from the page cache
+UNCACHED = 0x80 if hasattr(os, "RWF_DSYNC") else 0
+_AT_ONCE = 1 << 30  # bytes; Windows counts them in 32 bits
+_locks = [threading.Lock() for _ in range(64)]  # a descriptor's is that of its last digits
+
+
+def read_into(fd: int, buffer: memoryview, offset: int) -> int:
+    """Reads into ``buffer`` from ``offset`` on; the bytes read, 0 at the file's end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [buffer], offset)
+
+    data = read(fd, min(len(buffer), _AT_ONCE), offset)
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def read(fd: int, length: int, offset: int) -> bytes:
+    """At most ``length`` bytes from ``offset`` on; none at the file's end."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, length, offset)
+
+    with _locks[fd % len(_locks)]:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, min(length, _AT_ONCE))
+
+
+def write(fd: int, data: memoryview | bytes, offset: int, flags: int = 0) -> int:
+    """Writes from ``offset`` on; the bytes written. ``flags`` are 0 or ``UNCACHED``."""
+    if flags and hasattr(os, "pwritev"):
+        return os.pwritev(fd, [data], offset, flags)
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, data, offset)
+
+    with _locks[fd % len(_locks)]:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, memoryview(data)[:_AT_ONCE])
+
+
+def start_writing_back(fd: int, offset: int, length: int) -> None:
+    """Has the system begin to put bytes on the disk that were written, where it can be asked."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)

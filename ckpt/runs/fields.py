@@ -7,6 +7,7 @@ import reprlib
 import sys
 
 from converters.accessors import is_a
+from converters.storage.system.names import is_name
 
 
 class FieldError(ValueError):
@@ -39,6 +40,4 @@ def require(is_valid: bool, name: str, actual_value: object, expected: str) -> N
 def is_inside(name: str) -> bool:
     """Whether a posix path stays inside the folder that it is relative to, and is spelt plainly."""
     parts = name.split("/")  # of an absolute path the first is empty
-    return "\0" not in name and all(
-        part not in ("", ".", "..") and len(part) < 256 for part in parts
-    )
+    return all(is_name(part) and len(part) < 256 for part in parts)

@@ -18,8 +18,14 @@ import numpy as np
 import pytest
 from paths import FIXTURES, PYTHONPATH, ROOT
 from safetensors.numpy import load_file
+from syntax_trees import nodes
 
+from ckpt.hub.content import items
+from ckpt.runs import fields
 from ckpt.runs.upkeep import adoption
+from converters.errors import CheckpointError
+from converters.formats import safetensors
+from converters.storage.system import names
 
 IMITATED = sys.platform == "linux"
 SYSTEMS = ("macos", "windows") if IMITATED else (sys.platform,)
@@ -184,31 +190,28 @@ def test_the_imitation_lacks_what_the_system_lacks() -> None:
     assert run("windows", folder=ROOT, code=code).stdout == "False False False False\n"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_descriptors_are_opened_in_one_place(path: Path) -> None:
+def test_descriptors_are_opened_in_one_place() -> None:
     """Elsewhere a file would be opened as text on Windows."""
-    if path.name == "opening.py":
-        return
     calls = [
-        node.lineno
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and isinstance(node.func.value, ast.Name)
-        and (node.func.value.id, node.func.attr) == ("os", "open")
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in MODULES
+        for node in nodes(path)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and (node.value.id, node.attr) == ("os", "open")
     ]
-    assert calls == []
+    assert [call.partition(":")[0] for call in calls] == ["converters/storage/system/opening.py"]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_text_names_its_encoding(path: Path) -> None:
+def test_text_names_its_encoding() -> None:
     """Without one it is that of the machine, which is not UTF-8 on Windows."""
-    lines = [
-        node.lineno
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+    calls = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in MODULES
+        for node in nodes(path)
         if isinstance(node, ast.Call) and _is_text_without_encoding(node)
     ]
-    assert lines == []
+    assert calls == []
 
 
 def _is_text_without_encoding(call: ast.Call) -> bool:
@@ -225,3 +228,30 @@ def _is_text_without_encoding(call: ast.Call) -> bool:
             is_bytes = "b" in str(mode.value) if isinstance(mode, ast.Constant) else mode is not None
             return not is_bytes and len(call.args) < 4
     return False
+
+
+HOSTILE = ("a\\b", "..\\a", "C:a", "C:\\a", "model.safetensors:stream")
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "/a", "..", "a\0b"])
+def test_no_name_leads_out_of_its_folder_on_windows(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(names, "FORBIDDEN", "/\0\\:")
+    assert not names.is_name(name) and not fields.is_inside(f"folder/{name}")
+    assert items.unfit(f"folder/{name}") is not None
+
+
+def test_an_index_cannot_name_a_file_on_another_drive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(names, "FORBIDDEN", "/\0\\:")
+    for name in HOSTILE:
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"weight": name}}), "utf-8")
+        with pytest.raises(CheckpointError, match="outside its folder"):
+            safetensors.shards(index)
+
+
+def test_on_linux_such_names_are_those_of_files() -> None:
+    assert all(names.is_name(name) for name in HOSTILE) == (sys.platform != "win32")

@@ -125,9 +125,7 @@ def swap_names(first_path: Path, second_path: Path) -> bool:
 
     refusal = c_library.error()
     if refusal.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-        raise OSError(
-            refusal.errno, refusal.strerror, str(first_path), None, str(second_path)
-        )
+        raise OSError(refusal.errno, refusal.strerror, str(first_path), None, str(second_path))
 
     return False
 

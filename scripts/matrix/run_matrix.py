@@ -160,7 +160,9 @@ class Environment:
         if column == "convert":
             model = self.folder / "model"
             convert = ("to-fp32", fixture, "-o", model, "--check", "transformers")
-            load = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+            load = (
+                "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+            )
             return self.run("-m", "ckpt", *convert) or self.run("-c", load, model)
         if column == "push, pull":
             trial = ROOT / "scripts/matrix/hub_trial.py"

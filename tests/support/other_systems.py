@@ -51,8 +51,6 @@ LOADED = (asyncio, logging.handlers, multiprocessing, selectors, ssl, subprocess
 def become(system: str) -> None:
     """Makes of this process one of macOS or Windows."""
     assert not {"ckpt", "converters"} & set(sys.modules), "it is too late"
-    import concurrent.futures.thread
-    import multiprocessing.connection
 
     shutil._use_fd_functions = False  # type: ignore[attr-defined]
     shutil._copyxattr = lambda *_, **__: None  # type: ignore[attr-defined]
@@ -102,7 +100,9 @@ def _names(body: list[ast.stmt], platform: str) -> Iterator[str]:
     for node in body:
         match node:
             case ast.If():
-                yield from _names(node.body if _holds(node.test, platform) else node.orelse, platform)
+                yield from _names(
+                    node.body if _holds(node.test, platform) else node.orelse, platform
+                )
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
                 yield name
             case ast.AnnAssign(target=ast.Name(id=name)):

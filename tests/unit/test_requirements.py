@@ -6,9 +6,9 @@ import ast
 import re
 import subprocess
 import sys
-import tomllib
 
 import pytest
+import tomllib
 from oracles import ROOT
 
 from ckpt import requirements

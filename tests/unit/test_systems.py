@@ -225,7 +225,9 @@ def _is_text_without_encoding(call: ast.Call) -> bool:
         case ast.Name(id="open"):
             mode = call.args[1] if len(call.args) > 1 else None
             mode = next((each.value for each in call.keywords if each.arg == "mode"), mode)
-            is_bytes = "b" in str(mode.value) if isinstance(mode, ast.Constant) else mode is not None
+            is_bytes = (
+                "b" in str(mode.value) if isinstance(mode, ast.Constant) else mode is not None
+            )
             return not is_bytes and len(call.args) < 4
     return False
 

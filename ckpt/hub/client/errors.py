@@ -32,7 +32,8 @@ def require_client() -> None:
 
 def quiet() -> None:
     """Keeps the client from writing to stderr itself: bars, and warnings with addresses in them."""
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     logging.set_verbosity(40)  # errors only

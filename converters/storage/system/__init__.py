@@ -8,6 +8,7 @@ flock       locks of files that end with the process
 c_library   functions of the C library that Python does not have
 limits      how many files may be open
 names       names that lead out of no folder
+processes   clock, children and priority of processes
 
 Linux has all of it. On macOS there is no fallocate(2), renameat2(2), syncfs(2),
 posix_fadvise(2), no flags of pwritev(2), no /proc and no EREMOTEIO; each is a matter of speed

@@ -7,6 +7,4 @@ import errno
 
 def numbers(*names: str) -> tuple[int, ...]:
     """The numbers of those of the names ("EIO", "EREMOTEIO") that this system has."""
-    return tuple(
-        number for name in names if isinstance(number := getattr(errno, name, None), int)
-    )
+    return tuple(number for name in names if isinstance(number := getattr(errno, name, None), int))

@@ -8,6 +8,7 @@ descriptor; nobody else uses that position here.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 
 # RWF_DONTCACHE, Linux 6.14: written through and dropped from the page cache
@@ -19,7 +20,8 @@ _locks = [threading.Lock() for _ in range(64)]  # a descriptor's is that of its 
 def read_into(fd: int, buffer: memoryview, offset: int) -> int:
     """Reads into ``buffer`` from ``offset`` on; the bytes read, 0 at the file's end."""
     if hasattr(os, "preadv"):
-        return os.preadv(fd, [buffer], offset)
+        count: int = os.preadv(fd, [buffer], offset)
+        return count
 
     data = read(fd, min(len(buffer), _AT_ONCE), offset)
     buffer[: len(data)] = data
@@ -29,7 +31,8 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> int:
 def read(fd: int, length: int, offset: int) -> bytes:
     """At most ``length`` bytes from ``offset`` on; none at the file's end."""
     if hasattr(os, "pread"):
-        return os.pread(fd, length, offset)
+        content: bytes = os.pread(fd, length, offset)
+        return content
 
     with _locks[fd % len(_locks)]:
         os.lseek(fd, offset, os.SEEK_SET)
@@ -39,9 +42,11 @@ def read(fd: int, length: int, offset: int) -> bytes:
 def write(fd: int, data: memoryview | bytes, offset: int, flags: int = 0) -> int:
     """Writes from ``offset`` on; the bytes written. ``flags`` are 0 or ``UNCACHED``."""
     if flags and hasattr(os, "pwritev"):
-        return os.pwritev(fd, [data], offset, flags)
+        count: int = os.pwritev(fd, [data], offset, flags)
+        return count
     if hasattr(os, "pwrite"):
-        return os.pwrite(fd, data, offset)
+        written: int = os.pwrite(fd, data, offset)
+        return written
 
     with _locks[fd % len(_locks)]:
         os.lseek(fd, offset, os.SEEK_SET)
@@ -50,5 +55,5 @@ def write(fd: int, data: memoryview | bytes, offset: int, flags: int = 0) -> int
 
 def start_writing_back(fd: int, offset: int, length: int) -> None:
     """Has the system begin to put bytes on the disk that were written, where it can be asked."""
-    if hasattr(os, "posix_fadvise"):
+    if sys.platform == "linux" and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)

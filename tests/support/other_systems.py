@@ -13,23 +13,15 @@ A process of its own for each: nothing of it can be undone.
 from __future__ import annotations
 
 import ast
-import asyncio
 import builtins
 import ctypes
 import errno
 import importlib
 import io
-import logging.handlers
-import multiprocessing
 import os
 import pathlib
-import selectors
 import shutil
-import ssl
-import subprocess
 import sys
-import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,17 +33,24 @@ ABSENT = {"windows": ("fcntl", "resource", "pwd", "grp", "termios", "syslog"), "
 # What the stubs declare for every system, in a comment "Unix only".
 UNIX_ONLY = ("O_CLOEXEC", "O_DIRECTORY", "O_NONBLOCK", "O_NOFOLLOW", "O_SYNC", "O_DSYNC")
 LINUX_ONLY = ("O_TMPFILE", "O_PATH", "O_DIRECT", "O_NOATIME")
+# What libraries of others ask Linux for, which on Windows itself they do not.
+OF_OTHERS = {"windows": {"fchmod"}, "macos": set[str]()}
 # Functions of the C library that Linux alone has.
 OF_GLIBC = {"fallocate", "fallocate64", "renameat2", "syncfs", "mallopt"}
 BINARY = 0x8000  # O_LARGEFILE, which changes nothing on a system of 64 bits
-# Loaded before anything is taken away: Python's own parts for Linux need what it takes.
-LOADED = (asyncio, logging.handlers, multiprocessing, selectors, ssl, subprocess, tempfile, uuid)
+# Loaded before anything is taken away: these ask Linux for what it has alone.
+LOADED = (
+    *("asyncio", "concurrent.futures.thread", "logging.handlers", "multiprocessing.connection"),
+    *("selectors", "ssl", "subprocess", "tempfile", "uuid", "numpy"),
+)
 
 
 def become(system: str) -> None:
     """Makes of this process one of macOS or Windows."""
     assert not {"ckpt", "converters"} & set(sys.modules), "it is too late"
 
+    for name in LOADED:
+        importlib.import_module(name)
     shutil._use_fd_functions = False  # type: ignore[attr-defined]
     shutil._copyxattr = lambda *_, **__: None  # type: ignore[attr-defined]
     statvfs = os.statvfs
@@ -83,7 +82,7 @@ def missing_names(module: str, system: str) -> set[str]:
     names = here - _declared(module, PLATFORMS[system])
     if module == "os":
         names |= {*LINUX_ONLY, *(UNIX_ONLY if system == "windows" else ())}
-    return names
+    return names - OF_OTHERS[system]
 
 
 def _declared(module: str, platform: str) -> set[str]:

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from paths import FIXTURES, PYTHONPATH, ROOT
 from safetensors.numpy import load_file
 from syntax_trees import nodes
 
+from ckpt.folders.filenames import MANIFEST
 from ckpt.hub.content import items
 from ckpt.runs import fields
 from ckpt.runs.upkeep import adoption
@@ -79,7 +81,8 @@ def out(tmp_path: Path) -> Path:
     for step in (1, 2):
         checkpoint = tmp_path / f"out/checkpoint-{step}"
         shutil.copytree(FIXTURES / "trainer-zero3/checkpoint-2", checkpoint)
-        adoption.commit(checkpoint)
+        manifest = adoption.commit(checkpoint)
+        (checkpoint / MANIFEST).write_bytes(replace(manifest, step=step).dumps())
     return tmp_path / "out"
 
 
@@ -123,7 +126,7 @@ def test_an_output_is_replaced(system: str, tmp_path: Path) -> None:
 def test_commands_that_read_work(system: str, out: Path) -> None:
     checkpoint = out / "checkpoint-2"
     shown = json.loads(run(system, "show", checkpoint, "--json", folder=out).stdout)
-    assert shown["zero_stage"] == 3
+    assert shown["stage"] == 3
     listed = json.loads(run(system, "ls", out, "--json", folder=out).stdout)
     assert [entry["step"] for entry in listed["checkpoints"]] == [1, 2]
     verified = json.loads(run(system, "verify", out, "--data", "--json", folder=out).stdout)
@@ -150,6 +153,18 @@ def test_an_opened_checkpoint_reads_its_tensors(system: str, tmp_path: Path) -> 
         command = [sys.executable, "-c", code, str(source)]
         expected = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert lines == expected.stdout.splitlines()
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_states_are_resharded(system: str, tmp_path: Path) -> None:
+    source = FIXTURES / "zero2-bf16-w2"
+    run(system, "reshard", source, "--world-size", "3", "-o", "three", folder=tmp_path)
+    run(system, "to-universal", source, "-o", "universal", folder=tmp_path)
+    if IMITATED:
+        plainly("reshard", source, "--world-size", "3", "-o", "expected", folder=tmp_path)
+        three, expected = contents(tmp_path / "three"), contents(tmp_path / "expected")
+        assert three.keys() == expected.keys()
+        assert all(data == expected[name] for name, data in three.items() if name.endswith(".pt"))
 
 
 @pytest.mark.skipif(not IMITATED, reason="on the system itself only one of the two is there")

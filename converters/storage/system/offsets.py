@@ -1,8 +1,8 @@
 """Reading and writing at an offset of an open file, from several threads.
 
 Each call moves as much as one call of the system does, which may be less than asked for.
-Without pread(2) the file's own position is set first, by one thread at a time for each
-descriptor; nobody else uses that position here.
+Without pread(2) the file's own position is set, and set back for whoever reads on from there,
+by one thread at a time for each descriptor.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # RWF_DONTCACHE, Linux 6.14: written through and dropped from the page cache
 UNCACHED = 0x80 if hasattr(os, "RWF_DSYNC") else 0
@@ -34,8 +36,7 @@ def read(fd: int, length: int, offset: int) -> bytes:
         content: bytes = os.pread(fd, length, offset)
         return content
 
-    with _locks[fd % len(_locks)]:
-        os.lseek(fd, offset, os.SEEK_SET)
+    with _at(fd, offset):
         return os.read(fd, min(length, _AT_ONCE))
 
 
@@ -48,8 +49,7 @@ def write(fd: int, data: memoryview | bytes, offset: int, flags: int = 0) -> int
         written: int = os.pwrite(fd, data, offset)
         return written
 
-    with _locks[fd % len(_locks)]:
-        os.lseek(fd, offset, os.SEEK_SET)
+    with _at(fd, offset):
         return os.write(fd, memoryview(data)[:_AT_ONCE])
 
 
@@ -57,3 +57,14 @@ def start_writing_back(fd: int, offset: int, length: int) -> None:
     """Has the system begin to put bytes on the disk that were written, where it can be asked."""
     if sys.platform == "linux" and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def _at(fd: int, offset: int) -> Iterator[None]:
+    with _locks[fd % len(_locks)]:
+        position = os.lseek(fd, 0, os.SEEK_CUR)
+        os.lseek(fd, offset, os.SEEK_SET)
+        try:
+            yield
+        finally:
+            os.lseek(fd, position, os.SEEK_SET)

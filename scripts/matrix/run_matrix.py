@@ -27,9 +27,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/versions.md"
 BEGIN, END = "<!-- matrix begins -->", "<!-- matrix ends -->"
-SHOWN = ("torch", "deepspeed", "transformers", "accelerate", "lightning", "huggingface_hub")
+SHOWN = (
+    *("torch", "deepspeed", "transformers", "accelerate", "lightning"),
+    *("huggingface_hub", "hf_xet"),
+)
 TRAININGS = ("class", "callback", "Accelerate", "Lightning", "Saver")
 COLUMNS = ("convert", "push, pull", *TRAININGS)
+CLIENT = ("push, pull",)
 MAX_SECONDS = 900  # of one cell; the first training of a row compiles an extension of DeepSpeed
 # What the newest row pins, and every other one where it says nothing else.
 NEWEST = {
@@ -40,8 +44,8 @@ NEWEST = {
     "lightning": "2.6.6",
     "huggingface_hub": "2.4.0",
 }
-# Of the local Hub, the check against transformers and the compiler of an extension.
-TOOLS = ("starlette==1.10.0", "uvicorn==0.54.0", "httptools==0.9.0", "ninja", "setuptools<82")
+SERVER = ("starlette==1.10.0", "uvicorn==0.54.0", "httptools==0.9.0", "lz4>=4.4")  # the local Hub
+BUILD = ("ninja", "setuptools<82")  # of DeepSpeed and its extension
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,19 @@ class Row:
     """Versions that are tried together; ``columns`` are those that make sense with them."""
 
     name: str
-    versions: dict[str, str | None] = field(default_factory=dict)  # None: not pinned
+    versions: dict[str, str] = field(default_factory=dict)
     columns: tuple[str, ...] = COLUMNS
+
+    @property
+    def trains(self) -> bool:
+        """Whether torch and the trainers are wanted; a row of the client alone needs neither."""
+        return self.columns != CLIENT
 
     @property
     def pins(self) -> list[str]:
         """What pip is asked to install."""
-        merged = {**NEWEST, **self.versions}
-        return [f"{name}=={version}" for name, version in merged.items() if version is not None]
+        merged = {**NEWEST, **self.versions} if self.trains else self.versions
+        return [f"{name}=={version}" for name, version in merged.items()]
 
 
 ROWS = (
@@ -73,6 +82,10 @@ ROWS = (
             "lightning": "2.5.0",
             "huggingface_hub": "0.30.2",
         },
+    ),
+    *(
+        Row(f"huggingface_hub {version}", {"huggingface_hub": version}, CLIENT)
+        for version in ("0.30.2", "0.36.2", "1.0.1", "1.33.0", "2.0.0")
     ),
 )
 
@@ -93,13 +106,13 @@ class Environment:
         """Makes it; ``subprocess.CalledProcessError`` if pip does not find the versions."""
         subprocess.run([sys.executable, "-m", "venv", self.folder / "venv"], check=True)
         pip = [self.python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        pins = row.pins
-        torch = [pin for pin in pins if pin.startswith("torch==")]
-        # DeepSpeed is built from its source, which looks at the torch that is there
-        subprocess.run([*pip, *torch, "wheel", "numpy", *TOOLS], check=True)
-        deepspeed = [pin for pin in pins if pin.startswith("deepspeed==")]
-        subprocess.run([*pip, "--no-build-isolation", *deepspeed], check=True)
-        subprocess.run([*pip, f"{wheel}[all]", *pins], check=True)
+        if row.trains:
+            by_name = {pin.partition("==")[0]: pin for pin in row.pins}
+            # DeepSpeed is built from its source, which looks at the torch that is there
+            subprocess.run([*pip, by_name["torch"], "wheel", "numpy", *BUILD], check=True)
+            subprocess.run([*pip, "--no-build-isolation", by_name["deepspeed"]], check=True)
+        extra = "all" if row.trains else "hub"
+        subprocess.run([*pip, f"{wheel}[{extra}]", *row.pins, *SERVER], check=True)
 
     def versions(self) -> dict[str, str]:
         """What was installed in the end."""

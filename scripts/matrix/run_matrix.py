@@ -44,7 +44,10 @@ NEWEST = {
     "lightning": "2.6.6",
     "huggingface_hub": "2.4.0",
 }
-SERVER = ("starlette==1.10.0", "uvicorn==0.54.0", "httptools==0.9.0", "lz4>=4.4")  # the local Hub
+SERVER = (  # the local Hub
+    *("starlette==1.10.0", "uvicorn==0.54.0", "httptools==0.9.0"),
+    *("lz4>=4.4", "pathspec>=1.0"),
+)
 BUILD = ("ninja", "setuptools<82")  # of DeepSpeed and its extension
 
 

@@ -108,32 +108,31 @@ class Environment:
     def install(self, wheel: Path, row: Row) -> None:
         """Makes it; ``subprocess.CalledProcessError`` if pip does not find the versions."""
         subprocess.run([sys.executable, "-m", "venv", self.folder / "venv"], check=True)
-        pip = [self.python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         if row.trains:
             by_name = {pin.partition("==")[0]: pin for pin in row.pins}
             # DeepSpeed is built from its source, which looks at the torch that is there
-            subprocess.run([*pip, by_name["torch"], "wheel", "numpy", *BUILD], check=True)
-            subprocess.run([*pip, "--no-build-isolation", by_name["deepspeed"]], check=True)
+            self.pip("install", by_name["torch"], "wheel", "numpy", *BUILD)
+            self.pip("install", "--no-build-isolation", by_name["deepspeed"])
         extra = "all" if row.trains else "hub"
-        subprocess.run([*pip, f"{wheel}[{extra}]", *row.pins, *SERVER], check=True)
+        self.pip("install", f"{wheel}[{extra}]", *row.pins, *SERVER)
+
+    def pip(self, *arguments: str) -> str:
+        """Runs pip there; its output."""
+        command = [self.python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+        done = subprocess.run(command, env=alone(), check=True, stdout=subprocess.PIPE, text=True)
+        return done.stdout
 
     def versions(self) -> dict[str, str]:
         """What was installed in the end."""
-        listed = subprocess.run(
-            [self.python, "-m", "pip", "list", "--format=json", "--disable-pip-version-check"],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        found = {each["name"].lower().replace("-", "_"): each for each in json.loads(listed.stdout)}
+        listed = json.loads(self.pip("list", "--format=json"))
+        found = {each["name"].lower().replace("-", "_"): each for each in listed}
         python = f"{sys.version_info[0]}.{sys.version_info[1]}"
         shown = {name: found[name]["version"] for name in SHOWN if name in found}
         return {"Python": python, **shown}
 
     def run(self, *command: object, support: bool = False) -> str:
         """Runs a program there; "" if it ends well, or the last line of what it said."""
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment |= {
+        environment = alone() | {
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "0" if support else "1",
@@ -200,10 +199,21 @@ def _reason(text: str) -> str:
     return (line or (lines[-1] if lines else "it said nothing"))[:200]
 
 
+def alone() -> dict[str, str]:
+    """The environment without what leads to this source tree: the wheel is tried."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def build(folder: Path) -> Path:
-    """The wheel."""
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", folder, ROOT]
-    subprocess.run(command, check=True)
+    """The wheel, of a copy: setuptools leaves folders in what it builds."""
+    source = folder / "source"
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        source.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, source)
+    for name in ("ckpt", "converters"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", folder]
+    subprocess.run([*command, source], check=True, env=alone())
     (wheel,) = folder.glob("*.whl")
     return wheel
 

@@ -89,7 +89,7 @@ def accelerate(folder: Path, steps: int) -> None:
     import ckpt
     from ckpt.trainers.accelerate import load_state, save_state
 
-    accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(zero_config(2)))
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_config(2)))
     model = llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batches = torch.utils.data.DataLoader(

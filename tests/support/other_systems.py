@@ -23,6 +23,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,16 +34,15 @@ ABSENT = {"windows": ("fcntl", "resource", "pwd", "grp", "termios", "syslog"), "
 # What the stubs declare for every system, in a comment "Unix only".
 UNIX_ONLY = ("O_CLOEXEC", "O_DIRECTORY", "O_NONBLOCK", "O_NOFOLLOW", "O_SYNC", "O_DSYNC")
 LINUX_ONLY = ("O_TMPFILE", "O_PATH", "O_DIRECT", "O_NOATIME")
-# What libraries of others ask Linux for, which on Windows itself they do not.
-OF_OTHERS = {"windows": {"fchmod"}, "macos": set[str]()}
 # Functions of the C library that Linux alone has.
 OF_GLIBC = {"fallocate", "fallocate64", "renameat2", "syncfs", "mallopt"}
 BINARY = 0x8000  # O_LARGEFILE, which changes nothing on a system of 64 bits
 # Loaded before anything is taken away: these ask Linux for what it has alone.
 LOADED = (
     *("asyncio", "concurrent.futures.thread", "logging.handlers", "multiprocessing.connection"),
-    *("selectors", "ssl", "subprocess", "tempfile", "uuid", "numpy"),
+    *("selectors", "ssl", "subprocess", "tempfile", "uuid", "numpy", "filelock"),
 )
+STANDARD = {"__main__", __name__, *sys.stdlib_module_names}
 
 
 def become(system: str) -> None:
@@ -50,7 +50,9 @@ def become(system: str) -> None:
     assert not {"ckpt", "converters"} & set(sys.modules), "it is too late"
 
     for name in LOADED:
-        importlib.import_module(name)
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+    _leave_to_others()
     shutil._use_fd_functions = False  # type: ignore[attr-defined]
     shutil._copyxattr = lambda *_, **__: None  # type: ignore[attr-defined]
     statvfs = os.statvfs
@@ -61,12 +63,13 @@ def become(system: str) -> None:
     _hide_proc()
     _hide_glibc(system)
 
-    for name, module in ((name, importlib.import_module(name)) for name in MODULES):
-        for missing in missing_names(name, system):
-            if hasattr(module, missing):
-                delattr(module, missing)
     for name in ABSENT[system]:
         sys.modules[name] = None  # type: ignore[assignment]
+    for name in MODULES:
+        if name not in ABSENT[system]:
+            module = importlib.import_module(name)
+            for missing in missing_names(name, system) & set(vars(module)):
+                delattr(module, missing)
 
     def disk_usage(path: Any) -> Any:
         status = statvfs(path)
@@ -82,7 +85,7 @@ def missing_names(module: str, system: str) -> set[str]:
     names = here - _declared(module, PLATFORMS[system])
     if module == "os":
         names |= {*LINUX_ONLY, *(UNIX_ONLY if system == "windows" else ())}
-    return names - OF_OTHERS[system]
+    return names
 
 
 def _declared(module: str, platform: str) -> set[str]:
@@ -115,6 +118,14 @@ def _names(body: list[ast.stmt], platform: str) -> Iterator[str]:
 def _holds(test: ast.expr, platform: str) -> bool:
     system = SimpleNamespace(platform=platform, version_info=sys.version_info)
     return bool(eval(compile(ast.Expression(test), "stub", "eval"), {"sys": system}))
+
+
+def _leave_to_others() -> None:
+    """Lets the library that locks files for the Hub's client, which asks for Linux, have it."""
+    linux = SimpleNamespace(**vars(os))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("filelock.") and hasattr(module, "os"):
+            module.os = linux  # type: ignore[attr-defined]
 
 
 def _hide_proc() -> None:
@@ -172,19 +183,23 @@ def _imitate_windows() -> None:
     replace, rename, kill = os.replace, os.rename, os.kill
 
     def opened(path: Any, flags: int, mode: int = 0o777, **options: Any) -> int:
-        if os.path.isdir(path):
+        if _is_ours() and os.path.isdir(path):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        assert flags & BINARY or not _is_ours(), f"{path} is opened as text: its bytes would change"
+        is_text = not flags & BINARY and _is_ours(directly=True)
+        assert not is_text, f"{path} is opened as text: its bytes would change"
         return open_file(path, flags, mode, **options)
 
     def synced(fd: Any) -> None:
         number = fd if isinstance(fd, int) else fd.fileno()
-        if not _modes[control(number, get_flags) & 3]:
+        if _is_ours() and not _modes[control(number, get_flags) & 3]:
             raise OSError(errno.EBADF, "Bad file descriptor")
         sync(number)
 
     def require_closed(*paths: Any) -> None:
         """As Windows: what is open, or has something open in it, keeps its name."""
+        if not _is_ours():
+            return
+
         open_paths = []
         for number in listdir("/proc/self/fd"):
             try:
@@ -197,13 +212,13 @@ def _imitate_windows() -> None:
                 raise PermissionError(errno.EACCES, "it is open in this process", str(path))
 
     def renamed(source: Any, target: Any, **options: Any) -> None:
-        if os.path.lexists(target):
+        if _is_ours() and os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, "File exists", str(target))
         require_closed(source)
         rename(source, target, **options)
 
     def replaced(source: Any, target: Any, **options: Any) -> None:
-        if os.path.isdir(target):
+        if _is_ours() and os.path.isdir(target):
             raise PermissionError(errno.EACCES, "Permission denied", str(target))
         require_closed(source, target)
         replace(source, target, **options)
@@ -232,10 +247,15 @@ def _imitate_windows() -> None:
     pathlib.Path.symlink_to = lambda path, target, *_: refused(target, path)  # type: ignore
 
 
-def _is_ours() -> bool:
-    """Whether a module of ckpt asks, and not the library of somebody else."""
-    frame = sys._getframe(2)
-    return str(frame.f_globals.get("__name__", "")).split(".")[0] in ("ckpt", "converters")
+def _is_ours(directly: bool = False) -> bool:
+    """Whether a module of ckpt asks, itself or by Python's own, and not a library of others."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__", "")).split(".")[0]
+        if package not in (("__main__", __name__) if directly else STANDARD):
+            return package in ("ckpt", "converters")
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def main() -> None:

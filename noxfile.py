@@ -67,6 +67,18 @@ def oldest(session: nox.Session) -> None:
     run(session, "-m", "pytest", *(f"tests/unit/test_{name}.py" for name in QUICK))
 
 
+@nox.session
+def systems(session: nox.Session) -> None:
+    """What works on macOS and Windows, without torch; on Linux both are imitated."""
+    run(session, "-m", "pytest", "tests/unit/test_systems.py")
+
+
+@nox.session
+def matrix(session: nox.Session) -> None:
+    """Old and new versions of other libraries, each in an environment of its own."""
+    run(session, "scripts/matrix/run_matrix.py")
+
+
 @nox.session(name="test-all")
 def test_all(session: nox.Session) -> None:
     """All tests, on two processes, as ``.ci/run`` runs them."""

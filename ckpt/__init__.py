@@ -8,6 +8,7 @@ rewrite/             other ranks, another stage, the universal format
 runs/, folders/      the checkpoints of a run; folders that are there whole or not at all
 hub/                 the Hugging Face Hub;  cli/  the command ``ckpt``
 results, text, version, deprecation  values as JSON, sizes in messages, names of old
+requirements         the oldest versions of other libraries
 zero_to_fp32         drop-in replacements for DeepSpeed's functions
 """
 

@@ -31,9 +31,9 @@ def _give_memory_back() -> None:
     The pieces that hf_xet is given are freed by its threads; 60 MiB stayed with
     the process.
     """
-    import ctypes
+    from converters.storage.system import c_library
 
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+    if (mallopt := c_library.function("mallopt")) is not None:
         mallopt(-3, 1 << 20)
 
 

@@ -90,6 +90,6 @@ def _counts(path: Path) -> Iterator[tuple[str, int]]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(errors="replace").splitlines()
+        return path.read_text("utf-8", errors="replace").splitlines()
     except OSError:
         return []

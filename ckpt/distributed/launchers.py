@@ -150,7 +150,7 @@ class _State:
 
 def _state(pid: int) -> _State | None:
     try:
-        stat_line = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        stat_line = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace")
     except OSError:
         return None
 

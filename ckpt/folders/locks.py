@@ -4,7 +4,8 @@
     deleter    exclusive flock on it, not waited for; whoever gets it is alone
 
 The kernel drops the locks of a process that is killed, so that nothing stays locked by
-the dead. Where the filesystem has no locks, nobody is seen and nobody is held up. A
+the dead. Where the filesystem has no locks, nobody is seen and nobody is held up; where
+the system has none (Windows), what deletes or commits says so and does nothing. A
 manifest that is replaced is another file: ``slim`` locks the new one before it takes
 the old one's place.
 """
@@ -12,7 +13,6 @@ the old one's place.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import time
@@ -21,10 +21,13 @@ from pathlib import Path
 
 from ckpt.folders.filenames import LOCK, MANIFEST
 from converters.errors import CheckpointError
+from converters.storage import local
 from converters.storage.store import is_url
+from converters.storage.system import flock, opening
 
 PATIENCE = 10.0  # seconds a reader waits for a deleter; renames take milliseconds
 _LOCKED_ERRNOS = (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN)
+_UNOFFERED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class Lock:
@@ -40,7 +43,7 @@ class Lock:
             # a forked child has the lock too, and must not end it
             if self.owner == os.getpid():
                 with suppress(OSError):
-                    fcntl.flock(fd, fcntl.LOCK_UN)
+                    flock.release(fd)
             os.close(fd)
 
     def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
@@ -73,7 +76,7 @@ def reading(folder: Path) -> Lock:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            fd = os.open(manifest_path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = opening.descriptor(manifest_path)
         except OSError as error:
             if error.errno == errno.ENOENT:
                 raise _deletion_error(folder) from error
@@ -81,7 +84,7 @@ def reading(folder: Path) -> Lock:
 
         lock = Lock(fd)
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            flock.take(fd, shared=True)
             if _is_same_file(fd, manifest_path):
                 return lock
         except OSError as error:
@@ -116,24 +119,26 @@ def _manifest_of(folder: Path) -> Path | None:
 def alone(folder: Path) -> Lock | None:
     """The exclusive lock of a checkpoint; ``None`` if somebody reads it.
 
-    Without a manifest, or locks, it holds nothing.
+    Without a manifest, or on a filesystem without locks, it holds nothing.
+    ``CheckpointError`` where the system has none.
     """
+    flock.require("changing a checkpoint")
     return exclusive(folder / MANIFEST)
 
 
 def exclusive(locked_path: Path) -> Lock | None:
     """The exclusive lock of a file, not waited for; ``None`` if somebody else has a lock on it."""
     try:
-        fd = os.open(locked_path, os.O_RDWR | os.O_CLOEXEC)  # NFS wants it writable
+        fd = opening.descriptor(locked_path, os.O_RDWR)  # NFS wants it writable
     except OSError:
         try:
-            fd = os.open(locked_path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = opening.descriptor(locked_path)
         except OSError:
             return Lock()
 
     lock = Lock(fd)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock.take(fd)
     except OSError as error:
         lock.release()
         return None if error.errno in _LOCKED_ERRNOS else lock
@@ -149,13 +154,14 @@ def exclusive(locked_path: Path) -> Lock | None:
 def claimed(folder: Path) -> Lock:
     """Makes a staging folder, or empties one that was left, and holds its lock.
 
-    ``CheckpointError`` if another process writes into it.
+    ``CheckpointError`` if another process writes into it, or the system has no locks.
     """
+    flock.require("saving into a run")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = Lock(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
-    assert lock.fd is not None
+    fd = opening.descriptor(folder / LOCK, os.O_RDWR | os.O_CREAT)
+    lock = Lock(fd)
     try:
-        fcntl.flock(lock.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock.take(fd)
     except OSError as error:
         if error.errno in _LOCKED_ERRNOS:
             lock.release()
@@ -164,7 +170,7 @@ def claimed(folder: Path) -> Lock:
                 "output",
             ) from error
 
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+        if error.errno not in _UNOFFERED:
             lock.release()
             raise
 
@@ -192,8 +198,30 @@ def _is_same_file(fd: int, locked_path: Path) -> bool:
 
 def in_use(folder: Path) -> bool:
     """Whether somebody reads the checkpoint right now, as far as can be told."""
-    lock = alone(folder)
+    lock = exclusive(folder / MANIFEST)
     if lock is None:
         return True
     lock.release()
     return False
+
+
+def replaced(path: Path, data: bytes) -> Lock:
+    """Writes a file over another, durably; the lock of the new one, taken before it is there."""
+    partial_path = path.with_name(f"{path.name}.partial")
+    fd = opening.descriptor(partial_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    lock = Lock(fd)
+    try:
+        with suppress(OSError):  # no locks here
+            flock.take(fd)
+        with local.named(partial_path):
+            local.LocalWriter(fd).write(data, 0)
+            local.sync(fd, partial_path)
+
+        os.replace(partial_path, path)
+        local.sync_folder(path.parent)
+    except BaseException:
+        lock.release()
+        partial_path.unlink(missing_ok=True)
+        raise
+
+    return lock

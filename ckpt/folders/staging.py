@@ -12,7 +12,6 @@ NAME/             the same folder, renamed when everything in it is whole; what 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
@@ -26,6 +25,7 @@ from converters.errors import CheckpointError
 from converters.plan import Plan
 from converters.storage import local
 from converters.storage.local_store import LOCAL
+from converters.storage.system import flock
 from converters.words import counted, verb
 
 ANOTHER_FOLDER = "choose another folder with -o"
@@ -172,7 +172,7 @@ def staged(output: Path, plan: Plan, needed_bytes: int) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / PLAN, "a+b") as plan_file:
         try:
-            fcntl.flock(plan_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock.take(plan_file.fileno())
         except BlockingIOError as error:
             raise CheckpointError(
                 f"{folder} is in use: another conversion writes {output}", "output"
@@ -195,6 +195,9 @@ def staged(output: Path, plan: Plan, needed_bytes: int) -> Iterator[Path]:
                     os.ftruncate(plan_file.fileno(), 0)
                     plan_file.write(digest)
                     plan_file.flush()
+
+            if not flock.OFFERED:
+                plan_file.close()  # or it could not be removed, nor its folder renamed
 
             require_room(folder, needed_bytes, ANOTHER_FOLDER)
             yield folder

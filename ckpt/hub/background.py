@@ -13,7 +13,6 @@ huggingface_hub's business there: its environment and its stored login.
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import logging
 import re
 import shlex
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING
 from ckpt.folders import locks
 from ckpt.folders.locks import Lock
 from ckpt.hub.child_process import Child
+from ckpt.hub.client import errors
 from ckpt.hub.client.repository import is_step
 from ckpt.weights.request import DTYPES
 from converters.errors import CheckpointError
@@ -150,12 +150,7 @@ class Pushes:
                 "unsupported",
             )
 
-        if importlib.util.find_spec("huggingface_hub") is None:
-            raise CheckpointError(
-                "push needs huggingface_hub: pip install 'ckpt-toolkit[hub]'",
-                "unsupported",
-            )
-
+        errors.require_client()
         if self.acts:
             atexit.register(self._farewell)
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckpt.folders.locks import Lock
+from converters.storage.system import processes
 
 NICE = 10  # it yields to the training
 SAYS = "ckpt: "  # before every line of the command on stderr
@@ -40,8 +41,7 @@ class Child:
                 pass_fds=() if lock.fd is None else (lock.fd,),
             )
 
-        with suppress(OSError):  # it may be over already
-            os.setpriority(os.PRIO_PROCESS, self.process.pid, NICE)
+        processes.lower_priority(self.process.pid, NICE)
 
     @property
     def over(self) -> bool:
@@ -80,7 +80,7 @@ class Child:
 
     def _log_text(self) -> str:
         try:
-            return self.log.read_text(errors="replace")
+            return self.log.read_text("utf-8", errors="replace")
         except OSError:
             return ""
 

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING
 
 from ckpt.hub.client import repository
 from ckpt.hub.client.repository import Remote, RemoteFile
-from ckpt.hub.client.retry import WAITS, is_transient, retry, retry_after, status
+from ckpt.hub.client.retry import (
+    WAITS,
+    connection_errors,
+    is_transient,
+    retry,
+    retry_after,
+    status,
+)
 from ckpt.hub.client.xet import UploadedFile
 from converters.errors import CheckpointError
 
@@ -102,10 +109,9 @@ def _show(api: HfApi, remote: Remote, commit_id: str) -> None:
 
 
 def _delete(api: HfApi, repo: str, branch: str) -> None:
-    import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
-    with contextlib.suppress(HfHubHTTPError, httpx2.TransportError):
+    with contextlib.suppress(HfHubHTTPError, *connection_errors()):
         retry(lambda: api.delete_branch(repo, branch=branch), repository.SOON)
 
 

@@ -83,7 +83,7 @@ def execute(push_plan: PushPlan, progress: Progress = lambda _: None) -> Pushed:
     with locks.reading(push_plan.checkpoint.folder), errors.translate_errors(repo):
         for item in push_plan.items:
             item.require_whole()
-        _require_card(push_plan)
+        _require_card(api, push_plan)
         remote = _ensure_repository(api, push_plan)
 
         shards = _serve_shards(push_plan)
@@ -149,7 +149,7 @@ def _commit(
         raise
 
 
-def _require_card(push_plan: PushPlan) -> None:
+def _require_card(api: HfApi, push_plan: PushPlan) -> None:
     """``CheckpointError`` if the Hub would refuse the model card; before anything is sent."""
     for item in push_plan.items:
         if push_plan.place + item.name == CARD:
@@ -160,7 +160,7 @@ def _require_card(push_plan: PushPlan) -> None:
 
             assert isinstance(card_text, bytes)
             try:
-                retry.retry(partial(_validate_card, card_text))
+                retry.retry(partial(_validate_card, api, card_text))
             except ValueError as error:
                 folder = push_plan.checkpoint.folder
                 raise CheckpointError(
@@ -169,11 +169,26 @@ def _require_card(push_plan: PushPlan) -> None:
                 ) from error
 
 
-def _validate_card(content: bytes) -> None:
-    """Asks the Hub about a model card; ``ValueError`` if it would refuse it."""
-    from huggingface_hub import ModelCard
+def _validate_card(api: HfApi, content: bytes) -> None:
+    """Asks the Hub about a model card; ``ValueError`` if it would refuse it.
 
-    ModelCard(content.decode()).validate(repo_type="model")
+    As ``ModelCard.validate`` of huggingface_hub 2 does; that of older versions asks
+    huggingface.co, also where the repository is on another Hub.
+    """
+    from huggingface_hub import ModelCard
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        get_session,
+        hf_raise_for_status,
+    )
+
+    answer = get_session().post(
+        f"{api.endpoint}/api/validate-yaml",
+        json={"repoType": "model", "content": str(ModelCard(content.decode()))},
+        headers={"Accept": "text/plain"},
+    )
+    if answer.status_code == 400:
+        raise ValueError(answer.text)
+    hf_raise_for_status(answer)
 
 
 def _ensure_repository(api: HfApi, push_plan: PushPlan) -> Remote:

@@ -22,6 +22,7 @@ from converters.errors import CheckpointError
 from converters.plan import Placement, Plan, Shard
 from converters.storage import local
 from converters.storage.checksums import Ledger
+from converters.storage.system import opening
 from converters.tensors import Weights
 
 PARTIAL = ".partial"
@@ -39,7 +40,7 @@ def make(plan: Plan, folder: Path) -> None:
     """Makes all shards at full length, with their headers."""
     for shard in plan.shards:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        descriptor = os.open(_path(folder, shard), flags, 0o644)
+        descriptor = opening.descriptor(_path(folder, shard), flags)
         try:
             with local.named(folder / shard.filename):
                 os.ftruncate(descriptor, shard.nbytes)
@@ -98,7 +99,7 @@ class Shards:
 
     def _writer(self, shard: Shard) -> local.LocalWriter:
         if shard.filename not in self.writers:
-            descriptor = os.open(_path(self.folder, shard), os.O_WRONLY)
+            descriptor = opening.descriptor(_path(self.folder, shard), os.O_WRONLY)
             self.writers[shard.filename] = local.LocalWriter(descriptor)
         return self.writers[shard.filename]
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.accessors import is_a
+from converters.storage.system.names import is_name
 
 
 class FieldError(ValueError):
@@ -58,6 +59,4 @@ def require_kinds(document: Mapping[str, Any]) -> None:
 def is_inside(name: str) -> bool:
     """Whether a posix path stays inside the folder that it is relative to, and is spelt plainly."""
     parts = name.split("/")  # of an absolute path the first is empty
-    return "\0" not in name and all(
-        part not in ("", ".", "..") and len(part) < 256 for part in parts
-    )
+    return all(is_name(part) and len(part) < 256 for part in parts)

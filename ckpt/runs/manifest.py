@@ -9,7 +9,6 @@ valid, too.
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import reprlib
@@ -27,6 +26,7 @@ from ckpt.runs.fields import FieldError, is_inside
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.storage import bounded_json, stores
+from converters.storage.system import errnos
 
 __all__ = [
     "ABSENT",
@@ -42,7 +42,7 @@ FORMAT = 1
 MAX_BYTES = 64 << 20  # bytes; a hundred thousand files take about 15 MB
 # A disk or network that fails, and what this user may not read: nothing can be told
 # then.
-FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EACCES)
+FAILING = errnos.numbers("EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "EACCES")
 TIERS = ("full", "weights")
 ABSENT = "no manifest.json: written without ckpt, or its save did not finish"
 # What a document with other values than a manifest's makes of these functions.

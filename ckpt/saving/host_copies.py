@@ -7,6 +7,7 @@ the copying.
 from __future__ import annotations
 
 import mmap
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -79,7 +80,7 @@ def _map_memory(nbytes: int, pinned: bool) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
 
     mapping = mmap.mmap(-1, nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if sys.platform != "win32" and hasattr(mmap, "MADV_HUGEPAGE"):
         mapping.madvise(mmap.MADV_HUGEPAGE)  # a 512th of the page faults
     buffer = torch.frombuffer(mapping, dtype=torch.uint8)
     if pinned and torch.cuda.is_available():

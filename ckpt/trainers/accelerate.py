@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from ckpt import requirements
+
+requirements.require("ckpt.trainers.accelerate", "accelerate", "deepspeed")
+
 from accelerate.utils import MODEL_NAME, DistributedType
 
 from ckpt.distributed.ranks import TIMEOUT, RankGroup, alive

@@ -25,6 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ckpt import requirements
 from ckpt.distributed.ranks import TIMEOUT, RankGroup
 from ckpt.engine import mapped_loading
 from ckpt.engine.layout import Layout
@@ -56,9 +57,10 @@ def _stock_strategy() -> Any:
     old_package, new_package = "pytorch_lightning", "lightning.pytorch"
     is_old = old_package in sys.modules and new_package not in sys.modules
     is_only = find_spec("lightning") is None and find_spec(old_package) is not None
-    return import_module(
-        f"{old_package if is_old or is_only else new_package}.strategies"
-    ).DeepSpeedStrategy
+    package = old_package if is_old or is_only else new_package
+    library = package.partition(".")[0]
+    requirements.require("ckpt.trainers.lightning", library, "deepspeed")
+    return import_module(f"{package}.strategies").DeepSpeedStrategy
 
 
 Stock: Any = _stock_strategy()

@@ -97,7 +97,7 @@ def _functions(library: Any) -> Iterator[tuple[Callable[[], int], Callable[[int]
 
 def _loaded() -> list[str]:
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = Path("/proc/self/maps").read_text("utf-8", "replace").splitlines()
     except OSError:
         return []
 

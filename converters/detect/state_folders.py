@@ -9,6 +9,7 @@ from pathlib import Path
 
 from converters.detect.filenames import LATEST, STATES
 from converters.storage import stores
+from converters.storage.system.names import is_name
 
 _STATES = re.compile(r".*_states\.pt.*", re.DOTALL)
 NOTHING = "and no checkpoint of DeepSpeed lies below it"
@@ -32,10 +33,9 @@ def tag_in(latest: Path) -> str | None:
         return None
 
     parts = Path(tag_name).parts
-    stays_below = ".." not in parts and not Path(tag_name).is_absolute()
-    can_exist = "\0" not in tag_name and all(len(part.encode()) < 256 for part in parts)
+    can_exist = all(is_name(part) and len(part.encode()) < 256 for part in parts)
 
-    return tag_name if parts and stays_below and can_exist else None
+    return tag_name if parts and can_exist else None
 
 
 def tags(root: Path) -> list[str]:

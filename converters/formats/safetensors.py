@@ -23,6 +23,7 @@ from converters.errors import CheckpointError, MalformedError
 from converters.plan import Entry, Plan, Shard, Tied
 from converters.plan import plan as plan_shards
 from converters.storage import bounded_json, misplaced_files, open_files, stores
+from converters.storage.system.names import is_name
 from converters.tensors import DType, Extent, Listed, TensorRef, Weights
 
 MAX_HEADER_BYTES = 64 << 20  # bytes; safetensors itself reads 100 MB, and takes 1 GB for them
@@ -144,7 +145,7 @@ def shard_names(index: Path) -> list[str]:
         raise _no_index(index, "its weight_map names what is not a file")
 
     names = sorted(set(weight_map.values()))
-    if any("/" in name or "\0" in name or name in ("", ".", "..") for name in names):
+    if not all(is_name(name) for name in names):
         raise _no_index(index, "it names a file outside its folder")
 
     return names

@@ -14,6 +14,7 @@ from typing import Any
 from converters.storage import local
 from converters.storage.store import FolderEntry, Name, Range, Status, StoredFile, local_path
 from converters.storage.syncing import UNOFFERED as UNOFFERED
+from converters.storage.system import offsets, opening
 
 
 class LocalFile:
@@ -24,7 +25,7 @@ class LocalFile:
 
     def __init__(self, path: Path, fd: int | None = None):
         self.path = path
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if fd is None else fd
+        self.fd = opening.descriptor(path) if fd is None else fd
         self.identity = _identity(os.fstat(self.fd))
 
     @property
@@ -89,7 +90,7 @@ class InPlace(local.LocalWriter):
         """Writes small pieces: an uncached one waits for those before it in the same page."""
         view = memoryview(data)
         while len(view):
-            count = os.pwrite(self.fd, view, offset)
+            count = offsets.write(self.fd, view, offset)
             view, offset = view[count:], offset + count
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
@@ -151,7 +152,7 @@ class LocalStore:
         It is made ``nbytes`` long, and keeps what it holds; nothing is durable before ``sync``.
         """
         path = local_path(name)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        fd = opening.descriptor(path, os.O_RDWR | os.O_CREAT)
         try:
             with local.named(path):
                 had_size = os.fstat(fd).st_size == nbytes

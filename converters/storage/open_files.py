@@ -12,7 +12,6 @@ is opened and parsed again.
 
 from __future__ import annotations
 
-import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +24,7 @@ from weakref import WeakValueDictionary
 from converters.errors import CheckpointError
 from converters.storage import stores
 from converters.storage.store import File, fill_exactly, read_exactly
+from converters.storage.system import limits
 from converters.tensors import Extent
 
 MAX_OPEN_FILES = 64
@@ -67,7 +67,7 @@ class FilePool:
 def max_open_files() -> int:
     """The number of files that a thread may hold open, fewer where the process may open
     few."""
-    open_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    open_limit = limits.open_files()
     return MAX_OPEN_FILES if open_limit < 0 else max(4, min(MAX_OPEN_FILES, open_limit // 8))
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What a filesystem answers that does not offer a call; a failing or full disk says other things.
-UNOFFERED = (
-    *(errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTTY),
-    *(errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM),
-)
+from converters.storage.system import fsync, opening
+from converters.storage.system.fsync import UNOFFERED as UNOFFERED
+
 log = logging.getLogger("ckpt")
 _announced: set[tuple[int, str]] = set()  # filesystems, and what was said of them
 
@@ -24,8 +20,11 @@ def sync_folder(folder: Path) -> None:
 
     A filesystem that opens no folders for reading is synced as a whole.
     """
+    if not fsync.OF_FOLDERS:
+        return
+
     try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fd = opening.descriptor(folder, os.O_RDONLY | opening.FOLDER)
     except OSError as error:
         if error.errno not in UNOFFERED:
             raise
@@ -35,7 +34,7 @@ def sync_folder(folder: Path) -> None:
             error,
             "all filesystems are synced instead (sync)",
         )
-        os.sync()
+        fsync.everything()
         return
 
     try:
@@ -53,7 +52,7 @@ def sync(fd: int, path: Path) -> None:
     """
     with named(path):
         try:
-            os.fsync(fd)
+            fsync.descriptor(fd)
             return
         except OSError as error:
             if error.errno not in UNOFFERED:
@@ -67,20 +66,7 @@ def sync(fd: int, path: Path) -> None:
             refusal,
             "all of it is synced instead (syncfs)",
         )
-        _sync_filesystem(fd)
-
-
-def _sync_filesystem(fd: int) -> None:
-    """Everything on the filesystem of ``fd``; since Linux 5.8 it tells of writes that
-    failed."""
-    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
-    if syncfs is None:
-        os.sync()
-    elif syncfs(fd):
-        error_number = ctypes.get_errno()
-        if error_number not in UNOFFERED:
-            raise OSError(error_number, os.strerror(error_number))
-        os.sync()
+        fsync.filesystem(fd)
 
 
 def _announce(path: Path, what: str, error: OSError, instead: str) -> None:
@@ -99,7 +85,7 @@ def _announce(path: Path, what: str, error: OSError, instead: str) -> None:
 
 def sync_file(path: Path) -> None:
     """Puts a file on disk that others have written."""
-    with open(path, "rb") as file:
+    with open(path, "rb" if fsync.OF_READERS else "r+b") as file:
         sync(file.fileno(), path)
 
 

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 from converters.errors import CheckpointError
 
 _LOCAL = re.compile(r"file://(?:localhost)?(/.*)", re.IGNORECASE | re.DOTALL)
+_DRIVE = re.compile(r"/[A-Za-z]:/")  # file:///C:/run
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # of one letter it is a drive
 _REPOSITORY = re.compile(  # of the Hugging Face Hub, in a browser and in fsspec
     r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)"
@@ -96,7 +97,11 @@ def canonical(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
         return name
     text = os.fspath(name)
     match = _LOCAL.fullmatch(text)
-    return unquote(match[1]) if match else scheme + text[len(scheme) :]
+    if match is None:
+        return scheme + text[len(scheme) :]
+
+    path = unquote(match[1])
+    return path[1:] if os.name == "nt" and _DRIVE.match(path) else path
 
 
 def download(name: str | os.PathLike[str]) -> str:

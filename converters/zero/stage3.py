@@ -23,6 +23,7 @@ from converters import words
 from converters.errors import CheckpointError
 from converters.pickles.values import Call
 from converters.storage import stores
+from converters.storage.system.names import is_name
 from converters.tensors import DType, Extent, Listed, TensorRef
 from converters.torch_files import rebuild
 from converters.torch_files.file_plan import SWAPPED
@@ -215,7 +216,7 @@ def _swapped_tensor(
     tensor_id = flat.attributes.get("ds_id")
     stem = f"{prefix}{tensor_id if isinstance(tensor_id, str) else ''}"
     path = folder / "offloaded_tensors" / f"rank{rank:02d}" / f"{stem}{SWAPPED}"
-    if not isinstance(tensor_id, str) or "/" in stem or not stores.is_file(path):
+    if not isinstance(tensor_id, str) or not is_name(stem) or not stores.is_file(path):
         raise CheckpointError(
             f"{state.path}: sub-group {index} was offloaded to NVMe, but its file "
             f"{path} is missing; copy the folder offloaded_tensors of every rank here",

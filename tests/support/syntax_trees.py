@@ -16,4 +16,4 @@ def nodes(path: Path) -> tuple[ast.AST, ...]:
 @cache
 def tree(path: Path) -> ast.Module:
     """The tree of a module. It is shared: nobody may change it."""
-    return ast.parse(path.read_text())
+    return ast.parse(path.read_text("utf-8"))

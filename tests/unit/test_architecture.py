@@ -21,7 +21,7 @@ MAX_MODULES = 16  # in a folder, its __init__.py aside
 FLOORS = """
 converters.extents
 converters.errors converters.tensors converters.words ckpt.text ckpt.version
-converters.accessors
+converters.accessors converters.storage.system
 converters.source converters.storage converters.pickles converters.names ckpt.runs.lease
 converters.cast converters.detect
 converters.computing
@@ -33,7 +33,7 @@ converters.zero
 converters.zero.native
 converters.zero.universal
 
-ckpt.deprecation ckpt.results
+ckpt.deprecation ckpt.requirements ckpt.results
 ckpt.cli.results ckpt.folders ckpt.distributed ckpt.weights
 ckpt.runs
 ckpt.runs.foreign ckpt.state ckpt.weights.companions

@@ -13,25 +13,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ckpt.hub.client.retry import status
+from ckpt import requirements
+from ckpt.hub.client.retry import connection_errors, status
 from converters.errors import CheckpointError
+from converters.storage.system import errnos
 
 MAX_CHARACTERS = 300  # characters of the Hub's own words
 AGAIN = "the same command goes on where it stopped"
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust ends the text of one
-_DISK = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOENT}
+_DISK = errnos.numbers("EIO", "ENOSPC", "EDQUOT", "EROFS", "EACCES", "ENOENT")
 LOGIN = "log in with hf auth login, or set HF_TOKEN"
 
 
 def require_client() -> None:
-    """``CheckpointError`` unless huggingface_hub is installed."""
-    try:
-        import huggingface_hub  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError(
-            "huggingface_hub is not installed; pip install 'ckpt-toolkit[hub]'",
-            "unsupported",
-        ) from error
+    """``CheckpointError`` unless huggingface_hub is installed, and not too old."""
+    requirements.require("a push or pull", "huggingface_hub")
 
 
 def quiet() -> None:
@@ -86,7 +82,6 @@ def translate_errors(repo: str) -> Iterator[None]:
 
 def translated(repo: str, error: BaseException) -> CheckpointError | None:
     """The line for an error of the client, or of what it wraps; ``None`` for any other."""
-    import httpx2
     from huggingface_hub import errors
 
     for cause in causes(error):
@@ -105,7 +100,7 @@ def translated(repo: str, error: BaseException) -> CheckpointError | None:
             return _output_error(f"{repo}: no login was found; {LOGIN}")
         if isinstance(cause, errors.HFValidationError):
             return CheckpointError(f"{repo}: {_first_line(cause)}", "refused")
-        if isinstance(cause, httpx2.TransportError):
+        if isinstance(cause, connection_errors()):
             problem = f"cannot reach the Hub ({type(cause).__name__}: {_first_line(cause)})"
             return _output_error(f"{repo}: {problem}; when the network is back, {AGAIN}")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt.runs.digests import FileRecord, quiet, unlike
 from converters.errors import CheckpointError
 from converters.plan import Shard
+from converters.storage.system.names import is_name
 
 if TYPE_CHECKING:
     from ckpt.weights.conversion.task import Conversion
@@ -110,6 +111,8 @@ def unfit(name: str) -> str | None:
         return "is not a plain path inside the repository"
     if "\\" in name or not name.isprintable():
         return "holds a backslash or characters that cannot be shown"
+    if not all(is_name(part) for part in parts):
+        return "cannot be the name of a file on this system"
     if any(part.lower().startswith(".git") or part == ".cache" for part in parts):
         return "is git's or the Hub client's own"
     if any(len(part.encode()) > 255 or part != part.strip() for part in parts):

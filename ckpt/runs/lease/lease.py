@@ -27,6 +27,7 @@ from ckpt.runs.lease import lease_file, watch
 from ckpt.runs.lease.lease_file import NAME, Holder, LeaseRecord
 from ckpt.runs.lease.processes import Life
 from converters.errors import CheckpointError
+from converters.storage.system import processes
 
 BEAT = 4.0  # seconds between signs of life
 TRIES = 5  # looks at a file that is just being written
@@ -78,7 +79,7 @@ class _Grant:
         self.key, self.holder = key, holder
         self.folder, self.path = folder, folder / NAME
         self.shares, self.beats, self.lock = 0, 0, threading.RLock()
-        self.seen = _boot_seconds()  # when the file was last seen to be ours
+        self.seen = processes.boot_seconds()  # when the file was last seen to be ours
         self.loss: str | None = None
 
     def require(self) -> None:
@@ -103,7 +104,7 @@ class _Grant:
     @property
     def seen_lately(self) -> bool:
         """Whether nobody could have taken this process for dead since it last looked."""
-        return _boot_seconds() - self.seen < watch.WATCH / 2
+        return processes.boot_seconds() - self.seen < watch.WATCH / 2
 
     def renew(self) -> None:
         """Gives a sign of life, and looks whether the file is still this process's."""
@@ -120,7 +121,7 @@ class _Grant:
     def _is_ours(self, record: LeaseRecord | None, attempt: int) -> bool:
         """Whether the record is this process's; sets ``loss`` if another job has the folder."""
         if record is not None and _is_of(record, self.holder):
-            self.seen = _boot_seconds()
+            self.seen = processes.boot_seconds()
             return True
 
         if record is not None and record.holder is not None:
@@ -138,7 +139,7 @@ class _Grant:
             self.holder = new_holder or self.holder
             return new_holder is not None
         else:
-            silent_seconds = _boot_seconds() - self.seen
+            silent_seconds = processes.boot_seconds() - self.seen
             self.loss = (
                 f"this training stood still for {silent_seconds:.0f} s, and its lease "
                 f"of {self.folder} is gone, so another job may have saved there "
@@ -257,11 +258,6 @@ def stranger(folder: Path) -> Holder | None:
     return None if watch.is_this_process(record) else record.holder
 
 
-def _boot_seconds() -> float:
-    """Seconds that go on while the machine sleeps."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
-
-
 @contextmanager
 def _folder_errors(folder: Path) -> Iterator[None]:
     try:
@@ -320,7 +316,7 @@ def _forget() -> None:
 
 
 atexit.register(release_all)
-os.register_at_fork(after_in_child=_forget)
+processes.call_after_fork(_forget)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ lands in the file of another job that took the name meanwhile.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -29,19 +28,14 @@ from pathlib import Path
 from ckpt.runs.lease.processes import Life, ProcessIdentity
 from converters.accessors import entry, number
 from converters.errors import MalformedError
+from converters.storage.system import errnos, offsets, opening
 
 NAME = "_lease"
 _MAX_BYTES = 1 << 16  # bytes
-_NO_LINKS = (
-    errno.EPERM,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-    errno.EINVAL,
-    errno.EXDEV,
-    errno.EMLINK,
-    errno.EACCES,
+_NO_LINKS = errnos.numbers(
+    *("EPERM", "EOPNOTSUPP", "ENOSYS", "EINVAL", "EXDEV", "EMLINK", "EACCES")
 )
-_ONLY_APPENDS = (errno.EINVAL, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.ESPIPE)
+_ONLY_APPENDS = errnos.numbers("EINVAL", "EPERM", "EOPNOTSUPP", "ENOSYS", "ESPIPE")
 _BEAT_OFFSET = len('{"beat": "')
 _MAX_SHOWN = 60  # characters of a name
 
@@ -121,7 +115,7 @@ class LeaseRecord:
 def read(path: Path) -> LeaseRecord | None:
     """The lease at a path; ``None`` if there is none. ``OSError`` if it cannot be read."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = opening.descriptor(path, os.O_RDONLY | opening.NONBLOCK)
     except FileNotFoundError:
         return None
 
@@ -131,7 +125,7 @@ def read(path: Path) -> LeaseRecord | None:
 
 def _read(fd: int) -> LeaseRecord:
     data = b""
-    while len(data) < _MAX_BYTES and (block := os.pread(fd, _MAX_BYTES, len(data))):
+    while len(data) < _MAX_BYTES and (block := offsets.read(fd, _MAX_BYTES, len(data))):
         data += block
     status = os.fstat(fd)
     return LeaseRecord(data, _holder(data), status.st_ino, status.st_mtime)
@@ -185,7 +179,7 @@ def create(folder: Path, holder: Holder) -> Holder | None:
 
 def _write(path: Path, holder: Holder) -> Holder:
     """Writes a file that must not exist yet."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    fd = opening.descriptor(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     with _closing(fd, path):
         new_holder = replace(holder, inode=os.fstat(fd).st_ino)
         _put(fd, new_holder.dumps(), 0)
@@ -198,7 +192,7 @@ def _write(path: Path, holder: Holder) -> Holder:
 def renew(path: Path, holder: Holder, beat: int) -> LeaseRecord | None:
     """Writes a beat, if the lease is still this holder's; returns what was there, if anything."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = opening.descriptor(path, os.O_RDWR | opening.NONBLOCK)
     except FileNotFoundError:
         return None
 
@@ -262,7 +256,7 @@ def _put_back(moved_path: Path, lease_path: Path) -> None:
 def clock(folder: Path) -> float:
     """The filesystem's time, by a file that is made and removed; seconds, as ``changed``."""
     probe_path = folder / f"{NAME}-{uuid.uuid4().hex}"
-    fd = os.open(probe_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    fd = opening.descriptor(probe_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         os.write(fd, b"\n")
         return os.fstat(fd).st_mtime
@@ -281,7 +275,7 @@ def drafts(folder: Path) -> Iterator[tuple[Path, LeaseRecord]]:
 
 def _put(fd: int, data: bytes, offset: int) -> None:
     while data:
-        written_count = os.pwrite(fd, data, offset)
+        written_count = offsets.write(fd, data, offset)
         data, offset = data[written_count:], offset + written_count
 
 

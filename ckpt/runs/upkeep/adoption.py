@@ -31,6 +31,7 @@ from converters import detect
 from converters.errors import CheckpointError
 from converters.source import Source
 from converters.storage import local
+from converters.storage.system import flock
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,9 @@ def adopt(
 
     ``dry_run`` proves the same and writes nothing. ``progress`` gets the bytes read.
     """
+    if not dry_run:
+        flock.require("ckpt doctor --adopt")
+
     outcomes = []
     for status in statuses:
         if (reason := _hindrance(status)) is not None:

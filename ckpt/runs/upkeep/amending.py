@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from ckpt.folders import locks
+from ckpt.folders import filenames, locks
 from ckpt.runs import engines
 from ckpt.runs import manifest as manifests
 from ckpt.runs.manifest import FileRecord, Manifest
@@ -109,5 +109,6 @@ def amend(checkpoint: RunCheckpoint) -> None:
 
     with lock:
         if manifests.read(checkpoint.folder) == checkpoint.manifest:
-            with slim.replaced(checkpoint.folder, planned_amendment.manifest.dumps()):
+            manifest_path = checkpoint.folder / filenames.MANIFEST
+            with locks.replaced(manifest_path, planned_amendment.manifest.dumps()):
                 slim.repoint(checkpoint.folder)

@@ -34,6 +34,7 @@ from ckpt.runs.upkeep.findings import Finding, changed_lately
 from ckpt.runs.upkeep.pointer_findings import pointer_findings
 from ckpt.runs.upkeep.uncommitted_findings import uncommitted_findings, write_pointer
 from converters.errors import CheckpointError
+from converters.storage.system import flock
 from converters.words import counted, first, verb
 
 _STAGING_LOCKS = {".saving": filenames.LOCK, ".partial": PLAN, ".fp32": "conversion.json"}
@@ -81,6 +82,7 @@ def mend(run: Run) -> tuple[list[Finding], Diagnosis]:
 
     Looks again after each round, since pointers depend on which folders are whole.
     """
+    flock.require("ckpt doctor --fix")
     mended_findings: list[Finding] = []
     while True:
         diagnosis = diagnose(run)

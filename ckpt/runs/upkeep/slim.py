@@ -11,10 +11,7 @@ with files that nothing lists; the same command removes these.
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -197,7 +194,8 @@ def execute(slimming: Slimming) -> None:
         if slimming.manifest == slimming.checkpoint.manifest:
             commit(slimming, lock)
         else:
-            commit(slimming, replaced(slimming.checkpoint.folder, slimming.manifest.dumps()))
+            manifest_path = slimming.checkpoint.folder / filenames.MANIFEST
+            commit(slimming, locks.replaced(manifest_path, slimming.manifest.dumps()))
 
 
 def lock_of(checkpoint: RunCheckpoint) -> locks.Lock:
@@ -219,28 +217,6 @@ def commit(slimming: Slimming, lock: locks.Lock) -> None:
     with lock:
         repoint(slimming.checkpoint.folder)
         _sweep(slimming.checkpoint.folder, slimming)
-
-
-def replaced(folder: Path, data: bytes) -> locks.Lock:
-    """The lock of the new manifest, taken before it becomes the manifest."""
-    partial_path = folder / f"{filenames.MANIFEST}.partial"
-    fd = os.open(partial_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    lock = locks.Lock(fd)
-    try:
-        with suppress(OSError):  # no locks here
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with local.named(partial_path):
-            local.LocalWriter(fd).write(data, 0)
-            local.sync(fd, partial_path)
-
-        os.replace(partial_path, folder / filenames.MANIFEST)
-        local.sync_folder(folder)
-    except BaseException:
-        lock.release()
-        partial_path.unlink(missing_ok=True)
-        raise
-
-    return lock
 
 
 def repoint(folder: Path) -> None:

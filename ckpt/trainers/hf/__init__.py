@@ -7,6 +7,10 @@ trainer_state  what its arguments and state say;  disk_space  what it will write
 stopping       a last save when it is asked to stop
 """
 
+from ckpt import requirements
+
+requirements.require("ckpt.trainers.hf", "transformers", "accelerate", "deepspeed")
+
 from ckpt.trainers.hf.callback import CheckpointCallback
 from ckpt.trainers.hf.mixin import CommittedCheckpoints
 from ckpt.trainers.hf.resuming import ResumeCallback

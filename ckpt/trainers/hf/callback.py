@@ -99,6 +99,7 @@ class CheckpointCallback(TrainerCallback):
         """Finds out who shares the folder, and whether saves would succeed."""
         self._end()
         if not isinstance(objects.get("optimizer"), DeepSpeedOptimizerWrapper):
+            _require_no_deepspeed(args, objects.get("optimizer"))
             _stay_out(state, "this training runs without DeepSpeed")
             return
 
@@ -287,6 +288,18 @@ def _name(state: Any) -> str:
 def _stay_out(state: Any, reason: str) -> None:
     if state.is_world_process_zero:
         log.warning("%s: its checkpoints are not committed", reason)
+
+
+def _require_no_deepspeed(args: Any, optimizer: Any) -> None:
+    """``CheckpointError`` where the Trainer was told to use DeepSpeed after all."""
+    if getattr(args, "deepspeed_plugin", None) is not None:
+        raise CheckpointError(
+            "this training is to use DeepSpeed, but the optimizer that the Trainer shows "
+            f"to CheckpointCallback is {type(optimizer).__name__}, expected "
+            f"{DeepSpeedOptimizerWrapper.__name__} of Accelerate, so that nothing would be "
+            "committed; use ckpt.trainers.hf.CommittedCheckpoints, which needs none",
+            "unsupported",
+        )
 
 
 def _require_callbacks_told(args: Any) -> None:

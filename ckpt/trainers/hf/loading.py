@@ -3,13 +3,15 @@
 Source: transformers 5.23 ``trainer.py``: ``train`` is given the checkpoint,
 ``_prepare_for_training`` makes the engine and calls ``deepspeed_load_checkpoint``,
 ``_load_rng_state`` reads beside it, ``_load_best_model`` loads the best one at the end.
+transformers 4.57 has no ``_prepare_for_training``: ``_inner_training_loop`` does the same,
+and calls ``_load_optimizer_and_scheduler`` when the engine has loaded.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from ckpt.trainers.hf.comparing import TrainerResume
 from ckpt.trainers.hf.resuming import ResumeCallback
 from ckpt.trainers.hf.trainer_state import loop_of
 
+HAS_PREPARATION = hasattr(Trainer, "_prepare_for_training")
 BY_ATTRIBUTE = 'or set reshard = "auto" in the class of the Trainer'
 
 
@@ -55,6 +58,9 @@ class MappedCheckpoints(Trainer):
     load_optimizer_states: bool = True
     reshard: Reshard = None
     timeout: float = TIMEOUT
+    _resumed_from: str | None = None  # a checkpoint
+    _resume: TrainerResume | None = None  # of transformers 4, until it has loaded
+    _resuming: ExitStack | None = None
 
     def train(
         self,
@@ -125,8 +131,45 @@ class MappedCheckpoints(Trainer):
             return stock(*arguments, **kwargs)
 
         resumed = TrainerResume(self, train_dataloader, Path(resume_from_checkpoint))
-        prepare = self.accelerator.prepare
+        with self._comparing(resumed):
+            result = stock(*arguments, **kwargs)
 
+        resumed.finish()
+        return result
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        stock: Any = super()._inner_training_loop
+        self._resumed_from = checkpoint = kwargs.get("resume_from_checkpoint")
+        if HAS_PREPARATION or checkpoint is None or not self.is_deepspeed_enabled:
+            return stock(*args, **kwargs)
+
+        self._resume = TrainerResume(self, None, Path(checkpoint))
+        try:
+            with ExitStack() as self._resuming:
+                self._resuming.enter_context(self._comparing(self._resume))
+                return stock(*args, **kwargs)
+        finally:
+            self._resume = self._resuming = None
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's; a resume of transformers 4 compares it."""
+        data = super().get_train_dataloader()
+        if self._resume is not None:
+            self._resume.data = data
+        return data
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        stock: Any = super()._load_optimizer_and_scheduler
+        stock(checkpoint)
+        resumed, self._resume = self._resume, None
+        if resumed is not None and self._resuming is not None:
+            self._resuming.close()
+            resumed.finish()
+
+    @contextmanager
+    def _comparing(self, resumed: TrainerResume) -> Iterator[None]:
+        """In this block an engine that is prepared compares before it loads, and maps files."""
+        prepare = self.accelerator.prepare
         with ExitStack() as mappings:
 
             def prepare_and_map(*objects: Any, **options: Any) -> Any:
@@ -138,12 +181,9 @@ class MappedCheckpoints(Trainer):
 
             self.accelerator.prepare = prepare_and_map
             try:
-                result = stock(*arguments, **kwargs)
+                yield
             finally:
                 del self.accelerator.prepare
-
-        resumed.finish()
-        return result
 
     def _loop(self) -> Loop:
         data = self.callback_handler.train_dataloader

@@ -100,15 +100,8 @@ class CommittedCheckpoints(MappedCheckpoints):
         self._run_folders: dict[Path, RunFolder] = {}
         self._weight_bytes = 0  # of the model that lies beside the states
         self._stop = Stop(None, self.timeout)
-        self._resumed_from: str | None = None  # a checkpoint
         super().__init__(*args, **kwargs)
         self.add_callback(_Around(self))
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> Any:
-        self._resumed_from = resume_from_checkpoint
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _begin(self) -> None:
         """Takes the folder before the first step, and checks that saves can succeed."""

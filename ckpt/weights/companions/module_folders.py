@@ -21,6 +21,7 @@ from ckpt.weights.companions import json_files
 from ckpt.weights.companions.model_code import MODULES
 from converters.errors import CheckpointError
 from converters.storage import stores
+from converters.storage.system.names import is_name
 
 ROUTER = "router_config.json"
 MAX_MODULES = 256
@@ -96,6 +97,6 @@ def _route_modules(path: Path, router: Module) -> Iterator[Module]:
 def _relative_folder(path: Path, folder: str) -> str:
     """The folder as a path relative to the model's; "" for the model's own."""
     parts = PurePosixPath(folder)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in folder or "\0" in folder:
+    if "\\" in folder or not all(is_name(part) for part in parts.parts):
         raise CheckpointError(f"{path} names the folder {folder!r}, outside the model's own")
     return "" if folder in ("", ".") else parts.as_posix()

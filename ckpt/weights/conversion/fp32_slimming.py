@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ckpt.folders import filenames, locks
 from ckpt.results import FileEntry
 from ckpt.runs import engines, pruning
 from ckpt.runs import manifest as manifests
@@ -108,7 +109,8 @@ def execute(planned: Fp32Slimming, progress: Callable[[int], None] = lambda _: N
 
     assert checkpoint.manifest is not None
     interim = _without_weights(checkpoint.manifest, conversion)
-    with slim.lock_of(checkpoint), slim.replaced(folder, interim.dumps()):
+    manifest_path = folder / filenames.MANIFEST
+    with slim.lock_of(checkpoint), locks.replaced(manifest_path, interim.dumps()):
         _move(staging_folder, folder, conversion, planned.slimming)
         new_files = {name: manifests.digest(folder / name) for name in _new_names(conversion)}
         slimming = replace(
@@ -117,7 +119,9 @@ def execute(planned: Fp32Slimming, progress: Callable[[int], None] = lambda _: N
                 planned.slimming.manifest, files={**planned.slimming.manifest.files, **new_files}
             ),
         )
-        slim.commit(slimming, slim.replaced(folder, slimming.manifest.dumps()))
+        slim.commit(
+            slimming, locks.replaced(manifest_path, slimming.manifest.dumps())
+        )
 
     pruning.remove(staging_folder)
 

@@ -20,6 +20,7 @@ from converters import words
 from converters.errors import CheckpointError, MalformedError
 from converters.pickles.values import Call
 from converters.storage import stores
+from converters.storage.system.names import is_name
 from converters.tensors import DType, Listed, TensorRef
 from converters.torch_files import object_graph, reader
 from converters.torch_files.object_graph import Storage
@@ -38,8 +39,8 @@ def folder_name(name: str) -> str:
 
     ``CheckpointError`` if the name cannot be one.
     """
-    usable = isinstance(name, str) and name.isprintable() and "/" not in name
-    if not usable or name in ("", ".", "..", COMMON) or len(name.encode()) > 250:
+    usable = isinstance(name, str) and name.isprintable() and is_name(name) and name != COMMON
+    if not usable or len(name.encode()) > 250:
         raise CheckpointError(
             f"{name!r} cannot be the name of a folder or file, as the universal format "
             "wants it of every parameter and state; use ckpt reshard",

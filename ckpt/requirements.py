@@ -1,0 +1,60 @@
+"""The oldest versions of other libraries that the front ends were run with.
+
+``scripts/matrix`` runs them, docs/versions.md has the table, and the extras of
+pyproject.toml say the same (``tests/unit/test_requirements.py``). With an older one a
+training would save nothing and end well, or fail at its first save; so a front end asks
+here before it imports anything.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from converters.errors import CheckpointError
+
+OLDEST = {
+    "accelerate": "1.0",
+    "deepspeed": "0.16",
+    "huggingface_hub": "0.30",
+    "lightning": "2.5",
+    "pytorch_lightning": "2.5",
+    "transformers": "4.51",
+}
+
+
+def require(work: str, *libraries: str) -> None:
+    """``CheckpointError`` where one is not installed, or too old for ``work``.
+
+    A copy of a source tree says no version, and is taken.
+    """
+    for library in libraries:
+        oldest = OLDEST[library]
+        try:
+            release = version(library)
+        except PackageNotFoundError:
+            if find_spec(library) is not None:
+                continue
+            release = ""
+
+        if numbers(release) < numbers(oldest):
+            present = f"{release} is installed" if release else "it is not installed"
+            raise CheckpointError(
+                f"{work} needs {library} {oldest} or newer, and {present}; "
+                f"pip install '{library}>={oldest}'",
+                "unsupported",
+            )
+
+
+def numbers(release: str) -> tuple[int, ...]:
+    """The numbers of a version, by which two are compared: (4, 57) of "4.57.0.dev0".
+
+    Zeros at the end do not count; neither does what follows the numbers.
+    """
+    match = re.match(r"\d+(?:\.\d+)*", release)
+    parts = [int(part) for part in match[0].split(".")] if match else []
+    while parts and not parts[-1]:
+        parts.pop()
+
+    return tuple(parts)

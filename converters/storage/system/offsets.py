@@ -1,0 +1,70 @@
+"""Reading and writing at an offset of an open file, from several threads.
+
+Each call moves as much as one call of the system does, which may be less than asked for.
+Without pread(2) the file's own position is set, and set back for whoever reads on from there,
+by one thread at a time for each descriptor.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# RWF_DONTCACHE, Linux 6.14: written through and dropped from the page cache
+UNCACHED = 0x80 if hasattr(os, "RWF_DSYNC") else 0
+_AT_ONCE = 1 << 30  # bytes; Windows counts them in 32 bits
+_locks = [threading.Lock() for _ in range(64)]  # a descriptor's is that of its last digits
+
+
+def read_into(fd: int, buffer: memoryview, offset: int) -> int:
+    """Reads into ``buffer`` from ``offset`` on; the bytes read, 0 at the file's end."""
+    if hasattr(os, "preadv"):
+        count: int = os.preadv(fd, [buffer], offset)
+        return count
+
+    data = read(fd, min(len(buffer), _AT_ONCE), offset)
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def read(fd: int, length: int, offset: int) -> bytes:
+    """At most ``length`` bytes from ``offset`` on; none at the file's end."""
+    if hasattr(os, "pread"):
+        content: bytes = os.pread(fd, length, offset)
+        return content
+
+    with _at(fd, offset):
+        return os.read(fd, min(length, _AT_ONCE))
+
+
+def write(fd: int, data: memoryview | bytes, offset: int, flags: int = 0) -> int:
+    """Writes from ``offset`` on; the bytes written. ``flags`` are 0 or ``UNCACHED``."""
+    if flags and hasattr(os, "pwritev"):
+        count: int = os.pwritev(fd, [data], offset, flags)
+        return count
+    if hasattr(os, "pwrite"):
+        written: int = os.pwrite(fd, data, offset)
+        return written
+
+    with _at(fd, offset):
+        return os.write(fd, memoryview(data)[:_AT_ONCE])
+
+
+def start_writing_back(fd: int, offset: int, length: int) -> None:
+    """Has the system begin to put bytes on the disk that were written, where it can be asked."""
+    if sys.platform == "linux" and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def _at(fd: int, offset: int) -> Iterator[None]:
+    with _locks[fd % len(_locks)]:
+        position = os.lseek(fd, 0, os.SEEK_CUR)
+        os.lseek(fd, offset, os.SEEK_SET)
+        try:
+            yield
+        finally:
+            os.lseek(fd, position, os.SEEK_SET)

@@ -1,0 +1,276 @@
+"""Old and new versions of other libraries, tried with the wheel: the table of docs/versions.md.
+
+    python scripts/matrix/run_matrix.py                       every row
+    python scripts/matrix/run_matrix.py newest "DeepSpeed 0.16" --write
+
+For each row of ``ROWS``: a new environment, the wheel with the extra ``all``, the versions that the
+row pins, and then what the table has columns for, each in processes of its own. A cell is "yes", or
+where it failed the last line of what was said. ``--write`` puts the table into docs/versions.md.
+The exit code is 1 if a cell failed. A row takes three to five minutes on two cores and 2 GB of
+disk, which is freed unless ``--keep`` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs/versions.md"
+BEGIN, END = "<!-- matrix begins -->", "<!-- matrix ends -->"
+SHOWN = (
+    *("torch", "deepspeed", "transformers", "accelerate", "lightning"),
+    *("huggingface_hub", "hf_xet"),
+)
+TRAININGS = ("class", "callback", "Accelerate", "Lightning", "Saver")
+COLUMNS = ("convert", "push, pull", *TRAININGS)
+CLIENT = ("push, pull",)
+MAX_SECONDS = 900  # of one cell; the first training of a row compiles an extension of DeepSpeed
+# What the newest row pins, and every other one where it says nothing else.
+NEWEST = {
+    "torch": "2.13.0",
+    "deepspeed": "0.19.8",
+    "transformers": "5.23.0",
+    "accelerate": "1.15.0",
+    "lightning": "2.6.6",
+    "huggingface_hub": "2.4.0",
+}
+SERVER = (  # the local Hub
+    *("starlette==1.10.0", "uvicorn==0.54.0", "httptools==0.9.0"),
+    *("lz4>=4.4", "pathspec>=1.0"),
+)
+BUILD = ("ninja", "setuptools<82")  # of DeepSpeed and its extension
+
+
+@dataclass(frozen=True)
+class Row:
+    """Versions that are tried together; ``columns`` are those that make sense with them."""
+
+    name: str
+    versions: dict[str, str] = field(default_factory=dict)
+    columns: tuple[str, ...] = COLUMNS
+
+    @property
+    def trains(self) -> bool:
+        """Whether torch and the trainers are wanted; a row of the client alone needs neither."""
+        return self.columns != CLIENT
+
+    @property
+    def pins(self) -> list[str]:
+        """What pip is asked to install."""
+        merged = {**NEWEST, **self.versions} if self.trains else self.versions
+        return [f"{name}=={version}" for name, version in merged.items()]
+
+
+ROWS = (
+    Row("newest"),
+    Row("transformers 4.57", {"transformers": "4.57.6", "huggingface_hub": "0.36.0"}),
+    Row("DeepSpeed 0.18", {"deepspeed": "0.18.9"}),
+    Row("DeepSpeed 0.16", {"deepspeed": "0.16.9"}),
+    Row(
+        "oldest",
+        {
+            "deepspeed": "0.16.9",
+            "transformers": "4.51.3",
+            "accelerate": "1.0.1",
+            "lightning": "2.5.0",
+            "huggingface_hub": "0.30.2",
+        },
+    ),
+    *(
+        Row(f"huggingface_hub {version}", {"huggingface_hub": version}, CLIENT)
+        for version in ("0.30.2", "0.36.2", "1.0.1", "1.33.0", "2.0.0")
+    ),
+)
+
+
+@dataclass
+class Environment:
+    """A virtual environment of one row, in a folder of its own."""
+
+    folder: Path
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        names = ("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")
+        return self.folder.joinpath("venv", *names)
+
+    def install(self, wheel: Path, row: Row) -> None:
+        """Makes it; ``subprocess.CalledProcessError`` if pip does not find the versions."""
+        subprocess.run([sys.executable, "-m", "venv", self.folder / "venv"], check=True)
+        if row.trains:
+            by_name = {pin.partition("==")[0]: pin for pin in row.pins}
+            # DeepSpeed is built from its source, which looks at the torch that is there
+            self.pip("install", by_name["torch"], "wheel", "numpy", *BUILD)
+            self.pip("install", "--no-build-isolation", by_name["deepspeed"])
+        extra = "all" if row.trains else "hub"
+        self.pip("install", f"{wheel}[{extra}]", *row.pins, *SERVER)
+
+    def pip(self, *arguments: str) -> str:
+        """Runs pip there; its output."""
+        command = [self.python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+        done = subprocess.run(command, env=alone(), check=True, stdout=subprocess.PIPE, text=True)
+        return done.stdout
+
+    def versions(self) -> dict[str, str]:
+        """What was installed in the end."""
+        listed = json.loads(self.pip("list", "--format=json"))
+        found = {each["name"].lower().replace("-", "_"): each for each in listed}
+        python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        shown = {name: found[name]["version"] for name in SHOWN if name in found}
+        return {"Python": python, **shown}
+
+    def run(self, *command: object, support: bool = False) -> str:
+        """Runs a program there; "" if it ends well, or the last line of what it said."""
+        environment = alone() | {
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "0" if support else "1",
+            "CXX": str(ROOT / "tests/support/compiler/g++"),
+            "TORCH_EXTENSIONS_DIR": str(self.folder / "extensions"),
+            "PATH": os.pathsep.join((str(self.python.parent), os.environ["PATH"])),
+        }
+        if support:
+            environment["PYTHONPATH"] = str(ROOT / "tests/support")
+        log_path = self.folder / "log"
+        with log_path.open("a", encoding="utf-8") as log:
+            print("\n$", *command, file=log, flush=True)
+            start = log.tell()
+            try:
+                done = subprocess.run(
+                    [self.python, *map(str, command)],
+                    cwd=self.folder,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    timeout=MAX_SECONDS,
+                )
+            except subprocess.TimeoutExpired:
+                return f"took over {MAX_SECONDS} seconds"
+
+        text = log_path.read_bytes()[start:].decode("utf-8", "replace")
+        return "" if not done.returncode else _reason(text)
+
+    def ranks(self, kind: str, out: Path, steps: int) -> str:
+        """A training on two ranks."""
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            port = listening.getsockname()[1]
+        launch = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
+        return self.run(*launch, ROOT / "scripts/matrix/trial.py", kind, out, steps)
+
+    def cell(self, column: str) -> str:
+        """What became of a column: "" if all went well."""
+        fixture = ROOT / "fixtures/trainer-zero3/checkpoint-2"
+        if column == "convert":
+            model = self.folder / "model"
+            convert = ("to-fp32", fixture, "-o", model, "--check", "transformers")
+            load = (
+                "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+            )
+            return self.run("-m", "ckpt", *convert) or self.run("-c", load, model)
+        if column == "push, pull":
+            trial = ROOT / "scripts/matrix/hub_trial.py"
+            return self.run(trial, fixture, self.folder / "hub", support=True)
+
+        out = self.folder / f"run-{column}"
+        return (
+            self.ranks(column, out, 2)
+            or self.ranks(column, out, 4)
+            or self.run("-m", "ckpt", "verify", out, "--data")
+        )
+
+
+def _reason(text: str) -> str:
+    """The line that says most of what went wrong."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(\[rank\d\]: )?[\w.]*(Error|Exception)\b", line)]
+    line = next((line for line in errors if "ChildFailed" not in line), "")
+    return (line or (lines[-1] if lines else "it said nothing"))[:200]
+
+
+def alone() -> dict[str, str]:
+    """The environment without what leads to this source tree: the wheel is tried."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def build(folder: Path) -> Path:
+    """The wheel, of a copy: setuptools leaves folders in what it builds."""
+    source = folder / "source"
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        source.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, source)
+    for name in ("ckpt", "converters"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", folder]
+    subprocess.run([*command, source], check=True, env=alone())
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def table(results: dict[str, tuple[dict[str, str], dict[str, str]]]) -> str:
+    """The rows in Markdown; what failed stands below."""
+    heads = ["row", "Python", *SHOWN, *COLUMNS]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    failures = []
+    for name, (versions, cells) in results.items():
+        marks = []
+        for column in COLUMNS:
+            reason = cells.get(column)
+            marks.append("-" if reason is None else "**no**" if reason else "yes")
+            if reason:
+                failures.append(f"- {name}, {column}: `{reason}`")
+        values = [name, *(versions.get(head, "-") for head in ("Python", *SHOWN)), *marks]
+        lines.append(f"| {' | '.join(values)} |")
+    return "\n".join([*lines, *(["", *failures] if failures else [])])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="names of rows; default: all")
+    parser.add_argument("--work", type=Path, help="a folder for the environments")
+    parser.add_argument("--keep", action="store_true", help="leave the environments")
+    parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.name}")
+    options = parser.parse_args()
+    chosen = [row for row in ROWS if not options.rows or row.name in options.rows]
+    if unknown := set(options.rows) - {row.name for row in ROWS}:
+        parser.error(f"no row is called {' or '.join(sorted(unknown))}")
+
+    work = options.work or Path(tempfile.mkdtemp(prefix="ckpt-matrix-"))
+    work.mkdir(parents=True, exist_ok=True)
+    wheel = build(Path(tempfile.mkdtemp(dir=work)))
+    results = {}
+    for row in chosen:
+        environment = Environment(work / re.sub(r"\W+", "-", row.name))
+        shutil.rmtree(environment.folder, ignore_errors=True)
+        environment.folder.mkdir()
+        environment.install(wheel, row)
+        cells = {}
+        for column in row.columns:
+            cells[column] = environment.cell(column)
+            print(f"{row.name}: {column}: {cells[column] or 'yes'}", file=sys.stderr, flush=True)
+        results[row.name] = (environment.versions(), cells)
+        if not options.keep:
+            shutil.rmtree(environment.folder / "venv")
+
+    text = table(results)
+    print(text)
+    if options.write:
+        page = PAGE.read_text("utf-8")
+        before, after = page.partition(BEGIN)[0], page.partition(END)[2]
+        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", "utf-8")
+    sys.exit(any(reason for _, cells in results.values() for reason in cells.values()))
+
+
+if __name__ == "__main__":
+    main()

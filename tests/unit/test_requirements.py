@@ -1,0 +1,121 @@
+"""The versions of other libraries: what is too old is said before anything is imported."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+import tomllib
+from oracles import ROOT
+
+from ckpt import requirements
+from converters.errors import CheckpointError
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+FRONT_ENDS = {
+    "ckpt.trainers.hf": ("transformers", "accelerate", "deepspeed"),
+    "ckpt.trainers.accelerate": ("accelerate", "deepspeed"),
+    "ckpt.trainers.lightning": ("lightning", "deepspeed"),
+}
+
+
+def oldest_of_extras() -> dict[str, str]:
+    found = {}
+    for name, lines in PROJECT["optional-dependencies"].items():
+        if name in ("test", "dev"):
+            continue
+        for line in lines:
+            if match := re.match(r"([\w-]+)>=([\d.]+)", line):
+                found[match[1]] = match[2]
+    return found
+
+
+def test_the_extras_say_the_same_versions() -> None:
+    extras = oldest_of_extras()
+    ours = {name: oldest for name, oldest in requirements.OLDEST.items() if name in extras}
+    assert ours == {name: extras[name] for name in ours}
+    assert set(requirements.OLDEST) - set(extras) == {"pytorch_lightning"}
+
+
+def test_the_extra_all_has_every_other_one() -> None:
+    extras = PROJECT["optional-dependencies"]
+    names = set(extras) - {"test", "dev", "all"}
+    assert extras["all"] == [f"ckpt-toolkit[{','.join(sorted(names))}]"]
+
+
+@pytest.mark.parametrize("library", requirements.OLDEST)
+def test_the_oldest_version_is_new_enough(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    oldest = requirements.OLDEST[library]
+    for release in (oldest, f"{oldest}.0", f"{oldest}.1.dev0", f"{oldest}+cpu", "99.0"):
+        monkeypatch.setattr(requirements, "version", lambda _, release=release: release)
+        requirements.require("a test", library)
+
+    monkeypatch.setattr(requirements, "version", lambda _: "0.9.5")
+    if library not in ("deepspeed", "huggingface_hub"):
+        with pytest.raises(CheckpointError, match=rf"0\.9\.5 is installed; pip install '{library}"):
+            requirements.require("a test", library)
+
+
+def test_versions_are_compared_by_their_numbers() -> None:
+    releases = ("0.9.10", "0.16", "0.16.1", "1.0rc1", "4.49.0", "4.57.0.dev0", "4.57.6", "5")
+    assert sorted(releases, key=requirements.numbers) == list(releases)
+    assert requirements.numbers("2.13.0+cpu") == (2, 13)
+
+
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(requirements.OLDEST, "no_such_library", "3.1")
+    with pytest.raises(CheckpointError) as raised:
+        requirements.require("a push or pull", "no_such_library")
+    assert str(raised.value) == (
+        "a push or pull needs no_such_library 3.1 or newer, and it is not installed; "
+        "pip install 'no_such_library>=3.1'"
+    )
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_a_front_end_asks_before_it_imports_anything(front_end: str) -> None:
+    """Also where the import itself would fail with the old version."""
+    code = (
+        "import importlib, sys\n"
+        "from ckpt import requirements\n"
+        "old = sys.argv[2]\n"
+        "requirements.version = lambda name: '0.1' if name == old else '99'\n"
+        "from converters.errors import CheckpointError\n"
+        "try:\n"
+        "    importlib.import_module(sys.argv[1])\n"
+        "except CheckpointError as error:\n"
+        "    print(error)\n"
+        "loaded = {'transformers', 'accelerate', 'lightning', 'deepspeed'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    for library in FRONT_ENDS[front_end]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, front_end, library],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=120,
+        )
+        oldest = requirements.OLDEST[library]
+        assert done.stdout.strip() == (
+            f"{front_end} needs {library} {oldest} or newer, and 0.1 is installed; "
+            f"pip install '{library}>={oldest}'"
+        ), done.stderr
+
+
+def test_the_oldest_python_can_parse_every_module() -> None:
+    match = re.fullmatch(r">=3\.(\d+)", PROJECT["requires-python"])
+    assert match is not None
+    for package in ("ckpt", "converters"):
+        for path in (ROOT / package).rglob("*.py"):
+            ast.parse(path.read_text("utf-8"), str(path), feature_version=(3, int(match[1])))
+
+
+def test_the_classifiers_name_every_python_that_ci_runs() -> None:
+    named = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text("utf-8")
+    assert named == [f"3.{minor}" for minor in range(10, 15)]
+    assert all(f'"{python}"' in workflow for python in named)

@@ -1,0 +1,274 @@
+"""macOS and Windows: reading and converting work there, and what needs locks says so.
+
+On Linux they are imitated (``other_systems``); on macOS and Windows themselves, where the workflow
+in .github runs this module, the same commands run as they are.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from paths import FIXTURES, PYTHONPATH, ROOT
+from safetensors.numpy import load_file
+from syntax_trees import nodes
+
+from ckpt.folders.filenames import MANIFEST
+from ckpt.hub.content import items
+from ckpt.runs import fields
+from ckpt.runs.upkeep import adoption
+from converters.errors import CheckpointError
+from converters.formats import safetensors
+from converters.storage.system import names
+
+IMITATED = sys.platform == "linux"
+SYSTEMS = ("macos", "windows") if IMITATED else (sys.platform,)
+NEEDS_LOCKS = (
+    "needs locks of files (flock), which this system does not have; use it on Linux, macOS or the "
+    "Windows Subsystem for Linux"
+)
+MODULES = sorted(path for name in ("ckpt", "converters") for path in (ROOT / name).rglob("*.py"))
+
+
+def run(
+    system: str, *args: object, folder: Path, fails: int = 0, code: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """``ckpt`` on the system, or Python ``code`` there."""
+    start = ["-m", "other_systems", system] if IMITATED else ["-m", "ckpt"]
+    if code:
+        become = f"import other_systems; other_systems.become({system!r})\n" * IMITATED
+        start = ["-c", become + code]
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        [sys.executable, *start, *map(str, args)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == fails, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def plainly(*args: object, folder: Path) -> None:
+    command = [sys.executable, "-m", "ckpt", *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=300)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "conversion.json"  # it says when, and by which command
+    }
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A run with two committed checkpoints."""
+    for step in (1, 2):
+        checkpoint = tmp_path / f"out/checkpoint-{step}"
+        shutil.copytree(FIXTURES / "trainer-zero3/checkpoint-2", checkpoint)
+        manifest = adoption.commit(checkpoint)
+        (checkpoint / MANIFEST).write_bytes(replace(manifest, step=step).dumps())
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("source", ["trainer-zero2/checkpoint-2", "trainer-zero3/checkpoint-2"])
+def test_a_conversion_makes_the_same_bytes(system: str, source: str, tmp_path: Path) -> None:
+    folder, options = FIXTURES / source, ("--dtype", "bf16", "--max-shard-size", "8KB")
+    run(system, "to-fp32", folder, "-o", "model", *options, folder=tmp_path)
+    if IMITATED:
+        plainly("to-fp32", folder, "-o", "expected", *options, folder=tmp_path)
+        assert contents(tmp_path / "model") == contents(tmp_path / "expected")
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_values_are_those_of_the_live_engine(system: str, tmp_path: Path) -> None:
+    source = FIXTURES / "zero3-fp32-w2"
+    live = {
+        name.removeprefix("fp32/"): value
+        for name, value in load_file(source / "live.safetensors").items()
+        if name.startswith("fp32/")
+    }
+    run(system, "to-fp32", source, "-o", "model", folder=tmp_path)
+    weights = load_file(tmp_path / "model/model.safetensors")
+    assert live
+    assert all(np.array_equal(weights[name], value) for name, value in live.items())
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_an_output_is_replaced(system: str, tmp_path: Path) -> None:
+    source = FIXTURES / "trainer-zero2/checkpoint-2"
+    for dtype in ("fp32", "bf16", "bf16"):
+        options = ("-o", "model", "--dtype", dtype, "--overwrite")
+        run(system, "to-fp32", source, *options, folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    config = json.loads((tmp_path / "model/config.json").read_text("utf-8"))
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_commands_that_read_work(system: str, out: Path) -> None:
+    checkpoint = out / "checkpoint-2"
+    shown = json.loads(run(system, "show", checkpoint, "--json", folder=out).stdout)
+    assert shown["stage"] == 3
+    listed = json.loads(run(system, "ls", out, "--json", folder=out).stdout)
+    assert [entry["step"] for entry in listed["checkpoints"]] == [1, 2]
+    verified = json.loads(run(system, "verify", out, "--data", "--json", folder=out).stdout)
+    assert all(entry["whole"] for entry in verified["checkpoints"])
+
+    damaged = next(checkpoint.glob("global_step*/*_optim_states.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    run(system, "verify", out, "--data", folder=out, fails=1)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_an_opened_checkpoint_reads_its_tensors(system: str, tmp_path: Path) -> None:
+    code = (
+        "import sys, ckpt, hashlib\n"
+        "with ckpt.open(sys.argv[1], framework='np') as opened:\n"
+        "    for name in sorted(opened):\n"
+        "        print(name, hashlib.sha256(opened[name].tobytes()).hexdigest())\n"
+    )
+    source = FIXTURES / "trainer-zero3/checkpoint-2"
+    lines = run(system, source, folder=tmp_path, code=code).stdout.splitlines()
+    assert len(lines) == 21
+    if IMITATED:
+        environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+        command = [sys.executable, "-c", code, str(source)]
+        expected = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert lines == expected.stdout.splitlines()
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_states_are_resharded(system: str, tmp_path: Path) -> None:
+    source = FIXTURES / "zero2-bf16-w2"
+    run(system, "reshard", source, "--world-size", "3", "-o", "three", folder=tmp_path)
+    run(system, "to-universal", source, "-o", "universal", folder=tmp_path)
+    if IMITATED:
+        plainly("reshard", source, "--world-size", "3", "-o", "expected", folder=tmp_path)
+        three, expected = contents(tmp_path / "three"), contents(tmp_path / "expected")
+        assert three.keys() == expected.keys()
+        assert all(data == expected[name] for name, data in three.items() if name.endswith(".pt"))
+
+
+@pytest.mark.skipif(not IMITATED, reason="on the system itself only one of the two is there")
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        (("prune", "out", "--keep-last", "1"), "changing a checkpoint"),
+        (("slim", "out/checkpoint-1", "--force"), "changing a checkpoint"),
+        (("doctor", "out", "--fix"), "ckpt doctor --fix"),
+        (("doctor", "out", "--adopt"), "ckpt doctor --adopt"),
+    ],
+)
+def test_what_needs_locks_says_so_on_windows(
+    command: tuple[str, ...], work: str, out: Path
+) -> None:
+    before = contents(out)
+    said = run("windows", *command, folder=out.parent, fails=1).stderr
+    assert said == f"ckpt: {work} {NEEDS_LOCKS}\n"
+    assert contents(out) == before
+
+
+@pytest.mark.skipif(not IMITATED, reason="on the system itself only one of the two is there")
+def test_a_run_is_pruned_on_macos(out: Path) -> None:
+    run("macos", "prune", out, "--keep-last", "1", folder=out)
+    assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
+
+
+@pytest.mark.skipif(not IMITATED, reason="it is about the imitation")
+def test_the_imitation_lacks_what_the_system_lacks() -> None:
+    code = (
+        "import os, errno, ctypes\n"
+        "assert not hasattr(os, 'posix_fadvise') and not hasattr(errno, 'EREMOTEIO')\n"
+        "assert not os.path.exists('/proc/self/status')\n"
+        "try:\n    import fcntl\nexcept ImportError:\n    fcntl = None\n"
+        "print(bool(fcntl), hasattr(os, 'pread'), hasattr(os, 'sync'), hasattr(os, 'getuid'))\n"
+    )
+    assert run("macos", folder=ROOT, code=code).stdout == "True True True True\n"
+    assert run("windows", folder=ROOT, code=code).stdout == "False False False False\n"
+
+
+def test_descriptors_are_opened_in_one_place() -> None:
+    """Elsewhere a file would be opened as text on Windows."""
+    calls = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in MODULES
+        for node in nodes(path)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and (node.value.id, node.attr) == ("os", "open")
+    ]
+    assert [call.partition(":")[0] for call in calls] == ["converters/storage/system/opening.py"]
+
+
+def test_text_names_its_encoding() -> None:
+    """Without one it is that of the machine, which is not UTF-8 on Windows."""
+    calls = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in MODULES
+        for node in nodes(path)
+        if isinstance(node, ast.Call) and _is_text_without_encoding(node)
+    ]
+    assert calls == []
+
+
+def _is_text_without_encoding(call: ast.Call) -> bool:
+    if any(keyword.arg == "encoding" for keyword in call.keywords):
+        return False
+    match call.func:
+        case ast.Attribute(attr="read_text"):
+            return not call.args
+        case ast.Attribute(attr="write_text"):
+            return len(call.args) < 2
+        case ast.Name(id="open"):
+            mode = call.args[1] if len(call.args) > 1 else None
+            mode = next((each.value for each in call.keywords if each.arg == "mode"), mode)
+            is_bytes = (
+                "b" in str(mode.value) if isinstance(mode, ast.Constant) else mode is not None
+            )
+            return not is_bytes and len(call.args) < 4
+    return False
+
+
+HOSTILE = ("a\\b", "..\\a", "C:a", "C:\\a", "model.safetensors:stream")
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "/a", "..", "a\0b"])
+def test_no_name_leads_out_of_its_folder_on_windows(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(names, "FORBIDDEN", "/\0\\:")
+    assert not names.is_name(name) and not fields.is_inside(f"folder/{name}")
+    assert items.unfit(f"folder/{name}") is not None
+
+
+def test_an_index_cannot_name_a_file_on_another_drive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(names, "FORBIDDEN", "/\0\\:")
+    for name in HOSTILE:
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"weight": name}}), "utf-8")
+        with pytest.raises(CheckpointError, match="outside its folder"):
+            safetensors.shards(index)
+
+
+def test_on_linux_such_names_are_those_of_files() -> None:
+    assert all(names.is_name(name) for name in HOSTILE) == (sys.platform != "win32")

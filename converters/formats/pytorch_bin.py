@@ -5,7 +5,7 @@ back.
 
 A zip of stored records, each payload at a multiple of 64 bytes as torch has them, so
 that ``torch.load(mmap=True)`` works. The pickle holds a plain dict of tensors, nothing
-but what ``torch.load(weights_only=True)`` allows; tied names share one storage. Sizes
+but what ``torch.load(weights_only=True)`` allows; tied names are one tensor. Sizes
 stand in the local headers; the CRC32 of a tensor is filled in when its bytes have
 passed.
 """
@@ -69,13 +69,27 @@ def tensor_file(filename: str, entries: Sequence[Entry], pickle: bytes) -> Shard
 
 def dict_pickle(entries: Sequence[Entry], shared: Mapping[str, str]) -> bytes:
     """The pickle, protocol 2, of a dict of tensors as ``torch._utils`` rebuilds them."""
-    keyed_entries = {entry.name: (str(key), entry) for key, entry in enumerate(entries)}
+    owners = {name: number for number, name in enumerate(dict.fromkeys(shared.values()))}
     opcodes = [b"\x80\x02}("]
-    for name in (*keyed_entries, *shared):
-        key, entry = keyed_entries[shared.get(name, name)]
-        opcodes += [text(name), _tensor(key, entry)]
+    for key, entry in enumerate(entries):
+        opcodes += [text(entry.name), _tensor(str(key), entry)]
+        if entry.name in owners:
+            opcodes.append(_put(owners[entry.name]))
+
+    for alias, owner in shared.items():  # the same object, as DeepSpeed and torch write it
+        opcodes += [text(alias), _get(owners[owner])]
 
     return b"".join([*opcodes, b"u."])
+
+
+def _put(number: int) -> bytes:
+    """The opcode that remembers the last object (LONG_BINPUT)."""
+    return b"r" + struct.pack("<I", number)
+
+
+def _get(number: int) -> bytes:
+    """The opcode of an object that is remembered (LONG_BINGET)."""
+    return b"j" + struct.pack("<I", number)
 
 
 def _tensor(storage_key: str, entry: Entry) -> bytes:

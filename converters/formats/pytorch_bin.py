@@ -15,8 +15,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from converters.errors import CheckpointError
+from converters.formats import named_values
 from converters.formats.safetensors import shards
 from converters.plan import Entry, Plan, Shard, Tied
 from converters.plan import plan as plan_shards
@@ -145,21 +147,46 @@ def read(path: Path) -> Weights:
     with the reason. ``CheckpointError`` if a file is damaged or holds no tensors by
     name.
     """
-    if not stores.is_folder(path):
-        return _read_file(path)
-
-    index = path / "pytorch_model.bin.index.json"
-    paths = shards(index) if stores.is_file(index) else [path / "pytorch_model.bin"]
     tensors: dict[str, TensorRef] = {}
     absent: dict[str, str] = {}
 
-    for shard_path in paths:
-        shard = _read_file(shard_path)
-        tensors |= shard.tensors
-        absent |= shard.absent
+    for file_path in _files(path):
+        file = _read_file(file_path)
+        tensors |= file.tensors
+        absent |= file.absent
 
     lacking = {name: reason for name, reason in absent.items() if name not in tensors}
     return Weights(tensors, absent=lacking)
+
+
+def values(path: Path) -> dict[str, Any]:
+    """Every value of a file, or of a folder's shards, by its name (``named_values``).
+
+    Reads pickles only. ``CheckpointError`` if a file is damaged or holds nothing by
+    name.
+    """
+    values_by_name: dict[str, Any] = {}
+    for file_path in _files(path):
+        values_by_name |= named_values.named(reader.read(file_path).root, file_path)
+
+    return values_by_name
+
+
+def weights_of(values_by_name: Mapping[str, Any]) -> Weights:
+    """The tensors among some values; the others are ``absent``, with the reason."""
+    tensors = {name: ref for name, ref in values_by_name.items() if isinstance(ref, TensorRef)}
+    others = {name: value for name, value in values_by_name.items() if name not in tensors}
+    absent = {name: rebuild.reason(value) for name, value in others.items()}
+    return Weights(tensors, absent=absent, order=tuple(values_by_name))
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or those of a folder: its shards where it has an index of them."""
+    if not stores.is_folder(path):
+        return [path]
+
+    index = path / "pytorch_model.bin.index.json"
+    return shards(index) if stores.is_file(index) else [path / "pytorch_model.bin"]
 
 
 def _read_file(path: Path) -> Weights:
@@ -168,9 +195,9 @@ def _read_file(path: Path) -> Weights:
         raise CheckpointError(f"{path} does not hold a dict of tensors")
 
     entries = {name: value for name, value in root.items() if isinstance(name, str)}
-    tensors = {name: tensor for name, tensor in entries.items() if isinstance(tensor, TensorRef)}
+    weights = weights_of(entries)
     dicts = [name for name, value in entries.items() if isinstance(value, dict) and value]
-    if not tensors and dicts:
+    if not weights.tensors and dicts:
         raise CheckpointError(
             f"{path} holds no tensors by name, but dicts of other values under "
             f"{', '.join(sorted(dicts)[:8])}: it is not a file of weights; take the state "
@@ -178,6 +205,4 @@ def _read_file(path: Path) -> Weights:
             "unsupported",
         )
 
-    others = {name: value for name, value in entries.items() if name not in tensors}
-    absent = {name: rebuild.reason(value) for name, value in others.items()}
-    return Weights(tensors, absent=absent)
+    return weights

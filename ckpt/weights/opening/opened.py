@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from ckpt import text
 from ckpt.folders import locks
 from ckpt.weights import arguments
+from ckpt.weights.opening import unusual
 from ckpt.weights.opening.tensors import Framework, Slice, read
+from ckpt.weights.opening.unusual import Unusual, UnusualSlice
 from ckpt.weights.request import Naming
 from converters.detect import detect, detect_weights
 from converters.errors import CheckpointError
@@ -46,7 +48,7 @@ def open(
 ) -> Opened:
     """Opens a ZeRO checkpoint, a safetensors or .bin file, or a folder of such files.
 
-    Weights of a ZeRO checkpoint are given in fp32 (buffers in at least fp32, integers
+    Of a file of ``torch.save`` tensors in dicts have dotted names: "state_dict.w". Weights of a ZeRO checkpoint are given in fp32 (buffers in at least fp32, integers
     as they are), others as stored. ``framework`` is "pt" for torch, or "np" for numpy.
     ``strip``, ``rename``, ``select`` and ``part`` work like the options of ``ckpt
     to-fp32``: prefixes to drop, regular expressions to replace, globs of the names to
@@ -64,14 +66,55 @@ def open(
     with arguments.naming_arguments("tag=", "strip=", "rename=", "select=", "part="):
         lock = locks.reading(_place(path, tag))
         try:
-            weights, checkpoint = _weights(path, tag)
-            weights, sources = _wished(weights, Naming.of(strip, rename, select, part))
+            source = _source(path, tag)
+            unusual_tensors = _unusual(source)
+            weights, sources = _wished(
+                _listed(source.weights, unusual_tensors), Naming.of(strip, rename, select, part)
+            )
         except BaseException:
             lock.release()
             raise
 
     config_path = None if adapter_config is None else Path(adapter_config)
-    return Opened(path, weights, checkpoint, framework, lock, config_path, sources)
+    checkpoint = source if source.topology else None
+    facts = {} if checkpoint is not None else _plain(source.entries)
+    return Opened(
+        path=path,
+        weights=weights,
+        checkpoint=checkpoint,
+        framework=framework,
+        lock=lock,
+        adapter_config=config_path,
+        sources=sources,
+        unusual=unusual_tensors,
+        facts=facts,
+    )
+
+
+def _unusual(source: Source) -> dict[str, Unusual]:
+    """The tensors that are absent only because no safetensors file could have them."""
+    module = source.entries.get("module") if source.topology else source.entries
+    values = module if isinstance(module, Mapping) else {}
+    return unusual.tensors_in({name: values.get(name) for name in source.weights.absent})
+
+
+def _listed(weights: Weights, unusual_tensors: Mapping[str, Unusual]) -> Weights:
+    """The weights with those tensors listed, each by what is stored of it."""
+    if not unusual_tensors:
+        return weights
+
+    return replace(
+        weights,
+        tensors={**weights.tensors, **{name: t.ref for name, t in unusual_tensors.items()}},
+        absent={n: why for n, why in weights.absent.items() if n not in unusual_tensors},
+        packed=weights.packed | unusual_tensors.keys(),
+    )
+
+
+def _plain(entries: Mapping[Any, Any]) -> dict[str, str]:
+    """The numbers and texts beside the tensors of a file, as text."""
+    plain_types = (str, int, float, bool)
+    return {name: str(value) for name, value in entries.items() if isinstance(value, plain_types)}
 
 
 def _wished(weights: Weights, wishes: Naming) -> tuple[Weights, dict[str, str]]:
@@ -94,11 +137,6 @@ def _place(path: Path, tag: str | None) -> Path:
     return path
 
 
-def _weights(path: Path, tag: str | None) -> tuple[Weights, Source | None]:
-    source = _source(path, tag)
-    return source.weights, source if source.topology else None
-
-
 def _source(path: Path, tag: str | None) -> Source:
     """What the reader that fits makes of it: weights come before states nothing points to."""
     has_choice = stores.is_folder(path) and tag is None and not stores.exists(path / "latest")
@@ -115,7 +153,9 @@ def _place_in_file(ref: TensorRef) -> tuple[str, int]:
 class Opened(Mapping[str, "Array"]):
     """The weights of a checkpoint by name, tied names included; a context manager.
 
-    ``sources`` maps names to those in the checkpoint, where they differ.
+    ``sources`` maps names to those in the checkpoint, where they differ. ``unusual`` are
+    the tensors that no safetensors file could have, by their names there; ``facts`` are
+    numbers and texts that a file holds beside its tensors.
     """
 
     path: Path
@@ -125,6 +165,8 @@ class Opened(Mapping[str, "Array"]):
     lock: locks.Lock = field(default_factory=locks.Lock, repr=False, compare=False)
     adapter_config: str | Path | None = None
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    unusual: Mapping[str, Unusual] = field(default_factory=dict, repr=False, compare=False)
+    facts: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __repr__(self) -> str:
         """One short line: where it is, and how much."""
@@ -152,7 +194,12 @@ class Opened(Mapping[str, "Array"]):
         return self.get_tensor(name)
 
     def get_tensor(self, name: str) -> Array:
-        """The tensor, read now; ``KeyError``, with the reason if it is absent."""
+        """The tensor, read now; ``KeyError``, with the reason if it is absent.
+
+        ``CheckpointError`` for a kind of tensor that is listed, and not read.
+        """
+        if (tensor := self._unusual(name)) is not None:
+            return tensor.read(self.framework)
         return read(self.ref(name), self.dtype(name), self.framework)
 
     @property
@@ -168,9 +215,15 @@ class Opened(Mapping[str, "Array"]):
         """The names in the order in which the tensors lie in their files."""
         return sorted(self, key=lambda name: _place_in_file(self.ref(name)))
 
-    def get_slice(self, name: str) -> Slice:
+    def get_slice(self, name: str) -> Slice | UnusualSlice:
         """The tensor for indexing; only the rows that an index wants are read."""
+        if (tensor := self._unusual(name)) is not None:
+            return UnusualSlice(tensor, self.framework)
         return Slice(self.ref(name), self.dtype(name), self.framework)
+
+    def _unusual(self, name: str) -> Unusual | None:
+        self.ref(name)
+        return self.unusual.get(self.sources.get(name, name))
 
     @property
     def adapter(self) -> Opened:
@@ -223,12 +276,13 @@ class Opened(Mapping[str, "Array"]):
     def metadata(self) -> dict[str, str]:
         """Facts about the checkpoint as text: format, and ZeRO's step, stage, version.
 
-        For a safetensors file these are the file's own (``__metadata__``).
+        For a safetensors file these are the file's own (``__metadata__``), for one of
+        ``torch.save`` the numbers and texts beside its tensors.
         """
         if self.checkpoint is None and weight_files.is_safetensors(self.path):
             return safetensors.metadata(self.path)
 
-        facts: dict[str, Any] = {"format": self.framework}
+        facts: dict[str, Any] = {"format": "pt", **self.facts}
         if self.checkpoint is not None:
             facts |= {
                 "tag": self.checkpoint.place.tag,

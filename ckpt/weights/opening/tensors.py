@@ -83,8 +83,7 @@ def read(ref: TensorRef, dtype: DType, framework: Framework) -> Array:
         converted = array if dtype is ref.dtype else cast.rounded(array, dtype)
         return converted.reshape(ref.shape)
 
-    import torch
-
+    torch = require_torch()
     if isinstance(ref, Computed):
         from converters.computing import inputs
 
@@ -97,9 +96,23 @@ def read(ref: TensorRef, dtype: DType, framework: Framework) -> Array:
     return buffer.to(torch_dtype(dtype)).reshape(ref.shape)
 
 
+def require_torch() -> Any:
+    """The module torch; ``CheckpointError`` where it is not installed."""
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(
+            "torch, which tensors are given in, is not installed; install it, or open with "
+            'framework="np"',
+            "unsupported",
+        ) from error
+
+    return torch
+
+
 def torch_dtype(dtype: DType) -> torch.dtype:
     """The type of torch for an element type."""
-    import torch
+    torch = require_torch()
 
     from converters.torch_files.element_types import DTYPE_NAMES
 

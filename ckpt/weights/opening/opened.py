@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckpt import text
 from ckpt.folders import locks
@@ -35,9 +35,12 @@ if TYPE_CHECKING:
     from ckpt.weights.opening.tensors import Array
 
 
+_FRAMEWORKS: dict[str, Framework] = {"pt": "pt", "torch": "pt", "np": "np", "numpy": "np"}
+
+
 def open(
     path: str | os.PathLike[str],
-    framework: Framework = "pt",
+    framework: Framework | Literal["torch", "numpy"] = "pt",
     *,
     tag: str | None = None,
     strip: str | Sequence[str] = (),
@@ -49,7 +52,7 @@ def open(
     """Opens a ZeRO checkpoint, a safetensors or .bin file, or a folder of such files.
 
     Of a file of ``torch.save`` tensors in dicts have dotted names: "state_dict.w". Weights of a ZeRO checkpoint are given in fp32 (buffers in at least fp32, integers
-    as they are), others as stored. ``framework`` is "pt" for torch, or "np" for numpy.
+    as they are), others as stored. ``framework`` is "pt" or "torch", or "np" or "numpy".
     ``strip``, ``rename``, ``select`` and ``part`` work like the options of ``ckpt
     to-fp32``: prefixes to drop, regular expressions to replace, globs of the names to
     have, one model of several. Without them the names are those of the checkpoint, with
@@ -59,7 +62,7 @@ def open(
     ``CheckpointError`` if nothing can be opened there. While the checkpoint is open,
     ``ckpt prune`` does not delete it.
     """
-    if framework not in ("pt", "np"):
+    if framework not in _FRAMEWORKS:
         raise CheckpointError(f'framework is {framework!r}, expected "pt" or "np"', "output")
 
     path = source_path(path)
@@ -82,7 +85,7 @@ def open(
         path=path,
         weights=weights,
         checkpoint=checkpoint,
-        framework=framework,
+        framework=_FRAMEWORKS[framework],
         lock=lock,
         adapter_config=config_path,
         sources=sources,

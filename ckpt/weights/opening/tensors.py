@@ -43,10 +43,16 @@ class Slice:
         return self.dtype.value
 
     def __getitem__(self, index: Any) -> Array:
-        """The part that numpy or torch would give for the index; reads only its rows."""
-        first, *other_axes = index if isinstance(index, tuple) else (index,)
+        """The part that numpy or torch would give for the index; reads only its rows.
+
+        ``TypeError`` for ``None`` and booleans, which make new axes there and none in
+        safetensors.
+        """
+        require_plain(index)
         shape = self.ref.shape
-        rows = _rows(first, shape[0]) if shape and not isinstance(first, type(...)) else None
+        parts = index if isinstance(index, tuple) else (index,)
+        first, *other_axes = parts or (...,)
+        rows = _rows(first, shape[0]) if shape else None
         if rows is None:
             return read(self.ref, self.dtype, self.framework)[index]
 
@@ -59,6 +65,13 @@ class Slice:
         if isinstance(first, int) and first < 0:
             inner_index = 0
         return rows_read[(inner_index, *other_axes)]
+
+
+def require_plain(index: Any) -> None:
+    """``TypeError`` unless an index has numbers, slices and an ellipsis, or lists of numbers."""
+    for part in index if isinstance(index, tuple) else (index,):
+        if part is None or isinstance(part, bool):
+            raise TypeError(f"{part} is not an index of a slice; numbers, slices and ... are")
 
 
 def _rows(index: Any, count: int) -> range | None:

@@ -79,6 +79,7 @@ class UnusualSlice:
 
     def __getitem__(self, index: Any) -> Array:
         """The part that numpy or torch gives for the index."""
+        tensors.require_plain(index)
         return self.tensor.read(self.framework)[index]
 
 

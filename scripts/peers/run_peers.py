@@ -1,0 +1,197 @@
+"""Runs other projects' own tests twice, as they are and with ckpt in the place of what they test.
+
+    python scripts/peers/run_peers.py picklescan
+    python scripts/peers/run_peers.py safetensors --from ~/src/safetensors
+    python scripts/peers/run_peers.py deepspeed --from ~/src/DeepSpeed --swap save
+    python scripts/peers/run_peers.py safetensors --from ~/src/safetensors -k slice --timeout 300
+
+The tests come from a folder that is given (a checkout, or an unpacked source distribution), or
+from the source distribution of the installed version, which pip downloads. The source
+distributions of DeepSpeed and safetensors cannot serve: the first has no tests, and pip needs
+a compiler of Rust for the second. Clone these at the tag of the installed version.
+
+The tests are copied to a temporary folder and run there by pytest. What passes as it is, and not
+with ckpt, is listed; the exit code is 1 if anything is. A case that fails for a reason of ours
+becomes a test in tests/. Not a part of CI: other people's tests are not in this repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A project whose tests are run.
+
+    ``folder`` is where its tests lie in its sources, ``targets`` what pytest is given
+    there, ``swaps`` the names of what may be swapped, ``plugin`` the module that swaps;
+    where there is none the targets are tests of ours on the project's files.
+    """
+
+    package: str
+    folder: str
+    targets: tuple[str, ...]
+    plugin: str | None
+    swaps: tuple[str, ...]
+
+
+PEERS = {
+    "safetensors": Peer(
+        package="safetensors",
+        folder="bindings/python/tests",
+        targets=("test_simple.py", "test_pt_comparison.py", "test_pt_model.py")
+        + ("test_pread_backend.py", "test_threadable.py"),
+        plugin="swap_safetensors",
+        swaps=("open", "save"),
+    ),
+    "deepspeed": Peer(
+        package="deepspeed",
+        folder="tests",
+        targets=("unit/checkpoint",),
+        plugin="swap_deepspeed",
+        swaps=("functions", "save", "load"),
+    ),
+    "picklescan": Peer(
+        package="picklescan",
+        folder="tests",
+        targets=(str(HERE / "malicious_files.py"),),
+        plugin=None,
+        swaps=("readers",),
+    ),
+}
+
+
+def main() -> None:
+    """Runs the tests of one project and prints the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("--from", dest="source", type=Path, help="a folder with its sources")
+    parser.add_argument("--swap", help="what to swap; by default each in turn")
+    parser.add_argument("-k", dest="expression", help="only the tests that pytest -k chooses")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for a run")
+    options = parser.parse_args()
+    peer = PEERS[options.peer]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = tests_of(peer, options.source, Path(scratch))
+        stock = {} if peer.plugin is None else run(peer, folder, None, options)
+        is_worse = False
+        for swap in [options.swap] if options.swap else peer.swaps:
+            is_worse |= report(peer, swap, stock, run(peer, folder, swap, options))
+
+    sys.exit(1 if is_worse else 0)
+
+
+def tests_of(peer: Peer, source: Path | None, scratch: Path) -> Path:
+    """A copy of the folder of tests; exits with a sentence where there is none."""
+    if source is None:
+        source = downloaded(peer, scratch / "sdist")
+    folder = source / peer.folder
+    if not folder.is_dir():
+        sys.exit(
+            f"{source} has no folder {peer.folder}: clone {peer.package} "
+            f"{version_of(peer)} and name it with --from"
+        )
+
+    return shutil.copytree(folder, scratch / "tests")
+
+
+def version_of(peer: Peer) -> str:
+    """The version that is installed; empty where none is."""
+    try:
+        return version(peer.package)
+    except ModuleNotFoundError:
+        return ""
+
+
+def downloaded(peer: Peer, folder: Path) -> Path:
+    """The unpacked source distribution; exits with a sentence where pip gets none."""
+    wanted = f"{peer.package}=={version_of(peer)}" if version_of(peer) else peer.package
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
+    command += ["--no-build-isolation", "-q", "-d", str(folder), wanted]
+    if subprocess.run(command).returncode:
+        sys.exit(f"pip has no source distribution of {wanted} for this machine; use --from")
+
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        archive.extractall(folder, filter="data")
+    return next(path for path in folder.iterdir() if path.is_dir())
+
+
+def run(
+    peer: Peer, folder: Path, swap: str | None, options: argparse.Namespace
+) -> dict[str, str]:
+    """Outcomes by test: passed, failed, skipped; ``swap`` is what ckpt takes the place of."""
+    report_path = folder.with_name("report.xml")
+    report_path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [f"--junitxml={report_path}", *(["-p", peer.plugin] if peer.plugin else [])]
+    command += ["-k", options.expression] if options.expression else []
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT), str(folder)]),
+        "PEERS_SWAP": swap or "",
+        "PEERS_FOLDER": str(folder),
+    }
+    try:
+        subprocess.run(
+            [*command, *peer.targets],
+            cwd=folder,
+            env=environment,
+            timeout=options.timeout,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        print(f"{peer.package}: stopped after {options.timeout:.0f} s", file=sys.stderr)
+    if not report_path.exists():
+        sys.exit(f"pytest did not run the tests of {peer.package}: {' '.join(command)}")
+
+    return outcomes(report_path)
+
+
+def outcomes(report_path: Path) -> dict[str, str]:
+    """The outcome of every test of a report of pytest."""
+    results = {}
+    for case in ElementTree.parse(report_path).iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        tags = {child.tag: child.get("message") or "" for child in case}
+        if "skipped" in tags:
+            results[name] = "skipped"
+        elif tags.keys() & {"failure", "error"}:
+            message = tags.get("failure", tags.get("error", ""))
+            results[name] = "failed: " + " ".join(message.split())[:160]
+        else:
+            results[name] = "passed"
+
+    return results
+
+
+def report(peer: Peer, swap: str, stock: dict[str, str], ours: dict[str, str]) -> bool:
+    """Prints what ckpt does otherwise; whether that is anything."""
+    wanted = [name for name, outcome in stock.items() if outcome == "passed"] or list(ours)
+    good = [name for name in wanted if ours.get(name) == "passed"]
+    print(
+        f"{peer.package} {version_of(peer)}, {swap} by ckpt: {len(good)} of {len(wanted)} "
+        "tests pass that pass without"
+    )
+    for name in wanted:
+        if name not in good:
+            print(f"  {name}\n    {ours.get(name, 'not run')}")
+
+    return len(good) < len(wanted)
+
+
+if __name__ == "__main__":
+    main()

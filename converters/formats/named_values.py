@@ -1,6 +1,6 @@
 """The values of a file of ``torch.save`` by name: those of dicts in dicts by dotted names.
 
-    {"epoch": 3, "model": {"w": ...}, "states": [{"m": ...}]}  ->  epoch, model.w, states.0.m
+{"epoch": 3, "model": {"w": ...}, "states": [{"m": ...}]}  ->  epoch, model.w, states.0.m
 """
 
 from __future__ import annotations

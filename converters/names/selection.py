@@ -204,9 +204,7 @@ def without_frozen(weights: Weights) -> Weights:
         return weights
 
     names = {*weights.tensors, *weights.aliases, *weights.absent}
-    frozen_aliases = {
-        alias for alias, owner in weights.aliases.items() if owner in weights.frozen
-    }
+    frozen_aliases = {alias for alias, owner in weights.aliases.items() if owner in weights.frozen}
     return selected(weights, names - weights.frozen - frozen_aliases)
 
 

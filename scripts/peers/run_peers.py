@@ -53,8 +53,10 @@ PEERS = {
     "safetensors": Peer(
         package="safetensors",
         folder="bindings/python/tests",
-        targets=("test_simple.py", "test_pt_comparison.py", "test_pt_model.py")
-        + ("test_pread_backend.py", "test_threadable.py"),
+        targets=(
+            *("test_simple.py", "test_pt_comparison.py", "test_pt_model.py"),
+            *("test_pread_backend.py", "test_threadable.py"),
+        ),
         plugin="swap_safetensors",
         swaps=("open", "save"),
     ),
@@ -130,9 +132,7 @@ def downloaded(peer: Peer, folder: Path) -> Path:
     return next(path for path in folder.iterdir() if path.is_dir())
 
 
-def run(
-    peer: Peer, folder: Path, swap: str | None, options: argparse.Namespace
-) -> dict[str, str]:
+def run(peer: Peer, folder: Path, swap: str | None, options: argparse.Namespace) -> dict[str, str]:
     """Outcomes by test: passed, failed, skipped; ``swap`` is what ckpt takes the place of."""
     report_path = folder.with_name("report.xml")
     report_path.unlink(missing_ok=True)

@@ -43,7 +43,11 @@ def test_names_and_arguments_are_deepspeeds(name: str) -> None:
     wanted = list(inspect.signature(getattr(theirs, name)).parameters)
     found = inspect.signature(getattr(ours, name)).parameters
     assert list(found)[: len(wanted)] == wanted
-    assert all(found[extra].kind is inspect.Parameter.KEYWORD_ONLY for extra in found if extra not in wanted)
+    assert all(
+        found[extra].kind is inspect.Parameter.KEYWORD_ONLY
+        for extra in found
+        if extra not in wanted
+    )
 
 
 def test_arguments_of_deepspeed_before_0_15_3_are_taken(tmp_path: Path) -> None:

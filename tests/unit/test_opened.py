@@ -91,7 +91,15 @@ def test_slices_are_those_of_safetensors(name: str, framework: str, tmp_path: Pa
 
 INDEXES = [
     *(np.s_[...], np.s_[()], np.s_[:], np.s_[:0], np.s_[2], np.s_[-1], np.s_[1:3], np.s_[-3:-1]),
-    *(np.s_[::2], np.s_[1:9:3], np.s_[99:], np.s_[:99], np.s_[5:2], np.s_[..., ::2], np.s_[..., -1]),
+    *(
+        np.s_[::2],
+        np.s_[1:9:3],
+        np.s_[99:],
+        np.s_[:99],
+        np.s_[5:2],
+        np.s_[..., ::2],
+        np.s_[..., -1],
+    ),
     *(np.s_[0, ...], np.s_[:, 1], np.s_[1:, -2:], np.s_[-2, ::2], np.s_[0, 0], np.s_[..., 1:3, 0]),
     *(np.s_[0:2, 1, ...], np.s_[1:2, ..., 2:], np.s_[-4:, -1, -1], [], [0, 2], np.int64(1)),
     *(np.s_[7], np.s_[-9], np.s_[0, 9], np.s_[0, 0, 0, 0], np.s_[..., 0, ...]),

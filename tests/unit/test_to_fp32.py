@@ -103,7 +103,10 @@ def test_frozen_parameters_can_be_left_out(tmp_path: Path) -> None:
     [
         ("to_fp32(SOURCE, out)", "overwrite=True replaces it, output= names another folder"),
         ("to_fp32(SOURCE, out, tag='no')", "no"),
-        ("to_fp32(SOURCE, new, untie=True, tied='drop')", 'untie=True does not go with tied="drop"'),
+        (
+            "to_fp32(SOURCE, new, untie=True, tied='drop')",
+            'untie=True does not go with tied="drop"',
+        ),
         ("to_fp32(SOURCE, new, dtype='int8')", "dtype is 'int8'; expected one of 'fp32'"),
         ("to_fp32(SOURCE, new, weights='x')", "weights is 'x'; expected one of 'fp32', '16bit'"),
         ("to_fp32(SOURCE, new, max_shard_size=5)", "max_shard_size: 5 is 5 bytes; write 5GB"),

@@ -1,7 +1,7 @@
 """One rank of a Trainer run that gets its fp32 weights back, as DeepSpeed's guides have it.
 
-``recovery_worker.py OUT NAME last|best``; the models lie in OUT/0 and OUT/1. With "best" the Trainer
-has loaded its best checkpoint at the end (load_best_model_at_end), which is the first one.
+``recovery_worker.py OUT NAME last|best``; the models lie in OUT/0 and OUT/1. With "best" the
+Trainer has loaded its best checkpoint at the end (load_best_model_at_end), the first one.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def main() -> None:
 
     last = get_last_checkpoint(trainer.args.output_dir)
     best = trainer.state.best_model_checkpoint
-    checkpoint = best if which == "best" else last
-    assert checkpoint is not None and (best is None or not best.endswith("-2"))
-    for number, checkpoint in enumerate((checkpoint, final)):
+    saved = best if which == "best" else last
+    assert saved is not None and (best is None or not best.endswith("-2"))
+    for number, checkpoint in enumerate((saved, final)):
         model = load_state_dict_from_zero_checkpoint(trainer.model, checkpoint)
         assert not any(hasattr(p, "ds_id") for p in model.parameters())
         said = model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=3, do_sample=False)

@@ -74,8 +74,9 @@ def plan(
     """Plans the conversion of ``checkpoint`` and reads no tensor.
 
     ``dtype`` is a key of ``DTYPES``, or torch's type or its name; ``max_shard_size`` is in
-    bytes, or "5GB". ``output`` defaults to CHECKPOINT-DTYPE. The format "lightning" writes one file: model.ckpt in
-    this folder, or ``output`` itself if it ends in .ckpt, .pt or .pth.
+    bytes, or "5GB". ``output`` defaults to CHECKPOINT-DTYPE. The format "lightning"
+    writes one file: model.ckpt in this folder, or ``output`` itself if it ends in
+    .ckpt, .pt or .pth.
     ``CheckpointError`` for a checkpoint that is damaged or not supported, and for an
     output that its reader would not load.
     """

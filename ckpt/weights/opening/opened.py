@@ -51,8 +51,9 @@ def open(
 ) -> Opened:
     """Opens a ZeRO checkpoint, a safetensors or .bin file, or a folder of such files.
 
-    Of a file of ``torch.save`` tensors in dicts have dotted names: "state_dict.w". Weights of a ZeRO checkpoint are given in fp32 (buffers in at least fp32, integers
-    as they are), others as stored. ``framework`` is "pt" or "torch", or "np" or "numpy".
+    Weights of a ZeRO checkpoint are given in fp32 (buffers in at least fp32, integers
+    as they are), others as stored. Tensors in dicts of a file of ``torch.save`` have
+    dotted names: "state_dict.w". ``framework`` is "pt" or "torch", "np" or "numpy".
     ``strip``, ``rename``, ``select`` and ``part`` work like the options of ``ckpt
     to-fp32``: prefixes to drop, regular expressions to replace, globs of the names to
     have, one model of several. Without them the names are those of the checkpoint, with

@@ -51,9 +51,7 @@ class Unusual:
             array = octets.view(_NUMPY[self.kind])  # type: ignore[call-overload]
             return array.reshape(self.shape)
 
-        raise _refusal(
-            self.name, self.kind, 'which numpy does not have; open with framework="pt"'
-        )
+        raise _refusal(self.name, self.kind, 'which numpy does not have; open with framework="pt"')
 
 
 @dataclass(frozen=True, slots=True, repr=False)

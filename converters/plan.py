@@ -26,8 +26,8 @@ from converters.tensors import METADATA, Checksum, DType, TensorRef, Weights
 
 Tied = Literal["keep", "drop"]
 WHOLE = 1 << 62  # bytes of a shard where none is to be cut
-_LEAST_NUMBER = 100  # bytes of a shard that are believed without a unit
-_LEAST_TEXT = 1_000_000
+_MIN_NUMBER = 100  # bytes of a shard that are believed of a number
+_MIN_PLAIN_TEXT = 1_000_000  # and of a text without a unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +187,10 @@ def parse_size(size_or_text: str | int) -> int:
     if size < 1:
         raise ValueError("a shard takes at least one byte")
 
-    least = _LEAST_NUMBER if isinstance(size_or_text, int) else _LEAST_TEXT
-    if not parts[2] and not parts[4] and size < least:
-        likely = f"{text}GB" if size < 100 else f"{text}MB"
-        raise ValueError(f"{text} is {text} bytes; write {likely} if you mean that, or {text}B")
+    is_number = isinstance(size_or_text, int)
+    if not parts[2] and not parts[4] and size < (_MIN_NUMBER if is_number else _MIN_PLAIN_TEXT):
+        unit = "GB" if size < 100 else "MB"
+        raise ValueError(f"{text} is {text} bytes; write {text}{unit} if you mean that, or {text}B")
     return size
 
 

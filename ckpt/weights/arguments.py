@@ -20,12 +20,12 @@ _CHOICES = (
     *("16bit", "as-stored", "auto", "bf16", "bin", "drop", "fp16", "fp32", "keep", "lightning"),
     *("names", "none", "raw", "reader", "safetensors", "skip", "transformers"),
 )
-# A command that is named, with all of its options; or an option, and the placeholder or the word
-# that is its value: --tag TAG.
+# A command that is named, with all of its options; or an option, and the placeholder, the word or
+# the path that is its value: --tag TAG.
 _OPTION = re.compile(
     r"(?P<command>(?<![\w/.-])ckpt (?:[a-z]+-)?[a-z0-9]+(?: [^\s;,:()]+)*? --[^;,:()]*)"
     r"|(?<![\w/-])(?:--(?P<option>[a-z][a-z0-9-]*)|-(?P<letter>o)\b(?!-))"
-    rf"(?: (?P<value>[A-Z]+(?:=[A-Z]+)?|{'|'.join(_CHOICES)})(?![\w-]))?"
+    rf"(?: (?P<value>[A-Z]+(?:=[A-Z]+)?|{'|'.join(_CHOICES)}|[^\s;,]*/[^\s;,]*)(?![\w-]))?"
 )
 _LETTERS = {"o": "output"}
 

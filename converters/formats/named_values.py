@@ -17,7 +17,7 @@ MAX_DEPTH = 32  # dicts and lists in each other; what lies deeper is one value
 MAX_VISITS = 1 << 22  # values and containers; a few may be shared so often that there are more
 
 
-def named(root: Any, path: Path) -> dict[str, Any]:
+def values_by_name(root: Any, path: Path) -> dict[str, Any]:
     """Every value of a file's root object by its name, in order.
 
     A list or a tuple is gone into only where it holds more than plain values.

@@ -167,7 +167,7 @@ def values(path: Path) -> dict[str, Any]:
     """
     values_by_name: dict[str, Any] = {}
     for file_path in _files(path):
-        values_by_name |= named_values.named(reader.read(file_path).root, file_path)
+        values_by_name |= named_values.values_by_name(reader.read(file_path).root, file_path)
 
     return values_by_name
 

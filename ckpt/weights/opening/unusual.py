@@ -83,8 +83,8 @@ class UnusualSlice:
 
 def tensors_in(values: Mapping[Any, Any]) -> dict[str, Unusual]:
     """The unusual tensors among some values, by name."""
-    found = ((name, _of(name, value)) for name, value in values.items())
-    return {name: tensor for name, tensor in found if tensor is not None}
+    candidates = ((name, _of(name, value)) for name, value in values.items())
+    return {name: tensor for name, tensor in candidates if tensor is not None}
 
 
 def _of(name: Any, value: Any) -> Unusual | None:
@@ -123,16 +123,16 @@ def _sparse(call: Call, name: str) -> torch.Tensor:
     torch = require_torch()
     layout, parts = _layout(call, name), call.args[1]
     *components, size = parts[:3] if layout == "sparse_coo" else parts
-    read = [_tensor(part, name) for part in components]
+    arrays = [_tensor(part, name) for part in components]
     try:
         if layout == "sparse_coo":
             is_coalesced = parts[3] if len(parts) > 3 else None
             return torch.sparse_coo_tensor(
-                *read, size, check_invariants=True, is_coalesced=is_coalesced
+                *arrays, size, check_invariants=True, is_coalesced=is_coalesced
             )
 
         return torch.sparse_compressed_tensor(
-            *read, size, layout=getattr(torch, layout), check_invariants=True
+            *arrays, size, layout=getattr(torch, layout), check_invariants=True
         )
     except (RuntimeError, TypeError) as error:  # what torch says of such parts
         raise CheckpointError(

@@ -16,16 +16,22 @@ from converters.errors import CheckpointError, Kind
 from converters.plan import parse_size
 
 # Values that are words of an option, as messages have them: --weights 16bit.
-_CHOICES = (
-    *("16bit", "as-stored", "auto", "bf16", "bin", "drop", "fp16", "fp32", "keep", "lightning"),
-    *("names", "none", "raw", "reader", "safetensors", "skip", "transformers"),
-)
+_CHOICES = {
+    "check": ("auto", "names", "none", "transformers"),
+    "dtype": ("bf16", "fp16", "fp32", "keep"),
+    "format": ("bin", "lightning", "safetensors"),
+    "names": ("as-stored", "reader"),
+    "odd-types": ("raw", "skip"),
+    "tied": ("drop", "keep"),
+    "weights": ("16bit", "fp32"),
+}
+_WORDS = sorted({word for words in _CHOICES.values() for word in words})
 # A command that is named, with all of its options; or an option, and the placeholder, the word or
 # the path that is its value: --tag TAG.
 _OPTION = re.compile(
     r"(?P<command>(?<![\w/.-])ckpt (?:[a-z]+-)?[a-z0-9]+(?: [^\s;,:()]+)*? --[^;,:()]*)"
     r"|(?<![\w/-])(?:--(?P<option>[a-z][a-z0-9-]*)|-(?P<letter>o)\b(?!-))"
-    rf"(?: (?P<value>[A-Z]+(?:=[A-Z]+)?|{'|'.join(_CHOICES)}|[^\s;,]*/[^\s;,]*)(?![\w-]))?"
+    rf"(?: (?P<value>[A-Z]+(?:=[A-Z]+)?|{'|'.join(_WORDS)}|[^\s;,]*/[^\s;,]*)(?![\w-]))?"
 )
 _LETTERS = {"o": "output"}
 
@@ -98,16 +104,19 @@ def _spoken(match: re.Match[str], spellings: Mapping[str, str]) -> str:
     if match["command"]:
         return match[0]
 
-    argument = spellings.get(match["option"] or _LETTERS[match["letter"]])
+    option = match["option"] or _LETTERS[match["letter"]]
+    argument = spellings.get(option)
     if argument is None:
         return f"ckpt to-fp32 {match[0]}"
 
     value = match["value"]
     if not value:
         return argument
+
+    is_next_word = value in _WORDS and value not in _CHOICES.get(option, ())
     if argument.endswith(")"):  # it has the value
         return argument
-    if not argument.endswith("="):  # a flag, before another word
+    if is_next_word or not argument.endswith("="):
         return f"{argument} {value}"
 
     return f"{argument}{value}" if value.isupper() and value.isalpha() else f'{argument}"{value}"'

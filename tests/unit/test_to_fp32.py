@@ -93,7 +93,7 @@ def test_frozen_parameters_can_be_left_out(tmp_path: Path) -> None:
     trained = ckpt.to_fp32(SOURCE, tmp_path / "trained", exclude_frozen=True)
     run("to-fp32", SOURCE, "-o", tmp_path / "command", "--exclude-frozen")
     names, rest = set(weights_in(whole.path)), set(weights_in(trained.path))
-    assert names - rest == {"frozen.weight"}
+    assert names - rest == {"frozen.weight", "frozen.bias"}
     assert contents(trained.path) == contents(tmp_path / "command")
     assert any("exclude_frozen" in note or "--exclude-frozen" in note for note in trained.notes)
 
@@ -125,8 +125,9 @@ def test_errors_name_the_arguments(call: str, message: str, tmp_path: Path) -> N
     out.mkdir()
     (out / "file").touch()
     names = {"SOURCE": SOURCE, "out": out, "new": new}
+    names |= {name: getattr(ckpt, name) for name in ("to_fp32", "convert", "reshard")}
     with pytest.raises(CheckpointError, match=message) as raised:
-        eval(f"ckpt.{call}", {"ckpt": ckpt} | names)
+        eval(call, names)
     assert "--" not in str(raised.value) and " -o" not in str(raised.value)
     assert not new.exists()
 

@@ -49,7 +49,7 @@ from converters.storage.url_path import absolute
 if TYPE_CHECKING:
     import torch
 
-_WORDS = (  # of plan, and the fields of its request
+_ARGUMENTS = (  # of plan, and the fields of its request
     *("output=", "tag=", "dtype=", "max_shard_size=", "format=", "tied=", "weights=", "check="),
     *("part=", "strip=", "rename=", "select=", "base=", "adapter_config=", "config="),
     *("tokenizer=", "merge=True", "other_base=True", "dequantize=True", "untie=True"),
@@ -58,7 +58,7 @@ _WORDS = (  # of plan, and the fields of its request
 _NAMES = {"names": "Naming(as_stored=True)", "odd_types": "unsupported_types="}
 
 
-@naming_arguments(*_WORDS, **_NAMES)
+@naming_arguments(*_ARGUMENTS, **_NAMES)
 @open_files.once()
 def plan(
     checkpoint: str | os.PathLike[str],
@@ -185,7 +185,7 @@ def _place(checkpoint: Path, output: Path | None, dtype: str) -> Path:
     return place if place.name not in ("", "..") else absolute(place)
 
 
-@naming_arguments(*_WORDS, **_NAMES)
+@naming_arguments(*_ARGUMENTS, **_NAMES)
 def execute(
     conversion: Conversion,
     *,

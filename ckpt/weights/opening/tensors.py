@@ -45,10 +45,11 @@ class Slice:
     def __getitem__(self, index: Any) -> Array:
         """The part that numpy or torch would give for the index; reads only its rows.
 
-        ``TypeError`` for ``None`` and booleans, which make new axes there and none in
-        safetensors.
+        ``TypeError`` for ``None`` and booleans with numpy, as slices of safetensors
+        make no new axes of it.
         """
-        require_plain(index)
+        if self.framework == "np":
+            require_plain(index)
         shape = self.ref.shape
         parts = index if isinstance(index, tuple) else (index,)
         first, *other_axes = parts or (...,)
@@ -59,16 +60,12 @@ class Slice:
         width = prod(shape[1:])
         part = narrowed(self.ref, rows.start * width, (len(rows), *shape[1:]))
         rows_read = read(part, self.dtype, self.framework)
-        inner_index = (
-            first - rows.start if isinstance(first, int) else slice(None, None, first.step)
-        )
-        if isinstance(first, int) and first < 0:
-            inner_index = 0
+        inner_index = 0 if isinstance(first, int) else slice(None, None, first.step)
         return rows_read[(inner_index, *other_axes)]
 
 
 def require_plain(index: Any) -> None:
-    """``TypeError`` unless an index has numbers, slices and an ellipsis, or lists of numbers."""
+    """``TypeError`` for an index that makes new axes."""
     for part in index if isinstance(index, tuple) else (index,):
         if part is None or isinstance(part, bool):
             raise TypeError(f"{part} is not an index of a slice; numbers, slices and ... are")
@@ -76,7 +73,7 @@ def require_plain(index: Any) -> None:
 
 def _rows(index: Any, count: int) -> range | None:
     """The rows between the ends of an index of the first axis, if these can be told."""
-    if isinstance(index, int):
+    if isinstance(index, int) and not isinstance(index, bool):
         row = range(count)[index]
         return range(row, row + 1)
     if isinstance(index, slice) and (index.step or 1) > 0:
@@ -96,7 +93,9 @@ def read(ref: TensorRef, dtype: DType, framework: Framework) -> Array:
         converted = array if dtype is ref.dtype else cast.rounded(array, dtype)
         return converted.reshape(ref.shape)
 
-    torch = require_torch()
+    require_torch()
+    import torch
+
     if isinstance(ref, Computed):
         from converters.computing import inputs
 
@@ -109,10 +108,10 @@ def read(ref: TensorRef, dtype: DType, framework: Framework) -> Array:
     return buffer.to(torch_dtype(dtype)).reshape(ref.shape)
 
 
-def require_torch() -> Any:
-    """The module torch; ``CheckpointError`` where it is not installed."""
+def require_torch() -> None:
+    """``CheckpointError`` where torch is not installed."""
     try:
-        import torch
+        import torch  # noqa: F401
     except ImportError as error:
         raise CheckpointError(
             "torch, which tensors are given in, is not installed; install it, or open with "
@@ -120,12 +119,11 @@ def require_torch() -> Any:
             "unsupported",
         ) from error
 
-    return torch
-
 
 def torch_dtype(dtype: DType) -> torch.dtype:
     """The type of torch for an element type."""
-    torch = require_torch()
+    require_torch()
+    import torch
 
     from converters.torch_files.element_types import DTYPE_NAMES
 

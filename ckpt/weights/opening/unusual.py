@@ -47,9 +47,10 @@ class Unusual:
         if framework == "pt":
             return _tensor(self.value, self.name)
         if isinstance(self.value, Odd) and self.value.raw is not None and self.kind in _NUMPY:
-            octets = tensors.read(self.value.raw, DType.U8, "np")
-            array = octets.view(_NUMPY[self.kind])  # type: ignore[call-overload]
-            return array.reshape(self.shape)
+            import numpy as np
+
+            octets = np.asarray(tensors.read(self.value.raw, DType.U8, "np"))
+            return octets.view(_NUMPY[self.kind]).reshape(self.value.raw.shape[:-1])
 
         raise _refusal(self.name, self.kind, 'which numpy does not have; open with framework="pt"')
 
@@ -77,7 +78,8 @@ class UnusualSlice:
 
     def __getitem__(self, index: Any) -> Array:
         """The part that numpy or torch gives for the index."""
-        tensors.require_plain(index)
+        if self.framework == "np":
+            tensors.require_plain(index)
         return self.tensor.read(self.framework)[index]
 
 
@@ -102,7 +104,9 @@ def _of(name: Any, value: Any) -> Unusual | None:
 
 def _tensor(value: Any, name: str) -> torch.Tensor:
     """A tensor of torch, read now."""
-    torch = require_torch()
+    require_torch()
+    import torch
+
     if isinstance(value, TensorRef):
         return torch.as_tensor(tensors.read(value, value.dtype, "pt"))
     if isinstance(value, Odd) and value.raw is not None:
@@ -120,19 +124,21 @@ def _tensor(value: Any, name: str) -> torch.Tensor:
 
 def _sparse(call: Call, name: str) -> torch.Tensor:
     """A sparse tensor (``torch._utils._rebuild_sparse_tensor`` of torch 2.13)."""
-    torch = require_torch()
+    import torch
+
     layout, parts = _layout(call, name), call.args[1]
     *components, size = parts[:3] if layout == "sparse_coo" else parts
-    arrays = [_tensor(part, name) for part in components]
+    *indices, values = (_tensor(part, name) for part in components)
     try:
         if layout == "sparse_coo":
             is_coalesced = parts[3] if len(parts) > 3 else None
             return torch.sparse_coo_tensor(
-                *arrays, size, check_invariants=True, is_coalesced=is_coalesced
+                indices[0], values, size, check_invariants=True, is_coalesced=is_coalesced
             )
 
+        kind = getattr(torch, layout)
         return torch.sparse_compressed_tensor(
-            *arrays, size, layout=getattr(torch, layout), check_invariants=True
+            indices[0], indices[1], values, size, layout=kind, check_invariants=True
         )
     except (RuntimeError, TypeError) as error:  # what torch says of such parts
         raise CheckpointError(

@@ -117,7 +117,7 @@ def convert_zero_checkpoint_to_state_dict(
     """
     target_dtype = DTYPES.get(arguments.known_dtype(dtype) or "")
     if target_dtype is None:
-        choices = ", ".join(name for name, known in DTYPE_NAMES.items() if DTYPES[known])
+        choices = ", ".join(name for name, key in DTYPE_NAMES.items() if DTYPES[key])
         raise ValueError(f"unsupported output dtype {dtype!r}; choose one of {choices}")
     max_shard_bytes = WHOLE if max_shard_size is None else parse_size(max_shard_size)
     with arguments.naming_arguments("tag="):

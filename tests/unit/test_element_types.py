@@ -199,9 +199,9 @@ def test_an_unusual_tensor_is_sliced_and_renamed_like_others(tmp_path: Path) -> 
         assert (part.get_shape(), part.get_dtype()) == ([3, 2], "complex128")
         assert torch.equal(part[1:, 0], ODD["wide"][1:, 0])
         assert part[None].shape == (1, 3, 2)
-    with ckpt.open(tmp_path / "x.bin", "np") as opened:
-        with pytest.raises(TypeError, match="None is not an index"):
-            opened.get_slice("m.wide")[None]
+    sliced = ckpt.open(tmp_path / "x.bin", "np").get_slice("m.wide")
+    with pytest.raises(TypeError, match="None is not an index"):
+        sliced[None]
 
 
 def test_numpy_has_complex_numbers_and_names_what_it_has_not(tmp_path: Path) -> None:

@@ -121,10 +121,7 @@ def to_fp32(
     or if the output cannot be made; nothing is left then that looks finished. After an
     interruption or a full disk, the same call continues with the missing shards.
     """
-    require_choice("weights", weights, get_args(Masters))
-    require_choice("names", names, get_args(Names))
-    require_choice("check", check, get_args(Check))
-    require_choice("odd_types", odd_types, get_args(OddTypes))
+    _require_choices(weights, names, check, odd_types)
     if merge:
         blas.prefer()
 
@@ -164,6 +161,14 @@ def to_fp32(
     )
 
     return ConvertedModel(path=conversion.output, record=record)
+
+
+def _require_choices(weights: object, names: object, check: object, odd_types: object) -> None:
+    """``CheckpointError`` for a word that an option does not have."""
+    require_choice("weights", weights, get_args(Masters))
+    require_choice("names", names, get_args(Names))
+    require_choice("check", check, get_args(Check))
+    require_choice("odd_types", odd_types, get_args(OddTypes))
 
 
 def _local(path: AnyPath | None) -> Path | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt.weights.opening import tensors
 from ckpt.weights.opening.tensors import Framework, require_torch
+from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.pickles.values import Call
 from converters.tensors import DType, Listed, TensorRef
@@ -131,7 +132,7 @@ def _sparse(call: Call, name: str) -> torch.Tensor:
     *indices, values = (_tensor(part, name) for part in components)
     try:
         if layout == "sparse_coo":
-            is_coalesced = parts[3] if len(parts) > 3 else None
+            is_coalesced = parts[3] is True if len(parts) > 3 else None
             return torch.sparse_coo_tensor(
                 indices[0], values, size, check_invariants=True, is_coalesced=is_coalesced
             )
@@ -140,7 +141,7 @@ def _sparse(call: Call, name: str) -> torch.Tensor:
         return torch.sparse_compressed_tensor(
             indices[0], indices[1], values, size, layout=kind, check_invariants=True
         )
-    except (RuntimeError, TypeError) as error:  # what torch says of such parts
+    except RuntimeError as error:  # what torch says of such parts
         raise CheckpointError(
             f"{name}: a sparse tensor whose parts do not fit each other: {error}"
         ) from error
@@ -154,7 +155,9 @@ def _layout(call: Call, name: str) -> str:
     counts = {"sparse_coo": (3, 4)} | dict.fromkeys(_compressed(), (4,))
     parts = call.args[1] if len(call.args) == 2 else ()
     if isinstance(parts, tuple) and len(parts) in counts.get(layout_name, ()):
-        return layout_name
+        size = parts[2] if layout_name == "sparse_coo" else parts[3]
+        if isinstance(size, tuple) and all(is_whole_number(count, 0) for count in size):
+            return layout_name
 
     raise CheckpointError(f"{name}: a sparse tensor of a layout that torch 2.13 does not have")
 

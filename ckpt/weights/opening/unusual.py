@@ -6,7 +6,7 @@ named, and refused when it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,17 +130,15 @@ def _sparse(call: Call, name: str) -> torch.Tensor:
     layout, parts = _layout(call, name), call.args[1]
     *components, size = parts[:3] if layout == "sparse_coo" else parts
     *indices, values = (_tensor(part, name) for part in components)
-    try:
-        if layout == "sparse_coo":
-            is_coalesced = parts[3] is True if len(parts) > 3 else None
-            return torch.sparse_coo_tensor(
-                indices[0], values, size, check_invariants=True, is_coalesced=is_coalesced
-            )
+    options: dict[str, Any] = {"check_invariants": True}
+    build: Callable[..., torch.Tensor] = torch.sparse_coo_tensor
+    if layout == "sparse_coo":
+        options["is_coalesced"] = parts[3] is True if len(parts) > 3 else None
+    else:
+        build, options["layout"] = torch.sparse_compressed_tensor, getattr(torch, layout)
 
-        kind = getattr(torch, layout)
-        return torch.sparse_compressed_tensor(
-            indices[0], indices[1], values, size, layout=kind, check_invariants=True
-        )
+    try:
+        return build(*indices, values, size, **options)
     except RuntimeError as error:  # what torch says of such parts
         raise CheckpointError(
             f"{name}: a sparse tensor whose parts do not fit each other: {error}"

@@ -22,6 +22,7 @@ from ckpt.weights import arguments
 from ckpt.weights.companions import surroundings
 from ckpt.weights.naming import ties
 from ckpt.weights.opening import tensors as opened_tensors
+from ckpt.weights.opening import unusual
 from ckpt.weights.request import DTYPE_NAMES, DTYPES
 from converters.errors import CheckpointError
 from converters.execute import shards
@@ -88,8 +89,10 @@ def get_fp32_state_dict_from_zero_checkpoint(
         dict(lazy) if lazy_mode else {name: tensor.contiguous() for name, tensor in lazy.items()}
     )
     state_dict |= {alias: state_dict[owner] for alias, owner in weights.aliases.items()}
+    # buffers of types that only torch has
+    state_dict |= {name: tensor.read("pt") for name, tensor in unusual.tensors_of(source).items()}
 
-    return {name: state_dict[name] for name in weights.order if name in state_dict}
+    return {name: state_dict[name] for name in source.weights.order if name in state_dict}
 
 
 def _weights(weights: Weights, exclude_frozen: bool) -> Weights:

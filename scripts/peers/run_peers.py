@@ -11,7 +11,7 @@ distributions of DeepSpeed and safetensors cannot serve: the first has no tests,
 a compiler of Rust for the second. Clone these at the tag of the installed version.
 
 The tests are copied to a temporary folder and run there by pytest. What passes as it is, and not
-with ckpt, is listed; the exit code is 1 if anything is. A case that fails for a reason of ours
+with ckpt, is listed; the exit code is 1 if anything is, but for what differs by design. A case that fails for a reason of ours
 becomes a test in tests/. Not a part of CI: other people's tests are not in this repository.
 """
 
@@ -48,6 +48,26 @@ class Peer:
     plugin: str | None
     swaps: tuple[str, ...]
 
+
+_OWN_METADATA = "our writer writes its own metadata, {'format': 'pt'}"
+_OWN_ARGUMENTS = "what save_file says of its arguments is not a part of our writer"
+# Tests that have to fail: by package, swap and name.
+DIFFERENCES = {
+    ("safetensors", "open", "WindowsTestCase::test_get_correctly_dropped"): "what is opened can be "
+    "read after its block, too: no file stays open",
+    ("safetensors", "open", "ReadmeTestCase::test_numpy_slice"): "an index that is out of bounds "
+    "is numpy's IndexError, and lists of numbers are taken",
+    ("safetensors", "save", "TestCase::test_serialization"): _OWN_METADATA,
+    ("safetensors", "save", "TorchTestCase::test_serialization"): _OWN_METADATA,
+    ("safetensors", "save", "TorchModelTestCase::test_save"): _OWN_METADATA,
+    ("safetensors", "save", "TorchModelTestCase::test_workaround"): _OWN_METADATA,
+    ("safetensors", "save", "PreadBackendTests::test_safe_open_round_trip"): _OWN_METADATA,
+    ("safetensors", "save", "TorchTestCase::test_bogus"): _OWN_ARGUMENTS,
+    ("safetensors", "save", "TorchTestCase::test_meta_tensor"): _OWN_ARGUMENTS,
+    ("safetensors", "save", "TorchTestCase::test_sparse"): _OWN_ARGUMENTS,
+    ("safetensors", "save", "TorchModelTestCase::test_failure"): _OWN_ARGUMENTS,
+    ("safetensors", "save", "TorchModelTestCase::test_workaround_non_contiguous"): _OWN_ARGUMENTS,
+}
 
 PEERS = {
     "safetensors": Peer(
@@ -142,6 +162,8 @@ def run(peer: Peer, folder: Path, swap: str | None, options: argparse.Namespace)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT), str(folder)]),
         "PEERS_SWAP": swap or "",
+        "DS_ACCELERATOR": "cpu",
+        "LOCAL_SIZE": "4",  # the ranks that DeepSpeed's tests believe to have room for
         "PEERS_FOLDER": str(folder),
     }
     try:
@@ -179,18 +201,27 @@ def outcomes(report_path: Path) -> dict[str, str]:
 
 
 def report(peer: Peer, swap: str, stock: dict[str, str], ours: dict[str, str]) -> bool:
-    """Prints what ckpt does otherwise; whether that is anything."""
-    wanted = [name for name, outcome in stock.items() if outcome == "passed"] or list(ours)
-    good = [name for name in wanted if ours.get(name) == "passed"]
-    print(
-        f"{peer.package} {version_of(peer)}, {swap} by ckpt: {len(good)} of {len(wanted)} "
-        "tests pass that pass without"
-    )
-    for name in wanted:
-        if name not in good:
-            print(f"  {name}\n    {ours.get(name, 'not run')}")
+    """Prints what ckpt does otherwise; whether anything of that is not by design."""
+    wanted = [name for name, outcome in (stock or ours).items() if outcome == "passed"]
+    if peer.plugin is None:
+        wanted = list(ours)
+    elif not wanted:
+        print(f"{peer.package}: none of {len(stock)} tests passes as it is", file=sys.stderr)
 
-    return len(good) < len(wanted)
+    good = [name for name in wanted if ours.get(name) == "passed"]
+    print(f"{peer.package} {version_of(peer)}, {swap} by ckpt: {len(good)} of {len(wanted)} pass")
+    unexplained = 0
+    for name in wanted:
+        if name in good:
+            continue
+
+        reason = DIFFERENCES.get((peer.package, swap, name.partition(".")[2]))
+        unexplained += reason is None
+        print(f"  {name}\n    {ours.get(name, 'not run')}")
+        if reason is not None:
+            print(f"    by design: {reason}")
+
+    return bool(unexplained) or not wanted
 
 
 if __name__ == "__main__":

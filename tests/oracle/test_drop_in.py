@@ -16,6 +16,7 @@ from made_checkpoints import make_checkpoint
 from oracles import FIXTURES, ROOT, live, same, weights_in
 from safetensors.torch import load_file
 
+import ckpt
 from ckpt import zero_to_fp32 as ours
 from converters.errors import CheckpointError
 from converters.execute import workers
@@ -88,6 +89,31 @@ def test_the_state_dict_is_deepspeeds_with_frozen_weights_in_fp32(name: str, exc
     if "head.weight" in found:
         eager = ours.get_fp32_state_dict_from_zero_checkpoint(source(name))
         assert eager["head.weight"] is eager["embed.weight"]
+
+
+def test_buffers_of_types_that_only_torch_has_are_deepspeeds(tmp_path: Path) -> None:
+    from deepspeed.utils import zero_to_fp32 as theirs
+
+    folder = shutil.copytree(source("zero2-bf16-w2"), tmp_path / "c")
+    (path,) = folder.glob("*/mp_rank_00_model_states.pt")
+    root = torch.load(path, weights_only=False)
+    freqs = torch.arange(3.0).to(torch.complex128)
+    root["module"]["freqs"] = freqs
+    torch.save(root | {"buffer_names": [*root["buffer_names"], "freqs"]}, path)
+
+    expected = theirs.get_fp32_state_dict_from_zero_checkpoint(str(folder))
+    for lazy in (False, True):
+        found = ours.get_fp32_state_dict_from_zero_checkpoint(folder, lazy_mode=lazy)
+        assert found.keys() == expected.keys()
+        assert same(found["freqs"].contiguous(), freqs) and same(expected["freqs"], freqs)
+    with ckpt.open(folder) as opened:
+        assert same(opened["freqs"], freqs)
+
+    target = torch.nn.Module()
+    target.register_buffer("freqs", torch.zeros(3, dtype=torch.complex128))
+    with pytest.warns(UserWarning, match="not in the model"):
+        ours.load_state_dict_from_zero_checkpoint(target, folder)
+    assert same(target.freqs, freqs)
 
 
 @pytest.mark.parametrize("safe", [False, True])

@@ -71,7 +71,7 @@ def open(
         lock = locks.reading(_place(path, tag))
         try:
             source = _source(path, tag)
-            unusual_tensors = _unusual(source)
+            unusual_tensors = unusual.tensors_of(source)
             weights, sources = _wished(
                 _listed(source.weights, unusual_tensors), Naming.of(strip, rename, select, part)
             )
@@ -93,13 +93,6 @@ def open(
         unusual=unusual_tensors,
         facts=facts,
     )
-
-
-def _unusual(source: Source) -> dict[str, Unusual]:
-    """The tensors that are absent only because no safetensors file could have them."""
-    module = source.entries.get("module") if source.topology else source.entries
-    values = module if isinstance(module, Mapping) else {}
-    return unusual.tensors_in({name: values.get(name) for name in source.weights.absent})
 
 
 def _listed(weights: Weights, unusual_tensors: Mapping[str, Unusual]) -> Weights:

@@ -15,6 +15,7 @@ from ckpt.weights.opening.tensors import Framework, require_torch
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.pickles.values import Call
+from converters.source import Source
 from converters.tensors import DType, Listed, TensorRef
 from converters.torch_files import rebuild
 from converters.torch_files.rebuild import Odd
@@ -84,9 +85,11 @@ class UnusualSlice:
         return self.tensor.read(self.framework)[index]
 
 
-def tensors_in(values: Mapping[Any, Any]) -> dict[str, Unusual]:
-    """The unusual tensors among some values, by name."""
-    candidates = ((name, _of(name, value)) for name, value in values.items())
+def tensors_of(source: Source) -> dict[str, Unusual]:
+    """The tensors, by name, that are absent only because no safetensors file could have them."""
+    module = source.entries.get("module") if source.topology else source.entries
+    values = module if isinstance(module, Mapping) else {}
+    candidates = ((name, _of(name, values.get(name))) for name in source.weights.absent)
     return {name: tensor for name, tensor in candidates if tensor is not None}
 
 

@@ -11,8 +11,9 @@ distributions of DeepSpeed and safetensors cannot serve: the first has no tests,
 a compiler of Rust for the second. Clone these at the tag of the installed version.
 
 The tests are copied to a temporary folder and run there by pytest. What passes as it is, and not
-with ckpt, is listed; the exit code is 1 if anything is, but for what differs by design. A case that fails for a reason of ours
-becomes a test in tests/. Not a part of CI: other people's tests are not in this repository.
+with ckpt, is listed; the exit code is 1 if anything is, but for what differs by design. A case
+that fails for a reason of ours becomes a test in tests/. Not a part of CI: other people's tests
+are not in this repository.
 """
 
 from __future__ import annotations

@@ -58,10 +58,9 @@ def load_best(trainer: Any) -> None:
     arguments = trainer.args
     arguments.eval_strategy = arguments.save_strategy = IntervalStrategy.STEPS
     arguments.eval_steps = arguments.save_steps = 1
-    arguments.metric_for_best_model, arguments.greater_is_better = "loss", True
+    arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
     arguments.load_best_model_at_end = True
-    arguments.learning_rate = 0.05  # so that the loss falls
-    trainer.eval_dataset = trainer.train_dataset
+    trainer.evaluate = lambda *_, **__: {"eval_loss": float(trainer.state.global_step)}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A plugin of pytest: writes each test's outcome at once, so that a run that is stopped leaves them.
+"""A plugin of pytest: writes each outcome at once, so that a run that is stopped leaves them.
 
 ``PEERS_OUTCOMES`` is the file, of JSON lines: name, outcome, and of a failure the message.
 """

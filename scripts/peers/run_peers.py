@@ -19,13 +19,15 @@ are not in this repository.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
-import xml.etree.ElementTree as ElementTree
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -154,49 +156,53 @@ def downloaded(peer: Peer, folder: Path) -> Path:
 
 
 def run(peer: Peer, folder: Path, swap: str | None, options: argparse.Namespace) -> dict[str, str]:
-    """Outcomes by test: passed, failed, skipped; ``swap`` is what ckpt takes the place of."""
-    report_path = folder.with_name("report.xml")
-    report_path.unlink(missing_ok=True)
+    """Outcomes by test: passed, failed, skipped; ``swap`` is what ckpt takes the place of.
+
+    A run that takes longer than ``--timeout`` is stopped, and what came before counts.
+    """
+    lines = folder.with_name("outcomes.jsonl")
+    lines.write_text("")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += [f"--junitxml={report_path}", *(["-p", peer.plugin] if peer.plugin else [])]
+    command += ["-p", "outcome_lines", *(["-p", peer.plugin] if peer.plugin else [])]
     command += ["-k", options.expression] if options.expression else []
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT), str(folder)]),
         "PEERS_SWAP": swap or "",
+        "PEERS_FOLDER": str(folder),
+        "PEERS_OUTCOMES": str(lines),
         "DS_ACCELERATOR": "cpu",
         "LOCAL_SIZE": "4",  # the ranks that DeepSpeed's tests believe to have room for
-        "PEERS_FOLDER": str(folder),
     }
+    process = subprocess.Popen(
+        [*command, *peer.targets],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # so that its ranks end with it
+    )
     try:
-        subprocess.run(
-            [*command, *peer.targets],
-            cwd=folder,
-            env=environment,
-            timeout=options.timeout,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process.wait(options.timeout)
     except subprocess.TimeoutExpired:
         print(f"{peer.package}: stopped after {options.timeout:.0f} s", file=sys.stderr)
-    if not report_path.exists():
-        sys.exit(f"pytest did not run the tests of {peer.package}: {' '.join(command)}")
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
-    return outcomes(report_path)
+    results = outcomes(lines)
+    if not results:
+        sys.exit(f"no test of {peer.package} came to an end: {' '.join(command)}")
+    return results
 
 
-def outcomes(report_path: Path) -> dict[str, str]:
-    """The outcome of every test of a report of pytest."""
-    results = {}
-    for case in ElementTree.parse(report_path).iter("testcase"):
-        name = f"{case.get('classname')}::{case.get('name')}"
-        tags = {child.tag: child.get("message") or "" for child in case}
-        if "skipped" in tags:
-            results[name] = "skipped"
-        elif tags.keys() & {"failure", "error"}:
-            message = tags.get("failure", tags.get("error", ""))
-            results[name] = "failed: " + " ".join(message.split())[:160]
-        else:
-            results[name] = "passed"
+def outcomes(path: Path) -> dict[str, str]:
+    """The outcome of every test, as ``outcome_lines`` wrote them."""
+    results: dict[str, str] = {}
+    for line in path.read_text().splitlines():
+        case = json.loads(line)
+        message = f": {case['message']}" if "message" in case else ""
+        results[case["name"]] = case["outcome"] + message
 
     return results
 
@@ -216,7 +222,7 @@ def report(peer: Peer, swap: str, stock: dict[str, str], ours: dict[str, str]) -
         if name in good:
             continue
 
-        reason = DIFFERENCES.get((peer.package, swap, name.partition(".")[2]))
+        reason = DIFFERENCES.get((peer.package, swap, name.partition("::")[2]))
         unexplained += reason is None
         print(f"  {name}\n    {ours.get(name, 'not run')}")
         if reason is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,14 +11,12 @@ from types import ModuleType
 import pytest
 from oracles import ROOT
 
-REPORT = """<testsuites><testsuite>
-<testcase classname="test_simple.TestCase" name="test_good" />
-<testcase classname="test_simple.TestCase" name="test_serialization">
-<failure message="AssertionError: bytes
-differ">...</failure></testcase>
-<testcase classname="test_simple.TestCase" name="test_bad"><error message="boom" /></testcase>
-<testcase classname="test_simple.TestCase" name="test_none"><skipped message="" /></testcase>
-</testsuite></testsuites>"""
+CASES = [
+    {"name": "test_simple.py::TestCase::test_good", "outcome": "passed"},
+    {"name": "test_simple.py::TestCase::test_serialization", "outcome": "failed", "message": "x"},
+    {"name": "test_simple.py::TestCase::test_bad", "outcome": "failed", "message": "boom"},
+    {"name": "test_simple.py::TestCase::test_none", "outcome": "skipped"},
+]
 
 
 @pytest.fixture
@@ -33,21 +32,16 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_what_fails_with_ckpt_alone_is_listed(
     harness: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "report.xml").write_text(REPORT)
-    ours = harness.outcomes(tmp_path / "report.xml")
-    assert list(ours.values()) == [
-        "passed",
-        "failed: AssertionError: bytes differ",
-        "failed: boom",
-        "skipped",
-    ]
-    stock = dict.fromkeys(ours, "passed") | {"test_simple.TestCase::test_none": "skipped"}
+    (tmp_path / "lines").write_text("\n".join(map(json.dumps, CASES)))
+    ours = harness.outcomes(tmp_path / "lines")
+    assert list(ours.values()) == ["passed", "failed: x", "failed: boom", "skipped"]
+    stock = dict.fromkeys(ours, "passed") | {CASES[3]["name"]: "skipped"}
     peer = harness.PEERS["safetensors"]
     assert harness.report(peer, "save", stock, ours)
     said = capsys.readouterr().out
     assert "save by ckpt: 1 of 3 pass" in said and "failed: boom" in said
     assert said.count("by design: ") == 1
-    del stock["test_simple.TestCase::test_bad"]
+    del stock[CASES[2]["name"]]
     assert not harness.report(peer, "save", stock, ours)
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ckpt.saving.preemption import Preemption as Preemption
     from ckpt.saving.saver import Saver as Saver
     from ckpt.weights.conversion import convert as convert
+    from ckpt.weights.conversion.to_fp32 import to_fp32 as to_fp32
     from ckpt.weights.opening.opened import open as open
     from converters.errors import CheckpointError as CheckpointError
 
@@ -45,6 +46,7 @@ __all__ = [
     "find",
     "open",
     "resume",
+    "to_fp32",
 ]
 
 _NAMES = {  # public names, by the module that each is loaded from when it is first used
@@ -56,6 +58,7 @@ _NAMES = {  # public names, by the module that each is loaded from when it is fi
     "find": "ckpt.resuming.select",
     "open": "ckpt.weights.opening.opened",
     "resume": "ckpt.resuming.resume",
+    "to_fp32": "ckpt.weights.conversion.to_fp32",
 }
 _MODULES = {  # public modules, under the names that users import them by
     "convert": "ckpt.weights.conversion.convert",

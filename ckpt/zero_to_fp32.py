@@ -2,9 +2,10 @@
 
     from ckpt.zero_to_fp32 import load_state_dict_from_zero_checkpoint
 
-Same arguments and meaning as in DeepSpeed 0.19.8; what is better is listed in docs/recovery.md. The
-file runs as a script too, with the arguments of the ``zero_to_fp32.py`` that DeepSpeed leaves in a
-checkpoint. What cannot be read is a ``CheckpointError``, one line.
+Same arguments and meaning as in DeepSpeed 0.19.8, and in 0.14, which wrote one file; what is better
+is listed in docs/recovery.md. The file runs as a script too, with the arguments of the
+``zero_to_fp32.py`` that DeepSpeed leaves in a checkpoint. What cannot be read is a
+``CheckpointError``, one line.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass, replace
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckpt.weights import arguments
 from ckpt.weights.companions import surroundings
 from ckpt.weights.naming import ties
 from ckpt.weights.opening import tensors as opened_tensors
+from ckpt.weights.opening import unusual
+from ckpt.weights.request import DTYPE_NAMES, DTYPES
 from converters.errors import CheckpointError
 from converters.execute import shards
 from converters.formats import pytorch_bin, safetensors
+from converters.names import selection
 from converters.plan import WHOLE, output_dtype, parse_size
 from converters.storage import local
 from converters.storage.store import output_path
@@ -32,16 +37,7 @@ from converters.zero import checkpoint
 if TYPE_CHECKING:
     import torch
 
-_DTYPES = {
-    "float32": DType.F32,
-    "float": DType.F32,
-    "fp32": DType.F32,
-    "float16": DType.F16,
-    "half": DType.F16,
-    "fp16": DType.F16,
-    "bfloat16": DType.BF16,
-    "bf16": DType.BF16,
-}
+AnyPath = str | os.PathLike[str]
 SAFETENSORS, BIN = "model{suffix}.safetensors", "pytorch_model{suffix}.bin"
 _FILES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")  # ends of the name of one file of weights
 
@@ -73,7 +69,7 @@ class LazyTensor:
 
 
 def get_fp32_state_dict_from_zero_checkpoint(
-    checkpoint_dir: str | os.PathLike[str],
+    checkpoint_dir: AnyPath,
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,
     lazy_mode: bool = False,
@@ -93,22 +89,20 @@ def get_fp32_state_dict_from_zero_checkpoint(
         dict(lazy) if lazy_mode else {name: tensor.contiguous() for name, tensor in lazy.items()}
     )
     state_dict |= {alias: state_dict[owner] for alias, owner in weights.aliases.items()}
+    # buffers of types that only torch has
+    state_dict |= {name: tensor.read("pt") for name, tensor in unusual.tensors_of(source).items()}
 
-    return {name: state_dict[name] for name in weights.order if name in state_dict}
+    return {name: state_dict[name] for name in source.weights.order if name in state_dict}
 
 
 def _weights(weights: Weights, exclude_frozen: bool) -> Weights:
     """The weights, without the frozen parameters if they are not asked for."""
-    if not exclude_frozen:
-        return weights
-    tensors = {n: ref for n, ref in weights.tensors.items() if n not in weights.frozen}
-    aliases = {alias: owner for alias, owner in weights.aliases.items() if owner in tensors}
-    return replace(weights, tensors=tensors, aliases=aliases)
+    return selection.without_frozen(weights) if exclude_frozen else weights
 
 
 def convert_zero_checkpoint_to_state_dict(
-    checkpoint_dir: str | os.PathLike[str],
-    output_dir: str | os.PathLike[str],
+    checkpoint_dir: AnyPath,
+    output_dir: AnyPath,
     dtype: torch.dtype | str = "float32",
     max_shard_size: str | int | None = "5GB",
     safe_serialization: bool = False,
@@ -121,12 +115,13 @@ def convert_zero_checkpoint_to_state_dict(
     ``output_dir`` stays. For a complete model folder: ``ckpt.convert`` or ``ckpt to-fp32``.
 
     An ``output_dir`` that ends as a file of weights does (.bin, .pt, .safetensors) is that file, as
-    before DeepSpeed 0.15.3: all weights are written into it, and one that exists is replaced.
-    ``CheckpointError`` if a folder cannot be made there.
+    before DeepSpeed 0.15.3: all weights are written into it, and one that exists is replaced
+    when the new one is complete. ``CheckpointError`` if a folder cannot be made there.
     """
-    target_dtype = _DTYPES.get(str(dtype).removeprefix("torch.").lower())
+    target_dtype = DTYPES.get(arguments.known_dtype(dtype) or "")
     if target_dtype is None:
-        raise ValueError(f"unsupported output dtype {dtype!r}; choose one of {', '.join(_DTYPES)}")
+        choices = ", ".join(name for name, key in DTYPE_NAMES.items() if DTYPES[key])
+        raise ValueError(f"unsupported output dtype {dtype!r}; choose one of {choices}")
     max_shard_bytes = WHOLE if max_shard_size is None else parse_size(max_shard_size)
     with arguments.naming_arguments("tag="):
         source = checkpoint.weights(checkpoint_dir, tag)
@@ -148,23 +143,33 @@ def _convert(
     max_shard_bytes: int,
     as_safetensors: bool,
     exclude_frozen: bool,
-) -> None:
+) -> list[Path]:
+    """Writes the weights; the files that were written, the index last."""
     weights = _weights(source.weights, exclude_frozen)
     folder, file = _place(output)
     if file is not None:
-        as_safetensors, max_shard_bytes = file.endswith(".safetensors"), WHOLE
+        is_named_so = file.endswith(".safetensors")
+        if as_safetensors and not is_named_so:
+            raise CheckpointError(
+                f"{output} is named as a file of torch.save, and safetensors are asked for "
+                "(safe_serialization); name a folder, or a file that ends in .safetensors",
+                "output",
+            )
+        as_safetensors, max_shard_bytes = is_named_so, WHOLE
     if as_safetensors:
         spare = ties.spared(weights, source.place.root, surroundings.config_of(source.place))
         weights = ties.without_spared(weights, spare)
         plan = safetensors.plan(weights, target_dtype, max_shard_bytes, "keep", file or SAFETENSORS)
     else:
         plan = pytorch_bin.plan(weights, target_dtype, max_shard_bytes, "keep", file or BIN)
-    for shard in plan.shards:  # of another conversion, perhaps: never taken for this one's
-        (folder / shard.filename).unlink(missing_ok=True)
-    shards.execute(plan, folder, shards.CheckOptions(allow_overflow=True))
+    shards.execute(plan, folder, shards.CheckOptions(allow_overflow=True, replaces=True))
+    paths = [folder / shard.filename for shard in plan.shards]
     if plan.index is not None:
         name, content = plan.index
         local.write_file(folder / name, content)
+        paths.append(folder / name)
+
+    return paths
 
 
 def _place(output: Path) -> tuple[Path, str | None]:
@@ -184,17 +189,31 @@ def _place(output: Path) -> tuple[Path, str | None]:
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(
-    checkpoint_dir: str | os.PathLike[str],
-    output_dir: str | os.PathLike[str],
+    checkpoint_dir: AnyPath,
+    output_dir: AnyPath | None = None,
     max_shard_size: str | int | None = "5GB",
     safe_serialization: bool = False,
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,
+    *,
+    output_file: AnyPath | None = None,
 ) -> None:
-    """``convert_zero_checkpoint_to_state_dict`` in fp32."""
+    """``convert_zero_checkpoint_to_state_dict`` in fp32.
+
+    The arguments of DeepSpeed before 0.15.3 are taken too: ``output_file``, and after
+    it, by position, ``tag`` and ``exclude_frozen_parameters``. Then it is one file.
+    """
+    output = output_file if output_dir is None else output_dir
+    if output is None:
+        raise TypeError("convert_zero_checkpoint_to_fp32_state_dict: output_dir is not given")
+
+    if isinstance(max_shard_size, str) and (Path(checkpoint_dir) / max_shard_size).is_dir():
+        tag, exclude_frozen_parameters = max_shard_size, safe_serialization
+        max_shard_size, safe_serialization = None, False
+
     convert_zero_checkpoint_to_state_dict(
         checkpoint_dir,
-        output_dir,
+        output,
         "float32",
         max_shard_size,
         safe_serialization,
@@ -204,7 +223,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
 
 def load_state_dict_from_zero_checkpoint(
-    model: torch.nn.Module, checkpoint_dir: str | os.PathLike[str], tag: str | None = None
+    model: torch.nn.Module, checkpoint_dir: AnyPath, tag: str | None = None
 ) -> torch.nn.Module:
     """Puts the model on the CPU and the checkpoint's weights into it, parameter by parameter.
 
@@ -222,7 +241,31 @@ def load_state_dict_from_zero_checkpoint(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The script: ``python -m ckpt.zero_to_fp32 CHECKPOINT_DIR OUTPUT_DIR``."""
+    """The script: ``python -m ckpt.zero_to_fp32 CHECKPOINT_DIR OUTPUT_DIR``.
+
+    It prints the paths of the files that it wrote.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        paths = _convert(
+            checkpoint.weights(Path(options.checkpoint_dir), options.tag),
+            Path(options.output_dir),
+            DType.F32,
+            arguments.shard_bytes(options.max_shard_size, "output"),
+            options.safe_serialization,
+            options.exclude_frozen_parameters,
+        )
+    except CheckpointError as error:
+        _fail(str(error), options.debug)
+    except OSError as error:
+        _fail(f"{error.filename or 'error'}: {error.strerror}", options.debug)
+
+    for path in paths:
+        print(path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The arguments of DeepSpeed's script, of all versions."""
     parser = argparse.ArgumentParser(
         prog="zero_to_fp32", description="Convert a ZeRO checkpoint to fp32 weights."
     )
@@ -235,30 +278,22 @@ def main(argv: list[str] | None = None) -> None:
         "--safe_serialization", action="store_true", help="safetensors instead of .bin"
     )
     parser.add_argument("-t", "--tag", help="the tag to read instead of the one latest names")
-    parser.add_argument("--exclude_frozen_parameters", action="store_true")
-    parser.add_argument("-d", "--debug", action="store_true", help="accepted, and without effect")
-    options = parser.parse_args(argv)
-    try:
-        max_shard_size = parse_size(options.max_shard_size)
-    except ValueError as error:
-        print(f"zero_to_fp32: {error}", file=sys.stderr)
-        sys.exit(1)
+    parser.add_argument(
+        "-e",
+        "--exclude_frozen_parameters",
+        action="store_true",
+        help="leave out the parameters that are not trained",
+    )
+    parser.add_argument("-d", "--debug", action="store_true", help="show where an error arose")
+    return parser
 
-    try:
-        _convert(
-            checkpoint.weights(Path(options.checkpoint_dir), options.tag),
-            Path(options.output_dir),
-            DType.F32,
-            max_shard_size,
-            options.safe_serialization,
-            options.exclude_frozen_parameters,
-        )
-    except CheckpointError as error:
-        print(f"zero_to_fp32: {error}", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        print(f"zero_to_fp32: {error.filename or 'error'}: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
+
+def _fail(message: str, debug: bool) -> NoReturn:
+    """Prints one line on stderr and exits with 1."""
+    if debug:
+        traceback.print_exc()
+    print(f"zero_to_fp32: {message}", file=sys.stderr)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

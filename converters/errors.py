@@ -22,6 +22,9 @@ class CheckpointError(Exception):
     known format that is not read here), ``unloadable`` (its reader would not load the
     result) and ``output`` (nothing is wrong with the checkpoint; the result cannot be
     written).
+
+    Functions for users name their arguments where commands name options; ``for_command``
+    is the message with the options.
     """
 
     def __init__(self, message: str, kind: Kind = "corrupt"):
@@ -38,6 +41,7 @@ class CheckpointError(Exception):
         )
 
         self.kind: Kind = kind
+        self.for_command = str(self)
 
 
 def unreadable(error: OSError, path: Path) -> CheckpointError:

@@ -26,6 +26,8 @@ from converters.tensors import METADATA, Checksum, DType, TensorRef, Weights
 
 Tied = Literal["keep", "drop"]
 WHOLE = 1 << 62  # bytes of a shard where none is to be cut
+_MIN_NUMBER = 100  # bytes of a shard that are believed of a number
+_MIN_PLAIN_TEXT = 1_000_000  # and of a text without a unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +172,13 @@ def output_dtype(name: str, weights: Weights, dtype: DType | None) -> DType:
 
 
 def parse_size(size_or_text: str | int) -> int:
-    """Bytes of 5GB (10^9, as the Hugging Face tools count), 2GiB, 300B, or of a number;
-    ``ValueError``."""
-    text = str(size_or_text)
-    parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?\s*", text.upper())
+    """Bytes of 5GB (10^9, as the Hugging Face tools count), 2GiB, 300B, or of a number.
+
+    ``ValueError`` for what is not a size, and for a number without a unit that can
+    hardly be one of bytes: under 100, or as text under a million.
+    """
+    text = str(size_or_text).strip()
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?(B?)", text.upper())
     if parts is None:
         raise ValueError(f"{text!r} is not a size; write 5GB, 500MB or 2GiB")
 
@@ -181,6 +186,11 @@ def parse_size(size_or_text: str | int) -> int:
     size = int(float(parts[1]) * base**power)
     if size < 1:
         raise ValueError("a shard takes at least one byte")
+
+    is_number = isinstance(size_or_text, int)
+    if not parts[2] and not parts[4] and size < (_MIN_NUMBER if is_number else _MIN_PLAIN_TEXT):
+        unit = "GB" if size < 100 else "MB"
+        raise ValueError(f"{text} is {text} bytes; write {text}{unit} if you mean that, or {text}B")
     return size
 
 

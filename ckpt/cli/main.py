@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         exit_code = cli.main(args=arguments, prog_name="ckpt", standalone_mode=False)
         sys.exit(exit_code if isinstance(exit_code, int) else 0)
     except CheckpointError as error:
-        _fail(str(error), error.kind, as_json="--json" in arguments)
+        _fail(error.for_command, error.kind, as_json="--json" in arguments)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

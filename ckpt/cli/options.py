@@ -72,8 +72,19 @@ def dry_run(help_text: str) -> Callable[[F], F]:
     return click.option("--dry-run", is_flag=True, help=help_text)
 
 
+class DtypeOption(click.Option):
+    """An option of element types, under the names that torch and transformers have too."""
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """The value under its name in the help: bf16 for bfloat16."""
+        from ckpt.weights.arguments import known_dtype
+
+        return super().type_cast_value(ctx, known_dtype(value) or value)
+
+
 DTYPE = click.option(
     "--dtype",
+    cls=DtypeOption,
     type=click.Choice(["fp32", "bf16", "fp16", "keep"]),
     default="fp32",
     show_default=True,

@@ -62,6 +62,11 @@ OPTIONS = (
         metavar="NAME",
         help="The model (policy) or the adapter to write, where several are saved as one.",
     ),
+    click.option(
+        "--exclude-frozen",
+        is_flag=True,
+        help="Leave out the parameters that are not trained.",
+    ),
     click.option("--strip", metavar="PREFIX", multiple=True, help="Drop a prefix of the names."),
     click.option(
         "--rename",
@@ -167,7 +172,7 @@ def request(options: dict[str, Any]) -> Request:
             "tokenizer",
             "dequantize",
         ),
-        *("check", "untie", "other_base"),
+        *("check", "untie", "other_base", "exclude_frozen"),
     )
 
     return Request(

@@ -27,6 +27,7 @@ from ckpt.folders.locks import Lock
 from ckpt.hub.child_process import Child
 from ckpt.hub.client import errors
 from ckpt.hub.client.repository import is_step
+from ckpt.weights.arguments import known_dtype
 from ckpt.weights.request import DTYPES
 from converters.errors import CheckpointError
 from converters.plan import parse_size
@@ -65,10 +66,12 @@ class Push:
     def __post_init__(self) -> None:
         if not _REPO.fullmatch(self.repo):
             raise ValueError(f"repo is {self.repo!r}, expected a name such as org/name")
-        if self.dtype not in DTYPES:
+        dtype = known_dtype(self.dtype)
+        if dtype is None:
             raise ValueError(
-                f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}",
+                f"dtype is {str(self.dtype)!r}, expected one of {', '.join(DTYPES)}",
             )
+        object.__setattr__(self, "dtype", dtype)
 
         for option in ("every", "keep_last"):
             value = getattr(self, option)
@@ -105,7 +108,8 @@ class Push:
                 words += [f"--{option.replace('_', '-')}", value.replace("{step}", str(step))]
 
         if self.max_shard_size != "5GB":
-            words += ["--max-shard-size", str(self.max_shard_size)]
+            size = self.max_shard_size
+            words += ["--max-shard-size", f"{size}B" if isinstance(size, int) else size]
         if self.keep_last is not None:
             words += ["--keep-last", str(self.keep_last)]
         words += ["--include-training-state"] if self.training_state else []

@@ -225,7 +225,8 @@ def _reshard_source(ranks: RankGroup, source: ResumePoint, layout: Layout) -> Pa
             if error.kind != "output":
                 raise
             raise CheckpointError(
-                f"{error} (an option of: {_command(source, layout)}), and resume from that by name",
+                f"{error.for_command} (an option of: {_command(source, layout)}), and resume "
+                "from that by name",
                 "output",
             ) from error
 

@@ -30,6 +30,7 @@ from ckpt.rewrite.result import RewriteChecks, RewriteResult
 from ckpt.runs import user_paths
 from ckpt.runs.ancestry import Ancestry
 from ckpt.runs.manifest import Manifest
+from ckpt.weights.arguments import naming_arguments
 from ckpt.weights.companions import model_folder
 from converters.execute import shards, small_files
 from converters.execute.logbook import Logbook
@@ -45,6 +46,10 @@ from converters.zero.native.target import TargetTopology
 from converters.zero.universal import proof, reader
 from converters.zero.universal.reader import Universal
 
+ARGUMENTS = (  # of the functions for users, as errors name them
+    *("output=", "tag=", "world_size=", "stage=", "like=", "sub_group_size=", "zero_init=True"),
+    *("zero_init=False", "verify=False", "read_back=True", "overwrite=True"),
+)
 # written, never copied
 WRITTEN_NAMES = ("latest", filenames.MANIFEST, filenames.REWRITING, filenames.PINNED)
 _RANKED = re.compile(r"(rng_state|extra_state|random_states)_(\d+)\.(pth|state|pkl)")
@@ -148,6 +153,7 @@ def _is_copied(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in _COPIED)
 
 
+@naming_arguments(*ARGUMENTS)
 def execute(
     rewriting: Rewriting,
     *,

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from ckpt.deprecation import renamed
 from ckpt.rewrite import job
-from ckpt.rewrite.job import Rewriting
+from ckpt.rewrite.job import ARGUMENTS, Rewriting
 from ckpt.rewrite.job import execute as execute
+from ckpt.weights.arguments import naming_arguments
 from converters.errors import CheckpointError
 from converters.storage import open_files, stores
 from converters.storage.store import default_output, output_path
@@ -29,6 +30,7 @@ from converters.zero.native import reshard as native
 from converters.zero.native.target import SUB_GROUP, TargetTopology, require_arguments
 
 
+@naming_arguments(*ARGUMENTS)
 @open_files.once()
 def plan(
     checkpoint: str | os.PathLike[str],

@@ -14,8 +14,9 @@ import os
 
 from ckpt.deprecation import renamed
 from ckpt.rewrite import job, reshard, universal_limits
-from ckpt.rewrite.job import Rewriting
+from ckpt.rewrite.job import ARGUMENTS, Rewriting
 from ckpt.rewrite.job import execute as execute
+from ckpt.weights.arguments import naming_arguments
 from converters.storage import open_files
 from converters.storage.store import default_output, output_path
 from converters.storage.stores import source_path
@@ -31,6 +32,7 @@ from converters.zero.universal import reader
 from converters.zero.universal.reader import SUFFIX
 
 
+@naming_arguments(*ARGUMENTS)
 @open_files.once()
 def plan_to(
     checkpoint: str | os.PathLike[str],
@@ -62,6 +64,7 @@ def plan_to(
     )
 
 
+@naming_arguments(*ARGUMENTS)
 @open_files.once()
 def plan_from(
     folder: str | os.PathLike[str],

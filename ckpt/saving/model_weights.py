@@ -19,6 +19,7 @@ from ckpt.live.export import CHUNK, Job, save_config, written_types
 from ckpt.runs.manifest import FileRecord
 from ckpt.saving import adapter
 from ckpt.saving.host_copies import rounded
+from ckpt.weights.arguments import known_dtype
 from ckpt.weights.conversion import task
 from converters.errors import CheckpointError
 from converters.storage import local
@@ -32,6 +33,7 @@ class WeightsWriter:
     with, or the optimizer's fp32. ``nbytes`` is what all ranks together write."""
 
     def __init__(self, engine: EngineView, kind: str, max_shard_size: str | int, ranks: RankGroup):
+        kind = known_dtype(kind) or kind
         if kind not in KINDS:
             raise CheckpointError(
                 f"weights={kind!r}, expected bf16, fp16, fp32 or None",

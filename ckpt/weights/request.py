@@ -11,6 +11,10 @@ from converters.errors import CheckpointError
 from converters.tensors import DType
 
 DTYPES = {"fp32": DType.F32, "bf16": DType.BF16, "fp16": DType.F16, "keep": None}
+DTYPE_NAMES = {  # what torch and transformers call them
+    **{name: name for name in DTYPES},
+    **{"float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"},
+}
 
 Masters = Literal["fp32", "16bit"]
 Check = Literal["auto", "names", "transformers", "none"]
@@ -96,6 +100,7 @@ class Request:
                        note ("skip"), or copied as bytes ("raw")
     dtype              the element type to write, a key of ``DTYPES``
     drops_ties         leaves out every tied name, whatever the reader makes of that
+    exclude_frozen     leaves out the parameters that are not trained
     """
 
     naming: Naming = field(default_factory=Naming)
@@ -112,6 +117,7 @@ class Request:
     unsupported_types: Literal["skip", "raw"] = "skip"
     dtype: str = "fp32"
     drops_ties: bool = False
+    exclude_frozen: bool = False
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -136,6 +142,7 @@ class Request:
             "--rename": naming.rename,
             "--untie": self.untie,
             "--other-base": self.other_base,
+            "--exclude-frozen": self.exclude_frozen,
             "--check transformers": self.check == "transformers",
             **self.paths,
         }

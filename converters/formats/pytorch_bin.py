@@ -5,7 +5,7 @@ back.
 
 A zip of stored records, each payload at a multiple of 64 bytes as torch has them, so
 that ``torch.load(mmap=True)`` works. The pickle holds a plain dict of tensors, nothing
-but what ``torch.load(weights_only=True)`` allows; tied names share one storage. Sizes
+but what ``torch.load(weights_only=True)`` allows; tied names are one tensor. Sizes
 stand in the local headers; the CRC32 of a tensor is filled in when its bytes have
 passed.
 """
@@ -15,8 +15,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from converters.errors import CheckpointError
+from converters.formats import named_values
 from converters.formats.safetensors import shards
 from converters.plan import Entry, Plan, Shard, Tied
 from converters.plan import plan as plan_shards
@@ -69,13 +71,27 @@ def tensor_file(filename: str, entries: Sequence[Entry], pickle: bytes) -> Shard
 
 def dict_pickle(entries: Sequence[Entry], shared: Mapping[str, str]) -> bytes:
     """The pickle, protocol 2, of a dict of tensors as ``torch._utils`` rebuilds them."""
-    keyed_entries = {entry.name: (str(key), entry) for key, entry in enumerate(entries)}
+    owners = {name: number for number, name in enumerate(dict.fromkeys(shared.values()))}
     opcodes = [b"\x80\x02}("]
-    for name in (*keyed_entries, *shared):
-        key, entry = keyed_entries[shared.get(name, name)]
-        opcodes += [text(name), _tensor(key, entry)]
+    for key, entry in enumerate(entries):
+        opcodes += [text(entry.name), _tensor(str(key), entry)]
+        if entry.name in owners:
+            opcodes.append(_put(owners[entry.name]))
+
+    for alias, owner in shared.items():  # the same object, as DeepSpeed and torch write it
+        opcodes += [text(alias), _get(owners[owner])]
 
     return b"".join([*opcodes, b"u."])
+
+
+def _put(number: int) -> bytes:
+    """The opcode that remembers the last object (LONG_BINPUT)."""
+    return b"r" + struct.pack("<I", number)
+
+
+def _get(number: int) -> bytes:
+    """The opcode of an object that is remembered (LONG_BINGET)."""
+    return b"j" + struct.pack("<I", number)
 
 
 def _tensor(storage_key: str, entry: Entry) -> bytes:
@@ -131,21 +147,46 @@ def read(path: Path) -> Weights:
     with the reason. ``CheckpointError`` if a file is damaged or holds no tensors by
     name.
     """
-    if not stores.is_folder(path):
-        return _read_file(path)
-
-    index = path / "pytorch_model.bin.index.json"
-    paths = shards(index) if stores.is_file(index) else [path / "pytorch_model.bin"]
     tensors: dict[str, TensorRef] = {}
     absent: dict[str, str] = {}
 
-    for shard_path in paths:
-        shard = _read_file(shard_path)
-        tensors |= shard.tensors
-        absent |= shard.absent
+    for file_path in _files(path):
+        file = _read_file(file_path)
+        tensors |= file.tensors
+        absent |= file.absent
 
     lacking = {name: reason for name, reason in absent.items() if name not in tensors}
     return Weights(tensors, absent=lacking)
+
+
+def values(path: Path) -> dict[str, Any]:
+    """Every value of a file, or of a folder's shards, by its name (``named_values``).
+
+    Reads pickles only. ``CheckpointError`` if a file is damaged or holds nothing by
+    name.
+    """
+    values_by_name: dict[str, Any] = {}
+    for file_path in _files(path):
+        values_by_name |= named_values.values_by_name(reader.read(file_path).root, file_path)
+
+    return values_by_name
+
+
+def weights_of(values_by_name: Mapping[str, Any]) -> Weights:
+    """The tensors among some values; the others are ``absent``, with the reason."""
+    tensors = {name: ref for name, ref in values_by_name.items() if isinstance(ref, TensorRef)}
+    others = {name: value for name, value in values_by_name.items() if name not in tensors}
+    absent = {name: rebuild.reason(value) for name, value in others.items()}
+    return Weights(tensors, absent=absent, order=tuple(values_by_name))
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or those of a folder: its shards where it has an index of them."""
+    if not stores.is_folder(path):
+        return [path]
+
+    index = path / "pytorch_model.bin.index.json"
+    return shards(index) if stores.is_file(index) else [path / "pytorch_model.bin"]
 
 
 def _read_file(path: Path) -> Weights:
@@ -154,9 +195,9 @@ def _read_file(path: Path) -> Weights:
         raise CheckpointError(f"{path} does not hold a dict of tensors")
 
     entries = {name: value for name, value in root.items() if isinstance(name, str)}
-    tensors = {name: tensor for name, tensor in entries.items() if isinstance(tensor, TensorRef)}
+    weights = weights_of(entries)
     dicts = [name for name, value in entries.items() if isinstance(value, dict) and value]
-    if not tensors and dicts:
+    if not weights.tensors and dicts:
         raise CheckpointError(
             f"{path} holds no tensors by name, but dicts of other values under "
             f"{', '.join(sorted(dicts)[:8])}: it is not a file of weights; take the state "
@@ -164,6 +205,4 @@ def _read_file(path: Path) -> Weights:
             "unsupported",
         )
 
-    others = {name: value for name, value in entries.items() if name not in tensors}
-    absent = {name: rebuild.reason(value) for name, value in others.items()}
-    return Weights(tensors, absent=absent)
+    return weights

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from converters.detect import filenames
 from converters.formats import pytorch_bin, safetensors
 from converters.source import Place, Source
 from converters.storage import stores
-from converters.tensors import Weights
 
 
 def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     """The weights in a file, or in a folder's file or shards: safetensors before others.
 
-    ``tag`` and ``complete`` have no meaning here. ``CheckpointError`` for a file that is
-    damaged or holds no tensors by name.
+    Of a file of ``torch.save`` the tensors in dicts in it have dotted names, and
+    ``entries`` are its other values by name, tensors of unusual types too. ``tag`` and
+    ``complete`` have no meaning here. ``CheckpointError`` for a file that is damaged or
+    holds nothing by name.
     """
-    weights = _weights(path)
+    weights_path = _file_of(path)
+    entries: dict[str, Any] = {}
+    if is_safetensors(weights_path):
+        weights = safetensors.read(weights_path)
+    else:
+        values = pytorch_bin.values(weights_path)
+        weights = pytorch_bin.weights_of(values)
+        entries = {name: value for name, value in values.items() if name in weights.absent}
+
     folder = path if stores.is_folder(path) else path.parent
     references = [ref for ref in weights.tensors.values() if len(ref.extents)]
     files = {ref.extents[0].path: None for ref in references}
@@ -28,18 +38,19 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
         place=Place(folder, folder, path.name),
         weights=weights,
         files=files,
+        entries=entries,
     )
 
 
-def _weights(path: Path) -> Weights:
-    if is_safetensors(path):
-        return safetensors.read(path)
-    if stores.is_folder(path) and not _has_any(path, filenames.TORCH_BIN):
+def _file_of(path: Path) -> Path:
+    """The path of the weights: of a folder with no more than an adapter the adapter's file."""
+    is_of_model = _has_any(path, (*filenames.SAFETENSORS, *filenames.TORCH_BIN))
+    if stores.is_folder(path) and not is_of_model:
         for name in filenames.ADAPTERS:
             if stores.is_file(path / name):
-                return _weights(path / name)
+                return path / name
 
-    return pytorch_bin.read(path)
+    return path
 
 
 def is_safetensors(path: Path) -> bool:

@@ -197,6 +197,17 @@ def selected(weights: Weights, names: Collection[str]) -> Weights:
     )
 
 
+def without_frozen(weights: Weights) -> Weights:
+    """The weights without the parameters that are not trained, as DeepSpeed's
+    ``exclude_frozen_parameters`` leaves them out."""
+    if not weights.frozen:
+        return weights
+
+    names = {*weights.tensors, *weights.aliases, *weights.absent}
+    frozen_aliases = {alias for alias, owner in weights.aliases.items() if owner in weights.frozen}
+    return selected(weights, names - weights.frozen - frozen_aliases)
+
+
 def _names_by_role(
     weights: Weights, tensors: Iterable[str], heirs: Mapping[str, str]
 ) -> dict[str, frozenset[str]]:

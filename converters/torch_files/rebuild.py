@@ -58,14 +58,23 @@ def reason(value: Any) -> str:
     if not isinstance(value, Call):
         return f"a value of type {type(value).__name__}, not a tensor"
 
-    name = getattr(value.of, "name", "")
-    for beginning, word in _KINDS_OF_TENSORS.items():
-        if name.startswith(beginning):
-            return f"a {word} tensor, which is not read"
+    if (word := tensor_kind(value)) is not None:
+        return f"a {word} tensor, which is not read"
 
     text = str(value.of) if isinstance(value.of, Global) else "the result of a call"
     text = text if text.isprintable() else ascii(text)
     return f"no plain tensor but {text}, which is not read"
+
+
+def tensor_kind(call: Call) -> str | None:
+    """What sort of tensor torch makes of a call: its element type, or a word such as
+    sparse; ``None`` for what is not known as a tensor."""
+    if isinstance(call, Odd):
+        return call.kind
+
+    name = getattr(call.of, "name", "")
+    words = (word for start, word in _KINDS_OF_TENSORS.items() if name.startswith(start))
+    return next(words, None)
 
 
 def storage_id(persistent_id: Any, path: Path) -> tuple[DType | None, str, int]:

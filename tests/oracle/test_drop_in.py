@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import peft_models
 import pytest
 import torch
 from made_checkpoints import make_checkpoint
 from oracles import FIXTURES, ROOT, live, same, weights_in
 from safetensors.torch import load_file
 
+import ckpt
 from ckpt import zero_to_fp32 as ours
 from converters.errors import CheckpointError
+from converters.execute import workers
 
 NAMES = ["zero2-bf16-w3", "zero3-bf16-w2", "zero3-fp16-w4", "trainer-zero3"]
 
@@ -37,8 +41,31 @@ def source(name: str) -> Path:
 def test_names_and_arguments_are_deepspeeds(name: str) -> None:
     from deepspeed.utils import zero_to_fp32 as theirs
 
-    wanted = inspect.signature(getattr(theirs, name)).parameters
-    assert list(inspect.signature(getattr(ours, name)).parameters) == list(wanted)
+    wanted = list(inspect.signature(getattr(theirs, name)).parameters)
+    found = inspect.signature(getattr(ours, name)).parameters
+    assert list(found)[: len(wanted)] == wanted
+    assert all(
+        found[extra].kind is inspect.Parameter.KEYWORD_ONLY
+        for extra in found
+        if extra not in wanted
+    )
+
+
+def test_arguments_of_deepspeed_before_0_15_3_are_taken(tmp_path: Path) -> None:
+    path, file = source("zero2-bf16-w3"), str(tmp_path / "pytorch_model.bin")
+    convert = ours.convert_zero_checkpoint_to_fp32_state_dict
+    whole = ours.get_fp32_state_dict_from_zero_checkpoint(path)
+    for call in (
+        lambda: convert(str(path), file, "global_step2", True),
+        lambda: convert(str(path), output_file=file, exclude_frozen_parameters=True),
+        lambda: convert(path, output_file=file, tag="global_step2", exclude_frozen_parameters=True),
+    ):
+        call()
+        found = torch.load(file, weights_only=True)
+        assert found.keys() == whole.keys() - {"frozen.weight", "frozen.bias"}
+        Path(file).unlink()
+    with pytest.raises(TypeError, match="output_dir is not given"):
+        convert(path)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,6 +89,31 @@ def test_the_state_dict_is_deepspeeds_with_frozen_weights_in_fp32(name: str, exc
     if "head.weight" in found:
         eager = ours.get_fp32_state_dict_from_zero_checkpoint(source(name))
         assert eager["head.weight"] is eager["embed.weight"]
+
+
+def test_buffers_of_types_that_only_torch_has_are_deepspeeds(tmp_path: Path) -> None:
+    from deepspeed.utils import zero_to_fp32 as theirs
+
+    folder = shutil.copytree(source("zero2-bf16-w2"), tmp_path / "c")
+    (path,) = folder.glob("*/mp_rank_00_model_states.pt")
+    root = torch.load(path, weights_only=False)
+    freqs = torch.arange(3.0).to(torch.complex128)
+    root["module"]["freqs"] = freqs
+    torch.save(root | {"buffer_names": [*root["buffer_names"], "freqs"]}, path)
+
+    expected = theirs.get_fp32_state_dict_from_zero_checkpoint(str(folder))
+    for lazy in (False, True):
+        found = ours.get_fp32_state_dict_from_zero_checkpoint(folder, lazy_mode=lazy)
+        assert found.keys() == expected.keys()
+        assert same(found["freqs"].contiguous(), freqs) and same(expected["freqs"], freqs)
+    with ckpt.open(folder) as opened:
+        assert same(opened["freqs"], freqs)
+
+    target = torch.nn.Module()
+    target.register_buffer("freqs", torch.zeros(3, dtype=torch.complex128))
+    with pytest.warns(UserWarning, match="not in the model"):
+        ours.load_state_dict_from_zero_checkpoint(target, folder)
+    assert same(target.freqs, freqs)
 
 
 @pytest.mark.parametrize("safe", [False, True])
@@ -121,6 +173,114 @@ def test_an_output_that_is_named_as_a_file_is_one_file(name: str, tmp_path: Path
         found = torch.load(tmp_path / name, weights_only=True)
     assert found.keys() == expected.keys()
     assert all(same(found[key], expected[key]) for key in expected)
+
+
+def script(*args: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "ckpt.zero_to_fp32", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        ((".", "pytorch_model.bin"), ["pytorch_model.bin"]),
+        ((".", "."), ["pytorch_model.bin"]),
+        ((".", "out"), ["out/pytorch_model.bin"]),
+        ((".", "out", "--safe_serialization"), ["out/model.safetensors"]),
+        ((".", "m.safetensors", "--safe_serialization", "-d"), ["m.safetensors"]),
+        ((".", "pytorch_model.bin", "-t", "global_step2", "-e"), ["pytorch_model.bin"]),
+        (
+            (".", "out", "--max_shard_size", "100KB"),
+            ["out/pytorch_model.bin"],
+        ),
+    ],
+)
+def test_the_guides_commands_write_the_files_that_the_guide_names(
+    args: tuple[str, ...], names: list[str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(source("trainer-zero2"), tmp_path / "checkpoint-2")
+    for name in names * 2:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"what was there before")
+    for _ in range(2):
+        assert script(*args, cwd=folder).stdout.split() == names
+    for name in names:
+        read = load_file if name.endswith("safetensors") else torch.load
+        found = read(folder / name)
+        expected = live(FIXTURES / "trainer-zero2")["fp32"]
+        assert all(same(value, expected[key]) for key, value in found.items() if key in expected)
+        assert len(found) >= len(expected) - 1
+
+
+def test_what_is_there_stays_until_the_new_file_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(b"before")
+
+    def stop(*_: object, **__: object) -> None:
+        assert file.read_bytes() == b"before"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workers.Mover, "move", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ours.convert_zero_checkpoint_to_fp32_state_dict(source("zero2-bf16-w3"), file)
+    assert file.read_bytes() == b"before"
+
+
+def test_a_name_of_torch_is_not_a_safetensors_file(tmp_path: Path) -> None:
+    args = (source("zero2-bf16-w3"), "pytorch_model.bin", "--safe_serialization")
+    said = script(*args, cwd=tmp_path, code=1).stderr
+    assert said.count("\n") == 1 and "name a folder, or a file that ends in .safetensors" in said
+    debugged = script(*args, "-d", cwd=tmp_path, code=1).stderr
+    assert "Traceback" in debugged
+
+
+@pytest.mark.parametrize("name", ["zero3-bf16-w2", "zero3-fp16-w4"])
+def test_the_model_file_of_rank_0_is_enough_where_nothing_is_frozen(
+    name: str, tmp_path: Path
+) -> None:
+    from deepspeed.utils import zero_to_fp32 as theirs
+
+    folder = shutil.copytree(source(name), tmp_path / "c")
+    for path in folder.glob("*/zero_pp_rank_*_model_states.pt"):
+        root = torch.load(path, weights_only=False)
+        root |= {"frozen_param_shapes": None, "frozen_param_fragments": None}
+        torch.save(root, path)
+        if "rank_0" not in path.name:
+            path.unlink()
+    expected = theirs.get_fp32_state_dict_from_zero_checkpoint(str(folder))
+    found = ours.get_fp32_state_dict_from_zero_checkpoint(folder)
+    assert found.keys() == expected.keys()
+    assert all(same(found[key], expected[key]) for key in expected)
+
+
+def test_an_adapters_checkpoint_goes_into_the_model_with_its_base(tmp_path: Path) -> None:
+    from deepspeed.utils import zero_to_fp32 as theirs
+
+    torch.manual_seed(1)
+    trained = peft_models.model("lora")
+    make_checkpoint(
+        tmp_path / "c",
+        {name: p + 1 for name, p in trained.named_parameters() if p.requires_grad},
+    )
+    targets = [peft_models.model("lora") for _ in range(2)]
+    targets[1].load_state_dict(targets[0].state_dict())
+    theirs.load_state_dict_from_zero_checkpoint(targets[0], str(tmp_path / "c"))
+    with pytest.warns(UserWarning, match="not in the checkpoint, so left as they are"):
+        ours.load_state_dict_from_zero_checkpoint(targets[1], str(tmp_path / "c"))
+    expected, found = (target.state_dict() for target in targets)
+    assert all(same(found[key], expected[key]) for key in expected)
+    with pytest.raises(CheckpointError, match="have no value"):  # and no adapter to take it
+        ours.load_state_dict_from_zero_checkpoint(peft_models.llama(), tmp_path / "c")
 
 
 def test_a_file_in_the_place_of_the_folder_is_one_line(

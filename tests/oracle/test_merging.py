@@ -136,7 +136,7 @@ def test_a_prompt_cannot_be_merged(kind: str, tmp_path: Path) -> None:
     peft_models.saved(model, tmp_path / "live")
     checkpoint = zero_folders.save(model, tmp_path / "checkpoint-2")
     shutil.copy(tmp_path / "live/adapter_config.json", checkpoint)
-    with pytest.raises(CheckpointError, match="nothing to merge; without --merge"):
+    with pytest.raises(CheckpointError, match="nothing to merge; without merge=True"):
         convert.prepare(checkpoint, tmp_path / "out", request=Request(merge=True))
 
 
@@ -153,7 +153,7 @@ def test_the_base_is_found_in_the_hubs_cache(
     config = json.loads(path.read_text()) | {"base_model_name_or_path": "org/base"}
     path.write_text(json.dumps(config))
 
-    with pytest.raises(CheckpointError, match=r"org/base, is not on this machine.*--base DIR"):
+    with pytest.raises(CheckpointError, match=r"org/base, is not on this machine.*base=DIR"):
         run.merge()
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     facts = run.merge()
@@ -326,7 +326,7 @@ def test_a_base_that_training_began_by_changing_is_not_replaced(tmp_path: Path) 
 def test_the_scale_is_asked_for(tmp_path: Path) -> None:
     run = Run("lora", tmp_path)
     (run.checkpoint / "adapter_config.json").unlink()
-    with pytest.raises(CheckpointError, match="--adapter-config"):
+    with pytest.raises(CheckpointError, match="adapter_config="):
         run.merge()
     small = tmp_path / "small.json"
     small.write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 8}))

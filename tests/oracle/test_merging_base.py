@@ -37,8 +37,8 @@ def test_a_base_with_other_values_is_refused_before_anything_is_written(tmp_path
 
     with pytest.raises(CheckpointError, match="not the model that was trained on") as error:
         run.prepare(base=run.base)
-    assert "--other-base" in str(error.value)
-    with pytest.raises(CheckpointError, match="without --base"):
+    assert "other_base=True" in str(error.value)
+    with pytest.raises(CheckpointError, match="without base="):
         contents(
             open_checkpoint(run.checkpoint),
             max_shard_size=1 << 40,

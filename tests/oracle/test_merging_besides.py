@@ -120,7 +120,7 @@ def test_a_resized_vocabulary_that_is_lost_is_said(tmp_path: Path) -> None:
 def test_trained_rows_beyond_the_base_say_that_it_was_resized(tmp_path: Path) -> None:
     run = Run("tokens", tmp_path, exclude_frozen=True)
     shrink(run, 4)
-    with pytest.raises(CheckpointError, match=r"vocabulary was resized .* with --base"):
+    with pytest.raises(CheckpointError, match=r"vocabulary was resized .* with base="):
         run.merge(base=run.base)
 
 
@@ -136,7 +136,7 @@ def test_without_zero_the_trained_adapters_are_asked_for(tmp_path: Path) -> None
     state |= {"ds_config": {}, "param_shapes": None, "frozen_param_shapes": None}
     torch.save(state, path)
 
-    with pytest.raises(CheckpointError, match="which of them were trained; --part default"):
+    with pytest.raises(CheckpointError, match="which of them were trained; part= default"):
         run.merge(config=run.base)
     request = Request(merge=True, config=run.base, naming=Naming(part="default"))
     convert.run(convert.prepare(run.checkpoint, run.output, request=request))

@@ -55,7 +55,7 @@ def test_what_is_amiss_with_the_folder_of_a_base_is_said(tmp_path: Path) -> None
     text = path.read_text()
 
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"has no config\.json .*--base DIR"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json .*base=DIR"):
         run.prepare()
     path.write_text(text)
     (run.base / "model.safetensors").unlink()

@@ -85,7 +85,7 @@ def test_without_an_answer_the_table_decides(
     monkeypatch.setattr(installed, "ask", no_answer)
     checkpoint = saved(decoder(), tmp_path / "checkpoint")
 
-    with pytest.raises(CheckpointError, match="--check transformers asks"):
+    with pytest.raises(CheckpointError, match='check="transformers" asks'):
         convert.prepare(checkpoint, request=AUTO)
 
 
@@ -136,7 +136,7 @@ def test_untie_and_tied_drop_contradict_each_other(tmp_path: Path) -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
     checkpoint = saved(model, tmp_path / "checkpoint")
 
-    with pytest.raises(CheckpointError, match="--untie does not go with --tied drop"):
+    with pytest.raises(CheckpointError, match='untie=True does not go with tied="drop"'):
         convert.prepare(checkpoint, tied="drop", request=Request(untie=True))
 
 

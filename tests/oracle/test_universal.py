@@ -450,6 +450,21 @@ def test_the_folder_is_where_and_what_the_engine_looks_for(tmp_path: Path, capsy
         reader.read(source)
 
 
+@pytest.mark.parametrize("info", [{}, None, {"universal_checkpoint_version": 0.2}, {"a": []}])
+@pytest.mark.parametrize("name", ["zero1-bf16-w2", "zero2-bf16-w2", "zero3-bf16-w2"])
+def test_what_the_source_says_of_the_format_stays_unless_it_says_nothing(
+    name: str, info: Any, tmp_path: Path
+) -> None:
+    source = shutil.copytree(FIXTURES / name, tmp_path / "c")
+    for path in source.glob("*/*model_states.pt"):
+        root = torch.load(path, weights_only=False)
+        torch.save(root | {"universal_checkpoint_info": info}, path)
+    for path in to(source, tmp_path / "u").glob("*/*model_states.pt"):
+        root = torch.load(path, weights_only=False)
+        expected = info or {"universal_checkpoint_version": 0.4}
+        assert root["universal_checkpoint_info"] == expected
+
+
 def test_stage_3_is_told_of_options_only_where_all_groups_agree(tmp_path: Path) -> None:
     """DeepSpeed gives every group those of the first."""
     (path,) = to(SOURCE, tmp_path / "u").glob("*/zero/optimizer_state.pt")

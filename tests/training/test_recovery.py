@@ -1,4 +1,8 @@
-"""fp32 weights back inside the training script: both flows of DeepSpeed's integration guides."""
+"""fp32 weights back inside the training script: the flows of the Hugging Face guide to DeepSpeed.
+
+From the last checkpoint, and by live recovery from ``checkpoint-final``, also where
+load_best_model_at_end has loaded another checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,14 @@ import torch
 from oracles import live, same, torchrun, weights_in
 
 
-@pytest.mark.parametrize("name", ["trainer-zero2", "trainer-zero3"])
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [("trainer-zero2", "last"), ("trainer-zero3", "last"), ("trainer-zero3", "best")],
+)
 def test_a_trainers_model_is_ordinary_again_with_the_checkpoints_weights(
-    name: str, tmp_path: Path
+    name: str, which: str, tmp_path: Path
 ) -> None:
-    torchrun("tests/workers/recovery_worker.py", tmp_path, name)
+    torchrun("tests/workers/recovery_worker.py", tmp_path, name, which)
     masters = live(tmp_path)["fp32"]
     for number in ("0", "1"):
         found = weights_in(tmp_path / number)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -14,7 +16,7 @@ import ckpt
 from converters import cast
 from converters.errors import CheckpointError
 from converters.execute import shards
-from converters.formats import pytorch_bin, safetensors
+from converters.formats import named_values, pytorch_bin, safetensors
 from converters.tensors import DType, Weights
 from converters.torch_files import reader
 from converters.torch_files.rebuild import Odd, reason
@@ -147,23 +149,135 @@ def test_other_types_keep_their_bytes(tmp_path: Path, legacy: bool) -> None:
     assert bits(torch.ones(2)) == cast.load(root["w"]).tobytes()
 
 
-def test_a_bin_file_names_what_it_does_not_give(tmp_path: Path) -> None:
+SPARSE = {
+    "coo": torch.eye(3).to_sparse(),
+    "uncoalesced": torch.sparse_coo_tensor([[0, 0]], [1.0, 2.0], (4,)),
+    "complex": torch.eye(2, dtype=torch.complex128).to_sparse(),
+    **{
+        name: getattr(torch.eye(4), f"to_sparse_{name}")(*([(2, 2)] if name[0] == "b" else []))
+        for name in ("csr", "csc", "bsr", "bsc")
+    },
+}
+MORE = {
+    "bits16": BYTES.clone().view(torch.bits16),
+    "bits4x2": BYTES.clone().view(torch.bits4x2),
+    "scalar": torch.tensor(1 + 2j, dtype=torch.complex128),
+    "nothing": torch.empty(0, 3, dtype=torch.complex128),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_bin_file_gives_what_torch_load_gives(tmp_path: Path, legacy: bool) -> None:
     path = tmp_path / "pytorch_model.bin"
-    odd = ODD | {"mask": torch.eye(3).to_sparse(), "note": "text"}
-    torch.save({"w": torch.ones(2)} | odd, path)
-    opened = ckpt.open(path)
-    assert list(opened) == ["w"]
-    assert opened.absent.keys() == odd.keys()
-    assert "complex128" in opened.absent["wide"]
-    assert "sparse" in opened.absent["mask"]
-    with pytest.raises(KeyError, match="mask: a sparse tensor, which is not read"):
-        opened["mask"]
+    state = SPARSE | {"wide": ODD["wide"]}
+    if not legacy:  # of others torch does not read the old form
+        state = STATE | ODD | MORE | state
+    torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+    loaded, opened = torch.load(path, weights_only=True), ckpt.open(path)
+    assert list(opened) == list(loaded) and not opened.absent
+    for name, expected in loaded.items():
+        found: Any = opened[name]
+        assert (found.dtype, found.shape, found.layout) == (
+            expected.dtype,
+            expected.shape,
+            expected.layout,
+        )
+        if expected.layout is torch.strided:
+            assert bits(found) == bits(expected), name
+        else:
+            assert torch.equal(found.to_dense(), expected.to_dense()), name
+            assert expected.layout is not torch.sparse_coo or (
+                found.is_coalesced() == expected.is_coalesced()
+            )
 
 
-def test_a_dict_of_dicts_is_no_file_of_weights(tmp_path: Path) -> None:
-    torch.save({"epoch": 3, "state_dict": {"w": torch.ones(2)}}, tmp_path / "x.bin")
-    with pytest.raises(CheckpointError, match="dicts of other values under state_dict"):
-        ckpt.open(tmp_path / "x.bin")
+def test_an_unusual_tensor_is_sliced_and_renamed_like_others(tmp_path: Path) -> None:
+    torch.save({"m.wide": ODD["wide"], "m.w": torch.ones(2)}, tmp_path / "x.bin")
+    with ckpt.open(tmp_path / "x.bin", strip="m.") as opened:
+        assert sorted(opened) == ["w", "wide"]
+        part = opened.get_slice("wide")
+        assert (part.get_shape(), part.get_dtype()) == ([3, 2], "complex128")
+        assert torch.equal(part[1:, 0], ODD["wide"][1:, 0])
+        assert part[None].shape == (1, 3, 2)
+    sliced = ckpt.open(tmp_path / "x.bin", "np").get_slice("m.wide")
+    with pytest.raises(TypeError, match="None is not an index"):
+        sliced[None]
+
+
+def test_numpy_has_complex_numbers_and_names_what_it_has_not(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(ODD | {"mask": torch.eye(3).to_sparse()}, path)
+    opened = ckpt.open(path, "np")
+    assert np.array_equal(opened["wide"], ODD["wide"].numpy())
+    for name, kind in (("half", "complex32"), ("bits", "bits8"), ("mask", "sparse")):
+        with pytest.raises(CheckpointError, match=rf'{name} is a .* {kind}, .*framework="pt"'):
+            opened[name]
+
+
+def test_what_is_not_read_is_listed_and_refused_by_name(tmp_path: Path) -> None:
+    quantized = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+    meta = torch.empty(2, device="meta")
+    torch.save({"w": torch.ones(2), "q": quantized, "m": meta, "n": "text"}, tmp_path / "x.bin")
+    opened = ckpt.open(tmp_path / "x.bin")
+    assert list(opened) == ["w", "q", "m"] and list(opened.absent) == ["n"]
+    assert opened.metadata() == {"format": "pt", "n": "text"}
+    for name, kind in (("q", "quantized"), ("m", "meta")):
+        with pytest.raises(CheckpointError, match=f"{name} is a tensor of the kind {kind}"):
+            opened[name]
+    with pytest.raises(KeyError, match="n: a value of type str, not a tensor"):
+        opened["n"]
+
+
+def test_a_sparse_tensor_whose_parts_do_not_fit_is_an_error(tmp_path: Path) -> None:
+    broken = torch.sparse_coo_tensor([[7]], [1.0], (2,), check_invariants=False)
+    torch.save({"a": broken}, tmp_path / "x.bin")
+    with pytest.raises(CheckpointError, match="a: a sparse tensor whose parts do not fit"):
+        ckpt.open(tmp_path / "x.bin")["a"]
+
+
+def test_tensors_in_dicts_have_dotted_names(tmp_path: Path) -> None:
+    inner = {"w": torch.ones(2), "deeper": {"b": torch.zeros(3)}}
+    values = {"epoch": 3, "state_dict": inner, "states": [{"m": torch.ones(1)}], "loss": [1, 2]}
+    torch.save(values | {"by_number": {7: torch.ones(4)}}, tmp_path / "x.pt")
+    with ckpt.open(tmp_path / "x.pt") as opened:
+        names = ["state_dict.w", "state_dict.deeper.b", "states.0.m", "by_number.7"]
+        assert list(opened) == names
+        assert torch.equal(opened["by_number.7"], torch.ones(4))
+        assert opened.metadata() == {"format": "pt", "epoch": "3"}
+        assert opened.absent == {
+            "epoch": "a value of type int, not a tensor",
+            "loss": "a value of type list, not a tensor",
+        }
+    with ckpt.open(tmp_path / "x.pt", select="state_dict.*") as chosen:
+        assert list(chosen) == names[:2]
+
+
+def test_two_values_of_one_name_are_refused(tmp_path: Path) -> None:
+    torch.save({"a.b": torch.ones(1), "a": {"b": torch.ones(2)}}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"holds two values of the name a\.b"):
+        ckpt.open(tmp_path / "x.pt")
+
+
+def test_what_lies_too_deep_is_one_value(tmp_path: Path) -> None:
+    value: Any = {"w": torch.ones(1)}
+    for _ in range(named_values.MAX_DEPTH + 2):
+        value = {"a": value}
+    torch.save({"near": torch.ones(1), "far": value}, tmp_path / "x.pt")
+    with ckpt.open(tmp_path / "x.pt") as opened:
+        assert list(opened) == ["near"]
+        assert list(opened.absent.values()) == ["a value of type dict, not a tensor"]
+
+
+def test_containers_that_are_shared_without_end_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(named_values, "MAX_VISITS", 1000)
+    value: Any = {"w": torch.ones(1)}
+    for _ in range(20):
+        value = {"a": value, "b": value}
+    torch.save(value, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="holds over 1,000 values"):
+        ckpt.open(tmp_path / "x.pt")
 
 
 def test_reasons_are_words() -> None:

@@ -51,7 +51,7 @@ def test_another_base_where_the_checkpoint_has_its_own(tmp_path: Path) -> None:
     peft_models.llama().save_pretrained(base)
     (note,) = idle(path, merge=True, config=base, other_base=True)
     assert "--other-base has no effect" in note
-    with pytest.raises(CheckpointError, match="--other-base does not go with"):
+    with pytest.raises(CheckpointError, match="other_base=True does not go with"):
         idle(path, naming=Naming(as_stored=True), other_base=True)
 
 

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from oracles import FIXTURES, ROOT, convert, corpus, live, made, root_of, same
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 import ckpt
 from converters.errors import CheckpointError
@@ -85,6 +87,111 @@ def test_slices_are_those_of_safetensors(name: str, framework: str, tmp_path: Pa
             assert np.array_equal(np.asarray(opened.get_slice(key)[index]), whole[index]), index
         with pytest.raises(IndexError):
             opened.get_slice(key)[len(whole)]
+
+
+INDEXES = [
+    *(np.s_[...], np.s_[()], np.s_[:], np.s_[:0], np.s_[2], np.s_[-1], np.s_[1:3], np.s_[-3:-1]),
+    *(
+        np.s_[::2],
+        np.s_[1:9:3],
+        np.s_[99:],
+        np.s_[:99],
+        np.s_[5:2],
+        np.s_[..., ::2],
+        np.s_[..., -1],
+    ),
+    *(np.s_[0, ...], np.s_[:, 1], np.s_[1:, -2:], np.s_[-2, ::2], np.s_[0, 0], np.s_[..., 1:3, 0]),
+    *(np.s_[0:2, 1, ...], np.s_[1:2, ..., 2:], np.s_[-4:, -1, -1], [], [0, 2], np.int64(1)),
+    *(np.s_[7], np.s_[-9], np.s_[0, 9], np.s_[0, 0, 0, 0]),
+]
+OF_TORCH = [
+    None,
+    True,
+    False,
+    np.s_[0, None],
+    np.s_[..., True],
+    np.s_[..., 0, ...],
+    np.s_[::-1],
+    1.5,
+]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("shape", [(5, 3, 4), (6, 2), (4,), (), (0, 3)])
+def test_slices_are_torchs(suffix: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    whole = torch.arange(int(np.prod(shape)), dtype=torch.float32).reshape(shape)
+    path = tmp_path / f"m{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)({"a": whole}, path)
+    with ckpt.open(path) as opened, ckpt.open(path, "np") as arrays:
+        for index in INDEXES:
+            outcomes = [
+                outcome_of(tensor, index)
+                for tensor in (whole, opened.get_slice("a"), arrays.get_slice("a"))
+            ]
+            assert outcomes[0] == outcomes[1] == outcomes[2], index
+        for index in (None, True, False, (0, None), (..., True)):
+            with pytest.raises(TypeError, match="is not an index of a slice"):
+                arrays.get_slice("a")[index]
+
+
+def outcome_of(sliced: Any, index: Any) -> Any:
+    try:
+        part = np.asarray(sliced[index])
+    except (IndexError, ValueError, TypeError) as error:
+        return IndexError if isinstance(error, (IndexError, ValueError)) else TypeError
+    return part.shape, part.tolist()
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4), (6, 2), (4,), (), (0, 3)])
+def test_slices_are_those_of_safe_open(shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.arange(int(np.prod(shape)), dtype=torch.int16).reshape(shape)}, path)
+    with ckpt.open(path) as ours, safe_open(path, "pt") as theirs:
+        for index in [*INDEXES, *OF_TORCH]:
+            expected = outcome_of(theirs.get_slice("a"), index)
+            assert outcome_of(ours.get_slice("a"), index) == expected, index
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4), (6, 2), (4,)])
+def test_what_safe_open_slices_for_numpy_is_sliced_alike(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    path, compared = tmp_path / "m.safetensors", 0
+    save_file({"a": torch.arange(int(np.prod(shape)), dtype=torch.int16).reshape(shape)}, path)
+    with ckpt.open(path, "np") as ours, safe_open(path, "np") as theirs:
+        for index in INDEXES:
+            try:
+                expected = theirs.get_slice("a")[index]
+            except (SafetensorError, OverflowError, SystemError):
+                continue  # of which we read more, as numpy does
+            compared += 1
+            assert np.array_equal(ours.get_slice("a")[index], expected), index
+        with pytest.raises(SafetensorError):
+            theirs.get_slice("a")[None]
+    assert compared > 10
+
+
+def test_without_torch_numpy_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "m.safetensors")
+    code = (
+        "import sys, ckpt\n"
+        "sys.modules['torch'] = None\n"
+        f"for path in {[str(tmp_path / 'm.safetensors'), str(SOURCE)]!r}:\n"
+        "    with ckpt.open(path) as w:\n"
+        "        try: w[next(iter(w))]\n"
+        "        except ckpt.CheckpointError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60, capture_output=True
+    )
+    lines = done.stdout.decode().splitlines()
+    assert len(lines) == 2 and all('open with framework="np"' in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["pt", "torch", "np", "numpy"])
+def test_frameworks_have_the_names_of_safetensors(name: str) -> None:
+    with ckpt.open(SOURCE, name) as opened:  # type: ignore[arg-type]
+        assert isinstance(opened["norm.weight"], torch.Tensor) is (name in ("pt", "torch"))
 
 
 def test_only_the_rows_asked_for_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ TYPES = {
     "ckpt.open": "def (path:",
     "ckpt.resume": "def (engine:",
     "ckpt.find": "def (path:",
+    "ckpt.to_fp32": "-> ckpt.weights.conversion.to_fp32.ConvertedModel",
     "ckpt.convert.plan": "-> ckpt.weights.conversion.task.Conversion",
     "ckpt.reshard.plan": "-> ckpt.rewrite.job.Rewriting",
     "ckpt.reshard.execute": "-> ckpt.rewrite.result.RewriteResult",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -109,10 +110,20 @@ def test_torch_loads_what_is_written_with_weights_only(mmap: bool, tmp_path: Pat
     }
 
 
-def test_tied_names_share_one_storage_in_a_bin(tmp_path: Path) -> None:
+def test_tied_names_are_one_tensor_in_a_bin(tmp_path: Path) -> None:
     run("to-fp32", FIXTURES / "zero2-bf16-w2", "-o", tmp_path / "m", "--format", "bin")
     found = torch.load(tmp_path / "m/pytorch_model.bin", weights_only=True)
-    assert found["head.weight"].data_ptr() == found["embed.weight"].data_ptr()
+    assert found["head.weight"] is found["embed.weight"]
+    assert torch.load(tmp_path / "m/pytorch_model.bin", weights_only=False).keys() == found.keys()
+
+
+def test_several_names_of_several_tensors_keep_their_own(tmp_path: Path) -> None:
+    weights = weights_of({"a": torch.ones(2), "b": torch.zeros(3)}, tmp_path)
+    tied = replace(weights, aliases={"a1": "a", "b1": "b", "a2": "a"})
+    shards.execute(pytorch_bin.plan(tied, None, 10**9, "keep"), tmp_path)
+    found = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    assert list(found) == ["a", "b", "a1", "b1", "a2"]
+    assert found["a1"] is found["a2"] is found["a"] and found["b1"] is found["b"]
 
 
 def test_records_over_four_gigabytes_have_a_64_bit_directory() -> None:

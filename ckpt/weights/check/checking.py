@@ -243,13 +243,14 @@ def _missing_names(
     product: Product, reader: str, fit: Fit, audience: Audience, request: Request
 ) -> list[str]:
     """The missing names; none for a selection of which some is read."""
-    if not request.naming.select:
+    option = "--select" if request.naming.select else "--exclude-frozen"
+    if not request.naming.select and not request.exclude_frozen:
         return fit.missing
     if not fit.present:
         names = parts.every_name(product.weights)
         raise CheckpointError(
             f"{audience.root}: {reader}, the class of config.json, reads none of the "
-            f"{counted(len(names), 'name')} that --select leaves: {some(names)}; "
+            f"{counted(len(names), 'name')} that {option} leaves: {some(names)}; "
             f"{refusals.source(audience)}drop the prefix of its names with --strip, or "
             f"{advice.WRITE_AS_STORED}",
             "unloadable",

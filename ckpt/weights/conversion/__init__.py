@@ -1,5 +1,6 @@
 """A checkpoint to a model folder.
 
+to_fp32       ``ckpt.to_fp32``, in one call
 convert       locate, plan, move, commit;  task  what was decided, as a value
 record        conversion.json, as a value
 planning      what is written, step by step

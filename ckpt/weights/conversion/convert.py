@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from ckpt.folders import locks, staging
 from ckpt.folders.filenames import LOGBOOK
@@ -14,7 +14,7 @@ from ckpt.results import WeightChecks
 from ckpt.runs import engines
 from ckpt.runs.recognition import is_numbered
 from ckpt.version import __version__
-from ckpt.weights.arguments import shard_bytes
+from ckpt.weights.arguments import dtype_name, naming_arguments, require_choice, shard_bytes
 from ckpt.weights.check import checking
 from ckpt.weights.conversion import (
     comparison,
@@ -47,14 +47,26 @@ from converters.storage.store import default_output, is_url, output_path
 from converters.storage.stores import source_path
 from converters.storage.url_path import absolute
 
+if TYPE_CHECKING:
+    import torch
 
+_ARGUMENTS = (  # of plan, and the fields of its request
+    *("output=", "tag=", "dtype=", "max_shard_size=", "format=", "tied=", "weights=", "check="),
+    *("part=", "strip=", "rename=", "select=", "base=", "adapter_config=", "config="),
+    *("tokenizer=", "merge=True", "other_base=True", "dequantize=True", "untie=True"),
+    *("exclude_frozen=True", "verify=False", "allow_overflow=True", "overwrite=True"),
+)
+_NAMES = {"names": "Naming(as_stored=True)", "odd_types": "unsupported_types="}
+
+
+@naming_arguments(*_ARGUMENTS, **_NAMES)
 @open_files.once()
 def plan(
     checkpoint: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
     tag: str | None = None,
-    dtype: str = "fp32",
+    dtype: str | torch.dtype = "fp32",
     max_shard_size: int | str = 5_000_000_000,
     format: Format = "safetensors",
     tied: Tied | None = None,
@@ -62,12 +74,14 @@ def plan(
 ) -> Conversion:
     """Plans the conversion of ``checkpoint`` and reads no tensor.
 
-    ``dtype`` is a key of ``DTYPES``, ``max_shard_size`` is in bytes, or "5GB". ``output``
-    defaults to CHECKPOINT-DTYPE. The format "lightning" writes one file: model.ckpt in
-    this folder, or ``output`` itself if it ends in .ckpt, .pt or .pth.
+    ``dtype`` is a key of ``DTYPES``, or torch's type or its name; ``max_shard_size`` is in
+    bytes, or "5GB". ``output`` defaults to CHECKPOINT-DTYPE. The format "lightning"
+    writes one file: model.ckpt in this folder, or ``output`` itself if it ends in
+    .ckpt, .pt or .pth.
     ``CheckpointError`` for a checkpoint that is damaged or not supported, and for an
     output that its reader would not load.
     """
+    dtype = dtype_name(dtype)
     request = replace(request or Request(), dtype=dtype, drops_ties=tied == "drop")
     if request.untie and request.drops_ties:
         raise CheckpointError(
@@ -76,9 +90,8 @@ def plan(
             "refused",
         )
 
-    _require_choice("dtype", dtype, DTYPES)
-    _require_choice("format", format, get_args(Format))
-    _require_choice("tied", tied, (None, *get_args(Tied)))
+    require_choice("format", format, get_args(Format))
+    require_choice("tied", tied, (None, *get_args(Tied)))
 
     place = source_path(checkpoint)
     output_folder = None if output is None else output_path(output)
@@ -129,14 +142,6 @@ def _conversion(
         notes=tuple(_notes(source, decided.product, decided.verdict)),
         option_paths=request.paths,
     )
-
-
-def _require_choice(argument: str, value: object, choices: Iterable[object]) -> None:
-    """``CheckpointError`` for an argument that is none of some values."""
-    values = list(choices)
-    if value not in values:
-        texts = ", ".join(repr(choice) for choice in values)
-        raise CheckpointError(f"{argument} is {value!r}; expected one of {texts}", "refused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +214,7 @@ def _place(checkpoint: Path, output: Path | None, dtype: str) -> Path:
     return place if place.name not in ("", "..") else absolute(place)
 
 
+@naming_arguments(*_ARGUMENTS, **_NAMES)
 def execute(
     conversion: Conversion,
     *,

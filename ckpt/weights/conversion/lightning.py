@@ -37,7 +37,7 @@ VERSION = "pytorch-lightning_version"
 _UNFIT = (  # options that would change nothing
     *("--merge", "--dequantize", "--part", "--select", "--strip", "--rename"),
     "--config",
-    *("--tokenizer", "--base", "--adapter-config", "--untie", "--check"),
+    *("--tokenizer", "--base", "--adapter-config", "--untie", "--check", "--exclude-frozen"),
 )
 _WHAT = "which writes one file with all weights under the LightningModule's own names"
 _PREFIX = "_forward_module."  # Lightning's wrapper of the module, before 2.1

@@ -9,7 +9,9 @@ from ckpt.weights.request import Request
 from converters.detect import detection
 from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
+from converters.names import selection
 from converters.source import STATES, Source
+from converters.words import counted
 from converters.zero import checkpoint as zero
 from converters.zero import weights_16bit
 from converters.zero.naming import assemble
@@ -21,6 +23,8 @@ def read(checkpoint: Path, tag: str | None, request: Request) -> Source:
     ``CheckpointError`` says where the fp32 weights cannot be had and the 16-bit ones can.
     """
     source = _read(checkpoint, tag, request)
+    if request.exclude_frozen:
+        source = _without_frozen(source, request)
     if request.unsupported_types == "skip" or not isinstance(source, zero.Checkpoint):
         return source
 
@@ -43,6 +47,24 @@ def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
     if not request.merge:
         return half
     return replace(half, weights=replace(half.weights, copies={}))
+
+
+def _without_frozen(source: Source, request: Request) -> Source:
+    """The same without the parameters that are not trained, and a note that says so."""
+    if request.merge:
+        raise CheckpointError(
+            "--exclude-frozen does not go with --merge, which merges into the frozen weights; "
+            "leave one of them out",
+            "refused",
+        )
+
+    count = len(source.weights.frozen)
+    note = f"--exclude-frozen leaves out {counted(count, 'parameter')} that no optimizer trains"
+    if not count:
+        note = "--exclude-frozen has no effect: no parameter is known to be frozen"
+    weights = selection.without_frozen(source.weights)
+
+    return replace(source, weights=weights, notes=(*source.notes, note))
 
 
 def fp32(checkpoint: Path, tag: str | None, option: str) -> Source:

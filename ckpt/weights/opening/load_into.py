@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from ckpt.engine import placeholders
 from ckpt.engine.placeholders import full_shape
 from ckpt.weights.naming import naming
-from ckpt.weights.opening import tensors
+from ckpt.weights.opening import tensors, unusual
 from converters import words
 from converters.errors import CheckpointError
 from converters.execute.workers import MOVE_BYTES
@@ -25,7 +25,12 @@ def load(model: nn.Module, source: Source) -> nn.Module:
     """The model on the CPU with the weights in it; see ``zero_to_fp32``."""
     targets = _targets(model)
     weights = naming.like(source.weights, targets)
-    _check(targets, weights, str(source.place.folder))
+    buffers = {
+        name: tensor
+        for name, tensor in unusual.tensors_of(source).items()
+        if name in targets and name in weights.absent
+    }
+    _check(targets, weights, buffers.keys(), str(source.place.folder))
     model = model.cpu()
     placeholders.undo(model)
     filled: set[int] = set()
@@ -34,6 +39,8 @@ def load(model: nn.Module, source: Source) -> nn.Module:
         if ref is not None and id(target) not in filled:  # tied names are one parameter
             _fill(target, ref)
             filled.add(id(target))
+        elif name in buffers:  # of types that only torch has
+            target.data.copy_(torch.as_tensor(buffers[name].read("pt")))
 
     return model
 
@@ -44,17 +51,24 @@ def _targets(model: nn.Module) -> Mapping[str, torch.Tensor]:
     return {name: tensor for name, tensor in names.items() if isinstance(tensor, torch.Tensor)}
 
 
-def _check(targets: Mapping[str, torch.Tensor], weights: Weights, where: str) -> None:
+def _check(
+    targets: Mapping[str, torch.Tensor],
+    weights: Weights,
+    buffers: Collection[str],
+    where: str,
+) -> None:
     """Raises unless every tensor of the model has a value of its shape, or may stay.
 
     A tensor that the checkpoint does not hold keeps its own values if it is a buffer,
-    or frozen in the model. One warning names such tensors.
+    or frozen in the model. One warning names such tensors. ``buffers`` are those that
+    are read another way.
     """
     missing, mismatches, filled = [], [], set()
     for name, target in targets.items():
         ref = weights.tensors.get(weights.aliases.get(name, name))
         if ref is None:
-            missing.append(name)
+            if name not in buffers:
+                missing.append(name)
             continue
 
         filled.add(id(target))

@@ -12,13 +12,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckpt import text
 from ckpt.folders import locks
 from ckpt.runs.states import newest
 from ckpt.weights import arguments
+from ckpt.weights.opening import unusual
 from ckpt.weights.opening.tensors import Framework, Slice, read
+from ckpt.weights.opening.unusual import Unusual, UnusualSlice
 from ckpt.weights.request import Naming
 from converters.detect import detect, detect_weights, filenames
 from converters.errors import CheckpointError
@@ -38,9 +40,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckpt")
 
 
+_FRAMEWORKS: dict[str, Framework] = {"pt": "pt", "torch": "pt", "np": "np", "numpy": "np"}
+
+
 def open(
     path: str | os.PathLike[str],
-    framework: Framework = "pt",
+    framework: Framework | Literal["torch", "numpy"] = "pt",
     *,
     tag: str | None = None,
     strip: str | Sequence[str] = (),
@@ -53,7 +58,8 @@ def open(
     """Opens a ZeRO checkpoint, a safetensors or .bin file, or a folder of such files.
 
     Weights of a ZeRO checkpoint are given in fp32 (buffers in at least fp32, integers
-    as they are), others as stored. ``framework`` is "pt" for torch, or "np" for numpy.
+    as they are), others as stored. Tensors in dicts of a file of ``torch.save`` have
+    dotted names: "state_dict.w". ``framework`` is "pt" or "torch", "np" or "numpy".
     ``strip``, ``rename``, ``select`` and ``part`` work like the options of ``ckpt
     to-fp32``: prefixes to drop, regular expressions to replace, globs of the names to
     have, one model of several. Without them the names are those of the checkpoint, with
@@ -65,21 +71,55 @@ def open(
     ``CheckpointError`` if nothing can be opened there. While the checkpoint is open,
     ``ckpt prune`` does not delete it.
     """
-    if framework not in ("pt", "np"):
+    if framework not in _FRAMEWORKS:
         raise CheckpointError(f'framework is {framework!r}, expected "pt" or "np"', "output")
 
     path = _checkpoint_at(path, tag, last)
     with arguments.naming_arguments("tag=", "strip=", "rename=", "select=", "part="):
         lock = locks.reading(_place(path, tag))
         try:
-            weights, checkpoint = _weights(path, tag)
-            weights, sources = _wished(weights, Naming.of(strip, rename, select, part))
+            source = _source(path, tag)
+            unusual_tensors = unusual.tensors_of(source)
+            weights, sources = _wished(
+                _listed(source.weights, unusual_tensors), Naming.of(strip, rename, select, part)
+            )
         except BaseException:
             lock.release()
             raise
 
     config_path = None if adapter_config is None else Path(adapter_config)
-    return Opened(path, weights, checkpoint, framework, lock, config_path, sources)
+    checkpoint = source if source.topology else None
+    facts = {} if checkpoint is not None else _plain(source.entries)
+    return Opened(
+        path=path,
+        weights=weights,
+        checkpoint=checkpoint,
+        framework=_FRAMEWORKS[framework],
+        lock=lock,
+        adapter_config=config_path,
+        sources=sources,
+        unusual=unusual_tensors,
+        facts=facts,
+    )
+
+
+def _listed(weights: Weights, unusual_tensors: Mapping[str, Unusual]) -> Weights:
+    """The weights with those tensors listed, each by what is stored of it."""
+    if not unusual_tensors:
+        return weights
+
+    return replace(
+        weights,
+        tensors={**weights.tensors, **{name: t.ref for name, t in unusual_tensors.items()}},
+        absent={n: why for n, why in weights.absent.items() if n not in unusual_tensors},
+        packed=weights.packed | unusual_tensors.keys(),
+    )
+
+
+def _plain(entries: Mapping[Any, Any]) -> dict[str, str]:
+    """The numbers and texts beside the tensors of a file, as text."""
+    plain_types = (str, int, float, bool)
+    return {name: str(value) for name, value in entries.items() if isinstance(value, plain_types)}
 
 
 def _checkpoint_at(path: str | os.PathLike[str], tag: str | None, last: bool) -> Path:
@@ -117,11 +157,6 @@ def _place(path: Path, tag: str | None) -> Path:
     return path
 
 
-def _weights(path: Path, tag: str | None) -> tuple[Weights, Source | None]:
-    source = _source(path, tag)
-    return source.weights, source if source.topology else None
-
-
 def _source(path: Path, tag: str | None) -> Source:
     """What the reader that fits makes of it: weights come before states nothing points to."""
     pointers = (path / filenames.LATEST, path / filenames.LATEST_UNIVERSAL)
@@ -139,7 +174,9 @@ def _place_in_file(ref: TensorRef) -> tuple[str, int]:
 class Opened(Mapping[str, "Array"]):
     """The weights of a checkpoint by name, tied names included; a context manager.
 
-    ``sources`` maps names to those in the checkpoint, where they differ.
+    ``sources`` maps names to those in the checkpoint, where they differ. ``unusual`` are
+    the tensors that no safetensors file could have, by their names there; ``facts`` are
+    numbers and texts that a file holds beside its tensors.
     """
 
     path: Path
@@ -149,6 +186,8 @@ class Opened(Mapping[str, "Array"]):
     lock: locks.Lock = field(default_factory=locks.Lock, repr=False, compare=False)
     adapter_config: str | Path | None = None
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    unusual: Mapping[str, Unusual] = field(default_factory=dict, repr=False, compare=False)
+    facts: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __repr__(self) -> str:
         """One short line: where it is, and how much."""
@@ -176,7 +215,12 @@ class Opened(Mapping[str, "Array"]):
         return self.get_tensor(name)
 
     def get_tensor(self, name: str) -> Array:
-        """The tensor, read now; ``KeyError``, with the reason if it is absent."""
+        """The tensor, read now; ``KeyError``, with the reason if it is absent.
+
+        ``CheckpointError`` for a kind of tensor that is listed, and not read.
+        """
+        if (tensor := self._unusual(name)) is not None:
+            return tensor.read(self.framework)
         return read(self.ref(name), self.dtype(name), self.framework)
 
     @property
@@ -192,9 +236,15 @@ class Opened(Mapping[str, "Array"]):
         """The names in the order in which the tensors lie in their files."""
         return sorted(self, key=lambda name: _place_in_file(self.ref(name)))
 
-    def get_slice(self, name: str) -> Slice:
+    def get_slice(self, name: str) -> Slice | UnusualSlice:
         """The tensor for indexing; only the rows that an index wants are read."""
+        if (tensor := self._unusual(name)) is not None:
+            return UnusualSlice(tensor, self.framework)
         return Slice(self.ref(name), self.dtype(name), self.framework)
+
+    def _unusual(self, name: str) -> Unusual | None:
+        self.ref(name)
+        return self.unusual.get(self.sources.get(name, name))
 
     @property
     def adapter(self) -> Opened:
@@ -247,12 +297,13 @@ class Opened(Mapping[str, "Array"]):
     def metadata(self) -> dict[str, str]:
         """Facts about the checkpoint as text: format, and ZeRO's step, stage, version.
 
-        For a safetensors file these are the file's own (``__metadata__``).
+        For a safetensors file these are the file's own (``__metadata__``), for one of
+        ``torch.save`` the numbers and texts beside its tensors.
         """
         if self.checkpoint is None and weight_files.is_safetensors(self.path):
             return safetensors.metadata(self.path)
 
-        facts: dict[str, Any] = {"format": self.framework}
+        facts: dict[str, Any] = {"format": "pt", **self.facts}
         if self.checkpoint is not None:
             facts |= {
                 "tag": self.checkpoint.place.tag,

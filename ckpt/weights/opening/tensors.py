@@ -43,27 +43,37 @@ class Slice:
         return self.dtype.value
 
     def __getitem__(self, index: Any) -> Array:
-        """The part that numpy or torch would give for the index; reads only its rows."""
-        first, *other_axes = index if isinstance(index, tuple) else (index,)
+        """The part that numpy or torch would give for the index; reads only its rows.
+
+        ``TypeError`` for ``None`` and booleans with numpy, as slices of safetensors
+        make no new axes of it.
+        """
+        if self.framework == "np":
+            require_plain(index)
         shape = self.ref.shape
-        rows = _rows(first, shape[0]) if shape and not isinstance(first, type(...)) else None
+        parts = index if isinstance(index, tuple) else (index,)
+        first, *other_axes = parts or (...,)
+        rows = _rows(first, shape[0]) if shape else None
         if rows is None:
             return read(self.ref, self.dtype, self.framework)[index]
 
         width = prod(shape[1:])
         part = narrowed(self.ref, rows.start * width, (len(rows), *shape[1:]))
         rows_read = read(part, self.dtype, self.framework)
-        inner_index = (
-            first - rows.start if isinstance(first, int) else slice(None, None, first.step)
-        )
-        if isinstance(first, int) and first < 0:
-            inner_index = 0
+        inner_index = 0 if isinstance(first, int) else slice(None, None, first.step)
         return rows_read[(inner_index, *other_axes)]
+
+
+def require_plain(index: Any) -> None:
+    """``TypeError`` for an index that makes new axes."""
+    for part in index if isinstance(index, tuple) else (index,):
+        if part is None or isinstance(part, bool):
+            raise TypeError(f"{part} is not an index of a slice; numbers, slices and ... are")
 
 
 def _rows(index: Any, count: int) -> range | None:
     """The rows between the ends of an index of the first axis, if these can be told."""
-    if isinstance(index, int):
+    if isinstance(index, int) and not isinstance(index, bool):
         row = range(count)[index]
         return range(row, row + 1)
     if isinstance(index, slice) and (index.step or 1) > 0:
@@ -83,6 +93,7 @@ def read(ref: TensorRef, dtype: DType, framework: Framework) -> Array:
         converted = array if dtype is ref.dtype else cast.rounded(array, dtype)
         return converted.reshape(ref.shape)
 
+    require_torch()
     import torch
 
     if isinstance(ref, Computed):
@@ -97,8 +108,21 @@ def read(ref: TensorRef, dtype: DType, framework: Framework) -> Array:
     return buffer.to(torch_dtype(dtype)).reshape(ref.shape)
 
 
+def require_torch() -> None:
+    """``CheckpointError`` where torch is not installed."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(
+            "torch, which tensors are given in, is not installed; install it, or open with "
+            'framework="np"',
+            "unsupported",
+        ) from error
+
+
 def torch_dtype(dtype: DType) -> torch.dtype:
     """The type of torch for an element type."""
+    require_torch()
     import torch
 
     from converters.torch_files.element_types import DTYPE_NAMES

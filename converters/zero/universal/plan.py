@@ -132,12 +132,19 @@ def _universal_files(
     targets = {"mp_rank_00": whole_target, "zero_pp_rank_0_mp_rank_00": stage_3_target}
     for name, target in targets.items():
         root = next(iter(model_files.model_trees(checkpoint, models, groups, target)))
-        info = root.get(INFO) or dict(VERSION)
-        yield f"{name}_model_states.pt", object_graph.replaced(root, {INFO: info})
+        yield f"{name}_model_states.pt", object_graph.replaced(root, {INFO: info(root)})
 
     yield f"zero/{COMMON}", common(checkpoint, tree, groups)
     for name, stem, root in parameter_files(checkpoint, groups):
         yield f"zero/{parameter_folders.folder_name(name)}/{stem}.pt", root
+
+
+def info(root: Mapping[Any, Any]) -> Any:
+    """What a model file says of the universal format, or ours where it says nothing.
+
+    DeepSpeed's own tests save an empty one; ``load_universal`` wants a version in it.
+    """
+    return root.get(INFO) or dict(VERSION)
 
 
 def common(checkpoint: Checkpoint, tree: Any, groups: Sequence[ParamGroup]) -> dict[Any, Any]:

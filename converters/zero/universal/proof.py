@@ -29,8 +29,8 @@ from converters.zero.universal import reader
 from converters.zero.universal.plan import (
     LAYOUT,
     SHARDED,
-    VERSION,
     common,
+    info,
     native_tag,
     parameter_files,
     stage12_target,
@@ -59,7 +59,8 @@ def to_universal(source: Checkpoint, plan: Plan, folder: Path) -> dict[str, int]
         result_root = object_graph.read(path).root
         proof.verify_metadata(provenance, {"it": root}, {"it": result_root}, set(), path)
 
-    source_root = {INFO: VERSION} | dict(object_graph.read_root(source.model.path))
+    source_root = dict(object_graph.read_root(source.model.path))
+    source_root[INFO] = info(source_root)
     stage_12_path = result.models[0]
     stage_3_path = stage_12_path.with_name(f"zero_pp_rank_0_{stage_12_path.name}")
     for path in (stage_12_path, stage_3_path):

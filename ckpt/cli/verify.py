@@ -46,7 +46,9 @@ def verify(path: Path, data: bool, percent: float | None, seed: int | None, as_j
     from ckpt.runs.states import verification
 
     depth = _depth(data, percent, seed)
-    plans = [verification.plan(status, depth) for status in statuses_at(path)]
+    statuses = statuses_at(path)
+    with planned.progress(len(statuses), path.name, "checkpoint") as advance:
+        plans = verification.plans(statuses, depth, advance)
     nbytes = sum(plan.nbytes for plan in plans)
     with planned.progress(nbytes or None, path.name) as advance:
         verdicts = [verification.execute(plan, advance) for plan in plans]

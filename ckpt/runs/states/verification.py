@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ckpt.folders import locks
@@ -77,6 +78,18 @@ class Verdict:
     def whole(self) -> bool:
         """Whether the checkpoint is committed or complete, and nothing is wrong with it."""
         return self.status.whole and not self.problems
+
+
+def plans(
+    statuses: Sequence[CheckpointStatus], depth: Depth, progress: Progress = quiet
+) -> list[VerificationPlan]:
+    """The plan of each checkpoint; ``progress`` gets 1 for each."""
+    planned = []
+    for status in statuses:
+        planned.append(plan(status, depth))
+        progress(1)
+
+    return planned
 
 
 def plan(status: CheckpointStatus, depth: Depth) -> VerificationPlan:

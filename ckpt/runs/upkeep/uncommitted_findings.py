@@ -28,7 +28,7 @@ def uncommitted_findings(status: CheckpointStatus, is_deepspeed_run: bool) -> It
     folder, manifest = checkpoint.folder, checkpoint.manifest
     if status.complete or pruning.is_trash(folder):
         return  # of trash something is said already
-    if checkpoint.source is not None and checkpoint.source.form == "universal":
+    if checkpoint.is_universal:
         return  # which never gets a manifest
     is_unknown = status.state is CheckpointState.UNKNOWN
     if is_unknown and not is_checkpoint(folder):

@@ -117,9 +117,11 @@ def _remark(entry: CheckpointEntry) -> str:
     """What a reader should know of a checkpoint that no save committed, or that lacks files."""
     parts = [entry.origin] if entry.origin else []
     is_universal = entry.origin is not None and entry.kind == "deepspeed-universal"
-    if entry.written_by is not None:
+    if is_universal:
+        pass  # which never gets a manifest
+    elif entry.written_by is not None:
         parts.append(f"complete, not committed: written by {entry.written_by}")
-    elif entry.reason is not None and not is_universal:  # which never gets a manifest
+    elif entry.reason is not None:
         parts.append(f"{prefix(entry.kind, entry.reason)}{entry.state}: {entry.reason}")
     elif entry.lacks:
         parts.append(entry.lacks)

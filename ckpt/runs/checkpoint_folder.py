@@ -60,6 +60,11 @@ class RunCheckpoint:
         return self.source.sentence if self.source is not None else None
 
     @property
+    def is_universal(self) -> bool:
+        """Whether ckpt wrote it in the universal format, which never gets a manifest."""
+        return self.source is not None and self.source.form == "universal"
+
+    @property
     def original(self) -> bool:
         """Whether the checkpoint lies where it was saved, not as a copy by hand or a link."""
         recorded_name = self.manifest.name if self.manifest is not None else None

@@ -102,7 +102,7 @@ def _fits_better(checkpoint: RunCheckpoint, fits: TopologyFilter | None) -> bool
     if fits is None:
         return True
     record = checkpoint.record
-    if record is None or record.source.form == "universal":
+    if record is None or checkpoint.is_universal:
         return False
     return fits(record) and not fits(record.source)
 
@@ -311,9 +311,7 @@ def _without_universal(checkpoints: Iterable[RunCheckpoint]) -> list[RunCheckpoi
     return [
         checkpoint
         for checkpoint in present
-        if checkpoint.source is None
-        or checkpoint.source.form != "universal"
-        or original_of(checkpoint, present) is None
+        if not checkpoint.is_universal or original_of(checkpoint, present) is None
     ]
 
 

@@ -214,7 +214,9 @@ def subjectless(message: str, folder: Path) -> str:
 
 def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
     """Lines on what is complete and not committed, and on what commits it."""
-    complete = [status for status in statuses if status.complete]
+    complete = [
+        status for status in statuses if status.complete and not status.checkpoint.is_universal
+    ]
     adoptable = [status for status in complete if status.adoptable]
     lines = []
     if adoptable:

@@ -133,7 +133,7 @@ def _hindrance(status: CheckpointStatus) -> str | None:
 def _may_be_adopted(checkpoint: RunCheckpoint) -> bool:
     """Whether a checkpoint may get a manifest: it has none, or one that is damaged."""
     if checkpoint.why == manifest.ABSENT:
-        return checkpoint.source is None or checkpoint.source.form != "universal"
+        return not checkpoint.is_universal
 
     try:
         manifest.read(checkpoint.folder)

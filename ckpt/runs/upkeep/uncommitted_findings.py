@@ -26,10 +26,8 @@ def uncommitted_findings(status: CheckpointStatus, is_deepspeed_run: bool) -> It
     """
     checkpoint = status.checkpoint
     folder, manifest = checkpoint.folder, checkpoint.manifest
-    if status.complete or pruning.is_trash(folder):
-        return  # of trash something is said already
-    if checkpoint.source is not None and checkpoint.source.form == "universal":
-        return  # which never gets a manifest
+    if status.complete or checkpoint.is_universal or pruning.is_trash(folder):
+        return  # universal ones never get a manifest; of trash something is said already
     is_unknown = status.state is CheckpointState.UNKNOWN
     if is_unknown and not is_checkpoint(folder):
         return  # perhaps not a checkpoint at all

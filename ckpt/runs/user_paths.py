@@ -182,11 +182,11 @@ def run_instead(path: Path, command: str, alternative: str = "") -> CheckpointEr
         listing = f"{'the checkpoint' if len(names) == 1 else 'the checkpoints'} {recent}"
 
     example = f"{command} {path / names[-1]}".strip()
+    choice = f"name it: {example}" if len(names) == 1 else f"name one of them, such as {example}"
     ending = f", or {alternative}" if alternative else ""
 
     return CheckpointError(
-        f"{path} is a run, not a checkpoint; it holds {listing}: name one of them, such as "
-        f"{example}{ending}",
+        f"{path} is a run, not a checkpoint; it holds {listing}: {choice}{ending}",
         "incomplete",
     )
 

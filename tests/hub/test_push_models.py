@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -14,7 +17,7 @@ import torch
 from hub_clients import Client, sent
 from hub_server import Hub, hub
 from json_table import require_documented
-from oracles import convert, run, same, weights_in
+from oracles import ROOT, convert, run, same, weights_in
 from run_folders import SOURCE as TRAINER
 from safetensors.torch import load_file
 from stock_checkpoints import STOCK
@@ -70,6 +73,23 @@ def test_the_first_five_minutes_of_a_stock_checkpoint(
 
     again = client.push("model", repo)  # what to-fp32 wrote is the same model
     assert "model.safetensors" not in sent(again)
+
+
+def test_readmes_own_commands_succeed_in_their_order(client: Client) -> None:
+    """As they are typed from the source's folder, with the local Hub in the place of the Hub."""
+    text = (ROOT / "README.md").read_text()
+    minutes = text.partition("## The first five minutes")[2].partition("\n## ")[0]
+    commands = re.findall(r"^((?:ckpt|mkdir) .*)$", minutes, re.M)
+    verbs = [command.split()[1] for command in commands if command.startswith("ckpt")]
+    assert verbs == ["show", "to-fp32", "ls", "verify", "push"]
+
+    (client.folder / "fixtures").symlink_to(ROOT / "fixtures")
+    shell = 'ckpt() { "$PYTHON" -m ckpt "$@"; }\nset -eu\n' + "\n".join(commands)
+    environment = client.env() | {"PYTHON": sys.executable}
+    subprocess.run(["bash", "-c", shell], cwd=client.folder, env=environment, check=True)
+    folder = client.folder / "out/checkpoint-1-fp32"
+    held = client.hub.read("org/name", "model.safetensors")
+    assert held == (folder / "model.safetensors").read_bytes()
 
 
 def test_a_run_is_pushed_by_its_newest_complete_checkpoint(client: Client, repo: str) -> None:

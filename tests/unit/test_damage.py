@@ -385,7 +385,7 @@ def test_wrong_paths_are_explained(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "empty").mkdir()
     assert "is an empty folder" in refused(tmp_path / "empty")
     message = refused(FIXTURES / "trainer-zero2")
-    assert "holds the checkpoint checkpoint-2: name this folder" in message
+    assert "it holds the checkpoint checkpoint-2: name it: ckpt to-fp32 " in message
 
 
 @pytest.mark.parametrize("part", ["header", "length", "shape", "offset"])

@@ -50,7 +50,7 @@ def test_the_outputs_in_the_readme_are_real(tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "out/checkpoint-1", copy_function=shutil.copy)
     text = (ROOT / "README.md").read_text()
     shown = re.findall(r"^```sh\nckpt ([^\n]*)\n```\n\n```text\n(.*?)^```$", text, re.M | re.S)
-    assert len(shown) == 3
+    assert len(shown) == 4
 
     for arguments, output in shown:
         command = [sys.executable, "-m", "ckpt", *arguments.split()]

@@ -16,7 +16,7 @@ from ckpt.runs.run import RunCheckpoint
 from ckpt.runs.states import listing
 from ckpt.runs.states.offers import Offers
 from ckpt.runs.states.status import CheckpointState
-from converters.detect import detect
+from converters.detect import detect, state_folders
 from converters.errors import CheckpointError
 from converters.words import more
 
@@ -93,5 +93,6 @@ def require_checkpoint(path: Path, command: str, choice: str) -> None:
     ``choice`` is what takes the newest, such as "--last". A run whose file ``latest`` names
     a checkpoint stands for that, and everything that is no run is left to its reader.
     """
-    if is_run(path) and detect(path).kind.name in _RUNS:
+    is_save_dir = path.is_dir() and bool(state_folders.tags(path))  # whose tags have --tag
+    if is_run(path) and not is_save_dir and detect(path).kind.name in _RUNS:
         raise user_paths.run_instead(path, command, f"take the newest with {choice}")

@@ -119,9 +119,7 @@ def execute(planned: Fp32Slimming, progress: Callable[[int], None] = lambda _: N
                 planned.slimming.manifest, files={**planned.slimming.manifest.files, **new_files}
             ),
         )
-        slim.commit(
-            slimming, locks.replaced(manifest_path, slimming.manifest.dumps())
-        )
+        slim.commit(slimming, locks.replaced(manifest_path, slimming.manifest.dumps()))
 
     pruning.remove(staging_folder)
 

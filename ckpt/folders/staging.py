@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from ckpt.folders.filenames import LOGBOOK, PLAN
 from ckpt.folders.replacing import is_arriving, replace_folder
@@ -171,15 +172,7 @@ def staged(output: Path, plan: Plan, needed_bytes: int) -> Iterator[Path]:
     folder = folder_for(output)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / PLAN, "a+b") as plan_file:
-        try:
-            flock.take(plan_file.fileno())
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{folder} is in use: another conversion writes {output}", "output"
-            ) from error
-        except OSError:
-            pass  # a filesystem without locks
-
+        _lock(plan_file, output)
         try:
             digest = plan.digest().encode()
             plan_file.seek(0)
@@ -210,6 +203,18 @@ def staged(output: Path, plan: Plan, needed_bytes: int) -> Iterator[Path]:
             if is_unusable or not _has_shard(folder, plan):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def _lock(plan_file: IO[bytes], output: Path) -> None:
+    """Keeps others from the folder; ``CheckpointError`` if another conversion is at work."""
+    try:
+        flock.take(plan_file.fileno())
+    except BlockingIOError as error:
+        raise CheckpointError(
+            f"{folder_for(output)} is in use: another conversion writes {output}", "output"
+        ) from error
+    except OSError:
+        pass  # a filesystem without locks
 
 
 def _has_shard(folder: Path, plan: Plan) -> bool:

@@ -11,7 +11,6 @@ says nothing. Here the branch is looked at before it is tried again.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -111,8 +110,12 @@ def _show(api: HfApi, remote: Remote, commit_id: str) -> None:
 def _delete(api: HfApi, repo: str, branch: str) -> None:
     from huggingface_hub.errors import HfHubHTTPError
 
-    with contextlib.suppress(HfHubHTTPError, *connection_errors()):
+    try:
         retry(lambda: api.delete_branch(repo, branch=branch), repository.SOON)
+    except Exception as error:
+        if isinstance(error, (HfHubHTTPError, *connection_errors())):
+            return
+        raise
 
 
 def _url(api: HfApi, repo: str, commit_id: str) -> str:

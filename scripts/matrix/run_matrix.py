@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,11 +36,12 @@ TRAININGS = ("class", "callback", "Accelerate", "Lightning", "Saver")
 COLUMNS = ("convert", "push, pull", *TRAININGS)
 CLIENT = ("push, pull",)
 MAX_SECONDS = 900  # of one cell; the first training of a row compiles an extension of DeepSpeed
-# What the newest row pins, and every other one where it says nothing else.
+# What the newest row pins, and every other one where it says nothing else. torch is the same in
+# all: another version for the CPU is on no index that everybody has, and one with CUDA takes 5 GB.
 NEWEST = {
     "torch": "2.13.0",
     "deepspeed": "0.19.8",
-    "transformers": "5.23.0",
+    "transformers": "5.24.0",
     "accelerate": "1.15.0",
     "lightning": "2.6.6",
     "huggingface_hub": "2.4.0",
@@ -79,11 +81,11 @@ ROWS = (
     Row(
         "oldest",
         {
-            "deepspeed": "0.16.9",
-            "transformers": "4.51.3",
-            "accelerate": "1.0.1",
+            "deepspeed": "0.16.0",
+            "transformers": "4.51.0",
+            "accelerate": "1.0.0",
             "lightning": "2.5.0",
-            "huggingface_hub": "0.30.2",
+            "huggingface_hub": "0.30.0",
         },
     ),
     *(
@@ -118,7 +120,8 @@ class Environment:
 
     def pip(self, *arguments: str) -> str:
         """Runs pip there; its output."""
-        command = [self.python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+        quiet = ["--quiet"] if arguments[0] == "install" else []
+        command = [self.python, "-m", "pip", *quiet, "--disable-pip-version-check", *arguments]
         done = subprocess.run(command, env=alone(), check=True, stdout=subprocess.PIPE, text=True)
         return done.stdout
 
@@ -218,21 +221,55 @@ def build(folder: Path) -> Path:
     return wheel
 
 
-def table(results: dict[str, tuple[dict[str, str], dict[str, str]]]) -> str:
-    """The rows in Markdown; what failed stands below."""
-    heads = ["row", "Python", *SHOWN, *COLUMNS]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    failures = []
-    for name, (versions, cells) in results.items():
-        marks = []
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a row: the versions that were there, and by column "" or what went wrong."""
+
+    row: Row
+    versions: dict[str, str]
+    cells: dict[str, str]
+
+    def mark(self, column: str) -> str:
+        """The cell of the table."""
+        if column not in self.cells:
+            return "-"
+        return "**no**" if self.cells[column] else "yes"
+
+
+def tables(outcomes: Sequence[Outcome]) -> str:
+    """The outcomes in Markdown, those of the Hub's client alone in a table of their own."""
+    trained = [outcome for outcome in outcomes if outcome.row.trains]
+    clients = [outcome for outcome in outcomes if not outcome.row.trains]
+    lines: list[str] = []
+    if trained:
+        lines += _head("", [outcome.row.name for outcome in trained])
+        for library in ("Python", *SHOWN):
+            lines.append(_line(library, [each.versions.get(library, "-") for each in trained]))
         for column in COLUMNS:
-            reason = cells.get(column)
-            marks.append("-" if reason is None else "**no**" if reason else "yes")
-            if reason:
-                failures.append(f"- {name}, {column}: `{reason}`")
-        values = [name, *(versions.get(head, "-") for head in ("Python", *SHOWN)), *marks]
-        lines.append(f"| {' | '.join(values)} |")
-    return "\n".join([*lines, *(["", *failures] if failures else [])])
+            lines.append(_line(column, [outcome.mark(column) for outcome in trained]))
+        lines.append("")
+    if clients:
+        heads = [outcome.versions["huggingface_hub"] for outcome in clients]
+        lines += _head("huggingface_hub", heads)
+        lines.append(_line("hf_xet", [each.versions.get("hf_xet", "none") for each in clients]))
+        lines.append(_line(CLIENT[0], [outcome.mark(CLIENT[0]) for outcome in clients]))
+        lines.append("")
+
+    failures = [
+        f"- {outcome.row.name}, {column}: `{reason}`"
+        for outcome in outcomes
+        for column, reason in outcome.cells.items()
+        if reason
+    ]
+    return "\n".join([*lines, *failures]).strip()
+
+
+def _head(name: str, heads: Sequence[str]) -> list[str]:
+    return [_line(name, heads), "|" + "---|" * (len(heads) + 1)]
+
+
+def _line(name: str, values: Sequence[str]) -> str:
+    return f"| {' | '.join([name, *values])} |".replace("|  |", "| |")
 
 
 def main() -> None:
@@ -249,7 +286,7 @@ def main() -> None:
     work = options.work or Path(tempfile.mkdtemp(prefix="ckpt-matrix-"))
     work.mkdir(parents=True, exist_ok=True)
     wheel = build(Path(tempfile.mkdtemp(dir=work)))
-    results = {}
+    outcomes = []
     for row in chosen:
         environment = Environment(work / re.sub(r"\W+", "-", row.name))
         shutil.rmtree(environment.folder, ignore_errors=True)
@@ -259,17 +296,17 @@ def main() -> None:
         for column in row.columns:
             cells[column] = environment.cell(column)
             print(f"{row.name}: {column}: {cells[column] or 'yes'}", file=sys.stderr, flush=True)
-        results[row.name] = (environment.versions(), cells)
+        outcomes.append(Outcome(row, environment.versions(), cells))
         if not options.keep:
             shutil.rmtree(environment.folder / "venv")
 
-    text = table(results)
+    text = tables(outcomes)
     print(text)
     if options.write:
         page = PAGE.read_text("utf-8")
         before, after = page.partition(BEGIN)[0], page.partition(END)[2]
         PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", "utf-8")
-    sys.exit(any(reason for _, cells in results.values() for reason in cells.values()))
+    sys.exit(any(reason for outcome in outcomes for reason in outcome.cells.values()))
 
 
 if __name__ == "__main__":

@@ -157,6 +157,8 @@ def _hide_glibc(system: str) -> None:
             return super().__getattr__(name)
 
     ctypes.CDLL = Library  # type: ignore[misc]
+    if system == "windows":
+        ctypes.windll = object()  # type: ignore[attr-defined,unused-ignore]
 
 
 def _imitate_macos() -> None:

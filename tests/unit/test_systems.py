@@ -272,3 +272,37 @@ def test_an_index_cannot_name_a_file_on_another_drive(
 
 def test_on_linux_such_names_are_those_of_files() -> None:
     assert all(names.is_name(name) for name in HOSTILE) == (sys.platform != "win32")
+
+
+# What a training alone uses, below a question for the system.
+OF_TRAININGS = {"ckpt/saving/host_copies.py: mmap.MADV_HUGEPAGE"}
+
+
+@pytest.mark.skipif(not IMITATED, reason="the stubs are those of a development environment")
+def test_what_other_systems_lack_is_asked_for_in_one_room() -> None:
+    from other_systems import missing_names
+
+    lacking = {
+        name: missing_names(name, "windows") | missing_names(name, "macos")
+        for name in ("os", "errno", "signal", "mmap", "time", "select", "socket")
+    }
+    uses = {
+        f"{path.relative_to(ROOT).as_posix()}: {node.value.id}.{node.attr}"
+        for path in MODULES
+        if "system" not in path.parent.name
+        for node in nodes(path)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.attr in lacking.get(node.value.id, ())
+    }
+    assert uses == OF_TRAININGS
+    modules = {
+        f"{path.relative_to(ROOT).as_posix()}: {name}"
+        for path in MODULES
+        if "system" not in path.parent.name
+        for node in nodes(path)
+        if isinstance(node, ast.Import)
+        for name in (alias.name for alias in node.names)
+        if name in ("fcntl", "resource", "pwd", "grp", "termios", "syslog")
+    }
+    assert modules == set()

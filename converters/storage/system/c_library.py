@@ -9,10 +9,9 @@ from typing import Any
 
 def function(name: str) -> Any | None:
     """The function, of which ``error`` tells why it failed; ``None`` where there is none."""
-    try:
-        return getattr(ctypes.CDLL(None, use_errno=True), name, None)
-    except (OSError, TypeError):  # Windows has no library without a name
+    if hasattr(ctypes, "windll"):  # Windows has no library without a name
         return None
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None)
 
 
 def error() -> OSError:

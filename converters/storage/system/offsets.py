@@ -46,8 +46,8 @@ def write(fd: int, data: memoryview | bytes, offset: int, flags: int = 0) -> int
         count: int = os.pwritev(fd, [data], offset, flags)
         return count
     if hasattr(os, "pwrite"):
-        written: int = os.pwrite(fd, data, offset)
-        return written
+        nbytes: int = os.pwrite(fd, data, offset)
+        return nbytes
 
     with _at(fd, offset):
         return os.write(fd, memoryview(data)[:_AT_ONCE])

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ckpt.folders import scratch
 from ckpt.weights import arguments
 from ckpt.weights.companions import surroundings
 from ckpt.weights.naming import ties
@@ -30,6 +31,7 @@ from converters.formats import pytorch_bin, safetensors
 from converters.names import selection
 from converters.plan import WHOLE, output_dtype, parse_size
 from converters.storage import local
+from converters.storage.local_store import LOCAL
 from converters.storage.store import output_path
 from converters.tensors import DType, TensorRef, Weights
 from converters.zero import checkpoint
@@ -162,8 +164,13 @@ def _convert(
         plan = safetensors.plan(weights, target_dtype, max_shard_bytes, "keep", file or SAFETENSORS)
     else:
         plan = pytorch_bin.plan(weights, target_dtype, max_shard_bytes, "keep", file or BIN)
-    shards.execute(plan, folder, shards.CheckOptions(allow_overflow=True, replaces=True))
     paths = [folder / shard.filename for shard in plan.shards]
+    # all ranks of a training may be at it at once, as DeepSpeed's own function lets them
+    with scratch.folder_for(paths[0]) as scratch_folder:
+        shards.execute(plan, scratch_folder, shards.CheckOptions(allow_overflow=True))
+        for path in paths:
+            LOCAL.replace(scratch_folder / path.name, path)
+
     if plan.index is not None:
         name, content = plan.index
         local.write_file(folder / name, content)

@@ -13,7 +13,7 @@ from ckpt.cli.results.conversion import ConversionResult, ConversionSource, Sour
 from ckpt.results import FileEntry, WeightChecks
 from ckpt.text import size
 from ckpt.weights import absences
-from ckpt.weights.conversion import comparison, convert
+from ckpt.weights.conversion import comparison, convert, description
 from ckpt.weights.conversion.record import ConversionRecord
 from ckpt.weights.conversion.task import Conversion
 from converters.detect.kinds import BY_NAME
@@ -27,7 +27,7 @@ _BASE_BYTES = 40 << 20  # memory that the process takes before it moves anything
 
 def preview(conversion: Conversion, verify: bool, workers: int | None) -> ConversionResult:
     """What would be read, written and needed. Sizes are bytes."""
-    record = convert.describe(conversion)
+    record = description.describe(conversion)
     threads = workers or mover.default_workers()
     plan = conversion.plan
     reference_bytes = sum(
@@ -133,7 +133,7 @@ def preview_lines(conversion: Conversion, planned: ConversionResult) -> list[str
         f"memory       about {size(planned.memory_bytes)}",
         f"compare      {planned.compared_with or 'nothing to compare with'}",
         f"load         {planned.verdict}",
-        *warnings(convert.describe(conversion)),
+        *warnings(description.describe(conversion)),
     ]
 
 

@@ -82,8 +82,7 @@ class CheckOptions:
     ``verify`` compares CRC32s and copies. ``exact_copies`` makes a copy with other
     values an error, and ``remedy`` says in the error how that may have come about and
     what to do. ``allow_overflow`` writes numbers that are too large for the output's
-    type as infinities. ``count_specials`` counts NaN and infinities. ``replaces`` takes
-    no file that is there for one of this plan's.
+    type as infinities. ``count_specials`` counts NaN and infinities.
     """
 
     verify: bool = True
@@ -91,7 +90,6 @@ class CheckOptions:
     remedy: str = OTHER_SAVES
     allow_overflow: bool = False
     count_specials: bool = False
-    replaces: bool = False
 
 
 DEFAULT_CHECKS = CheckOptions()
@@ -121,11 +119,7 @@ def execute(
     for shard in plan.shards:
         target = folder / shard.filename
         target.parent.mkdir(parents=True, exist_ok=True)
-        already_written = (
-            not checks.replaces
-            and stores.is_file(target)
-            and stores.status(target).size == shard.nbytes
-        )
+        already_written = stores.is_file(target) and stores.status(target).size == shard.nbytes
         passage = passages.get(shard.filename)
         if already_written and (passage is not None or not checks.verify):
             passage = passage or Passage()

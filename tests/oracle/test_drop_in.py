@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import ckpt
 from ckpt import zero_to_fp32 as ours
+from ckpt.folders import scratch
 from converters.errors import CheckpointError
 from converters.execute import workers
 
@@ -234,6 +235,37 @@ def test_what_is_there_stays_until_the_new_file_is_complete(
     with pytest.raises(KeyboardInterrupt):
         ours.convert_zero_checkpoint_to_fp32_state_dict(source("zero2-bf16-w3"), file)
     assert file.read_bytes() == b"before"
+
+
+def test_all_ranks_may_convert_into_one_folder_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ckpt.zero_to_fp32", str(source("zero2-bf16-w3"))]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    ranks = [
+        subprocess.Popen(
+            [*command, str(tmp_path / "m"), "--max_shard_size", "1KB"], env=environment
+        )
+        for _ in range(3)
+    ]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0, 0]
+    expected = ours.get_fp32_state_dict_from_zero_checkpoint(source("zero2-bf16-w3"))
+    found = weights_in(tmp_path / "m")
+    assert found.keys() == expected.keys() and not list(tmp_path.glob("m/.*"))
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    code = (
+        "import os, signal; from pathlib import Path; from ckpt.folders import scratch\n"
+        f"with scratch.folder_for(Path({str(path)!r})) as folder:\n"
+        "    (folder / 'half').touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60)
+    (leftover,) = tmp_path.iterdir()
+    with scratch.folder_for(path) as folder:
+        assert [*tmp_path.iterdir()] == [folder] != [leftover]
+        with scratch.folder_for(path) as other:
+            assert {*tmp_path.iterdir()} == {folder, other}
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_name_of_torch_is_not_a_safetensors_file(tmp_path: Path) -> None:

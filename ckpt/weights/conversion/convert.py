@@ -10,26 +10,19 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from ckpt.folders import locks, staging
 from ckpt.folders.filenames import LOGBOOK
-from ckpt.results import WeightChecks
 from ckpt.runs import engines
 from ckpt.runs.recognition import is_numbered
-from ckpt.version import __version__
 from ckpt.weights.arguments import dtype_name, naming_arguments, require_choice, shard_bytes
 from ckpt.weights.check import checking
 from ckpt.weights.conversion import (
-    comparison,
+    description,
     lightning,
     output_place,
     planning,
     sources,
     weight_files,
 )
-from ckpt.weights.conversion.record import (
-    ConversionRecord,
-    ReadFile,
-    RecordedFile,
-    RecordedSource,
-)
+from ckpt.weights.conversion.record import ConversionRecord
 from ckpt.weights.conversion.task import Conversion, Format
 from ckpt.weights.naming import ties
 from ckpt.weights.output.product import Product
@@ -253,7 +246,8 @@ def execute(
             logbook=Logbook(folder / LOGBOOK),
         )
         record = replace(
-            describe(conversion, report.digests), checks=_checks(conversion, report, verify)
+            description.describe(conversion, report.digests),
+            checks=description.checks(conversion, report, verify),
         )
         _complete(conversion, folder, texts, record)
     if conversion.is_file:
@@ -317,79 +311,6 @@ def _complete(
         local.write_file(folder / name, content)
 
     local.write_file(folder / "conversion.json", bounded_json.dumps(record.as_json()))
-
-
-def describe(conversion: Conversion, digests: Mapping[Path, str] | None = None) -> ConversionRecord:
-    """The record of a conversion; names are relative to the checkpoint.
-
-    A source file's digest is that of its zip directory, which binds all its bytes. Raw
-    and legacy files have no CRC32s; their digest is in ``digests``, of the CRC32s of
-    the bytes that were read.
-    """
-    source, plan, product = conversion.checkpoint, conversion.plan, conversion.product
-    return ConversionRecord(
-        ckpt=__version__,
-        source=RecordedSource(
-            kind=source.kind,
-            tag=source.place.tag,
-            stage=source.stage,
-            world_size=source.world_size,
-            precision=source.precision,
-            step=source.step,
-            deepspeed=source.version,
-            files=tuple(_source_files(source, product, digests or {})),
-        ),
-        dtype=conversion.dtype,
-        format=conversion.format,
-        files=tuple(RecordedFile(name=shard.filename, size=shard.nbytes) for shard in plan.shards),
-        tensors=sum(1 for _ in plan.placements()),
-        total_size=plan.total_size,
-        tied=conversion.tied,
-        aliases=dict(product.weights.aliases),
-        absent=product.absent,
-        kind=product.kind,
-        renamed=product.all_renamed,
-        rules=tuple(product.rules),
-        reader=conversion.verdict.reader,
-        loads=conversion.verdict.loads,
-        verdict=conversion.verdict.line,
-        notes=tuple(conversion.notes),
-    )
-
-
-def _source_files(
-    source: Source, product: Product, digests: Mapping[Path, str]
-) -> Iterator[ReadFile]:
-    """The files that were read, with their sizes in bytes and digests."""
-    root = source.place.root.resolve()
-    digests_by_path = dict(source.files) | dict(product.files)
-    digests_by_path |= {path: None for path in digests if path not in digests_by_path}
-    for path, digest in digests_by_path.items():
-        yield ReadFile(
-            name=_name_from(root, path),
-            size=stores.status(path).size,
-            directory_sha256=digest,
-            crc32s_sha256=None if digest else digests.get(path),
-        )
-
-
-def _name_from(root: Path, path: Path) -> str:
-    """The name of a file as seen from the checkpoint; from a URL that of a local file is whole."""
-    # a link has its own name here, not that of the file that it leads to
-    full_path = path.parent.resolve() / path.name
-    return str(full_path) if is_url(path) != is_url(root) else os.path.relpath(full_path, root)
-
-
-def _checks(conversion: Conversion, report: shards.MoveReport, verify: bool) -> WeightChecks:
-    checks = replace(
-        comparison.checks(conversion.product, conversion.plan, report),
-        verified=verify,
-        coverage="every element of the flat partitions is used once or is padding",
-        overflowed=report.overflowed,
-    )
-    if verify:
-        return checks
-    return replace(checks, compared_with=None, compared_tensors=0, compared_bytes=0)
 
 
 def run(conversion: Conversion, **options: Any) -> dict[str, Any]:

@@ -99,12 +99,12 @@ def execute(planned: Fp32Slimming, progress: Callable[[int], None] = lambda _: N
     """Writes the weights, commits them, and then deletes; ``CheckpointError`` if the checkpoint
     is in use."""
     conversion, checkpoint = planned.conversion, planned.slimming.checkpoint
+    staging_folder, folder = _staging_folder(checkpoint), checkpoint.folder
+    pruning.remove(staging_folder)  # of an earlier try
     if conversion is None:
         slim.execute(planned.slimming)
         return
 
-    staging_folder, folder = conversion.output, checkpoint.folder
-    pruning.remove(staging_folder)  # of an earlier try
     convert.execute(conversion, progress=progress)
 
     assert checkpoint.manifest is not None

@@ -75,6 +75,7 @@ def plan(checkpoint: RunCheckpoint, force: bool = False) -> Fp32Slimming:
     conversion = convert.plan(
         checkpoint.folder, _staging_folder(checkpoint), tag=manifest.tag, dtype="fp32"
     )
+    convert.require_output(conversion, overwrite=True)
     interim = _without_weights(manifest, conversion)
     old_names = {name for name in manifest.files if name not in interim.files}
     slimming = slim.without_states(replace(checkpoint, manifest=interim), interim)

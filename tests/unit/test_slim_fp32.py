@@ -101,9 +101,11 @@ def test_a_crash_at_any_operation_leaves_a_checkpoint_and_the_same_command_goes_
         ).returncode
 
     assert start(0) == 0
-    count = len(faults.journal(log))
-    assert count > 10
-    for at in range(1, count + 1):
+    paths = [operation.path for operation in faults.journal(log)]
+    first = next(at for at, path in enumerate(paths, 1) if path.startswith(f"{folder}/"))
+    # the conversion before that has tests of its own, and what follows deletes file after file
+    chosen = [2, first // 2, *range(first - 2, first + 20), *range(first + 20, len(paths) + 1, 4)]
+    for at in chosen:
         assert start(at) == -signal.SIGKILL, at
         checkpoint = Run(out).checkpoints()[0]
         assert checkpoint.committed and (folder / filenames.MANIFEST).is_file(), at
@@ -111,4 +113,5 @@ def test_a_crash_at_any_operation_leaves_a_checkpoint_and_the_same_command_goes_
         run("slim", folder, "--dtype", "fp32")
         require_fp32(folder)
         assert Run(out).checkpoints()[0].tier == "weights"
+        assert sorted(os.listdir(out)) == ["checkpoint-2", "checkpoint-4", "latest"], at
         run("verify", out, "--data")

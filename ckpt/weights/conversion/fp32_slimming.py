@@ -75,6 +75,7 @@ def plan(checkpoint: RunCheckpoint, force: bool = False) -> Fp32Slimming:
     conversion = convert.plan(
         checkpoint.folder, _staging_folder(checkpoint), tag=manifest.tag, dtype="fp32"
     )
+    convert.require_output(conversion, overwrite=True)
     interim = _without_weights(manifest, conversion)
     old_names = {name for name in manifest.files if name not in interim.files}
     slimming = slim.without_states(replace(checkpoint, manifest=interim), interim)
@@ -99,12 +100,12 @@ def execute(planned: Fp32Slimming, progress: Callable[[int], None] = lambda _: N
     """Writes the weights, commits them, and then deletes; ``CheckpointError`` if the checkpoint
     is in use."""
     conversion, checkpoint = planned.conversion, planned.slimming.checkpoint
+    staging_folder, folder = _staging_folder(checkpoint), checkpoint.folder
+    pruning.remove(staging_folder)  # of an earlier try
     if conversion is None:
         slim.execute(planned.slimming)
         return
 
-    staging_folder, folder = conversion.output, checkpoint.folder
-    pruning.remove(staging_folder)  # of an earlier try
     convert.execute(conversion, progress=progress)
 
     assert checkpoint.manifest is not None

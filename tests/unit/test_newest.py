@@ -46,8 +46,9 @@ def test_a_run_without_last_names_its_checkpoints_and_the_option(
             f"checkpoint-4: name one of them, such as ckpt {command} {tmp_path / 'checkpoint-4'}, "
             "or take the newest with --last\n"
         )
-    with pytest.raises(CheckpointError, match=r"or take the newest with last=True$"):
-        ckpt.open(tmp_path)
+    for call in (ckpt.open, ckpt.to_fp32):
+        with pytest.raises(CheckpointError, match=r"or take the newest with last=True$"):
+            call(tmp_path)
 
 
 def test_last_takes_the_newest_and_says_which(
@@ -67,6 +68,8 @@ def test_last_takes_the_newest_and_says_which(
     )
     with ckpt.open(tmp_path, "np", last=True) as opened:
         assert opened.path == tmp_path / "checkpoint-10"
+    model = ckpt.to_fp32(tmp_path, last=True, overwrite=True)
+    assert model.path == tmp_path / "checkpoint-10-fp32"
 
 
 def test_what_is_not_whole_is_passed_over_with_the_reason(

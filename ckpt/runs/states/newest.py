@@ -6,6 +6,7 @@ Where weights alone are enough, a newer one of weights alone comes before it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from ckpt.runs.states.offers import Offers
 from ckpt.runs.states.status import CheckpointState
 from converters.detect import detect, state_folders
 from converters.errors import CheckpointError
+from converters.storage.store import Name, is_url, local_path
+from converters.storage.stores import source_path
 from converters.words import more
 
 _RUNS = ("deepspeed-several", "parent")  # the kinds of a run that no file latest leads on from
 _MAX_REASONS = 3
+log = logging.getLogger("ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,25 @@ def _newest_weights(offers: Offers) -> Newest | None:
             return Newest(checkpoint, CheckpointState.COMPLETE)
 
     return None
+
+
+def path_of(path: Name, tag: str | None, last: bool) -> Path:
+    """The path that a function reads: ``path``, or with ``last`` the newest checkpoint of the run.
+
+    ``CheckpointError`` for a run without ``last`` that no file latest leads on from, and for a
+    ``tag`` with it.
+    """
+    if not last:
+        place = source_path(path)
+        if tag is None and not is_url(place):
+            require_checkpoint(place, "", "last=True")
+        return place
+    if tag is not None:
+        raise CheckpointError("tag= does not go with last=True; leave one out", "refused")
+
+    choice = newest_at(local_path(path), "last=True for")
+    log.info("%s", choice.remark)
+    return choice.checkpoint.folder
 
 
 def require_checkpoint(path: Path, command: str, choice: str) -> None:

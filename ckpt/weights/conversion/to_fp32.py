@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ckpt.results import WeightChecks
+from ckpt.runs.states import newest
 from ckpt.weights.arguments import naming_arguments, require_choice
 from ckpt.weights.conversion import convert
 from ckpt.weights.conversion.record import ConversionRecord
@@ -83,6 +84,7 @@ def to_fp32(
     output: AnyPath | None = None,
     *,
     tag: str | None = None,
+    last: bool = False,
     dtype: str | torch.dtype = "fp32",
     max_shard_size: int | str = "5GB",
     format: Format = "safetensors",
@@ -115,7 +117,8 @@ def to_fp32(
     Everything is as in ``ckpt to-fp32``, whose options the arguments are. ``dtype`` is
     "fp32", "bf16", "fp16" or "keep", torch's type or torch's name of it ("bfloat16").
     ``max_shard_size`` is in bytes, or "5GB". ``output`` defaults to CHECKPOINT-DTYPE.
-    ``progress`` is called with numbers of bytes as they are written.
+    ``last`` takes the newest checkpoint of the run at ``checkpoint`` that is committed or
+    complete. ``progress`` is called with numbers of bytes as they are written.
 
     ``CheckpointError`` if the checkpoint is damaged, not supported or would not load,
     or if the output cannot be made; nothing is left then that looks finished. After an
@@ -142,7 +145,7 @@ def to_fp32(
         exclude_frozen=exclude_frozen,
     )
     conversion = convert.plan(
-        checkpoint,
+        newest.path_of(checkpoint, tag, last),
         output,
         tag=tag,
         dtype=dtype,

@@ -7,7 +7,6 @@ headers are read until then.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,17 +27,12 @@ from converters.formats import safetensors, weight_files
 from converters.plan import output_dtype
 from converters.source import Source
 from converters.storage import stores
-from converters.storage.store import is_url, local_path
-from converters.storage.stores import source_path
 from converters.tensors import DType, TensorRef, Weights
 from converters.words import counted
 from converters.zero.files import discovery
 
 if TYPE_CHECKING:
     from ckpt.weights.opening.tensors import Array
-
-log = logging.getLogger("ckpt")
-
 
 _FRAMEWORKS: dict[str, Framework] = {"pt": "pt", "torch": "pt", "np": "np", "numpy": "np"}
 
@@ -74,7 +68,7 @@ def open(
     if framework not in _FRAMEWORKS:
         raise CheckpointError(f'framework is {framework!r}, expected "pt" or "np"', "output")
 
-    path = _checkpoint_at(path, tag, last)
+    path = newest.path_of(path, tag, last)
     with arguments.naming_arguments("tag=", "strip=", "rename=", "select=", "part="):
         lock = locks.reading(_place(path, tag))
         try:
@@ -120,21 +114,6 @@ def _plain(entries: Mapping[Any, Any]) -> dict[str, str]:
     """The numbers and texts beside the tensors of a file, as text."""
     plain_types = (str, int, float, bool)
     return {name: str(value) for name, value in entries.items() if isinstance(value, plain_types)}
-
-
-def _checkpoint_at(path: str | os.PathLike[str], tag: str | None, last: bool) -> Path:
-    """The path itself, or the newest checkpoint of the run there; ``CheckpointError`` for a run."""
-    if last:
-        if tag is not None:
-            raise CheckpointError("tag= does not go with last=True; leave one out", "refused")
-        choice = newest.newest_at(local_path(path), "ckpt.open")
-        log.info("%s", choice.remark)
-        return choice.checkpoint.folder
-
-    source = source_path(path)
-    if tag is None and not is_url(source):
-        newest.require_checkpoint(source, "", "last=True")
-    return source
 
 
 def _wished(weights: Weights, wishes: Naming) -> tuple[Weights, dict[str, str]]:

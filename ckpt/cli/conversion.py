@@ -13,7 +13,7 @@ from ckpt.cli.results.conversion import ConversionResult, ConversionSource, Sour
 from ckpt.results import FileEntry, WeightChecks
 from ckpt.text import size
 from ckpt.weights import absences
-from ckpt.weights.conversion import comparison, convert, description
+from ckpt.weights.conversion import comparison, description
 from ckpt.weights.conversion.record import ConversionRecord
 from ckpt.weights.conversion.task import Conversion
 from converters.detect.kinds import BY_NAME

@@ -18,6 +18,7 @@ from ckpt.runs.states.offers import Offers
 from ckpt.runs.states.status import CheckpointState
 from converters.detect import detect
 from converters.errors import CheckpointError
+from converters.storage.store import is_url, local_path
 from converters.words import more
 
 _RUNS = ("deepspeed-several", "parent")  # the kinds of a run that no file latest leads on from
@@ -85,6 +86,27 @@ def _newest_weights(offers: Offers) -> Newest | None:
             return Newest(checkpoint, CheckpointState.COMPLETE)
 
     return None
+
+
+def choose(path: Path, tag: str | None, last: bool, command: str) -> tuple[Path, str | None]:
+    """The checkpoint to read: the path itself, or with ``last`` the newest of the run there.
+
+    With a remark on which that is. ``CheckpointError`` for a run without ``last`` that no
+    file latest leads on from; ``command`` is how the user called it.
+    """
+    if not last:
+        if tag is None and not is_url(path):
+            require_checkpoint(path, command, "--last")
+        return path, None
+    if tag is not None:
+        raise CheckpointError(
+            f"--tag {tag} does not go with --last, which chooses among the checkpoints of a run; "
+            "leave one of them out",
+            "refused",
+        )
+
+    choice = newest_at(local_path(path), f"{command} --last")
+    return choice.checkpoint.folder, choice.remark
 
 
 def require_checkpoint(path: Path, command: str, choice: str) -> None:

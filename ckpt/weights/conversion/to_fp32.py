@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from ckpt.results import WeightChecks
+from ckpt.runs.states import newest
 from ckpt.weights.arguments import naming_arguments, require_choice
 from ckpt.weights.conversion import convert
 from ckpt.weights.conversion.record import ConversionRecord
@@ -17,6 +18,7 @@ from ckpt.weights.request import Check, Masters, Naming, Request
 from converters.computing import blas
 from converters.plan import Tied
 from converters.storage.store import local_path
+from converters.storage.stores import source_path
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +27,16 @@ AnyPath = str | os.PathLike[str]
 Names = Literal["reader", "as-stored"]
 OddTypes = Literal["skip", "raw"]
 _ARGUMENTS = (
-    *("output=", "tag=", "dtype=", "max_shard_size=", "format=", "tied=", "exclude_frozen=True"),
+    *(
+        "output=",
+        "tag=",
+        "last=True",
+        "dtype=",
+        "max_shard_size=",
+        "format=",
+        "tied=",
+        "exclude_frozen=True",
+    ),
     *("weights=", "names=", "part=", "strip=", "rename=", "select=", "merge=True", "base="),
     *("other_base=True", "adapter_config=", "config=", "tokenizer=", "dequantize=True", "check="),
     *("untie=True", "odd_types=", "verify=False", "allow_overflow=True", "overwrite=True"),
@@ -36,11 +47,13 @@ _ARGUMENTS = (
 class ConvertedModel:
     """A model folder that was written, or a file for Lightning; it can be used as a path.
 
-    ``path`` is where it lies, ``record`` what conversion.json says of it.
+    ``path`` is where it lies, ``record`` what conversion.json says of it. ``remark`` says
+    which checkpoint of a run was taken.
     """
 
     path: Path
     record: ConversionRecord
+    remark: str | None = None
 
     @property
     def checks(self) -> WeightChecks:
@@ -58,7 +71,7 @@ class ConvertedModel:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know, one line each."""
-        return self.record.notes
+        return self.record.notes if self.remark is None else (self.remark, *self.record.notes)
 
     @property
     def verdict(self) -> str:
@@ -83,6 +96,7 @@ def to_fp32(
     output: AnyPath | None = None,
     *,
     tag: str | None = None,
+    last: bool = False,
     dtype: str | torch.dtype = "fp32",
     max_shard_size: int | str = "5GB",
     format: Format = "safetensors",
@@ -115,7 +129,8 @@ def to_fp32(
     Everything is as in ``ckpt to-fp32``, whose options the arguments are. ``dtype`` is
     "fp32", "bf16", "fp16" or "keep", torch's type or torch's name of it ("bfloat16").
     ``max_shard_size`` is in bytes, or "5GB". ``output`` defaults to CHECKPOINT-DTYPE.
-    ``progress`` is called with numbers of bytes as they are written.
+    With ``last`` the path is a run, whose newest checkpoint is taken. ``progress`` is
+    called with numbers of bytes as they are written.
 
     ``CheckpointError`` if the checkpoint is damaged, not supported or would not load,
     or if the output cannot be made; nothing is left then that looks finished. After an
@@ -141,8 +156,9 @@ def to_fp32(
         unsupported_types=odd_types,
         exclude_frozen=exclude_frozen,
     )
+    place, remark = newest.choose(source_path(checkpoint), tag, last, "ckpt to-fp32")
     conversion = convert.plan(
-        checkpoint,
+        place,
         output,
         tag=tag,
         dtype=dtype,
@@ -160,7 +176,7 @@ def to_fp32(
         progress=progress or (lambda _: None),
     )
 
-    return ConvertedModel(path=conversion.output, record=record)
+    return ConvertedModel(path=conversion.output, record=record, remark=remark)
 
 
 def _require_choices(weights: object, names: object, check: object, odd_types: object) -> None:

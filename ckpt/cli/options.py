@@ -144,22 +144,10 @@ def checkpoint_of(path: Path, tag: str | None, last: bool, command: str) -> Path
     """
     from ckpt.cli import planned
     from ckpt.runs.states import newest
-    from converters.errors import CheckpointError
-    from converters.storage.store import is_url, local_path
-
-    if not last:
-        if tag is None and not is_url(path):
-            newest.require_checkpoint(path, command, "--last")
-        return path
-    if tag is not None:
-        raise CheckpointError(
-            f"--tag {tag} does not go with --last, which chooses among the checkpoints of a run; "
-            "leave one of them out",
-            "refused",
-        )
 
     with planned.announcements(as_json=False):
-        choice = newest.newest_at(local_path(path), f"{command} --last")
-    click.echo(f"ckpt: {choice.remark}", err=True)
+        checkpoint, remark = newest.choose(path, tag, last, command)
+    if remark is not None:
+        click.echo(f"ckpt: {remark}", err=True)
 
-    return choice.checkpoint.folder
+    return checkpoint

@@ -7,10 +7,14 @@ in processes of their own, which import ``unit``: so that package of the copy im
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 SWAP = os.environ.get("PEERS_SWAP", "")
+STOCK: dict[str, Any] = {}  # the engine's own methods
 
 
 def pytest_configure() -> None:
@@ -37,7 +41,11 @@ def swap() -> None:
             "load_state_dict_from_zero_checkpoint",
         ):
             setattr(theirs, name, getattr(ours, name))
-    elif SWAP == "save":
+
+    if not STOCK:
+        for name in ("save_checkpoint", "load_checkpoint"):
+            STOCK[name] = getattr(DeepSpeedEngine, name)
+    if SWAP == "save":
         DeepSpeedEngine.save_checkpoint = save
         DeepSpeedEngine.load_checkpoint = of_newest(DeepSpeedEngine.load_checkpoint)
     elif SWAP == "load":
@@ -56,9 +64,21 @@ def save(
     import ckpt
 
     options = {"exclude_frozen_parameters": exclude_frozen_parameters, "preflight": False}
-    with ckpt.Saver(engine, save_dir, **options) as saver:
+    with stock_methods(engine), ckpt.Saver(engine, save_dir, **options) as saver:
         saver.save(engine.global_steps, client_state=client_state)
     return True
+
+
+@contextmanager
+def stock_methods(engine: Any) -> Iterator[None]:
+    """Gives an engine its own methods back, which ckpt calls, too."""
+    for name, method in STOCK.items():
+        setattr(engine, name, MethodType(method, engine))
+    try:
+        yield
+    finally:
+        for name in STOCK:
+            delattr(engine, name)
 
 
 def of_newest(load_checkpoint: Any) -> Any:
@@ -84,16 +104,17 @@ def load(
     import ckpt
 
     client_state: dict[str, Any] = {}
-    ckpt.resume(
-        engine,
-        load_dir,
-        tag=tag,
-        client_state=client_state,
-        load_module_strict=load_module_strict,
-        load_optimizer_states=load_optimizer_states,
-        load_lr_scheduler_states=load_lr_scheduler_states,
-        load_module_only=load_module_only,
-        load_foreign=True,
-        on_mismatch="warn",
-    )
+    with stock_methods(engine):
+        ckpt.resume(
+            engine,
+            load_dir,
+            tag=tag,
+            client_state=client_state,
+            load_module_strict=load_module_strict,
+            load_optimizer_states=load_optimizer_states,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+            load_module_only=load_module_only,
+            load_foreign=True,
+            on_mismatch="warn",
+        )
     return load_dir, client_state

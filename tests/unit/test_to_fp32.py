@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,18 @@ def test_a_size_with_a_unit_is_taken(size: str | int, expected: int) -> None:
 def test_the_command_asks_back(capsys: pytest.CaptureFixture[str]) -> None:
     run("to-fp32", SOURCE, "--max-shard-size", "5", code=2)
     assert "5 is 5 bytes; write 5GB if you mean that, or 5B" in capsys.readouterr().err
+
+
+def test_of_a_run_the_newest_checkpoint_is_taken(tmp_path: Path) -> None:
+    run_folder = tmp_path / "out"
+    for step in (2, 4):
+        shutil.copytree(TRAINER, run_folder / f"checkpoint-{step}")
+    with pytest.raises(CheckpointError, match="take the newest with last=True"):
+        ckpt.to_fp32(run_folder)
+    model = ckpt.to_fp32(run_folder, tmp_path / "m", last=True)
+    assert "checkpoint-4" in model.notes[0] and model.path == tmp_path / "m"
+    with pytest.raises(CheckpointError, match="tag= x does not go with last=True"):
+        ckpt.to_fp32(run_folder, tag="x", last=True)
 
 
 def test_neither_torch_nor_transformers_is_loaded(tmp_path: Path) -> None:

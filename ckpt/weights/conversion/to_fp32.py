@@ -26,7 +26,16 @@ AnyPath = str | os.PathLike[str]
 Names = Literal["reader", "as-stored"]
 OddTypes = Literal["skip", "raw"]
 _ARGUMENTS = (
-    *("output=", "tag=", "dtype=", "max_shard_size=", "format=", "tied=", "exclude_frozen=True"),
+    *(
+        "output=",
+        "tag=",
+        "last=True",
+        "dtype=",
+        "max_shard_size=",
+        "format=",
+        "tied=",
+        "exclude_frozen=True",
+    ),
     *("weights=", "names=", "part=", "strip=", "rename=", "select=", "merge=True", "base="),
     *("other_base=True", "adapter_config=", "config=", "tokenizer=", "dequantize=True", "check="),
     *("untie=True", "odd_types=", "verify=False", "allow_overflow=True", "overwrite=True"),
@@ -37,11 +46,13 @@ _ARGUMENTS = (
 class ConvertedModel:
     """A model folder that was written, or a file for Lightning; it can be used as a path.
 
-    ``path`` is where it lies, ``record`` what conversion.json says of it.
+    ``path`` is where it lies, ``record`` what conversion.json says of it. ``remark`` says
+    which checkpoint of a run was taken.
     """
 
     path: Path
     record: ConversionRecord
+    remark: str | None = None
 
     @property
     def checks(self) -> WeightChecks:
@@ -59,7 +70,7 @@ class ConvertedModel:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know, one line each."""
-        return self.record.notes
+        return self.record.notes if self.remark is None else (self.remark, *self.record.notes)
 
     @property
     def verdict(self) -> str:
@@ -144,8 +155,9 @@ def to_fp32(
         unsupported_types=odd_types,
         exclude_frozen=exclude_frozen,
     )
+    place, remark = newest.path_of(checkpoint, tag, last)
     conversion = convert.plan(
-        newest.path_of(checkpoint, tag, last),
+        place,
         output,
         tag=tag,
         dtype=dtype,
@@ -163,7 +175,7 @@ def to_fp32(
         progress=progress or (lambda _: None),
     )
 
-    return ConvertedModel(path=conversion.output, record=record)
+    return ConvertedModel(path=conversion.output, record=record, remark=remark)
 
 
 def _require_choices(weights: object, names: object, check: object, odd_types: object) -> None:

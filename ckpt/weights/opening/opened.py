@@ -68,7 +68,7 @@ def open(
     if framework not in _FRAMEWORKS:
         raise CheckpointError(f'framework is {framework!r}, expected "pt" or "np"', "output")
 
-    path = newest.path_of(path, tag, last)
+    path, _ = newest.path_of(path, tag, last)
     with arguments.naming_arguments("tag=", "strip=", "rename=", "select=", "part="):
         lock = locks.reading(_place(path, tag))
         try:

@@ -62,7 +62,7 @@ COMMANDS = {
         ("from-universal", "UNIVERSAL", "--world-size", "3", "-n"),
         "converters.zero.native.optimizer_files._base_state",
     ),
-    "verify": (("verify", "COMMITTED"), "ckpt.runs.manifest._require_kinds"),
+    "verify": (("verify", "COMMITTED"), "ckpt.runs.fields.require_kinds"),
     "verify: files": (("verify", "COMMITTED"), "ckpt.runs.manifest.unlike"),
     "verify: without ckpt": (("verify", STAGE_2), "converters.torch_files.rebuild._runs"),
 }

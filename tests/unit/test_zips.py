@@ -206,6 +206,7 @@ def test_deepspeeds_states_written_again_are_the_same_checkpoint(tmp_path: Path,
         folder.mkdir()
         check(state, folder / path.name)
         shutil.move(folder / path.name, path)
+        folder.rmdir()
     one, other = convert(root, tmp_path / "one"), convert(copy, tmp_path / "other")
     assert one.keys() == other.keys()
     assert all(same(one[key], other[key]) for key in one)

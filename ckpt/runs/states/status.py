@@ -84,8 +84,9 @@ class CheckpointStatus:
 
     @property
     def step(self) -> int | None:
-        """The step that its files say or, if none does, its name."""
-        if self.proof is not None and self.proof.step is not None:
+        """The step of what it was made of, or that its files say or, if none does, its name."""
+        is_derived = self.checkpoint.source is not None
+        if self.proof is not None and self.proof.step is not None and not is_derived:
             return self.proof.step
         return self.checkpoint.step
 

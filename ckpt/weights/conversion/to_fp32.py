@@ -138,10 +138,9 @@ def to_fp32(
     _require_choices(weights, names, check, odd_types)
     if merge:
         blas.prefer()
-
-    wishes = Naming.of(strip, rename, select, part)
+    naming = replace(Naming.of(strip, rename, select, part), as_stored=names == "as-stored")
     request = Request(
-        naming=replace(wishes, as_stored=names == "as-stored"),
+        naming=naming,
         weights=weights,
         merge=merge,
         base=_local(base),

@@ -81,9 +81,10 @@ def test_no_command_takes_one_in_the_place_of_the_original(
     out: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = out.path / "checkpoint-8"
-    for newest in (out.newest(), out.newest(None), leading(out.checkpoints()), chosen(out.path)):
+    for newest in (out.newest(), out.newest(None), leading(out.checkpoints())):
         assert newest is not None and newest.folder == original
-    assert chosen(out.path, ("eval_loss", "min", 1)).folder == original
+    for best in (None, ("eval_loss", "min", 1)):
+        assert chosen(out.path, best).checkpoint.folder == original
     assert out.find("8").folder == original
     assert ckpt.find(out.path) == str(original)
 
@@ -137,7 +138,7 @@ def test_they_stay_and_go_with_the_original_and_never_count(
     saved(out.path, 10)
     pruning.prune(out, Retention(last=1))
     assert names() == {"checkpoint-10", "checkpoint-8_universal"}  # of which no rule says a word
-    assert rows(out.path, capsys)["checkpoint-8_universal"]["step"] == 8
+    assert rows(out.path, capsys).keys() == names()
 
 
 def test_where_the_original_is_gone_they_count_like_any_other(out: Run) -> None:

@@ -174,21 +174,7 @@ def staged(output: Path, plan: Plan, needed_bytes: int) -> Iterator[Path]:
     with open(folder / PLAN, "a+b") as plan_file:
         _lock(plan_file, output)
         try:
-            digest = plan.digest().encode()
-            plan_file.seek(0)
-            with local.named(folder / PLAN):
-                is_same_plan = plan_file.read() == digest
-            _clear(
-                folder,
-                {LOGBOOK, *(shard.filename for shard in plan.shards)} if is_same_plan else set(),
-            )
-            if not is_same_plan:
-                with local.named(folder / PLAN):
-                    # a file's own truncate ends at EINTR
-                    os.ftruncate(plan_file.fileno(), 0)
-                    plan_file.write(digest)
-                    plan_file.flush()
-
+            _clear_of_others(folder, plan_file, plan)
             if not flock.OFFERED:
                 plan_file.close()  # or it could not be removed, nor its folder renamed
 
@@ -215,6 +201,24 @@ def _lock(plan_file: IO[bytes], output: Path) -> None:
         ) from error
     except OSError:
         pass  # a filesystem without locks
+
+
+def _clear_of_others(folder: Path, plan_file: IO[bytes], plan: Plan) -> None:
+    """Removes what is not of this plan, whose digest is in ``plan_file`` then."""
+    digest = plan.digest().encode()
+    plan_file.seek(0)
+    with local.named(folder / PLAN):
+        is_same_plan = plan_file.read() == digest
+    if is_same_plan:
+        _clear(folder, {LOGBOOK, *(shard.filename for shard in plan.shards)})
+        return
+
+    _clear(folder, set())
+    with local.named(folder / PLAN):
+        # a file's own truncate ends at EINTR
+        os.ftruncate(plan_file.fileno(), 0)
+        plan_file.write(digest)
+        plan_file.flush()
 
 
 def _has_shard(folder: Path, plan: Plan) -> bool:

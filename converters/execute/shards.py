@@ -145,11 +145,16 @@ def execute(
         report.prove(plan, ledger, mismatched)
 
     report.count(specials)
+    _sync_folders(plan, folder)
+
+    return report
+
+
+def _sync_folders(plan: Plan, folder: Path) -> None:
+    """Makes the names of all shards durable."""
     subfolders = {(folder / shard.filename).parent for shard in plan.shards}
     for subfolder in subfolders | {folder}:
         LOCAL.sync(subfolder)
-
-    return report
 
 
 def _made(

@@ -138,7 +138,7 @@ def test_they_stay_and_go_with_the_original_and_never_count(
     saved(out.path, 10)
     pruning.prune(out, Retention(last=1))
     assert names() == {"checkpoint-10", "checkpoint-8_universal"}  # of which no rule says a word
-    assert rows(out.path, capsys)["checkpoint-8_universal"]["step"] == 8
+    assert rows(out.path, capsys).keys() == names()
 
 
 def test_where_the_original_is_gone_they_count_like_any_other(out: Run) -> None:

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -20,12 +20,13 @@ from json_table import require_documented
 from oracles import ROOT, convert, run, same, weights_in
 from run_folders import SOURCE as TRAINER
 from safetensors.torch import load_file
-from stock_checkpoints import STOCK
+from stock_checkpoints import STOCK, accelerates, trainers
 from transformers import AutoModelForCausalLM
 
 from ckpt.hub.content.contents import Contents, contents
 from ckpt.hub.plan import PushOptions, plan
 from ckpt.runs.run import open_checkpoint
+from ckpt.runs.states.status import status_of
 from ckpt.weights.request import Request
 from converters.errors import CheckpointError
 from converters.plan import Shard
@@ -205,6 +206,18 @@ def test_an_adapter_folder_is_sent_as_it_is(tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "adapter/adapter_model.bin")
     with pytest.raises(CheckpointError, match="is a pickle, which is not published; load the ad"):
         of(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("make", [trainers, accelerates])
+def test_a_checkpoint_of_another_trainer_is_pushed_by_its_weights(
+    make: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "checkpoint-6", *([6] if make is trainers else []))
+    assert status_of(open_checkpoint(folder)).complete
+    found = of(folder, card=False)
+    assert names(found) == {"model.safetensors"} and found.conversion is None
+    told = dict(found.left_out)
+    assert {"scheduler.pt", "scheduler.bin"} & told.keys()
 
 
 @pytest.mark.parametrize("damage", ["shard", "short", "bin", "names", "pointer"])

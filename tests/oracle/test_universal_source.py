@@ -129,7 +129,7 @@ def test_its_16_bit_weights_are_not_read(
 def test_a_push_sends_the_model_of_it(tmp_path: Path) -> None:
     folder = to(FIXTURES / "trainer-zero2/checkpoint-2", tmp_path / "checkpoint-2_universal")
     entry = open_checkpoint(folder)
-    assert status_of(entry).complete
+    assert status_of(entry).complete and status_of(entry).tier is None
     names = {item.name for item in contents(entry, max_shard_size=1 << 40).items}
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= names
     assert not [name for name in names if name.endswith(".pt")]

@@ -92,7 +92,12 @@ class CheckpointStatus:
 
     @property
     def tier(self) -> str | None:
-        """``full``, ``weights``, or ``None`` where it is neither committed nor complete."""
+        """``full``, ``weights``, or ``None`` where it is neither committed nor complete.
+
+        ``None`` too for states that no training loads as they are (universal).
+        """
+        if self.proof is not None and self.proof.hindrance is not None:
+            return None
         if self.proof is not None:
             return "full" if self.proof.resumable else "weights"
         return self.checkpoint.tier

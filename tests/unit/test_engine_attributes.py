@@ -168,5 +168,5 @@ def test_what_an_old_deepspeed_lacks_is_done_without_or_named() -> None:
     """DeepSpeed 0.16.0 tells nothing of NVMe; before 0.17 it gives no swapped part back."""
     engine: Any = SimpleNamespace()
     assert not view.offloads_optimizer_to_nvme(engine)
-    with pytest.raises(CheckpointError, match="DeepSpeed 0.17 or newer"):
+    with pytest.raises(CheckpointError, match=r"DeepSpeed 0\.17 or newer"):
         partitions._require_swapping(SimpleNamespace())

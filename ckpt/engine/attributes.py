@@ -30,7 +30,7 @@ runtime/engine.py DeepSpeedEngine
     _get_ckpt_name _get_zero_ckpt_name _get_zero_param_shapes
     loaded_checkpoint_dp_world_size load_universal_checkpoint
     zero_optimization zero_optimization_stage zero_sub_group_size zero_load_from_fp32_weights
-    zero_cpu_offload zero_nvme_offload_optimizer zero_gather_16bit_weights_on_model_save
+    zero_cpu_offload (zero_nvme_offload_optimizer) zero_gather_16bit_weights_on_model_save
     bfloat16_enabled fp16_enabled use_node_local_storage
     train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps
     mp_world_size has_moe_layers _config
@@ -48,7 +48,7 @@ runtime/zero/stage3.py DeepSpeedZeroOptimizer_Stage3
     optimizer loss_scaler dynamic_loss_scale overflow clip_grad
     fp16_groups fp32_partitioned_groups_flat sub_group_to_group_id
     checkpoint_event_epilogue optimizer_swapper _swappable_optimizer_subgroup
-    _optimizer_states_and_gradient_swap_in _release_swap_buffers
+    _optimizer_states_and_gradient_swap_in (_release_swap_buffers)
     (sub_group_process_groups) (use_muon)
 runtime/zero/partition_parameters.py Init
     ds_id ds_shape ds_numel ds_tensor ds_process_group ds_quant_scale
@@ -61,11 +61,11 @@ runtime/bf16_optimizer.py BF16_Optimizer
     optimizer clip_grad bf16_groups fp32_groups_flat_partition real_dp_process_group
     update_lp_params
 runtime/fp16/fused_optimizer.py FP16_Optimizer
-    optimizer clip_grad overflow fp16_groups fp32_groups_flat loss_scale_config
+    optimizer clip_grad overflow fp16_groups fp32_groups_flat (loss_scale_config)
 runtime/fp16/unfused_optimizer.py FP16_UnfusedOptimizer
-    optimizer clip_grad overflow fp16_groups fp32_groups loss_scale_config
+    optimizer clip_grad overflow fp16_groups fp32_groups (loss_scale_config)
 runtime/fp16/loss_scaler.py LossScaleConfig
-    dynamic_loss_scale cur_scale cur_iter last_overflow_iter scale_factor scale_window
+    (dynamic_loss_scale) (cur_scale) (cur_iter) (last_overflow_iter) (scale_factor) (scale_window)
 runtime/checkpoint_engine/checkpoint_engine.py CheckpointEngine
     create save load commit makedirs
 runtime/pipe/engine.py PipelineEngine

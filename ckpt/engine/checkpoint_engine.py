@@ -19,7 +19,7 @@ from typing import Any
 
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-from ckpt.engine.view import EngineView, internals
+from ckpt.engine.view import EngineView, internals, offloads_optimizer_to_nvme
 from ckpt.runs.manifest import FileRecord
 from ckpt.state import torch_file
 
@@ -105,7 +105,7 @@ def installed(engine: EngineView, writer_class: type[CapturingEngine]) -> Iterat
     original, copytree = internals(engine).checkpoint_engine, shutil.copytree
     internals(engine).checkpoint_engine = writer = writer_class(original)
     steps = [name for name in _STEPS if hasattr(engine, name)]
-    copies_swap_folder = bool(internals(engine).zero_nvme_offload_optimizer())
+    copies_swap_folder = offloads_optimizer_to_nvme(engine)
     for name in steps:
         setattr(engine, name, writer.later(getattr(engine, name)))
     if copies_swap_folder:

@@ -25,7 +25,7 @@ import torch
 from ckpt.distributed.load_slots import LoadSlot, Need
 from ckpt.engine import optimizers, parameters, precision
 from ckpt.engine.remedies import DEFAULT_WAYS, Ways
-from ckpt.engine.view import EngineView, internals
+from ckpt.engine.view import EngineView, internals, offloads_optimizer_to_nvme
 from converters.errors import CheckpointError
 from converters.storage import local
 
@@ -38,6 +38,8 @@ SCALING = (
     "dynamic_loss_scale",
     "overflow",
     "clip_grad",
+    # of fp16 without ZeRO before DeepSpeed 0.18, which has them in loss_scale_config
+    *("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window"),
 )
 
 
@@ -289,7 +291,7 @@ def files_of(engine: EngineView, folder: Path, tag: str) -> list[Path]:
     Names: DeepSpeed's own (``_get_ckpt_name``, ``_get_zero_ckpt_name``).
     """
     names = [internals(engine)._get_ckpt_name(str(folder), tag)]
-    offloaded = bool(internals(engine).zero_nvme_offload_optimizer())
+    offloaded = offloads_optimizer_to_nvme(engine)
     if engine.zero_optimization() and engine.optimizer is not None and not offloaded:
         names.append(precision.saved_path(internals(engine)._get_zero_ckpt_name(str(folder), tag)))
     for name in names:

@@ -137,6 +137,7 @@ def _stage3(optimizer: Any) -> Pieces:
         rank = dist.get_rank(group[0].ds_process_group)
         is_swapped = optimizer._swappable_optimizer_subgroup(index)
         if is_swapped:
+            _require_swapping(optimizer)
             optimizer._optimizer_states_and_gradient_swap_in(index)
         try:
             flat, offset = optimizer.fp32_partitioned_groups_flat[index], 0
@@ -149,6 +150,16 @@ def _stage3(optimizer: Any) -> Pieces:
         finally:
             if is_swapped:
                 optimizer._release_swap_buffers(index)
+
+
+def _require_swapping(optimizer: Any) -> None:
+    """``CheckpointError`` where DeepSpeed cannot give a part back that it read from NVMe."""
+    if not hasattr(optimizer, "_release_swap_buffers"):
+        raise CheckpointError(
+            "the optimizer is offloaded to NVMe, and its weights are read from there by "
+            "DeepSpeed 0.17 or newer; pip install 'deepspeed>=0.17'",
+            "unsupported",
+        )
 
 
 def _rounded(parameter: Any, start: int, count: int) -> torch.Tensor | None:

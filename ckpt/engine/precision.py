@@ -204,7 +204,8 @@ class PrecisionChange:
                 "optimizer_state_dict": saved_state,
                 "fp32_groups": self._parameters(module),
             }
-        scale = getattr(optimizer, "loss_scale_config", None)
+        # before DeepSpeed 0.18 the optimizer itself has them
+        scale = getattr(optimizer, "loss_scale_config", optimizer)
         scales = {name: getattr(scale, name) for name in SCALES if hasattr(scale, name)}
         return {
             "clip_grad": getattr(optimizer, "clip_grad", 0.0),

@@ -124,7 +124,10 @@ def loads_universal(engine: EngineView) -> bool:
 
 
 def offloads_optimizer_to_nvme(engine: EngineView) -> bool:
-    """Whether the optimizer's state is in files on NVMe."""
+    """Whether the optimizer's state is in files on NVMe, which a checkpoint has a copy of.
+
+    DeepSpeed before 0.16.4 has no such files in its checkpoints, and no function that tells.
+    """
     return bool(getattr(engine, "zero_nvme_offload_optimizer", lambda: False)())
 
 

@@ -1,4 +1,4 @@
-"""One rank of a small training, as a user writes it: ``trial.py KIND FOLDER STEPS``.
+"""One rank of a small training, as a user writes it: ``trial.py KIND FOLDER STEPS STAGE``.
 
 Run by ``run_matrix.py`` on two ranks, first to step 2 and then, resumed, to step 4. Only what the
 row's environment has is imported: the wheel of ckpt, and the versions that the row names.
@@ -15,13 +15,18 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 VOCABULARY, LENGTH = 64, 8
 
 
-def zero_config(stage: int) -> dict[str, Any]:
+def given_stage() -> int:
+    """The ZeRO stage that the row trains."""
+    return int(sys.argv[4]) if len(sys.argv) > 4 else 2
+
+
+def zero_config(stage: int | None = None) -> dict[str, Any]:
     """DeepSpeed's configuration."""
     return {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": True},
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage or given_stage()},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 30,
@@ -66,7 +71,7 @@ def trainer(folder: Path, steps: int, *, as_class: bool) -> None:
         save_steps=2,
         logging_steps=1,
         per_device_train_batch_size=2,
-        deepspeed=zero_config(2),
+        deepspeed=zero_config(),
         bf16=True,
         use_cpu=True,
         report_to=[],
@@ -89,7 +94,7 @@ def accelerate(folder: Path, steps: int) -> None:
     import ckpt
     from ckpt.trainers.accelerate import load_state, save_state
 
-    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_config(2)))
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_config()))
     model = llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batches = torch.utils.data.DataLoader(
@@ -108,7 +113,7 @@ def accelerate(folder: Path, steps: int) -> None:
 
 
 def saver(folder: Path, steps: int) -> None:
-    """A loop with DeepSpeed alone."""
+    """A loop with DeepSpeed alone, always under ZeRO-3."""
     import deepspeed
     import torch
 
@@ -174,7 +179,7 @@ def lightning(folder: Path, steps: int) -> None:
         max_steps=steps,
         accelerator="cpu",
         devices=2,
-        strategy=OnCpu(stage=2),
+        strategy=OnCpu(stage=given_stage()),
         precision="bf16-mixed",
         callbacks=[ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1)],
         logger=False,

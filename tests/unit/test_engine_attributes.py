@@ -7,12 +7,14 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from oracles import ROOT
 from syntax_trees import nodes
 
-from ckpt.engine import attributes
+from ckpt.engine import attributes, partitions, view
 from ckpt.engine.view import EngineView, Internals, TrainingEngine
 from converters.errors import CheckpointError
 
@@ -160,3 +162,11 @@ def test_the_table_has_nothing_that_is_not_used() -> None:
     ]
     unused = {name for name in NAMES if not any(name in text for text in texts)}
     assert unused == set()
+
+
+def test_what_an_old_deepspeed_lacks_is_done_without_or_named() -> None:
+    """DeepSpeed 0.16.0 tells nothing of NVMe; before 0.17 it gives no swapped part back."""
+    engine: Any = SimpleNamespace()
+    assert not view.offloads_optimizer_to_nvme(engine)
+    with pytest.raises(CheckpointError, match=r"DeepSpeed 0\.17 or newer"):
+        partitions._require_swapping(SimpleNamespace())

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import tomllib
@@ -119,3 +120,15 @@ def test_the_classifiers_name_every_python_that_ci_runs() -> None:
     workflow = (ROOT / ".github/workflows/ci.yml").read_text("utf-8")
     assert named == [f"3.{minor}" for minor in range(10, 15)]
     assert all(f'"{python}"' in workflow for python in named)
+
+
+def test_the_oldest_row_of_the_matrix_has_the_lower_bounds() -> None:
+    path = ROOT / "scripts/matrix/run_matrix.py"
+    spec = spec_from_file_location("run_matrix", path)
+    assert spec is not None and spec.loader is not None
+    matrix = sys.modules["run_matrix"] = module_from_spec(spec)
+    spec.loader.exec_module(matrix)
+    (oldest,) = (row for row in matrix.ROWS if row.name == "oldest")
+    bounds = {name: requirements.numbers(bound) for name, bound in requirements.OLDEST.items()}
+    del bounds["pytorch_lightning"]
+    assert {name: requirements.numbers(oldest.versions[name]) for name in bounds} == bounds

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _NUMPY = {"complex128": "<c16"}  # of the element types, those that numpy has
 _SPARSE = "_rebuild_sparse_tensor"
+_MAX_SIZE = 1 << 60  # elements of an axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,8 @@ def _layout(call: Call, name: str) -> str:
     parts = call.args[1] if len(call.args) == 2 else ()
     if isinstance(parts, tuple) and len(parts) in counts.get(layout_name, ()):
         size = parts[2] if layout_name == "sparse_coo" else parts[3]
-        if isinstance(size, tuple) and all(is_whole_number(count, 0) for count in size):
+        sizes = size if isinstance(size, tuple) else (None,)
+        if all(is_whole_number(count, 0) and count < _MAX_SIZE for count in sizes):
             return layout_name
 
     raise CheckpointError(f"{name}: a sparse tensor of a layout that torch 2.13 does not have")

@@ -56,8 +56,10 @@ def zip_directory(data: bytes) -> None:
 
 
 def torch_file(data: bytes) -> None:
-    """A file of torch.save, of either form."""
-    reader.read(_file(data, ".pt"))
+    """A file of torch.save, of either form, and the names in it."""
+    path = _file(data, ".pt")
+    reader.read(path)
+    pytorch_bin.weights_of(pytorch_bin.values(path))
 
 
 def safetensors_file(data: bytes) -> None:

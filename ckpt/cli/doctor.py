@@ -133,7 +133,8 @@ def _adoption(path: Path, *, wait: bool, dry_run: bool) -> Output:
 
     checkpoints = listing.checkpoints_at(path)
     with planned.progress(len(checkpoints), path.name, "checkpoint") as advance:
-        statuses = listing.ordered(adoption.survey(checkpoints, wait, advance))
+        surveyed = adoption.survey(checkpoints, wait, advance)
+    statuses = listing.ordered(listing.known(surveyed, path))
     with planned.progress(adoption.nbytes_of(statuses), path.name) as advance:
         outcomes = adoption.adopt(statuses, dry_run, advance)
 

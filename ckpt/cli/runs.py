@@ -149,7 +149,9 @@ def _left_alone(run: Path, outcomes: Sequence[Outcome]) -> list[CheckpointStatus
     ]
 
     with planned.progress(len(uncommitted), run.name, "checkpoint") as advance:
-        return listing.ordered(status.statuses_of(uncommitted, progress=advance))
+        statuses = status.statuses_of(uncommitted, progress=advance)
+
+    return listing.ordered(listing.known(statuses, run))
 
 
 def _pruned(

@@ -108,4 +108,6 @@ def statuses_at(path: Path) -> list[CheckpointStatus]:
 
     checkpoints = listing.checkpoints_at(path)
     with planned.progress(len(checkpoints), path.name, "checkpoint") as advance:
-        return listing.ordered(status.statuses_of(checkpoints, progress=advance))
+        statuses = status.statuses_of(checkpoints, progress=advance)
+
+    return listing.ordered(listing.known(statuses, path))

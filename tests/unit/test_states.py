@@ -228,6 +228,32 @@ def test_the_newest_is_last_whatever_the_names_are(
     assert names == [*accelerate_names, "epoch=0-step=2.ckpt", "last.ckpt"]
 
 
+def test_a_folder_that_is_only_called_as_a_checkpoint_is_none(
+    tmp_path: Path, printed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainers(tmp_path / "checkpoint-4", 4)
+    images = tmp_path / "step_100"
+    images.mkdir()
+    (images / "sample.png").write_bytes(b"an image")
+    (entry,) = printed("ls", tmp_path)["checkpoints"]
+    assert entry["name"] == "checkpoint-4"
+    run("verify", tmp_path)
+    run("doctor", tmp_path)
+    assert len(printed("prune", tmp_path, "--keep-last", "1")["untouched"]) == 1
+
+
+@pytest.mark.parametrize("command", ["latest", "doctor", "prune"])
+def test_a_checkpoint_of_another_writer_in_the_place_of_a_run_names_the_run(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dcp(tmp_path / "step-6")
+    options = ("--keep-last", "1") if command == "prune" else ()
+    run(command, tmp_path / "step-6", *options, code=1)
+    said = capsys.readouterr().err
+    assert "torch.distributed.checkpoint" in said
+    assert said.endswith(f"name the folder that it lies in: ckpt {command} {tmp_path}\n")
+
+
 def test_one_that_is_being_written_is_incomplete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

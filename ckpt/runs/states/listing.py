@@ -15,11 +15,10 @@ from ckpt.folders.filenames import MANIFEST
 from ckpt.runs import manifest as manifests
 from ckpt.runs import user_paths
 from ckpt.runs.checkpoint_folder import RunCheckpoint, open_checkpoint
-from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.foreign import completeness
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, step_in
 from ckpt.runs.run import Run
-from ckpt.runs.states.status import CheckpointStatus, statuses_of
+from ckpt.runs.states.status import CheckpointState, CheckpointStatus
 from converters.detect import detect
 from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
@@ -118,8 +117,17 @@ def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
     return sorted(statuses, key=rank)
 
 
-def statuses_at(
-    path: Path, wait: bool = True, progress: Progress = quiet
-) -> list[CheckpointStatus]:
-    """The checkpoints at a path with their states, the newest last; as ``checkpoints_at``."""
-    return ordered(statuses_of(checkpoints_at(path), wait, progress))
+def known(statuses: Sequence[CheckpointStatus], path: Path) -> list[CheckpointStatus]:
+    """Those at ``path`` that are checkpoints, as far as is known.
+
+    A folder that is only called as a checkpoint is (step_100 of images), and holds nothing that
+    is known here, is none, unless it is the path itself.
+    """
+    path = user_paths.spelt(path)
+    return [
+        status
+        for status in statuses
+        if status.state is not CheckpointState.UNKNOWN
+        or is_checkpoint(status.checkpoint.folder)
+        or status.checkpoint.folder == path
+    ]

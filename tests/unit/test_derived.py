@@ -81,9 +81,10 @@ def test_no_command_takes_one_in_the_place_of_the_original(
     out: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = out.path / "checkpoint-8"
-    for newest in (out.newest(), out.newest(None), leading(out.checkpoints()), chosen(out.path)):
+    for newest in (out.newest(), out.newest(None), leading(out.checkpoints())):
         assert newest is not None and newest.folder == original
-    assert chosen(out.path, ("eval_loss", "min", 1)).folder == original
+    for best in (None, ("eval_loss", "min", 1)):
+        assert chosen(out.path, best).checkpoint.folder == original
     assert out.find("8").folder == original
     assert ckpt.find(out.path) == str(original)
 

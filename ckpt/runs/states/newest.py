@@ -91,35 +91,18 @@ def _newest_weights(offers: Offers) -> Newest | None:
     return None
 
 
-def path_of(path: Name, tag: str | None, last: bool) -> tuple[Path, str | None]:
-    """The path that a function reads: ``path``, or with ``last`` the newest checkpoint of the run.
+def choose(path: Name, tag: str | None, last: bool, command: str = "") -> tuple[Path, str | None]:
+    """The checkpoint to read: the path itself, or with ``last`` the newest of the run there.
 
     With a remark on which that is, which is logged, too. ``CheckpointError`` for a run
-    without ``last`` that no file latest leads on from, and for a ``tag`` with it.
+    without ``last`` that no file latest leads on from, and for a ``tag`` with it;
+    ``command`` is how the user called it, such as "ckpt show".
     """
     if not last:
         place = source_path(path)
         if tag is None and not is_url(place):
-            require_checkpoint(place, "", "last=True")
+            require_checkpoint(place, command, "--last")
         return place, None
-    if tag is not None:
-        raise CheckpointError("tag= does not go with last=True; leave one out", "refused")
-
-    choice = newest_at(local_path(path), "last=True for")
-    log.info("%s", choice.remark)
-    return choice.checkpoint.folder, choice.remark
-
-
-def choose(path: Path, tag: str | None, last: bool, command: str) -> tuple[Path, str | None]:
-    """The checkpoint to read: the path itself, or with ``last`` the newest of the run there.
-
-    With a remark on which that is. ``CheckpointError`` for a run without ``last`` that no
-    file latest leads on from; ``command`` is how the user called it.
-    """
-    if not last:
-        if tag is None and not is_url(path):
-            require_checkpoint(path, command, "--last")
-        return path, None
     if tag is not None:
         raise CheckpointError(
             f"--tag {tag} does not go with --last, which chooses among the checkpoints of a run; "
@@ -127,7 +110,8 @@ def choose(path: Path, tag: str | None, last: bool, command: str) -> tuple[Path,
             "refused",
         )
 
-    choice = newest_at(local_path(path), f"{command} --last")
+    choice = newest_at(local_path(path), f"{command} --last".strip())
+    log.info("%s", choice.remark)
     return choice.checkpoint.folder, choice.remark
 
 

@@ -84,9 +84,10 @@ class CheckpointStatus:
 
     @property
     def step(self) -> int | None:
-        """The step of what it was made of, or that its files say or, if none does, its name."""
-        is_derived = self.checkpoint.source is not None
-        if self.proof is not None and self.proof.step is not None and not is_derived:
+        """The step that its files say or, if none does, its name; of a derived one its record."""
+        if self.checkpoint.source is not None and self.checkpoint.step is not None:
+            return self.checkpoint.step
+        if self.proof is not None and self.proof.step is not None:
             return self.proof.step
         return self.checkpoint.step
 

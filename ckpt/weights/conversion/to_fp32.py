@@ -154,7 +154,7 @@ def to_fp32(
         unsupported_types=odd_types,
         exclude_frozen=exclude_frozen,
     )
-    place, remark = newest.path_of(checkpoint, tag, last)
+    place, remark = newest.choose(checkpoint, tag, last)
     conversion = convert.plan(
         place,
         output,

@@ -68,8 +68,9 @@ def open(
     if framework not in _FRAMEWORKS:
         raise CheckpointError(f'framework is {framework!r}, expected "pt" or "np"', "output")
 
-    path, _ = newest.path_of(path, tag, last)
-    with arguments.naming_arguments("tag=", "strip=", "rename=", "select=", "part="):
+    names = ("tag=", "last=True", "strip=", "rename=", "select=", "part=")
+    with arguments.naming_arguments(*names):
+        path, _ = newest.choose(path, tag, last)
         lock = locks.reading(_place(path, tag))
         try:
             source = _source(path, tag)

@@ -254,6 +254,15 @@ def test_a_checkpoint_of_another_writer_in_the_place_of_a_run_names_the_run(
     assert said.endswith(f"name the folder that it lies in: ckpt {command} {tmp_path}\n")
 
 
+@pytest.mark.parametrize("command", ["ls", "verify", "latest", "doctor"])
+def test_the_folder_that_accelerate_makes_in_a_run_is_named(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accelerates(tmp_path / "checkpoints/checkpoint_0")
+    run(command, tmp_path, code=1)
+    assert f"{tmp_path}/checkpoints does: name that folder" in capsys.readouterr().err
+
+
 def test_one_that_is_being_written_is_incomplete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,8 @@ def checkpoints_at(path: Path, weights: str = "") -> list[RunCheckpoint]:
         return [candidate(path)]
 
     checkpoints = checkpoints_in(path) if path.is_dir() else []
+    if not checkpoints:
+        require_named(path)
 
     return checkpoints or user_paths.checkpoints_at(path, weights)
 
@@ -71,7 +73,19 @@ def run_at(path: Path, command: str) -> Run:
         remedy = f"name the folder that it lies in: {command} {path.parent}"
         raise detect(path).unlike("a run", remedy)
 
+    require_named(path)
     return user_paths.run_at(path, command)
+
+
+def require_named(path: Path) -> None:
+    """``CheckpointError`` where a folder without checkpoints has one with some, which has to be
+    named: where Accelerate and Lightning put them by themselves."""
+    inner_folder = path / "checkpoints"
+    if inner_folder.is_dir() and completeness.candidates(inner_folder):
+        raise CheckpointError(
+            f"{path} holds no checkpoint itself, {inner_folder} does: name that folder",
+            "incomplete",
+        )
 
 
 def is_single(path: Path) -> bool:

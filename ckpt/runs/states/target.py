@@ -21,7 +21,7 @@ from ckpt.runs.run import (
     require_read,
     without_derived,
 )
-from ckpt.runs.states.listing import checkpoints_in
+from ckpt.runs.states.listing import checkpoints_in, require_named
 from ckpt.runs.states.offers import TopologyFilter
 from converters.detect import detect
 from converters.errors import CheckpointError
@@ -112,14 +112,7 @@ def _meaning_of_run(path: Path) -> str:
     if completeness.candidates(path):
         return "run"
 
-    # where Accelerate and Lightning put them by themselves
-    inner_folder = path / "checkpoints"
-    if inner_folder.is_dir() and completeness.candidates(inner_folder):
-        raise CheckpointError(
-            f"{path} holds no checkpoint itself, {inner_folder} does: name that folder",
-            "incomplete",
-        )
-
+    require_named(path)
     _require_beginning(path)
     return "nothing"
 

@@ -71,11 +71,18 @@ def save(
 
 @contextmanager
 def stock_methods(engine: Any) -> Iterator[None]:
-    """Gives an engine its own methods back, which ckpt calls, too."""
+    """Gives an engine its own methods back, which ckpt calls, too.
+
+    Errors leave as ``RuntimeError``, which the processes of the tests can send home.
+    """
+    from ckpt import CheckpointError
+
     for name, method in STOCK.items():
         setattr(engine, name, MethodType(method, engine))
     try:
         yield
+    except CheckpointError as error:
+        raise RuntimeError(str(error)) from None
     finally:
         for name in STOCK:
             delattr(engine, name)

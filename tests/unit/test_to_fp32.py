@@ -171,7 +171,7 @@ def test_of_a_run_the_newest_checkpoint_is_taken(tmp_path: Path) -> None:
         ckpt.to_fp32(run_folder)
     model = ckpt.to_fp32(run_folder, tmp_path / "m", last=True)
     assert "checkpoint-4" in model.notes[0] and model.path == tmp_path / "m"
-    with pytest.raises(CheckpointError, match="tag= does not go with last=True"):
+    with pytest.raises(CheckpointError, match=r"tag= (x )?does not go with last=True"):
         ckpt.to_fp32(run_folder, tag="x", last=True)
 
 

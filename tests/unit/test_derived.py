@@ -210,6 +210,19 @@ def test_an_adopted_one_remains_what_it_was_made_of(tmp_path: Path) -> None:
     assert made.is_derived and made.origin is not None and made.origin.name == "checkpoint-2"
 
 
+def test_a_universal_folder_of_another_writer_is_no_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock(tmp_path)
+    command("to-universal", tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2_universal" / filenames.REWRITING).unlink()
+    capsys.readouterr()
+    command("doctor", tmp_path)
+    printed = capsys.readouterr().err
+    assert "complete, written by DeepSpeed (universal); ckpt from-universal makes" in printed
+    assert "weights" not in printed
+
+
 def test_of_several_rewritings_the_first_source_is_named(tmp_path: Path) -> None:
     original = saved(tmp_path)
     command("reshard", original.folder, "--world-size", "4")

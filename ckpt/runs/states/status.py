@@ -241,7 +241,14 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
             f"{verb(len(states), 'this one as it is', 'these as they are')}"
         )
 
-    weights = [status for status in foreign if status.tier != "full"]
+    universal = [status for status in foreign if status.tier is None]
+    if universal:
+        lines.append(
+            f"{_described(len(universal))} complete, written by {_writers(universal)}; ckpt "
+            f"from-universal makes native files of {verb(len(universal), 'it', 'them')}"
+        )
+
+    weights = [status for status in foreign if status.tier == "weights"]
     if weights:
         lines.append(
             f"{_described(len(weights))} complete weights, written by {_writers(weights)}; no "

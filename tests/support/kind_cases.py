@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -92,18 +89,10 @@ def no_tag(folder: Path) -> Path:
     return tagged(folder, "mp_rank_00_model_states.pt")
 
 
-@cache
-def made_universal() -> Path:
-    """A universal folder that ckpt made, once for all tests of a process."""
-    folder = Path(tempfile.mkdtemp(prefix="universal-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    converting.execute(converting.plan_to(FIXTURES / NAME, output=folder / "u"))
-    return folder / "u"
-
-
 @case("deepspeed-universal", "")
 def universal(folder: Path) -> Path:
-    return Path(shutil.copytree(made_universal(), folder, dirs_exist_ok=True))
+    converting.execute(converting.plan_to(FIXTURES / NAME, output=folder / "u"))
+    return folder / "u"
 
 
 @case("deepspeed-experts", "load it with DeepSpeed in the training that wrote it")

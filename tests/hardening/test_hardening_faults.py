@@ -102,7 +102,9 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_torn(forks: Forks, tmp_path
     held = (op for op in faults.journal(tmp_path / "log") if "checkpoint-2/global" in op.path)
     for op in random.Random(SEED).sample(list(held), 8):
         ended = forks.run(doctor, tmp_path, at=op.number, do="eio", reads=1)
-        assert ended.status == 1 and "Traceback" not in ended.said, ended.said
+        is_read = "is complete but not committed" in ended.said  # by another of its reads
+        assert ended.status == (0 if is_read else 1), ended.said
+        assert "Traceback" not in ended.said, ended.said
         assert (run / "checkpoint-2").is_dir()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ckpt.runs import manifest as manifests
 from ckpt.runs.foreign import liveness
+from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.lineage import Line
 from ckpt.runs.run import Run, RunCheckpoint, is_numbered, members
 from ckpt.runs.states.listing import candidate
@@ -112,6 +113,8 @@ def _requested_foreign(
         return Offer(checkpoint)
 
     proof = liveness.prove_at_rest(folder, tag_folder)
+    if folder.is_dir():
+        require_one_save(folder)
     if not proof.resumable:
         raise CheckpointError(
             f"{folder} cannot be resumed from: {proof.hindrance or WEIGHTS_ONLY}",

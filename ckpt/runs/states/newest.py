@@ -52,16 +52,17 @@ def newest_at(path: Path, command: str, full: bool = True) -> Newest:
     checkpoint; ``command`` is how the user called it, such as "ckpt to-fp32 --last".
     """
     run = listing.run_at(path, command)
-    offers = Offers(run.path, deepspeed=False)
+    offers = Offers(run.path, deepspeed=False, announces=False)  # the error has the reasons
     offer = next(iter(offers), None)
 
-    weights = None if full else _newest_weights(offers)
-    if weights is not None:
-        return weights
-    if offer is not None:
+    newest = None if full else _newest_weights(offers)
+    if newest is None and offer is not None:
         is_committed = offer.proof is None
         state = CheckpointState.COMMITTED if is_committed else CheckpointState.COMPLETE
-        return Newest(offer.checkpoint, state)
+        newest = Newest(offer.checkpoint, state)
+    if newest is not None:
+        offers.announce()
+        return newest
     if not listing.checkpoints_in(run.path):
         raise user_paths.instead(run.path, user_paths.RUN)
 

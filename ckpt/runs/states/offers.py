@@ -114,11 +114,16 @@ def _step(checkpoint: RunCheckpoint) -> int | None:
     return completeness.step_of(checkpoint.folder)
 
 
+def _announce(entry: SkippedCandidate) -> None:
+    log.warning("passed over %s: %s", entry.path, entry.why)
+
+
 class Offers:
     """The checkpoints of a run that can be gone on from; ``skipped`` are the others, each said.
 
     ``deepspeed`` is whether DeepSpeed is to load it, which is said to be impossible for
-    others. With ``committed_only`` what has no manifest is passed over, unproven.
+    others. With ``committed_only`` what has no manifest is passed over, unproven. Without
+    ``announces`` what is skipped is said only when ``announce`` is called.
     """
 
     def __init__(
@@ -127,8 +132,10 @@ class Offers:
         fits: TopologyFilter | None = None,
         deepspeed: bool = True,
         committed_only: bool = False,
+        announces: bool = True,
     ):
         self.run, self.deepspeed, self.committed_only = run, deepspeed, committed_only
+        self.announces = announces
         present = _without_universal(checkpoints_in(run))
         line_members = members(present)
         self.other_lines = [
@@ -211,8 +218,15 @@ class Offers:
 
     def skip(self, path: Path, reason: str, sort: Sort = "lost") -> None:
         """Notes and says why a checkpoint is not taken."""
-        self.skipped.append(SkippedCandidate(path, reason, sort))
-        log.warning("passed over %s: %s", path, reason)
+        entry = SkippedCandidate(path, reason, sort)
+        self.skipped.append(entry)
+        if self.announces:
+            _announce(entry)
+
+    def announce(self) -> None:
+        """Says what was skipped, where it was not said at once."""
+        for entry in () if self.announces else self.skipped:
+            _announce(entry)
 
     def require_none_lost(self) -> None:
         """``CheckpointError`` if a training has been here whose work a fresh start would forget.

@@ -14,11 +14,15 @@ import argparse
 import os
 import sys
 import traceback
+from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckpt.folders import scratch
+from ckpt.folders.filenames import MANIFEST
+from ckpt.runs import manifest
 from ckpt.weights import arguments
 from ckpt.weights.companions import surroundings
 from ckpt.weights.naming import ties
@@ -42,6 +46,10 @@ if TYPE_CHECKING:
 AnyPath = str | os.PathLike[str]
 SAFETENSORS, BIN = "model{suffix}.safetensors", "pytorch_model{suffix}.bin"
 _FILES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")  # ends of the name of one file of weights
+_STATES = (  # names of what a training goes on from
+    *("*_states.pt", "rng_state*", "random_states_*", "optimizer*", "scheduler*"),
+    *("training_args.bin", "extra_state_*"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +173,8 @@ def _convert(
     else:
         plan = pytorch_bin.plan(weights, target_dtype, max_shard_bytes, "keep", file or BIN)
     paths = [folder / shard.filename for shard in plan.shards]
+    for path in paths:
+        _require_replaceable(path)
     # all ranks of a training may be at it at once, as DeepSpeed's own function lets them
     with scratch.folder_for(paths[0]) as scratch_folder:
         shards.execute(plan, scratch_folder, shards.CheckOptions(allow_overflow=True))
@@ -177,6 +187,27 @@ def _convert(
         paths.append(folder / name)
 
     return paths
+
+
+def _require_replaceable(path: Path) -> None:
+    """``CheckpointError`` for a file that a training saved and goes on from.
+
+    Weights beside them are what users ask to have written again, unless a manifest has
+    their digests.
+    """
+    folder = next((parent for parent in path.parents if (parent / MANIFEST).is_file()), path.parent)
+    try:
+        committed_names: Collection[str] = manifest.read(folder).files
+    except CheckpointError:
+        committed_names = ()
+
+    is_committed = path.relative_to(folder).as_posix() in committed_names
+    is_state = any(fnmatchcase(path.name, pattern) for pattern in _STATES)
+    if path.exists() and (is_committed or is_state):
+        raise CheckpointError(
+            f"{path} is a file of the checkpoint, which a training goes on from; name another one",
+            "output",
+        )
 
 
 def _place(output: Path) -> tuple[Path, str | None]:

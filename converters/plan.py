@@ -171,12 +171,19 @@ def output_dtype(name: str, weights: Weights, dtype: DType | None) -> DType:
     return dtype
 
 
-def parse_size(size_or_text: str | int) -> int:
+class ParsedSize(int):
+    """A size in bytes that was parsed, and asked back if need be, before."""
+
+
+def parse_size(size_or_text: str | int) -> ParsedSize:
     """Bytes of 5GB (10^9, as the Hugging Face tools count), 2GiB, 300B, or of a number.
 
     ``ValueError`` for what is not a size, and for a number without a unit that can
     hardly be one of bytes: under 100, or as text under a million.
     """
+    if isinstance(size_or_text, ParsedSize):
+        return size_or_text
+
     text = str(size_or_text).strip()
     parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?(B?)", text.upper())
     if parts is None:
@@ -191,7 +198,7 @@ def parse_size(size_or_text: str | int) -> int:
     if not parts[2] and not parts[4] and size < (_MIN_NUMBER if is_number else _MIN_PLAIN_TEXT):
         unit = "GB" if size < 100 else "MB"
         raise ValueError(f"{text} is {text} bytes; write {text}{unit} if you mean that, or {text}B")
-    return size
+    return ParsedSize(size)
 
 
 def split(sizes: Mapping[str, int], max_shard_size: int) -> list[list[str]]:

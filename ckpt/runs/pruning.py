@@ -259,7 +259,23 @@ def _require_resumable(
 def _outcomes(
     candidates: Sequence[RunCheckpoint], reasons: Mapping[str, tuple[str, ...]]
 ) -> list[Outcome]:
-    """The outcome for each candidate: it stays if there is a reason, or else is deleted."""
+    """The outcome for each candidate: it stays if there is a reason, or else is deleted.
+
+    What a link that stays leads to stays, too.
+    """
+    links = {
+        checkpoint.folder.resolve(): checkpoint.name
+        for checkpoint in candidates
+        if checkpoint.folder.is_symlink() and checkpoint.name in reasons
+    }
+    linked = {
+        checkpoint.name: (*reasons.get(checkpoint.name, ()), f"{link_name} leads to it")
+        for checkpoint in candidates
+        if not checkpoint.folder.is_symlink()
+        and (link_name := links.get(checkpoint.folder.resolve())) is not None
+    }
+    reasons = {**reasons, **linked}
+
     return [
         Outcome(
             checkpoint,

@@ -62,7 +62,8 @@ def is_run(folder: Path) -> bool:
         return False
 
     try:
-        subfolders = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir()]
+        paths = [Path(entry.path) for entry in os.scandir(folder)]
+        subfolders = [path for path in paths if path.is_dir()]
         return any(
             is_checkpoint(subfolder) and not is_tag_folder(subfolder) for subfolder in subfolders
         )

@@ -69,8 +69,8 @@ class Run:
         checkpoint-N, or holds the state files of DeepSpeed.
         """
         try:
-            entries = os.scandir(self.path)
-            folders = [Path(entry.path) for entry in entries if entry.is_dir()]
+            paths = [Path(entry.path) for entry in os.scandir(self.path)]
+            folders = [path for path in paths if path.is_dir()]  # nor a link in a circle
         except (FileNotFoundError, NotADirectoryError) as error:
             raise detect(self.path).unlike("a run of DeepSpeed checkpoints") from error
         except OSError as error:

@@ -199,7 +199,8 @@ def _holds_checkpoints(path: Path) -> bool:
     if not path.is_dir():
         return False
     with os.scandir(path) as entries:
-        return any(is_checkpoint(Path(entry.path)) for entry in entries if entry.is_dir())
+        paths = [Path(entry.path) for entry in entries]
+        return any(is_checkpoint(subfolder) for subfolder in paths if subfolder.is_dir())
 
 
 def _may_begin(path: Path) -> bool:

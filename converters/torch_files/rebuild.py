@@ -36,7 +36,9 @@ _KINDS_OF_TENSORS = {
     "_rebuild_qtensor": "quantized",
     "_rebuild_nested": "nested",
     "_rebuild_meta": "meta",
+    "_lazy_view": "lazily conjugated or negated",  # a name of ours
 }
+_LAZY_VIEW = Global("torch._utils", "_lazy_view")
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -110,6 +112,8 @@ def _unknown(name: str) -> str:
 def _tensor(*arguments: Any) -> TensorRef | Call:
     """``torch._utils._rebuild_tensor_v2``: a view into a storage."""
     storage, offset, shape, stride = _first_arguments(arguments, 4)
+    if _is_lazy_view(arguments[6:]):
+        return Call(_LAZY_VIEW, (shape,))
     if isinstance(storage, Call) and getattr(storage.of, "name", "") in QUANTIZED:
         raise MalformedError("a quantized tensor has no scale")
     if isinstance(storage, TensorRef):
@@ -124,6 +128,13 @@ def _tensor(*arguments: Any) -> TensorRef | Call:
 
     raw_bytes = _raw(data, itemsize, offset, shape, stride)
     return Odd(storage.of, (shape,), kind=name, raw=raw_bytes)
+
+
+def _is_lazy_view(metadata: tuple[Any, ...]) -> bool:
+    """Whether the values of a tensor are not those of its storage: it was saved as a view of
+    ``torch.conj`` or ``torch._neg_view`` (torch 2.13 ``_utils.py``: ``set_tensor_metadata``)."""
+    attributes = metadata[0] if metadata else None
+    return isinstance(attributes, dict) and any(map(attributes.get, ("conj", "neg")))
 
 
 def _raw(

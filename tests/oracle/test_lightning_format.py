@@ -153,7 +153,7 @@ def test_a_file_that_exists_is_replaced_only_on_request(
     (state,) = root.rglob("*model_states.pt")
     before = state.read_bytes()
     run(*args[:-1], state, "--overwrite", code=1)
-    assert "is a file that the output is made of" in capsys.readouterr().err
+    assert "which it would be made of" in capsys.readouterr().err
     assert state.read_bytes() == before
 
 

@@ -96,7 +96,7 @@ def candidates(run_folder: Path) -> list[Path]:
         candidate = Path(entry.path)
         if entry.name.startswith("."):
             continue
-        if not entry.is_dir():
+        if not candidate.is_dir():
             candidate_paths += [candidate] if candidate.suffix == ".ckpt" else []
             continue
 

@@ -35,6 +35,8 @@ def pointer_findings(run: Run, checkpoints: Sequence[RunCheckpoint]) -> Iterator
             yield from _dangling(run, name, text)
         elif name == "latest" and _names_newer_whole(run, text, expected):
             continue  # a resume takes it, too
+        elif name == "latest" and text is None and _has_newer_whole(checkpoints, expected):
+            continue  # and it names none yet, which a resume takes: --adopt comes first
         elif text != expected.pointer:
             description = _pointer_problem(run, name, text, expected)
             yield Finding(
@@ -48,7 +50,16 @@ def pointer_findings(run: Run, checkpoints: Sequence[RunCheckpoint]) -> Iterator
 def _names_newer_whole(run: Run, pointer_text: str | None, expected: RunCheckpoint) -> bool:
     """Whether ``latest`` names a later checkpoint that is whole, but not committed."""
     checkpoint = run.pointer("latest") if pointer_text else None
-    if checkpoint is None or checkpoint.manifest is not None or checkpoint.committed:
+    return checkpoint is not None and _is_newer_whole(checkpoint, expected)
+
+
+def _has_newer_whole(checkpoints: Sequence[RunCheckpoint], expected: RunCheckpoint) -> bool:
+    """Whether a later checkpoint than ``expected`` is whole, but not committed."""
+    return any(_is_newer_whole(checkpoint, expected) for checkpoint in checkpoints)
+
+
+def _is_newer_whole(checkpoint: RunCheckpoint, expected: RunCheckpoint) -> bool:
+    if checkpoint.manifest is not None or checkpoint.committed:
         return False
     if checkpoint.why != manifests.ABSENT or (checkpoint.step or 0) <= (expected.step or 0):
         return False

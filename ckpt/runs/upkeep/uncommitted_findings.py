@@ -76,7 +76,7 @@ def _torn_finding(folder: Path, is_deepspeed_run: bool) -> Finding | None:
         return None
     if (reason := torn.why(folder)) is None:
         return None
-    if torn_folder.exists():
+    if torn_folder.exists() or "git lfs pull" in reason:  # which mends it where it lies
         return Finding(folder, f"torn: {reason}")
 
     return Finding(

@@ -1,0 +1,95 @@
+"""Traps of first use that a tester fell into: each is a kind, and mended."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import FIXTURES, run
+from run_folders import real, small
+
+import ckpt
+from ckpt import zero_to_fp32
+from ckpt.runs import pruning
+from ckpt.runs.foreign import completeness
+from ckpt.runs.retention import Retention
+from ckpt.runs.run import Run
+from ckpt.runs.upkeep import adoption
+from converters.errors import CheckpointError
+
+STOCK = FIXTURES / "trainer-zero2/checkpoint-2"
+
+
+def test_a_link_in_a_circle_hinders_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small(tmp_path / "run", 2)
+    (tmp_path / "run/circle").symlink_to("circle")
+    (tmp_path / "circle").symlink_to("circle")
+    assert [checkpoint.step for checkpoint in Run(tmp_path / "run").checkpoints()] == [2]
+    assert [path.name for path in completeness.candidates(tmp_path / "run")] == ["checkpoint-2"]
+    run("ls", tmp_path / "run")
+    assert "checkpoint-2" in capsys.readouterr().out
+    assert ckpt.find(tmp_path / "new") is None
+
+
+def test_values_that_are_not_those_of_the_storage_are_not_read(tmp_path: Path) -> None:
+    """A view of ``conj`` or ``_neg_view`` is saved as what it is a view of, and a mark."""
+    values = torch.randn(3, dtype=torch.complex64)
+    torch.save(
+        {"c": values.conj(), "n": torch._neg_view(torch.ones(3)), "p": values}, tmp_path / "x.pt"
+    )
+    opened = ckpt.open(tmp_path / "x.pt")
+    assert torch.equal(opened["p"], values)
+    for name in ("c", "n"):
+        with pytest.raises((CheckpointError, KeyError), match="lazily conjugated or negated"):
+            opened[name]
+
+
+def test_what_a_kept_link_leads_to_is_kept(tmp_path: Path) -> None:
+    for step in (2, 6):
+        small(tmp_path, step)
+    (tmp_path / "keep-me").symlink_to("checkpoint-2")
+    outcomes = pruning.prune(Run(tmp_path), Retention(last=1))
+    reasons = {outcome.checkpoint.name: outcome.reason for outcome in outcomes if outcome.kept}
+    assert reasons["checkpoint-2"] == "keep-me leads to it"
+    assert (tmp_path / "keep-me/manifest.json").exists()
+
+
+def test_latest_is_not_made_to_name_an_older_one_than_a_resume_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real(tmp_path, 2)
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4/manifest.json").unlink()
+    (tmp_path / "latest").unlink(missing_ok=True)
+    run("doctor", tmp_path, "--fix")
+    assert not (tmp_path / "latest").exists(), capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["scheduler.pt", "rng_state_0.pth", "training_args.bin"])
+def test_the_script_replaces_no_file_that_a_training_goes_on_from(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(STOCK, tmp_path / "c")
+    (tmp_path / "c" / name).write_bytes(b"mine")
+    with pytest.raises(SystemExit) as ended:
+        zero_to_fp32.main([str(tmp_path / "c"), str(tmp_path / "c" / name)])
+    assert ended.value.code == 1 and "is a file of the checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "c" / name).read_bytes() == b"mine"
+
+
+def test_the_script_replaces_no_weights_that_are_committed(tmp_path: Path) -> None:
+    shutil.copytree(STOCK, tmp_path / "c")
+    weights = tmp_path / "c/model.safetensors"
+    before = weights.read_bytes()
+    adoption.commit(tmp_path / "c")
+    with pytest.raises(SystemExit):
+        zero_to_fp32.main([str(tmp_path / "c"), str(weights), "--safe_serialization"])
+    assert weights.read_bytes() == before
+    os.unlink(tmp_path / "c/manifest.json")
+    zero_to_fp32.main([str(tmp_path / "c"), str(weights), "--safe_serialization"])
+    assert weights.read_bytes() != before

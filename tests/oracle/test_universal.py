@@ -318,7 +318,7 @@ def without(name: str) -> Any:
         (older, "norm.weight: its step is 1.0"),
         (reshaped, r"norm.weight/fp32.pt holds 4, param_shapes of the model file says 7"),
         (foreign, "other.weight is not a parameter of the model"),
-        (orderless, "--like"),
+        (orderless, "like="),
         (code, "step.pt is not a file of torch.save"),
         (without("zero/norm.weight/fp32.pt"), "norm.weight has no fp32.pt"),
         (without("zero/norm.weight/step.pt"), "norm.weight has no step.pt"),

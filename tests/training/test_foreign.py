@@ -137,7 +137,7 @@ def test_layouts_that_are_not_converted_prove_that_no_file_is_missing(tmp_path: 
         with pytest.raises(CheckpointError, match="damaged or cut short"):
             ckpt.find(folder.parent)
         part.unlink()
-        with pytest.raises(CheckpointError, match="has no file of mp_rank"):
+        with pytest.raises(CheckpointError, match=r"has no file of .*mp_rank"):
             ckpt.find(folder.parent)
 
 

@@ -2,21 +2,61 @@
 
 What can be shown of them: DeepSpeed named the tag in ``latest``, which it does last
 (0.19.8 ``runtime/engine.py``: ``save_checkpoint``), every file is whole by its form,
-and no rank is missing between others.
+and every file is there that the model files' ``mp_world_size``, ``dp_world_size`` and
+``num_experts`` ask for. Of a pipeline a layer's files are there for all model ranks or
+none; which layers there are is not written in any file.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ckpt.runs.foreign import intact_files
+from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.zero.files import discovery as folders
+from converters.zero.files import state_files
 
 _PARTITION = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_PARTITIONED_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_?model_states\.pt")
+_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_\d+_model_states\.pt")
+_LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+_MAX_RANKS = 1 << 20  # more than that a file can hardly mean
+Ranks = dict[int, set[int]]
+
+
+@dataclass(slots=True)
+class _Files:
+    """Which files are there: partitions by model rank, experts and model ranks by layer."""
+
+    model_ranks: set[int] = field(default_factory=set)
+    partitions: Ranks = field(default_factory=lambda: defaultdict(set))
+    partitioned_models: Ranks = field(default_factory=lambda: defaultdict(set))
+    experts: Ranks = field(default_factory=lambda: defaultdict(set))
+    layers: Ranks = field(default_factory=lambda: defaultdict(set))
+
+    @classmethod
+    def of(cls, paths: Iterable[Path]) -> _Files:
+        files = cls()
+        for path in paths:
+            if match := _MODEL.fullmatch(path.name):
+                files.model_ranks.add(int(match[1]))
+            elif match := _PARTITION.fullmatch(path.name):
+                files.partitions[int(match[2])].add(int(match[1]))
+            elif match := _PARTITIONED_MODEL.fullmatch(path.name):
+                files.partitioned_models[int(match[2])].add(int(match[1]))
+            elif match := _EXPERT.fullmatch(path.name):
+                files.experts[int(match[1])].add(int(match[2]))
+            elif match := _LAYER.fullmatch(path.name):
+                files.layers[int(match[1])].add(int(match[2]))
+
+        return files
 
 
 def require_parallel(folder: Path, tag: str | None = None) -> str:
@@ -27,30 +67,77 @@ def require_parallel(folder: Path, tag: str | None = None) -> str:
     )
     for state_path in state_paths:
         intact_files.require_torch_file(state_path)
-    partitions_by_model_rank: dict[int, set[int]] = defaultdict(set)
-    model_ranks: set[int] = set()
-    for state_path in state_paths:
-        if match := _PARTITION.fullmatch(state_path.name):
-            partitions_by_model_rank[int(match[2])].add(int(match[1]))
-        if match := _MODEL.fullmatch(state_path.name):
-            model_ranks.add(int(match[1]))
 
-    all_model_ranks = model_ranks | set(partitions_by_model_rank)
-    _require_numbered(place.folder, "mp_rank", all_model_ranks)
-    if not partitions_by_model_rank:
-        return place.tag
-
-    # every model rank has the partitions that any of them has
-    all_partitions: set[int] = set().union(*partitions_by_model_rank.values())
-    for model_rank in sorted(all_model_ranks):
-        _require_numbered(
-            place.folder,
-            f"mp_rank {model_rank}: zero_pp_rank",
-            all_partitions,
-            partitions_by_model_rank.get(model_rank, set()),
-        )
+    files = _Files.of(state_paths)
+    root = _model_root(state_paths)
+    _require_ranks(place.folder, files, root)
+    _require_layers(place.folder, files, root)
 
     return place.tag
+
+
+def _model_root(state_paths: Iterable[Path]) -> Mapping[str, Any]:
+    """What the first model file says of the training; empty where none can be read."""
+    for path in state_paths:
+        if not (_MODEL.fullmatch(path.name) or _PARTITIONED_MODEL.fullmatch(path.name)):
+            continue
+        try:
+            return state_files.read(path).root
+        except CheckpointError as error:
+            if error.kind not in ("unsupported", "refused"):
+                raise
+
+    return {}
+
+
+def _require_ranks(folder: Path, files: _Files, root: Mapping[str, Any]) -> None:
+    """``CheckpointError`` unless every model rank has its model file and all its partitions."""
+    by_rank = {*files.model_ranks, *files.partitions, *files.partitioned_models}
+    model_ranks = set(range(_count(root, "mp_world_size"))) | by_rank
+    with_model = files.model_ranks or set(files.partitioned_models)
+    _require_numbered(folder, "mp_rank", model_ranks, with_model)
+    if not files.partitions:
+        return
+
+    is_shared_by_few = _setting(root, "mics_shard_size")
+    data_ranks = set() if is_shared_by_few else set(range(_count(root, "dp_world_size")))
+    partitions = data_ranks.union(*files.partitions.values(), *files.partitioned_models.values())
+    for model_rank in sorted(model_ranks):
+        for name, present in (
+            ("optim_states", files.partitions),
+            ("model_states", files.partitioned_models),
+        ):
+            if present:
+                description = f"{name} of mp_rank {model_rank}: zero_pp_rank"
+                _require_numbered(folder, description, partitions, present.get(model_rank, set()))
+
+
+def _require_layers(folder: Path, files: _Files, root: Mapping[str, Any]) -> None:
+    """``CheckpointError`` unless all experts of a layer are there, and a layer's model ranks."""
+    counts = root.get("num_experts")
+    are_counts = isinstance(counts, list) and len(counts) == len(files.experts)
+    for index, (layer, experts) in enumerate(sorted(files.experts.items())):
+        count = counts[index] if are_counts and isinstance(counts, list) else 0
+        expected = set(range(count)) if is_whole_number(count) and count < _MAX_RANKS else set()
+        _require_numbered(folder, f"layer {layer}: expert", expected | experts, experts)
+
+    layer_models = set[int]().union(*files.layers.values())
+    for layer, models in sorted(files.layers.items()):
+        _require_numbered(folder, f"layer {layer}: model", layer_models, models)
+
+
+def _count(root: Mapping[str, Any], key: str) -> int:
+    """A number of ranks, as a model file has it; 0 where it says nothing of use."""
+    count = root.get(key)
+    return int(count) if is_whole_number(count) and count < _MAX_RANKS else 0
+
+
+def _setting(root: Mapping[str, Any], key: str) -> bool:
+    """Whether the ZeRO section of the configuration sets a number of ranks."""
+    config = root.get("ds_config")
+    section = config.get("zero_optimization") if isinstance(config, dict) else None
+    value = section.get(key) if isinstance(section, dict) else None
+    return is_whole_number(value) and value > 0
 
 
 def _require_numbered(

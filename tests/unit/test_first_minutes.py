@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -65,6 +66,8 @@ def test_latest_is_not_made_to_name_an_older_one_than_a_resume_takes(
     real(tmp_path, 2)
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-4")
     (tmp_path / "checkpoint-4/manifest.json").unlink()
+    state_path = tmp_path / "checkpoint-4/trainer_state.json"
+    state_path.write_text(json.dumps(json.loads(state_path.read_text()) | {"global_step": 4}))
     (tmp_path / "latest").unlink(missing_ok=True)
     run("doctor", tmp_path, "--fix")
     assert not (tmp_path / "latest").exists(), capsys.readouterr()

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ckpt.runs.foreign import intact_files
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.zero.files import discovery as folders
 from converters.zero.files import state_files
+from converters.zero.files.state_files import State
 
 _PARTITION = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -69,38 +69,40 @@ def require_parallel(folder: Path, tag: str | None = None) -> str:
         intact_files.require_torch_file(state_path)
 
     files = _Files.of(state_paths)
-    root = _model_root(state_paths)
-    _require_ranks(place.folder, files, root)
-    _require_layers(place.folder, files, root)
+    model = _model(state_paths)
+    _require_ranks(place.folder, files, model)
+    _require_layers(place.folder, files, model)
 
     return place.tag
 
 
-def _model_root(state_paths: Iterable[Path]) -> Mapping[str, Any]:
-    """What the first model file says of the training; empty where none can be read."""
+def _model(state_paths: Iterable[Path]) -> State | None:
+    """The first model file, which says of how many ranks the training is; ``None`` if none can be
+    read."""
     for path in state_paths:
         if not (_MODEL.fullmatch(path.name) or _PARTITIONED_MODEL.fullmatch(path.name)):
             continue
         try:
-            return state_files.read(path).root
+            return state_files.read(path)
         except CheckpointError as error:
             if error.kind not in ("unsupported", "refused"):
                 raise
 
-    return {}
+    return None
 
 
-def _require_ranks(folder: Path, files: _Files, root: Mapping[str, Any]) -> None:
+def _require_ranks(folder: Path, files: _Files, model: State | None) -> None:
     """``CheckpointError`` unless every model rank has its model file and all its partitions."""
     by_rank = {*files.model_ranks, *files.partitions, *files.partitioned_models}
-    model_ranks = set(range(_count(root, "mp_world_size"))) | by_rank
+    model_ranks = set(range(_count(model, "mp_world_size"))) | by_rank
     with_model = files.model_ranks or set(files.partitioned_models)
     _require_numbered(folder, "mp_rank", model_ranks, with_model)
     if not files.partitions:
         return
 
-    is_shared_by_few = _setting(root, "mics_shard_size")
-    data_ranks = set() if is_shared_by_few else set(range(_count(root, "dp_world_size")))
+    mics_ranks = model.setting("zero_optimization", "mics_shard_size") if model else None
+    is_shared_by_few = is_whole_number(mics_ranks, 1)
+    data_ranks = set() if is_shared_by_few else set(range(_count(model, "dp_world_size")))
     partitions = data_ranks.union(*files.partitions.values(), *files.partitioned_models.values())
     for model_rank in sorted(model_ranks):
         for name, present in (
@@ -112,9 +114,9 @@ def _require_ranks(folder: Path, files: _Files, root: Mapping[str, Any]) -> None
                 _require_numbered(folder, description, partitions, present.get(model_rank, set()))
 
 
-def _require_layers(folder: Path, files: _Files, root: Mapping[str, Any]) -> None:
+def _require_layers(folder: Path, files: _Files, model: State | None) -> None:
     """``CheckpointError`` unless all experts of a layer are there, and a layer's model ranks."""
-    counts = root.get("num_experts")
+    counts = model.root.get("num_experts") if model else None
     are_counts = isinstance(counts, list) and len(counts) == len(files.experts)
     for index, (layer, experts) in enumerate(sorted(files.experts.items())):
         count = counts[index] if are_counts and isinstance(counts, list) else 0
@@ -126,18 +128,10 @@ def _require_layers(folder: Path, files: _Files, root: Mapping[str, Any]) -> Non
         _require_numbered(folder, f"layer {layer}: model", layer_models, models)
 
 
-def _count(root: Mapping[str, Any], key: str) -> int:
-    """A number of ranks, as a model file has it; 0 where it says nothing of use."""
-    count = root.get(key)
+def _count(model: State | None, key: str) -> int:
+    """A number of ranks, as the model file has it; 0 where it says nothing of use."""
+    count = model.root.get(key) if model else None
     return int(count) if is_whole_number(count) and count < _MAX_RANKS else 0
-
-
-def _setting(root: Mapping[str, Any], key: str) -> bool:
-    """Whether the ZeRO section of the configuration sets a number of ranks."""
-    config = root.get("ds_config")
-    section = config.get("zero_optimization") if isinstance(config, dict) else None
-    value = section.get(key) if isinstance(section, dict) else None
-    return is_whole_number(value) and value > 0
 
 
 def _require_numbered(

@@ -54,8 +54,13 @@ def _names_newer_whole(run: Run, pointer_text: str | None, expected: RunCheckpoi
 
 
 def _has_newer_whole(checkpoints: Sequence[RunCheckpoint], expected: RunCheckpoint) -> bool:
-    """Whether a later checkpoint than ``expected`` is whole, but not committed."""
-    return any(_is_newer_whole(checkpoint, expected) for checkpoint in checkpoints)
+    """Whether a later checkpoint than ``expected``, by its files too, is whole, but not
+    committed."""
+    return any(
+        _is_newer_whole(checkpoint, expected)
+        and (completeness.step_of(checkpoint.folder) or 0) > (expected.step or 0)
+        for checkpoint in checkpoints
+    )
 
 
 def _is_newer_whole(checkpoint: RunCheckpoint, expected: RunCheckpoint) -> bool:

@@ -137,9 +137,11 @@ def _be_command(asked: dict[str, Any], said: int) -> None:
         os.dup2(said, 2)
         os.environ.update(asked["env"])
         from ckpt.cli.main import main
+        from ckpt.runs.foreign import liveness
         from ckpt.runs.upkeep import findings
 
         findings.QUIET = 0.0  # what was written just now counts as left by a crash
+        liveness.PAUSE = 0.0  # and nobody writes meanwhile
         fault = asked["fault"]
         for name in ("log", "trace"):
             fault[name] = Path(fault[name]) if fault.get(name) else None

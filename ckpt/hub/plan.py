@@ -198,7 +198,7 @@ def _require_names(repo: str, path_in_repo: str | None) -> None:
 def _require_whole(checkpoint: RunCheckpoint, uncommitted: bool) -> None:
     """``CheckpointError`` unless the checkpoint is committed, and whole as far as sizes tell.
 
-    Without a manifest it has to be complete (``runs.status``), or a folder of a model or
+    Without a manifest it has to be complete (``runs.states.status``), or a folder of a model or
     an adapter; whether such a one loads is decided with what is sent of it.
     """
     if checkpoint.why == manifest.ABSENT:

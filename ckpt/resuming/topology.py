@@ -19,6 +19,7 @@ from ckpt.engine.layout import Layout
 from ckpt.resuming.resume_point import ResumePoint
 from ckpt.rewrite import records
 from ckpt.rewrite.job import Rewriting
+from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
 from ckpt.runs.run import Run, RunCheckpoint, is_numbered, open_checkpoint
 from converters.errors import CheckpointError
 from converters.zero.files.discovery import is_tag_folder
@@ -185,7 +186,7 @@ def require_state(checkpoint: RunCheckpoint) -> None:
     alternative = ""
     if newest is not None:
         alternative = f"resume from {newest.folder}, the newest full one, or "
-    finding = "weights only; training cannot go on from it"
+    finding = WEIGHTS_ONLY
     if (checkpoint.folder / "optimizer.pt").exists():
         finding = (
             "was saved without DeepSpeed, whose state it lacks; DeepSpeed cannot go on from it"

@@ -16,6 +16,7 @@ from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.words import first
 
+WEIGHTS_ONLY = "weights only; training cannot go on from it"
 _MISSING = ": missing"  # as ``digests.unlike`` says it
 
 
@@ -95,7 +96,7 @@ class RunCheckpoint:
     def unusable(self) -> str | None:
         """Why training cannot go on from this checkpoint, by its manifest; ``None`` if it can."""
         if self.why is None and self.tier != "full":
-            return "weights only; training cannot go on from it"
+            return WEIGHTS_ONLY
         return self.why
 
     @property

@@ -18,13 +18,12 @@ from converters.words import counted
 class Verification:
     """What was found. ``problems`` has a line for each thing that is not whole.
 
-    ``proven`` are lines on what is; ``data`` is whether every byte was read.
+    ``proven`` are lines on what is.
     """
 
     checkpoint: RunCheckpoint
     problems: tuple[str, ...]
     proven: tuple[str, ...]
-    data: bool
 
     @property
     def whole(self) -> bool:
@@ -52,7 +51,7 @@ def verify(
     if manifest is None:
         proof, problem = states(checkpoint.folder)
         problems = [str(checkpoint.why), *([problem] if problem else [])]
-        return Verification(checkpoint, tuple(problems), (proof,) if proof else (), False)
+        return Verification(checkpoint, tuple(problems), (proof,) if proof else ())
 
     with locks.reading(checkpoint.folder):
         problems = manifests.check(checkpoint.folder, manifest, data, progress)
@@ -74,7 +73,7 @@ def verify(
             f"the part of node {manifest.node} of {manifest.nodes}; ckpt collect joins them"
         )
 
-    return Verification(checkpoint, tuple(problems), tuple(proven), data)
+    return Verification(checkpoint, tuple(problems), tuple(proven))
 
 
 def states(folder: Path, tag: str | None = None) -> tuple[str | None, str | None]:

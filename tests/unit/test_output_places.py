@@ -82,7 +82,7 @@ def test_a_run_is_not_a_checkpoint_and_holds_outputs(tmp_path: Path) -> None:
 def test_a_file_of_another_program_makes_no_checkpoint_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"name": "an app"}')
     (tmp_path / "checkpoint-1").mkdir()
-    user_paths.require_outside(tmp_path / "checkpoint-1/work/new")
+    user_paths.require_outside(tmp_path / "checkpoint-1/inner/new")
 
 
 def test_of_a_tag_in_a_checkpoint_the_output_is_beside_the_checkpoint(tmp_path: Path) -> None:

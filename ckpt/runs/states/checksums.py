@@ -123,7 +123,7 @@ def of_files(place: Path) -> ChecksumPlan:
     checkables: list[Checkable] = []
     bare: list[FileEntry] = []
     pieces_by_folder: dict[Path, dict[str, list[StoredPiece]]] = {}
-    for path, name in _files(place):
+    for path, name in files_of(place):
         nbytes = path.stat().st_size
         with _opened(path) as stream:
             if path.suffix == DCP_SUFFIX:
@@ -172,7 +172,7 @@ def _fault(stream: BinaryIO, checkable: Checkable, progress: Progress) -> str | 
     )
 
 
-def _files(place: Path) -> Iterator[tuple[Path, str]]:
+def files_of(place: Path) -> Iterator[tuple[Path, str]]:
     """The files of a checkpoint by name; without hidden ones, and those of a write cut short."""
     if place.is_file():
         yield place, place.name

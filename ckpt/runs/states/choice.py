@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.runs import manifest as manifests
+from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
 from ckpt.runs.foreign import liveness
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.lineage import Line
@@ -24,7 +25,6 @@ from ckpt.runs.states.offers import (
     require_deepspeed,
     unusable,
 )
-from ckpt.runs.states.status import WEIGHTS_ONLY
 from ckpt.runs.states.target import interpret
 from ckpt.runs.verify import states
 from converters.detect import detect
@@ -113,8 +113,7 @@ def _requested_foreign(
         return Offer(checkpoint)
 
     proof = liveness.prove_at_rest(folder, tag_folder)
-    if folder.is_dir():
-        require_one_save(folder)
+    require_one_save(folder)
     if not proof.resumable:
         raise CheckpointError(
             f"{folder} cannot be resumed from: {proof.hindrance or WEIGHTS_ONLY}",

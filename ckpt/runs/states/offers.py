@@ -17,13 +17,13 @@ from typing import Any, Literal
 from ckpt.runs import lineage
 from ckpt.runs import manifest as manifests
 from ckpt.runs.ancestry import Partitioning
+from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
 from ckpt.runs.foreign import completeness, liveness
 from ckpt.runs.foreign.completeness import Proof
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.foreign.succession import relate
 from ckpt.runs.run import RunCheckpoint, members, order, original_of, require_read
 from ckpt.runs.states.listing import checkpoints_in
-from ckpt.runs.states.status import WEIGHTS_ONLY
 from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
 from converters.words import more
@@ -266,8 +266,7 @@ class Offers:
         path = checkpoint.folder
         try:
             proof = liveness.prove_at_rest(path)
-            if path.is_dir():
-                require_one_save(path)
+            require_one_save(path)
         except CheckpointError as error:
             require_read(error)
             if error.kind == "refused" and "right now" in str(error):

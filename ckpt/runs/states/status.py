@@ -32,7 +32,6 @@ from converters.zero.files.discovery import is_tag_folder
 
 # which say nothing beside the reason
 PLAIN_KINDS = ("deepspeed", "empty", "unknown", "nothing")
-WEIGHTS_ONLY = "weights only; training cannot go on from it"
 
 
 class CheckpointState(Enum):
@@ -190,8 +189,7 @@ def _status(checkpoint: RunCheckpoint) -> CheckpointStatus:
     try:
         liveness.require_not_deleted(folder)
         proof = prove(folder)
-        if folder.is_dir():
-            require_one_save(folder)
+        require_one_save(folder)
     except CheckpointError as error:
         require_read(error)
         is_unknown = error.kind == "unsupported"

@@ -25,6 +25,7 @@ from ckpt.runs.foreign import evaluation, intact_files, liveness, succession
 from ckpt.runs.foreign.completeness import Proof
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import RunCheckpoint
+from ckpt.runs.states import checksums
 from ckpt.runs.states.status import CheckpointState, CheckpointStatus, statuses_of
 from ckpt.version import __version__
 from converters import detect
@@ -253,15 +254,8 @@ def _manifest(
 
 def _file_names(folder: Path) -> list[str]:
     """Every file but hidden ones, temporary ones and those of the tool."""
-    relative_paths = (
-        path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()
-    )
     return [
-        relative_path
-        for relative_path in relative_paths
-        if relative_path != filenames.MANIFEST  # damaged, or there would be nothing to adopt
-        and not any(part.startswith(".") for part in relative_path.split("/"))
-        and not relative_path.endswith(".partial")
+        name for path, name in checksums.files_of(folder) if path.name != checksums.DCP_METADATA
     ]
 
 

@@ -3,7 +3,7 @@
     python scripts/make_cli_reference.py            write the page
     python scripts/make_cli_reference.py --check    exit with 1 where the page is not up to date
 
-``tests/unit/test_docs.py`` compares the page with the program, so run this after each change of
+``tests/commands/test_docs.py`` compares the page with the program, so run this after each change of
 a help text. The width is fixed, so that the page does not depend on the terminal.
 """
 

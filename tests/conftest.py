@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import extensions
 import pytest
+
+from ckpt.runs.foreign import liveness
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,8 +41,11 @@ _OF_SYNTAX = {
 }
 
 # What takes longest comes first, so that the processes of xdist end together; the many small tests
-# come last, and alone of all may go to any process one by one.
-_ROOMS = ("training", "hardening", "hub", "oracle", "unit")
+# come last, and alone of all may go to any process in parts of a module. Not one by one: for every
+# test that ends the scheduler counts through all parts that it ever sent.
+_ROOMS = ("training", "hardening", "hub", "oracle", "commands", "unit")
+_SMALL = ("tests/commands/", "tests/unit/")
+_PARTS = 16  # of a module of small tests
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Sends a module, and so what its fixtures train, to one process, but for those of unit.
+    """Sends a module, and so what its fixtures train, to one process, but for small tests.
 
     ``xdist_group`` does not do it: with pytest 9.2, xdist 3.8 writes the group where nobody reads
     it, and each process trains all over again.
@@ -62,7 +68,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             module = nodeid.partition("::")[0]
             if Path(module).name in _OF_SYNTAX:
                 return "syntax"
-            return nodeid if module.startswith("tests/unit/") else module
+            if not module.startswith(_SMALL):
+                return module
+            return f"{module} {crc32(nodeid.encode()) % _PARTS}"
 
     return ByModule(config, log)
 
@@ -92,6 +100,16 @@ def _room(item: pytest.Item) -> str:
 def _place(item: pytest.Item) -> int:
     name = item.path.stem.removeprefix("test_")
     return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
+
+
+@pytest.fixture(autouse=True)
+def _second_looks_follow_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands in this process do not wait to see whether somebody writes a checkpoint.
+
+    Nearly every checkpoint of a test is younger than a minute. Commands in processes of their own
+    wait as they do for a user.
+    """
+    monkeypatch.setattr(liveness, "PAUSE", 0.02)
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,18 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import requirements
+
+
+def _package_of_strategies() -> str:
+    old_package, new_package = "pytorch_lightning", "lightning.pytorch"
+    is_old = old_package in sys.modules and new_package not in sys.modules
+    is_only = find_spec("lightning") is None and find_spec(old_package) is not None
+    return old_package if is_old or is_only else new_package
+
+
+_PACKAGE = _package_of_strategies()
+requirements.require("ckpt.trainers.lightning", _PACKAGE.partition(".")[0], "deepspeed")
+
 from ckpt.distributed.ranks import TIMEOUT, RankGroup
 from ckpt.engine import mapped_loading
 from ckpt.engine.layout import Layout
@@ -53,17 +65,7 @@ TAG = "checkpoint"  # the strategy's, for every checkpoint
 log = logging.getLogger("ckpt")
 
 
-def _stock_strategy() -> Any:
-    old_package, new_package = "pytorch_lightning", "lightning.pytorch"
-    is_old = old_package in sys.modules and new_package not in sys.modules
-    is_only = find_spec("lightning") is None and find_spec(old_package) is not None
-    package = old_package if is_old or is_only else new_package
-    library = package.partition(".")[0]
-    requirements.require("ckpt.trainers.lightning", library, "deepspeed")
-    return import_module(f"{package}.strategies").DeepSpeedStrategy
-
-
-Stock: Any = _stock_strategy()
+Stock: Any = import_module(f"{_PACKAGE}.strategies").DeepSpeedStrategy
 
 
 class DeepSpeedStrategy(Stock):

@@ -29,12 +29,6 @@ def stock(run_folder: Path, step: int) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No wait for writers: what was copied just now has a new ctime."""
-    monkeypatch.setattr("ckpt.runs.foreign.liveness.PAUSE", 0.0)
-
-
 def test_a_run_without_last_names_its_checkpoints_and_the_option(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from ckpt.folders import filenames, locks
 from ckpt.runs import manifest, pruning
-from ckpt.runs.foreign import completeness, liveness
+from ckpt.runs.foreign import completeness
 from ckpt.runs.retention import Retention
 from ckpt.runs.run import Run, open_checkpoint
 from ckpt.runs.states import status
@@ -36,12 +36,6 @@ from converters.errors import CheckpointError
 from converters.zero import checkpoint as zero
 
 Later = Callable[[], None]
-
-
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two looks at what nobody committed follow each other at once."""
-    monkeypatch.setattr(liveness, "PAUSE", 0.05)
 
 
 @pytest.fixture

@@ -40,12 +40,6 @@ WRITERS: dict[str, tuple[Make, int | None]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two looks at what nobody committed follow each other at once."""
-    monkeypatch.setattr(liveness, "PAUSE", 0.05)
-
-
 @pytest.fixture
 def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """The JSON that a command prints."""

@@ -253,7 +253,6 @@ def test_a_model_that_is_still_being_written_is_refused(
     run("to-fp32", TRAINER, "-o", tmp_path / "model")
     looks = iter([{"a": (1, 2, 2**63)}, {"a": (2, 3, 2**63)}])
     monkeypatch.setattr("ckpt.runs.foreign.liveness.look", lambda path: next(looks))
-    monkeypatch.setattr("ckpt.runs.foreign.liveness.PAUSE", 0.0)
     with pytest.raises(CheckpointError, match="is being written right now"):
         plan(open_checkpoint(tmp_path / "model"), "org/name", PushOptions())
 

@@ -29,12 +29,6 @@ from converters.errors import CheckpointError
 Make = Callable[[Path], None]
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two looks follow each other at once."""
-    monkeypatch.setattr(liveness, "PAUSE", 0.05)
-
-
 @pytest.mark.parametrize("part", ["trainer", "loops", "lightning"])
 def test_trainings_without_ckpt_and_deepspeed_go_on_where_find_says(
     part: str, tmp_path: Path

@@ -13,6 +13,7 @@ from zlib import crc32
 
 import extensions
 import pytest
+from faults.forks import Forks
 
 from ckpt.runs.foreign import liveness
 
@@ -120,6 +121,13 @@ def no_process_group_stays() -> Iterator[None]:
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
         pytest.fail("a process group was left initialised")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """``ckpt`` as forks of a process that has imported it, which can be made to fail or die."""
+    with Forks() as warm_forks:
+        yield warm_forks
 
 
 @pytest.fixture

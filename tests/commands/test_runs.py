@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 import pytest
 from faults import faults
+from faults.forks import Forks
 from oracles import FIXTURES, ROOT, run
 from run_folders import SOURCE, commit, real, small
 
@@ -301,18 +302,16 @@ def test_a_conversion_holds_its_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.hardening
-def test_a_prune_killed_at_any_operation_never_leaves_half_a_checkpoint(tmp_path: Path) -> None:
+def test_a_prune_killed_at_any_operation_never_leaves_half_a_checkpoint(
+    forks: Forks, tmp_path: Path
+) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
-    command = [sys.executable, "-m", "ckpt", "prune", str(out), "--keep-last", "1"]
 
     def start(at: int) -> int:
         shutil.rmtree(out, ignore_errors=True)
         for step in (1, 2, 3):
             small(out, step)
-        env = os.environ | faults.environment(out, at, log=log)
-        return subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, timeout=60
-        ).returncode
+        return forks.run(["prune", out, "--keep-last", "1"], out, at=at, log=log).status
 
     assert start(0) == 0
     count = len(faults.journal(log))

@@ -21,7 +21,8 @@ import pytest
 import torch
 import zero_folders
 from faults import faults
-from oracles import FIXTURES, ROOT, run
+from faults.forks import Forks
+from oracles import FIXTURES, run
 from run_folders import SOURCE, commit, listed, real
 from safetensors.torch import load_file, save_file
 
@@ -551,7 +552,9 @@ def test_slim_keeps_the_states_of_an_adapter_that_is_not_whole(tmp_path: Path) -
 
 
 @pytest.mark.hardening
-def test_slim_killed_at_any_operation_leaves_a_committed_checkpoint(tmp_path: Path) -> None:
+def test_slim_killed_at_any_operation_leaves_a_committed_checkpoint(
+    forks: Forks, tmp_path: Path
+) -> None:
     out, log, folder = tmp_path / "out", tmp_path / "log", tmp_path / "out/checkpoint-2"
 
     def start(at: int) -> int:
@@ -559,10 +562,7 @@ def test_slim_killed_at_any_operation_leaves_a_committed_checkpoint(tmp_path: Pa
         real(out, 2)
         real(out, 4)
         Run(out).point("best", Run(out).find("2"))
-        env = os.environ | faults.environment(out, at, log=log)
-        command = [sys.executable, "-m", "ckpt", "slim", str(folder)]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=60)
-        return done.returncode
+        return forks.run(["slim", folder], out, at=at, log=log).status
 
     assert start(0) == 0
     wanted, count = set(tree(out)), len(faults.journal(log))
@@ -667,16 +667,16 @@ def test_a_damaged_part_is_not_collected(inside: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.hardening
-def test_collect_killed_at_any_operation_leaves_a_part_or_the_whole(tmp_path: Path) -> None:
+def test_collect_killed_at_any_operation_leaves_a_part_or_the_whole(
+    forks: Forks, tmp_path: Path
+) -> None:
     base, log = tmp_path / "base", tmp_path / "log"
 
     def start(at: int) -> tuple[int, list[Path]]:
         shutil.rmtree(base, ignore_errors=True)
         parts = nodes(base)
-        env = os.environ | faults.environment(base, at, log=log)
-        command = [sys.executable, "-m", "ckpt", "collect", *map(str, parts), "-o", str(parts[0])]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=60)
-        return done.returncode, parts
+        ended = forks.run(["collect", *parts, "-o", parts[0]], base, at=at, log=log)
+        return ended.status, parts
 
     assert start(0)[0] == 0
     count = len(faults.journal(log))

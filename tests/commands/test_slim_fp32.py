@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from faults import faults
-from oracles import FIXTURES, ROOT, run
+from faults.forks import Forks
+from oracles import FIXTURES, run
 from run_folders import real
 from safetensors.torch import load_file
 
@@ -85,20 +84,16 @@ def test_what_is_read_or_needed_yet_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.hardening
 def test_a_crash_at_any_operation_leaves_a_checkpoint_and_the_same_command_goes_on(
-    tmp_path: Path,
+    forks: Forks, tmp_path: Path
 ) -> None:
     out, log, model = tmp_path / "out", tmp_path / "log", tmp_path / "run"
     two(model)
     folder = out / "checkpoint-2"
-    command = [sys.executable, "-m", "ckpt", "slim", str(folder), "--dtype", "fp32"]
 
     def start(at: int) -> int:
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(model, out)
-        env = os.environ | faults.environment(out, at, log=log)
-        return subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, timeout=120
-        ).returncode
+        return forks.run(["slim", folder, "--dtype", "fp32"], out, at=at, log=log).status
 
     assert start(0) == 0
     paths = [operation.path for operation in faults.journal(log)]

@@ -20,12 +20,6 @@ from hardening.scenes import Scene, called, scenes
 SEED = 20250101  # another one: python scripts/harden.py --only crash --seed N
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as made:
-        yield made
-
-
 @pytest.fixture(autouse=True)
 def process_group_ends() -> Iterator[None]:
     """The process group in which saves are finished (``saves.Save``) ends with the test."""

@@ -23,12 +23,6 @@ from run_folders import real
 SEED = 20250101  # another one: python scripts/harden.py --only faults --seed N
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as made:
-        yield made
-
-
 def sampled(faults: list[Fault], chance: random.Random) -> Iterator[Fault]:
     """One fault of each kind; all reads short from the first on."""
     for kind in sorted({fault.kind for fault in faults}):

@@ -1,12 +1,13 @@
-"""What transformers answers is remembered: a child that imports it takes five seconds."""
+"""transformers answers from a warm process, and what it answers is remembered."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
+from warm_transformers import WarmTransformers
 
 from ckpt.weights.reader import installed
 
@@ -22,6 +23,16 @@ def remembered(config: Mapping[str, Any], cls: str | None = None) -> dict[str, A
     return dict(_answers[question])
 
 
+@pytest.fixture(scope="session")
+def _warm_transformers() -> Iterator[WarmTransformers]:
+    warm = WarmTransformers()
+    yield warm
+    warm.close()
+
+
 @pytest.fixture(autouse=True)
-def _transformers_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def _transformers_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, _warm_transformers: WarmTransformers
+) -> None:
+    monkeypatch.setattr(installed, "subprocess", _warm_transformers)
     monkeypatch.setattr(installed, "ask", remembered)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles import FIXTURES, ROOT, surroundings
+import warm_ranks
+from oracles import FIXTURES
 from run_folders import commit, real, small
 from stock_checkpoints import accelerates, dcp, lightnings, sharded, state, stock, trainers
 
@@ -33,11 +32,11 @@ Make = Callable[[Path], None]
 def test_trainings_without_ckpt_and_deepspeed_go_on_where_find_says(
     part: str, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "tests/workers/stock_worker.py", str(tmp_path), part]
-    done = subprocess.run(
-        command, cwd=ROOT, env=surroundings(), capture_output=True, text=True, timeout=300
+    worker = "tests/workers/stock_worker.py"
+    ended = warm_ranks.run(
+        worker, [tmp_path, part], ranks=1, limit=300, environment={}, elastic=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert ended.returncode == 0, ended.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

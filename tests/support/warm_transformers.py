@@ -25,7 +25,10 @@ from typing import Any
 from paths import PYTHONPATH
 
 PR_SET_PDEATHSIG = 1
-MODULES = ("torch", "transformers", "transformers.core_model_loading", "transformers.models.auto")
+MODULES = (
+    *("torch", "transformers", "transformers.core_model_loading", "transformers.models.auto"),
+    *("transformers.modeling_utils", "transformers.models.llama.modeling_llama"),
+)
 
 
 class WarmTransformers:

@@ -114,6 +114,17 @@ def _second_looks_follow_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _nothing_is_synced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands in this process do not wait for the disk.
+
+    Which files are synced, and what comes of it where the disk fails, is for the tests of hardening
+    and of training: their processes sync.
+    """
+    if _room(request.node) in ("unit", "commands", "oracle", "hub"):
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(autouse=True)
 def no_process_group_stays() -> Iterator[None]:
     """A test that leaves a process group makes later ones of its process fail: it is named."""
     yield

@@ -8,14 +8,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 import extensions
 import pytest
-from faults.forks import Forks
 
 from ckpt.runs.foreign import liveness
+
+if TYPE_CHECKING:
+    from faults.forks import Forks
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -137,6 +139,8 @@ def no_process_group_stays() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
     """``ckpt`` as forks of a process that has imported it, which can be made to fail or die."""
+    from faults.forks import Forks  # which only Linux has
+
     with Forks() as warm_forks:
         yield warm_forks
 

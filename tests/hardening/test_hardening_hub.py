@@ -27,7 +27,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Online]:
 
 
 # Every other kind of fault, so that each is tried in a push and in a pull of either way, once;
-# scripts/harden.py tries all kinds in all cases.
+# scripts/harden.py --every tries all of them.
 EVERY_OTHER = {
     **{"push lfs": 0, "push state lfs": 1, "push stage lfs": 0, "pull lfs": 0},
     **{"push xet": 1, "push state xet": 0, "push stage xet": 1, "pull xet": 1, "pull state xet": 0},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ def test_untie_and_tied_drop_contradict_each_other(tmp_path: Path) -> None:
 def test_a_model_that_takes_too_much_memory_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     config = transformers.BertConfig(**SIZES | {"num_hidden_layers": 2000}).to_dict()
     monkeypatch.setattr(installed, "MAX_BUILD_BYTES", 48 << 20)
+    monkeypatch.setattr(installed, "subprocess", subprocess)  # whose memory is limited: a fresh one
     with pytest.raises(installed.NoAnswerError, match=r"takes more than 50\.33 MB of memory"):
         installed.ask(config, "BertModel")
 

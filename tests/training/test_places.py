@@ -42,6 +42,11 @@ LACKS = {
 }
 
 
+# What answers otherwise than with EINVAL or EXDEV is decided in one place: an output that is
+# replaced, a deletion and a repair are enough.
+OTHER_ERRORS = ("to-fp32 overwrite", "prune", "doctor --fix")
+
+
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
     with pytest.MonkeyPatch.context() as patch:
@@ -65,7 +70,9 @@ def test_a_command_does_the_same_where_something_is_lacking(
     scene: Scene, forks: Forks, tmp_path: Path
 ) -> None:
     probe = Probe(scene, tmp_path / "scene", forks)
-    for lacks in LACKS:
+    for lacks, (_, error) in LACKS.items():
+        if error and scene.name not in OTHER_ERRORS:
+            continue
         log = tmp_path / lacks
         ended = lacking(probe, lacks, log)
         assert ended.status == 0, (lacks, ended.said)

@@ -52,7 +52,7 @@ def latest(run: Path, best: bool, designation: str | None, dry_run: bool, as_jso
 
     if designation is not None:
         checkpoint = _designated(opened_run, designation)
-        opened_run.require_committed(pointer_name, checkpoint)
+        _require_committed(opened_run, pointer_name, checkpoint)
         if not dry_run:
             opened_run.point(pointer_name, checkpoint)
     elif best:
@@ -112,6 +112,25 @@ def _designated(run: Run, designation: str) -> RunCheckpoint:
         _refuse(f"{path} is not a checkpoint of {run.path}; a pointer names one of its own run")
 
     return run.find(path.resolve().name if len(path.parts) > 1 else designation)
+
+
+def _require_committed(run: Run, pointer_name: str, checkpoint: RunCheckpoint) -> None:
+    """``CheckpointError`` where a pointer may not name the checkpoint, and what helps, if
+    anything does."""
+    from ckpt.runs import manifest as manifests
+    from ckpt.runs.states.status import status_of
+    from converters.errors import CheckpointError
+
+    if checkpoint.why == manifests.ABSENT:
+        status = status_of(checkpoint)
+        remedy = f"; ckpt doctor {checkpoint.folder} --adopt commits it" if status.adoptable else ""
+        raise CheckpointError(
+            f"{checkpoint.folder} is not committed ({status.description}); {pointer_name} names "
+            f"committed checkpoints only and stays as it is{remedy}",
+            "refused",
+        )
+
+    run.require_committed(pointer_name, checkpoint)
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ckpt.runs import manifest
+from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
 from ckpt.runs.foreign import liveness
 from ckpt.runs.pruning import delete
 from ckpt.runs.run import POINTERS, Run, open_checkpoint, order, without_derived
@@ -66,10 +66,16 @@ def require_whole(path: Path, load_foreign: bool) -> bool:
     if checkpoint.why == manifest.ABSENT and (load_foreign or not has_committed):
         return False
 
+    reason = str(checkpoint.why)
     if checkpoint.why == manifest.ABSENT:
-        with suppress(CheckpointError):  # the reason follows
-            if liveness.prove_at_rest(path).resumable:
+        try:
+            proof = liveness.prove_at_rest(path)
+        except CheckpointError as error:
+            reason = f"it has {manifest.ABSENT}, and {error}"
+        else:
+            if proof.resumable:
                 return True
+            reason = f"it has {manifest.ABSENT}, and {proof.hindrance or WEIGHTS_ONLY}"
 
     newest_whole = Run(path.parent).newest()
     newest_text = "none is whole"
@@ -81,7 +87,7 @@ def require_whole(path: Path, load_foreign: bool) -> bool:
         remedy = "; load_foreign=True loads it anyway"
 
     raise CheckpointError(
-        f"{path} is not whole: {checkpoint.why}; {newest_text}{remedy}", "incomplete"
+        f"{path} is not whole: {reason}; {newest_text}{remedy}", "incomplete"
     )
 
 

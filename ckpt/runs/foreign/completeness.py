@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.folders.filenames import MANIFEST
+from ckpt.runs.ancestry import record_in
 from ckpt.runs.foreign import intact_files
 from ckpt.runs.foreign.parallel import require_parallel
 from ckpt.runs.run import is_checkpoint, is_numbered, step_in
@@ -37,6 +38,7 @@ from converters.words import counted
 from converters.zero.files.discovery import is_tag_folder
 
 STATE = filenames.TRAINER_STATE
+OWN = "ckpt"  # the writer of what ckpt made of a checkpoint without a manifest
 RNG = r"rng_state_(\d+)\.pth"
 RANDOM = filenames.RANDOM_STATES.pattern
 _LIGHTNING = "pytorch-lightning_version"
@@ -136,9 +138,12 @@ def prove(path: Path, tag: str | None = None) -> Proof:
     knows such files, so that nothing can be said.
     """
     try:
-        return _proof(path, tag)
+        proof = _proof(path, tag)
+        is_own = path.is_dir() and record_in(path) is not None
     except OSError as error:
         raise unreadable(error, path) from error
+
+    return replace(proof, kind=OWN) if is_own else proof
 
 
 def _proof(path: Path, tag: str | None) -> Proof:

@@ -1,22 +1,31 @@
 """Two saves mixed in one folder: the files of an old one, and some of one that was interrupted.
 
 Who saves in place over a checkpoint of the same step leaves, when it is killed, files
-that are each whole and do not belong together. Their times tell: the Trainer writes
-``trainer_state.json`` last (transformers 5.23 ``trainer.py: _save_checkpoint``),
-DeepSpeed ``latest`` (0.19.8 ``runtime/engine.py: save_checkpoint``), Accelerate its
-random states (1.15 ``checkpointing.py``). A state file much newer than that is of
-another save.
+that are each whole and do not belong together. Three things are asked, one after the other:
 
-A copy that does not keep times (``cp -r``) is not such a mixture: file follows file as
-fast as they are copied.
+    times    a state file is much newer than what its writer writes last: the Trainer
+             ``trainer_state.json`` (transformers 5.23 ``trainer.py: _save_checkpoint``),
+             DeepSpeed ``latest`` (0.19.8 ``runtime/engine.py: save_checkpoint``), Accelerate
+             its random states (1.15 ``checkpointing.py``)
+    order    what is newer is what an interrupted save has written: all that its writer
+             writes before it is newer, too. A file that was copied later is alone
+    values   the fp32 weights of the newer files round to the 16-bit ones of the others
+
+Only the last can prove anything. Where it has nothing to compare, times are all that speak,
+and they say as little of a folder that was downloaded or copied in parts: that is a doubt,
+which whoever knows better takes away (``settle``, ``ckpt doctor --one-save``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ckpt.runs.foreign import value_samples
+from converters import detect
 from converters.errors import CheckpointError
 from converters.zero.files.discovery import is_tag_folder
 
@@ -25,42 +34,158 @@ MARKS = ("trainer_state.json", "random_states_0.pkl", "latest")
 SLACK = 2.0  # seconds that a clock, or a network, may be off
 # bytes a second; what is written or copied slower than that is taken for another
 SLOWEST = 20e6
-_STATE = ("optimizer*", "scheduler.*", "pytorch_model_fsdp*")
-_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model*")
+_WEIGHTS = ("model*.safetensors*", "pytorch_model.bin*", "pytorch_model-*", "adapter_model*")
+# after the weights or DeepSpeed's tag, in the order in which the Trainer and Accelerate write them
+_STATE = (("pytorch_model_fsdp*",), ("optimizer*",), ("scheduler.*",))
+_TRAINERS = MARKS[0]
 
 
-def require_one_save(path: Path) -> None:
-    """``CheckpointError`` if a state file was written long after what its writer writes last."""
-    mark = next((path / name for name in MARKS if (path / name).is_file()), None)
-    if mark is None:
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The file that is written last, and those before it in groups, in the order of writing.
+
+    ``weights`` are those that no resume needs, where they are known to come first.
+    """
+
+    mark: Path
+    states: tuple[tuple[Path, ...], ...]
+    weights: tuple[Path, ...] = ()
+
+    @property
+    def newer(self) -> list[Path]:
+        """The state files that are newer than the mark."""
+        return [file for group in self.states for file in group if self.is_newer(file)]
+
+    def is_newer(self, file: Path) -> bool:
+        """Whether a file is newer than the mark."""
+        return file.stat().st_mtime > self.mark.stat().st_mtime
+
+    @property
+    def gap(self) -> tuple[float, Path] | None:
+        """The seconds from the mark to the first state file after it, and that file; ``None``
+        if they are as few as a copy of file after file takes."""
+        later_files = [(file.stat().st_mtime, file) for file in self.newer]
+        if not later_files:
+            return None
+
+        written_time, state_file = min(later_files)
+        seconds = written_time - self.mark.stat().st_mtime
+        is_long = seconds > SLACK + state_file.stat().st_size / SLOWEST
+
+        return (seconds, state_file) if is_long else None
+
+    @property
+    def in_order(self) -> bool:
+        """Whether an interrupted save can have written what is newer than the mark.
+
+        Then all weights are newer, too, and all of each group before the last one.
+        """
+        groups = (self.weights, *self.states)
+        last = max(
+            (number for number, group in enumerate(groups) if any(map(self.is_newer, group))),
+            default=0,
+        )
+        return all(self.is_newer(file) for group in groups[:last] for file in group)
+
+
+def require_one_save(path: Path, tag: str | None = None) -> None:
+    """``CheckpointError`` if the state files are of two saves, or only their times tell.
+
+    ``tag``: the folder of DeepSpeed's files that counts, by default any that is there.
+    """
+    files = _files(path, tag)
+    gap = None if files is None else files.gap
+    if files is None or gap is None or not files.in_order:
         return
 
-    mark_time = mark.stat().st_mtime
-    later_files = [
-        file_time
-        for state_file in _states(path)
-        if (file_time := (state_file.stat().st_mtime, state_file))[0] > mark_time
-    ]
-    if not later_files:
-        return
-
-    written_time, state_file = min(later_files)
-    if written_time - mark_time > SLACK + state_file.stat().st_size / SLOWEST:
+    compared = _compared(path, tag)
+    if compared.contradiction is not None:
+        name, value_path, copy_path = compared.contradiction
         raise CheckpointError(
-            f"{state_file} was written {written_time - mark_time:.0f} seconds after "
-            f"{mark.name}, which is written last: a save over an older one was "
-            f"interrupted; move {path} away"
+            f"{path} is of two saves: {copy_path} holds other values of {name} than {value_path}, "
+            "whose weights do not round to them; a save over an older one was interrupted; move "
+            f"{path} away"
+        )
+
+    unproven = [
+        file
+        for file in files.newer
+        if file not in compared.paths and not (compared.paths and _is_bound(file))
+    ]
+    if unproven:
+        seconds, state_file = gap
+        raise CheckpointError(
+            f"{path} may be of two saves: {state_file.relative_to(path)} was written "
+            f"{seconds:.0f} seconds after {files.mark.name}, which is written last, and there are "
+            "no values to compare; if it was only copied or downloaded later, ckpt doctor "
+            f"{path} --one-save says so; or else move {path} away",
+            "incomplete",
         )
 
 
-def _states(path: Path) -> Iterator[Path]:
-    """The files that a resume needs and that the writer of the mark has written before it."""
-    tag_folders = [entry for entry in path.iterdir() if entry.is_dir() and is_tag_folder(entry)]
-    patterns = _STATE if tag_folders else (*_STATE, *_WEIGHTS)
-    for entry in sorted(path.iterdir()):
-        if entry in tag_folders or (
-            entry.is_dir() and any(fnmatchcase(entry.name, pattern) for pattern in patterns)
-        ):
-            yield from (file for file in entry.rglob("*") if file.is_file())
-        elif entry.is_file() and any(fnmatchcase(entry.name, pattern) for pattern in patterns):
-            yield entry
+def settle(path: Path) -> Path | None:
+    """Makes the file that is written last the newest one, for whoever knows that all is of one
+    save; that file, or ``None`` where no time of a file is in doubt."""
+    files = _files(path, None)
+    if files is None or files.gap is None:
+        return None
+
+    newest = max(file.stat().st_mtime_ns for file in files.newer)
+    os.utime(files.mark, ns=(newest, newest))
+
+    return files.mark
+
+
+def _files(path: Path, tag: str | None) -> _Files | None:
+    """The files of a checkpoint; ``None`` for a file, and where nothing is written last."""
+    if not path.is_dir():
+        return None
+    mark = next((path / name for name in MARKS if (path / name).is_file()), None)
+    if mark is None:
+        return None
+
+    entries = sorted(path.iterdir())
+    tag_folders = [entry for entry in entries if entry.is_dir() and is_tag_folder(entry)]
+    beside = [entry for entry in entries if entry not in tag_folders]
+    groups = [tuple(_matching(beside, patterns)) for patterns in _STATE]
+    weights = tuple(_matching(beside, _WEIGHTS))
+    if not tag_folders:
+        return _Files(mark, (weights, *groups))
+
+    own_folders = [folder for folder in tag_folders if tag in (None, folder.name)]
+    tag_files = tuple(file for folder in own_folders for file in _files_in(folder))
+
+    # where it is not the Trainer that writes, nobody knows when the weights are written
+    return _Files(mark, (tag_files, *groups), weights if mark.name == _TRAINERS else ())
+
+
+def _matching(entries: Sequence[Path], patterns: tuple[str, ...]) -> Iterator[Path]:
+    for entry in entries:
+        if any(fnmatchcase(entry.name, pattern) for pattern in patterns):
+            yield from _files_in(entry) if entry.is_dir() else [entry]
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.rglob("*")) if file.is_file())
+
+
+def _compared(path: Path, tag: str | None) -> value_samples.Comparison:
+    """The files whose values show that they are of one save; none where none can be read."""
+    try:
+        return value_samples.compare(detect.read(path, tag, complete=True))
+    except CheckpointError as error:
+        if error.kind not in ("unsupported", "refused", "incomplete"):
+            raise
+        return value_samples.Comparison(frozenset())
+
+
+def _is_bound(file: Path) -> bool:
+    """Whether a file of DeepSpeed's says nothing that another save of this step said otherwise.
+
+    A scheduler is a function of the step. Under ZeRO-3 a model file holds no weights that
+    are trained.
+    """
+    is_of_ranks = file.name.startswith(("zero_pp_rank_", "bf16_zero_pp_rank_"))
+    return file.name.startswith("scheduler.") or (
+        is_of_ranks and file.name.endswith("_model_states.pt")
+    )

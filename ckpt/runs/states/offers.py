@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ckpt.runs import lineage
 from ckpt.runs import manifest as manifests
 from ckpt.runs.ancestry import Partitioning
-from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
+from ckpt.runs.checkpoint_folder import SLIMMED, WEIGHTS_ONLY
 from ckpt.runs.foreign import completeness, liveness
 from ckpt.runs.foreign.completeness import Proof
 from ckpt.runs.foreign.overwriting import require_one_save
@@ -33,7 +33,7 @@ log = logging.getLogger("ckpt")
 COMMITTED_ONLY = "committed_only=True takes committed checkpoints alone"
 # whether it was saved by as many ranks, and in the same stage
 TopologyFilter = Callable[[Partitioning], bool]
-Sort = Literal["weights", "lost", "apart"]
+Sort = Literal["weights", "slimmed", "universal", "lost", "apart"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class SkippedCandidate:
-    """A checkpoint that was not offered. ``sort``: weights alone, lost work, or of no concern."""
+    """A checkpoint that was not offered. ``sort``: weights alone, whose states were there once
+    (slimmed) or never, states in the universal format, lost work, or of no concern."""
 
     path: Path
     why: str
@@ -202,9 +203,7 @@ class Offers:
                     has_usable = True
                     yield Offer(checkpoint)
                 else:
-                    is_weights_only = checkpoint.tier == "weights"
-                    sort: Sort = "weights" if is_weights_only else "lost"
-                    self.skip(checkpoint.folder, reason, sort)
+                    self.skip(checkpoint.folder, reason, _sort(checkpoint))
 
                 continue
 
@@ -231,9 +230,18 @@ class Offers:
     def require_none_lost(self) -> None:
         """``CheckpointError`` if a training has been here whose work a fresh start would forget.
 
-        Weights alone do not count: no training could go on from them.
+        Weights alone do not count: no training could go on from them. Slimmed ones do:
+        a job that is started once more would begin at step 0, over what it had made.
         """
         lost_work = [entry for entry in self.skipped if entry.sort != "weights"]
+        if lost_work and all(entry.sort == "slimmed" for entry in lost_work):
+            newest = lost_work[0].path
+            raise CheckpointError(
+                f"{self.run} holds no states any more: {newest} is {SLIMMED}; name another folder "
+                f"to begin a new training; to begin with these weights, make the model from "
+                f"{newest} (from_pretrained)",
+                "incomplete",
+            )
         if lost_work:
             summary = "; ".join(f"{entry.path}: {entry.why}" for entry in lost_work[:3])
             raise CheckpointError(
@@ -266,7 +274,7 @@ class Offers:
         path = checkpoint.folder
         try:
             proof = liveness.prove_at_rest(path)
-            require_one_save(path)
+            require_one_save(path, proof.tag)
         except CheckpointError as error:
             require_read(error)
             if error.kind == "refused" and "right now" in str(error):
@@ -278,7 +286,7 @@ class Offers:
             return None
 
         if proof.hindrance is not None:
-            self.skip(path, proof.hindrance)
+            self.skip(path, proof.hindrance, "universal")
             return None
         if not proof.resumable:
             self.skip(path, WEIGHTS_ONLY, "weights")
@@ -326,6 +334,13 @@ def _without_universal(checkpoints: Iterable[RunCheckpoint]) -> list[RunCheckpoi
         for checkpoint in present
         if not checkpoint.is_universal or original_of(checkpoint, present) is None
     ]
+
+
+def _sort(checkpoint: RunCheckpoint) -> Sort:
+    """The sort of a checkpoint with a manifest that cannot be gone on from."""
+    if not checkpoint.committed or checkpoint.tier != "weights":
+        return "lost"
+    return "slimmed" if checkpoint.is_slimmed else "weights"
 
 
 def unusable(checkpoint: RunCheckpoint) -> str | None:

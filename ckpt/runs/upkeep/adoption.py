@@ -134,7 +134,7 @@ def _hindrance(status: CheckpointStatus) -> str | None:
 def _may_be_adopted(checkpoint: RunCheckpoint) -> bool:
     """Whether a checkpoint may get a manifest: it has none, or one that is damaged."""
     if checkpoint.why == manifest.ABSENT:
-        return not checkpoint.is_universal
+        return True
 
     try:
         manifest.read(checkpoint.folder)

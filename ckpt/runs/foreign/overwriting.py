@@ -52,40 +52,37 @@ class _Files:
     weights: tuple[Path, ...] = ()
 
     @property
-    def newer(self) -> list[Path]:
-        """The state files that are newer than the mark."""
-        return [file for group in self.states for file in group if self.is_newer(file)]
+    def pause(self) -> tuple[float, Path] | None:
+        """When writing went on after a pause that came after the mark, in seconds since 1970,
+        and the first file then; ``None`` if there was no pause.
 
-    def is_newer(self, file: Path) -> bool:
-        """Whether a file is newer than the mark."""
-        return file.stat().st_mtime > self.mark.stat().st_mtime
-
-    @property
-    def gap(self) -> tuple[float, Path] | None:
-        """The seconds from the mark to the first state file after it, and that file; ``None``
-        if they are as few as a copy of file after file takes."""
-        later_files = [(file.stat().st_mtime, file) for file in self.newer]
-        if not later_files:
-            return None
-
-        written_time, state_file = min(later_files)
-        seconds = written_time - self.mark.stat().st_mtime
-        is_long = seconds > SLACK + state_file.stat().st_size / SLOWEST
-
-        return (seconds, state_file) if is_long else None
-
-    @property
-    def in_order(self) -> bool:
-        """Whether an interrupted save can have written what is newer than the mark.
-
-        Then all weights are newer, too, and all of each group before the last one.
+        A copy of file after file pauses no longer than the next file takes.
         """
-        groups = (self.weights, *self.states)
-        last = max(
-            (number for number, group in enumerate(groups) if any(map(self.is_newer, group))),
-            default=0,
-        )
-        return all(self.is_newer(file) for group in groups[:last] for file in group)
+        last_time = self.mark.stat().st_mtime
+        state_files = [file for group in self.states for file in group]
+        for written_time, file in sorted((file.stat().st_mtime, file) for file in state_files):
+            if written_time - last_time > SLACK + file.stat().st_size / SLOWEST:
+                return written_time, file
+            last_time = max(last_time, written_time)
+
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """The file that is written last, and the ``newer`` ones: state files that were written after
+    a pause. ``first`` of these came so many ``seconds`` after the mark."""
+
+    mark: Path
+    first: Path
+    seconds: float
+    newer: tuple[Path, ...]
+
+    @property
+    def sentence(self) -> str:
+        """The doubt, as words after the name of the checkpoint or of the mark."""
+        name = self.first.relative_to(self.mark.parent)
+        return f"{name} was written {self.seconds:.0f} seconds after {self.mark.name}"
 
 
 def require_one_save(path: Path, tag: str | None = None) -> None:
@@ -93,9 +90,8 @@ def require_one_save(path: Path, tag: str | None = None) -> None:
 
     ``tag``: the folder of DeepSpeed's files that counts, by default any that is there.
     """
-    files = _files(path, tag)
-    gap = None if files is None else files.gap
-    if files is None or gap is None or not files.in_order:
+    time_doubt = doubt(path, tag)
+    if time_doubt is None:
         return
 
     compared = _compared(path, tag)
@@ -107,33 +103,42 @@ def require_one_save(path: Path, tag: str | None = None) -> None:
             f"{path} away"
         )
 
-    unproven = [
-        file
-        for file in files.newer
-        if file not in compared.paths and not (compared.paths and _is_bound(file))
-    ]
-    if unproven:
-        seconds, state_file = gap
+    is_proven = compared.paths and all(
+        file in compared.paths or _is_bound(file) for file in time_doubt.newer
+    )
+    if not is_proven:
         raise CheckpointError(
-            f"{path} may be of two saves: {state_file.relative_to(path)} was written "
-            f"{seconds:.0f} seconds after {files.mark.name}, which is written last, and there are "
-            "no values to compare; if it was only copied or downloaded later, ckpt doctor "
+            f"{path} may be of two saves: {time_doubt.sentence}, which is written last, and there "
+            "are no values to compare; if it was only copied or downloaded later, ckpt doctor "
             f"{path} --one-save says so; or else move {path} away",
             "incomplete",
         )
 
 
-def settle(path: Path) -> Path | None:
-    """Makes the file that is written last the newest one, for whoever knows that all is of one
-    save; that file, or ``None`` where no time of a file is in doubt."""
-    files = _files(path, None)
-    if files is None or files.gap is None:
+def doubt(path: Path, tag: str | None = None) -> Doubt | None:
+    """What the times of the files speak against one save; ``None`` if nothing."""
+    files = _files(path, tag)
+    pause = None if files is None else files.pause
+    if files is None or pause is None:
         return None
 
-    newest = max(file.stat().st_mtime_ns for file in files.newer)
-    os.utime(files.mark, ns=(newest, newest))
+    begin, first = pause
+    groups = (files.weights, *files.states)
+    newer_groups = [[file for file in group if file.stat().st_mtime >= begin] for group in groups]
+    last = max(number for number, newer in enumerate(newer_groups) if newer)
+    # an interrupted save has written all of each group before the last one that it came to
+    if any(len(newer_groups[number]) < len(groups[number]) for number in range(last)):
+        return None
 
-    return files.mark
+    newer = tuple(file for group in newer_groups[1:] for file in group)
+    return Doubt(files.mark, first, begin - files.mark.stat().st_mtime, newer)
+
+
+def settle(time_doubt: Doubt) -> None:
+    """Makes the file that is written last the newest one, for whoever knows that all is of one
+    save."""
+    newest = max(file.stat().st_mtime_ns for file in time_doubt.newer)
+    os.utime(time_doubt.mark, ns=(newest, newest))
 
 
 def _files(path: Path, tag: str | None) -> _Files | None:

@@ -64,6 +64,20 @@ def checkpoints_at(path: Path, weights: str = "") -> list[RunCheckpoint]:
     return checkpoints or user_paths.checkpoints_at(path, weights)
 
 
+def checkpoint_at(path: Path, command: str) -> RunCheckpoint:
+    """The checkpoint that a path is, whoever wrote it; ``CheckpointError`` for anything else.
+
+    ``command`` is how the user called it, such as "ckpt doctor --one-save".
+    """
+    path = user_paths.spelt(path)
+    if is_single(path) or (path.is_dir() and is_checkpoint(path) and not is_run(path)):
+        return candidate(path)
+    if path.is_dir() and Run(path).checkpoints():
+        raise user_paths.run_instead(path, command)
+
+    raise user_paths.instead(path, user_paths.EITHER)
+
+
 def run_at(path: Path, command: str) -> Run:
     """The run that a path is, whoever saved into it; as ``user_paths.run_at``."""
     path = user_paths.spelt(path)

@@ -7,16 +7,17 @@ Where weights alone are enough, a newer one of weights alone comes before it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.runs import manifest as manifests
 from ckpt.runs import user_paths
-from ckpt.runs.recognition import is_run
-from ckpt.runs.run import RunCheckpoint
+from ckpt.runs.recognition import is_numbered, is_run
+from ckpt.runs.run import Run, RunCheckpoint, original_of
 from ckpt.runs.states import listing
-from ckpt.runs.states.offers import Offers
-from ckpt.runs.states.status import CheckpointState
+from ckpt.runs.states.offers import Offers, Sort
+from ckpt.runs.states.status import CheckpointState, statuses_of
 from converters.detect import detect, state_folders
 from converters.errors import CheckpointError
 from converters.storage.store import Name, is_url, local_path
@@ -25,6 +26,8 @@ from converters.words import more
 
 _RUNS = ("deepspeed-several", "parent")  # the kinds of a run that no file latest leads on from
 _MAX_REASONS = 3
+_WITH_STATES: tuple[Sort, ...] = ("universal",)
+_WITH_WEIGHTS: tuple[Sort, ...] = ("weights", "slimmed", "universal")
 log = logging.getLogger("ckpt")
 
 
@@ -44,18 +47,21 @@ class Newest:
         return f"the newest checkpoint of {folder.parent} is {folder} ({state})"
 
 
-def newest_at(path: Path, command: str, full: bool = True) -> Newest:
+def newest_at(
+    path: Path, command: str, full: bool = True, beside: Collection[Sort] = ()
+) -> Newest:
     """The newest checkpoint of the run at a path that is committed or complete.
 
-    ``full`` asks for one that a training can go on from. What is passed over is logged, with
-    the reason. ``CheckpointError`` for what is not a run, and for one without such a
-    checkpoint; ``command`` is how the user called it, such as "ckpt to-fp32 --last".
+    ``full`` asks for one that a training can go on from, or that is of a sort ``beside``
+    these. What is passed over is logged, with the reason. ``CheckpointError`` for what is
+    not a run, and for one without such a checkpoint; ``command`` is how the user called it,
+    such as "ckpt to-fp32 --last".
     """
     run = listing.run_at(path, command)
     offers = Offers(run.path, deepspeed=False, announces=False)  # the error has the reasons
     offer = next(iter(offers), None)
 
-    newest = None if full else _newest_weights(offers)
+    newest = _newest_of(offers, beside if full else _WITH_WEIGHTS)
     if newest is None and offer is not None:
         is_committed = offer.proof is None
         state = CheckpointState.COMMITTED if is_committed else CheckpointState.COMPLETE
@@ -77,10 +83,10 @@ def newest_at(path: Path, command: str, full: bool = True) -> Newest:
     )
 
 
-def _newest_weights(offers: Offers) -> Newest | None:
-    """The newest of weights alone that was passed over: newer than all that are offered."""
+def _newest_of(offers: Offers, sorts: Collection[Sort]) -> Newest | None:
+    """The newest of some sorts that was passed over: newer than all that are offered."""
     for entry in offers.skipped:
-        if entry.sort != "weights":
+        if entry.sort not in sorts:
             continue
 
         checkpoint = listing.candidate(entry.path)
@@ -103,6 +109,7 @@ def choose(path: Name, tag: str | None, last: bool, command: str = "") -> tuple[
         place = source_path(path)
         if tag is None and not is_url(place):
             require_checkpoint(place, command, "--last")
+            _warn_of_newer(place)
         return place, None
     if tag is not None:
         raise CheckpointError(
@@ -111,7 +118,7 @@ def choose(path: Name, tag: str | None, last: bool, command: str = "") -> tuple[
             "refused",
         )
 
-    choice = newest_at(local_path(path), f"{command} --last".strip())
+    choice = newest_at(local_path(path), f"{command} --last".strip(), beside=_WITH_STATES)
     log.info("%s", choice.remark)
     return choice.checkpoint.folder, choice.remark
 
@@ -122,6 +129,43 @@ def require_checkpoint(path: Path, command: str, choice: str) -> None:
     ``choice`` is what takes the newest, such as "--last". A run whose file ``latest`` names
     a checkpoint stands for that, and everything that is no run is left to its reader.
     """
+    pointed = Run(path).pointer() if path.is_dir() else None
+    if pointed is not None and pointed.tier == "weights":
+        raise CheckpointError(
+            f"{path / 'latest'} names {pointed.name}, which has weights only: it is a model "
+            f"folder as it is, and there is nothing to convert; {choice} takes the newest "
+            "checkpoint that has states, if there is one",
+            "incomplete",
+        )
+
     is_save_dir = path.is_dir() and bool(state_folders.tags(path))  # whose tags have --tag
     if is_run(path) and not is_save_dir and detect(path).kind.name in _RUNS:
         raise user_paths.run_instead(path, command, f"take the newest with {choice}")
+
+
+def _warn_of_newer(path: Path) -> None:
+    """Logs which checkpoint the file ``latest`` of a run leads to, where a newer one is there."""
+    pointed = Run(path).pointer() if path.is_dir() and not is_numbered(path) else None
+    if pointed is None or pointed.step is None:
+        return
+
+    present = listing.checkpoints_in(path)
+    later = [
+        checkpoint
+        for checkpoint in present
+        if (checkpoint.step or 0) > pointed.step and original_of(checkpoint, present) is None
+    ]
+    statuses = listing.ordered(statuses_of(later, wait=False))
+    newer = [
+        status
+        for status in statuses
+        if status.whole and status.tier == "full" and (status.step or 0) > pointed.step
+    ]
+    if newer:
+        log.warning(
+            "the file latest of %s leads to %s; %s is newer (%s), name it to take that one",
+            path,
+            pointed.folder,
+            newer[-1].checkpoint.folder,
+            newer[-1].description.partition(";")[0] or newer[-1].state.value,
+        )

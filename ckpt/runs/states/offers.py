@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ckpt.runs import lineage
 from ckpt.runs import manifest as manifests
 from ckpt.runs.ancestry import Partitioning
-from ckpt.runs.checkpoint_folder import SLIMMED, WEIGHTS_ONLY
+from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
 from ckpt.runs.foreign import completeness, liveness
 from ckpt.runs.foreign.completeness import Proof
 from ckpt.runs.foreign.overwriting import require_one_save
@@ -237,9 +237,9 @@ class Offers:
         if lost_work and all(entry.sort == "slimmed" for entry in lost_work):
             newest = lost_work[0].path
             raise CheckpointError(
-                f"{self.run} holds no states any more: {newest} is {SLIMMED}; name another folder "
-                f"to begin a new training; to begin with these weights, make the model from "
-                f"{newest} (from_pretrained)",
+                f"{self.run} holds no states any more: {newest} has weights only since it was "
+                "slimmed, and no training goes on from them; name another folder to begin a new "
+                f"training, if you like with these weights (from_pretrained of {newest})",
                 "incomplete",
             )
         if lost_work:

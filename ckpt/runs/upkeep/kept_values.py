@@ -80,8 +80,11 @@ def require_same(
     plan = Plan((shard,), None, shard.nbytes, checksums=proving(states, checksums))
     share = sum(stored.nbytes for _, _, stored in pairs) / max(shard.nbytes, 1)
 
+    def advance(nbytes: int) -> None:
+        progress(int(nbytes * share))
+
     serving = Serving(plan, remedy=remedy)
-    with serving.open(shard, lambda nbytes: progress(int(nbytes * share))) as file:
+    with serving.open(shard, advance) as file:
         while file.read1():
             pass
         file.check()

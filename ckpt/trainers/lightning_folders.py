@@ -86,9 +86,7 @@ def require_whole(path: Path, load_foreign: bool) -> bool:
     if checkpoint.why == manifest.ABSENT:
         remedy = "; load_foreign=True loads it anyway"
 
-    raise CheckpointError(
-        f"{path} is not whole: {reason}; {newest_text}{remedy}", "incomplete"
-    )
+    raise CheckpointError(f"{path} is not whole: {reason}; {newest_text}{remedy}", "incomplete")
 
 
 def remove(path: Path) -> None:

@@ -67,6 +67,7 @@ NOTHING = (
         sign=nothing,
         statement="does not exist; expected {expected}{evidence}",
         refusal="{statement}",
+        trouble="absent",
     ),
 )
 

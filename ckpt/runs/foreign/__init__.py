@@ -2,10 +2,12 @@
 
 completeness  whether one is whole, by what its writer writes
 intact_files  whether its files are whole, by their own form
+dcp_files     those of torch's distributed checkpoints, and of FSDP
 parallel      pipeline, tensor and expert parallelism, which are not read
 succession    whether it goes on from a committed one
 liveness      whether somebody writes it right now
+resume_files  which of its files a resume reads
 evaluation    its metrics, as the Trainer logged them
-overwriting   whether two saves are mixed in it
+overwriting   whether two saves are mixed in it, by times and by value_samples
 torn          whether a folder can be a checkpoint at all
 """

@@ -26,7 +26,7 @@ from typing import Any
 
 from ckpt.folders.filenames import MANIFEST
 from ckpt.runs.ancestry import record_in
-from ckpt.runs.foreign import intact_files
+from ckpt.runs.foreign import dcp_files, intact_files
 from ckpt.runs.foreign.parallel import require_parallel
 from ckpt.runs.run import is_checkpoint, is_numbered, step_in
 from converters import detect
@@ -160,7 +160,7 @@ def _proof(path: Path, tag: str | None) -> Proof:
     if ".metadata" in entry_names or any(
         entry_name.endswith(".metadata") for entry_name in entry_names
     ):
-        intact_files.require_dcp(path)
+        dcp_files.require_dcp(path)
         is_lightning = "meta.pt" in entry_names
         if is_lightning:
             intact_files.require_torch_file(path / "meta.pt")
@@ -178,8 +178,8 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
     ``CheckpointError`` for anything else: it is empty, cut short, or of no kind known
     here.
     """
-    model_parts = intact_files.fsdp_parts(path, "pytorch_model_fsdp")
-    if model_parts and intact_files.fsdp_parts(path, "optimizer") and not is_numbered(path):
+    model_parts = dcp_files.fsdp_parts(path, "pytorch_model_fsdp")
+    if model_parts and dcp_files.fsdp_parts(path, "optimizer") and not is_numbered(path):
         return Proof(path, "FSDP")
     if not entry_names:
         raise CheckpointError(f"{path} is empty: its save did not begin", "incomplete")
@@ -276,7 +276,7 @@ def _of_plain_trainer(
     folder: Path, entry_names: set[str], step: int, history: History | None, rng_ranks: int
 ) -> Proof:
     """The Trainer without DeepSpeed: what it goes on from is whole, or not there at all."""
-    model_parts = intact_files.fsdp_parts(folder, "pytorch_model_fsdp")
+    model_parts = dcp_files.fsdp_parts(folder, "pytorch_model_fsdp")
     kind = "the Trainer with FSDP" if model_parts else "the Trainer without DeepSpeed"
     if not model_parts and not intact_files.weights(folder):
         raise CheckpointError(
@@ -284,7 +284,7 @@ def _of_plain_trainer(
             "incomplete",
         )
 
-    optimizer_parts = intact_files.fsdp_parts(folder, "optimizer")
+    optimizer_parts = dcp_files.fsdp_parts(folder, "optimizer")
     required_parts = {
         "optimizer.pt": bool(optimizer_parts) or "optimizer.pt" in entry_names,
         "scheduler.pt": "scheduler.pt" in entry_names,
@@ -311,10 +311,10 @@ def _of_accelerate(folder: Path, entry_names: set[str]) -> Proof:
     if has_tag(folder):
         return _of_deepspeed(folder, "Accelerate with DeepSpeed")
 
-    model_parts = intact_files.fsdp_parts(folder, "pytorch_model_fsdp")
+    model_parts = dcp_files.fsdp_parts(folder, "pytorch_model_fsdp")
     if not model_parts and not intact_files.weights(folder):
         raise CheckpointError(f"{folder} has no weights of a model", "incomplete")
-    if not intact_files.fsdp_parts(folder, "optimizer"):
+    if not dcp_files.fsdp_parts(folder, "optimizer"):
         raise CheckpointError(f"{folder} has no optimizer.bin", "incomplete")
 
     return Proof(

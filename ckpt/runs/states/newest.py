@@ -47,9 +47,7 @@ class Newest:
         return f"the newest checkpoint of {folder.parent} is {folder} ({state})"
 
 
-def newest_at(
-    path: Path, command: str, full: bool = True, beside: Collection[Sort] = ()
-) -> Newest:
+def newest_at(path: Path, command: str, full: bool = True, beside: Collection[Sort] = ()) -> Newest:
     """The newest checkpoint of the run at a path that is committed or complete.
 
     ``full`` asks for one that a training can go on from, or that is of a sort ``beside``

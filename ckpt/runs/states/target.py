@@ -74,7 +74,7 @@ def _require_new_name(path: Path) -> None:
     suggestion = f"; did you mean {path.parent / similar_names[0]}?" if similar_names else ""
     raise CheckpointError(
         f"{path} does not exist; {path.parent} has {lineage.listed(names)}{suggestion}",
-        "incomplete",
+        "absent",
     )
 
 

@@ -155,7 +155,8 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
         for finding in findings
     ]
     complete = [status for status in diagnosis.statuses if status.complete]
-    hints = [f"ckpt: {run.path}: {line}" for line in adoption_hint(complete, run.path)]
+    native = [status for status in complete if not status.checkpoint.is_universal]
+    hints = [f"ckpt: {run.path}: {line}" for line in adoption_hint(native, run.path)]
     pointed = run.pointer("latest")
     if pointed is not None and pointed.committed and pointed.tier == "weights":
         hints.append(
@@ -197,7 +198,7 @@ def _adoption(path: Path, *, wait: bool, dry_run: bool) -> Output:
     return _adopted(path, outcomes, dry_run)
 
 
-def _unproven(outcome: AdoptionOutcome) -> list[str]:
+def _unproven(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
     """A line on what nothing was compared with in an adopted checkpoint."""
     from ckpt.runs.recognition import is_weights
     from ckpt.text import size
@@ -208,12 +209,13 @@ def _unproven(outcome: AdoptionOutcome) -> list[str]:
 
     largest = sorted(outcome.bare, key=lambda entry: -entry.nbytes)
     nbytes = sum(entry.nbytes for entry in largest)
+    were = "would be" if dry_run else "were"
     line = (
-        f"ckpt: {outcome.folder}: {size(nbytes)} had no checksum and were taken as they are "
+        f"ckpt: {outcome.folder}: {size(nbytes)} had no checksum and {were} taken as they are "
         f"({some(entry.name for entry in largest)})"
     )
-    if any(is_weights(entry.name) for entry in outcome.bare):
-        line += "; the weights were not compared with the states: ckpt slim does that"
+    if any(is_weights(entry.name) for entry in largest):
+        line += "; the weights are not compared with the states: ckpt slim does that"
     return [line]
 
 
@@ -230,7 +232,7 @@ def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> 
         for outcome in outcomes
         if not (outcome.adopted or outcome.failed or outcome.status.complete)
     ]
-    notes += [line for outcome in outcomes for line in _unproven(outcome)]
+    notes += [line for outcome in outcomes for line in _unproven(outcome, dry_run)]
     idle = [] if outcomes else ["every checkpoint has its manifest"]
     entries = tuple(
         AdoptionEntry(

@@ -371,8 +371,9 @@ def test_what_cannot_be_adopted_is_a_note_and_no_failure(
     run("doctor", tmp_path, "--adopt", "--dry-run")
     said = capsys.readouterr()
     assert said.out == f"would adopt\t{tmp_path / 'checkpoint-8'}\n"
-    (note,) = said.err.splitlines()
+    note, unproven = said.err.splitlines()
     assert "3 checkpoints are complete, written by DeepSpeed (parallel), Lightning, the" in note
+    assert "had no checksum and would be taken as they are (model.safetensors, " in unproven
     entries = printed("doctor", tmp_path, "--adopt", "--dry-run")["checkpoints"]
     assert [entry["adopted"] for entry in entries] == [False, False, False, True]
     assert {entry["state"] for entry in entries} == {"complete"}

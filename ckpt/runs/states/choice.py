@@ -21,10 +21,10 @@ from ckpt.runs.states.offers import (
     COMMITTED_ONLY,
     Offer,
     Offers,
-    SkippedCandidate,
     require_deepspeed,
     unusable,
 )
+from ckpt.runs.states.skipped import SkippedCandidate
 from ckpt.runs.states.status import status_of
 from ckpt.runs.states.target import interpret
 from ckpt.runs.verify import states

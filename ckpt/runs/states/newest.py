@@ -16,7 +16,8 @@ from ckpt.runs import user_paths
 from ckpt.runs.recognition import is_numbered, is_run
 from ckpt.runs.run import Run, RunCheckpoint, original_of
 from ckpt.runs.states import listing
-from ckpt.runs.states.offers import Offers, Sort
+from ckpt.runs.states.offers import Offers
+from ckpt.runs.states.skipped import Sort
 from ckpt.runs.states.status import CheckpointState, statuses_of
 from converters.detect import detect, state_folders
 from converters.errors import CheckpointError
@@ -33,10 +34,11 @@ log = logging.getLogger("ckpt")
 
 @dataclass(frozen=True, slots=True)
 class Newest:
-    """The newest checkpoint of a run, and its state."""
+    """The newest checkpoint of a run, and its state; whether it is ``universal``."""
 
     checkpoint: RunCheckpoint
     state: CheckpointState
+    universal: bool = False
 
     @property
     def remark(self) -> str:
@@ -44,6 +46,8 @@ class Newest:
         folder = self.checkpoint.folder
         is_complete = self.state is CheckpointState.COMPLETE
         state = "complete, not committed" if is_complete else self.state.value
+        if self.universal:
+            state = "complete, in the universal format"
         return f"the newest checkpoint of {folder.parent} is {folder} ({state})"
 
 
@@ -65,7 +69,7 @@ def newest_at(path: Path, command: str, full: bool = True, beside: Collection[So
         state = CheckpointState.COMMITTED if is_committed else CheckpointState.COMPLETE
         newest = Newest(offer.checkpoint, state)
     if newest is not None:
-        offers.announce()
+        offers.announce(newest.checkpoint.folder)
         return newest
     if not listing.checkpoints_in(run.path):
         raise user_paths.instead(run.path, user_paths.RUN)
@@ -91,7 +95,7 @@ def _newest_of(offers: Offers, sorts: Collection[Sort]) -> Newest | None:
         if checkpoint.committed:
             return Newest(checkpoint, CheckpointState.COMMITTED)
         if checkpoint.why == manifests.ABSENT:
-            return Newest(checkpoint, CheckpointState.COMPLETE)
+            return Newest(checkpoint, CheckpointState.COMPLETE, entry.sort == "universal")
 
     return None
 

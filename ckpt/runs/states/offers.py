@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ckpt.runs import lineage
 from ckpt.runs import manifest as manifests
@@ -23,17 +23,17 @@ from ckpt.runs.foreign.completeness import Proof
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.foreign.succession import relate
 from ckpt.runs.run import RunCheckpoint, members, order, original_of, require_read
+from ckpt.runs.states import skipped
 from ckpt.runs.states.listing import checkpoints_in
+from ckpt.runs.states.skipped import SkippedCandidate, Sort
 from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
-from converters.words import more
 
 log = logging.getLogger("ckpt")
 
 COMMITTED_ONLY = "committed_only=True takes committed checkpoints alone"
 # whether it was saved by as many ranks, and in the same stage
 TopologyFilter = Callable[[Partitioning], bool]
-Sort = Literal["weights", "slimmed", "universal", "lost", "apart"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +42,6 @@ class Offer:
 
     checkpoint: RunCheckpoint
     proof: Proof | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SkippedCandidate:
-    """A checkpoint that was not offered. ``sort``: weights alone, whose states were there once
-    (slimmed) or never, states in the universal format, lost work, or of no concern."""
-
-    path: Path
-    why: str
-    sort: Sort
 
 
 def newest_first(
@@ -222,34 +212,19 @@ class Offers:
         if self.announces:
             _announce(entry)
 
-    def announce(self) -> None:
-        """Says what was skipped, where it was not said at once."""
+    def announce(self, chosen: Path) -> None:
+        """Says what was skipped, where it was not said at once, but for what was ``chosen``."""
         for entry in () if self.announces else self.skipped:
-            _announce(entry)
+            if entry.path != chosen:
+                _announce(entry)
 
     def require_none_lost(self) -> None:
         """``CheckpointError`` if a training has been here whose work a fresh start would forget.
 
-        Weights alone do not count: no training could go on from them. Slimmed ones do:
-        a job that is started once more would begin at step 0, over what it had made.
+        Weights alone do not count: no training could go on from them.
         """
-        lost_work = [entry for entry in self.skipped if entry.sort != "weights"]
-        if lost_work and all(entry.sort == "slimmed" for entry in lost_work):
-            newest = lost_work[0].path
-            raise CheckpointError(
-                f"{self.run} holds no states any more: {newest} has weights only since it was "
-                "slimmed, and no training goes on from them; name another folder to begin a new "
-                f"training, if you like with these weights (from_pretrained of {newest})",
-                "incomplete",
-            )
-        if lost_work:
-            summary = "; ".join(f"{entry.path}: {entry.why}" for entry in lost_work[:3])
-            raise CheckpointError(
-                f"{self.run} has checkpoints, but none that can be resumed from "
-                f"({summary}{more(len(lost_work) - 3)}); bring back what is missing (ckpt doctor "
-                f"{self.run} helps), or move the checkpoints away to begin a new training",
-                "incomplete",
-            )
+        if (error := skipped.lost_work(self.run, self.skipped)) is not None:
+            raise error
 
         if self.skipped:
             newest = self.skipped[0].path

@@ -96,7 +96,7 @@ def doctor(
 
 
 def _mending(run: Run) -> Planned:
-    from ckpt.runs.foreign import completeness
+    from ckpt.runs.foreign import signs
     from ckpt.runs.upkeep import doctor as mending
 
     def execute(_: Progress) -> Output:
@@ -104,7 +104,7 @@ def _mending(run: Run) -> Planned:
         return _findings(run, mended, diagnosis, dry_run=False)
 
     def preview() -> Output:
-        count = len(completeness.candidates(run.path))
+        count = len(signs.candidates(run.path))
         with planned.progress(count, run.path.name, "checkpoint") as advance:
             diagnosis = mending.diagnose(run, advance)
         return _findings(run, [], diagnosis, dry_run=True)

@@ -15,7 +15,7 @@ from run_folders import real, small
 import ckpt
 from ckpt import zero_to_fp32
 from ckpt.runs import pruning
-from ckpt.runs.foreign import completeness
+from ckpt.runs.foreign import signs
 from ckpt.runs.retention import Retention
 from ckpt.runs.run import Run
 from ckpt.runs.upkeep import adoption
@@ -31,7 +31,7 @@ def test_a_link_in_a_circle_hinders_nothing(
     (tmp_path / "run/circle").symlink_to("circle")
     (tmp_path / "circle").symlink_to("circle")
     assert [checkpoint.step for checkpoint in Run(tmp_path / "run").checkpoints()] == [2]
-    assert [path.name for path in completeness.candidates(tmp_path / "run")] == ["checkpoint-2"]
+    assert [path.name for path in signs.candidates(tmp_path / "run")] == ["checkpoint-2"]
     run("ls", tmp_path / "run")
     assert "checkpoint-2" in capsys.readouterr().out
     assert ckpt.find(tmp_path / "new") is None

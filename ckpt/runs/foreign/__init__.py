@@ -1,5 +1,6 @@
 """Checkpoints that were written without ckpt, or by another training.
 
+signs         what in a run's folder is taken for a checkpoint
 completeness  whether one is whole, by what its writer writes
 intact_files  whether its files are whole, by their own form
 dcp_files     those of torch's distributed checkpoints, and of FSDP

@@ -28,7 +28,7 @@ from ckpt.folders.filenames import MANIFEST
 from ckpt.runs.ancestry import record_in
 from ckpt.runs.foreign import dcp_files, intact_files
 from ckpt.runs.foreign.parallel import require_parallel
-from ckpt.runs.run import is_checkpoint, is_numbered, step_in
+from ckpt.runs.run import is_numbered, step_in
 from converters import detect
 from converters.accessors import is_whole_number
 from converters.detect import filenames
@@ -43,9 +43,6 @@ RNG = r"rng_state_(\d+)\.pth"
 RANDOM = filenames.RANDOM_STATES.pattern
 _LIGHTNING = "pytorch-lightning_version"
 _UNIVERSAL = "it is a universal checkpoint: ckpt from-universal makes native files of it"
-_NAME = re.compile(r"(?:checkpoint|global_step|step|ckpt|iter|iteration|epoch)s?[-_=]?\d+")
-_PREFIX = re.compile(r"(?:checkpoint|weights|global_step|step|ckpt|iter|epoch)[-_=]?\d+.*")
-_SIGNS = frozenset(("optimizer.pt", "optimizer.bin", "random_states_0.pkl", ".metadata"))
 _OF_TRAINER = frozenset(("training_args.bin", "rng_state.pth", "rng_state_0.pth"))
 History = tuple[Mapping[str, Any], ...]
 
@@ -67,55 +64,6 @@ class Proof:
     history: History | None = None
     shapes: Mapping[str, tuple[int, ...]] | None = None
     hindrance: str | None = None
-
-
-def is_name(name: str) -> bool:
-    """Whether a name is one that trainings give to checkpoints, such as checkpoint-500."""
-    return name.endswith(".ckpt") or _PREFIX.fullmatch(name) is not None
-
-
-def has_signs(path: Path) -> bool:
-    """Whether a folder holds, right in it, what only the checkpoint of a training has."""
-    entry_names = {entry.name for entry in os.scandir(path)}
-    return bool(entry_names & _SIGNS) or any(
-        name.startswith("pytorch_model_fsdp") or name.endswith(".metadata") for name in entry_names
-    )
-
-
-def candidates(run_folder: Path) -> list[Path]:
-    """All in a run's folder that is a checkpoint, whole or not, or may be one, whoever wrote it."""
-    try:
-        entries = sorted(os.scandir(run_folder), key=lambda entry: entry.name)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise detect.detect(run_folder).unlike("a run") from error
-    except OSError as error:
-        raise CheckpointError(
-            f"{run_folder}: {error.strerror}; expected the folder of a run", "incomplete"
-        ) from error
-
-    candidate_paths = []
-    for entry in entries:
-        candidate = Path(entry.path)
-        if entry.name.startswith("."):
-            continue
-        if not candidate.is_dir():
-            candidate_paths += [candidate] if candidate.suffix == ".ckpt" else []
-            continue
-
-        try:
-            has_state_files = (candidate / STATE).exists() or has_signs(candidate)
-        except OSError:  # lost+found, or what was deleted meanwhile
-            continue
-
-        if (
-            has_state_files
-            or _NAME.fullmatch(entry.name)
-            or entry.name.endswith(".ckpt")
-            or is_checkpoint(candidate)
-        ):
-            candidate_paths.append(candidate)
-
-    return candidate_paths
 
 
 def step_of(path: Path) -> int | None:

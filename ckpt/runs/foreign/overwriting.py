@@ -41,7 +41,7 @@ _TRAINERS = MARKS[0]
 
 
 @dataclass(frozen=True, slots=True)
-class _Files:
+class _TimedFiles:
     """The file that is written last, and those before it in groups, in the order of writing.
 
     ``weights`` are those that no resume needs, where they are known to come first.
@@ -141,7 +141,7 @@ def settle(time_doubt: Doubt) -> None:
     os.utime(time_doubt.mark, ns=(newest, newest))
 
 
-def _files(path: Path, tag: str | None) -> _Files | None:
+def _files(path: Path, tag: str | None) -> _TimedFiles | None:
     """The files of a checkpoint; ``None`` for a file, and where nothing is written last."""
     if not path.is_dir():
         return None
@@ -155,13 +155,13 @@ def _files(path: Path, tag: str | None) -> _Files | None:
     groups = [tuple(_matching(beside, patterns)) for patterns in _STATE]
     weights = tuple(_matching(beside, _WEIGHTS))
     if not tag_folders:
-        return _Files(mark, (weights, *groups))
+        return _TimedFiles(mark, (weights, *groups))
 
     own_folders = [folder for folder in tag_folders if tag in (None, folder.name)]
     tag_files = tuple(file for folder in own_folders for file in _files_in(folder))
 
     # where it is not the Trainer that writes, nobody knows when the weights are written
-    return _Files(mark, (tag_files, *groups), weights if mark.name == _TRAINERS else ())
+    return _TimedFiles(mark, (tag_files, *groups), weights if mark.name == _TRAINERS else ())
 
 
 def _matching(entries: Sequence[Path], patterns: tuple[str, ...]) -> Iterator[Path]:
@@ -174,14 +174,14 @@ def _files_in(folder: Path) -> Iterator[Path]:
     return (file for file in sorted(folder.rglob("*")) if file.is_file())
 
 
-def _compared(path: Path, tag: str | None) -> value_samples.Comparison:
+def _compared(path: Path, tag: str | None) -> value_samples.SampleComparison:
     """The files whose values show that they are of one save; none where none can be read."""
     try:
         return value_samples.compare(detect.read(path, tag, complete=True))
     except CheckpointError as error:
         if error.kind not in ("unsupported", "refused", "incomplete"):
             raise
-        return value_samples.Comparison(frozenset())
+        return value_samples.SampleComparison(frozenset())
 
 
 def _is_bound(file: Path) -> bool:

@@ -46,8 +46,8 @@ def _read_files(path: Path, tag: str | None) -> Iterator[Path]:
     for parent, folder_names, file_names in os.walk(path):
         if Path(parent) == path:
             # a save_dir: the runs of another program lie beside the tag, not states
-            kept = [name for name in folder_names if name in tags] if tags else folder_names
-            folder_names[:] = [name for name in kept if name not in left_out]
+            state_names = [name for name in folder_names if name in tags] if tags else folder_names
+            folder_names[:] = [name for name in state_names if name not in left_out]
         folder_names[:] = [name for name in folder_names if not name.startswith(".")]
         for name in file_names:
             if any(fnmatchcase(name, pattern) for pattern in _NAMES):

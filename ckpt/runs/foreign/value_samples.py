@@ -23,7 +23,7 @@ _NUMBERS = 256  # that are compared in each place
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class SampleComparison:
     """The files whose values were compared, and the first two that contradict each other.
 
     ``contradiction`` is the name of a tensor, the file of its fp32 values and that of the
@@ -48,15 +48,15 @@ class _Sample:
         return self.value.extents[0].path, self.copy.extents[0].path
 
 
-def compare(source: Source) -> Comparison:
+def compare(source: Source) -> SampleComparison:
     """Compares numbers of each file of a checkpoint of DeepSpeed, a few thousand of each."""
     paths: set[Path] = set()
     for sample in _samples(source):
         if not cast.rounds_to(sample.value, sample.copy):
-            return Comparison(frozenset(paths), (sample.name, *sample.paths))
+            return SampleComparison(frozenset(paths), (sample.name, *sample.paths))
         paths.update(sample.paths)
 
-    return Comparison(frozenset(paths))
+    return SampleComparison(frozenset(paths))
 
 
 def _samples(source: Source) -> Iterator[_Sample]:
@@ -71,13 +71,13 @@ def _samples(source: Source) -> Iterator[_Sample]:
         for sample in _at_each_run(name, weights.tensors[name], copy)
     ]
     totals = Counter(sample.paths[0] for sample in samples)
-    seen: Counter[Path] = Counter()
+    passed_counts: Counter[Path] = Counter()
     for sample in samples:
         path = sample.paths[0]
         interval = -(-totals[path] // _PLACES)
-        if seen[path] % interval == 0:
+        if passed_counts[path] % interval == 0:
             yield sample
-        seen[path] += 1
+        passed_counts[path] += 1
 
 
 def _at_each_run(name: str, value: TensorRef, copy: TensorRef) -> Iterator[_Sample]:

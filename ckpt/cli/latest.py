@@ -182,7 +182,6 @@ def _mismatch(run: Run, checkpoint: RunCheckpoint, proof: Proof | None) -> list[
     remedy = ""
     if proof is None:
         remedy = f"; ckpt latest {run.path} --set {name} changes it"
-    return [
-        f"ckpt: {run.path / 'latest'} names {pointer_target}, which DeepSpeed itself "
-        f"would load{remedy}"
-    ]
+    leads_on = run.pointer("latest") is not None or (run.path / pointer_target).is_dir()
+    finding = "which DeepSpeed itself would load" if leads_on else "which is not there"
+    return [f"ckpt: {run.path / 'latest'} names {pointer_target}, {finding}{remedy}"]

@@ -105,9 +105,7 @@ def _proof(path: Path, tag: str | None) -> Proof:
         return _of_accelerate(path, entry_names)
     if has_tag(path):
         return _of_deepspeed(path, "DeepSpeed", tag=tag)
-    if ".metadata" in entry_names or any(
-        entry_name.endswith(".metadata") for entry_name in entry_names
-    ):
+    if any(entry_name.endswith((".metadata", ".distcp")) for entry_name in entry_names):
         dcp_files.require_dcp(path)
         is_lightning = "meta.pt" in entry_names
         if is_lightning:

@@ -213,10 +213,11 @@ class Offers:
             _announce(entry)
 
     def announce(self, chosen: Path) -> None:
-        """Says what was skipped, where it was not said at once, but for what was ``chosen``."""
+        """Says what was skipped before ``chosen``, where it was not said at once."""
         for entry in () if self.announces else self.skipped:
-            if entry.path != chosen:
-                _announce(entry)
+            if entry.path == chosen:
+                break
+            _announce(entry)
 
     def require_none_lost(self) -> None:
         """``CheckpointError`` if a training has been here whose work a fresh start would forget.

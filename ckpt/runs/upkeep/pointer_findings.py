@@ -35,8 +35,18 @@ def pointer_findings(run: Run, checkpoints: Sequence[RunCheckpoint]) -> Iterator
             yield from _dangling(run, name, text)
         elif name == "latest" and _names_newer_whole(run, text, expected):
             continue  # a resume takes it, too
-        elif name == "latest" and text is None and _has_newer_whole(checkpoints, expected):
-            continue  # and it names none yet, which a resume takes: --adopt comes first
+        elif (
+            name == "latest"
+            and _leads_nowhere(run, text)
+            and (newer := _newer_whole(checkpoints, expected))
+        ):
+            # which a resume takes, so that the pointer must not name an older one: --adopt first
+            if text is not None:
+                yield Finding(
+                    pointer_path,
+                    f"{_pointer_problem(run, name, text, expected)}; {newer.name} is newer than "
+                    f"what is committed: ckpt doctor {newer.folder} --adopt commits it",
+                )
         elif text != expected.pointer:
             description = _pointer_problem(run, name, text, expected)
             yield Finding(
@@ -53,14 +63,23 @@ def _names_newer_whole(run: Run, pointer_text: str | None, expected: RunCheckpoi
     return checkpoint is not None and _is_newer_whole(checkpoint, expected)
 
 
-def _has_newer_whole(checkpoints: Sequence[RunCheckpoint], expected: RunCheckpoint) -> bool:
-    """Whether a later checkpoint than ``expected``, by its files too, is whole, but not
+def _leads_nowhere(run: Run, pointer_text: str | None) -> bool:
+    """Whether ``latest`` is missing, or names nothing that is there."""
+    return pointer_text is None or run.pointer("latest") is None
+
+
+def _newer_whole(
+    checkpoints: Sequence[RunCheckpoint], expected: RunCheckpoint
+) -> RunCheckpoint | None:
+    """The latest checkpoint that is later than ``expected``, by its files too, and whole, but not
     committed."""
-    return any(
-        _is_newer_whole(checkpoint, expected)
-        and (completeness.step_of(checkpoint.folder) or 0) > (expected.step or 0)
+    newer = [
+        checkpoint
         for checkpoint in checkpoints
-    )
+        if _is_newer_whole(checkpoint, expected)
+        and (completeness.step_of(checkpoint.folder) or 0) > (expected.step or 0)
+    ]
+    return newer[-1] if newer else None
 
 
 def _is_newer_whole(checkpoint: RunCheckpoint, expected: RunCheckpoint) -> bool:

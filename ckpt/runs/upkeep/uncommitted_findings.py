@@ -26,8 +26,11 @@ def uncommitted_findings(status: CheckpointStatus, is_deepspeed_run: bool) -> It
     """
     checkpoint = status.checkpoint
     folder, manifest = checkpoint.folder, checkpoint.manifest
-    if status.complete or checkpoint.is_universal or pruning.is_trash(folder):
-        return  # universal ones never get a manifest; of trash something is said already
+    if status.complete or pruning.is_trash(folder):
+        return  # of trash something is said already
+    if checkpoint.is_universal:
+        yield Finding(folder, status.description)  # it is made again, not brought back
+        return
     is_unknown = status.state is CheckpointState.UNKNOWN
     if is_unknown and not is_checkpoint(folder):
         return  # perhaps not a checkpoint at all

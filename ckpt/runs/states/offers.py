@@ -26,6 +26,7 @@ from ckpt.runs.run import RunCheckpoint, members, order, original_of, require_re
 from ckpt.runs.states import skipped
 from ckpt.runs.states.listing import checkpoints_in
 from ckpt.runs.states.skipped import SkippedCandidate, Sort
+from ckpt.runs.states.status import subjectless
 from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
 
@@ -255,9 +256,9 @@ class Offers:
             require_read(error)
             if error.kind == "refused" and "right now" in str(error):
                 raise
-            reason = str(error).removeprefix(f"{path}/")
-            if reason.startswith(f"{path} "):  # whose subject the sentence needs
-                reason = f"it {reason.removeprefix(f'{path} ')}"
+            reason = subjectless(str(error), path)
+            if str(error).startswith(f"{path} "):  # whose subject the sentence needs
+                reason = f"it {reason}"
             self.skip(path, f"it has no manifest.json, and is not whole: {reason}")
             return None
 

@@ -74,7 +74,9 @@ def diagnose(run: Run, progress: Progress = quiet) -> Diagnosis:
         *_lease_findings(run.path),
     ]
 
-    return Diagnosis((*all_findings, *pointer_findings(run, checkpoints)), tuple(statuses))
+    return Diagnosis(
+        (*all_findings, *pointer_findings(run, checkpoints, statuses)), tuple(statuses)
+    )
 
 
 def mend(run: Run) -> tuple[list[Finding], Diagnosis]:

@@ -251,8 +251,14 @@ def test_a_universal_folder_that_lies_alone_is_the_newest_of_its_run(
         assert "every checkpoint has its manifest" not in capsys.readouterr().err
     command("prune", tmp_path, "--keep-last", "1", "--dry-run")
     assert "not touched: 1 checkpoint is complete, in the universal" in capsys.readouterr().err
-    command("verify", universal)
-    assert "complete, in the universal format; written by ckpt\n" in capsys.readouterr().out
+    command("verify", universal, "--data")
+    said = capsys.readouterr().out
+    assert "complete, in the universal format; written by ckpt\n" in said
+    assert "have no checksum: " in said  # which no manifest would add
+
+    next(universal.rglob("fp32.pt")).unlink()
+    command("doctor", tmp_path, code=1)
+    assert "the conversion did not finish: make it again" in capsys.readouterr().out
 
 
 def test_of_several_rewritings_the_first_source_is_named(tmp_path: Path) -> None:

@@ -119,6 +119,23 @@ def test_a_latest_that_leads_to_an_older_one_says_which_is_newer(
     assert capsys.readouterr().err == ""
 
 
+def test_doctor_points_no_latest_at_an_older_one_than_a_resume_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real(tmp_path, 2)
+    folder = stock(tmp_path, 8)
+    (folder / "trainer_state.json").write_text('{"global_step": 8}')
+    (tmp_path / "latest").write_text("checkpoint-99/global_step99")
+    run("doctor", tmp_path, "--fix", code=1)
+    assert f"ckpt doctor {folder} --adopt commits it" in capsys.readouterr().out
+    assert (tmp_path / "latest").read_text() == "checkpoint-99/global_step99"
+    run("latest", tmp_path)
+    assert "names checkpoint-99/global_step99, which is not there\n" in capsys.readouterr().err
+    run("doctor", folder, "--adopt")
+    run("doctor", tmp_path, "--fix")
+    assert (tmp_path / "latest").read_text() == "checkpoint-8/global_step2"
+
+
 def test_prune_calls_none_the_newest_where_a_newer_one_is_not_committed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

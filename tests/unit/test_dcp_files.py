@@ -62,6 +62,14 @@ def test_all_ranks_are_complete_and_replicas_count_once(folder: Path) -> None:
     assert completeness.prove(folder).kind == "torch's distributed checkpoint"
 
 
+def test_bytes_that_nothing_describes_are_a_save_that_did_not_finish(folder: Path) -> None:
+    for path in folder.glob("*.metadata"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="its save did not finish") as error:
+        completeness.prove(folder)
+    assert error.value.kind == "incomplete"
+
+
 @pytest.mark.parametrize("rank", range(RANKS))
 @pytest.mark.parametrize("with_bytes", [False, True])
 def test_the_metadata_of_each_rank_is_missed(folder: Path, rank: int, with_bytes: bool) -> None:

@@ -74,9 +74,9 @@ def diagnose(run: Run, progress: Progress = quiet) -> Diagnosis:
         *_lease_findings(run.path),
     ]
 
-    return Diagnosis(
-        (*all_findings, *pointer_findings(run, checkpoints, statuses)), tuple(statuses)
-    )
+    all_findings += pointer_findings(run, checkpoints, statuses)
+
+    return Diagnosis(tuple(all_findings), tuple(statuses))
 
 
 def mend(run: Run) -> tuple[list[Finding], Diagnosis]:

@@ -22,7 +22,14 @@ MAKE: dict[str, Callable[[Path], Path]] = {
     "fsdp": lambda out: sharded(out / "checkpoint-2", 2),
     "accelerate": lambda out: accelerates(out / "checkpoint_2"),
 }
-STRAY = ("train.log", "runs/events.out.tfevents.1", ".tmp/a.pt", "optimizer.pt.tmp", "notes.json")
+STRAY = (
+    "train.log",
+    "runs/events.out.tfevents.1",
+    "runs/a.pt",
+    ".tmp/a.pt",
+    "optimizer.pt.tmp",
+    "notes.json",
+)
 
 
 @pytest.fixture(autouse=True)

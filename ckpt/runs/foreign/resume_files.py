@@ -7,10 +7,11 @@ of whether two ranks see the same checkpoint.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ckpt.runs.foreign.dcp_files import FSDP_STEMS
 from converters.zero.files.discovery import is_tag_folder
 
 # of DeepSpeed, the Trainer, Accelerate, Lightning and DCP: states, weights, indices, pointers
@@ -19,6 +20,7 @@ _NAMES = (
     *("*.distcp", ".metadata", "__*.metadata", "trainer_state.json", "extra_state_*"),
     *("latest", "latest_universal"),
 )
+_ADAPTERS = ("adapter_model*",)
 
 
 def fingerprint(path: Path, tag: str | None = None) -> tuple[tuple[str, int], ...]:
@@ -41,14 +43,27 @@ def fingerprint(path: Path, tag: str | None = None) -> tuple[tuple[str, int], ..
 
 
 def _read_files(path: Path, tag: str | None) -> Iterator[Path]:
+    """The files right in the folder, and in those folders that are of it: DeepSpeed's tag, or
+    the parts of FSDP and PEFT's adapters."""
     tags = {entry.name for entry in path.iterdir() if entry.is_dir() and is_tag_folder(entry)}
-    left_out = tags - {tag} if tag in tags else set()
-    for parent, folder_names, file_names in os.walk(path):
-        if Path(parent) == path:
-            # a save_dir: the runs of another program lie beside the tag, not states
-            state_names = [name for name in folder_names if name in tags] if tags else folder_names
-            folder_names[:] = [name for name in state_names if name not in left_out]
+    own_tags = {tag} if tag in tags else tags
+    outer_tag = (tag or "").partition("/")[0]  # of several engines
+    for entry in sorted(path.iterdir()):
+        if not entry.is_dir():
+            yield from _matching([entry], _NAMES)
+        elif entry.name in own_tags or entry.name == outer_tag or entry.name.startswith(FSDP_STEMS):
+            yield from _matching(_files_below(entry), _NAMES)
+        elif not tags and not entry.name.startswith("."):
+            yield from _matching(sorted(entry.iterdir()), _ADAPTERS)
+
+
+def _matching(files: Iterable[Path], patterns: tuple[str, ...]) -> Iterator[Path]:
+    for file in files:
+        if any(fnmatchcase(file.name, pattern) for pattern in patterns):
+            yield file
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for parent, folder_names, file_names in os.walk(folder):
         folder_names[:] = [name for name in folder_names if not name.startswith(".")]
-        for name in file_names:
-            if any(fnmatchcase(name, pattern) for pattern in _NAMES):
-                yield Path(parent, name)
+        yield from (Path(parent, name) for name in file_names)

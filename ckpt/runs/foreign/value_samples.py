@@ -68,6 +68,7 @@ def _samples(source: Source) -> Iterator[_Sample]:
     samples = [
         sample
         for name, copy in weights.copies.items()
+        if name in weights.tensors
         for sample in _at_each_run(name, weights.tensors[name], copy)
     ]
     totals = Counter(sample.paths[0] for sample in samples)

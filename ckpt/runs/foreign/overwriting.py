@@ -26,7 +26,7 @@ from pathlib import Path
 
 from ckpt.runs.foreign import value_samples
 from converters import detect
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, unreadable
 from converters.zero.files.discovery import is_tag_folder
 
 # written last, by the first there
@@ -54,15 +54,21 @@ class _TimedFiles:
     @property
     def pause(self) -> tuple[float, Path] | None:
         """When writing went on after a pause that came after the mark, in seconds since 1970,
-        and the first file then; ``None`` if there was no pause.
+        and the first state file then; ``None`` if none was written after a pause.
 
-        A copy of file after file pauses no longer than the next file takes.
+        A copy of file after file, of all that lie there, pauses no longer than the next one
+        takes.
         """
         last_time = self.mark.stat().st_mtime
-        state_files = [file for group in self.states for file in group]
-        for written_time, file in sorted((file.stat().st_mtime, file) for file in state_files):
+        state_files = {file for group in self.states for file in group}
+        begin: float | None = None
+        for written_time, file in sorted(
+            (file.stat().st_mtime, file) for file in _files_in(self.mark.parent)
+        ):
             if written_time - last_time > SLACK + file.stat().st_size / SLOWEST:
-                return written_time, file
+                begin = begin or written_time
+            if begin is not None and file in state_files:
+                return begin, file
             last_time = max(last_time, written_time)
 
         return None
@@ -116,7 +122,17 @@ def require_one_save(path: Path, tag: str | None = None) -> None:
 
 
 def doubt(path: Path, tag: str | None = None) -> Doubt | None:
-    """What the times of the files speak against one save; ``None`` if nothing."""
+    """What the times of the files speak against one save; ``None`` if nothing.
+
+    ``CheckpointError`` for a file that cannot be looked at, as one that vanishes meanwhile.
+    """
+    try:
+        return _doubt(path, tag)
+    except OSError as error:
+        raise unreadable(error, path) from error
+
+
+def _doubt(path: Path, tag: str | None) -> Doubt | None:
     files = _files(path, tag)
     pause = None if files is None else files.pause
     if files is None or pause is None:
@@ -131,7 +147,8 @@ def doubt(path: Path, tag: str | None = None) -> Doubt | None:
         return None
 
     newer = tuple(file for group in newer_groups[1:] for file in group)
-    return Doubt(files.mark, first, begin - files.mark.stat().st_mtime, newer)
+    seconds = first.stat().st_mtime - files.mark.stat().st_mtime
+    return Doubt(files.mark, first, seconds, newer)
 
 
 def settle(time_doubt: Doubt) -> None:

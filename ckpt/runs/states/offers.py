@@ -315,7 +315,7 @@ def _without_universal(checkpoints: Iterable[RunCheckpoint]) -> list[RunCheckpoi
 
 def _sort(checkpoint: RunCheckpoint) -> Sort:
     """The sort of a checkpoint with a manifest that cannot be gone on from."""
-    if not checkpoint.committed or checkpoint.tier != "weights":
+    if checkpoint.tier != "weights":
         return "lost"
     return "slimmed" if checkpoint.is_slimmed else "weights"
 

@@ -3,7 +3,7 @@
     masters, fp32  --read, CRC32 checked-->  rounded to the type of the weights  ==  the weights
 
 So weights of another step, or damaged before their digests were made, are never kept in the
-place of the states. Memory is that of a shard that is served, whatever the model's size.
+place of the states. Memory is that of the threads that move a shard, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from ckpt.runs.digests import Progress, quiet
 from converters import words
 from converters.computing.computed import Computed
-from converters.execute.virtual_file import Serving
+from converters.execute import shards
+from converters.execute.workers import Mover
 from converters.names.selection import proving
 from converters.plan import Placement, Plan, Shard
+from converters.storage.checksums import Ledger
 from converters.tensors import Checksum, TensorRef
 
 _NAME = "states"
+_LARGE = 64 << 20  # bytes of states from which on several threads are worth their start
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +86,21 @@ def require_same(
     def advance(nbytes: int) -> None:
         progress(int(nbytes * share))
 
-    serving = Serving(plan, remedy=remedy)
-    with serving.open(shard, advance) as file:
-        while file.read1():
-            pass
-        file.check()
+    mover = Mover(True, Ledger(), set(), advance)
+    mover.move(shard, _Nowhere(), workers=1 if shard.nbytes < _LARGE else None)
+    if mover.mismatched:
+        raise shards.unlike_error(plan, shard, mover.ledger, min(mover.mismatched), remedy)
 
-    serving.check()
+    shards.MoveReport().prove(plan, mover.ledger, mover.mismatched)
 
     return len(pairs)
+
+
+class _Nowhere:
+    """Takes the bytes that were compared, and keeps none; see ``store.Writer``."""
+
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        """Nothing."""
 
 
 def _shard(pairs: Sequence[tuple[str, TensorRef, TensorRef]]) -> Shard:

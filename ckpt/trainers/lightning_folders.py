@@ -68,7 +68,7 @@ def require_whole(path: Path, *, load_foreign: bool, committed_only: bool, says:
         )
 
     if committed_only:
-        remedy = f"ckpt doctor {path} --adopt commits it if it is complete"
+        remedy = f"ckpt doctor {path} --adopt commits it if it is whole"
         raise CheckpointError(
             f"{path} has no manifest.json, and {COMMITTED_ONLY}; {_newest_whole(path)}; {remedy}",
             "refused",

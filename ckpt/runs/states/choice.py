@@ -83,7 +83,7 @@ def requested(
         if committed_only:
             raise CheckpointError(
                 f"{folder} has no manifest.json, and {COMMITTED_ONLY}; ckpt doctor {folder} "
-                "--adopt commits it if it is complete",
+                "--adopt commits a complete one of DeepSpeed",
                 "refused",
             )
 

@@ -26,11 +26,12 @@ from ckpt.runs.run import RunCheckpoint, members, order, original_of, require_re
 from ckpt.runs.states.listing import checkpoints_in
 from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
-from converters.words import more
+from converters.words import first, more
 
 log = logging.getLogger("ckpt")
 
 COMMITTED_ONLY = "committed_only=True takes committed checkpoints alone"
+_UNCOMMITTED = f"it has no manifest.json, and {COMMITTED_ONLY}"
 # whether it was saved by as many ranks, and in the same stage
 TopologyFilter = Callable[[Partitioning], bool]
 Sort = Literal["weights", "lost", "apart"]
@@ -209,7 +210,7 @@ class Offers:
                 continue
 
             if self.committed_only:
-                self.skip(checkpoint.folder, f"it has no manifest.json, and {COMMITTED_ONLY}")
+                self.skip(checkpoint.folder, _UNCOMMITTED)
                 continue
 
             proof = self._prove(checkpoint)
@@ -234,6 +235,15 @@ class Offers:
         Weights alone do not count: no training could go on from them.
         """
         lost_work = [entry for entry in self.skipped if entry.sort != "weights"]
+        uncommitted = [entry for entry in lost_work if entry.why == _UNCOMMITTED]
+        if uncommitted and len(uncommitted) == len(lost_work):
+            names = [entry.path.name for entry in uncommitted]
+            raise CheckpointError(
+                f"{self.run} has checkpoints, but none that is committed ({first(names)}), and "
+                f"{COMMITTED_ONLY}; ckpt doctor {self.run} --adopt commits the complete ones of "
+                "DeepSpeed, or leave committed_only out",
+                "refused",
+            )
         if lost_work:
             summary = "; ".join(f"{entry.path}: {entry.why}" for entry in lost_work[:3])
             raise CheckpointError(

@@ -47,7 +47,9 @@ def require_weights(
         stored = safetensors.read(weights_path).tensors
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; there are no weights to keep, so nothing was removed", error.kind
+            f"{error}; there are no weights to keep, so nothing was removed; --dtype fp32 makes "
+            "fp32 weights of the states first",
+            error.kind,
         ) from error
 
     file_names = _verified_names(folder, manifest, stored)

@@ -38,7 +38,7 @@ CLIENT = ("push, pull",)
 WITHOUT_TRAINER = tuple(name for name in COLUMNS if name not in ("class", "callback"))
 MAX_SECONDS = 900  # of one cell; the first training of a row compiles an extension of DeepSpeed
 # What the newest row pins, and every other one where it says nothing else. torch is the same in
-# all but two: older versions are on PyPI with CUDA only, which takes 5 GB of disk.
+# all but the last: older versions are on PyPI with CUDA only, which takes 5 GB of disk.
 NEWEST = {
     "torch": "2.13.0",
     "deepspeed": "0.19.8",
@@ -90,7 +90,6 @@ ROWS = (
     Row("DeepSpeed 0.18", {"deepspeed": "0.18.9"}, stage=3),
     Row("DeepSpeed 0.16", {"deepspeed": "0.16.9"}),
     Row("oldest", OLDEST),
-    Row("torch 2.6", {"torch": "2.6.0", **OLDEST}),
     # The Trainer itself does not resume before torch 2.6: ckpt.requirements has the places.
     Row("torch 2.4", {"torch": "2.4.0", **OLDEST}, WITHOUT_TRAINER),
     *(

@@ -15,12 +15,14 @@ import torch
 import torch.distributed as dist
 from oracles import FIXTURES, torchrun
 from run_folders import SOURCE, real, small
+from stock_checkpoints import of_accelerate
 
 import ckpt
 from ckpt.distributed.ranks import RankGroup
 from ckpt.engine import precision
 from ckpt.engine.layout import Layout, Topology
 from ckpt.resuming import configured, topology
+from ckpt.resuming.request import ResumeRequest
 from ckpt.resuming.resume_point import ResumePoint
 from ckpt.rewrite import reshard
 from ckpt.runs.run import open_checkpoint
@@ -138,6 +140,16 @@ def test_a_damaged_resharding_is_made_again(tmp_path: Path, alone: Callable[[], 
         topology.loadable(alone(), folder, ONE, None, "")
     assert topology.loadable(alone(), folder, ONE, "auto") == made
     assert part.read_bytes() == data and open_checkpoint(made).committed
+
+
+def test_random_states_are_missed_only_where_nobody_restores_them(
+    tmp_path: Path, alone: Callable[[], RankGroup], logged: Callable[[], str]
+) -> None:
+    source = ResumePoint.of(open_checkpoint(of_accelerate(tmp_path)))
+    for own_file, is_missed in ((None, True), ("random_states_0.pkl", False), ("none", True)):
+        request = ResumeRequest(ranks=alone(), path=tmp_path, random_states_file=own_file)
+        request.state(source)
+        assert ("reads no random states of it" in logged()) == is_missed, own_file
 
 
 def test_where_there_is_no_room_the_option_named_is_that_of_the_command(

@@ -8,11 +8,15 @@ here before it imports anything.
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from converters.errors import CheckpointError
+
+log = logging.getLogger("ckpt")
 
 OLDEST = {
     "accelerate": "1.0",
@@ -22,6 +26,8 @@ OLDEST = {
     "pytorch_lightning": "2.5",
     "transformers": "4.51",
 }
+
+OLDEST_TORCH_OF_RESUME = "2.6"  # by the Trainer
 
 
 def require(work: str, *libraries: str) -> None:
@@ -45,6 +51,29 @@ def require(work: str, *libraries: str) -> None:
                 f"pip install '{library}>={oldest}'",
                 "unsupported",
             )
+
+
+def warn_of_old_torch() -> None:
+    """Logs, on rank 0, that the Trainer cannot resume with the torch that is installed.
+
+    Saves are whole all the same. transformers reads the random states with
+    ``torch.load(weights_only=True)``, which refuses numpy's arrays before torch 2.6
+    (transformers 4.51 ``trainer.py: safe_globals``), or refuses that torch by itself
+    (transformers 5.24 ``import_utils.py: check_torch_load_is_safe``).
+    """
+    try:
+        release = version("torch")
+    except PackageNotFoundError:
+        return
+
+    is_old = numbers(release) < numbers(OLDEST_TORCH_OF_RESUME)
+    if is_old and os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "torch %s: the Trainer saves with it and cannot resume, because it does not load its "
+            "own random states before torch %s; resume with that or a newer one",
+            release,
+            OLDEST_TORCH_OF_RESUME,
+        )
 
 
 def numbers(release: str) -> tuple[int, ...]:

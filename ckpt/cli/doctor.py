@@ -219,6 +219,20 @@ def _unproven(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
     return [line]
 
 
+def _without_latest(path: Path, outcomes: Sequence[AdoptionOutcome]) -> list[str]:
+    """A line on what comes next, where a run has committed checkpoints now and no ``latest``."""
+    from ckpt.runs.run import Run
+    from ckpt.runs.states import listing
+
+    is_adopted = any(outcome.adopted for outcome in outcomes)
+    if not is_adopted or listing.is_single(path) or Run(path).target("latest") is not None:
+        return []
+    return [
+        f"ckpt: {path} has no file latest, by which DeepSpeed finds the newest one; "
+        f"ckpt doctor {path} --fix writes it"
+    ]
+
+
 def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> Output:
     from ckpt.runs.states.status import adoption_hint
 
@@ -233,6 +247,7 @@ def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> 
         if not (outcome.adopted or outcome.failed or outcome.status.complete)
     ]
     notes += [line for outcome in outcomes for line in _unproven(outcome, dry_run)]
+    notes += [] if dry_run else _without_latest(path, outcomes)
     idle = [] if outcomes else ["every checkpoint has its manifest"]
     entries = tuple(
         AdoptionEntry(

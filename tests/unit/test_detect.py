@@ -107,6 +107,20 @@ def test_names_tell_the_stage_as_far_as_they_can(fixture: str, detail: str) -> N
     assert detect(FIXTURES / fixture).detail == detail
 
 
+def test_of_a_folder_of_checkpoints_the_last_one_is_named(tmp_path: Path) -> None:
+    for step in (2, 9, 10):
+        tensors(tmp_path / "run" / f"step_{step}" / "model.safetensors")
+    said = str(detect(tmp_path / "run").error)
+    assert "it holds step_10, which is a model in safetensors" in said
+    assert said.endswith(f"name {tmp_path / 'run' / 'step_10'}")
+
+
+def test_of_a_folder_of_no_known_kind_it_is_said_what_lies_in_its_folders(tmp_path: Path) -> None:
+    tensors(tmp_path / "checkpoints" / "checkpoint_0" / "model.safetensors")
+    said = str(detect(tmp_path).error)
+    assert "holds no checkpoint; it holds checkpoints/ (checkpoint_0): name" in said
+
+
 def test_a_link_named_latest_to_a_folder_is_no_pointer_of_deepspeed(tmp_path: Path) -> None:
     dcp(tmp_path / "step-5")
     (tmp_path / "latest").symlink_to("step-5")

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
@@ -74,6 +75,20 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         "a push or pull needs no_such_library 3.1 or newer, and it is not installed; "
         "pip install 'no_such_library>=3.1'"
     )
+
+
+@pytest.mark.parametrize(("release", "is_old"), [("2.4.0+cu121", True), ("2.6.0", False)])
+def test_a_torch_with_which_the_trainer_cannot_resume_is_named(
+    release: str, is_old: bool, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], str]
+) -> None:
+    monkeypatch.setattr(requirements, "version", lambda _: release)
+    monkeypatch.delenv("RANK", raising=False)
+    requirements.warn_of_old_torch()
+    sentence = f"torch {release}: the Trainer saves with it and cannot resume"
+    assert (sentence in logged()) == is_old
+    monkeypatch.setenv("RANK", "1")
+    requirements.warn_of_old_torch()
+    assert not logged()
 
 
 @pytest.mark.commands  # a process imports torch

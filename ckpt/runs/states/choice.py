@@ -17,14 +17,8 @@ from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.lineage import Line
 from ckpt.runs.run import Run, RunCheckpoint, is_numbered, members
 from ckpt.runs.states.listing import candidate
-from ckpt.runs.states.offers import (
-    COMMITTED_ONLY,
-    Offer,
-    Offers,
-    require_deepspeed,
-    unusable,
-)
-from ckpt.runs.states.skipped import SkippedCandidate
+from ckpt.runs.states.offers import Offer, Offers, require_deepspeed, unusable
+from ckpt.runs.states.skipped import COMMITTED_ONLY, SkippedCandidate
 from ckpt.runs.states.status import status_of
 from ckpt.runs.states.target import interpret
 from ckpt.runs.verify import states

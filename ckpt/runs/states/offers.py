@@ -25,14 +25,13 @@ from ckpt.runs.foreign.succession import relate
 from ckpt.runs.run import RunCheckpoint, members, order, original_of, require_read
 from ckpt.runs.states import skipped
 from ckpt.runs.states.listing import checkpoints_in
-from ckpt.runs.states.skipped import SkippedCandidate, Sort
+from ckpt.runs.states.skipped import UNCOMMITTED, SkippedCandidate, Sort
 from ckpt.runs.states.status import subjectless
 from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
 
-COMMITTED_ONLY = "committed_only=True takes committed checkpoints alone"
 # whether it was saved by as many ranks, and in the same stage
 TopologyFilter = Callable[[Partitioning], bool]
 
@@ -199,7 +198,7 @@ class Offers:
                 continue
 
             if self.committed_only:
-                self.skip(checkpoint.folder, f"it has no manifest.json, and {COMMITTED_ONLY}")
+                self.skip(checkpoint.folder, UNCOMMITTED)
                 continue
 
             proof = self._prove(checkpoint)

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 from converters.errors import CheckpointError
-from converters.words import more
+from converters.words import first, more
 
 Sort = Literal["weights", "slimmed", "universal", "lost", "apart"]
+COMMITTED_ONLY = "committed_only=True takes committed checkpoints alone"
+UNCOMMITTED = f"it has no manifest.json, and {COMMITTED_ONLY}"
 _MAX_SHOWN = 3
 
 
@@ -35,6 +37,14 @@ def lost_work(run: Path, skipped: Sequence[SkippedCandidate]) -> CheckpointError
     lost = [entry for entry in skipped if entry.sort != "weights"]
     if not lost:
         return None
+
+    if all(entry.why == UNCOMMITTED for entry in lost):
+        return CheckpointError(
+            f"{run} has checkpoints, but none that is committed "
+            f"({first([entry.path.name for entry in lost])}), and {COMMITTED_ONLY}; ckpt doctor "
+            f"{run} --adopt commits the complete ones of DeepSpeed, or leave committed_only out",
+            "refused",
+        )
 
     newest, sorts = lost[0].path, {entry.sort for entry in lost}
     if sorts == {"slimmed"}:

@@ -234,9 +234,9 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
     states = [status for status in foreign if status.tier == "full"]
     if states:
         lines.append(
-            f"{_described(len(states))} complete, written by {_writers(states)}; --adopt is for "
-            "DeepSpeed's checkpoints that ckpt reads, in folders of their own, and ckpt.find takes "
-            f"{verb(len(states), 'this one as it is', 'these as they are')}"
+            f"{_described(len(states))} complete, written by {_writers(states)}; a resume takes "
+            f"{verb(len(states), 'it as it is', 'them as they are')}, --adopt does not commit "
+            f"such, and prune and slim leave {verb(len(states), 'it', 'them')} alone"
         )
 
     universal = [status for status in foreign if status.tier is None]

@@ -85,7 +85,9 @@ def _stored(path: Path) -> Mapping[str, TensorRef]:
         tensors = safetensors.read(path).tensors
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; there are no weights to keep, so nothing was removed", error.kind
+            f"{error}; there are no weights to keep, so nothing was removed; --dtype fp32 makes "
+            "fp32 weights of the states first",
+            error.kind,
         ) from error
 
     if not any(tensor.numel for tensor in tensors.values()):

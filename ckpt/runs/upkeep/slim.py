@@ -151,7 +151,11 @@ def _uncommitted(checkpoint: RunCheckpoint) -> str:
             f"{checkpoint.folder} --adopt"
         )
     if status.complete:
-        return f"was written by {status.writer}; slim is for committed checkpoints of DeepSpeed"
+        return (
+            f"is complete, written by {status.writer}, and --adopt does not commit such; slim is "
+            f"for committed checkpoints: make the weights with ckpt to-fp32 {checkpoint.folder}, "
+            "then delete it by hand"
+        )
 
     return f"is not committed, and {status.description}"
 

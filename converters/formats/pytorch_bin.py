@@ -24,7 +24,7 @@ from converters.plan import Entry, Plan, Shard, Tied
 from converters.plan import plan as plan_shards
 from converters.storage import stores
 from converters.tensors import DType, TensorRef, Weights
-from converters.torch_files import element_types, reader, rebuild
+from converters.torch_files import element_types, odd_tensors, reader
 from converters.torch_files.zip_writer import Archive
 
 ALIGNMENT = 64
@@ -176,7 +176,7 @@ def weights_of(values_by_name: Mapping[str, Any]) -> Weights:
     """The tensors among some values; the others are ``absent``, with the reason."""
     tensors = {name: ref for name, ref in values_by_name.items() if isinstance(ref, TensorRef)}
     others = {name: value for name, value in values_by_name.items() if name not in tensors}
-    absent = {name: rebuild.reason(value) for name, value in others.items()}
+    absent = {name: odd_tensors.reason(value) for name, value in others.items()}
     return Weights(tensors, absent=absent, order=tuple(values_by_name))
 
 

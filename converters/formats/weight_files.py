@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from converters.storage import stores
 def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     """The weights in a file, or in a folder's file or shards: safetensors before others.
 
-    Of a file of ``torch.save`` the tensors in dicts in it have dotted names, and
+    Names are sorted, as those of ``safe_open`` are (safetensors 0.8). Of a file of
+    ``torch.save`` they are in its order; the tensors in dicts in it have dotted names, and
     ``entries`` are its other values by name, tensors of unusual types too. ``tag`` and
-    ``complete`` have no meaning here. ``CheckpointError`` for a file that is damaged or
-    holds nothing by name.
+    ``complete`` have no meaning here. ``CheckpointError`` for a file that is damaged.
     """
     weights_path = _file_of(path)
     entries: dict[str, Any] = {}
     if is_safetensors(weights_path):
         weights = safetensors.read(weights_path)
+        weights = replace(weights, order=tuple(sorted(weights.tensors)))
     else:
         values = pytorch_bin.values(weights_path)
         weights = pytorch_bin.weights_of(values)

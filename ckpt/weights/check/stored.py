@@ -9,6 +9,7 @@ from typing import Any
 from ckpt.weights.check.checking import judged
 from ckpt.weights.companions import model_folder
 from ckpt.weights.companions.surroundings import Surroundings
+from ckpt.weights.naming import stored_ties
 from ckpt.weights.output.product import Product
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.reader.verdict import LoadVerdict
@@ -75,6 +76,7 @@ def require_model(
     if check == "none":
         return LoadVerdict("not checked (--check none)")
 
+    weights = stored_ties.recognized(weights, root, config)
     product = Product("model", weights, Surroundings(config, path if config else None))
 
     return judged(product, Audience(root, config, alone=True), Request(check=check))

@@ -17,6 +17,8 @@ from ckpt.hub.content.contents import contents
 from ckpt.runs.run import open_checkpoint
 from ckpt.weights.check import stored
 from ckpt.weights.conversion import convert
+from ckpt.weights.request import Naming, Request
+from converters.errors import CheckpointError
 from converters.formats import safetensors
 
 State = Mapping[str, torch.Tensor]
@@ -99,3 +101,23 @@ def test_equal_values_under_two_names_of_safetensors_need_no_note(tmp_path: Path
     assert verdict.loads and verdict.notes == ()
     published = contents(open_checkpoint(tmp_path), max_shard_size=1 << 40)
     assert not any("untie" in line for line in published.warnings)
+
+
+def test_stored_weights_are_published_untied_where_that_is_asked_for(tmp_path: Path) -> None:
+    model = model_of("llama")
+    model.config.save_pretrained(tmp_path)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["lm_head.weight"] += 1
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    told = contents(checkpoint, max_shard_size=1 << 40)
+    assert any("--untie writes tie_word_embeddings: false" in line for line in told.warnings)
+    untied = contents(checkpoint, max_shard_size=1 << 40, request=Request(untie=True))
+    assert not any("untie" in line for line in untied.warnings)
+    sources = {item.name: item.source for item in untied.items}
+    config = json.loads(bytes(sources["config.json"]))  # type: ignore[arg-type]
+    original = json.loads((tmp_path / "config.json").read_text())
+    assert config == original | {"tie_word_embeddings": False}
+    request = Request(naming=Naming.of(strip="model."))
+    with pytest.raises(CheckpointError, match=r"--strip does not go with .* sent as they lie"):
+        contents(checkpoint, max_shard_size=1 << 40, request=request)

@@ -10,7 +10,7 @@ from typing import Any
 from converters.detect import filenames
 from converters.formats import pytorch_bin, safetensors
 from converters.source import Place, Source
-from converters.storage import stores
+from converters.storage import first_bytes, stores
 
 
 def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
@@ -56,10 +56,18 @@ def _file_of(path: Path) -> Path:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the weights in a file or a folder are read as safetensors."""
+    """Whether the weights in a file or a folder are read as safetensors.
+
+    A file may have any name, such as those in the cache of the Hub client.
+    """
     if stores.is_folder(path):
         return _has_any(path, filenames.SAFETENSORS)
-    return path.suffix == ".safetensors"
+    if path.suffix == ".safetensors":
+        return True
+    try:
+        return first_bytes.is_safetensors(stores.head(path, first_bytes.HEAD_BYTES))
+    except OSError:
+        return False
 
 
 def _has_any(folder: Path, names: Iterable[str]) -> bool:

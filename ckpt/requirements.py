@@ -35,6 +35,8 @@ def require(work: str, *libraries: str) -> None:
 
     A copy of a source tree says no version, and is taken.
     """
+    if "deepspeed" in libraries:
+        require_torch(work)
     for library in libraries:
         oldest = OLDEST[library]
         try:
@@ -74,6 +76,26 @@ def warn_of_old_torch() -> None:
             release,
             OLDEST_TORCH_OF_RESUME,
         )
+
+
+def is_of_torch(error: ModuleNotFoundError) -> bool:
+    """Whether it is torch that an import did not find."""
+    return (error.name or "").partition(".")[0] == "torch"
+
+
+def require_torch(work: str) -> None:
+    """``CheckpointError`` where torch is not installed."""
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise without_torch(work) from error
+
+
+def without_torch(work: str) -> CheckpointError:
+    """The error for ``work`` where torch is not installed."""
+    return CheckpointError(
+        f"{work} needs torch, and it is not installed; pip install torch", "unsupported"
+    )
 
 
 def numbers(release: str) -> tuple[int, ...]:

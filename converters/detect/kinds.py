@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from converters import errors
-from converters.detect import deepspeed, files, others, sharded, weights
+from converters.detect import deepspeed, files, foreign, others, sharded, weights
 from converters.detect.kind import Kind, NoKindError, first
 from converters.detect.look import Look
 
@@ -74,10 +74,14 @@ _PARENT = (
 KINDS = (
     *others.NOTHING,
     *files.KINDS,
+    *foreign.FIRST,
     *deepspeed.KINDS,
     *sharded.KINDS,
     *weights.KINDS,
+    *foreign.FILES,
     *_PARENT,
+    *others.FIRST,
+    *foreign.FOLDERS,
     *others.KINDS,
 )
 OF_TAG = tuple(kind for kind in KINDS if kind.of_tag)

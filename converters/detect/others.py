@@ -85,15 +85,7 @@ NOTHING = (
     ),
 )
 
-KINDS = (
-    Kind(
-        name="other-file",
-        title="file of no known kind",
-        recognized_by="any other file",
-        sign=other_file,
-        statement="is a file of no known kind; expected {expected}",
-        refusal="{statement}",
-    ),
+FIRST = (
     Kind(
         name="unfinished-download",
         title="download that did not end",
@@ -108,6 +100,17 @@ KINDS = (
         recognized_by="a file with the suffix of an archive, and nothing known beside it",
         sign=archives,
         statement="holds no checkpoint; {evidence}",
+        refusal="{statement}",
+    ),
+)
+
+KINDS = (
+    Kind(
+        name="other-file",
+        title="file of no known kind",
+        recognized_by="any other file",
+        sign=other_file,
+        statement="is a file of no known kind; expected {expected}",
         refusal="{statement}",
     ),
     Kind(

@@ -27,15 +27,15 @@ from converters.computing.computed import Computed, stored
 from converters.execute import nonfinite
 from converters.execute.source_files import SourceFiles
 from converters.plan import Placement, Shard
+from converters.storage import strided_reads
 from converters.storage.checksums import Ledger
 from converters.storage.store import Readable, Writer
-from converters.tensors import DType, Extent, Extents, TensorRef
+from converters.tensors import DType, Strided, TensorRef
 
 if TYPE_CHECKING:
     from converters.computing.inputs import Factors, Rooms
 
 MOVE_BYTES = 2 << 20  # bytes of the widest type in a piece; a thread has four such buffers
-MAX_RUNS_IN_A_PIECE = 1 << 14  # runs of a strided view in a piece
 OUTPUT = Path("output")  # the name that the ledger of a shard's own CRC32s knows it by
 
 Progress = Callable[[int], None]
@@ -206,11 +206,6 @@ def pieces_of(shard: Shard) -> Iterator[Piece]:
             # the formula takes memory besides
             max_elements = max(1, max_elements // 2)
             max_elements -= max_elements % min(source.block, max_elements)
-        elif source.extents.scattered:
-            run_bytes = source.extents.nbytes // len(source.extents)
-            max_elements = min(
-                max_elements, MAX_RUNS_IN_A_PIECE * run_bytes // source.dtype.itemsize
-            )
 
         for start in range(0, source.numel, max_elements):
             yield Piece(placement, start, min(max_elements, source.numel - start))
@@ -334,11 +329,12 @@ class Worker:
     def take(self, tensor: TensorRef, start: int, destination: memoryview) -> None:
         """Fills ``destination`` from element ``start`` of a tensor on, and notes the
         CRC32s."""
-        part = tensor.narrow(start, len(destination) // tensor.dtype.itemsize)
-        if tensor.extents.scattered:
-            self.gather(part.extents, destination)
+        if isinstance(tensor.extents, Strided):
+            first_byte = start * tensor.dtype.itemsize
+            strided_reads.read(self.files.fill, tensor.extents, first_byte, destination)
             return  # out of order: its CRC32 is left to the closing of the account
 
+        part = tensor.narrow(start, len(destination) // tensor.dtype.itemsize)
         position = 0
         for extent in part.extents:
             run_bytes = destination[position : position + extent.length]
@@ -347,21 +343,3 @@ class Worker:
                 crc32 = isal_zlib.crc32(run_bytes)
                 self.mover.ledger.add(extent.path, extent.offset, extent.length, crc32)
             position += extent.length
-
-    def gather(self, runs: Extents, destination: memoryview) -> None:
-        """Many small runs, with one read of all between them where that fits into a
-        buffer."""
-        window_start = min(run.offset for run in runs)
-        length = max(run.end for run in runs) - window_start
-        window = self.buffers[3][:length]
-        if fits_window := length <= MOVE_BYTES:
-            self.files.fill(window, Extent(runs[0].path, window_start, length))
-
-        position = 0
-        for run in runs:
-            target = destination[position : position + run.length]
-            if fits_window:
-                target[:] = window[run.offset - window_start : run.end - window_start]
-            else:
-                self.files.fill(target, run)
-            position += run.length

@@ -151,3 +151,28 @@ def test_the_oldest_row_of_the_matrix_has_the_lower_bounds() -> None:
     bounds = {name: requirements.numbers(bound) for name, bound in requirements.OLDEST.items()}
     del bounds["pytorch_lightning"]
     assert {name: requirements.numbers(oldest.versions[name]) for name in bounds} == bounds
+
+
+def test_without_torch_every_public_name_says_that_it_needs_it() -> None:
+    """Nobody sees an import of ckpt's own that failed; what needs no torch works."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import ckpt\n"
+        f"source = {str(ROOT / 'fixtures/zero2-bf16-w2')!r}\n"
+        "works = lambda: ckpt.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(source)\n"
+        "names = {name: lambda name=name: getattr(ckpt, name) for name in dir(ckpt)}\n"
+        "modules = ('ckpt.trainers.hf', 'ckpt.trainers.accelerate', 'ckpt.trainers.lightning')\n"
+        "names |= {name: lambda name=name: __import__(name) for name in modules}\n"
+        "for name, use in {**names, 'zero_to_fp32.get': works}.items():\n"
+        "    try: use()\n"
+        "    except ckpt.CheckpointError as error: print(name, error.kind, error)\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60, capture_output=True
+    )
+    lines = output.stdout.decode().splitlines()
+    assert {line.split()[0] for line in lines} == {
+        *("Preemption", "Saver", "resume", "live", "zero_to_fp32.get"),
+        *("ckpt.trainers.hf", "ckpt.trainers.accelerate", "ckpt.trainers.lightning"),
+    }
+    assert all("needs torch, and it is not installed; pip install torch" in line for line in lines)

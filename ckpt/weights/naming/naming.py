@@ -104,7 +104,7 @@ def _without_value_head(model: NamedWeights, audience: Audience | None) -> Named
 
     is_alone = len(model_names) == len(parts.every_name(model.weights))
     bare_model = model.with_names(model_names, f"without {parts.PRETRAINED}")
-    return bare_model if is_alone else bare_model.with_note(_VALUE_HEAD)
+    return bare_model if is_alone else bare_model.with_note(VALUE_HEAD_NOTE)
 
 
 def _wrapped_whole(weights: Weights, names: list[str]) -> bool:
@@ -263,7 +263,7 @@ def _read_once(model: NamedWeights, audience: Audience) -> NamedWeights:
     return model.with_only(remaining_names).with_note(note)
 
 
-_VALUE_HEAD = (
+VALUE_HEAD_NOTE = (
     "v_head.* is trl's value head: AutoModelForCausalLMWithValueHead reads it, and "
     "AutoModelForCausalLM passes over it"
 )

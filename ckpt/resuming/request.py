@@ -125,7 +125,7 @@ class ResumeRequest:
         )
         if checkpoint is None:
             if not ranks.rank:
-                log.info("%s has no checkpoint yet", self.path)
+                log.info("%s has no checkpoint to go on from yet", self.path)
             return None
 
         # One that is the path itself and has no number may be a save_dir of DeepSpeed.

@@ -180,8 +180,9 @@ def _kept_steps(
 
 
 def _copy_reason(checkpoint: RunCheckpoint) -> str:
-    kind = "a link" if checkpoint.folder.is_symlink() else "a copy"
-    return f"{kind}, which no rule counts"
+    if checkpoint.folder.is_symlink():
+        return "a link, which no rule counts"
+    return "copied or renamed by hand, which no rule counts"
 
 
 def prune_others(

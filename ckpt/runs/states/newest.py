@@ -24,6 +24,7 @@ from converters.errors import CheckpointError
 from converters.storage.store import Name, is_url, local_path
 from converters.storage.stores import source_path
 from converters.words import more
+from converters.zero.files import several_models
 
 _RUNS = ("deepspeed-several", "parent")  # the kinds of a run that no file latest leads on from
 _MAX_REASONS = 3
@@ -121,8 +122,19 @@ def choose(path: Name, tag: str | None, last: bool, command: str = "") -> tuple[
         )
 
     choice = newest_at(local_path(path), f"{command} --last".strip(), beside=_WITH_STATES)
+    _require_one_model(choice.checkpoint.folder)
     log.info("%s", choice.remark)
     return choice.checkpoint.folder, choice.remark
+
+
+def _require_one_model(folder: Path) -> None:
+    """``CheckpointError`` where the newest is one of several models that one folder holds.
+
+    None of them is newer than the others.
+    """
+    root = folder.parent
+    if (root / "latest").is_file() and folder.name in state_folders.tags(root):
+        several_models.find(root)
 
 
 def require_checkpoint(path: Path, command: str, choice: str) -> None:

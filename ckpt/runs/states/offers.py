@@ -148,7 +148,7 @@ class Offers:
         if usable:
             raise CheckpointError(
                 f"{self.run}: nothing of the run that saved last can be resumed from, "
-                f"but there is {self._describe_other_lines()}: pass "
+                f"but others are there ({self._describe_other_lines()}): pass "
                 f"{usable[-1].folder} to go on from it, or name another folder to "
                 "begin a new training",
                 "incomplete",
@@ -165,24 +165,20 @@ class Offers:
             checkpoint.manifest is not None and checkpoint.manifest.run == run
             for checkpoint in self.other_lines
         ):
-            finding = f"has gone back from {self._describe_other_lines()}"
-        else:
             other_lines = self._describe_other_lines()
-            finding = f"saved last and goes on; there is also {other_lines}"
+            finding = f"has gone back from {other_lines}, which a resume takes only by name"
+        else:
+            other_lines = self._describe_other_lines(run)
+            finding = f"saved last and goes on; a resume takes others only by name: {other_lines}"
 
-        log.warning(
-            "%s: %s %s, which a resume takes only by name",
-            self.run,
-            lineage.shown(run),
-            finding,
-        )
+        log.warning("%s: %s %s", self.run, lineage.shown(run), finding)
 
-    def _describe_other_lines(self) -> str:
+    def _describe_other_lines(self, own_run: str | None = None) -> str:
         names_and_runs = [
             (checkpoint.name, checkpoint.manifest.run if checkpoint.manifest else None)
             for checkpoint in self.other_lines
         ]
-        return lineage.described(names_and_runs)
+        return lineage.described(names_and_runs, own_run)
 
     def _offers_of_line(self) -> Iterator[Offer]:
         has_usable = False  # the newest committed one that can be used

@@ -24,8 +24,8 @@ from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.foreign.succession import relate
 from ckpt.runs.run import RunCheckpoint, members, order, original_of, require_read
 from ckpt.runs.states import skipped
-from ckpt.runs.states.listing import checkpoints_in
-from ckpt.runs.states.skipped import UNCOMMITTED, SkippedCandidate, Sort
+from ckpt.runs.states.listing import checkpoints_in, is_other_save_dir
+from ckpt.runs.states.skipped import OTHER_SAVE_DIR, UNCOMMITTED, SkippedCandidate, Sort
 from ckpt.runs.states.status import subjectless
 from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
@@ -195,6 +195,9 @@ class Offers:
 
             if self.committed_only:
                 self.skip(checkpoint.folder, UNCOMMITTED)
+                continue
+            if is_other_save_dir(checkpoint.folder):
+                self.skip(checkpoint.folder, OTHER_SAVE_DIR, "apart")
                 continue
 
             proof = self._prove(checkpoint)

@@ -18,6 +18,10 @@ from converters.words import first, more
 
 Sort = Literal["weights", "slimmed", "universal", "lost", "apart"]
 COMMITTED_ONLY = "committed_only=True takes committed checkpoints alone"
+OTHER_SAVE_DIR = (
+    "it is a save_dir of DeepSpeed with tags of its own, perhaps of another training; name it to "
+    "go on from it"
+)
 UNCOMMITTED = f"it has no manifest.json, and {COMMITTED_ONLY}"
 _MAX_SHOWN = 3
 

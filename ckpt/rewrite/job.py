@@ -218,6 +218,7 @@ def _require_place(rewriting: Rewriting, overwrite: bool) -> None:
     user_paths.require_outside(rewriting.output, [rewriting.path, folder])
     protected_folders = [folder.resolve(), home, *home.parents]
     staging.require_place(rewriting.output, protected_folders, overwrite)
+    user_paths.require_replaceable(rewriting.output)
 
 
 def run(rewriting: Rewriting, **options: Any) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from ckpt.folders.filenames import MANIFEST
 from ckpt.runs import manifest as manifests
+from ckpt.runs.ancestry import record_in
 from ckpt.runs.checkpoint_folder import RunCheckpoint, open_checkpoint, order
+from ckpt.runs.foreign import signs
 from ckpt.runs.lease import lease_file
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run
 from ckpt.runs.run import Run
@@ -152,6 +154,27 @@ def require_outside(output: Path, sources: Iterable[Path] = ()) -> None:
                 f"{output} lies inside of the checkpoint {parent}; name a folder outside of it",
                 "output",
             )
+
+
+def require_replaceable(output: Path) -> None:
+    """``CheckpointError`` where an output would replace states that a training saved.
+
+    What ``ckpt`` made of a checkpoint may be made again, and a model folder replaced; not a
+    checkpoint, nor a folder that holds some.
+    """
+    if not output.is_dir() or record_in(output) is not None:
+        return
+
+    if is_run(output) or _holds_checkpoints(output) or signs.candidates(output):
+        what = "holds checkpoints of a training"
+    elif _is_filled_checkpoint(output) or signs.has_signs(output):
+        what = "is a checkpoint of a training"
+    else:
+        return
+
+    raise CheckpointError(
+        f"{output} {what}, which the output would replace; name another folder with -o", "output"
+    )
 
 
 def _is_filled_checkpoint(folder: Path) -> bool:

@@ -35,6 +35,7 @@ def workplace(conversion: Conversion, overwrite: bool) -> Path:
     if output.name and output.resolve() not in protected:
         _require_other_folder(conversion)
     staging.require_place(output, protected, overwrite)
+    user_paths.require_replaceable(output)
 
     return output
 

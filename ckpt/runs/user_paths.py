@@ -13,9 +13,7 @@ from pathlib import Path
 
 from ckpt.folders.filenames import MANIFEST
 from ckpt.runs import manifest as manifests
-from ckpt.runs.ancestry import record_in
 from ckpt.runs.checkpoint_folder import RunCheckpoint, open_checkpoint, order
-from ckpt.runs.foreign import signs
 from ckpt.runs.lease import lease_file
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run
 from ckpt.runs.run import Run
@@ -48,7 +46,7 @@ def instead(path: Path, expected: str, weights: str = "") -> CheckpointError:
 
 def absence(path: Path, expected: str) -> list[str]:
     """A line on what lies in a folder without checkpoints; none where there are some."""
-    if is_checkpoint(path) or _holds_checkpoints(path):
+    if is_checkpoint(path) or holds_checkpoints(path):
         return []
     return [f"ckpt: no checkpoints here: {instead(path, expected)}"]
 
@@ -75,7 +73,7 @@ def run_at(path: Path, command: str) -> Run:
             "incomplete",
         )
 
-    is_known = _may_begin(path) or (_holds_checkpoints(path) and not _is_universal(path))
+    is_known = _may_begin(path) or (holds_checkpoints(path) and not _is_universal(path))
     if not is_known:
         raise instead(path, RUN)
 
@@ -149,35 +147,14 @@ def require_outside(output: Path, sources: Iterable[Path] = ()) -> None:
         )
 
     for parent in parents:
-        if _is_filled_checkpoint(parent):
+        if is_filled_checkpoint(parent):
             raise CheckpointError(
                 f"{output} lies inside of the checkpoint {parent}; name a folder outside of it",
                 "output",
             )
 
 
-def require_replaceable(output: Path) -> None:
-    """``CheckpointError`` where an output would replace states that a training saved.
-
-    What ``ckpt`` made of a checkpoint may be made again, and a model folder replaced; not a
-    checkpoint, nor a folder that holds some.
-    """
-    if not output.is_dir() or record_in(output) is not None:
-        return
-
-    if is_run(output) or _holds_checkpoints(output) or signs.candidates(output):
-        what = "holds checkpoints of a training"
-    elif _is_filled_checkpoint(output) or signs.has_signs(output):
-        what = "is a checkpoint of a training"
-    else:
-        return
-
-    raise CheckpointError(
-        f"{output} {what}, which the output would replace; name another folder with -o", "output"
-    )
-
-
-def _is_filled_checkpoint(folder: Path) -> bool:
+def is_filled_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint by what lies in it, whatever its name."""
     try:
         if is_tag_folder(folder):
@@ -218,7 +195,8 @@ def _is_universal(path: Path) -> bool:
     return not is_run(path) and detect(path).kind.name == UNIVERSAL
 
 
-def _holds_checkpoints(path: Path) -> bool:
+def holds_checkpoints(path: Path) -> bool:
+    """Whether checkpoints of DeepSpeed lie in a folder, whole or not."""
     if not path.is_dir():
         return False
     with os.scandir(path) as entries:

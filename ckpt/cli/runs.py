@@ -111,7 +111,9 @@ def prune(
     if others:
         outcomes = pruning.plan_others(opened_run, run_id)
     else:
-        outcomes = pruning.plan(opened_run, Retention(keep_last, keep_every, keep_best))
+        retention = Retention(keep_last, keep_every, keep_best)
+        pruning.require_metric(opened_run, retention)
+        outcomes = pruning.plan(opened_run, retention)
 
     alone = _left_alone(opened_run.path, outcomes)
     committed_step = max((outcome.checkpoint.step or 0 for outcome in outcomes), default=0)

@@ -9,3 +9,4 @@ LOCK = ".lock"  # what whoever writes a staging folder (.NAME.saving) holds a lo
 PLAN = "plan.json"  # what an interrupted conversion goes on by
 LOGBOOK = "written.jsonl"  # which of its files were whole, and what was proven by then
 REWRITING = "rewriting.json"  # what a checkpoint without a manifest was made of
+CONVERSION = "conversion.json"  # in what ckpt to-fp32 made

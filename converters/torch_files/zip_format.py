@@ -28,6 +28,7 @@ from converters.pickles.values import Call
 from converters.storage.store import File, read_exactly
 from converters.tensors import Checksum, Extent, Listed, TensorRef
 from converters.torch_files import zip_directory
+from converters.torch_files.element_types import UNREAD
 from converters.torch_files.rebuild import raw_storage, storage_id
 from converters.torch_files.torch_file import Stored, TorchFile
 
@@ -92,15 +93,16 @@ class _Records:
         dtype, key, numel = storage_id(persistent_id, self.path)
         if key not in self.storages_by_key:
             self.storages_by_key[key] = self.locate(f"data/{key}")
-        if dtype is None:
-            return raw_storage(persistent_id, self.storages_by_key[key].extent)
 
         extent = self.storages_by_key[key].extent
-        if extent.length != numel * dtype.itemsize:
+        itemsize = dtype.itemsize if dtype else UNREAD[persistent_id[1].name][1]
+        if extent.length != numel * itemsize:
             raise CheckpointError(
                 f"{self.path}: storage {key} has {extent.length} bytes, "
-                f"its tensor expects {numel * dtype.itemsize}"
+                f"its tensor expects {numel * itemsize}"
             )
+        if dtype is None:
+            return raw_storage(persistent_id, extent)
 
         return TensorRef(dtype, (numel,), Listed([extent]))
 

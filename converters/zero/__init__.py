@@ -5,6 +5,7 @@ reader            the same as a ``Source``, for ``detect``
 files/            a path and a tag as state files, and their keys
 stage0, stage12, stage3  where the fp32 weights of each stage lie
 weights_16bit     the weights that the model computes with
+step_counts       whether the files count the steps of one save
 partitioning      how ZeRO cuts parameters up
 naming/           which tensor has which name;  assemble  all of them as ``Weights``
 optimizer_state   by the name of its parameter;  muon  what Muon keeps;  param_groups

@@ -8,7 +8,6 @@ or of another step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from converters.storage import stores
 from converters.tensors import DType, Weights
 from converters.words import counted
 from converters.zero import checkpoint as zero
+from converters.zero import step_counts
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import discovery, several_models, state_files
 from converters.zero.files.state_files import State
@@ -225,7 +225,7 @@ def disagreement(checkpoint: Checkpoint) -> str:
                 f"{state_files.shown(rank_value)} in the other"
             )
 
-    if step_note := _step_note(checkpoint):
+    if step_note := step_counts.contradiction(checkpoint):
         facts.append(step_note)
 
     write_times = [stores.status(state.path).modified_ns for state in (model, *ranks)]
@@ -240,27 +240,6 @@ def disagreement(checkpoint: Checkpoint) -> str:
         "deepspeed.initialize, weights clipped or averaged in place), or these files "
         f"are of different saves{f' ({gap_note})' if gap_note else ''}"
     )
-
-
-def _step_note(checkpoint: Checkpoint) -> str | None:
-    """What the step counts say, where they are not those of the model file."""
-    skipped = checkpoint.model.root.get("skipped_steps")
-    group_steps = {
-        value
-        for key, value in state_files.progress(checkpoint.ranks[0]).items()
-        if key.startswith("step of group")
-        and isinstance(value, (int, float))
-        and math.isfinite(value)
-    }
-    if checkpoint.step is None or not group_steps:
-        return None
-
-    optimizer_steps = int(max(group_steps))
-    min_expected = checkpoint.step - (skipped if isinstance(skipped, int) else 0)
-    too_few = min_expected >= 0 and optimizer_steps < min_expected
-    if optimizer_steps <= checkpoint.step and not too_few:
-        return None
-    return f"the model file is of step {checkpoint.step}, the optimizer has taken {optimizer_steps}"
 
 
 def _duration(seconds: float) -> str:

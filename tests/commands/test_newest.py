@@ -8,13 +8,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from oracles import FIXTURES, run
 from run_folders import real, small
 
 import ckpt
 from ckpt.runs.run import Run
+from ckpt.runs.states import listing
 from ckpt.runs.states.newest import newest_at
-from ckpt.runs.states.status import CheckpointState
+from ckpt.runs.states.status import CheckpointState, statuses_of
 from converters.errors import CheckpointError
 
 SOURCE = FIXTURES / "trainer-zero2/checkpoint-2"
@@ -71,6 +73,8 @@ def test_what_is_not_whole_is_passed_over_with_the_reason(
 ) -> None:
     real(tmp_path, 2)
     torn = stock(tmp_path, 4)
+    state = torn / "trainer_state.json"
+    state.write_text(state.read_text().replace('"global_step": 2', '"global_step": 4'))
     (torn / "scheduler.pt").unlink()
     choice = newest_at(tmp_path, "x")
     assert choice.checkpoint.name == "checkpoint-2"
@@ -219,3 +223,59 @@ def test_a_save_dir_of_another_training_in_the_folder_is_not_resumed_from(tmp_pa
 
     checkpoint = stock(tmp_path, 1)
     assert ckpt.find(tmp_path) == str(checkpoint)
+
+
+def test_a_copy_of_an_older_checkpoint_is_adopted_and_gives_nothing_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock(tmp_path, 1), stock(tmp_path, 2)
+    state = tmp_path / "checkpoint-1/trainer_state.json"
+    state.write_text(state.read_text().replace('"global_step": 2', '"global_step": 1'))
+    os.utime(state, (1e9, 1e9))
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "best")
+    for path in (tmp_path / "best").rglob("*"):
+        os.utime(path, (2e9 - 1e8, 2e9 - 1e8))  # copied later, without its times
+
+    run("doctor", tmp_path, "--adopt", "--now")
+    capsys.readouterr()
+    run("latest", tmp_path)
+    assert capsys.readouterr().out == f"{tmp_path / 'checkpoint-2'}\n"
+    run("prune", tmp_path, "--others", "--dry-run", "--json")
+    entries = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert {Path(entry["path"]).name for entry in entries if entry["kept"]} == {
+        "best",
+        "checkpoint-1",
+        "checkpoint-2",
+    }
+
+
+def test_a_state_of_the_engine_alone_is_not_taken_beside_the_trainers_checkpoints(
+    tmp_path: Path,
+) -> None:
+    checkpoint = stock(tmp_path, 2)
+    shutil.copytree(SOURCE / "global_step2", tmp_path / "global_step2")
+    (tmp_path / "latest").write_text("global_step2")
+    assert ckpt.find(tmp_path) == str(checkpoint)
+
+
+def test_prune_asks_for_a_metric_that_checkpoints_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real(tmp_path, 2)
+    run("prune", tmp_path, "--keep-best", "acc:max:1", "--dry-run", code=1)
+    assert "no checkpoint has the metric acc" in capsys.readouterr().err
+
+
+def test_files_of_two_steps_are_not_complete(tmp_path: Path) -> None:
+    checkpoint = stock(tmp_path, 2)
+    path = checkpoint / "global_step2/mp_rank_00_model_states.pt"
+    for steps, values, is_complete in ((1, 0.0, True), (1, 1.0, False)):
+        state = torch.load(path, weights_only=False)
+        state["global_steps"] = steps
+        for tensor in state["module"].values():
+            tensor += values
+        torch.save(state, path)
+        os.utime(path, (1e9, 1e9))
+        (status,) = statuses_of(listing.checkpoints_at(checkpoint), False)
+        assert status.complete == is_complete
+    assert "holds files of two saves" in status.description

@@ -26,7 +26,7 @@ from typing import Any
 
 from ckpt.folders.filenames import MANIFEST
 from ckpt.runs.ancestry import record_in
-from ckpt.runs.foreign import dcp_files, intact_files
+from ckpt.runs.foreign import dcp_files, intact_files, value_samples
 from ckpt.runs.foreign.parallel import require_parallel
 from ckpt.runs.run import is_numbered, step_in
 from converters import detect
@@ -35,6 +35,8 @@ from converters.detect import filenames
 from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError, unreadable
 from converters.words import counted
+from converters.zero import step_counts
+from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.discovery import is_tag_folder
 
 STATE = filenames.TRAINER_STATE
@@ -288,6 +290,9 @@ def _of_deepspeed(
             folder, "DeepSpeed (universal)", source.step, None, False, hindrance=_UNIVERSAL
         )
 
+    if isinstance(source, Checkpoint):
+        _require_one_step(source)
+
     if rng_ranks is not None and rng_ranks < source.world_size:
         raise CheckpointError(
             f"{folder} has RNG states of {counted(rng_ranks, 'rank')}, its optimizer state is of "
@@ -303,6 +308,22 @@ def _of_deepspeed(
     shapes = {name: tuple(ref.shape) for name, ref in source.weights.tensors.items()}
 
     return Proof(folder, kind, source.step, source.place.tag, shapes=shapes)
+
+
+def _require_one_step(checkpoint: Checkpoint) -> None:
+    """``CheckpointError`` where the model file and the optimizer's files are of different steps.
+
+    The counts alone prove nothing: a training may have gone on without the optimizer's states,
+    and DeepSpeed before 0.10 counted one step of the optimizer more. The values have to
+    contradict each other as well.
+    """
+    reason = step_counts.contradiction(checkpoint)
+    if reason is not None and value_samples.compare(checkpoint).contradiction is not None:
+        raise CheckpointError(
+            f"{checkpoint.place.folder} holds files of two saves: {reason}; bring back those of "
+            "one save",
+            "incomplete",
+        )
 
 
 def _lightning_file(path: Path) -> Proof:

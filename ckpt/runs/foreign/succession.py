@@ -74,7 +74,10 @@ def relate(committed: RunCheckpoint, proof: Proof) -> Succession:
 def line_after(folder: Path, step: int) -> Line | None:
     """The line that goes on through a checkpoint of ``step`` written without ckpt.
 
-    ``None`` if no committed one beside it is older, by its step and by its time.
+    ``None`` if no committed one beside it is older, by its step and by its time, or that one
+    has no ids: then both are of one line without a name. Where a later step is committed,
+    it joins the line of the older one, and nothing is given up for it: a copy that somebody
+    made of an older checkpoint is no training that went back.
     """
     # DeepSpeed saves into the run itself
     run_of_folder = Run(folder if is_run(folder) else folder.parent)
@@ -87,6 +90,10 @@ def line_after(folder: Path, step: int) -> Line | None:
     base_manifest = earlier_members[-1].manifest if earlier_members else None
     if base_manifest is None or liveness.written(folder) < base_manifest.created:
         return None
+    if base_manifest.run is None:
+        return None
+    if len(earlier_members) < len(saved_checkpoints):
+        return Line.of(base_manifest)
 
     return Line.go_on(base_manifest, base_manifest.step)
 

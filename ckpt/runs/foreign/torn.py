@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ckpt.folders.filenames import CONVERSION
 from ckpt.runs.manifest import is_inside
 from ckpt.runs.run import Run, require_read
 from converters import detect
@@ -40,8 +41,11 @@ def why(folder: Path) -> str | None:
     """Why the folder can be no checkpoint; ``None`` if it is one, or of a kind not judged here.
 
     A Trainer's without DeepSpeed, or with ``save_only_model``, has no state files to
-    judge by.
+    judge by. A model that ckpt made of a checkpoint is none, whatever its name.
     """
+    if (folder / CONVERSION).is_file():
+        return None
+
     try:
         detect.read(folder, complete=True)
         return None

@@ -135,8 +135,8 @@ def is_other_save_dir(path: Path) -> bool:
 def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
     """The newest last: by step (unknown ones first), then by the time of saving, then by name.
 
-    Of one step, a copy by hand, a link and what was made of another one come before what
-    they are of, and a name without a number before a numbered one.
+    Of one step, the universal format, a copy by hand, a link and what was made of another one
+    come before what they are of, and a name without a number before a numbered one.
     """
 
     def rank(status: CheckpointStatus) -> tuple[Any, ...]:
@@ -148,7 +148,8 @@ def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
         is_saved = checkpoint.source is None or not checkpoint.source.is_rewriting
         facts = (has_manifest, status.created, numbered)
 
-        return step, checkpoint.original, is_saved, *facts, checkpoint.name
+        is_native = status.proof is None or status.proof.hindrance is None
+        return step, is_native, checkpoint.original, is_saved, *facts, checkpoint.name
 
     return sorted(statuses, key=rank)
 

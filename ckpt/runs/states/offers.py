@@ -25,10 +25,17 @@ from ckpt.runs.foreign.succession import relate
 from ckpt.runs.run import RunCheckpoint, members, order, original_of, require_read
 from ckpt.runs.states import skipped
 from ckpt.runs.states.listing import checkpoints_in, is_other_save_dir
-from ckpt.runs.states.skipped import OTHER_SAVE_DIR, UNCOMMITTED, SkippedCandidate, Sort
+from ckpt.runs.states.skipped import (
+    ENGINE_ALONE,
+    OTHER_SAVE_DIR,
+    UNCOMMITTED,
+    SkippedCandidate,
+    Sort,
+)
 from ckpt.runs.states.status import subjectless
 from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
+from converters.zero.files.discovery import is_tag_folder
 
 log = logging.getLogger("ckpt")
 
@@ -83,7 +90,8 @@ def newest_first(
         else:
             first = math.inf if written_at > last_commit_at else -1
         is_better = _fits_better(checkpoint, fits)
-        return first, is_better, False, is_first, written_at, checkpoint.name
+        number = -1 if checkpoint.step is None else checkpoint.step
+        return first, is_better, False, is_first, number, written_at, checkpoint.name
 
     return sorted(checkpoints, key=rank, reverse=True)
 
@@ -99,10 +107,13 @@ def _fits_better(checkpoint: RunCheckpoint, fits: TopologyFilter | None) -> bool
 
 
 def _step(checkpoint: RunCheckpoint) -> int | None:
-    """The step of a checkpoint without a manifest, by its name or by what it holds."""
-    if checkpoint.step is not None:
-        return checkpoint.step
-    return completeness.step_of(checkpoint.folder)
+    """The step of a checkpoint without a manifest: what its Trainer wrote, its name, or what it
+    holds. A copy under another number is no later for that."""
+    is_trainers = (checkpoint.folder / completeness.STATE).is_file()
+    if checkpoint.step is None or is_trainers:
+        stored_step = completeness.step_of(checkpoint.folder)
+        return checkpoint.step if stored_step is None else stored_step
+    return checkpoint.step
 
 
 def _announce(entry: SkippedCandidate) -> None:
@@ -200,9 +211,19 @@ class Offers:
                 self.skip(checkpoint.folder, OTHER_SAVE_DIR, "apart")
                 continue
 
+            if self._is_engine_alone(checkpoint):
+                self.skip(checkpoint.folder, ENGINE_ALONE, "apart")
+                continue
+
             proof = self._prove(checkpoint)
             if proof is not None and (has_usable or self._succeeds(proof)):
                 yield Offer(checkpoint, proof)
+
+    def _is_engine_alone(self, checkpoint: RunCheckpoint) -> bool:
+        """Whether it is a tag beside checkpoints of a Trainer, which could not go on from it."""
+        return is_tag_folder(checkpoint.folder) and any(
+            (candidate.folder / completeness.STATE).is_file() for candidate in self.checkpoints
+        )
 
     def skip(self, path: Path, reason: str, sort: Sort = "lost") -> None:
         """Notes and says why a checkpoint is not taken."""

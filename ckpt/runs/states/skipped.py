@@ -22,6 +22,10 @@ OTHER_SAVE_DIR = (
     "it is a save_dir of DeepSpeed with tags of its own, perhaps of another training; name it to "
     "go on from it"
 )
+ENGINE_ALONE = (
+    "it is a state of the engine alone (of trainer.save_model()), without trainer_state.json, from "
+    "which the Trainer cannot go on"
+)
 UNCOMMITTED = f"it has no manifest.json, and {COMMITTED_ONLY}"
 _MAX_SHOWN = 3
 

@@ -103,7 +103,7 @@ def prune(
     ckpt prune out --others --dry-run
     """
     from ckpt.runs import pruning
-    from ckpt.runs.retention import Retention
+    from ckpt.runs.retention import Retention, require_metric
     from ckpt.runs.states import listing
 
     _require_rules(bool(keep_last or keep_every or keep_best), others, run_id)
@@ -112,7 +112,8 @@ def prune(
         outcomes = pruning.plan_others(opened_run, run_id)
     else:
         retention = Retention(keep_last, keep_every, keep_best)
-        pruning.require_metric(opened_run, retention)
+        metric_names = [name for entry in opened_run.checkpoints() for name in entry.metrics]
+        require_metric(retention, metric_names, opened_run.path)
         outcomes = pruning.plan(opened_run, retention)
 
     alone = _left_alone(opened_run.path, outcomes)

@@ -36,7 +36,6 @@ from ckpt.runs.run import (
     original_of,
     without_derived,
 )
-from converters import words
 from converters.errors import CheckpointError
 from converters.storage import local
 
@@ -195,21 +194,6 @@ def prune_others(
     ``execute``."""
     outcomes = plan_others(run, run_prefix)
     return outcomes if dry_run else execute(run, outcomes)
-
-
-def require_metric(run: Run, retention: Retention) -> None:
-    """``CheckpointError`` where no committed checkpoint has the metric that a rule is about:
-    with a slip in its name the best one would go."""
-    if retention.best is None:
-        return
-
-    metric = retention.best[0]
-    metrics = {name for checkpoint in run.checkpoints() for name in checkpoint.metrics}
-    if metric not in metrics:
-        known = f"they have {words.some(sorted(metrics))}" if metrics else "they have none"
-        raise CheckpointError(
-            f"{run.path}: no checkpoint has the metric {metric}; {known}", "incomplete"
-        )
 
 
 def plan_others(run: Run, run_prefix: str | None = None) -> list[Outcome]:

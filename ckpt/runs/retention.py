@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, cast
 
+from converters import words
 from converters.accessors import is_whole_number
+from converters.errors import CheckpointError
 
 Mode = Literal["min", "max"]
 Best = tuple[str, Mode, int]
@@ -115,6 +118,19 @@ class Retention:
             for candidate in ordered
             if reasons[candidate.name]
         }
+
+
+def require_metric(retention: Retention, metric_names: Iterable[str], run: Path) -> None:
+    """``CheckpointError`` where no checkpoint has the metric that a rule is about: with a slip
+    in its name the best one would go."""
+    all_names = sorted(set(metric_names))
+    if retention.best is None or retention.best[0] in all_names:
+        return
+
+    statement = f"they have {words.some(all_names)}" if all_names else "they have none"
+    raise CheckpointError(
+        f"{run}: no checkpoint has the metric {retention.best[0]}; {statement}", "incomplete"
+    )
 
 
 def ranked(candidates: Sequence[Candidate], metric: str, mode: Mode) -> list[Candidate]:

@@ -221,7 +221,8 @@ class Offers:
 
     def _is_engine_alone(self, checkpoint: RunCheckpoint) -> bool:
         """Whether it is a tag beside checkpoints of a Trainer, which could not go on from it."""
-        return is_tag_folder(checkpoint.folder) and any(
+        folder = checkpoint.folder
+        return (folder.is_dir() and is_tag_folder(folder)) and any(
             (candidate.folder / completeness.STATE).is_file() for candidate in self.checkpoints
         )
 

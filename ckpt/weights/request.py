@@ -101,6 +101,7 @@ class Request:
     dtype              the element type to write, a key of ``DTYPES``
     drops_ties         leaves out every tied name, whatever the reader makes of that
     exclude_frozen     leaves out the parameters that are not trained
+    tp_rules           a file that says how parameters were cut for tensor parallelism
     """
 
     naming: Naming = field(default_factory=Naming)
@@ -118,6 +119,7 @@ class Request:
     dtype: str = "fp32"
     drops_ties: bool = False
     exclude_frozen: bool = False
+    tp_rules: Path | None = None
 
     @property
     def paths(self) -> dict[str, Path]:

@@ -10,6 +10,7 @@ from converters.detect.look import Look
 from converters.storage import stores
 
 UNIVERSAL = "deepspeed-universal"
+TENSOR_PARALLEL = "deepspeed-model-parallel"
 LOAD_THERE = (
     "load it with DeepSpeed in the training that wrote it, on as many ranks, and save "
     "the weights there"
@@ -141,13 +142,14 @@ KINDS = (
         of_tag=True,
     ),
     Kind(
-        name="deepspeed-model-parallel",
-        title="DeepSpeed checkpoint of tensor or pipeline parallelism",
+        name=TENSOR_PARALLEL,
+        title="DeepSpeed checkpoint of tensor parallelism",
         recognized_by="state files of `mp_rank_01` and up in the tag folder",
         sign=tensor_parallel,
-        statement="is a DeepSpeed checkpoint of tensor or pipeline parallelism (mp_rank_01 and up)",
-        remedy=LOAD_THERE,
-        refusal="{statement}; merging these is not supported yet: {remedy}",
+        statement="is a DeepSpeed checkpoint of tensor parallelism (mp_rank_01 and up)",
+        remedy="ckpt show, to-fp32, verify and ckpt.open read it",
+        reader="converters.zero.parallel.reader:read",
+        contrast="not one of a single model-parallel rank",
         trouble="unsupported",
         of_tag=True,
     ),

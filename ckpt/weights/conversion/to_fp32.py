@@ -36,7 +36,17 @@ _ARGUMENTS = (
         "tied=",
         "exclude_frozen=True",
     ),
-    *("weights=", "names=", "part=", "strip=", "rename=", "select=", "merge=True", "base="),
+    *(
+        "weights=",
+        "names=",
+        "part=",
+        "tp_rules=",
+        "strip=",
+        "rename=",
+        "select=",
+        "merge=True",
+        "base=",
+    ),
     *("other_base=True", "adapter_config=", "config=", "tokenizer=", "dequantize=True", "check="),
     *("untie=True", "odd_types=", "verify=False", "allow_overflow=True", "overwrite=True"),
 )
@@ -104,6 +114,7 @@ def to_fp32(
     weights: Masters = "fp32",
     names: Names = "reader",
     part: str | None = None,
+    tp_rules: AnyPath | None = None,
     strip: str | Sequence[str] = (),
     rename: str | Mapping[str, str] | Sequence[str | tuple[str, str]] = (),
     select: str | Sequence[str] = (),
@@ -153,6 +164,7 @@ def to_fp32(
         untie=untie,
         unsupported_types=odd_types,
         exclude_frozen=exclude_frozen,
+        tp_rules=_local(tp_rules),
     )
     place, remark = newest.choose(checkpoint, tag, last)
     conversion = convert.plan(

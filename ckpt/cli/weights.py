@@ -23,9 +23,8 @@ from ckpt.cli.options import (
     dry_run,
 )
 from ckpt.cli.planned import Output, Planned, Progress
-from ckpt.cli.weight_options import TP_RULES
+from ckpt.cli.weight_options import TP_RULES, weights_options
 from ckpt.cli.weight_options import request as weights_request
-from ckpt.cli.weight_options import weights_options
 
 
 @click.command("to-fp32", short_help="Make a model folder of fp32 or 16-bit weights.")

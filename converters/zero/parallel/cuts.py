@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 from converters import words
 from converters.cast import Array
@@ -57,7 +56,7 @@ class Cut:
         for rank, expected in self.shard_shapes.items():
             shard = shards[rank] if rank < len(shards) else None
             found = None if shard is None else shard.shape
-            if found != expected and prod(expected):
+            if found != expected and 0 not in expected:
                 raise MalformedError(
                     f"the shard of tensor-parallel rank {rank} should be "
                     f"{words.shape(expected)}, found "
@@ -77,13 +76,13 @@ class Cut:
         boxes: dict[tuple[Shape, Shape], list[TensorRef]] = {}
         for piece in self.pieces:
             shard = shards[piece.rank]
-            if shard is not None and prod(piece.sizes):
+            if shard is not None and 0 not in piece.sizes:
                 box = shard.box(piece.shard_offsets, piece.sizes)
                 boxes.setdefault((piece.offsets, piece.sizes), []).append(box)
 
         for (offsets, _), (first, *replicas) in boxes.items():
             yield offsets, replace(first, replicas=(*first.replicas, *replicas))
-        if not boxes and not prod(self.shape):
+        if not boxes and 0 in self.shape:
             empty = next(shard for shard in shards if shard is not None)
             yield (0,) * len(self.shape), empty.view(*self.shape)
 

@@ -43,12 +43,7 @@ class Tile:
         """What of the tile lies in a box of the tensor, placed in that box; ``None`` if
         nothing does."""
         low = tuple(map(max, self.offsets, offsets))
-        high = tuple(
-            min(own + own_size, other + size)
-            for own, own_size, other, size in zip(
-                self.offsets, self.sizes, offsets, sizes, strict=True
-            )
-        )
+        high = tuple(map(min, sums(self.offsets, self.sizes), sums(offsets, sizes)))
         if any(first >= end for first, end in zip(low, high, strict=True)):
             return None
 
@@ -226,10 +221,14 @@ def _overlap(tiles: Sequence[Tile]) -> tuple[Tile, Tile] | None:
     active: list[Tile] = []
     for tile in sorted(tiles, key=lambda tile: tile.offsets[axis]):
         first = tile.offsets[axis]
-        active = [other for other in active if other.offsets[axis] + other.sizes[axis] > first]
-        for other in active:
-            if tile.cut(other.offsets, other.sizes) is not None:
-                return other, tile
+        active = [tile_before for tile_before in active if _end(tile_before, axis) > first]
+        for tile_before in active:
+            if tile.cut(tile_before.offsets, tile_before.sizes) is not None:
+                return tile_before, tile
         active.append(tile)
 
     return None
+
+
+def _end(tile: Tile, axis: int) -> int:
+    return tile.offsets[axis] + tile.sizes[axis]

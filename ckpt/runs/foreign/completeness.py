@@ -349,10 +349,8 @@ def _of_deepspeed(
     if rng_ranks is not None and not has_scheduler:
         raise CheckpointError(f"{folder} has no scheduler.pt", "incomplete")
 
-    # under tensor parallelism an engine has shards in the place of parameters
-    refs = {} if source.kind == TENSOR_PARALLEL else source.weights.tensors
+    refs = {} if source.kind == TENSOR_PARALLEL else source.weights.tensors  # engines have shards
     shapes = {name: tuple(ref.shape) for name, ref in refs.items()}
-
     return Proof(folder, kind, source.step, source.place.tag, shapes=shapes or None)
 
 

@@ -149,9 +149,8 @@ def to_fp32(
     _require_choices(weights, names, check, odd_types)
     if merge:
         blas.prefer()
-    naming = replace(Naming.of(strip, rename, select, part), as_stored=names == "as-stored")
     request = Request(
-        naming=naming,
+        naming=replace(Naming.of(strip, rename, select, part), as_stored=names == "as-stored"),
         weights=weights,
         merge=merge,
         base=_local(base),

@@ -18,7 +18,7 @@ from converters.accessors import entry, is_whole_number, value
 from converters.errors import CheckpointError, MalformedError
 from converters.walks import strides
 from converters.zero.files import state_files
-from converters.zero.parallel.cuts import Cut, Piece, Shape
+from converters.zero.parallel.cuts import Cut, ShardBox, Shape
 
 VERSION = 1
 
@@ -52,7 +52,7 @@ def cut(content: Any, rank_count: int) -> Cut:
         raise MalformedError(f"the affine map is of {len(ranks)} ranks, expected {rank_count}")
 
     shard_shapes: dict[int, Shape] = {}
-    pieces: list[Piece] = []
+    pieces: list[ShardBox] = []
     for rank in range(rank_count):
         shard = value(ranks[rank], dict, f"rank {rank}")
         shard_shapes[rank] = _shape(shard, "shard_shape")
@@ -64,7 +64,7 @@ def cut(content: Any, rank_count: int) -> Cut:
     return Cut(shape, tuple(pieces), shard_shapes)
 
 
-def _piece(piece: Mapping[str, Any], rank: int, shape: Shape, shard_shape: Shape) -> Piece:
+def _piece(piece: Mapping[str, Any], rank: int, shape: Shape, shard_shape: Shape) -> ShardBox:
     if piece.get("scale", 1.0) != 1.0:
         raise MalformedError(
             f"a piece is scaled by {state_files.shown(piece['scale'])}, which is not read"
@@ -72,8 +72,8 @@ def _piece(piece: Mapping[str, Any], rank: int, shape: Shape, shard_shape: Shape
 
     sizes = _shape(piece, "shape")
     if not prod(sizes):
-        return Piece(rank, (0,) * len(sizes), sizes, (0,) * len(sizes))
-    return Piece(
+        return ShardBox(rank, (0,) * len(sizes), sizes, (0,) * len(sizes))
+    return ShardBox(
         rank,
         _offsets(_sequence(piece, "dest"), sizes, shard_shape),
         sizes,

@@ -100,12 +100,13 @@ class CutTable:
         if not self.unknown:
             return
 
-        lines = [
-            f"'{re.escape(name)}' = \"?\"  # shards: {_described(shapes)}"
-            for name, shapes in list(self.unknown.items())[:MAX_LISTED]
-        ]
-        remainder = len(self.unknown) - len(lines)
-        more = f", and {remainder:,} more" if remainder else ""
+        templates = {
+            f"'{_pattern(name)}' = \"?\" # shards: {_described(shapes)}": None
+            for name, shapes in self.unknown.items()
+        }
+        lines = list(templates)[:MAX_LISTED]
+        remainder = len(templates) - len(lines)
+        more = f"; and {remainder:,} more" if remainder else ""
         raise CheckpointError(
             f"{self.model.path} is of {self.rank_count} tensor-parallel ranks, and nothing in it "
             f"says how {len(self.unknown):,} of its parameters were cut; write a file with a rule "
@@ -114,6 +115,12 @@ class CutTable:
             f"{'; '.join(lines)}{more}",
             "unsupported",
         )
+
+
+def _pattern(name: str) -> str:
+    """A pattern of a parameter that fits those of all layers."""
+    pieces = [r"\d+" if piece.isdigit() else re.escape(piece) for piece in name.split(".")]
+    return r"\.".join(pieces)
 
 
 def _is_literal(pattern: str) -> bool:

@@ -25,7 +25,7 @@ Shapes = Sequence[Shape | None]  # the shapes of the shards, by rank; ``None`` f
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ShardBox:
     """A box of ``sizes`` elements: at ``shard_offsets`` of the shard of ``rank``, and at
     ``offsets`` of the parameter."""
 
@@ -44,7 +44,7 @@ class Cut:
     """
 
     shape: Shape
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ShardBox, ...]
     shard_shapes: Mapping[int, Shape]
     averages: bool = False
 
@@ -92,7 +92,7 @@ def replicated(shapes: Shapes) -> Cut:
     shape = _common_shape(shapes)
     origin = (0,) * len(shape)
     ranks = [rank for rank, own in enumerate(shapes) if own is not None]
-    pieces = tuple(Piece(rank, origin, shape, origin) for rank in ranks)
+    pieces = tuple(ShardBox(rank, origin, shape, origin) for rank in ranks)
     return Cut(shape, pieces, dict.fromkeys(ranks, shape))
 
 
@@ -130,7 +130,7 @@ def in_parts(axis: int, widths: Sequence[Sequence[int]], shapes: Shapes) -> Cut:
                 f"axis than {axis}, on which they should be cut"
             )
 
-    pieces: list[Piece] = []
+    pieces: list[ShardBox] = []
     shard_ends, end = dict.fromkeys(known, 0), 0
     for part in widths:
         for rank, width in enumerate(part):
@@ -138,7 +138,7 @@ def in_parts(axis: int, widths: Sequence[Sequence[int]], shapes: Shapes) -> Cut:
                 sizes = _with_axis(known[rank], axis, width)
                 shard_offsets = _with_axis((0,) * len(first), axis, shard_ends[rank])
                 offsets = _with_axis((0,) * len(first), axis, end)
-                pieces.append(Piece(rank, shard_offsets, sizes, offsets))
+                pieces.append(ShardBox(rank, shard_offsets, sizes, offsets))
                 shard_ends[rank] += width
             end += width
 

@@ -97,6 +97,21 @@ def test_one_command_makes_a_model_of_it(name: str, tmp_path: Path) -> None:
     assert record["checks"]["no_crc32_bytes"] == 0
 
 
+@pytest.mark.parametrize("vocabulary", [30, 32, None])
+def test_padding_of_a_vocabulary_is_left_out_where_the_configuration_counts_none(
+    vocabulary: int | None, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(PARALLEL / MEGATRON, folder)
+    if vocabulary is not None:
+        config = {"model_type": "of_megatron", "vocab_size": vocabulary}
+        (folder / "config.json").write_text(json.dumps(config))
+    ckpt.to_fp32(folder, tmp_path / "model", check="none")
+    name = "language_model.embedding.word_embeddings.weight"
+    expected = live(folder)["fp32"][name][: vocabulary or 32]
+    assert torch.equal(load_file(tmp_path / "model/model.safetensors")[name], expected)
+
+
 def test_it_opens_with_names_and_shapes_of_the_whole_model() -> None:
     truth = live(PARALLEL / FUSED)["fp32"]
     with ckpt.open(PARALLEL / FUSED) as opened:

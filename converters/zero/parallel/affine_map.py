@@ -18,7 +18,7 @@ from converters.accessors import entry, is_whole_number, value
 from converters.errors import CheckpointError, MalformedError
 from converters.walks import strides
 from converters.zero.files import state_files
-from converters.zero.parallel.cuts import Cut, ShardBox, Shape
+from converters.zero.parallel.cuts import Cut, Shape, ShardBox
 
 VERSION = 1
 

@@ -42,9 +42,9 @@ class CutTable:
     def of(model: State, rank_count: int, rules: Rules | None) -> CutTable:
         """The table of a checkpoint, by the model file of its first rank."""
         info = model.root.get(INFO)
-        known = info if isinstance(info, dict) else {}
-        entries = affine_map.params(known, str(model.path))
-        return CutTable(model, rank_count, known, entries, rules)
+        fields = info if isinstance(info, dict) else {}
+        entries = affine_map.params(fields, str(model.path))
+        return CutTable(model, rank_count, fields, entries, rules)
 
     def cut(self, name: str, shapes: Shapes) -> Cut | None:
         """The cut of a parameter or buffer with shards of these shapes.

@@ -55,12 +55,12 @@ class Cut:
         """
         for rank, expected in self.shard_shapes.items():
             shard = shards[rank] if rank < len(shards) else None
-            found = None if shard is None else shard.shape
-            if found != expected and 0 not in expected:
+            shape = None if shard is None else shard.shape
+            if shape != expected and 0 not in expected:
                 raise MalformedError(
                     f"the shard of tensor-parallel rank {rank} should be "
                     f"{words.shape(expected)}, found "
-                    f"{'none' if found is None else words.shape(found)}"
+                    f"{'none' if shape is None else words.shape(shape)}"
                 )
 
         if self.averages:
@@ -91,7 +91,7 @@ def replicated(shapes: Shapes) -> Cut:
     """Every rank that has a shard has all of the parameter."""
     shape = _common_shape(shapes)
     origin = (0,) * len(shape)
-    ranks = [rank for rank, own in enumerate(shapes) if own is not None]
+    ranks = [rank for rank, shape in enumerate(shapes) if shape is not None]
     pieces = tuple(ShardBox(rank, origin, shape, origin) for rank in ranks)
     return Cut(shape, pieces, dict.fromkeys(ranks, shape))
 
@@ -115,9 +115,9 @@ def in_parts(axis: int, widths: Sequence[Sequence[int]], shapes: Shapes) -> Cut:
     ``widths`` are the elements on the axis of each sub-parameter and rank. A rank's shard has
     its pieces one after another.
     """
-    known = _shards(shapes)
-    first = next(iter(known.values()))
-    for rank, shape in known.items():
+    shard_shapes = _shards(shapes)
+    first = next(iter(shard_shapes.values()))
+    for rank, shape in shard_shapes.items():
         own_width = sum(part[rank] for part in widths if rank < len(part))
         if len(shape) <= axis or shape[axis] != own_width:
             raise MalformedError(
@@ -131,49 +131,52 @@ def in_parts(axis: int, widths: Sequence[Sequence[int]], shapes: Shapes) -> Cut:
             )
 
     pieces: list[ShardBox] = []
-    shard_ends, end = dict.fromkeys(known, 0), 0
+    shard_ends, end = dict.fromkeys(shard_shapes, 0), 0
     for part in widths:
         for rank, width in enumerate(part):
-            if rank in known:
-                sizes = _with_axis(known[rank], axis, width)
+            if rank in shard_shapes:
+                sizes = _with_axis(shard_shapes[rank], axis, width)
                 shard_offsets = _with_axis((0,) * len(first), axis, shard_ends[rank])
                 offsets = _with_axis((0,) * len(first), axis, end)
                 pieces.append(ShardBox(rank, shard_offsets, sizes, offsets))
                 shard_ends[rank] += width
             end += width
 
-    return Cut(_with_axis(first, axis, end), tuple(pieces), known)
+    return Cut(_with_axis(first, axis, end), tuple(pieces), shard_shapes)
 
 
 def equal_parts(axis: int, count: int, shapes: Shapes) -> Cut:
     """Sub-parameters of equal size, each cut evenly: every shard is so many equal parts."""
-    known = _shards(shapes)
-    for rank, shape in known.items():
+    shard_shapes = _shards(shapes)
+    for rank, shape in shard_shapes.items():
         if len(shape) <= axis or count < 1 or shape[axis] % count:
             raise MalformedError(
                 f"the shard of tensor-parallel rank {rank} is {words.shape(shape)}, which are "
                 f"not {count} equal parts on axis {axis}"
             )
 
-    widths = [known[rank][axis] // count if rank in known else 0 for rank in range(len(shapes))]
+    widths = [
+        shard_shapes[rank][axis] // count if rank in shard_shapes else 0
+        for rank in range(len(shapes))
+    ]
     return in_parts(axis, [widths] * count, shapes)
 
 
 def _shards(shapes: Shapes) -> dict[int, Shape]:
     """The shapes of the ranks that have a shard."""
-    known = {rank: shape for rank, shape in enumerate(shapes) if shape is not None}
-    if not known:
+    shard_shapes = {rank: shape for rank, shape in enumerate(shapes) if shape is not None}
+    if not shard_shapes:
         raise MalformedError("no tensor-parallel rank has a shard of it")
-    return known
+    return shard_shapes
 
 
 def _common_shape(shapes: Shapes) -> Shape:
     """The shape that all shards have."""
-    known = _shards(shapes)
-    if len(set(known.values())) > 1:
-        listed = " and ".join(sorted({words.shape(shape) for shape in known.values()}))
+    shard_shapes = _shards(shapes)
+    if len(set(shard_shapes.values())) > 1:
+        listed = " and ".join(sorted({words.shape(shape) for shape in shard_shapes.values()}))
         raise MalformedError(f"tensor-parallel ranks should have the same, but have {listed}")
-    return next(iter(known.values()))
+    return next(iter(shard_shapes.values()))
 
 
 def _with_axis(shape: Shape, axis: int, size: int) -> Shape:

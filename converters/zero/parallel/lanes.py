@@ -79,12 +79,12 @@ def _refuse_pipeline(model: State, count: int) -> None:
 def _require_same_save(first: Checkpoint, lane: Checkpoint) -> None:
     """``CheckpointError`` unless two lanes are of one save."""
     for key in _SAME:
-        expected, found = first.model.root.get(key), lane.model.root.get(key)
+        expected, value = first.model.root.get(key), lane.model.root.get(key)
         simple = (int, str, type(None))
-        if isinstance(expected, simple) and isinstance(found, simple) and expected != found:
+        if isinstance(expected, simple) and isinstance(value, simple) and expected != value:
             raise lane.model.fail(
                 f"is of another save than {first.model.path.name}: its {key} is "
-                f"{state_files.shown(found)}, expected {state_files.shown(expected)}; copy the "
+                f"{state_files.shown(value)}, expected {state_files.shown(expected)}; copy the "
                 "file of this save here"
             )
 
@@ -98,11 +98,11 @@ def _require_same_save(first: Checkpoint, lane: Checkpoint) -> None:
         _require_same_progress(first.ranks[0], lane.ranks[0])
 
 
-def _require_same_progress(first: State, other: State) -> None:
-    expected, progress = state_files.progress(first), state_files.progress(other)
+def _require_same_progress(first: State, second: State) -> None:
+    expected, progress = state_files.progress(first), state_files.progress(second)
     for key in expected.keys() & progress.keys():
         if progress[key] != expected[key]:
-            raise other.fail(
+            raise second.fail(
                 f"is of another save than {first.path.name}: its {key} is {progress[key]}, "
                 f"expected {expected[key]}; copy the file of this save here"
             )

@@ -32,15 +32,15 @@ def merged(lanes: Sequence[Weights], table: CutTable) -> tuple[Weights, dict[str
         if name in aliases:
             continue
         shards = [_shard(lane, name) for lane in lanes]
-        cut = table.cut(name, [None if ref is None else ref.shape for ref in shards])
-        if cut is None:
+        layout = table.cut(name, [None if ref is None else ref.shape for ref in shards])
+        if layout is None:
             continue
 
-        cuts[name] = cut
-        tensors[name] = _tensor(table, name, cut, shards)
+        cuts[name] = layout
+        tensors[name] = _tensor(table, name, layout, shards)
         own_copies = [lane.copies.get(lane.aliases.get(name, name)) for lane in lanes]
         if all(_is_there(copy, ref) for copy, ref in zip(own_copies, shards, strict=True)):
-            copies[name] = _tensor(table, name, cut, own_copies)
+            copies[name] = _tensor(table, name, layout, own_copies)
 
     table.require_known()
     return _weights(lanes, tensors, copies, aliases), cuts
@@ -54,7 +54,7 @@ def _weights(
 ) -> Weights:
     """All that the lanes know of the names, joined."""
     absent = {name: reason for lane in lanes for name, reason in lane.absent.items()}
-    known = tensors.keys() | aliases.keys()
+    present_names = tensors.keys() | aliases.keys()
     checksums = {
         (checksum.extent.path, checksum.extent.offset): checksum
         for lane in lanes
@@ -68,14 +68,14 @@ def _weights(
         tensors,
         {alias: owner for alias, owner in aliases.items() if owner in tensors},
         of_any(lane.buffers for lane in lanes),
-        {name: reason for name, reason in absent.items() if name not in known},
+        {name: reason for name, reason in absent.items() if name not in present_names},
         copies,
         tuple(checksums[key] for key in sorted(checksums)),
         tuple(_names(lane.order for lane in lanes)),
         of_any(lane.frozen for lane in lanes),
         of_any(lane.packed for lane in lanes),
         of_any(lane.trained for lane in lanes),
-        {name: owner for name, owner in lanes[0].lost_ties.items() if name not in known},
+        {name: owner for name, owner in lanes[0].lost_ties.items() if name not in present_names},
     )
 
 
@@ -109,9 +109,11 @@ def _is_there(copy: TensorRef | None, ref: TensorRef | None) -> bool:
     return copy is not None or ref is None or not ref.numel
 
 
-def _tensor(table: CutTable, name: str, cut: Cut, shards: Sequence[TensorRef | None]) -> TensorRef:
+def _tensor(
+    table: CutTable, name: str, layout: Cut, shards: Sequence[TensorRef | None]
+) -> TensorRef:
     """The shards put together; ``CheckpointError`` if they do not fit."""
     try:
-        return cut.merged(shards)
+        return layout.merged(shards)
     except MalformedError as error:
         raise table.fail(name, error) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converters.detect.deepspeed import TENSOR_PARALLEL
@@ -14,7 +14,7 @@ from converters.tensors import TensorRef
 from converters.zero import optimizer_state
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import discovery, several_models
-from converters.zero.parallel import lanes, merged_weights, rules
+from converters.zero.parallel import lanes, merged_weights, rules, vocabulary
 from converters.zero.parallel.cut_table import CutTable
 from converters.zero.parallel.cuts import Cut
 
@@ -26,11 +26,13 @@ class TensorParallelCheckpoint(Source):
     """A checkpoint whose parameters are cut for tensor-parallel ranks, as one model.
 
     ``lanes`` are the checkpoints of the ranks, with shards in the place of parameters.
-    ``cuts`` says how each is cut.
+    ``cuts`` says how each is cut, ``original_rows`` how many rows of a padded vocabulary
+    are none of its padding.
     """
 
     lanes: tuple[Checkpoint, ...]
     cuts: Mapping[str, Cut]
+    original_rows: Mapping[str, int] = field(default_factory=dict)
 
     def state_of(self, name: str) -> dict[str, Value]:
         """The optimizer's state of a parameter, from the shards of all ranks.
@@ -38,7 +40,7 @@ class TensorParallelCheckpoint(Source):
         See ``Source.optimizer``. ``CheckpointError`` if it is not kept for each element.
         """
         owner = self.weights.aliases.get(name, name)
-        cut = self.cuts[owner]
+        layout = self.cuts[owner]
         states: list[Mapping[str, Value]] = []
         for lane in self.lanes:
             own_name = lane.weights.aliases.get(owner, owner)
@@ -48,19 +50,19 @@ class TensorParallelCheckpoint(Source):
 
         with consistent(self.place.folder, "files of several saves are mixed"):
             keys = {key: None for state in states for key in state}
-            return {key: self._merged(owner, cut, key, states) for key in keys}
+            return {key: self._merged(owner, layout, key, states) for key in keys}
 
-    def _merged(self, name: str, cut: Cut, key: str, states: list[Mapping[str, Value]]) -> Value:
+    def _merged(self, name: str, layout: Cut, key: str, states: list[Mapping[str, Value]]) -> Value:
         values = [state.get(key) for state in states]
-        known = [value for value in values if value is not None]
+        numbers = [value for value in values if value is not None]
         shards = [value if isinstance(value, TensorRef) else None for value in values]
         if not any(shard is not None for shard in shards):
-            if any(value != known[0] for value in known):
+            if any(value != numbers[0] for value in numbers):
                 raise MalformedError(f"tensor-parallel ranks have unlike {key} of {name}")
-            return known[0]
+            return numbers[0]
 
         try:
-            return cut.merged(shards)
+            return layout.merged(shards)
         except MalformedError as error:
             raise CheckpointError(
                 f"{self.place.folder}: the optimizer's {key} of {name} is not kept for each "
@@ -104,5 +106,6 @@ def _read(place: Place, require_all: bool) -> TensorParallelCheckpoint:
         without_frozen=first.without_frozen,
         lanes=of_ranks,
         cuts=cuts,
+        original_rows=vocabulary.original_rows(weights, table),
     )
     return replace(source, optimizer=source.state_of)

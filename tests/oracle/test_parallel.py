@@ -153,7 +153,7 @@ def test_where_nothing_says_how_it_is_cut_the_refusal_is_a_template_of_rules(
     run("to-fp32", folder, "-o", tmp_path / "model", code=1)
     message = capsys.readouterr().err
     assert "is of 2 tensor-parallel ranks, and nothing in it says how 28 of" in message
-    name = r"language_model\.encoder\.layers\.\d+\.attention\.dense\.weight"
+    name = r"language_model\.encoder\.layers\.\d+\.self_attention\.dense\.weight"
     assert f"'{name}' = \"?\" # shards: 16 x 8" in message
     assert "--tp-rules FILE" in message
     assert not (tmp_path / "model").exists()

@@ -11,6 +11,7 @@ from converters.storage import stores
 
 UNIVERSAL = "deepspeed-universal"
 TENSOR_PARALLEL = "deepspeed-model-parallel"
+EXPERTS = "deepspeed-experts"
 LOAD_THERE = (
     "load it with DeepSpeed in the training that wrote it, on as many ranks, and save "
     "the weights there"
@@ -120,13 +121,14 @@ KINDS = (
         of_tag=True,
     ),
     Kind(
-        name="deepspeed-experts",
+        name=EXPERTS,
         title="DeepSpeed checkpoint of experts (DeepSpeed-MoE or AutoEP)",
         recognized_by="`layer_L_expert_E_*` or `expp_rank_E_*` in the tag folder",
         sign=experts,
         statement="is a DeepSpeed checkpoint with expert files (DeepSpeed-MoE or AutoEP)",
-        remedy=LOAD_THERE,
-        refusal="{statement}; merging experts is not supported yet: {remedy}",
+        remedy="ckpt show, to-fp32, verify and ckpt.open read it",
+        reader="converters.zero.experts.reader:read",
+        contrast="not one without experts",
         trouble="unsupported",
         of_tag=True,
     ),

@@ -1,0 +1,181 @@
+"""A checkpoint of DeepSpeed-MoE as a ``Source``: the row "deepspeed-experts"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from converters import quantized
+from converters.accessors import is_whole_number
+from converters.detect.deepspeed import EXPERTS, LOAD_THERE
+from converters.errors import CheckpointError, MalformedError, consistent, unreadable
+from converters.source import Place, SourceTopology
+from converters.storage import open_files
+from converters.zero import checkpoint as zero
+from converters.zero import optimizer_state
+from converters.zero.checkpoint import Checkpoint
+from converters.zero.experts import expert_files, groups
+from converters.zero.files import all_ranks, discovery, several_models, state_files
+from converters.zero.files.state_files import State
+from converters.zero.naming import storage_views
+from converters.zero.naming.assemble import Parameters, assemble
+
+
+@open_files.once()
+def read(path: Path, tag: str | None = None, complete: bool = False) -> Checkpoint:
+    """Locates every tensor, experts under the numbers that they have in the whole model.
+
+    ``CheckpointError`` for what is damaged or incomplete, and for AutoEP, runs without
+    ZeRO, and experts with tensor or pipeline parallelism, which are not read.
+    """
+    place = discovery.find(path, tag) if complete else several_models.find(path, tag)
+    try:
+        with consistent(place.folder, "a file is damaged or of another save"):
+            source = _read(place)
+    except OSError as error:
+        raise unreadable(error, place.folder) from error
+
+    return replace(source, optimizer=partial(optimizer_state.read, source))
+
+
+def _read(place: Place) -> Checkpoint:
+    lanes = discovery.lanes(place)
+    files = lanes[min(lanes)]
+    if len(lanes) > 1 or files.partitioned or files.module is None or not files.optimizer:
+        raise _unsupported(place, lanes, files)
+
+    model = state_files.read(files.module)
+    optimizers = {rank: state_files.read(path) for rank, path in files.optimizer.items()}
+    _refuse_others(place, [model, *optimizers.values()])
+    ranks = _in_rank_order(place, optimizers)
+    state_files.require_kinds([model], ranks)
+
+    experts = expert_files.read(place, model)
+    parameters = _parameters(model, ranks, experts)
+    weights = quantized.marked(assemble(model, parameters, [model, *ranks, *experts]))
+    step = model.root.get("global_steps")
+    stage = ranks[0].optimizer.get("zero_stage")
+
+    return Checkpoint(
+        kind=EXPERTS,
+        place=place,
+        topology=SourceTopology(len(ranks), stage if stage in (1, 2) else 1),
+        precision=zero.precision(model, weights),
+        step=step if isinstance(step, int) else None,
+        version=model.version,
+        files={state.path: state.file.digest for state in (model, *ranks, *experts)},
+        weights=weights,
+        entries=model.root,
+        notes=tuple(parameters.notes),
+        model=model,
+        ranks=tuple(ranks),
+    )
+
+
+def _parameters(model: State, ranks: Sequence[State], experts: Sequence[State]) -> Parameters:
+    """All parameters under the names of the whole model, with their 16-bit copies."""
+    stored_experts = expert_files.tensors(experts)
+    counts = expert_files.counts_by_prefix(stored_experts)
+    dense, trained_experts = {}, {}
+    for group in groups.read(model, ranks):
+        for name, master in group.masters.items():
+            if group.expert_rank is None:
+                dense[name] = master
+                continue
+            try:
+                whole_name = expert_files.global_name(
+                    name, group.expert_rank, group.expert_ranks, counts
+                )
+            except ValueError as error:
+                raise MalformedError(str(error)) from error
+            trained_experts[whole_name] = master
+
+    unnamed = [name for name in dense if name not in model.module]
+    if unnamed:
+        raise CheckpointError(
+            f"{model.path} lacks {unnamed[0]}, which is trained, in its state dict: a hook has "
+            f"changed the names, which is not read of experts: {LOAD_THERE}",
+            "unsupported",
+        )
+
+    shapes = state_files.shapes(model, "param_shapes")
+    result = storage_views.complete(model, dense, shapes)
+    for name, master in trained_experts.items():
+        if name not in stored_experts or stored_experts[name].shape != master.shape:
+            raise MalformedError(f"the files of experts have no {name} of the optimizer's shape")
+        result.masters[name] = master
+        result.copies[name] = stored_experts[name]
+
+    # what no optimizer trains; the model file has those of the first expert-parallel rank
+    for name, tensor in stored_experts.items():
+        if name not in trained_experts:
+            result.frozen[name] = tensor
+
+    return result
+
+
+def _in_rank_order(place: Place, optimizers: dict[int, State]) -> list[State]:
+    """The optimizer files in rank order, of one save: groups may have another order on each."""
+    counts = optimizers[min(optimizers)].optimizer.get("partition_count")
+    numbers = [count for count in counts if is_whole_number(count)] if counts else []
+    all_ranks.require_ranks(place, max(numbers, default=len(optimizers)), optimizers, "optimizer")
+    ranks = [optimizers[rank] for rank in sorted(optimizers)]
+    expected = _progress(ranks[0])
+    for state in ranks[1:]:
+        for key, value in _progress(state).items():
+            if value != expected.get(key):
+                raise state.fail(
+                    f"is of another save than {ranks[0].path.name}: its {key} is {value}, "
+                    f"expected {expected.get(key)}; copy the file of this save here"
+                )
+
+    return ranks
+
+
+def _progress(state: State) -> dict[str, object]:
+    """What is the same on every rank, whatever the order of its groups."""
+    return {
+        key: value
+        for key, value in state_files.progress(state).items()
+        if key != "ranks" and " of group " not in key
+    }
+
+
+def _refuse_others(place: Place, states: Sequence[State]) -> None:
+    """``CheckpointError`` for experts of AutoEP, and with model parallelism."""
+    for state in states:
+        optimizer = state.root.get("optimizer_state_dict")
+        fields = optimizer if isinstance(optimizer, dict) else {}
+        if state.root.get("ds_autoep_layers") or fields.get("ds_zero_partition_groups"):
+            raise CheckpointError(
+                f"{state.path} was saved with AutoEP (expert parallelism); merging that is not "
+                f"supported yet: {LOAD_THERE}",
+                "unsupported",
+            )
+        model_ranks = state.root.get("mp_world_size")
+        if is_whole_number(model_ranks, 2):
+            raise CheckpointError(
+                f"{place.folder} has experts on {model_ranks} model-parallel ranks; merging that "
+                f"is not supported yet: {LOAD_THERE}",
+                "unsupported",
+            )
+
+
+def _unsupported(
+    place: Place, lanes: dict[int, discovery.Files], files: discovery.Files
+) -> CheckpointError:
+    """The error for experts whose files are of another form than ZeRO-1 and 2 write."""
+    if len(lanes) > 1:
+        reason = f"has experts on {len(lanes)} model-parallel ranks"
+    elif files.partitioned:
+        reason = "has experts under ZeRO-3 (AutoEP)"
+    elif files.module is None:
+        reason = "has expert files, and no model file (mp_rank_00_model_states.pt)"
+        return CheckpointError(f"{place.folder} {reason}; copy it from the save", "incomplete")
+    else:
+        reason = "has experts without ZeRO, whose optimizer state has no names"
+    return CheckpointError(
+        f"{place.folder} {reason}; merging that is not supported yet: {LOAD_THERE}", "unsupported"
+    )

@@ -25,13 +25,12 @@ from ckpt.cli.main import main
 SHARED_CORPUS = ROOT.parent / "shared" / "corpus"
 REFUSED = {  # by name; these follow later
     "aep_z3": "AutoEP",
-    "moe_s2": "expert",
     "nl2": "node",
     "pp_z1bf": "pipeline",
 }
 
 
-APART = {"tp_z2_w4", "mics4"}  # read, but not by DeepSpeed's own script, and with NaN
+APART = {"tp_z2_w4", "moe_s2", "mics4"}  # read, but not by DeepSpeed's own script, and with NaN
 
 
 def made() -> list[Path]:

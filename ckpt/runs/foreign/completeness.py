@@ -31,7 +31,7 @@ from ckpt.runs.run import is_checkpoint, is_numbered, step_in
 from converters import detect
 from converters.accessors import is_whole_number
 from converters.detect import filenames
-from converters.detect.deepspeed import TENSOR_PARALLEL, UNIVERSAL
+from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError, unreadable
 from converters.words import counted
 from converters.zero.files.discovery import is_tag_folder
@@ -349,7 +349,7 @@ def _of_deepspeed(
     if rng_ranks is not None and not has_scheduler:
         raise CheckpointError(f"{folder} has no scheduler.pt", "incomplete")
 
-    refs = {} if source.kind == TENSOR_PARALLEL else source.weights.tensors  # engines have shards
+    refs = source.weights.tensors if source.kind == "deepspeed" else {}  # engines of others: parts
     shapes = {name: tuple(ref.shape) for name, ref in refs.items()}
     return Proof(folder, kind, source.step, source.place.tag, shapes=shapes or None)
 

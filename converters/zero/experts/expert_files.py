@@ -51,7 +51,7 @@ def tensors(files: Sequence[State]) -> dict[str, TensorRef]:
     by_name: dict[str, TensorRef] = {}
     for file in files:
         for name, value in file.root.items():
-            if isinstance(value, TensorRef) and isinstance(name, str) and NAME.fullmatch(name):
+            if isinstance(value, TensorRef) and isinstance(name, str):
                 if name in by_name:
                     raise file.fail(f"{name} is in another expert's file, too")
                 by_name[name] = value
@@ -60,7 +60,7 @@ def tensors(files: Sequence[State]) -> dict[str, TensorRef]:
 
 
 def counts_by_prefix(names: Mapping[str, object]) -> dict[str, int]:
-    """How many experts each layer has, by what their names begin with."""
+    """How many experts each layer of DeepSpeed-MoE has, by what their names begin with."""
     counts: dict[str, int] = {}
     for name in names:
         if match := NAME.fullmatch(name):

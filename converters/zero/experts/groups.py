@@ -23,6 +23,8 @@ from converters.accessors import is_whole_number
 from converters.errors import MalformedError
 from converters.tensors import TensorRef
 from converters.zero import partitioning
+from converters.zero.experts import fused
+from converters.zero.experts.fused import ExpertPlacement
 from converters.zero.files import state_files
 from converters.zero.files.state_files import Shape, State
 
@@ -55,13 +57,18 @@ def read(model: State, ranks: Sequence[State]) -> Iterator[ExpertGroup]:
         raise MalformedError("the ranks have unlike groups of parameters")
 
     before = model.setting("use_data_before_expert_parallelism") is True
+    placements = fused.placements(model)
     for index, key in enumerate(keys):
         indices = [rank_keys.index(key) for rank_keys in keys_by_rank]
-        yield from _of_group(ranks, indices, shapes[index], before)
+        yield from _of_group(ranks, indices, shapes[index], before, placements)
 
 
 def _of_group(
-    ranks: Sequence[State], indices: Sequence[int], shapes: Mapping[str, Shape], before: bool
+    ranks: Sequence[State],
+    indices: Sequence[int],
+    shapes: Mapping[str, Shape],
+    before: bool,
+    placements: Mapping[str, ExpertPlacement],
 ) -> Iterator[ExpertGroup]:
     """A group, once for each expert-parallel rank."""
     first, index = ranks[0], indices[0]
@@ -78,11 +85,16 @@ def _of_group(
         team = _team(expert_rank, expert_ranks, len(ranks), before)
         parts = [_part(ranks[rank], indices[rank]) for rank in team]
         paddings = _paddings(ranks[team[0]], indices[team[0]])
-        unused = partitioning.unused_elements(parts, shapes, paddings)
+        # those of rank 0 are recorded
+        own_shapes = {
+            name: placements[name].shape_on(expert_rank, shape) if name in placements else shape
+            for name, shape in shapes.items()
+        }
+        unused = partitioning.unused_elements(parts, own_shapes, paddings)
         if not 0 <= unused < max(2 * len(parts), 1):
             raise MalformedError(f"a group has {unused} elements more than its parameters take")
 
-        masters = dict(partitioning.stage12(parts, shapes, paddings))
+        masters = dict(partitioning.stage12(parts, own_shapes, paddings))
         yield ExpertGroup(expert_rank if is_of_experts else None, expert_ranks, masters)
 
 

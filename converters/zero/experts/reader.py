@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,12 @@ from converters.detect.deepspeed import EXPERTS, LOAD_THERE
 from converters.errors import CheckpointError, MalformedError, consistent, unreadable
 from converters.source import Place, SourceTopology
 from converters.storage import open_files
+from converters.tensors import TensorRef
 from converters.zero import checkpoint as zero
 from converters.zero import optimizer_state
 from converters.zero.checkpoint import Checkpoint
-from converters.zero.experts import expert_files, groups
+from converters.zero.experts import expert_files, fused, groups
+from converters.zero.experts.groups import ExpertGroup
 from converters.zero.files import all_ranks, discovery, several_models, state_files
 from converters.zero.files.state_files import State
 from converters.zero.naming import storage_views
@@ -77,21 +79,51 @@ def _read(place: Place) -> Checkpoint:
 def _parameters(model: State, ranks: Sequence[State], experts: Sequence[State]) -> Parameters:
     """All parameters under the names of the whole model, with their 16-bit copies."""
     stored_experts = expert_files.tensors(experts)
+    dense: dict[str, TensorRef] = {}
+    trained_experts: dict[str, TensorRef] = {}
+    fused_parts: dict[str, dict[int, TensorRef]] = {}
+    placements = fused.placements(model)
     counts = expert_files.counts_by_prefix(stored_experts)
-    dense, trained_experts = {}, {}
+
     for group in groups.read(model, ranks):
         for name, master in group.masters.items():
             if group.expert_rank is None:
                 dense[name] = master
-                continue
-            try:
-                whole_name = expert_files.global_name(
-                    name, group.expert_rank, group.expert_ranks, counts
-                )
-            except ValueError as error:
-                raise MalformedError(str(error)) from error
-            trained_experts[whole_name] = master
+            elif name in placements:
+                fused_parts.setdefault(name, {})[group.expert_rank] = master
+            else:
+                whole_name = _global_name(name, group, counts)
+                trained_experts[whole_name] = master
 
+    for name, parts in fused_parts.items():
+        trained_experts[name] = placements[name].whole(parts)
+    for name, placement in placements.items():
+        copy = fused.stored(name, stored_experts, placement.count)
+        if copy is None:
+            raise MalformedError(f"the files of experts have not all of {name}")
+        stored_experts |= {name: copy}
+        for expert in range(placement.count):
+            del stored_experts[f"{name}.{expert}"]
+
+    return _joined(model, dense, trained_experts, stored_experts)
+
+
+def _global_name(name: str, group: ExpertGroup, counts: Mapping[str, int]) -> str:
+    """The name in the whole model of what an expert-parallel rank trains."""
+    assert group.expert_rank is not None
+    try:
+        return expert_files.global_name(name, group.expert_rank, group.expert_ranks, counts)
+    except ValueError as error:
+        raise MalformedError(str(error)) from error
+
+
+def _joined(
+    model: State,
+    dense: dict[str, TensorRef],
+    trained_experts: Mapping[str, TensorRef],
+    stored_experts: Mapping[str, TensorRef],
+) -> Parameters:
+    """The parameters of the model file with the experts."""
     unnamed = [name for name in dense if name not in model.module]
     if unnamed:
         raise CheckpointError(
@@ -144,16 +176,8 @@ def _progress(state: State) -> dict[str, object]:
 
 
 def _refuse_others(place: Place, states: Sequence[State]) -> None:
-    """``CheckpointError`` for experts of AutoEP, and with model parallelism."""
+    """``CheckpointError`` for experts with model parallelism."""
     for state in states:
-        optimizer = state.root.get("optimizer_state_dict")
-        fields = optimizer if isinstance(optimizer, dict) else {}
-        if state.root.get("ds_autoep_layers") or fields.get("ds_zero_partition_groups"):
-            raise CheckpointError(
-                f"{state.path} was saved with AutoEP (expert parallelism); merging that is not "
-                f"supported yet: {LOAD_THERE}",
-                "unsupported",
-            )
         model_ranks = state.root.get("mp_world_size")
         if is_whole_number(model_ranks, 2):
             raise CheckpointError(

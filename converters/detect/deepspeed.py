@@ -163,7 +163,7 @@ KINDS = (
         sign=deepspeed,
         statement="is a DeepSpeed checkpoint",
         remedy="ckpt show, to-fp32, reshard and to-universal read it",
-        reader="converters.zero.reader:read",
+        reader="converters.zero.experts.native:read",
     ),
     Kind(
         name="deepspeed-several",

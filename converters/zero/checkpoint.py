@@ -33,6 +33,10 @@ from converters.zero.files.state_files import State
 from converters.zero.naming.assemble import Parameters, assemble
 
 
+class ExpertsError(CheckpointError):
+    """The files are of experts, of which some are on each rank."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Checkpoint(Source):
     """One tag of a save_dir and what is true of it.
@@ -301,7 +305,7 @@ def refuse_foreign(states: Iterable[State]) -> None:
         else:
             continue
 
-        raise CheckpointError(
+        raise ExpertsError(
             f"{state.path} was saved with {parallelism}; merging that is not supported yet: "
             f"{LOAD_THERE}",
             "unsupported",

@@ -1,4 +1,4 @@
-"""Checkpoints of DeepSpeed-MoE: forms that those of test_parallel do not have, and damage."""
+"""Checkpoints of experts: forms that those of test_parallel do not have, and damage."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import FIXTURES, live, run
+from oracles import live, run
 from safetensors.torch import load_file
-from test_parallel import PARALLEL, assert_true, resaved
+from test_parallel import PARALLEL, assert_true, refs_of, resaved, value
 
 import ckpt
 from converters import detect
 from converters.errors import CheckpointError
+from converters.zero.experts import fused
 
 FROZEN = "moe_frozen_z2_w4"
 RESIDUAL = "moe_residual_shared_z1_w4"
@@ -139,6 +140,64 @@ def test_experts_of_two_saves_are_refused_when_they_are_written(tmp_path: Path) 
         ckpt.to_fp32(folder, tmp_path / "model")
 
 
-def test_what_is_not_read_of_experts_is_refused_by_name() -> None:
-    with pytest.raises(CheckpointError, match="AutoEP"):
-        detect.read(FIXTURES / "corpus/aep_z3")
+@pytest.mark.parametrize(
+    "experts_by_rank", [((0, 1), (2, 3)), ((2, 0), (3, 1)), ((1,), (3, 0, 2)), ((3, 2, 1, 0),)]
+)
+def test_experts_of_any_placement_are_put_in_order(
+    experts_by_rank: tuple[tuple[int, ...], ...], tmp_path: Path
+) -> None:
+    whole = torch.randn(4, 3, 5)
+    shards = {rank: whole[list(experts)] for rank, experts in enumerate(experts_by_rank)}
+    parts = dict(enumerate(refs_of(shards, tmp_path)))
+    assert torch.equal(value(fused.ExpertPlacement(experts_by_rank).whole(parts)), whole)
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        [{"rank": 0, "experts": [0, 1]}, {"rank": 1, "experts": [1, 2]}],
+        [{"rank": 0, "experts": [0, 1]}],
+        [{"rank": 0, "experts": [0, "1"]}, {"rank": 1, "experts": [2, 3]}],
+        [{"rank": 0, "experts": [0, 1]}, {"rank": 7, "experts": [2, 3]}],
+        "nowhere",
+    ],
+)
+@pytest.mark.parametrize("name", ["aep_deepseek_z2_w4", "aep_qwen3moe_z3_w4"])
+def test_a_placement_that_does_not_place_each_expert_once_is_refused(
+    name: str, ranks: object, tmp_path: Path
+) -> None:
+    def change(root: dict[str, Any]) -> None:
+        root["ds_autoep_layers"][0]["expert_placement"] = {"ranks": ranks}
+
+    folder = resaved(name, tmp_path / "checkpoint", "*mp_rank_00_model*", change)
+    with pytest.raises(CheckpointError):
+        detect.read(folder)
+
+
+def test_teams_that_do_not_share_a_sub_group_are_refused(tmp_path: Path) -> None:
+    def change(root: dict[str, Any]) -> None:
+        root["optimizer_state_dict"]["ds_zero_partition_groups"][1]["partition_rank"] = 0
+
+    folder = resaved("aep_qwen3moe_z3_w4", tmp_path / "checkpoint", "*rank_[23]_*optim*", change)
+    with pytest.raises(CheckpointError, match="two ranks have partition 0 of sub-group 1"):
+        detect.read(folder)
+
+
+def test_a_router_has_both_of_its_names() -> None:
+    for name in ("aep_deepseek_z2_w4", "aep_qwen3moe_z3_w4"):
+        weights = detect.read(PARALLEL / name).weights
+        assert weights.absent == {}
+    assert weights.aliases == {
+        "model.layers.0.mlp.gate.gate.weight": "model.layers.0.mlp.router.gate.weight"
+    }
+
+
+def test_what_is_not_read_of_experts_is_refused_by_name(tmp_path: Path) -> None:
+    folder = resaved(
+        "aep_deepseek_z2_w4",
+        tmp_path / "checkpoint",
+        "mp_rank_00_model*",
+        lambda root: root.update(mp_world_size=2),
+    )
+    with pytest.raises(CheckpointError, match="has experts on 2 model-parallel ranks"):
+        detect.read(folder)

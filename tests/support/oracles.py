@@ -24,13 +24,17 @@ from ckpt.cli.main import main
 
 SHARED_CORPUS = ROOT.parent / "shared" / "corpus"
 REFUSED = {  # by name; these follow later
-    "aep_z3": "AutoEP",
     "nl2": "node",
     "pp_z1bf": "pipeline",
 }
 
 
-APART = {"tp_z2_w4", "moe_s2", "mics4"}  # read, but not by DeepSpeed's own script, and with NaN
+APART = {
+    "aep_z3",
+    "tp_z2_w4",
+    "moe_s2",
+    "mics4",
+}  # read, but not by DeepSpeed's own script, and with NaN
 
 
 def made() -> list[Path]:

@@ -50,9 +50,9 @@ class ExpertPlacement:
         for rank, experts in enumerate(self.experts_by_rank):
             shape = parts[rank].shape
             for index, expert in enumerate(experts):
-                offsets, rest = (index, *(0 for _ in shape[1:])), shape[1:]
-                box = parts[rank].box(offsets, (1, *rest))
-                boxes.append(((expert, *(0 for _ in rest)), box))
+                origin = (0,) * (len(shape) - 1)
+                box = parts[rank].box((index, *origin), (1, *shape[1:]))
+                boxes.append(((expert, *origin), box))
 
         try:
             return TensorRef.tile((self.count, *parts[0].shape[1:]), boxes)
@@ -70,6 +70,12 @@ def placements(model: State) -> dict[str, ExpertPlacement]:
         by_name |= {f"{prefix}.{weight}": placement for weight in WEIGHTS}
 
     return by_name
+
+
+def module_paths(model: State) -> list[str]:
+    """The names of the modules that have experts."""
+    layers = value(model.root.get("ds_autoep_layers"), list, "ds_autoep_layers")
+    return [entry(layer, "module_path", str) for layer in layers]
 
 
 def expert_rank(model: State) -> int:
@@ -114,12 +120,12 @@ def stored(name: str, tensors: Mapping[str, TensorRef], count: int) -> TensorRef
         return None
 
     present = [ref for ref in refs if ref is not None]
-    rest = present[0].shape
+    shape = present[0].shape
     boxes = [
-        ((expert, *(0 for _ in rest)), ref.view(1, *ref.shape))
+        ((expert, *(0,) * len(shape)), ref.view(1, *ref.shape))
         for expert, ref in enumerate(present)
     ]
     try:
-        return TensorRef.tile((count, *rest), boxes)
+        return TensorRef.tile((count, *shape), boxes)
     except ValueError as error:
         raise MalformedError(f"the files of the experts of {name} differ: {error}") from error

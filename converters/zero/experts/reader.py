@@ -1,4 +1,4 @@
-"""A checkpoint of DeepSpeed-MoE as a ``Source``: the row "deepspeed-experts"."""
+"""A checkpoint of DeepSpeed-MoE or AutoEP as a ``Source``: the row "deepspeed-experts"."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from converters.tensors import TensorRef
 from converters.zero import checkpoint as zero
 from converters.zero import optimizer_state
 from converters.zero.checkpoint import Checkpoint
-from converters.zero.experts import expert_files, fused, groups
+from converters.zero.experts import expert_files, fused, groups, teams
 from converters.zero.experts.groups import ExpertGroup
 from converters.zero.files import all_ranks, discovery, several_models, state_files
-from converters.zero.files.state_files import State
+from converters.zero.files.state_files import MAX_RANKS, State
 from converters.zero.naming import storage_views
 from converters.zero.naming.assemble import Parameters, assemble
 
@@ -29,8 +29,8 @@ from converters.zero.naming.assemble import Parameters, assemble
 def read(path: Path, tag: str | None = None, complete: bool = False) -> Checkpoint:
     """Locates every tensor, experts under the numbers that they have in the whole model.
 
-    ``CheckpointError`` for what is damaged or incomplete, and for AutoEP, runs without
-    ZeRO, and experts with tensor or pipeline parallelism, which are not read.
+    ``CheckpointError`` for what is damaged or incomplete, and for runs without ZeRO and
+    experts with tensor or pipeline parallelism, which are not read.
     """
     place = discovery.find(path, tag) if complete else several_models.find(path, tag)
     try:
@@ -45,34 +45,59 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Checkpoi
 def _read(place: Place) -> Checkpoint:
     lanes = discovery.lanes(place)
     files = lanes[min(lanes)]
-    if len(lanes) > 1 or files.partitioned or files.module is None or not files.optimizer:
-        raise _unsupported(place, lanes, files)
+    if len(lanes) > 1 or not files.optimizer:
+        raise _unsupported(place, lanes)
 
-    model = state_files.read(files.module)
     optimizers = {rank: state_files.read(path) for rank, path in files.optimizer.items()}
-    _refuse_others(place, [model, *optimizers.values()])
-    ranks = _in_rank_order(place, optimizers)
-    state_files.require_kinds([model], ranks)
+    is_stage_3 = "fp32_flat_groups" in next(iter(optimizers.values())).optimizer
+    paths = list(files.partitioned.values()) if is_stage_3 else [files.module]
+    models = [state_files.read(path) for path in paths if path is not None]
+    if not models:
+        raise CheckpointError(
+            f"{place.folder} has no model file; copy it from the save", "incomplete"
+        )
 
-    experts = expert_files.read(place, model)
-    parameters = _parameters(model, ranks, experts)
-    weights = quantized.marked(assemble(model, parameters, [model, *ranks, *experts]))
-    step = model.root.get("global_steps")
+    _refuse_others(place, [*models, *optimizers.values()])
+    ranks = _in_rank_order(place, optimizers)
+    if is_stage_3:
+        all_ranks.require_ranks(place, len(ranks), files.partitioned, "model")
+        parameters = teams.parameters(place.folder, models, ranks)
+        return _checkpoint(place, 3, models, ranks, [], parameters)
+
+    state_files.require_kinds(models, ranks)
+    experts = expert_files.read(place, models[0])
     stage = ranks[0].optimizer.get("zero_stage")
+    parameters = _parameters(models[0], ranks, experts)
+    return _checkpoint(place, stage if stage in (1, 2) else 1, models, ranks, experts, parameters)
+
+
+def _checkpoint(
+    place: Place,
+    stage: int,
+    models: Sequence[State],
+    ranks: Sequence[State],
+    experts: Sequence[State],
+    parameters: Parameters,
+) -> Checkpoint:
+    """The checkpoint of these files."""
+    model, sources = models[0], [*models, *ranks, *experts]
+    weights = quantized.marked(assemble(model, parameters, sources))
+    step = model.root.get("global_steps")
 
     return Checkpoint(
         kind=EXPERTS,
         place=place,
-        topology=SourceTopology(len(ranks), stage if stage in (1, 2) else 1),
+        topology=SourceTopology(len(ranks), stage),
         precision=zero.precision(model, weights),
         step=step if isinstance(step, int) else None,
         version=model.version,
-        files={state.path: state.file.digest for state in (model, *ranks, *experts)},
+        files={state.path: state.file.digest for state in sources},
         weights=weights,
         entries=model.root,
         notes=tuple(parameters.notes),
         model=model,
         ranks=tuple(ranks),
+        names=parameters.names,
     )
 
 
@@ -151,7 +176,8 @@ def _joined(
 def _in_rank_order(place: Place, optimizers: dict[int, State]) -> list[State]:
     """The optimizer files in rank order, of one save: groups may have another order on each."""
     counts = optimizers[min(optimizers)].optimizer.get("partition_count")
-    numbers = [count for count in counts if is_whole_number(count)] if counts else []
+    by_group = counts if isinstance(counts, list) else [counts]
+    numbers = [count for count in by_group if is_whole_number(count) and count < MAX_RANKS]
     all_ranks.require_ranks(place, max(numbers, default=len(optimizers)), optimizers, "optimizer")
     ranks = [optimizers[rank] for rank in sorted(optimizers)]
     expected = _progress(ranks[0])
@@ -187,19 +213,11 @@ def _refuse_others(place: Place, states: Sequence[State]) -> None:
             )
 
 
-def _unsupported(
-    place: Place, lanes: dict[int, discovery.Files], files: discovery.Files
-) -> CheckpointError:
-    """The error for experts whose files are of another form than ZeRO-1 and 2 write."""
+def _unsupported(place: Place, lanes: dict[int, discovery.Files]) -> CheckpointError:
+    """The error for experts whose files are of another form than ZeRO writes."""
+    reason = "has experts without ZeRO, whose optimizer state has no names"
     if len(lanes) > 1:
         reason = f"has experts on {len(lanes)} model-parallel ranks"
-    elif files.partitioned:
-        reason = "has experts under ZeRO-3 (AutoEP)"
-    elif files.module is None:
-        reason = "has expert files, and no model file (mp_rank_00_model_states.pt)"
-        return CheckpointError(f"{place.folder} {reason}; copy it from the save", "incomplete")
-    else:
-        reason = "has experts without ZeRO, whose optimizer state has no names"
     return CheckpointError(
         f"{place.folder} {reason}; merging that is not supported yet: {LOAD_THERE}", "unsupported"
     )

@@ -24,6 +24,8 @@ from converters.plan import Shard
 from converters.storage.checksums import Ledger
 from converters.tensors import DType, Extent, TensorRef, Weights
 
+WRITE_BYTES = 256 << 10
+
 
 class Output:
     """A file that pieces are written into."""
@@ -32,8 +34,10 @@ class Output:
         self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
-        """Writes into the page cache."""
-        os.pwrite(self.fd, data, offset)
+        """Writes into the page cache, in pieces as ``LocalWriter`` does."""
+        view = memoryview(data)
+        for start in range(0, len(view), WRITE_BYTES):
+            os.pwrite(self.fd, view[start : start + WRITE_BYTES], offset + start)
 
 
 def make_shards(folder: Path, count: int, nbytes: int) -> list[Path]:

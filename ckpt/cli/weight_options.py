@@ -41,6 +41,13 @@ def _merging(_ctx: Any, _param: Any, merge: bool) -> bool:
     return merge
 
 
+TP_RULES = click.option(
+    "--tp-rules",
+    metavar="FILE",
+    type=_PATH,
+    help="How parameters were cut for tensor parallelism (TOML or JSON), where the checkpoint "
+    "does not say it.",
+)
 OPTIONS = (
     click.option(
         "--weights",
@@ -76,6 +83,7 @@ OPTIONS = (
         is_flag=True,
         help="Leave out the parameters that are not trained.",
     ),
+    TP_RULES,
     click.option("--strip", metavar="PREFIX", multiple=True, help="Drop a prefix of the names."),
     click.option(
         "--rename",
@@ -181,7 +189,7 @@ def request(options: dict[str, Any]) -> Request:
             "tokenizer",
             "dequantize",
         ),
-        *("check", "untie", "other_base", "exclude_frozen", "layout"),
+        *("check", "untie", "other_base", "exclude_frozen", "layout", "tp_rules"),
     )
 
     return Request(

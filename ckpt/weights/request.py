@@ -104,6 +104,7 @@ class Request:
     exclude_frozen     leaves out the parameters that are not trained
     layout             names and shapes as ``save_pretrained`` writes them ("hub"), where that
                        is known of the model, or those of the running model ("runtime")
+    tp_rules           a file that says how parameters were cut for tensor parallelism
     """
 
     naming: Naming = field(default_factory=Naming)
@@ -122,6 +123,7 @@ class Request:
     drops_ties: bool = False
     exclude_frozen: bool = False
     layout: Layout = "hub"
+    tp_rules: Path | None = None
 
     @property
     def paths(self) -> dict[str, Path]:

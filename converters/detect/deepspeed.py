@@ -10,6 +10,8 @@ from converters.detect.look import Look
 from converters.storage import stores
 
 UNIVERSAL = "deepspeed-universal"
+TENSOR_PARALLEL = "deepspeed-model-parallel"
+EXPERTS = "deepspeed-experts"
 LOAD_THERE = (
     "load it with DeepSpeed in the training that wrote it, on as many ranks, and save "
     "the weights there"
@@ -119,13 +121,14 @@ KINDS = (
         of_tag=True,
     ),
     Kind(
-        name="deepspeed-experts",
+        name=EXPERTS,
         title="DeepSpeed checkpoint of experts (DeepSpeed-MoE or AutoEP)",
         recognized_by="`layer_L_expert_E_*` or `expp_rank_E_*` in the tag folder",
         sign=experts,
         statement="is a DeepSpeed checkpoint with expert files (DeepSpeed-MoE or AutoEP)",
-        remedy=LOAD_THERE,
-        refusal="{statement}; merging experts is not supported yet: {remedy}",
+        remedy="ckpt show, to-fp32, verify and ckpt.open read it",
+        reader="converters.zero.experts.reader:read",
+        contrast="not one without experts",
         trouble="unsupported",
         of_tag=True,
     ),
@@ -141,13 +144,14 @@ KINDS = (
         of_tag=True,
     ),
     Kind(
-        name="deepspeed-model-parallel",
-        title="DeepSpeed checkpoint of tensor or pipeline parallelism",
+        name=TENSOR_PARALLEL,
+        title="DeepSpeed checkpoint of tensor parallelism",
         recognized_by="state files of `mp_rank_01` and up in the tag folder",
         sign=tensor_parallel,
-        statement="is a DeepSpeed checkpoint of tensor or pipeline parallelism (mp_rank_01 and up)",
-        remedy=LOAD_THERE,
-        refusal="{statement}; merging these is not supported yet: {remedy}",
+        statement="is a DeepSpeed checkpoint of tensor parallelism (mp_rank_01 and up)",
+        remedy="ckpt show, to-fp32, verify and ckpt.open read it",
+        reader="converters.zero.parallel.reader:read",
+        contrast="not one of a single model-parallel rank",
         trouble="unsupported",
         of_tag=True,
     ),
@@ -159,7 +163,7 @@ KINDS = (
         sign=deepspeed,
         statement="is a DeepSpeed checkpoint",
         remedy="ckpt show, to-fp32, reshard and to-universal read it",
-        reader="converters.zero.reader:read",
+        reader="converters.zero.experts.native:read",
     ),
     Kind(
         name="deepspeed-several",

@@ -24,13 +24,17 @@ from ckpt.cli.main import main
 
 SHARED_CORPUS = ROOT.parent / "shared" / "corpus"
 REFUSED = {  # by name; these follow later
-    "aep_z3": "AutoEP",
-    "mics4": "MiCS",
-    "moe_s2": "expert",
     "nl2": "node",
     "pp_z1bf": "pipeline",
-    "tp_z2_w4": "tensor or pipeline parallelism",
 }
+
+
+APART = {
+    "aep_z3",
+    "tp_z2_w4",
+    "moe_s2",
+    "mics4",
+}  # read, but not by DeepSpeed's own script, and with NaN
 
 
 def made() -> list[Path]:
@@ -40,7 +44,9 @@ def made() -> list[Path]:
 
 def corpus() -> list[Path]:
     """The real checkpoints of 14 versions of DeepSpeed that can be converted."""
-    return sorted(p for p in (FIXTURES / "corpus").iterdir() if p.name not in REFUSED)
+    return sorted(
+        p for p in (FIXTURES / "corpus").iterdir() if p.name not in REFUSED.keys() | APART
+    )
 
 
 def root_of(save_dir: Path) -> Path:

@@ -20,6 +20,8 @@ MAX_MODULES = 16  # in a folder, its __init__.py aside
 # above its own line here, and itself.
 FLOORS = """
 converters.extents
+converters.walks
+converters.tiles
 converters.errors converters.tensors converters.words ckpt.text ckpt.version
 converters.accessors converters.storage.system
 converters.source converters.storage converters.pickles converters.names ckpt.runs.lease
@@ -30,6 +32,7 @@ converters.execute converters.torch_files converters.peft.merge
 converters.formats converters.zero.files
 converters.zero.naming
 converters.zero
+converters.zero.parallel converters.zero.experts
 converters.zero.native
 converters.zero.universal
 

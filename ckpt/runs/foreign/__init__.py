@@ -2,7 +2,7 @@
 
 completeness  whether one is whole, by what its writer writes
 intact_files  whether its files are whole, by their own form
-parallel      pipeline, tensor and expert parallelism, which are not read
+parallel      pipelines and other parallelism that is not read
 succession    whether it goes on from a committed one
 liveness      whether somebody writes it right now
 evaluation    its metrics, as the Trainer logged them

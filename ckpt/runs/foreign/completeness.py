@@ -349,9 +349,9 @@ def _of_deepspeed(
     if rng_ranks is not None and not has_scheduler:
         raise CheckpointError(f"{folder} has no scheduler.pt", "incomplete")
 
-    shapes = {name: tuple(ref.shape) for name, ref in source.weights.tensors.items()}
-
-    return Proof(folder, kind, source.step, source.place.tag, shapes=shapes)
+    refs = source.weights.tensors if source.kind == "deepspeed" else {}  # engines of others: parts
+    shapes = {name: tuple(ref.shape) for name, ref in refs.items()}
+    return Proof(folder, kind, source.step, source.place.tag, shapes=shapes or None)
 
 
 def _lightning_file(path: Path) -> Proof:

@@ -1,4 +1,4 @@
-"""Checkpoints of DeepSpeed with pipeline, tensor or expert parallelism, whose states are not read.
+"""Checkpoints of DeepSpeed whose states are not read: of pipelines, experts without ZeRO and such.
 
 What can be shown of them: DeepSpeed named the tag in ``latest``, which it does last
 (0.19.8 ``runtime/engine.py``: ``save_checkpoint``), every file is whole by its form,

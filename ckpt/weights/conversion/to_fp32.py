@@ -36,16 +36,9 @@ _ARGUMENTS = (
         "tied=",
         "exclude_frozen=True",
     ),
-    *("weights=", "names=", "layout=", "part=", "strip=", "rename=", "select=", "merge=True"),
-    *(
-        "base=",
-        "other_base=True",
-        "adapter_config=",
-        "config=",
-        "tokenizer=",
-        "dequantize=True",
-        "check=",
-    ),
+    *("weights=", "names=", "layout=", "part=", "tp_rules=", "strip=", "rename=", "select="),
+    *("merge=True", "base=", "other_base=True", "adapter_config=", "config=", "tokenizer="),
+    *("dequantize=True", "check="),
     *("untie=True", "odd_types=", "verify=False", "allow_overflow=True", "overwrite=True"),
 )
 
@@ -113,6 +106,7 @@ def to_fp32(
     names: Names = "reader",
     layout: Layout = "hub",
     part: str | None = None,
+    tp_rules: AnyPath | None = None,
     strip: str | Sequence[str] = (),
     rename: str | Mapping[str, str] | Sequence[str | tuple[str, str]] = (),
     select: str | Sequence[str] = (),
@@ -146,9 +140,8 @@ def to_fp32(
     """
     _require_choices(weights, names, check, odd_types, layout)
     _prefer_blas(merge)
-    naming = replace(Naming.of(strip, rename, select, part), as_stored=names == "as-stored")
     request = Request(
-        naming=naming,
+        naming=replace(Naming.of(strip, rename, select, part), as_stored=names == "as-stored"),
         weights=weights,
         merge=merge,
         base=_local(base),
@@ -162,6 +155,7 @@ def to_fp32(
         unsupported_types=odd_types,
         exclude_frozen=exclude_frozen,
         layout=layout,
+        tp_rules=_local(tp_rules),
     )
     place, remark = newest.choose(checkpoint, tag, last)
     conversion = convert.plan(

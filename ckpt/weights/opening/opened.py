@@ -30,6 +30,7 @@ from converters.storage import stores
 from converters.tensors import DType, TensorRef, Weights
 from converters.words import counted
 from converters.zero.files import discovery
+from converters.zero.parallel import rules
 
 if TYPE_CHECKING:
     from ckpt.weights.opening.tensors import Array
@@ -47,6 +48,7 @@ def open(
     select: str | Sequence[str] = (),
     part: str | None = None,
     adapter_config: str | os.PathLike[str] | None = None,
+    tp_rules: str | os.PathLike[str] | None = None,
     last: bool = False,
     layout: Layout = "runtime",
 ) -> Opened:
@@ -60,6 +62,7 @@ def open(
     have, one model of several. Without them the names are those of the checkpoint, with
     the ``_orig_mod.`` of a compiled model, which ``to-fp32`` takes off.
     ``adapter_config`` is PEFT's file, or its folder, for a checkpoint without one.
+    ``tp_rules`` is a file that says how parameters were cut for tensor parallelism.
     ``last`` takes the newest checkpoint of the run at ``path`` that is committed or
     complete. ``layout="hub"`` gives names and shapes as ``save_pretrained`` writes them,
     "runtime" those of the running model.
@@ -71,12 +74,13 @@ def open(
         raise CheckpointError(f'framework is {framework!r}, expected "pt" or "np"', "output")
     arguments.require_choice("layout", layout, get_args(Layout))
 
-    names = ("tag=", "last=True", "strip=", "rename=", "select=", "part=")
+    names = ("tag=", "last=True", "strip=", "rename=", "select=", "part=", "tp_rules=")
     with arguments.naming_arguments(*names):
         path, _ = newest.choose(path, tag, last)
         lock = locks.reading(_place(path, tag))
         try:
-            source = _source(path, tag)
+            with rules.using(tp_rules):
+                source = _source(path, tag)
             unusual_tensors = unusual.tensors_of(source)
             wishes = Naming.of(strip, rename, select, part)
             listed = _listed(source.weights, unusual_tensors)

@@ -10,8 +10,13 @@ from converters.zero.files import discovery, state_files
 from converters.zero.files.state_files import State
 
 
-def in_rank_order(place: discovery.Place, optimizers: Mapping[int, State]) -> list[State]:
-    """The optimizer files in rank order; raises unless all are there, of one save."""
+def in_rank_order(
+    place: discovery.Place, optimizers: Mapping[int, State], model_rank: int | None = None
+) -> list[State]:
+    """The optimizer files in rank order; raises unless all are there, of one save.
+
+    ``model_rank`` is the model-parallel rank that they are of, if there are several.
+    """
     if not optimizers:
         return []
 
@@ -27,7 +32,8 @@ def in_rank_order(place: discovery.Place, optimizers: Mapping[int, State]) -> li
         )
 
     node_local = first_state.setting("checkpoint", "use_node_local_storage") is True
-    require_ranks(place, rank_count, optimizers, "optimizer", node_local)
+    file_kind = of_model_rank("optimizer", model_rank)
+    require_ranks(place, rank_count, optimizers, file_kind, node_local)
     expected = state_files.progress(first_state)
 
     for state in other_states:
@@ -41,6 +47,11 @@ def in_rank_order(place: discovery.Place, optimizers: Mapping[int, State]) -> li
                 )
 
     return list(optimizers.values())
+
+
+def of_model_rank(file_kind: str, model_rank: int | None) -> str:
+    """What files are called in a message, with their model-parallel rank if there are several."""
+    return file_kind if model_rank is None else f"mp_rank_{model_rank:02d} {file_kind}"
 
 
 def require_ranks(

@@ -1,0 +1,135 @@
+"""Reading the bytes of a tensor, wherever they lie, and noting the CRC32s of what passes.
+
+    one run after another    pread into the buffer
+    rows of a shard          one read, scattered over the rows of the buffer
+    a strided view           one read of all between its runs, which are picked out
+
+A tensor's replicas are read too, and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from isal import isal_zlib
+
+from converters.errors import CheckpointError
+from converters.execute.source_files import SourceFiles
+from converters.storage.checksums import Ledger
+from converters.tensors import Extent, Extents, Read, TensorRef
+
+MOVE_BYTES = 2 << 20  # bytes of the widest type in a piece; a thread has four such buffers
+SCATTERED_BYTES = 4 << 10  # runs of fewer bytes are read at once, and copied to their places
+
+
+class UnlikeError(CheckpointError):
+    """Ranks have different values of what they should all have the same of."""
+
+    def __init__(self, name: str, tensor: TensorRef, replica: TensorRef):
+        super().__init__(
+            f"{replica.extents[0].path} holds other values of {name} than "
+            f"{tensor.extents[0].path}, and all ranks should have the same: a file is of another "
+            "save, or the ranks had drifted apart when they saved"
+        )
+        self.tensors = (tensor, replica)
+
+
+class SourceReader:
+    """One thread's open files; two buffers of ``MOVE_BYTES`` that it reads by.
+
+    ``ledger`` takes the CRC32s; ``None`` where nothing is to be verified. ``name`` is that of
+    the tensor that is read, for errors.
+    """
+
+    def __init__(self, buffers: Sequence[memoryview], ledger: Ledger | None):
+        self.second, self.window = buffers
+        self.ledger = ledger
+        self.files = SourceFiles()
+        self.name = ""
+
+    def close(self) -> None:
+        """Closes the source files; they are opened again when it is used again."""
+        self.files.close()
+
+    def take(self, tensor: TensorRef, start: int, destination: memoryview) -> None:
+        """Fills ``destination`` from element ``start`` of a tensor on, and notes the
+        CRC32s."""
+        part = tensor.narrow(start, len(destination) // tensor.dtype.itemsize)
+        if tensor.extents.scattered:
+            # out of order: its CRC32 is left to the closing of the account
+            self.gather(part.extents, destination)
+        else:
+            self.read(part.extents, destination)
+
+        for replica in tensor.replicas if self.ledger is not None else ():
+            self.require_same(tensor, replica, start, destination)
+
+    def require_same(
+        self, tensor: TensorRef, replica: TensorRef, start: int, expected: memoryview
+    ) -> None:
+        """Raises ``UnlikeError`` unless a replica has the same bytes from element ``start`` on."""
+        itemsize = tensor.dtype.itemsize
+        step = len(self.second) // itemsize * itemsize
+        for first in range(0, len(expected), step):
+            values = self.second[: min(step, len(expected) - first)]
+            self.take(replica, start + first // itemsize, values)
+            if not _same_bytes(values, expected[first : first + len(values)]):
+                raise UnlikeError(self.name, tensor, replica)
+
+    def read(self, extents: Extents, destination: memoryview) -> None:
+        """Fills ``destination`` with runs that are read in order, and notes their CRC32s."""
+        for read in extents.reads():
+            extent = read.extent
+            if read.count == 1:
+                run_bytes = destination[read.position : read.position + read.row]
+                self.files.fill(run_bytes, extent)
+                crc32 = isal_zlib.crc32(run_bytes) if self.ledger is not None else 0
+            else:
+                crc32 = self.scatter(read, destination)
+
+            if self.ledger is not None:
+                self.ledger.add(extent.path, extent.offset, extent.length, crc32)
+
+    def scatter(self, read: Read, destination: memoryview) -> int:
+        """One run of a file to many rows of a buffer; its CRC32, if it is to be known."""
+        if read.row >= SCATTERED_BYTES or read.extent.length > len(self.window):
+            rows = read.rows(destination)
+            self.files.scatter(rows, read.extent)
+            crc32 = 0
+            for row in rows if self.ledger is not None else ():
+                crc32 = isal_zlib.crc32(row, crc32)
+            return crc32
+
+        import numpy as np
+
+        window = self.window[: read.extent.length]
+        self.files.fill(window, read.extent)
+        shape, strides = (read.count, read.row), (read.step, 1)
+        target = np.ndarray(shape, np.uint8, destination, read.position, strides)
+        target[:] = np.frombuffer(window, np.uint8).reshape(shape)
+
+        return isal_zlib.crc32(window) if self.ledger is not None else 0
+
+    def gather(self, runs: Extents, destination: memoryview) -> None:
+        """Many small runs, with one read of all between them where that fits into a
+        buffer."""
+        window_start = min(run.offset for run in runs)
+        length = max(run.end for run in runs) - window_start
+        window = self.window[:length]
+        if fits_window := length <= len(self.window):
+            self.files.fill(window, Extent(runs[0].path, window_start, length))
+
+        position = 0
+        for run in runs:
+            target = destination[position : position + run.length]
+            if fits_window:
+                target[:] = window[run.offset - window_start : run.end - window_start]
+            else:
+                self.files.fill(target, run)
+            position += run.length
+
+
+def _same_bytes(first: memoryview, second: memoryview) -> bool:
+    """Whether two buffers hold the same; eight bytes at a time, which is faster."""
+    end = len(first) // 8 * 8
+    return first[end:] == second[end:] and first[:end].cast("Q") == second[:end].cast("Q")

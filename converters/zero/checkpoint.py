@@ -5,8 +5,8 @@ The stages differ in where the fp32 master weights lie and how names find them
 ``parameters``: which files belong together, and that every name of the model's state is
 accounted for, as a tensor, a tied name, or absent and why.
 
-Tensor and pipeline parallelism, experts, MiCS and universal checkpoints are
-refused by name.
+Tensor parallelism, MiCS and universal checkpoints are refused by name, and so are
+pipelines and experts, which ``parallel`` reads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters import quantized
-from converters.detect.deepspeed import LOAD_THERE
+from converters.detect.deepspeed import LOAD_THERE, READ_HERE
 from converters.errors import CheckpointError, consistent, unreadable
 from converters.names.rules import Names
 from converters.source import EXCLUDED as EXCLUDED
@@ -93,7 +93,7 @@ def _read_or_explain(place: Place, require_all: bool) -> Checkpoint:
 def _read(place: Place, require_all: bool) -> Checkpoint:
     files = discovery.scan(place)
     optimizers = {rank: state_files.read(file) for rank, file in files.optimizer.items()}
-    stage = _stage(optimizers)
+    stage = stage_of(optimizers)
     model_files = _model_files(files, stage)
     refuse_foreign([*model_files, *optimizers.values()])
     if not model_files:
@@ -104,8 +104,8 @@ def _read(place: Place, require_all: bool) -> Checkpoint:
     notes = _require_ranks(place, files, model_files[0], len(rank_files), require_all)
     if stage == 3 and files.module is not None:
         notes = [f"{files.module.name} is of another save and was left out", *notes]
-    if not rank_files and (files.partitioned or _has_partitions(model_files[0])):
-        raise _no_optimizer_files(place)
+    if not rank_files and (files.partitioned or has_partitions(model_files[0])):
+        raise no_optimizer_files(place)
 
     parameters = _parameters(place, stage, model_files, rank_files)
     sources = [*model_files, *rank_files]
@@ -129,7 +129,7 @@ def _read(place: Place, require_all: bool) -> Checkpoint:
     )
 
 
-def _no_optimizer_files(place: Place) -> CheckpointError:
+def no_optimizer_files(place: Place) -> CheckpointError:
     """The error for a checkpoint of ZeRO that has model files only."""
     return CheckpointError(
         f"{place.folder} has no optimizer files, which hold the fp32 weights under "
@@ -228,7 +228,7 @@ def _partitioned_models(paths: Sequence[Path]) -> list[State]:
     return [rank_0_model, *(state_files.read(path) for path in other_paths)]
 
 
-def _stage(optimizers: Mapping[int, State]) -> int:
+def stage_of(optimizers: Mapping[int, State]) -> int:
     """The ZeRO stage that the optimizer files state; 0 without such files.
 
     BF16_Optimizer states none: it works as stage 1, whatever the configuration
@@ -254,6 +254,10 @@ def _stage(optimizers: Mapping[int, State]) -> int:
     return 1 if configured_stage == 1 else int(stated_stage)
 
 
+class ExpertsError(CheckpointError):
+    """The error for experts that are dealt out to ranks, which the files' names did not show."""
+
+
 def refuse_foreign(states: Iterable[State]) -> None:
     """Raises for parallelism beyond ZeRO, which the files' names did not give away."""
     for state in states:
@@ -276,6 +280,12 @@ def refuse_foreign(states: Iterable[State]) -> None:
         else:
             continue
 
+        if "expert" in parallelism:
+            raise ExpertsError(
+                f"{state.path} was saved with {parallelism}, not by ZeRO alone; {READ_HERE}",
+                "unsupported",
+            )
+
         raise CheckpointError(
             f"{state.path} was saved with {parallelism}; merging that is not supported yet: "
             f"{LOAD_THERE}",
@@ -283,7 +293,7 @@ def refuse_foreign(states: Iterable[State]) -> None:
         )
 
 
-def _has_partitions(model: State) -> bool:
+def has_partitions(model: State) -> bool:
     """Whether the run kept the optimizer's state in files of its own.
 
     Some must be there then. Only then the module file names ``param_shapes`` (since

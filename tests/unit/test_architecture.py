@@ -30,6 +30,7 @@ converters.execute converters.torch_files converters.peft.merge
 converters.formats converters.zero.files
 converters.zero.naming
 converters.zero
+converters.zero.parallel
 converters.zero.native
 converters.zero.universal
 

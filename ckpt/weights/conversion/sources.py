@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ckpt.weights.request import Request
 from converters.detect import detection
-from converters.detect.deepspeed import UNIVERSAL
+from converters.detect.deepspeed import PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError
 from converters.names import selection
 from converters.source import STATES, Source
@@ -36,9 +36,10 @@ def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
     if request.weights != "16bit":
         return fp32(checkpoint, tag, "--weights 16bit")
 
-    if detection.detect(checkpoint, tag).kind.name == UNIVERSAL:
+    detected = detection.detect(checkpoint, tag)
+    if detected.kind.name in (UNIVERSAL, *PARALLEL):
         raise CheckpointError(
-            f"{checkpoint} is a universal checkpoint, which is read for its fp32 weights; leave "
+            f"{checkpoint} {detected.statement}, which is read for its fp32 weights; leave "
             "--weights 16bit out (--dtype bf16 rounds them)",
             "refused",
         )

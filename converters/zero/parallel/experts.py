@@ -20,6 +20,7 @@ from converters import words
 from converters.accessors import is_a
 from converters.detect.deepspeed import EXPERTS, LOAD_THERE
 from converters.errors import CheckpointError
+from converters.names.rules import Names
 from converters.source import Place, Source, SourceTopology
 from converters.storage import misplaced_files
 from converters.tensors import TensorRef
@@ -100,12 +101,20 @@ def _without_zero(
     optimizers = experts_without_zero.optimizers(place, files.expert_optimizers[0])
     copies, prefixes = _copies(model, layers, experts.tensors)
     whole_model = _whole(model, layers, copies, prefixes)
-    weights = storage_views.complete(whole_model, {}, None).frozen
+    shared_names = storage_views.shared_names(whole_model, Names())
+    weights = {
+        name: ref
+        for name, ref in storage_views.complete(whole_model, {}, None).frozen.items()
+        if name not in shared_names
+    }
     dense = {name: ref for name, ref in weights.items() if name not in copies}
     dense = auto_ep.in_optimizer_order(layers, dense)
     by_expert = {name: ref for name, ref in weights.items() if name in copies}
     named = experts_without_zero.named(model, optimizers, dense, by_expert, layers)
     parameters = storage_views.complete(whole_model, dict(named.masters), None)
+    for name, owner in shared_names.items():
+        if owner in parameters.frozen and parameters.frozen.pop(name, None) is not None:
+            parameters.aliases[name] = owner
     if named.states.by_name is None:
         parameters.notes.append(f"the optimizer's state is absent: {numbered_states.UNKNOWN}")
 

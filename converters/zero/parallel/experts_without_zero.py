@@ -100,6 +100,7 @@ def named(
     they have in the whole model, both in its order. ``layers`` are those of AutoEP.
     ``CheckpointError`` where fp32 weights find no names.
     """
+    _require_all(model, optimizer_files, experts, layers)
     states: dict[str, Mapping[Any, Any]] = {}
     masters: dict[str, TensorRef] = {}
     local_states: dict[tuple[str, int], Mapping[Any, Any]] = {}
@@ -125,6 +126,39 @@ def named(
         states |= _stacked_states(model, layers, local_states)
     masters |= auto_ep.merged(model, layers, local_masters)
     return NamedOptimizers(NumberedStates(folder, states if is_known else None, {}), masters)
+
+
+def _require_all(
+    model: State,
+    optimizer_files: Sequence[ExpertOptimizer],
+    experts: Parameters,
+    layers: Sequence[AutoEPLayer],
+) -> None:
+    """Raises if there are fewer optimizer files than the experts are dealt out to.
+
+    How many that is only the layers of AutoEP say; else it is known where the first file
+    has all parameters of its own experts.
+    """
+    count = max((len(layer.experts) for layer in layers), default=0)
+    if not layers:
+        first = optimizer_files[0]
+        groups = first.kept.dicts("param_groups")
+        own_count = sum(len(groups[number]["params"]) for number in first.groups(has_experts=True))
+        count, remainder = divmod(len(experts), own_count or 1)
+        own_experts = _own(model, experts, layers, 0, count) if own_count else {}
+        if (
+            remainder
+            or _states_in_order(first, first.groups(has_experts=True), own_experts) is None
+        ):
+            return
+
+    if len(optimizer_files) < count:
+        raise CheckpointError(
+            f"{model.path.parent} has the optimizer files of {len(optimizer_files)} expert ranks "
+            f"(expp_rank_N_mp_rank_00_optim_states.pt), its experts are dealt out to {count}; copy "
+            "the others here from the save",
+            "incomplete",
+        )
 
 
 def _stacked_states(

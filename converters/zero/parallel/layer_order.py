@@ -23,10 +23,11 @@ MAX_STEPS = 1 << 22  # shapes compared at most; ends the search in odd files
 MAX_WAYS = 64  # that are followed at once
 
 
-def only_way(
+def ways(
     stages: Sequence[Sequence[Shape]], layers: Mapping[int, Sequence[Shape]]
-) -> Way | None:
-    """The layers of each stage; ``None`` if there is no way to deal them out, or several.
+) -> set[Way] | None:
+    """The layers of each stage, in all ways to deal them out, or some of these if there are
+    several; ``None`` if that is too much to try.
 
     ``stages`` has the shapes of each stage's parameters in order, ``layers`` those of
     each layer.
@@ -35,13 +36,13 @@ def only_way(
     if (len(layers) + 1) * shape_count > MAX_STEPS:
         return None
 
-    ways: set[Way] = set()
+    result: set[Way] = set()
     for tied_layer in (None, *layers):
-        ways.update(_ways(stages, layers, tied_layer))
-        if len(ways) > 1:
-            return None
+        result.update(_ways(stages, layers, tied_layer))
+        if len(result) > 1:
+            break
 
-    return ways.pop() if ways else None
+    return result
 
 
 def _ways(

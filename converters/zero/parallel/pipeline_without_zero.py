@@ -101,20 +101,20 @@ def _states(
 
     kept_states = [states for states in states_by_stage if states is not None]
     shapes_by_stage = [
-        [numbered_states.shape_of(state) for state in states] for states in kept_states
+        [shape for state in states if (shape := numbered_states.shape_of(state)) is not None]
+        for states in kept_states
     ]
+    has_all_shapes = list(map(len, shapes_by_stage)) == list(map(len, kept_states))
     layers = {
         layer: [weights[name].shape for name in names] for layer, names in names_by_layer.items()
     }
-    _require_layers(models, shapes_by_stage, layers)
-    way = layer_order.only_way(
-        [[shape for shape in shapes if shape is not None] for shapes in shapes_by_stage], layers
-    )
-    if way is None or any(None in shapes for shapes in shapes_by_stage):
+    ways = layer_order.ways(shapes_by_stage, layers) if has_all_shapes else None
+    _require_layers(folder, shapes_by_stage, layers, has_no_way=ways == set())
+    if ways is None or len(ways) != 1:
         return NumberedStates(folder, None, {})
 
     by_name: dict[str, Mapping[str, Any]] = {}
-    for states, stage_layers in zip(kept_states, way, strict=True):
+    for states, stage_layers in zip(kept_states, ways.pop(), strict=True):
         names = [name for layer in stage_layers for name in names_by_layer[layer]]
         for name, state in zip(names, states, strict=True):
             by_name.setdefault(name, state)  # of a tied module the first stage's, as its weights
@@ -133,22 +133,37 @@ def _numbered(model: State) -> list[Mapping[Any, Any]] | None:
 
 
 def _require_layers(
-    models: Sequence[State],
-    shapes_by_stage: Sequence[Sequence[Shape | None]],
+    folder: Path,
+    shapes_by_stage: Sequence[Sequence[Shape]],
     layers: Mapping[int, Sequence[Shape]],
+    *,
+    has_no_way: bool,
 ) -> None:
-    """Raises if a stage has parameters of a shape that the layer files have fewer of."""
-    present = Counter(shape for shapes in layers.values() for shape in shapes)
-    for model, shapes in zip(models, shapes_by_stage, strict=True):
-        missing_shapes = Counter(shape for shape in shapes if shape is not None) - present
-        if missing_shapes:
-            shape = next(iter(missing_shapes))
-            raise CheckpointError(
-                f"{model.path.parent} lacks layer files: the optimizer in {model.path.name} has "
-                f"the state of more parameters of shape {words.shape(shape)} than all layer "
-                "files hold; copy the layer_NN files here from the save",
-                "incomplete",
-            )
+    """Raises if the stages have parameters that the layer files lack.
+
+    Beyond those in the layer files there may only be further copies of one tied module.
+    ``has_no_way`` says that no dealing out of the layers gives the stages; where nothing is
+    frozen, a layer is missing then.
+    """
+    in_layers = Counter(shape for shapes in layers.values() for shape in shapes)
+    in_stages = Counter(shape for shapes in shapes_by_stage for shape in shapes)
+    surplus = in_stages - in_layers
+    possible_copies = (
+        Counter({shape: copies * count for shape, count in Counter(shapes).items()})
+        for shapes in layers.values()
+        for copies in range(1, len(shapes_by_stage))
+    )
+    is_explained = not surplus or surplus in possible_copies
+    if is_explained and not (has_no_way and not in_layers - in_stages):
+        return
+
+    shape = next(iter(surplus), ())
+    raise CheckpointError(
+        f"{folder} lacks layer files, or has several tied modules: the optimizers have the state "
+        f"of {in_stages[shape]} parameters of shape {words.shape(shape)}, the layer files hold "
+        f"{in_layers[shape]}; copy all layer_NN files here from the save",
+        "incomplete",
+    )
 
 
 def _notes(layers: Mapping[int, State], states: NumberedStates) -> list[str]:

@@ -9,7 +9,7 @@ partitioning      how ZeRO cuts parameters up
 naming/           which tensor has which name;  assemble  all of them as ``Weights``
 optimizer_state   by the name of its parameter;  muon  what Muon keeps;  param_groups
 rank_vectors      the weights and states of a param group, as all ranks have them
-parallel/         pipelines and experts, which more than ZeRO splits up
+pipeline/         layers on stages;  experts/  on several ranks;  model_ranks/  what both need
 native/           the files for another world size or stage
 universal/        the universal format
 """

@@ -6,7 +6,7 @@ The stages differ in where the fp32 master weights lie and how names find them
 accounted for, as a tensor, a tied name, or absent and why.
 
 Tensor parallelism, MiCS and universal checkpoints are refused by name, and so are
-pipelines and experts, which ``parallel`` reads.
+pipelines and experts, which have readers of their own.
 """
 
 from __future__ import annotations

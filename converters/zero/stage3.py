@@ -58,10 +58,10 @@ def parameters(folder: Path, models: Sequence[State], ranks: Sequence[State]) ->
         ]
         masters |= dict(partitioning.stage3(flat_vectors, group_shapes))
 
-    return named(models, masters)
+    return complete(models, masters)
 
 
-def named(models: Sequence[State], masters: Mapping[str, TensorRef]) -> Parameters:
+def complete(models: Sequence[State], masters: Mapping[str, TensorRef]) -> Parameters:
     """All parameters, where the trained ones are known by their own names.
 
     ``models`` are the model files in rank order. ``CheckpointError`` if something

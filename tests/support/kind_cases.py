@@ -95,16 +95,16 @@ def universal(folder: Path) -> Path:
     return folder / "u"
 
 
-@case("deepspeed-experts", "load it with DeepSpeed in the training that wrote it")
+@case("deepspeed-experts", "")
 def experts(folder: Path) -> Path:
-    name = "layer_0_expert_1_mp_rank_00_model_states.pt"
-    return tagged(folder, name, "mp_rank_00_model_states.pt")
+    shutil.copytree(FIXTURES / "parallel/moe-zero1-frozen", folder, dirs_exist_ok=True)
+    return folder
 
 
-@case("deepspeed-pipeline", "load it with DeepSpeed in the training that wrote it")
+@case("deepspeed-pipeline", "")
 def pipeline(folder: Path) -> Path:
-    names = ("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt")
-    return tagged(folder, "layer_00-model_00-model_states.pt", *names)
+    shutil.copytree(FIXTURES / "parallel/pipeline-zero1", folder, dirs_exist_ok=True)
+    return folder
 
 
 @case("deepspeed-model-parallel", "load it with DeepSpeed in the training that wrote it")

@@ -1,4 +1,4 @@
-"""Experts on several ranks, under stages 1 and 2, or BF16_Optimizer.
+"""Experts on several ranks, under stages 1 and 2, or without ZeRO.
 
     param_shapes (of rank 0)    dense parameters | local experts 0, 1
     ranks of ep rank 0          experts 0, 1     local 0 is expert 0
@@ -26,25 +26,17 @@ from converters.storage import misplaced_files
 from converters.tensors import TensorRef
 from converters.zero import checkpoint as zero
 from converters.zero import optimizer_state, stage12
+from converters.zero.experts import auto_ep, expert_files, expert_groups, unpartitioned
+from converters.zero.experts.auto_ep import AutoEPLayer
+from converters.zero.experts.expert_files import NATIVE, ExpertFiles
+from converters.zero.experts.expert_groups import SharedGroup
 from converters.zero.files import all_ranks, state_files
 from converters.zero.files.state_files import Shape, State
+from converters.zero.model_ranks import folder_files, numbered_states
+from converters.zero.model_ranks.folder_files import FolderFiles
+from converters.zero.model_ranks.joined_source import Joined, with_module
 from converters.zero.naming import storage_views
 from converters.zero.naming.group_storages import FlatGroup
-from converters.zero.parallel import (
-    auto_ep,
-    auto_ep_partitions,
-    expert_files,
-    expert_groups,
-    experts_without_zero,
-    folder_files,
-    numbered_states,
-    slice_mappings,
-)
-from converters.zero.parallel.auto_ep import AutoEPLayer
-from converters.zero.parallel.expert_files import NATIVE, ExpertFiles
-from converters.zero.parallel.expert_groups import SharedGroup
-from converters.zero.parallel.folder_files import FolderFiles
-from converters.zero.parallel.joined_source import Joined, with_module
 
 # of the experts of an expert rank, under the names that these have there
 LocalWeights = dict[tuple[str, int], TensorRef]
@@ -55,9 +47,6 @@ def read(place: Place, files: FolderFiles) -> Source:
 
     ``CheckpointError`` for what is damaged, incomplete, or split up further.
     """
-    if files.partitioned:
-        return auto_ep_partitions.read(place, files)
-
     model = _model(place, files)
     layers = auto_ep.layers_of(model)
     experts = expert_files.read(place, files, model)
@@ -66,7 +55,7 @@ def read(place: Place, files: FolderFiles) -> Source:
         return _without_zero(place, files, model, layers, experts)
 
     ranks = _ranks(place, files, model)
-    masters, local_weights = _masters(model, ranks, layers, experts.tensors)
+    masters, local_weights = _masters(model, ranks, layers)
     if layers:
         masters |= auto_ep.merged(model, layers, local_weights)
     else:
@@ -98,7 +87,7 @@ def _without_zero(
     experts: ExpertFiles,
 ) -> Source:
     """The weights of a training without ZeRO, and the states by order."""
-    optimizers = experts_without_zero.optimizers(place, files.expert_optimizers[0])
+    optimizers = unpartitioned.optimizers(place, files.expert_optimizers[0])
     copies, prefixes = _copies(model, layers, experts.tensors)
     whole_model = _whole(model, layers, copies, prefixes)
     shared_names = storage_views.shared_names(whole_model, Names())
@@ -110,12 +99,12 @@ def _without_zero(
     dense = {name: ref for name, ref in weights.items() if name not in copies}
     dense = auto_ep.in_optimizer_order(layers, dense)
     by_expert = {name: ref for name, ref in weights.items() if name in copies}
-    named = experts_without_zero.named(model, optimizers, dense, by_expert, layers)
-    parameters = storage_views.complete(whole_model, dict(named.masters), None)
+    named_optimizers = unpartitioned.by_name(model, optimizers, dense, by_expert, layers)
+    parameters = storage_views.complete(whole_model, dict(named_optimizers.masters), None)
     for name, owner in shared_names.items():
         if owner in parameters.frozen and parameters.frozen.pop(name, None) is not None:
             parameters.aliases[name] = owner
-    if named.states.by_name is None:
+    if named_optimizers.states.by_name is None:
         parameters.notes.append(f"the optimizer's state is absent: {numbered_states.UNKNOWN}")
 
     world_size = model.root.get("dp_world_size")
@@ -128,7 +117,9 @@ def _without_zero(
         states=[model, *experts.states, *(optimizer.file for optimizer in optimizers)],
         topology=SourceTopology(world_size if is_a(world_size, int) else len(optimizers), 0),
     ).source()
-    return replace(source, optimizer=replace(named.states, aliases=source.weights.aliases).of)
+    return replace(
+        source, optimizer=replace(named_optimizers.states, aliases=source.weights.aliases).of
+    )
 
 
 def _copies(
@@ -205,15 +196,17 @@ def _masters(
     model: State,
     ranks: Sequence[State],
     layers: Sequence[AutoEPLayer],
-    copies: Mapping[str, TensorRef],
 ) -> tuple[dict[str, TensorRef], LocalWeights]:
-    """The fp32 weights of what is no expert by name, and those of the local experts.
-
-    ``copies`` are the 16-bit weights of single experts.
-    """
+    """The fp32 weights of what is no expert by name, and those of the local experts."""
     groups = expert_groups.matched(ranks)
     shapes_by_group = state_files.shapes(model, "param_shapes")
-    if shapes_by_group is not None and len(shapes_by_group) != len(groups):
+    if shapes_by_group is None:
+        raise CheckpointError(
+            f"{model.path} records no param_shapes, without which the weights of experts have no "
+            f"names; {LOAD_THERE}",
+            "unsupported",
+        )
+    if len(shapes_by_group) != len(groups):
         raise model.fail(
             f"param_shapes has {len(shapes_by_group)} groups, the optimizer {len(groups)}; the "
             "files are of two saves"
@@ -222,42 +215,17 @@ def _masters(
     is_block = model.setting("use_data_before_expert_parallelism") is True
     masters: dict[str, TensorRef] = {}
     local_weights: LocalWeights = {}
-    for number, group in enumerate(groups):
-        expert_ranks = range(group.expert_ranks) if group.name.has_experts else range(1)
-        for expert_rank in expert_ranks:
+    for group, group_shapes in zip(groups, shapes_by_group, strict=True):
+        for expert_rank in range(group.expert_ranks):
             members = expert_groups.ranks_of(group, expert_rank, is_block)
-            if shapes_by_group is None:  # BF16_Optimizer without ZeRO
-                numbers = [group.numbers[rank] for rank in members]
-                numels = slice_mappings.numels_of_group([ranks[rank] for rank in members], numbers)
-                vectors: dict[str, Shape] = {name: (numel,) for name, numel in numels.items()}
-                shapes = auto_ep.stacked_shapes(layers, vectors, expert_rank, copies)
-            else:
-                shapes = auto_ep.local_shapes(
-                    model, layers, shapes_by_group[number], expert_rank, group
-                )
-
+            shapes = auto_ep.local_shapes(model, layers, group_shapes, expert_rank, group)
             weights = _flat_group(ranks, group, members, shapes).masters()
             if group.name.has_experts:
                 local_weights |= {(name, expert_rank): ref for name, ref in weights.items()}
             else:
                 masters |= weights
 
-    if shapes_by_group is None:
-        masters = {name: _shaped(model, name, ref) for name, ref in masters.items()}
     return masters, local_weights
-
-
-def _shaped(model: State, name: str, master: TensorRef) -> TensorRef:
-    """A vector under the shape that ``module`` has; it stays one that it has not."""
-    copy = model.module.get(name)
-    if not isinstance(copy, TensorRef):
-        return master
-    if copy.numel != master.numel:
-        raise model.fail(
-            f"module has {name} as {words.shape(copy.shape)}, the fp32 weights are "
-            f"{words.shape(master.shape)}; the files are of two saves"
-        )
-    return master.view(*copy.shape)
 
 
 def _flat_group(
@@ -309,13 +277,13 @@ def _numbered(
         expert = expert_rank * local_count + int(match["expert"])
         global_name = f"{match['prefix']}{expert}{match['inner']}"
         copy = copies.get(global_name)
-        if copy is None or master.shape not in (copy.shape, (copy.numel,)):
+        if copy is None or copy.shape != master.shape:
             raise model.fail(
                 f"{global_name} is trained, but its expert's file has "
                 f"{words.shape(copy.shape) if copy is not None else 'none'}, expected "
                 f"{words.shape(master.shape)}; the files are of two saves"
             )
-        masters[global_name] = master.view(*copy.shape)
+        masters[global_name] = master
 
     return masters
 

@@ -23,14 +23,15 @@ from converters.detect.deepspeed import LOAD_THERE
 from converters.errors import CheckpointError
 from converters.source import Place
 from converters.tensors import TensorRef
+from converters.zero.experts import auto_ep
+from converters.zero.experts.auto_ep import AutoEPLayer
+from converters.zero.experts.expert_files import NATIVE
 from converters.zero.files import state_files
 from converters.zero.files.state_files import State
 from converters.zero.files.typed import Section
+from converters.zero.model_ranks import folder_files, numbered_states, one_save
+from converters.zero.model_ranks.numbered_states import NumberedStates
 from converters.zero.naming import storage_views
-from converters.zero.parallel import auto_ep, folder_files, numbered_states, one_save
-from converters.zero.parallel.auto_ep import AutoEPLayer
-from converters.zero.parallel.expert_files import NATIVE
-from converters.zero.parallel.numbered_states import NumberedStates
 
 Parameters = Mapping[str, TensorRef]
 
@@ -41,14 +42,14 @@ class ExpertOptimizer:
     where the training was in 16 bits."""
 
     file: State
-    kept: Section
+    torch_state: Section
     masters: tuple[list[TensorRef], ...] | None
 
     def groups(self, has_experts: bool) -> list[int]:
         """The numbers of the groups of experts, or of the others, that are not empty."""
         return [
             number
-            for number, group in enumerate(self.kept.dicts("param_groups"))
+            for number, group in enumerate(self.torch_state.dicts("param_groups"))
             if group.get("params") and bool(group.get("moe")) is has_experts
         ]
 
@@ -87,7 +88,7 @@ def _optimizer(state: State) -> ExpertOptimizer:
     return ExpertOptimizer(state, optimizer.section("optimizer_state_dict"), groups)
 
 
-def named(
+def by_name(
     model: State,
     optimizer_files: Sequence[ExpertOptimizer],
     dense: Parameters,
@@ -115,7 +116,9 @@ def named(
             group_masters = _masters_in_order(optimizer, numbers, parameters)
             is_known = is_known and group_states is not None
             if layers and has_experts:
-                local_states |= {(name, rank): kept for name, kept in (group_states or {}).items()}
+                local_states |= {
+                    (name, rank): state for name, state in (group_states or {}).items()
+                }
                 local_masters |= {(name, rank): ref for name, ref in group_masters.items()}
             else:
                 states = {**(group_states or {}), **states}
@@ -142,7 +145,7 @@ def _require_all(
     count = max((len(layer.experts) for layer in layers), default=0)
     if not layers:
         first = optimizer_files[0]
-        groups = first.kept.dicts("param_groups")
+        groups = first.torch_state.dicts("param_groups")
         own_count = sum(len(groups[number]["params"]) for number in first.groups(has_experts=True))
         count, remainder = divmod(len(experts), own_count or 1)
         own_experts = _own(model, experts, layers, 0, count) if own_count else {}
@@ -169,8 +172,8 @@ def _stacked_states(
     """The states of stacked experts, from those of the expert ranks."""
     states: dict[str, dict[Any, Any]] = {}
     tensors_by_key: dict[Any, dict[tuple[str, int], TensorRef]] = {}
-    for (name, rank), kept in local_states.items():
-        for key, value in kept.items():
+    for (name, rank), state in local_states.items():
+        for key, value in state.items():
             if isinstance(value, TensorRef) and value.shape:
                 tensors_by_key.setdefault(key, {})[name, rank] = value
             else:
@@ -187,7 +190,7 @@ def _states_in_order(
     optimizer: ExpertOptimizer, numbers: Sequence[int], parameters: Parameters
 ) -> dict[str, Mapping[Any, Any]] | None:
     """The states of one group, or none, by name; ``None`` if the order is not shown."""
-    groups = optimizer.kept.dicts("param_groups")
+    groups = optimizer.torch_state.dicts("param_groups")
     if len(numbers) > 1:
         return None
 
@@ -195,7 +198,7 @@ def _states_in_order(
         [
             state
             for number in numbers
-            for state in numbered_states.of_group(optimizer.kept, groups[number])
+            for state in numbered_states.of_group(optimizer.torch_state, groups[number])
         ],
         list(parameters),
         [tensor.shape for tensor in parameters.values()],
@@ -259,12 +262,12 @@ def _own(
         if match is not None:
             counts[match["prefix"]] = max(counts.get(match["prefix"], 0), int(match["expert"]) + 1)
 
-    own = {}
+    own_weights = {}
     for name, tensor in experts.items():
         match = NATIVE.fullmatch(name)
         if match is None:
             continue
         if int(match["expert"]) * rank_count // counts[match["prefix"]] == rank:
-            own[name] = tensor
+            own_weights[name] = tensor
 
-    return own
+    return own_weights

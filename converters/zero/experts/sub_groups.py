@@ -23,12 +23,13 @@ from converters.storage import misplaced_files
 from converters.tensors import TensorRef
 from converters.zero import checkpoint as zero
 from converters.zero import optimizer_state, partitioning, stage3
+from converters.zero.experts import auto_ep, expert_files
 from converters.zero.files import all_ranks, state_files, typed
 from converters.zero.files.state_files import Shape, State
 from converters.zero.files.typed import Section
-from converters.zero.parallel import auto_ep, expert_files, folder_files
-from converters.zero.parallel.folder_files import FolderFiles
-from converters.zero.parallel.joined_source import Joined, with_module
+from converters.zero.model_ranks import folder_files
+from converters.zero.model_ranks.folder_files import FolderFiles
+from converters.zero.model_ranks.joined_source import Joined, with_module
 
 _TEAMS = "ds_zero_partition_groups"
 _VECTORS = "fp32_flat_groups"
@@ -48,7 +49,7 @@ def read(place: Place, files: FolderFiles) -> Source:
     shared_params = models[0].root.get("shared_params")
     recorded = shared_params if isinstance(shared_params, dict) else {}
     first_model = with_module(models[0], models[0].module, shared_params={**recorded, **aliases})
-    parameters = stage3.named([first_model, *models[1:]], masters)
+    parameters = stage3.complete([first_model, *models[1:]], masters)
     prefixes = [layer.prefix for layer in layers]
     stacks = {name: masters[name] for layer in layers for name in layer.names if name in masters}
     module = expert_files.placed_among(first_model.module, stacks, prefixes)

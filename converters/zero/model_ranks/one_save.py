@@ -11,7 +11,7 @@ from converters.source import Place
 from converters.storage import misplaced_files
 from converters.zero.files import all_ranks, state_files
 from converters.zero.files.state_files import State
-from converters.zero.parallel import folder_files
+from converters.zero.model_ranks import folder_files
 
 # keys of model files that are the same on every rank of one save
 _COMMON = ("global_steps", "global_samples", "ds_version", "dp_world_size", "mp_world_size")

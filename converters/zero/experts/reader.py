@@ -1,4 +1,4 @@
-"""The readers of states that more than ZeRO split up: rows of ``converters.detect``."""
+"""Experts' states as a ``Source``: rows of ``converters.detect``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from converters.source import Source
 from converters.storage import open_files
 from converters.zero import reader
 from converters.zero.checkpoint import ExpertsError
+from converters.zero.experts import flat_groups, sub_groups
 from converters.zero.files import several_models
-from converters.zero.parallel import experts, folder_files, pipeline
+from converters.zero.model_ranks import folder_files
 
 
 @open_files.once()
 def read_any(path: Path, tag: str | None = None, complete: bool = False) -> Source:
-    """The same of files whose names tell of ZeRO alone: AutoEP under stage 3 has no others."""
+    """What files hold whose names tell of ZeRO alone: AutoEP under stage 3 has no others."""
     try:
         return reader.read(path, tag, complete)
     except ExpertsError:
@@ -24,7 +25,7 @@ def read_any(path: Path, tag: str | None = None, complete: bool = False) -> Sour
 
 @open_files.once()
 def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
-    """The weights, and the optimizer's state by the names of parameters.
+    """The weights of the model with all experts, and the optimizer's state by name.
 
     All files have to be there, with ``complete`` or without. ``CheckpointError`` for what
     is damaged or incomplete.
@@ -33,6 +34,7 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     try:
         with consistent(place.folder, "a file is damaged or of another save"):
             files = folder_files.scan(place)
-            return pipeline.read(place, files) if files.layers else experts.read(place, files)
+            read_files = sub_groups.read if files.partitioned else flat_groups.read
+            return read_files(place, files)
     except OSError as error:
         raise unreadable(error, place.folder) from error

@@ -22,10 +22,11 @@ from converters.errors import CheckpointError
 from converters.tensors import TensorRef
 from converters.zero.files.state_files import Shape, State
 from converters.zero.files.typed import Section
+from converters.zero.model_ranks import numbered_states
+from converters.zero.model_ranks.numbered_states import UNKNOWN, NumberedStates
 from converters.zero.naming import storage_views
 from converters.zero.naming.assemble import Parameters
-from converters.zero.parallel import layer_order, numbered_states
-from converters.zero.parallel.numbered_states import UNKNOWN, NumberedStates
+from converters.zero.pipeline import layer_order
 
 
 def read(

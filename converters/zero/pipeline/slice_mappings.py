@@ -1,6 +1,6 @@
 """The lengths of parameters, where only ``param_slice_mappings`` have them.
 
-BF16_Optimizer without ZeRO writes no ``param_shapes``, but for each rank where the
+BF16_Optimizer of a pipeline writes no ``param_shapes``, but for each rank where the
 pieces of parameters lie in its partition: ``{name: fragment_address(numel, start)}``
 (DeepSpeed 0.19.8 ``runtime/bf16_optimizer.py``, ``utils/tensor_fragment.py``).
 
@@ -33,15 +33,6 @@ def numels(ranks: Sequence[State]) -> list[dict[str, int]]:
     return [
         _joined(ranks, [groups[number] for groups in by_rank]) for number in range(len(by_rank[0]))
     ]
-
-
-def numels_of_group(ranks: Sequence[State], numbers: Sequence[int]) -> dict[str, int]:
-    """The elements of each parameter of the group that has these numbers on some ranks."""
-    pieces = [
-        typed.item(state.path, KEY, _pieces(state), number)
-        for state, number in zip(ranks, numbers, strict=True)
-    ]
-    return _joined(ranks, pieces)
 
 
 def _joined(ranks: Sequence[State], pieces_by_rank: Sequence[dict[str, int]]) -> dict[str, int]:

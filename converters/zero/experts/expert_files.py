@@ -21,8 +21,8 @@ from converters.source import Place
 from converters.tensors import TensorRef
 from converters.zero.files import state_files
 from converters.zero.files.state_files import State
-from converters.zero.parallel import folder_files, one_save
-from converters.zero.parallel.folder_files import FolderFiles
+from converters.zero.model_ranks import folder_files, one_save
+from converters.zero.model_ranks.folder_files import FolderFiles
 
 MAX_EXPERTS = 1 << 16  # of a layer; more than any model has, and few enough to count
 NATIVE = re.compile(

@@ -19,12 +19,12 @@ from math import prod
 from converters import words
 from converters.errors import CheckpointError
 from converters.tensors import TensorRef
+from converters.zero.experts.expert_files import MAX_EXPERTS
+from converters.zero.experts.expert_groups import SharedGroup
 from converters.zero.files import state_files, typed
 from converters.zero.files.state_files import Shape, State
 from converters.zero.files.typed import Section
 from converters.zero.naming import storage_views
-from converters.zero.parallel.expert_files import MAX_EXPERTS
-from converters.zero.parallel.expert_groups import SharedGroup
 
 KEY = "ds_autoep_layers"
 _FAMILIES = ("w1", "w2", "w3")
@@ -118,29 +118,6 @@ def local_shapes(
                 )
             require_stack(model, layer, name, shapes[name])
             local[name] = (len(layer.experts[expert_rank]), *shapes[name][1:])
-
-    return local
-
-
-def stacked_shapes(
-    layers: Sequence[AutoEPLayer],
-    shapes: Mapping[str, Shape],
-    expert_rank: int,
-    copies: Mapping[str, TensorRef],
-) -> dict[str, Shape]:
-    """The shapes that an expert rank has, from those of single experts in their files.
-
-    For the weights of BF16_Optimizer without ZeRO, of which only the lengths are
-    recorded; what is not of AutoEP keeps its length.
-    """
-    local = dict(shapes)
-    for layer in layers:
-        if expert_rank >= len(layer.experts):
-            continue
-        for name in layer.names:
-            copy = copies.get(f"{name}.0")
-            if name in shapes and copy is not None:
-                local[name] = (len(layer.experts[expert_rank]), *copy.shape)
 
     return local
 

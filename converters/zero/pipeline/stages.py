@@ -29,17 +29,12 @@ from converters.zero import checkpoint as zero
 from converters.zero import optimizer_state, stage12
 from converters.zero.files import state_files
 from converters.zero.files.state_files import Shape, State
+from converters.zero.model_ranks import folder_files, one_save
+from converters.zero.model_ranks.folder_files import FolderFiles
+from converters.zero.model_ranks.joined_source import Joined, with_module
 from converters.zero.naming import storage_views
 from converters.zero.naming.assemble import Parameters
-from converters.zero.parallel import (
-    folder_files,
-    one_save,
-    pipeline_without_zero,
-    slice_mappings,
-    tied_modules,
-)
-from converters.zero.parallel.folder_files import FolderFiles
-from converters.zero.parallel.joined_source import Joined, with_module
+from converters.zero.pipeline import slice_mappings, tied_modules, unpartitioned
 
 _NUMBERED = re.compile(r"(\d{1,9})\.(.+)", re.DOTALL)
 Layers = Mapping[int, State]
@@ -65,7 +60,7 @@ def read(place: Place, files: FolderFiles) -> Source:
     if zero.has_partitions(models[0]) or models[0].root.get("optimizer") is None:
         raise zero.no_optimizer_files(place)
 
-    parameters, module, numbered_states = pipeline_without_zero.read(models, layers)
+    parameters, module, numbered_states = unpartitioned.read(models, layers)
     world_size = models[0].root.get("dp_world_size")
     data_ranks = world_size if isinstance(world_size, int) else 1
     source = Joined(

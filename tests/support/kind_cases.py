@@ -97,13 +97,13 @@ def universal(folder: Path) -> Path:
 
 @case("deepspeed-experts", "")
 def experts(folder: Path) -> Path:
-    shutil.copytree(FIXTURES / "parallel/moe-zero1-frozen", folder, dirs_exist_ok=True)
+    shutil.copytree(FIXTURES / "pipelines-and-experts/moe-zero1-frozen", folder, dirs_exist_ok=True)
     return folder
 
 
 @case("deepspeed-pipeline", "")
 def pipeline(folder: Path) -> Path:
-    shutil.copytree(FIXTURES / "parallel/pipeline-zero1", folder, dirs_exist_ok=True)
+    shutil.copytree(FIXTURES / "pipelines-and-experts/pipeline-zero1", folder, dirs_exist_ok=True)
     return folder
 
 

@@ -30,7 +30,7 @@ REFUSED = {  # by name; these follow later
 }
 
 # read, but by nothing that means ZeRO alone
-PARALLEL = ("aep_z3", "moe_s2", "pp_z1bf")
+LAYERS_AND_EXPERTS = ("aep_z3", "moe_s2", "pp_z1bf")
 
 
 def made() -> list[Path]:
@@ -40,7 +40,7 @@ def made() -> list[Path]:
 
 def corpus() -> list[Path]:
     """The real checkpoints of 14 versions of DeepSpeed that can be converted."""
-    left_out = {*REFUSED, *PARALLEL}
+    left_out = {*REFUSED, *LAYERS_AND_EXPERTS}
     return sorted(p for p in (FIXTURES / "corpus").iterdir() if p.name not in left_out)
 
 

@@ -15,8 +15,8 @@ from oracles import FIXTURES, run
 from converters import detect
 from converters.errors import CheckpointError
 
-PARALLEL = FIXTURES / "parallel"
-NAMES = sorted(path.name for path in PARALLEL.iterdir() if path.is_dir())
+SPLIT = FIXTURES / "pipelines-and-experts"
+NAMES = sorted(path.name for path in SPLIT.iterdir() if path.is_dir())
 TAG = "global_step2"
 Edit = Callable[[dict[str, Any]], object]
 
@@ -26,7 +26,7 @@ def copied(tmp_path: Path) -> Callable[[str], Path]:
     """Copies a fixture; the folder of its tag."""
 
     def copy(name: str) -> Path:
-        shutil.copytree(PARALLEL / name, tmp_path / name)
+        shutil.copytree(SPLIT / name, tmp_path / name)
         return tmp_path / name / TAG
 
     return copy
@@ -231,8 +231,8 @@ def test_what_means_zero_alone_names_what_lies_there(
 ) -> None:
     for command in ("reshard", "to-universal"):
         options = ["--world-size", "1"] if command == "reshard" else []
-        run(command, PARALLEL / name, "-o", tmp_path / "output", *options, code=1)
+        run(command, SPLIT / name, "-o", tmp_path / "output", *options, code=1)
         assert "ckpt show, to-fp32 and ckpt.open read it" in capsys.readouterr().err
-    run("to-fp32", PARALLEL / name, "-o", tmp_path / "output", "--weights", "16bit", code=1)
+    run("to-fp32", SPLIT / name, "-o", tmp_path / "output", "--weights", "16bit", code=1)
     assert "16" in capsys.readouterr().err
     assert not (tmp_path / "output").exists()

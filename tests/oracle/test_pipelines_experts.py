@@ -11,14 +11,14 @@ from oracles import FIXTURES, convert, live, same
 import ckpt
 from converters import detect
 
-PARALLEL = FIXTURES / "parallel"
+SPLIT = FIXTURES / "pipelines-and-experts"
 # by what their files say; nothing in them says how the tied module is called
 UNNAMED = {"pipeline-zero0-fp32": ("tied_modules.embed.", "0.")}
 
 
 def checkpoints() -> list[Path]:
-    """The fixtures of ``make_parallel_fixtures.py``."""
-    return sorted(path for path in PARALLEL.iterdir() if path.is_dir())
+    """The fixtures of ``make_split_fixtures.py``."""
+    return sorted(path for path in SPLIT.iterdir() if path.is_dir())
 
 
 def truth(save_dir: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -67,7 +67,7 @@ def test_a_conversion_writes_them_and_compares_them_with_the_16_bit_weights(
 
 
 def test_the_state_of_what_is_not_trained_is_no_other_ones() -> None:
-    opened = ckpt.open(PARALLEL / "pipeline-zero1")
+    opened = ckpt.open(SPLIT / "pipeline-zero1")
     with pytest.raises(KeyError, match="is not trained"):
         opened.optimizer_state("1.frozen.weight")
     with pytest.raises(KeyError, match="is not trained"):
@@ -76,7 +76,7 @@ def test_the_state_of_what_is_not_trained_is_no_other_ones() -> None:
 
 def test_the_groups_of_experts_have_another_order_on_another_rank() -> None:
     """Else the fixture does not show that they are matched by name."""
-    folder = PARALLEL / "moe-zero2-sizes/global_step2"
+    folder = SPLIT / "moe-zero2-sizes/global_step2"
     orders = set()
     for path in sorted(folder.glob("*optim_states.pt")):
         state = torch.load(path, weights_only=False)["optimizer_state_dict"]
@@ -86,7 +86,7 @@ def test_the_groups_of_experts_have_another_order_on_another_rank() -> None:
 
 def test_stages_have_other_copies_of_a_tied_module() -> None:
     """Else the fixture does not show that one of them has to be chosen."""
-    folder = PARALLEL / "pipeline-zero1/global_step2"
+    folder = SPLIT / "pipeline-zero1/global_step2"
     copies = []
     for stage in range(2):
         parts = [
@@ -104,6 +104,6 @@ def test_stages_have_other_copies_of_a_tied_module() -> None:
 
 def test_a_router_that_autoep_names_twice_is_one_tensor() -> None:
     for name in ("autoep-zero2", "autoep-zero3"):
-        aliases = ckpt.open(PARALLEL / name).weights.aliases
+        aliases = ckpt.open(SPLIT / name).weights.aliases
         layer = "model.layers.0.mlp"
         assert aliases == {f"{layer}.gate.gate.weight": f"{layer}.router.gate.weight"}

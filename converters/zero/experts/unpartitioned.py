@@ -146,7 +146,10 @@ def _require_all(
     if not layers:
         first = optimizer_files[0]
         groups = first.torch_state.dicts("param_groups")
-        own_count = sum(len(groups[number]["params"]) for number in first.groups(has_experts=True))
+        own_count = sum(
+            len(Section(first.file.path, "param_groups", groups[number]).numbers("params"))
+            for number in first.groups(has_experts=True)
+        )
         count, remainder = divmod(len(experts), own_count or 1)
         own_experts = _own(model, experts, layers, 0, count) if own_count else {}
         if (

@@ -236,3 +236,64 @@ def test_what_means_zero_alone_names_what_lies_there(
     run("to-fp32", SPLIT / name, "-o", tmp_path / "output", "--weights", "16bit", code=1)
     assert "16" in capsys.readouterr().err
     assert not (tmp_path / "output").exists()
+
+
+def test_states_that_shapes_do_not_tell_apart_are_absent_and_the_weights_are_not(
+    copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two param groups in a stage: which parameters are whose is not written."""
+    folder = copied("pipeline-zero0-fp32")
+
+    def change(root: dict[str, Any]) -> None:
+        (group,) = root["optimizer"]["param_groups"]
+        first, *others = group["params"]
+        root["optimizer"]["param_groups"] = [
+            group | {"params": [first]},
+            group | {"params": others},
+        ]
+
+    edit(folder / "mp_rank_01_model_states.pt", change)
+    source = detect.read(folder.parent)
+    assert source.optimizer is not None and "0.words.weight" in source.weights.tensors
+    with pytest.raises(CheckpointError, match="numbers, not names"):
+        source.optimizer("0.words.weight")
+    run("show", folder.parent)
+    assert "the optimizer's state is absent" in capsys.readouterr().out
+
+
+def test_a_parameter_in_two_stages_is_refused(copied: Callable[[str], Path]) -> None:
+    folder = copied("pipeline-zero1")
+
+    def change(root: dict[str, Any]) -> None:
+        root["param_shapes"] = [
+            {name.replace("3.", "1.", 1): shape for name, shape in group.items()}
+            for group in root["param_shapes"]
+        ]
+
+    edit(folder / "mp_rank_01_model_states.pt", change)
+    assert "is a parameter of an earlier stage, too" in str(refusal(folder))
+
+
+def test_pieces_that_do_not_follow_one_another_are_refused(copied: Callable[[str], Path]) -> None:
+    folder = copied("pipeline-zero0-bf16")
+
+    def change(root: dict[str, Any]) -> None:
+        mapping = root["optimizer_state_dict"]["param_slice_mappings"][0]
+        next(iter(mapping.values())).start = 1
+
+    edit(folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", change)
+    assert "param_slice_mappings[0] has" in str(refusal(folder))
+
+
+def test_fp32_weights_of_experts_that_round_to_other_ones_find_no_names(
+    copied: Callable[[str], Path],
+) -> None:
+    folder = copied("moe-zero0-bf16")
+
+    def change(root: dict[str, Any]) -> None:
+        root["optimizer"]["fp32_groups"][0].reverse()
+
+    edit(folder / "expp_rank_0_mp_rank_00_optim_states.pt", change)
+    error = refusal(folder)
+    assert error.kind == "unsupported"
+    assert "do not round to the 16-bit weights in the order of the model" in str(error)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import FIXTURES, convert, live, same
+from safetensors.torch import load_file
 
 import ckpt
 from converters import detect
@@ -107,3 +108,17 @@ def test_a_router_that_autoep_names_twice_is_one_tensor() -> None:
         aliases = ckpt.open(SPLIT / name).weights.aliases
         layer = "model.layers.0.mlp"
         assert aliases == {f"{layer}.gate.gate.weight": f"{layer}.router.gate.weight"}
+
+
+@pytest.mark.parametrize("name", ["pp_z1bf", "moe_s2"])
+def test_weights_of_the_corpus_round_to_those_of_the_live_engines(name: str) -> None:
+    """Of experts, rank 0 has the first ones, under the numbers that the whole model has."""
+    save_dir = FIXTURES / "corpus" / name
+    opened = ckpt.open(save_dir, framework="pt")
+    ranks = [0, 1] if name == "pp_z1bf" else [0]
+    for rank in ranks:
+        for key, value in load_file(save_dir / f"live_rank{rank}.safetensors").items():
+            kind, _, tensor_name = key.partition("/")
+            is_other_copy = rank and tensor_name.startswith("tied_modules")
+            if kind == "live" and not is_other_copy:
+                assert same(opened.get_tensor(tensor_name).to(value.dtype), value), tensor_name

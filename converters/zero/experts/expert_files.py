@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from converters.accessors import is_whole_number
+from converters.detect.deepspeed import LOAD_THERE
 from converters.errors import CheckpointError
 from converters.source import Place
 from converters.tensors import TensorRef
@@ -43,9 +44,13 @@ class ExpertFiles:
 def read(place: Place, files: FolderFiles, model: State) -> ExpertFiles:
     """The weights of all experts; ``CheckpointError`` unless every one of them is there."""
     counts = model.root.get("num_experts")
-    if not isinstance(counts, list) or not all(
-        is_whole_number(count, 1) and count <= MAX_EXPERTS for count in counts
-    ):
+    if not isinstance(counts, list):
+        raise CheckpointError(
+            f"{model.path} has no list num_experts, which says how many "
+            f"experts each layer has; {LOAD_THERE}",
+            "unsupported",
+        )
+    if not all(is_whole_number(count, 1) and count <= MAX_EXPERTS for count in counts):
         raise model.fail(
             f"num_experts is {state_files.shown(counts)}, expected the number of experts of each "
             "layer"

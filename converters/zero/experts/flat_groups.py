@@ -56,10 +56,11 @@ def read(place: Place, files: FolderFiles) -> Source:
 
     ranks = _ranks(place, files, model)
     masters, local_weights = _masters(model, ranks, layers)
-    if layers:
-        masters |= auto_ep.merged(model, layers, local_weights)
-    else:
-        masters |= _numbered(model, local_weights, experts.tensors)
+    stacks = {name for layer in layers for name in layer.names}
+    stacked_weights = {key: ref for key, ref in local_weights.items() if key[0] in stacks}
+    single_weights = {key: ref for key, ref in local_weights.items() if key[0] not in stacks}
+    masters |= auto_ep.merged(model, layers, stacked_weights)
+    masters |= _numbered(model, single_weights, experts.tensors)
 
     whole_model = _whole(model, layers, copies, prefixes)
     shapes = state_files.shapes(model, "param_shapes")
@@ -126,12 +127,14 @@ def _copies(
     model: State, layers: Sequence[AutoEPLayer], tensors: Mapping[str, TensorRef]
 ) -> tuple[dict[str, TensorRef], list[str]]:
     """The experts' own weights by the names of the whole model, and how these begin."""
-    if layers:
-        return auto_ep.stacked(model, layers, tensors), [layer.prefix for layer in layers]
-
-    # in the order of the layers, in which the files are counted
+    # those of DeepSpeed-MoE in the order of the layers, in which the files are counted
     matches = [match for name in tensors if (match := NATIVE.fullmatch(name))]
-    return dict(tensors), list(dict.fromkeys(match["prefix"] for match in matches))
+    single_tensors = {match[0]: tensors[match[0]] for match in matches}
+    parts = {name: ref for name, ref in tensors.items() if name not in single_tensors}
+    stacks = auto_ep.stacked(model, layers, parts)
+    prefixes = dict.fromkeys(match["prefix"] for match in matches)
+
+    return {**single_tensors, **stacks}, [*prefixes, *(layer.prefix for layer in layers)]
 
 
 def _whole(

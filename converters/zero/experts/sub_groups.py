@@ -24,6 +24,7 @@ from converters.tensors import TensorRef
 from converters.zero import checkpoint as zero
 from converters.zero import optimizer_state, partitioning, stage3
 from converters.zero.experts import auto_ep, expert_files
+from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.files import all_ranks, state_files, typed
 from converters.zero.files.state_files import Shape, State
 from converters.zero.files.typed import Section
@@ -107,6 +108,7 @@ def _masters(
         state_files.tensors(state, state.optimizer.get(_VECTORS), _VECTORS) for state in ranks
     ]
     shapes = [state_files.shapes(model, "param_shapes") or [] for model in models]
+    layers = [auto_ep.layers_of(model) for model in models]
     masters: dict[str, TensorRef] = {}
     local_weights: dict[tuple[str, int], TensorRef] = {}
 
@@ -123,10 +125,10 @@ def _masters(
                 )
 
             weights = dict(partitioning.stage3(flat_vectors, group_shapes))
-            if len(team) == len(ranks) and not _has_experts(models[team[0]], group_shapes):
+            if len(team) == len(ranks) and not _has_experts(layers[team[0]], group_shapes):
                 masters |= weights
             else:
-                expert_rank = _expert_rank(models, team, group_shapes)
+                expert_rank = _expert_rank(models, layers, team, group_shapes)
                 local_weights |= {(name, expert_rank): ref for name, ref in weights.items()}
 
     return masters, local_weights
@@ -177,16 +179,21 @@ def _require_same_shapes(
             )
 
 
-def _has_experts(model: State, shapes: dict[str, Shape]) -> bool:
+def _has_experts(layers: Sequence[AutoEPLayer], shapes: dict[str, Shape]) -> bool:
     """Whether a sub-group has weights of experts."""
-    return any(name in shapes for layer in auto_ep.layers_of(model) for name in layer.names)
+    return any(name in shapes for layer in layers for name in layer.names)
 
 
-def _expert_rank(models: Sequence[State], team: Sequence[int], shapes: dict[str, Shape]) -> int:
+def _expert_rank(
+    models: Sequence[State],
+    layers: Sequence[Sequence[AutoEPLayer]],
+    team: Sequence[int],
+    shapes: dict[str, Shape],
+) -> int:
     """The expert rank that all ranks of a team are."""
     expert_ranks: set[int] = set()
     for rank in team:
-        for layer in auto_ep.layers_of(models[rank]):
+        for layer in layers[rank]:
             names = [name for name in layer.names if name in shapes]
             for name in names:
                 auto_ep.require_stack(models[rank], layer, name, shapes[name])

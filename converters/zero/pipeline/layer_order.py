@@ -37,7 +37,7 @@ def ways(
         return None
 
     result: set[Way] = set()
-    for tied_layer in (None, *layers):
+    for tied_layer in (None, *(layer for layer in layers if layers[layer])):
         result.update(_ways(stages, layers, tied_layer))
         if len(result) > 1:
             break

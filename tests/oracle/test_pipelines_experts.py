@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from oracles import FIXTURES, convert, live, same
+from oracles import FIXTURES, convert, live, run, same
 from safetensors.torch import load_file
+from test_universal import deepspeeds
 
 import ckpt
 from converters import detect
@@ -122,3 +124,21 @@ def test_weights_of_the_corpus_round_to_those_of_the_live_engines(name: str) -> 
             is_other_copy = rank and tensor_name.startswith("tied_modules")
             if kind == "live" and not is_other_copy:
                 assert same(opened.get_tensor(tensor_name).to(value.dtype), value), tensor_name
+
+
+@pytest.mark.parametrize("name", ["autoep-zero2", "autoep-zero3"])
+def test_a_universal_folder_of_autoep_has_the_same_weights_and_states(
+    name: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(SPLIT / name, source)
+    folder = deepspeeds(source, tmp_path / "universal")
+    expected = truth(SPLIT / name)
+    opened = ckpt.open(folder, framework="pt")
+    for weight_name, value in expected["fp32"].items():
+        assert same(opened.get_tensor(weight_name), value), weight_name
+        states = opened.optimizer_state(weight_name)
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert same(torch.as_tensor(states[key]), expected[key][weight_name]), weight_name
+    assert opened.weights.aliases.keys() == ckpt.open(source).weights.aliases.keys()
+    run("from-universal", folder, "--world-size", "2", "-o", tmp_path / "native", code=1)

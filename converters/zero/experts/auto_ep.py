@@ -24,6 +24,7 @@ from converters.zero.experts.expert_groups import SharedGroup
 from converters.zero.files import state_files, typed
 from converters.zero.files.state_files import Shape, State
 from converters.zero.files.typed import Section
+from converters.zero.model_ranks.joined_source import with_module
 from converters.zero.naming import storage_views
 
 KEY = "ds_autoep_layers"
@@ -237,6 +238,36 @@ def in_optimizer_order(
     prefixes = tuple(f"{layer.path}.router." for layer in layers)
     routers = {name: ref for name, ref in parameters.items() if name.startswith(prefixes)}
     return {**{name: ref for name, ref in parameters.items() if name not in routers}, **routers}
+
+
+def as_whole(model: State) -> State:
+    """A model file as if one rank had had all experts, for states that were merged already.
+
+    ``param_shapes`` has the whole stacks then, and nothing speaks of expert ranks. A model
+    file without AutoEP stays as it is.
+    """
+    layers = layers_of(model)
+    shapes = state_files.shapes(model, "param_shapes")
+    if not layers or shapes is None:
+        return model
+
+    for layer in layers:
+        for group in shapes:
+            for name in layer.names:
+                if name in group:
+                    require_stack(model, layer, name, group[name])
+                    group[name] = (layer.count, *group[name][1:])
+
+    shared_params = model.root.get("shared_params")
+    recorded = shared_params if isinstance(shared_params, dict) else {}
+    return with_module(
+        model,
+        model.module,
+        param_shapes=shapes,
+        shared_params={**recorded, **router_aliases(model, layers)},
+        num_experts=[],
+        **{KEY: None},
+    )
 
 
 def router_aliases(model: State, layers: Sequence[AutoEPLayer]) -> dict[str, str]:

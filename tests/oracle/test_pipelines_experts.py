@@ -13,6 +13,7 @@ from test_universal import deepspeeds
 
 import ckpt
 from converters import detect
+from converters.errors import CheckpointError
 
 SPLIT = FIXTURES / "pipelines-and-experts"
 # by what their files say; nothing in them says how the tied module is called
@@ -142,3 +143,14 @@ def test_a_universal_folder_of_autoep_has_the_same_weights_and_states(
             assert same(torch.as_tensor(states[key]), expected[key][weight_name]), weight_name
     assert opened.weights.aliases.keys() == ckpt.open(source).weights.aliases.keys()
     run("from-universal", folder, "--world-size", "2", "-o", tmp_path / "native", code=1)
+
+
+@pytest.mark.parametrize("name", ["pipeline-zero1", "autoep-zero3"])
+def test_a_resume_leaves_them_to_deepspeed(name: str, tmp_path: Path) -> None:
+    from ckpt.resuming.resume_point import ResumePoint
+    from ckpt.runs.run import open_checkpoint
+
+    shutil.copytree(SPLIT / name, tmp_path / "checkpoint-2")
+    with pytest.raises(CheckpointError, match=r"load it with engine\.load_checkpoint") as error:
+        ResumePoint.of(open_checkpoint(tmp_path / "checkpoint-2"))
+    assert error.value.kind == "unsupported"

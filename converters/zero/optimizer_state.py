@@ -48,10 +48,10 @@ def read(checkpoint: Checkpoint, name: str) -> dict[str, Value]:
     of codes, as they are. ``KeyError`` if the name is not trained; ``CheckpointError``
     if the state has no names (fp32 runs without ZeRO).
     """
-    return located(checkpoint.place.folder, checkpoint.weights, _partitions(checkpoint), name)
+    return state_of(checkpoint.place.folder, checkpoint.weights, _partitions(checkpoint), name)
 
 
-def located(
+def state_of(
     folder: Path, weights: Weights, partitions: Iterable[Partition], name: str
 ) -> dict[str, Value]:
     """The same of any weights that lie in the partitions, however these were split up.
@@ -60,7 +60,7 @@ def located(
     """
     weight = weights.tensors[weights.aliases.get(name, name)]
     with consistent(folder, "a file is damaged or of another save"):
-        return _state_of(name, weight, partitions)
+        return _joined_state(name, weight, partitions)
 
 
 def of_flat_groups(state: State) -> Iterator[Partition]:
@@ -74,7 +74,7 @@ def of_flat_groups(state: State) -> Iterator[Partition]:
     yield from _with_states(masters, _in_group_order(state.path, inner_state))
 
 
-def _state_of(
+def _joined_state(
     name: str, weight: TensorRef, all_partitions: Iterable[Partition]
 ) -> dict[str, Value]:
     """What partitions keep for the elements of a parameter."""

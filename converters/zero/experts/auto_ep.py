@@ -132,7 +132,7 @@ def require_stack(model: State, layer: AutoEPLayer, name: str, shape: Shape) -> 
         )
 
 
-def merged(
+def whole_stacks(
     model: State, layers: Sequence[AutoEPLayer], local_weights: Mapping[tuple[str, int], TensorRef]
 ) -> dict[str, TensorRef]:
     """The stacked weights of all experts, from those of the expert ranks.
@@ -196,7 +196,7 @@ def local_stack(model: State, layer: AutoEPLayer, stack: TensorRef, rank: int) -
     return TensorRef.concat(parts).view(len(experts), *inner_shape)
 
 
-def stacked(
+def stacks_of_files(
     model: State, layers: Sequence[AutoEPLayer], tensors: Mapping[str, TensorRef]
 ) -> dict[str, TensorRef]:
     """The 16-bit weights of all experts, stacked from the files of single ones."""

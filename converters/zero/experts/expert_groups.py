@@ -63,7 +63,7 @@ class SharedGroup:
         return len(self.numbers) // self.name.partition_count
 
 
-def matched(ranks: Sequence[State]) -> list[SharedGroup]:
+def shared_groups(ranks: Sequence[State]) -> list[SharedGroup]:
     """The param groups in the order of rank 0, each with its number on every rank.
 
     ``ranks`` are the optimizer files in rank order. ``CheckpointError`` where the ranks

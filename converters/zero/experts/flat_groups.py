@@ -59,7 +59,7 @@ def read(place: Place, files: FolderFiles) -> Source:
     stacks = {name for layer in layers for name in layer.names}
     stacked_weights = {key: ref for key, ref in local_weights.items() if key[0] in stacks}
     single_weights = {key: ref for key, ref in local_weights.items() if key[0] not in stacks}
-    masters |= auto_ep.merged(model, layers, stacked_weights)
+    masters |= auto_ep.whole_stacks(model, layers, stacked_weights)
     masters |= _numbered(model, single_weights, experts.tensors)
 
     whole_model = _whole(model, layers, copies, prefixes)
@@ -131,7 +131,7 @@ def _copies(
     matches = [match for name in tensors if (match := NATIVE.fullmatch(name))]
     single_tensors = {match[0]: tensors[match[0]] for match in matches}
     parts = {name: ref for name, ref in tensors.items() if name not in single_tensors}
-    stacks = auto_ep.stacked(model, layers, parts)
+    stacks = auto_ep.stacks_of_files(model, layers, parts)
     prefixes = dict.fromkeys(match["prefix"] for match in matches)
 
     return {**single_tensors, **stacks}, [*prefixes, *(layer.prefix for layer in layers)]
@@ -201,7 +201,7 @@ def _masters(
     layers: Sequence[AutoEPLayer],
 ) -> tuple[dict[str, TensorRef], LocalWeights]:
     """The fp32 weights of what is no expert by name, and those of the local experts."""
-    groups = expert_groups.matched(ranks)
+    groups = expert_groups.shared_groups(ranks)
     shapes_by_group = state_files.shapes(model, "param_shapes")
     if shapes_by_group is None:
         raise CheckpointError(

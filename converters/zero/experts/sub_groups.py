@@ -44,7 +44,7 @@ def read(place: Place, files: FolderFiles) -> Source:
     models, ranks = _states(place, files)
     masters, local_weights = _masters(place, models, ranks)
     layers = auto_ep.layers_of(models[0])
-    masters |= auto_ep.merged(models[0], layers, local_weights)
+    masters |= auto_ep.whole_stacks(models[0], layers, local_weights)
 
     aliases = auto_ep.router_aliases(models[0], layers)
     shared_params = models[0].root.get("shared_params")

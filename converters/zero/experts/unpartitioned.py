@@ -127,7 +127,7 @@ def by_name(
     folder = model.path.parent
     if layers and is_known:
         states |= _stacked_states(model, layers, local_states)
-    masters |= auto_ep.merged(model, layers, local_masters)
+    masters |= auto_ep.whole_stacks(model, layers, local_masters)
     return NamedOptimizers(NumberedStates(folder, states if is_known else None, {}), masters)
 
 
@@ -183,7 +183,7 @@ def _stacked_states(
                 states.setdefault(name, {}).setdefault(key, value)
 
     for key, tensors in tensors_by_key.items():
-        for name, tensor in auto_ep.merged(model, layers, tensors).items():
+        for name, tensor in auto_ep.whole_stacks(model, layers, tensors).items():
             states.setdefault(name, {})[key] = tensor
 
     return states

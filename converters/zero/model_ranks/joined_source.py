@@ -41,7 +41,7 @@ class Joined:
 
         def state_of(name: str) -> Mapping[str, optimizer_state.Value]:
             assert partitions is not None
-            return optimizer_state.located(self.place.folder, weights, partitions(), name)
+            return optimizer_state.state_of(self.place.folder, weights, partitions(), name)
 
         return Source(
             kind=self.kind,

@@ -152,6 +152,7 @@ def _require_pipeline_alone(files: FolderFiles, models: Sequence[State]) -> None
 def _masters(stage: Stage) -> dict[str, TensorRef]:
     """The fp32 weights of a stage, under the names of its own parameters."""
     shapes = state_files.shapes(stage.model, "param_shapes")
+    shapes = shapes or state_files.shapes(stage.ranks[0], "param_shapes")
     if shapes is None:  # BF16_Optimizer of a pipeline, 0.16 to 0.19.8
         numels = slice_mappings.numels(stage.ranks)
         shapes = [{name: (numel,) for name, numel in group.items()} for group in numels]

@@ -57,12 +57,13 @@ def read(place: Place, files: FolderFiles, model: State) -> ExpertFiles:
         )
 
     layers = sorted({layer for layer, _, _ in files.experts})
-    one_save.require_numbered(place, "MoE layer (layer_N_expert_*)", len(counts), layers)
+    one_save.require_numbered(place, "layer_N_expert_*_model_states.pt", len(counts), layers)
     tensors: dict[str, TensorRef] = {}
     states = []
     for layer, count in enumerate(counts):
         experts = [expert for number, expert, _ in files.experts if number == layer]
-        one_save.require_numbered(place, f"layer {layer}: expert", count, experts)
+        label = f"layer_{layer}_expert_N_mp_rank_00_model_states.pt"
+        one_save.require_numbered(place, label, count, experts)
 
         for expert in range(count):
             state = folder_files.read(files.experts[layer, expert, 0])

@@ -64,7 +64,9 @@ class NamedOptimizers:
 
 def optimizers(place: Place, paths: Mapping[int, Path]) -> list[ExpertOptimizer]:
     """Those of the expert ranks in order; ``CheckpointError`` for what keeps flat vectors."""
-    one_save.require_numbered(place, "expert rank (expp_rank_N)", max(paths) + 1, paths)
+    one_save.require_numbered(
+        place, "expp_rank_N_mp_rank_00_optim_states.pt", max(paths) + 1, paths
+    )
     states = [folder_files.read(path) for _, path in sorted(paths.items())]
     return [_optimizer(state) for state in states]
 

@@ -20,22 +20,22 @@ _COMMON = ("global_steps", "global_samples", "ds_version", "dp_world_size", "mp_
 def require_numbered(place: Place, label: str, count: int, numbers: Collection[int]) -> None:
     """Raises unless there is a file for each number below ``count``, and no other.
 
-    ``label`` says of what, such as "model rank".
+    ``label`` says which files, with N for the number: "mp_rank_N_model_states.pt".
     """
     missing_numbers = sorted(set(range(count)) - set(numbers))
     surplus_numbers = sorted(set(numbers) - set(range(count)))
     if missing_numbers:
         raise CheckpointError(
-            f"{place.folder} has no file of {label} {all_ranks.rank_list(missing_numbers)}, "
-            f"expected {count}; copy them here from the save"
+            f"{place.folder} lacks {label} for N = {all_ranks.rank_list(missing_numbers)}, "
+            f"expected {count} of them; copy them here from the save"
             f"{misplaced_files.missing(place.folder)}",
             "incomplete",
         )
 
     if surplus_numbers:
         raise CheckpointError(
-            f"{place.folder} has files of {label} {all_ranks.rank_list(surplus_numbers)}, "
-            f"expected {count} only: they are of another save; move them away"
+            f"{place.folder} has {label} for N = {all_ranks.rank_list(surplus_numbers)}, "
+            f"expected {count} of them only: they are of another save; move them away"
         )
 
 

@@ -96,7 +96,7 @@ def _with_zero(place: Place, stages: Sequence[Stage], layers: Layers) -> Source:
 
 def _models(place: Place, files: FolderFiles) -> list[State]:
     """The model files of the stages in order; ``CheckpointError`` unless all are there."""
-    label = "model rank (mp_rank_NN_model_states.pt)"
+    label = "mp_rank_N_model_states.pt"
     one_save.require_numbered(place, label, max(files.model_ranks, default=0) + 1, files.models)
     models = [folder_files.read(path) for _, path in sorted(files.models.items())]
     world_size = models[0].root.get("mp_world_size")
@@ -110,7 +110,7 @@ def _models(place: Place, files: FolderFiles) -> list[State]:
 
 def _stages(place: Place, files: FolderFiles, models: Sequence[State]) -> list[Stage]:
     """The stages in order; ``CheckpointError`` unless all optimizer files are there."""
-    label = "model rank (*_mp_rank_NN_optim_states.pt)"
+    label = "zero_pp_rank_*_mp_rank_N_optim_states.pt"
     one_save.require_numbered(place, label, len(models), files.optimizers)
 
     stages = []

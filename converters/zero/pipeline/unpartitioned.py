@@ -158,7 +158,8 @@ def _require_layers(
     if is_explained and not (has_no_way and not in_layers - in_stages):
         return
 
-    shape = next(iter(surplus), ())
+    # the one that is farthest from being in the layer files
+    shape = min(surplus, key=lambda shape: in_layers[shape], default=())
     raise CheckpointError(
         f"{folder} lacks layer files, or has several tied modules: the optimizers have the state "
         f"of {in_stages[shape]} parameters of shape {words.shape(shape)}, the layer files hold "

@@ -30,7 +30,7 @@ from ckpt.weights.opening import tensors as opened_tensors
 from ckpt.weights.opening import unusual
 from ckpt.weights.request import DTYPE_NAMES, DTYPES
 from converters.detect import detection
-from converters.detect.deepspeed import EXPERTS, TENSOR_PARALLEL
+from converters.detect.deepspeed import PARALLEL
 from converters.errors import CheckpointError
 from converters.execute import shards
 from converters.formats import pytorch_bin, safetensors
@@ -109,11 +109,14 @@ def get_fp32_state_dict_from_zero_checkpoint(
 
 
 def _source(checkpoint_dir: AnyPath, tag: str | None) -> Source:
-    """The states of a training with ZeRO, of tensor parallelism and experts too."""
+    """The states of a training with ZeRO, and those of more parallelism than that."""
     detected = detection.detect(checkpoint_dir, tag)
-    if detected.kind.name in (TENSOR_PARALLEL, EXPERTS):
+    if detected.kind.name in PARALLEL:
         return detected.read()
-    return checkpoint.weights(checkpoint_dir, tag)
+    try:
+        return checkpoint.weights(checkpoint_dir, tag)
+    except checkpoint.ExpertsError:
+        return detected.read()
 
 
 def _weights(weights: Weights, exclude_frozen: bool) -> Weights:

@@ -6,8 +6,8 @@ The stages differ in where the fp32 master weights lie and how names find them
 accounted for, as a tensor, a tied name, or absent and why.
 
 MiCS saves the first of its shard groups, whose ranks hold everything, as plain stage 3; sequence
-parallelism partitions over all of its ranks. Tensor parallelism (``parallel/``) and universal
-checkpoints have readers of their own; pipelines and experts are refused by name.
+parallelism partitions over all of its ranks. Tensor parallelism (``parallel/``), pipelines, experts
+and universal checkpoints have readers of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters import quantized
-from converters.detect.deepspeed import LOAD_THERE
+from converters.detect.deepspeed import READ_HERE
 from converters.errors import CheckpointError, consistent, unreadable
 from converters.names.rules import Names
 from converters.source import EXCLUDED as EXCLUDED
@@ -31,10 +31,6 @@ from converters.zero import stage0, stage3, stage12
 from converters.zero.files import all_ranks, discovery, several_models, state_files
 from converters.zero.files.state_files import State
 from converters.zero.naming.assemble import Parameters, assemble
-
-
-class ExpertsError(CheckpointError):
-    """The files are of experts, of which some are on each rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -108,7 +104,7 @@ def read_files(
     ``CheckpointError`` for what is damaged, incomplete or of a kind that is not read.
     """
     optimizers = {rank: state_files.read(file) for rank, file in files.optimizer.items()}
-    stage = _stage(optimizers)
+    stage = stage_of(optimizers)
     model_files = _model_files(files, stage)
     refuse_foreign([*model_files, *optimizers.values()])
     if model_rank is None:
@@ -116,13 +112,15 @@ def read_files(
     if not model_files:
         raise _no_model_file(place, stage, model_rank or 0)
 
-    rank_files = all_ranks.in_rank_order(place, optimizers, model_rank)
+    rank_files = all_ranks.in_rank_order(
+        place, optimizers, all_ranks.of_model_rank("optimizer", model_rank)
+    )
     state_files.require_kinds(model_files, rank_files)
     notes = _require_ranks(place, files, model_files[0], len(rank_files), require_all, model_rank)
     if stage == 3 and files.module is not None:
         notes = [f"{files.module.name} is of another save and was left out", *notes]
-    if not rank_files and (files.partitioned or _has_partitions(model_files[0])):
-        raise _no_optimizer_files(place)
+    if not rank_files and (files.partitioned or has_partitions(model_files[0])):
+        raise no_optimizer_files(place)
 
     parameters = _parameters(place, stage, model_files, rank_files)
     sources = [*model_files, *rank_files]
@@ -146,7 +144,7 @@ def read_files(
     )
 
 
-def _no_optimizer_files(place: Place) -> CheckpointError:
+def no_optimizer_files(place: Place) -> CheckpointError:
     """The error for a checkpoint of ZeRO that has model files only."""
     return CheckpointError(
         f"{place.folder} has no optimizer files, which hold the fp32 weights under "
@@ -265,7 +263,7 @@ def _partitioned_models(paths: Sequence[Path]) -> list[State]:
     return [rank_0_model, *(state_files.read(path) for path in other_paths)]
 
 
-def _stage(optimizers: Mapping[int, State]) -> int:
+def stage_of(optimizers: Mapping[int, State]) -> int:
     """The ZeRO stage that the optimizer files state; 0 without such files.
 
     BF16_Optimizer states none: it works as stage 1, whatever the configuration
@@ -291,6 +289,10 @@ def _stage(optimizers: Mapping[int, State]) -> int:
     return 1 if configured_stage == 1 else int(stated_stage)
 
 
+class ExpertsError(CheckpointError):
+    """The error for experts that are dealt out to ranks, which the files' names did not show."""
+
+
 def refuse_foreign(states: Iterable[State]) -> None:
     """Raises for parallelism beyond ZeRO, which the files' names did not give away."""
     for state in states:
@@ -306,13 +308,12 @@ def refuse_foreign(states: Iterable[State]) -> None:
             continue
 
         raise ExpertsError(
-            f"{state.path} was saved with {parallelism}; merging that is not supported yet: "
-            f"{LOAD_THERE}",
+            f"{state.path} was saved with {parallelism}, not by ZeRO alone; {READ_HERE}",
             "unsupported",
         )
 
 
-def _has_partitions(model: State) -> bool:
+def has_partitions(model: State) -> bool:
     """Whether the run kept the optimizer's state in files of its own.
 
     Some must be there then. Only then the module file names ``param_shapes`` (since

@@ -58,11 +58,15 @@ def parameters(folder: Path, models: Sequence[State], ranks: Sequence[State]) ->
         ]
         masters |= dict(partitioning.stage3(flat_vectors, group_shapes))
 
-    return named(models, masters)
+    return complete(models, masters)
 
 
-def named(models: Sequence[State], masters: Mapping[str, TensorRef]) -> Parameters:
-    """Master weights with all else that model files tell: frozen parameters, names, buffers."""
+def complete(models: Sequence[State], masters: Mapping[str, TensorRef]) -> Parameters:
+    """All parameters, where the trained ones are known by their own names.
+
+    ``models`` are the model files in rank order. ``CheckpointError`` if something
+    disagrees.
+    """
     frozen, unsaved_reasons = _frozen_parameters(models)
     names = placeholders.names_of(models[0], [*masters, *frozen, *unsaved_reasons])
     module = models[0].module

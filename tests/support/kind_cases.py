@@ -97,14 +97,14 @@ def universal(folder: Path) -> Path:
 
 @case("deepspeed-experts", "")
 def experts(folder: Path) -> Path:
-    shutil.copytree(FIXTURES / "parallel/moe_frozen_z2_w4", folder, dirs_exist_ok=True)
+    shutil.copytree(FIXTURES / "pipelines-and-experts/moe-zero1-frozen", folder, dirs_exist_ok=True)
     return folder
 
 
-@case("deepspeed-pipeline", "load it with DeepSpeed in the training that wrote it")
+@case("deepspeed-pipeline", "")
 def pipeline(folder: Path) -> Path:
-    names = ("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt")
-    return tagged(folder, "layer_00-model_00-model_states.pt", *names)
+    shutil.copytree(FIXTURES / "pipelines-and-experts/pipeline-zero1", folder, dirs_exist_ok=True)
+    return folder
 
 
 @case("deepspeed-model-parallel", "")

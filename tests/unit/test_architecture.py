@@ -32,7 +32,8 @@ converters.execute converters.torch_files converters.peft.merge
 converters.formats converters.zero.files
 converters.zero.naming
 converters.zero
-converters.zero.parallel converters.zero.experts
+converters.zero.model_ranks
+converters.zero.parallel converters.zero.experts converters.zero.pipeline
 converters.zero.native
 converters.zero.universal
 

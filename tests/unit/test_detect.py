@@ -40,12 +40,17 @@ def test_a_kind_is_recognised_and_its_user_is_told_what_to_do(
     options = ["--tag", "global_step9"] if name == "no-tag" else []
     detection = detect(path, options[1] if options else None)
     assert detection.kind is BY_NAME[name]
-    rank_counts = {"deepspeed": 2, "deepspeed-universal": 2}
-    rank_counts |= {"deepspeed-model-parallel": 4, "deepspeed-experts": 4}
-    if name in rank_counts:
+    facts = {
+        "deepspeed": "ZeRO stage 2, 2 ranks",
+        "deepspeed-universal": "ZeRO stage 2, 2 ranks",
+        "deepspeed-experts": "ZeRO stage 1, 2 ranks",
+        "deepspeed-pipeline": "ZeRO stage 1, 4 ranks",
+        "deepspeed-model-parallel": "ZeRO stage 2, 4 ranks",
+    }
+    if name in facts:
         run("to-fp32", path, "--dry-run")
-        line = f"{detection.kind.title}, ZeRO stage 2, {rank_counts[name]} ranks"
-        assert f"\nkind         {line}\n" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert f"\nkind         {detection.kind.title}, {facts[name]}\n" in text
         return
 
     lines = []

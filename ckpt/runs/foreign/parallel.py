@@ -1,8 +1,8 @@
-"""Checkpoints of DeepSpeed whose states are not read: of pipelines, experts without ZeRO and such.
+"""Checkpoints of DeepSpeed of more parallelism than ZeRO: whether all their files are there.
 
-What can be shown of them: DeepSpeed named the tag in ``latest``, which it does last
-(0.19.8 ``runtime/engine.py``: ``save_checkpoint``), every file is whole by its form,
-and every file is there that the model files' ``mp_world_size``, ``dp_world_size`` and
+What is shown of them here, without reading their states: DeepSpeed named the tag in ``latest``,
+which it does last (0.19.8 ``runtime/engine.py``: ``save_checkpoint``), every file is whole by its
+form, and every file is there that the model files' ``mp_world_size``, ``dp_world_size`` and
 ``num_experts`` ask for. Of a pipeline a layer's files are there for all model ranks or
 none; which layers there are is not written in any file.
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 from ckpt.weights.companions import surroundings
 from ckpt.weights.request import Request
 from converters.detect import detection
-from converters.detect.deepspeed import EXPERTS, TENSOR_PARALLEL, UNIVERSAL
+from converters.detect.deepspeed import PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError
 from converters.names import selection
 from converters.source import STATES, Source
@@ -41,7 +41,7 @@ def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
             return fp32(checkpoint, tag, "--weights 16bit")
 
     detected = detection.detect(checkpoint, tag)
-    if detected.kind.name in (UNIVERSAL, TENSOR_PARALLEL, EXPERTS):
+    if detected.kind.name in (UNIVERSAL, *PARALLEL):
         raise CheckpointError(
             f"{checkpoint} {detected.statement}, which is read for its fp32 weights; leave "
             "--weights 16bit out (--dtype bf16 rounds them)",

@@ -3,6 +3,5 @@
 computed     a tensor and the formula that makes it
 inputs       what formulas read
 arrangement  tensors cut, joined and transposed;  gathering  their elements
-transposed   two axes of a tensor exchanged
 blas         matrix products that give the same bits every time
 """

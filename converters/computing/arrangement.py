@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 
 from converters import words
@@ -75,6 +76,33 @@ class View:
         if not numel:
             return TensorRef(source.dtype, shape, Listed())
 
+        if (plain := self._plain(shape)) is not None:
+            return plain
+
+        from converters.computing import gathering  # which needs numpy
+
+        sizes, strides = _collapsed(self.shape, self.strides)
+        formula = gathering.StridedElements(source, self.offset, sizes, strides)
+        steps = "x".join(f"{size}:{step}" for size, step in zip(sizes, strides, strict=True))
+        recipe = f"elements from {self.offset} on, {steps}"
+        proofs = source.proofs if isinstance(source, Computed) else ()
+        return computed(source.dtype, shape, (source,), recipe, formula, proofs=proofs)
+
+    def _plain(self, shape: Sizes) -> TensorRef | None:
+        """The same where the elements need not be gathered, with its replicas; else ``None``."""
+        arranged = self._of_runs(shape)
+        if arranged is None or not self.source.replicas:
+            return arranged
+
+        views = (replace(self, source=replica) for replica in self.source.replicas)
+        replicas = [view._of_runs(shape) for view in views]
+        present_replicas = tuple(replica for replica in replicas if replica is not None)
+        is_whole = len(present_replicas) == len(replicas)
+        return replace(arranged, replicas=present_replicas) if is_whole else None
+
+    def _of_runs(self, shape: Sizes) -> TensorRef | None:
+        """The same of the source alone, where a few long runs of it are all that there is."""
+        source = self.source
         sizes, strides = _collapsed(self.shape, self.strides)
         if sizes == (source.numel,) and strides == (1,):
             return _reshaped(source, shape)
@@ -82,17 +110,11 @@ class View:
             return narrowed(source, self.offset, shape)
 
         is_run = strides[-1] == 1 and sizes[-1] >= MIN_RUN
-        if is_run and numel // sizes[-1] <= MAX_RUNS and _is_plain(source):
-            offsets = _offsets(self.offset, sizes[:-1], strides[:-1])
-            return TensorRef.concat(source.narrow(at, sizes[-1]) for at in offsets).view(*shape)
+        if not is_run or prod(self.shape) // sizes[-1] > MAX_RUNS or not _is_listed(source):
+            return None
 
-        from converters.computing import gathering  # which needs numpy
-
-        formula = gathering.StridedElements(source, self.offset, sizes, strides)
-        steps = "x".join(f"{size}:{step}" for size, step in zip(sizes, strides, strict=True))
-        recipe = f"elements from {self.offset} on, {steps}"
-        proofs = source.proofs if isinstance(source, Computed) else ()
-        return computed(source.dtype, shape, (source,), recipe, formula, proofs=proofs)
+        offsets = _offsets(self.offset, sizes[:-1], strides[:-1])
+        return TensorRef.concat(source.narrow(at, sizes[-1]) for at in offsets).view(*shape)
 
 
 def joined(parts: Sequence[TensorRef], dim: int) -> TensorRef:
@@ -109,7 +131,7 @@ def joined(parts: Sequence[TensorRef], dim: int) -> TensorRef:
     length = sum(part.shape[dim] for part in parts)
     shape = (*first.shape[:dim], length, *first.shape[dim + 1 :])
     if prod(first.shape[:dim]) == 1 and all(map(_is_plain, parts)):
-        return TensorRef.concat(parts).view(*shape)
+        return _in_a_row(parts, dim, shape)
 
     from converters.computing import gathering  # which needs numpy
 
@@ -148,6 +170,21 @@ def _reshaped(tensor: TensorRef, shape: Sizes) -> TensorRef:
     if shape == tensor.shape:
         return tensor
     return narrowed(tensor, 0, shape) if isinstance(tensor, Computed) else tensor.view(*shape)
+
+
+def _in_a_row(parts: Sequence[TensorRef], dim: int, shape: Sizes) -> TensorRef:
+    """Parts whose elements follow each other, with what else ranks have of them."""
+    if all(_is_listed(part) and not part.replicas for part in parts):
+        return TensorRef.concat(parts).view(*shape)
+
+    starts = accumulate((part.shape[dim] for part in parts[:-1]), initial=0)
+    offsets = [(0,) * dim + (start,) + (0,) * (len(shape) - dim - 1) for start in starts]
+    return TensorRef.tile(shape, zip(offsets, parts, strict=True))
+
+
+def _is_listed(tensor: TensorRef) -> bool:
+    """Whether its runs are few enough to be written out."""
+    return not isinstance(tensor, Computed) and isinstance(tensor.extents, Listed)
 
 
 def _is_plain(tensor: TensorRef) -> bool:

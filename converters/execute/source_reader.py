@@ -25,11 +25,12 @@ SCATTERED_BYTES = 4 << 10  # runs of fewer bytes are read at once, and copied to
 class UnlikeError(CheckpointError):
     """Ranks have different values of what they should all have the same of."""
 
-    def __init__(self, name: str, tensor: TensorRef, replica: TensorRef):
+    def __init__(self, name: str, tensor: TensorRef, replica: TensorRef, element: int):
+        """``element`` is the first one that differs."""
+        paths = [ref.narrow(element, 1).extents[0].path for ref in (replica, tensor)]
         super().__init__(
-            f"{replica.extents[0].path} holds other values of {name} than "
-            f"{tensor.extents[0].path}, and all ranks should have the same: a file is of another "
-            "save, or the ranks had drifted apart when they saved"
+            f"{paths[0]} holds other values of {name} than {paths[1]}, and all ranks should have "
+            "the same: a file is of another save, or the ranks had drifted apart when they saved"
         )
         self.tensors = (tensor, replica)
 
@@ -73,8 +74,11 @@ class SourceReader:
         for first in range(0, len(expected), step):
             values = self.second[: min(step, len(expected) - first)]
             self.take(replica, start + first // itemsize, values)
-            if not _same_bytes(values, expected[first : first + len(values)]):
-                raise UnlikeError(self.name, tensor, replica)
+            expected_values = expected[first : first + len(values)]
+            if not _same_bytes(values, expected_values):
+                place = _first_difference(values, expected_values)
+                element = start + (first + place) // itemsize
+                raise UnlikeError(self.name, tensor, replica, element)
 
     def read(self, extents: Extents, destination: memoryview) -> None:
         """Fills ``destination`` with runs that are read in order, and notes their CRC32s."""
@@ -133,3 +137,9 @@ def _same_bytes(first: memoryview, second: memoryview) -> bool:
     """Whether two buffers hold the same; eight bytes at a time, which is faster."""
     end = len(first) // 8 * 8
     return first[end:] == second[end:] and first[:end].cast("Q") == second[:end].cast("Q")
+
+
+def _first_difference(first: memoryview, second: memoryview) -> int:
+    """The first byte that is not the same in both."""
+    pairs = zip(first, second, strict=True)
+    return next(place for place, (a, b) in enumerate(pairs) if a != b)

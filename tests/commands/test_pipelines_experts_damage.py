@@ -14,6 +14,11 @@ from oracles import FIXTURES, run
 
 from converters import detect
 from converters.errors import CheckpointError
+from converters.tensors import DType, Extent, Listed, TensorRef
+from converters.torch_files.torch_file import TorchFile
+from converters.zero.experts import auto_ep
+from converters.zero.experts.auto_ep import AutoEPLayer
+from converters.zero.files.state_files import State
 
 SPLIT = FIXTURES / "pipelines-and-experts"
 NAMES = sorted(path.name for path in SPLIT.iterdir() if path.is_dir())
@@ -199,6 +204,50 @@ def test_experts_that_do_not_follow_one_another_are_put_in_order(
     before = [plain[name].narrow(expert * size, size) for expert in range(4)]
     after = [other[name].narrow(expert * size, size) for expert in range(4)]
     assert after == [before[1], before[3], before[0], before[2]]
+
+
+@pytest.mark.parametrize("experts", [((1,), (3, 0, 2)), ((3, 2, 1, 0),), ((2,), (), (0, 1, 3))])
+def test_experts_of_ranks_that_have_unlike_many_are_put_in_order(
+    experts: tuple[tuple[int, ...], ...],
+) -> None:
+    layer = AutoEPLayer("mlp", "mlp.experts", experts, 0)
+    places = {expert: Extent(Path("w1"), 100 * expert, 24) for expert in range(4)}
+    local_stacks = {
+        ("mlp.experts.w1", rank): TensorRef(
+            DType.F32, (len(local), 2, 3), Listed(places[expert] for expert in local)
+        )
+        for rank, local in enumerate(experts)
+    }
+    model = State(TorchFile(Path("model.pt"), {}, ()), {})
+    stacks = auto_ep.whole_stacks(model, [layer], local_stacks)
+    assert stacks["mlp.experts.w1"].shape == (4, 2, 3)
+    assert list(stacks["mlp.experts.w1"].extents) == list(places.values())
+
+
+@pytest.mark.parametrize("name", ["moe-zero1-frozen", "autoep-zero2", "autoep-zero3"])
+def test_experts_on_several_model_ranks_are_refused_without_the_files_of_those_too(
+    name: str, copied: Callable[[str], Path]
+) -> None:
+    folder = copied(name)
+    for path in folder.glob("*mp_rank_00_model_states.pt"):
+        if not path.name.startswith("layer"):
+            edit(path, lambda root: root.update(mp_world_size=2))
+    error = refusal(folder)
+    assert error.kind == "unsupported"
+    assert "of experts and of tensor or pipeline parallelism" in str(error)
+
+
+def test_frozen_experts_that_each_rank_has_its_own_pieces_of_are_refused(
+    copied: Callable[[str], Path],
+) -> None:
+    folder = copied("autoep-zero3")
+
+    def change(root: dict[str, Any]) -> None:
+        root["frozen_param_shapes"] = {"model.layers.0.mlp.experts.w1": torch.Size((2, 8, 16))}
+
+    edit(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt", change)
+    error = refusal(folder)
+    assert error.kind == "unsupported" and "experts.w1 are frozen" in str(error)
 
 
 @pytest.mark.parametrize("ranks", [[0], [0, 1], [2, 0], [0, 2, 1], []])

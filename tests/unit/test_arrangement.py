@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,54 @@ def test_parts_that_are_joined_again_are_the_whole(
     assert whole.shape == SHAPE
     assert np.array_equal(loaded(whole), numbers)
     assert np.array_equal(inputs.part(whole, 17, 100), numbers.reshape(-1)[17:117])
+
+
+@pytest.fixture
+def shards_of_ranks(numbers: Array, tmp_path: Path) -> TensorRef:
+    """The numbers as two ranks cut their last dimension, and both again on two other ranks."""
+    halves = []
+    for rank, half in enumerate(np.split(numbers, 2, axis=2)):
+        refs = []
+        for replica in range(2):
+            path = tmp_path / f"rank{rank}-{replica}"
+            path.write_bytes(half.tobytes())
+            refs.append(TensorRef(DType.F32, half.shape, Listed([Extent(path, 0, half.nbytes)])))
+        halves.append(((0, 0, 6 * rank), replace(refs[0], replicas=(refs[1],))))
+    return TensorRef.tile(SHAPE, halves)
+
+
+def arrangements(tensor: TensorRef) -> dict[str, TensorRef]:
+    """Arrangements of a tensor that have all of it, in any order."""
+    view = View.of(tensor)
+    parts = [view.narrow(0, start, 2).tensor(2, 8, 12) for start in range(0, 6, 2)]
+    return {
+        "whole": view.tensor(*SHAPE),
+        "transposed": view.transposed(1, 2).tensor(6, 12, 8),
+        "rows": joined(parts, 0),
+        "columns": joined([view.narrow(2, at, 6).tensor(6, 8, 6) for at in (0, 6)], 2),
+        "reordered": joined(parts[::-1], 0),
+    }
+
+
+def test_tensors_of_several_ranks_are_arranged_as_those_of_one(
+    shards_of_ranks: TensorRef, tensor: TensorRef
+) -> None:
+    for name, arranged in arrangements(shards_of_ranks).items():
+        assert np.array_equal(loaded(arranged), loaded(arrangements(tensor)[name])), name
+
+
+@pytest.mark.parametrize("name", ["whole", "transposed", "rows", "columns", "reordered"])
+def test_what_other_ranks_have_is_compared_in_any_arrangement(
+    name: str, shards_of_ranks: TensorRef, tmp_path: Path
+) -> None:
+    path = tmp_path / "rank1-1"
+    content = bytearray(path.read_bytes())
+    content[999] ^= 1
+    path.write_bytes(content)
+    weights = Weights({"w": arrangements(shards_of_ranks)[name]})
+    plan = safetensors.plan(weights, DType.F32, 1 << 40, "keep")
+    with pytest.raises(CheckpointError, match=r"rank1-1 holds other values of w"):
+        shards.execute(plan, tmp_path)
 
 
 def test_what_does_not_fit_is_refused(tensor: TensorRef) -> None:

@@ -18,9 +18,7 @@ from isal import isal_zlib
 from safetensors.torch import load_file
 
 from converters import cast
-from converters.computing import inputs
 from converters.computing.computed import computed
-from converters.computing.transposed import transposed
 from converters.errors import CheckpointError
 from converters.execute import shards
 from converters.execute.virtual_file import Serving
@@ -328,27 +326,3 @@ def test_boxes_and_tiles_keep_the_replicas_of_their_parts(tmp_path: Path) -> Non
     assert (values_of(replica) == np.concatenate([array + 1, array + 5], 1)).all()
     (of_box,) = tiled.box((1, 2), (2, 3)).replicas
     assert (values_of(of_box) == values_of(replica)[1:3, 2:5]).all()
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (2, 700, 33), (1, 1), (0, 4), (2, 3, 4, 5)])
-def test_a_transposed_tensor_is_that_of_numpy_in_any_pieces(
-    tmp_path: Path, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from converters.computing import transposed as module
-
-    monkeypatch.setattr(module, "BAND_BYTES", 4096)
-    array = np.random.default_rng(3).integers(0, 9999, shape).astype("<i2")
-    ref = transposed(Files(tmp_path).store(array))
-    expected = np.swapaxes(array, -1, -2)
-    assert ref.shape == expected.shape
-    assert (inputs.load(ref).reshape(ref.shape) == expected).all()
-    flat = np.ascontiguousarray(expected).reshape(-1)
-    for start, count in ((0, 1), (flat.size // 3, flat.size // 2), (max(flat.size - 2, 0), 2)):
-        count = min(count, flat.size - start)
-        if count:
-            assert (inputs.part(ref, start, count) == flat[start : start + count]).all()
-
-
-def test_what_has_one_axis_cannot_be_transposed() -> None:
-    with pytest.raises(ValueError, match="not two axes"):
-        transposed(TensorRef(DType.I16, (3,), (Extent(Path("a"), 0, 6),)))

@@ -32,7 +32,7 @@ from converters.zero.experts.expert_files import NATIVE, ExpertFiles
 from converters.zero.experts.expert_groups import SharedGroup
 from converters.zero.files import all_ranks, state_files
 from converters.zero.files.state_files import Shape, State
-from converters.zero.model_ranks import folder_files, numbered_states
+from converters.zero.model_ranks import folder_files, numbered_states, one_save
 from converters.zero.model_ranks.folder_files import FolderFiles
 from converters.zero.model_ranks.joined_source import Joined, with_module
 from converters.zero.naming import storage_views
@@ -161,14 +161,9 @@ def _model(place: Place, files: FolderFiles) -> State:
             "incomplete",
         )
 
-    if files.model_ranks != [0]:
-        raise CheckpointError(
-            f"{place.folder} is of experts and of tensor or pipeline parallelism (mp_rank_01 and "
-            f"up); merging both is not supported yet: {LOAD_THERE}",
-            "unsupported",
-        )
-
-    return folder_files.read(files.models[0])
+    model = folder_files.read(next(iter(files.models.values())))
+    one_save.require_one_model_rank(place, files, model)
+    return model
 
 
 def _ranks(place: Place, files: FolderFiles, model: State) -> list[State]:

@@ -28,7 +28,7 @@ from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.files import all_ranks, state_files, typed
 from converters.zero.files.state_files import Shape, State
 from converters.zero.files.typed import Section
-from converters.zero.model_ranks import folder_files
+from converters.zero.model_ranks import folder_files, one_save
 from converters.zero.model_ranks.folder_files import FolderFiles
 from converters.zero.model_ranks.joined_source import Joined, with_module
 
@@ -42,6 +42,7 @@ def read(place: Place, files: FolderFiles) -> Source:
     ``CheckpointError`` for what is damaged or incomplete.
     """
     models, ranks = _states(place, files)
+    _refuse_frozen_experts(models[0])
     masters, local_weights = _masters(place, models, ranks)
     layers = auto_ep.layers_of(models[0])
     masters |= auto_ep.whole_stacks(models[0], layers, local_weights)
@@ -74,12 +75,6 @@ def read(place: Place, files: FolderFiles) -> Source:
 
 def _states(place: Place, files: FolderFiles) -> tuple[list[State], list[State]]:
     """The model files and the optimizer files in rank order, which must all be there."""
-    if set(files.model_ranks) != {0}:
-        raise CheckpointError(
-            f"{place.folder} is of AutoEP under ZeRO-3 and of tensor parallelism (mp_rank_01 and "
-            f"up); merging both is not supported yet: {LOAD_THERE}",
-            "unsupported",
-        )
     if 0 not in files.optimizers:
         raise zero.no_optimizer_files(place)
     if 0 not in files.partitioned:
@@ -94,10 +89,25 @@ def _states(place: Place, files: FolderFiles) -> tuple[list[State], list[State]]
     ranks = all_ranks.in_rank_order(place, states)
     all_ranks.require_ranks(place, len(ranks), files.partitioned[0], "model")
     models = [folder_files.read(path) for _, path in sorted(files.partitioned[0].items())]
+    one_save.require_one_model_rank(place, files, models[0])
     state_files.require_kinds(models, [])
     stage3.require_one_step(models)
 
     return models, ranks
+
+
+def _refuse_frozen_experts(model: State) -> None:
+    """Raises for experts that are not trained: each rank has pieces of its own ones alone."""
+    groups = state_files.shapes(model, "frozen_param_shapes") or ()
+    frozen_names = {name for group in groups for name in group}
+    for layer in auto_ep.layers_of(model):
+        for name in layer.names:
+            if name in frozen_names:
+                raise CheckpointError(
+                    f"{model.path}: the experts {name} are frozen, and under ZeRO-3 each rank has "
+                    f"pieces of its own ones; merging those is not supported yet: {LOAD_THERE}",
+                    "unsupported",
+                )
 
 
 def _masters(

@@ -6,12 +6,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from converters.accessors import is_whole_number
+from converters.detect.deepspeed import LOAD_THERE
 from converters.errors import CheckpointError
 from converters.source import Place
 from converters.storage import misplaced_files
 from converters.zero.files import all_ranks, state_files
 from converters.zero.files.state_files import State
 from converters.zero.model_ranks import folder_files
+from converters.zero.model_ranks.folder_files import FolderFiles
 
 # keys of model files that are the same on every rank of one save
 _COMMON = ("global_steps", "global_samples", "ds_version", "dp_world_size", "mp_world_size")
@@ -36,6 +39,17 @@ def require_numbered(place: Place, label: str, count: int, numbers: Collection[i
         raise CheckpointError(
             f"{place.folder} has {label} for N = {all_ranks.rank_list(surplus_numbers)}, "
             f"expected {count} of them only: they are of another save; move them away"
+        )
+
+
+def require_one_model_rank(place: Place, files: FolderFiles, model: State) -> None:
+    """Raises where experts lie on several model-parallel ranks, whose files may be lost."""
+    count = model.root.get("mp_world_size")
+    if files.model_ranks != [0] or (is_whole_number(count) and count > 1):
+        raise CheckpointError(
+            f"{place.folder} is of experts and of tensor or pipeline parallelism (mp_rank_01 and "
+            f"up); merging both is not supported yet: {LOAD_THERE}",
+            "unsupported",
         )
 
 

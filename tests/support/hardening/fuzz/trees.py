@@ -36,8 +36,9 @@ NAMES = (
     *("zero2-aligned-round-robin", "zero2-fp16-w2", "zero3-bf16-w2", "zero3-exclude-frozen"),
     *("corpus/o0_3_16_s2", "corpus/s2muon", "corpus/b16opt", "corpus/s3sub"),
     *("universal/zero2-bf16-w2", "universal/zero3-bf16-w2"),  # made of these
-    *("parallel/tp_fusedb_z3_w4", "parallel/tp_qwen3_frozen_z2_w4", "parallel/moe_frozen_z2_w4"),
-    *("parallel/aep_deepseek_z2_w4", "parallel/aep_qwen3moe_z3_w4"),
+    *("parallel/tp_fusedb_z3_w4", "parallel/tp_qwen3_frozen_z2_w4"),
+    *("pipelines-and-experts/moe-zero1-frozen", "pipelines-and-experts/pipeline-zero1"),
+    *("pipelines-and-experts/autoep-zero2", "pipelines-and-experts/autoep-zero3"),
 )
 MAX_PLACES = 4  # of a list or dict: those after are like them
 READ_SETTINGS = ("zero_optimization", "bf16", "fp16", "optimizer", "data_types", "checkpoint")
@@ -182,7 +183,7 @@ class Trees:
             self.readers = (from_universal,)
         else:
             shutil.copytree(FIXTURES / name, self.folder)
-            if name.startswith("parallel/"):
+            if name.startswith(("parallel/", "pipelines-and-experts/")):
                 self.readers = (merged,)
 
         paths = sorted(self.folder.rglob("*_states.pt"))

@@ -76,8 +76,8 @@ class View:
         if not numel:
             return TensorRef(source.dtype, shape, Listed())
 
-        if (plain := self._plain(shape)) is not None:
-            return plain
+        if (arranged := self._plain(shape)) is not None:
+            return arranged
 
         from converters.computing import gathering  # which needs numpy
 

@@ -75,10 +75,21 @@ if not TYPE_CHECKING:  # or else a type checker takes every name, and knows the 
     def __getattr__(name: str) -> Any:
         """What is loaded when it is first used, so that ``ckpt --help`` stays instant."""
         if name in _NAMES:
-            return getattr(import_module(_NAMES[name]), name)
+            return getattr(_imported(_NAMES[name], name), name)
         if name in _MODULES:
-            return import_module(_MODULES[name])
+            return _imported(_MODULES[name], name)
         raise AttributeError(f"module 'ckpt' has no attribute {name!r}")
+
+    def _imported(module: str, name: str) -> Any:
+        """The module of a public name; ``CheckpointError`` where it needs torch to be there."""
+        try:
+            return import_module(module)
+        except ModuleNotFoundError as error:
+            from ckpt import requirements
+
+            if requirements.is_of_torch(error):
+                raise requirements.without_torch(f"ckpt.{name}") from error
+            raise
 
 
 def __dir__() -> list[str]:

@@ -8,11 +8,15 @@ here before it imports anything.
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from converters.errors import CheckpointError
+
+log = logging.getLogger("ckpt")
 
 OLDEST = {
     "accelerate": "1.0",
@@ -23,12 +27,16 @@ OLDEST = {
     "transformers": "4.51",
 }
 
+OLDEST_TORCH_OF_RESUME = "2.6"  # by the Trainer
+
 
 def require(work: str, *libraries: str) -> None:
     """``CheckpointError`` where one is not installed, or too old for ``work``.
 
     A copy of a source tree says no version, and is taken.
     """
+    if "deepspeed" in libraries:
+        require_torch(work)
     for library in libraries:
         oldest = OLDEST[library]
         try:
@@ -45,6 +53,49 @@ def require(work: str, *libraries: str) -> None:
                 f"pip install '{library}>={oldest}'",
                 "unsupported",
             )
+
+
+def warn_of_old_torch() -> None:
+    """Logs, on rank 0, that the Trainer cannot resume with the torch that is installed.
+
+    Saves are whole all the same. transformers reads the random states with
+    ``torch.load(weights_only=True)``, which refuses numpy's arrays before torch 2.6
+    (transformers 4.51 ``trainer.py: safe_globals``), or refuses that torch by itself
+    (transformers 5.24 ``import_utils.py: check_torch_load_is_safe``).
+    """
+    try:
+        release = version("torch")
+    except PackageNotFoundError:
+        return
+
+    is_old = numbers(release) < numbers(OLDEST_TORCH_OF_RESUME)
+    if is_old and os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "torch %s: the Trainer saves with it and cannot resume, because it does not load its "
+            "own random states before torch %s; resume with that or a newer one",
+            release,
+            OLDEST_TORCH_OF_RESUME,
+        )
+
+
+def is_of_torch(error: ModuleNotFoundError) -> bool:
+    """Whether it is torch that an import did not find."""
+    return (error.name or "").partition(".")[0] == "torch"
+
+
+def require_torch(work: str) -> None:
+    """``CheckpointError`` where torch is not installed."""
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise without_torch(work) from error
+
+
+def without_torch(work: str) -> CheckpointError:
+    """The error for ``work`` where torch is not installed."""
+    return CheckpointError(
+        f"{work} needs torch, and it is not installed; pip install torch", "unsupported"
+    )
 
 
 def numbers(release: str) -> tuple[int, ...]:

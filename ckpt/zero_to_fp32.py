@@ -20,6 +20,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ckpt import requirements
 from ckpt.folders import scratch
 from ckpt.folders.filenames import MANIFEST
 from ckpt.runs import manifest
@@ -91,6 +92,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
 
     ``lazy_mode`` gives tensors that are read by ``contiguous()``.
     """
+    requirements.require_torch("ckpt.zero_to_fp32")
     with arguments.naming_arguments("tag="):
         source = _source(checkpoint_dir, tag)
     weights = _weights(source.weights, exclude_frozen_parameters)

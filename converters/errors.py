@@ -9,19 +9,19 @@ from typing import Literal
 
 MAX_MESSAGE_LENGTH = 4000  # characters of a message
 
-Kind = Literal["corrupt", "incomplete", "refused", "unsupported", "output", "unloadable"]
+Kind = Literal["absent", "corrupt", "incomplete", "refused", "unsupported", "output", "unloadable"]
 
 
 class CheckpointError(Exception):
     """An error of a checkpoint: one line that says what is wrong, where, and what to
     do.
 
-    ``kind`` says which sort of trouble it is: ``corrupt`` (bytes are damaged or
-    contradict each other), ``incomplete`` (something is missing), ``refused`` (the file
-    asks for something that is never done, such as running code), ``unsupported`` (a
-    known format that is not read here), ``unloadable`` (its reader would not load the
-    result) and ``output`` (nothing is wrong with the checkpoint; the result cannot be
-    written).
+    ``kind`` says which sort of trouble it is: ``absent`` (nothing is at the path),
+    ``corrupt`` (bytes are damaged or contradict each other), ``incomplete`` (something
+    is missing), ``refused`` (the file asks for something that is never done, such as
+    running code), ``unsupported`` (a known format that is not read here),
+    ``unloadable`` (its reader would not load the result) and ``output`` (nothing is
+    wrong with the checkpoint; the result cannot be written).
 
     Functions for users name their arguments where commands name options; ``for_command``
     is the message with the options.

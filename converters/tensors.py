@@ -321,6 +321,11 @@ class Weights:
         if contradictory:
             raise ValueError(f"{contradictory[0]} is both present and absent")
 
+    def by_every_name(self) -> dict[str, TensorRef]:
+        """The tensors, those of tied names too."""
+        tied_tensors = {alias: self.tensors[owner] for alias, owner in self.aliases.items()}
+        return {**self.tensors, **tied_tensors}
+
 
 def zeros(dtype: DType, numel: int) -> TensorRef:
     """Padding, to be read from where there is nothing else."""

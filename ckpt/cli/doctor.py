@@ -38,10 +38,22 @@ if TYPE_CHECKING:
     is_flag=True,
     help="With --adopt: nobody writes there, so do not wait for a second look.",
 )
-@dry_run_option("With --fix or --adopt: say what would be done, and do nothing.")
+@click.option(
+    "--one-save",
+    is_flag=True,
+    help="Say that all files of this checkpoint are of one save, where only their times speak "
+    "against it.",
+)
+@dry_run_option("With --fix, --adopt or --one-save: say what would be done, and do nothing.")
 @JSON
 def doctor(
-    path: Path, fix: bool, adopt: bool, is_quiet: bool, dry_run: bool, as_json: bool
+    path: Path,
+    fix: bool,
+    adopt: bool,
+    is_quiet: bool,
+    one_save: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Find what a crash left: pointers that lead nowhere, leftovers, torn folders.
 
@@ -51,16 +63,23 @@ def doctor(
     complete need nothing: --adopt reads every byte of those that DeepSpeed wrote, of a
     run or one, and commits them. Its exit code is 1 if one is not complete.
 
+    A checkpoint that was copied or downloaded in parts can look like a save over an older
+    one that was interrupted. Where its values cannot tell, it counts as incomplete until
+    --one-save makes the file that is written last (trainer_state.json) the newest.
+
     \b
     ckpt doctor out
     ckpt doctor out --fix
     ckpt doctor out --adopt
     ckpt doctor out/checkpoint-500 --adopt --now
+    ckpt doctor out/checkpoint-500 --one-save
     """
     from ckpt.runs.states import listing
 
     if fix and adopt:
         raise click.UsageError("--adopt and --fix are two steps; adopt first.")
+    if one_save and (fix or adopt):
+        raise click.UsageError("--one-save is a step of its own; use it before the other one.")
     if is_quiet and not adopt:
         raise click.UsageError("--now is for --adopt, which waits for whoever may be writing.")
 
@@ -68,12 +87,16 @@ def doctor(
         planned.show(_adoption(path, wait=not is_quiet, dry_run=dry_run), as_json)
         return
 
+    if one_save:
+        planned.run(_settling(path), dry_run=dry_run, as_json=as_json)
+        return
+
     opened_run = listing.run_at(path, "ckpt doctor")
     planned.run(_mending(opened_run), dry_run=dry_run or not fix, as_json=as_json)
 
 
 def _mending(run: Run) -> Planned:
-    from ckpt.runs.foreign import completeness
+    from ckpt.runs.foreign import signs
     from ckpt.runs.upkeep import doctor as mending
 
     def execute(_: Progress) -> Output:
@@ -81,12 +104,39 @@ def _mending(run: Run) -> Planned:
         return _findings(run, mended, diagnosis, dry_run=False)
 
     def preview() -> Output:
-        count = len(completeness.candidates(run.path))
+        count = len(signs.candidates(run.path))
         with planned.progress(count, run.path.name, "checkpoint") as advance:
             diagnosis = mending.diagnose(run, advance)
         return _findings(run, [], diagnosis, dry_run=True)
 
     return Planned(preview=preview, execute=execute)
+
+
+def _settling(path: Path) -> Planned:
+    """Making the file that is written last the newest one of a checkpoint."""
+    from ckpt.runs.foreign import overwriting
+    from ckpt.runs.states import listing
+
+    checkpoint = listing.checkpoint_at(path, "ckpt doctor --one-save")
+    doubt = overwriting.doubt(checkpoint.folder)
+
+    def output(is_settled: bool) -> Output:
+        if doubt is None:
+            notice = f"ckpt: {path}: the times of its files are those of one save"
+            return Output(DoctorResult(not is_settled, (), ()), [], [notice])
+
+        remedy = f"make {doubt.mark.name} the newest file"
+        finding = FindingEntry(doubt.mark, doubt.sentence, remedy, is_settled)
+        line = f"{doubt.mark}: {doubt.sentence}; --one-save: {remedy}"
+        word = "mended" if is_settled else "found"
+        return Output(DoctorResult(not is_settled, (finding,), ()), [f"{word}\t{line}"])
+
+    def execute(_: Progress) -> Output:
+        if doubt is not None:
+            overwriting.settle(doubt)
+        return output(is_settled=True)
+
+    return Planned(preview=lambda: output(is_settled=False), execute=execute)
 
 
 def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run: bool) -> Output:
@@ -105,7 +155,14 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
         for finding in findings
     ]
     complete = [status for status in diagnosis.statuses if status.complete]
-    hints = [f"ckpt: {run.path}: {line}" for line in adoption_hint(complete, run.path)]
+    native = [status for status in complete if not status.checkpoint.is_universal]
+    hints = [f"ckpt: {run.path}: {line}" for line in adoption_hint(native, run.path)]
+    pointed = run.pointer("latest")
+    if pointed is not None and pointed.committed and pointed.tier == "weights":
+        hints.append(
+            f"ckpt: {run.path}: latest names {pointed.name}, which has weights only, so that no "
+            "training goes on from this run; a job that resumes from it stops and says so"
+        )
     idle = [] if entries else ["nothing to mend"]
 
     return Output(
@@ -141,6 +198,41 @@ def _adoption(path: Path, *, wait: bool, dry_run: bool) -> Output:
     return _adopted(path, outcomes, dry_run)
 
 
+def _unproven(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
+    """A line on what nothing was compared with in an adopted checkpoint."""
+    from ckpt.runs.recognition import is_weights
+    from ckpt.text import size
+    from converters.words import some
+
+    if not outcome.bare:
+        return []
+
+    largest = sorted(outcome.bare, key=lambda entry: -entry.nbytes)
+    nbytes = sum(entry.nbytes for entry in largest)
+    were = "would be" if dry_run else "were"
+    line = (
+        f"ckpt: {outcome.folder}: {size(nbytes)} had no checksum and {were} taken as they are "
+        f"({some(entry.name for entry in largest)})"
+    )
+    if any(is_weights(entry.name) for entry in largest):
+        line += "; the weights are not compared with the states: ckpt slim does that"
+    return [line]
+
+
+def _without_latest(path: Path, outcomes: Sequence[AdoptionOutcome]) -> list[str]:
+    """A line on what comes next, where a run has committed checkpoints now and no ``latest``."""
+    from ckpt.runs.run import Run
+    from ckpt.runs.states import listing
+
+    is_adopted = any(outcome.adopted for outcome in outcomes)
+    if not is_adopted or listing.is_single(path) or Run(path).target("latest") is not None:
+        return []
+    return [
+        f"ckpt: {path} has no file latest, by which DeepSpeed finds the newest one; "
+        f"ckpt doctor {path} --fix writes it"
+    ]
+
+
 def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> Output:
     from ckpt.runs.states.status import adoption_hint
 
@@ -154,6 +246,8 @@ def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> 
         for outcome in outcomes
         if not (outcome.adopted or outcome.failed or outcome.status.complete)
     ]
+    notes += [line for outcome in outcomes for line in _unproven(outcome, dry_run)]
+    notes += [] if dry_run else _without_latest(path, outcomes)
     idle = [] if outcomes else ["every checkpoint has its manifest"]
     entries = tuple(
         AdoptionEntry(
@@ -162,6 +256,7 @@ def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> 
             state=outcome.status.state.value,
             written_by=outcome.status.writer,
             reason=outcome.reason,
+            no_checksum_bytes=sum(entry.nbytes for entry in outcome.bare),
         )
         for outcome in outcomes
     )

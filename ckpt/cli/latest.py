@@ -52,7 +52,7 @@ def latest(run: Path, best: bool, designation: str | None, dry_run: bool, as_jso
 
     if designation is not None:
         checkpoint = _designated(opened_run, designation)
-        opened_run.require_committed(pointer_name, checkpoint)
+        _require_committed(opened_run, pointer_name, checkpoint)
         if not dry_run:
             opened_run.point(pointer_name, checkpoint)
     elif best:
@@ -114,6 +114,25 @@ def _designated(run: Run, designation: str) -> RunCheckpoint:
     return run.find(path.resolve().name if len(path.parts) > 1 else designation)
 
 
+def _require_committed(run: Run, pointer_name: str, checkpoint: RunCheckpoint) -> None:
+    """``CheckpointError`` where a pointer may not name the checkpoint, and what helps, if
+    anything does."""
+    from ckpt.runs import manifest as manifests
+    from ckpt.runs.states.status import status_of
+    from converters.errors import CheckpointError
+
+    if checkpoint.why == manifests.ABSENT:
+        status = status_of(checkpoint)
+        remedy = f"; ckpt doctor {checkpoint.folder} --adopt commits it" if status.adoptable else ""
+        raise CheckpointError(
+            f"{checkpoint.folder} is not committed ({status.description}); {pointer_name} names "
+            f"committed checkpoints only and stays as it is{remedy}",
+            "refused",
+        )
+
+    run.require_committed(pointer_name, checkpoint)
+
+
 def _refuse(reason: str) -> NoReturn:
     from converters.errors import CheckpointError
 
@@ -163,7 +182,6 @@ def _mismatch(run: Run, checkpoint: RunCheckpoint, proof: Proof | None) -> list[
     remedy = ""
     if proof is None:
         remedy = f"; ckpt latest {run.path} --set {name} changes it"
-    return [
-        f"ckpt: {run.path / 'latest'} names {pointer_target}, which DeepSpeed itself "
-        f"would load{remedy}"
-    ]
+    leads_on = run.pointer("latest") is not None or (run.path / pointer_target).is_dir()
+    finding = "which DeepSpeed itself would load" if leads_on else "which is not there"
+    return [f"ckpt: {run.path / 'latest'} names {pointer_target}, {finding}{remedy}"]

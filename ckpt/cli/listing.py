@@ -117,8 +117,8 @@ def _remark(entry: CheckpointEntry) -> str:
     """What a reader should know of a checkpoint that no save committed, or that lacks files."""
     parts = [entry.origin] if entry.origin else []
     is_universal = entry.origin is not None and entry.kind == "deepspeed-universal"
-    if is_universal:
-        pass  # which never gets a manifest
+    if is_universal and entry.reason is not None and entry.written_by is not None:
+        parts.append(entry.state)  # it never gets a manifest, so that this is all there is to be
     elif entry.written_by is not None:
         parts.append(f"complete, not committed: written by {entry.written_by}")
     elif entry.reason is not None:

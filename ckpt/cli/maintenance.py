@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 def slim(checkpoint: Path, dry_run: bool, force: bool, dtype: str | None, as_json: bool) -> None:
     """Make a full checkpoint a weights-only one.
 
-    The weights beside DeepSpeed's files are proven complete first: every name and
-    shape, every byte by its digest. They are 16-bit ones as a rule, and the fp32 masters
-    go with the optimizer state; --dtype fp32 writes fp32 weights first. Training cannot
-    go on from a weights-only checkpoint.
+    The weights beside DeepSpeed's files are proven first: they have every name and shape
+    of the states, every byte agrees with its digest, and every value is that of the
+    states, rounded. They are 16-bit ones as a rule, and the fp32 masters go with the
+    optimizer state; --dtype fp32 writes fp32 weights first. Training cannot go on from a
+    weights-only checkpoint.
 
     \b
     ckpt slim out/checkpoint-500 --dry-run
@@ -58,7 +59,8 @@ def slim(checkpoint: Path, dry_run: bool, force: bool, dtype: str | None, as_jso
 def _slim(checkpoint: RunCheckpoint, force: bool) -> Planned:
     from ckpt.runs.upkeep import slim as slimming
 
-    slimming_plan = slimming.plan(checkpoint, force)
+    with planned.progress(slimming.proof_bytes(checkpoint), checkpoint.name) as advance:
+        slimming_plan = slimming.plan(checkpoint, force, advance)
 
     def execute(_: Progress) -> Output:
         slimming.execute(slimming_plan)

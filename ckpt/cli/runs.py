@@ -114,6 +114,9 @@ def prune(
         outcomes = pruning.plan(opened_run, Retention(keep_last, keep_every, keep_best))
 
     alone = _left_alone(opened_run.path, outcomes)
+    committed_step = max((outcome.checkpoint.step or 0 for outcome in outcomes), default=0)
+    if any(status.complete and (status.step or 0) > committed_step for status in alone):
+        outcomes = pruning.amid_newer(outcomes)
     planned.run(
         Planned(
             preview=lambda: _pruned(opened_run.path, outcomes, alone, dry_run=True),

@@ -55,6 +55,8 @@ def chosen(path: Path, best: Best | None = None, full: bool = False) -> PushSour
         return PushSource(_best_of(Run(path), best, full))
 
     newest = newest_at(path, "ckpt push", full)
+    if newest.checkpoint.folder.is_file():
+        raise detect(newest.checkpoint.folder).unlike("a folder of a checkpoint or of a model")
     is_complete = newest.state is CheckpointState.COMPLETE
     return PushSource(newest.checkpoint, newest.remark if is_complete else None)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ckpt.folders import filenames
 from ckpt.runs import digests
 from ckpt.runs import manifest as manifests
-from ckpt.runs.foreign import liveness
-from ckpt.runs.run import RunCheckpoint, open_checkpoint
+from ckpt.runs.foreign import resume_files
+from ckpt.runs.run import Run, RunCheckpoint, open_checkpoint
 from converters.errors import CheckpointError
 from converters.storage import local
 
@@ -27,32 +27,39 @@ PATIENCE = 3
 class Sight:
     """What all ranks must see: a save, by its id, or the files of one that has none.
 
-    ``parts``: of how many nodes' folders it is; ``names`` are files with their sizes.
+    ``parts``: of how many nodes' folders it is; ``names`` are the files that a resume reads
+    with their sizes, of DeepSpeed's tags those of ``tag``.
     """
 
     name: str
     save: str | None = None
     parts: int = 1
     names: tuple[tuple[str, int], ...] | None = None
+    tag: str | None = None
 
     @classmethod
-    def of(cls, checkpoint: RunCheckpoint) -> Sight:
-        """A checkpoint as this rank sees it."""
+    def of(cls, checkpoint: RunCheckpoint, tag: str | None = None) -> Sight:
+        """A checkpoint as this rank sees it; without a manifest, of this ``tag``, by default the
+        one that its file ``latest`` names."""
         manifest = checkpoint.manifest
         if manifest is not None:
             return cls(checkpoint.name, manifest.save, manifest.nodes)
-        return cls(checkpoint.name, names=liveness.fingerprint(checkpoint.folder))
+
+        folder = checkpoint.folder
+        if tag is None and folder.is_dir():
+            tag = Run(folder).target()
+        return cls(checkpoint.name, names=resume_files.fingerprint(folder, tag), tag=tag)
 
     def plain(self) -> list[Any]:
         """The values as JSON has them."""
-        return [self.name, self.save, self.parts, self.names]
+        return [self.name, self.save, self.parts, self.names, self.tag]
 
     @classmethod
     def parse(cls, value: list[Any]) -> Sight:
         """What ``plain`` of another rank returned."""
-        name, save, parts, names = value
+        name, save, parts, names, tag = value
         sizes = names and tuple((path, size) for path, size in names)
-        return cls(name, save, parts, sizes)
+        return cls(name, save, parts, sizes, tag)
 
 
 def mismatch(ranks: RankGroup | None, folder: Path, sight: Sight, data: bool) -> str | None:
@@ -110,7 +117,7 @@ def _files_mismatch(
         return "this rank does not see it"
 
     for attempt in range(PATIENCE):  # a network filesystem shows new files late
-        fingerprint = liveness.fingerprint(path)
+        fingerprint = resume_files.fingerprint(path, sight.tag)
         if fingerprint == sight.names:
             break
         time.sleep(1.0 if attempt < PATIENCE - 1 else 0.0)

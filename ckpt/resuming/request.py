@@ -24,7 +24,7 @@ from ckpt.resuming import continuity, select, topology
 from ckpt.resuming.changes import LoadOptions
 from ckpt.resuming.comparison import Comparison
 from ckpt.resuming.continuity import OnMismatch
-from ckpt.resuming.resume_point import RankState, ResumePoint
+from ckpt.resuming.resume_point import NO_RANDOM_STATES, RankState, ResumePoint
 from ckpt.resuming.select import VerifyLevel
 from ckpt.resuming.topology import Reshard
 from ckpt.runs import manifest as manifests
@@ -59,6 +59,7 @@ class ResumeRequest:
     committed_only: bool = False
     reshard: Reshard = None
     memory: str | int | None = None
+    random_states_file: str | None = None  # which the front end itself restores, on this rank
     options: LoadOptions = field(default_factory=LoadOptions)
     began_at: float = field(default_factory=time.monotonic)
 
@@ -124,7 +125,7 @@ class ResumeRequest:
         )
         if checkpoint is None:
             if not ranks.rank:
-                log.info("%s has no checkpoint yet", self.path)
+                log.info("%s has no checkpoint to go on from yet", self.path)
             return None
 
         # One that is the path itself and has no number may be a save_dir of DeepSpeed.
@@ -185,12 +186,29 @@ class ResumeRequest:
         """What this rank saved beside the engine; ``CheckpointError`` if not all comes back."""
         state = RankState.read(source, self.ranks.rank)
         losses = state.lost(self.extra)
+        if state.random is None and not source.saved_by_ckpt:
+            losses = self._without_random_states(source, losses)
         is_excused = source.resharded or not source.saved_by_ckpt
         if losses and self.on_mismatch == "error" and not is_excused:
             raise CheckpointError(f"{source.folder}: {losses[0]}", "incomplete")
         for line in losses:
             log.warning("%s: %s", source.folder, line)
         return state
+
+    def _without_random_states(self, source: ResumePoint, losses: list[str]) -> list[str]:
+        """What is lost of a checkpoint that another program wrote: no rank has its random states.
+
+        Rank 0 says it once, unless the front end has a file of its own that it restores.
+        """
+        own_file = self.random_states_file
+        has_own = own_file is not None and (source.folder / own_file).exists()
+        if not self.ranks.rank and not has_own:
+            log.warning(
+                "%s was written without ckpt, which reads no random states of it: dropout and "
+                "shuffling go on from the seed of this script",
+                source.folder,
+            )
+        return [line for line in losses if line != NO_RANDOM_STATES]
 
     def _slots(
         self,

@@ -23,6 +23,7 @@ from converters.detect.kinds import BY_NAME
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
+NO_RANDOM_STATES = "it has no random states of this rank"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ class RankState:
         given_names = set(extra or {})
         losses = []
         if self.random is None:
-            losses.append("it has no random states of this rank")
+            losses.append(NO_RANDOM_STATES)
         for name in sorted(given_names - set(self.extra)):
             losses.append(f"extra {name} was not saved")
         for name in sorted(set(self.extra) - given_names):

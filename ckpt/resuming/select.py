@@ -144,10 +144,15 @@ def select_checkpoint(
                 committed_only=committed_only,
             )
             _tell_foreign(answer)
-            offer.value = Sight.of(answer.checkpoint).plain()
+            offer.value = Sight.of(answer.checkpoint, _tag_of(answer)).plain()
 
     _require_sight(ranks, folder, Sight.parse(offer.heard[0]), thorough == "data")
     return candidate(folder)
+
+
+def _tag_of(offer: Offer) -> str | None:
+    """The tag of a checkpoint that no save committed, where its proof says it."""
+    return offer.proof.tag if offer.proof is not None else None
 
 
 def _require_sight(ranks: RankGroup | None, folder: Path, sight: Sight, data: bool) -> None:
@@ -179,7 +184,7 @@ def _newest(
         with _step(ranks) as offer_step:
             offer = next(remaining_offers, None)
             if offer is not None:
-                offer_step.value = Sight.of(offer.checkpoint).plain()
+                offer_step.value = Sight.of(offer.checkpoint, _tag_of(offer)).plain()
 
         if offer_step.heard[0] is None:
             break

@@ -128,7 +128,7 @@ def _choose(
     )
     if checkpoint is None:
         if not resume_request.ranks.rank:
-            log.info("%s has no checkpoint yet", resume_request.path)
+            log.info("%s has no checkpoint to go on from yet", resume_request.path)
         return None
 
     with resume_request.ranks.step():

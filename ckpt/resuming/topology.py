@@ -18,7 +18,7 @@ from ckpt.distributed.ranks import RankGroup, alive
 from ckpt.engine.layout import Layout
 from ckpt.resuming.resume_point import ResumePoint
 from ckpt.rewrite import records
-from ckpt.rewrite.job import Rewriting
+from ckpt.rewrite.job import SAME_IN_ENGINE, Rewriting
 from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
 from ckpt.runs.run import Run, RunCheckpoint, is_numbered, open_checkpoint
 from converters.errors import CheckpointError
@@ -72,9 +72,12 @@ def _command(source: ResumePoint, layout: Layout) -> str:
     """The command line that makes of the checkpoint what loads."""
     saved, current = source.topology, layout.topology
     output = _output_of(source, layout)
+    overwrite = ""
+    if output.is_dir() and _is_of(source, _plan_rewriting(source, layout)):
+        overwrite = " --overwrite"  # else it would have been taken: it is damaged
     return (
         f"ckpt reshard {source.folder} --world-size {current.world_size} --stage "
-        f"{current.stage}{_options(layout.options(saved))} -o {output}"
+        f"{current.stage}{_options(layout.options(saved))} -o {output}{overwrite}"
     )
 
 
@@ -232,7 +235,8 @@ def _reshard_source(ranks: RankGroup, source: ResumePoint, layout: Layout) -> Pa
             ) from error
 
     for note in rewriting.notes:
-        log.warning("%s: %s", rewriting.output, note)
+        if not note.endswith(SAME_IN_ENGINE):  # it was made for this engine
+            log.warning("%s: %s", rewriting.output, note)
     return rewriting.output
 
 
@@ -248,16 +252,16 @@ def _plan_rewriting(source: ResumePoint, layout: Layout) -> Rewriting:
 
 def _is_made_of(source: ResumePoint, rewriting: Rewriting) -> bool:
     """Whether the planned output is there, whole, and a resharding of this source for this."""
+    return _is_of(source, rewriting) and open_checkpoint(rewriting.output).why is None
+
+
+def _is_of(source: ResumePoint, rewriting: Rewriting) -> bool:
+    """Whether the manifest of the planned output says so, whole or not."""
     if source.foreign or not rewriting.output.is_dir():
         return False
     resharded = open_checkpoint(rewriting.output)
     source_manifest = open_checkpoint(source.folder).manifest
-    if (
-        resharded.why is not None
-        or resharded.manifest is None
-        or source_manifest is None
-        or rewriting.target is None
-    ):
+    if resharded.manifest is None or source_manifest is None or rewriting.target is None:
         return False
     return resharded.manifest.save == records.save_of(source_manifest, rewriting.target)
 
@@ -265,12 +269,14 @@ def _is_made_of(source: ResumePoint, rewriting: Rewriting) -> bool:
 def _may_be_replaced(source: ResumePoint, rewriting: Rewriting) -> bool:
     """Whether what has the output's name was resharded from this source before.
 
-    One without a manifest says nothing of its bytes, so it is made again: only if its
-    files are laid out as ours are of this source. ``CheckpointError`` for anything
-    else.
+    That is one that is damaged, by its manifest. One without a manifest says nothing of
+    its bytes, so it is made again: only if its files are laid out as ours are of this
+    source. ``CheckpointError`` for anything else.
     """
     if not rewriting.output.exists():
         return False
+    if _is_of(source, rewriting):
+        return True
 
     with suppress(CheckpointError):
         if source.foreign and rewriting.target is not None:

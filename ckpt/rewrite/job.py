@@ -52,6 +52,7 @@ ARGUMENTS = (  # of the functions for users, as errors name them
 )
 # written, never copied
 WRITTEN_NAMES = ("latest", filenames.MANIFEST, filenames.REWRITING, filenames.PINNED)
+SAME_IN_ENGINE = "the engine must have the same"  # the end of a note on a setting
 _RANKED = re.compile(r"(rng_state|extra_state|random_states)_(\d+)\.(pth|state|pkl)")
 _ONLY = re.compile(r"rng_state\.(pth)")  # the Trainer's for a single rank
 # beside what a model folder has; the Trainer's, Accelerate's, PEFT's and DeepSpeed's

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ckpt.deprecation import renamed
 from ckpt.rewrite import job
-from ckpt.rewrite.job import ARGUMENTS, Rewriting
+from ckpt.rewrite.job import ARGUMENTS, SAME_IN_ENGINE, Rewriting
 from ckpt.rewrite.job import execute as execute
 from ckpt.weights.arguments import naming_arguments
 from converters.errors import CheckpointError
@@ -128,7 +128,7 @@ def notes_on(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
         )
 
     if target.stage == 3 and source.stage < 3:
-        yield (f"made for sub_group_size {target.sub_group_size}; the engine must have the same")
+        yield f"made for sub_group_size {target.sub_group_size}; {SAME_IN_ENGINE}"
 
     if target.stage < 3 and target.dealt:
         yield "made for round_robin_gradients; the engine must have it, too"

@@ -17,6 +17,7 @@ from converters.errors import CheckpointError
 from converters.words import first
 
 WEIGHTS_ONLY = "weights only; training cannot go on from it"
+SLIMMED = "weights only since it was slimmed; training cannot go on from it"
 _MISSING = ": missing"  # as ``digests.unlike`` says it
 
 
@@ -93,10 +94,15 @@ class RunCheckpoint:
         return self.manifest.tier if self.manifest else None
 
     @property
+    def is_slimmed(self) -> bool:
+        """Whether it was a full one, of which ``ckpt slim`` has kept the weights."""
+        return self.tier == "weights" and self.source is not None and not self.source.is_rewriting
+
+    @property
     def unusable(self) -> str | None:
         """Why training cannot go on from this checkpoint, by its manifest; ``None`` if it can."""
         if self.why is None and self.tier != "full":
-            return WEIGHTS_ONLY
+            return SLIMMED if self.is_slimmed else WEIGHTS_ONLY
         return self.why
 
     @property

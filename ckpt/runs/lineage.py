@@ -117,13 +117,21 @@ def shown(run: str | None) -> str:
     return f"run {run[:SHOWN]}" if run else "a run without an id"
 
 
-def described(checkpoints: Sequence[tuple[str, str | None]]) -> str:
-    """Names of checkpoints, each with its run, as a phrase: which there are of which run."""
+def described(checkpoints: Sequence[tuple[str, str | None]], own_run: str | None = None) -> str:
+    """Names of checkpoints, each with its run, as a phrase: which there are of which run.
+
+    Those of ``own_run``, which goes on, are what it gave up when it went back.
+    """
     groups: dict[str | None, list[str]] = {}
     for checkpoint_name, run_id in checkpoints:
         groups.setdefault(run_id, []).append(checkpoint_name)
 
-    return "; ".join(f"{listed(names)} of {shown(run_id)}" for run_id, names in groups.items())
+    return "; ".join(
+        f"{listed(names)}, given up when {shown(run_id)} went back to an earlier step"
+        if run_id is not None and run_id == own_run
+        else f"{listed(names)} of {shown(run_id)}"
+        for run_id, names in groups.items()
+    )
 
 
 def listed(names: Sequence[str], max_names: int = 4) -> str:

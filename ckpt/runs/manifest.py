@@ -44,7 +44,7 @@ MAX_BYTES = 64 << 20  # bytes; a hundred thousand files take about 15 MB
 # then.
 FAILING = errnos.numbers("EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "EACCES")
 TIERS = ("full", "weights")
-ABSENT = "no manifest.json: written without ckpt, or its save did not finish"
+ABSENT = "no manifest.json"  # whether its save finished says ``states.status``
 # What a document with other values than a manifest's makes of these functions.
 _short_repr = reprlib.repr  # never longer than a line
 _NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}

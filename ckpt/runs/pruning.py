@@ -42,6 +42,7 @@ from converters.storage import local
 __all__ = [
     "DELETED",
     "Outcome",
+    "amid_newer",
     "delete",
     "execute",
     "facts",
@@ -179,8 +180,9 @@ def _kept_steps(
 
 
 def _copy_reason(checkpoint: RunCheckpoint) -> str:
-    kind = "a link" if checkpoint.folder.is_symlink() else "a copy"
-    return f"{kind}, which no rule counts"
+    if checkpoint.folder.is_symlink():
+        return "a link, which no rule counts"
+    return "copied or renamed by hand, which no rule counts"
 
 
 def prune_others(
@@ -311,6 +313,19 @@ def foreignness(checkpoint: RunCheckpoint, line_members: Sequence[RunCheckpoint]
     if run_id in run_ids:
         return "given up: the training went back to an earlier step"
     return f"of {lineage.shown(run_id)}, not of the run that saved last"
+
+
+def amid_newer(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The same where a newer checkpoint is there that no rule counts, as it is not committed:
+    the reasons say among which ones a checkpoint is the newest."""
+    words = {reason: f"{reason} committed" for reason in ("newest", "newest full")}
+    return [
+        replace(
+            outcome,
+            reason=", ".join(words.get(part, part) for part in outcome.reason.split(", ")),
+        )
+        for outcome in outcomes
+    ]
 
 
 def facts(run: Run, committed: Sequence[RunCheckpoint]) -> list[Candidate]:

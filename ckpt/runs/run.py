@@ -160,12 +160,8 @@ class Run:
         if checkpoint.why is None:
             return
 
-        remedy = ""
-        if checkpoint.why == manifests.ABSENT:
-            remedy = f"; ckpt doctor {checkpoint.folder} --adopt commits it if it is complete"
         raise CheckpointError(
-            f"{checkpoint.folder} is not committed ({checkpoint.why}); {name} stays as it "
-            f"is{remedy}",
+            f"{checkpoint.folder} is not committed ({checkpoint.why}); {name} stays as it is",
             "refused",
         )
 

@@ -23,7 +23,7 @@ from ckpt import requirements
 
 requirements.require("ckpt.trainers.accelerate", "accelerate", "deepspeed")
 
-from accelerate.utils import MODEL_NAME, DistributedType
+from accelerate.utils import MODEL_NAME, RNG_STATE_NAME, DistributedType
 
 from ckpt.distributed.ranks import TIMEOUT, RankGroup, alive
 from ckpt.engine.remedies import Ways
@@ -177,6 +177,7 @@ def load_state(
         load_foreign=load_foreign,
         committed_only=committed_only,
         reshard=reshard,
+        random_states_file=f"{RNG_STATE_NAME}_{accelerator.process_index}.pkl",
         options=options,
     )
     override_names = sorted(options.override)

@@ -80,8 +80,10 @@ class DeepSpeedStrategy(Stock):
       masters
     - ``reshard="auto"``: a checkpoint of another world size or ZeRO stage is resharded
       beside it, once, and that is loaded; without, the error says the command
-    - ``load_foreign``: whether to load a checkpoint without a manifest from a folder
-      where others have one, though it does not prove to be whole
+    - ``load_foreign``: whether to load a checkpoint without a manifest though it does
+      not prove to be whole
+    - ``committed_only``: whether to refuse what has no manifest, also where it proves to
+      be whole
     - ``absent_after``: seconds without a sign of life until a rank counts as absent
     """
 
@@ -93,6 +95,7 @@ class DeepSpeedStrategy(Stock):
         renamed: Mapping[str, str] | None = None,
         load_optimizer_states: bool = True,
         load_foreign: bool = False,
+        committed_only: bool = False,
         reshard: Reshard = None,
         absent_after: float = TIMEOUT,
         **kwargs: Any,
@@ -102,7 +105,8 @@ class DeepSpeedStrategy(Stock):
         self._on_mismatch, self._reshard = on_mismatch, reshard
         self._request = request_of(on_mismatch, override, renamed, load_optimizer_states)
         self._resumed: FitResume | None = None  # when a fit goes on
-        self._load_foreign, self._absent_after = load_foreign, absent_after
+        self._load_foreign, self._committed_only = load_foreign, committed_only
+        self._absent_after = absent_after
         # by their paths, those that checkpoints are saved into
         self._run_folders: dict[Path, RunFolder] = {}
         self._held_folders: set[Path] = set()  # of those, while a training goes on
@@ -212,8 +216,12 @@ class DeepSpeedStrategy(Stock):
         with ranks.step() as paths:
             lock = locks.reading(path)
             paths.value = str(path)
-            if not require_whole(path, self._load_foreign) and not ranks.rank:
-                log.warning("%s has no manifest: nobody knows whether its save finished", path)
+            require_whole(
+                path,
+                load_foreign=self._load_foreign,
+                committed_only=self._committed_only,
+                says=not ranks.rank,
+            )
 
         with ranks.step():
             _require_same(paths.heard)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ckpt.runs import manifest
+from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
 from ckpt.runs.foreign import liveness
 from ckpt.runs.pruning import delete
 from ckpt.runs.run import POINTERS, Run, open_checkpoint, order, without_derived
+from ckpt.runs.states.skipped import COMMITTED_ONLY
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
@@ -50,39 +51,58 @@ def point_best(run: Run, trainer: Any) -> None:
             return
 
 
-def require_whole(path: Path, load_foreign: bool) -> bool:
-    """Whether the checkpoint is known to be whole; ``False`` if the user takes it unproven.
+def require_whole(path: Path, *, load_foreign: bool, committed_only: bool, says: bool) -> None:
+    """Raises ``CheckpointError`` for a checkpoint that is not known to be whole.
 
-    One that was written without ckpt among committed ones has to prove that it is whole.
-    ``CheckpointError`` if it is not whole.
+    One that was written without ckpt has to prove it, or the user takes it unproven
+    (``load_foreign``); ``committed_only`` takes none of these. Where one is taken, a line
+    of the log says so if this rank ``says`` it.
     """
     checkpoint = open_checkpoint(path)
     if checkpoint.committed:
-        return True
+        return
 
-    checkpoints = Run(path.parent).checkpoints()
-    siblings = [sibling for sibling in checkpoints if sibling.folder != path]
-    has_committed = any(sibling.manifest is not None for sibling in siblings)
-    if checkpoint.why == manifest.ABSENT and (load_foreign or not has_committed):
-        return False
+    if checkpoint.why != manifest.ABSENT:
+        raise CheckpointError(
+            f"{path} is not whole: {checkpoint.why}; {_newest_whole(path)}", "incomplete"
+        )
 
-    if checkpoint.why == manifest.ABSENT:
-        with suppress(CheckpointError):  # the reason follows
-            if liveness.prove_at_rest(path).resumable:
-                return True
+    if committed_only:
+        remedy = f"ckpt doctor {path} --adopt commits it if it is whole"
+        raise CheckpointError(
+            f"{path} has no manifest.json, and {COMMITTED_ONLY}; {_newest_whole(path)}; {remedy}",
+            "refused",
+        )
 
-    newest_whole = Run(path.parent).newest()
-    newest_text = "none is whole"
-    if newest_whole is not None:
-        newest_text = f"the newest whole one is {newest_whole.folder}"
+    try:
+        proof = liveness.prove_at_rest(path)
+    except CheckpointError as error:
+        reason: str | None = str(error).removeprefix(f"{path}: ")
+    else:
+        reason = None if proof.resumable else proof.hindrance or WEIGHTS_ONLY
 
-    remedy = ""
-    if checkpoint.why == manifest.ABSENT:
-        remedy = "; load_foreign=True loads it anyway"
+    if reason is not None and not load_foreign:
+        raise CheckpointError(
+            f"{path} has no manifest.json, and is not whole: {reason}; {_newest_whole(path)}; "
+            "load_foreign=True loads it anyway",
+            "incomplete",
+        )
+    if not says:
+        return
+    if reason is None:
+        log.info(
+            "%s is complete, not committed (written by %s): going on from it", path, proof.kind
+        )
+    else:
+        log.warning("%s is loaded all the same (load_foreign=True): %s", path, reason)
 
-    raise CheckpointError(
-        f"{path} is not whole: {checkpoint.why}; {newest_text}{remedy}", "incomplete"
-    )
+
+def _newest_whole(path: Path) -> str:
+    """What an error says of the others in the folder of ``path``."""
+    newest = Run(path.parent).newest()
+    if newest is None:
+        return f"nothing in {path.parent} is committed"
+    return f"the newest committed one is {newest.folder}"
 
 
 def remove(path: Path) -> None:

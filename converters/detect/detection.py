@@ -63,9 +63,12 @@ class Detection:
 
     @property
     def error(self) -> CheckpointError:
-        """The refusal as an error; of what can be read, that this is not DeepSpeed's."""
+        """The refusal as an error; of what can be read, that this is not DeepSpeed's.
+
+        Of weights that cannot be read it is the reader's error, which says why.
+        """
         sentence = self.kind.objection(self.evidence)
-        return CheckpointError(f"{self.folder} {sentence}", self.trouble)
+        return self._damage or CheckpointError(f"{self.folder} {sentence}", self.trouble)
 
     def unlike(self, expected: str, remedy: str = "") -> CheckpointError:
         """That this is not what a command expects, such as "a run", and what handles it.
@@ -73,7 +76,18 @@ class Detection:
         ``remedy`` takes the place of the kind's own.
         """
         sentence = self.kind.sentence(self.evidence, expected, remedy)
-        return CheckpointError(f"{self.folder} {sentence}", self.trouble)
+        return self._damage or CheckpointError(f"{self.folder} {sentence}", self.trouble)
+
+    @property
+    def _damage(self) -> CheckpointError | None:
+        """What the reader says of weights that are not whole: nobody reads them as they are."""
+        if not self.kind.holds_weights:
+            return None
+        try:
+            self.read()
+        except CheckpointError as error:
+            return error
+        return None
 
     def read(self, complete: bool = False) -> Source:
         """What the kind's reader makes of it; ``CheckpointError`` where no reader fits."""

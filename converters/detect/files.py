@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from converters.detect import filenames
+from converters.detect import filenames, foreign
 from converters.detect.kind import Kind
 from converters.detect.look import Look
 from converters.storage import misplaced_files
@@ -26,7 +26,10 @@ def compressed(look: Look) -> str | None:
     is_rar = look.head.startswith(b"Rar!")
     # a file that is named as torch names its own is left to the reader of these
     is_named_torch = look.path.suffix in filenames.TORCH_SUFFIXES
+    is_named_otherwise = any(each.has_name(look.path.name) for each in foreign.FORMATS[1:])
     is_zip = look.head.startswith(b"PK") and not (look.begins_as_torch_save or is_named_torch)
+    if is_named_otherwise:
+        return None
     is_named = look.is_file and filenames.ARCHIVE.fullmatch(look.path.name)
     is_compressed = _content(look, "compressed") is not None
     if not (is_compressed or is_tar or is_rar or is_zip or is_named):
@@ -40,12 +43,6 @@ def compressed(look: Look) -> str | None:
 def _content(look: Look, *words: str) -> str | None:
     why = misplaced_files.content(look.head)
     return why if why and any(word in why for word in words) else None
-
-
-def gguf(look: Look) -> str | None:
-    """A model of llama.cpp."""
-    is_one = look.head.startswith(b"GGUF") and not look.is_unfinished
-    return look.path.name if is_one else None
 
 
 KINDS = (
@@ -72,16 +69,5 @@ KINDS = (
         sign=compressed,
         statement="{evidence}",
         refusal="{statement}",
-    ),
-    Kind(
-        name="gguf",
-        title="model of llama.cpp",
-        recognized_by="the first four bytes, `GGUF`",
-        sign=gguf,
-        statement="is a file of llama.cpp (GGUF)",
-        remedy="llama.cpp runs it, and transformers loads it with from_pretrained(..., "
-        "gguf_file=...)",
-        refusal="{statement}, which ckpt does not read: {remedy}",
-        trouble="unsupported",
     ),
 )

@@ -9,10 +9,11 @@ test holds the two together.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from converters import errors
-from converters.detect import deepspeed, files, others, sharded, weights
+from converters.detect import deepspeed, files, foreign, others, sharded, weights
 from converters.detect.kind import Kind, NoKindError, first
 from converters.detect.look import Look
 
@@ -20,7 +21,7 @@ _MAX_SUBFOLDERS = 16  # that are looked into for what a folder holds
 
 
 def _holds(look: Look) -> str | None:
-    """The first folder in the path that is of a known kind, and what it is."""
+    """The last folder in the path that is of a known kind, and what it is."""
     inner = _first_inner(look)
     if inner is None:
         return None
@@ -38,8 +39,9 @@ def trouble(kind: Kind, path: Path) -> errors.Kind:
 
 
 def _first_inner(look: Look) -> tuple[str, Kind, str] | None:
-    """The first folder in the path that is of a known kind: its name, the kind, the sign."""
-    for name in look.names[:_MAX_SUBFOLDERS]:
+    """The last folder in the path, by numbers, that is of a known kind: its name, the kind, the
+    sign."""
+    for name in sorted(look.names, key=_numbered, reverse=True)[:_MAX_SUBFOLDERS]:
         inner = Look(look.path / name)
         if name.startswith(".") or not inner.is_folder:
             continue
@@ -50,6 +52,12 @@ def _first_inner(look: Look) -> tuple[str, Kind, str] | None:
         return name, kind, evidence
 
     return None
+
+
+def _numbered(name: str) -> list[tuple[int, str]]:
+    """A name as it is ordered: step_10 comes after step_9."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 _PARENT = (
@@ -66,10 +74,14 @@ _PARENT = (
 KINDS = (
     *others.NOTHING,
     *files.KINDS,
+    *foreign.FIRST,
     *deepspeed.KINDS,
     *sharded.KINDS,
     *weights.KINDS,
+    *foreign.FILES,
     *_PARENT,
+    *others.FIRST,
+    *foreign.FOLDERS,
     *others.KINDS,
 )
 OF_TAG = tuple(kind for kind in KINDS if kind.of_tag)

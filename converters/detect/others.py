@@ -3,6 +3,7 @@ checkpoints."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from converters.detect import filenames
@@ -49,8 +50,21 @@ def empty(look: Look) -> str | None:
 
 
 def unknown(look: Look) -> str | None:
-    """A folder of no known kind: the first names in it."""
-    return ", ".join(look.names[:3]) if look.is_folder else None
+    """A folder of no known kind: the first names in it, and what the folders among them hold."""
+    return ", ".join(map(partial(_shown, look), look.names[:3])) if look.is_folder else None
+
+
+def _shown(look: Look, name: str) -> str:
+    """A name in a folder: ``checkpoints/ (step_2, step_4)`` for a folder."""
+    try:
+        inner = Look(look.path / name)
+        names = inner.names[:3]
+    except OSError:  # a folder that may not be looked into
+        return name
+
+    if not inner.is_folder:
+        return name
+    return f"{name}/ ({', '.join(names)})" if names else f"{name}/"
 
 
 def other_file(look: Look) -> str | None:
@@ -67,18 +81,11 @@ NOTHING = (
         sign=nothing,
         statement="does not exist; expected {expected}{evidence}",
         refusal="{statement}",
+        trouble="absent",
     ),
 )
 
-KINDS = (
-    Kind(
-        name="other-file",
-        title="file of no known kind",
-        recognized_by="any other file",
-        sign=other_file,
-        statement="is a file of no known kind; expected {expected}",
-        refusal="{statement}",
-    ),
+FIRST = (
     Kind(
         name="unfinished-download",
         title="download that did not end",
@@ -93,6 +100,17 @@ KINDS = (
         recognized_by="a file with the suffix of an archive, and nothing known beside it",
         sign=archives,
         statement="holds no checkpoint; {evidence}",
+        refusal="{statement}",
+    ),
+)
+
+KINDS = (
+    Kind(
+        name="other-file",
+        title="file of no known kind",
+        recognized_by="any other file",
+        sign=other_file,
+        statement="is a file of no known kind; expected {expected}",
         refusal="{statement}",
     ),
     Kind(

@@ -12,7 +12,7 @@ from converters.storage import stores
 from converters.storage.system.names import is_name
 
 _STATES = re.compile(r".*_states\.pt.*", re.DOTALL)
-NOTHING = "and no checkpoint of DeepSpeed lies below it"
+NOTHING = "no checkpoint of DeepSpeed lies below it"
 
 
 def is_state_file(name: str) -> bool:

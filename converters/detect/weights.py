@@ -5,7 +5,7 @@ from __future__ import annotations
 from converters.detect import filenames
 from converters.detect.kind import Kind
 from converters.detect.look import Look
-from converters.storage import bounded_json, misplaced_files, stores
+from converters.storage import bounded_json, first_bytes, misplaced_files, stores
 
 _READER = "converters.formats.weight_files:read"
 _OPENS = "ckpt.open reads it as it is, from_pretrained loads the folder, and ckpt push publishes it"
@@ -103,7 +103,8 @@ def safetensors(look: Look) -> str | None:
 
 def safetensors_file(look: Look) -> str | None:
     """A single file in safetensors."""
-    return look.path.name if look.is_file and look.path.suffix == ".safetensors" else None
+    is_one = look.path.suffix == ".safetensors" or first_bytes.is_safetensors(look.head)
+    return look.path.name if look.is_file and is_one and not look.is_unfinished else None
 
 
 def torch_bin(look: Look) -> str | None:
@@ -270,7 +271,7 @@ KINDS = (
     Kind(
         name="safetensors-file",
         title="single file of weights in safetensors",
-        recognized_by="the suffix `.safetensors`",
+        recognized_by="the suffix `.safetensors`, or the first bytes",
         sign=safetensors_file,
         reader=_READER,
         statement="is a file of weights in safetensors",

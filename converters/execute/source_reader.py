@@ -2,7 +2,7 @@
 
     one run after another    pread into the buffer
     rows of a shard          one read, scattered over the rows of the buffer
-    a strided view           one read of all between its runs, which are picked out
+    a strided view           block by block (``strided_reads``)
 
 A tensor's replicas are read too, and compared.
 """
@@ -15,8 +15,9 @@ from isal import isal_zlib
 
 from converters.errors import CheckpointError
 from converters.execute.source_files import SourceFiles
+from converters.storage import strided_reads
 from converters.storage.checksums import Ledger
-from converters.tensors import Extent, Extents, Read, TensorRef
+from converters.tensors import Extents, Read, Strided, TensorRef
 
 MOVE_BYTES = 2 << 20  # bytes of the widest type in a piece; a thread has four such buffers
 SCATTERED_BYTES = 4 << 10  # runs of fewer bytes are read at once, and copied to their places
@@ -55,11 +56,12 @@ class SourceReader:
     def take(self, tensor: TensorRef, start: int, destination: memoryview) -> None:
         """Fills ``destination`` from element ``start`` of a tensor on, and notes the
         CRC32s."""
-        part = tensor.narrow(start, len(destination) // tensor.dtype.itemsize)
-        if tensor.extents.scattered:
+        if isinstance(tensor.extents, Strided):
             # out of order: its CRC32 is left to the closing of the account
-            self.gather(part.extents, destination)
+            first_byte = start * tensor.dtype.itemsize
+            strided_reads.read(self.files.fill, tensor.extents, first_byte, destination)
         else:
+            part = tensor.narrow(start, len(destination) // tensor.dtype.itemsize)
             self.read(part.extents, destination)
 
         for replica in tensor.replicas if self.ledger is not None else ():
@@ -113,24 +115,6 @@ class SourceReader:
         target[:] = np.frombuffer(window, np.uint8).reshape(shape)
 
         return isal_zlib.crc32(window) if self.ledger is not None else 0
-
-    def gather(self, runs: Extents, destination: memoryview) -> None:
-        """Many small runs, with one read of all between them where that fits into a
-        buffer."""
-        window_start = min(run.offset for run in runs)
-        length = max(run.end for run in runs) - window_start
-        window = self.window[:length]
-        if fits_window := length <= len(self.window):
-            self.files.fill(window, Extent(runs[0].path, window_start, length))
-
-        position = 0
-        for run in runs:
-            target = destination[position : position + run.length]
-            if fits_window:
-                target[:] = window[run.offset - window_start : run.end - window_start]
-            else:
-                self.files.fill(target, run)
-            position += run.length
 
 
 def _same_bytes(first: memoryview, second: memoryview) -> bool:

@@ -216,9 +216,13 @@ def pieces_of(shard: Shard) -> Iterator[Piece]:
 def _elements_of_runs(source: TensorRef, max_elements: int) -> int:
     """The elements of a piece where a tensor has many runs; ``max_elements`` of others.
 
-    Whole blocks of runs are read together, as many as a piece may have.
+    Whole blocks of runs are read together, as many as a piece may have. Strided views are cut
+    up by their reads.
     """
     extents, itemsize = source.extents, source.dtype.itemsize
+    if extents.scattered:
+        return max_elements
+
     max_elements = min(max_elements, MAX_RUNS_IN_A_PIECE * max(extents.row, 1) // itemsize)
     block = extents.block // itemsize
     return max_elements - max_elements % block if 0 < block < max_elements else max_elements

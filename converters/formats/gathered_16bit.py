@@ -36,9 +36,7 @@ def candidates(root: Path) -> Iterator[Beside]:
             weights = reader(root)
         except CheckpointError:
             continue
-        tensors = weights.tensors
-        tied_tensors = {alias: tensors[owner] for alias, owner in weights.aliases.items()}
-        yield Beside(name, {**weights.tensors, **tied_tensors})
+        yield Beside(name, weights.by_every_name())
 
 
 def attach(weights: Weights, root: Path) -> tuple[Weights, str | None]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from converters.plan import Entry, Plan, Shard, Tied
 from converters.plan import plan as plan_shards
 from converters.storage import stores
 from converters.tensors import DType, TensorRef, Weights
-from converters.torch_files import element_types, reader, rebuild
+from converters.torch_files import element_types, odd_tensors, reader
 from converters.torch_files.zip_writer import Archive
 
 ALIGNMENT = 64
@@ -147,16 +148,11 @@ def read(path: Path) -> Weights:
     with the reason. ``CheckpointError`` if a file is damaged or holds no tensors by
     name.
     """
-    tensors: dict[str, TensorRef] = {}
-    absent: dict[str, str] = {}
-
+    entries: dict[str, Any] = {}
     for file_path in _files(path):
-        file = _read_file(file_path)
-        tensors |= file.tensors
-        absent |= file.absent
+        entries |= _entries_of(file_path)
 
-    lacking = {name: reason for name, reason in absent.items() if name not in tensors}
-    return Weights(tensors, absent=lacking)
+    return replace(weights_of(entries), order=())
 
 
 def values(path: Path) -> dict[str, Any]:
@@ -173,11 +169,26 @@ def values(path: Path) -> dict[str, Any]:
 
 
 def weights_of(values_by_name: Mapping[str, Any]) -> Weights:
-    """The tensors among some values; the others are ``absent``, with the reason."""
-    tensors = {name: ref for name, ref in values_by_name.items() if isinstance(ref, TensorRef)}
-    others = {name: value for name, value in values_by_name.items() if name not in tensors}
-    absent = {name: rebuild.reason(value) for name, value in others.items()}
-    return Weights(tensors, absent=absent, order=tuple(values_by_name))
+    """The tensors among some values; the others are ``absent``, with the reason.
+
+    Names of the same bytes of a file are tied, as ``torch.load`` gives them one storage.
+    """
+    tensors: dict[str, TensorRef] = {}
+    aliases: dict[str, str] = {}
+    absent: dict[str, str] = {}
+    owners: dict[TensorRef, str] = {}
+    for name, value in values_by_name.items():
+        if not isinstance(value, TensorRef):
+            absent[name] = odd_tensors.reason(value)
+            continue
+
+        owner = owners.setdefault(value, name) if value.numel else name
+        if owner == name:
+            tensors[name] = value
+        else:
+            aliases[name] = owner
+
+    return Weights(tensors, aliases, absent=absent, order=tuple(values_by_name))
 
 
 def _files(path: Path) -> list[Path]:
@@ -189,15 +200,16 @@ def _files(path: Path) -> list[Path]:
     return shards(index) if stores.is_file(index) else [path / "pytorch_model.bin"]
 
 
-def _read_file(path: Path) -> Weights:
+def _entries_of(path: Path) -> dict[str, Any]:
+    """The values of a file by name; ``CheckpointError`` if none of them is a tensor, but dicts."""
     root = reader.read(path).root
     if not isinstance(root, dict):
         raise CheckpointError(f"{path} does not hold a dict of tensors")
 
     entries = {name: value for name, value in root.items() if isinstance(name, str)}
-    weights = weights_of(entries)
+    has_tensors = any(isinstance(value, TensorRef) for value in entries.values())
     dicts = [name for name, value in entries.items() if isinstance(value, dict) and value]
-    if not weights.tensors and dicts:
+    if not has_tensors and dicts:
         raise CheckpointError(
             f"{path} holds no tensors by name, but dicts of other values under "
             f"{', '.join(sorted(dicts)[:8])}: it is not a file of weights; take the state "
@@ -205,4 +217,4 @@ def _read_file(path: Path) -> Weights:
             "unsupported",
         )
 
-    return weights
+    return entries

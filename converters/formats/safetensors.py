@@ -188,13 +188,14 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     if not file_size:
         raise CheckpointError(f"{path} is empty; copy it again from where it was saved")
     if file_size < 8:
-        raise CheckpointError(f"{path} has {file_size} bytes, too few for a safetensors file")
+        raise CheckpointError(
+            f"{path} has {file_size} bytes, too few for a safetensors file; copy it again from "
+            "where it was saved"
+        )
 
     length = int.from_bytes(open_files.read_extent(Extent(path, 0, 8)), "little")
     if not 2 <= length <= min(MAX_HEADER_BYTES, file_size - 8):
-        if (explanation := misplaced_files.file(path)) is not None:
-            raise CheckpointError(f"{path} {explanation}", "incomplete")
-        raise CheckpointError(f"{path}: its header claims {length} bytes of {file_size}")
+        raise _no_header(path, length, file_size)
 
     with _damage(path):
         header = _json_object(open_files.read_extent(Extent(path, 8, length)))
@@ -203,6 +204,23 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
             raise MalformedError("__metadata__ is not an object")
 
     return header, 8 + length, file_size
+
+
+def _no_header(path: Path, length: int, file_size: int) -> CheckpointError:
+    """The error for a file that does not begin as a safetensors file."""
+    if (explanation := misplaced_files.file(path)) is not None:
+        return CheckpointError(f"{path} {explanation}", "incomplete")
+    if open_files.read_extent(Extent(path, 0, 4)) == b"PK\x03\x04":
+        return CheckpointError(
+            f"{path} is a zip, such as torch.save writes, and not in safetensors; give it a name "
+            "that ends in .bin",
+            "unsupported",
+        )
+
+    return CheckpointError(
+        f"{path} is cut short, or not in safetensors: its header claims {length} bytes of "
+        f"{file_size}; copy it again from where it was saved"
+    )
 
 
 @contextmanager
@@ -293,4 +311,7 @@ def _cover(header: Mapping[str, Any], nbytes: int) -> None:
         previous_end = last
 
     if previous_end != nbytes:
-        raise MalformedError(f"its tensors take {previous_end} bytes, {nbytes} follow it")
+        raise MalformedError(
+            f"its tensors take {previous_end} bytes, {nbytes} follow it; copy it again from where "
+            "it was saved"
+        )

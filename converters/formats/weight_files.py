@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from converters.detect import filenames
 from converters.formats import pytorch_bin, safetensors
 from converters.source import Place, Source
-from converters.storage import stores
+from converters.storage import first_bytes, stores
 
 
 def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     """The weights in a file, or in a folder's file or shards: safetensors before others.
 
-    Of a file of ``torch.save`` the tensors in dicts in it have dotted names, and
+    Names are sorted, as those of ``safe_open`` are (safetensors 0.8). Of a file of
+    ``torch.save`` they are in its order; the tensors in dicts in it have dotted names, and
     ``entries`` are its other values by name, tensors of unusual types too. ``tag`` and
-    ``complete`` have no meaning here. ``CheckpointError`` for a file that is damaged or
-    holds nothing by name.
+    ``complete`` have no meaning here. ``CheckpointError`` for a file that is damaged.
     """
     weights_path = _file_of(path)
     entries: dict[str, Any] = {}
     if is_safetensors(weights_path):
         weights = safetensors.read(weights_path)
+        weights = replace(weights, order=tuple(sorted(weights.tensors)))
     else:
         values = pytorch_bin.values(weights_path)
         weights = pytorch_bin.weights_of(values)
@@ -54,10 +56,18 @@ def _file_of(path: Path) -> Path:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the weights in a file or a folder are read as safetensors."""
+    """Whether the weights in a file or a folder are read as safetensors.
+
+    A file may have any name, such as those in the cache of the Hub client.
+    """
     if stores.is_folder(path):
         return _has_any(path, filenames.SAFETENSORS)
-    return path.suffix == ".safetensors"
+    if path.suffix == ".safetensors":
+        return True
+    try:
+        return first_bytes.is_safetensors(stores.head(path, first_bytes.HEAD_BYTES))
+    except OSError:
+        return False
 
 
 def _has_any(folder: Path, names: Iterable[str]) -> bool:

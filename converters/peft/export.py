@@ -23,6 +23,7 @@ _SHARED = {  # of the whole adapter, not of a layer: saved where the configurati
     "PVERA": ("pvera_A", "pvera_B"),
     "VBLORA": ("vblora_vector_bank",),
 }
+_LISTS = ("peanut_encoders", "peanut_decoders")  # of modules, below the adapter's name
 _PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 
 
@@ -117,7 +118,10 @@ def _layers(
             continue
 
         adapted.add((parameter.prefix, parameter.module))
-        yield names.without_adapter(_dora(name) if config.use_dora else name, adapter), name
+        if role in _LISTS:
+            yield name.replace(f".{role}.{adapter}.", f".{role}.", 1), name
+        else:
+            yield names.without_adapter(_dora(name) if config.use_dora else name, adapter), name
 
     if config.bias == "none":
         return

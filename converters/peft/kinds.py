@@ -69,12 +69,27 @@ KINDS = {
         ),
         PeftKind("MISS", "MiSS", ("miss_block",)),
         PeftKind("OFT", "OFT", ("oft_R", "oft_embedding_R")),
+        PeftKind("OSF", "OSF", ("osf_svd_params",)),
+        PeftKind(
+            "PEANUT",
+            "PEANuT",
+            ("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"),
+        ),
+        PeftKind("PSOFT", "PSOFT", ("psoft_R",)),
         PeftKind(
             "RANDLORA",
             "RandLoRA",
             ("randlora_gamma", "randlora_lambda", "randlora_A", "randlora_B"),
         ),
         PeftKind("ROAD", "RoAd", ("road_alpha", "road_theta")),
+        PeftKind(
+            "SUPERTUNING",
+            "super tuning",
+            (
+                *("supertuning_values", "supertuning_indices"),
+                *("supertuning_lora_A", "supertuning_lora_B"),
+            ),
+        ),
         PeftKind("TRAINABLE_TOKENS", "trained tokens", ("trainable_tokens_delta",)),
         PeftKind("POLY", "Poly", ("poly_lora_A", "poly_lora_B", "poly_router")),
         PeftKind("PVERA", "PVeRA", ("pvera_lambda_b", "pvera_lambda_d", "pvera_A", "pvera_B")),

@@ -95,6 +95,7 @@ _DATA = {
     "asyncio.exceptions": _words("CancelledError"),
     "torch.utils.collect_env": _words("SystemEnv"),
     "torch._dynamo.eval_frame": _words("OptimizedModule"),
+    "torch._dynamo.decorators": _words("_DimRange"),  # of nested tensors; torch.load allows it
 }
 _EXCEPTIONS = _words(  # modules whose exceptions are in states now and then
     "subprocess pickle _pickle shutil socket ssl zipfile tarfile sqlite3 ctypes asyncio.exceptions"

@@ -4,10 +4,12 @@ store            what a place that keeps files has to offer
 stores           which store keeps a name, by its scheme;  url_path  a path that stays a URL
 local_store      the local filesystem as one, and the durable renames that only it has
 open_files       the files of a command, each opened and parsed once
+strided_reads    views whose runs are small and many
 local            writes, renames and other calls of the operating system
 syncing          on disk when the call returns, whatever the filesystem offers
 checksums        CRC32s of pieces, joined to those of whole records
 bounded_json     JSON that others wrote, read strictly and in bounded memory
+first_bytes      what a file is, whatever its name says
 misplaced_files  a Git LFS pointer, a web page, an unfinished download in a file's place
 system/          what operating systems offer, each need in one module
 """

@@ -18,6 +18,11 @@ from converters.storage.url_path import UrlPath
 _HEAD_BYTES = 128  # as far as any of these signs reaches
 LFS = b"version https://git-lfs"
 _PAGES = (b"<!doctype html", b"<html", b"<head")
+# What the Hub and object stores answer in place of a file, as text or as JSON.
+_ANSWERS = (
+    *(b"entry not found", b"repository not found", b"access denied", b"invalid username or pass"),
+    *(b'{"error":"', b'{"error": "', b'{"error":{', b'{"error": {'),
+)
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
 
 
@@ -35,8 +40,9 @@ def content(head: bytes) -> str | None:
         )
     if text.startswith(b"<?xml"):
         return "is an XML text, such as a storage service answers with an error; download it again"
-    if text.startswith((b"entry not found", b"repository not found", b"access denied")):
-        return f"is an answer of a server ({head[:40].decode('ascii', 'replace').strip()!r})"
+    if text.startswith(_ANSWERS):
+        answer = head[:40].decode("ascii", "replace").strip()
+        return f"is an answer of a server ({answer!r}), not the file itself: download it again"
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd", b"7z\xbc\xaf")):
         return "is a compressed archive: unpack it first"
 

@@ -22,10 +22,10 @@ from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from converters.errors import CheckpointError
-from converters.storage import stores
-from converters.storage.store import File, read_exactly, scatter_exactly
+from converters.storage import stores, strided_reads
+from converters.storage.store import File, fill_exactly, read_exactly, scatter_exactly
 from converters.storage.system import limits
-from converters.tensors import Extent, Extents
+from converters.tensors import Extent, Extents, Strided
 
 MAX_OPEN_FILES = 64
 MAX_KEPT_BYTES = 8 << 20  # of pickles whose values are kept: about 6 times as much in memory
@@ -192,8 +192,19 @@ def read_extent(extent: Extent) -> bytes:
 
 def read_extents(buffer: memoryview, extents: Extents) -> None:
     """Reads extents one after another; ``CheckpointError`` if a file is gone or shorter."""
+    extent: Extent | Strided
     try:
         with _files() as get:
+            if isinstance(extents, Strided):
+                extent = extents
+                strided_reads.read(
+                    lambda part, run: fill_exactly(get(run.path), run.offset, part),
+                    extents,
+                    0,
+                    buffer,
+                )
+                return
+
             for read in extents.reads():
                 extent = read.extent
                 scatter_exactly(get(extent.path), extent.offset, read.rows(buffer))

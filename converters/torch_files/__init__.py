@@ -8,6 +8,8 @@ zip_writer        the zip as a plan
 object_graph      the object as its pickle says it, to be written again
 pickle_writer     inert data as a pickle
 rebuild           what the pickles of torch name, as tensors located;  element_types  in tables
+views             views into storages, as runs of bytes
+odd_tensors       tensors that are no plain runs of elements
 record_checksums  the records that tensors lie in
 file_plan         an object graph as the plan of a file
 """

@@ -21,10 +21,16 @@ STORAGES = {
     "ComplexFloatStorage": DType.C64,
     "UntypedStorage": DType.U8,
 }
-# Kinds that torch 2.13 has and safetensors lacks, with the bytes of an element. A quantized one
-# comes with its scale.
-UNREAD = {"ComplexDoubleStorage": ("complex128", 16)}
-QUANTIZED = {f"{kind}Storage" for kind in ("QInt8", "QInt32", "QUInt8", "QUInt4x2", "QUInt2x4")}
+# Kinds that torch 2.13 has and safetensors lacks: the type of an element, and its bytes.
+UNREAD = {
+    "ComplexDoubleStorage": ("complex128", 16),
+    "QInt8Storage": ("qint8", 1),
+    "QInt32Storage": ("qint32", 4),
+    "QUInt8Storage": ("quint8", 1),
+    "QUInt4x2Storage": ("quint4x2", 1),
+    "QUInt2x4Storage": ("quint2x4", 1),
+}
+NUMBERS_IN_A_BYTE = {"quint4x2": 2, "quint2x4": 4}
 DTYPES = {
     "float64": DType.F64,
     "float32": DType.F32,

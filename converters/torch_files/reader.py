@@ -7,7 +7,7 @@ from pathlib import Path
 
 from converters.errors import CheckpointError
 from converters.pickles.machine import Builders
-from converters.storage import misplaced_files, open_files, stores
+from converters.storage import first_bytes, misplaced_files, open_files, stores
 from converters.storage.store import File
 from converters.torch_files import legacy_format, zip_format
 from converters.torch_files.rebuild import BUILDERS
@@ -59,9 +59,16 @@ def _not_a_torch_file(file: File, path: Path, head: bytes) -> CheckpointError:
     if not file.size:
         return CheckpointError(f"{path} is empty; copy it again from where it was saved")
 
-    first_bytes, second_word = file.read([(0, 128), (8, 1)])
-    if (explanation := misplaced_files.content(first_bytes)) is not None:
+    beginning, second_word = file.read([(0, 128), (8, 1)])
+    if (explanation := misplaced_files.content(beginning)) is not None:
         return CheckpointError(f"{path} {explanation}", "incomplete")
+
+    if first_bytes.is_safetensors(file.read([(0, min(file.size, first_bytes.HEAD_BYTES))])[0]):
+        return CheckpointError(
+            f"{path} is in safetensors, and not a file of torch.save; give it a name that ends "
+            "in .safetensors",
+            "unsupported",
+        )
 
     # JSON that follows its length in 8 bytes
     if int.from_bytes(head, "little") < file.size and second_word == b"{":

@@ -224,6 +224,12 @@ def _record(path: Path, data: bytes, position: int) -> tuple[str, ZipEntry, int]
             f"record {name} is encrypted or of a newer form (flags {flags:04x})",
         )
     if method:
+        if "/code/" in name:
+            raise CheckpointError(
+                f"{path} is a program of TorchScript, which ckpt does not read: "
+                "torch.jit.load reads it, and torch.save(program.state_dict(), ...) its weights",
+                "unsupported",
+            )
         _damaged(path, f"record {name} is compressed; torch stores it")
 
     short_fields = [packed_size, size, header]

@@ -41,7 +41,10 @@ def read(file: File, path: Path, builders: Builders, stored: Stored) -> TorchFil
     directory = zip_directory.read(file, path)
     pickles = [name for name in directory.records if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise CheckpointError(f"{path} holds {len(pickles)} data.pkl, expected one")
+        raise CheckpointError(
+            f"{path} is a zip, and no file of torch.save: it holds {len(pickles)} data.pkl, "
+            "expected one; unpack it, or copy the file again from where it was saved"
+        )
 
     prefix = pickles[0].removesuffix("data.pkl")
     strays = [name for name in directory.records if not name.startswith(prefix)]

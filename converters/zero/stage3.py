@@ -25,7 +25,7 @@ from converters.pickles.values import Call
 from converters.storage import stores
 from converters.storage.system.names import is_name
 from converters.tensors import DType, Extent, Listed, TensorRef
-from converters.torch_files import rebuild
+from converters.torch_files import odd_tensors
 from converters.torch_files.file_plan import SWAPPED
 from converters.zero import partitioning
 from converters.zero.files import state_files
@@ -259,7 +259,7 @@ def _frozen_parameters(
     for name, shape in shapes.items():
         pieces, unreadable = _frozen_pieces(models, name, shape)
         if unreadable is not None:
-            absence_reasons[name] = f"frozen, and {rebuild.reason(unreadable)}"
+            absence_reasons[name] = f"frozen, and {odd_tensors.reason(unreadable)}"
             continue
 
         if not prod(shape):

@@ -35,9 +35,10 @@ SHOWN = (
 TRAININGS = ("class", "callback", "Accelerate", "Lightning", "Saver")
 COLUMNS = ("convert", "push, pull", *TRAININGS)
 CLIENT = ("push, pull",)
+WITHOUT_TRAINER = tuple(name for name in COLUMNS if name not in ("class", "callback"))
 MAX_SECONDS = 900  # of one cell; the first training of a row compiles an extension of DeepSpeed
 # What the newest row pins, and every other one where it says nothing else. torch is the same in
-# all: another version for the CPU is on no index that everybody has, and one with CUDA takes 5 GB.
+# all but the last: older versions are on PyPI with CUDA only, which takes 5 GB of disk.
 NEWEST = {
     "torch": "2.13.0",
     "deepspeed": "0.19.8",
@@ -45,6 +46,13 @@ NEWEST = {
     "accelerate": "1.15.0",
     "lightning": "2.6.6",
     "huggingface_hub": "2.4.0",
+}
+OLDEST = {  # the lower bounds of the extras
+    "deepspeed": "0.16.0",
+    "transformers": "4.51.0",
+    "accelerate": "1.0.0",
+    "lightning": "2.5.0",
+    "huggingface_hub": "0.30.0",
 }
 SERVER = (  # the local Hub
     *("starlette==1.10.0", "uvicorn==0.54.0", "httptools==0.9.0"),
@@ -81,16 +89,9 @@ ROWS = (
     # is a view and is being modified inplace", in its all_gather_into_tensor_dp_groups.
     Row("DeepSpeed 0.18", {"deepspeed": "0.18.9"}, stage=3),
     Row("DeepSpeed 0.16", {"deepspeed": "0.16.9"}),
-    Row(
-        "oldest",
-        {
-            "deepspeed": "0.16.0",
-            "transformers": "4.51.0",
-            "accelerate": "1.0.0",
-            "lightning": "2.5.0",
-            "huggingface_hub": "0.30.0",
-        },
-    ),
+    Row("oldest", OLDEST),
+    # The Trainer itself does not resume before torch 2.6: ckpt.requirements has the places.
+    Row("torch 2.4", {"torch": "2.4.0", **OLDEST}, WITHOUT_TRAINER),
     *(
         Row(f"huggingface_hub {version}", {"huggingface_hub": version}, CLIENT)
         for version in ("0.30.2", "0.36.2", "1.0.1", "1.33.0", "2.0.0")

@@ -8,7 +8,8 @@
 The tests come from a folder that is given (a checkout, or an unpacked source distribution), or
 from the source distribution of the installed version, which pip downloads. The source
 distributions of DeepSpeed and safetensors cannot serve: the first has no tests, and pip needs
-a compiler of Rust for the second. Clone these at the tag of the installed version.
+a compiler of Rust for the second. Clone these at the tag of the installed version; tests of
+another version fail for reasons of their own.
 
 The tests are copied to a temporary folder and run there by pytest. What passes as it is, and not
 with ckpt, is listed; the exit code is 1 if anything is, but for what differs by design. A case
@@ -131,7 +132,22 @@ def tests_of(peer: Peer, source: Path | None, scratch: Path) -> Path:
             f"{version_of(peer)} and name it with --from"
         )
 
+    warn_of_version(peer, source)
     return shutil.copytree(folder, scratch / "tests")
+
+
+def warn_of_version(peer: Peer, source: Path) -> None:
+    """Says on stderr that the tests are of another version than what is installed.
+
+    Then tests ask for attributes that are not there, and fail as they are.
+    """
+    path = source / "version.txt"
+    stated = path.read_text().strip() if path.is_file() else version_of(peer)
+    if stated != version_of(peer):
+        print(
+            f"{peer.package}: the tests are of {stated}, and {version_of(peer)} is installed",
+            file=sys.stderr,
+        )
 
 
 def version_of(peer: Peer) -> str:
@@ -173,8 +189,10 @@ def run(peer: Peer, folder: Path, swap: str | None, options: argparse.Namespace)
         "DS_ACCELERATOR": "cpu",
         "LOCAL_SIZE": "4",  # the ranks that DeepSpeed's tests believe to have room for
     }
+    # a version may lack some of them
+    targets = [name for name in peer.targets if (folder / name).exists()]
     process = subprocess.Popen(
-        [*command, *peer.targets],
+        [*command, *targets],
         cwd=folder,
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -192,7 +210,7 @@ def run(peer: Peer, folder: Path, swap: str | None, options: argparse.Namespace)
 
     results = outcomes(lines)
     if not results:
-        sys.exit(f"no test of {peer.package} came to an end: {' '.join(command)}")
+        sys.exit(f"no test of {peer.package} came to an end: {' '.join([*command, *targets])}")
     return results
 
 

@@ -73,7 +73,7 @@ def test_they_are_listed_as_what_they_were_made_of(
     command("ls", out.path)
     table = capsys.readouterr().out
     assert table.splitlines()[-1].split()[1] == "checkpoint-8"  # the newest is the last
-    assert table.count(RESHARDED) == 2 and "universal, made from checkpoint-8\n" in table
+    assert table.count(RESHARDED) == 2 and "universal, made from checkpoint-8; complete\n" in table
     assert "not committed" not in table and "without ckpt" not in table
 
 
@@ -183,7 +183,8 @@ def test_what_is_made_of_a_checkpoint_without_a_manifest_says_so(
     assert made.manifest is None and made.record is not None
     assert (made.record.stage, made.record.world_size, made.step) == (2, 1, 2)
     assert made.origin == RESHARDED.replace("8", "2")
-    assert rows(tmp_path, capsys)["checkpoint-2-w1"]["origin"] == RESHARDED.replace("8", "2")
+    row = rows(tmp_path, capsys)["checkpoint-2-w1"]
+    assert row["origin"] == RESHARDED.replace("8", "2") and row["written_by"] == "ckpt"
     present = Run(tmp_path).checkpoints()
     assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-2")
 
@@ -200,7 +201,9 @@ def test_an_adopted_one_remains_what_it_was_made_of(tmp_path: Path) -> None:
     command("to-universal", tmp_path / "checkpoint-2")
     statuses = adoption.survey(Run(tmp_path).checkpoints(), wait=False)
     outcomes = adoption.adopt(statuses, dry_run=True)
-    assert {outcome.folder.name for outcome in outcomes} == {"checkpoint-2", "checkpoint-2-w1"}
+    adopted = {outcome.folder.name for outcome in outcomes if outcome.adopted}
+    assert adopted == {"checkpoint-2", "checkpoint-2-w1"}
+    assert not any(outcome.failed for outcome in outcomes)
     for name in ("checkpoint-2-w1", "checkpoint-2"):
         adoption.commit(tmp_path / name)
         newest.append(Run(tmp_path).newest())
@@ -219,8 +222,43 @@ def test_a_universal_folder_of_another_writer_is_no_weights(
     capsys.readouterr()
     command("doctor", tmp_path)
     printed = capsys.readouterr().err
-    assert "complete, written by DeepSpeed (universal); ckpt from-universal makes" in printed
+    assert "complete, in the universal format, which gets no manifest" in printed
+    assert "; ckpt from-universal makes native files of it" in printed
     assert "weights" not in printed
+
+
+def test_a_universal_folder_that_lies_alone_is_the_newest_of_its_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = saved(tmp_path)
+    command("to-universal", original.folder)
+    universal = tmp_path / "checkpoint-8_universal"
+    shutil.rmtree(original.folder)
+    capsys.readouterr()
+
+    for arguments in (["show"], ["to-fp32", "--dry-run", "-o", tmp_path / "m"]):
+        command(arguments[0], tmp_path, "--last", *arguments[1:])
+        assert capsys.readouterr().err == (
+            f"ckpt: the newest checkpoint of {tmp_path} is {universal} (complete, in the "
+            "universal format)\n"
+        )
+    assert chosen(tmp_path).checkpoint.folder == universal
+    with pytest.raises(CheckpointError, match=r"from-universal .* makes native files of it"):
+        ckpt.find(tmp_path)
+
+    for arguments in (["--adopt"], []):
+        command("doctor", tmp_path, *arguments)
+        assert "every checkpoint has its manifest" not in capsys.readouterr().err
+    command("prune", tmp_path, "--keep-last", "1", "--dry-run")
+    assert "not touched: 1 checkpoint is complete, in the universal" in capsys.readouterr().err
+    command("verify", universal, "--data")
+    said = capsys.readouterr().out
+    assert "complete, in the universal format; written by ckpt\n" in said
+    assert "have no checksum: " in said  # which no manifest would add
+
+    next(universal.rglob("fp32.pt")).unlink()
+    command("doctor", tmp_path, code=1)
+    assert "the conversion did not finish: make it again" in capsys.readouterr().out
 
 
 def test_of_several_rewritings_the_first_source_is_named(tmp_path: Path) -> None:

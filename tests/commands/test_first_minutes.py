@@ -8,18 +8,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from oracles import FIXTURES, run
 from run_folders import real, small
 
 import ckpt
 from ckpt import zero_to_fp32
 from ckpt.runs import pruning
-from ckpt.runs.foreign import completeness
+from ckpt.runs.foreign import signs
 from ckpt.runs.retention import Retention
 from ckpt.runs.run import Run
 from ckpt.runs.upkeep import adoption
-from converters.errors import CheckpointError
 
 STOCK = FIXTURES / "trainer-zero2/checkpoint-2"
 
@@ -31,23 +29,10 @@ def test_a_link_in_a_circle_hinders_nothing(
     (tmp_path / "run/circle").symlink_to("circle")
     (tmp_path / "circle").symlink_to("circle")
     assert [checkpoint.step for checkpoint in Run(tmp_path / "run").checkpoints()] == [2]
-    assert [path.name for path in completeness.candidates(tmp_path / "run")] == ["checkpoint-2"]
+    assert [path.name for path in signs.candidates(tmp_path / "run")] == ["checkpoint-2"]
     run("ls", tmp_path / "run")
     assert "checkpoint-2" in capsys.readouterr().out
     assert ckpt.find(tmp_path / "new") is None
-
-
-def test_values_that_are_not_those_of_the_storage_are_not_read(tmp_path: Path) -> None:
-    """A view of ``conj`` or ``_neg_view`` is saved as what it is a view of, and a mark."""
-    values = torch.randn(3, dtype=torch.complex64)
-    torch.save(
-        {"c": values.conj(), "n": torch._neg_view(torch.ones(3)), "p": values}, tmp_path / "x.pt"
-    )
-    opened = ckpt.open(tmp_path / "x.pt")
-    assert torch.equal(opened["p"], values)
-    for name in ("c", "n"):
-        with pytest.raises((CheckpointError, KeyError), match="lazily conjugated or negated"):
-            opened[name]
 
 
 def test_what_a_kept_link_leads_to_is_kept(tmp_path: Path) -> None:

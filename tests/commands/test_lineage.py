@@ -161,6 +161,28 @@ def test_a_resume_follows_the_run_that_saved_last_and_says_so(
     assert select.find(tmp_path / "checkpoint-8") == str(tmp_path / "checkpoint-8")
 
 
+def test_what_a_run_gave_up_is_told_from_what_others_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (choice, offers):
+        monkeypatch.setattr(module, "unusable", lambda c: c.unusable)
+    old, own = Line.begin(), Line.begin()
+    save(tmp_path, 2, old)
+    start = save(tmp_path, 4, own)
+    save(tmp_path, 6, own, name="weights-6", tier="weights")
+    back = resumed(start)
+    statement = f"weights-6, given up when run {str(own.run)[:6]} went back to an earlier step"
+    with caplog.at_level(logging.WARNING, "ckpt"):
+        identity.warn_of_others(tmp_path, back)
+    assert f"checkpoint-2 of run {str(old.run)[:6]}; {statement}" in caplog.text
+
+    caplog.clear()
+    save(tmp_path, 8, back)
+    assert select.find(tmp_path) == str(tmp_path / "checkpoint-8")
+    assert f"takes others only by name: checkpoint-2 of run {str(old.run)[:6]}" in caplog.text
+    assert statement in caplog.text
+
+
 @pytest.mark.parametrize("pointed", [False, True])
 def test_what_another_run_saved_gets_another_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, pointed: bool

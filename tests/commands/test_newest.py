@@ -93,6 +93,103 @@ def test_a_latest_that_leads_somewhere_goes_on_working(tmp_path: Path) -> None:
     ckpt.open(tmp_path, "np").lock.release()
 
 
+def test_a_latest_that_leads_to_an_older_one_says_which_is_newer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    Run(tmp_path).point("latest", real(tmp_path, 2))
+    real(tmp_path, 4)
+    torn = shutil.copytree(SOURCE, tmp_path / "checkpoint-8")
+    (torn / "trainer_state.json").unlink()
+    sentence = (
+        f"the file latest of {tmp_path} leads to {tmp_path / 'checkpoint-2'}; "
+        f"{tmp_path / 'checkpoint-4'} is newer (committed), name it to take that one"
+    )
+    run("show", tmp_path)
+    assert capsys.readouterr().err == f"ckpt: {sentence}\n"
+    run("to-fp32", tmp_path, "-o", tmp_path / "m", "--dry-run")
+    assert capsys.readouterr().err == f"ckpt: {sentence}\n"
+
+    caplog.clear()
+    ckpt.open(tmp_path, "np").lock.release()
+    ckpt.to_fp32(tmp_path, tmp_path / "m")
+    assert caplog.messages == [sentence] * 2
+
+    Run(tmp_path).point("latest", Run(tmp_path).newest())
+    run("show", tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_doctor_points_no_latest_at_an_older_one_than_a_resume_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real(tmp_path, 2)
+    folder = stock(tmp_path, 8)
+    (folder / "trainer_state.json").write_text('{"global_step": 8}')
+    (tmp_path / "latest").write_text("checkpoint-99/global_step99")
+    run("doctor", tmp_path, "--fix", code=1)
+    assert f"ckpt doctor {folder} --adopt commits it" in capsys.readouterr().out
+    assert (tmp_path / "latest").read_text() == "checkpoint-99/global_step99"
+    run("latest", tmp_path)
+    assert "names checkpoint-99/global_step99, which is not there\n" in capsys.readouterr().err
+    run("doctor", folder, "--adopt")
+    run("doctor", tmp_path, "--fix")
+    assert (tmp_path / "latest").read_text() == "checkpoint-8/global_step2"
+
+
+def test_prune_calls_none_the_newest_where_a_newer_one_is_not_committed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real(tmp_path, 2)
+    run("prune", tmp_path, "--keep-last", "1", "--dry-run")
+    assert "\tnewest, newest full, last 1\n" in capsys.readouterr().out
+    folder = stock(tmp_path, 8)
+    (folder / "trainer_state.json").write_text('{"global_step": 8}')
+    run("prune", tmp_path, "--keep-last", "1", "--dry-run")
+    printed = capsys.readouterr()
+    assert "\tnewest committed, newest full committed, last 1\n" in printed.out
+    assert "1 checkpoint is complete but not committed" in printed.err
+
+
+def test_a_slimmed_run_is_no_fresh_start_and_every_command_says_what_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = real(tmp_path, 2).folder
+    Run(tmp_path).point("latest", Run(tmp_path).newest())
+    run("slim", folder, "--force")
+    capsys.readouterr()
+
+    with pytest.raises(CheckpointError, match="holds no states any more") as refusal:
+        ckpt.find(tmp_path)
+    assert f"(from_pretrained of {folder})" in str(refusal.value)
+    run("latest", tmp_path, code=1)
+    assert "holds no states any more" in capsys.readouterr().err
+    for command in ("show", "to-fp32"):
+        run(command, tmp_path, code=1)
+        assert f"{tmp_path / 'latest'} names checkpoint-2, which has weights only" in (
+            capsys.readouterr().err
+        )
+    run("doctor", tmp_path)
+    assert "latest names checkpoint-2, which has weights only" in capsys.readouterr().err
+
+    small(tmp_path / "weights", 2, tier="weights")  # no training ever went on from it
+    assert ckpt.find(tmp_path / "weights") is None
+
+
+def test_of_a_slimmed_newest_the_older_full_one_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older, newest = real(tmp_path, 2), real(tmp_path, 4)
+    Run(tmp_path).point("latest", newest)
+    run("slim", newest.folder, "--force")
+    assert ckpt.find(tmp_path) == str(older.folder)
+    assert (tmp_path / "latest").read_text() == "checkpoint-2/global_step2"
+    capsys.readouterr()
+    run("latest", tmp_path)
+    printed = capsys.readouterr()
+    assert printed.out == f"{older.folder}\n"
+    assert "checkpoint-4: weights only since it was slimmed" in printed.err
+
+
 def test_last_asks_for_a_run_that_has_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,3 +205,17 @@ def test_last_asks_for_a_run_that_has_one(
     line = capsys.readouterr().err
     assert "is committed or complete (checkpoint-2: it has no manifest.json" in line
     assert "trainer_state.json" in line and line.endswith(f"; see ckpt ls {tmp_path / 'out'}\n")
+
+
+def test_a_save_dir_of_another_training_in_the_folder_is_not_resumed_from(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copytree(SOURCE / "global_step2", other / "global_step2")
+    (other / "latest").write_text("global_step2")
+
+    with pytest.raises(CheckpointError, match=rf"{other}: it is a save_dir of DeepSpeed"):
+        ckpt.find(tmp_path)
+    assert ckpt.find(other) == str(other)
+
+    checkpoint = stock(tmp_path, 1)
+    assert ckpt.find(tmp_path) == str(checkpoint)

@@ -255,6 +255,14 @@ def test_two_folders_of_one_step_are_told(out: Run, capsys: pytest.CaptureFixtur
     ]
 
 
+def test_lightnings_last_beside_the_one_of_its_step_is_nothing_to_mend(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for name in ("epoch=0-step=4.ckpt", "last.ckpt"):
+        real(tmp_path, 4).folder.rename(tmp_path / name)
+    assert len(run.checkpoints()) == 2
+    assert not [path for path in found(run) if path.endswith(".ckpt")]
+
+
 def test_a_run_of_deepspeed_itself_is_left_alone(tmp_path: Path) -> None:
     shutil.copytree(FIXTURES / "zero2-bf16-w2", tmp_path / "out")
     before = tree(tmp_path / "out")
@@ -262,7 +270,9 @@ def test_a_run_of_deepspeed_itself_is_left_alone(tmp_path: Path) -> None:
     assert tree(tmp_path / "out") == before
 
 
-def test_a_whole_checkpoint_of_a_trainer_is_adopted(tmp_path: Path) -> None:
+def test_a_whole_checkpoint_of_a_trainer_is_adopted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = Run(tmp_path)
     for name in ("trainer-zero2", "trainer-zero3"):
         shutil.copytree(FIXTURES / name / "checkpoint-2", tmp_path / name)
@@ -273,6 +283,7 @@ def test_a_whole_checkpoint_of_a_trainer_is_adopted(tmp_path: Path) -> None:
         assert held.versions["deepspeed"] == "0.19.8" and held.world_size == 2
     run("verify", tmp_path, "--data")
     assert not (tmp_path / "latest").exists()  # adopting implies nothing else
+    assert f"ckpt doctor {tmp_path} --fix writes it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

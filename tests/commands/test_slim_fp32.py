@@ -73,6 +73,27 @@ def test_fp32_weights_are_written_before_the_states_go(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_fp32_weights_are_not_promised_where_the_states_are_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = two(tmp_path).folder
+    run("slim", folder)
+    run("slim", folder, "--dtype", "fp32", code=1)
+    assert "is slim already, with weights in BF16: the states" in capsys.readouterr().err
+
+
+def test_where_no_weights_lie_slim_says_what_makes_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = two(tmp_path).folder
+    (folder / "model.safetensors").unlink()
+    run("doctor", tmp_path, "--fix")
+    run("slim", folder, code=1)
+    assert "--dtype fp32 makes fp32 weights of the states first" in capsys.readouterr().err
+    run("slim", folder, "--dtype", "fp32")
+    require_fp32(folder)
+
+
 def test_what_is_read_or_needed_yet_is_left_alone(tmp_path: Path) -> None:
     folder = two(tmp_path).folder
     with locks.reading(folder):

@@ -246,7 +246,8 @@ def test_two_models_are_named_and_neither_is_chosen(
     assert f"holds 2 models, {names[0]}, {names[1]}; choose one with --tag" in said
     run("show", source, code=1)
     run("reshard", source, "-o", source.with_name("x"), "--world-size", 3, code=1)
-    assert capsys.readouterr().err.count("choose one with --tag") == 2
+    run("show", source, "--last", code=1)  # neither is newer than the other
+    assert capsys.readouterr().err.count("choose one with --tag") == 3
     for call in (ckpt.open, zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint):
         with pytest.raises(CheckpointError, match="choose one with tag= "):
             call(source)

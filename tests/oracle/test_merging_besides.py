@@ -62,6 +62,21 @@ def test_the_head_of_a_class_around_the_model_is_left_out(tmp_path: Path) -> Non
     run.require_same_logits()
 
 
+def test_a_value_head_stays_beside_the_merged_model_and_is_named(tmp_path: Path) -> None:
+    run = Run("lora", tmp_path / "inner", exclude_frozen=True)
+    whole = torch.nn.Module()
+    whole.pretrained_model, whole.v_head = run.model, torch.nn.Linear(4, 1)
+    checkpoint = zero_folders.save(whole, tmp_path / "checkpoint-2", exclude_frozen=True)
+    config = run.checkpoint / "adapter_config.json"
+    (checkpoint / config.name).write_bytes(config.read_bytes())
+    run.checkpoint = checkpoint
+
+    facts = run.merge(base=run.base)
+
+    assert any(note.startswith("v_head.* is trl's value head") for note in facts["notes"])
+    assert torch.equal(run.tensors()["v_head.weight"], whole.v_head.weight)
+
+
 def shrink(run: Run, rows: int = 30) -> dict[str, torch.Tensor]:
     """The base as it was before the vocabulary was resized; returns the trained embeddings."""
     path = run.base / "config.json"

@@ -237,6 +237,63 @@ def foreign(name: str) -> str:
     return name.replace("self_attn", "attention").replace("mlp", "feed_forward")
 
 
+@pytest.mark.parametrize(
+    ("attributes", "statement"),
+    [
+        (("student", "teacher"), "below student., teacher. are those of LlamaForCausalLM: --part"),
+        (("llm",), "below llm. are those of LlamaForCausalLM: --part llm writes these, without"),
+        (("models.0", "models.1"), "below models.0., models.1. are those of LlamaForCausalLM"),
+    ],
+)
+def test_models_inside_of_a_wrapper_are_named_with_the_option_that_writes_one(
+    attributes: tuple[str, ...],
+    statement: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = llama()
+    held = {"projector.weight": torch.ones(4, 4)}
+    for attribute in attributes:
+        held |= parameters(model, lambda name, prefix=attribute: f"{prefix}.{name}")
+    source = make_checkpoint(tmp_path / "c", held, config=stated(model))
+    run("to-fp32", source, "-o", tmp_path / "m", "--check", "names", code=1)
+    said = capsys.readouterr().err
+    assert statement in said and "num_hidden_layers" not in said
+
+    convert(source, tmp_path / "m", "--part", attributes[0])
+    loads_like(tmp_path / "m", model)
+
+
+def test_a_prefix_is_taken_off_a_model_that_lacks_a_few_names_of_its_class(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        architectures=["BertModel"],
+    )
+    model = transformers.BertModel(config, add_pooling_layer=False)
+    held = parameters(model, lambda name: f"0.auto_model.{name}")
+    source = make_checkpoint(tmp_path / "c", held, config=config.to_dict())
+    convert(source, tmp_path / "m")
+    _, loading = transformers.BertModel.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert set(loading["missing_keys"]) == {"pooler.dense.weight", "pooler.dense.bias"}
+    assert not loading["unexpected_keys"]
+
+
+def test_a_class_that_config_json_does_not_name_is_not_called_its_class(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = llama()
+    content = {key: value for key, value in stated(model).items() if key != "architectures"}
+    source = make_checkpoint(tmp_path / "c", parameters(model, foreign), config=content)
+    run("to-fp32", source, "-o", tmp_path / "m", "--check", "names", code=1)
+    said = capsys.readouterr().err
+    assert "a class of the model_type of config.json, which names no architecture" in said
+    assert "the class of config.json" not in said
+
+
 def test_names_that_do_not_fit_are_refused_and_written_as_they_are_when_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

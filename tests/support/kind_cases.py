@@ -298,3 +298,59 @@ def empty(folder: Path) -> Path:
 @case("unknown", "it holds README.md, train.py: name the folder of a checkpoint")
 def unknown(folder: Path) -> Path:
     return touch(folder, "train.py", "README.md")
+
+
+def foreign(folder: Path, name: str, data: bytes = b"x") -> Path:
+    (folder / name).write_bytes(data)
+    return folder / name
+
+
+@case("hdf5", "from_pretrained(..., from_tf=True) of transformers 4 loads it")
+def hdf5(folder: Path) -> Path:
+    return foreign(folder, "weights", b"\x89HDF\r\n\x1a\n\0\0")
+
+
+@case("flax", "from_pretrained(..., from_flax=True) of transformers 4 loads it")
+def flax(folder: Path) -> Path:
+    return foreign(folder, "flax_model.msgpack", b"\x81\xa6params\x80")
+
+
+@case("onnx", "onnx.load reads it")
+def onnx(folder: Path) -> Path:
+    return foreign(folder, "model.onnx", b"\x08\x08")
+
+
+@case("numpy", "numpy.load reads it")
+def numpy_file(folder: Path) -> Path:
+    np.savez(folder / "weights.npz", a=np.ones(3))
+    return folder / "weights.npz"
+
+
+@case("torch-program", "torch.export.load reads it")
+def torch_program(folder: Path) -> Path:
+    return foreign(folder, "model.pt2", b"PK\3\4")
+
+
+@case("tensorflow", "TensorFlow reads it")
+def tensorflow(folder: Path) -> Path:
+    return foreign(folder, "saved_model.pb", b"\x08\x01")
+
+
+@case("pickle", "pickle.load runs what it says")
+def pickle_file(folder: Path) -> Path:
+    return foreign(folder, "weights.pkl", b"\x80\x04}.")
+
+
+@case("shards-alone", "without their index, model.safetensors.index.json")
+def shards_alone(folder: Path) -> Path:
+    return tensors(folder / "model-00001-of-00002.safetensors")
+
+
+@case("other-names", "name the file, and ckpt.open reads it")
+def other_names(folder: Path) -> Path:
+    return tensors(folder / "model.fp16.safetensors")
+
+
+@case("foreign-folder", "tf_model.h5, which is a file of TensorFlow or Keras (HDF5)")
+def foreign_folder(folder: Path) -> Path:
+    return foreign(folder, "tf_model.h5").parent

@@ -130,6 +130,13 @@ KINDS: dict[str, Case] = {
     "deft": (llama, _of("DeftConfig", r=4)),
     "adamss": (llama, _of("AdamssConfig", r=4)),
     "beft": (llama, _of("BeftConfig")),
+    "osf": (llama, _of("OSFConfig")),
+    "peanut": (llama, _of("PeanutConfig")),
+    "peanut-deep": (llama, _of("PeanutConfig", depth=1)),
+    "psoft": (llama, _of("PsoftConfig", r=4)),
+    "psoft-plain": (llama, _of("PsoftConfig", r=4, psoft_mag_a=False, psoft_mag_b=False)),
+    "supertuning": (llama, _of("SupertuningConfig")),
+    "supertuning-low-rank": (llama, _of("SupertuningConfig", r=2)),
     "prompt-classes": (
         lambda: llama(head="classes"),
         _of("PromptTuningConfig", num_virtual_tokens=3, task_type="SEQ_CLS"),

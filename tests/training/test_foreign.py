@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import warm_ranks
 from oracles import FIXTURES
 from run_folders import commit, real, small
@@ -333,13 +334,14 @@ def test_a_save_dir_of_deepspeed_is_gone_on_from_where_latest_says_or_at_another
     assert "global_step2: it has no manifest.json, and is not whole" in logged()
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors"])
-def test_a_save_over_an_older_one_that_was_interrupted_is_none(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_save_over_an_older_one_that_was_interrupted_is_none(count: int, tmp_path: Path) -> None:
     for step in (2, 4):
         folder = trainers(tmp_path / f"checkpoint-{step}", step)
         for path in folder.iterdir():
             os.utime(path, (1e9, 1e9))
-    os.utime(folder / name, (1e9 + 60, 1e9 + 60))
+    for name in ("model.safetensors", "optimizer.pt")[:count]:  # in the order of writing
+        os.utime(folder / name, (1e9 + 60, 1e9 + 60))
     assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-2")
     for index, path in enumerate(sorted(folder.iterdir(), reverse=True)):
         os.utime(path, (2e9 + index, 2e9 + index))  # a copy that keeps no times
@@ -355,6 +357,11 @@ def test_an_interrupted_save_of_deepspeed_over_an_older_one_is_none(tmp_path: Pa
     assert ckpt.find(tmp_path) == str(folder)  # no resume needs them
     part = next((folder / "global_step2").glob("*rank_1*"))
     part.write_bytes(part.read_bytes())
+    assert ckpt.find(tmp_path) == str(folder)  # by its values it is of the same save
+    content = torch.load(part, weights_only=False)
+    groups = content["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+    groups[:] = [group.detach() * 1.01 for group in groups]
+    torch.save(content, part)
     assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-2")
 
 

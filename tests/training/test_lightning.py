@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,16 @@ import torch
 from front_ends import CASES, LIMIT, case, require_model, require_read, train
 from oracles import convert, run, torchrun, weights_in
 from run_folders import small
+from stock_checkpoints import of_lightning
 
 from ckpt.folders.replacing import replace_folder
 from ckpt.runs import manifest
 from ckpt.runs.pruning import pin
 from ckpt.runs.run import Run, open_checkpoint
+from ckpt.runs.upkeep import adoption
 from ckpt.state import rng
+from ckpt.trainers.lightning_folders import require_whole
+from converters.errors import CheckpointError
 
 WORKER = "tests/workers/trainers_worker_lightning.py"
 every_case = pytest.mark.parametrize(("stage", "ranks"), CASES)
@@ -166,15 +172,36 @@ def test_what_is_pinned_or_being_read_is_not_removed(turned: Path) -> None:
 
 def test_a_checkpoint_that_is_not_whole_is_refused_by_name(turned: Path) -> None:
     run, said = turned / "out", told(turned)
-    whole = f"the newest whole one is {run}/step=6.ckpt"
+    whole = f"the newest committed one is {run}/step=6.ckpt"
     assert said["torn"].endswith(
         f"{run}/step=8.ckpt is not whole: manifest.json lists "
         f"checkpoint/mp_rank_00_model_states.pt: {sizes(run)}; {whole}"
     )
-    assert said["foreign"].endswith(
-        f"{run}/foreign.ckpt is not whole: {manifest.ABSENT}; {whole}; "
-        "load_foreign=True loads it anyway"
-    )
+    assert f"{run}/foreign.ckpt has no manifest.json, and is not whole: " in said["foreign"]
+    assert "the optimizer files of rank 1" in said["foreign"]
+    assert said["foreign"].endswith(f"; {whole}; load_foreign=True loads it anyway")
+
+
+def test_one_without_a_manifest_is_loaded_where_it_is_complete_and_that_was_not_ruled_out(
+    tmp_path: Path, logged: Callable[[], str]
+) -> None:
+    path = of_lightning(tmp_path)
+    take = partial(require_whole, path, says=True)
+    take(load_foreign=False, committed_only=False)
+    assert f"{path} is complete, not committed (written by Lightning with Deep" in logged()
+    with pytest.raises(CheckpointError, match=r"committed_only=True .* nothing in .*--adopt comm"):
+        take(load_foreign=True, committed_only=True)
+
+    next(path.rglob("*rank_1*optim_states.pt")).unlink()
+    with pytest.raises(CheckpointError, match=r"is not whole: .*rank 1.*load_foreign=True loads"):
+        take(load_foreign=False, committed_only=False)
+    take(load_foreign=True, committed_only=False)
+    assert "is loaded all the same (load_foreign=True): " in logged()
+
+    adoption.commit(of_lightning(tmp_path / "other"))
+    take = partial(require_whole, tmp_path / "other/epoch=0-step=2.ckpt", says=True)
+    take(load_foreign=False, committed_only=True)
+    assert not logged()
 
 
 def sizes(run: Path) -> str:

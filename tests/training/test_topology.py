@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 import torch.distributed as dist
 from oracles import FIXTURES, torchrun
 from run_folders import SOURCE, real, small
+from stock_checkpoints import of_accelerate
 
 import ckpt
 from ckpt.distributed.ranks import RankGroup
 from ckpt.engine import precision
 from ckpt.engine.layout import Layout, Topology
 from ckpt.resuming import configured, topology
+from ckpt.resuming.request import ResumeRequest
 from ckpt.resuming.resume_point import ResumePoint
 from ckpt.rewrite import reshard
 from ckpt.runs.run import open_checkpoint
@@ -71,9 +74,27 @@ def test_trainer_and_accelerate_go_on_on_other_ranks_and_in_other_stages(tmp_pat
     assert said.count("resharding to") == 3
     assert said.count("saved in bf16, this training computes in fp32") == 3
     assert {"checkpoint-2", "checkpoint-2-w1", "checkpoint-2-z3-w1"} < set(told["names"])
+    require_disagreements(told, tmp_path / "loop" / "checkpoint-2")
     said = torchrun(WORKER, tmp_path, "grows", limit=LIMIT)
     assert said.count("resharding to") == 2
     assert "the ranks from 1 on are new: each has the random and extra state" in said
+
+
+def require_disagreements(told: dict[str, str], original: Path) -> None:
+    """What was resharded is compared like the checkpoint that it was made of."""
+    resharded = f"{original}-w1"
+    for name, word in (
+        ("parameters", "head.weight"),
+        ("groups", "param group"),
+        ("scheduler", "scheduler"),
+        ("clipping", "gradient_clipping: 0.0 saved, 0.5 now"),
+    ):
+        assert f"{resharded}: " in told[name] and word in told[name], told[name]
+    sentence = f"{original} is of 2 ranks with ZeRO stage 2, this training has 1 with stage "
+    assert f"{sentence}3; run: ckpt reshard {original} --world-size 1 --stage 3" in told["stage"]
+    assert f"{sentence}2; run: ckpt reshard {original} --world-size 1" in told["damaged"]
+    assert f"-o {resharded} --overwrite; or pass" in told["damaged"]
+    assert resharded in told["by name"] and "bytes expected" in told["by name"]
 
 
 def test_lightning_goes_on_on_other_ranks_and_in_another_precision(tmp_path: Path) -> None:
@@ -107,6 +128,28 @@ def test_the_command_of_the_sentence_makes_what_loads(
     assert topology.loadable(alone(), folder, ONE, "auto") == made.folder
     assert made.folder.stat().st_ino == before
     assert made.manifest is not None and ONE.topology.fits(made.manifest)
+
+
+def test_a_damaged_resharding_is_made_again(tmp_path: Path, alone: Callable[[], RankGroup]) -> None:
+    folder = real(tmp_path, 2).folder
+    made = topology.loadable(alone(), folder, ONE, "auto")
+    part = next(made.rglob("*optim_states.pt"))
+    data = part.read_bytes()
+    os.truncate(part, len(data) // 2)
+    with pytest.raises(CheckpointError, match=rf"-o {made} --overwrite$"):
+        topology.loadable(alone(), folder, ONE, None, "")
+    assert topology.loadable(alone(), folder, ONE, "auto") == made
+    assert part.read_bytes() == data and open_checkpoint(made).committed
+
+
+def test_random_states_are_missed_only_where_nobody_restores_them(
+    tmp_path: Path, alone: Callable[[], RankGroup], logged: Callable[[], str]
+) -> None:
+    source = ResumePoint.of(open_checkpoint(of_accelerate(tmp_path)))
+    for own_file, is_missed in ((None, True), ("random_states_0.pkl", False), ("none", True)):
+        request = ResumeRequest(ranks=alone(), path=tmp_path, random_states_file=own_file)
+        request.state(source)
+        assert ("reads no random states of it" in logged()) == is_missed, own_file
 
 
 def test_where_there_is_no_room_the_option_named_is_that_of_the_command(

@@ -57,7 +57,7 @@ def test_an_error_is_json_where_json_is_asked_for(capsys: pytest.CaptureFixture[
     assert json.loads(said.err) == {
         "schema": 1,
         "error": "nowhere does not exist; expected the folder of a checkpoint",
-        "kind": "incomplete",
+        "kind": "absent",
     }
     assert said.out == ""
 

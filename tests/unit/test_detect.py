@@ -114,6 +114,20 @@ def test_names_tell_the_stage_as_far_as_they_can(fixture: str, detail: str) -> N
     assert detect(FIXTURES / fixture).detail == detail
 
 
+def test_of_a_folder_of_checkpoints_the_last_one_is_named(tmp_path: Path) -> None:
+    for step in (2, 9, 10):
+        tensors(tmp_path / "run" / f"step_{step}" / "model.safetensors")
+    said = str(detect(tmp_path / "run").error)
+    assert "it holds step_10, which is a model in safetensors" in said
+    assert said.endswith(f"name {tmp_path / 'run' / 'step_10'}")
+
+
+def test_of_a_folder_of_no_known_kind_it_is_said_what_lies_in_its_folders(tmp_path: Path) -> None:
+    tensors(tmp_path / "checkpoints" / "checkpoint_0" / "model.safetensors")
+    said = str(detect(tmp_path).error)
+    assert "holds no checkpoint; it holds checkpoints/ (checkpoint_0): name" in said
+
+
 def test_a_link_named_latest_to_a_folder_is_no_pointer_of_deepspeed(tmp_path: Path) -> None:
     dcp(tmp_path / "step-5")
     (tmp_path / "latest").symlink_to("step-5")
@@ -228,3 +242,68 @@ def test_only_what_reads_a_file_of_weights_asks_for_one(
     for command in ("to-fp32", "show", "verify"):
         run(command, path, code=1)
         assert "a file of weights" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["show", "to-fp32", "push"])
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        ("one.safetensors", 0, "is empty; copy it again"),
+        ("one.safetensors", 5, "has 5 bytes, too few for a safetensors file; copy it again"),
+        ("one.safetensors", 40, "is cut short, or not in safetensors"),
+        ("one.safetensors", -3, "its tensors take 12 bytes, 9 follow it; copy it again"),
+        ("one.bin", 0, "is empty; copy it again"),
+        ("one.bin", -200, "is damaged or cut short"),
+    ],
+)
+def test_a_file_of_weights_that_is_not_whole_is_not_called_readable(
+    command: str,
+    name: str,
+    size: int,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / name
+    if path.suffix == ".bin":
+        torch.save({"a": torch.ones(3)}, path)
+    else:
+        tensors(path)
+    path.write_bytes(path.read_bytes()[:size])
+    more = ["org/name", "--dry-run"] if command == "push" else []
+    run(command, path, *more, code=1)
+    line = capsys.readouterr().err
+    assert words in line and "ckpt.open" not in line and "publishes it" not in line
+
+
+def test_a_model_whose_shard_is_missing_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors(tmp_path / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {f"{n}": f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    run("show", tmp_path, code=1)
+    line = capsys.readouterr().err
+    assert "model-00002-of-00002.safetensors is missing" in line and "ckpt.open" not in line
+
+
+def test_a_file_is_what_it_holds_and_not_what_it_is_named(tmp_path: Path) -> None:
+    tensors(tmp_path / "one.safetensors")
+    torch.save({"a": torch.ones(3)}, tmp_path / "two.safetensors")
+    for name in ("b1f9c2", "pytorch_model.bin", "x.ckpt"):  # the first as in the Hub's cache
+        shutil.copy(tmp_path / "one.safetensors", tmp_path / name)
+        if name != "pytorch_model.bin":
+            assert list(ckpt.open(tmp_path / name)) == ["a"]
+    with pytest.raises(CheckpointError, match=r"is a zip, .* a name that ends in .bin"):
+        ckpt.open(tmp_path / "two.safetensors")
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "one.safetensors", tmp_path / "b/pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"is in safetensors, .* ends in .safetensors"):
+        ckpt.open(tmp_path / "b")
+
+
+def test_a_program_of_torch_is_called_so(tmp_path: Path) -> None:
+    program = torch.jit.trace(torch.nn.Linear(2, 3), torch.ones(1, 2))
+    torch.jit.save(program, tmp_path / "program.pt")
+    with pytest.raises(CheckpointError, match=r"is a program of TorchScript, .*torch.jit.load"):
+        ckpt.open(tmp_path / "program.pt")

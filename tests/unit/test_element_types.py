@@ -19,7 +19,7 @@ from converters.execute import shards
 from converters.formats import named_values, pytorch_bin, safetensors
 from converters.tensors import DType, Weights
 from converters.torch_files import reader
-from converters.torch_files.rebuild import Odd, reason
+from converters.torch_files.odd_tensors import Odd, reason
 
 BYTES = torch.arange(16, dtype=torch.uint8)
 NEW = {
@@ -218,14 +218,25 @@ def test_what_is_not_read_is_listed_and_refused_by_name(tmp_path: Path) -> None:
     quantized = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
     meta = torch.empty(2, device="meta")
     torch.save({"w": torch.ones(2), "q": quantized, "m": meta, "n": "text"}, tmp_path / "x.bin")
-    opened = ckpt.open(tmp_path / "x.bin")
+    opened = ckpt.open(tmp_path / "x.bin", "np")
     assert list(opened) == ["w", "q", "m"] and list(opened.absent) == ["n"]
     assert opened.metadata() == {"format": "pt", "n": "text"}
-    for name, kind in (("q", "quantized"), ("m", "meta")):
+    for name, kind in (("q", "qint8"), ("m", "meta")):
         with pytest.raises(CheckpointError, match=f"{name} is a tensor of the kind {kind}"):
             opened[name]
     with pytest.raises(KeyError, match="n: a value of type str, not a tensor"):
         opened["n"]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_kind_that_only_torch_load_reads_is_called_by_its_name(tmp_path: Path) -> None:
+    rows = [torch.ones(2), torch.ones(3)]
+    jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    torch.save({"w": torch.ones(2), "j": jagged}, tmp_path / "x.bin")
+    with ckpt.open(tmp_path / "x.bin") as opened:
+        assert list(opened) == ["w", "j"]
+        with pytest.raises(CheckpointError, match=r"the kind nested, .*torch\.load does"):
+            opened["j"]
 
 
 def test_a_sparse_tensor_whose_parts_do_not_fit_is_an_error(tmp_path: Path) -> None:
@@ -252,13 +263,8 @@ def test_tensors_in_dicts_have_dotted_names(tmp_path: Path) -> None:
         assert list(chosen) == names[:2]
 
 
-def test_two_values_of_one_name_are_refused(tmp_path: Path) -> None:
-    torch.save({"a.b": torch.ones(1), "a": {"b": torch.ones(2)}}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=r"holds two values of the name a\.b"):
-        ckpt.open(tmp_path / "x.pt")
-
-
-def test_what_lies_too_deep_is_one_value(tmp_path: Path) -> None:
+def test_what_lies_too_deep_is_one_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(named_values, "MAX_DEPTH", 20)
     value: Any = {"w": torch.ones(1)}
     for _ in range(named_values.MAX_DEPTH + 2):
         value = {"a": value}

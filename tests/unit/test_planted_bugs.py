@@ -27,7 +27,7 @@ QUANTIZED = FIXTURES / "quantized/bitsandbytes-nf4-double-uint8.safetensors"
 BUGS = (KeyError("planted"), ValueError("planted"), TypeError("planted"), IndexError("planted"))
 # a command, and a function that does its work; each is replaced by one that has a bug
 COMMANDS = {
-    "show: pickles": (("show", STAGE_2), "converters.torch_files.rebuild._runs"),
+    "show: pickles": (("show", STAGE_2), "converters.torch_files.views._runs"),
     "show: the machine": (("show", STAGE_2), "converters.pickles.machine.denylist.reaches"),
     "show: zips": (("show", STAGE_2), "converters.torch_files.zip_format.pairwise"),
     "show: assembling": (("show", STAGE_2), "converters.zero.checkpoint.assemble"),
@@ -64,7 +64,7 @@ COMMANDS = {
     ),
     "verify": (("verify", "COMMITTED"), "ckpt.runs.fields.require_kinds"),
     "verify: files": (("verify", "COMMITTED"), "ckpt.runs.manifest.unlike"),
-    "verify: without ckpt": (("verify", STAGE_2), "converters.torch_files.rebuild._runs"),
+    "verify: without ckpt": (("verify", STAGE_2), "converters.torch_files.views._runs"),
 }
 
 

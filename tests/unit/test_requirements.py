@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
@@ -76,6 +77,20 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.parametrize(("release", "is_old"), [("2.4.0+cu121", True), ("2.6.0", False)])
+def test_a_torch_with_which_the_trainer_cannot_resume_is_named(
+    release: str, is_old: bool, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], str]
+) -> None:
+    monkeypatch.setattr(requirements, "version", lambda _: release)
+    monkeypatch.delenv("RANK", raising=False)
+    requirements.warn_of_old_torch()
+    sentence = f"torch {release}: the Trainer saves with it and cannot resume"
+    assert (sentence in logged()) == is_old
+    monkeypatch.setenv("RANK", "1")
+    requirements.warn_of_old_torch()
+    assert not logged()
+
+
 @pytest.mark.commands  # a process imports torch
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_a_front_end_asks_before_it_imports_anything(front_end: str) -> None:
@@ -136,3 +151,28 @@ def test_the_oldest_row_of_the_matrix_has_the_lower_bounds() -> None:
     bounds = {name: requirements.numbers(bound) for name, bound in requirements.OLDEST.items()}
     del bounds["pytorch_lightning"]
     assert {name: requirements.numbers(oldest.versions[name]) for name in bounds} == bounds
+
+
+def test_without_torch_every_public_name_says_that_it_needs_it() -> None:
+    """Nobody sees an import of ckpt's own that failed; what needs no torch works."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import ckpt\n"
+        f"source = {str(ROOT / 'fixtures/zero2-bf16-w2')!r}\n"
+        "works = lambda: ckpt.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(source)\n"
+        "names = {name: lambda name=name: getattr(ckpt, name) for name in dir(ckpt)}\n"
+        "modules = ('ckpt.trainers.hf', 'ckpt.trainers.accelerate', 'ckpt.trainers.lightning')\n"
+        "names |= {name: lambda name=name: __import__(name) for name in modules}\n"
+        "for name, use in {**names, 'zero_to_fp32.get': works}.items():\n"
+        "    try: use()\n"
+        "    except ckpt.CheckpointError as error: print(name, error.kind, error)\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60, capture_output=True
+    )
+    lines = output.stdout.decode().splitlines()
+    assert {line.split()[0] for line in lines} == {
+        *("Preemption", "Saver", "resume", "live", "zero_to_fp32.get"),
+        *("ckpt.trainers.hf", "ckpt.trainers.accelerate", "ckpt.trainers.lightning"),
+    }
+    assert all("needs torch, and it is not installed; pip install torch" in line for line in lines)

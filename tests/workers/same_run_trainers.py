@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ def hugging_face(out: Path) -> None:
         """A Trainer with the attributes and arguments in ``more``; ``callbacks``: not the class."""
         AcceleratorState._reset_state(True)
         callbacks, rows = more.pop("callbacks", None), more.pop("rows", 32)
-        names = ("on_mismatch", "override", "renamed", "load_optimizer_states")
+        names = ("on_mismatch", "override", "renamed", "load_optimizer_states", "committed_only")
         attributes = {name: more.pop(name) for name in names if name in more}
         bases = (hf.Trainer,) if callbacks is not None else (CommittedCheckpoints, hf.Trainer)
         kind = type("Mine", bases, attributes)
@@ -121,6 +122,12 @@ def hugging_face(out: Path) -> None:
         "CommittedCheckpoints among",
     )
     fails(run, *text, optim="sgd", **both())
+    bare = out / "bare"  # complete, not committed
+    shutil.copytree(run / "checkpoint-4", bare / "checkpoint-4")
+    (bare / "checkpoint-4/manifest.json").unlink()
+    text = ("checkpoint-4 has no manifest.json, and committed_only=True takes committed",)
+    fails(bare, *text, committed_only=True)
+    fails(bare, *text, callbacks=[ResumeCallback(committed_only=True)])
     same = {"save_steps": 3, "logging_steps": 7, "per_device_train_batch_size": 1}
     same |= {"gradient_accumulation_steps": 2}
     for more in ({}, both()):

@@ -151,6 +151,7 @@ def saves(out: Path) -> None:
     save_state(accelerated.accelerator, out / "both")
     accelerated.end()
     del trainer, accelerated
+    save_loop(out / "loop")
     first = out / "hf" / "checkpoint-2"
     if not dist.get_rank():
         reshard.execute(reshard.plan(first, 1))
@@ -223,7 +224,63 @@ def goes_on(out: Path) -> None:
     for name, value in (live.fp32_state_dict(training.engine, None) or {}).items():
         assert torch.equal(value, source[name]), name
     training.steps(1)
+    training.end()
+    said |= disagree(out / "loop")
     (out / "said.json").write_text(json.dumps(said))
+
+
+LOOP = Spec(2, config=WARM)
+DISAGREEMENTS = {
+    "parameters": replace(LOOP, tied=False),
+    "groups": replace(LOOP, groups="one"),
+    "scheduler": replace(LOOP, config={}),
+    "clipping": replace(LOOP, config={**WARM, "gradient_clipping": 0.5}),
+    "stage": replace(LOOP, stage=3),
+}
+
+
+def save_loop(run: Path) -> None:
+    """A run of a loop of DeepSpeed's engine, whose checkpoint is resharded for one rank."""
+    engine = begin(LOOP)
+    train(engine, 2, Sampler())
+    with ckpt.Saver(engine, run) as saver:
+        saver.save(2)
+    engine.destroy()
+    if not dist.get_rank():
+        reshard.execute(reshard.plan(run / "checkpoint-2", 1))
+    dist.barrier()
+
+
+def disagree(run: Path) -> dict[str, str]:
+    """One rank resumes from what was resharded for it, or says why this training is another one.
+
+    A refusal comes before anything is loaded, and leaves the engine as it was.
+    """
+    original, said = run / "checkpoint-2", {}
+    source = {name: value.clone() for name, value in ckpt.open(original).items()}
+
+    for name, spec in DISAGREEMENTS.items():
+        engine = begin(spec)
+        before = finals(engine)
+        said[name] = caught(lambda: ckpt.resume(engine, run))[0]  # noqa: B023
+        for parameter, value in finals(engine).items():
+            assert torch.equal(value, before[parameter]), (name, parameter)
+        engine.destroy()
+
+    engine = begin(LOOP)  # of half the samples a step, which is only said
+    assert ckpt.resume(engine, run) == 2 == engine.global_steps
+    for name, value in finals(engine).items():
+        assert torch.equal(value, source[name]), name
+    train(engine, 1, Sampler())
+    engine.destroy()
+
+    part = next((run / "checkpoint-2-w1").rglob("*optim_states.pt"))
+    os.truncate(part, part.stat().st_size // 2)
+    engine = begin(LOOP)
+    said["damaged"] = caught(lambda: ckpt.resume(engine, run))[0]
+    said["by name"] = caught(lambda: ckpt.resume(engine, run / "checkpoint-2-w1"))[0]
+    engine.destroy()
+    return said
 
 
 def grows(out: Path) -> None:

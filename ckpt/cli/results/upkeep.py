@@ -35,13 +35,17 @@ class DoctorResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdoptionEntry:
-    """A checkpoint that had no manifest, its state then, whether it got one, and if not, why."""
+    """A checkpoint that had no manifest, its state then, whether it got one, and if not, why.
+
+    ``no_checksum_bytes`` of it had no checksum before, and were taken as they are.
+    """
 
     path: Path
     adopted: bool
     state: str
     written_by: str | None
     reason: str | None
+    no_checksum_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,14 +25,17 @@ from ckpt.hub.content.publishable import (
 from ckpt.runs import engines
 from ckpt.runs.run import RunCheckpoint
 from ckpt.weights import absences, quantized_facts
+from ckpt.weights.companions import model_folder
 from ckpt.weights.conversion import convert
 from ckpt.weights.conversion.task import Conversion
+from ckpt.weights.reader import untying
 from ckpt.weights.request import DTYPES, Request
 from converters import quantized
 from converters.detect import detect
 from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
 from converters.formats import safetensors
+from converters.storage import bounded_json
 from converters.tensors import DType, TensorRef, Weights
 from converters.zero.files import discovery
 from converters.zero.universal import reader as universal
@@ -189,7 +192,9 @@ def _stored(checkpoint: RunCheckpoint, dtype: str | None, request: Request | Non
         warnings.append(_type_note(root, weights_paths[0], stored_type, dtype, is_adapter))
 
     if os.path.lexists(root / "config.json"):
-        items.append(listed_item(checkpoint, "config.json", must_be_listed=False))
+        config_item = listed_item(checkpoint, "config.json", must_be_listed=False)
+        is_untied = request is not None and request.untie and not is_adapter
+        items.append(_untied(config_item, root) if is_untied else config_item)
     allowed_files = allowed(root, frozenset(item.name for item in items))
     items += _companion_items(checkpoint, allowed_files)
     facts = {"kind": "adapter" if is_adapter else "weights"} | known.of_model(checkpoint, root)
@@ -208,6 +213,13 @@ def _stored(checkpoint: RunCheckpoint, dtype: str | None, request: Request | Non
         (*allowed_files.warnings, *warnings),
         facts,
     )
+
+
+def _untied(config_item: Item, root: Path) -> Item:
+    """config.json that ties no embeddings, made of the one in the folder."""
+    config_item.require_whole()
+    content = untying.without_ties(model_folder.read_object(root / "config.json"))
+    return Item(config_item.name, bounded_json.dumps(content, sort_keys=True))
 
 
 def _tensors_in(paths: Sequence[Path]) -> dict[str, TensorRef]:

@@ -20,6 +20,10 @@ from converters.errors import CheckpointError
 from converters.formats import safetensors
 from converters.tensors import DType, TensorRef
 
+_UNUSED = (  # options that change weights, which are sent as they lie there
+    *("--merge", "--dequantize", "--part", "--select", "--strip", "--rename"),
+    *("--other-base", "--exclude-frozen"),
+)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -67,8 +71,9 @@ def require_loadable(
         stored.require_adapter(path, tensors)
         return []
 
-    check = request.check if request else "names"
-    verdict = stored.require_model(stored_root, tensors, check)
+    wishes = request or Request()
+    wishes.refuse(_UNUSED, f"{stored_root}, whose weights are sent as they lie there")
+    verdict = stored.require_model(stored_root, tensors, wishes.check, wishes.untie)
     return [f"note: {note}" for note in verdict.notes]
 
 

@@ -1,11 +1,14 @@
 """Checkpoints that were written without ckpt, or by another training.
 
+signs         what in a run's folder is taken for a checkpoint
 completeness  whether one is whole, by what its writer writes
 intact_files  whether its files are whole, by their own form
-parallel      pipelines and other parallelism that is not read
+dcp_files     those of torch's distributed checkpoints, and of FSDP
+parallel      pipeline, tensor and expert parallelism: all that their files have to be
 succession    whether it goes on from a committed one
 liveness      whether somebody writes it right now
+resume_files  which of its files a resume reads
 evaluation    its metrics, as the Trainer logged them
-overwriting   whether two saves are mixed in it
+overwriting   whether two saves are mixed in it, by times and by value_samples
 torn          whether a folder can be a checkpoint at all
 """

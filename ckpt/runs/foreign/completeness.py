@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.folders.filenames import MANIFEST
-from ckpt.runs.foreign import intact_files
+from ckpt.runs.ancestry import record_in
+from ckpt.runs.foreign import dcp_files, intact_files
 from ckpt.runs.foreign.parallel import require_parallel
-from ckpt.runs.run import is_checkpoint, is_numbered, step_in
+from ckpt.runs.run import is_numbered, step_in
 from converters import detect
 from converters.accessors import is_whole_number
 from converters.detect import filenames
@@ -37,13 +38,11 @@ from converters.words import counted
 from converters.zero.files.discovery import is_tag_folder
 
 STATE = filenames.TRAINER_STATE
+OWN = "ckpt"  # the writer of what ckpt made of a checkpoint without a manifest
 RNG = r"rng_state_(\d+)\.pth"
 RANDOM = filenames.RANDOM_STATES.pattern
 _LIGHTNING = "pytorch-lightning_version"
 _UNIVERSAL = "it is a universal checkpoint: ckpt from-universal makes native files of it"
-_NAME = re.compile(r"(?:checkpoint|global_step|step|ckpt|iter|iteration|epoch)s?[-_=]?\d+")
-_PREFIX = re.compile(r"(?:checkpoint|weights|global_step|step|ckpt|iter|epoch)[-_=]?\d+.*")
-_SIGNS = frozenset(("optimizer.pt", "optimizer.bin", "random_states_0.pkl", ".metadata"))
 _OF_TRAINER = frozenset(("training_args.bin", "rng_state.pth", "rng_state_0.pth"))
 History = tuple[Mapping[str, Any], ...]
 
@@ -67,55 +66,6 @@ class Proof:
     hindrance: str | None = None
 
 
-def is_name(name: str) -> bool:
-    """Whether a name is one that trainings give to checkpoints, such as checkpoint-500."""
-    return name.endswith(".ckpt") or _PREFIX.fullmatch(name) is not None
-
-
-def has_signs(path: Path) -> bool:
-    """Whether a folder holds, right in it, what only the checkpoint of a training has."""
-    entry_names = {entry.name for entry in os.scandir(path)}
-    return bool(entry_names & _SIGNS) or any(
-        name.startswith("pytorch_model_fsdp") or name.endswith(".metadata") for name in entry_names
-    )
-
-
-def candidates(run_folder: Path) -> list[Path]:
-    """All in a run's folder that is a checkpoint, whole or not, or may be one, whoever wrote it."""
-    try:
-        entries = sorted(os.scandir(run_folder), key=lambda entry: entry.name)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise detect.detect(run_folder).unlike("a run") from error
-    except OSError as error:
-        raise CheckpointError(
-            f"{run_folder}: {error.strerror}; expected the folder of a run", "incomplete"
-        ) from error
-
-    candidate_paths = []
-    for entry in entries:
-        candidate = Path(entry.path)
-        if entry.name.startswith("."):
-            continue
-        if not candidate.is_dir():
-            candidate_paths += [candidate] if candidate.suffix == ".ckpt" else []
-            continue
-
-        try:
-            has_state_files = (candidate / STATE).exists() or has_signs(candidate)
-        except OSError:  # lost+found, or what was deleted meanwhile
-            continue
-
-        if (
-            has_state_files
-            or _NAME.fullmatch(entry.name)
-            or entry.name.endswith(".ckpt")
-            or is_checkpoint(candidate)
-        ):
-            candidate_paths.append(candidate)
-
-    return candidate_paths
-
-
 def step_of(path: Path) -> int | None:
     """The step that a checkpoint without a number in its name holds; ``None`` if it cannot be told.
 
@@ -136,9 +86,12 @@ def prove(path: Path, tag: str | None = None) -> Proof:
     knows such files, so that nothing can be said.
     """
     try:
-        return _proof(path, tag)
+        proof = _proof(path, tag)
+        is_own = path.is_dir() and record_in(path) is not None
     except OSError as error:
         raise unreadable(error, path) from error
+
+    return replace(proof, kind=OWN) if is_own else proof
 
 
 def _proof(path: Path, tag: str | None) -> Proof:
@@ -152,10 +105,8 @@ def _proof(path: Path, tag: str | None) -> Proof:
         return _of_accelerate(path, entry_names)
     if has_tag(path):
         return _of_deepspeed(path, "DeepSpeed", tag=tag)
-    if ".metadata" in entry_names or any(
-        entry_name.endswith(".metadata") for entry_name in entry_names
-    ):
-        intact_files.require_dcp(path)
+    if any(entry_name.endswith((".metadata", ".distcp")) for entry_name in entry_names):
+        dcp_files.require_dcp(path)
         is_lightning = "meta.pt" in entry_names
         if is_lightning:
             intact_files.require_torch_file(path / "meta.pt")
@@ -173,8 +124,8 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
     ``CheckpointError`` for anything else: it is empty, cut short, or of no kind known
     here.
     """
-    model_parts = intact_files.fsdp_parts(path, "pytorch_model_fsdp")
-    if model_parts and intact_files.fsdp_parts(path, "optimizer") and not is_numbered(path):
+    model_parts = dcp_files.fsdp_parts(path, "pytorch_model_fsdp")
+    if model_parts and dcp_files.fsdp_parts(path, "optimizer") and not is_numbered(path):
         return Proof(path, "FSDP")
     if not entry_names:
         raise CheckpointError(f"{path} is empty: its save did not begin", "incomplete")
@@ -271,7 +222,7 @@ def _of_plain_trainer(
     folder: Path, entry_names: set[str], step: int, history: History | None, rng_ranks: int
 ) -> Proof:
     """The Trainer without DeepSpeed: what it goes on from is whole, or not there at all."""
-    model_parts = intact_files.fsdp_parts(folder, "pytorch_model_fsdp")
+    model_parts = dcp_files.fsdp_parts(folder, "pytorch_model_fsdp")
     kind = "the Trainer with FSDP" if model_parts else "the Trainer without DeepSpeed"
     if not model_parts and not intact_files.weights(folder):
         raise CheckpointError(
@@ -279,7 +230,7 @@ def _of_plain_trainer(
             "incomplete",
         )
 
-    optimizer_parts = intact_files.fsdp_parts(folder, "optimizer")
+    optimizer_parts = dcp_files.fsdp_parts(folder, "optimizer")
     required_parts = {
         "optimizer.pt": bool(optimizer_parts) or "optimizer.pt" in entry_names,
         "scheduler.pt": "scheduler.pt" in entry_names,
@@ -306,10 +257,10 @@ def _of_accelerate(folder: Path, entry_names: set[str]) -> Proof:
     if has_tag(folder):
         return _of_deepspeed(folder, "Accelerate with DeepSpeed")
 
-    model_parts = intact_files.fsdp_parts(folder, "pytorch_model_fsdp")
+    model_parts = dcp_files.fsdp_parts(folder, "pytorch_model_fsdp")
     if not model_parts and not intact_files.weights(folder):
         raise CheckpointError(f"{folder} has no weights of a model", "incomplete")
-    if not intact_files.fsdp_parts(folder, "optimizer"):
+    if not dcp_files.fsdp_parts(folder, "optimizer"):
         raise CheckpointError(f"{folder} has no optimizer.bin", "incomplete")
 
     return Proof(

@@ -39,18 +39,6 @@ def look(path: Path) -> Look:
     return seen_files
 
 
-def fingerprint(path: Path) -> tuple[tuple[str, int], ...]:
-    """Names and sizes of the files: the same for every rank that sees the same checkpoint."""
-    visible_files = []
-    for file_name, (file_size, _, _) in look(path).items():
-        base_name = Path(file_name).name
-        is_hidden = base_name.startswith(".") and base_name != ".metadata"
-        if not is_hidden and not Path(file_name).is_dir():
-            visible_files.append((Path(file_name).relative_to(path).as_posix(), file_size))
-
-    return tuple(sorted(visible_files))
-
-
 def written(path: Path) -> float:
     """When the newest of its files was written, in seconds since 1970."""
     return max((time_ns for _, time_ns, _ in look(path).values()), default=0) / 1e9

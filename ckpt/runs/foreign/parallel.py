@@ -3,15 +3,18 @@
 What is shown of them here, without reading their states: DeepSpeed named the tag in ``latest``,
 which it does last (0.19.8 ``runtime/engine.py``: ``save_checkpoint``), every file is whole by its
 form, and every file is there that the model files' ``mp_world_size``, ``dp_world_size`` and
-``num_experts`` ask for. Of a pipeline a layer's files are there for all model ranks or
-none; which layers there are is not written in any file.
+``num_experts`` ask for. Of a pipeline the layers are known by the names of the trained
+parameters (``3.mlp.weight`` is of ``layer_03``, ``tied_modules.embed.weight`` of a layer
+of its own), which the model files have as ``param_shapes`` and the optimizer files as
+``param_slice_mappings``. Without ZeRO in fp32 neither is written, nor is a layer named that
+trains nothing: there a layer's files are asked for of all model ranks, or of none.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +29,9 @@ _PARTITION = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?opti
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _PARTITIONED_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_?model_states\.pt")
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_\d+_model_states\.pt")
-_LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+_LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
+_OF_LAYER = re.compile(r"(\d+)\..+")
+_TIED = re.compile(r"tied_modules\.([^.]+)\..+")
 _MAX_RANKS = 1 << 20  # more than that a file can hardly mean
 Ranks = dict[int, set[int]]
 
@@ -54,7 +59,7 @@ class _Files:
             elif match := _EXPERT.fullmatch(path.name):
                 files.experts[int(match[1])].add(int(match[2]))
             elif match := _LAYER.fullmatch(path.name):
-                files.layers[int(match[1])].add(int(match[2]))
+                files.layers[int(match[1])].add(int(match[2] or 0))
 
         return files
 
@@ -72,6 +77,8 @@ def require_parallel(folder: Path, tag: str | None = None) -> str:
     model = _model(state_paths)
     _require_ranks(place.folder, files, model)
     _require_layers(place.folder, files, model)
+    if model is not None and model.root.get("module", {}) is None:  # which a pipeline leaves out
+        _require_named_layers(place.folder, files, _trained_names(state_paths))
 
     return place.tag
 
@@ -126,6 +133,55 @@ def _require_layers(folder: Path, files: _Files, model: State | None) -> None:
     layer_models = set[int]().union(*files.layers.values())
     for layer, models in sorted(files.layers.items()):
         _require_numbered(folder, f"layer {layer}: model", layer_models, models)
+
+
+def _require_named_layers(folder: Path, files: _Files, names: Iterable[str]) -> None:
+    """``CheckpointError`` unless each layer that has a trained parameter has its files."""
+    layers, tied_modules = set[int](), set[str]()
+    for name in names:
+        if match := _OF_LAYER.fullmatch(name):
+            layers.add(int(match[1]))
+        elif match := _TIED.fullmatch(name):
+            tied_modules.add(match[1])
+
+    missing_layers = sorted(layers - files.layers.keys())
+    if missing_layers:
+        raise CheckpointError(
+            f"{folder} has no file of layer {missing_layers[0]} "
+            f"(layer_{missing_layers[0]:02d}...-model_states.pt)",
+            "incomplete",
+        )
+
+    others = len(files.layers.keys() - layers)
+    if others < len(tied_modules):
+        raise CheckpointError(
+            f"{folder} has no file of the layer that holds tied_modules."
+            f"{min(tied_modules)}: it has layer files of {len(layers):,} layers with parameters of "
+            f"their own and {others:,} others, expected {len(tied_modules):,}",
+            "incomplete",
+        )
+
+
+def _trained_names(state_paths: Iterable[Path]) -> set[str]:
+    """The names of trained parameters in the files that name them."""
+    names: set[str] = set()
+    for path in state_paths:
+        if not (_MODEL.fullmatch(path.name) or _PARTITION.fullmatch(path.name)):
+            continue
+        try:
+            root = state_files.read(path).root
+        except CheckpointError as error:
+            if error.kind not in ("unsupported", "refused"):
+                raise
+            continue
+
+        optimizer = root.get("optimizer_state_dict")
+        groups = optimizer.get("param_slice_mappings") if isinstance(optimizer, Mapping) else None
+        for group_list in (root.get("param_shapes"), groups):
+            for group in group_list if isinstance(group_list, list) else ():
+                names.update(map(str, group if isinstance(group, Mapping) else ()))
+
+    return names
 
 
 def _count(model: State | None, key: str) -> int:

@@ -25,8 +25,8 @@ from ckpt.folders.filenames import MANIFEST
 from ckpt.results import FileEntry
 from ckpt.runs import digests
 from ckpt.runs.digests import FileRecord, Progress, quiet
-from ckpt.runs.foreign import intact_files
-from ckpt.runs.foreign.intact_files import StoredPiece
+from ckpt.runs.foreign import dcp_files
+from ckpt.runs.foreign.dcp_files import StoredPiece
 from ckpt.runs.manifest import Manifest
 from converters.errors import CheckpointError
 from converters.storage import local
@@ -222,7 +222,7 @@ def _pieces_of(folder: Path) -> dict[str, list[StoredPiece]]:
     """The pieces of DCP in a folder, by the file that they lie in."""
     pieces: dict[str, dict[int, StoredPiece]] = {}
     for metadata_path in sorted(folder.glob(f"*{DCP_METADATA}")):
-        for piece in intact_files.dcp_pieces(metadata_path):
+        for piece in dcp_files.dcp_pieces(metadata_path):
             pieces.setdefault(piece.name, {})[piece.offset] = piece
 
     return {name: list(by_offset.values()) for name, by_offset in pieces.items()}

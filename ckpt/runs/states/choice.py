@@ -17,14 +17,9 @@ from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.lineage import Line
 from ckpt.runs.run import Run, RunCheckpoint, is_numbered, members
 from ckpt.runs.states.listing import candidate
-from ckpt.runs.states.offers import (
-    COMMITTED_ONLY,
-    Offer,
-    Offers,
-    SkippedCandidate,
-    require_deepspeed,
-    unusable,
-)
+from ckpt.runs.states.offers import Offer, Offers, require_deepspeed, unusable
+from ckpt.runs.states.skipped import COMMITTED_ONLY, SkippedCandidate
+from ckpt.runs.states.status import status_of
 from ckpt.runs.states.target import interpret
 from ckpt.runs.verify import states
 from converters.detect import detect
@@ -81,10 +76,11 @@ def requested(
     checkpoint = candidate(folder)
     if checkpoint.manifest is None and checkpoint.why == manifests.ABSENT:
         if committed_only:
+            remedy = ""
+            if status_of(checkpoint).adoptable:
+                remedy = f"; ckpt doctor {folder} --adopt commits it"
             raise CheckpointError(
-                f"{folder} has no manifest.json, and {COMMITTED_ONLY}; ckpt doctor {folder} "
-                "--adopt commits it if it is complete",
-                "refused",
+                f"{folder} has no manifest.json, and {COMMITTED_ONLY}{remedy}", "refused"
             )
 
         return _requested_foreign(checkpoint, tag, load_foreign, deepspeed)
@@ -113,7 +109,7 @@ def _requested_foreign(
         return Offer(checkpoint)
 
     proof = liveness.prove_at_rest(folder, tag_folder)
-    require_one_save(folder)
+    require_one_save(folder, proof.tag)
     if not proof.resumable:
         raise CheckpointError(
             f"{folder} cannot be resumed from: {proof.hindrance or WEIGHTS_ONLY}",

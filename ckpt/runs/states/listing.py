@@ -2,7 +2,7 @@
 
 A run's folder holds checkpoints under many names: checkpoint-N of a Trainer, epoch=0.ckpt
 of Lightning (a file, or a folder), checkpoint_0 of Accelerate, step-2 of DCP, the tags of
-``engine.save_checkpoint`` right in it. ``foreign.completeness.candidates`` knows them.
+``engine.save_checkpoint`` right in it. ``foreign.signs.candidates`` knows them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ckpt.folders.filenames import MANIFEST
 from ckpt.runs import manifest as manifests
 from ckpt.runs import user_paths
 from ckpt.runs.checkpoint_folder import RunCheckpoint, open_checkpoint
-from ckpt.runs.foreign import completeness
+from ckpt.runs.foreign import completeness, signs
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, step_in
 from ckpt.runs.run import Run
 from ckpt.runs.states.status import CheckpointState, CheckpointStatus
@@ -38,7 +38,7 @@ def checkpoints_in(run_folder: Path) -> list[RunCheckpoint]:
     ``CheckpointError`` without such a folder.
     """
     checkpoints = []
-    for path in completeness.candidates(run_folder):
+    for path in signs.candidates(run_folder):
         try:
             checkpoints.append(candidate(path))
         except CheckpointError:
@@ -64,12 +64,26 @@ def checkpoints_at(path: Path, weights: str = "") -> list[RunCheckpoint]:
     return checkpoints or user_paths.checkpoints_at(path, weights)
 
 
+def checkpoint_at(path: Path, command: str) -> RunCheckpoint:
+    """The checkpoint that a path is, whoever wrote it; ``CheckpointError`` for anything else.
+
+    ``command`` is how the user called it, such as "ckpt doctor --one-save".
+    """
+    path = user_paths.spelt(path)
+    if is_single(path) or (path.is_dir() and is_checkpoint(path) and not is_run(path)):
+        return candidate(path)
+    if path.is_dir() and Run(path).checkpoints():
+        raise user_paths.run_instead(path, command)
+
+    raise user_paths.instead(path, user_paths.EITHER)
+
+
 def run_at(path: Path, command: str) -> Run:
     """The run that a path is, whoever saved into it; as ``user_paths.run_at``."""
     path = user_paths.spelt(path)
-    if path.is_dir() and not is_single(path) and completeness.candidates(path):
+    if path.is_dir() and not is_single(path) and signs.candidates(path):
         return Run(path)
-    if path.is_dir() and completeness.has_signs(path) and not is_run(path):
+    if path.is_dir() and signs.has_signs(path) and not is_run(path):
         remedy = f"name the folder that it lies in: {command} {path.parent}"
         raise detect(path).unlike("a run", remedy)
 
@@ -81,7 +95,7 @@ def require_named(path: Path) -> None:
     """``CheckpointError`` where a folder without checkpoints has one with some, which has to be
     named: where Accelerate and Lightning put them by themselves."""
     inner_folder = path / "checkpoints"
-    if inner_folder.is_dir() and completeness.candidates(inner_folder):
+    if inner_folder.is_dir() and signs.candidates(inner_folder):
         raise CheckpointError(
             f"{path} holds no checkpoint itself, {inner_folder} does: name that folder",
             "incomplete",
@@ -98,7 +112,7 @@ def is_single(path: Path) -> bool:
         return path.suffix == ".ckpt"
     if not path.is_dir() or is_run(path):
         return False
-    if is_tag_folder(path) or completeness.has_signs(path):
+    if is_tag_folder(path) or signs.has_signs(path):
         return True
     if not is_checkpoint(path):
         return False
@@ -108,6 +122,14 @@ def is_single(path: Path) -> bool:
     is_saved_as_one = is_numbered(path) or is_trainers or (path / MANIFEST).is_file()
 
     return is_saved_as_one or detect(path).kind.name == UNIVERSAL
+
+
+def is_other_save_dir(path: Path) -> bool:
+    """Whether a folder in a run is a ``save_dir`` of DeepSpeed by itself, with tags in it.
+
+    Nothing in its name, and no file of a trainer, says that it is a checkpoint of that run.
+    """
+    return path.is_dir() and is_checkpoint(path) and not is_single(path)
 
 
 def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:

@@ -7,33 +7,39 @@ Where weights alone are enough, a newer one of weights alone comes before it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.runs import manifest as manifests
 from ckpt.runs import user_paths
-from ckpt.runs.recognition import is_run
-from ckpt.runs.run import RunCheckpoint
+from ckpt.runs.recognition import is_numbered, is_run
+from ckpt.runs.run import Run, RunCheckpoint, original_of
 from ckpt.runs.states import listing
 from ckpt.runs.states.offers import Offers
-from ckpt.runs.states.status import CheckpointState
+from ckpt.runs.states.skipped import Sort
+from ckpt.runs.states.status import CheckpointState, statuses_of
 from converters.detect import detect, state_folders
 from converters.errors import CheckpointError
 from converters.storage.store import Name, is_url, local_path
 from converters.storage.stores import source_path
 from converters.words import more
+from converters.zero.files import several_models
 
 _RUNS = ("deepspeed-several", "parent")  # the kinds of a run that no file latest leads on from
 _MAX_REASONS = 3
+_WITH_STATES: tuple[Sort, ...] = ("universal",)
+_WITH_WEIGHTS: tuple[Sort, ...] = ("weights", "slimmed", "universal")
 log = logging.getLogger("ckpt")
 
 
 @dataclass(frozen=True, slots=True)
 class Newest:
-    """The newest checkpoint of a run, and its state."""
+    """The newest checkpoint of a run, and its state; whether it is ``universal``."""
 
     checkpoint: RunCheckpoint
     state: CheckpointState
+    universal: bool = False
 
     @property
     def remark(self) -> str:
@@ -41,27 +47,30 @@ class Newest:
         folder = self.checkpoint.folder
         is_complete = self.state is CheckpointState.COMPLETE
         state = "complete, not committed" if is_complete else self.state.value
+        if self.universal:
+            state = "complete, in the universal format"
         return f"the newest checkpoint of {folder.parent} is {folder} ({state})"
 
 
-def newest_at(path: Path, command: str, full: bool = True) -> Newest:
+def newest_at(path: Path, command: str, full: bool = True, beside: Collection[Sort] = ()) -> Newest:
     """The newest checkpoint of the run at a path that is committed or complete.
 
-    ``full`` asks for one that a training can go on from. What is passed over is logged, with
-    the reason. ``CheckpointError`` for what is not a run, and for one without such a
-    checkpoint; ``command`` is how the user called it, such as "ckpt to-fp32 --last".
+    ``full`` asks for one that a training can go on from, or that is of a sort ``beside``
+    these. What is passed over is logged, with the reason. ``CheckpointError`` for what is
+    not a run, and for one without such a checkpoint; ``command`` is how the user called it,
+    such as "ckpt to-fp32 --last".
     """
     run = listing.run_at(path, command)
     offers = Offers(run.path, deepspeed=False, announces=False)  # the error has the reasons
     offer = next(iter(offers), None)
 
-    newest = None if full else _newest_weights(offers)
+    newest = _newest_of(offers, beside if full else _WITH_WEIGHTS)
     if newest is None and offer is not None:
         is_committed = offer.proof is None
         state = CheckpointState.COMMITTED if is_committed else CheckpointState.COMPLETE
         newest = Newest(offer.checkpoint, state)
     if newest is not None:
-        offers.announce()
+        offers.announce(newest.checkpoint.folder)
         return newest
     if not listing.checkpoints_in(run.path):
         raise user_paths.instead(run.path, user_paths.RUN)
@@ -77,17 +86,17 @@ def newest_at(path: Path, command: str, full: bool = True) -> Newest:
     )
 
 
-def _newest_weights(offers: Offers) -> Newest | None:
-    """The newest of weights alone that was passed over: newer than all that are offered."""
+def _newest_of(offers: Offers, sorts: Collection[Sort]) -> Newest | None:
+    """The newest of some sorts that was passed over: newer than all that are offered."""
     for entry in offers.skipped:
-        if entry.sort != "weights":
+        if entry.sort not in sorts:
             continue
 
         checkpoint = listing.candidate(entry.path)
         if checkpoint.committed:
             return Newest(checkpoint, CheckpointState.COMMITTED)
         if checkpoint.why == manifests.ABSENT:
-            return Newest(checkpoint, CheckpointState.COMPLETE)
+            return Newest(checkpoint, CheckpointState.COMPLETE, entry.sort == "universal")
 
     return None
 
@@ -103,6 +112,7 @@ def choose(path: Name, tag: str | None, last: bool, command: str = "") -> tuple[
         place = source_path(path)
         if tag is None and not is_url(place):
             require_checkpoint(place, command, "--last")
+            _warn_of_newer(place)
         return place, None
     if tag is not None:
         raise CheckpointError(
@@ -111,9 +121,20 @@ def choose(path: Name, tag: str | None, last: bool, command: str = "") -> tuple[
             "refused",
         )
 
-    choice = newest_at(local_path(path), f"{command} --last".strip())
+    choice = newest_at(local_path(path), f"{command} --last".strip(), beside=_WITH_STATES)
+    _require_one_model(choice.checkpoint.folder)
     log.info("%s", choice.remark)
     return choice.checkpoint.folder, choice.remark
+
+
+def _require_one_model(folder: Path) -> None:
+    """``CheckpointError`` where the newest is one of several models that one folder holds.
+
+    None of them is newer than the others.
+    """
+    root = folder.parent
+    if (root / "latest").is_file() and folder.name in state_folders.tags(root):
+        several_models.find(root)
 
 
 def require_checkpoint(path: Path, command: str, choice: str) -> None:
@@ -122,6 +143,43 @@ def require_checkpoint(path: Path, command: str, choice: str) -> None:
     ``choice`` is what takes the newest, such as "--last". A run whose file ``latest`` names
     a checkpoint stands for that, and everything that is no run is left to its reader.
     """
+    pointed = Run(path).pointer() if path.is_dir() else None
+    if pointed is not None and pointed.tier == "weights":
+        raise CheckpointError(
+            f"{path / 'latest'} names {pointed.name}, which has weights only: it is a model "
+            f"folder as it is, and there is nothing to convert; {choice} takes the newest "
+            "checkpoint that has states, if there is one",
+            "incomplete",
+        )
+
     is_save_dir = path.is_dir() and bool(state_folders.tags(path))  # whose tags have --tag
     if is_run(path) and not is_save_dir and detect(path).kind.name in _RUNS:
         raise user_paths.run_instead(path, command, f"take the newest with {choice}")
+
+
+def _warn_of_newer(path: Path) -> None:
+    """Logs which checkpoint the file ``latest`` of a run leads to, where a newer one is there."""
+    pointed = Run(path).pointer() if path.is_dir() and not is_numbered(path) else None
+    if pointed is None or pointed.step is None:
+        return
+
+    present = listing.checkpoints_in(path)
+    later = [
+        checkpoint
+        for checkpoint in present
+        if (checkpoint.step or 0) > pointed.step and original_of(checkpoint, present) is None
+    ]
+    statuses = listing.ordered(statuses_of(later, wait=False))
+    newer = [
+        status
+        for status in statuses
+        if status.whole and status.tier == "full" and (status.step or 0) > pointed.step
+    ]
+    if newer:
+        log.warning(
+            "the file latest of %s leads to %s; %s is newer (%s), name it to take that one",
+            path,
+            pointed.folder,
+            newer[-1].checkpoint.folder,
+            newer[-1].description.partition(";")[0] or newer[-1].state.value,
+        )

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ckpt.runs import lineage
 from ckpt.runs import manifest as manifests
@@ -23,17 +23,17 @@ from ckpt.runs.foreign.completeness import Proof
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.foreign.succession import relate
 from ckpt.runs.run import RunCheckpoint, members, order, original_of, require_read
-from ckpt.runs.states.listing import checkpoints_in
+from ckpt.runs.states import skipped
+from ckpt.runs.states.listing import checkpoints_in, is_other_save_dir
+from ckpt.runs.states.skipped import OTHER_SAVE_DIR, UNCOMMITTED, SkippedCandidate, Sort
+from ckpt.runs.states.status import subjectless
 from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
-from converters.words import more
 
 log = logging.getLogger("ckpt")
 
-COMMITTED_ONLY = "committed_only=True takes committed checkpoints alone"
 # whether it was saved by as many ranks, and in the same stage
 TopologyFilter = Callable[[Partitioning], bool]
-Sort = Literal["weights", "lost", "apart"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +42,6 @@ class Offer:
 
     checkpoint: RunCheckpoint
     proof: Proof | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SkippedCandidate:
-    """A checkpoint that was not offered. ``sort``: weights alone, lost work, or of no concern."""
-
-    path: Path
-    why: str
-    sort: Sort
 
 
 def newest_first(
@@ -157,7 +148,7 @@ class Offers:
         if usable:
             raise CheckpointError(
                 f"{self.run}: nothing of the run that saved last can be resumed from, "
-                f"but there is {self._describe_other_lines()}: pass "
+                f"but others are there ({self._describe_other_lines()}): pass "
                 f"{usable[-1].folder} to go on from it, or name another folder to "
                 "begin a new training",
                 "incomplete",
@@ -174,24 +165,20 @@ class Offers:
             checkpoint.manifest is not None and checkpoint.manifest.run == run
             for checkpoint in self.other_lines
         ):
-            finding = f"has gone back from {self._describe_other_lines()}"
-        else:
             other_lines = self._describe_other_lines()
-            finding = f"saved last and goes on; there is also {other_lines}"
+            finding = f"has gone back from {other_lines}, which a resume takes only by name"
+        else:
+            other_lines = self._describe_other_lines(run)
+            finding = f"saved last and goes on; a resume takes others only by name: {other_lines}"
 
-        log.warning(
-            "%s: %s %s, which a resume takes only by name",
-            self.run,
-            lineage.shown(run),
-            finding,
-        )
+        log.warning("%s: %s %s", self.run, lineage.shown(run), finding)
 
-    def _describe_other_lines(self) -> str:
+    def _describe_other_lines(self, own_run: str | None = None) -> str:
         names_and_runs = [
             (checkpoint.name, checkpoint.manifest.run if checkpoint.manifest else None)
             for checkpoint in self.other_lines
         ]
-        return lineage.described(names_and_runs)
+        return lineage.described(names_and_runs, own_run)
 
     def _offers_of_line(self) -> Iterator[Offer]:
         has_usable = False  # the newest committed one that can be used
@@ -202,14 +189,15 @@ class Offers:
                     has_usable = True
                     yield Offer(checkpoint)
                 else:
-                    is_weights_only = checkpoint.tier == "weights"
-                    sort: Sort = "weights" if is_weights_only else "lost"
-                    self.skip(checkpoint.folder, reason, sort)
+                    self.skip(checkpoint.folder, reason, _sort(checkpoint))
 
                 continue
 
             if self.committed_only:
-                self.skip(checkpoint.folder, f"it has no manifest.json, and {COMMITTED_ONLY}")
+                self.skip(checkpoint.folder, UNCOMMITTED)
+                continue
+            if is_other_save_dir(checkpoint.folder):
+                self.skip(checkpoint.folder, OTHER_SAVE_DIR, "apart")
                 continue
 
             proof = self._prove(checkpoint)
@@ -223,9 +211,11 @@ class Offers:
         if self.announces:
             _announce(entry)
 
-    def announce(self) -> None:
-        """Says what was skipped, where it was not said at once."""
+    def announce(self, chosen: Path) -> None:
+        """Says what was skipped before ``chosen``, where it was not said at once."""
         for entry in () if self.announces else self.skipped:
+            if entry.path == chosen:
+                break
             _announce(entry)
 
     def require_none_lost(self) -> None:
@@ -233,15 +223,8 @@ class Offers:
 
         Weights alone do not count: no training could go on from them.
         """
-        lost_work = [entry for entry in self.skipped if entry.sort != "weights"]
-        if lost_work:
-            summary = "; ".join(f"{entry.path}: {entry.why}" for entry in lost_work[:3])
-            raise CheckpointError(
-                f"{self.run} has checkpoints, but none that can be resumed from "
-                f"({summary}{more(len(lost_work) - 3)}); bring back what is missing (ckpt doctor "
-                f"{self.run} helps), or move the checkpoints away to begin a new training",
-                "incomplete",
-            )
+        if (error := skipped.lost_work(self.run, self.skipped)) is not None:
+            raise error
 
         if self.skipped:
             newest = self.skipped[0].path
@@ -266,19 +249,19 @@ class Offers:
         path = checkpoint.folder
         try:
             proof = liveness.prove_at_rest(path)
-            require_one_save(path)
+            require_one_save(path, proof.tag)
         except CheckpointError as error:
             require_read(error)
             if error.kind == "refused" and "right now" in str(error):
                 raise
-            reason = str(error).removeprefix(f"{path}/")
-            if reason.startswith(f"{path} "):  # whose subject the sentence needs
-                reason = f"it {reason.removeprefix(f'{path} ')}"
+            reason = subjectless(str(error), path)
+            if str(error).startswith(f"{path} "):  # whose subject the sentence needs
+                reason = f"it {reason}"
             self.skip(path, f"it has no manifest.json, and is not whole: {reason}")
             return None
 
         if proof.hindrance is not None:
-            self.skip(path, proof.hindrance)
+            self.skip(path, proof.hindrance, "universal")
             return None
         if not proof.resumable:
             self.skip(path, WEIGHTS_ONLY, "weights")
@@ -326,6 +309,13 @@ def _without_universal(checkpoints: Iterable[RunCheckpoint]) -> list[RunCheckpoi
         for checkpoint in present
         if not checkpoint.is_universal or original_of(checkpoint, present) is None
     ]
+
+
+def _sort(checkpoint: RunCheckpoint) -> Sort:
+    """The sort of a checkpoint with a manifest that cannot be gone on from."""
+    if checkpoint.tier != "weights":
+        return "lost"
+    return "slimmed" if checkpoint.is_slimmed else "weights"
 
 
 def unusable(checkpoint: RunCheckpoint) -> str | None:

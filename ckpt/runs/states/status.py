@@ -27,7 +27,7 @@ from ckpt.runs.foreign.overwriting import require_one_save
 from converters.detect import detect
 from converters.detect.kinds import BY_NAME
 from converters.errors import CheckpointError
-from converters.words import counted, verb
+from converters.words import counted, some, verb
 from converters.zero.files.discovery import is_tag_folder
 
 # which say nothing beside the reason
@@ -130,6 +130,8 @@ class CheckpointStatus:
         """
         if self.state is CheckpointState.COMMITTED:
             return ""
+        if self.complete and self.tier is None:
+            return f"complete, in the universal format; written by {self.writer}"
         if self.complete:
             return f"complete, not committed; written by {self.writer}"
 
@@ -189,7 +191,7 @@ def _status(checkpoint: RunCheckpoint) -> CheckpointStatus:
     try:
         liveness.require_not_deleted(folder)
         proof = prove(folder)
-        require_one_save(folder)
+        require_one_save(folder, proof.tag)
     except CheckpointError as error:
         require_read(error)
         is_unknown = error.kind == "unsupported"
@@ -219,9 +221,7 @@ def subjectless(message: str, folder: Path) -> str:
 
 def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
     """Lines on what is complete and not committed, and on what commits it."""
-    complete = [
-        status for status in statuses if status.complete and not status.checkpoint.is_universal
-    ]
+    complete = [status for status in statuses if status.complete]
     adoptable = [status for status in complete if status.adoptable]
     lines = []
     if adoptable:
@@ -234,15 +234,16 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
     states = [status for status in foreign if status.tier == "full"]
     if states:
         lines.append(
-            f"{_described(len(states))} complete, written by {_writers(states)}; --adopt is for "
-            "DeepSpeed's checkpoints that ckpt reads, in folders of their own, and ckpt.find takes "
-            f"{verb(len(states), 'this one as it is', 'these as they are')}"
+            f"{_described(len(states))} complete, written by {_writers(states)}; a resume takes "
+            f"{verb(len(states), 'it as it is', 'them as they are')}, --adopt does not commit "
+            f"such, and prune and slim leave {verb(len(states), 'it', 'them')} alone"
         )
 
     universal = [status for status in foreign if status.tier is None]
     if universal:
         lines.append(
-            f"{_described(len(universal))} complete, written by {_writers(universal)}; ckpt "
+            f"{_described(len(universal))} complete, in the universal format, which gets no "
+            f"manifest ({some(status.checkpoint.name for status in universal)}); ckpt "
             f"from-universal makes native files of {verb(len(universal), 'it', 'them')}"
         )
 

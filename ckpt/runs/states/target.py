@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ckpt.runs import lineage
-from ckpt.runs.foreign import completeness
+from ckpt.runs.foreign import completeness, signs
 from ckpt.runs.run import (
     POINTERS,
     Run,
@@ -35,7 +35,7 @@ def interpret(path: Path, tag: str | None, fits: TopologyFilter | None) -> tuple
     """What the caller means: "run", "nothing" or "checkpoint" and its name in ``path``."""
     if not path.is_dir():
         return _meaning_without_folder(path, tag), None
-    if not is_run(path) and (is_checkpoint(path) or completeness.has_signs(path)):
+    if not is_run(path) and (is_checkpoint(path) or signs.has_signs(path)):
         return _meaning_of_checkpoint(path, tag), None
     if tag is None:
         return _meaning_of_run(path), None
@@ -63,9 +63,9 @@ def _require_new_name(path: Path) -> None:
     names = _checkpoint_names(path.parent)
     similar_names: list[str] = []
     if any(character.isdigit() for character in path.name):
-        usual_names = filter(completeness.is_name, names)
+        usual_names = filter(signs.is_name, names)
         similar_names = get_close_matches(path.name, usual_names, cutoff=_SIMILARITY)
-    if not completeness.is_name(path.name) and not similar_names:
+    if not signs.is_name(path.name) and not similar_names:
         return
 
     missing = detect(path).unlike(_EXPECTED)
@@ -74,7 +74,7 @@ def _require_new_name(path: Path) -> None:
     suggestion = f"; did you mean {path.parent / similar_names[0]}?" if similar_names else ""
     raise CheckpointError(
         f"{path} does not exist; {path.parent} has {lineage.listed(names)}{suggestion}",
-        "incomplete",
+        "absent",
     )
 
 
@@ -109,7 +109,7 @@ def _meaning_of_checkpoint(path: Path, tag: str | None) -> str:
 
 def _meaning_of_run(path: Path) -> str:
     """What a folder means that is not a checkpoint: "run" if it holds some, else "nothing"."""
-    if completeness.candidates(path):
+    if signs.candidates(path):
         return "run"
 
     require_named(path)
@@ -134,11 +134,7 @@ def _require_beginning(path: Path) -> None:
 
 def _has_other_tags(path: Path) -> bool:
     """Whether DeepSpeed's ``latest`` names a tag that is not whole, and there are others."""
-    tags = [
-        inner_folder
-        for inner_folder in completeness.candidates(path)
-        if is_checkpoint(inner_folder)
-    ]
+    tags = [inner_folder for inner_folder in signs.candidates(path) if is_checkpoint(inner_folder)]
     if is_numbered(path) or len(tags) < 2:
         return False
 

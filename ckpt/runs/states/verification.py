@@ -159,7 +159,7 @@ def _complete(planned: VerificationPlan, progress: Progress) -> Verdict:
 
     proven.append(_checked_line(checksum_plan, depth, bool(problems)))
     if checksum_plan.bare:
-        proven.append(_bare_line(checksum_plan))
+        proven.append(_bare_line(checksum_plan, status.adoptable))
 
     return Verdict(
         status,
@@ -186,6 +186,7 @@ def _checked_line(checksum_plan: ChecksumPlan, depth: Depth, has_problems: bool)
     return f"{subject}, {size(checksum_plan.nbytes)}, {finding}"
 
 
-def _bare_line(checksum_plan: ChecksumPlan) -> str:
+def _bare_line(checksum_plan: ChecksumPlan, may_be_adopted: bool) -> str:
     names = some(entry.name for entry in checksum_plan.bare)
-    return f"{size(checksum_plan.bare_bytes)} have no checksum, which a manifest would add: {names}"
+    way = ", which a manifest would add" if may_be_adopted else ""
+    return f"{size(checksum_plan.bare_bytes)} have no checksum{way}: {names}"

@@ -4,6 +4,7 @@ doctor    what a crash left, found and put right, with
           findings, pointer_findings, uncommitted_findings: what is found, as values
 adoption  a manifest for what was written without ckpt
 amending  a manifest made true again after files were deleted
-slim      a full checkpoint made a weights-only one, whose kept_weights are complete
+slim      a full checkpoint made a weights-only one, whose kept_weights are complete, with
+          kept_values: those of the states
 collect   the parts of a save from several nodes, joined
 """

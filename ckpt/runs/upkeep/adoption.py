@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt.folders import filenames
+from ckpt.results import FileEntry
 from ckpt.runs import manifest
 from ckpt.runs.ancestry import record_in
 from ckpt.runs.digests import Progress, quiet
@@ -48,13 +49,15 @@ class AdoptionOutcome:
     """What became of a checkpoint without a manifest; ``reason`` says why it got none.
 
     One that is complete and of a kind that gets none, or of which ckpt cannot tell, has
-    not ``failed``.
+    not ``failed``. ``bare`` is what had no checksum of its own, so that the manifest has it
+    as it was found.
     """
 
     status: CheckpointStatus
     adopted: bool
     reason: str | None = None
     failed: bool = False
+    bare: tuple[FileEntry, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -110,7 +113,8 @@ def adopt(
             adoption = _planned(status.proof, data=True, progress=progress)
             if not dry_run:
                 execute(adoption)
-            outcomes.append(AdoptionOutcome(status, True))
+            bare = checksums.of_files(adoption.folder).bare
+            outcomes.append(AdoptionOutcome(status, True, bare=bare))
         except CheckpointError as error:
             outcomes.append(AdoptionOutcome(status, False, str(error), failed=True))
 
@@ -134,7 +138,7 @@ def _hindrance(status: CheckpointStatus) -> str | None:
 def _may_be_adopted(checkpoint: RunCheckpoint) -> bool:
     """Whether a checkpoint may get a manifest: it has none, or one that is damaged."""
     if checkpoint.why == manifest.ABSENT:
-        return not checkpoint.is_universal
+        return True
 
     try:
         manifest.read(checkpoint.folder)

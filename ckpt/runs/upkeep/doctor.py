@@ -74,7 +74,9 @@ def diagnose(run: Run, progress: Progress = quiet) -> Diagnosis:
         *_lease_findings(run.path),
     ]
 
-    return Diagnosis((*all_findings, *pointer_findings(run, checkpoints)), tuple(statuses))
+    all_findings += pointer_findings(run, checkpoints, statuses)
+
+    return Diagnosis(tuple(all_findings), tuple(statuses))
 
 
 def mend(run: Run) -> tuple[list[Finding], Diagnosis]:
@@ -233,7 +235,9 @@ def _double_findings(checkpoints: Sequence[RunCheckpoint]) -> Iterator[Finding]:
     committed = [checkpoint for checkpoint in independent if not checkpoint.folder.is_symlink()]
     for step, group in groupby(committed, key=lambda checkpoint: checkpoint.step):
         names = [checkpoint.name for checkpoint in group]
-        if len(names) > 1:
+        # several ModelCheckpoints of Lightning, or its save_last, save at one step
+        is_lightning = all(name.endswith(".ckpt") for name in names)
+        if len(names) > 1 and not is_lightning:
             description = f"and {', '.join(names[:-1])} are both of step {step}; delete or move one"
             yield Finding(committed[0].folder.with_name(names[-1]), description)
 

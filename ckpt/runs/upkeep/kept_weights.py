@@ -1,19 +1,29 @@
-"""Whether the weights that a slimmed checkpoint keeps are all that its states hold."""
+"""Whether the weights that a slimmed checkpoint keeps are all that its states hold, by names,
+shapes and values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt.runs import manifest as manifests
+from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.manifest import Manifest
-from converters import words
+from ckpt.runs.upkeep import kept_values
+from ckpt.runs.upkeep.kept_values import Counterpart
 from converters.errors import CheckpointError
+from converters.peft.export import Selection
+from converters.source import Source
 from converters.tensors import TensorRef, Weights
 from converters.words import counted, first, verb
+from converters.zero import weights_16bit
 
 ADAPTER = "adapter_model.safetensors"
+_REMEDY = (
+    "the weights are of another step, or were changed since; nothing was removed; ckpt slim "
+    "--dtype fp32 keeps weights that are made of the states"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,52 +40,76 @@ def require_weights(
     manifest: Manifest,
     engine: str,
     tag_path: str,
+    progress: Progress = quiet,
 ) -> KeptWeights:
-    """What the weights prove to be; ``CheckpointError`` unless they are all there.
+    """What the weights prove to be; ``CheckpointError`` unless they are all there, with the
+    values that the states have.
 
     Those of one engine, which lie in the folder of its name; of a single one (""), in
-    ``folder``.
+    ``folder``. ``progress`` gets the bytes of the weights twice: they are compared with
+    their digests, and with the states.
     """
     from converters import detect
-    from converters.formats import safetensors
 
     model_folder = folder / engine
     is_adapter = (model_folder / ADAPTER).relative_to(folder).as_posix() in manifest.files
     weights_kind = "adapter" if is_adapter else "model"
-    try:
-        weights_path = model_folder / ADAPTER if is_adapter else model_folder
-        stored = safetensors.read(weights_path).tensors
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}; there are no weights to keep, so nothing was removed", error.kind
-        ) from error
+    stored = _stored(model_folder / ADAPTER if is_adapter else model_folder)
+    file_names = _verified_names(folder, manifest, stored, progress)
 
-    file_names = _verified_names(folder, manifest, stored)
-    source_weights = detect.read(folder, tag_path, complete=True).weights
-    lost_lines = list(
-        _missing_adapter_lines(source_weights, stored, model_folder)
+    source = detect.read(folder, tag_path, complete=True)
+    counterparts = list(
+        _of_adapter(source.weights, stored, model_folder)
         if is_adapter
-        else _missing_lines(source_weights, stored)
+        else _of_model(source.weights, stored)
     )
-    if lost_lines:
-        raise CheckpointError(
-            f"{folder}: the {weights_kind} weights in "
-            f"{file_names[0] if file_names else 'it'} are not complete: "
-            f"{first(lost_lines)}; nothing was removed",
-            "incomplete",
-        )
+    _require_all(counterparts, f"{folder}: the {weights_kind} weights in {file_names[0]}")
+    number = kept_values.require_same(
+        _newest_values(counterparts, source), source.weights.checksums, _REMEDY, progress
+    )
 
     tensor_count = counted(len(stored), "tensor")
     stored_count = f"{tensor_count} in {counted(len(file_names), 'file')}"
-
     are_verb = verb(len(stored), "is", "are")
-
-    line = f"{stored_count} {are_verb} all of the {weights_kind}, digests verified"
+    finding = f"{stored_count} {are_verb} all of the {weights_kind}, digests verified"
+    line = f"{finding}, values of {number:,} compared with the states"
 
     return KeptWeights(line, frozenset(ref.dtype.value for ref in stored.values()))
 
 
-def _verified_names(folder: Path, manifest: Manifest, stored: Mapping[str, TensorRef]) -> list[str]:
+def _stored(path: Path) -> Mapping[str, TensorRef]:
+    """The tensors of the weights; ``CheckpointError`` if there are none."""
+    from converters.formats import safetensors
+
+    try:
+        tensors = safetensors.read(path).tensors
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; there are no weights to keep, so nothing was removed; --dtype fp32 makes "
+            "fp32 weights of the states first",
+            error.kind,
+        ) from error
+
+    if not any(tensor.numel for tensor in tensors.values()):
+        raise CheckpointError(
+            f"{path} holds no values of weights, so nothing was removed", "incomplete"
+        )
+
+    return tensors
+
+
+def _require_all(counterparts: Sequence[Counterpart], subject: str) -> None:
+    """``CheckpointError`` where a tensor of the states is not among the weights."""
+    faults = [counterpart.fault for counterpart in counterparts if counterpart.fault is not None]
+    if faults:
+        raise CheckpointError(
+            f"{subject} are not complete: {first(faults)}; nothing was removed", "incomplete"
+        )
+
+
+def _verified_names(
+    folder: Path, manifest: Manifest, stored: Mapping[str, TensorRef], progress: Progress
+) -> list[str]:
     """The files that hold the tensors; ``CheckpointError`` unless every byte has its digest."""
     weights_paths = {extent.path for ref in stored.values() for extent in ref.extents}
     file_names = sorted(path.relative_to(folder).as_posix() for path in weights_paths)
@@ -89,7 +123,7 @@ def _verified_names(folder: Path, manifest: Manifest, stored: Mapping[str, Tenso
         manifest,
         files={file_name: manifest.files[file_name] for file_name in file_names},
     )
-    if problems := manifests.check(folder, weights_manifest, data=True):
+    if problems := manifests.check(folder, weights_manifest, True, progress):
         raise CheckpointError(
             f"{folder}: the weights are damaged: {problems[0]}; nothing was removed"
         )
@@ -97,39 +131,34 @@ def _verified_names(folder: Path, manifest: Manifest, stored: Mapping[str, Tenso
     return file_names
 
 
-def _missing_lines(
+def _of_model(
     source_weights: Weights, stored_tensors: Mapping[str, TensorRef]
-) -> Iterator[str]:
-    """A line for each name that the state files have and the weights do not, or in another shape.
+) -> Iterator[Counterpart]:
+    """Each tensor of the states, and the one of its name among the weights.
 
-    Tied names may be absent as long as one of them is there.
+    Tied names may be absent as long as one of them is there; those that are there all count.
     """
     aliases_by_owner: dict[str, list[str]] = {}
     for alias, owner in source_weights.aliases.items():
         aliases_by_owner.setdefault(owner, []).append(alias)
-    for tensor_name, ref in source_weights.tensors.items():
-        stored_names = [
-            candidate_name
-            for candidate_name in (tensor_name, *aliases_by_owner.get(tensor_name, []))
-            if candidate_name in stored_tensors
-        ]
-        if not stored_names:
-            yield f"{tensor_name} is missing"
-            continue
 
-        shape = stored_tensors[stored_names[0]].shape
-        if shape != ref.shape:
-            yield f"{tensor_name} is {words.shape(shape)}, expected {words.shape(ref.shape)}"
+    for tensor_name, state in source_weights.tensors.items():
+        names = [tensor_name, *aliases_by_owner.get(tensor_name, [])]
+        stored_names = [name for name in names if name in stored_tensors]
+        if not stored_names:
+            yield Counterpart(tensor_name, state, None)
+        for name in stored_names:
+            yield Counterpart(name, state, stored_tensors[name])
 
     for tensor_name in source_weights.absent:
         if tensor_name not in stored_tensors:
-            yield f"{tensor_name} is missing"
+            yield Counterpart(tensor_name, None, None)
 
 
-def _missing_adapter_lines(
+def _of_adapter(
     source_weights: Weights, stored_tensors: Mapping[str, TensorRef], folder: Path
-) -> Iterator[str]:
-    """The missing lines of an adapter: what is not trained belongs to the base model.
+) -> Iterator[Counterpart]:
+    """The same of an adapter: what is not trained belongs to the base model.
 
     Each adapter that is trained has to be there: in ``folder``, further ones in folders
     of theirs.
@@ -143,8 +172,11 @@ def _missing_adapter_lines(
     trained_names = [name for name in weights.tensors if name not in untrained_names]
     adapter = adapter_folder.recognized(weights, folder, Request())
     if adapter is None or adapter.chat:
-        yield "the states hold no adapter of PEFT, so it is of another training"
-        return
+        raise CheckpointError(
+            f"{folder}: the states hold no adapter of PEFT, so they are of another training than "
+            f"{ADAPTER}; nothing was removed",
+            "refused",
+        )
 
     covered_names: set[str] = set()
     for number, name in enumerate(adapter.names):
@@ -159,18 +191,40 @@ def _missing_adapter_lines(
         )
         selection = saved_tensors.selected(weights, configs.read(inner_folder), name, Request())
         covered_names |= {*selection.sources.values(), *selection.prompt.values()}
-        for new_name, old_name in selection.sources.items():
-            ref = weights.tensors.get(weights.aliases.get(old_name, old_name))
-            if ref is None or (new_name in selection.embeddings and new_name not in tensors):
-                continue  # of the base model
+        yield from _of_selection(selection, weights, tensors)
 
-            if new_name not in tensors:
-                yield f"{old_name} is missing"
-            elif tensors[new_name].shape != ref.shape and not (
-                selection.prompt or new_name in selection.masks
-            ):
-                shape = tensors[new_name].shape
-                yield f"{old_name} is {words.shape(shape)}, expected {words.shape(ref.shape)}"
+    for name in trained_names:
+        if name not in covered_names:
+            yield Counterpart(name, weights.tensors[name], None)
 
-    uncovered_names = [name for name in trained_names if name not in covered_names]
-    yield from (f"{name} is missing" for name in uncovered_names)
+
+def _of_selection(
+    selection: Selection, weights: Weights, tensors: Mapping[str, TensorRef]
+) -> Iterator[Counterpart]:
+    """What PEFT saves of one adapter, and the tensors of its file."""
+    for new_name, old_name in selection.sources.items():
+        state = weights.tensors.get(weights.aliases.get(old_name, old_name))
+        if state is None or (new_name in selection.embeddings and new_name not in tensors):
+            continue  # of the base model
+
+        in_other_form = bool(selection.prompt) or new_name in selection.masks
+        yield Counterpart(old_name, state, tensors.get(new_name), in_other_form)
+
+
+def _newest_values(counterparts: Sequence[Counterpart], source: Source) -> list[Counterpart]:
+    """With ZenFlow, whose fp32 weights lag behind, those of the model file in place of them.
+
+    There the 16-bit weights are ahead of the optimizer's (DeepSpeed 0.19.8
+    ``runtime/zenflow``), so that nothing rounds to them but the module itself.
+    """
+    configuration = source.entries.get("ds_config")
+    zero = configuration.get("zero_optimization") if isinstance(configuration, dict) else None
+    if not (isinstance(zero, dict) and zero.get("zenflow")) or source.stage == 3:
+        return list(counterparts)
+
+    module = weights_16bit.read(source.place.root, source.place.tag).weights.tensors
+    return [
+        replace(counterpart, state=module[counterpart.name])
+        for counterpart in counterparts
+        if counterpart.name in module
+    ]

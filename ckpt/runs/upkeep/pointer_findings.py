@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from ckpt.runs import manifest as manifests
-from ckpt.runs.foreign import completeness
 from ckpt.runs.run import (
     POINTERS,
     Run,
@@ -14,16 +13,20 @@ from ckpt.runs.run import (
     is_checkpoint,
     leading,
     original_of,
-    require_read,
 )
+from ckpt.runs.states.status import CheckpointStatus
 from ckpt.runs.upkeep.findings import Finding
-from converters.errors import CheckpointError
 
 _EMPTY = "is empty, and names no checkpoint"
 
 
-def pointer_findings(run: Run, checkpoints: Sequence[RunCheckpoint]) -> Iterator[Finding]:
-    """A finding for each pointer that is missing, or names something else than it should."""
+def pointer_findings(
+    run: Run, checkpoints: Sequence[RunCheckpoint], statuses: Sequence[CheckpointStatus]
+) -> Iterator[Finding]:
+    """A finding for each pointer that is missing, or names something else than it should.
+
+    ``statuses`` are those of all checkpoints, whoever wrote them.
+    """
     leading_checkpoint = leading(checkpoints)
     for name in POINTERS:
         pointer_path, text = run.path / name, run.target(name)
@@ -33,10 +36,20 @@ def pointer_findings(run: Run, checkpoints: Sequence[RunCheckpoint]) -> Iterator
 
         if expected is None:
             yield from _dangling(run, name, text)
-        elif name == "latest" and _names_newer_whole(run, text, expected):
+        elif name == "latest" and _names_newer_whole(run, text, statuses, expected):
             continue  # a resume takes it, too
-        elif name == "latest" and text is None and _has_newer_whole(checkpoints, expected):
-            continue  # and it names none yet, which a resume takes: --adopt comes first
+        elif (
+            name == "latest"
+            and _leads_nowhere(run, text)
+            and (newer := _newer_whole(statuses, expected))
+        ):
+            # which a resume takes, so that the pointer must not name an older one: --adopt first
+            if text is not None:
+                yield Finding(
+                    pointer_path,
+                    f"{_pointer_problem(run, name, text, expected)}; {newer.name} is newer than "
+                    f"what is committed: ckpt doctor {newer.folder} --adopt commits it",
+                )
         elif text != expected.pointer:
             description = _pointer_problem(run, name, text, expected)
             yield Finding(
@@ -47,33 +60,41 @@ def pointer_findings(run: Run, checkpoints: Sequence[RunCheckpoint]) -> Iterator
             )
 
 
-def _names_newer_whole(run: Run, pointer_text: str | None, expected: RunCheckpoint) -> bool:
+def _names_newer_whole(
+    run: Run,
+    pointer_text: str | None,
+    statuses: Sequence[CheckpointStatus],
+    expected: RunCheckpoint,
+) -> bool:
     """Whether ``latest`` names a later checkpoint that is whole, but not committed."""
     checkpoint = run.pointer("latest") if pointer_text else None
-    return checkpoint is not None and _is_newer_whole(checkpoint, expected)
-
-
-def _has_newer_whole(checkpoints: Sequence[RunCheckpoint], expected: RunCheckpoint) -> bool:
-    """Whether a later checkpoint than ``expected``, by its files too, is whole, but not
-    committed."""
-    return any(
-        _is_newer_whole(checkpoint, expected)
-        and (completeness.step_of(checkpoint.folder) or 0) > (expected.step or 0)
-        for checkpoint in checkpoints
+    return checkpoint is not None and any(
+        status.checkpoint.folder == checkpoint.folder and _is_newer_whole(status, expected)
+        for status in statuses
     )
 
 
-def _is_newer_whole(checkpoint: RunCheckpoint, expected: RunCheckpoint) -> bool:
-    if checkpoint.manifest is not None or checkpoint.committed:
-        return False
-    if checkpoint.why != manifests.ABSENT or (checkpoint.step or 0) <= (expected.step or 0):
-        return False
+def _leads_nowhere(run: Run, pointer_text: str | None) -> bool:
+    """Whether ``latest`` is missing, or names nothing that is there."""
+    return pointer_text is None or run.pointer("latest") is None
 
-    try:
-        return completeness.prove(checkpoint.folder).resumable
-    except CheckpointError as error:
-        require_read(error)
-        return False
+
+def _newer_whole(
+    statuses: Sequence[CheckpointStatus], expected: RunCheckpoint
+) -> RunCheckpoint | None:
+    """The latest checkpoint that is later than ``expected`` and whole, but not committed."""
+    newer = [status for status in statuses if _is_newer_whole(status, expected)]
+    newest = max(newer, key=lambda status: status.step or 0, default=None)
+
+    return None if newest is None else newest.checkpoint
+
+
+def _is_newer_whole(status: CheckpointStatus, expected: RunCheckpoint) -> bool:
+    """Whether it is complete and of a later step, by its files and by its name, if that has one."""
+    steps = (status.step, status.checkpoint.step)
+    is_later = all((expected.step or 0) < step for step in steps if step is not None)
+
+    return status.complete and status.tier == "full" and status.step is not None and is_later
 
 
 def _pointed_checkpoint(run: Run, pointer_text: str | None) -> RunCheckpoint | None:

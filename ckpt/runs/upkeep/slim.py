@@ -1,6 +1,6 @@
 """A full checkpoint made a weights-only one, in an order that no crash can spoil.
 
-    verify       every name and shape of the model is among the 16-bit weights, by their digests
+    verify       the 16-bit weights have every name, shape and value of the states, by their digests
     manifest     the new one, tier weights, takes the old one's place: now it is weights-only
     rename       global_step500 -> .global_step500.trash
     unlink       the trash, and what only a resume needs
@@ -20,7 +20,9 @@ from ckpt.folders import filenames, locks, replacing
 from ckpt.runs import engines, pruning
 from ckpt.runs import manifest as manifests
 from ckpt.runs.ancestry import Ancestry
+from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.manifest import Manifest
+from ckpt.runs.recognition import is_weights
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint, open_checkpoint
 from ckpt.runs.states.status import status_of
 from ckpt.runs.upkeep.kept_weights import require_weights
@@ -56,12 +58,13 @@ class Slimming:
     dtypes: tuple[str, ...] = ()
 
 
-def plan(checkpoint: RunCheckpoint, force: bool = False) -> Slimming:
+def plan(checkpoint: RunCheckpoint, force: bool = False, progress: Progress = quiet) -> Slimming:
     """Proves that the weights are complete, and decides what goes.
 
     Of a checkpoint that is slim already: what an interrupted run left. ``force`` allows
     the run's newest full one and a pinned one. ``CheckpointError`` if the weights are
-    not complete.
+    not complete, or have other values than the states. ``progress`` gets the bytes of
+    the weights twice (``proof_bytes``).
     """
     manifest = require_slimmable(checkpoint, force)
     if manifest.tier == "weights":
@@ -75,7 +78,7 @@ def plan(checkpoint: RunCheckpoint, force: bool = False) -> Slimming:
         )
 
     kept_weights = [
-        require_weights(checkpoint.folder, manifest, engine, tag_name)
+        require_weights(checkpoint.folder, manifest, engine, tag_name, progress)
         for engine, tag_name in engines.tags(manifest).items()
     ]
     dtypes = {dtype for weights in kept_weights for dtype in weights.dtypes}
@@ -85,6 +88,14 @@ def plan(checkpoint: RunCheckpoint, force: bool = False) -> Slimming:
         proven=tuple(weights.line for weights in kept_weights),
         dtypes=tuple(sorted(dtypes)),
     )
+
+
+def proof_bytes(checkpoint: RunCheckpoint) -> int | None:
+    """Bytes that ``plan`` reports; ``None`` where it has nothing to prove."""
+    manifest = checkpoint.manifest
+    if manifest is None or manifest.tier == "weights":
+        return None
+    return 2 * sum(file.size for name, file in manifest.files.items() if is_weights(name))
 
 
 def require_slimmable(checkpoint: RunCheckpoint, force: bool) -> Manifest:
@@ -140,7 +151,11 @@ def _uncommitted(checkpoint: RunCheckpoint) -> str:
             f"{checkpoint.folder} --adopt"
         )
     if status.complete:
-        return f"was written by {status.writer}; slim is for committed checkpoints of DeepSpeed"
+        return (
+            f"is complete, written by {status.writer}, and --adopt does not commit such; slim is "
+            f"for committed checkpoints: make the weights with ckpt to-fp32 {checkpoint.folder}, "
+            "then delete it by hand"
+        )
 
     return f"is not committed, and {status.description}"
 

@@ -11,6 +11,7 @@ from ckpt.folders import locks, replacing
 from ckpt.runs import engines, pruning
 from ckpt.runs import manifest as manifests
 from ckpt.runs.foreign import torn
+from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import is_checkpoint, is_numbered
 from ckpt.runs.states.status import CheckpointState, CheckpointStatus
 from ckpt.runs.upkeep.findings import Finding, changed_lately
@@ -26,8 +27,11 @@ def uncommitted_findings(status: CheckpointStatus, is_deepspeed_run: bool) -> It
     """
     checkpoint = status.checkpoint
     folder, manifest = checkpoint.folder, checkpoint.manifest
-    if status.complete or checkpoint.is_universal or pruning.is_trash(folder):
-        return  # universal ones never get a manifest; of trash something is said already
+    if status.complete or pruning.is_trash(folder):
+        return  # of trash something is said already
+    if checkpoint.is_universal:
+        yield Finding(folder, status.description)  # it is made again, not brought back
+        return
     is_unknown = status.state is CheckpointState.UNKNOWN
     if is_unknown and not is_checkpoint(folder):
         return  # perhaps not a checkpoint at all
@@ -39,19 +43,26 @@ def uncommitted_findings(status: CheckpointStatus, is_deepspeed_run: bool) -> It
         yield Finding(folder, _describe_uncommitted(status, changed_lately(folder)))
         return
 
-    if manifest is not None and manifest.tag and (lost := _lost_latest(folder, manifest)):
-        yield from (
-            Finding(
+    if pointers := list(_lost_pointers(folder, manifest)):
+        yield from pointers
+        return
+
+    finding = _torn_finding(folder, is_deepspeed_run)
+    yield finding or Finding(folder, _describe_uncommitted(status, was_changed=False))
+
+
+def _lost_pointers(folder: Path, manifest: Manifest | None) -> Iterator[Finding]:
+    """The files ``latest`` that are all that a checkpoint lacks; nothing if there is more."""
+    if manifest is not None:
+        lost_tags = _lost_latest(folder, manifest) if manifest.tag else {}
+        for name, tag_name in lost_tags.items():
+            yield Finding(
                 folder / name,
                 "is missing or cut short",
                 f"name {tag_name}",
                 partial(write_pointer, folder / name, tag_name),
             )
-            for name, tag_name in lost.items()
-        )
-        return
-
-    if manifest is None and (whole_tag := torn.only_tag(folder)) is not None:
+    elif (whole_tag := torn.only_tag(folder)) is not None:
         pointer_path = folder / "latest"
         yield Finding(
             pointer_path,
@@ -59,10 +70,6 @@ def uncommitted_findings(status: CheckpointStatus, is_deepspeed_run: bool) -> It
             f"name {whole_tag}",
             partial(write_pointer, pointer_path, whole_tag),
         )
-        return
-
-    finding = _torn_finding(folder, is_deepspeed_run)
-    yield finding or Finding(folder, _describe_uncommitted(status, was_changed=False))
 
 
 def _torn_finding(folder: Path, is_deepspeed_run: bool) -> Finding | None:
@@ -99,7 +106,7 @@ def _describe_uncommitted(status: CheckpointStatus, was_changed: bool) -> str:
     return f"{status.description}; move or delete it if its save is over"
 
 
-def _lost_latest(folder: Path, manifest: manifests.Manifest) -> dict[str, str]:
+def _lost_latest(folder: Path, manifest: Manifest) -> dict[str, str]:
     """The files latest with a tag in them that are all that the manifest misses; else nothing."""
     problem_names = [
         line.partition(":")[0] for line in manifests.check(folder, manifest, strict=True)

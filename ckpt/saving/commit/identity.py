@@ -130,7 +130,7 @@ def _warning(
         for checkpoint in other_checkpoints
     ]
 
-    checkpoints = lineage.described(names_and_runs)
+    checkpoints = lineage.described(names_and_runs, None if is_own_past else line.run)
     finding = f"{folder} has {checkpoints}, saved last at {saved_at}."
     run = lineage.shown(line.run)
     if is_own_past:

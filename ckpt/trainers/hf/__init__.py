@@ -10,6 +10,7 @@ stopping       a last save when it is asked to stop
 from ckpt import requirements
 
 requirements.require("ckpt.trainers.hf", "transformers", "accelerate", "deepspeed")
+requirements.warn_of_old_torch()
 
 from ckpt.trainers.hf.callback import CheckpointCallback
 from ckpt.trainers.hf.mixin import CommittedCheckpoints

@@ -49,6 +49,7 @@ class MappedCheckpoints(Trainer):
       masters
     - ``reshard``: "auto" reshards what is of another world size or stage, as in
       ``ckpt.resume``
+    - ``committed_only``: refuses what has no manifest, also where it proves to be whole
     - ``timeout``: seconds without a sign of life until a rank counts as absent
     """
 
@@ -57,6 +58,7 @@ class MappedCheckpoints(Trainer):
     renamed: Mapping[str, str] = {}
     load_optimizer_states: bool = True
     reshard: Reshard = None
+    committed_only: bool = False
     timeout: float = TIMEOUT
     _resumed_from: str | None = None  # a checkpoint
     _resume: TrainerResume | None = None  # of transformers 4, until it has loaded
@@ -78,6 +80,8 @@ class MappedCheckpoints(Trainer):
             resume_from_checkpoint = self._loadable(newest) if newest else True
         elif isinstance(resume_from_checkpoint, (str, os.PathLike)):
             folder = os.fspath(resume_from_checkpoint)
+            if self._takes_committed_only:  # before it is resharded
+                self._require_whole(Path(folder).absolute())
             resume_from_checkpoint = self._loadable(folder)
             self._require_whole(Path(folder).absolute())
 
@@ -87,18 +91,34 @@ class MappedCheckpoints(Trainer):
         """The newest whole checkpoint of a run that fits best; every rank calls it."""
         ranks = RankGroup("train", self.timeout)
         fits = configured.fits(ranks)
-        checkpoint = select.select_checkpoint(ranks, run, fits=fits, deepspeed=False)
+        checkpoint = select.select_checkpoint(
+            ranks, run, fits=fits, deepspeed=False, committed_only=self._takes_committed_only
+        )
         return None if checkpoint is None else checkpoint.folder
 
     def _require_whole(self, folder: Path) -> None:
         """``CheckpointError`` on every rank for a checkpoint that is not whole."""
-        callbacks = self.callback_handler.callbacks
-        load_foreign = any(
-            callback.load_foreign for callback in callbacks if isinstance(callback, ResumeCallback)
-        )
+        load_foreign = any(callback.load_foreign for callback in self._resume_callbacks)
         if not is_run(folder):
             ranks = RankGroup("train", self.timeout)
-            select.select_checkpoint(ranks, folder, load_foreign=load_foreign, deepspeed=False)
+            select.select_checkpoint(
+                ranks,
+                folder,
+                load_foreign=load_foreign,
+                deepspeed=False,
+                committed_only=self._takes_committed_only,
+            )
+
+    @property
+    def _resume_callbacks(self) -> list[ResumeCallback]:
+        callbacks = self.callback_handler.callbacks
+        return [callback for callback in callbacks if isinstance(callback, ResumeCallback)]
+
+    @property
+    def _takes_committed_only(self) -> bool:
+        """Whether the class or a callback asks for it, so that neither undoes the other."""
+        asked_by_callback = any(callback.committed_only for callback in self._resume_callbacks)
+        return self.committed_only or asked_by_callback
 
     def _loadable(self, checkpoint: str | os.PathLike[str]) -> str:
         """The checkpoint or, if that does not fit, what it is resharded to; every rank calls it."""

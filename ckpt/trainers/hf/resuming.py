@@ -49,7 +49,10 @@ class ResumeCallback(TrainerCallback):
     - ``override``: options of the param groups ("lr", "weight_decay") that are to be as
       the Trainer's arguments have them; all others are as they were saved
     - ``renamed``: parameters that have another name in this model, {saved: new}
-    - ``load_foreign``: whether to go on from one without a manifest
+    - ``load_foreign``: whether to go on from one without a manifest, though it does not
+      prove to be whole
+    - ``committed_only``: whether to refuse one without a manifest, also where it proves
+      to be whole
     - ``timeout``: seconds without a sign of life until a rank counts as absent
 
     It stays out of trainings that begin. Of those without DeepSpeed it only stops one
@@ -67,12 +70,14 @@ class ResumeCallback(TrainerCallback):
         override: Collection[str] = (),
         renamed: Mapping[str, str] | None = None,
         load_foreign: bool = False,
+        committed_only: bool = False,
         timeout: float = TIMEOUT,
     ):
         continuity.require_known(on_mismatch)
         self.checkpoint, self.verify, self.on_mismatch = checkpoint, verify, on_mismatch
         self.override, self.renamed = override, dict(renamed or {})
-        self.load_foreign, self.timeout = load_foreign, timeout
+        self.load_foreign, self.committed_only = load_foreign, committed_only
+        self.timeout = timeout
         self.watch = LoadWatch(timeout, self.renamed)
         # of a Trainer that compares before it loads
         self.comparison: Comparison | None = None
@@ -126,6 +131,7 @@ class ResumeCallback(TrainerCallback):
             verify=self.verify,
             on_mismatch=self.on_mismatch,
             load_foreign=self.load_foreign,
+            committed_only=self.committed_only,
             options=LoadOptions(ways=WAYS),
         )
 
@@ -182,7 +188,13 @@ def _select_checkpoint(request: ResumeRequest) -> RunCheckpoint | None:
     ``None`` where the run has no checkpoint yet.
     """
     options = (request.verify, request.load_foreign, configured.fits(request.ranks))
-    checkpoint = select.select_checkpoint(request.ranks, request.path, request.tag, *options)
+    checkpoint = select.select_checkpoint(
+        request.ranks,
+        request.path,
+        request.tag,
+        *options,
+        committed_only=request.committed_only,
+    )
     if checkpoint is None:
         return None
     return committed(request.ranks, checkpoint)

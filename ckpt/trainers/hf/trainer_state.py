@@ -20,17 +20,16 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from ckpt.engine.settings import Loop
 from ckpt.engine.view import EngineView, gathers_16bit_weights, has_stage
 from ckpt.folders import locks, replacing
+from ckpt.runs.foreign import evaluation
 from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import FileRecord, digest
 from ckpt.runs.retention import Best, Retention
 from ckpt.saving.front_end import RunFolder
 from ckpt.state import rank_files
-from converters.accessors import is_number
 from converters.errors import CheckpointError
 from converters.storage import local
 
 # What an evaluation says of itself, not of the model.
-TIMES = ("_runtime", "_per_second")
 ON_FAILURE = ("raise", "warn")
 
 
@@ -63,15 +62,7 @@ def retention_of(
 
 def evaluated(state: Any) -> dict[str, float]:
     """The eval_* numbers of this step, without those that measure time."""
-    metrics: dict[str, float] = {}
-    for entry in reversed(state.log_history):
-        if entry.get("step") != state.global_step:
-            break
-        for name, value in entry.items():
-            if is_number(value) and name.startswith("eval_") and not name.endswith(TIMES):
-                metrics.setdefault(name, float(value))
-
-    return metrics
+    return evaluation.metrics(state.log_history, int(state.global_step))
 
 
 def is_new_best(args: Any, state: Any, metrics: dict[str, float]) -> bool:

@@ -51,7 +51,7 @@ def read(root: Path, adapter: str = DEFAULT, alone: bool = True) -> Stored | Non
 
             reader = safetensors.read if path.suffix == ".safetensors" else pytorch_bin.read
             try:
-                return Stored(path, reader(path).tensors)
+                return Stored(path, reader(path).by_every_name())
             except CheckpointError:
                 return None
 

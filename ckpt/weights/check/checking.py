@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt.weights import advice, parts
-from ckpt.weights.check import heads, second_opinion, verdicts
+from ckpt.weights.check import heads, refusals, second_opinion, verdicts
 from ckpt.weights.reader import (
     embeddings,
     losses,
     modular,
-    refusals,
     table,
     unknown,
     untying,
@@ -249,7 +248,7 @@ def _missing_names(
     if not fit.present:
         names = parts.every_name(product.weights)
         raise CheckpointError(
-            f"{audience.root}: {reader}, the class of config.json, reads none of the "
+            f"{audience.root}: {reader}, {audience.origin}, reads none of the "
             f"{counted(len(names), 'name')} that {option} leaves: {some(names)}; "
             f"{refusals.source(audience)}drop the prefix of its names with --strip, or "
             f"{advice.WRITE_AS_STORED}",

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ckpt.weights import advice
-from ckpt.weights.reader import installed, refusals
+from ckpt.weights.check import refusals
+from ckpt.weights.reader import installed
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.reader.verdict import LoadVerdict
 from ckpt.weights.request import Check

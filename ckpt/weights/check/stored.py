@@ -9,7 +9,9 @@ from typing import Any
 from ckpt.weights.check.checking import judged
 from ckpt.weights.companions import model_folder
 from ckpt.weights.companions.surroundings import Surroundings
+from ckpt.weights.naming import stored_ties
 from ckpt.weights.output.product import Product
+from ckpt.weights.reader import untying
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.reader.verdict import LoadVerdict
 from ckpt.weights.request import Check, Request
@@ -55,10 +57,14 @@ def require_adapter(path: Path, tensors: Mapping[str, TensorRef]) -> None:
 
 
 def require_model(
-    root: Path, tensors: Mapping[str, TensorRef], check: Check = "names"
+    root: Path,
+    tensors: Mapping[str, TensorRef],
+    check: Check = "names",
+    untie: bool = False,
 ) -> LoadVerdict:
     """The verdict on the weights in ``root`` as they are; ``check`` says who judges.
 
+    With ``untie``, config.json is judged as if it tied no embeddings.
     ``CheckpointError`` (kind "unloadable") if they would not load.
     """
     weights = Weights(dict(tensors))
@@ -74,7 +80,10 @@ def require_model(
     config: dict[str, Any] | None = model_folder.read_object(path) if stores.is_file(path) else None
     if check == "none":
         return LoadVerdict("not checked (--check none)")
+    if untie and config is not None:
+        config = untying.without_ties(config)
 
+    weights = stored_ties.recognized(weights, root, config)
     product = Product("model", weights, Surroundings(config, path if config else None))
 
     return judged(product, Audience(root, config, alone=True), Request(check=check))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ckpt.weights.reader import refusals, table
+from ckpt.weights.check import refusals
+from ckpt.weights.reader import table
 from ckpt.weights.reader.audience import MAX_MISSING_SHARE, Audience, Match
 from ckpt.weights.reader.fit import Fit
 from ckpt.weights.reader.fitting import TooManyNames

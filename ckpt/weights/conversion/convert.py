@@ -24,7 +24,7 @@ from ckpt.weights.conversion import (
 )
 from ckpt.weights.conversion.record import ConversionRecord
 from ckpt.weights.conversion.task import Conversion, Format
-from ckpt.weights.naming import ties
+from ckpt.weights.naming import stored_ties, ties
 from ckpt.weights.output.product import Product
 from ckpt.weights.reader.verdict import LoadVerdict
 from ckpt.weights.request import DTYPES, Request
@@ -167,6 +167,9 @@ def _folder(
     """A model's folder, or an adapter's, checked against its reader."""
     root = source.place.root
     product = planning.product(source, request)
+    if source.topology is None:  # then no reader knows the ties
+        config = product.surroundings.config
+        product = replace(product, weights=stored_ties.recognized(product.weights, root, config))
     spared_names = ties.chosen(product.weights, tied, root, product.surroundings.config)
     weights = ties.without_spared(product.weights, spared_names)
     verdict = checking.check(replace(product, weights=weights), root, request)

@@ -30,7 +30,11 @@ from ckpt.runs.upkeep.slim import Slimming
 from ckpt.weights.conversion import convert
 from ckpt.weights.conversion.task import Conversion
 from converters.errors import CheckpointError
+from converters.formats import safetensors
 from converters.storage import local
+from converters.tensors import DType
+
+_ROUNDED = (DType.F16, DType.BF16)  # what fp32 masters are rounded to
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ def plan(checkpoint: RunCheckpoint, force: bool = False) -> Fp32Slimming:
     """
     manifest = slim.require_slimmable(checkpoint, force)
     if manifest.tier == "weights":
-        return Fp32Slimming(slim.plan(checkpoint, force))
+        return Fp32Slimming(_leftovers(checkpoint, manifest, force))
     if engines.names(manifest):
         raise CheckpointError(
             f"{checkpoint.folder} holds several engines; --dtype fp32 is for one: convert each "
@@ -75,6 +79,9 @@ def plan(checkpoint: RunCheckpoint, force: bool = False) -> Fp32Slimming:
     conversion = convert.plan(
         checkpoint.folder, _staging_folder(checkpoint), tag=manifest.tag, dtype="fp32"
     )
+    if not conversion.checkpoint.weights.copies:
+        # the 16-bit weights that go are no authority over the states that they are compared with
+        conversion = replace(conversion, product=replace(conversion.product, strict=False))
     convert.require_output(conversion, overwrite=True)
     interim = _without_weights(manifest, conversion)
     old_names = {name for name in manifest.files if name not in interim.files}
@@ -94,6 +101,24 @@ def plan(checkpoint: RunCheckpoint, force: bool = False) -> Fp32Slimming:
         ),
         conversion,
     )
+
+
+def _leftovers(checkpoint: RunCheckpoint, manifest: Manifest, force: bool) -> Slimming:
+    """What an earlier run left of a checkpoint that is slim already.
+
+    ``CheckpointError`` if its weights are not fp32: there are no states to make them of.
+    """
+    paths = [checkpoint.folder / name for name in manifest.files if name.endswith(".safetensors")]
+    dtypes = {tensor.dtype for path in paths for tensor in safetensors.read(path).tensors.values()}
+    rounded_names = [dtype.value for dtype in _ROUNDED if dtype in dtypes]
+    if rounded_names:
+        raise CheckpointError(
+            f"{checkpoint.folder} is slim already, with weights in "
+            f"{' and '.join(rounded_names)}: the states that fp32 weights are made of are gone",
+            "refused",
+        )
+
+    return slim.plan(checkpoint, force)
 
 
 def execute(planned: Fp32Slimming, progress: Callable[[int], None] = lambda _: None) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ckpt.weights import parts
 from ckpt.weights.adapters import base_agreement, idle_options
 from ckpt.weights.adapters.adapter_folder import Adapter
 from ckpt.weights.adapters.saved_tensors import selected
@@ -69,6 +70,7 @@ def product(
         *_disagreements(result, ground.base, request),
         *config_notes,
         *_dropped(result, ground),
+        *_value_head(result),
         *idle_options.of_merge(request, ground.base is not None),
     )
     return _as_product(result, content, ground, unwrapped, adapters, notes, request)
@@ -190,6 +192,13 @@ def _proof(result: Merge, base: Base | None) -> str | None:
     if not result.compared:
         return None
     return STATES if base is None else COPIES
+
+
+def _value_head(result: Merge) -> tuple[str, ...]:
+    """A note on a value head that stays beside the merged model."""
+    names = parts.every_name(result.weights)
+    has_head = any(name.startswith(parts.VALUE_HEAD) for name in names)
+    return (naming.VALUE_HEAD_NOTE,) if has_head else ()
 
 
 def _dropped(result: Merge, ground: Ground) -> tuple[str, ...]:

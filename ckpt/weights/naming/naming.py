@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from ckpt.weights import parts
 from ckpt.weights.naming import doubles
+from ckpt.weights.reader import inner_models
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.request import Naming, Request
 from converters.errors import CheckpointError
@@ -31,7 +32,6 @@ _ADAPTED = re.compile(
     r"\.(?:lora_|ia3_|hada_|lokr_|vera_|oft_|boft_|hra_|base_layer|modules_to_save|original_module"
     r"|token_adapter|prompt_encoder|quant_state|absmax)"
 )
-_MAX_PREFIX_PARTS = 3  # parts of a name that one prefix may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def _without_value_head(model: NamedWeights, audience: Audience | None) -> Named
 
     is_alone = len(model_names) == len(parts.every_name(model.weights))
     bare_model = model.with_names(model_names, f"without {parts.PRETRAINED}")
-    return bare_model if is_alone else bare_model.with_note(_VALUE_HEAD)
+    return bare_model if is_alone else bare_model.with_note(VALUE_HEAD_NOTE)
 
 
 def _wrapped_whole(weights: Weights, names: list[str]) -> bool:
@@ -223,6 +223,23 @@ def _known_form(
         if len(new) == len(names) and _fit(audience, model.weights, changes, doubled):
             return model.with_names(changes, rule)
 
+    return _without_prefix(model, audience)
+
+
+def _without_prefix(model: NamedWeights, audience: Audience) -> NamedWeights:
+    """The names without a prefix that all have, if a reader knows none with it and all without.
+
+    It may want a few more, which are not in the checkpoint.
+    """
+    read_names = parts.read_names(model.weights)
+    match = audience.best(read_names, bridged=True)
+    if match is None or match.fit.present:
+        return model
+
+    for rule, changes in shared_prefixes(parts.every_name(model.weights)):
+        if inner_models.match_of([changes.get(name, name) for name in read_names], audience):
+            return model.with_names(changes, rule)
+
     return model
 
 
@@ -249,7 +266,7 @@ def _read_once(model: NamedWeights, audience: Audience) -> NamedWeights:
     return model.with_only(remaining_names).with_note(note)
 
 
-_VALUE_HEAD = (
+VALUE_HEAD_NOTE = (
     "v_head.* is trl's value head: AutoModelForCausalLMWithValueHead reads it, and "
     "AutoModelForCausalLM passes over it"
 )
@@ -303,7 +320,7 @@ def _fit(
 def shared_prefixes(names: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Rules that take off what all names begin with, the shortest first."""
     first = names[0].split(".") if names else []
-    for depth in range(1, min(_MAX_PREFIX_PARTS, len(first) - 1) + 1):
+    for depth in range(1, min(inner_models.MAX_PREFIX_PARTS, len(first) - 1) + 1):
         prefix = ".".join(first[:depth]) + "."
         if all(name.startswith(prefix) for name in names):
             yield (

@@ -1,34 +1,31 @@
-"""Tensors that no safetensors file has: of other element types, or sparse.
+"""Tensors that no safetensors file has: of other element types, sparse, or quantized.
 
-torch reads them, and numpy where it has the type. A kind that neither reads here is
-named, and refused when it is asked for.
+torch reads them (``torch_values``), and numpy where it has the type. A kind that neither
+reads here is named, and refused when it is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ckpt.weights.opening import tensors
-from ckpt.weights.opening.tensors import Framework, require_torch
-from converters.accessors import is_whole_number
-from converters.errors import CheckpointError
+from ckpt.weights.opening import tensors, torch_values
+from ckpt.weights.opening.tensors import Framework
 from converters.pickles.values import Call
 from converters.source import Source
 from converters.tensors import DType, Listed, TensorRef
-from converters.torch_files import rebuild
-from converters.torch_files.rebuild import Odd
+from converters.torch_files import odd_tensors
+from converters.torch_files.element_types import DTYPE_NAMES
+from converters.torch_files.odd_tensors import LazyView, Odd, Quantized
 from converters.words import shape as shape_text
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
 
     from ckpt.weights.opening.tensors import Array
 
 _NUMPY = {"complex128": "<c16"}  # of the element types, those that numpy has
-_SPARSE = "_rebuild_sparse_tensor"
-_MAX_SIZE = 1 << 60  # elements of an axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +45,13 @@ class Unusual:
     def read(self, framework: Framework) -> Array:
         """The tensor, read now; ``CheckpointError`` for a kind that is not read."""
         if framework == "pt":
-            return _tensor(self.value, self.name)
-        if isinstance(self.value, Odd) and self.value.raw is not None and self.kind in _NUMPY:
-            import numpy as np
+            return torch_values.tensor(self.value, self.name)
 
-            octets = np.asarray(tensors.read(self.value.raw, DType.U8, "np"))
-            return octets.view(_NUMPY[self.kind]).reshape(self.value.raw.shape[:-1])
-
-        raise _refusal(self.name, self.kind, 'which numpy does not have; open with framework="pt"')
+        array = _array(self.value)
+        if array is None:
+            reason = 'which numpy does not have; open with framework="pt"'
+            raise torch_values.refusal(self.name, self.kind, reason)
+        return array
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -97,78 +93,44 @@ def tensors_of(source: Source) -> dict[str, Unusual]:
 def _of(name: Any, value: Any) -> Unusual | None:
     if not isinstance(name, str) or not isinstance(value, Call):
         return None
-    if isinstance(value, Odd) and value.raw is not None:
-        raw = value.raw
-        return Unusual(name, value.kind, raw.shape[:-1], value, raw)
 
-    kind = rebuild.tensor_kind(value)
+    kind = odd_tensors.tensor_kind(value)
     if kind is None:
         return None
+    if isinstance(value, LazyView):
+        return _of_view(name, value)
+    if isinstance(value, Odd) and value.raw is not None:
+        return Unusual(name, kind, value.raw.shape[:-1], value, value.raw)
+    if isinstance(value, Quantized) and value.raw is not None:
+        return Unusual(name, value.kind, value.shape, value, value.raw)
+
     return Unusual(name, kind, None, value, TensorRef(DType.U8, (0,), Listed([])))
 
 
-def _tensor(value: Any, name: str) -> torch.Tensor:
-    """A tensor of torch, read now."""
-    require_torch()
-    import torch
+def _of_view(name: str, view: LazyView) -> Unusual | None:
+    """A lazy view, which has the type and the shape of its base."""
+    if isinstance(view.base, TensorRef):
+        kind = DTYPE_NAMES.get(view.base.dtype, view.base.dtype.value)
+        return Unusual(name, kind, view.base.shape, view, view.base)
+
+    base = _of(name, view.base)
+    return None if base is None else replace(base, value=view)
+
+
+def _array(value: Any) -> np.ndarray[Any, Any] | None:
+    """A tensor as an array, read now; ``None`` for a kind that numpy does not have."""
+    import numpy as np
 
     if isinstance(value, TensorRef):
-        return torch.as_tensor(tensors.read(value, value.dtype, "pt"))
-    if isinstance(value, Odd) and value.raw is not None:
-        dtype = getattr(torch, value.kind, None)
-        if dtype is None:
-            raise _refusal(name, value.kind, f"torch {torch.__version__} has no such type")
-        octets = torch.as_tensor(tensors.read(value.raw, DType.U8, "pt"))
-        return octets.view(dtype).reshape(value.raw.shape[:-1])
-    if isinstance(value, Call) and getattr(value.of, "name", "") == _SPARSE:
-        return _sparse(value, name)
+        return np.asarray(tensors.read(value, value.dtype, "np"))
+    if isinstance(value, LazyView):
+        base = _array(value.base)
+        if base is None:
+            return None
+        conjugate = np.conj(base) if value.conjugated else base
+        return np.asarray(-conjugate if value.negated else conjugate)
+    if isinstance(value, Odd) and value.raw is not None and value.kind in _NUMPY:
+        octets = np.asarray(tensors.read(value.raw, DType.U8, "np"))
+        return octets.view(_NUMPY[value.kind]).reshape(value.raw.shape[:-1])
 
-    kind = rebuild.tensor_kind(value) if isinstance(value, Call) else None
-    raise _refusal(name, kind or "damaged", "which ckpt does not read; torch.load does")
-
-
-def _sparse(call: Call, name: str) -> torch.Tensor:
-    """A sparse tensor (``torch._utils._rebuild_sparse_tensor`` of torch 2.13)."""
-    import torch
-
-    layout, parts = _layout(call, name), call.args[1]
-    *components, size = parts[:3] if layout == "sparse_coo" else parts
-    *indices, values = (_tensor(part, name) for part in components)
-    options: dict[str, Any] = {"check_invariants": True}
-    build: Callable[..., torch.Tensor] = torch.sparse_coo_tensor
-    if layout == "sparse_coo":
-        options["is_coalesced"] = parts[3] is True if len(parts) > 3 else None
-    else:
-        build, options["layout"] = torch.sparse_compressed_tensor, getattr(torch, layout)
-
-    try:
-        return build(*indices, values, size, **options)
-    except RuntimeError as error:  # what torch says of such parts
-        raise CheckpointError(
-            f"{name}: a sparse tensor whose parts do not fit each other: {error}"
-        ) from error
-
-
-def _layout(call: Call, name: str) -> str:
-    """The layout of a sparse tensor; ``CheckpointError`` unless it has the parts of it."""
-    layout = call.args[0] if len(call.args) == 2 else None
-    text = layout.args[0] if isinstance(layout, Call) and layout.args else ""
-    layout_name = text.removeprefix("torch.") if isinstance(text, str) else ""
-    counts = {"sparse_coo": (3, 4)} | dict.fromkeys(_compressed(), (4,))
-    parts = call.args[1] if len(call.args) == 2 else ()
-    if isinstance(parts, tuple) and len(parts) in counts.get(layout_name, ()):
-        size = parts[2] if layout_name == "sparse_coo" else parts[3]
-        sizes = size if isinstance(size, tuple) else (None,)
-        if all(is_whole_number(count, 0) and count < _MAX_SIZE for count in sizes):
-            return layout_name
-
-    raise CheckpointError(f"{name}: a sparse tensor of a layout that torch 2.13 does not have")
-
-
-def _compressed() -> Iterator[str]:
-    return (f"sparse_{kind}" for kind in ("csr", "csc", "bsr", "bsc"))
-
-
-def _refusal(name: str, kind: str, reason: str) -> CheckpointError:
-    """The error for a tensor that is not read."""
-    return CheckpointError(f"{name} is a tensor of the kind {kind}, {reason}", "unsupported")
+    return None

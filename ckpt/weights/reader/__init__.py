@@ -6,7 +6,8 @@ table       the classes of transformers;  fields  what their configurations deci
 entries     the files of both
 renames     the names that from_pretrained gives to tensors as it reads them
 fitting     names against a tree of names: a fit;  lengths  how long lists of layers are
-losses      what of the weights would not be read;  refusals  why an output would not load
+inner_models  prefixes below which a reader's own names stand
+losses      what of the weights would not be read
 unknown     what can be said where no class is known
 embeddings  the vocabulary's rows;  untying  tied weights that differ
 modular     the modules of sentence-transformers

@@ -63,6 +63,13 @@ class Audience:
         return model_folder.architecture(self.config or {})
 
     @property
+    def origin(self) -> str:
+        """What a class of transformers has to do with config.json, in words."""
+        if self.architecture is not None:
+            return "the class of config.json"
+        return "a class of the model_type of config.json, which names no architecture"
+
+    @property
     def custom(self) -> bool:
         """Whether the model is code beside config.json, which is never run."""
         return bool((self.config or {}).get("auto_map"))

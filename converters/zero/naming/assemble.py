@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from converters.names.rules import Names
 from converters.pickles.values import Call
 from converters.tensors import TensorRef, Weights
-from converters.torch_files import rebuild
+from converters.torch_files import odd_tensors
 from converters.torch_files.record_checksums import located
 from converters.zero.files import state_files
 from converters.zero.files.state_files import State
@@ -104,7 +104,7 @@ def _names_of_module(
         elif name in _trained(model, parameters):
             raise state_files.no_tensor(model, value, f"module[{name!r}]")
         else:  # a buffer or a frozen parameter, without which the rest is what it is
-            absent[name] = rebuild.reason(value)
+            absent[name] = odd_tensors.reason(value)
 
     return tensors, aliases, absent
 
@@ -130,7 +130,7 @@ def with_bytes(weights: Weights, model: State) -> tuple[Weights, tuple[str, ...]
     untyped = {
         name: value
         for name in weights.absent
-        if isinstance(value := module.get(name), rebuild.Odd) and value.raw is not None
+        if isinstance(value := module.get(name), odd_tensors.Odd) and value.raw is not None
     }
     if not untyped:
         return weights, ()

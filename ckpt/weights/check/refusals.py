@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 
 from ckpt.weights import advice
-from ckpt.weights.reader import losses
+from ckpt.weights.reader import inner_models, losses
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.reader.fields import Size
 from ckpt.weights.reader.fit import Fit
@@ -34,13 +34,16 @@ def unloadable(
             f"{len(missing):,} of its {fit.required:,} names are missing, such as "
             f"{some(sorted(missing))}; {present_text}"
         )
-        problem += f"; {loss.reason}" if loss.reason else ""
+        # Where no name is known, nothing is said of layers: they have other names.
+        problem += f"; {loss.reason}" if loss.reason and fit.present else ""
     else:
         problem = losses.sentence(loss)
 
+    parts_advice = inner_models.advice(fit.read.values(), audience)
     return CheckpointError(
-        f"{audience.root}: {reader}, the class of config.json, would not load these "
-        f"weights{'' if missing else ' whole'}: {problem}; {source(audience)}change "
+        f"{audience.root}: {reader}, {audience.origin}, would not load these "
+        f"weights{'' if missing else ' whole'}: {problem}; {source(audience)}"
+        f"{parts_advice}{'; ' if parts_advice else ''}change "
         "names with --strip, --rename or --part, take another configuration with "
         f"--config, or {advice.WRITE_AS_STORED}{'; ' if remedy else ''}{remedy}",
         "unloadable",

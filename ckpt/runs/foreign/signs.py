@@ -1,0 +1,65 @@
+"""What in a run's folder is taken for a checkpoint, whoever wrote it, whole or not: by names."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from ckpt.runs.run import is_checkpoint
+from converters import detect
+from converters.detect.filenames import TRAINER_STATE
+from converters.errors import CheckpointError
+
+_NAME = re.compile(r"(?:checkpoint|global_step|step|ckpt|iter|iteration|epoch)s?[-_=]?\d+")
+_PREFIX = re.compile(r"(?:checkpoint|weights|global_step|step|ckpt|iter|epoch)[-_=]?\d+.*")
+_SIGNS = frozenset(("optimizer.pt", "optimizer.bin", "random_states_0.pkl", ".metadata"))
+
+
+def is_name(name: str) -> bool:
+    """Whether a name is one that trainings give to checkpoints, such as checkpoint-500."""
+    return name.endswith(".ckpt") or _PREFIX.fullmatch(name) is not None
+
+
+def has_signs(path: Path) -> bool:
+    """Whether a folder holds, right in it, what only the checkpoint of a training has."""
+    entry_names = {entry.name for entry in os.scandir(path)}
+    return bool(entry_names & _SIGNS) or any(
+        name.startswith("pytorch_model_fsdp") or name.endswith(".metadata") for name in entry_names
+    )
+
+
+def candidates(run_folder: Path) -> list[Path]:
+    """All in a run's folder that is a checkpoint, whole or not, or may be one, whoever wrote it."""
+    try:
+        entries = sorted(os.scandir(run_folder), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise detect.detect(run_folder).unlike("a run") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{run_folder}: {error.strerror}; expected the folder of a run", "incomplete"
+        ) from error
+
+    candidate_paths = []
+    for entry in entries:
+        candidate = Path(entry.path)
+        if entry.name.startswith("."):
+            continue
+        if not candidate.is_dir():
+            candidate_paths += [candidate] if candidate.suffix == ".ckpt" else []
+            continue
+
+        try:
+            has_state_files = (candidate / TRAINER_STATE).exists() or has_signs(candidate)
+        except OSError:  # lost+found, or what was deleted meanwhile
+            continue
+
+        if (
+            has_state_files
+            or _NAME.fullmatch(entry.name)
+            or entry.name.endswith(".ckpt")
+            or is_checkpoint(candidate)
+        ):
+            candidate_paths.append(candidate)
+
+    return candidate_paths

@@ -1,0 +1,95 @@
+"""Whether a sample of a checkpoint's fp32 weights rounds to its 16-bit ones, file by file.
+
+The optimizer files of the ranks hold the fp32 weights, the model file (under ZeRO-3 what was
+gathered beside the states) the same in 16 bits. So files of two saves, which fit together by
+names and shapes, show by their values that they do not belong together. Values that are equal
+in both saves, as those of a LayerNorm may be, show nothing: every file is asked in many places.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters import cast
+from converters.formats import gathered_16bit
+from converters.source import Source
+from converters.tensors import TensorRef
+
+_PLACES = 64  # in a file, at most
+_NUMBERS = 256  # that are compared in each place
+
+
+@dataclass(frozen=True, slots=True)
+class SampleComparison:
+    """The files whose values were compared, and the first two that contradict each other.
+
+    ``contradiction`` is the name of a tensor, the file of its fp32 values and that of the
+    16-bit ones; ``None`` where all that was compared is equal.
+    """
+
+    paths: frozenset[Path]
+    contradiction: tuple[str, Path, Path] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Some numbers of a tensor, and where they are stored a second time."""
+
+    name: str
+    value: TensorRef
+    copy: TensorRef
+
+    @property
+    def paths(self) -> tuple[Path, Path]:
+        """The files of both."""
+        return self.value.extents[0].path, self.copy.extents[0].path
+
+
+def compare(source: Source) -> SampleComparison:
+    """Compares numbers of each file of a checkpoint of DeepSpeed, a few thousand of each."""
+    paths: set[Path] = set()
+    for sample in _samples(source):
+        if not cast.rounds_to(sample.value, sample.copy):
+            return SampleComparison(frozenset(paths), (sample.name, *sample.paths))
+        paths.update(sample.paths)
+
+    return SampleComparison(frozenset(paths))
+
+
+def _samples(source: Source) -> Iterator[_Sample]:
+    """Numbers at the beginning of runs of bytes, of runs all over each file."""
+    weights = source.weights
+    if not weights.copies:
+        weights, _ = gathered_16bit.attach(weights, source.place.root)
+
+    samples = [
+        sample
+        for name, copy in weights.copies.items()
+        if name in weights.tensors
+        for sample in _at_each_run(name, weights.tensors[name], copy)
+    ]
+    totals = Counter(sample.paths[0] for sample in samples)
+    passed_counts: Counter[Path] = Counter()
+    for sample in samples:
+        path = sample.paths[0]
+        interval = -(-totals[path] // _PLACES)
+        if passed_counts[path] % interval == 0:
+            yield sample
+        passed_counts[path] += 1
+
+
+def _at_each_run(name: str, value: TensorRef, copy: TensorRef) -> Iterator[_Sample]:
+    """The first numbers of each run of bytes of a tensor; a run is a rank's, as a rule."""
+    if value.extents.scattered or copy.extents.scattered or not value.dtype.floating:
+        return
+
+    start = 0
+    for extent in value.extents:
+        length = extent.length // value.dtype.itemsize
+        count = min(length, _NUMBERS)
+        if count:
+            yield _Sample(name, value.narrow(start, count), copy.narrow(start, count))
+        start += length

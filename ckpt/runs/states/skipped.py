@@ -1,0 +1,74 @@
+"""The checkpoints of a run that were not offered, and whether work is lost with them.
+
+A training that finds nothing to go on from begins at step 0. That is right in a new folder,
+and where no training could ever go on from what lies there. It is wrong where states are
+damaged, in another format, or were removed by ``ckpt slim``: a job that is started once more
+would begin again over what it had made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from converters.errors import CheckpointError
+from converters.words import first, more
+
+Sort = Literal["weights", "slimmed", "universal", "lost", "apart"]
+COMMITTED_ONLY = "committed_only=True takes committed checkpoints alone"
+OTHER_SAVE_DIR = (
+    "it is a save_dir of DeepSpeed with tags of its own, perhaps of another training; name it to "
+    "go on from it"
+)
+UNCOMMITTED = f"it has no manifest.json, and {COMMITTED_ONLY}"
+_MAX_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedCandidate:
+    """A checkpoint that was not offered. ``sort``: weights alone, whose states were there once
+    (slimmed) or never, states in the universal format, lost work, or of no concern."""
+
+    path: Path
+    why: str
+    sort: Sort
+
+
+def lost_work(run: Path, skipped: Sequence[SkippedCandidate]) -> CheckpointError | None:
+    """The error where a fresh start would forget work; ``None`` where there are weights alone."""
+    lost = [entry for entry in skipped if entry.sort != "weights"]
+    if not lost:
+        return None
+
+    if all(entry.why == UNCOMMITTED for entry in lost):
+        return CheckpointError(
+            f"{run} has checkpoints, but none that is committed "
+            f"({first([entry.path.name for entry in lost])}), and {COMMITTED_ONLY}; ckpt doctor "
+            f"{run} --adopt commits the complete ones of DeepSpeed, or leave committed_only out",
+            "refused",
+        )
+
+    newest, sorts = lost[0].path, {entry.sort for entry in lost}
+    if sorts == {"slimmed"}:
+        return CheckpointError(
+            f"{run} holds no states any more: {newest} has weights only since it was slimmed, and "
+            "no training goes on from them; name another folder to begin a new training, if you "
+            f"like with these weights (from_pretrained of {newest})",
+            "incomplete",
+        )
+    if sorts == {"universal"}:
+        return CheckpointError(
+            f"{run} holds no native states: {newest} is complete, in the universal format; ckpt "
+            f"from-universal {newest} --world-size RANKS makes native files of it",
+            "incomplete",
+        )
+
+    summary = "; ".join(f"{entry.path}: {entry.why}" for entry in lost[:_MAX_SHOWN])
+    return CheckpointError(
+        f"{run} has checkpoints, but none that can be resumed from "
+        f"({summary}{more(len(lost) - _MAX_SHOWN)}); bring back what is missing (ckpt doctor {run} "
+        "helps), or move the checkpoints away to begin a new training",
+        "incomplete",
+    )

@@ -1,0 +1,281 @@
+"""``ckpt.open`` reads what ``torch.load(weights_only=True)`` and ``safe_open`` read."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import ckpt
+from converters.formats import named_values
+
+W = torch.arange(12.0).reshape(3, 4)
+C = W.to(torch.complex64) + 1j
+
+
+def quantized(dtype: torch.dtype = torch.qint8) -> torch.Tensor:
+    return torch.quantize_per_tensor(W, 0.5, 1, dtype)
+
+
+def by_channel(scales: torch.Tensor, dtype: torch.dtype = torch.qint8) -> torch.Tensor:
+    zeros = torch.zeros(3, dtype=torch.float if scales.dtype is torch.float else torch.int64)
+    return torch.quantize_per_channel(W, scales, zeros, 0, dtype)
+
+
+TENSORS: dict[str, Callable[[], torch.Tensor]] = {
+    "plain": lambda: W.clone(),
+    "parameter": lambda: nn.Parameter(W.clone()),
+    "buffer": lambda: nn.Buffer(W.clone()),
+    "requires_grad": lambda: W.clone().requires_grad_(),
+    "bool": lambda: W > 3,
+    "complex64": lambda: C.clone(),
+    "complex128": lambda: C.to(torch.complex128),
+    "scalar": lambda: torch.tensor(3.5),
+    "nothing": lambda: torch.zeros(0),
+    "no_rows": lambda: torch.zeros(3, 0, 2),
+    "view": lambda: torch.arange(20.0)[3:7],
+    "transposed": lambda: W.t(),
+    "step": lambda: torch.arange(20.0)[::3],
+    "expanded": lambda: torch.ones(1, 3).expand(4, 3),
+    "conj": lambda: C.conj(),
+    "conj128": lambda: C.to(torch.complex128).conj(),
+    "neg": lambda: torch._neg_view(W),
+    "imag_of_conj": lambda: C.clone().conj().imag,
+    "neg_of_conj": lambda: torch._neg_view(C.conj()),
+    "coo": lambda: W.to_sparse(),
+    "csr": lambda: W.to_sparse_csr(),
+    "no_values": lambda: torch.zeros(3, 4).to_sparse(),
+    "sparse_parameter": lambda: nn.Parameter(W.to_sparse()),
+    "qint8": quantized,
+    "quint8": lambda: quantized(torch.quint8),
+    "qint32": lambda: quantized(torch.qint32),
+    "qzeros": lambda: torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8),
+    "qview": lambda: quantized()[1:],
+    "qtransposed": lambda: quantized().t(),
+    "qnothing": lambda: torch.quantize_per_tensor(torch.zeros(0, 3), 1.0, 0, torch.qint8),
+    "by_channel": lambda: by_channel(torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)),
+    "float_scales": lambda: by_channel(torch.tensor([0.5, 1.0, 2.0]), torch.quint8),
+    "four_bits": lambda: by_channel(torch.tensor([0.5, 1.0, 2.0]), torch.quint4x2),
+    "two_bits": lambda: by_channel(torch.tensor([4.0, 4.0, 4.0]), torch.quint2x4),
+    "without_scale": lambda: torch.zeros(3, dtype=torch.int8).view(torch.qint8),
+    "meta": lambda: torch.ones(3, 2, device="meta"),
+}
+# torch does not write or read these in the old form
+NEW_ONLY: dict[str, Callable[[], torch.Tensor]] = {
+    **{
+        kind: lambda kind=kind: W.to(getattr(torch, kind))
+        for kind in ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "complex32")
+    },
+    **{
+        kind: lambda kind=kind: torch.arange(8).to(getattr(torch, kind))
+        for kind in ("uint16", "uint32", "uint64")
+    },
+    "float4": lambda: torch.arange(8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+    "conj32": lambda: C.to(torch.complex32).conj(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.zeros(3)]),
+}
+OTHERS: list[Any] = [
+    *(None, True, 3, 1 << 90, 2.5, 1 + 2j, "text", b"bytes", torch.float16, torch.device("cpu")),
+    *(torch.Size([2, 3]), {1, 2}, (), [], {}, [1, "a"], OrderedDict()),
+]
+KEYS: list[Any] = [*"abc", "a.b", "", "0", 0, 1, -3, 1.5, None, True, (1, "a"), b"k", torch.int8]
+
+
+def made(random_source: random.Random, tensors: dict[str, Any], depth: int) -> Any:
+    """Some object of dicts, lists, tuples, tensors and other values."""
+    choice = random_source.random()
+    if depth == 0 or choice < 0.35:
+        return tensors[random_source.choice(sorted(tensors))]
+    if choice < 0.5:
+        return random_source.choice(OTHERS)
+
+    members = [made(random_source, tensors, depth - 1) for _ in range(random_source.randrange(5))]
+    if choice < 0.65:
+        return members if choice < 0.6 else tuple(members)
+
+    keys = random_source.sample(KEYS, len(members))
+    kind = dict if choice < 0.85 else OrderedDict
+    return kind(zip(keys, members, strict=True))
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an object, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for member in value.values():
+            yield from tensors_in(member)
+    elif isinstance(value, (list, tuple)):
+        for member in value:
+            yield from tensors_in(member)
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two tensors have one type, layout and shape, and the same bits."""
+    if (ours.dtype, ours.layout, ours.device) != (theirs.dtype, theirs.layout, theirs.device):
+        return False
+    if theirs.is_nested:
+        pairs = zip(ours.unbind(), theirs.unbind(), strict=True)
+        return all(same(*pair) for pair in pairs)
+    if ours.shape != theirs.shape:
+        return False
+    if theirs.device.type == "meta":
+        return True
+    if theirs.layout is not torch.strided:
+        return same(ours.to_dense(), theirs.to_dense())
+    if theirs.is_quantized:
+        return same_codes(ours, theirs)
+    return bits(ours) == bits(theirs)
+
+
+def same_codes(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    try:
+        scheme = theirs.qscheme()
+    except RuntimeError:  # it has no scale, so nothing but its storage can be asked for
+        return bytes(ours.untyped_storage()) == bytes(theirs.untyped_storage())
+    if scheme is not ours.qscheme() or bits(ours.int_repr()) != bits(theirs.int_repr()):
+        return False
+    return bits(ours.dequantize()) == bits(theirs.dequantize())
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    dense = tensor.detach().resolve_conj().resolve_neg()
+    return bytes(dense.contiguous().clone().untyped_storage())
+
+
+def require_same(path: Path, value: Any, legacy: bool = False) -> None:
+    torch.save(value, path, _use_new_zipfile_serialization=not legacy)
+    expected = list(tensors_in(torch.load(path, weights_only=True)))
+    with ckpt.open(path) as opened:
+        assert len(list(opened)) == len(expected), (value, list(opened))
+        for name, theirs in zip(opened, expected, strict=True):
+            assert same(opened[name], theirs), (name, theirs)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_every_kind_of_tensor_is_read_as_torch_load_reads_it(tmp_path: Path, legacy: bool) -> None:
+    for name, make in (TENSORS if legacy else TENSORS | NEW_ONLY).items():
+        value = make()
+        require_same(tmp_path / f"{name}.pt", {"w": value, "again": value}, legacy)
+        require_same(tmp_path / f"{name}.pt", value, legacy)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("seed", range(60))
+def test_any_object_of_tensors_is_read_as_torch_load_reads_it(
+    tmp_path: Path, seed: int, legacy: bool
+) -> None:
+    makers = TENSORS if legacy else TENSORS | NEW_ONLY
+    tensors = {name: make() for name, make in makers.items()}
+    require_same(tmp_path / "x.bin", made(random.Random(seed), tensors, 4), legacy)
+
+
+def test_values_of_one_dotted_name_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    for value, names in {
+        ((("a", (("b", 1.0),)), ("a.b", 2.0))): ["['a']['b']", "a.b"],
+        ((("a.b", 1.0), ("a", (("b", 2.0),)))): ["a.b", "['a']['b']"],
+        (((1, 1.0), ("1", 2.0))): ["[1]", "1"],
+    }.items():
+        state = {
+            key: {inner: torch.tensor(number) for inner, number in member}
+            if isinstance(member, tuple)
+            else torch.tensor(member)
+            for key, member in value
+        }
+        torch.save(state, path)
+        with ckpt.open(path) as opened:
+            assert list(opened) == names
+            assert [float(opened[name]) for name in names] == [1.0, 2.0]
+
+
+def test_a_name_that_looks_like_a_subscript_takes_none_away(tmp_path: Path) -> None:
+    state = {"a": {"b": W}, "a.b": W + 1, "['a']['b']": W + 2}
+    require_same(tmp_path / "x.pt", state)
+    with ckpt.open(tmp_path / "x.pt") as opened:
+        assert list(opened) == ["['a']['b'] (2)", "a.b", "['a']['b']"]
+
+
+def test_a_single_tensor_and_nothing_at_all_are_opened(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save(W, path)
+    with ckpt.open(path, "np") as opened:
+        assert list(opened) == [named_values.ROOT]
+        assert np.array_equal(np.asarray(opened["value"]), W.numpy())
+    for nothing in ({}, [], (), set(), OrderedDict()):
+        torch.save(nothing, path)
+        with ckpt.open(path) as opened:
+            assert list(opened) == [] and not opened.absent
+    torch.save(7, path)
+    with ckpt.open(path) as opened:
+        assert list(opened) == [] and opened.metadata()["value"] == "7"
+
+
+def test_a_set_of_tensors_is_read(tmp_path: Path) -> None:
+    torch.save({"s": {W, W + 1}}, tmp_path / "x.pt")
+    with ckpt.open(tmp_path / "x.pt") as opened:
+        sums = sorted(float(torch.as_tensor(opened[name]).sum()) for name in ("s.0", "s.1"))
+        assert sums == [66.0, 78.0]
+
+
+def test_what_numpy_has_is_given_as_numpy_gives_it(tmp_path: Path) -> None:
+    names = ("conj", "conj128", "neg", "imag_of_conj", "neg_of_conj", "complex128")
+    state = {name: TENSORS[name]() for name in names}
+    torch.save(state, tmp_path / "x.pt")
+    with ckpt.open(tmp_path / "x.pt", "np") as opened:
+        for name, tensor in state.items():
+            expected = tensor.resolve_conj().resolve_neg().numpy()
+            assert np.array_equal(np.asarray(opened[name]), expected), name
+            assert np.array_equal(np.asarray(opened.get_slice(name)[1]), expected[1]), name
+
+
+def test_names_come_as_safe_open_and_the_file_have_them(tmp_path: Path) -> None:
+    state = {"z": W, "b": torch.ones(2, dtype=torch.int8), "a": W.half(), "c": W + 1}
+    save_file(state, tmp_path / "x.safetensors")
+    torch.save(state, tmp_path / "x.bin")
+    with ckpt.open(tmp_path / "x.safetensors") as ours, safe_open(ours.path, "pt") as theirs:
+        assert list(ours.keys()) == list(theirs.keys()) == sorted(state)
+        assert ours.offset_keys() == theirs.offset_keys()
+    with ckpt.open(tmp_path / "x.bin") as ours:
+        assert list(ours) == list(state)
+
+
+def test_scales_and_parts_that_fit_nothing_are_refused(tmp_path: Path) -> None:
+    """torch would be given memory that is not there, or fails with its own words."""
+
+    class Forged:
+        def __init__(self, function: Any, *arguments: Any):
+            self.call = function, arguments
+
+        def __reduce__(self) -> Any:
+            return self.call
+
+    def nested(offsets: list[int]) -> Forged:
+        sizes, strides = torch.tensor([[2], [3]]), torch.tensor([[1], [1]])
+        parts = (torch.ones(5), sizes, strides, torch.tensor(offsets))
+        return Forged(torch._utils._rebuild_nested_tensor, *parts)
+
+    def by_channels(count: int) -> Forged:
+        storage = quantized()._typed_storage()
+        scales = torch.ones(count, dtype=torch.float64)
+        parameters = (torch.per_channel_affine, scales, scales.long(), 0)
+        arguments = (storage, 0, (3, 4), (4, 1), parameters, False, OrderedDict())
+        return Forged(torch._utils._rebuild_qtensor, *arguments)
+
+    for forged in (nested([0, 3]), nested([0, 1 << 50]), by_channels(2)):
+        torch.save({"w": forged}, tmp_path / "x.pt")
+        with (
+            ckpt.open(tmp_path / "x.pt") as opened,
+            pytest.raises(ckpt.CheckpointError, match=r"w: a (nested|quantized) tensor whose"),
+        ):
+            opened["w"]

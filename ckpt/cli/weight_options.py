@@ -58,6 +58,15 @@ OPTIONS = (
         "is written then).",
     ),
     click.option(
+        "--layout",
+        type=click.Choice(["hub", "runtime"]),
+        default="hub",
+        show_default=True,
+        help="The names and shapes that save_pretrained writes and every reader of the Hub knows, "
+        "or those of the running model, which transformers 5 reads too. They differ for mixtures "
+        "of experts and models of images.",
+    ),
+    click.option(
         "--part",
         metavar="NAME",
         help="The model (policy) or the adapter to write, where several are saved as one.",
@@ -172,7 +181,7 @@ def request(options: dict[str, Any]) -> Request:
             "tokenizer",
             "dequantize",
         ),
-        *("check", "untie", "other_base", "exclude_frozen"),
+        *("check", "untie", "other_base", "exclude_frozen", "layout"),
     )
 
     return Request(

@@ -38,7 +38,7 @@ ckpt.cli.results ckpt.folders ckpt.distributed ckpt.weights
 ckpt.runs
 ckpt.runs.foreign ckpt.state ckpt.weights.companions
 ckpt.rewrite ckpt.runs.states ckpt.saving.commit ckpt.weights.output ckpt.weights.reader
-ckpt.weights.naming
+ckpt.weights.naming ckpt.weights.layouts
 ckpt.engine ckpt.weights.adapters
 ckpt.runs.upkeep ckpt.weights.merge ckpt.weights.check ckpt.weights.opening
 ckpt.weights.conversion ckpt.zero_to_fp32

@@ -36,8 +36,16 @@ _ARGUMENTS = (
         "tied=",
         "exclude_frozen=True",
     ),
-    *("weights=", "names=", "layout=", "part=", "strip=", "rename=", "select=", "merge=True", "base="),
-    *("other_base=True", "adapter_config=", "config=", "tokenizer=", "dequantize=True", "check="),
+    *("weights=", "names=", "layout=", "part=", "strip=", "rename=", "select=", "merge=True"),
+    *(
+        "base=",
+        "other_base=True",
+        "adapter_config=",
+        "config=",
+        "tokenizer=",
+        "dequantize=True",
+        "check=",
+    ),
     *("untie=True", "odd_types=", "verify=False", "allow_overflow=True", "overwrite=True"),
 )
 

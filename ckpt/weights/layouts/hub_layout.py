@@ -5,8 +5,8 @@
              model.layers.0.block_sparse_moe.experts.0.w3.weight      14336 x 4096
              ...
 
-transformers 4, vLLM and llama.cpp read the layout of the Hub alone. transformers 5 reads both. What
-is in the Hub's layout already stays as it is: the rules are for names that files do not have.
+transformers 4, vLLM and llama.cpp read the layout of the Hub alone. transformers 5 reads both.
+Names that it would change when it reads them are those of a file already, and stay as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from typing import Any
 from ckpt.weights.layouts import reverting, table
 from ckpt.weights.layouts.operations import NotArrangedError
 from ckpt.weights.layouts.reverting import Arranged, Reverted
+from ckpt.weights.reader import renames
+from ckpt.weights.reader import table as table_of_names
+from ckpt.weights.reader.fitting import TooManyNames
 from converters.tensors import Weights
 from converters.words import counted
 
@@ -48,12 +51,33 @@ def of(weights: Weights, config: Mapping[str, Any], architecture: str | None) ->
         obstacle = f"{architecture} is not in the table of layouts (transformers {version})"
         return HubLayout(weights, obstacle=obstacle)
 
+    names = _every_name(weights)
+    if not _is_in_memory(names, config, architecture):
+        return HubLayout(weights)
+
     try:
-        changes = reverting.reverted(weights, _every_name(weights), rules, config)
+        changes = reverting.reverted(weights, names, rules, config)
     except NotArrangedError as error:
         return HubLayout(weights, obstacle=str(error))
 
     return _changed(weights, changes)
+
+
+def _is_in_memory(names: Iterable[str], config: Mapping[str, Any], architecture: str) -> bool:
+    """Whether names are those of a running model: no file has names that are changed when read.
+
+    Some rules change names in memory, too, so all names of a class that is known count as those.
+    """
+    if renames.renamed(architecture, names) is None:
+        return True
+
+    reader = table_of_names.reader_of(architecture)
+    if reader is None or reader.foreign_part(config):
+        return False
+    try:
+        return reader.fit_of(reader.memory, names, config).exact
+    except TooManyNames:
+        return False
 
 
 def _every_name(weights: Weights) -> Iterable[str]:

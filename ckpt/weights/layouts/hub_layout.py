@@ -66,18 +66,23 @@ def of(weights: Weights, config: Mapping[str, Any], architecture: str | None) ->
 def _is_in_memory(names: Iterable[str], config: Mapping[str, Any], architecture: str) -> bool:
     """Whether names are those of a running model: no file has names that are changed when read.
 
-    Some rules change names in memory, too, so all names of a class that is known count as those.
+    Some rules change names in memory, too. Then it is decided by which names of the class they
+    are more like.
     """
     if renames.renamed(architecture, names) is None:
         return True
 
     reader = table_of_names.reader_of(architecture)
-    if reader is None or reader.foreign_part(config):
+    if reader is None:
         return False
     try:
-        return reader.fit_of(reader.memory, names, config).exact
+        in_memory, on_hub = (
+            reader.fit_of(tree, names, config).cost for tree in (reader.memory, reader.hub)
+        )
     except TooManyNames:
         return False
+
+    return in_memory < on_hub
 
 
 def _every_name(weights: Weights) -> Iterable[str]:

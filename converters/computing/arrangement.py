@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from converters import words
 from converters.computing.computed import Computed, computed, narrowed
 from converters.tensors import Listed, TensorRef
 
@@ -87,7 +88,7 @@ class View:
 
         from converters.computing import gathering  # which needs numpy
 
-        formula = gathering.Strided(source, self.offset, sizes, strides)
+        formula = gathering.StridedElements(source, self.offset, sizes, strides)
         steps = "x".join(f"{size}:{step}" for size, step in zip(sizes, strides, strict=True))
         recipe = f"elements from {self.offset} on, {steps}"
         proofs = source.proofs if isinstance(source, Computed) else ()
@@ -100,7 +101,10 @@ def joined(parts: Sequence[TensorRef], dim: int) -> TensorRef:
     for part in parts:
         sides = (part.dtype, part.shape[:dim], part.shape[dim + 1 :])
         if sides != (first.dtype, first.shape[:dim], first.shape[dim + 1 :]):
-            raise ValueError(f"{first.shape} and {part.shape} do not join along {dim}")
+            raise ValueError(
+                f"{words.shape(first.shape)} and {words.shape(part.shape)} do not join along "
+                f"dimension {dim}"
+            )
 
     length = sum(part.shape[dim] for part in parts)
     shape = (*first.shape[:dim], length, *first.shape[dim + 1 :])
@@ -112,7 +116,7 @@ def joined(parts: Sequence[TensorRef], dim: int) -> TensorRef:
     widths = tuple(prod(part.shape[dim:]) for part in parts)
     proofs = tuple(proof for part in parts if isinstance(part, Computed) for proof in part.proofs)
     recipe = f"joined along {dim}: {', '.join(map(str, widths))}"
-    formula = gathering.Joined(tuple(parts), widths)
+    formula = gathering.JoinedElements(tuple(parts), widths)
     return computed(first.dtype, shape, tuple(parts), recipe, formula, proofs=proofs)
 
 

@@ -28,7 +28,7 @@ Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Strided:
+class StridedElements:
     """The formula of a view."""
 
     source: TensorRef
@@ -125,7 +125,7 @@ class Strided:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Joined:
+class JoinedElements:
     """The formula of joined tensors: a row has ``widths`` elements of each in turn."""
 
     parts: tuple[TensorRef, ...]

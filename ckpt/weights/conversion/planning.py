@@ -65,15 +65,19 @@ def product(source: Source, request: Request) -> Product:
         parts=(*output.parts, *modular.parts),
         lacking=modular.lacking,
     )
-    if adapter is None:
-        output = _proven(output, source, audience)
-    elif output.kind == "merged":
-        audience = Audience(root, output.surroundings.config)
-        return layout.in_layout(output, audience, request)
-    else:
-        return output
+    return _laid_out(output, source, audience, request)
 
-    return _selected(layout.in_layout(output, audience, request), request)
+
+def _laid_out(output: Product, source: Source, audience: Audience, request: Request) -> Product:
+    """The same in the layout that is asked for; only what the user wants, with copies."""
+    if output.kind == "adapter":
+        return output
+    if output.kind == "merged":
+        merged_audience = Audience(audience.root, output.surroundings.config)
+        return layout.in_layout(output, merged_audience, request)
+
+    proven = _proven(output, source, audience)
+    return _selected(layout.in_layout(proven, audience, request), request)
 
 
 def _marked(weights: Weights, model_surroundings: Surroundings, request: Request) -> packed.Packed:

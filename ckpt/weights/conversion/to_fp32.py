@@ -145,8 +145,7 @@ def to_fp32(
     interruption or a full disk, the same call continues with the missing shards.
     """
     _require_choices(weights, names, check, odd_types, layout)
-    if merge:
-        blas.prefer()
+    _prefer_blas(merge)
     naming = replace(Naming.of(strip, rename, select, part), as_stored=names == "as-stored")
     request = Request(
         naming=naming,
@@ -185,6 +184,12 @@ def to_fp32(
     )
 
     return ConvertedModel(path=conversion.output, record=record, remark=remark)
+
+
+def _prefer_blas(merge: bool) -> None:
+    """Before anything loads numpy: merged models have the bits that PEFT's have."""
+    if merge:
+        blas.prefer()
 
 
 def _require_choices(

@@ -108,9 +108,9 @@ def _changed(weights: Weights, changes: Reverted) -> HubLayout:
     copies |= {each.name: each.copy for each in changes.arranged if each.copy is not None}
 
     def translated(old_names: frozenset[str]) -> frozenset[str]:
-        whole = (each for each in changes.arranged if old_names.issuperset(each.sources))
+        results = (each for each in changes.arranged if old_names.issuperset(each.sources))
         others = (names[name] for name in old_names if name in names)
-        return frozenset((*others, *(each.name for each in whole)))
+        return frozenset((*others, *(each.name for each in results)))
 
     layout = replace(
         weights,

@@ -41,7 +41,7 @@ class Scope:
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
+class NameMatch:
     """A name that a pattern fits: the name after it, and which of the sources it has."""
 
     name: str
@@ -65,33 +65,33 @@ class Rule:
     targets: tuple[str, ...]
     details: Any = None
 
-    def match(self, name: str) -> Match | None:
+    def match(self, name: str) -> NameMatch | None:
         """The name as the rule changes it; ``None`` where it is not for the name."""
         scope = self.scope.of(name)
         if scope is None:
             return None
 
         suffix = name.removeprefix(scope)
-        found = self.pattern.search(suffix)
-        if found is None:
+        occurrence = self.pattern.search(suffix)
+        if occurrence is None:
             return None
 
-        group = next(key for key, text in found.groupdict().items() if text is not None)
+        group = next(key for key, text in occurrence.groupdict().items() if text is not None)
         index = int(group[1:])
-        text = self._text(found, self.pattern.groupindex[group], index)
+        text = self._text(occurrence, self.pattern.groupindex[group], index)
 
-        return Match(scope + suffix.replace(found[0], text, 1), self.sources[index], index)
+        return NameMatch(scope + suffix.replace(occurrence[0], text, 1), self.sources[index], index)
 
-    def _text(self, found: re.Match[str], place: int, index: int) -> str:
+    def _text(self, occurrence: re.Match[str], place: int, index: int) -> str:
         """What takes the place of the text that the pattern found."""
         if self.kind == GROUP:
-            return _GROUP.sub(lambda match: found[place + int(match[1])], self.targets[index])
+            return _GROUP.sub(lambda match: occurrence[place + int(match[1])], self.targets[index])
 
         target = self.targets[0]
         if r"\1" not in target:
             return target
 
-        text = found[place + 1]
+        text = occurrence[place + 1]
         if self.kind == OFFSET:
             text = str(int(text) + self.details)
         return target.replace(r"\1", text)

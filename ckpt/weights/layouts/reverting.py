@@ -109,17 +109,17 @@ def _arranged(group: Group, weights: Weights, config: Mapping[str, Any]) -> list
     rule = group.rule
     setting = Setting(rule.sources, rule.targets, config)
     tensors = {source: weights.tensors[name] for source, name in group.members.items()}
-    made = operations.apply(rule.details, tensors, setting)
+    results = operations.apply(rule.details, tensors, setting)
     copies = _copies(group, weights, tensors)
-    made_copies = operations.apply(rule.details, copies, setting) if copies else {}
+    result_copies = operations.apply(rule.details, copies, setting) if copies else {}
 
     first_name = group.name.replace("*.", "0.")
-    place = next((target for target in made if target in first_name), None)
+    place = next((target for target in results if target in first_name), None)
     prefix, _, suffix = first_name.partition(place) if place is not None else ("", "", "")
 
     return [
-        _proven(f"{prefix}{target}{suffix}", tensor, names, made_copies.get(target))
-        for target, tensor in made.items()
+        _proven(f"{prefix}{target}{suffix}", tensor, names, result_copies.get(target))
+        for target, tensor in results.items()
     ]
 
 
@@ -150,11 +150,11 @@ def _require_ties(weights: Weights, names: Mapping[str, str]) -> None:
 
 
 def _require_different(names: list[str]) -> None:
-    seen: set[str] = set()
+    known_names: set[str] = set()
     for name in names:
-        if name in seen:
+        if name in known_names:
             raise NotArrangedError(f"two tensors would get the name {name}")
-        seen.add(name)
+        known_names.add(name)
 
 
 def _natural(name: str) -> list[tuple[Any, ...]]:

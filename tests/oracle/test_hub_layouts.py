@@ -73,7 +73,7 @@ def test_the_layout_of_the_running_model_is_kept_where_it_is_asked_for(tmp_path:
     model = model_of("MixtralForCausalLM")
     checkpoint = checkpoint_of(model, tmp_path / "checkpoint")
 
-    made = ckpt.to_fp32(checkpoint, tmp_path / "model", layout="runtime")
+    made = ckpt.to_fp32(checkpoint, tmp_path / "model", layout="runtime", check="names")
 
     assert load_file(made.path / "model.safetensors").keys() == model.state_dict().keys()
     with ckpt.open(checkpoint) as opened:
@@ -89,7 +89,7 @@ def test_copies_in_either_layout_prove_every_tensor(
     checkpoint = checkpoint_of(model, tmp_path / "checkpoint", stage=3)
     model.bfloat16().save_pretrained(checkpoint, save_original_format=is_original)
 
-    made = ckpt.to_fp32(checkpoint, tmp_path / "model", layout=layout)
+    made = ckpt.to_fp32(checkpoint, tmp_path / "model", layout=layout, check="names")
 
     assert made.checks.compared_with == "model.safetensors"
     assert made.checks.compared_tensors == made.record.tensors
@@ -98,7 +98,7 @@ def test_copies_in_either_layout_prove_every_tensor(
         model.model.layers[1].mlp.experts.gate_up_proj[2, 50, 7] += 1
     model.save_pretrained(checkpoint, save_original_format=is_original)
     with pytest.raises(CheckpointError, match=r"other values of .*experts"):
-        ckpt.to_fp32(checkpoint, tmp_path / "other", layout=layout)
+        ckpt.to_fp32(checkpoint, tmp_path / "other", layout=layout, check="names")
 
 
 def test_a_model_with_another_one_inside_has_the_layout_of_that_one(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_model_with_another_one_inside_has_the_layout_of_that_one(tmp_path: Pa
     checkpoint = checkpoint_of(model, tmp_path / "checkpoint")
     model.save_pretrained(tmp_path / "expected")
 
-    made = ckpt.to_fp32(checkpoint, tmp_path / "model")
+    made = ckpt.to_fp32(checkpoint, tmp_path / "model", check="names")
 
     expected = load_file(tmp_path / "expected/model.safetensors")
     written = load_file(made.path / "model.safetensors")
@@ -154,7 +154,7 @@ def test_the_names_of_a_class_that_is_not_in_the_table_stay_and_it_is_said(tmp_p
     model = model_of("MixtralForCausalLM")
     model.config.architectures = ["MyMixtral"]
     checkpoint = checkpoint_of(model, tmp_path / "checkpoint")
-    made = ckpt.to_fp32(checkpoint, tmp_path / "model")
+    made = ckpt.to_fp32(checkpoint, tmp_path / "model", check="names")
     assert load_file(made.path / "model.safetensors").keys() == model.state_dict().keys()
     assert any("MyMixtral is not in the table of layouts" in note for note in made.notes)
     with pytest.raises(CheckpointError, match="MyMixtral is not in the table of layouts"):

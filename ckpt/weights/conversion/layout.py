@@ -25,7 +25,11 @@ def in_layout(output: Product, audience: Audience, request: Request) -> Product:
     if request.layout == "runtime" or audience.config is None or audience.custom:
         return output
 
-    layout = hub_layout.of(output.weights, audience.config, _class(output.weights, audience))
+    architecture = _class(output.weights, audience)
+    if architecture is None:
+        return output
+
+    layout = hub_layout.of(output.weights, audience.config, architecture)
     if layout.obstacle is not None:
         note = f"names and shapes are those of the running model: {layout.obstacle}"
         return replace(output, notes=(*output.notes, note))

@@ -17,7 +17,10 @@ from converters.zero.model_ranks import folder_files
 from converters.zero.model_ranks.folder_files import FolderFiles
 
 # keys of model files that are the same on every rank of one save
-_COMMON = ("global_steps", "global_samples", "ds_version", "dp_world_size", "mp_world_size")
+_COMMON = (
+    *("global_steps", "global_samples", "skipped_steps"),
+    *("ds_version", "dp_world_size", "mp_world_size"),
+)
 
 
 def require_numbered(place: Place, label: str, count: int, numbers: Collection[int]) -> None:

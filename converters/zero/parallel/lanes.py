@@ -20,8 +20,7 @@ from converters.zero import checkpoint as zero
 from converters.zero.checkpoint import Checkpoint, ExpertsError
 from converters.zero.files import all_ranks, discovery, state_files
 from converters.zero.files.state_files import State
-
-_SAME = ("global_steps", "skipped_steps", "ds_version", "dp_world_size", "mp_world_size")
+from converters.zero.model_ranks import one_save
 
 
 def read(place: Place, require_all: bool) -> tuple[Checkpoint, ...]:
@@ -47,6 +46,7 @@ def read(place: Place, require_all: bool) -> tuple[Checkpoint, ...]:
     if is_whole_number(count, 1):
         _require_numbered(place, sorted(files_by_rank), count)
     _refuse_pipeline(lanes[0].model, len(lanes))
+    one_save.require_same_step([lane.model for lane in lanes])
     for lane in lanes[1:]:
         _require_same_save(lanes[0], lane)
 
@@ -85,16 +85,6 @@ def _refuse_pipeline(model: State, count: int) -> None:
 
 def _require_same_save(first: Checkpoint, lane: Checkpoint) -> None:
     """``CheckpointError`` unless two lanes are of one save."""
-    for key in _SAME:
-        expected, value = first.model.root.get(key), lane.model.root.get(key)
-        simple = (int, str, type(None))
-        if isinstance(expected, simple) and isinstance(value, simple) and expected != value:
-            raise lane.model.fail(
-                f"is of another save than {first.model.path.name}: its {key} is "
-                f"{state_files.shown(value)}, expected {state_files.shown(expected)}; copy the "
-                "file of this save here"
-            )
-
     if first.topology != lane.topology:
         raise lane.model.fail(
             f"its {lane.world_size} ranks of ZeRO stage {lane.stage} do not go with the "
@@ -102,14 +92,6 @@ def _require_same_save(first: Checkpoint, lane: Checkpoint) -> None:
             "two saves are mixed"
         )
     if first.ranks and lane.ranks:
-        _require_same_progress(first.ranks[0], lane.ranks[0])
-
-
-def _require_same_progress(first: State, second: State) -> None:
-    expected, progress = state_files.progress(first), state_files.progress(second)
-    for key in expected.keys() & progress.keys():
-        if progress[key] != expected[key]:
-            raise second.fail(
-                f"is of another save than {first.path.name}: its {key} is {progress[key]}, "
-                f"expected {expected[key]}; copy the file of this save here"
-            )
+        first_state, state = first.ranks[0], lane.ranks[0]
+        progress = state_files.progress(first_state)
+        all_ranks.require_same_progress(first_state, progress, state, state_files.progress(state))

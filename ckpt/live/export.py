@@ -20,6 +20,7 @@ from ckpt.engine.partitions import PartitionPiece, masters, require_rounds, sixt
 from ckpt.engine.view import EngineView
 from ckpt.folders import staging
 from ckpt.live import shards
+from ckpt.runs.foreign import replaceable
 from ckpt.version import __version__
 from ckpt.weights.arguments import shard_bytes
 from ckpt.weights.companions import model_folder
@@ -328,6 +329,7 @@ def _require_place(output: Path, overwrite: bool) -> None:
         )
 
     staging.require_place(output, [Path.cwd(), *Path.cwd().parents], overwrite)
+    replaceable.require_replaceable(output)
 
 
 def _require_same(digests: list[str]) -> None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from ckpt.resuming.topology import Reshard
 
 log = logging.getLogger("ckpt")
+# what was said of: the Trainer asks several times while it resumes once
+_ANNOUNCED: set[Path] = set()
 
 __all__ = ["TopologyFilter", "VerifyLevel", "find", "select_checkpoint"]
 VerifyLevel = Literal["structure", "data"]
@@ -166,11 +168,13 @@ def _require_sight(ranks: RankGroup | None, folder: Path, sight: Sight, data: bo
 
 
 def _tell_foreign(offer: Offer) -> None:
-    """Logs that a checkpoint is taken which no save committed."""
-    if offer.proof is not None:
+    """Logs, once in a process, that a checkpoint is taken which no save committed."""
+    folder = offer.checkpoint.folder
+    if offer.proof is not None and folder not in _ANNOUNCED:
+        _ANNOUNCED.add(folder)
         log.info(
             "%s is complete, not committed (written by %s): going on from it",
-            offer.checkpoint.folder,
+            folder,
             offer.proof.kind,
         )
 

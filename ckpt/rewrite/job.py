@@ -29,6 +29,7 @@ from ckpt.rewrite import records
 from ckpt.rewrite.result import RewriteChecks, RewriteResult
 from ckpt.runs import user_paths
 from ckpt.runs.ancestry import Ancestry
+from ckpt.runs.foreign import replaceable
 from ckpt.runs.manifest import Manifest
 from ckpt.weights.arguments import naming_arguments
 from ckpt.weights.companions import model_folder
@@ -218,6 +219,7 @@ def _require_place(rewriting: Rewriting, overwrite: bool) -> None:
     user_paths.require_outside(rewriting.output, [rewriting.path, folder])
     protected_folders = [folder.resolve(), home, *home.parents]
     staging.require_place(rewriting.output, protected_folders, overwrite)
+    replaceable.require_replaceable(rewriting.output)
 
 
 def run(rewriting: Rewriting, **options: Any) -> dict[str, Any]:

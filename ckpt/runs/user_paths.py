@@ -46,7 +46,7 @@ def instead(path: Path, expected: str, weights: str = "") -> CheckpointError:
 
 def absence(path: Path, expected: str) -> list[str]:
     """A line on what lies in a folder without checkpoints; none where there are some."""
-    if is_checkpoint(path) or _holds_checkpoints(path):
+    if is_checkpoint(path) or holds_checkpoints(path):
         return []
     return [f"ckpt: no checkpoints here: {instead(path, expected)}"]
 
@@ -73,7 +73,7 @@ def run_at(path: Path, command: str) -> Run:
             "incomplete",
         )
 
-    is_known = _may_begin(path) or (_holds_checkpoints(path) and not _is_universal(path))
+    is_known = _may_begin(path) or (holds_checkpoints(path) and not _is_universal(path))
     if not is_known:
         raise instead(path, RUN)
 
@@ -147,14 +147,14 @@ def require_outside(output: Path, sources: Iterable[Path] = ()) -> None:
         )
 
     for parent in parents:
-        if _is_filled_checkpoint(parent):
+        if is_filled_checkpoint(parent):
             raise CheckpointError(
                 f"{output} lies inside of the checkpoint {parent}; name a folder outside of it",
                 "output",
             )
 
 
-def _is_filled_checkpoint(folder: Path) -> bool:
+def is_filled_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint by what lies in it, whatever its name."""
     try:
         if is_tag_folder(folder):
@@ -195,7 +195,8 @@ def _is_universal(path: Path) -> bool:
     return not is_run(path) and detect(path).kind.name == UNIVERSAL
 
 
-def _holds_checkpoints(path: Path) -> bool:
+def holds_checkpoints(path: Path) -> bool:
+    """Whether checkpoints of DeepSpeed lie in a folder, whole or not."""
     if not path.is_dir():
         return False
     with os.scandir(path) as entries:

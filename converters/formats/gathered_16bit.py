@@ -29,9 +29,11 @@ class Beside:
 
 def candidates(root: Path) -> Iterator[Beside]:
     """The files of 16-bit weights in ``root`` that can be read, the likeliest first."""
-    for name, reader in model_files.SINGLE_FIRST.items():
-        if not stores.is_file(root / name):
+    tried_readers = set()
+    for name, reader in model_files.READERS.items():
+        if not stores.is_file(root / name) or reader in tried_readers:
             continue
+        tried_readers.add(reader)
         try:
             weights = reader(root)
         except CheckpointError:

@@ -16,9 +16,6 @@ _READERS: tuple[tuple[tuple[str, str], Reader], ...] = (
     (filenames.SAFETENSORS, safetensors.read),
     (filenames.TORCH_BIN, pytorch_bin.read),
 )
-# Some trainers leave one file beside the index of older shards, and what is published has an
-# index that counts: so readers differ in what they take where both are there.
-SINGLE_FIRST: Mapping[str, Reader] = {name: read for names, read in _READERS for name in names}
-INDEX_FIRST: Mapping[str, Reader] = {
-    name: read for names, read in _READERS for name in reversed(names)
-}
+# One file counts before an index of shards, which an older save may have left: transformers 5.23
+# looks in this order (``modeling_utils.py: _get_resolved_checkpoint_files``).
+READERS: Mapping[str, Reader] = {name: read for names, read in _READERS for name in names}

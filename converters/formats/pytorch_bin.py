@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import CheckpointError
-from converters.formats import named_values
-from converters.formats.safetensors import shards
+from converters.formats import named_values, shard_index
 from converters.plan import Entry, Plan, Shard, Tied
 from converters.plan import plan as plan_shards
 from converters.storage import stores
@@ -28,6 +27,7 @@ from converters.tensors import DType, TensorRef, Weights
 from converters.torch_files import element_types, odd_tensors, reader
 from converters.torch_files.zip_writer import Archive
 
+WHOLE_NAME = "pytorch_model.bin"
 ALIGNMENT = 64
 
 
@@ -148,11 +148,21 @@ def read(path: Path) -> Weights:
     with the reason. ``CheckpointError`` if a file is damaged or holds no tensors by
     name.
     """
+    index = shard_index.index_in(path, WHOLE_NAME) if stores.is_folder(path) else None
+    weight_map = shard_index.read(index) if index is not None else {}
     entries: dict[str, Any] = {}
     for file_path in _files(path):
-        entries |= _entries_of(file_path)
+        in_file = _entries_of(file_path)
+        names = shard_index.names_of(file_path, in_file, weight_map) if index else in_file
+        entries |= {name: in_file[name] for name in names}
 
-    return replace(weights_of(entries), order=())
+    weights = replace(weights_of(entries), order=())
+    if index is None:
+        return weights
+
+    lacking = sorted(weight_map.keys() - entries)
+    absent = {name: shard_index.not_in_shard(index, weight_map[name]) for name in lacking}
+    return replace(weights, absent={**weights.absent, **absent})
 
 
 def values(path: Path) -> dict[str, Any]:
@@ -196,8 +206,10 @@ def _files(path: Path) -> list[Path]:
     if not stores.is_folder(path):
         return [path]
 
-    index = path / "pytorch_model.bin.index.json"
-    return shards(index) if stores.is_file(index) else [path / "pytorch_model.bin"]
+    index = shard_index.index_in(path, WHOLE_NAME)
+    if index is None:
+        return [path / WHOLE_NAME]
+    return shard_index.shards(index, shard_index.read(index))
 
 
 def _entries_of(path: Path) -> dict[str, Any]:

@@ -20,14 +20,13 @@ from typing import Any
 
 from converters import words
 from converters.errors import CheckpointError, MalformedError
+from converters.formats import shard_index
 from converters.plan import Entry, Plan, Shard, Tied
 from converters.plan import plan as plan_shards
 from converters.storage import bounded_json, misplaced_files, open_files, stores
-from converters.storage.system.names import is_name
 from converters.tensors import DType, Extent, Listed, TensorRef, Weights
 
 MAX_HEADER_BYTES = 64 << 20  # bytes; safetensors itself reads 100 MB, and takes 1 GB for them
-MAX_INDEX_BYTES = 64 << 20
 MAX_NUMBERS = 1 << 10  # sizes of a shape
 _WIDTH = {dtype: order for order, dtype in enumerate(DType)}
 
@@ -94,73 +93,31 @@ def read(path: Path) -> Weights:
     if not stores.is_folder(path):
         return Weights(_read_file(path))
 
-    index = path / "model.safetensors.index.json"
-    if not stores.is_file(index):
+    index = shard_index.index_in(path, "model.safetensors")
+    if index is None:
         return Weights(_read_file(path / "model.safetensors"))
 
+    weight_map = shard_index.read(index)
     tensors: dict[str, TensorRef] = {}
-    for shard in shards(index):
-        tensors |= _read_file(shard)
+    for shard in shard_index.shards(index, weight_map):
+        in_shard = _read_file(shard)
+        tensors |= {
+            name: in_shard[name] for name in shard_index.names_of(shard, in_shard, weight_map)
+        }
 
-    return Weights(tensors)
-
-
-def shards(index: Path) -> list[Path]:
-    """The files that an index names, in order; ``CheckpointError`` if one of them is
-    missing."""
-    paths = [index.parent / name for name in shard_names(index)]
-    missing = [path for path in paths if not stores.exists(path)]
-    if missing:
-        others = f", as are {len(missing) - 1} more of {len(paths)}" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"{missing[0]} is missing{others}: {index.name} beside it says that "
-            "weights are in it; copy or download the file to there",
-            "incomplete",
-        )
-
-    return paths
-
-
-def shard_names(index: Path) -> list[str]:
-    """The files that an index names, in order; ``CheckpointError`` if it is not an
-    index."""
-    try:
-        too_long = stores.status(index).size > MAX_INDEX_BYTES
-        data = b"" if too_long else stores.content(index)
-    except OSError as error:
-        raise _no_index(index, error.strerror or str(error)) from error
-
-    if too_long:
-        raise _no_index(index, f"it has over {MAX_INDEX_BYTES} bytes")
-
-    try:
-        document = bounded_json.loads(data)
-    except ValueError as error:
-        raise _no_index(index, str(error)) from error
-
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(weight_map, dict):
-        raise _no_index(index, "it has no weight_map")
-    if not all(isinstance(name, str) for name in weight_map.values()):
-        raise _no_index(index, "its weight_map names what is not a file")
-
-    names = sorted(set(weight_map.values()))
-    if not all(is_name(name) for name in names):
-        raise _no_index(index, "it names a file outside its folder")
-
-    return names
-
-
-def _no_index(index: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{index} is not an index of shards: {reason}")
+    absent = {
+        name: shard_index.not_in_shard(index, weight_map[name])
+        for name in weight_map.keys() - tensors
+    }
+    return Weights(tensors, absent=dict(sorted(absent.items())))
 
 
 def metadata(path: Path) -> dict[str, str]:
     """The texts that a file keeps beside its tensors (``__metadata__``); of shards the
     first's."""
     if stores.is_folder(path):
-        index = path / "model.safetensors.index.json"
-        names = shard_names(index) if stores.is_file(index) else ["model.safetensors"]
+        index = shard_index.index_in(path, "model.safetensors")
+        names = shard_index.shard_names(index) if index is not None else ["model.safetensors"]
         if not names:
             return {}
         path = path / names[0]

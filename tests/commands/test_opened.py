@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -218,6 +219,38 @@ def test_safetensors_and_bin_files_and_folders_open_alike(tmp_path: Path) -> Non
             assert all(same(weights[name], whole[name]) for name in whole)
             with pytest.raises(CheckpointError, match="weights only"):
                 weights.optimizer_state("norm.weight")
+
+
+def sharded(folder: Path, weight_map: dict[str, str]) -> None:
+    """Two shards, which both hold ``twice``, and an index that says where each name is."""
+    for number in (1, 2):
+        tensors = {f"name{number}": torch.ones(2), "twice": torch.full((2,), float(number))}
+        save_file(tensors, folder / f"model-0000{number}-of-00002.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_of_shards_the_index_says_which_counts_and_what_none_holds_is_absent(
+    tmp_path: Path,
+) -> None:
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    weight_map = {"name1": first, "name2": second, "twice": first, "lost": second}
+    sharded(tmp_path, weight_map)
+
+    with ckpt.open(tmp_path) as opened:
+        assert sorted(opened.keys()) == ["name1", "name2", "twice"]
+        assert opened["twice"].tolist() == [1, 1]
+        with pytest.raises(KeyError, match=f"in {second}, which does not hold it"):
+            opened["lost"]
+
+
+def test_one_file_comes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    sharded(tmp_path, {"name1": first, "name2": second})
+    save_file({"newer": torch.ones(1)}, tmp_path / "model.safetensors")
+
+    with ckpt.open(tmp_path) as opened:
+        assert list(opened.keys()) == ["newer"]
 
 
 def test_what_is_opened_goes_into_a_model(tmp_path: Path) -> None:

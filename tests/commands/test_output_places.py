@@ -89,3 +89,21 @@ def test_of_a_tag_in_a_checkpoint_the_output_is_beside_the_checkpoint(tmp_path: 
     tag = real(tmp_path, 2).folder / "global_step2"
     run("to-fp32", tag)
     assert (tmp_path / "checkpoint-2-fp32/conversion.json").is_file()
+
+
+def test_no_output_replaces_what_a_training_saved(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(SOURCE, tmp_path / "checkpoint-2")
+    shutil.copytree(SOURCE, tmp_path / "checkpoint-4")
+    shutil.copytree(SOURCE, tmp_path / "other/best")
+    shutil.copytree(SOURCE / "global_step2", tmp_path / "tags/global_step2")
+    before = everything(tmp_path)
+
+    for name in ("checkpoint-4", "other", "other/best", "tags", "tags/global_step2"):
+        run(*command, tmp_path / "checkpoint-2", "-o", tmp_path / name, "--overwrite", code=1)
+        assert "name another folder with -o" in capsys.readouterr().err
+    assert everything(tmp_path) == before
+
+    for options in ([], ["--overwrite"]):  # what ckpt made is made again
+        run(*command, tmp_path / "checkpoint-2", "-o", tmp_path / "mine", *options)

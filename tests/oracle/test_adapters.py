@@ -181,7 +181,7 @@ def test_several_adapters_lie_where_peft_puts_them(tmp_path: Path) -> None:
         for file in (FILE, CONFIG):
             ours, live = output / name / file, tmp_path / "live" / name / file
             assert ours.read_bytes() == live.read_bytes(), ours
-    assert facts["verdict"].startswith("loads as 2 adapters (LoRA adapter and second) of")
+    assert facts["verdict"].startswith("loads as 2 adapters (default and second) of")
     assert {file["name"] for file in facts["files"]} == {FILE, f"second/{FILE}"}
 
 

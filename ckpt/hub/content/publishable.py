@@ -17,7 +17,7 @@ from ckpt.weights.conversion.task import Conversion
 from ckpt.weights.request import Request
 from converters.detect import filenames as names
 from converters.errors import CheckpointError
-from converters.formats import safetensors
+from converters.formats import shard_index
 from converters.tensors import DType, TensorRef
 
 _UNUSED = (  # options that change weights, which are sent as they lie there
@@ -103,9 +103,14 @@ def has_safetensors(root: Path) -> bool:
 
 
 def weights_names(stored_root: Path) -> list[str]:
-    """The files of weights in a folder without ZeRO states: one, or an index and its shards."""
-    if (stored_root / INDEX).is_file() and refusal(stored_root, INDEX) is None:
-        shard_names = safetensors.shard_names(stored_root / INDEX)
+    """The files of weights in a folder without ZeRO states: one, or an index and its shards.
+
+    One counts where both are there, as it does for ``from_pretrained``.
+    """
+    has_one = os.path.lexists(stored_root / WEIGHTS)
+    has_index = (stored_root / INDEX).is_file() and refusal(stored_root, INDEX) is None
+    if has_index and not has_one:
+        shard_names = shard_index.shard_names(stored_root / INDEX)
         foreign_names = [name for name in shard_names if not name.endswith(".safetensors")]
         if foreign_names:
             raise CheckpointError(
@@ -115,7 +120,7 @@ def weights_names(stored_root: Path) -> list[str]:
 
         return [INDEX, *shard_names]
 
-    if not os.path.lexists(stored_root / WEIGHTS):
+    if not has_one:
         raise CheckpointError(
             f"{stored_root} has neither {WEIGHTS} nor {INDEX}; expected one, as "
             "pickles are not published",

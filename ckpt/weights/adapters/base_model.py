@@ -23,7 +23,7 @@ from ckpt.weights.reader.audience import Audience
 from ckpt.weights.request import Request
 from converters import quantized
 from converters.errors import CheckpointError
-from converters.formats.model_files import INDEX_FIRST
+from converters.formats.model_files import READERS
 from converters.peft import embeddings
 from converters.peft.config import AdapterConfig
 from converters.tensors import DType, Weights
@@ -51,7 +51,7 @@ class BaseModel:
     @property
     def holds_weights(self) -> bool:
         """Whether the folder holds weights of a model."""
-        return any((self.folder / name).is_file() for name in INDEX_FIRST)
+        return any((self.folder / name).is_file() for name in READERS)
 
 
 def chosen(request: Request) -> BaseModel | None:
@@ -62,9 +62,7 @@ def chosen(request: Request) -> BaseModel | None:
 
     model = BaseModel(folder, _revision_of(folder))
     if not model.holds_weights:
-        problem = (
-            f"holds none of {', '.join(INDEX_FIRST)}" if folder.is_dir() else "is not a folder"
-        )
+        problem = f"holds none of {', '.join(READERS)}" if folder.is_dir() else "is not a folder"
         hint = ""
         if (folder / "adapter_config.json").is_file():
             hint = "; it is an adapter: name the model that the adapter was trained on"
@@ -86,7 +84,7 @@ def absence(config: AdapterConfig) -> str:
 
     model = locate(config)
     if model is not None:
-        return f"the base model, {model.place}, holds none of {', '.join(INDEX_FIRST)}"
+        return f"the base model, {model.place}, holds none of {', '.join(READERS)}"
     if Path(name).is_dir():
         return f"the base model, the folder {name}, has no config.json (copy it there)"
 
@@ -165,7 +163,7 @@ def load(
     type of their library. A name that the model ties to another, and that is in no
     file, becomes an alias. ``CheckpointError`` for what cannot be read.
     """
-    name, read = next((n, r) for n, r in INDEX_FIRST.items() if (base.folder / n).is_file())
+    name, read = next((n, r) for n, r in READERS.items() if (base.folder / n).is_file())
     weights = read(base.folder)
     paths = sorted({extent.path for ref in weights.tensors.values() for extent in ref.extents})
     files: dict[Path, str | None] = dict.fromkeys(paths)

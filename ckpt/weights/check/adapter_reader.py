@@ -76,7 +76,8 @@ def check(product: Product, root: Path, request: Request) -> LoadVerdict:
     absent = tuple(name for weights in parts.values() for name in weights.absent)
     total = sum(result.count for result in results)
     names = counted(total + len(absent), "name")
-    what = _title_of_all(results[0].config, product.weights, [part.folder for part in inner_parts])
+    names_of_all = [main_name, *(part.folder for part in inner_parts)]
+    what = _title_of_all(results[0].config, product.weights, names_of_all)
     line = f"loads as {what}: {total:,} of {names}"
 
     return LoadVerdict(
@@ -98,13 +99,12 @@ def _require_names(root: Path, missing: Sequence[str]) -> None:
         )
 
 
-def _title_of_all(config: AdapterConfig, weights: Weights, others: Sequence[str]) -> str:
-    """The adapters and their base, for people; ``others`` are all but the first."""
+def _title_of_all(config: AdapterConfig, weights: Weights, names_of_all: Sequence[str]) -> str:
+    """The adapters and their base, for people; several are told by their names."""
     base = config.base_model_name_or_path or "its base model"
-    first = title(config, weights)
-    if not others:
-        return f"{first} of {base}"
-    return f"{1 + len(others)} adapters ({first} and {', '.join(others)}) of {base}"
+    if len(names_of_all) == 1:
+        return f"{title(config, weights)} of {base}"
+    return f"{len(names_of_all)} adapters ({' and '.join(names_of_all)}) of {base}"
 
 
 def title(config: AdapterConfig, weights: Weights) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ckpt.folders import staging
 from ckpt.runs import user_paths
+from ckpt.runs.foreign import replaceable
 from ckpt.weights.conversion.task import Conversion
 from converters.errors import CheckpointError
 from converters.storage import stores
@@ -35,6 +36,7 @@ def workplace(conversion: Conversion, overwrite: bool) -> Path:
     if output.name and output.resolve() not in protected:
         _require_other_folder(conversion)
     staging.require_place(output, protected, overwrite)
+    replaceable.require_replaceable(output)
 
     return output
 

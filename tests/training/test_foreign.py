@@ -132,7 +132,7 @@ def test_layouts_that_are_not_converted_prove_that_no_file_is_missing(tmp_path: 
             ckpt.find(folder.parent)
         part.unlink()
         with pytest.raises(
-            CheckpointError, match=r"has no file of .*mp_rank|optimizer files of rank 0 are"
+            CheckpointError, match=r"lacks zero_pp_rank_\*_mp_rank|optimizer files of rank 0 are"
         ):
             ckpt.find(folder.parent)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ckpt.weights.companions import surroundings
 from ckpt.weights.request import Request
 from converters.detect import detection
-from converters.detect.deepspeed import PARALLEL, UNIVERSAL
+from converters.detect.deepspeed import PARALLEL, TENSOR_PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError
 from converters.names import selection
 from converters.source import STATES, Source
@@ -16,8 +16,6 @@ from converters.words import counted
 from converters.zero import checkpoint as zero
 from converters.zero import weights_16bit
 from converters.zero.naming import assemble
-from converters.zero.parallel import rules, vocabulary
-from converters.zero.parallel.reader import TensorParallelCheckpoint
 
 
 def read(checkpoint: Path, tag: str | None, request: Request) -> Source:
@@ -37,6 +35,11 @@ def read(checkpoint: Path, tag: str | None, request: Request) -> Source:
 
 def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
     if request.weights != "16bit":
+        if request.tp_rules is None:
+            return fp32(checkpoint, tag, "--weights 16bit")
+
+        from converters.zero.parallel import rules  # which most checkpoints need not
+
         with rules.using(request.tp_rules):
             return fp32(checkpoint, tag, "--weights 16bit")
 
@@ -56,6 +59,12 @@ def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
 
 def _without_vocabulary_padding(source: Source, request: Request) -> Source:
     """The same without the rows that pad a vocabulary, where config.json counts none of them."""
+    if source.kind != TENSOR_PARALLEL:
+        return source
+
+    from converters.zero.parallel import vocabulary  # which most checkpoints need not
+    from converters.zero.parallel.reader import TensorParallelCheckpoint
+
     if not isinstance(source, TensorParallelCheckpoint) or not source.original_rows:
         return source
 

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ckpt.weights.layouts import reverting, table
-from ckpt.weights.layouts.operations import NotArrangedError
-from ckpt.weights.layouts.reverting import Arranged, Reverted
+from ckpt.weights.layouts import table
 from ckpt.weights.reader import renames
 from ckpt.weights.reader import table as table_of_names
 from ckpt.weights.reader.fitting import TooManyNames
 from converters.tensors import Weights
 from converters.words import counted
+
+if TYPE_CHECKING:
+    from ckpt.weights.layouts.reverting import Arranged, Reverted
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,12 @@ def of(weights: Weights, config: Mapping[str, Any], architecture: str | None) ->
         version = table.version()
         obstacle = f"{architecture} is not in the table of layouts (transformers {version})"
         return HubLayout(weights, obstacle=obstacle)
+
+    if not rules:
+        return HubLayout(weights)
+
+    from ckpt.weights.layouts import reverting  # which most models need not
+    from ckpt.weights.layouts.operations import NotArrangedError
 
     names = _every_name(weights)
     if not _is_in_memory(names, config, architecture):

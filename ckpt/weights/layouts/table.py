@@ -78,6 +78,6 @@ def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
-@cache
 def _table() -> dict[str, Any]:
+    """The table, parsed now (a few milliseconds): kept, it would take a megabyte while bytes move."""
     return entries.read(TABLE, "rules")

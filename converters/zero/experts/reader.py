@@ -9,9 +9,7 @@ from converters.source import Source
 from converters.storage import open_files
 from converters.zero import reader
 from converters.zero.checkpoint import ExpertsError
-from converters.zero.experts import flat_groups, sub_groups
 from converters.zero.files import several_models
-from converters.zero.model_ranks import folder_files
 
 
 @open_files.once()
@@ -30,6 +28,10 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     All files have to be there, with ``complete`` or without. ``CheckpointError`` for what
     is damaged or incomplete.
     """
+    # which most checkpoints need not
+    from converters.zero.experts import flat_groups, sub_groups
+    from converters.zero.model_ranks import folder_files
+
     place = several_models.find(path, tag)
     try:
         with consistent(place.folder, "a file is damaged or of another save"):

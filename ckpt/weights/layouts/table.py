@@ -79,5 +79,5 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def _table() -> dict[str, Any]:
-    """The table, parsed now (a few milliseconds): kept, it would take a megabyte while bytes move."""
+    """The table, parsed anew: kept, it would take a megabyte while bytes are moved."""
     return entries.read(TABLE, "rules")

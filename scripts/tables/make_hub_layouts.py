@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     GroupWeightRename,
@@ -73,7 +73,7 @@ def layout_of(name: str) -> tuple[str, dict[str, Any]]:
     return name, {
         "prefix": model.base_model_prefix,
         "scopes": list(scopes.items()),
-        "parts": dict(parts_of(model)),
+        "parts": dict(variable_parts(model.config)) | dict(parts_of(model)),
     }
 
 
@@ -123,6 +123,19 @@ def field_of(config: Any, part: str | None, name: str) -> list[Any]:
     owner = config if owner is None else owner
     field = getattr(owner, "attribute_map", {}).get(name, name)
     return [path + field, getattr(type(owner)(), name, 1)]
+
+
+def variable_parts(config: Any, prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """The fields that may be of any type, with their type by default.
+
+    The rules of what is there instead are not known, unless ``parts_of`` has the field.
+    """
+    for field, part_class in type(config).sub_configs.items():
+        part = getattr(config, field, None)
+        if part_class is AutoConfig:
+            yield prefix + field, [getattr(part, "model_type", None), [], None]
+        if part is not None:
+            yield from variable_parts(part, f"{prefix}{field}.")
 
 
 def parts_of(model: Any) -> Iterator[tuple[str, list[Any]]]:

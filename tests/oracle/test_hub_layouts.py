@@ -148,6 +148,29 @@ def test_what_is_in_the_layout_of_the_hub_stays(name: str, tmp_path: Path) -> No
     assert layout.weights.tensors.keys() == shapes.keys()
 
 
+@pytest.mark.parametrize("type_", ["resnet", "convnext", "swin"])
+def test_a_backbone_of_another_type_is_not_assumed_to_have_no_rules(type_: str) -> None:
+    backbones = {
+        "resnet": transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]),
+        "convnext": transformers.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2),
+        "swin": transformers.SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[2, 2]),
+    }
+    backbones[type_].out_features = ["stage1", "stage2"]
+    config = transformers.UperNetConfig(
+        backbone_config=backbones[type_], hidden_size=8, pool_scales=[1], use_auxiliary_head=False
+    )
+    with torch.device("meta"):
+        model = transformers.UperNetForSemanticSegmentation(config)
+    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = core_model_loading.revert_weight_conversion(model, model.state_dict())
+
+    layout = hub_layout.of(weights_of(state), model.config.to_dict(), type(model).__name__)
+
+    is_alike = layout.weights.tensors.keys() == expected.keys()
+    assert is_alike or "or not with these parts" in (layout.obstacle or "")
+    assert is_alike == (type_ != "swin")
+
+
 def test_select_means_the_names_that_are_written(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(model_of("MixtralForCausalLM"), tmp_path / "checkpoint")
     made = ckpt.to_fp32(checkpoint, tmp_path / "model", select="*experts.1.w*", check="none")

@@ -47,7 +47,10 @@ def of(weights: Weights, config: Mapping[str, Any], architecture: str | None) ->
     rules = table.rules_of(architecture, config)
     if rules is None:
         version = table.version()
-        obstacle = f"{architecture} is not in the table of layouts (transformers {version})"
+        obstacle = (
+            f"{architecture} is not in the table of layouts (transformers {version}), or not with "
+            "these parts"
+        )
         return HubLayout(weights, obstacle=obstacle)
 
     names = _every_name(weights)

@@ -133,7 +133,8 @@ def variable_parts(config: Any, prefix: str = "") -> Iterator[tuple[str, list[An
     for field, part_class in type(config).sub_configs.items():
         part = getattr(config, field, None)
         if part_class is AutoConfig:
-            yield prefix + field, [getattr(part, "model_type", None), [], None]
+            written_type = None if part is None else part.to_dict().get("model_type")
+            yield prefix + field, [written_type, [], None]
         if part is not None:
             yield from variable_parts(part, f"{prefix}{field}.")
 

@@ -19,21 +19,21 @@ from ckpt.weights.reader.fit import Fit
 from ckpt.weights.reader.fitting import TooManyNames
 
 
-class Kind(Enum):
-    """What names are."""
+class NameOrigin(Enum):
+    """Where names come from."""
 
     MEMORY = "names of a running model"
     FILE = "names of a file"
     UNKNOWN = "names of which it cannot be told"
 
 
-def kind_of(
+def origin_of(
     names: Collection[str], config: Mapping[str, Any], architecture: str, rules: Sequence[Rule]
-) -> Kind:
+) -> NameOrigin:
     """What the names are, of a class whose running models have others than its files."""
     fits = _fits(names, config, architecture)
     if fits is None:
-        return Kind.UNKNOWN
+        return NameOrigin.UNKNOWN
 
     memory, hub = fits
     not_in_memory, not_on_hub = set(memory.unexpected), set(hub.unexpected)
@@ -49,11 +49,11 @@ def kind_of(
     of_memory = bool(not_on_hub - not_in_memory or inner_names)
     of_file = bool(not_in_memory - not_on_hub or old_names)
     if of_memory != of_file:
-        return Kind.MEMORY if of_memory else Kind.FILE
+        return NameOrigin.MEMORY if of_memory else NameOrigin.FILE
     if not of_memory and memory.exact != hub.exact:
-        return Kind.MEMORY if memory.exact else Kind.FILE
+        return NameOrigin.MEMORY if memory.exact else NameOrigin.FILE
 
-    return Kind.UNKNOWN
+    return NameOrigin.UNKNOWN
 
 
 def _fits(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckpt.weights.layouts import evidence, reverting, table
-from ckpt.weights.layouts.evidence import Kind
+from ckpt.weights.layouts.evidence import NameOrigin
 from ckpt.weights.layouts.operations import NotArrangedError
 from ckpt.weights.layouts.reverting import Arranged, Reverted
 from converters.tensors import Weights
@@ -61,10 +61,10 @@ def of(weights: Weights, config: Mapping[str, Any], architecture: str | None) ->
     if layout.rule is None and layout.obstacle is None:
         return layout
 
-    kind = evidence.kind_of(names, config, architecture, rules)
-    if kind is Kind.FILE:
+    origin = evidence.origin_of(names, config, architecture, rules)
+    if origin is NameOrigin.FILE:
         return HubLayout(weights)
-    if kind is Kind.UNKNOWN:
+    if origin is NameOrigin.UNKNOWN:
         obstacle = (
             f"{architecture} has other names in memory than in its files, and these names do not "
             "tell which of both they are"

@@ -9,12 +9,15 @@ Mixtral are one tensor in memory and one tensor each on the Hub. ``save_pretrain
 rules that it keeps for reading (5.23 conversion_mapping.py: get_model_conversion_mapping;
 core_model_loading.py: revert_weight_conversion). They are written down here in that direction, in
 the order in which they are applied. A ``PrefixChange`` is left out, as it is for a model that was
-not read from a file.
+not read from a file. A class whose files ckpt would not write as transformers does, or of which
+that cannot be proven (``layout_proofs``), is left out of the table.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from multiprocessing import Pool
 from pathlib import Path
@@ -22,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     GroupWeightRename,
@@ -35,11 +38,10 @@ from transformers.models.auto import modeling_auto
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from architecture_builds import build, classes, start  # noqa: E402
+from architecture_builds import classes, start  # noqa: E402
+from layout_proofs import Proof, prove  # noqa: E402
 
-from ckpt.weights.layouts import hub_layout  # noqa: E402
 from ckpt.weights.reader import entries  # noqa: E402
-from converters.tensors import DType, Extent, Listed, TensorRef, Weights  # noqa: E402
 
 TABLE = ROOT / "ckpt" / "weights" / "hub_layouts.jsonl"
 PROCESSES = 1
@@ -71,7 +73,7 @@ def layout_of(name: str) -> tuple[str, dict[str, Any]]:
     return name, {
         "prefix": model.base_model_prefix,
         "scopes": list(scopes.items()),
-        "parts": dict(parts_of(model)),
+        "parts": dict(variable_parts(model.config)) | dict(parts_of(model)),
     }
 
 
@@ -123,6 +125,20 @@ def field_of(config: Any, part: str | None, name: str) -> list[Any]:
     return [path + field, getattr(type(owner)(), name, 1)]
 
 
+def variable_parts(config: Any, prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """The fields that may be of any type, with their type by default.
+
+    The rules of what is there instead are not known, unless ``parts_of`` has the field.
+    """
+    for field, part_class in type(config).sub_configs.items():
+        part = getattr(config, field, None)
+        if part_class is AutoConfig:
+            written_type = None if part is None else part.to_dict().get("model_type")
+            yield prefix + field, [written_type, [], None]
+        if part is not None:
+            yield from variable_parts(part, f"{prefix}{field}.")
+
+
 def parts_of(model: Any) -> Iterator[tuple[str, list[Any]]]:
     """The models inside by their field: type, where they are, and which kind of class."""
     for field in model.config.sub_configs:
@@ -167,66 +183,55 @@ def table_of(layouts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return content | {"classes": entries_by_name, "rules": lists}
 
 
-def unlike(name: str) -> str | None:
-    """How the names and shapes that ckpt writes of a class differ from those of transformers."""
-    torch.set_num_threads(1)
-    try:
-        settings, _ = start(_CLASSES[name])
-        built = build(_CLASSES[name], settings)
-    except Exception:
-        return None
-
-    config = built.model.config.to_dict()
-    answer = hub_layout.of(weights_of(built.memory), config, name)
-    written = answer.weights.tensors
-    shapes = {key: ref.shape for key, ref in written.items()}
-    if shapes != dict(built.hub):
-        lost, new = sorted(built.hub.keys() - shapes), sorted(shapes.keys() - built.hub)
-        other = [key for key in shapes if built.hub.get(key, shapes[key]) != shapes[key]]
-        return f"not written {lost[:2]}, written {new[:2]}, other shapes {other[:2]}"
-
-    again = hub_layout.of(weights_of(built.hub), config, name).weights.tensors
-    if again.keys() != built.hub.keys():
-        return f"changes names of the Hub: {sorted(again.keys() - built.hub.keys())[:2]}"
-    return None
-
-
-def weights_of(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
-    """Tensors of these shapes, which lie nowhere."""
-    tensors = {}
-    for name, shape in shapes.items():
-        nbytes = 2 * torch.Size(shape).numel()
-        tensors[name] = TensorRef(DType.BF16, shape, Listed([Extent(Path(name), 0, nbytes)]))
-    return Weights(tensors)
+def proofs_of(names: list[str]) -> Iterator[Proof]:
+    """The proof of each class, in order; a line for each that does not hold."""
+    with Pool(PROCESSES, maxtasksperchild=50) as pool:
+        for proof in pool.imap(prove, names, chunksize=4):
+            if not proof.holds:
+                print(f"{proof.name}: {proof.difference}", flush=True)
+            yield proof
 
 
 def check(names: list[str]) -> int:
-    """Prints each class that is written in another way; the exit code."""
+    """Compares what ckpt writes of each class with what transformers writes; the exit code.
+
+    It is 1 where one differs, and where one of the table cannot be compared.
+    """
+    counts: Counter[str] = Counter()
     wrong = 0
-    with Pool(PROCESSES, maxtasksperchild=50) as pool:
-        for name, line in zip(names, pool.imap(unlike, names, chunksize=4), strict=True):
-            if line is not None:
-                wrong += 1
-                print(f"{name}: {line}", flush=True)
-    print(f"{len(names)} classes, {wrong} unlike transformers {transformers.__version__}")
+    for proof in proofs_of(names):
+        counts[proof.compared] += 1
+        wrong += not proof.holds
+
+    compared = ", ".join(f"{count} by {kind}" for kind, count in counts.most_common())
+    print(f"{len(names)} classes ({compared}), {wrong} not proven, {transformers.__version__}")
     return 1 if wrong else 0
 
 
 def main() -> int:
     """Writes the table, or checks it."""
     wishes = [name for name in sys.argv[1:] if not name.startswith("-")]
-    names = sorted(name for name in wishes or _CLASSES if not name.endswith("Backbone"))
     if "--check" in sys.argv:
-        return check(names)
+        return check(wishes or sorted(json.loads(TABLE.open().readline())["classes"]))
+
+    names = sorted(name for name in wishes or _CLASSES if not name.endswith("Backbone"))
 
     with Pool(PROCESSES, maxtasksperchild=50) as pool:
-        layouts = dict(pool.imap(layout_of, names, chunksize=4))
+        layouts = {name: layout for name, layout in pool.imap(layout_of, names) if layout}
 
-    table = table_of({name: layout for name, layout in layouts.items() if layout})
+    write(layouts)
+    ruled_names = [name for name, layout in layouts.items() if any(r for _, r in layout["scopes"])]
+    unproven_names = {proof.name for proof in proofs_of(ruled_names) if not proof.holds}
+    write({name: layout for name, layout in layouts.items() if name not in unproven_names})
+    return 0
+
+
+def write(layouts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the table of these classes."""
+    table = table_of(layouts)
     text = entries.text(table, "rules")
     TABLE.write_text(text)
     print(f"{len(table['classes'])} classes, {len(table['rules'])} lists, {len(text):,} bytes")
-    return 0
 
 
 if __name__ == "__main__":

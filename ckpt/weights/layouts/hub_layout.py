@@ -6,19 +6,17 @@
              ...
 
 transformers 4, vLLM and llama.cpp read the layout of the Hub alone. transformers 5 reads both.
-Names that it would change when it reads them are those of a file already, and stay as they are.
+Names that are those of a file already stay as they are, and so do names of which that cannot be
+told (``evidence``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ckpt.weights.layouts import table
-from ckpt.weights.reader import renames
-from ckpt.weights.reader import table as table_of_names
-from ckpt.weights.reader.fitting import TooManyNames
 from converters.tensors import Weights
 from converters.words import counted
 
@@ -49,50 +47,42 @@ def of(weights: Weights, config: Mapping[str, Any], architecture: str | None) ->
     rules = table.rules_of(architecture, config)
     if rules is None:
         version = table.version()
-        obstacle = f"{architecture} is not in the table of layouts (transformers {version})"
+        obstacle = (
+            f"{architecture} is not in the table of layouts (transformers {version}), or not with "
+            "these parts"
+        )
         return HubLayout(weights, obstacle=obstacle)
 
     if not rules:
         return HubLayout(weights)
 
-    from ckpt.weights.layouts import reverting  # which most models need not
+    # which most models need not
+    from ckpt.weights.layouts import evidence, reverting
+    from ckpt.weights.layouts.evidence import NameOrigin
     from ckpt.weights.layouts.operations import NotArrangedError
 
     names = _every_name(weights)
-    if not _is_in_memory(names, config, architecture):
-        return HubLayout(weights)
-
     try:
-        changes = reverting.reverted(weights, names, rules, config)
+        layout = _changed(weights, reverting.reverted(weights, names, rules, config))
     except NotArrangedError as error:
-        return HubLayout(weights, obstacle=str(error))
+        layout = HubLayout(weights, obstacle=str(error))
+    if layout.rule is None and layout.obstacle is None:
+        return layout
 
-    return _changed(weights, changes)
-
-
-def _is_in_memory(names: Iterable[str], config: Mapping[str, Any], architecture: str) -> bool:
-    """Whether names are those of a running model: no file has names that are changed when read.
-
-    Some rules change names in memory, too. Then it is decided by which names of the class they
-    are more like.
-    """
-    if renames.renamed(architecture, names) is None:
-        return True
-
-    reader = table_of_names.reader_of(architecture)
-    if reader is None:
-        return False
-    try:
-        in_memory, on_hub = (
-            reader.fit_of(tree, names, config).cost for tree in (reader.memory, reader.hub)
+    origin = evidence.origin_of(names, config, architecture, rules)
+    if origin is NameOrigin.FILE:
+        return HubLayout(weights)
+    if origin is NameOrigin.UNKNOWN:
+        obstacle = (
+            f"{architecture} has other names in memory than in its files, and these names do not "
+            "tell which of both they are"
         )
-    except TooManyNames:
-        return False
+        return HubLayout(weights, obstacle=obstacle)
 
-    return in_memory < on_hub
+    return layout
 
 
-def _every_name(weights: Weights) -> Iterable[str]:
+def _every_name(weights: Weights) -> Collection[str]:
     return dict.fromkeys(
         (*weights.tensors, *weights.aliases, *weights.absent, *weights.lost_ties.values())
     )

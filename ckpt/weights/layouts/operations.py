@@ -31,9 +31,17 @@ class Setting:
     config: Mapping[str, Any]
 
     def number(self, field: list[Any]) -> int:
-        """The number in a field, or the class's own where config.json does not state it."""
+        """The number in a field, or the default of transformers where it left that out.
+
+        Only transformers 5 leaves out what is a default and always writes a number under the
+        same name. A config.json of the Hub may have it under an older one (``heads`` of
+        ``vision_config``, modeling of step3p7), so that its default is not known to hold.
+        """
         path, default = field
         stated = look_up(self.config, path)
+        if stated is None and not str(self.config.get("transformers_version")).startswith("5."):
+            raise NotArrangedError(f"{path} is not in config.json")
+
         number = default if stated is None else stated
         if type(number) is not int or number < 1:
             raise NotArrangedError(f"{path} of config.json is {number!r}, expected a number")

@@ -9,7 +9,7 @@ revert_weight_conversion).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ckpt.weights.layouts import operations, patterns
@@ -63,10 +63,14 @@ def reverted(
     new_names = patterns.renamed([*other_names, *(each.name for each in arranged)], renamings)
 
     others = dict(zip(other_names, new_names[: len(other_names)], strict=True))
-    final = [
-        Arranged(name, each.tensor, each.sources, each.copy)
-        for name, each in zip(new_names[len(other_names) :], arranged, strict=True)
-    ]
+    final: list[Arranged] = []
+    for name, each in zip(new_names[len(other_names) :], arranged, strict=True):
+        first_source = each.sources[0]
+        if len(each.sources) == 1 and each.tensor is weights.tensors[first_source]:
+            others[first_source] = name
+        else:
+            final.append(replace(each, name=name))
+
     _require_ties(weights, others)
     _require_different([*others.values(), *(each.name for each in final)])
 

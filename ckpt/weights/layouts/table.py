@@ -30,7 +30,11 @@ def version() -> str:
 
 
 def rules_of(architecture: str, config: Mapping[str, Any]) -> tuple[Rule, ...] | None:
-    """The rules of a class in this configuration, in order; ``None`` where they are not known."""
+    """The rules of a class in this configuration, in order; ``None`` where they are not known.
+
+    That is so, too, where a part of a type with rules is at a place of which the table does not
+    know which class is there, such as the backbone of a detector.
+    """
     entry = _table()["classes"].get(architecture)
     if entry is None:
         return None
@@ -41,6 +45,10 @@ def rules_of(architecture: str, config: Mapping[str, Any]) -> tuple[Rule, ...] |
         model_type = look_up(config, f"{field}.model_type")
         if not isinstance(model_type, str) or model_type == default_type:
             continue
+        if kind is None:
+            if _has_rules(model_type) or (default_type is not None and _has_rules(default_type)):
+                return None
+            continue
 
         inner = _table()["inside"][kind].get(model_type)
         if inner is None:
@@ -50,6 +58,12 @@ def rules_of(architecture: str, config: Mapping[str, Any]) -> tuple[Rule, ...] |
             scoped = _with_inner(scoped, scope, _table()["classes"][inner][1])
 
     return tuple(rule for place, number in scoped for rule in _rules(number, Scope(place, prefix)))
+
+
+def _has_rules(model_type: str) -> bool:
+    """Whether a model of this type inside of another may have names that are changed."""
+    inner = _table()["inside"]["base"].get(model_type)
+    return inner is None or any(_table()["rules"][n] for _, n in _table()["classes"][inner][1])
 
 
 def _with_inner(scoped: list[Scoped], scope: str, inner: list[list[Any]]) -> list[Scoped]:

@@ -81,6 +81,11 @@ def renamed(architecture: str, names: Iterable[str]) -> dict[str, str] | None:
     return sources if is_changed else None
 
 
+def is_renamed(architecture: str, name: str) -> bool:
+    """Whether the class's rules make another name of this one."""
+    return _apply_all(_rules(architecture), name) != [name]
+
+
 def _apply_all(rules: Sequence[Rename], name: str) -> list[str]:
     """A name after all rules, one after the other."""
     names = [name]

@@ -14,6 +14,7 @@ from ckpt.weights import parts
 from ckpt.weights.layouts import hub_layout, probing
 from ckpt.weights.layouts.hub_layout import HubLayout
 from ckpt.weights.output.product import Product
+from ckpt.weights.reader import renames
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.request import Request
 from converters.formats import gathered_16bit
@@ -33,6 +34,7 @@ def in_layout(output: Product, audience: Audience, request: Request) -> Product:
     if layout.obstacle is not None:
         note = f"names and shapes are those of the running model: {layout.obstacle}"
         return replace(output, notes=(*output.notes, note))
+    output = replace(output, notes=(*output.notes, *_prefix_notes(layout.weights, architecture)))
     if layout.rule is None:
         return output
 
@@ -42,6 +44,15 @@ def in_layout(output: Product, audience: Audience, request: Request) -> Product:
         renamed=_origins(layout, output.renamed),
         rules=(*output.rules, layout.rule),
     )
+
+
+def _prefix_notes(weights: Weights, architecture: str) -> list[str]:
+    """What may be other than in the file of a training that began with ``from_pretrained``."""
+    return [
+        f"if the training began with a file that has {prefix} before some names, save_pretrained "
+        "writes it again; it is not written here, and transformers 4 may want it (docs/names.md)"
+        for prefix in renames.removed_prefixes(architecture, weights.tensors.keys())
+    ]
 
 
 def _class(weights: Weights, audience: Audience) -> str | None:

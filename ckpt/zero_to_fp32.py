@@ -30,11 +30,14 @@ from ckpt.weights.naming import ties
 from ckpt.weights.opening import tensors as opened_tensors
 from ckpt.weights.opening import unusual
 from ckpt.weights.request import DTYPE_NAMES, DTYPES
+from converters.detect import detection
+from converters.detect.deepspeed import PARALLEL
 from converters.errors import CheckpointError
 from converters.execute import shards
 from converters.formats import pytorch_bin, safetensors
 from converters.names import selection
 from converters.plan import WHOLE, output_dtype, parse_size
+from converters.source import Source
 from converters.storage import local
 from converters.storage.local_store import LOCAL
 from converters.storage.store import output_path
@@ -91,7 +94,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
     """
     requirements.require_torch("ckpt.zero_to_fp32")
     with arguments.naming_arguments("tag="):
-        source = checkpoint.weights(checkpoint_dir, tag)
+        source = _source(checkpoint_dir, tag)
     weights = _weights(source.weights, exclude_frozen_parameters)
     lazy = {
         name: LazyTensor(ref, output_dtype(name, weights, DType.F32))
@@ -105,6 +108,17 @@ def get_fp32_state_dict_from_zero_checkpoint(
     state_dict |= {name: tensor.read("pt") for name, tensor in unusual.tensors_of(source).items()}
 
     return {name: state_dict[name] for name in source.weights.order if name in state_dict}
+
+
+def _source(checkpoint_dir: AnyPath, tag: str | None) -> Source:
+    """The states of a training with ZeRO, and those of more parallelism than that."""
+    detected = detection.detect(checkpoint_dir, tag)
+    if detected.kind.name in PARALLEL:
+        return detected.read()
+    try:
+        return checkpoint.weights(checkpoint_dir, tag)
+    except checkpoint.ExpertsError:
+        return detected.read()
 
 
 def _weights(weights: Weights, exclude_frozen: bool) -> Weights:
@@ -136,7 +150,7 @@ def convert_zero_checkpoint_to_state_dict(
         raise ValueError(f"unsupported output dtype {dtype!r}; choose one of {choices}")
     max_shard_bytes = WHOLE if max_shard_size is None else parse_size(max_shard_size)
     with arguments.naming_arguments("tag="):
-        source = checkpoint.weights(checkpoint_dir, tag)
+        source = _source(checkpoint_dir, tag)
         place = output_path(output_dir)
         _convert(
             source,
@@ -149,7 +163,7 @@ def convert_zero_checkpoint_to_state_dict(
 
 
 def _convert(
-    source: checkpoint.Checkpoint,
+    source: Source,
     output: Path,
     target_dtype: DType,
     max_shard_bytes: int,
@@ -277,7 +291,7 @@ def load_state_dict_from_zero_checkpoint(
     from ckpt.weights.opening import load_into
 
     with arguments.naming_arguments("tag="):
-        return load_into.load(model, checkpoint.weights(checkpoint_dir, tag))
+        return load_into.load(model, _source(checkpoint_dir, tag))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -27,12 +27,37 @@ class Extent:
         return self.offset + self.length
 
 
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A run of bytes in a file, and where they go: ``count`` rows of ``row`` bytes, the first one
+    at ``position`` of a buffer and each ``step`` bytes after the one before.
+
+    A shard's rows lie side by side in its file, and apart in the tensor that they are of.
+    """
+
+    extent: Extent
+    position: int
+    row: int
+    step: int = 0
+    count: int = 1
+
+    def rows(self, buffer: memoryview) -> list[memoryview]:
+        """The rows of a buffer that are filled, in order."""
+        starts = (self.position + index * self.step for index in range(self.count))
+        return [buffer[start : start + self.row] for start in starts]
+
+    def each_row(self) -> Iterator[Read]:
+        """Each row by itself."""
+        for index in range(self.count):
+            extent = Extent(self.extent.path, self.extent.offset + index * self.row, self.row)
+            yield Read(extent, self.position + index * self.step, self.row)
+
+
 class Extents(Protocol):
     """The runs of bytes of a tensor, in the order of its elements.
 
     ``Listed`` has them one by one, ``Strided`` works them out: for views that have too
-    many to keep. Tensors whose columns lie in several files (those of tensor
-    parallelism) would be a third kind, ``Interleaved``: it is not built yet.
+    many to keep. ``Tiled`` (``converters.tiles``) has boxes that are placed in the tensor.
     """
 
     def __len__(self) -> int:
@@ -53,8 +78,20 @@ class Extents(Protocol):
         """Whether runs are many and small, in no order of a file: what lies between them
         is read along with them."""
 
+    @property
+    def row(self) -> int:
+        """Bytes of a run, where there are many; of all runs otherwise."""
+
+    @property
+    def block(self) -> int:
+        """Bytes that are best read together: pieces begin at multiples of it where a buffer
+        holds so many."""
+
     def narrow(self, start: int, stop: int) -> Extents:
         """The bytes from ``start`` to ``stop``, counted in the order of the runs."""
+
+    def reads(self) -> Iterator[Read]:
+        """What fills a buffer with all of the bytes, in any order."""
 
     def per_record(self) -> Sequence[Extent]:
         """Runs of which one or more lie in each record of a file that the bytes lie in."""
@@ -75,9 +112,23 @@ class Listed(tuple[Extent, ...]):
         """Runs that are kept are read one by one."""
         return False
 
+    @property
+    def row(self) -> int:
+        """Runs that are kept are few."""
+        return self.nbytes
+
+    @property
+    def block(self) -> int:
+        """Any piece will do."""
+        return 1
+
     def narrow(self, start: int, stop: int) -> Listed:
         """The bytes from ``start`` to ``stop``, in the order of the runs."""
         return Listed(_cut(self, 0, start, stop))
+
+    def reads(self) -> Iterator[Read]:
+        """Each run, one after another."""
+        return _in_sequence(self)
 
     def per_record(self) -> Listed:
         """All runs: nothing says that two of them are in one record."""
@@ -121,6 +172,20 @@ class Strided:
         """What lies between the runs is read along with them."""
         return True
 
+    @property
+    def row(self) -> int:
+        """Bytes of each run."""
+        return self.length
+
+    @property
+    def block(self) -> int:
+        """Any piece will do."""
+        return 1
+
+    def reads(self) -> Iterator[Read]:
+        """Each run, one after another."""
+        return _in_sequence(self)
+
     def narrow(self, start: int, stop: int) -> Listed:
         """The bytes from ``start`` to ``stop``, in the order of the runs."""
         first = start // self.length if self.length else 0
@@ -130,6 +195,14 @@ class Strided:
     def per_record(self) -> Sequence[Extent]:
         """A view is one of a single storage."""
         return (self[0],)
+
+
+def _in_sequence(extents: Iterable[Extent]) -> Iterator[Read]:
+    """Reads of runs that stand one after another in a buffer."""
+    position = 0
+    for extent in extents:
+        yield Read(extent, position, extent.length)
+        position += extent.length
 
 
 def _cut(extents: Iterable[Extent], position: int, start: int, stop: int) -> Iterator[Extent]:

@@ -2,14 +2,15 @@
 
 A tensor is a few runs of bytes. Every reader returns ``Weights`` and every writer takes
 them; two operations, ``narrow`` and ``concat``, express every way in which ZeRO cuts a
-tensor up.
+tensor up, and two more, ``box`` and ``tile``, every way in which tensor and expert
+parallelism do.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import prod
 from pathlib import Path
@@ -18,7 +19,10 @@ from typing import Any
 from converters.extents import Extent as Extent
 from converters.extents import Extents as Extents
 from converters.extents import Listed as Listed
+from converters.extents import Read as Read
 from converters.extents import Strided as Strided
+from converters.tiles import Tile, Tiled, is_run, position, require_cover
+from converters.walks import described
 
 ZEROS = Path("/dev/zero")
 
@@ -104,13 +108,15 @@ class TensorRef:
 
     A plain tuple of extents is taken, too, and becomes ``Listed``.
     ``attributes`` are what a pickle kept beside the tensor, such as DeepSpeed's
-    ``ds_id``.
+    ``ds_id``. ``replicas`` are the same values in other places, as each rank has them:
+    they are compared, bit for bit, while the tensor is moved.
     """
 
     dtype: DType
     shape: tuple[int, ...]
     extents: Extents
     attributes: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    replicas: tuple[TensorRef, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         extents: object = self.extents
@@ -137,7 +143,8 @@ class TensorRef:
     def view(self, *shape: int) -> TensorRef:
         """This tensor under another shape; ``ValueError`` if the number of elements
         differs."""
-        return TensorRef(self.dtype, shape, self.extents, self.attributes)
+        replicas = tuple(replica.view(*shape) for replica in self.replicas)
+        return TensorRef(self.dtype, shape, self.extents, self.attributes, replicas)
 
     def narrow(self, start: int, length: int) -> TensorRef:
         """``length`` elements from element ``start`` on, as a vector; ``ValueError`` if
@@ -174,6 +181,88 @@ class TensorRef:
             (sum(tensor.numel for tensor in refs),),
             Listed(joined),
         )
+
+    def box(self, offsets: Sequence[int], sizes: Sequence[int]) -> TensorRef:
+        """The elements from ``offsets`` on, ``sizes`` of them on each axis.
+
+        Its runs are worked out when they are moved. ``ValueError`` if the box is not
+        within the tensor.
+        """
+        low, lengths = tuple(offsets), tuple(sizes)
+        within = self.view(*self.shape)  # a computed tensor refuses: it has no bytes
+        bounds = zip(low, lengths, self.shape, strict=True)
+        if any(first < 0 or size < 0 or first + size > end for first, size, end in bounds):
+            raise ValueError(
+                f"a box of {described(lengths)} at {described(low)} is not in a tensor of "
+                f"{described(self.shape)}"
+            )
+
+        extents = within.extents
+        if isinstance(extents, Tiled) and extents.is_whole and extents.shape == self.shape:
+            cut_tiles = (tile.cut(low, lengths) for tile in extents.tiles)
+            tiles = [tile for tile in cut_tiles if tile is not None]
+        else:
+            origin = (0,) * len(low)
+            tiles = [Tile(origin, lengths, extents, self.shape, low)]
+
+        box = TensorRef(self.dtype, lengths, _extents(lengths, self.dtype.itemsize, tiles))
+        replicas = tuple(replica.box(low, lengths) for replica in self.replicas)
+        return replace(box, replicas=replicas)
+
+    @staticmethod
+    def tile(
+        shape: Sequence[int], placements: Iterable[tuple[Sequence[int], TensorRef]]
+    ) -> TensorRef:
+        """Tensors placed in one of ``shape``, each at its offsets.
+
+        ``ValueError`` unless they are of one type and cover each element once. Where one
+        of them has replicas, so has the result.
+        """
+        whole_shape = tuple(shape)
+        placed = [(tuple(offsets), ref) for offsets, ref in placements]
+        types = {ref.dtype for _, ref in placed}
+        if len(types) != 1:
+            names = sorted(dtype.value for dtype in types)
+            raise ValueError(f"cannot tile {' and '.join(names) or 'nothing'}")
+
+        tiles: list[Tile] = []
+        for offsets, ref in placed:
+            extents = ref.view(*ref.shape).extents
+            if isinstance(extents, Tiled) and extents.is_whole and extents.shape == ref.shape:
+                tiles += (tile.moved(offsets) for tile in extents.tiles)
+            elif ref.numel:
+                origin = (0,) * len(ref.shape)
+                tiles.append(Tile(offsets, ref.shape, extents, ref.shape, origin))
+
+        require_cover(whole_shape, tiles)
+        (dtype,) = types
+        tiled = TensorRef(dtype, whole_shape, _extents(whole_shape, dtype.itemsize, tiles))
+        count = max(len(ref.replicas) for _, ref in placed)
+        replicas = (
+            TensorRef.tile(whole_shape, [(at, _replica(ref, index)) for at, ref in placed])
+            for index in range(count)
+        )
+        return replace(tiled, replicas=tuple(replicas))
+
+
+def _extents(shape: tuple[int, ...], itemsize: int, tiles: Sequence[Tile]) -> Extents:
+    """The bytes of a tensor of tiles: as a list of runs, where each tile is but one."""
+    if not prod(shape):
+        return Listed()
+    if not all(isinstance(tile.source, Listed) and is_run(tile, shape) for tile in tiles):
+        return Tiled.whole(shape, itemsize, tiles)
+
+    runs: list[Extent] = []
+    for tile in sorted(tiles, key=lambda tile: position(tile, shape)):
+        start = position(replace(tile, offsets=tile.start), tile.within) * itemsize
+        runs += tile.source.narrow(start, start + prod(tile.sizes) * itemsize)
+
+    return Listed(runs)
+
+
+def _replica(ref: TensorRef, index: int) -> TensorRef:
+    """One of the replicas of a tensor, or what there is in its place."""
+    return ref.replicas[index] if index < len(ref.replicas) else replace(ref, replicas=())
 
 
 @dataclass(frozen=True, slots=True)

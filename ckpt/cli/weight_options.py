@@ -41,6 +41,13 @@ def _merging(_ctx: Any, _param: Any, merge: bool) -> bool:
     return merge
 
 
+TP_RULES = click.option(
+    "--tp-rules",
+    metavar="FILE",
+    type=_PATH,
+    help="How parameters were cut for tensor parallelism (TOML or JSON), where the checkpoint "
+    "does not say it.",
+)
 OPTIONS = (
     click.option(
         "--weights",
@@ -58,6 +65,15 @@ OPTIONS = (
         "is written then).",
     ),
     click.option(
+        "--layout",
+        type=click.Choice(["hub", "runtime"]),
+        default="hub",
+        show_default=True,
+        help="The names and shapes that save_pretrained writes and every reader of the Hub knows, "
+        "or those of the running model, which transformers 5 reads too. They differ for mixtures "
+        "of experts and models of images.",
+    ),
+    click.option(
         "--part",
         metavar="NAME",
         help="The model (policy) or the adapter to write, where several are saved as one.",
@@ -67,6 +83,7 @@ OPTIONS = (
         is_flag=True,
         help="Leave out the parameters that are not trained.",
     ),
+    TP_RULES,
     click.option("--strip", metavar="PREFIX", multiple=True, help="Drop a prefix of the names."),
     click.option(
         "--rename",
@@ -172,7 +189,7 @@ def request(options: dict[str, Any]) -> Request:
             "tokenizer",
             "dequantize",
         ),
-        *("check", "untie", "other_base", "exclude_frozen"),
+        *("check", "untie", "other_base", "exclude_frozen", "layout", "tp_rules"),
     )
 
     return Request(

@@ -23,8 +23,8 @@ from ckpt.cli.options import (
     dry_run,
 )
 from ckpt.cli.planned import Output, Planned, Progress
+from ckpt.cli.weight_options import TP_RULES, weights_options
 from ckpt.cli.weight_options import request as weights_request
-from ckpt.cli.weight_options import weights_options
 
 
 @click.command("to-fp32", short_help="Make a model folder of fp32 or 16-bit weights.")
@@ -135,8 +135,16 @@ def to_fp32(
 @TAG
 @LAST
 @click.option("--tensors", is_flag=True, help="List every tensor: name, type, shape.")
+@TP_RULES
 @JSON
-def show(checkpoint: Path, tag: str | None, last: bool, tensors: bool, as_json: bool) -> None:
+def show(
+    checkpoint: Path,
+    tag: str | None,
+    last: bool,
+    tensors: bool,
+    tp_rules: Path | None,
+    as_json: bool,
+) -> None:
     """Show what a checkpoint is and holds, from headers only.
 
     \b
@@ -146,9 +154,11 @@ def show(checkpoint: Path, tag: str | None, last: bool, tensors: bool, as_json: 
     """
     from ckpt.cli import report
     from ckpt.weights.conversion import sources
+    from converters.zero.parallel import rules
 
     checkpoint = checkpoint_of(checkpoint, tag, last, "ckpt show")
-    source = sources.fp32(checkpoint, tag, "ckpt to-fp32 --weights 16bit")
+    with rules.using(tp_rules):
+        source = sources.fp32(checkpoint, tag, "ckpt to-fp32 --weights 16bit")
     result = report.show(source, tensors)
     planned.show(Output(result, lines=[report.show_text(result)]), as_json)
 

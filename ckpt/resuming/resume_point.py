@@ -18,6 +18,8 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import RunCheckpoint, bytes_under
 from ckpt.state import plain, rank_files, rng
 from converters import detect
+from converters.detect.deepspeed import PARALLEL
+from converters.detect.kinds import BY_NAME
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
@@ -85,6 +87,14 @@ class ResumePoint:
             has_tag = tag is not None and (run_checkpoint.folder / tag).is_dir()
             inner_tag = tag if has_tag else None
             zero_checkpoint = detect.read(run_checkpoint.folder, inner_tag, complete=True)
+            if zero_checkpoint.kind in PARALLEL:
+                raise CheckpointError(
+                    f"{run_checkpoint.folder} {BY_NAME[zero_checkpoint.kind].statement}, which "
+                    "ckpt.resume does not load: load it with engine.load_checkpoint, on as many "
+                    "ranks",
+                    "unsupported",
+                )
+
             topology = Topology(zero_checkpoint.stage or 0, zero_checkpoint.world_size)
             step = zero_checkpoint.step
             if step is None:

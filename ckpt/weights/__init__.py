@@ -5,6 +5,7 @@ companions  the files beside weights
 output      what will be written, as a value
 reader      who reads it: the classes of transformers, and their names
 naming      names of tensors
+layouts     names and shapes as save_pretrained writes them
 adapters, merge  PEFT: the adapter's folder, or the model with the adapter in it
 check       does the output load?
 conversion  all of it, as ``ckpt to-fp32`` does it

@@ -20,6 +20,7 @@ _CHOICES = {
     "check": ("auto", "names", "none", "transformers"),
     "dtype": ("bf16", "fp16", "fp32", "keep"),
     "format": ("bin", "lightning", "safetensors"),
+    "layout": ("hub", "runtime"),
     "names": ("as-stored", "reader"),
     "odd-types": ("raw", "skip"),
     "tied": ("drop", "keep"),

@@ -18,6 +18,7 @@ DTYPE_NAMES = {  # what torch and transformers call them
 
 Masters = Literal["fp32", "16bit"]
 Check = Literal["auto", "names", "transformers", "none"]
+Layout = Literal["hub", "runtime"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,9 @@ class Request:
     dtype              the element type to write, a key of ``DTYPES``
     drops_ties         leaves out every tied name, whatever the reader makes of that
     exclude_frozen     leaves out the parameters that are not trained
+    layout             names and shapes as ``save_pretrained`` writes them ("hub"), where that
+                       is known of the model, or those of the running model ("runtime")
+    tp_rules           a file that says how parameters were cut for tensor parallelism
     """
 
     naming: Naming = field(default_factory=Naming)
@@ -118,6 +122,8 @@ class Request:
     dtype: str = "fp32"
     drops_ties: bool = False
     exclude_frozen: bool = False
+    layout: Layout = "hub"
+    tp_rules: Path | None = None
 
     @property
     def paths(self) -> dict[str, Path]:

@@ -105,7 +105,7 @@ def computed(
 ) -> Computed:
     """A tensor made of ``inputs``."""
     extents = Listed(extent for tensor in inputs for extent in tensor.extents.per_record())
-    return Computed(dtype, shape, extents, {}, inputs, recipe, formula, block, proofs)
+    return Computed(dtype, shape, extents, {}, (), inputs, recipe, formula, block, proofs)
 
 
 @dataclass(frozen=True, slots=True)

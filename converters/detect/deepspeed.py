@@ -1,4 +1,4 @@
-"""Checkpoints of DeepSpeed: of any ZeRO stage, of parallelism that is not read, universal."""
+"""Checkpoints of DeepSpeed: of any ZeRO stage, of more parallelism than that, universal."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ from converters.detect.look import Look
 from converters.storage import stores
 
 UNIVERSAL = "deepspeed-universal"
+TENSOR_PARALLEL = "deepspeed-model-parallel"
+PIPELINE = "deepspeed-pipeline"
+EXPERTS = "deepspeed-experts"
+# of more than ZeRO: read for their weights and states, and nothing else
+PARALLEL = (TENSOR_PARALLEL, PIPELINE, EXPERTS)
 LOAD_THERE = (
     "load it with DeepSpeed in the training that wrote it, on as many ranks, and save "
     "the weights there"
 )
+READ_HERE = (
+    "ckpt show, to-fp32 and ckpt.open read it; to go on from it, load it with DeepSpeed in the "
+    "training that wrote it, on as many ranks"
+)
+_CONTRAST = "not one that ZeRO alone splits up"
 
 
 def no_tag(look: Look) -> str | None:
@@ -119,35 +129,38 @@ KINDS = (
         of_tag=True,
     ),
     Kind(
-        name="deepspeed-experts",
+        name=EXPERTS,
         title="DeepSpeed checkpoint of experts (DeepSpeed-MoE or AutoEP)",
         recognized_by="`layer_L_expert_E_*` or `expp_rank_E_*` in the tag folder",
         sign=experts,
         statement="is a DeepSpeed checkpoint with expert files (DeepSpeed-MoE or AutoEP)",
-        remedy=LOAD_THERE,
-        refusal="{statement}; merging experts is not supported yet: {remedy}",
+        remedy=READ_HERE,
+        reader="converters.zero.experts.reader:read",
+        contrast=_CONTRAST,
         trouble="unsupported",
         of_tag=True,
     ),
     Kind(
-        name="deepspeed-pipeline",
+        name=PIPELINE,
         title="pipeline-parallel DeepSpeed checkpoint",
         recognized_by="`layer_NN-model_MM-model_states.pt` in the tag folder",
         sign=pipeline,
         statement="is a pipeline-parallel DeepSpeed checkpoint (layer_NN files)",
-        remedy=LOAD_THERE,
-        refusal="{statement}; merging stages is not supported yet: {remedy}",
+        remedy=READ_HERE,
+        reader="converters.zero.pipeline.reader:read",
+        contrast=_CONTRAST,
         trouble="unsupported",
         of_tag=True,
     ),
     Kind(
-        name="deepspeed-model-parallel",
-        title="DeepSpeed checkpoint of tensor or pipeline parallelism",
+        name=TENSOR_PARALLEL,
+        title="DeepSpeed checkpoint of tensor parallelism",
         recognized_by="state files of `mp_rank_01` and up in the tag folder",
         sign=tensor_parallel,
-        statement="is a DeepSpeed checkpoint of tensor or pipeline parallelism (mp_rank_01 and up)",
-        remedy=LOAD_THERE,
-        refusal="{statement}; merging these is not supported yet: {remedy}",
+        statement="is a DeepSpeed checkpoint of tensor parallelism (mp_rank_01 and up)",
+        remedy=READ_HERE,
+        reader="converters.zero.parallel.reader:read",
+        contrast=_CONTRAST,
         trouble="unsupported",
         of_tag=True,
     ),
@@ -159,7 +172,7 @@ KINDS = (
         sign=deepspeed,
         statement="is a DeepSpeed checkpoint",
         remedy="ckpt show, to-fp32, reshard and to-universal read it",
-        reader="converters.zero.reader:read",
+        reader="converters.zero.experts.reader:read_any",
     ),
     Kind(
         name="deepspeed-several",

@@ -20,6 +20,16 @@ PARTITIONED = re.compile(r"zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_model_
 MODULE = re.compile(r"mp_rank_(?P<mp>\d+)_model_states" + _SUFFIX)
 STATES = (OPTIMIZER, PARTITIONED, MODULE)
 EXPERTS = re.compile(r"(layer_\d+_)?expert_\d+_.*|expp_rank_\d+_.*")
+LAYER = re.compile(
+    r"layer_(?P<layer>\d{1,9})(?:-model_(?P<tensor>\d{1,9}))?-model_states" + _SUFFIX
+)
+EXPERT = re.compile(
+    r"layer_(?P<layer>\d{1,9})_expert_(?P<expert>\d{1,9})_mp_rank_(?P<mp>\d{1,9})_model_states"
+    + _SUFFIX
+)
+EXPERT_OPTIMIZER = re.compile(
+    r"expp_rank_(?P<rank>\d{1,9})_mp_rank_(?P<mp>\d{1,9})_optim_states" + _SUFFIX
+)
 STAGES = re.compile(r"layer_\d+(-model_\d+)?-model_states\.pt")
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"

@@ -1,11 +1,12 @@
 """Carries a plan out: reads, checks, casts and writes bytes.
 
-workers       the threads that move a shard
-source_files  the files that a thread holds open
-shards        a plan as files, each whole or not at all
-small_files   a plan of many small files
-logbook       what an interrupted run wrote and proved
-virtual_file  a plan as file objects whose bytes are made when they are read
-prefetch      makes them before they are asked for
-nonfinite     counts NaN and infinities
+workers        the threads that move a shard
+source_reader  the bytes of a tensor, read and verified
+source_files   the files that a thread holds open
+shards         a plan as files, each whole or not at all
+small_files    a plan of many small files
+logbook        what an interrupted run wrote and proved
+virtual_file   a plan as file objects whose bytes are made when they are read
+prefetch       makes them before they are asked for
+nonfinite      counts NaN and infinities
 """

@@ -11,18 +11,19 @@ shard arrive.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters.errors import CheckpointError
 from converters.execute.logbook import SMALL_BYTES, Logbook, Passage
+from converters.execute.source_reader import UnlikeError
 from converters.execute.workers import OUTPUT, Mover, Progress, Specials
 from converters.plan import Plan, Shard
 from converters.storage import stores
 from converters.storage.checksums import Ledger
 from converters.storage.local_store import LOCAL
-from converters.tensors import Extent
+from converters.tensors import Extent, TensorRef
 from converters.words import counted, verb
 
 
@@ -125,7 +126,11 @@ def execute(
             passage = passage or Passage()
             progress(shard.nbytes)
         else:
-            mover, is_new = _made(shard, target, checks, workers, progress, already_written)
+            try:
+                mover, is_new = _made(shard, target, checks, workers, progress, already_written)
+            except UnlikeError as error:
+                _require_undamaged(plan, ledger, error.tensors)
+                raise
             passage = _passage(mover)
             report.read += mover.read
             report.written += shard.nbytes if is_new else 0
@@ -212,10 +217,18 @@ def unlike_error(
     """
     placement = next(candidate for candidate in shard.placements if candidate.name == name)
     copies = placement.copies
+    _require_undamaged(plan, ledger, (placement.source, *copies))
+    return CheckpointError(
+        f"{copies[0].extents[0].path} holds other values of {name} than "
+        f"{placement.source.extents[0].path}, whose weights do not round to them: "
+        f"{remedy}"
+    )
+
+
+def _require_undamaged(plan: Plan, ledger: Ledger, tensors: Iterable[TensorRef]) -> None:
+    """Raises ``CheckpointError`` for a record that tensors lie in and whose CRC32 is wrong."""
     runs = {
-        (extent.path, extent.offset)
-        for tensor in (placement.source, *copies)
-        for extent in tensor.extents
+        (extent.path, extent.offset) for tensor in tensors for extent in tensor.extents.per_record()
     }
 
     def has_run(record: Extent) -> bool:
@@ -224,12 +237,6 @@ def unlike_error(
         )
 
     ledger.check(checksum for checksum in plan.checksums if has_run(checksum.extent))
-
-    return CheckpointError(
-        f"{copies[0].extents[0].path} holds other values of {name} than "
-        f"{placement.source.extents[0].path}, whose weights do not round to them: "
-        f"{remedy}"
-    )
 
 
 def refuse_overflow(

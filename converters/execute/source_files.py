@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from converters.errors import CheckpointError
 from converters.storage.open_files import FilePool
-from converters.storage.store import fill_exactly
+from converters.storage.store import fill_exactly, scatter_exactly
 from converters.tensors import Extent
 
 
@@ -18,6 +20,15 @@ class SourceFiles:
         """Reads an extent; ``CheckpointError`` if the file is shorter or cannot be read."""
         try:
             fill_exactly(self.pool.get(extent.path), extent.offset, destination)
+        except OSError as error:
+            raise CheckpointError(
+                f"{extent.path} cannot be read: {error.strerror}", "incomplete"
+            ) from error
+
+    def scatter(self, destinations: Sequence[memoryview], extent: Extent) -> None:
+        """Reads an extent into several destinations, one after another; see ``fill``."""
+        try:
+            scatter_exactly(self.pool.get(extent.path), extent.offset, destinations)
         except OSError as error:
             raise CheckpointError(
                 f"{extent.path} cannot be read: {error.strerror}", "incomplete"

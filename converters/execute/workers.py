@@ -25,17 +25,17 @@ from isal import isal_zlib
 
 from converters.computing.computed import Computed, stored
 from converters.execute import nonfinite
-from converters.execute.source_files import SourceFiles
+from converters.execute.source_reader import MOVE_BYTES as MOVE_BYTES
+from converters.execute.source_reader import SourceReader
 from converters.plan import Placement, Shard
-from converters.storage import strided_reads
 from converters.storage.checksums import Ledger
 from converters.storage.store import Readable, Writer
-from converters.tensors import DType, Strided, TensorRef
+from converters.tensors import DType, TensorRef
 
 if TYPE_CHECKING:
     from converters.computing.inputs import Factors, Rooms
 
-MOVE_BYTES = 2 << 20  # bytes of the widest type in a piece; a thread has four such buffers
+MAX_RUNS_IN_A_PIECE = 1 << 14  # runs of a strided view in a piece
 OUTPUT = Path("output")  # the name that the ledger of a shard's own CRC32s knows it by
 
 Progress = Callable[[int], None]
@@ -206,9 +206,26 @@ def pieces_of(shard: Shard) -> Iterator[Piece]:
             # the formula takes memory besides
             max_elements = max(1, max_elements // 2)
             max_elements -= max_elements % min(source.block, max_elements)
+        else:
+            max_elements = _elements_of_runs(source, max_elements)
 
         for start in range(0, source.numel, max_elements):
             yield Piece(placement, start, min(max_elements, source.numel - start))
+
+
+def _elements_of_runs(source: TensorRef, max_elements: int) -> int:
+    """The elements of a piece where a tensor has many runs; ``max_elements`` of others.
+
+    Whole blocks of runs are read together, as many as a piece may have. Strided views are cut
+    up by their reads.
+    """
+    extents, itemsize = source.extents, source.dtype.itemsize
+    if extents.scattered:
+        return max_elements
+
+    max_elements = min(max_elements, MAX_RUNS_IN_A_PIECE * max(extents.row, 1) // itemsize)
+    block = extents.block // itemsize
+    return max_elements - max_elements % block if 0 < block < max_elements else max_elements
 
 
 class Worker:
@@ -217,17 +234,18 @@ class Worker:
     def __init__(self, mover: Mover):
         self.mover = mover
         self.buffers = [memoryview(bytearray(MOVE_BYTES)) for _ in range(4)]
-        self.files = SourceFiles()
+        self.reader = SourceReader(self.buffers[2:], mover.ledger if mover.verify else None)
         self.rooms: Rooms = {}
 
     def close(self) -> None:
         """Closes the source files; the worker opens them again when it is used again."""
-        self.files.close()
+        self.reader.close()
 
     def make(self, piece: Piece) -> memoryview:
         """The piece's bytes in the shard: read, checked, cast. They last until the next
         call."""
         placement = piece.placement
+        self.reader.name = placement.name
         if isinstance(placement.source, Computed):
             return self.compute(placement.source, piece)
 
@@ -250,7 +268,7 @@ class Worker:
         mover.factors.advance(placement.offset)
 
         reader = inputs.InputReader(
-            self.take,
+            self.reader.take,
             mover.factors,
             source.proofs if mover.verify else (),
             lambda: mover.mismatched.add(placement.name),
@@ -323,23 +341,5 @@ class Worker:
     def fetch(self, tensor: TensorRef, piece: Piece, buffer: int) -> memoryview:
         """The piece's bytes of a tensor, in the numbered buffer."""
         destination = self.buffers[buffer][: piece.count * tensor.dtype.itemsize]
-        self.take(tensor, piece.start, destination)
+        self.reader.take(tensor, piece.start, destination)
         return destination
-
-    def take(self, tensor: TensorRef, start: int, destination: memoryview) -> None:
-        """Fills ``destination`` from element ``start`` of a tensor on, and notes the
-        CRC32s."""
-        if isinstance(tensor.extents, Strided):
-            first_byte = start * tensor.dtype.itemsize
-            strided_reads.read(self.files.fill, tensor.extents, first_byte, destination)
-            return  # out of order: its CRC32 is left to the closing of the account
-
-        part = tensor.narrow(start, len(destination) // tensor.dtype.itemsize)
-        position = 0
-        for extent in part.extents:
-            run_bytes = destination[position : position + extent.length]
-            self.files.fill(run_bytes, extent)
-            if self.mover.verify:
-                crc32 = isal_zlib.crc32(run_bytes)
-                self.mover.ledger.add(extent.path, extent.offset, extent.length, crc32)
-            position += extent.length

@@ -8,7 +8,7 @@ import mmap
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,6 +33,29 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> int:
         if not count:
             break
         bytes_read += count
+
+    return bytes_read
+
+
+def read_scattered(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """Fills buffers, one after another, from ``offset`` on; returns the bytes read, fewer
+    only at the file's end."""
+    bytes_read = 0
+    remaining = list(buffers)
+    while remaining:
+        count = offsets.read_scattered(fd, remaining, offset + bytes_read)
+        if not count:
+            break
+
+        bytes_read += count
+        filled = 0
+        while filled < len(remaining) and count >= len(remaining[filled]):
+            count -= len(remaining[filled])
+            filled += 1
+
+        del remaining[:filled]
+        if count:
+            remaining[0] = remaining[0][count:]
 
     return bytes_read
 

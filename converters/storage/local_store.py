@@ -54,6 +54,11 @@ class LocalFile:
             error.filename = self.name
             raise
 
+    def read_scattered(self, offset: int, buffers: Sequence[memoryview]) -> int:
+        """Fills buffers, one after another, from ``offset`` on; the number of bytes read."""
+        with local.named(self.path):
+            return local.read_scattered(self.fd, buffers, offset)
+
     @contextmanager
     def contents(self) -> Iterator[Any]:
         """The whole file, mapped where the filesystem can, else read."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,9 @@ from weakref import WeakValueDictionary
 
 from converters.errors import CheckpointError
 from converters.storage import stores, strided_reads
-from converters.storage.store import File, fill_exactly, read_exactly
+from converters.storage.store import File, fill_exactly, read_exactly, scatter_exactly
 from converters.storage.system import limits
-from converters.tensors import Extent, Strided
+from converters.tensors import Extent, Extents, Strided
 
 MAX_OPEN_FILES = 64
 MAX_KEPT_BYTES = 8 << 20  # of pickles whose values are kept: about 6 times as much in memory
@@ -190,9 +190,8 @@ def read_extent(extent: Extent) -> bytes:
         raise CheckpointError(f"{extent.path}: {error.strerror}", "incomplete") from error
 
 
-def read_extents(buffer: memoryview, extents: Iterable[Extent]) -> None:
+def read_extents(buffer: memoryview, extents: Extents) -> None:
     """Reads extents one after another; ``CheckpointError`` if a file is gone or shorter."""
-    position = 0
     extent: Extent | Strided
     try:
         with _files() as get:
@@ -206,10 +205,9 @@ def read_extents(buffer: memoryview, extents: Iterable[Extent]) -> None:
                 )
                 return
 
-            for extent in extents:
-                destination = buffer[position : position + extent.length]
-                fill_exactly(get(extent.path), extent.offset, destination)
-                position += extent.length
+            for read in extents.reads():
+                extent = read.extent
+                scatter_exactly(get(extent.path), extent.offset, read.rows(buffer))
     except OSError as error:
         raise CheckpointError(f"{extent.path}: {error.strerror}", "incomplete") from error
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from converters.errors import CheckpointError
 from converters.storage.url_path import canonical, download, scheme_of
@@ -30,6 +30,14 @@ class Readable(Protocol):
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fills ``buffer`` from ``offset`` on; returns the bytes read."""
+
+
+@runtime_checkable
+class Scattering(Protocol):
+    """A file that fills several buffers by one request; not every store can."""
+
+    def read_scattered(self, offset: int, buffers: Sequence[memoryview]) -> int:
+        """Fills buffers, one after another, from ``offset`` on; returns the bytes read."""
 
 
 class File(Readable, Protocol):
@@ -169,6 +177,20 @@ def read_exactly(file: File, offset: int, length: int) -> bytes:
     if len(data) != length:
         raise CheckpointError(f"{file.name} ends before byte {offset + length}; it is cut short")
     return data
+
+
+def scatter_exactly(file: File, offset: int, buffers: Sequence[memoryview]) -> None:
+    """Reads exactly as many bytes as buffers have, one after another, into them."""
+    length = sum(map(len, buffers))
+    if len(buffers) == 1:
+        fill_exactly(file, offset, buffers[0])
+    elif not isinstance(file, Scattering):
+        data, position = read_exactly(file, offset, length), 0
+        for buffer in buffers:
+            buffer[:] = data[position : position + len(buffer)]
+            position += len(buffer)
+    elif file.read_scattered(offset, buffers) != length:
+        raise CheckpointError(f"{file.name} ends before byte {offset + length}; it is cut short")
 
 
 def fill_exactly(file: File, offset: int, buffer: memoryview) -> None:

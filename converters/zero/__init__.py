@@ -10,6 +10,8 @@ partitioning      how ZeRO cuts parameters up
 naming/           which tensor has which name;  assemble  all of them as ``Weights``
 optimizer_state   by the name of its parameter;  muon  what Muon keeps;  param_groups
 rank_vectors      the weights and states of a param group, as all ranks have them
+parallel/         tensor parallelism: the shards of several model-parallel ranks, merged
+pipeline/         layers on stages;  experts/  on several ranks;  model_ranks/  what both need
 native/           the files for another world size or stage
 universal/        the universal format
 """

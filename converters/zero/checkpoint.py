@@ -5,8 +5,9 @@ The stages differ in where the fp32 master weights lie and how names find them
 ``parameters``: which files belong together, and that every name of the model's state is
 accounted for, as a tensor, a tied name, or absent and why.
 
-Tensor and pipeline parallelism, experts, MiCS and universal checkpoints are
-refused by name.
+MiCS saves the first of its shard groups, whose ranks hold everything, as plain stage 3; sequence
+parallelism partitions over all of its ranks. Tensor parallelism (``parallel/``), pipelines, experts
+and universal checkpoints have readers of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters import quantized
-from converters.detect.deepspeed import LOAD_THERE
+from converters.detect.deepspeed import READ_HERE
 from converters.errors import CheckpointError, consistent, unreadable
 from converters.names.rules import Names
 from converters.source import EXCLUDED as EXCLUDED
@@ -91,21 +92,35 @@ def _read_or_explain(place: Place, require_all: bool) -> Checkpoint:
 
 
 def _read(place: Place, require_all: bool) -> Checkpoint:
-    files = discovery.scan(place)
+    return read_files(place, discovery.scan(place), require_all)
+
+
+def read_files(
+    place: Place, files: discovery.Files, require_all: bool, model_rank: int | None = None
+) -> Checkpoint:
+    """What some files of a tag hold: all, or those of one model-parallel rank, where the
+    parameters are shards.
+
+    ``CheckpointError`` for what is damaged, incomplete or of a kind that is not read.
+    """
     optimizers = {rank: state_files.read(file) for rank, file in files.optimizer.items()}
-    stage = _stage(optimizers)
+    stage = stage_of(optimizers)
     model_files = _model_files(files, stage)
     refuse_foreign([*model_files, *optimizers.values()])
+    if model_rank is None:
+        _require_one_model_rank(place, model_files)
     if not model_files:
-        raise _no_model_file(place, stage)
+        raise _no_model_file(place, stage, model_rank or 0)
 
-    rank_files = all_ranks.in_rank_order(place, optimizers)
+    rank_files = all_ranks.in_rank_order(
+        place, optimizers, all_ranks.of_model_rank("optimizer", model_rank)
+    )
     state_files.require_kinds(model_files, rank_files)
-    notes = _require_ranks(place, files, model_files[0], len(rank_files), require_all)
+    notes = _require_ranks(place, files, model_files[0], len(rank_files), require_all, model_rank)
     if stage == 3 and files.module is not None:
         notes = [f"{files.module.name} is of another save and was left out", *notes]
-    if not rank_files and (files.partitioned or _has_partitions(model_files[0])):
-        raise _no_optimizer_files(place)
+    if not rank_files and (files.partitioned or has_partitions(model_files[0])):
+        raise no_optimizer_files(place)
 
     parameters = _parameters(place, stage, model_files, rank_files)
     sources = [*model_files, *rank_files]
@@ -129,7 +144,7 @@ def _read(place: Place, require_all: bool) -> Checkpoint:
     )
 
 
-def _no_optimizer_files(place: Place) -> CheckpointError:
+def no_optimizer_files(place: Place) -> CheckpointError:
     """The error for a checkpoint of ZeRO that has model files only."""
     return CheckpointError(
         f"{place.folder} has no optimizer files, which hold the fp32 weights under "
@@ -145,17 +160,35 @@ def _model_files(files: discovery.Files, stage: int) -> list[State]:
     return [state_files.read(files.module)] if files.module else []
 
 
-def _no_model_file(place: Place, stage: int) -> CheckpointError:
+def _require_one_model_rank(place: Place, model_files: Sequence[State]) -> None:
+    """``CheckpointError`` where files of further model-parallel ranks should be here, too."""
+    count = model_files[0].root.get("mp_world_size") if model_files else None
+    if isinstance(count, int) and count > 1:
+        raise CheckpointError(
+            f"{model_files[0].path} was saved with tensor or pipeline parallelism (mp_world_size "
+            f"{count}), and {place.folder} has files of mp_rank_00 alone; copy those of the other "
+            "ranks here",
+            "incomplete",
+        )
+
+
+def _no_model_file(place: Place, stage: int, model_rank: int) -> CheckpointError:
+    name = f"mp_rank_{model_rank:02d}_model_states.pt"
     rank_prefix = "zero_pp_rank_0_" if stage == 3 else ""
     return CheckpointError(
-        f"{place.folder} has no model file (expected {rank_prefix}mp_rank_00_model_states.pt); "
+        f"{place.folder} has no model file (expected {rank_prefix}{name}); "
         f"copy it from where the checkpoint was saved{misplaced_files.missing(place.folder)}",
         "incomplete",
     )
 
 
 def _require_ranks(
-    place: Place, files: discovery.Files, model: State, optimizer_count: int, require_all: bool
+    place: Place,
+    files: discovery.Files,
+    model: State,
+    optimizer_count: int,
+    require_all: bool,
+    model_rank: int | None,
 ) -> list[str]:
     """Notes on model files of stage 3 that are missing; ``CheckpointError`` if they are needed."""
     if not files.partitioned:
@@ -167,7 +200,9 @@ def _require_ranks(
     if not require_all and 0 in files.partitioned and _nothing_frozen(model):
         missing_ranks = sorted(set(range(rank_count)) - set(files.partitioned))
 
-    all_ranks.require_ranks(place, rank_count, {*files.partitioned, *missing_ranks}, "model")
+    present_ranks = {*files.partitioned, *missing_ranks}
+    file_kind = all_ranks.of_model_rank("model", model_rank)
+    all_ranks.require_ranks(place, rank_count, present_ranks, file_kind)
     if not missing_ranks:
         return []
 
@@ -228,7 +263,7 @@ def _partitioned_models(paths: Sequence[Path]) -> list[State]:
     return [rank_0_model, *(state_files.read(path) for path in other_paths)]
 
 
-def _stage(optimizers: Mapping[int, State]) -> int:
+def stage_of(optimizers: Mapping[int, State]) -> int:
     """The ZeRO stage that the optimizer files state; 0 without such files.
 
     BF16_Optimizer states none: it works as stage 1, whatever the configuration
@@ -254,36 +289,31 @@ def _stage(optimizers: Mapping[int, State]) -> int:
     return 1 if configured_stage == 1 else int(stated_stage)
 
 
+class ExpertsError(CheckpointError):
+    """The error for experts that are dealt out to ranks, which the files' names did not show."""
+
+
 def refuse_foreign(states: Iterable[State]) -> None:
     """Raises for parallelism beyond ZeRO, which the files' names did not give away."""
     for state in states:
         root, optimizer = state.root, state.root.get("optimizer_state_dict")
         inner_optimizer = optimizer if isinstance(optimizer, dict) else {}
         has_expert_groups = bool(inner_optimizer.get("ds_zero_partition_groups"))
-        shard_group_size = state.setting("zero_optimization", "mics_shard_size")
-        model_parallel_size = root.get("mp_world_size")
 
         if root.get("ds_autoep_layers") or has_expert_groups:
             parallelism = "AutoEP (expert parallelism)"
         elif root.get("num_experts"):
             parallelism = "DeepSpeed-MoE (expert parallelism)"
-        elif isinstance(shard_group_size, int) and shard_group_size > 0:
-            parallelism = (
-                f"MiCS (mics_shard_size {shard_group_size}), which saves the first shard group only"
-            )
-        elif isinstance(model_parallel_size, int) and model_parallel_size > 1:
-            parallelism = f"tensor or pipeline parallelism (mp_world_size {model_parallel_size})"
         else:
             continue
 
-        raise CheckpointError(
-            f"{state.path} was saved with {parallelism}; merging that is not supported yet: "
-            f"{LOAD_THERE}",
+        raise ExpertsError(
+            f"{state.path} was saved with {parallelism}, not by ZeRO alone; {READ_HERE}",
             "unsupported",
         )
 
 
-def _has_partitions(model: State) -> bool:
+def has_partitions(model: State) -> bool:
     """Whether the run kept the optimizer's state in files of its own.
 
     Some must be there then. Only then the module file names ``param_shapes`` (since

@@ -24,7 +24,7 @@ from typing import Any
 
 from converters.errors import CheckpointError, MalformedError, consistent
 from converters.storage import stores
-from converters.tensors import Extent, Listed, TensorRef
+from converters.tensors import Extent, Listed, TensorRef, Weights
 from converters.zero import muon, partitioning
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import state_files, typed
@@ -48,13 +48,33 @@ def read(checkpoint: Checkpoint, name: str) -> dict[str, Value]:
     of codes, as they are. ``KeyError`` if the name is not trained; ``CheckpointError``
     if the state has no names (fp32 runs without ZeRO).
     """
-    weights = checkpoint.weights
+    return state_of(checkpoint.place.folder, checkpoint.weights, _partitions(checkpoint), name)
+
+
+def state_of(
+    folder: Path, weights: Weights, partitions: Iterable[Partition], name: str
+) -> dict[str, Value]:
+    """The same of any weights that lie in the partitions, however these were split up.
+
+    ``folder`` is what messages begin with. ``KeyError`` if the name is not trained.
+    """
     weight = weights.tensors[weights.aliases.get(name, name)]
-    with consistent(checkpoint.place.folder, "a file is damaged or of another save"):
-        return _state_of(name, weight, _partitions(checkpoint))
+    with consistent(folder, "a file is damaged or of another save"):
+        return _joined_state(name, weight, partitions)
 
 
-def _state_of(
+def of_flat_groups(state: State) -> Iterator[Partition]:
+    """The master weights in an optimizer file of stages 1 and 2, with the state of each.
+
+    Not for Muon, which keeps a momentum that is not the rank's own alone.
+    """
+    key = "single_partition_of_fp32_groups"
+    masters = state_files.tensors(state, state.optimizer.get(key), key)
+    inner_state = state.optimizer.get("base_optimizer_state")
+    yield from _with_states(masters, _in_group_order(state.path, inner_state))
+
+
+def _joined_state(
     name: str, weight: TensorRef, all_partitions: Iterable[Partition]
 ) -> dict[str, Value]:
     """What partitions keep for the elements of a parameter."""
@@ -170,7 +190,7 @@ def _partitions(checkpoint: Checkpoint) -> Iterator[Partition]:
         )
 
         if "fp32_flat_groups" in optimizer:
-            yield from _stage3(checkpoint, state, optimizer_state)
+            yield from of_sub_groups(checkpoint.place.folder, rank, state)
         elif "local_sub_partitions_of_fp32_groups" in optimizer:
             key = "local_sub_partitions_of_fp32_groups"
             for index, group in enumerate(state.optimizer_fields.required(key, list)):
@@ -249,7 +269,12 @@ def _with_own_momentum(
     return states
 
 
-def _stage3(checkpoint: Checkpoint, state: State, optimizer_state: Any) -> Iterator[Partition]:
+def of_sub_groups(folder: Path, rank: int, state: State) -> Iterator[Partition]:
+    """The sub-groups in an optimizer file of stage 3, with the state of each.
+
+    ``folder`` is the tag's, ``rank`` the one that the file is of.
+    """
+    optimizer_state = state.optimizer.get("optimizer_state_dict")
     flat_vectors = state_files.tensors(
         state, state.optimizer["fp32_flat_groups"], "fp32_flat_groups"
     )
@@ -260,15 +285,14 @@ def _stage3(checkpoint: Checkpoint, state: State, optimizer_state: Any) -> Itera
     yield from _with_states(flat_vectors, states)
 
     # what was offloaded to NVMe is empty in the file, and lies in files of its own
-    rank = checkpoint.ranks.index(state)
-    folder = checkpoint.place.folder / "offloaded_tensors" / f"rank{rank:02d}"
+    swap_folder = folder / "offloaded_tensors" / f"rank{rank:02d}"
 
     for flat, values in zip(flat_vectors, states, strict=True):
         tensor_id = flat.attributes.get("ds_id")
         if flat.numel or not isinstance(tensor_id, str):
             continue
 
-        master_path = folder / f"{tensor_id}.tensor.swp"
+        master_path = swap_folder / f"{tensor_id}.tensor.swp"
         if not stores.is_file(master_path):
             continue
         if not isinstance(values, (dict, NoneType)):
@@ -276,7 +300,7 @@ def _stage3(checkpoint: Checkpoint, state: State, optimizer_state: Any) -> Itera
 
         swapped_values = dict(values or {})
         for key, value in swapped_values.items():
-            value_path = folder / f"{key}-{tensor_id}.tensor.swp"
+            value_path = swap_folder / f"{key}-{tensor_id}.tensor.swp"
             if isinstance(value, TensorRef) and not value.numel and stores.is_file(value_path):
                 numel = stores.status(value_path).size // value.dtype.itemsize
                 value_extent = Extent(value_path, 0, numel * value.dtype.itemsize)

@@ -32,7 +32,7 @@ def parameters(model: State, ranks: Sequence[State]) -> Parameters:
 
     ``CheckpointError`` if something disagrees.
     """
-    groups = _group_partitions(ranks)
+    groups = group_partitions(ranks)
     shapes = state_files.shapes(model, "param_shapes")
     shapes = shapes or state_files.shapes(ranks[0], "param_shapes")
 
@@ -42,7 +42,7 @@ def parameters(model: State, ranks: Sequence[State]) -> Parameters:
         masters = storage_views.by_view(model, flat_vectors)
         return storage_views.complete(model, masters, shapes)
 
-    layouts = _walk(model, ranks[0], groups, shapes)
+    layouts = flat_groups(ranks[0], groups, shapes)
     if all(name in model.module for group in layouts for name in group.places):
         masters = {}
         for index, group in enumerate(layouts):
@@ -67,8 +67,12 @@ def parameters(model: State, ranks: Sequence[State]) -> Parameters:
     return result
 
 
-def _group_partitions(ranks: Sequence[State]) -> list[list[TensorRef]]:
-    """The flat fp32 vector of every group, as runs in order of their elements."""
+def group_partitions(ranks: Sequence[State]) -> list[list[TensorRef]]:
+    """The flat fp32 vector of every group, as runs in order of their elements.
+
+    ``ranks`` are the optimizer files in rank order; ``CheckpointError`` where they have
+    unlike numbers of groups.
+    """
     if "local_sub_partitions_of_fp32_groups" in ranks[0].optimizer:
         return _sub_partitions(ranks)
 
@@ -113,39 +117,53 @@ def _require_equal_counts(
         )
 
 
-def _walk(
-    model: State,
-    state: State,
-    groups: list[list[TensorRef]],
-    shapes: list[dict[str, Shape]],
+def flat_groups(
+    state: State, groups: Sequence[Sequence[TensorRef]], shapes: Sequence[dict[str, Shape]]
 ) -> list[FlatGroup]:
-    """Each group with the places of its parameters, by ``param_shapes`` in order."""
+    """Each group with the places of its parameters, by ``param_shapes`` in order.
+
+    ``groups`` has the partitions of each, in rank order; ``state`` is an optimizer file.
+    ``CheckpointError`` where the shapes do not fill the partitions.
+    """
     if len(groups) != len(shapes):
         raise state.fail(f"{len(groups)} groups of weights, but param_shapes has {len(shapes)}")
 
-    alignment_paddings = state_files.alignment_paddings(state, len(groups))
-    layouts: list[FlatGroup] = []
+    paddings = state_files.alignment_paddings(state, len(groups))
+    return [
+        flat_group(state, index, group, shapes[index], paddings[index])
+        for index, group in enumerate(groups)
+    ]
 
-    for index, (group, group_shapes) in enumerate(zip(groups, shapes, strict=True)):
-        paddings = alignment_paddings[index]
-        if paddings and len(paddings) != len(group_shapes):
-            raise state.fail(f"param_alignment_paddings[{index}] is not one for each parameter")
 
-        unused_numel = partitioning.unused_elements(group, group_shapes, paddings)
-        # every rank's run is aligned to two elements since 0.5.2, to one before
-        if not 0 <= unused_numel < max(2 * len(group), 1):
-            raise CheckpointError(
-                f"{state.path.parent}: the ranks hold "
-                f"{words.numbers(part.numel for part in group)} elements of group "
-                f"{index}, its parameters take "
-                f"{sum(prod(shape) for shape in group_shapes.values())}: one of the "
-                "optimizer files is of another save"
-            )
+def flat_group(
+    state: State,
+    index: int,
+    partitions: Sequence[TensorRef],
+    shapes: dict[str, Shape],
+    paddings: Sequence[int] = (),
+) -> FlatGroup:
+    """A group with the places of its parameters, from the partitions of all its ranks.
 
-        places = dict(partitioning.places12(group_shapes, paddings))
-        layouts.append(FlatGroup(partitioning.joined(group), places))
+    ``paddings`` are the elements left empty behind each parameter, and ``state`` the
+    optimizer file that has them. ``CheckpointError`` where the shapes do not fill the
+    partitions.
+    """
+    if paddings and len(paddings) != len(shapes):
+        raise state.fail(f"param_alignment_paddings[{index}] is not one for each parameter")
 
-    return layouts
+    unused_numel = partitioning.unused_elements(partitions, shapes, paddings)
+    # every rank's run is aligned to two elements since 0.5.2, to one before
+    if not 0 <= unused_numel < max(2 * len(partitions), 1):
+        raise CheckpointError(
+            f"{state.path.parent}: the ranks hold "
+            f"{words.numbers(part.numel for part in partitions)} elements of group "
+            f"{index}, its parameters take "
+            f"{sum(prod(shape) for shape in shapes.values())}: one of the "
+            "optimizer files is of another save"
+        )
+
+    places = dict(partitioning.places12(shapes, paddings))
+    return FlatGroup(partitioning.joined(partitions), places)
 
 
 def _agree(model: State, index: int, group: FlatGroup) -> None:

@@ -41,7 +41,7 @@ def parameters(folder: Path, models: Sequence[State], ranks: Sequence[State]) ->
     nothing is frozen, the model file of rank 0 is enough. ``CheckpointError`` if
     something disagrees.
     """
-    _require_one_step(models)
+    require_one_step(models)
     key = "fp32_flat_groups"
     by_rank = [state_files.tensors(state, state.optimizer.get(key), key) for state in ranks]
     if len({len(groups) for groups in by_rank}) != 1:
@@ -58,6 +58,15 @@ def parameters(folder: Path, models: Sequence[State], ranks: Sequence[State]) ->
         ]
         masters |= dict(partitioning.stage3(flat_vectors, group_shapes))
 
+    return complete(models, masters)
+
+
+def complete(models: Sequence[State], masters: Mapping[str, TensorRef]) -> Parameters:
+    """All parameters, where the trained ones are known by their own names.
+
+    ``models`` are the model files in rank order. ``CheckpointError`` if something
+    disagrees.
+    """
     frozen, unsaved_reasons = _frozen_parameters(models)
     names = placeholders.names_of(models[0], [*masters, *frozen, *unsaved_reasons])
     module = models[0].module
@@ -78,7 +87,7 @@ def parameters(folder: Path, models: Sequence[State], ranks: Sequence[State]) ->
     return result
 
 
-def _require_one_step(models: Sequence[State]) -> None:
+def require_one_step(models: Sequence[State]) -> None:
     """Raises if the model files are not all of the same step."""
     for key in ("global_steps", "ds_version"):
         expected = models[0].root.get(key)

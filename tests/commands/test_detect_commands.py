@@ -43,7 +43,8 @@ COMMANDS = {
 }
 TAG = "global_step2"  # of zero2-bf16-w2
 WITHOUT_DRY_RUN = ("ls", "verify", "latest", "show")
-STATES = ("deepspeed-experts", "deepspeed-pipeline", "deepspeed-model-parallel")
+PARALLEL = ("deepspeed-experts", "deepspeed-pipeline", "deepspeed-model-parallel")
+OF_ZERO = ("reshard", "to-universal", "from-universal")
 ON_RUNS = ("ls", "verify", "latest", "doctor", "doctor --adopt", "prune", "pin", "unpin")
 # What a command takes at a path of a kind, and so says nothing of the kind: --tag is no option of
 # the commands on runs, and a folder with a manifest is a checkpoint of ckpt's own.
@@ -60,7 +61,8 @@ TAKEN = {
     "deepspeed-universal": tuple(COMMANDS),
     **dict.fromkeys(("adapter", "gathered-16bit", "safetensors", "torch-bin"), ("push",)),
     **dict.fromkeys(("trainer", "accelerate"), ("push",)),
-} | dict.fromkeys(STATES, ("latest", "doctor", "doctor --adopt", "prune", "pin", "unpin"))
+    **dict.fromkeys(PARALLEL, tuple(name for name in COMMANDS if name not in OF_ZERO)),
+}
 
 
 def names(text: str, detection: Detection) -> bool:

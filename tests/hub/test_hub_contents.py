@@ -12,12 +12,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+import zero_folders
 from oracles import FIXTURES, run
 from run_folders import commit, real
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, load_file, save_file
 from stage0 import save_stage0
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from ckpt.hub.content import local_paths
 from ckpt.hub.content.contents import contents
@@ -26,6 +27,7 @@ from ckpt.hub.content.secrets import secrets
 from ckpt.runs.run import RunCheckpoint, open_checkpoint
 from ckpt.weights.request import Request
 from converters.errors import CheckpointError
+from converters.execute.virtual_file import Serving
 from converters.plan import Shard
 
 MODEL = {"model.safetensors", "config.json", "generation_config.json", "README.md"}
@@ -471,3 +473,28 @@ def test_the_modules_of_a_sentence_model_are_sent_in_their_folders(tmp_path: Pat
         *("config_sentence_transformers.json", "sentence_bert_config.json", "tokenizer.json"),
         *("1_Pooling/config.json", "2_Dense/config.json"),
     }
+
+
+@pytest.mark.parametrize("layout", ["hub", "runtime"])
+def test_what_is_sent_has_the_layout_that_is_asked_for(layout: Any, tmp_path: Path) -> None:
+    config = MixtralConfig(
+        **{"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2},
+    )
+    model = MixtralForCausalLM(config)
+    checkpoint = tmp_path / "checkpoint"
+    zero_folders.save(model, checkpoint)
+    model.config.architectures = ["MixtralForCausalLM"]
+    model.config.save_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "expected", save_original_format=layout == "hub")
+
+    options = {} if layout == "hub" else {"request": Request(layout=layout)}
+    found = sent(open_checkpoint(checkpoint), **options)
+
+    assert found.conversion is not None
+    serving = Serving(found.conversion.plan)
+    served = [serving.open(item.source) for item in found.items if isinstance(item.source, Shard)]
+    tensors = [load(file.read()) for file in served]
+    expected = load_file(tmp_path / "expected/model.safetensors")
+    assert len(tensors) == 1 and tensors[0].keys() == expected.keys()
+    assert all(torch.equal(tensors[0][name], value) for name, value in expected.items())

@@ -434,7 +434,7 @@ def test_the_names_that_only_transformers_5_uses_are_said(tmp_path: Path) -> Non
     cls = transformers.MixtralForCausalLM
     model = cls(transformers.MixtralConfig(**SIZES, num_local_experts=3))
     source = of_model(tmp_path / "c", model)
-    convert(source, tmp_path / "m")
+    convert(source, tmp_path / "m", "--layout", "runtime")
     loads_like(tmp_path / "m", model)
     verdict = record(tmp_path / "m")["verdict"]
     assert verdict.startswith("loads as MixtralForCausalLM: 21 of 21 names; these are the names")

@@ -51,8 +51,8 @@ PARTLESS = [
     ("zero0-bf16", "without ZeRO"),
     ("corpus/moe_s2", "expert"),
     ("corpus/pp_z1bf", "pipeline"),
-    ("corpus/tp_z2_w4", "tensor or pipeline parallelism"),
-    ("corpus/mics4", "MiCS"),
+    ("corpus/tp_z2_w4", "tensor parallelism"),
+    ("parallel/mics_hier_w4", "MiCS"),
 ]
 WHOLE = [
     *(p for p in [*made(), *corpus()] if not p.name.startswith(("zero0", "s0"))),

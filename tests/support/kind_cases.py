@@ -95,21 +95,22 @@ def universal(folder: Path) -> Path:
     return folder / "u"
 
 
-@case("deepspeed-experts", "load it with DeepSpeed in the training that wrote it")
+@case("deepspeed-experts", "")
 def experts(folder: Path) -> Path:
-    name = "layer_0_expert_1_mp_rank_00_model_states.pt"
-    return tagged(folder, name, "mp_rank_00_model_states.pt")
+    shutil.copytree(FIXTURES / "pipelines-and-experts/moe-zero1-frozen", folder, dirs_exist_ok=True)
+    return folder
 
 
-@case("deepspeed-pipeline", "load it with DeepSpeed in the training that wrote it")
+@case("deepspeed-pipeline", "")
 def pipeline(folder: Path) -> Path:
-    names = ("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt")
-    return tagged(folder, "layer_00-model_00-model_states.pt", *names)
+    shutil.copytree(FIXTURES / "pipelines-and-experts/pipeline-zero1", folder, dirs_exist_ok=True)
+    return folder
 
 
-@case("deepspeed-model-parallel", "load it with DeepSpeed in the training that wrote it")
+@case("deepspeed-model-parallel", "")
 def tensor_parallel(folder: Path) -> Path:
-    return tagged(folder, *(f"mp_rank_{rank:02d}_model_states.pt" for rank in range(2)))
+    shutil.copytree(FIXTURES / "parallel/tp_qwen3_frozen_z2_w4", folder, dirs_exist_ok=True)
+    return folder
 
 
 @case("deepspeed", "")

@@ -126,12 +126,14 @@ def test_layouts_that_are_not_converted_prove_that_no_file_is_missing(tmp_path: 
         folder = tmp_path / name / "checkpoint-2"
         shutil.copytree(FIXTURES / "corpus" / name, folder)
         assert ckpt.find(folder.parent) == str(folder)
-        part = next(folder.glob("*/*zero_pp_rank_0_mp_rank_0*optim_states.pt"))
+        part = min(folder.glob("*/*zero_pp_rank_0_mp_rank_0*optim_states.pt"))
         os.truncate(part, 2000)
         with pytest.raises(CheckpointError, match="damaged or cut short"):
             ckpt.find(folder.parent)
         part.unlink()
-        with pytest.raises(CheckpointError, match=r"has no file of .*mp_rank"):
+        with pytest.raises(
+            CheckpointError, match=r"lacks zero_pp_rank_\*_mp_rank|optimizer files of rank 0 are"
+        ):
             ckpt.find(folder.parent)
 
 

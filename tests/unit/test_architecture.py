@@ -20,6 +20,8 @@ MAX_MODULES = 16  # in a folder, its __init__.py aside
 # above its own line here, and itself.
 FLOORS = """
 converters.extents
+converters.walks
+converters.tiles
 converters.errors converters.tensors converters.words ckpt.text ckpt.version
 converters.accessors converters.storage.system
 converters.source converters.storage converters.pickles converters.names ckpt.runs.lease
@@ -30,6 +32,8 @@ converters.execute converters.torch_files converters.peft.merge
 converters.formats converters.zero.files
 converters.zero.naming
 converters.zero
+converters.zero.model_ranks
+converters.zero.parallel converters.zero.experts converters.zero.pipeline
 converters.zero.native
 converters.zero.universal
 
@@ -38,7 +42,7 @@ ckpt.cli.results ckpt.folders ckpt.distributed ckpt.weights
 ckpt.runs
 ckpt.runs.foreign ckpt.state ckpt.weights.companions
 ckpt.rewrite ckpt.runs.states ckpt.saving.commit ckpt.weights.output ckpt.weights.reader
-ckpt.weights.naming
+ckpt.weights.naming ckpt.weights.layouts
 ckpt.engine ckpt.weights.adapters
 ckpt.runs.upkeep ckpt.weights.merge ckpt.weights.check ckpt.weights.opening
 ckpt.weights.conversion ckpt.zero_to_fp32

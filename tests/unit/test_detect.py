@@ -40,10 +40,17 @@ def test_a_kind_is_recognised_and_its_user_is_told_what_to_do(
     options = ["--tag", "global_step9"] if name == "no-tag" else []
     detection = detect(path, options[1] if options else None)
     assert detection.kind is BY_NAME[name]
-    if name in ("deepspeed", "deepspeed-universal"):
+    facts = {
+        "deepspeed": "ZeRO stage 2, 2 ranks",
+        "deepspeed-universal": "ZeRO stage 2, 2 ranks",
+        "deepspeed-experts": "ZeRO stage 1, 2 ranks",
+        "deepspeed-pipeline": "ZeRO stage 1, 4 ranks",
+        "deepspeed-model-parallel": "ZeRO stage 2, 4 ranks",
+    }
+    if name in facts:
         run("to-fp32", path, "--dry-run")
         text = capsys.readouterr().out
-        assert f"\nkind         {detection.kind.title}, ZeRO stage 2, 2 ranks\n" in text
+        assert f"\nkind         {detection.kind.title}, {facts[name]}\n" in text
         return
 
     lines = []

@@ -32,7 +32,7 @@ COMMANDS = {
     "show: zips": (("show", STAGE_2), "converters.torch_files.zip_format.pairwise"),
     "show: assembling": (("show", STAGE_2), "converters.zero.checkpoint.assemble"),
     "show: stage 0": (("show", STAGE_0), "converters.zero.stage0.name_matching.assign"),
-    "show: stage 2": (("show", STAGE_2), "converters.zero.stage12._walk"),
+    "show: stage 2": (("show", STAGE_2), "converters.zero.stage12.flat_groups"),
     "show: stage 3": (("show", STAGE_3), "converters.zero.stage3._sub_groups"),
     "show: files": (("show", STAGE_2), "converters.zero.files.state_files.shapes"),
     "to-fp32": (("to-fp32", STAGE_3, "-n"), "converters.zero.partitioning.stage3"),

@@ -20,7 +20,7 @@ from converters.storage import open_files, stores
 from converters.storage.local_store import LocalStore
 from converters.storage.store import File, is_url, local_path
 from converters.storage.stores import source_path
-from converters.tensors import Extent
+from converters.tensors import Extent, Listed
 from tests.support.store_suite import Place, StoreSuite
 
 
@@ -92,7 +92,7 @@ def test_a_command_opens_and_parses_each_file_once(
             with open_files.once():  # a block inside shares what is open
                 assert open_files.read_extent(Extent(first, 2, 4)) == b"0000"
             buffer = bytearray(3)
-            extents = [Extent(first, 7, 1), Extent(second, 7, 1), Extent(first, 0, 1)]
+            extents = Listed([Extent(first, 7, 1), Extent(second, 7, 1), Extent(first, 0, 1)])
             open_files.read_extents(memoryview(buffer), extents)
             assert buffer == b"010"
 

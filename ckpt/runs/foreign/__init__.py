@@ -4,7 +4,7 @@ signs         what in a run's folder is taken for a checkpoint
 completeness  whether one is whole, by what its writer writes
 intact_files  whether its files are whole, by their own form
 dcp_files     those of torch's distributed checkpoints, and of FSDP
-parallel      pipeline, tensor and expert parallelism, which are not read
+parallel      pipeline, tensor and expert parallelism: all that their files have to be
 succession    whether it goes on from a committed one
 liveness      whether somebody writes it right now
 resume_files  which of its files a resume reads

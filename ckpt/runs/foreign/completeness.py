@@ -32,7 +32,7 @@ from ckpt.runs.run import is_numbered, step_in
 from converters import detect
 from converters.accessors import is_whole_number
 from converters.detect import filenames
-from converters.detect.deepspeed import UNIVERSAL
+from converters.detect.deepspeed import PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError, unreadable
 from converters.words import counted
 from converters.zero import step_counts
@@ -275,16 +275,16 @@ def _of_deepspeed(
     folder: Path, kind: str, rng_ranks: int | None = None, tag: str | None = None
 ) -> Proof:
     """``rng_ranks``: how many RNG states of a Trainer there are, of which every rank needs one."""
-    is_lightning = folder.name.endswith(".ckpt")
-    kind = "Lightning with DeepSpeed" if is_lightning else kind
+    kind = "Lightning with DeepSpeed" if folder.name.endswith(".ckpt") else kind
     try:
         source = detect.read(folder, tag, complete=True)
     except CheckpointError as error:
         if error.kind != "unsupported":
             raise
+        source = None
+    if source is None or source.kind in PARALLEL:  # without shapes: it gets no manifest
         tag = require_parallel(folder, tag)
         return Proof(folder, f"{kind} (parallel)", step_in(tag), tag)
-
     if source.kind == UNIVERSAL:
         return Proof(
             folder, "DeepSpeed (universal)", source.step, None, False, hindrance=_UNIVERSAL
@@ -305,9 +305,9 @@ def _of_deepspeed(
     if rng_ranks is not None and not has_scheduler:
         raise CheckpointError(f"{folder} has no scheduler.pt", "incomplete")
 
-    shapes = {name: tuple(ref.shape) for name, ref in source.weights.tensors.items()}
-
-    return Proof(folder, kind, source.step, source.place.tag, shapes=shapes)
+    refs = source.weights.tensors if source.kind == "deepspeed" else {}  # engines of others: parts
+    shapes = {name: tuple(ref.shape) for name, ref in refs.items()}
+    return Proof(folder, kind, source.step, source.place.tag, shapes=shapes or None)
 
 
 def _require_one_step(checkpoint: Checkpoint) -> None:

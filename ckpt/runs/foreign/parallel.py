@@ -1,8 +1,8 @@
-"""Checkpoints of DeepSpeed with pipeline, tensor or expert parallelism, whose states are not read.
+"""Checkpoints of DeepSpeed of more parallelism than ZeRO: whether all their files are there.
 
-What can be shown of them: DeepSpeed named the tag in ``latest``, which it does last
-(0.19.8 ``runtime/engine.py``: ``save_checkpoint``), every file is whole by its form,
-and every file is there that the model files' ``mp_world_size``, ``dp_world_size`` and
+What is shown of them here, without reading their states: DeepSpeed named the tag in ``latest``,
+which it does last (0.19.8 ``runtime/engine.py``: ``save_checkpoint``), every file is whole by its
+form, and every file is there that the model files' ``mp_world_size``, ``dp_world_size`` and
 ``num_experts`` ask for. Of a pipeline the layers are known by the names of the trained
 parameters (``3.mlp.weight`` is of ``layer_03``, ``tied_modules.embed.weight`` of a layer
 of its own), which the model files have as ``param_shapes`` and the optimizer files as

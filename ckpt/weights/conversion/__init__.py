@@ -4,6 +4,7 @@ to_fp32       ``ckpt.to_fp32``, in one call
 convert       locate, plan, move, commit;  task  what was decided, as a value
 record        conversion.json, as a value;  description  what it says of a conversion
 planning      what is written, step by step
+layout        the layout that is written, and copies in another one
 sources       the fp32 weights or the 16-bit ones
 weight_files  the files that weights are cut into
 comparison    what was compared with copies

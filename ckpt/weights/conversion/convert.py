@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 _ARGUMENTS = (  # of plan, and the fields of its request
     *("output=", "tag=", "dtype=", "max_shard_size=", "format=", "tied=", "weights=", "check="),
     *("part=", "strip=", "rename=", "select=", "base=", "adapter_config=", "config="),
-    *("tokenizer=", "merge=True", "other_base=True", "dequantize=True", "untie=True"),
+    *("tokenizer=", "layout=", "merge=True", "other_base=True", "dequantize=True", "untie=True"),
     *("exclude_frozen=True", "verify=False", "allow_overflow=True", "overwrite=True"),
 )
 _NAMES = {"names": "Naming(as_stored=True)", "odd_types": "unsupported_types="}

@@ -8,6 +8,7 @@ from ckpt.weights.adapters import adapter_folder, idle_options
 from ckpt.weights.adapters.adapter_folder import Adapter
 from ckpt.weights.companions import surroundings
 from ckpt.weights.companions.surroundings import Surroundings
+from ckpt.weights.conversion import layout
 from ckpt.weights.naming import naming, packed, sentence_transformers
 from ckpt.weights.naming.naming import NamedWeights
 from ckpt.weights.output.product import Product
@@ -35,7 +36,7 @@ def product(source: Source, request: Request) -> Product:
     model_surroundings = surroundings.of(source.place, request, source.weights)
     stored = _marked(source.weights, model_surroundings, request)
     if request.naming.as_stored:
-        return _proven(_as_stored(stored, request), source)
+        return _proven(_as_stored(stored, request), source, Audience(root, None))
 
     model_surroundings = stored.surroundings
     if request.untie and model_surroundings.config is not None:
@@ -64,7 +65,19 @@ def product(source: Source, request: Request) -> Product:
         parts=(*output.parts, *modular.parts),
         lacking=modular.lacking,
     )
-    return _proven(output, source) if adapter is None else output
+    return _laid_out(output, source, audience, request)
+
+
+def _laid_out(output: Product, source: Source, audience: Audience, request: Request) -> Product:
+    """The same in the layout that is asked for; only what the user wants, with copies."""
+    if output.kind == "adapter":
+        return output
+    if output.kind == "merged":
+        merged_audience = Audience(audience.root, output.surroundings.config)
+        return layout.in_layout(output, merged_audience, request)
+
+    proven = _proven(output, source, audience)
+    return _selected(layout.in_layout(proven, audience, request), request)
 
 
 def _marked(weights: Weights, model_surroundings: Surroundings, request: Request) -> packed.Packed:
@@ -128,13 +141,19 @@ def without_config(model_surroundings: Surroundings) -> tuple[Surroundings, tupl
     return replace(model_surroundings, config=None, config_path=None), (note,)
 
 
-def _proven(output: Product, source: Source) -> Product:
+def _selected(output: Product, request: Request) -> Product:
+    """Only the tensors that the user wants, by the names that are written."""
+    model = naming.selected(NamedWeights(output.weights, output.renamed), request.naming)
+    return replace(output, weights=model.weights, renamed=model.renamed)
+
+
+def _proven(output: Product, source: Source, audience: Audience) -> Product:
     """The same with copies to compare with, from the checkpoint or gathered beside it."""
     if output.weights.copies:
         return replace(output, proof=source.record, strict=source.of_one_save)
 
     root = source.place.root
-    weights, name = gathered_16bit.attach(output.weights, root)
+    weights, name = layout.attached(output.weights, audience)
     parts = [
         replace(part, weights=gathered_16bit.attach(part.weights, root / part.folder)[0])
         for part in output.parts

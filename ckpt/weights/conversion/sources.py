@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from ckpt.weights.companions import surroundings
 from ckpt.weights.request import Request
 from converters.detect import detection
-from converters.detect.deepspeed import UNIVERSAL
+from converters.detect.deepspeed import PARALLEL, TENSOR_PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError
 from converters.names import selection
 from converters.source import STATES, Source
@@ -22,7 +23,7 @@ def read(checkpoint: Path, tag: str | None, request: Request) -> Source:
 
     ``CheckpointError`` says where the fp32 weights cannot be had and the 16-bit ones can.
     """
-    source = _read(checkpoint, tag, request)
+    source = _without_vocabulary_padding(_read(checkpoint, tag, request), request)
     if request.exclude_frozen:
         source = _without_frozen(source, request)
     if request.unsupported_types == "skip" or not isinstance(source, zero.Checkpoint):
@@ -34,11 +35,18 @@ def read(checkpoint: Path, tag: str | None, request: Request) -> Source:
 
 def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
     if request.weights != "16bit":
-        return fp32(checkpoint, tag, "--weights 16bit")
+        if request.tp_rules is None:
+            return fp32(checkpoint, tag, "--weights 16bit")
 
-    if detection.detect(checkpoint, tag).kind.name == UNIVERSAL:
+        from converters.zero.parallel import rules  # which most checkpoints need not
+
+        with rules.using(request.tp_rules):
+            return fp32(checkpoint, tag, "--weights 16bit")
+
+    detected = detection.detect(checkpoint, tag)
+    if detected.kind.name in (UNIVERSAL, *PARALLEL):
         raise CheckpointError(
-            f"{checkpoint} is a universal checkpoint, which is read for its fp32 weights; leave "
+            f"{checkpoint} {detected.statement}, which is read for its fp32 weights; leave "
             "--weights 16bit out (--dtype bf16 rounds them)",
             "refused",
         )
@@ -47,6 +55,31 @@ def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
     if not request.merge:
         return half
     return replace(half, weights=replace(half.weights, copies={}))
+
+
+def _without_vocabulary_padding(source: Source, request: Request) -> Source:
+    """The same without the rows that pad a vocabulary, where config.json counts none of them."""
+    if source.kind != TENSOR_PARALLEL:
+        return source
+
+    from converters.zero.parallel import vocabulary  # which most checkpoints need not
+    from converters.zero.parallel.reader import TensorParallelCheckpoint
+
+    if not isinstance(source, TensorParallelCheckpoint) or not source.original_rows:
+        return source
+
+    config = surroundings.of(source.place, request).config
+    sections = [config, *config.values()] if isinstance(config, dict) else []
+    counts = {section.get("vocab_size") for section in sections if isinstance(section, dict)}
+    rows = {name: count for name, count in source.original_rows.items() if count in counts}
+    if not rows:
+        return source
+
+    name, count = next(iter(rows.items()))
+    padding = source.weights.tensors[name].shape[0] - count
+    note = f"left out the {counted(padding, 'row')} that pad the vocabulary of {count:,}: {name}"
+    weights = vocabulary.without_padding(source.weights, rows)
+    return replace(source, weights=weights, notes=(*source.notes, note))
 
 
 def _without_frozen(source: Source, request: Request) -> Source:

@@ -14,7 +14,7 @@ from ckpt.weights.arguments import naming_arguments, require_choice
 from ckpt.weights.conversion import convert
 from ckpt.weights.conversion.record import ConversionRecord
 from ckpt.weights.conversion.task import Format
-from ckpt.weights.request import Check, Masters, Naming, Request
+from ckpt.weights.request import Check, Layout, Masters, Naming, Request
 from converters.computing import blas
 from converters.plan import Tied
 from converters.storage.store import local_path
@@ -36,8 +36,9 @@ _ARGUMENTS = (
         "tied=",
         "exclude_frozen=True",
     ),
-    *("weights=", "names=", "part=", "strip=", "rename=", "select=", "merge=True", "base="),
-    *("other_base=True", "adapter_config=", "config=", "tokenizer=", "dequantize=True", "check="),
+    *("weights=", "names=", "layout=", "part=", "tp_rules=", "strip=", "rename=", "select="),
+    *("merge=True", "base=", "other_base=True", "adapter_config=", "config=", "tokenizer="),
+    *("dequantize=True", "check="),
     *("untie=True", "odd_types=", "verify=False", "allow_overflow=True", "overwrite=True"),
 )
 
@@ -103,7 +104,9 @@ def to_fp32(
     exclude_frozen: bool = False,
     weights: Masters = "fp32",
     names: Names = "reader",
+    layout: Layout = "hub",
     part: str | None = None,
+    tp_rules: AnyPath | None = None,
     strip: str | Sequence[str] = (),
     rename: str | Mapping[str, str] | Sequence[str | tuple[str, str]] = (),
     select: str | Sequence[str] = (),
@@ -135,12 +138,10 @@ def to_fp32(
     or if the output cannot be made; nothing is left then that looks finished. After an
     interruption or a full disk, the same call continues with the missing shards.
     """
-    _require_choices(weights, names, check, odd_types)
-    if merge:
-        blas.prefer()
-    naming = replace(Naming.of(strip, rename, select, part), as_stored=names == "as-stored")
+    _require_choices(weights, names, check, odd_types, layout)
+    _prefer_blas(merge)
     request = Request(
-        naming=naming,
+        naming=replace(Naming.of(strip, rename, select, part), as_stored=names == "as-stored"),
         weights=weights,
         merge=merge,
         base=_local(base),
@@ -153,6 +154,8 @@ def to_fp32(
         untie=untie,
         unsupported_types=odd_types,
         exclude_frozen=exclude_frozen,
+        layout=layout,
+        tp_rules=_local(tp_rules),
     )
     place, remark = newest.choose(checkpoint, tag, last)
     conversion = convert.plan(
@@ -177,12 +180,21 @@ def to_fp32(
     return ConvertedModel(path=conversion.output, record=record, remark=remark)
 
 
-def _require_choices(weights: object, names: object, check: object, odd_types: object) -> None:
+def _prefer_blas(merge: bool) -> None:
+    """Before anything loads numpy: merged models have the bits that PEFT's have."""
+    if merge:
+        blas.prefer()
+
+
+def _require_choices(
+    weights: object, names: object, check: object, odd_types: object, layout: object
+) -> None:
     """``CheckpointError`` for a word that an option does not have."""
     require_choice("weights", weights, get_args(Masters))
     require_choice("names", names, get_args(Names))
     require_choice("check", check, get_args(Check))
     require_choice("odd_types", odd_types, get_args(OddTypes))
+    require_choice("layout", layout, get_args(Layout))
 
 
 def _local(path: AnyPath | None) -> Path | None:

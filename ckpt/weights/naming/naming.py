@@ -157,6 +157,7 @@ def _clear(names: Iterable[str]) -> dict[str, str]:
 def for_reader(unwrapped: NamedWeights, audience: Audience, request: Request) -> NamedWeights:
     """The weights under the names that the reader knows, and that the user asks for.
 
+    Nothing is left out yet that the user does not want (``selected``).
     ``CheckpointError`` (kind "refused") where several models are saved as one and none
     of them is chosen.
     """
@@ -168,17 +169,19 @@ def for_reader(unwrapped: NamedWeights, audience: Audience, request: Request) ->
         if doubled and not wishes.select:
             model = _read_once(model, audience)
 
-    if wishes.select:
-        model = model.with_only(selection.chosen(parts.every_name(model.weights), wishes.select))
     return model
+
+
+def selected(model: NamedWeights, wishes: Naming) -> NamedWeights:
+    """Only the tensors that ``select`` names, by the names that they have now."""
+    if not wishes.select:
+        return model
+    return model.with_only(selection.chosen(parts.every_name(model.weights), wishes.select))
 
 
 def wished(weights: Weights, wishes: Naming) -> Weights:
     """The weights as ``strip``, ``rename``, ``part`` and ``select`` say, no more."""
-    model = as_wished(NamedWeights(weights), wishes)
-    if wishes.select:
-        model = model.with_only(selection.chosen(parts.every_name(model.weights), wishes.select))
-    return model.weights
+    return selected(as_wished(NamedWeights(weights), wishes), wishes).weights
 
 
 def as_wished(model: NamedWeights, wishes: Naming) -> NamedWeights:

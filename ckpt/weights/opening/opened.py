@@ -11,16 +11,16 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ckpt import text
 from ckpt.folders import locks
 from ckpt.runs.states import newest
 from ckpt.weights import arguments
-from ckpt.weights.opening import unusual
+from ckpt.weights.opening import published, unusual
 from ckpt.weights.opening.tensors import Framework, Slice, read
 from ckpt.weights.opening.unusual import Unusual, UnusualSlice
-from ckpt.weights.request import Naming
+from ckpt.weights.request import Layout, Naming
 from converters.detect import detect, detect_weights, filenames
 from converters.errors import CheckpointError
 from converters.formats import safetensors, weight_files
@@ -30,6 +30,7 @@ from converters.storage import stores
 from converters.tensors import DType, TensorRef, Weights
 from converters.words import counted
 from converters.zero.files import discovery
+from converters.zero.parallel import rules
 
 if TYPE_CHECKING:
     from ckpt.weights.opening.tensors import Array
@@ -47,7 +48,9 @@ def open(
     select: str | Sequence[str] = (),
     part: str | None = None,
     adapter_config: str | os.PathLike[str] | None = None,
+    tp_rules: str | os.PathLike[str] | None = None,
     last: bool = False,
+    layout: Layout = "runtime",
 ) -> Opened:
     """Opens a ZeRO checkpoint, a safetensors or .bin file, or a folder of such files.
 
@@ -59,25 +62,29 @@ def open(
     have, one model of several. Without them the names are those of the checkpoint, with
     the ``_orig_mod.`` of a compiled model, which ``to-fp32`` takes off.
     ``adapter_config`` is PEFT's file, or its folder, for a checkpoint without one.
+    ``tp_rules`` is a file that says how parameters were cut for tensor parallelism.
     ``last`` takes the newest checkpoint of the run at ``path`` that is committed or
-    complete.
+    complete. ``layout="hub"`` gives names and shapes as ``save_pretrained`` writes them,
+    "runtime" those of the running model.
 
-    ``CheckpointError`` if nothing can be opened there. While the checkpoint is open,
-    ``ckpt prune`` does not delete it.
+    ``CheckpointError`` if nothing can be opened there, or its layout is not known. While
+    the checkpoint is open, ``ckpt prune`` does not delete it.
     """
     if framework not in _FRAMEWORKS:
         raise CheckpointError(f'framework is {framework!r}, expected "pt" or "np"', "output")
+    arguments.require_choice("layout", layout, get_args(Layout))
 
-    names = ("tag=", "last=True", "strip=", "rename=", "select=", "part=")
+    names = ("tag=", "last=True", "strip=", "rename=", "select=", "part=", "tp_rules=")
     with arguments.naming_arguments(*names):
         path, _ = newest.choose(path, tag, last)
         lock = locks.reading(_place(path, tag))
         try:
-            source = _source(path, tag)
+            with rules.using(tp_rules):
+                source = _source(path, tag)
             unusual_tensors = unusual.tensors_of(source)
-            weights, sources = _wished(
-                _listed(source.weights, unusual_tensors), Naming.of(strip, rename, select, part)
-            )
+            wishes = Naming.of(strip, rename, select, part)
+            listed = _listed(source.weights, unusual_tensors)
+            weights, sources = _wished(listed, wishes, source if layout == "hub" else None)
         except BaseException:
             lock.release()
             raise
@@ -117,17 +124,29 @@ def _plain(entries: Mapping[Any, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in entries.items() if isinstance(value, plain_types)}
 
 
-def _wished(weights: Weights, wishes: Naming) -> tuple[Weights, dict[str, str]]:
-    """The weights under the names wished for, and their names in the checkpoint."""
-    if not wishes.changes:
+def _wished(
+    weights: Weights, wishes: Naming, hub_source: Source | None
+) -> tuple[Weights, dict[str, str]]:
+    """The weights under the names wished for, and their names in the checkpoint.
+
+    With ``hub_source``, where they are from, they are in the layout of the Hub.
+    """
+    if not wishes.changes and hub_source is None:
         return weights, {}
 
     from ckpt.weights.naming import naming
 
     stored = {id(ref): name for name, ref in weights.tensors.items()}
-    renamed_weights = naming.wished(weights, wishes)
+    model = naming.as_wished(naming.NamedWeights(weights), wishes)
+    origins: dict[str, str] = {}
+    if hub_source is not None:
+        laid_out = published.of(model.weights, hub_source)
+        origins = {name: " + ".join(sources) for name, sources in laid_out.sources.items()}
+        model = replace(model, weights=laid_out.weights)
 
-    return renamed_weights, {name: stored[id(ref)] for name, ref in renamed_weights.tensors.items()}
+    tensors = naming.selected(model, wishes).weights
+    names = {name: stored.get(id(ref)) for name, ref in tensors.tensors.items()}
+    return tensors, {name: origin or origins[name] for name, origin in names.items()}
 
 
 def _place(path: Path, tag: str | None) -> Path:

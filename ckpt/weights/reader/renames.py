@@ -10,7 +10,7 @@ WeightTransform.rename_source_key).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 from ckpt.weights.reader import entries
 
 TABLE = Path(__file__).parent.parent / "architecture_renames.jsonl"
+_REMOVAL = re.compile(r"\(\?P<g0>\^([\w\\.]+)\\\.\(\.\+\)\)")  # a rule that takes a prefix off
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,31 @@ def renamed(architecture: str, names: Iterable[str]) -> dict[str, str] | None:
 
     is_changed = any(new_name != name for new_name, name in sources.items())
     return sources if is_changed else None
+
+
+def removed_prefixes(architecture: str, names: Collection[str]) -> list[str]:
+    """The prefixes that the class's rules take off when they read a file, and no name has.
+
+    Whether the file that a training began with had them, names in memory do not tell
+    (transformers 5.23 core_model_loading.py: PrefixChange).
+    """
+    prefixes = []
+    for rule in _rules(architecture):
+        match = _REMOVAL.fullmatch(rule.pattern.pattern)
+        if match is None or rule.targets != (r"\1",):
+            continue
+
+        scoped = [n for n in names if rule.scopes is None or n.startswith(rule.scopes)]
+        prefix = match[1].replace("\\", "") + "."
+        if scoped and not any(rule.apply(name) != [name] for name in scoped):
+            prefixes.append(prefix)
+
+    return list(dict.fromkeys(prefixes))
+
+
+def is_renamed(architecture: str, name: str) -> bool:
+    """Whether the class's rules make another name of this one."""
+    return _apply_all(_rules(architecture), name) != [name]
 
 
 def _apply_all(rules: Sequence[Rename], name: str) -> list[str]:

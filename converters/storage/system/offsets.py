@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 # RWF_DONTCACHE, Linux 6.14: written through and dropped from the page cache
 UNCACHED = 0x80 if hasattr(os, "RWF_DSYNC") else 0
+MAX_BUFFERS = 1024  # IOV_MAX of Linux and macOS
 _AT_ONCE = 1 << 30  # bytes; Windows counts them in 32 bits
 _locks = [threading.Lock() for _ in range(64)]  # a descriptor's is that of its last digits
 
@@ -28,6 +29,18 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> int:
     data = read(fd, min(len(buffer), _AT_ONCE), offset)
     buffer[: len(data)] = data
     return len(data)
+
+
+def read_scattered(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """Reads into buffers, one after another, from ``offset`` on; the bytes read.
+
+    Of more than the system takes at once (IOV_MAX) it fills the first ones.
+    """
+    if hasattr(os, "preadv"):
+        count: int = os.preadv(fd, buffers[:MAX_BUFFERS], offset)
+        return count
+
+    return read_into(fd, buffers[0], offset)
 
 
 def read(fd: int, length: int, offset: int) -> bytes:

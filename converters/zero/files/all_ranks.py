@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from converters.errors import CheckpointError
 from converters.storage import misplaced_files
@@ -10,8 +11,13 @@ from converters.zero.files import discovery, state_files
 from converters.zero.files.state_files import State
 
 
-def in_rank_order(place: discovery.Place, optimizers: Mapping[int, State]) -> list[State]:
-    """The optimizer files in rank order; raises unless all are there, of one save."""
+def in_rank_order(
+    place: discovery.Place, optimizers: Mapping[int, State], file_kind: str = "optimizer"
+) -> list[State]:
+    """The optimizer files in rank order; raises unless all are there, of one save.
+
+    ``file_kind`` says in messages whose they are.
+    """
     if not optimizers:
         return []
 
@@ -27,20 +33,30 @@ def in_rank_order(place: discovery.Place, optimizers: Mapping[int, State]) -> li
         )
 
     node_local = first_state.setting("checkpoint", "use_node_local_storage") is True
-    require_ranks(place, rank_count, optimizers, "optimizer", node_local)
-    expected = state_files.progress(first_state)
-
+    require_ranks(place, rank_count, optimizers, file_kind, node_local)
+    progress = state_files.progress(first_state)
     for state in other_states:
-        progress = state_files.progress(state)
-        for key in expected.keys() & progress.keys():
-            if progress[key] != expected[key]:
-                raise CheckpointError(
-                    f"{state.path} is of another save than {first_state.path.name}: "
-                    f"its {key} is {progress[key]}, expected {expected[key]}; copy the "
-                    "file of this save here"
-                )
+        require_same_progress(first_state, progress, state, state_files.progress(state))
 
     return list(optimizers.values())
+
+
+def of_model_rank(file_kind: str, model_rank: int | None) -> str:
+    """What files are called in a message, with their model-parallel rank if there are several."""
+    return file_kind if model_rank is None else f"mp_rank_{model_rank:02d} {file_kind}"
+
+
+def require_same_progress(
+    first_state: State, expected: Mapping[str, Any], state: State, progress: Mapping[str, Any]
+) -> None:
+    """Raises if a file says of something that both speak of what the first one does not."""
+    for key in expected.keys() & progress.keys():
+        if progress[key] != expected[key]:
+            raise CheckpointError(
+                f"{state.path} is of another save than {first_state.path.name}: "
+                f"its {key} is {progress[key]}, expected {expected[key]}; copy the "
+                "file of this save here"
+            )
 
 
 def require_ranks(

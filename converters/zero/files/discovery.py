@@ -26,16 +26,18 @@ from converters.errors import CheckpointError
 from converters.source import Place as Place
 from converters.storage import misplaced_files, stores
 
-_RANK = re.compile(r"zero_pp_rank_(\d{1,9})_mp_rank_\d+_?(optim|model)_states")
+_RANK = re.compile(r"(?:zero_pp_rank_(\d{1,9})_)?mp_rank_(\d{1,9})_?(optim|model)_states")
 
 
-def rank_file(name: str) -> tuple[int, str] | None:
-    """The rank of a file of one rank and its kind, optim or model.
+def rank_file(name: str) -> tuple[int | None, int, str] | None:
+    """The rank of a file of one rank, its model-parallel rank, and its kind, optim or model.
 
-    ``name`` is its name or a part of it.
+    ``name`` is its name or a part of it. The model file of stages 0 to 2 has no rank.
     """
     match = _RANK.search(name)
-    return (int(match[1]), match[2]) if match else None
+    if match is None:
+        return None
+    return None if match[1] is None else int(match[1]), int(match[2]), match[3]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,19 +113,40 @@ def scan(place: Place) -> Files:
     names = stores.names(place.folder)
     detection.require_readable(place.folder)
 
-    optimizer_files = _by_rank(place, names, OPTIMIZER)
-    partitioned_files = _by_rank(place, names, PARTITIONED)
-    modules = [match for name in names if (match := MODULE.fullmatch(name))]
-    module = place.folder / modules[0][0] if modules else None
-
-    if not optimizer_files and not partitioned_files and module is None:
+    files = _files(place, names)
+    if not files.optimizer and not files.partitioned and files.module is None:
         raise CheckpointError(
             f"{place.folder} holds no *_states.pt; {state_folders.offer(place.root)}"
             f"{misplaced_files.missing(place.folder)}",
             "incomplete",
         )
 
-    return Files(optimizer_files, partitioned_files, module)
+    return files
+
+
+def lanes(place: Place) -> dict[int, Files]:
+    """The state files of each model-parallel rank; ``CheckpointError`` if there are none."""
+    names = stores.names(place.folder)
+    names_by_rank: dict[int, list[str]] = {}
+    for name in names:
+        for pattern in (OPTIMIZER, PARTITIONED, MODULE):
+            if match := pattern.fullmatch(name):
+                names_by_rank.setdefault(int(match["mp"]), []).append(name)
+
+    if not names_by_rank:
+        raise CheckpointError(f"{place.folder} holds no *_states.pt", "incomplete")
+
+    return {rank: _files(place, own_names) for rank, own_names in names_by_rank.items()}
+
+
+def _files(place: Place, names: list[str]) -> Files:
+    """The state files of these names."""
+    modules = [match for name in names if (match := MODULE.fullmatch(name))]
+    return Files(
+        _by_rank(place, names, OPTIMIZER),
+        _by_rank(place, names, PARTITIONED),
+        place.folder / modules[0][0] if modules else None,
+    )
 
 
 def _by_rank(place: Place, names: list[str], pattern: re.Pattern[str]) -> dict[int, Path]:

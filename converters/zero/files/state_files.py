@@ -28,6 +28,7 @@ from converters.zero.files.typed import shown as shown
 Shape = tuple[int, ...]
 MAX_ELEMENTS = 1 << 60  # elements
 MAX_AXES = 1 << 10
+MAX_NESTING = 16  # dicts inside dicts in a state dict
 MAX_RANKS = 1 << 20
 _COUNTS = {  # keys of a model file, with the least and the most that they may say
     "mp_world_size": (1, MAX_RANKS),
@@ -87,11 +88,12 @@ class State:
                 f"{self.path} is not a model file: its module is not a state dict"
             )
 
-        for name in state_dict:
+        flat = dict(_flattened(state_dict))
+        for name in flat:
             if not name.isprintable():
                 raise no_name(self, name)
 
-        return state_dict
+        return flat
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -127,6 +129,21 @@ class State:
     def fail(self, reason: str) -> CheckpointError:
         """The error for a problem of this file; the caller raises it."""
         return CheckpointError(f"{self.path}: {reason}")
+
+
+def _flattened(
+    state_dict: Mapping[str, Any], prefix: str = "", depth: int = 0
+) -> Iterator[tuple[str, Any]]:
+    """The names of a state dict that may be nested, as Megatron's is, joined by dots.
+
+    What ``get_extra_state`` of a module returned stays as it is.
+    """
+    for key, value in state_dict.items():
+        is_nested = isinstance(value, dict) and not key.endswith("_extra_state")
+        if is_nested and depth < MAX_NESTING and all(isinstance(inner, str) for inner in value):
+            yield from _flattened(value, f"{prefix}{key}.", depth + 1)
+        else:
+            yield prefix + key, value
 
 
 def read(path: Path) -> State:

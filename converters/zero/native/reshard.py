@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from converters.accessors import is_whole_number
 from converters.errors import CheckpointError, consistent
 from converters.plan import Plan
 from converters.torch_files import file_plan, object_graph
@@ -218,6 +219,11 @@ def _require(checkpoint: Checkpoint) -> None:
         reason = "was saved without ZeRO: it loads on any number of ranks as it is"
     elif model.setting("zero_optimization", "zenflow"):
         reason = "was saved with ZenFlow, whose own state is in no file; it cannot be resharded"
+    elif is_whole_number(model.setting("zero_optimization", "mics_shard_size"), 1):
+        reason = (
+            "was saved with MiCS, whose shard groups a stock engine does not load from other "
+            "partitions; it cannot be resharded"
+        )
     elif (stated_size := model.root.get("dp_world_size")) != checkpoint.world_size:
         reason = (
             f"was saved by {checkpoint.world_size} ranks, but says dp_world_size "

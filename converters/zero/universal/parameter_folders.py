@@ -156,12 +156,6 @@ def _tensor(file: TorchFile, shape: Shape) -> TensorRef:
     """The tensor of a file, under the shape of its parameter."""
     root = file.root
     is_dict = isinstance(root, dict)
-    if is_dict and root.get("is_expert_param"):
-        raise CheckpointError(
-            f"{file.path} is a parameter of experts; merging these is not supported yet",
-            "unsupported",
-        )
-
     tensor = root.get("param") if is_dict else root
     if not isinstance(tensor, TensorRef):
         raise CheckpointError(f"{file.path} holds {state_files.kind(tensor)}, expected a tensor")

@@ -38,6 +38,7 @@ from converters.torch_files.torch_file import TorchFile
 from converters.zero import checkpoint as zero
 from converters.zero import partitioning, stage3
 from converters.zero.checkpoint import Checkpoint
+from converters.zero.experts import auto_ep
 from converters.zero.files import discovery, state_files
 from converters.zero.files.state_files import State
 from converters.zero.naming import storage_views
@@ -127,24 +128,33 @@ def _instead(path: Path) -> CheckpointError:
 
 
 def read(
-    path: Path, tag: str | None = None, like: Checkpoint | None = None, states: bool = True
+    path: Path,
+    tag: str | None = None,
+    like: Checkpoint | None = None,
+    states: bool = True,
+    experts: bool = False,
 ) -> Universal:
     """Locates every tensor of a universal folder; reads pickles only, no tensor data.
 
     Without ``states`` only the weights, which is a third of the files or less. ``like``
-    gives the order of the parameters, and their groups, where the folder does not.
+    gives the order of the parameters, and their groups, where the folder does not. With
+    ``experts`` also those that AutoEP dealt out to ranks, which are whole here.
     ``CheckpointError`` for what is damaged, incomplete or of a kind that is not read.
     """
     place = find(path, tag)
     try:
         with consistent(place.folder, "a file is damaged or of another conversion; make it again"):
-            return _read(place, like, states)
+            return _read(place, like, states, experts)
     except OSError as error:
         raise unreadable(error, place.folder) from error
 
 
-def _read(place: discovery.Place, like: Checkpoint | None, states: bool) -> Universal:
-    models = _models(place)
+def _read(
+    place: discovery.Place, like: Checkpoint | None, states: bool, experts: bool
+) -> Universal:
+    saved_models = _models(place)
+    models = [auto_ep.as_whole(model) for model in saved_models] if experts else saved_models
+    stacks = {name for layer in auto_ep.layers_of(saved_models[0]) for name in layer.names}
     zero.refuse_foreign(models)
     inner = place.folder / "zero"
     common, tree = _common(inner)
@@ -165,7 +175,7 @@ def _read(place: discovery.Place, like: Checkpoint | None, states: bool) -> Univ
 
     trained = [name for group in groups for name in group.shapes]
     module = models[0].module  # checked at each access
-    missing_names = [name for name in trained if name not in module]
+    missing_names = [name for name in trained if name not in module and name not in stacks]
     if missing_names:
         raise models[0].fail(
             f"its state dict has no {missing_names[0]}, which is trained: it has other "

@@ -33,7 +33,7 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Checkpoi
     does not tell the order of the parameters, by which its files are proven to be of one
     model.
     """
-    universal = reader.read(path, tag, states=complete)
+    universal = reader.read(path, tag, states=complete, experts=True)
     checkpoint = universal.checkpoint
     topology = SourceTopology(checkpoint.world_size, universal.stage)
     return replace(checkpoint, topology=topology, optimizer=partial(state_of, universal))

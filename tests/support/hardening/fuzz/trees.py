@@ -15,8 +15,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from converters import detect
 from converters.errors import CheckpointError, MalformedError
 from converters.execute import shards
+from converters.formats import safetensors
 from converters.pickles.values import Call, Global
 from converters.storage import open_files
 from converters.tensors import DType, zeros
@@ -34,6 +36,9 @@ NAMES = (
     *("zero2-aligned-round-robin", "zero2-fp16-w2", "zero3-bf16-w2", "zero3-exclude-frozen"),
     *("corpus/o0_3_16_s2", "corpus/s2muon", "corpus/b16opt", "corpus/s3sub"),
     *("universal/zero2-bf16-w2", "universal/zero3-bf16-w2"),  # made of these
+    *("parallel/tp_fusedb_z3_w4", "parallel/tp_qwen3_frozen_z2_w4"),
+    *("pipelines-and-experts/moe-zero1-frozen", "pipelines-and-experts/pipeline-zero1"),
+    *("pipelines-and-experts/autoep-zero2", "pipelines-and-experts/autoep-zero3"),
 )
 MAX_PLACES = 4  # of a list or dict: those after are like them
 READ_SETTINGS = ("zero_optimization", "bf16", "fp16", "optimizer", "data_types", "checkpoint")
@@ -178,6 +183,8 @@ class Trees:
             self.readers = (from_universal,)
         else:
             shutil.copytree(FIXTURES / name, self.folder)
+            if name.startswith(("parallel/", "pipelines-and-experts/")):
+                self.readers = (merged,)
 
         paths = sorted(self.folder.rglob("*_states.pt"))
         # a file of each kind, and a second rank's
@@ -240,6 +247,20 @@ def states(folder: Path) -> None:
         except KeyError as error:
             if "is not trained" not in str(error):
                 raise
+
+
+def merged(folder: Path) -> None:
+    """Weights and states of a parallel training, and the plan of a model."""
+    source = detect.read(folder, complete=True)
+    names = [*source.weights.trained]
+    for name in {*names[:1], *names[-1:]} if source.optimizer else ():
+        try:
+            source.optimizer(name)
+        except KeyError as error:
+            if "is not trained" not in str(error):
+                raise
+
+    safetensors.plan(source.weights, DType.F32, 1 << 40, "keep")
 
 
 def sixteen(folder: Path) -> None:

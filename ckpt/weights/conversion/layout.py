@@ -1,0 +1,99 @@
+"""The layout that weights are written in, and copies of them that lie in another one.
+
+``--layout hub`` writes names and shapes as ``save_pretrained`` does, ``--layout runtime`` those of
+the running model (``ckpt.weights.layouts``). The 16-bit weights that a trainer gathered beside the
+checkpoint may have either of both, so both are looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ckpt.weights import parts
+from ckpt.weights.layouts import hub_layout, probing
+from ckpt.weights.layouts.hub_layout import HubLayout
+from ckpt.weights.output.product import Product
+from ckpt.weights.reader import renames
+from ckpt.weights.reader.audience import Audience
+from ckpt.weights.request import Request
+from converters.formats import gathered_16bit
+from converters.tensors import Weights
+
+
+def in_layout(output: Product, audience: Audience, request: Request) -> Product:
+    """The output in the layout that is asked for, where that is known of the model."""
+    if request.layout == "runtime" or audience.config is None or audience.custom:
+        return output
+
+    architecture = _class(output.weights, audience)
+    if architecture is None:
+        return output
+
+    layout = hub_layout.of(output.weights, audience.config, architecture)
+    if layout.obstacle is not None:
+        note = f"names and shapes are those of the running model: {layout.obstacle}"
+        return replace(output, notes=(*output.notes, note))
+    output = replace(output, notes=(*output.notes, *_prefix_notes(layout.weights, architecture)))
+    if layout.rule is None:
+        return output
+
+    return replace(
+        output,
+        weights=layout.weights,
+        renamed=_origins(layout, output.renamed),
+        rules=(*output.rules, layout.rule),
+    )
+
+
+def _prefix_notes(weights: Weights, architecture: str) -> list[str]:
+    """What may be other than in the file of a training that began with ``from_pretrained``."""
+    return [
+        f"if the training began with a file that has {prefix} before some names, save_pretrained "
+        "writes it again; it is not written here, and transformers 4 may want it (docs/names.md)"
+        for prefix in renames.removed_prefixes(architecture, weights.tensors.keys())
+    ]
+
+
+def _class(weights: Weights, audience: Audience) -> str | None:
+    """The class that config.json names, or the one of its type that the names fit."""
+    if audience.architecture is not None:
+        return audience.architecture
+
+    match = audience.best(parts.read_names(weights), bridged=True)
+    return None if match is None or match.foreign else match.reader.name
+
+
+def _origins(layout: HubLayout, renamed: Mapping[str, str]) -> dict[str, str]:
+    """The names in the checkpoint by the new ones; those of joined tensors with a plus."""
+    remaining_names = frozenset(parts.every_name(layout.weights)) - layout.sources.keys()
+    unchanged = {new: old for new, old in renamed.items() if new in remaining_names}
+    origins = {
+        new: " + ".join(renamed.get(name, name) for name in sources)
+        for new, sources in layout.sources.items()
+    }
+
+    return unchanged | origins
+
+
+def attached(weights: Weights, audience: Audience) -> tuple[Weights, str | None]:
+    """The weights with copies gathered beside the checkpoint, and the name of their file.
+
+    The weights have the running model's layout, the file this one or that of the Hub.
+    """
+    root = audience.root
+    in_memory, name = gathered_16bit.attach(weights, root)
+    if name is None or audience.config is None or audience.custom:
+        return in_memory, name
+
+    architecture = _class(weights, audience)
+    layout = hub_layout.of(weights, audience.config, architecture)
+    if layout.rule is None:
+        return in_memory, name
+
+    on_hub, hub_name = gathered_16bit.attach(layout.weights, root)
+    copies = probing.in_memory(on_hub.copies, weights, audience.config, architecture)
+    if len(copies) <= len(in_memory.copies):
+        return in_memory, name
+
+    return replace(weights, copies=copies, checksums=on_hub.checksums), hub_name

@@ -1,0 +1,313 @@
+"""Experts on several ranks, under stages 1 and 2, or without ZeRO.
+
+    param_shapes (of rank 0)    dense parameters | local experts 0, 1
+    ranks of ep rank 0          experts 0, 1     local 0 is expert 0
+    ranks of ep rank 1          experts 2, 3     local 0 is expert 2
+
+The param groups of experts are flat vectors like those of other parameters, but each is
+shared by the ranks of one expert rank alone (``expert_groups``), and has the names of its
+local experts. ``module`` has everything but the experts, cloned; the experts have files
+(``expert_files``). Sources: DeepSpeed 0.19.8 ``runtime/engine.py``
+(``_save_moe_checkpoint``), ``moe/experts.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from converters import words
+from converters.accessors import is_a
+from converters.detect.deepspeed import EXPERTS, LOAD_THERE
+from converters.errors import CheckpointError
+from converters.names.rules import Names
+from converters.source import Place, Source, SourceTopology
+from converters.storage import misplaced_files
+from converters.tensors import TensorRef
+from converters.zero import checkpoint as zero
+from converters.zero import optimizer_state, stage12
+from converters.zero.experts import auto_ep, expert_files, expert_groups, unpartitioned
+from converters.zero.experts.auto_ep import AutoEPLayer
+from converters.zero.experts.expert_files import NATIVE, ExpertFiles
+from converters.zero.experts.expert_groups import SharedGroup
+from converters.zero.files import all_ranks, state_files
+from converters.zero.files.state_files import Shape, State
+from converters.zero.model_ranks import folder_files, numbered_states, one_save
+from converters.zero.model_ranks.folder_files import FolderFiles
+from converters.zero.model_ranks.joined_source import Joined, with_module
+from converters.zero.naming import storage_views
+from converters.zero.naming.group_storages import FlatGroup
+
+# of the experts of an expert rank, under the names that these have there
+LocalWeights = dict[tuple[str, int], TensorRef]
+
+
+def read(place: Place, files: FolderFiles) -> Source:
+    """The weights of the model with all its experts, and the optimizer's state by name.
+
+    ``CheckpointError`` for what is damaged, incomplete, or split up further.
+    """
+    model = _model(place, files)
+    layers = auto_ep.layers_of(model)
+    experts = expert_files.read(place, files, model)
+    copies, prefixes = _copies(model, layers, experts.tensors)
+    if not files.optimizers and files.expert_optimizers:
+        return _without_zero(place, files, model, layers, experts)
+
+    ranks = _ranks(place, files, model)
+    masters, local_weights = _masters(model, ranks, layers)
+    stacks = {name for layer in layers for name in layer.names}
+    stacked_weights = {key: ref for key, ref in local_weights.items() if key[0] in stacks}
+    single_weights = {key: ref for key, ref in local_weights.items() if key[0] not in stacks}
+    masters |= auto_ep.whole_stacks(model, layers, stacked_weights)
+    masters |= _numbered(model, single_weights, experts.tensors)
+
+    whole_model = _whole(model, layers, copies, prefixes)
+    shapes = state_files.shapes(model, "param_shapes")
+    parameters = storage_views.complete(whole_model, masters, shapes)
+    stage = zero.stage_of(dict(enumerate(ranks)))
+    if zero.excludes_frozen(stage, model):
+        parameters.notes.append(zero.EXCLUDED)
+
+    return Joined(
+        kind=EXPERTS,
+        place=place,
+        model=whole_model,
+        module=whole_model.module,
+        parameters=parameters,
+        states=[model, *experts.states, *ranks],
+        topology=SourceTopology(len(ranks), stage),
+    ).source(lambda: (part for rank in ranks for part in optimizer_state.of_flat_groups(rank)))
+
+
+def _without_zero(
+    place: Place,
+    files: FolderFiles,
+    model: State,
+    layers: Sequence[AutoEPLayer],
+    experts: ExpertFiles,
+) -> Source:
+    """The weights of a training without ZeRO, and the states by order."""
+    optimizers = unpartitioned.optimizers(place, files.expert_optimizers[0])
+    copies, prefixes = _copies(model, layers, experts.tensors)
+    whole_model = _whole(model, layers, copies, prefixes)
+    shared_names = storage_views.shared_names(whole_model, Names())
+    weights = {
+        name: ref
+        for name, ref in storage_views.complete(whole_model, {}, None).frozen.items()
+        if name not in shared_names
+    }
+    dense = {name: ref for name, ref in weights.items() if name not in copies}
+    dense = auto_ep.in_optimizer_order(layers, dense)
+    by_expert = {name: ref for name, ref in weights.items() if name in copies}
+    named_optimizers = unpartitioned.by_name(model, optimizers, dense, by_expert, layers)
+    parameters = storage_views.complete(whole_model, dict(named_optimizers.masters), None)
+    for name, owner in shared_names.items():
+        if owner in parameters.frozen and parameters.frozen.pop(name, None) is not None:
+            parameters.aliases[name] = owner
+    if named_optimizers.states.by_name is None:
+        parameters.notes.append(f"the optimizer's state is absent: {numbered_states.UNKNOWN}")
+
+    world_size = model.root.get("dp_world_size")
+    source = Joined(
+        kind=EXPERTS,
+        place=place,
+        model=whole_model,
+        module=whole_model.module,
+        parameters=parameters,
+        states=[model, *experts.states, *(optimizer.file for optimizer in optimizers)],
+        topology=SourceTopology(world_size if is_a(world_size, int) else len(optimizers), 0),
+    ).source()
+    return replace(
+        source, optimizer=replace(named_optimizers.states, aliases=source.weights.aliases).of
+    )
+
+
+def _copies(
+    model: State, layers: Sequence[AutoEPLayer], tensors: Mapping[str, TensorRef]
+) -> tuple[dict[str, TensorRef], list[str]]:
+    """The experts' own weights by the names of the whole model, and how these begin."""
+    # those of DeepSpeed-MoE in the order of the layers, in which the files are counted
+    matches = [match for name in tensors if (match := NATIVE.fullmatch(name))]
+    single_tensors = {match[0]: tensors[match[0]] for match in matches}
+    parts = {name: ref for name, ref in tensors.items() if name not in single_tensors}
+    stacks = auto_ep.stacks_of_files(model, layers, parts)
+    prefixes = dict.fromkeys(match["prefix"] for match in matches)
+
+    return {**single_tensors, **stacks}, [*prefixes, *(layer.prefix for layer in layers)]
+
+
+def _whole(
+    model: State,
+    layers: Sequence[AutoEPLayer],
+    copies: Mapping[str, TensorRef],
+    prefixes: Sequence[str],
+) -> State:
+    """The model file as if the experts were in it."""
+    return with_module(
+        model,
+        expert_files.placed_among(model.module, copies, prefixes),
+        shared_params=_shared(model, layers),
+        buffer_names=_buffers(model, copies),
+    )
+
+
+def _model(place: Place, files: FolderFiles) -> State:
+    """The model file; ``CheckpointError`` where tensors are split up as well."""
+    if not files.models:
+        raise CheckpointError(
+            f"{place.folder} has no model file (expected mp_rank_00_model_states.pt); copy it "
+            f"from where the checkpoint was saved{misplaced_files.missing(place.folder)}",
+            "incomplete",
+        )
+
+    model = folder_files.read(next(iter(files.models.values())))
+    one_save.require_one_model_rank(place, files, model)
+    return model
+
+
+def _ranks(place: Place, files: FolderFiles, model: State) -> list[State]:
+    """The optimizer files in rank order; ``CheckpointError`` unless all are there."""
+    if 0 not in files.optimizers:
+        raise zero.no_optimizer_files(place)
+
+    paths = files.optimizers[0]
+    ranks = [folder_files.read(path) for _, path in sorted(paths.items())]
+    state_files.require_kinds([model], ranks)
+    counts = ranks[0].optimizer.get("partition_count")
+    count = max(
+        (
+            number
+            for number in (counts if isinstance(counts, list) else [counts])
+            if is_a(number, int)
+        ),
+        default=1,
+    )
+    world_size = model.root.get("dp_world_size")
+    count = max(count, world_size if is_a(world_size, int) else 1)
+    all_ranks.require_ranks(place, count, paths, "optimizer")
+
+    return ranks
+
+
+def _masters(
+    model: State,
+    ranks: Sequence[State],
+    layers: Sequence[AutoEPLayer],
+) -> tuple[dict[str, TensorRef], LocalWeights]:
+    """The fp32 weights of what is no expert by name, and those of the local experts."""
+    groups = expert_groups.shared_groups(ranks)
+    shapes_by_group = state_files.shapes(model, "param_shapes")
+    if shapes_by_group is None:
+        raise CheckpointError(
+            f"{model.path} records no param_shapes, without which the weights of experts have no "
+            f"names; {LOAD_THERE}",
+            "unsupported",
+        )
+    if len(shapes_by_group) != len(groups):
+        raise model.fail(
+            f"param_shapes has {len(shapes_by_group)} groups, the optimizer {len(groups)}; the "
+            "files are of two saves"
+        )
+
+    is_block = model.setting("use_data_before_expert_parallelism") is True
+    masters: dict[str, TensorRef] = {}
+    local_weights: LocalWeights = {}
+    for group, group_shapes in zip(groups, shapes_by_group, strict=True):
+        for expert_rank in range(group.expert_ranks):
+            members = expert_groups.ranks_of(group, expert_rank, is_block)
+            shapes = auto_ep.local_shapes(model, layers, group_shapes, expert_rank, group)
+            weights = _flat_group(ranks, group, members, shapes).masters()
+            if group.name.has_experts:
+                local_weights |= {(name, expert_rank): ref for name, ref in weights.items()}
+            else:
+                masters |= weights
+
+    return masters, local_weights
+
+
+def _flat_group(
+    ranks: Sequence[State], group: SharedGroup, members: Sequence[int], shapes: dict[str, Shape]
+) -> FlatGroup:
+    """The vector of a group that some ranks share, with the places of its parameters."""
+    first = ranks[members[0]]
+    number = group.numbers[members[0]]
+    group_count = len(expert_groups.partitions_of(first))
+    paddings = state_files.alignment_paddings(first, group_count)[number]
+    partitions = expert_groups.partitions(ranks, group, members)
+    return stage12.flat_group(first, number, partitions, shapes, paddings)
+
+
+def _numbered(
+    model: State, local_weights: LocalWeights, copies: Mapping[str, TensorRef]
+) -> dict[str, TensorRef]:
+    """The fp32 weights of experts under their numbers over all ranks.
+
+    ``copies`` are the 16-bit ones. ``CheckpointError`` unless both have the same experts.
+    """
+    counts: dict[str, int] = {}
+    for match in map(NATIVE.fullmatch, copies):
+        if match is not None:
+            counts[match["prefix"]] = max(counts.get(match["prefix"], 0), int(match["expert"]) + 1)
+
+    rank_counts: dict[str, int] = {}
+    for name, expert_rank in local_weights:
+        rank_counts[name] = max(rank_counts.get(name, 0), expert_rank + 1)
+
+    masters: dict[str, TensorRef] = {}
+    for (name, expert_rank), master in local_weights.items():
+        match = NATIVE.fullmatch(name)
+        if match is None:
+            raise CheckpointError(
+                f"{model.path}: {name} is in a param group of experts, and neither DeepSpeed-MoE "
+                f"nor AutoEP names experts so; {LOAD_THERE}",
+                "unsupported",
+            )
+
+        count = counts.get(match["prefix"], 0)
+        local_count, remainder = divmod(count, rank_counts[name])
+        if remainder or int(match["expert"]) >= local_count:
+            raise model.fail(
+                f"param_shapes has {name} on each of {rank_counts[name]} expert ranks, but "
+                f"there are files of {count} experts; they are of two saves"
+            )
+
+        expert = expert_rank * local_count + int(match["expert"])
+        global_name = f"{match['prefix']}{expert}{match['inner']}"
+        copy = copies.get(global_name)
+        if copy is None or copy.shape != master.shape:
+            raise model.fail(
+                f"{global_name} is trained, but its expert's file has "
+                f"{words.shape(copy.shape) if copy is not None else 'none'}, expected "
+                f"{words.shape(master.shape)}; the files are of two saves"
+            )
+        masters[global_name] = master
+
+    return masters
+
+
+def _shared(model: State, layers: Sequence[AutoEPLayer]) -> dict[str, str]:
+    """The tied names that the model file records, and those that AutoEP makes."""
+    shared_params = model.root.get("shared_params")
+    recorded = shared_params if isinstance(shared_params, dict) else {}
+    return {**recorded, **auto_ep.router_aliases(model, layers)}
+
+
+def _buffers(model: State, copies: Mapping[str, TensorRef]) -> object:
+    """The names of buffers, those of experts under their numbers over all ranks."""
+    names = storage_views.buffer_names(model)
+    local_parts = {
+        (match["prefix"], match["inner"]) for name in names if (match := NATIVE.fullmatch(name))
+    }
+    if not local_parts:
+        return model.root.get("buffer_names")
+
+    return [
+        *(name for name in names if NATIVE.fullmatch(name) is None),
+        *(
+            name
+            for name in copies
+            if (match := NATIVE.fullmatch(name))
+            and (match["prefix"], match["inner"]) in local_parts
+        ),
+    ]

@@ -1,0 +1,42 @@
+"""Experts' states as a ``Source``: rows of ``converters.detect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from converters.errors import consistent, unreadable
+from converters.source import Source
+from converters.storage import open_files
+from converters.zero import reader
+from converters.zero.checkpoint import ExpertsError
+from converters.zero.files import several_models
+
+
+@open_files.once()
+def read_any(path: Path, tag: str | None = None, complete: bool = False) -> Source:
+    """What files hold whose names tell of ZeRO alone: AutoEP under stage 3 has no others."""
+    try:
+        return reader.read(path, tag, complete)
+    except ExpertsError:
+        return read(path, tag, complete)
+
+
+@open_files.once()
+def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
+    """The weights of the model with all experts, and the optimizer's state by name.
+
+    All files have to be there, with ``complete`` or without. ``CheckpointError`` for what
+    is damaged or incomplete.
+    """
+    # which most checkpoints need not
+    from converters.zero.experts import flat_groups, sub_groups
+    from converters.zero.model_ranks import folder_files
+
+    place = several_models.find(path, tag)
+    try:
+        with consistent(place.folder, "a file is damaged or of another save"):
+            files = folder_files.scan(place)
+            read_files = sub_groups.read if files.partitioned else flat_groups.read
+            return read_files(place, files)
+    except OSError as error:
+        raise unreadable(error, place.folder) from error

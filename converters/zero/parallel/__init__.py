@@ -1,0 +1,12 @@
+"""DeepSpeed's tensor parallelism: state files of several model-parallel ranks, as one model.
+
+lanes            the files of each model-parallel rank, read as a checkpoint of its own
+cuts             how the shards of a parameter lie in it
+affine_map       cuts out of DeepSpeed's affine map
+patterns         cuts out of its lists of patterns
+rules            cuts out of a file of the user's
+cut_table        which of these says how a parameter is cut
+merged_weights   the shards of all ranks as the weights of the model
+vocabulary       rows that pad a vocabulary
+reader           all of it as a ``Source``, with the optimizer's state by name
+"""

@@ -1,0 +1,136 @@
+"""Which source says how a parameter is cut: the user's rules, the affine map, the patterns.
+
+Where none does nothing is guessed. The refusal lists the parameters with the shapes of their
+shards, as a template of the file that ``--tp-rules`` takes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from converters import words
+from converters.errors import CheckpointError, MalformedError
+from converters.zero.files.state_files import State
+from converters.zero.parallel import affine_map, cuts, patterns
+from converters.zero.parallel.cuts import Cut, Shapes
+from converters.zero.parallel.rules import Rules
+
+INFO = "universal_checkpoint_info"
+MAX_LISTED = 24  # parameters in a template
+
+
+@dataclass(slots=True)
+class CutTable:
+    """The cuts of a checkpoint's parameters.
+
+    ``info`` is what the model file records, ``entries`` its affine map by pattern, and
+    ``buffers`` are names that every rank has whole, whatever the patterns say.
+    """
+
+    model: State
+    rank_count: int
+    info: Mapping[str, Any]
+    entries: Mapping[str, Any]
+    rules: Rules | None
+    buffers: frozenset[str] = frozenset()
+    unknown: dict[str, Shapes] = field(default_factory=dict)
+
+    @staticmethod
+    def of(model: State, rank_count: int, rules: Rules | None) -> CutTable:
+        """The table of a checkpoint, by the model file of its first rank."""
+        info = model.root.get(INFO)
+        fields = info if isinstance(info, dict) else {}
+        entries = affine_map.params(fields, str(model.path))
+        return CutTable(model, rank_count, fields, entries, rules)
+
+    def cut(self, name: str, shapes: Shapes) -> Cut | None:
+        """The cut of a parameter or buffer with shards of these shapes.
+
+        ``None``, and noted for ``require_known``, where nothing says how it is cut.
+        ``CheckpointError`` if what is recorded does not fit the shards.
+        """
+        by_rule = self.rules.cut(name, shapes) if self.rules else None
+        if by_rule is not None:
+            return by_rule
+
+        try:
+            if name in self.buffers:
+                return cuts.replicated(shapes)
+            recorded = self._entry(name)
+            if recorded is not None:
+                return affine_map.cut(recorded, self.rank_count)
+            if patterns.are_there(self.info):
+                return patterns.cut(self.info, name, shapes)
+        except MalformedError as error:
+            raise self.fail(name, error) from error
+
+        self.unknown[name] = shapes
+        return None
+
+    def fail(self, name: str, error: MalformedError) -> CheckpointError:
+        """The error for a cut that does not fit; the caller raises it."""
+        return CheckpointError(
+            f"{self.model.path}: how {name} is cut for tensor parallelism cannot be told: {error}; "
+            "--tp-rules FILE says it",
+            "unsupported",
+        )
+
+    def _entry(self, name: str) -> Any:
+        """What the affine map has of a parameter; ``None`` if it has nothing."""
+        literal = f"^{re.escape(name)}$"
+        if literal in self.entries:
+            return self.entries[literal]
+
+        fitting = [
+            pattern
+            for pattern in self.entries
+            if isinstance(pattern, str)
+            and not _is_literal(pattern)
+            and patterns.begins(pattern, name)
+        ]
+        if len(fitting) > 1:
+            raise MalformedError(f"{len(fitting)} entries of the affine map fit it")
+        return self.entries[fitting[0]] if fitting else None
+
+    def require_known(self) -> None:
+        """``CheckpointError``, with a template of rules, if a parameter has no cut."""
+        if not self.unknown:
+            return
+
+        templates = {
+            f"'{_pattern(name)}' = \"?\" # shards: {_described(shapes)}": None
+            for name, shapes in self.unknown.items()
+        }
+        lines = list(templates)[:MAX_LISTED]
+        remainder = len(templates) - len(lines)
+        more = f"; and {remainder:,} more" if remainder else ""
+        raise CheckpointError(
+            f"{self.model.path} is of {self.rank_count} tensor-parallel ranks, and nothing in it "
+            f"says how {len(self.unknown):,} of its parameters were cut; write a file with a rule "
+            "for each, which may be a pattern (replicated, dim 0, dim 1, average, or "
+            "{ dim = 0, parts = N }), and give it with --tp-rules FILE: "
+            f"{'; '.join(lines)}{more}",
+            "unsupported",
+        )
+
+
+def _pattern(name: str) -> str:
+    """A pattern of a parameter that fits those of all layers."""
+    pieces = [r"\d+" if piece.isdigit() else re.escape(piece) for piece in name.split(".")]
+    return r"\.".join(pieces)
+
+
+def _is_literal(pattern: str) -> bool:
+    """Whether an anchored pattern is a name with its special characters escaped."""
+    inner = pattern[1:-1]
+    is_anchored = pattern.startswith("^") and pattern.endswith("$")
+    return is_anchored and re.escape(inner.replace("\\", "")) == inner
+
+
+def _described(shapes: Shapes) -> str:
+    """The shapes of the shards, once where all ranks have the same."""
+    texts = ["none" if shape is None else words.shape(shape) for shape in shapes]
+    return texts[0] if len(set(texts)) == 1 else ", ".join(texts)

@@ -1,0 +1,152 @@
+"""Cuts out of a file of the user's, for checkpoints that do not say how they were cut.
+
+    [rules]                                      patterns are regular expressions, which have to
+    '.*layernorm\\..*' = "replicated"             match a whole name; the first one that does says
+    '.*dense\\.weight' = "dim 1"                  how the parameter is cut
+    '.*query_key_value\\..*' = { dim = 0, parts = 3 }
+    '.*gate_up\\..*' = { dim = 0, parts = [24, 24] }
+
+TOML, or JSON with the same content; ``[rules]`` may be left out. ``average`` takes the mean of the
+ranks' values, ``parts`` are sub-parameters that were cut one by one: how many equal ones, or their
+sizes in the whole parameter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.accessors import is_whole_number
+from converters.errors import CheckpointError, MalformedError
+from converters.peft import patterns as expressions
+from converters.storage import bounded_json, stores
+from converters.storage.store import Name
+from converters.storage.stores import source_path
+from converters.zero.files import state_files
+from converters.zero.parallel import cuts
+from converters.zero.parallel.cuts import Cut, Shapes
+
+MAX_BYTES = 1 << 20  # of a file of rules
+_ON_AXIS = re.compile(r"dim (\d{1,2})")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How parameters are cut, by pattern, as the file ``path`` has it."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    def cut(self, name: str, shapes: Shapes) -> Cut | None:
+        """The cut of a parameter; ``None`` if no pattern fits its name."""
+        for pattern, rule in self.values.items():
+            if expressions.matches(pattern, name):
+                try:
+                    return _cut(rule, shapes)
+                except MalformedError as error:
+                    raise CheckpointError(
+                        f"{self.path}: the rule {pattern!r} does not fit {name}: {error}",
+                        "refused",
+                    ) from error
+
+        return None
+
+
+def read(path: Name) -> Rules:
+    """The rules of a file; ``CheckpointError`` for what is not one."""
+    location = source_path(path)
+    try:
+        text = stores.head(location, MAX_BYTES).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{location} cannot be read: {error}", "refused") from error
+
+    content = _parsed(location, text)
+    rules = content.get("rules", content)
+    if not isinstance(rules, dict) or not rules:
+        raise CheckpointError(f"{location} has no rules: expected pattern = rule", "refused")
+
+    for pattern, rule in rules.items():
+        expressions.matches(pattern, "")
+        _require_rule(location, pattern, rule)
+    return Rules(location, rules)
+
+
+def _require_rule(path: Path, pattern: str, rule: Any) -> None:
+    """``CheckpointError`` unless a rule is one of those that there are."""
+    if isinstance(rule, str) and (rule in ("replicated", "average") or _ON_AXIS.fullmatch(rule)):
+        return
+
+    if isinstance(rule, dict) and rule.keys() == {"dim", "parts"}:
+        parts = rule["parts"]
+        sizes = parts if isinstance(parts, list) else [parts]
+        if is_whole_number(rule["dim"]) and sizes and all(is_whole_number(s, 1) for s in sizes):
+            return
+
+    raise CheckpointError(
+        f"{path}: the rule of {pattern!r} is {state_files.shown(rule)}; expected "
+        '"replicated", "average", "dim N", or { dim = N, parts = ... } with a number of equal '
+        "parts or a list of their sizes",
+        "refused",
+    )
+
+
+def _cut(rule: Any, shapes: Shapes) -> Cut:
+    """The cut that a rule makes of shards of these shapes."""
+    if rule == "replicated":
+        return cuts.replicated(shapes)
+    if rule == "average":
+        return cuts.averaged(shapes)
+    if isinstance(rule, str):
+        return cuts.along(int(rule.removeprefix("dim ")), shapes)
+
+    axis, parts = rule["dim"], rule["parts"]
+    if not isinstance(parts, list):
+        return cuts.equal_parts(axis, parts, shapes)
+
+    uneven = [size for size in parts if size % len(shapes)]
+    if uneven:
+        raise MalformedError(f"{uneven[0]} elements are not cut evenly for {len(shapes)} ranks")
+    return cuts.in_parts(axis, [[size // len(shapes)] * len(shapes) for size in parts], shapes)
+
+
+def _toml(text: str) -> Any:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        raise ValueError("Python 3.10 reads no TOML: write the rules as .json") from None
+    return tomllib.loads(text)
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    try:
+        is_json = path.suffix == ".json"
+        content = bounded_json.loads(text.encode()) if is_json else _toml(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is neither TOML nor JSON: {error}", "refused") from error
+
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no rules: expected pattern = rule", "refused")
+    return content
+
+
+_current: ContextVar[Rules | None] = ContextVar("rules", default=None)
+
+
+@contextmanager
+def using(path: Name | None) -> Iterator[None]:
+    """Checkpoints that are read in this block are cut by the rules of a file, if one is named."""
+    token = _current.set(None if path is None else read(path))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current() -> Rules | None:
+    """The rules of the block that this is in."""
+    return _current.get()

@@ -1,0 +1,279 @@
+"""Pipeline parallelism: layers dealt out to stages, ZeRO within each stage.
+
+    layers        0        1        2        3        4
+    stage 0       |--- tied: embed ---|--- 1 ---|                     mp_rank_00, its own ranks
+    stage 1                                     |--- 3 ---|- embed -| mp_rank_01
+    layer files   layer_00 layer_01          layer_03                 16 bits, a file each
+
+Layer 2 is a function, which has no weights. A parameter of layer 3 is called ``3.NAME``,
+that of a tied module ``tied_modules.KEY.NAME`` in each stage that has it
+(``tied_modules``). Each stage is a ZeRO checkpoint of its own, without ``module``: its
+partitions hold the fp32 weights, and the layer files the 16-bit ones, under names within
+the layer. Sources: DeepSpeed 0.19.8 ``runtime/pipe/module.py`` (``_build``,
+``save_state_dict``) and ``runtime/pipe/engine.py`` (``module_state_dict``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from converters import words
+from converters.detect.deepspeed import LOAD_THERE, PIPELINE
+from converters.errors import CheckpointError
+from converters.source import Place, Source, SourceTopology
+from converters.tensors import TensorRef
+from converters.zero import checkpoint as zero
+from converters.zero import optimizer_state, stage12
+from converters.zero.files import state_files
+from converters.zero.files.state_files import Shape, State
+from converters.zero.model_ranks import folder_files, one_save
+from converters.zero.model_ranks.folder_files import FolderFiles
+from converters.zero.model_ranks.joined_source import Joined, with_module
+from converters.zero.naming import storage_views
+from converters.zero.naming.assemble import Parameters
+from converters.zero.pipeline import slice_mappings, tied_modules, unpartitioned
+
+_NUMBERED = re.compile(r"(\d{1,9})\.(.+)", re.DOTALL)
+Layers = Mapping[int, State]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage of a pipeline: its model file, and its optimizer files in rank order."""
+
+    model: State
+    ranks: tuple[State, ...]
+
+
+def read(place: Place, files: FolderFiles) -> Source:
+    """The weights of all stages by layer, and the optimizer's state by their names.
+
+    ``CheckpointError`` for what is damaged, incomplete, or split up further.
+    """
+    models = _models(place, files)
+    layers = {layer: folder_files.read(path) for (layer, _), path in sorted(files.layers.items())}
+    if files.optimizers:
+        return _with_zero(place, _stages(place, files, models), layers)
+    if zero.has_partitions(models[0]) or models[0].root.get("optimizer") is None:
+        raise zero.no_optimizer_files(place)
+
+    parameters, module, numbered_states = unpartitioned.read(models, layers)
+    world_size = models[0].root.get("dp_world_size")
+    data_ranks = world_size if isinstance(world_size, int) else 1
+    source = Joined(
+        kind=PIPELINE,
+        place=place,
+        model=models[0],
+        module=module,
+        parameters=parameters,
+        states=[*models, *layers.values()],
+        topology=SourceTopology(data_ranks * len(models), 0),
+    ).source()
+
+    return replace(source, optimizer=numbered_states.of)
+
+
+def _with_zero(place: Place, stages: Sequence[Stage], layers: Layers) -> Source:
+    """The weights from the partitions of each stage."""
+    masters_by_stage = [_masters(stage) for stage in stages]
+    parameters, module = _named(stages, masters_by_stage, layers)
+    ranks = [rank for stage in stages for rank in stage.ranks]
+    models = [stage.model for stage in stages]
+
+    return Joined(
+        kind=PIPELINE,
+        place=place,
+        model=models[0],
+        module=module,
+        parameters=parameters,
+        states=[*models, *layers.values(), *ranks],
+        topology=SourceTopology(len(ranks), zero.stage_of(dict(enumerate(ranks)))),
+    ).source(lambda: (part for rank in ranks for part in optimizer_state.of_flat_groups(rank)))
+
+
+def _models(place: Place, files: FolderFiles) -> list[State]:
+    """The model files of the stages in order; ``CheckpointError`` unless all are there."""
+    label = "mp_rank_N_model_states.pt"
+    one_save.require_numbered(place, label, max(files.model_ranks, default=0) + 1, files.models)
+    models = [folder_files.read(path) for _, path in sorted(files.models.items())]
+    world_size = models[0].root.get("mp_world_size")
+    if isinstance(world_size, int):
+        one_save.require_numbered(place, label, world_size, files.models)
+
+    one_save.require_same_step(models)
+    _require_pipeline_alone(files, models)
+    return models
+
+
+def _stages(place: Place, files: FolderFiles, models: Sequence[State]) -> list[Stage]:
+    """The stages in order; ``CheckpointError`` unless all optimizer files are there."""
+    label = "zero_pp_rank_*_mp_rank_N_optim_states.pt"
+    one_save.require_numbered(place, label, len(models), files.optimizers)
+
+    stages = []
+    for rank, model in enumerate(models):
+        states = one_save.optimizers_of(place, files.optimizers[rank], rank)
+        state_files.require_kinds([model], states)
+        stages.append(Stage(model, tuple(states)))
+
+    sizes = sorted({len(stage.ranks) for stage in stages})
+    if len(sizes) > 1:
+        raise CheckpointError(
+            f"{place.folder} has stages of {words.numbers(sizes)} ranks, expected as many of "
+            "each; two saves are mixed"
+        )
+
+    one_save.require_same_progress([rank for stage in stages for rank in stage.ranks])
+    return stages
+
+
+def _require_pipeline_alone(files: FolderFiles, models: Sequence[State]) -> None:
+    """Raises where tensors or experts are split up as well."""
+    degrees = models[0].root.get("checkpoint_parallel_dimensions")
+    tensor_degree = degrees.get("tp_degree") if isinstance(degrees, dict) else None
+    tensor_ranks = {rank for _, rank in files.layers}
+    if tensor_ranks - {0} or tensor_degree not in (None, 1):
+        further = "tensor parallelism"
+    elif files.experts or any(model.root.get("num_experts") for model in models):
+        further = "experts"
+    else:
+        return
+
+    raise CheckpointError(
+        f"{models[0].path} is of a pipeline with {further}; merging both is not supported yet: "
+        f"{LOAD_THERE}",
+        "unsupported",
+    )
+
+
+def _masters(stage: Stage) -> dict[str, TensorRef]:
+    """The fp32 weights of a stage, under the names of its own parameters."""
+    shapes = state_files.shapes(stage.model, "param_shapes")
+    shapes = shapes or state_files.shapes(stage.ranks[0], "param_shapes")
+    if shapes is None:  # BF16_Optimizer of a pipeline, 0.16 to 0.19.8
+        numels = slice_mappings.numels(stage.ranks)
+        shapes = [{name: (numel,) for name, numel in group.items()} for group in numels]
+    elif not state_files.listed(stage.model, stage.ranks[0]):
+        raise CheckpointError(
+            f"{stage.model.path} has param_shapes without param groups (DeepSpeed before 0.5.4), "
+            "which does not tell a pipeline's weights apart; load it with that version and save "
+            "them there",
+            "unsupported",
+        )
+
+    groups = stage12.group_partitions(stage.ranks)
+    masters: dict[str, TensorRef] = {}
+    for group in stage12.flat_groups(stage.ranks[0], groups, shapes):
+        repeated = masters.keys() & group.places.keys()
+        if repeated:
+            raise stage.model.fail(f"param_shapes has {words.some(sorted(repeated))} twice")
+        masters |= group.masters()
+
+    return masters
+
+
+def _named(
+    stages: Sequence[Stage], masters_by_stage: Sequence[dict[str, TensorRef]], layers: Layers
+) -> tuple[Parameters, dict[str, object]]:
+    """All parameters, and the tensors of the layer files under the same names."""
+    result = Parameters()
+    homes = tied_modules.homes(stages[0].model.path.parent, masters_by_stage, layers)
+    result.notes.extend(note for home in homes for note in home.notes)
+    module = _module(layers, homes)
+    buffers = {
+        name
+        for stage in stages
+        for name in storage_views.buffer_names(stage.model)
+        if name in module
+    }
+
+    for number, masters in enumerate(masters_by_stage):
+        for name, master in masters.items():
+            if tied_modules.key_of(name) is not None:
+                continue
+            if name in result.masters:
+                raise stages[number].model.fail(
+                    f"{name} is a parameter of an earlier stage, too: files of two saves are mixed"
+                )
+            copy = _copy(stages[number].model, name, master, layers)
+            result.masters[name] = master if copy is None else master.view(*copy.shape)
+            if copy is not None:
+                result.copies[name] = copy
+
+    for home in homes:
+        result.masters |= home.masters
+        result.copies |= home.copies
+
+    result.buffers = frozenset(buffers)
+    _add_untrained(stages, result, module)
+    return result, module
+
+
+def _module(layers: Layers, homes: Sequence[tied_modules.Home]) -> dict[str, object]:
+    """What the layer files hold, in the order of the layers, under the model's names."""
+    prefixes = {home.layer: home.prefix for home in homes}
+    surplus_copies = {layer for home in homes for layer in home.further_layers}
+    return {
+        f"{prefixes.get(layer, layer)}.{name}": value
+        for layer, state in layers.items()
+        if layer not in surplus_copies
+        for name, value in state.root.items()
+        if isinstance(name, str)
+    }
+
+
+def _copy(model: State, name: str, master: TensorRef, layers: Layers) -> TensorRef | None:
+    """The 16-bit copy of a parameter in the file of its layer; ``None`` if it has no layer."""
+    match = _NUMBERED.fullmatch(name)
+    if match is None:
+        return None
+
+    layer = layers.get(int(match[1]))
+    if layer is None:
+        raise CheckpointError(
+            f"{model.path.parent} has no file of layer {match[1]} "
+            f"(layer_{int(match[1]):02d}-model_states.pt or layer_{int(match[1]):02d}-model_00-"
+            f"model_states.pt), which {name} of {model.path.name} is in; copy it here from the "
+            "save",
+            "incomplete",
+        )
+
+    copy = state_files.tensor(layer, layer.root.get(match[2]), match[2])
+    require_shape(layer, match[2], copy.shape, master)
+    return copy
+
+
+def require_shape(layer: State, name: str, shape: Shape, master: TensorRef) -> None:
+    """Raises unless the fp32 weights have the shape that the layer file has, or are a vector
+    of as many elements, where no file records their shape."""
+    if master.shape not in (shape, (prod(shape),)):
+        raise layer.fail(
+            f"has {name} as {words.shape(shape)}, the fp32 weights are "
+            f"{words.shape(master.shape)}; it is of another model or save"
+        )
+
+
+def _add_untrained(
+    stages: Sequence[Stage], parameters: Parameters, module: Mapping[str, object]
+) -> None:
+    """Adds what the layer files alone have: tied names within a stage, frozen parameters."""
+    shared_names: dict[str, str] = {}
+    for stage in stages:
+        model = with_module(stage.model, module)
+        shared_names |= storage_views.shared_names(model, parameters.names)
+
+    for name, value in module.items():
+        if name in parameters.masters or name in parameters.buffers:
+            continue
+        if not isinstance(value, TensorRef):
+            continue
+
+        owner = shared_names.get(name)
+        master = parameters.masters.get(owner or "")
+        if owner is not None and master is not None and master.shape == value.shape:
+            parameters.aliases[name] = owner
+        else:
+            parameters.frozen[name] = value

@@ -155,7 +155,7 @@ def test_a_resume_never_takes_one(tmp_path: Path) -> None:
             select_checkpoint(None, tmp_path / "out/checkpoint-4", load_foreign=load_foreign)
 
     shutil.rmtree(tmp_path / "out/checkpoint-2")
-    with pytest.raises(CheckpointError, match="holds no native states: .* ckpt from-universal "):
+    with pytest.raises(CheckpointError, match=r"holds no native states: .* ckpt from-universal "):
         ckpt.find(tmp_path / "out")
 
 

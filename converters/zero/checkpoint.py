@@ -108,7 +108,7 @@ def read_files(
     model_files = _model_files(files, stage)
     refuse_foreign([*model_files, *optimizers.values()])
     if model_rank is None:
-        _require_one_model_rank(place, model_files)
+        _require_one_model_rank(place, [*model_files, *optimizers.values()])
     if not model_files:
         raise _no_model_file(place, stage, model_rank or 0)
 
@@ -160,16 +160,17 @@ def _model_files(files: discovery.Files, stage: int) -> list[State]:
     return [state_files.read(files.module)] if files.module else []
 
 
-def _require_one_model_rank(place: Place, model_files: Sequence[State]) -> None:
+def _require_one_model_rank(place: Place, states: Sequence[State]) -> None:
     """``CheckpointError`` where files of further model-parallel ranks should be here, too."""
-    count = model_files[0].root.get("mp_world_size") if model_files else None
-    if isinstance(count, int) and count > 1:
-        raise CheckpointError(
-            f"{model_files[0].path} was saved with tensor or pipeline parallelism (mp_world_size "
-            f"{count}), and {place.folder} has files of mp_rank_00 alone; copy those of the other "
-            "ranks here",
-            "incomplete",
-        )
+    for state in states:
+        count = state.root.get("mp_world_size")
+        if isinstance(count, int) and count > 1:
+            raise CheckpointError(
+                f"{state.path} was saved with tensor or pipeline parallelism (mp_world_size "
+                f"{count}), and {place.folder} has files of mp_rank_00 alone; copy those of the "
+                "other ranks here",
+                "incomplete",
+            )
 
 
 def _no_model_file(place: Place, stage: int, model_rank: int) -> CheckpointError:

@@ -18,6 +18,7 @@ from converters.source import Source
 from converters.tensors import TensorRef, Weights
 from converters.words import counted, first, verb
 from converters.zero import weights_16bit
+from converters.zero.checkpoint import Checkpoint
 
 ADAPTER = "adapter_model.safetensors"
 _REMEDY = (
@@ -217,9 +218,10 @@ def _newest_values(counterparts: Sequence[Counterpart], source: Source) -> list[
     There the 16-bit weights are ahead of the optimizer's (DeepSpeed 0.19.8
     ``runtime/zenflow``), so that nothing rounds to them but the module itself.
     """
-    configuration = source.entries.get("ds_config")
-    zero = configuration.get("zero_optimization") if isinstance(configuration, dict) else None
-    if not (isinstance(zero, dict) and zero.get("zenflow")) or source.stage == 3:
+    is_zenflow = isinstance(source, Checkpoint) and bool(
+        source.model.setting("zero_optimization", "zenflow")
+    )
+    if not is_zenflow or source.stage == 3:
         return list(counterparts)
 
     module = weights_16bit.read(source.place.root, source.place.tag).weights.tensors

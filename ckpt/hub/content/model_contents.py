@@ -195,6 +195,8 @@ def _stored(checkpoint: RunCheckpoint, dtype: str | None, request: Request | Non
         config_item = listed_item(checkpoint, "config.json", must_be_listed=False)
         is_untied = request is not None and request.untie and not is_adapter
         items.append(_untied(config_item, root) if is_untied else config_item)
+    elif not is_adapter and not module_names:
+        warnings.append(f"note: {root} has no config.json, so from_pretrained will not load it")
     allowed_files = allowed(root, frozenset(item.name for item in items))
     items += _companion_items(checkpoint, allowed_files)
     facts = {"kind": "adapter" if is_adapter else "weights"} | known.of_model(checkpoint, root)

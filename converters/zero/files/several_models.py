@@ -45,7 +45,8 @@ def require_one(place: discovery.Place) -> None:
         names = sorted((place.tag, *further_models))
         raise CheckpointError(
             f"{place.root} holds {len(names)} models, {', '.join(names)}; choose one "
-            f"with --tag (latest names {place.tag}, which was saved last)",
+            f"with --tag (latest names {place.tag}, which was saved last), or name its folder, "
+            f"such as {place.root / names[0]}",
             "incomplete",
         )
 

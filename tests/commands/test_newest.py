@@ -211,20 +211,6 @@ def test_last_asks_for_a_run_that_has_one(
     assert "trainer_state.json" in line and line.endswith(f"; see ckpt ls {tmp_path / 'out'}\n")
 
 
-def test_a_save_dir_of_another_training_in_the_folder_is_not_resumed_from(tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    shutil.copytree(SOURCE / "global_step2", other / "global_step2")
-    (other / "latest").write_text("global_step2")
-
-    with pytest.raises(CheckpointError, match=rf"{other}: it is a save_dir of DeepSpeed"):
-        ckpt.find(tmp_path)
-    assert ckpt.find(other) == str(other)
-
-    checkpoint = stock(tmp_path, 1)
-    assert ckpt.find(tmp_path) == str(checkpoint)
-
-
 def test_a_copy_of_an_older_checkpoint_is_adopted_and_gives_nothing_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

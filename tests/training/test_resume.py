@@ -127,7 +127,10 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path, logged: Callable[[
     small(run, 3, tier="weights")
     torn = real(run, 4).folder / "global_step2/mp_rank_00_model_states.pt"
     os.truncate(torn, 100)
-    (real(run, 5).folder / "manifest.json").unlink()
+    bare = real(run, 5).folder
+    (bare / "manifest.json").unlink()
+    state = bare / "trainer_state.json"
+    state.write_text(state.read_text().replace('"global_step": 2', '"global_step": 5'))
     small(run, 6)  # committed, but no checkpoint that could be loaded
     assert ckpt.find(run) == str(run / "checkpoint-2")
     said = logged()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ckpt.folders.replacing import is_arriving
 from ckpt.runs import user_paths
 from ckpt.runs.ancestry import record_in
+from ckpt.runs.checkpoint_folder import open_checkpoint
 from ckpt.runs.foreign import signs
-from ckpt.runs.recognition import is_run
+from ckpt.runs.recognition import is_checkpoint, is_run
 from converters.errors import CheckpointError
 
 
@@ -17,7 +19,7 @@ def require_replaceable(output: Path) -> None:
     What ``ckpt`` made of a checkpoint may be made again, and a model folder replaced; not a
     checkpoint, nor a folder that holds some.
     """
-    if not output.is_dir() or record_in(output) is not None:
+    if not output.is_dir() or is_arriving(output) or _is_made_of_another(output):
         return
 
     if is_run(output) or user_paths.holds_checkpoints(output) or signs.candidates(output):
@@ -30,3 +32,11 @@ def require_replaceable(output: Path) -> None:
     raise CheckpointError(
         f"{output} {what}, which the output would replace; name another folder with -o", "output"
     )
+
+
+def _is_made_of_another(output: Path) -> bool:
+    """Whether a folder says that ckpt made it of a checkpoint, damaged or not."""
+    if record_in(output) is not None:
+        return True
+    source = open_checkpoint(output).source if is_checkpoint(output) else None
+    return source is not None and source.is_rewriting

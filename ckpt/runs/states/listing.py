@@ -124,14 +124,6 @@ def is_single(path: Path) -> bool:
     return is_saved_as_one or detect(path).kind.name == UNIVERSAL
 
 
-def is_other_save_dir(path: Path) -> bool:
-    """Whether a folder in a run is a ``save_dir`` of DeepSpeed by itself, with tags in it.
-
-    Nothing in its name, and no file of a trainer, says that it is a checkpoint of that run.
-    """
-    return path.is_dir() and is_checkpoint(path) and not is_single(path)
-
-
 def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
     """The newest last: by step (unknown ones first), then by the time of saving, then by name.
 

@@ -24,10 +24,9 @@ from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.foreign.succession import relate
 from ckpt.runs.run import RunCheckpoint, members, order, original_of, require_read
 from ckpt.runs.states import skipped
-from ckpt.runs.states.listing import checkpoints_in, is_other_save_dir
+from ckpt.runs.states.listing import checkpoints_in
 from ckpt.runs.states.skipped import (
     ENGINE_ALONE,
-    OTHER_SAVE_DIR,
     UNCOMMITTED,
     SkippedCandidate,
     Sort,
@@ -206,9 +205,6 @@ class Offers:
 
             if self.committed_only:
                 self.skip(checkpoint.folder, UNCOMMITTED)
-                continue
-            if is_other_save_dir(checkpoint.folder):
-                self.skip(checkpoint.folder, OTHER_SAVE_DIR, "apart")
                 continue
 
             if self._is_engine_alone(checkpoint):

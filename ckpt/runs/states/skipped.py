@@ -18,10 +18,6 @@ from converters.words import first, more
 
 Sort = Literal["weights", "slimmed", "universal", "lost", "apart"]
 COMMITTED_ONLY = "committed_only=True takes committed checkpoints alone"
-OTHER_SAVE_DIR = (
-    "it is a save_dir of DeepSpeed with tags of its own, perhaps of another training; name it to "
-    "go on from it"
-)
 ENGINE_ALONE = (
     "it is a state of the engine alone (of trainer.save_model()), without trainer_state.json, from "
     "which the Trainer cannot go on"

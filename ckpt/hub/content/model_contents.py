@@ -191,11 +191,9 @@ def _stored(checkpoint: RunCheckpoint, dtype: str | None, request: Request | Non
     if dtype not in (None, "keep") and DTYPES[dtype] is not stored_type:
         warnings.append(_type_note(root, weights_paths[0], stored_type, dtype, is_adapter))
 
-    if os.path.lexists(root / "config.json"):
-        config_item = listed_item(checkpoint, "config.json", must_be_listed=False)
-        is_untied = request is not None and request.untie and not is_adapter
-        items.append(_untied(config_item, root) if is_untied else config_item)
-    elif not is_adapter and not module_names:
+    is_untied = request is not None and request.untie and not is_adapter
+    items += _config_items(checkpoint, is_untied)
+    if not is_adapter and not module_names and not os.path.lexists(root / "config.json"):
         warnings.append(f"note: {root} has no config.json, so from_pretrained will not load it")
     allowed_files = allowed(root, frozenset(item.name for item in items))
     items += _companion_items(checkpoint, allowed_files)
@@ -215,6 +213,15 @@ def _stored(checkpoint: RunCheckpoint, dtype: str | None, request: Request | Non
         (*allowed_files.warnings, *warnings),
         facts,
     )
+
+
+def _config_items(checkpoint: RunCheckpoint, is_untied: bool) -> list[Item]:
+    """The config.json of a folder, if it has one."""
+    if not os.path.lexists(checkpoint.folder / "config.json"):
+        return []
+
+    config_item = listed_item(checkpoint, "config.json", must_be_listed=False)
+    return [_untied(config_item, checkpoint.folder) if is_untied else config_item]
 
 
 def _untied(config_item: Item, root: Path) -> Item:

@@ -297,7 +297,7 @@ def test_a_state_of_save_model_in_the_run_hides_nothing(
     (tmp_path / "latest").write_text("global_step8")
     assert [c.name for c in checkpoints_at(tmp_path)] == ["checkpoint-2", "global_step8"]
     assert ckpt.find(tmp_path) == str(folder)
-    assert "global_step8: is a state of the engine alone" in logged()
+    assert "global_step8: it is a state of the engine alone" in logged()
     shutil.copytree(tmp_path / "global_step8", tmp_path / "global_step2")
     found = select_checkpoint(None, tmp_path, "2")  # as the ResumeCallback asks
     assert found is not None and found.folder == folder

@@ -6,11 +6,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpt.weights import advice
-from ckpt.weights.adapters import adapter_config, written_adapter
-from ckpt.weights.adapters.named_base import NamedBases
-from ckpt.weights.adapters.written_adapter import Origin, WrittenAdapter
+from ckpt.weights.adapters import adapter_config
 from ckpt.weights.companions.surroundings import Surroundings
 from ckpt.weights.naming import naming
 from ckpt.weights.naming.naming import NamedWeights
@@ -27,6 +26,9 @@ from converters.peft.names import ParsedName
 from converters.source import Place, Source
 from converters.storage import stores
 from converters.tensors import Weights
+
+if TYPE_CHECKING:  # models need none of it, and their memory is counted
+    from ckpt.weights.adapters.written_adapter import Origin, WrittenAdapter
 
 DEFAULT = adapter_config.DEFAULT
 MAX_ADAPTERS = 256  # adapters of a model
@@ -52,6 +54,8 @@ class Adapter:
 
     def origin(self, name: str) -> Origin:
         """One of the adapters, as the checkpoint has it."""
+        from ckpt.weights.adapters.written_adapter import Origin
+
         return Origin(name=name, alone=len(self.names) == 1, evidence=self.evidence[name])
 
 
@@ -143,6 +147,9 @@ def product(
     """
     if adapter.chat:
         raise _without_format(source.place)
+
+    from ckpt.weights.adapters import written_adapter
+    from ckpt.weights.adapters.named_base import NamedBases
 
     adapter_names = chosen_names(adapter, request) or adapter.names
     adapter_names = tuple(sorted(adapter_names, key=lambda name: name != DEFAULT))

@@ -7,20 +7,25 @@ entries.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
 
 class Entries(Sequence[Any]):
-    """A list of JSON values, kept as lines of text. Each is parsed once, when used."""
+    """A list of JSON values, each a line of a file. Each is read and parsed once, when used.
 
-    def __init__(self, lines: list[bytes]):
-        self.lines = lines
+    ``offsets`` are those of the lines, and of the end of the last one.
+    """
+
+    def __init__(self, path: Path, offsets: Sequence[int]):
+        self.path, self.offsets = path, offsets
         self.parsed: dict[int, Any] = {}
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.offsets) - 1
 
     @overload
     def __getitem__(self, index: int) -> Any: ...
@@ -30,7 +35,10 @@ class Entries(Sequence[Any]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if index not in self.parsed:
-            self.parsed[index] = json.loads(self.lines[index])
+            start, end = self.offsets[index], self.offsets[index + 1]
+            with self.path.open("rb") as file:
+                file.seek(start)
+                self.parsed[index] = json.loads(file.read(end - start))
         return self.parsed[index]
 
     def __iter__(self) -> Iterator[Any]:
@@ -39,9 +47,12 @@ class Entries(Sequence[Any]):
 
 def read(path: Path, key: str) -> dict[str, Any]:
     """The content of a table, with the long list under ``key``."""
-    head, *lines = path.read_bytes().splitlines()
-    content: dict[str, Any] = json.loads(head)
-    return content | {key: Entries(lines)}
+    with path.open("rb") as file:
+        content: dict[str, Any] = json.loads(file.readline())
+        lengths = (len(line) for line in file)
+        offsets = array("Q", accumulate(lengths, initial=file.tell()))
+
+    return content | {key: Entries(path, offsets)}
 
 
 def text(content: Mapping[str, Any], key: str) -> str:

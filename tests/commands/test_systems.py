@@ -26,7 +26,7 @@ from ckpt.hub.content import items
 from ckpt.runs import fields
 from ckpt.runs.upkeep import adoption
 from converters.errors import CheckpointError
-from converters.formats import safetensors
+from converters.formats import shard_index
 from converters.storage.system import names
 
 IMITATED = sys.platform == "linux"
@@ -267,7 +267,7 @@ def test_an_index_cannot_name_a_file_on_another_drive(
         index = tmp_path / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": {"weight": name}}), "utf-8")
         with pytest.raises(CheckpointError, match="outside its folder"):
-            safetensors.shards(index)
+            shard_index.read(index)
 
 
 def test_on_linux_such_names_are_those_of_files() -> None:

@@ -114,18 +114,18 @@ def _cut(rule: Any, shapes: Shapes) -> Cut:
     return cuts.in_parts(axis, [[size // len(shapes)] * len(shapes) for size in parts], shapes)
 
 
-def _toml(text: str) -> Any:
+def _toml(data: bytes) -> Any:
     try:
         import tomllib
     except ImportError:  # Python 3.10
         raise ValueError("Python 3.10 reads no TOML: write the rules as .json") from None
-    return tomllib.loads(text)
+    return tomllib.loads(data.decode())
 
 
 def _parsed(path: Path, text: str) -> dict[str, Any]:
+    load = bounded_json.loads if path.suffix == ".json" else _toml
     try:
-        is_json = path.suffix == ".json"
-        content = bounded_json.loads(text.encode()) if is_json else _toml(text)
+        content = load(text.encode())
     except ValueError as error:
         raise CheckpointError(f"{path} is neither TOML nor JSON: {error}", "refused") from error
 

@@ -67,3 +67,13 @@ def consistent(folder: Path, otherwise: str) -> Iterator[None]:
         yield
     except MalformedError as error:
         raise CheckpointError(f"{folder} contradicts itself ({error}): {otherwise}") from error
+
+
+@contextmanager
+def readable(folder: Path, otherwise: str) -> Iterator[None]:
+    """As ``consistent``; what the system does not let be read is a ``CheckpointError``, too."""
+    try:
+        with consistent(folder, otherwise):
+            yield
+    except OSError as error:
+        raise unreadable(error, folder) from error

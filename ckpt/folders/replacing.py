@@ -24,7 +24,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ckpt.folders.filenames import MANIFEST, PINNED
+from ckpt.folders.filenames import CONVERSION, MANIFEST, PINNED
 from converters.storage import stores
 from converters.storage.local_store import LOCAL, UNOFFERED
 
@@ -34,7 +34,7 @@ TRIAL = ".renaming-"  # how the folders of a trial are called
 # comes.
 RECORDS = (
     *("config.json", "adapter_config.json", "*.index.json"),
-    *("latest_universal", "latest", "conversion.json", MANIFEST),
+    *("latest_universal", "latest", CONVERSION, MANIFEST),
 )
 
 

@@ -19,6 +19,7 @@ from ckpt.engine.inventory import TORCH, Inventory, config_of, inventory
 from ckpt.engine.partitions import PartitionPiece, masters, require_rounds, sixteen_bit
 from ckpt.engine.view import EngineView
 from ckpt.folders import staging
+from ckpt.folders.filenames import CONVERSION
 from ckpt.live import shards
 from ckpt.runs.foreign import replaceable
 from ckpt.version import __version__
@@ -218,7 +219,7 @@ class Job:
             local.write_file(folder / plan.index[0], plan.index[1])
 
         record = self.record(plan, tied_mode, ranks)
-        local.write_file(folder / "conversion.json", record)
+        local.write_file(folder / CONVERSION, record)
 
     def record(self, plan: Plan, tied_mode: Tied, ranks: RankGroup) -> bytes:
         """What ``conversion.json`` says of a folder from a running training."""

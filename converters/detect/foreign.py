@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from converters.detect.kind import Kind
 from converters.detect.look import Look
+from converters.words import some
 
 _FROM_OTHERS = "from_pretrained(..., {flag}=True) of transformers 4 loads it, and save_pretrained "
 _FROM_OTHERS += "writes it again"
@@ -144,7 +145,7 @@ def shards_alone(look: Look) -> str | None:
 def other_names(look: Look) -> str | None:
     """A folder with weights under names that nobody looks for: the first of them."""
     names = [name for name in look.names if name.endswith(_LOOSE)]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "") or None
+    return some(names) or None
 
 
 def _folder(name: str, title: str, by: str, sign: Callable[[Look], str | None], words: str) -> Kind:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from converters import quantized
 from converters.detect.deepspeed import READ_HERE
-from converters.errors import CheckpointError, consistent, unreadable
+from converters.errors import CheckpointError, readable
 from converters.names.rules import Names
 from converters.source import EXCLUDED as EXCLUDED
 from converters.source import STATES as STATES
@@ -84,11 +84,8 @@ def weights(path: Name, tag: str | None = None) -> Checkpoint:
 
 
 def _read_or_explain(place: Place, require_all: bool) -> Checkpoint:
-    try:
-        with consistent(place.folder, "a file is damaged or of another save"):
-            return _read(place, require_all)
-    except OSError as error:
-        raise unreadable(error, place.folder) from error
+    with readable(place.folder, "a file is damaged or of another save"):
+        return _read(place, require_all)
 
 
 def _read(place: Place, require_all: bool) -> Checkpoint:

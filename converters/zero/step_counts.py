@@ -9,27 +9,20 @@ from converters.zero.files import state_files
 
 
 def contradiction(checkpoint: Checkpoint) -> str | None:
-    """What the step counts say, where they are not those of the model file."""
-    steps = optimizer_steps(checkpoint)
-    if checkpoint.step is None or steps is None:
-        return None
+    """What the step counts say, where they are not those of the model file.
 
-    if steps <= checkpoint.step and not has_fewer_steps(checkpoint):
-        return None
-    return f"the model file is of step {checkpoint.step}, the optimizer has taken {steps}"
-
-
-def has_fewer_steps(checkpoint: Checkpoint) -> bool:
-    """Whether the optimizer has taken fewer steps than the engine, those aside that were skipped.
-
-    So it is where a training went on without its optimizer's states, too.
+    The optimizer takes no more steps than the engine, and no fewer, those aside that were
+    skipped. A training that went on without its optimizer's states has fewer, too.
     """
     steps, skipped = optimizer_steps(checkpoint), checkpoint.model.root.get("skipped_steps")
     if checkpoint.step is None or steps is None:
-        return False
+        return None
 
     min_expected = checkpoint.step - (skipped if isinstance(skipped, int) else 0)
-    return min_expected >= 0 and steps < min_expected
+    has_fewer = min_expected >= 0 and steps < min_expected
+    if steps <= checkpoint.step and not has_fewer:
+        return None
+    return f"the model file is of step {checkpoint.step}, the optimizer has taken {steps}"
 
 
 def optimizer_steps(checkpoint: Checkpoint) -> int | None:

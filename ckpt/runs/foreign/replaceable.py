@@ -6,10 +6,9 @@ from pathlib import Path
 
 from ckpt.folders.replacing import is_arriving
 from ckpt.runs import user_paths
-from ckpt.runs.ancestry import record_in
 from ckpt.runs.checkpoint_folder import open_checkpoint
 from ckpt.runs.foreign import signs
-from ckpt.runs.recognition import is_checkpoint, is_run
+from ckpt.runs.recognition import is_run
 from converters.errors import CheckpointError
 
 
@@ -36,7 +35,5 @@ def require_replaceable(output: Path) -> None:
 
 def _is_made_of_another(output: Path) -> bool:
     """Whether a folder says that ckpt made it of a checkpoint, damaged or not."""
-    if record_in(output) is not None:
-        return True
-    source = open_checkpoint(output).source if is_checkpoint(output) else None
+    source = open_checkpoint(output).source
     return source is not None and source.is_rewriting

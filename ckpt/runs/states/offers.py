@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,12 @@ class Offers:
     def _is_engine_alone(self, checkpoint: RunCheckpoint) -> bool:
         """Whether it is a tag beside checkpoints of a Trainer, which could not go on from it."""
         folder = checkpoint.folder
-        return (folder.is_dir() and is_tag_folder(folder)) and any(
+        return folder.is_dir() and is_tag_folder(folder) and self._has_trainers
+
+    @cached_property
+    def _has_trainers(self) -> bool:
+        """Whether a Trainer saved one of these."""
+        return any(
             (candidate.folder / completeness.STATE).is_file() for candidate in self.checkpoints
         )
 

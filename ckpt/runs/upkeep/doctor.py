@@ -37,7 +37,7 @@ from converters.errors import CheckpointError
 from converters.storage.system import flock
 from converters.words import counted, first, verb
 
-_STAGING_LOCKS = {".saving": filenames.LOCK, ".partial": PLAN, ".fp32": "conversion.json"}
+_STAGING_LOCKS = {".saving": filenames.LOCK, ".partial": PLAN, ".fp32": filenames.CONVERSION}
 
 
 @dataclass(frozen=True, slots=True)

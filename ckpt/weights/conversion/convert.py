@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from ckpt.folders import locks, staging
-from ckpt.folders.filenames import LOGBOOK
+from ckpt.folders.filenames import CONVERSION, LOGBOOK
 from ckpt.runs import engines
 from ckpt.runs.recognition import is_numbered
 from ckpt.weights.arguments import dtype_name, naming_arguments, require_choice, shard_bytes
@@ -313,7 +313,7 @@ def _complete(
         name, content = conversion.plan.index
         local.write_file(folder / name, content)
 
-    local.write_file(folder / "conversion.json", bounded_json.dumps(record.as_json()))
+    local.write_file(folder / CONVERSION, bounded_json.dumps(record.as_json()))
 
 
 def run(conversion: Conversion, **options: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from converters.errors import consistent, unreadable
+from converters.errors import readable
 from converters.source import Source
 from converters.storage import open_files
 from converters.zero import reader
@@ -33,10 +33,7 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     from converters.zero.model_ranks import folder_files
 
     place = several_models.find(path, tag)
-    try:
-        with consistent(place.folder, "a file is damaged or of another save"):
-            files = folder_files.scan(place)
-            read_files = sub_groups.read if files.partitioned else flat_groups.read
-            return read_files(place, files)
-    except OSError as error:
-        raise unreadable(error, place.folder) from error
+    with readable(place.folder, "a file is damaged or of another save"):
+        files = folder_files.scan(place)
+        read_files = sub_groups.read if files.partitioned else flat_groups.read
+        return read_files(place, files)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converters.detect.deepspeed import TENSOR_PARALLEL
-from converters.errors import CheckpointError, MalformedError, consistent, unreadable
+from converters.errors import CheckpointError, MalformedError, consistent, readable
 from converters.source import Place, Source, SourceTopology
 from converters.storage import open_files
 from converters.tensors import TensorRef
@@ -78,11 +78,8 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     With ``complete`` everything that a training goes on from has to be there.
     """
     place = discovery.find(path, tag) if complete else several_models.find(path, tag)
-    try:
-        with consistent(place.folder, "a file is damaged or of another save"):
-            return _read(place, complete)
-    except OSError as error:
-        raise unreadable(error, place.folder) from error
+    with readable(place.folder, "a file is damaged or of another save"):
+        return _read(place, complete)
 
 
 def _read(place: Place, require_all: bool) -> TensorParallelCheckpoint:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from converters.errors import consistent, unreadable
+from converters.errors import readable
 from converters.source import Source
 from converters.storage import open_files
 from converters.zero.files import several_models
@@ -20,8 +20,5 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     is damaged or incomplete.
     """
     place = several_models.find(path, tag)
-    try:
-        with consistent(place.folder, "a file is damaged or of another save"):
-            return stages.read(place, folder_files.scan(place))
-    except OSError as error:
-        raise unreadable(error, place.folder) from error
+    with readable(place.folder, "a file is damaged or of another save"):
+        return stages.read(place, folder_files.scan(place))

@@ -28,7 +28,7 @@ from typing import Any
 from converters import words
 from converters.detect import detect
 from converters.detect.deepspeed import UNIVERSAL
-from converters.errors import CheckpointError, consistent, unreadable
+from converters.errors import CheckpointError, readable
 from converters.source import SourceTopology
 from converters.storage import stores
 from converters.tensors import TensorRef
@@ -142,11 +142,8 @@ def read(
     ``CheckpointError`` for what is damaged, incomplete or of a kind that is not read.
     """
     place = find(path, tag)
-    try:
-        with consistent(place.folder, "a file is damaged or of another conversion; make it again"):
-            return _read(place, like, states, experts)
-    except OSError as error:
-        raise unreadable(error, place.folder) from error
+    with readable(place.folder, "a file is damaged or of another conversion; make it again"):
+        return _read(place, like, states, experts)
 
 
 def _read(

@@ -118,7 +118,7 @@ def test_buffers_of_types_that_only_torch_has_are_deepspeeds(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("limit", ["1KB", None])
+@pytest.mark.parametrize("limit", ["10KB", None])
 def test_files_are_written_as_deepspeed_writes_them(
     safe: bool, limit: str | None, tmp_path: Path
 ) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 from ckpt.folders.filenames import MANIFEST
 from ckpt.runs.ancestry import record_in
-from ckpt.runs.foreign import dcp_files, intact_files, value_samples
+from ckpt.runs.foreign import dcp_files, intact_files, step_records
 from ckpt.runs.foreign.parallel import require_parallel
 from ckpt.runs.run import is_numbered, step_in
 from converters import detect
@@ -34,8 +34,8 @@ from converters.accessors import is_whole_number
 from converters.detect import filenames
 from converters.detect.deepspeed import PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError, unreadable
+from converters.source import Source
 from converters.words import counted
-from converters.zero import step_counts
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.discovery import is_tag_folder
 
@@ -66,6 +66,14 @@ class Proof:
     history: History | None = None
     shapes: Mapping[str, tuple[int, ...]] | None = None
     hindrance: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _TrainerFiles:
+    """What a Trainer wrote beside DeepSpeed's files: its step, and RNG states of so many ranks."""
+
+    step: int
+    rng_ranks: int
 
 
 def step_of(path: Path) -> int | None:
@@ -212,7 +220,8 @@ def _of_trainer(folder: Path, entry_names: set[str]) -> Proof:
                 "one away"
             )
 
-        proof = _of_deepspeed(folder, "the Trainer with DeepSpeed", rng_ranks)
+        trainer_files = _TrainerFiles(step, rng_ranks)
+        proof = _of_deepspeed(folder, "the Trainer with DeepSpeed", trainer_files)
         if proof.hindrance is not None:
             return replace(proof, history=history)
         return Proof(folder, proof.kind, step, proof.tag, True, history, proof.shapes)
@@ -245,6 +254,7 @@ def _of_plain_trainer(
         if not is_present:
             raise CheckpointError(f"{folder} has no {name}", "incomplete")
 
+    step_records.require_one_step(folder, step)
     return Proof(folder, kind, step, None, True, history)
 
 
@@ -272,9 +282,8 @@ def _of_accelerate(folder: Path, entry_names: set[str]) -> Proof:
 
 
 def _of_deepspeed(
-    folder: Path, kind: str, rng_ranks: int | None = None, tag: str | None = None
+    folder: Path, kind: str, trainer_files: _TrainerFiles | None = None, tag: str | None = None
 ) -> Proof:
-    """``rng_ranks``: how many RNG states of a Trainer there are, of which every rank needs one."""
     kind = "Lightning with DeepSpeed" if folder.name.endswith(".ckpt") else kind
     try:
         source = detect.read(folder, tag, complete=True)
@@ -290,40 +299,30 @@ def _of_deepspeed(
             folder, "DeepSpeed (universal)", source.step, None, False, hindrance=_UNIVERSAL
         )
 
-    if isinstance(source, Checkpoint):
-        _require_one_step(source)
-
-    if rng_ranks is not None and rng_ranks < source.world_size:
-        raise CheckpointError(
-            f"{folder} has RNG states of {counted(rng_ranks, 'rank')}, its optimizer state is of "
-            f"{source.world_size}",
-            "incomplete",
-        )
-
-    has_scheduler = source.entries.get("lr_scheduler") is not None
-    has_scheduler = has_scheduler or (folder / "scheduler.pt").exists()
-    if rng_ranks is not None and not has_scheduler:
-        raise CheckpointError(f"{folder} has no scheduler.pt", "incomplete")
+    checkpoint = source if isinstance(source, Checkpoint) else None
+    if checkpoint is not None:
+        step_records.require_one_save(checkpoint)
+    if trainer_files is not None:
+        _require_trainers(folder, trainer_files, source)
+        step_records.require_one_step(folder, trainer_files.step, checkpoint)
 
     refs = source.weights.tensors if source.kind == "deepspeed" else {}  # engines of others: parts
     shapes = {name: tuple(ref.shape) for name, ref in refs.items()}
     return Proof(folder, kind, source.step, source.place.tag, shapes=shapes or None)
 
 
-def _require_one_step(checkpoint: Checkpoint) -> None:
-    """``CheckpointError`` where the model file and the optimizer's files are of different steps.
-
-    The counts alone prove nothing: a training may have gone on without the optimizer's states,
-    and DeepSpeed before 0.10 counted one step of the optimizer more. The values have to
-    contradict each other as well.
-    """
-    reason = step_counts.contradiction(checkpoint)
-    if reason is not None and value_samples.compare(checkpoint).contradiction is not None:
+def _require_trainers(folder: Path, trainer_files: _TrainerFiles, source: Source) -> None:
+    """``CheckpointError`` unless every rank has its RNG state, and there is a scheduler."""
+    if trainer_files.rng_ranks < source.world_size:
         raise CheckpointError(
-            f"{checkpoint.place.folder} holds files of two saves: {reason}; bring back those of "
-            "one save",
+            f"{folder} has RNG states of {counted(trainer_files.rng_ranks, 'rank')}, its optimizer "
+            f"state is of {source.world_size}",
             "incomplete",
         )
+
+    has_scheduler = source.entries.get("lr_scheduler") is not None
+    if not has_scheduler and not (folder / "scheduler.pt").exists():
+        raise CheckpointError(f"{folder} has no scheduler.pt", "incomplete")
 
 
 def _lightning_file(path: Path) -> Proof:

@@ -306,5 +306,4 @@ def _is_original(candidate: RunCheckpoint, checkpoint: RunCheckpoint, source: An
         return False
     if candidate.manifest is not None:  # it was adopted since
         return candidate.committed and candidate.step == source.step
-    # what is committed does not stand back for what is not
-    return checkpoint.manifest is None and candidate.why == manifests.ABSENT
+    return candidate.why == manifests.ABSENT

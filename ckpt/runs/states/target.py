@@ -22,7 +22,7 @@ from ckpt.runs.run import (
     without_derived,
 )
 from ckpt.runs.states.listing import checkpoints_in, require_named
-from ckpt.runs.states.offers import TopologyFilter
+from ckpt.runs.states.offer_order import TopologyFilter
 from converters.detect import detect
 from converters.errors import CheckpointError
 

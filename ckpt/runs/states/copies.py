@@ -1,6 +1,6 @@
 """Which checkpoints of a run are copies by hand of others (``cp -r``), or links to them.
 
-    committed    its manifest has the save of the other one, and another name than its folder
+    committed    its manifest is of the save of the other one, and of another name than its folder
     complete     its name is none that a trainer gives, and the files that a resume reads are
                  those of one with such a name: by names, sizes, and the CRC32s in torch zips
 
@@ -56,16 +56,25 @@ def _is_copy(checkpoint: RunCheckpoint, other: RunCheckpoint) -> bool:
     if not other.original:
         return False
     if checkpoint.manifest is not None:
-        is_same_save = other.manifest is not None and other.manifest.save == (
-            checkpoint.manifest.save
-        )
-        return not checkpoint.original and is_same_save
+        return not checkpoint.original and _is_of_one_save(checkpoint, other)
 
     is_judged = checkpoint.why == manifests.ABSENT and checkpoint.record is None
     return (
         is_judged
         and _is_named_after(checkpoint.folder, other.folder)
         and _is_same(checkpoint.folder, other.folder)
+    )
+
+
+def _is_of_one_save(checkpoint: RunCheckpoint, other: RunCheckpoint) -> bool:
+    """Whether two manifests are of one save; those of one that was copied before it was adopted
+    have ids of their own."""
+    manifest, other_manifest = checkpoint.manifest, other.manifest
+    if manifest is None or other_manifest is None:
+        return False
+    is_named = manifest.name == other.name and manifest.step == other_manifest.step
+    return manifest.save == other_manifest.save or (
+        is_named and _is_same(checkpoint.folder, other.folder)
     )
 
 

@@ -18,6 +18,7 @@ from ckpt.runs.checkpoint_folder import RunCheckpoint, open_checkpoint
 from ckpt.runs.foreign import completeness, signs
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, step_in
 from ckpt.runs.run import Run
+from ckpt.runs.states import copies
 from ckpt.runs.states.status import CheckpointState, CheckpointStatus
 from converters.detect import detect
 from converters.detect.deepspeed import UNIVERSAL
@@ -130,6 +131,7 @@ def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
     Of one step, the universal format, a copy by hand, a link and what was made of another one
     come before what they are of, and a name without a number before a numbered one.
     """
+    copied = copies.originals([status.checkpoint for status in statuses])
 
     def rank(status: CheckpointStatus) -> tuple[Any, ...]:
         checkpoint = status.checkpoint
@@ -141,7 +143,8 @@ def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
         facts = (has_manifest, status.created, numbered)
 
         is_native = status.proof is None or status.proof.hindrance is None
-        return step, is_native, checkpoint.original, is_saved, *facts, checkpoint.name
+        is_original = checkpoint.original and checkpoint.folder not in copied
+        return step, is_native, is_original, is_saved, *facts, checkpoint.name
 
     return sorted(statuses, key=rank)
 

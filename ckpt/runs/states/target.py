@@ -16,6 +16,7 @@ from ckpt.runs.run import (
     is_numbered,
     is_run,
     members,
+    numbered,
     open_checkpoint,
     order,
     require_read,
@@ -184,7 +185,7 @@ def _resolve_name(path: Path, tag: str, fits: TopologyFilter | None) -> str:
             if checkpoint.manifest is not None and fits(checkpoint.manifest)
         ] or matches
     if len(matches) > 1:
-        matches = without_derived(matches, checkpoints)
+        matches = numbered(without_derived(matches, checkpoints))
     if len(matches) != 1:
         names = ", ".join(checkpoint.name for checkpoint in matches)
         matches_text = names or "no checkpoint"

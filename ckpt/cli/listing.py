@@ -11,7 +11,7 @@ from ckpt.runs import lineage
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint, members
 from ckpt.runs.states import copies
 from ckpt.runs.states.copies import Originals
-from ckpt.runs.states.status import CheckpointStatus, prefix
+from ckpt.runs.states.status import CheckpointState, CheckpointStatus, prefix
 from converters.detect import detect
 
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
@@ -75,7 +75,10 @@ def _entry(
 
 def reason(status: CheckpointStatus) -> str | None:
     """Why a checkpoint is not committed; ``None`` for one that is."""
-    return f"no manifest.json: written by {status.writer}" if status.complete else status.reason
+    if not status.complete:
+        return status.reason
+    finding = "no manifest.json" if status.tier != "weights" else str(status.finding)
+    return finding if status.writer is None else f"{finding}: written by {status.writer}"
 
 
 def untouched(statuses: Sequence[CheckpointStatus]) -> tuple[UntouchedEntry, ...]:
@@ -131,6 +134,8 @@ def _remark(entry: CheckpointEntry) -> str:
     is_universal = entry.origin is not None and entry.kind == "deepspeed-universal"
     if is_universal and entry.reason is not None and entry.written_by is not None:
         parts.append(entry.state)  # it never gets a manifest, so that this is all there is to be
+    elif entry.state == CheckpointState.COMPLETE.value and entry.tier == "weights":
+        parts.append(str(entry.reason))
     elif entry.written_by is not None:
         parts.append(f"complete, not committed: written by {entry.written_by}")
     elif entry.reason is not None:

@@ -1,16 +1,12 @@
-"""Whether the files in a Trainer's checkpoint are of one step: by counts, learning rates, values."""
+"""Whether a Trainer's files are of one step: by counts, learning rates and values."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from oracles import run
 from safetensors.torch import load_file, save_file
 from stock_checkpoints import state, stock, trainers
 

@@ -28,7 +28,7 @@ from ckpt.folders.filenames import MANIFEST
 from ckpt.runs.ancestry import record_in
 from ckpt.runs.foreign import dcp_files, intact_files, step_records
 from ckpt.runs.foreign.parallel import require_parallel
-from ckpt.runs.run import is_numbered, step_in
+from ckpt.runs.run import step_in
 from converters import detect
 from converters.accessors import is_whole_number
 from converters.detect import filenames
@@ -40,11 +40,15 @@ from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.discovery import is_tag_folder
 
 STATE = filenames.TRAINER_STATE
+MODEL = "model"  # in place of a writer: weights of which nobody says who wrote them
 OWN = "ckpt"  # the writer of what ckpt made of a checkpoint without a manifest
 RNG = r"rng_state_(\d+)\.pth"
 RANDOM = filenames.RANDOM_STATES.pattern
+STATES_ALONE = ("DeepSpeed", "FSDP")  # the writers of states that no trainer describes
 _LIGHTNING = "pytorch-lightning_version"
 _UNIVERSAL = "it is a universal checkpoint: ckpt from-universal makes native files of it"
+_CONFIGS = frozenset(("config.json", "adapter_config.json"))
+_STATES = re.compile(r"(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint).*")
 _OF_TRAINER = frozenset(("training_args.bin", "rng_state.pth", "rng_state_0.pth"))
 History = tuple[Mapping[str, Any], ...]
 
@@ -129,16 +133,21 @@ def _proof(path: Path, tag: str | None) -> Proof:
 
 
 def _of_functions(path: Path, entry_names: set[str]) -> Proof:
-    """What ``save_fsdp_model`` and ``save_fsdp_optimizer`` of a loop of one's own wrote.
+    """What ``save_fsdp_model`` and ``save_fsdp_optimizer`` of a loop of one's own wrote, or
+    ``save_pretrained``.
 
     ``CheckpointError`` for anything else: it is empty, cut short, or of no kind known
     here.
     """
     model_parts = dcp_files.fsdp_parts(path, "pytorch_model_fsdp")
-    if model_parts and dcp_files.fsdp_parts(path, "optimizer") and not is_numbered(path):
+    if model_parts and dcp_files.fsdp_parts(path, "optimizer"):
         return Proof(path, "FSDP")
     if not entry_names:
         raise CheckpointError(f"{path} is empty: its save did not begin", "incomplete")
+
+    has_states = model_parts or any(map(_STATES.fullmatch, entry_names))
+    if not has_states and entry_names & _CONFIGS and intact_files.weights(path):
+        return Proof(path, MODEL, step_in(path.name), resumable=False)
     if model_parts or intact_files.WEIGHTS_NAMES & entry_names:
         raise CheckpointError(
             f"{path} {detect.detect(path).statement}, but has no {STATE}, which a Trainer writes "
@@ -200,6 +209,12 @@ def history_of(folder: Path) -> History | None:
 
 
 def _of_trainer(folder: Path, entry_names: set[str]) -> Proof:
+    if STATE not in entry_names:
+        raise CheckpointError(
+            f"{folder} has no {STATE}, which the Trainer writes last: its save did not finish",
+            "incomplete",
+        )
+
     state = trainer_state(folder)
     step, history = int(state["global_step"]), history_of(folder)
     rng_ranks = intact_files.require_all_ranks(

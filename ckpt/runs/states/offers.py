@@ -17,7 +17,7 @@ from ckpt.runs import lineage
 from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
 from ckpt.runs.foreign import completeness, liveness
-from ckpt.runs.foreign.completeness import Proof
+from ckpt.runs.foreign.completeness import STATES_ALONE, Proof
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.foreign.succession import relate
 from ckpt.runs.run import (
@@ -32,6 +32,7 @@ from ckpt.runs.states.listing import checkpoints_in
 from ckpt.runs.states.offer_order import TopologyFilter, newest_first
 from ckpt.runs.states.skipped import (
     ENGINE_ALONE,
+    NO_TRAINER_STATE,
     UNCOMMITTED,
     SkippedCandidate,
     Sort,
@@ -149,6 +150,9 @@ class Offers:
                 continue
 
             proof = self._prove(checkpoint)
+            if proof is not None and self._has_trainers and proof.kind in STATES_ALONE:
+                self.skip(checkpoint.folder, NO_TRAINER_STATE, "apart")
+                continue
             if proof is not None and (has_usable or self._succeeds(proof)):
                 yield Offer(checkpoint, proof)
 

@@ -128,8 +128,8 @@ def _hindrance(status: CheckpointStatus) -> str | None:
         return f"{folder}: {status.description}"
     if not status.adoptable:
         return (
-            f"{folder} is complete, written by {status.writer}; a manifest is for DeepSpeed's "
-            "checkpoints that ckpt reads, in folders of their own"
+            f"{folder} is {status.description}; a manifest is for DeepSpeed's checkpoints that "
+            "ckpt reads, in folders of their own"
         )
 
     return None

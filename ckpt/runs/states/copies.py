@@ -30,9 +30,9 @@ def originals(checkpoints: Sequence[RunCheckpoint]) -> Originals:
     """
     found_originals: Originals = {}
     for checkpoint in checkpoints:
-        others = [other for other in checkpoints if other.folder != checkpoint.folder]
+        candidates = [entry for entry in checkpoints if entry.folder != checkpoint.folder]
         try:
-            original = next((other for other in others if _is_copy(checkpoint, other)), None)
+            original = next((entry for entry in candidates if _is_copy(checkpoint, entry)), None)
         except OSError:
             continue
         if original is not None:
@@ -47,61 +47,61 @@ def sentence(checkpoint: RunCheckpoint, original: RunCheckpoint) -> str:
     return f"{form} {original.name}"
 
 
-def _is_copy(checkpoint: RunCheckpoint, other: RunCheckpoint) -> bool:
+def _is_copy(checkpoint: RunCheckpoint, candidate: RunCheckpoint) -> bool:
     """Whether a checkpoint is a copy of the other one, and not the other way round."""
     if checkpoint.folder.is_symlink():
-        return not other.folder.is_symlink() and checkpoint.folder.resolve() == (
-            other.folder.resolve()
+        return not candidate.folder.is_symlink() and checkpoint.folder.resolve() == (
+            candidate.folder.resolve()
         )
-    if not other.original:
+    if not candidate.original:
         return False
     if checkpoint.manifest is not None:
-        return not checkpoint.original and _is_of_one_save(checkpoint, other)
+        return not checkpoint.original and _is_of_one_save(checkpoint, candidate)
 
     is_judged = checkpoint.why == manifests.ABSENT and checkpoint.record is None
     return (
         is_judged
-        and _is_named_after(checkpoint.folder, other.folder)
-        and _is_same(checkpoint.folder, other.folder)
+        and _is_named_after(checkpoint.folder, candidate.folder)
+        and _is_same(checkpoint.folder, candidate.folder)
     )
 
 
-def _is_of_one_save(checkpoint: RunCheckpoint, other: RunCheckpoint) -> bool:
+def _is_of_one_save(checkpoint: RunCheckpoint, candidate: RunCheckpoint) -> bool:
     """Whether two manifests are of one save; those of one that was copied before it was adopted
     have ids of their own."""
-    manifest, other_manifest = checkpoint.manifest, other.manifest
+    manifest, other_manifest = checkpoint.manifest, candidate.manifest
     if manifest is None or other_manifest is None:
         return False
-    is_named = manifest.name == other.name and manifest.step == other_manifest.step
+    is_named = manifest.name == candidate.name and manifest.step == other_manifest.step
     return manifest.save == other_manifest.save or (
-        is_named and _is_same(checkpoint.folder, other.folder)
+        is_named and _is_same(checkpoint.folder, candidate.folder)
     )
 
 
-def _is_named_after(folder: Path, other: Path) -> bool:
+def _is_named_after(folder: Path, candidate: Path) -> bool:
     """Whether the name of a folder is none of a trainer's, and that of the other one is, or the
     beginning of it."""
     if (
         signs.is_usual(folder.name)
         or is_set_aside(folder)
-        or not (folder.is_dir() and other.is_dir())
+        or not (folder.is_dir() and candidate.is_dir())
     ):
         return False
-    return signs.is_usual(other.name) or folder.name.startswith(other.name)
+    return signs.is_usual(candidate.name) or folder.name.startswith(candidate.name)
 
 
-def _is_same(folder: Path, other: Path) -> bool:
+def _is_same(folder: Path, candidate: Path) -> bool:
     """Whether two folders hold the same files, as far as a resume reads them."""
     files = resume_files.fingerprint(folder)
-    if not files or files != resume_files.fingerprint(other):
+    if not files or files != resume_files.fingerprint(candidate):
         return False
 
-    return all(_has_same_bytes(folder / name, other / name) for name, _ in files)
+    return all(_has_same_bytes(folder / name, candidate / name) for name, _ in files)
 
 
-def _has_same_bytes(path: Path, other: Path) -> bool:
+def _has_same_bytes(path: Path, candidate: Path) -> bool:
     """Whether two files of one size are equal: by the CRC32s that they have, or at both ends."""
-    with open(path, "rb") as stream, open(other, "rb") as other_stream, local.named(path):
+    with open(path, "rb") as stream, open(candidate, "rb") as other_stream, local.named(path):
         directory = digests.directory_of(stream)
         other_directory = digests.directory_of(other_stream)
         if directory is not None and other_directory is not None:

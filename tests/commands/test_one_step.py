@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import peft_models
 import pytest
 import torch
+import zero_folders
+from oracles import FIXTURES, run
+from run_folders import commit
 from safetensors.torch import load_file, save_file
 from stock_checkpoints import state, stock, trainers
 
@@ -127,3 +133,52 @@ def test_counts_that_differ_in_a_stock_checkpoint_prove_nothing(
         change(folder)
     (folder,) = tmp_path.iterdir()
     assert status(folder).complete, status(folder).reason
+
+
+def harm(path: Path) -> None:
+    """Saves other values under the same names, as they were some steps before."""
+    tensors = {name: tensor * 1.01 + 0.01 for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+@pytest.mark.parametrize("fixture", ["trainer-zero2", "trainer-zero3"])
+def test_weights_of_another_step_are_found_where_data_is_read(
+    fixture: str, is_committed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(FIXTURES / fixture / "checkpoint-2", folder)
+    for options, line in (
+        (["--data"], r"the values of \d+ tensors in model\.safetensors are those of the states"),
+        (["--sample", "5%"], "sampled values in model.safetensors are those of the states"),
+    ):
+        run("verify", folder, *options)
+        assert re.search(line, capsys.readouterr().out)
+
+    harm(folder / "model.safetensors")
+    if is_committed:
+        run("doctor", tmp_path, "--adopt", "--now")
+    run("verify", folder)  # which reads headers
+    for options in (["--data"], ["--sample", "5%"]):
+        capsys.readouterr()
+        run("verify", folder, *options, code=1)
+        told = capsys.readouterr().out
+        assert told.startswith(f"{folder}: not whole\n  model.safetensors holds other values of ")
+        assert "of another step, or were changed since; ckpt to-fp32 makes weights of the" in told
+
+
+def test_an_adapter_of_another_step_is_found_where_data_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    model = peft_models.model("dora")
+    zero_folders.save(model, folder, exclude_frozen=True)
+    path = peft_models.saved(model, folder) / "adapter_model.safetensors"
+    commit(folder, 2)
+    run("verify", folder, "--data")
+    assert "in adapter_model.safetensors are those of the states" in capsys.readouterr().out
+
+    harm(path)
+    commit(folder, 2)
+    run("verify", folder, "--data", code=1)
+    assert "adapter_model.safetensors holds other values of " in capsys.readouterr().out

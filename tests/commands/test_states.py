@@ -258,6 +258,34 @@ def test_the_folder_that_accelerate_makes_in_a_run_is_named(
     assert f"{tmp_path}/checkpoints does: name that folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["ls", "verify", "latest", "doctor", "prune"])
+def test_runs_one_level_below_are_named(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        trainers(tmp_path / name / "checkpoint-4", 4)
+    options = ("--keep-last", "1") if command == "prune" else ()
+    run(command, tmp_path, *options, code=1)
+    named = f"but these runs: {tmp_path / 'a'}, {tmp_path / 'b'}; name one of them\n"
+    assert capsys.readouterr().err.endswith(named)
+
+
+def test_a_training_that_begins_above_other_runs_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainers(tmp_path / "a/checkpoint-4", 4)
+    assert ckpt.find(tmp_path) is None
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"no checkpoint to resume from: {tmp_path} holds no checkpoint itself, {tmp_path / 'a'} "
+        "does: name that folder"
+    )
+    caplog.clear()
+    (tmp_path / "a/checkpoint-4").rename(tmp_path / "checkpoint-4")  # the run has its own
+    assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert "does: name" not in caplog.text
+
+
 def test_one_that_is_being_written_is_incomplete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from ckpt.runs.states.status import CheckpointState, CheckpointStatus
 from converters.detect import detect
 from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
+from converters.words import some
 from converters.zero.files.discovery import is_tag_folder
 
 
@@ -93,14 +94,39 @@ def run_at(path: Path, command: str) -> Run:
 
 
 def require_named(path: Path) -> None:
-    """``CheckpointError`` where a folder without checkpoints has one with some, which has to be
-    named: where Accelerate and Lightning put them by themselves."""
-    inner_folder = path / "checkpoints"
-    if inner_folder.is_dir() and signs.candidates(inner_folder):
-        raise CheckpointError(
-            f"{path} holds no checkpoint itself, {inner_folder} does: name that folder",
-            "incomplete",
-        )
+    """``CheckpointError`` where a folder without checkpoints has runs right in it, one of which
+    has to be named."""
+    runs = runs_in(path)
+    if runs:
+        raise CheckpointError(runs_instead(path, runs), "incomplete")
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The folders right in a folder that hold checkpoints, whoever wrote them.
+
+    Accelerate and Lightning put theirs into one called checkpoints.
+    """
+    if not path.is_dir():
+        return []
+    folders = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    return [folder for folder in folders if _holds_checkpoints(folder)]
+
+
+def _holds_checkpoints(path: Path) -> bool:
+    try:
+        return path.is_dir() and bool(signs.candidates(path))
+    except (CheckpointError, OSError):  # lost+found, or what was deleted meanwhile
+        return False
+
+
+def runs_instead(path: Path, runs: Sequence[Path]) -> str:
+    """That a folder has no checkpoints, and which ones right in it have some."""
+    if len(runs) == 1:
+        return f"{path} holds no checkpoint itself, {runs[0]} does: name that folder"
+    return (
+        f"{path} holds no checkpoint itself, but these runs: {some(map(str, runs))}; name one of "
+        "them"
+    )
 
 
 def is_single(path: Path) -> bool:

@@ -22,12 +22,13 @@ from ckpt.runs.run import (
     require_read,
     without_derived,
 )
-from ckpt.runs.states.listing import checkpoints_in, require_named
+from ckpt.runs.states.listing import checkpoints_in, runs_in, runs_instead
 from ckpt.runs.states.offer_order import TopologyFilter
 from converters.detect import detect
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
+OWN_FOLDER = "checkpoints"  # that Accelerate and Lightning make in a run
 _EXPECTED = "a checkpoint or a run that can be resumed"
 _SIMILARITY = 0.75  # names over this, of 1, differ by a slip: chkpt-500 and checkpoint-500
 
@@ -113,7 +114,6 @@ def _meaning_of_run(path: Path) -> str:
     if signs.candidates(path):
         return "run"
 
-    require_named(path)
     _require_beginning(path)
     return "nothing"
 
@@ -121,8 +121,16 @@ def _meaning_of_run(path: Path) -> str:
 def _require_beginning(path: Path) -> None:
     """``CheckpointError`` for a checkpoint of another kind, which a new training would pass over.
 
-    Weights that lie in a run's folder, and other files, are only said.
+    So is the folder that Accelerate and Lightning make for their checkpoints. Other runs, weights
+    and other files that lie in a run's folder are only said.
     """
+    runs = runs_in(path)
+    if path / OWN_FOLDER in runs:
+        raise CheckpointError(runs_instead(path, [path / OWN_FOLDER]), "incomplete")
+    if runs:
+        log.warning("no checkpoint to resume from: %s", runs_instead(path, runs))
+        return
+
     detection = detect(path)
     if detection.kind.name in ("empty", "unknown"):
         return

@@ -215,7 +215,7 @@ def _unproven(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
         f"({some(entry.name for entry in largest)})"
     )
     if any(is_weights(entry.name) for entry in largest):
-        line += "; the weights are not compared with the states: ckpt slim does that"
+        line += "; the weights are not compared with the states: ckpt verify --data does that"
     return [line]
 
 

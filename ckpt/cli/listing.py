@@ -9,7 +9,9 @@ from ckpt.cli.results.runs import CheckpointEntry, ListResult, UntouchedEntry
 from ckpt.folders import locks
 from ckpt.runs import lineage
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint, members
-from ckpt.runs.states.status import CheckpointStatus, prefix
+from ckpt.runs.states import copies
+from ckpt.runs.states.copies import Originals
+from ckpt.runs.states.status import CheckpointState, CheckpointStatus, prefix
 from converters.detect import detect
 
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
@@ -18,6 +20,7 @@ _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 def facts(run: Run, statuses: Sequence[CheckpointStatus]) -> ListResult:
     """The checkpoints as values: sizes in bytes, times in seconds since 1970."""
     line_members = members(status.checkpoint for status in statuses)
+    copied = copies.originals([status.checkpoint for status in statuses])
     pointer_targets = {name: (run.target(name) or "").partition("/")[0] for name in POINTERS}
 
     return ListResult(
@@ -26,6 +29,7 @@ def facts(run: Run, statuses: Sequence[CheckpointStatus]) -> ListResult:
             _entry(
                 status,
                 _marks(status.checkpoint, pointer_targets),
+                origin=_origin(status.checkpoint, copied),
                 current=status.checkpoint in line_members,
             )
             for status in statuses
@@ -33,7 +37,15 @@ def facts(run: Run, statuses: Sequence[CheckpointStatus]) -> ListResult:
     )
 
 
-def _entry(status: CheckpointStatus, marks: tuple[str, ...], *, current: bool) -> CheckpointEntry:
+def _origin(checkpoint: RunCheckpoint, copied: Originals) -> str | None:
+    """What a checkpoint was made of, or is a copy of, as words after its name."""
+    original = copied.get(checkpoint.folder)
+    return checkpoint.origin if original is None else copies.sentence(checkpoint, original)
+
+
+def _entry(
+    status: CheckpointStatus, marks: tuple[str, ...], *, origin: str | None, current: bool
+) -> CheckpointEntry:
     checkpoint, manifest = status.checkpoint, status.checkpoint.manifest
     return CheckpointEntry(
         name=checkpoint.name,
@@ -45,7 +57,7 @@ def _entry(status: CheckpointStatus, marks: tuple[str, ...], *, current: bool) -
         written_by=status.writer,
         reason=reason(status),
         lacks=checkpoint.lacks,
-        origin=checkpoint.origin,
+        origin=origin,
         tier=status.tier,
         nbytes=checkpoint.nbytes,
         created=status.created,
@@ -63,7 +75,10 @@ def _entry(status: CheckpointStatus, marks: tuple[str, ...], *, current: bool) -
 
 def reason(status: CheckpointStatus) -> str | None:
     """Why a checkpoint is not committed; ``None`` for one that is."""
-    return f"no manifest.json: written by {status.writer}" if status.complete else status.reason
+    if not status.complete:
+        return status.reason
+    finding = "no manifest.json" if status.tier != "weights" else str(status.finding)
+    return finding if status.writer is None else f"{finding}: written by {status.writer}"
 
 
 def untouched(statuses: Sequence[CheckpointStatus]) -> tuple[UntouchedEntry, ...]:
@@ -119,6 +134,8 @@ def _remark(entry: CheckpointEntry) -> str:
     is_universal = entry.origin is not None and entry.kind == "deepspeed-universal"
     if is_universal and entry.reason is not None and entry.written_by is not None:
         parts.append(entry.state)  # it never gets a manifest, so that this is all there is to be
+    elif entry.state == CheckpointState.COMPLETE.value and entry.tier == "weights":
+        parts.append(str(entry.reason))
     elif entry.written_by is not None:
         parts.append(f"complete, not committed: written by {entry.written_by}")
     elif entry.reason is not None:

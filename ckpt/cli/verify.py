@@ -52,6 +52,7 @@ def verify(path: Path, data: bool, percent: float | None, seed: int | None, as_j
     nbytes = sum(plan.nbytes for plan in plans)
     with planned.progress(nbytes or None, path.name) as advance:
         verdicts = [verification.execute(plan, advance) for plan in plans]
+    verdicts = _with_values(verdicts, path.name)
 
     is_whole = bool(verdicts) and all(verdict.whole for verdict in verdicts)
     output = Output(
@@ -61,6 +62,19 @@ def verify(path: Path, data: bool, percent: float | None, seed: int | None, as_j
         exit_code=0 if is_whole else 1,
     )
     planned.show(output, as_json)
+
+
+def _with_values(verdicts: list[Verdict], title: str) -> list[Verdict]:
+    """The verdicts, and of weights that lie beside states whether they have the same values."""
+    from ckpt.runs.upkeep import stored_weights
+
+    comparisons = [stored_weights.plans(verdict) for verdict in verdicts]
+    nbytes = sum(comparison.nbytes for of_one in comparisons for comparison in of_one)
+    with planned.progress(nbytes or None, title) as advance:
+        return [
+            stored_weights.execute(verdict, of_one, advance)
+            for verdict, of_one in zip(verdicts, comparisons, strict=True)
+        ]
 
 
 def _depth(data: bool, percent: float | None, seed: int | None) -> Depth:

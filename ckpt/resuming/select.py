@@ -22,7 +22,8 @@ from ckpt.resuming.agreement import Sight, mismatch, rank_of
 from ckpt.runs.run import Run, RunCheckpoint, is_checkpoint, is_run
 from ckpt.runs.states.choice import requested
 from ckpt.runs.states.listing import candidate
-from ckpt.runs.states.offers import Offer, Offers, TopologyFilter
+from ckpt.runs.states.offer_order import TopologyFilter
+from ckpt.runs.states.offers import Offer, Offers
 from ckpt.runs.states.target import interpret
 from converters.errors import CheckpointError
 from converters.storage.store import local_path

@@ -10,7 +10,7 @@ out/
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,7 @@ __all__ = [
     "is_run",
     "leading",
     "members",
+    "numbered",
     "of_line",
     "open_checkpoint",
     "order",
@@ -168,8 +169,8 @@ class Run:
     def find(self, which: str) -> RunCheckpoint:
         """The checkpoint meant by ``latest``, ``best``, a step or a folder's name.
 
-        Of one step, not what was made of the other. ``CheckpointError`` if there is
-        none, or several of that step.
+        Of one step, not what was made of the other, and rather checkpoint-N than a copy under
+        another name. ``CheckpointError`` if there is none, or several of that step.
         """
         if which in POINTERS:
             if (pointed_checkpoint := self.pointer(which)) is not None:
@@ -186,7 +187,7 @@ class Run:
             if which in (checkpoint.name, str(checkpoint.step))
         ]
         if len(matching) > 1:
-            matching = without_derived(matching, checkpoints)
+            matching = numbered(without_derived(matching, checkpoints))
         if len(matching) != 1:
             finding = (
                 "no checkpoint"
@@ -264,6 +265,12 @@ def without_derived(
     return [checkpoint for checkpoint in checkpoints if checkpoint.folder not in derived_folders]
 
 
+def numbered(checkpoints: Sequence[RunCheckpoint]) -> list[RunCheckpoint]:
+    """Those that are called checkpoint-N; all of them if none is."""
+    numbered_ones = [checkpoint for checkpoint in checkpoints if is_numbered(checkpoint.folder)]
+    return numbered_ones or list(checkpoints)
+
+
 def derived(present: Iterable[RunCheckpoint]) -> list[RunCheckpoint]:
     """The checkpoints that were made of another one of these."""
     checkpoints = list(present)
@@ -306,5 +313,4 @@ def _is_original(candidate: RunCheckpoint, checkpoint: RunCheckpoint, source: An
         return False
     if candidate.manifest is not None:  # it was adopted since
         return candidate.committed and candidate.step == source.step
-    # what is committed does not stand back for what is not
-    return checkpoint.manifest is None and candidate.why == manifests.ABSENT
+    return candidate.why == manifests.ABSENT

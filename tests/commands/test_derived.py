@@ -21,7 +21,8 @@ from ckpt.runs.ancestry import Ancestry, Record
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.retention import Retention
 from ckpt.runs.run import Run, RunCheckpoint, leading, open_checkpoint, original_of
-from ckpt.runs.states.offers import Offers, newest_first
+from ckpt.runs.states.offer_order import newest_first
+from ckpt.runs.states.offers import Offers
 from ckpt.runs.upkeep import adoption
 from ckpt.runs.upkeep.doctor import diagnose, mend
 from converters.errors import CheckpointError
@@ -207,10 +208,37 @@ def test_an_adopted_one_remains_what_it_was_made_of(tmp_path: Path) -> None:
     for name in ("checkpoint-2-w1", "checkpoint-2"):
         adoption.commit(tmp_path / name)
         newest.append(Run(tmp_path).newest())
-    # what is committed does not stand back for what is not
-    assert [entry and entry.name for entry in newest] == ["checkpoint-2-w1", "checkpoint-2"]
+    # what was made of another one does not count, whether that is committed or not
+    assert [entry and entry.name for entry in newest] == [None, "checkpoint-2"]
     made = manifest.read(tmp_path / "checkpoint-2-w1")
     assert made.is_derived and made.origin is not None and made.origin.name == "checkpoint-2"
+
+
+def test_a_committed_one_is_not_taken_in_the_place_of_an_original_that_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock(tmp_path)
+    original, made = tmp_path / "checkpoint-2", tmp_path / "checkpoint-2-w1"
+    command("reshard", original, "--world-size", "1")
+    command("doctor", made, "--adopt", "--now")
+    assert open_checkpoint(made).committed and not open_checkpoint(original).committed
+
+    assert ckpt.find(tmp_path) == str(original) == str(chosen(tmp_path).checkpoint.folder)
+    capsys.readouterr()
+    command("latest", tmp_path)
+    assert capsys.readouterr().out == f"{original}\n"
+    assert mend(Run(tmp_path))[0] == [] and Run(tmp_path).target() is None
+    assert ckpt.find(tmp_path, committed_only=True) == str(made)
+
+    present = Run(tmp_path).checkpoints()
+    for ranks, expected in ((1, made), (2, original), (3, original)):
+        fits = Topology(2, ranks).fits
+        assert newest_first(present, fits)[0].folder == expected
+        offer = next(iter(Offers(tmp_path, fits)))
+        assert offer.checkpoint.folder == expected
+
+    (original / "trainer_state.json").unlink()  # no resume takes it now
+    assert ckpt.find(tmp_path) == str(made)
 
 
 def test_a_universal_folder_of_another_writer_is_no_weights(

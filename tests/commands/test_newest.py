@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import stock_checkpoints
 import torch
 from oracles import FIXTURES, run
 from run_folders import real, small
@@ -24,8 +25,7 @@ SOURCE = FIXTURES / "trainer-zero2/checkpoint-2"
 
 def stock(run_folder: Path, step: int) -> Path:
     """A Trainer's checkpoint without a manifest, of which nothing changed lately."""
-    folder = run_folder / f"checkpoint-{step}"
-    shutil.copytree(SOURCE, folder)
+    folder = stock_checkpoints.stock(run_folder, step)
     for path in (folder, *folder.rglob("*")):
         os.utime(path, (1e9, 1e9))
     return folder
@@ -215,9 +215,6 @@ def test_a_copy_of_an_older_checkpoint_is_adopted_and_gives_nothing_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stock(tmp_path, 1), stock(tmp_path, 2)
-    state = tmp_path / "checkpoint-1/trainer_state.json"
-    state.write_text(state.read_text().replace('"global_step": 2', '"global_step": 1'))
-    os.utime(state, (1e9, 1e9))
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "best")
     for path in (tmp_path / "best").rglob("*"):
         os.utime(path, (2e9 - 1e8, 2e9 - 1e8))  # copied later, without its times

@@ -31,7 +31,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stage_2(out: Path) -> Path:
-    return stock(out, 6)
+    return stock(out, 2)
 
 
 def stage_3(out: Path) -> Path:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from oracles import FIXTURES, ROOT, run
 from run_folders import real, small
+from safetensors.torch import save_file
 from stock_checkpoints import accelerates, dcp, lightnings, sharded, state, stock, trainers
 
 import ckpt
@@ -257,6 +258,34 @@ def test_the_folder_that_accelerate_makes_in_a_run_is_named(
     assert f"{tmp_path}/checkpoints does: name that folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["ls", "verify", "latest", "doctor", "prune"])
+def test_runs_one_level_below_are_named(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        trainers(tmp_path / name / "checkpoint-4", 4)
+    options = ("--keep-last", "1") if command == "prune" else ()
+    run(command, tmp_path, *options, code=1)
+    named = f"but these runs: {tmp_path / 'a'}, {tmp_path / 'b'}; name one of them\n"
+    assert capsys.readouterr().err.endswith(named)
+
+
+def test_a_training_that_begins_above_other_runs_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainers(tmp_path / "a/checkpoint-4", 4)
+    assert ckpt.find(tmp_path) is None
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"no checkpoint to resume from: {tmp_path} holds no checkpoint itself, {tmp_path / 'a'} "
+        "does: name that folder"
+    )
+    caplog.clear()
+    (tmp_path / "a/checkpoint-4").rename(tmp_path / "checkpoint-4")  # the run has its own
+    assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert "does: name" not in caplog.text
+
+
 def test_one_that_is_being_written_is_incomplete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,6 +447,51 @@ def test_weights_alone_are_complete_and_nothing_is_resumed_from_them(
     run("verify", folder)
     run("latest", tmp_path, code=1)
     assert "holds weights only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_model_under_the_name_of_a_checkpoint_is_no_torn_save(
+    name: str, tmp_path: Path, printed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock(tmp_path, 4)  # so that the run is one of DeepSpeed
+    folder = tmp_path / "checkpoint-8"
+    folder.mkdir()
+    stem = "model" if name == "config.json" else "adapter_model"
+    (folder / name).write_text("{}")
+    save_file({"w": torch.ones(3)}, folder / f"{stem}.safetensors")
+    for path in (folder, *folder.iterdir()):
+        os.utime(path, (1e9, 1e9))
+
+    entry = printed("ls", tmp_path)["checkpoints"][-1]
+    assert (entry["state"], entry["tier"], entry["step"]) == ("complete", "weights", 8)
+    assert entry["reason"] == "complete, model only, cannot be resumed" and not entry["written_by"]
+    run("ls", tmp_path)
+    assert "  complete, model only, cannot be resumed\n" in capsys.readouterr().out
+    run("verify", folder)
+    run("doctor", tmp_path, "--fix")
+    assert "1 checkpoint has a model only and cannot be resumed (checkpoint-8)" in (
+        capsys.readouterr().err
+    )
+    assert folder.is_dir() and ckpt.find(tmp_path) == str(tmp_path / "checkpoint-4")
+
+    (folder / "training_args.bin").write_bytes(b"")  # the Trainer began to save
+    assert printed("ls", tmp_path)["checkpoints"][-1]["state"] == "incomplete"
+
+
+@pytest.mark.parametrize("name", ["step-6", "checkpoint-6"])
+def test_what_fsdp_functions_saved_is_complete_under_any_name(
+    name: str, tmp_path: Path, printed: Callable[..., Any]
+) -> None:
+    for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+        dcp(tmp_path / name / part)
+    (entry,) = printed("ls", tmp_path)["checkpoints"]
+    assert (entry["state"], entry["written_by"]) == ("complete", "FSDP")
+    assert ckpt.find(tmp_path) == str(tmp_path / name)
+
+    older = sharded(tmp_path / "checkpoint-4", 4)  # the Trainer needs its trainer_state.json
+    newest = printed("latest", tmp_path)
+    assert newest["path"] == str(older)
+    assert "no trainer_state.json" in newest["passed_over"][0]["reason"]
 
 
 def test_a_file_of_the_torch_format_without_checksums_is_counted_as_such(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ def stock(run: Path, step: int, log: Any = None) -> Path:
     """As the Trainer saves with DeepSpeed, ZeRO-2 on two ranks."""
     folder = run / f"checkpoint-{step}"
     shutil.copytree(SOURCE, folder)
+    scheduler = torch.load(folder / "scheduler.pt", weights_only=True)
+    torch.save(scheduler | {"last_epoch": step}, folder / "scheduler.pt")
     (folder / "trainer_state.json").write_text(state(step, log))
     return folder
 

@@ -26,25 +26,29 @@ from typing import Any
 
 from ckpt.folders.filenames import MANIFEST
 from ckpt.runs.ancestry import record_in
-from ckpt.runs.foreign import dcp_files, intact_files, value_samples
+from ckpt.runs.foreign import dcp_files, intact_files, step_records
 from ckpt.runs.foreign.parallel import require_parallel
-from ckpt.runs.run import is_numbered, step_in
+from ckpt.runs.run import step_in
 from converters import detect
 from converters.accessors import is_whole_number
 from converters.detect import filenames
 from converters.detect.deepspeed import PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError, unreadable
+from converters.source import Source
 from converters.words import counted
-from converters.zero import step_counts
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.discovery import is_tag_folder
 
 STATE = filenames.TRAINER_STATE
+MODEL = "model"  # in place of a writer: weights of which nobody says who wrote them
 OWN = "ckpt"  # the writer of what ckpt made of a checkpoint without a manifest
 RNG = r"rng_state_(\d+)\.pth"
 RANDOM = filenames.RANDOM_STATES.pattern
+STATES_ALONE = ("DeepSpeed", "FSDP")  # the writers of states that no trainer describes
 _LIGHTNING = "pytorch-lightning_version"
 _UNIVERSAL = "it is a universal checkpoint: ckpt from-universal makes native files of it"
+_CONFIGS = frozenset(("config.json", "adapter_config.json"))
+_STATES = re.compile(r"(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint).*")
 _OF_TRAINER = frozenset(("training_args.bin", "rng_state.pth", "rng_state_0.pth"))
 History = tuple[Mapping[str, Any], ...]
 
@@ -66,6 +70,14 @@ class Proof:
     history: History | None = None
     shapes: Mapping[str, tuple[int, ...]] | None = None
     hindrance: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _TrainerFiles:
+    """What a Trainer wrote beside DeepSpeed's files: its step, and RNG states of so many ranks."""
+
+    step: int
+    rng_ranks: int
 
 
 def step_of(path: Path) -> int | None:
@@ -121,16 +133,21 @@ def _proof(path: Path, tag: str | None) -> Proof:
 
 
 def _of_functions(path: Path, entry_names: set[str]) -> Proof:
-    """What ``save_fsdp_model`` and ``save_fsdp_optimizer`` of a loop of one's own wrote.
+    """What ``save_fsdp_model`` and ``save_fsdp_optimizer`` of a loop of one's own wrote, or
+    ``save_pretrained``.
 
     ``CheckpointError`` for anything else: it is empty, cut short, or of no kind known
     here.
     """
     model_parts = dcp_files.fsdp_parts(path, "pytorch_model_fsdp")
-    if model_parts and dcp_files.fsdp_parts(path, "optimizer") and not is_numbered(path):
+    if model_parts and dcp_files.fsdp_parts(path, "optimizer"):
         return Proof(path, "FSDP")
     if not entry_names:
         raise CheckpointError(f"{path} is empty: its save did not begin", "incomplete")
+
+    has_states = model_parts or any(map(_STATES.fullmatch, entry_names))
+    if not has_states and entry_names & _CONFIGS and intact_files.weights(path):
+        return Proof(path, MODEL, step_in(path.name), resumable=False)
     if model_parts or intact_files.WEIGHTS_NAMES & entry_names:
         raise CheckpointError(
             f"{path} {detect.detect(path).statement}, but has no {STATE}, which a Trainer writes "
@@ -192,6 +209,12 @@ def history_of(folder: Path) -> History | None:
 
 
 def _of_trainer(folder: Path, entry_names: set[str]) -> Proof:
+    if STATE not in entry_names:
+        raise CheckpointError(
+            f"{folder} has no {STATE}, which the Trainer writes last: its save did not finish",
+            "incomplete",
+        )
+
     state = trainer_state(folder)
     step, history = int(state["global_step"]), history_of(folder)
     rng_ranks = intact_files.require_all_ranks(
@@ -212,7 +235,8 @@ def _of_trainer(folder: Path, entry_names: set[str]) -> Proof:
                 "one away"
             )
 
-        proof = _of_deepspeed(folder, "the Trainer with DeepSpeed", rng_ranks)
+        trainer_files = _TrainerFiles(step, rng_ranks)
+        proof = _of_deepspeed(folder, "the Trainer with DeepSpeed", trainer_files)
         if proof.hindrance is not None:
             return replace(proof, history=history)
         return Proof(folder, proof.kind, step, proof.tag, True, history, proof.shapes)
@@ -245,6 +269,7 @@ def _of_plain_trainer(
         if not is_present:
             raise CheckpointError(f"{folder} has no {name}", "incomplete")
 
+    step_records.require_one_step(folder, step)
     return Proof(folder, kind, step, None, True, history)
 
 
@@ -272,9 +297,8 @@ def _of_accelerate(folder: Path, entry_names: set[str]) -> Proof:
 
 
 def _of_deepspeed(
-    folder: Path, kind: str, rng_ranks: int | None = None, tag: str | None = None
+    folder: Path, kind: str, trainer_files: _TrainerFiles | None = None, tag: str | None = None
 ) -> Proof:
-    """``rng_ranks``: how many RNG states of a Trainer there are, of which every rank needs one."""
     kind = "Lightning with DeepSpeed" if folder.name.endswith(".ckpt") else kind
     try:
         source = detect.read(folder, tag, complete=True)
@@ -290,40 +314,30 @@ def _of_deepspeed(
             folder, "DeepSpeed (universal)", source.step, None, False, hindrance=_UNIVERSAL
         )
 
-    if isinstance(source, Checkpoint):
-        _require_one_step(source)
-
-    if rng_ranks is not None and rng_ranks < source.world_size:
-        raise CheckpointError(
-            f"{folder} has RNG states of {counted(rng_ranks, 'rank')}, its optimizer state is of "
-            f"{source.world_size}",
-            "incomplete",
-        )
-
-    has_scheduler = source.entries.get("lr_scheduler") is not None
-    has_scheduler = has_scheduler or (folder / "scheduler.pt").exists()
-    if rng_ranks is not None and not has_scheduler:
-        raise CheckpointError(f"{folder} has no scheduler.pt", "incomplete")
+    checkpoint = source if isinstance(source, Checkpoint) else None
+    if checkpoint is not None:
+        step_records.require_one_save(checkpoint)
+    if trainer_files is not None:
+        _require_trainers(folder, trainer_files, source)
+        step_records.require_one_step(folder, trainer_files.step, checkpoint)
 
     refs = source.weights.tensors if source.kind == "deepspeed" else {}  # engines of others: parts
     shapes = {name: tuple(ref.shape) for name, ref in refs.items()}
     return Proof(folder, kind, source.step, source.place.tag, shapes=shapes or None)
 
 
-def _require_one_step(checkpoint: Checkpoint) -> None:
-    """``CheckpointError`` where the model file and the optimizer's files are of different steps.
-
-    The counts alone prove nothing: a training may have gone on without the optimizer's states,
-    and DeepSpeed before 0.10 counted one step of the optimizer more. The values have to
-    contradict each other as well.
-    """
-    reason = step_counts.contradiction(checkpoint)
-    if reason is not None and value_samples.compare(checkpoint).contradiction is not None:
+def _require_trainers(folder: Path, trainer_files: _TrainerFiles, source: Source) -> None:
+    """``CheckpointError`` unless every rank has its RNG state, and there is a scheduler."""
+    if trainer_files.rng_ranks < source.world_size:
         raise CheckpointError(
-            f"{checkpoint.place.folder} holds files of two saves: {reason}; bring back those of "
-            "one save",
+            f"{folder} has RNG states of {counted(trainer_files.rng_ranks, 'rank')}, its optimizer "
+            f"state is of {source.world_size}",
             "incomplete",
         )
+
+    has_scheduler = source.entries.get("lr_scheduler") is not None
+    if not has_scheduler and not (folder / "scheduler.pt").exists():
+        raise CheckpointError(f"{folder} has no scheduler.pt", "incomplete")
 
 
 def _lightning_file(path: Path) -> Proof:

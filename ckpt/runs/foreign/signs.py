@@ -21,6 +21,11 @@ def is_name(name: str) -> bool:
     return name.endswith(".ckpt") or _PREFIX.fullmatch(name) is not None
 
 
+def is_usual(name: str) -> bool:
+    """Whether a name is wholly one that trainings give, without anything that a person added."""
+    return name.endswith(".ckpt") or _NAME.fullmatch(name) is not None
+
+
 def has_signs(path: Path) -> bool:
     """Whether a folder holds, right in it, what only the checkpoint of a training has."""
     entry_names = {entry.name for entry in os.scandir(path)}

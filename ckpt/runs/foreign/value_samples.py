@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converters.formats import gathered_16bit
 from converters.source import Source
-from converters.tensors import TensorRef
+from converters.tensors import TensorRef, Weights
+from converters.zero.checkpoint import Checkpoint
 
 _PLACES = 64  # in a file, at most
 _NUMBERS = 256  # that are compared in each place
@@ -49,10 +50,31 @@ class _Sample:
 
 def compare(source: Source) -> SampleComparison:
     """Compares numbers of each file of a checkpoint of DeepSpeed, a few thousand of each."""
+    weights = source.weights
+    if not weights.copies:
+        weights, _ = gathered_16bit.attach(weights, source.place.root)
+
+    return _compared(weights)
+
+
+def compare_beside(checkpoint: Checkpoint) -> SampleComparison:
+    """The same with the weights that a trainer saved beside DeepSpeed's files.
+
+    Nothing with ZenFlow, whose fp32 weights lag behind.
+    """
+    if checkpoint.model.setting("zero_optimization", "zenflow"):
+        return SampleComparison(frozenset())
+
+    weights = replace(checkpoint.weights, copies={})
+    return _compared(gathered_16bit.attach(weights, checkpoint.place.root)[0])
+
+
+def _compared(weights: Weights) -> SampleComparison:
+    """The first contradiction between weights and their copies, in a sample."""
     from converters import cast  # which needs numpy, and most commands compare nothing
 
     paths: set[Path] = set()
-    for sample in _samples(source):
+    for sample in _samples(weights):
         if not cast.rounds_to(sample.value, sample.copy):
             return SampleComparison(frozenset(paths), (sample.name, *sample.paths))
         paths.update(sample.paths)
@@ -60,12 +82,8 @@ def compare(source: Source) -> SampleComparison:
     return SampleComparison(frozenset(paths))
 
 
-def _samples(source: Source) -> Iterator[_Sample]:
+def _samples(weights: Weights) -> Iterator[_Sample]:
     """Numbers at the beginning of runs of bytes, of runs all over each file."""
-    weights = source.weights
-    if not weights.copies:
-        weights, _ = gathered_16bit.attach(weights, source.place.root)
-
     samples = [
         sample
         for name, copy in weights.copies.items()

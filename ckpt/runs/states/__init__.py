@@ -5,7 +5,9 @@ listing       the checkpoints at a path, of all writers, with their states
 checksums     what has a checksum in a checkpoint, all of it or a sample, and what has none
 verification  whether checkpoints are whole: by names and headers, or by every byte
 target        what a path and a tag mean: a run, a checkpoint, or nothing yet
+copies        which are copies by hand of others
 offers        the checkpoints of a run that a training can go on from, the newest first
+offer_order   in which order they come
 skipped       those that it does not, and whether work is lost with them
 choice        the one that ``ckpt.find`` and ``ckpt.resume`` take
 newest        the one whose weights ``--last`` and ``ckpt push`` take

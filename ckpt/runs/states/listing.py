@@ -18,10 +18,12 @@ from ckpt.runs.checkpoint_folder import RunCheckpoint, open_checkpoint
 from ckpt.runs.foreign import completeness, signs
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, step_in
 from ckpt.runs.run import Run
+from ckpt.runs.states import copies
 from ckpt.runs.states.status import CheckpointState, CheckpointStatus
 from converters.detect import detect
 from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
+from converters.words import some
 from converters.zero.files.discovery import is_tag_folder
 
 
@@ -92,14 +94,39 @@ def run_at(path: Path, command: str) -> Run:
 
 
 def require_named(path: Path) -> None:
-    """``CheckpointError`` where a folder without checkpoints has one with some, which has to be
-    named: where Accelerate and Lightning put them by themselves."""
-    inner_folder = path / "checkpoints"
-    if inner_folder.is_dir() and signs.candidates(inner_folder):
-        raise CheckpointError(
-            f"{path} holds no checkpoint itself, {inner_folder} does: name that folder",
-            "incomplete",
-        )
+    """``CheckpointError`` where a folder without checkpoints has runs right in it, one of which
+    has to be named."""
+    runs = runs_in(path)
+    if runs:
+        raise CheckpointError(runs_instead(path, runs), "incomplete")
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The folders right in a folder that hold checkpoints, whoever wrote them.
+
+    Accelerate and Lightning put theirs into one called checkpoints.
+    """
+    if not path.is_dir():
+        return []
+    folders = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    return [folder for folder in folders if _holds_checkpoints(folder)]
+
+
+def _holds_checkpoints(path: Path) -> bool:
+    try:
+        return path.is_dir() and bool(signs.candidates(path))
+    except (CheckpointError, OSError):  # lost+found, or what was deleted meanwhile
+        return False
+
+
+def runs_instead(path: Path, runs: Sequence[Path]) -> str:
+    """That a folder has no checkpoints, and which ones right in it have some."""
+    if len(runs) == 1:
+        return f"{path} holds no checkpoint itself, {runs[0]} does: name that folder"
+    return (
+        f"{path} holds no checkpoint itself, but these runs: {some(map(str, runs))}; name one of "
+        "them"
+    )
 
 
 def is_single(path: Path) -> bool:
@@ -130,6 +157,7 @@ def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
     Of one step, the universal format, a copy by hand, a link and what was made of another one
     come before what they are of, and a name without a number before a numbered one.
     """
+    copied = copies.originals([status.checkpoint for status in statuses])
 
     def rank(status: CheckpointStatus) -> tuple[Any, ...]:
         checkpoint = status.checkpoint
@@ -141,7 +169,8 @@ def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
         facts = (has_manifest, status.created, numbered)
 
         is_native = status.proof is None or status.proof.hindrance is None
-        return step, is_native, checkpoint.original, is_saved, *facts, checkpoint.name
+        is_original = checkpoint.original and checkpoint.folder not in copied
+        return step, is_native, is_original, is_saved, *facts, checkpoint.name
 
     return sorted(statuses, key=rank)
 

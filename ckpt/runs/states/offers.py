@@ -8,26 +8,31 @@ stops, and names both.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from ckpt.runs import lineage
 from ckpt.runs import manifest as manifests
-from ckpt.runs.ancestry import Partitioning
 from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
 from ckpt.runs.foreign import completeness, liveness
-from ckpt.runs.foreign.completeness import Proof
+from ckpt.runs.foreign.completeness import STATES_ALONE, Proof
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.foreign.succession import relate
-from ckpt.runs.run import RunCheckpoint, members, order, original_of, require_read
+from ckpt.runs.run import (
+    RunCheckpoint,
+    members,
+    original_of,
+    require_read,
+    without_derived,
+)
 from ckpt.runs.states import skipped
 from ckpt.runs.states.listing import checkpoints_in
+from ckpt.runs.states.offer_order import TopologyFilter, newest_first
 from ckpt.runs.states.skipped import (
     ENGINE_ALONE,
+    NO_TRAINER_STATE,
     UNCOMMITTED,
     SkippedCandidate,
     Sort,
@@ -39,9 +44,6 @@ from converters.zero.files.discovery import is_tag_folder
 
 log = logging.getLogger("ckpt")
 
-# whether it was saved by as many ranks, and in the same stage
-TopologyFilter = Callable[[Partitioning], bool]
-
 
 @dataclass(frozen=True, slots=True)
 class Offer:
@@ -49,71 +51,6 @@ class Offer:
 
     checkpoint: RunCheckpoint
     proof: Proof | None = None
-
-
-def newest_first(
-    checkpoints: Sequence[RunCheckpoint],
-    fits: TopologyFilter | None = None,
-) -> list[RunCheckpoint]:
-    """The order in which they are offered: by step; of one step what fits, then what is committed.
-
-    What was made of another one comes after that, unless it alone fits. One whose step
-    nobody says counts as newer than all if it was written later than all that are
-    committed. Where there is such a one and none is committed, they go by their times.
-    """
-    committed = (checkpoint.manifest for checkpoint in checkpoints)
-    times = (manifest.created for manifest in committed if manifest)
-    last_commit_at = max(times, default=0.0)
-    steps = {
-        checkpoint.folder: checkpoint.step if checkpoint.manifest else _step(checkpoint)
-        for checkpoint in checkpoints
-    }
-    by_time = not last_commit_at and None in steps.values()
-    originals = {
-        checkpoint.folder: original
-        for checkpoint in checkpoints
-        if (original := original_of(checkpoint, checkpoints)) is not None
-    }
-
-    def rank(checkpoint: RunCheckpoint) -> tuple[Any, ...]:
-        manifest, step = checkpoint.manifest, steps[checkpoint.folder]
-        is_first = checkpoint.folder not in originals
-        if manifest is not None:
-            order_step, *tie_breakers = order(checkpoint)
-            return order_step, fits is None or fits(manifest), True, is_first, *tie_breakers
-
-        written_at = liveness.written(originals.get(checkpoint.folder, checkpoint).folder)
-        if by_time:
-            first = written_at
-        elif step is not None:
-            first = step
-        else:
-            first = math.inf if written_at > last_commit_at else -1
-        is_better = _fits_better(checkpoint, fits)
-        number = -1 if checkpoint.step is None else checkpoint.step
-        return first, is_better, False, is_first, number, written_at, checkpoint.name
-
-    return sorted(checkpoints, key=rank, reverse=True)
-
-
-def _fits_better(checkpoint: RunCheckpoint, fits: TopologyFilter | None) -> bool:
-    """Whether one without a manifest is known to fit, and what it was made of not to."""
-    if fits is None:
-        return True
-    record = checkpoint.record
-    if record is None or checkpoint.is_universal:
-        return False
-    return fits(record) and not fits(record.source)
-
-
-def _step(checkpoint: RunCheckpoint) -> int | None:
-    """The step of a checkpoint without a manifest: what its Trainer wrote, its name, or what it
-    holds. A copy under another number is no later for that."""
-    is_trainers = (checkpoint.folder / completeness.STATE).is_file()
-    if checkpoint.step is None or is_trainers:
-        stored_step = completeness.step_of(checkpoint.folder)
-        return checkpoint.step if stored_step is None else stored_step
-    return checkpoint.step
 
 
 def _announce(entry: SkippedCandidate) -> None:
@@ -213,6 +150,9 @@ class Offers:
                 continue
 
             proof = self._prove(checkpoint)
+            if proof is not None and self._has_trainers and proof.kind in STATES_ALONE:
+                self.skip(checkpoint.folder, NO_TRAINER_STATE, "apart")
+                continue
             if proof is not None and (has_usable or self._succeeds(proof)):
                 yield Offer(checkpoint, proof)
 
@@ -298,7 +238,7 @@ class Offers:
         path = proof.path
         usable = (
             checkpoint
-            for checkpoint in self.checkpoints
+            for checkpoint in without_derived(self.checkpoints, self.checkpoints)
             if checkpoint.manifest and self._hindrance(checkpoint) is None
         )
         base = next(usable, None)

@@ -22,6 +22,10 @@ ENGINE_ALONE = (
     "it is a state of the engine alone (of trainer.save_model()), without trainer_state.json, from "
     "which the Trainer cannot go on"
 )
+NO_TRAINER_STATE = (
+    "it has no trainer_state.json, without which the Trainer, which saved others here, cannot go "
+    "on from it"
+)
 UNCOMMITTED = f"it has no manifest.json, and {COMMITTED_ONLY}"
 _MAX_SHOWN = 3
 

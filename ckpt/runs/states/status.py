@@ -22,7 +22,7 @@ from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import RunCheckpoint, require_read
 from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.foreign import evaluation, liveness
-from ckpt.runs.foreign.completeness import Proof, prove
+from ckpt.runs.foreign.completeness import MODEL, Proof, prove
 from ckpt.runs.foreign.overwriting import require_one_save
 from converters.detect import detect
 from converters.detect.kinds import BY_NAME
@@ -30,6 +30,7 @@ from converters.errors import CheckpointError
 from converters.words import counted, some, verb
 from converters.zero.files.discovery import is_tag_folder
 
+MODEL_ONLY = "complete, model only, cannot be resumed"
 # which say nothing beside the reason
 PLAIN_KINDS = ("deepspeed", "empty", "unknown", "nothing")
 
@@ -78,8 +79,9 @@ class CheckpointStatus:
 
     @property
     def writer(self) -> str | None:
-        """Who wrote a complete one, such as "the Trainer with DeepSpeed"."""
-        return self.proof.kind if self.proof is not None else None
+        """Who wrote a complete one, such as "the Trainer with DeepSpeed", where that is known."""
+        is_known = self.proof is not None and self.proof.kind != MODEL
+        return self.proof.kind if is_known and self.proof is not None else None
 
     @property
     def step(self) -> int | None:
@@ -123,6 +125,15 @@ class CheckpointStatus:
         return manifest.created if manifest else _newest_file_time(self.checkpoint.folder)
 
     @property
+    def finding(self) -> str | None:
+        """What a complete one is, in few words; ``None`` for all others."""
+        if not self.complete:
+            return None
+        if self.tier is None:
+            return "complete, in the universal format"
+        return MODEL_ONLY if self.tier == "weights" else "complete, not committed"
+
+    @property
     def description(self) -> str:
         """What it is without a manifest, as a line; empty for a committed one.
 
@@ -130,10 +141,9 @@ class CheckpointStatus:
         """
         if self.state is CheckpointState.COMMITTED:
             return ""
-        if self.complete and self.tier is None:
-            return f"complete, in the universal format; written by {self.writer}"
         if self.complete:
-            return f"complete, not committed; written by {self.writer}"
+            writer = f"; written by {self.writer}" if self.writer is not None else ""
+            return f"{self.finding}{writer}"
 
         kind_name = detect(self.checkpoint.folder).kind.name
         return f"{prefix(kind_name, str(self.reason))}{self.state.value}: {self.reason}"
@@ -247,11 +257,11 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
             f"from-universal makes native files of {verb(len(universal), 'it', 'them')}"
         )
 
-    weights = [status for status in foreign if status.tier == "weights"]
+    weights = [status.checkpoint.name for status in foreign if status.tier == "weights"]
     if weights:
         lines.append(
-            f"{_described(len(weights))} complete weights, written by {_writers(weights)}; no "
-            f"training goes on from {verb(len(weights), 'it', 'them')}"
+            f"{counted(len(weights), 'checkpoint')} {verb(len(weights), 'has', 'have')} a model "
+            f"only and cannot be resumed ({some(weights)})"
         )
 
     return lines

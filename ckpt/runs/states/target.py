@@ -16,17 +16,19 @@ from ckpt.runs.run import (
     is_numbered,
     is_run,
     members,
+    numbered,
     open_checkpoint,
     order,
     require_read,
     without_derived,
 )
-from ckpt.runs.states.listing import checkpoints_in, require_named
-from ckpt.runs.states.offers import TopologyFilter
+from ckpt.runs.states.listing import checkpoints_in, runs_in, runs_instead
+from ckpt.runs.states.offer_order import TopologyFilter
 from converters.detect import detect
 from converters.errors import CheckpointError
 
 log = logging.getLogger("ckpt")
+OWN_FOLDER = "checkpoints"  # that Accelerate and Lightning make in a run
 _EXPECTED = "a checkpoint or a run that can be resumed"
 _SIMILARITY = 0.75  # names over this, of 1, differ by a slip: chkpt-500 and checkpoint-500
 
@@ -112,7 +114,6 @@ def _meaning_of_run(path: Path) -> str:
     if signs.candidates(path):
         return "run"
 
-    require_named(path)
     _require_beginning(path)
     return "nothing"
 
@@ -120,8 +121,16 @@ def _meaning_of_run(path: Path) -> str:
 def _require_beginning(path: Path) -> None:
     """``CheckpointError`` for a checkpoint of another kind, which a new training would pass over.
 
-    Weights that lie in a run's folder, and other files, are only said.
+    So is the folder that Accelerate and Lightning make for their checkpoints. Other runs, weights
+    and other files that lie in a run's folder are only said.
     """
+    runs = runs_in(path)
+    if path / OWN_FOLDER in runs:
+        raise CheckpointError(runs_instead(path, [path / OWN_FOLDER]), "incomplete")
+    if runs:
+        log.warning("no checkpoint to resume from: %s", runs_instead(path, runs))
+        return
+
     detection = detect(path)
     if detection.kind.name in ("empty", "unknown"):
         return
@@ -184,7 +193,7 @@ def _resolve_name(path: Path, tag: str, fits: TopologyFilter | None) -> str:
             if checkpoint.manifest is not None and fits(checkpoint.manifest)
         ] or matches
     if len(matches) > 1:
-        matches = without_derived(matches, checkpoints)
+        matches = numbered(without_derived(matches, checkpoints))
     if len(matches) != 1:
         names = ", ".join(checkpoint.name for checkpoint in matches)
         matches_text = names or "no checkpoint"

@@ -5,6 +5,6 @@ doctor    what a crash left, found and put right, with
 adoption  a manifest for what was written without ckpt
 amending  a manifest made true again after files were deleted
 slim      a full checkpoint made a weights-only one, whose kept_weights are complete, with
-          kept_values: those of the states
+          kept_values: those of the states; stored_weights: the same for verify --data
 collect   the parts of a save from several nodes, joined
 """

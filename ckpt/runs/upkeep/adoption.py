@@ -26,7 +26,7 @@ from ckpt.runs.foreign import evaluation, intact_files, liveness, succession
 from ckpt.runs.foreign.completeness import Proof
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import RunCheckpoint
-from ckpt.runs.states import checksums
+from ckpt.runs.states import checksums, copies, listing
 from ckpt.runs.states.status import CheckpointState, CheckpointStatus, statuses_of
 from ckpt.version import __version__
 from converters import detect
@@ -128,8 +128,8 @@ def _hindrance(status: CheckpointStatus) -> str | None:
         return f"{folder}: {status.description}"
     if not status.adoptable:
         return (
-            f"{folder} is complete, written by {status.writer}; a manifest is for DeepSpeed's "
-            "checkpoints that ckpt reads, in folders of their own"
+            f"{folder} is {status.description}; a manifest is for DeepSpeed's checkpoints that "
+            "ckpt reads, in folders of their own"
         )
 
     return None
@@ -250,10 +250,16 @@ def _manifest(
         },
         run=line.run if line else None,
         line=line.at(step) if line else (),
-        name=folder.name,
+        name=_saved_name(folder),
         made_of=None if origin is None else origin.save,
         source=origin,
     )
+
+
+def _saved_name(folder: Path) -> str:
+    """The name under which a checkpoint was saved: of a copy by hand that of its original."""
+    copied = copies.originals(listing.checkpoints_in(folder.parent))
+    return copied[folder].name if folder in copied else folder.name
 
 
 def _file_names(folder: Path) -> list[str]:

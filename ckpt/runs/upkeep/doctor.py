@@ -232,7 +232,7 @@ def _inner_latest(checkpoint: RunCheckpoint) -> Iterator[Finding]:
 
 def _double_findings(checkpoints: Sequence[RunCheckpoint]) -> Iterator[Finding]:
     independent = without_derived(members(checkpoints), checkpoints)
-    committed = [checkpoint for checkpoint in independent if not checkpoint.folder.is_symlink()]
+    committed = [checkpoint for checkpoint in independent if checkpoint.original]
     for step, group in groupby(committed, key=lambda checkpoint: checkpoint.step):
         names = [checkpoint.name for checkpoint in group]
         # several ModelCheckpoints of Lightning, or its save_last, save at one step

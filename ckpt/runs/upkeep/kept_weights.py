@@ -59,15 +59,9 @@ def require_weights(
     file_names = _verified_names(folder, manifest, stored, progress)
 
     source = detect.read(folder, tag_path, complete=True)
-    counterparts = list(
-        _of_adapter(source.weights, stored, model_folder)
-        if is_adapter
-        else _of_model(source.weights, stored)
-    )
-    _require_all(counterparts, f"{folder}: the {weights_kind} weights in {file_names[0]}")
-    number = kept_values.require_same(
-        _newest_values(counterparts, source), source.weights.checksums, _REMEDY, progress
-    )
+    pairs = counterparts(source, stored, model_folder if is_adapter else None)
+    _require_all(pairs, f"{folder}: the {weights_kind} weights in {file_names[0]}")
+    number = kept_values.require_same(pairs, source.weights.checksums, _REMEDY, progress)
 
     tensor_count = counted(len(stored), "tensor")
     stored_count = f"{tensor_count} in {counted(len(file_names), 'file')}"
@@ -76,6 +70,21 @@ def require_weights(
     line = f"{finding}, values of {number:,} compared with the states"
 
     return KeptWeights(line, frozenset(ref.dtype.value for ref in stored.values()))
+
+
+def counterparts(
+    source: Source, stored: Mapping[str, TensorRef], adapter_folder: Path | None = None
+) -> list[Counterpart]:
+    """Each tensor of the states with the one among the weights that has its values.
+
+    ``adapter_folder`` has the configuration of an adapter of PEFT, if the weights are one.
+    """
+    if adapter_folder is None:
+        pairs = _of_model(source.weights, stored)
+    else:
+        pairs = _of_adapter(source.weights, stored, adapter_folder)
+
+    return _newest_values(list(pairs), source)
 
 
 def _stored(path: Path) -> Mapping[str, TensorRef]:
@@ -99,9 +108,9 @@ def _stored(path: Path) -> Mapping[str, TensorRef]:
     return tensors
 
 
-def _require_all(counterparts: Sequence[Counterpart], subject: str) -> None:
+def _require_all(pairs: Sequence[Counterpart], subject: str) -> None:
     """``CheckpointError`` where a tensor of the states is not among the weights."""
-    faults = [counterpart.fault for counterpart in counterparts if counterpart.fault is not None]
+    faults = [pair.fault for pair in pairs if pair.fault is not None]
     if faults:
         raise CheckpointError(
             f"{subject} are not complete: {first(faults)}; nothing was removed", "incomplete"
@@ -212,7 +221,7 @@ def _of_selection(
         yield Counterpart(old_name, state, tensors.get(new_name), in_other_form)
 
 
-def _newest_values(counterparts: Sequence[Counterpart], source: Source) -> list[Counterpart]:
+def _newest_values(pairs: Sequence[Counterpart], source: Source) -> list[Counterpart]:
     """With ZenFlow, whose fp32 weights lag behind, those of the model file in place of them.
 
     There the 16-bit weights are ahead of the optimizer's (DeepSpeed 0.19.8
@@ -222,11 +231,7 @@ def _newest_values(counterparts: Sequence[Counterpart], source: Source) -> list[
         source.model.setting("zero_optimization", "zenflow")
     )
     if not is_zenflow or source.stage == 3:
-        return list(counterparts)
+        return list(pairs)
 
     module = weights_16bit.read(source.place.root, source.place.tag).weights.tensors
-    return [
-        replace(counterpart, state=module[counterpart.name])
-        for counterpart in counterparts
-        if counterpart.name in module
-    ]
+    return [replace(pair, state=module[pair.name]) for pair in pairs if pair.name in module]

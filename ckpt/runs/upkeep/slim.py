@@ -150,6 +150,8 @@ def _uncommitted(checkpoint: RunCheckpoint) -> str:
             "is complete, but not committed; commit it first: ckpt doctor "
             f"{checkpoint.folder} --adopt"
         )
+    if status.tier == "weights":
+        return f"is {status.description}: it holds no states that slim could remove"
     if status.complete:
         return (
             f"is complete, written by {status.writer}, and --adopt does not commit such; slim is "

@@ -1,0 +1,117 @@
+"""Which checkpoints of a run are copies by hand of others (``cp -r``), or links to them.
+
+    committed    its manifest is of the save of the other one, and of another name than its folder
+    complete     its name is none that a trainer gives, and the files that a resume reads are
+                 those of one with such a name: by names, sizes, and the CRC32s in torch zips
+
+A copy is as good as its original, and is never taken in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckpt.runs import digests
+from ckpt.runs import manifest as manifests
+from ckpt.runs.foreign import resume_files, signs
+from ckpt.runs.recognition import is_set_aside
+from ckpt.runs.run import RunCheckpoint
+from converters.storage import local
+
+_MAX_READ = 1 << 20  # bytes of a file that has no CRC32s, from each end
+Originals = dict[Path, RunCheckpoint]
+
+
+def originals(checkpoints: Sequence[RunCheckpoint]) -> Originals:
+    """Of each copy among these, by its folder, the one that it is a copy of.
+
+    What vanishes meanwhile, or cannot be read, is no copy.
+    """
+    found_originals: Originals = {}
+    for checkpoint in checkpoints:
+        candidates = [entry for entry in checkpoints if entry.folder != checkpoint.folder]
+        try:
+            original = next((entry for entry in candidates if _is_copy(checkpoint, entry)), None)
+        except OSError:
+            continue
+        if original is not None:
+            found_originals[checkpoint.folder] = original
+
+    return found_originals
+
+
+def sentence(checkpoint: RunCheckpoint, original: RunCheckpoint) -> str:
+    """What a copy is, as words after its name."""
+    form = "link to" if checkpoint.folder.is_symlink() else "copy of"
+    return f"{form} {original.name}"
+
+
+def _is_copy(checkpoint: RunCheckpoint, candidate: RunCheckpoint) -> bool:
+    """Whether a checkpoint is a copy of the other one, and not the other way round."""
+    if checkpoint.folder.is_symlink():
+        return not candidate.folder.is_symlink() and checkpoint.folder.resolve() == (
+            candidate.folder.resolve()
+        )
+    if not candidate.original:
+        return False
+    if checkpoint.manifest is not None:
+        return not checkpoint.original and _is_of_one_save(checkpoint, candidate)
+
+    is_judged = checkpoint.why == manifests.ABSENT and checkpoint.record is None
+    return (
+        is_judged
+        and _is_named_after(checkpoint.folder, candidate.folder)
+        and _is_same(checkpoint.folder, candidate.folder)
+    )
+
+
+def _is_of_one_save(checkpoint: RunCheckpoint, candidate: RunCheckpoint) -> bool:
+    """Whether two manifests are of one save; those of one that was copied before it was adopted
+    have ids of their own."""
+    manifest, other_manifest = checkpoint.manifest, candidate.manifest
+    if manifest is None or other_manifest is None:
+        return False
+    is_named = manifest.name == candidate.name and manifest.step == other_manifest.step
+    return manifest.save == other_manifest.save or (
+        is_named and _is_same(checkpoint.folder, candidate.folder)
+    )
+
+
+def _is_named_after(folder: Path, candidate: Path) -> bool:
+    """Whether the name of a folder is none of a trainer's, and that of the other one is, or the
+    beginning of it."""
+    if (
+        signs.is_usual(folder.name)
+        or is_set_aside(folder)
+        or not (folder.is_dir() and candidate.is_dir())
+    ):
+        return False
+    return signs.is_usual(candidate.name) or folder.name.startswith(candidate.name)
+
+
+def _is_same(folder: Path, candidate: Path) -> bool:
+    """Whether two folders hold the same files, as far as a resume reads them."""
+    files = resume_files.fingerprint(folder)
+    if not files or files != resume_files.fingerprint(candidate):
+        return False
+
+    return all(_has_same_bytes(folder / name, candidate / name) for name, _ in files)
+
+
+def _has_same_bytes(path: Path, candidate: Path) -> bool:
+    """Whether two files of one size are equal: by the CRC32s that they have, or at both ends."""
+    with open(path, "rb") as stream, open(candidate, "rb") as other_stream, local.named(path):
+        directory = digests.directory_of(stream)
+        other_directory = digests.directory_of(other_stream)
+        if directory is not None and other_directory is not None:
+            return directory.digest == other_directory.digest
+
+        nbytes = path.stat().st_size
+        for start in {0, max(0, nbytes - _MAX_READ)}:
+            stream.seek(start)
+            other_stream.seek(start)
+            if stream.read(_MAX_READ) != other_stream.read(_MAX_READ):
+                return False
+
+    return True

@@ -1,0 +1,127 @@
+"""Whether weights beside DeepSpeed's files have the values of its states, for ``verify --data``.
+
+A trainer saves ``model.safetensors`` or an adapter beside the files that a training goes on from.
+No checksum of either tells that both are of one step. Their values do: the weights are the fp32
+ones of the states, rounded. What the states do not have under its name is not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ckpt.runs import engines
+from ckpt.runs.digests import Progress, quiet
+from ckpt.runs.foreign import value_samples
+from ckpt.runs.states.verification import Verdict
+from ckpt.runs.upkeep import kept_values, kept_weights
+from ckpt.runs.upkeep.kept_values import Counterpart
+from ckpt.runs.upkeep.kept_weights import ADAPTER
+from converters import detect
+from converters.errors import CheckpointError
+from converters.formats import gathered_16bit, safetensors
+from converters.words import counted
+from converters.zero.checkpoint import Checkpoint
+from converters.zero.files.discovery import is_tag_folder
+
+_REMEDY = (
+    "the weights are of another step, or were changed since; ckpt to-fp32 makes weights of the "
+    "states"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsComparison:
+    """The weights in the file ``name``, and the states that they are compared with."""
+
+    name: str
+    source: Checkpoint
+    pairs: tuple[Counterpart, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that are compared."""
+        return sum(pair.stored.nbytes for pair in self.pairs if pair.stored is not None)
+
+
+def plans(verdict: Verdict) -> list[WeightsComparison]:
+    """What of a whole checkpoint is compared, for each engine; nothing where it cannot be.
+
+    Of a sample nothing but where the weights are: ``execute`` draws one.
+    """
+    folder = verdict.status.checkpoint.folder
+    is_asked = verdict.whole and verdict.depth.word != "structure"
+    if not is_asked or verdict.status.tag is None or is_tag_folder(folder):
+        return []
+
+    manifest = verdict.status.checkpoint.manifest
+    tags = {"": verdict.status.tag} if manifest is None else engines.tags(manifest)
+    comparisons = []
+    for engine, tag in tags.items():
+        try:
+            comparison = _plan(folder, engine, tag)
+        except CheckpointError:
+            continue  # of a form that is not compared
+        if comparison is not None:
+            comparisons.append(comparison)
+
+    return comparisons
+
+
+def _plan(folder: Path, engine: str, tag: str) -> WeightsComparison | None:
+    """The tensors that the states and the weights in an engine's folder have in common."""
+    model_folder = folder / engine
+    is_adapter = (model_folder / ADAPTER).is_file()
+    if is_adapter:
+        stored = safetensors.read(model_folder / ADAPTER).tensors
+        name = ADAPTER
+    else:
+        beside = next(gathered_16bit.candidates(model_folder), None)
+        if beside is None:
+            return None
+        stored, name = beside.tensors, beside.name
+
+    source = detect.read(folder, tag, complete=True)
+    if not isinstance(source, Checkpoint):
+        return None
+
+    pairs = kept_weights.counterparts(source, stored, model_folder if is_adapter else None)
+    common_pairs = [pair for pair in pairs if pair.fault is None and pair.copies is not None]
+    return WeightsComparison(name, source, tuple(common_pairs)) if common_pairs else None
+
+
+def execute(
+    verdict: Verdict, comparisons: Sequence[WeightsComparison], progress: Progress = quiet
+) -> Verdict:
+    """The verdict with what the values say."""
+    problems, proven = list(verdict.problems), list(verdict.proven)
+    folder = verdict.status.checkpoint.folder
+    for comparison in comparisons:
+        try:
+            line = _compare(comparison, verdict.depth.word == "sample", progress)
+        except CheckpointError as error:
+            problems.append(str(error).replace(f"{folder}/", ""))
+        else:
+            proven += [] if line is None else [line]
+
+    return replace(verdict, problems=tuple(problems), proven=tuple(proven))
+
+
+def _compare(comparison: WeightsComparison, in_sample: bool, progress: Progress) -> str | None:
+    """A line on the values that agree, if any were compared; ``CheckpointError`` for others."""
+    source, name = comparison.source, comparison.name
+    if not in_sample:
+        number = kept_values.require_same(
+            comparison.pairs, source.weights.checksums, _REMEDY, progress
+        )
+        return f"the values of {counted(number, 'tensor')} in {name} are those of the states"
+
+    sample = value_samples.compare_beside(source)
+    if sample.contradiction is not None:
+        tensor_name, _, copy_path = sample.contradiction
+        raise CheckpointError(
+            f"{copy_path} holds other values of {tensor_name} than the states: {_REMEDY}"
+        )
+
+    return f"sampled values in {name} are those of the states" if sample.paths else None

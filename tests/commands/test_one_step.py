@@ -1,0 +1,184 @@
+"""Whether a Trainer's files are of one step: by counts, learning rates and values."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import peft_models
+import pytest
+import torch
+import zero_folders
+from oracles import FIXTURES, run
+from run_folders import commit
+from safetensors.torch import load_file, save_file
+from stock_checkpoints import state, stock, trainers
+
+import ckpt
+from ckpt.runs.foreign import liveness
+from ckpt.runs.states import listing
+from ckpt.runs.states.status import CheckpointStatus, statuses_of
+
+STEP = 2  # of the fixture that stock() copies
+RATE = 5e-4
+Change = Callable[[Path], object]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "PAUSE", 0.0)
+
+
+def status(folder: Path) -> CheckpointStatus:
+    (only,) = statuses_of([listing.candidate(folder)], wait=False)
+    return only
+
+
+def says(step: int) -> Change:
+    return lambda folder: (folder / "trainer_state.json").write_text(state(step))
+
+
+def scheduled(step: int, **changes: object) -> Change:
+    def change(folder: Path) -> None:
+        path = folder / "scheduler.pt"
+        content = torch.load(path, weights_only=True) | {"last_epoch": step} | changes
+        torch.save(content, path)
+
+    return change
+
+
+def renamed(name: str) -> Change:
+    return lambda folder: folder.rename(folder.with_name(name))
+
+
+def engine(steps: int, values: float = 0.0) -> Change:
+    """The files of the engine, after so many of its steps; fp32 weights and those in 16 bits."""
+
+    def change(folder: Path) -> None:
+        (path,) = folder.glob("*/mp_rank_00_model_states.pt")
+        content = torch.load(path, weights_only=False)
+        torch.save(content | {"global_steps": steps}, path)
+        weights = folder / "model.safetensors"
+        tensors = {name: tensor + values for name, tensor in load_file(weights).items()}
+        save_file(tensors, weights, {"format": "pt"})
+
+    return change
+
+
+def with_deepspeed(out: Path) -> Path:
+    return stock(out, STEP)
+
+
+def without_deepspeed(out: Path) -> Path:
+    folder = trainers(out / f"checkpoint-{STEP}", STEP)
+    optimizer = {"state": {0: {"step": torch.tensor(float(STEP))}}, "param_groups": [{"lr": RATE}]}
+    torch.save(optimizer, folder / "optimizer.pt")
+    scheduled(STEP, _last_lr=[RATE])(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "reason"),
+    [
+        (with_deepspeed, [says(1)], "trainer_state.json of step 1, but scheduler.pt of step 2, as"),
+        (without_deepspeed, [says(1)], "trainer_state.json of step 1, but scheduler.pt of step 2"),
+        (with_deepspeed, [says(1), scheduled(1)], "but global_step2 of step 2, as its name says"),
+        (
+            with_deepspeed,
+            [scheduled(1, _last_lr=[RATE, RATE])],
+            "scheduler.pt of step 1, and the learning rate is 0.0005 in scheduler.pt and 0 in glo",
+        ),
+        (
+            without_deepspeed,
+            [scheduled(1, _last_lr=[1.0])],
+            "scheduler.pt of step 1, and the learning rate is 1 in scheduler.pt and 0.0005 in opti",
+        ),
+        (with_deepspeed, [engine(1, values=1.0)], "and model.safetensors holds other values of "),
+    ],
+)
+def test_a_file_of_another_step_is_told(
+    make: Callable[[Path], Path], changes: list[Change], reason: str, tmp_path: Path
+) -> None:
+    folder = make(tmp_path)
+    for change in changes:
+        change(folder)
+    told = status(folder)
+    assert told.state.value == "incomplete"
+    assert str(told.reason).startswith("holds files of two steps: trainer_state.json of step ")
+    assert reason in str(told.reason) and "bring back the files of one step" in str(told.reason)
+    with pytest.raises(ckpt.CheckpointError, match="holds files of two steps"):
+        ckpt.find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param([renamed("checkpoint-7")], id="a renamed one"),
+        pytest.param([engine(8)], id="several steps of the engine are one of the Trainer: PPO"),
+        pytest.param([engine(1)], id="accumulation that ends with an epoch, in older versions"),
+        pytest.param([scheduled(1)], id="a step that was skipped: fp16"),
+        pytest.param([scheduled(7), engine(7)], id="train() was called a second time"),
+        pytest.param([scheduled(1, patience=3)], id="ReduceLROnPlateau, which counts evaluations"),
+        pytest.param([scheduled(1, last_epoch=None)], id="a scheduler that counts nothing"),
+        pytest.param([scheduled(1, _last_lr=[1.0])], id="another number of groups"),
+    ],
+)
+def test_counts_that_differ_in_a_stock_checkpoint_prove_nothing(
+    changes: list[Change], tmp_path: Path
+) -> None:
+    folder = with_deepspeed(tmp_path)
+    for change in changes:
+        change(folder)
+    (folder,) = tmp_path.iterdir()
+    assert status(folder).complete, status(folder).reason
+
+
+def harm(path: Path) -> None:
+    """Saves other values under the same names, as they were some steps before."""
+    tensors = {name: tensor * 1.01 + 0.01 for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+@pytest.mark.parametrize("fixture", ["trainer-zero2", "trainer-zero3"])
+def test_weights_of_another_step_are_found_where_data_is_read(
+    fixture: str, is_committed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(FIXTURES / fixture / "checkpoint-2", folder)
+    for options, line in (
+        (["--data"], r"the values of \d+ tensors in model\.safetensors are those of the states"),
+        (["--sample", "5%"], "sampled values in model.safetensors are those of the states"),
+    ):
+        run("verify", folder, *options)
+        assert re.search(line, capsys.readouterr().out)
+
+    harm(folder / "model.safetensors")
+    if is_committed:
+        run("doctor", tmp_path, "--adopt", "--now")
+    run("verify", folder)  # which reads headers
+    for options in (["--data"], ["--sample", "5%"]):
+        capsys.readouterr()
+        run("verify", folder, *options, code=1)
+        told = capsys.readouterr().out
+        assert told.startswith(f"{folder}: not whole\n  model.safetensors holds other values of ")
+        assert "of another step, or were changed since; ckpt to-fp32 makes weights of the" in told
+
+
+def test_an_adapter_of_another_step_is_found_where_data_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    model = peft_models.model("dora")
+    zero_folders.save(model, folder, exclude_frozen=True)
+    path = peft_models.saved(model, folder) / "adapter_model.safetensors"
+    commit(folder, 2)
+    run("verify", folder, "--data")
+    assert "in adapter_model.safetensors are those of the states" in capsys.readouterr().out
+
+    harm(path)
+    commit(folder, 2)
+    run("verify", folder, "--data", code=1)
+    assert "adapter_model.safetensors holds other values of " in capsys.readouterr().out

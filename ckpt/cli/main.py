@@ -59,6 +59,22 @@ class Sections(click.Group):
         in_module: tuple[click.Command, ...] = module.COMMANDS
         return next(command for command in in_module if command.name == cmd_name)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is called; ``UsageError`` names the one that was meant."""
+        word = args[0]
+        is_unknown = word not in _MODULES and not word.startswith("-")
+        if is_unknown and not ctx.resilient_parsing:
+            from ckpt.cli import usage
+
+            short_helps = {
+                name: command.get_short_help_str(limit=200) for name, command in commands().items()
+            }
+            ctx.fail(usage.unknown_command(word, short_helps))
+
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes a list for each section, in the order of ``SECTIONS``."""
         width = max(map(len, _MODULES))

@@ -155,7 +155,9 @@ def _question(place: Place, adapter: str, evidence: Shown, run_configs: list[Ada
     """The line that asks for the configuration, with what the checkpoint shows."""
     adapter_text = "" if adapter == DEFAULT else f" {adapter!r}"
     target_text = f" on {evidence.targets}" if evidence.modules else ""
-    situation = f"{place.root} holds a {evidence.title}{adapter_text}{target_text}"
+    situation = (
+        f"{place.root} holds {words.with_article(evidence.title)}{adapter_text}{target_text}"
+    )
     if run_configs:
         paths = words.some((str(config.path) for config in run_configs), words.LONG_LIST)
         return f"{situation}, and {paths} differ; name the right {NAME} with --adapter-config FILE"

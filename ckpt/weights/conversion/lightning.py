@@ -27,7 +27,7 @@ from converters.pickles.values import Global
 from converters.plan import Tied
 from converters.source import Source
 from converters.tensors import TensorRef
-from converters.words import counted
+from converters.words import counted, with_article
 from converters.zero.files import state_files
 from converters.zero.files.keys import MODEL_KEYS, OTHER_MODEL_KEYS
 
@@ -150,7 +150,11 @@ def _kind(value: Any) -> str:
     if isinstance(value, Global):
         return str(value)
     kind = state_files.kind(value)
-    return f"a {kind} with objects in it" if kind in ("dict", "list", "tuple", "set") else kind
+    return (
+        f"{with_article(kind)} with objects in it"
+        if kind in ("dict", "list", "tuple", "set")
+        else kind
+    )
 
 
 def _argument(key: str, name: str, kind: str) -> str:

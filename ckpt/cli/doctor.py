@@ -12,7 +12,7 @@ from ckpt.cli.options import JSON, LOCAL_PATH
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned, Progress
 from ckpt.cli.results.upkeep import AdoptionEntry, AdoptResult, DoctorResult, FindingEntry
-from ckpt.cli.usage import Command
+from ckpt.cli.usage.command import Command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,7 @@ from ckpt.cli.options import DTYPE, JSON, LOCAL_PATH, MAX_SHARD_SIZE, OUTPUT_PAT
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned
 from ckpt.cli.results.hub import LeftOut, PulledFile, PullResult, PushPreview, PushResult, SentFile
-from ckpt.cli.usage import Command
+from ckpt.cli.usage.command import Command
 from ckpt.cli.weight_options import request as weights_request
 from ckpt.cli.weight_options import weights_options
 from ckpt.results import FileEntry

@@ -12,7 +12,7 @@ from ckpt.cli.options import JSON, RUN
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output
 from ckpt.cli.results.runs import LatestResult, SkippedCheckpoint
-from ckpt.cli.usage import Command
+from ckpt.cli.usage.command import Command
 
 if TYPE_CHECKING:
     from ckpt.runs.foreign.completeness import Proof

@@ -66,12 +66,12 @@ class Sections(click.Group):
         word = args[0]
         is_unknown = word not in _MODULES and not word.startswith("-")
         if is_unknown and not ctx.resilient_parsing:
-            from ckpt.cli import usage
+            from ckpt.cli.usage import synonyms
 
             short_helps = {
                 name: command.get_short_help_str(limit=200) for name, command in commands().items()
             }
-            ctx.fail(usage.unknown_command(word, short_helps))
+            ctx.fail(synonyms.unknown_command(word, short_helps))
 
         return super().resolve_command(ctx, args)
 

@@ -13,7 +13,7 @@ from ckpt.cli.options import JSON, LOCAL_CHECKPOINT, LOCAL_PATH, OUTPUT_PATH
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned, Progress
 from ckpt.cli.results.upkeep import CollectResult, SlimResult
-from ckpt.cli.usage import Command
+from ckpt.cli.usage.command import Command
 from converters.words import counted
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from ckpt.cli import planned
 from ckpt.cli.options import CHECKPOINT, JSON, LOCAL_PATH, OUTPUT_PATH, TAG
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned, Progress
-from ckpt.cli.usage import Command
+from ckpt.cli.usage.command import Command
 from converters.words import counted
 
 if TYPE_CHECKING:

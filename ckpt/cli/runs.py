@@ -17,7 +17,7 @@ from ckpt.cli.results.runs import (
     PruneEntry,
     PruneResult,
 )
-from ckpt.cli.usage import Command
+from ckpt.cli.usage.command import Command
 from ckpt.cli.verify import statuses_at, verify
 
 if TYPE_CHECKING:

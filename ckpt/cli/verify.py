@@ -11,7 +11,7 @@ from ckpt.cli import planned
 from ckpt.cli.options import JSON, LOCAL_PATH, percentage
 from ckpt.cli.planned import Output
 from ckpt.cli.results.runs import VerifyEntry, VerifyResult
-from ckpt.cli.usage import Command
+from ckpt.cli.usage.command import Command
 
 if TYPE_CHECKING:
     from ckpt.runs.states.status import CheckpointStatus

@@ -23,7 +23,7 @@ from ckpt.cli.options import (
     dry_run,
 )
 from ckpt.cli.planned import Output, Planned, Progress
-from ckpt.cli.usage import Command
+from ckpt.cli.usage.command import Command
 from ckpt.cli.weight_options import TP_RULES, weights_options
 from ckpt.cli.weight_options import request as weights_request
 

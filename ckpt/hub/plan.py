@@ -102,7 +102,7 @@ class PushPlan:
 
 
 def plan(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> PushPlan:
-    """Looks at the checkpoint and the repository, and decides; changes nothing.
+    """Looks at the checkpoint, then at the repository, and decides; changes nothing.
 
     ``CheckpointError`` for what is not whole, does not fit the Hub, or may not be
     published there.
@@ -112,10 +112,11 @@ def plan(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> PushPlan
     errors.require_client()
     _require_steps(options)
     transport, note = upload.choose(options.transport, options.stage_dir)
+    local_contents = _contents(checkpoint, repo, options)  # what is wrong with it needs no network
     with errors.translate_errors(repo):
         remote = repository.look(api_for(), repo, options.branch)
 
-    push_contents = _contents(checkpoint, remote, options)
+    push_contents = _beside_card(local_contents, remote, options)
     require_open(remote, options)
 
     notices = [note] if note else []
@@ -134,24 +135,28 @@ def plan(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> PushPlan
     )
 
 
-def _contents(checkpoint: RunCheckpoint, remote: Remote, options: PushOptions) -> Contents:
-    """What is sent; a repository's card stays as it is."""
-    has_card = options.place + CARD in remote.files
-    push_contents = contents(
+def _contents(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> Contents:
+    """What is sent to a repository without a card."""
+    return contents(
         checkpoint,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         training_state=options.training_state,
-        card=not has_card,
-        repo=remote.repo,
+        repo=repo,
         revision=options.revision,
         request=options.request,
     )
-    if has_card and not options.training_state:
-        items = tuple(item for item in push_contents.items if item.name != CARD)
-        return replace(push_contents, items=items)
 
-    return push_contents
+
+def _beside_card(local_contents: Contents, remote: Remote, options: PushOptions) -> Contents:
+    """What is sent to the repository as it is: a card that it has stays."""
+    has_card = options.place + CARD in remote.files
+    if not has_card or options.training_state:
+        return local_contents
+
+    card_names = {CARD, *local_contents.made_names}
+    items = tuple(item for item in local_contents.items if item.name not in card_names)
+    return replace(local_contents, items=items, made_names=())
 
 
 def _deleted_names(

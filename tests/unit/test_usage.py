@@ -9,7 +9,7 @@ import pytest
 from oracles import ROOT, run
 
 from ckpt.cli.main import commands
-from ckpt.cli.usage import SYNONYMS
+from ckpt.cli.usage.synonyms import SYNONYMS
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,11 @@
-"""What was typed wrong, and what to type instead: a command that is not there, an argument too
-many.
-
-Only the words; ``main`` and ``options`` ask for them when something is wrong.
-"""
+"""The command that is meant by a word that is not a command: by what other tools call it, or by its
+letters."""
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
-
-import click
-
-from converters.words import verb
+from collections.abc import Mapping
 
 # What other tools call it, by the command that does it.
 SYNONYMS = {
@@ -75,31 +68,3 @@ def _described(command: str, short_helps: Mapping[str, str]) -> str:
     if not short_help:
         return f"ckpt {command}."
     return f"ckpt {command}: {short_help[0].lower()}{short_help[1:]}"
-
-
-class Command(click.Command):
-    """A command that says what to do with an argument too many."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parses as click does; ``UsageError`` says where an output is named, and that a
-        command takes one path at a time."""
-        ctx.allow_extra_args = True
-        extra_arguments = super().parse_args(ctx, args)
-        if extra_arguments and not ctx.resilient_parsing:
-            ctx.fail(_extra(self, ctx, extra_arguments))
-
-        return extra_arguments
-
-
-def _extra(command: click.Command, context: click.Context, extra_arguments: Sequence[str]) -> str:
-    options = [param for param in command.params if isinstance(param, click.Option)]
-    arguments = [param for param in command.params if isinstance(param, click.Argument)]
-    names = " and ".join(argument.metavar or str(argument.name).upper() for argument in arguments)
-    listed = ", ".join(extra_arguments)
-
-    is_verb = verb(len(extra_arguments), "is", "are")
-    line = f"{context.command_path} takes {names}; {listed} {is_verb} too much"
-    if len(extra_arguments) == 1 and any(option.name == "output" for option in options):
-        return f"{line}. To write to {listed}, say -o {listed}."
-
-    return f"{line}. Call it once for each." if len(arguments) == 1 else f"{line}."

@@ -114,14 +114,16 @@ def main(argv: list[str] | None = None) -> None:
 
     A bug of ``ckpt`` is one, too, below its traceback.
     """
+    from converters import options
     from converters.errors import CheckpointError
 
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        exit_code = cli.main(args=arguments, prog_name="ckpt", standalone_mode=False)
+        with options.using(options.of_commands, anew=True):
+            exit_code = cli.main(args=arguments, prog_name="ckpt", standalone_mode=False)
         sys.exit(exit_code if isinstance(exit_code, int) else 0)
     except CheckpointError as error:
-        _fail(error.for_command, error.kind, as_json="--json" in arguments)
+        _fail(str(error), error.kind, as_json="--json" in arguments)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

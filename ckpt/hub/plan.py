@@ -23,6 +23,13 @@ from ckpt.version import __version__
 from ckpt.weights.request import Request
 from converters.detect import Detection, detect, filenames
 from converters.errors import CheckpointError
+from converters.options import (
+    INCLUDE_TRAINING_STATE,
+    KEEP_LAST,
+    PATH_IN_REPO,
+    REVISION,
+    UNCOMMITTED,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -197,7 +204,7 @@ def _require_names(repo: str, path_in_repo: str | None) -> None:
     if len(repo.split("/")) != 2 or not all(repo.split("/")):
         raise CheckpointError(f"{repo!r} is not a repository; write org/name", "refused")
     if path_in_repo and (fault := unfit(path_in_repo.strip("/"))):
-        raise CheckpointError(f"--path-in-repo {path_in_repo!r} {fault}", "refused")
+        raise CheckpointError(f"{PATH_IN_REPO(path_in_repo)} {fault}", "refused")
 
 
 def _require_whole(checkpoint: RunCheckpoint, uncommitted: bool) -> None:
@@ -234,8 +241,8 @@ def _require_complete(checkpoint: RunCheckpoint, detection: Detection) -> None:
     status = status_of(checkpoint)
     if not status.complete:
         raise CheckpointError(
-            f"{folder} is not complete: {status.reason}; --uncommitted pushes it if its weights "
-            "are whole",
+            f"{folder} is not complete: {status.reason}; {UNCOMMITTED} pushes it if its "
+            "weights are whole",
             "incomplete",
         )
 
@@ -256,7 +263,7 @@ def _require_steps(options: PushOptions) -> None:
     place_name = options.place.rstrip("/") or options.revision or ""
     if keep_last < 1 or not repository.is_step(place_name):
         raise CheckpointError(
-            f"--keep-last {keep_last} needs a --revision or --path-in-repo such as "
+            f"{KEEP_LAST(keep_last)} needs a {REVISION} or {PATH_IN_REPO} such as "
             "step-500, whose older steps it deletes",
             "refused",
         )
@@ -267,7 +274,7 @@ def require_open(remote: Remote, options: PushOptions) -> None:
     is_public = remote.private is False if remote.head else not options.private
     if options.training_state and is_public:
         raise CheckpointError(
-            f"{remote.repo} is public; --include-training-state goes into private "
+            f"{remote.repo} is public; {INCLUDE_TRAINING_STATE} goes into private "
             "repositories only",
             "refused",
         )

@@ -18,6 +18,7 @@ from ckpt.rewrite.job import ARGUMENTS, SAME_IN_ENGINE, Rewriting
 from ckpt.rewrite.job import execute as execute
 from ckpt.weights.arguments import naming_arguments
 from converters.errors import CheckpointError
+from converters.options import STAGE, WORLD_SIZE
 from converters.storage import open_files, stores
 from converters.storage.store import default_output, output_path
 from converters.storage.stores import source_path
@@ -89,8 +90,8 @@ def _require_change(source: zero.Checkpoint, target: TargetTopology) -> None:
     if unchanged:
         raise CheckpointError(
             f"{source.place.folder} is of stage {source.stage} for "
-            f"{counted(source.world_size, 'rank')} already; load it as it is, or "
-            "name another --world-size or --stage",
+            f"{counted(source.world_size, 'rank')} already; load it as it is, or name "
+            f"another {WORLD_SIZE} or {STAGE}",
             "output",
         )
 

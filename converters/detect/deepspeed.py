@@ -112,8 +112,8 @@ def _first(names: tuple[str, ...], pattern: re.Pattern[str]) -> str | None:
 KINDS = (
     Kind(
         name="no-tag",
-        title="folder without the tag that --tag names",
-        recognized_by="`--tag` names no folder in it",
+        title="folder without the tag that was asked for",
+        recognized_by="the tag that was asked for names no folder in it",
         sign=no_tag,
         statement="has no tag {evidence}",
         refusal="{statement}",

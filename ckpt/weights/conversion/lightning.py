@@ -23,6 +23,23 @@ from ckpt.weights.request import Request
 from converters.errors import CheckpointError
 from converters.formats import wrapped_state_dict
 from converters.names.selection import renamed
+from converters.options import (
+    ADAPTER_CONFIG,
+    BASE,
+    CHECK,
+    CONFIG,
+    DEQUANTIZE,
+    EXCLUDE_FROZEN,
+    FORMAT,
+    MERGE,
+    PART,
+    RENAME,
+    SELECT,
+    STRIP,
+    TIED,
+    TOKENIZER,
+    UNTIE,
+)
 from converters.pickles.values import Global
 from converters.plan import Tied
 from converters.source import Source
@@ -35,9 +52,9 @@ FILE = "model.ckpt"  # in the folder that is written where -o names no file
 SUFFIXES = (".ckpt", ".pt", ".pth")  # of -o where it names a file
 VERSION = "pytorch-lightning_version"
 _UNFIT = (  # options that would change nothing
-    *("--merge", "--dequantize", "--part", "--select", "--strip", "--rename"),
-    "--config",
-    *("--tokenizer", "--base", "--adapter-config", "--untie", "--check", "--exclude-frozen"),
+    *(MERGE, DEQUANTIZE, PART, SELECT, STRIP, RENAME),
+    CONFIG,
+    *(TOKENIZER, BASE, ADAPTER_CONFIG, UNTIE, CHECK, EXCLUDE_FROZEN),
 )
 _WHAT = "which writes one file with all weights under the LightningModule's own names"
 _PREFIX = "_forward_module."  # Lightning's wrapper of the module, before 2.1
@@ -65,11 +82,11 @@ def product(source: Source, request: Request) -> Product:
     ``CheckpointError`` for what Lightning did not save, and for options that change the
     weights.
     """
-    request.refuse(_UNFIT, f"--format lightning, {_WHAT}")
+    request.refuse(_UNFIT, f"{FORMAT('lightning')}, {_WHAT}")
     if not isinstance(source.entries.get(VERSION), str):
         raise CheckpointError(
             f"{source.place.folder} was not saved by Lightning: its state has no "
-            f"{VERSION}; choose --format safetensors or bin",
+            f"{VERSION}; choose {FORMAT('safetensors')} or bin",
             "refused",
         )
 
@@ -94,7 +111,7 @@ def require_every_name(source: Source, tied: Tied) -> None:
     """Raises where tied names would be left out: Lightning's reader wants them all."""
     if tied == "drop" and source.weights.aliases:
         raise CheckpointError(
-            "--tied drop does not go with --format lightning: load_from_checkpoint "
+            f"{TIED('drop')} does not go with {FORMAT('lightning')}: load_from_checkpoint "
             "wants every name; leave one of them out",
             "refused",
         )

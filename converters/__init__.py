@@ -8,5 +8,6 @@ torch_files/     files of torch.save;  pickles/  read without running anything
 names/           names chosen, changed and matched;  quantized/  weights that are codes
 plan, cast       every byte of an output, decided;  computing/  tensors that a formula makes
 execute/         plans carried out;  storage/  the door to bytes
-errors, words    the one error, and lists and numbers in messages;  accessors  values of documents
+errors, words    the one error, and lists and numbers in messages;  options  options in them
+accessors        values of documents
 """

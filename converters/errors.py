@@ -23,8 +23,8 @@ class CheckpointError(Exception):
     ``unloadable`` (its reader would not load the result) and ``output`` (nothing is
     wrong with the checkpoint; the result cannot be written).
 
-    Functions for users name their arguments where commands name options; ``for_command``
-    is the message with the options.
+    Functions for users name their arguments where commands name options
+    (``converters.options``).
     """
 
     def __init__(self, message: str, kind: Kind = "corrupt"):
@@ -41,7 +41,6 @@ class CheckpointError(Exception):
         )
 
         self.kind: Kind = kind
-        self.for_command = str(self)
 
 
 def unreadable(error: OSError, path: Path) -> CheckpointError:

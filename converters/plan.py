@@ -21,6 +21,7 @@ from typing import Literal
 
 from converters.computing.computed import copies, described, stored
 from converters.errors import CheckpointError
+from converters.options import FORMAT, RENAME
 from converters.storage import stores
 from converters.tensors import METADATA, Checksum, DType, TensorRef, Weights
 
@@ -349,8 +350,8 @@ def _require_writable(sizes: Mapping[str, int], shares: bool) -> None:
         )
     if METADATA in sizes and not shares:
         raise CheckpointError(
-            f"the checkpoint has a tensor {METADATA}, a name that safetensors keeps "
-            f"for itself; rename it with --rename {METADATA}=NEW, or choose --format bin",
+            f"the checkpoint has a tensor {METADATA}, a name that safetensors keeps for "
+            f"itself; rename it with {RENAME} {METADATA}=NEW, or choose {FORMAT('bin')}",
             "output",
         )
 

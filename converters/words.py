@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 LONG_LIST = 6  # names in a message that is about names
@@ -42,3 +43,38 @@ def numbers(values: Iterable[object], limit: int = 8) -> str:
 def verb(number: int, singular: str, plural: str) -> str:
     """The form of a verb for a number of things: ``is`` or ``are``."""
     return singular if number == 1 else plural
+
+
+# Letters whose own names begin with a vowel: an FSDP checkpoint, an IA3 adapter.
+_SPELT_WITH_VOWEL = frozenset("AEFHILMNORSX")
+_VOWEL_SOUND = ("hour", "honest", "heir", "ndarray")
+_CONSONANT_SOUND = (
+    "unic",
+    "unif",
+    "unio",
+    "uniq",
+    "unit",
+    "univ",
+    "use",
+    "usu",
+    "util",
+    "eu",
+    "one",
+    "once",
+)
+
+
+def with_article(noun: str) -> str:
+    """A noun with "a" or "an", by its sound: ``an IA3``, ``a LoRA``, ``a universal``."""
+    return f"{'an' if _begins_with_vowel_sound(noun) else 'a'} {noun}"
+
+
+def _begins_with_vowel_sound(noun: str) -> bool:
+    word = re.split(r"[ -]", noun, maxsplit=1)[0]
+    if word.isupper():  # an abbreviation, which is spelt
+        return word[0] in _SPELT_WITH_VOWEL
+
+    word = word.lower()
+    if word.startswith(_VOWEL_SOUND):
+        return True
+    return word.startswith(tuple("aeiou")) and not word.startswith(_CONSONANT_SOUND)

@@ -8,6 +8,7 @@ maintenance     slim, collect;  doctor  the command of this name
 hub             push, pull
 planned         dry run, bar of bytes, JSON and messages, of them all
 results/        what they print, as values
+usage/          what was typed wrong, and what to type instead
 options         options that several commands have
 weight_options  which weights, under which names
 conversion, report, listing, adapter_facts   results and lines of to-fp32, show, ls

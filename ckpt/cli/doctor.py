@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpt.cli import planned
-from ckpt.cli.listing import untouched
 from ckpt.cli.options import JSON, LOCAL_PATH
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned, Progress
 from ckpt.cli.results.upkeep import AdoptionEntry, AdoptResult, DoctorResult, FindingEntry
+from ckpt.cli.usage.command import Command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ckpt.runs.upkeep.findings import Finding
 
 
-@click.command(short_help="Find, and mend, what a crash left.")
+@click.command(cls=Command, short_help="Find, and mend, what a crash left.")
 @click.argument("path", metavar="RUN|CHECKPOINT", type=LOCAL_PATH)
 @click.option("--fix", is_flag=True, help="Put right what can be.")
 @click.option(
@@ -140,6 +140,7 @@ def _settling(path: Path) -> Planned:
 
 
 def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run: bool) -> Output:
+    from ckpt.cli import listing
     from ckpt.runs.states.status import adoption_hint
 
     lines = [
@@ -166,7 +167,7 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
     idle = [] if entries else ["nothing to mend"]
 
     return Output(
-        DoctorResult(dry_run, tuple(entries), untouched(complete)),
+        DoctorResult(dry_run, tuple(entries), listing.untouched(complete)),
         lines,
         [*_idle(run.path, idle, diagnosis.statuses), *hints],
         exit_code=1 if diagnosis.findings else 0,

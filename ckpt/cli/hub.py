@@ -12,6 +12,7 @@ from ckpt.cli.options import DTYPE, JSON, LOCAL_PATH, MAX_SHARD_SIZE, OUTPUT_PAT
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned
 from ckpt.cli.results.hub import LeftOut, PulledFile, PullResult, PushPreview, PushResult, SentFile
+from ckpt.cli.usage.command import Command
 from ckpt.cli.weight_options import request as weights_request
 from ckpt.cli.weight_options import weights_options
 from ckpt.results import FileEntry
@@ -37,7 +38,7 @@ def _give_memory_back() -> None:
         mallopt(-3, 1 << 20)
 
 
-@click.command(short_help="Publish a checkpoint or a model on the Hugging Face Hub.")
+@click.command(cls=Command, short_help="Publish a checkpoint or a model on the Hugging Face Hub.")
 @click.argument("path", metavar="CHECKPOINT|RUN|MODEL", type=LOCAL_PATH)
 @click.argument("repo", metavar="ORG/NAME")
 @click.option(
@@ -244,7 +245,7 @@ def _pushed(pushed: Pushed) -> Output:
     )
 
 
-@click.command(short_help="Fetch a repository into a new folder.")
+@click.command(cls=Command, short_help="Fetch a repository into a new folder.")
 @click.argument("source", metavar="ORG/NAME[@REVISION]")
 @click.argument("folder", metavar="DIR", type=OUTPUT_PATH)
 @click.option("--path-in-repo", metavar="FOLDER", help="Only this folder of the repository.")

@@ -12,6 +12,7 @@ from ckpt.cli.options import JSON, RUN
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output
 from ckpt.cli.results.runs import LatestResult, SkippedCheckpoint
+from ckpt.cli.usage.command import Command
 
 if TYPE_CHECKING:
     from ckpt.runs.foreign.completeness import Proof
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
     from ckpt.runs.states.choice import Choice
 
 
-@click.command(short_help="Print the checkpoint that a resume takes.")
+@click.command(cls=Command, short_help="Print the checkpoint that a resume takes.")
 @RUN
 @click.option("--best", is_flag=True, help="The one that the pointer best names.")
 @click.option(
     "--set",
     "designation",
     metavar="CHECKPOINT",
-    help="Make latest (with --best: best) name this committed checkpoint.",
+    help="Make latest (with --best: best) name this committed checkpoint; latest only a full one.",
 )
 @dry_run_option("With --set: say which checkpoint would be named, and write nothing.")
 @JSON
@@ -131,6 +132,12 @@ def _require_committed(run: Run, pointer_name: str, checkpoint: RunCheckpoint) -
         )
 
     run.require_committed(pointer_name, checkpoint)
+    if pointer_name == "latest" and checkpoint.tier == "weights":
+        raise CheckpointError(
+            f"{checkpoint.folder} has weights only, and no training goes on from them; latest "
+            "stays as it is (--best names the best weights)",
+            "refused",
+        )
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -59,6 +59,22 @@ class Sections(click.Group):
         in_module: tuple[click.Command, ...] = module.COMMANDS
         return next(command for command in in_module if command.name == cmd_name)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is called; ``UsageError`` names the one that was meant."""
+        word = args[0]
+        is_unknown = word not in _MODULES and not word.startswith("-")
+        if is_unknown and not ctx.resilient_parsing:
+            from ckpt.cli.usage import synonyms
+
+            short_helps = {
+                name: command.get_short_help_str(limit=200) for name, command in commands().items()
+            }
+            ctx.fail(synonyms.unknown_command(word, short_helps))
+
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes a list for each section, in the order of ``SECTIONS``."""
         width = max(map(len, _MODULES))
@@ -98,14 +114,16 @@ def main(argv: list[str] | None = None) -> None:
 
     A bug of ``ckpt`` is one, too, below its traceback.
     """
+    from converters import options
     from converters.errors import CheckpointError
 
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        exit_code = cli.main(args=arguments, prog_name="ckpt", standalone_mode=False)
+        with options.using(options.of_commands, anew=True):
+            exit_code = cli.main(args=arguments, prog_name="ckpt", standalone_mode=False)
         sys.exit(exit_code if isinstance(exit_code, int) else 0)
     except CheckpointError as error:
-        _fail(error.for_command, error.kind, as_json="--json" in arguments)
+        _fail(str(error), error.kind, as_json="--json" in arguments)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -13,6 +13,7 @@ from ckpt.cli.options import JSON, LOCAL_CHECKPOINT, LOCAL_PATH, OUTPUT_PATH
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned, Progress
 from ckpt.cli.results.upkeep import CollectResult, SlimResult
+from ckpt.cli.usage.command import Command
 from converters.words import counted
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ckpt.runs.upkeep.slim import Slimming
 
 
-@click.command(short_help="Make a full checkpoint a weights-only one.")
+@click.command(cls=Command, short_help="Make a full checkpoint a weights-only one.")
 @LOCAL_CHECKPOINT
 @dry_run_option("Say what would be removed, and remove nothing.")
 @click.option("--force", is_flag=True, help="Even the newest full one, or a pinned one.")
@@ -117,7 +118,7 @@ def _slimmed(slimming: Slimming, files: Sequence[FileEntry] = (), *, dry_run: bo
     )
 
 
-@click.command(short_help="Join the parts of a checkpoint of several nodes.")
+@click.command(cls=Command, short_help="Join the parts of a checkpoint of several nodes.")
 @click.argument(
     "folders",
     metavar="NODE_FOLDER...",

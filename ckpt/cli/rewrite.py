@@ -16,6 +16,7 @@ from ckpt.cli import planned
 from ckpt.cli.options import CHECKPOINT, JSON, LOCAL_PATH, OUTPUT_PATH, TAG
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned, Progress
+from ckpt.cli.usage.command import Command
 from converters.words import counted
 
 if TYPE_CHECKING:
@@ -40,14 +41,11 @@ _SHARED = (
 )
 
 
+def _world_size(**settings: Any) -> Callable[..., Any]:
+    return click.option("--world-size", metavar="RANKS", type=click.IntRange(1), **settings)
+
+
 _NATIVE = (
-    click.option(
-        "--world-size",
-        metavar="RANKS",
-        type=click.IntRange(1),
-        required=True,
-        help="The ranks (GPUs) that will resume.",
-    ),
     click.option(
         "--stage",
         type=click.IntRange(1, 3),
@@ -88,14 +86,15 @@ def _with_options(
     return decorated
 
 
-@click.command(short_help="Rewrite a state for other ranks or another stage.")
+@click.command(cls=Command, short_help="Rewrite a state for other ranks or another stage.")
 @CHECKPOINT
+@_world_size(help="The ranks (GPUs) that will resume. Default: as many as saved.")
 @_with_options(_NATIVE)
 @TAG
 @_with_options(_SHARED)
 def reshard(
     checkpoint: Path,
-    world_size: int,
+    world_size: int | None,
     stage: int | None,
     output: Path | None,
     tag: str | None,
@@ -111,6 +110,7 @@ def reshard(
 
     \b
     ckpt reshard out/checkpoint-500 --world-size 3
+    ckpt reshard out/checkpoint-500 --stage 3
     ckpt reshard out/checkpoint-500 --world-size 8 --stage 3 -o resume/checkpoint-500
     ckpt reshard out/checkpoint-500 --world-size 3 --dry-run
     """
@@ -129,7 +129,7 @@ def reshard(
     _rewrite(rewriting, **options)
 
 
-@click.command("to-universal", short_help="Write a state in the universal format.")
+@click.command("to-universal", cls=Command, short_help="Write a state in the universal format.")
 @CHECKPOINT
 @click.option(
     "-o",
@@ -155,8 +155,11 @@ def to_universal(checkpoint: Path, output: Path | None, tag: str | None, **optio
     _rewrite(universal.plan_to(checkpoint, output=output, tag=tag), **options)
 
 
-@click.command("from-universal", short_help="Write native files from a universal folder.")
+@click.command(
+    "from-universal", cls=Command, short_help="Write native files from a universal folder."
+)
 @CHECKPOINT
+@_world_size(required=True, help="The ranks (GPUs) that will resume.")
 @_with_options(_NATIVE)
 @click.option("--tag", help="The tag to read. Default: what the file latest_universal names.")
 @click.option(

@@ -17,6 +17,7 @@ from ckpt.cli.results.runs import (
     PruneEntry,
     PruneResult,
 )
+from ckpt.cli.usage.command import Command
 from ckpt.cli.verify import statuses_at, verify
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from ckpt.runs.states.status import CheckpointStatus
 
 
-@click.command(short_help="List the checkpoints of a run.")
+@click.command(cls=Command, short_help="List the checkpoints of a run.")
 @RUN
 @JSON
 def ls(run: Path, as_json: bool) -> None:
@@ -57,7 +58,7 @@ def ls(run: Path, as_json: bool) -> None:
     planned.show(Output(result, listing.lines(result.checkpoints), notices), as_json)
 
 
-@click.command(short_help="Delete checkpoints that no rule keeps.")
+@click.command(cls=Command, short_help="Delete checkpoints that no rule keeps.")
 @RUN
 @click.option("--keep-last", metavar="N", type=click.IntRange(1), help="Keep the N newest.")
 @click.option(
@@ -212,7 +213,7 @@ def _alone_lines(run: Path, has_outcomes: bool, alone: Sequence[CheckpointStatus
     return lines
 
 
-@click.command(short_help="Keep a checkpoint whatever retention says.")
+@click.command(cls=Command, short_help="Keep a checkpoint whatever retention says.")
 @LOCAL_CHECKPOINT
 @dry_run_option("Say what would be marked, and mark nothing.")
 @JSON
@@ -225,7 +226,7 @@ def pin(checkpoint: Path, dry_run: bool, as_json: bool) -> None:
     _pin(checkpoint, pinned=True, dry_run=dry_run, as_json=as_json)
 
 
-@click.command(short_help="Leave a checkpoint to retention again.")
+@click.command(cls=Command, short_help="Leave a checkpoint to retention again.")
 @LOCAL_CHECKPOINT
 @dry_run_option("Say what would be unmarked, and unmark nothing.")
 @JSON

@@ -11,13 +11,14 @@ from ckpt.cli import planned
 from ckpt.cli.options import JSON, LOCAL_PATH, percentage
 from ckpt.cli.planned import Output
 from ckpt.cli.results.runs import VerifyEntry, VerifyResult
+from ckpt.cli.usage.command import Command
 
 if TYPE_CHECKING:
     from ckpt.runs.states.status import CheckpointStatus
     from ckpt.runs.states.verification import Depth, Verdict
 
 
-@click.command(short_help="Check that checkpoints are whole.")
+@click.command(cls=Command, short_help="Check that checkpoints are whole.")
 @click.argument("path", metavar="CHECKPOINT|RUN", type=LOCAL_PATH)
 @click.option("--data", is_flag=True, help="Read every byte and compare it with its checksum.")
 @click.option(

@@ -23,11 +23,12 @@ from ckpt.cli.options import (
     dry_run,
 )
 from ckpt.cli.planned import Output, Planned, Progress
+from ckpt.cli.usage.command import Command
 from ckpt.cli.weight_options import TP_RULES, weights_options
 from ckpt.cli.weight_options import request as weights_request
 
 
-@click.command("to-fp32", short_help="Make a model folder of fp32 or 16-bit weights.")
+@click.command("to-fp32", cls=Command, short_help="Make a model folder of fp32 or 16-bit weights.")
 @CHECKPOINT
 @click.option(
     "-o",
@@ -130,7 +131,7 @@ def to_fp32(
     )
 
 
-@click.command(short_help="Show what a checkpoint is and holds.")
+@click.command(cls=Command, short_help="Show what a checkpoint is and holds.")
 @CHECKPOINT
 @TAG
 @LAST

@@ -23,13 +23,17 @@ from typing import IO
 from ckpt.folders.filenames import LOGBOOK, PLAN
 from ckpt.folders.replacing import is_arriving, replace_folder
 from converters.errors import CheckpointError
+from converters.options import OUTPUT, OVERWRITE
 from converters.plan import Plan
 from converters.storage import local
 from converters.storage.local_store import LOCAL
 from converters.storage.system import flock
 from converters.words import counted, verb
 
-ANOTHER_FOLDER = "choose another folder with -o"
+
+def another_folder() -> str:
+    """What to do where an output does not fit."""
+    return f"choose another folder with {OUTPUT}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,30 +83,30 @@ def require_place(
     """
     if not output.name:
         raise CheckpointError(
-            f"{output} cannot be the name of a folder; name another with -o",
+            f"{output} cannot be the name of a folder; name another with {OUTPUT}",
             "output",
         )
     if output.resolve() in protected_folders:
         raise CheckpointError(
-            f"{output} holds the checkpoint itself; name another folder with -o",
+            f"{output} holds the checkpoint itself; name another folder with {OUTPUT}",
             "output",
         )
 
     if output.is_symlink() or output.is_file() or os.path.ismount(output):
         raise CheckpointError(
-            f"{output} is a file, a link or a mount point; name a new folder with -o",
+            f"{output} is a file, a link or a mount point; name a new folder with {OUTPUT}",
             "output",
         )
 
     overwrite = overwrite or is_arriving(output)  # what a crash of this command left
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise CheckpointError(
-            f"{output} exists already; --overwrite replaces it, -o names another folder",
+            f"{output} exists already; {OVERWRITE} replaces it, {OUTPUT} names another folder",
             "output",
         )
 
 
-def require_makeable(output: Path, needed_bytes: int, alternative: str = ANOTHER_FOLDER) -> None:
+def require_makeable(output: Path, needed_bytes: int, alternative: str | None = None) -> None:
     """Raises ``CheckpointError`` where ``output`` could not be made, and makes nothing.
 
     A dry run asks this; whoever makes the output is told by the system. ``needed_bytes``
@@ -113,7 +117,7 @@ def require_makeable(output: Path, needed_bytes: int, alternative: str = ANOTHER
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         problem = "may not be written to" if parent.is_dir() else "is not a folder"
         raise CheckpointError(
-            f"{parent} {problem}, so {output} cannot be made; {alternative}",
+            f"{parent} {problem}, so {output} cannot be made; {alternative or another_folder()}",
             "output",
         )
 
@@ -125,13 +129,13 @@ def require_file_place(output: Path, overwrite: bool) -> None:
     """Raises ``CheckpointError`` unless a file may be made at ``output``."""
     if output.is_dir():
         raise CheckpointError(
-            f"{output} is a folder, and a file is to be written there; name another with -o",
+            f"{output} is a folder, and a file is to be written there; name another with {OUTPUT}",
             "output",
         )
 
     if os.path.lexists(output) and not (overwrite and output.is_file()):
         raise CheckpointError(
-            f"{output} exists already; --overwrite replaces it, -o names another file",
+            f"{output} exists already; {OVERWRITE} replaces it, {OUTPUT} names another file",
             "output",
         )
 
@@ -155,7 +159,8 @@ def as_output_error(output: Path) -> Iterator[None]:
     except OSError as error:
         advice = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise CheckpointError(
-            f"{error.filename or output}: {error.strerror}; {advice}choose another folder with -o",
+            f"{error.filename or output}: {error.strerror}; {advice}choose another folder "
+            f"with {OUTPUT}",
             "output",
         ) from error
 
@@ -178,7 +183,7 @@ def staged(output: Path, plan: Plan, needed_bytes: int) -> Iterator[Path]:
             if not flock.OFFERED:
                 plan_file.close()  # or it could not be removed, nor its folder renamed
 
-            require_room(folder, needed_bytes, ANOTHER_FOLDER)
+            require_room(folder, needed_bytes, another_folder())
             yield folder
             (folder / LOGBOOK).unlink(missing_ok=True)
             (folder / PLAN).unlink()
@@ -241,14 +246,14 @@ def _clear(folder: Path, kept_shards: Collection[str]) -> None:
                 path.rmdir()
 
 
-def require_room(folder: Path, needed_bytes: int, alternative: str) -> None:
+def require_room(folder: Path, needed_bytes: int, alternative: str | None) -> None:
     """``CheckpointError`` unless ``needed_bytes`` fit on the disk; as ``shortage``."""
     reason = shortage(folder, needed_bytes, alternative)
     if reason is not None:
         raise CheckpointError(reason, "output")
 
 
-def shortage(folder: Path, needed_bytes: int, alternative: str = ANOTHER_FOLDER) -> str | None:
+def shortage(folder: Path, needed_bytes: int, alternative: str | None = None) -> str | None:
     """Why ``needed_bytes`` do not fit on the disk, as a sentence; ``None`` if they do.
 
     Those that are in ``folder`` are counted. ``alternative`` says what to do where no
@@ -262,5 +267,5 @@ def shortage(folder: Path, needed_bytes: int, alternative: str = ANOTHER_FOLDER)
         return None
     return (
         f"{folder.parent} has {free_bytes:,} bytes free, the output needs "
-        f"{needed_bytes - present_bytes:,}; make room or {alternative}"
+        f"{needed_bytes - present_bytes:,}; make room or {alternative or another_folder()}"
     )

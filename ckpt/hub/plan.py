@@ -23,6 +23,13 @@ from ckpt.version import __version__
 from ckpt.weights.request import Request
 from converters.detect import Detection, detect, filenames
 from converters.errors import CheckpointError
+from converters.options import (
+    INCLUDE_TRAINING_STATE,
+    KEEP_LAST,
+    PATH_IN_REPO,
+    REVISION,
+    UNCOMMITTED,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -102,7 +109,7 @@ class PushPlan:
 
 
 def plan(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> PushPlan:
-    """Looks at the checkpoint and the repository, and decides; changes nothing.
+    """Looks at the checkpoint, then at the repository, and decides; changes nothing.
 
     ``CheckpointError`` for what is not whole, does not fit the Hub, or may not be
     published there.
@@ -112,10 +119,11 @@ def plan(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> PushPlan
     errors.require_client()
     _require_steps(options)
     transport, note = upload.choose(options.transport, options.stage_dir)
+    local_contents = _contents(checkpoint, repo, options)  # what is wrong with it needs no network
     with errors.translate_errors(repo):
         remote = repository.look(api_for(), repo, options.branch)
 
-    push_contents = _contents(checkpoint, remote, options)
+    push_contents = _beside_card(local_contents, remote, options)
     require_open(remote, options)
 
     notices = [note] if note else []
@@ -134,24 +142,28 @@ def plan(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> PushPlan
     )
 
 
-def _contents(checkpoint: RunCheckpoint, remote: Remote, options: PushOptions) -> Contents:
-    """What is sent; a repository's card stays as it is."""
-    has_card = options.place + CARD in remote.files
-    push_contents = contents(
+def _contents(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> Contents:
+    """What is sent to a repository without a card."""
+    return contents(
         checkpoint,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
         training_state=options.training_state,
-        card=not has_card,
-        repo=remote.repo,
+        repo=repo,
         revision=options.revision,
         request=options.request,
     )
-    if has_card and not options.training_state:
-        items = tuple(item for item in push_contents.items if item.name != CARD)
-        return replace(push_contents, items=items)
 
-    return push_contents
+
+def _beside_card(local_contents: Contents, remote: Remote, options: PushOptions) -> Contents:
+    """What is sent to the repository as it is: a card that it has stays."""
+    has_card = options.place + CARD in remote.files
+    if not has_card or options.training_state:
+        return local_contents
+
+    card_names = {CARD, *local_contents.made_names}
+    items = tuple(item for item in local_contents.items if item.name not in card_names)
+    return replace(local_contents, items=items, made_names=())
 
 
 def _deleted_names(
@@ -192,7 +204,7 @@ def _require_names(repo: str, path_in_repo: str | None) -> None:
     if len(repo.split("/")) != 2 or not all(repo.split("/")):
         raise CheckpointError(f"{repo!r} is not a repository; write org/name", "refused")
     if path_in_repo and (fault := unfit(path_in_repo.strip("/"))):
-        raise CheckpointError(f"--path-in-repo {path_in_repo!r} {fault}", "refused")
+        raise CheckpointError(f"{PATH_IN_REPO(path_in_repo)} {fault}", "refused")
 
 
 def _require_whole(checkpoint: RunCheckpoint, uncommitted: bool) -> None:
@@ -229,8 +241,8 @@ def _require_complete(checkpoint: RunCheckpoint, detection: Detection) -> None:
     status = status_of(checkpoint)
     if not status.complete:
         raise CheckpointError(
-            f"{folder} is not complete: {status.reason}; --uncommitted pushes it if its weights "
-            "are whole",
+            f"{folder} is not complete: {status.reason}; {UNCOMMITTED} pushes it if its "
+            "weights are whole",
             "incomplete",
         )
 
@@ -251,7 +263,7 @@ def _require_steps(options: PushOptions) -> None:
     place_name = options.place.rstrip("/") or options.revision or ""
     if keep_last < 1 or not repository.is_step(place_name):
         raise CheckpointError(
-            f"--keep-last {keep_last} needs a --revision or --path-in-repo such as "
+            f"{KEEP_LAST(keep_last)} needs a {REVISION} or {PATH_IN_REPO} such as "
             "step-500, whose older steps it deletes",
             "refused",
         )
@@ -262,7 +274,7 @@ def require_open(remote: Remote, options: PushOptions) -> None:
     is_public = remote.private is False if remote.head else not options.private
     if options.training_state and is_public:
         raise CheckpointError(
-            f"{remote.repo} is public; --include-training-state goes into private "
+            f"{remote.repo} is public; {INCLUDE_TRAINING_STATE} goes into private "
             "repositories only",
             "refused",
         )

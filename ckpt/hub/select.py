@@ -24,6 +24,7 @@ from ckpt.runs.states.newest import newest_at
 from ckpt.runs.states.status import CheckpointState
 from converters.detect import detect
 from converters.errors import CheckpointError
+from converters.options import BEST
 from converters.words import counted
 
 
@@ -46,7 +47,7 @@ def chosen(path: Path, best: Best | None = None, full: bool = False) -> PushSour
     if checkpoint is not None:
         if best is not None:
             raise CheckpointError(
-                f"{path} is one checkpoint; --best chooses among those of a run",
+                f"{path} is one checkpoint; {BEST} chooses among those of a run",
                 "refused",
             )
         return PushSource(checkpoint)

@@ -28,6 +28,7 @@ from ckpt.hub.journal import Journal
 from converters.errors import CheckpointError
 from converters.execute.virtual_file import ServedShard, Serving
 from converters.execute.workers import Progress
+from converters.options import STAGE_DIR
 from converters.plan import Shard
 from converters.storage import local
 
@@ -47,7 +48,7 @@ def choose(requested_way: str, stage_folder: Path | None) -> tuple[Transport, st
     if requested_way == "stage" or (requested_way == "auto" and stage_folder is not None):
         if stage_folder is None:
             raise CheckpointError(
-                "the transport stage needs a folder; add --stage-dir",
+                f"the transport stage needs a folder; add {STAGE_DIR}",
                 "output",
             )
         return "stage", None
@@ -59,7 +60,7 @@ def choose(requested_way: str, stage_folder: Path | None) -> tuple[Transport, st
             "unsupported",
         )
     if requested_way == "lfs" or obstacle:
-        note = f"{obstacle}; shards go by LFS, which reads them twice; --stage-dir is the other way"
+        note = f"{obstacle}; shards go by LFS, which reads them twice; {STAGE_DIR} is the other way"
         return "lfs", note if requested_way == "auto" else None
 
     return "xet", None

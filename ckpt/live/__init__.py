@@ -31,6 +31,7 @@ from converters.tensors import DType
 
 __all__ = ["fp32_state_dict", "save_16bit", "save_fp32"]
 _WISHES = ("strip=", "rename=", "select=")
+_OUTPUT = ("output=", "max_shard_size=", "overwrite=True")
 
 
 def save_fp32(
@@ -53,7 +54,7 @@ def save_fp32(
     its replacement, globs of names. Raises ``CheckpointError`` on every rank, naming
     the rank that failed.
     """
-    with arguments.naming_arguments("verify=False", *_WISHES):
+    with arguments.naming_arguments("verify=False", *_WISHES, *_OUTPUT):
         wishes = Naming.of(strip, rename, select)
         job = Job(engine, "save_fp32", DType.F32, False, verify, timeout, wishes)
         job.save(Path(output), max_shard_size, overwrite)
@@ -77,7 +78,7 @@ def save_16bit(
     as for ``save_fp32``. Raises ``CheckpointError`` on every rank, for a parameter
     without values too.
     """
-    with arguments.naming_arguments(*_WISHES):
+    with arguments.naming_arguments(*_WISHES, *_OUTPUT):
         wishes = Naming.of(strip, rename, select)
         job = Job(engine, "save_16bit", None, True, False, timeout, wishes)
         job.save(Path(output), max_shard_size, overwrite)

@@ -21,6 +21,7 @@ from ckpt.rewrite import records
 from ckpt.rewrite.job import SAME_IN_ENGINE, Rewriting
 from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
 from ckpt.runs.run import Run, RunCheckpoint, is_numbered, open_checkpoint
+from converters import options
 from converters.errors import CheckpointError
 from converters.zero.files.discovery import is_tag_folder
 from converters.zero.native import reshard
@@ -224,13 +225,13 @@ def _reshard_source(ranks: RankGroup, source: ResumePoint, layout: Layout) -> Pa
         log.info("%s: resharding to %s", finding, rewriting.output)
         overwrite = _may_be_replaced(source, rewriting)
         try:
-            resharding.execute(rewriting, overwrite=overwrite)
+            with options.using(options.of_commands, anew=True):  # the command is named below
+                resharding.execute(rewriting, overwrite=overwrite)
         except CheckpointError as error:
             if error.kind != "output":
                 raise
             raise CheckpointError(
-                f"{error.for_command} (an option of: {_command(source, layout)}), and resume "
-                "from that by name",
+                f"{error} (an option of: {_command(source, layout)}), and resume from that by name",
                 "output",
             ) from error
 
@@ -245,9 +246,10 @@ def _plan_rewriting(source: ResumePoint, layout: Layout) -> Rewriting:
     from ckpt.rewrite import reshard as resharding
 
     current = layout.topology
-    options: dict[str, Any] = {"stage": current.stage, "tag": source.tag}
-    options |= layout.options(source.topology)
-    return resharding.plan(source.folder, current.world_size, **options)
+    settings: dict[str, Any] = {"stage": current.stage, "tag": source.tag}
+    settings |= layout.options(source.topology)
+    with options.using(options.of_functions({})):  # a resume has none of these arguments
+        return resharding.plan(source.folder, current.world_size, **settings)
 
 
 def _is_made_of(source: ResumePoint, rewriting: Rewriting) -> bool:

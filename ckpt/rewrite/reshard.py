@@ -18,6 +18,7 @@ from ckpt.rewrite.job import ARGUMENTS, SAME_IN_ENGINE, Rewriting
 from ckpt.rewrite.job import execute as execute
 from ckpt.weights.arguments import naming_arguments
 from converters.errors import CheckpointError
+from converters.options import STAGE, WORLD_SIZE
 from converters.storage import open_files, stores
 from converters.storage.store import default_output, output_path
 from converters.storage.stores import source_path
@@ -34,7 +35,7 @@ from converters.zero.native.target import SUB_GROUP, TargetTopology, require_arg
 @open_files.once()
 def plan(
     checkpoint: str | os.PathLike[str],
-    world_size: int,
+    world_size: int | None = None,
     *,
     stage: int | None = None,
     output: str | os.PathLike[str] | None = None,
@@ -42,7 +43,7 @@ def plan(
     sub_group_size: int | None = None,
     zero_init: bool | None = None,
 ) -> Rewriting:
-    """Plans the same checkpoint for ``world_size`` ranks and a stage, or its own.
+    """Plans the same checkpoint for ``world_size`` ranks and a stage; by default its own.
 
     Reads pickles, and what ranks share of Muon's momentum. ``sub_group_size``
     (elements, stage 3) defaults to the run's own. ``zero_init``: whether the engine's
@@ -50,10 +51,11 @@ def plan(
     Raises ``CheckpointError`` for what is damaged, or cannot be cut into other
     partitions.
     """
-    require_arguments(world_size, stage, sub_group_size)
+    require_arguments(1 if world_size is None else world_size, stage, sub_group_size)
     place = source_path(checkpoint)
     several_models.find(place, tag)  # refuses a choice between models
     source = zero.read(place, tag)
+    world_size = source.world_size if world_size is None else world_size
     target = native.target(source, stage, world_size, sub_group_size, zero_init)
     _require_change(source, target)
 
@@ -88,7 +90,8 @@ def _require_change(source: zero.Checkpoint, target: TargetTopology) -> None:
     if unchanged:
         raise CheckpointError(
             f"{source.place.folder} is of stage {source.stage} for "
-            f"{counted(source.world_size, 'rank')} already; load it as it is",
+            f"{counted(source.world_size, 'rank')} already; load it as it is, or name "
+            f"another {WORLD_SIZE} or {STAGE}",
             "output",
         )
 

@@ -36,6 +36,7 @@ from ckpt.state import plain_reading
 from ckpt.state.plain_reading import ARRAYS, KEY, MAX_DEPTH
 from converters.errors import CheckpointError, MalformedError
 from converters.storage import local
+from converters.words import with_article
 
 LONG = 1 << 20  # bytes of structure; a safetensors header may have 100 MB
 SIMPLE = (bool, int, float, complex, str)
@@ -129,7 +130,7 @@ class _PlainWriter:
             name = self.aside(_tensor(value.tobytes()))
             return ["array", value.dtype.str, name, *value.shape]
 
-        raise self.refusal(where, f"is a {kind.__name__}")
+        raise self.refusal(where, f"is {with_article(kind.__name__)}")
 
     def items(self, value: Any, where: str, depth: int) -> Iterable[Any]:
         """The structures of what a container has; of a dict each key, then its value."""
@@ -151,7 +152,7 @@ class _PlainWriter:
 
         for part in _parts(key):
             if type(part) not in KEYS:
-                raise self.refusal(where, f"has a key that is a {type(part).__name__}")
+                raise self.refusal(where, f"has a key that is {with_article(type(part).__name__)}")
 
         key_structure = self.value(key, f"the key of {inner}", depth)
         return key_structure, self.value(value, inner, depth)

@@ -18,6 +18,7 @@ import torch
 
 from converters.errors import MalformedError
 from converters.words import shape as shape_text
+from converters.words import with_article
 
 KEY = "ckpt"
 MAX_DEPTH = 100  # levels; a state that holds itself has no end
@@ -90,7 +91,7 @@ def _container(kind: str, items: list[Any]) -> Any:
     members = items
     if kind in ("dict", "OrderedDict"):
         if len(items) % 2:
-            raise MalformedError(f"a {kind} in its structure has a key without a value")
+            raise MalformedError(f"{with_article(kind)} in its structure has a key without a value")
         members = list(zip(items[::2], items[1::2], strict=True))
     elif kind == "Size":
         _require_sizes(items)
@@ -98,7 +99,9 @@ def _container(kind: str, items: list[Any]) -> Any:
     try:
         return _BUILDERS[kind](members)
     except TypeError as error:  # only hash() tells whether a value can be a key
-        raise MalformedError(f"a {kind} in its structure has a key that has no hash") from error
+        raise MalformedError(
+            f"{with_article(kind)} in its structure has a key that has no hash"
+        ) from error
 
 
 def _simple_value(structure: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 from ckpt.runs.manifest import FileRecord
 from ckpt.state import plain, rng
 from converters.errors import CheckpointError
+from converters.words import with_article
 
 EXTRA = "extra_state_{}.state"
 
@@ -31,7 +32,7 @@ def state_of(extra: Mapping[str, Any] | None) -> dict[str, Any]:
     for name, stateful in (extra or {}).items():
         if not callable(getattr(stateful, "state_dict", None)):
             raise CheckpointError(
-                f"extra {name} is a {type(stateful).__name__} without state_dict(); "
+                f"extra {name} is {with_article(type(stateful).__name__)} without state_dict(); "
                 "give an object with state_dict and load_state_dict",
                 "output",
             )

@@ -1,8 +1,25 @@
 """Remedies that several messages name, in one wording."""
 
-WRITE_AS_STORED = (
-    "write the names as they are with --names as-stored (no config.json is written then)"
-)
-TENSORS_AS_STORED = "--names as-stored writes the tensors under the names of the checkpoint"
-EVERY_TENSOR = "--names as-stored writes every tensor"
-ASK_TRANSFORMERS = "--check transformers asks the installed transformers, should this be wrong"
+from __future__ import annotations
+
+from converters.options import CHECK, NAMES
+
+
+def write_as_stored() -> str:
+    """What writes the weights whose names fit no reader."""
+    return f"write the names as they are with {NAMES('as-stored')} (no config.json is written then)"
+
+
+def tensors_as_stored() -> str:
+    """What writes the tensors of an adapter that is not written as PEFT has it."""
+    return f"{NAMES('as-stored')} writes the tensors under the names of the checkpoint"
+
+
+def every_tensor() -> str:
+    """What writes the tensors that the output lacks."""
+    return f"{NAMES('as-stored')} writes every tensor"
+
+
+def ask_transformers() -> str:
+    """What decides whether a verdict on names is right."""
+    return f"{CHECK('transformers')} asks the installed transformers, should this be wrong"

@@ -8,6 +8,23 @@ from pathlib import Path
 from typing import Literal
 
 from converters.errors import CheckpointError
+from converters.options import (
+    ADAPTER_CONFIG,
+    BASE,
+    CHECK,
+    CONFIG,
+    DEQUANTIZE,
+    EXCLUDE_FROZEN,
+    MERGE,
+    OTHER_BASE,
+    PART,
+    RENAME,
+    SELECT,
+    STRIP,
+    TOKENIZER,
+    UNTIE,
+    Option,
+)
 from converters.tensors import DType
 
 DTYPES = {"fp32": DType.F32, "bf16": DType.BF16, "fp16": DType.F16, "keep": None}
@@ -126,35 +143,36 @@ class Request:
     tp_rules: Path | None = None
 
     @property
-    def paths(self) -> dict[str, Path]:
+    def paths(self) -> dict[Option, Path]:
         """The folders and files that are named, by option."""
         options = {
-            "--config": self.config,
-            "--tokenizer": self.tokenizer,
-            "--base": self.base,
-            "--adapter-config": self.adapter_config,
+            CONFIG: self.config,
+            TOKENIZER: self.tokenizer,
+            BASE: self.base,
+            ADAPTER_CONFIG: self.adapter_config,
         }
         return {option: path for option, path in options.items() if path is not None}
 
-    def refuse(self, names: Sequence[str], situation: str) -> None:
-        """Raises if one of the options ``names`` is given, as it would be ignored."""
+    def refuse(self, unfit: Sequence[Option], situation: str) -> None:
+        """Raises if one of the options ``unfit`` is given, as it would be ignored."""
         naming = self.naming
-        options: dict[str, object] = {
-            "--merge": self.merge,
-            "--dequantize": self.dequantize,
-            "--part": naming.part,
-            "--select": naming.select,
-            "--strip": naming.strip,
-            "--rename": naming.rename,
-            "--untie": self.untie,
-            "--other-base": self.other_base,
-            "--exclude-frozen": self.exclude_frozen,
-            "--check transformers": self.check == "transformers",
+        options: dict[Option, object] = {
+            MERGE: self.merge,
+            DEQUANTIZE: self.dequantize,
+            PART: naming.part,
+            SELECT: naming.select,
+            STRIP: naming.strip,
+            RENAME: naming.rename,
+            UNTIE: self.untie,
+            OTHER_BASE: self.other_base,
+            EXCLUDE_FROZEN: self.exclude_frozen,
+            CHECK: self.check == "transformers",
             **self.paths,
         }
         for option, value in options.items():
-            if value and option.partition(" ")[0] in names:
+            if value and option in unfit:
+                spelling = option("transformers") if option is CHECK else str(option)
                 raise CheckpointError(
-                    f"{option} does not go with {situation}; leave one of them out",
+                    f"{spelling} does not go with {situation}; leave one of them out",
                     "refused",
                 )

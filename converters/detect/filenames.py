@@ -50,6 +50,15 @@ OF_TRAINER = re.compile(
     r"|random_states_\d+\.pkl|training_args\.bin|trainer_state\.json"
 )
 
+# What lies beside weights, in the folder of a model or a checkpoint.
+OF_MODEL = re.compile(
+    r"(\w+_)?config\.json|.+\.(safetensors|bin)\.index\.json|modules\.json|zero_to_fp32\.py"
+    r"|(tokenizer|vocab|added_tokens|special_tokens_map)\.json|(vocab|merges)\.txt"
+    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.(json|jinja)"
+    r"|(manifest|conversion|rewriting)\.json"
+)
+POINTERS = (LATEST, LATEST_UNIVERSAL, "best")
+
 # torch's distributed checkpoints (DCP), and what writes them.
 DCP = ".metadata"
 DCP_PART = re.compile(r"__\w+\.distcp")

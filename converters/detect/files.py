@@ -40,6 +40,17 @@ def compressed(look: Look) -> str | None:
     return f"is an archive: unpack it first ({command} {look.path.name})"
 
 
+def pointer_file(look: Look) -> str | None:
+    """A file that names the newest tag or checkpoint of its folder."""
+    return str(look.path.parent) if look.is_file and look.path.name in filenames.POINTERS else None
+
+
+def model_file(look: Look) -> str | None:
+    """A file that lies beside weights: the config, the tokenizer, an index, a record of ckpt."""
+    is_one = look.is_file and filenames.OF_MODEL.fullmatch(look.path.name)
+    return str(look.path.parent) if is_one else None
+
+
 def _content(look: Look, *words: str) -> str | None:
     why = misplaced_files.content(look.head)
     return why if why and any(word in why for word in words) else None
@@ -69,5 +80,24 @@ KINDS = (
         sign=compressed,
         statement="{evidence}",
         refusal="{statement}",
+    ),
+    Kind(
+        name="pointer-file",
+        title="file that names the newest checkpoint",
+        recognized_by="the name: `latest`, `latest_universal` or `best`",
+        sign=pointer_file,
+        statement="is a text file that names the newest or the best checkpoint in its folder",
+        remedy="name the folder: {evidence}",
+        refusal="{statement}; {remedy}",
+    ),
+    Kind(
+        name="model-file",
+        title="single file of a model without weights",
+        recognized_by="the name: `config.json`, `tokenizer.json`, `*.index.json`, "
+        "`zero_to_fp32.py` and so on",
+        sign=model_file,
+        statement="is one file of a model or a checkpoint, without weights",
+        remedy="name its folder: {evidence}",
+        refusal="{statement}; {remedy}",
     ),
 )

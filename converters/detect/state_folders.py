@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from converters.detect.filenames import LATEST, STATES
+from converters.options import TAG
 from converters.storage import stores
 from converters.storage.system.names import is_name
 
@@ -89,7 +90,7 @@ def offer(path: Path, has_option: bool = False) -> str:
         choice = f"name {'its folder' if len(names) == 1 else 'the folder of one'}, "
         choice += str(path / names[-1])
         if has_option:
-            choice = f"choose {'it' if len(names) == 1 else 'one'} with --tag"
+            choice = f"choose {'it' if len(names) == 1 else 'one'} with {TAG}"
         return f"it holds the {_nouns('tag', names)}: {choice}"
     return NOTHING
 

@@ -19,6 +19,7 @@ from converters.errors import CheckpointError
 from converters.execute.logbook import SMALL_BYTES, Logbook, Passage
 from converters.execute.source_reader import UnlikeError
 from converters.execute.workers import OUTPUT, Mover, Progress, Specials
+from converters.options import ALLOW_OVERFLOW, DTYPE
 from converters.plan import Plan, Shard
 from converters.storage import stores
 from converters.storage.checksums import Ledger
@@ -242,10 +243,11 @@ def _require_undamaged(plan: Plan, ledger: Ledger, tensors: Iterable[TensorRef])
 def refuse_overflow(
     shard: Shard,
     overflowed: dict[str, int],
-    remedy: str = "choose --dtype bf16, or --allow-overflow",
+    remedy: str | None = None,
 ) -> None:
     """Raises ``CheckpointError``: numbers of the shard's tensors do not fit the type
     asked for."""
+    remedy = remedy or f"choose {DTYPE('bf16')}, or {ALLOW_OVERFLOW}"
     name, count = next(iter(overflowed.items()))
     further = len(overflowed) - 1
     others = f" (and {counted(further, 'other tensor')})" if further else ""

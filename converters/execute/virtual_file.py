@@ -22,6 +22,7 @@ from converters.errors import CheckpointError
 from converters.execute import prefetch, shards
 from converters.execute.prefetch import Ahead
 from converters.execute.workers import MOVE_BYTES, Mover, Progress, Specials, computing, pieces_of
+from converters.options import DTYPE
 from converters.plan import Plan, Shard
 from converters.storage.checksums import Ledger
 
@@ -197,7 +198,7 @@ class ServedShard(io.BufferedIOBase):
             shards.refuse_overflow(
                 self.shard,
                 self.mover.overflowed,
-                "choose --dtype bf16",
+                f"choose {DTYPE('bf16')}",
             )
 
         serving = self.serving

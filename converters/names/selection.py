@@ -10,6 +10,7 @@ from pathlib import Path
 
 from converters.errors import CheckpointError
 from converters.names import substitution
+from converters.options import PART, RENAME, SELECT
 from converters.tensors import METADATA, Checksum, TensorRef, Weights, record_index
 
 MAX_PATTERN_LENGTH = 1_000  # characters of a regular expression
@@ -115,7 +116,7 @@ def renamed(weights: Weights, names: Mapping[str, str]) -> Weights:
         if first_name != name:
             raise CheckpointError(
                 f"{name} and {first_name} would both be named {new_name(name)}; choose "
-                "with --select or --part, or rename one with --rename OLD=NEW",
+                f"with {SELECT} or {PART}, or rename one with {RENAME('OLD=NEW')}",
                 "refused",
             )
 

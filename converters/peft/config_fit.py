@@ -130,7 +130,7 @@ def misfit(config: AdapterConfig, adapter: Shown) -> str | None:
     if config.prompt != adapter.prompt or (
         adapter.peft_type and adapter.peft_type != config.peft_type
     ):
-        return f"it is of {kind}, the tensors are of a {adapter.title}"
+        return f"it is of {kind}, the tensors are of {words.with_article(adapter.title)}"
     if config.prompt:
         return None
     if config.peft_type == "LORA" and config.use_dora != adapter.dora:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from converters.errors import CheckpointError
+from converters.options import NAMES
 from converters.peft import embeddings, names
 from converters.peft.config import AdapterConfig
 from converters.peft.kinds import KINDS, title
@@ -90,7 +91,7 @@ def require_supported(config: AdapterConfig) -> None:
     if compact or config.peft_type not in (_PROMPTS if config.prompt else KINDS):
         raise CheckpointError(
             f"{config.path}: adapters of the kind {title(config.peft_type)} are not "
-            "written yet; --names as-stored writes the tensors under the names of the "
+            f"written yet; {NAMES('as-stored')} writes the tensors under the names of the "
             "checkpoint",
             "unsupported",
         )

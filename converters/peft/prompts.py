@@ -20,6 +20,7 @@ from converters import words
 from converters.cast import Array
 from converters.computing.computed import Computed, Inputs, computed
 from converters.errors import CheckpointError
+from converters.options import NAMES
 from converters.tensors import DType, TensorRef
 
 BLOCK = 1 << 22  # elements of a weight that are read at a time
@@ -42,7 +43,7 @@ def prompt(
     if any(name.startswith("lstm_head.") for name in tensors):
         raise CheckpointError(
             "p-tuning with an LSTM (encoder_reparameterization_type LSTM) is not run "
-            "here; --names as-stored writes the encoder's tensors, and "
+            f"here; {NAMES('as-stored')} writes the encoder's tensors, and "
             "PeftModel.save_pretrained the prompt",
             "unsupported",
         )

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from converters.errors import CheckpointError
+from converters.options import DEQUANTIZE
 from converters.quantized.detection import groups, quantization
 from converters.quantized.groups import Modules, QuantizedGroup
 from converters.quantized.recipe import Recipe, Unknown
@@ -88,7 +89,7 @@ def dequantized(
         if isinstance(recipe, str):
             raise CheckpointError(
                 f"{group.weight} is quantized ({group.scheme}) and cannot be made "
-                f"numbers: {recipe}; without --dequantize it is copied as stored",
+                f"numbers: {recipe}; without {DEQUANTIZE} it is copied as stored",
                 "unsupported",
             )
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from converters.errors import CheckpointError
+from converters.options import OUTPUT
 from converters.storage.url_path import canonical, download, scheme_of
 
 Name = str | os.PathLike[str]
@@ -155,7 +156,8 @@ def default_output(source: Path, name: str) -> Path:
     """A sibling of what is read; ``CheckpointError`` beside a URL, where none can be made."""
     if is_url(source):
         raise CheckpointError(
-            f"{source} is a URL, and the output has to be a local folder: name it with -o DIR",
+            f"{source} is a URL, and the output has to be a local folder: name it with "
+            f"{OUTPUT('DIR')}",
             "unsupported",
         )
     return source.parent / name

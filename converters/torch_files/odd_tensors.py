@@ -11,6 +11,7 @@ from typing import Any
 
 from converters.pickles.values import Call, Global
 from converters.tensors import TensorRef
+from converters.words import with_article
 
 # Functions of torch that rebuild other kinds of tensors, by the beginning of their names.
 _KINDS_OF_TENSORS = {
@@ -71,7 +72,7 @@ def reason(value: Any) -> str:
         return f"a value of type {type(value).__name__}, not a tensor"
 
     if (word := tensor_kind(value)) is not None:
-        return f"a {word} tensor, which is not read"
+        return f"{with_article(word)} tensor, which is not read"
 
     text = str(value.of) if isinstance(value.of, Global) else "the result of a call"
     text = text if text.isprintable() else ascii(text)

@@ -18,6 +18,7 @@ from converters.errors import CheckpointError, consistent
 from converters.formats import gathered_16bit
 from converters.names import rules, selection
 from converters.names.rules import Names
+from converters.options import WEIGHTS
 from converters.source import Place, SourceTopology
 from converters.storage import stores
 from converters.tensors import DType, Weights
@@ -93,9 +94,9 @@ def _from_gathered(place: Place, files: discovery.Files) -> Checkpoint:
     if gathered_weights is None:
         raise CheckpointError(
             f"{place.folder} is of ZeRO-3, whose files hold no 16-bit weights, and no "
-            f"model.safetensors or pytorch_model.bin lies in {place.root} (trainers "
-            "write one with stage3_gather_16bit_weights_on_model_save); convert the "
-            "fp32 weights: --weights fp32",
+            f"model.safetensors or pytorch_model.bin lies in {place.root} (trainers write "
+            "one with stage3_gather_16bit_weights_on_model_save); convert the fp32 "
+            f"weights: {WEIGHTS('fp32')}",
             "incomplete",
         )
 
@@ -145,7 +146,7 @@ def _notes_on_names(
             f"{name} beside the checkpoint is of another model: it has {key} as "
             f"{words.shape(weights.tensors[key].shape)}, the states {model.path.name} as "
             f"{words.shape(shapes[key])} ({len(mismatched)} of {len(common_names)} names "
-            "differ so); move it away, or convert the fp32 weights: --weights fp32",
+            f"differ so); move it away, or convert the fp32 weights: {WEIGHTS('fp32')}",
             "refused",
         )
 

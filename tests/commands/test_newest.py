@@ -174,6 +174,9 @@ def test_a_slimmed_run_is_no_fresh_start_and_every_command_says_what_is_left(
         )
     run("doctor", tmp_path)
     assert "latest names checkpoint-2, which has weights only" in capsys.readouterr().err
+    run("latest", tmp_path, "--set", "checkpoint-2", code=1)
+    assert "has weights only, and no training goes on from them" in capsys.readouterr().err
+    run("latest", tmp_path, "--set", "checkpoint-2", "--best")
 
     small(tmp_path / "weights", 2, tier="weights")  # no training ever went on from it
     assert ckpt.find(tmp_path / "weights") is None

@@ -16,7 +16,7 @@ from test_names import WRAPPED, llama, loads_like, parameters, stated
 import ckpt
 from ckpt.cli import conversion as reports
 from ckpt.results import WeightChecks
-from ckpt.weights import arguments, request
+from ckpt.weights import request
 from ckpt.weights.conversion import comparison
 from ckpt.weights.conversion import convert as convert_module
 from ckpt.weights.reader import installed
@@ -157,25 +157,3 @@ def test_one_is_not_several() -> None:
     assert one == ["1 NaN in 1 tensor: a (1)", "1 infinite number in 1 tensor: b (1)"]
     two = reports.specials(WeightChecks(verified=True, inf={"b": 2}))
     assert two == ["2 infinite numbers in 1 tensor: b (2)"]
-
-
-@pytest.mark.parametrize(
-    ("command", "call"),
-    [
-        ("choose one with --tag (latest is x)", "choose one with tag= (latest is x)"),
-        ("name it with --adapter-config PATH;", "name it with adapter_config=PATH;"),
-        ("rename one with --rename OLD=NEW", 'rename one with rename="OLD=NEW"'),
-        ("--names as-stored writes all", "ckpt to-fp32 --names as-stored writes all"),
-        ("ckpt to-fp32 --weights 16bit writes", "ckpt to-fp32 --weights 16bit writes"),
-        ("ckpt doctor RUN --fix mends it", "ckpt doctor RUN --fix mends it"),
-        ("or --no-verify", "or verify=False"),
-        ("/a/b--tag", "/a/b--tag"),
-    ],
-)
-def test_a_python_caller_reads_of_arguments(command: str, call: str) -> None:
-    with (
-        pytest.raises(CheckpointError) as caught,
-        arguments.naming_arguments("tag=", "adapter_config=", "rename=", "verify=False"),
-    ):
-        raise CheckpointError(command, "refused")
-    assert str(caught.value) == call and caught.value.kind == "refused"

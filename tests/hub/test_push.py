@@ -268,3 +268,16 @@ def test_memory_stays_under_the_cap(client: Client, repo: str) -> None:
             code, "push", "big", f"{repo}-{way}", "--uncommitted", "--transport", way
         )
         assert 0 < int(done.stdout.split()[-1]) < 256 << 20
+
+
+def test_a_broken_folder_fails_before_the_hub_is_asked(client: Client, repo: str) -> None:
+    model = client.folder / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"broken")
+    before = len(client.hub.journal())
+    assert "model.safetensors" in client("push", "model", repo, fails=1)
+    config = client.folder / "out/checkpoint-2/config.json"
+    config.write_text("{")
+    assert "config.json" in client("push", "out/checkpoint-2", repo, "--uncommitted", fails=1)
+    assert len(client.hub.journal()) == before

@@ -491,6 +491,15 @@ def test_what_has_no_plain_partitions_is_refused_by_name(
 def test_the_same_topology_is_refused_as_nothing_to_do(capsys: Any, tmp_path: Path) -> None:
     run("reshard", SOURCE, "--world-size", 3, "-o", tmp_path / "o", code=1)
     assert "is of stage 2 for 3 ranks already" in capsys.readouterr().err
+    run("reshard", SOURCE, code=1)
+    assert "name another --world-size or --stage" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="name another world_size= or stage="):
+        resharding.plan(SOURCE)
+
+
+def test_another_stage_alone_keeps_the_ranks() -> None:
+    target = resharding.plan(SOURCE, stage=3).target
+    assert target is not None and (target.stage, target.world_size) == (3, 3)
 
 
 def spoil(path: Path) -> None:

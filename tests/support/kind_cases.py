@@ -78,6 +78,16 @@ def archive(folder: Path) -> Path:
     return folder / "checkpoint-5"
 
 
+@case("pointer-file", "; name the folder: ")
+def pointer_file(folder: Path) -> Path:
+    return tagged(folder, "mp_rank_00_model_states.pt") / "latest"
+
+
+@case("model-file", "; name its folder: ")
+def model_file(folder: Path) -> Path:
+    return tensors(touch(folder, "config.json") / "model.safetensors") / "config.json"
+
+
 @case("gguf", "llama.cpp runs it")
 def gguf(folder: Path) -> Path:
     (folder / "model.gguf").write_bytes(b"GGUF\3\0\0\0")
@@ -125,7 +135,7 @@ def several(folder: Path) -> Path:
     return folder
 
 
-@case("deepspeed-file", "; expected the folder of a checkpoint")
+@case("deepspeed-file", "; the checkpoint is its folder: ")
 def state_file(folder: Path) -> Path:
     return touch(folder, "mp_rank_00_model_states.pt") / "mp_rank_00_model_states.pt"
 

@@ -22,7 +22,7 @@ FLOORS = """
 converters.extents
 converters.walks
 converters.tiles
-converters.errors converters.tensors converters.words ckpt.text ckpt.version
+converters.errors converters.options converters.tensors converters.words ckpt.text ckpt.version
 converters.accessors converters.storage.system
 converters.source converters.storage converters.pickles converters.names ckpt.runs.lease
 converters.cast converters.detect
@@ -38,7 +38,7 @@ converters.zero.native
 converters.zero.universal
 
 ckpt.deprecation ckpt.requirements ckpt.results
-ckpt.cli.results ckpt.folders ckpt.distributed ckpt.weights
+ckpt.cli.results ckpt.cli.usage ckpt.folders ckpt.distributed ckpt.weights
 ckpt.runs
 ckpt.runs.foreign ckpt.state ckpt.weights.companions
 ckpt.rewrite ckpt.runs.states ckpt.saving.commit ckpt.weights.output ckpt.weights.reader

@@ -1,4 +1,5 @@
-"""An error is one line: what is wrong and what to do stand in one sentence, parted by ";"."""
+"""An error is one line: what is wrong and what to do stand in one sentence, parted by ";". Articles
+go by the sound of what follows."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 from oracles import ROOT
 from syntax_trees import nodes
+
+from converters.words import with_article
 
 MODULES = sorted(path for room in ("ckpt", "converters") for path in (ROOT / room).rglob("*.py"))
 _SECOND_SENTENCE = re.compile(r"\w\. [A-Z][a-z]")
@@ -34,3 +37,35 @@ def _text(joined: ast.JoinedStr) -> str:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_error_has_two_sentences(path: Path) -> None:
     assert [text for text in _messages(path) if _SECOND_SENTENCE.search(text)] == []
+
+
+@pytest.mark.parametrize(
+    ("noun", "expected"),
+    [
+        *(("IA3", "an IA3"), ("LoRA", "a LoRA"), ("OFT", "an OFT"), ("HRA", "an HRA")),
+        *(("FSDP checkpoint", "an FSDP checkpoint"), ("BOFT", "a BOFT"), ("VB-LoRA", "a VB-LoRA")),
+        *(("adapter", "an adapter"), ("universal folder", "a universal folder")),
+        *(("unfinished file", "an unfinished file"), ("uninitialized one", "an uninitialized one")),
+        *(("int", "an int"), ("ndarray", "an ndarray"), ("UserDict", "a UserDict")),
+        *(("one-time code", "a one-time code"), ("hour", "an hour"), ("NoneType", "a NoneType")),
+    ],
+)
+def test_an_article_goes_by_the_sound(noun: str, expected: str) -> None:
+    assert with_article(noun) == expected
+
+
+def _bare_articles(path: Path) -> Iterator[str]:
+    """The f-strings of a module that write an article before a name or a value."""
+    for node in nodes(path):
+        if isinstance(node, ast.JoinedStr):
+            pairs = zip(node.values, node.values[1:], strict=False)
+            for text, value in pairs:
+                is_text = isinstance(text, ast.Constant) and isinstance(value, ast.FormattedValue)
+                if is_text and re.search(r"(^|[\s(])an? $", str(text.value), re.IGNORECASE):
+                    yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_an_article_before_a_value_is_chosen_by_its_sound(path: Path) -> None:
+    """``converters.words.with_article`` chooses it."""
+    assert list(_bare_articles(path)) == []

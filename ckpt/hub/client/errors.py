@@ -16,6 +16,7 @@ from pathlib import Path
 from ckpt import requirements
 from ckpt.hub.client.retry import connection_errors, status
 from converters.errors import CheckpointError
+from converters.options import MAX_SHARD_SIZE, TRANSPORT
 from converters.storage.system import errnos
 
 MAX_CHARACTERS = 300  # characters of the Hub's own words
@@ -117,7 +118,7 @@ def translated(repo: str, error: BaseException) -> CheckpointError | None:
 def xet_failed(repo: str, error: BaseException) -> CheckpointError:
     """The line for an error of hf_xet."""
     problem = f"the Xet upload failed ({_first_line(error)})"
-    return _output_error(f"{repo}: {problem}; {AGAIN}; --transport lfs is another way")
+    return _output_error(f"{repo}: {problem}; {AGAIN}; {TRANSPORT('lfs')} is another way")
 
 
 def _is_clients(error: BaseException) -> bool:
@@ -177,7 +178,7 @@ def _advice(repo: str, error: BaseException) -> str:
     if http_status == 412:
         return f"{repo} was changed by somebody else meanwhile; nothing was changed, push again"
     if http_status == 413:
-        return f"{repo}: too much for one request{quoted}; take a larger --max-shard-size"
+        return f"{repo}: too much for one request{quoted}; take a larger {MAX_SHARD_SIZE}"
     if http_status == 429:
         return f"{repo}: the Hub still limits the rate after several tries; later {AGAIN}"
     if http_status is not None and http_status >= 500:

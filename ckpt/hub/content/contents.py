@@ -25,6 +25,7 @@ from ckpt.hub.content.suspicions import suspicions
 from ckpt.runs.run import RunCheckpoint
 from ckpt.weights.request import Request
 from converters.errors import CheckpointError
+from converters.options import INCLUDE_TRAINING_STATE
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -97,7 +98,7 @@ def _training_state(checkpoint: RunCheckpoint) -> Contents:
             "is of weights alone" if manifest else "has no manifest.json to say what belongs to it"
         )
         raise CheckpointError(
-            f"{checkpoint_folder} {reason}; --include-training-state sends committed "
+            f"{checkpoint_folder} {reason}; {INCLUDE_TRAINING_STATE} sends committed "
             "checkpoints that a training can go on from, see ckpt ls "
             f"{checkpoint_folder.parent} and ckpt doctor {checkpoint_folder.parent} "
             "--adopt",

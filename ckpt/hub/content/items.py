@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckpt.runs.digests import FileRecord, quiet, unlike
 from converters.errors import CheckpointError
+from converters.options import MAX_SHARD_SIZE
 from converters.plan import Shard
 from converters.storage.system.names import is_name
 
@@ -136,7 +137,7 @@ def require_fitting(items: Sequence[Item]) -> None:
             advice = (
                 "a tensor is larger than the Hub takes"
                 if isinstance(item.source, Shard) and len(item.source.placements) == 1
-                else "cut it with --max-shard-size 5GB"
+                else f"cut it with {MAX_SHARD_SIZE('5GB')}"
             )
             raise CheckpointError(
                 f"{item.name} has {item.nbytes:,} bytes, a file on the Hub at most "
@@ -149,13 +150,13 @@ def require_fitting(items: Sequence[Item]) -> None:
         if count > MAX_FILES_IN_FOLDER:
             raise CheckpointError(
                 f"{folder} has {count:,} files, a folder on the Hub at most "
-                f"{MAX_FILES_IN_FOLDER:,}; take a larger --max-shard-size",
+                f"{MAX_FILES_IN_FOLDER:,}; take a larger {MAX_SHARD_SIZE}",
                 "refused",
             )
 
     if len(items) > MAX_FILES:
         raise CheckpointError(
-            f"{len(items):,} files, a repository on the Hub takes at most "
-            f"{MAX_FILES:,}; take a larger --max-shard-size",
+            f"{len(items):,} files, a repository on the Hub takes at most {MAX_FILES:,}; "
+            f"take a larger {MAX_SHARD_SIZE}",
             "refused",
         )

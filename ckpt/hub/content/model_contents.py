@@ -35,6 +35,7 @@ from converters.detect import detect
 from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
 from converters.formats import safetensors
+from converters.options import DTYPE
 from converters.storage import bounded_json
 from converters.tensors import DType, TensorRef, Weights
 from converters.zero.files import discovery
@@ -248,8 +249,8 @@ def _type_note(
     """A line on an adapter that is sent in its own type; ``CheckpointError`` for a model."""
     if not is_adapter:
         raise CheckpointError(
-            f"{root} holds {stored_type.value} weights and no states to "
-            f"make {dtype} from; push them with --dtype keep",
+            f"{root} holds {stored_type.value} weights and no states to make {dtype} "
+            f"from; push them with {DTYPE('keep')}",
             "refused",
         )
 

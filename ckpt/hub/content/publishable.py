@@ -18,11 +18,23 @@ from ckpt.weights.request import Request
 from converters.detect import filenames as names
 from converters.errors import CheckpointError
 from converters.formats import shard_index
+from converters.options import (
+    CHECK,
+    CONFIG,
+    DEQUANTIZE,
+    EXCLUDE_FROZEN,
+    MERGE,
+    OTHER_BASE,
+    PART,
+    RENAME,
+    SELECT,
+    STRIP,
+)
 from converters.tensors import DType, TensorRef
 
 _UNUSED = (  # options that change weights, which are sent as they lie there
-    *("--merge", "--dequantize", "--part", "--select", "--strip", "--rename"),
-    *("--other-base", "--exclude-frozen"),
+    *(MERGE, DEQUANTIZE, PART, SELECT, STRIP, RENAME),
+    *(OTHER_BASE, EXCLUDE_FROZEN),
 )
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -41,7 +53,7 @@ def require_config(
         reason = reasons[0] if reasons else ""
         raise CheckpointError(
             f"{model_root / 'config.json'} cannot be published, and a model without it "
-            f"cannot be loaded ({reason}); name another with --config",
+            f"cannot be loaded ({reason}); name another with {CONFIG}",
             "refused",
         )
 
@@ -51,7 +63,7 @@ def require_openable(model_root: Path, conversion: Conversion) -> None:
     if conversion.verdict.failure is not None:
         raise CheckpointError(
             f"{model_root}: {conversion.verdict.failure}: nobody could load what would be "
-            "published; correct that first; --check none publishes it anyway",
+            f"published; correct that first; {CHECK('none')} publishes it anyway",
             "unloadable",
         )
 

@@ -10,6 +10,7 @@ from ckpt.runs.checkpoint_folder import open_checkpoint
 from ckpt.runs.foreign import signs
 from ckpt.runs.recognition import is_run
 from converters.errors import CheckpointError
+from converters.options import OUTPUT
 
 
 def require_replaceable(output: Path) -> None:
@@ -29,7 +30,8 @@ def require_replaceable(output: Path) -> None:
         return
 
     raise CheckpointError(
-        f"{output} {what}, which the output would replace; name another folder with -o", "output"
+        f"{output} {what}, which the output would replace; name another folder with {OUTPUT}",
+        "output",
     )
 
 

@@ -21,6 +21,7 @@ from ckpt.runs.states.skipped import Sort
 from ckpt.runs.states.status import CheckpointState, statuses_of
 from converters.detect import detect, state_folders
 from converters.errors import CheckpointError
+from converters.options import LAST, TAG
 from converters.storage.store import Name, is_url, local_path
 from converters.storage.stores import source_path
 from converters.words import more
@@ -111,17 +112,17 @@ def choose(path: Name, tag: str | None, last: bool, command: str = "") -> tuple[
     if not last:
         place = source_path(path)
         if tag is None and not is_url(place):
-            require_checkpoint(place, command, "--last")
+            require_checkpoint(place, command, str(LAST))
             _warn_of_newer(place)
         return place, None
     if tag is not None:
         raise CheckpointError(
-            f"--tag {tag} does not go with --last, which chooses among the checkpoints of a run; "
-            "leave one of them out",
+            f"{TAG(tag)} does not go with {LAST}, which chooses among the checkpoints of "
+            "a run; leave one of them out",
             "refused",
         )
 
-    choice = newest_at(local_path(path), f"{command} --last".strip(), beside=_WITH_STATES)
+    choice = newest_at(local_path(path), f"{command} {LAST}".strip(), beside=_WITH_STATES)
     _require_one_model(choice.checkpoint.folder)
     log.info("%s", choice.remark)
     return choice.checkpoint.folder, choice.remark

@@ -245,8 +245,8 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
     if states:
         lines.append(
             f"{_described(len(states))} complete, written by {_writers(states)}; a resume takes "
-            f"{verb(len(states), 'it as it is', 'them as they are')}, --adopt does not commit "
-            f"such, and prune and slim leave {verb(len(states), 'it', 'them')} alone"
+            f"{verb(len(states), 'it as it is', 'them as they are')}, ckpt doctor does not "
+            f"commit such, and prune and slim leave {verb(len(states), 'it', 'them')} alone"
         )
 
     universal = [status for status in foreign if status.tier is None]

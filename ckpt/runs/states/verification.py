@@ -20,6 +20,7 @@ from ckpt.runs.states.checksums import ChecksumPlan
 from ckpt.runs.states.status import CheckpointStatus
 from ckpt.text import size
 from converters.errors import unreadable
+from converters.options import SAMPLE, SEED
 from converters.words import counted, some, verb
 
 
@@ -177,7 +178,8 @@ def _checked_line(checksum_plan: ChecksumPlan, depth: Depth, has_problems: bool)
     if number != 1:
         subject = f"{number:,} records and files"
     if depth.percent is not None:
-        subject += f" of {checksum_plan.total:,} (--sample {depth.percent:g}% --seed {depth.seed})"
+        subject += f" of {checksum_plan.total:,} "
+        subject += f"({SAMPLE(f'{depth.percent:g}%')} {SEED(depth.seed)})"
 
     finding = "were compared with their checksums"
     if not has_problems:

@@ -26,6 +26,7 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import RunCheckpoint
 from ckpt.runs.verify import states
 from converters.errors import CheckpointError
+from converters.options import OUTPUT
 from converters.storage import local
 from converters.words import counted
 
@@ -75,7 +76,7 @@ def plan(folders: Sequence[Path], output: Path) -> Collection:
     is_taken = (output.exists() and not is_arriving(output)) or output.is_symlink()
     if not collection.inside and (is_taken or not output.name):
         raise CheckpointError(
-            f"{output} exists already; name a new folder with -o",
+            f"{output} exists already; name a new folder with {OUTPUT}",
             "output",
         )
 
@@ -131,8 +132,8 @@ def _joined_files(
                 raise CheckpointError(
                     f"{source.folder / file_name} is not the file that "
                     f"{source_folders[file_name] / file_name} is; which one belongs to "
-                    "the checkpoint cannot be told; collect node 0's own folder, or "
-                    "into a new one with -o",
+                    "the checkpoint cannot be told; collect node 0's own folder, or into "
+                    f"a new one with {OUTPUT}",
                     "refused",
                 )
 
@@ -205,7 +206,7 @@ def require_output(collection: Collection) -> None:
 
 def _require_room(collection: Collection) -> None:
     folder = staging.folder_for(Path(os.path.abspath(collection.output)))
-    staging.require_room(folder, collection.nbytes, staging.ANOTHER_FOLDER)
+    staging.require_room(folder, collection.nbytes, staging.another_folder())
 
 
 def _stage(collection: Collection, staged_folder: Path, progress: Progress) -> None:

@@ -13,6 +13,7 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.upkeep import kept_values
 from ckpt.runs.upkeep.kept_values import Counterpart
 from converters.errors import CheckpointError
+from converters.options import DTYPE
 from converters.peft.export import Selection
 from converters.source import Source
 from converters.tensors import TensorRef, Weights
@@ -95,8 +96,8 @@ def _stored(path: Path) -> Mapping[str, TensorRef]:
         tensors = safetensors.read(path).tensors
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; there are no weights to keep, so nothing was removed; --dtype fp32 makes "
-            "fp32 weights of the states first",
+            f"{error}; there are no weights to keep, so nothing was removed; "
+            f"{DTYPE('fp32')} makes fp32 weights of the states first",
             error.kind,
         ) from error
 

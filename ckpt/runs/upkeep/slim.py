@@ -27,6 +27,7 @@ from ckpt.runs.run import POINTERS, Run, RunCheckpoint, open_checkpoint
 from ckpt.runs.states.status import status_of
 from ckpt.runs.upkeep.kept_weights import require_weights
 from converters.errors import CheckpointError
+from converters.options import FORCE
 from converters.storage import local
 from converters.zero.files.discovery import is_tag_folder
 
@@ -154,8 +155,8 @@ def _uncommitted(checkpoint: RunCheckpoint) -> str:
         return f"is {status.description}: it holds no states that slim could remove"
     if status.complete:
         return (
-            f"is complete, written by {status.writer}, and --adopt does not commit such; slim is "
-            f"for committed checkpoints: make the weights with ckpt to-fp32 {checkpoint.folder}, "
+            f"is complete, written by {status.writer}, and ckpt doctor does not commit such; "
+            f"slim is for committed checkpoints: make the weights with ckpt to-fp32 {checkpoint.folder}, "
             "then delete it by hand"
         )
 
@@ -188,10 +189,10 @@ def _require_expendable(checkpoint: RunCheckpoint, manifest: Manifest, force: bo
     if newest is not None and newest.name == checkpoint.name:
         raise _refusal(
             checkpoint,
-            "is the newest that training can go on from; --force slims it",
+            f"is the newest that training can go on from; {FORCE} slims it",
         )
     if checkpoint.pinned:
-        raise _refusal(checkpoint, "is pinned; unpin it first, or use --force")
+        raise _refusal(checkpoint, f"is pinned; unpin it first, or use {FORCE}")
 
 
 def _require_inside(checkpoint: RunCheckpoint, names: tuple[str, ...]) -> None:

@@ -18,6 +18,7 @@ from ckpt.weights import advice
 from ckpt.weights.request import Request
 from converters import words
 from converters.errors import CheckpointError
+from converters.options import ADAPTER_CONFIG
 from converters.peft import config as configs
 from converters.peft import config_fit
 from converters.peft.config import NAME, AdapterConfig
@@ -68,7 +69,7 @@ def configuration(
         if misfit is not None:
             raise CheckpointError(
                 f"{config.path} is not the configuration of the adapter in "
-                f"{place.folder}: {misfit}; give the right one with --adapter-config",
+                f"{place.folder}: {misfit}; give the right one with {ADAPTER_CONFIG}",
                 "refused",
             )
 
@@ -155,13 +156,17 @@ def _question(place: Place, adapter: str, evidence: Shown, run_configs: list[Ada
     """The line that asks for the configuration, with what the checkpoint shows."""
     adapter_text = "" if adapter == DEFAULT else f" {adapter!r}"
     target_text = f" on {evidence.targets}" if evidence.modules else ""
-    situation = f"{place.root} holds a {evidence.title}{adapter_text}{target_text}"
+    situation = (
+        f"{place.root} holds {words.with_article(evidence.title)}{adapter_text}{target_text}"
+    )
     if run_configs:
         paths = words.some((str(config.path) for config in run_configs), words.LONG_LIST)
-        return f"{situation}, and {paths} differ; name the right {NAME} with --adapter-config FILE"
+        return (
+            f"{situation}, and {paths} differ; name the right {NAME} with {ADAPTER_CONFIG('FILE')}"
+        )
 
     return (
         f"{situation}, and no {NAME} that fits lies in it or in the run's folder; no "
-        "tensor holds the values of that file, such as lora_alpha: name the file or "
-        f"its folder with --adapter-config PATH; {advice.TENSORS_AS_STORED}"
+        "tensor holds the values of that file, such as lora_alpha: name the file or its "
+        f"folder with {ADAPTER_CONFIG('PATH')}; {advice.tensors_as_stored()}"
     )

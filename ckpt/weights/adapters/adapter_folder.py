@@ -18,6 +18,7 @@ from ckpt.weights.output.product import Product
 from ckpt.weights.request import Request
 from converters import words
 from converters.errors import CheckpointError
+from converters.options import ADAPTER_CONFIG, MERGE, PART, RENAME, SELECT, STRIP
 from converters.peft import config as configs
 from converters.peft import config_fit, export, kinds, names
 from converters.peft.config import NAME
@@ -95,7 +96,7 @@ def _require_folders(groups: Collection[str], root: Path) -> None:
         if not name or not name.isprintable() or any(part in name for part in "/\\\0"):
             raise CheckpointError(
                 f"{root} has an adapter with the name {name!r}, which no folder can "
-                f"have; {advice.TENSORS_AS_STORED}",
+                f"have; {advice.tensors_as_stored()}",
                 "refused",
             )
 
@@ -119,9 +120,9 @@ def require_own_names(request: Request) -> None:
     """Raises where names are asked for: an adapter's and a merged model's are given."""
     naming = request.naming
     options = {
-        "--strip": naming.strip,
-        "--rename": naming.rename,
-        "--select": naming.select,
+        STRIP: naming.strip,
+        RENAME: naming.rename,
+        SELECT: naming.select,
     }
     for option, values in options.items():
         if values:
@@ -177,9 +178,9 @@ def product(
 def _without_format(place: Place) -> CheckpointError:
     return CheckpointError(
         f"{place.folder} holds a LoRA of DeepSpeed-Chat (lora_right_weight, "
-        "lora_left_weight), for which PEFT has no format. --merge "
-        "--adapter-config FILE writes the merged model; FILE is JSON with the "
-        f"training's lora_alpha and r. {advice.TENSORS_AS_STORED}",
+        f"lora_left_weight), for which PEFT has no format. {MERGE} with "
+        f"{ADAPTER_CONFIG('FILE')} writes the merged model; FILE is JSON with the "
+        f"training's lora_alpha and r. {advice.tensors_as_stored()}",
         "unsupported",
     )
 
@@ -197,7 +198,7 @@ def chosen_names(adapter: Adapter, request: Request) -> tuple[str, ...] | None:
     for name in chosen:
         if name not in adapter.names:
             raise CheckpointError(
-                f"--part {name}: no such adapter; the adapters are {', '.join(adapter.names)}",
+                f"{PART(name)}: no such adapter; the adapters are {', '.join(adapter.names)}",
                 "refused",
             )
     return chosen
@@ -233,7 +234,7 @@ def _notes(weights: Weights, parts: Iterable[WrittenAdapter], adapter: Adapter) 
     if other_trained:
         notes.append(
             f"{words.some(other_trained, words.LONG_LIST)}: trained, but not part of the adapter, "
-            f"so not in this folder; {advice.EVERY_TENSOR}"
+            f"so not in this folder; {advice.every_tensor()}"
         )
 
     return tuple(notes)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from converters.computing.computed import Computed
 from converters.errors import CheckpointError
+from converters.options import BASE, OTHER_BASE
 from converters.peft.merge.model import Merge
 from converters.peft.merge.origins import Base
 from converters.tensors import DType, TensorRef
@@ -75,13 +76,13 @@ def notes(merge: Merge, base: Base, other_base: bool) -> tuple[str, ...]:
     count, first = len(result.mismatched), result.mismatched[0]
     share = f"{count:,} of {len(result.numbers):,} tensors"
     if result.is_other_model and not other_base:
-        own_copy_advice = "Merge into the checkpoint's own copy, without --base, or name"
+        own_copy_advice = f"Merge into the checkpoint's own copy, without {BASE}, or name"
         advice = own_copy_advice if result.adapted else "Name"
         raise CheckpointError(
             f"{base.place} has other values than the checkpoint's frozen copy of the "
-            f"base, in {share}, such as {first}: it is not the model that was trained "
-            f"on. {advice} the model that was trained on with --base; --other-base "
-            "merges into this one anyway",
+            f"base, in {share}, such as {first}: it is not the model that was trained on. "
+            f"{advice} the model that was trained on with {BASE}; {OTHER_BASE} merges "
+            "into this one anyway",
             "refused",
         )
 

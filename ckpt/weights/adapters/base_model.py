@@ -24,6 +24,7 @@ from ckpt.weights.request import Request
 from converters import quantized
 from converters.errors import CheckpointError
 from converters.formats.model_files import READERS
+from converters.options import BASE
 from converters.peft import embeddings
 from converters.peft.config import AdapterConfig
 from converters.tensors import DType, Weights
@@ -66,7 +67,7 @@ def chosen(request: Request) -> BaseModel | None:
         hint = ""
         if (folder / "adapter_config.json").is_file():
             hint = "; it is an adapter: name the model that the adapter was trained on"
-        raise CheckpointError(f"--base {folder} {problem}{hint}", "incomplete")
+        raise CheckpointError(f"{BASE(folder)} {problem}{hint}", "incomplete")
 
     return model
 

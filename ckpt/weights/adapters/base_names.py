@@ -19,6 +19,7 @@ from ckpt.weights.reader.audience import Audience
 from ckpt.weights.reader.fitting import Fitting, TooManyNames
 from ckpt.weights.reader.table import Reader
 from converters.errors import CheckpointError
+from converters.options import BASE
 from converters.tensors import Weights
 
 MAX_RULES = 32
@@ -175,12 +176,12 @@ def _other_names_error(
     folder: Path, reader: Reader, hub: list[str], lacking: list[str]
 ) -> CheckpointError:
     return CheckpointError(
-        f"{folder} has the names that {reader.name} is published with, such as "
-        f"{hub[0]}, and the training ran under others, such as {lacking[0]}; the names "
-        "differ by more than prefixes, so they are not changed here; load the base "
-        f"with {reader.name}.from_pretrained of transformers {table.version()}, write "
-        "its state_dict() with safetensors.torch.save_file to model.safetensors "
-        "beside a copy of its config.json, and name that folder with --base; a "
-        "checkpoint that was saved with its frozen weights needs no base",
+        f"{folder} has the names that {reader.name} is published with, such as {hub[0]}, "
+        f"and the training ran under others, such as {lacking[0]}; the names differ by "
+        "more than prefixes, so they are not changed here; load the base with "
+        f"{reader.name}.from_pretrained of transformers {table.version()}, write its "
+        "state_dict() with safetensors.torch.save_file to model.safetensors beside a "
+        f"copy of its config.json, and name that folder with {BASE}; a checkpoint that "
+        "was saved with its frozen weights needs no base",
         "unsupported",
     )

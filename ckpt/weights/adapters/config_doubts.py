@@ -15,6 +15,7 @@ from ckpt.weights.adapters import named_base, stored_adapter
 from ckpt.weights.adapters.named_base import NamedBase, NamedBases
 from ckpt.weights.adapters.stored_adapter import Stored
 from converters import words
+from converters.options import ADAPTER_CONFIG
 from converters.peft import names, targets
 from converters.peft.config import NAME, AdapterConfig
 from converters.peft.expected_layers import TrainedLayers
@@ -93,9 +94,9 @@ def _of_file(
 
     return [
         f"{stored.path.name}, which lies beside {NAME}, has other values than the "
-        f"checkpoint, in {mismatched:,} of {compared:,} tensors that were compared: "
-        f"the two files may be of another training or step{scale}; --adapter-config "
-        f"names another {NAME}"
+        f"checkpoint, in {mismatched:,} of {compared:,} tensors that were compared: the "
+        f"two files may be of another training or step{scale}; {ADAPTER_CONFIG} names "
+        f"another {NAME}"
     ]
 
 
@@ -129,9 +130,9 @@ def _of_targets(
         )
 
     return [
-        f"{statement}: the file is of another training, or these layers were frozen "
-        "and not saved. PEFT initializes them where the model has them, usually "
-        f"without effect; --adapter-config names another {NAME}"
+        f"{statement}: the file is of another training, or these layers were frozen and "
+        "not saved. PEFT initializes them where the model has them, usually without "
+        f"effect; {ADAPTER_CONFIG} names another {NAME}"
     ]
 
 

@@ -16,6 +16,7 @@ from ckpt.weights.reader import table
 from ckpt.weights.request import Request
 from converters.computing.computed import Computed
 from converters.errors import CheckpointError
+from converters.options import MERGE
 from converters.peft import names
 from converters.peft.config import AdapterConfig
 from converters.peft.expected_layers import TrainedLayers
@@ -109,10 +110,10 @@ def disagreement(base: NamedBase, weights: Weights, config: AdapterConfig) -> st
         return None
 
     return (
-        f"the base model in the checkpoint has other values than {base.model.place}, "
-        f"in {len(mismatched):,} of {len(sampled_names):,} tensors that were compared, "
-        f"such as {mismatched[0]}: with that one the adapter gives another model than "
-        "the trained one; --merge writes the trained one"
+        f"the base model in the checkpoint has other values than {base.model.place}, in "
+        f"{len(mismatched):,} of {len(sampled_names):,} tensors that were compared, such "
+        f"as {mismatched[0]}: with that one the adapter gives another model than the "
+        f"trained one; {MERGE} writes the trained one"
     )
 
 

@@ -15,6 +15,7 @@ from ckpt.weights.adapters import stored_adapter
 from ckpt.weights.adapters.stored_adapter import Stored
 from converters import words
 from converters.errors import CheckpointError
+from converters.options import BASE
 from converters.peft import names
 from converters.tensors import TensorRef, Weights
 from converters.torch_files.record_checksums import located_in_files
@@ -111,11 +112,10 @@ def _require_values(names_by_original: Mapping[str, str], stored: Stored) -> Non
         resized = names.parsed(name).role == names.BASE
         if resized and not stored.tensors[name].numel:
             raise CheckpointError(
-                f"{stored.path} names {name}, which PEFT saves where the vocabulary "
-                "was resized, but neither this file nor the states have its values "
-                "(ZeRO-3 saved an empty tensor); the resized embeddings are lost, "
-                "unless a model with them was saved elsewhere; name that model with "
-                "--base DIR",
+                f"{stored.path} names {name}, which PEFT saves where the vocabulary was "
+                "resized, but neither this file nor the states have its values (ZeRO-3 "
+                "saved an empty tensor); the resized embeddings are lost, unless a model "
+                f"with them was saved elsewhere; name that model with {BASE('DIR')}",
                 "incomplete",
             )
 

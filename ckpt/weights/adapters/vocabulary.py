@@ -14,6 +14,7 @@ from pathlib import Path
 from ckpt.weights.companions import model_folder
 from ckpt.weights.request import Request
 from converters.errors import CheckpointError
+from converters.options import MERGE
 from converters.peft import embeddings, names
 from converters.peft.config import AdapterConfig
 from converters.storage import stores
@@ -63,11 +64,10 @@ def notes(
         return ()
 
     return (
-        f"{embedding.name} has {embedding.rows:,} rows and the base "
-        f"{embedding.before:,}, and PEFT does not save embeddings for the vocabulary "
-        "of a text model inside: the adapter needs a base resized with "
-        f"resize_token_embeddings({embedding.rows}) that has the trained values in its "
-        "new rows; --merge writes a model with them",
+        f"{embedding.name} has {embedding.rows:,} rows and the base {embedding.before:,}, "
+        "and PEFT does not save embeddings for the vocabulary of a text model inside: "
+        f"the adapter needs a base resized with resize_token_embeddings({embedding.rows}) "
+        f"that has the trained values in its new rows; {MERGE} writes a model with them",
     )
 
 

@@ -19,6 +19,7 @@ from ckpt.weights.naming.naming import NamedWeights
 from ckpt.weights.request import Request
 from converters.errors import CheckpointError
 from converters.formats import gathered_16bit
+from converters.options import ADAPTER_CONFIG
 from converters.peft import expected_layers
 from converters.peft.adapter_weights import built
 from converters.peft.config import NAME, AdapterConfig
@@ -110,7 +111,7 @@ def _require_chosen_layers(config: AdapterConfig, evidence: Shown) -> None:
     if reason is not None:
         raise CheckpointError(
             f"{config.path}: {reason}, so PEFT would choose others; give the "
-            "configuration of the training with --adapter-config",
+            f"configuration of the training with {ADAPTER_CONFIG}",
             "refused",
         )
 

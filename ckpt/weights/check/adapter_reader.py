@@ -22,6 +22,7 @@ from ckpt.weights.request import Request
 from converters import words
 from converters.errors import CheckpointError
 from converters.formats import gathered_16bit
+from converters.options import CHECK
 from converters.peft import config as configs
 from converters.peft import kinds, names
 from converters.peft.config import NAME, AdapterConfig
@@ -56,7 +57,7 @@ def check(product: Product, root: Path, request: Request) -> LoadVerdict:
     elements.
     """
     if request.check == "none":
-        return LoadVerdict("not checked (--check none)")
+        return LoadVerdict(f"not checked ({CHECK('none')})")
 
     inner_parts = [part for part in product.parts if part.kind == "adapter"]
     adapter_names = (request.naming.part or DEFAULT).split(",")
@@ -71,7 +72,9 @@ def check(product: Product, root: Path, request: Request) -> LoadVerdict:
     unexpected = tuple(name for result in results for name in result.unexpected)
     notes = [note for result in results for note in result.notes]
     if request.check == "transformers":
-        notes.append("--check transformers builds whole models; the adapter's names were checked")
+        notes.append(
+            f"{CHECK('transformers')} builds whole models; the adapter's names were checked"
+        )
 
     absent = tuple(name for weights in parts.values() for name in weights.absent)
     total = sum(result.count for result in results)
@@ -94,7 +97,7 @@ def _require_names(root: Path, missing: Sequence[str]) -> None:
     if missing:
         raise CheckpointError(
             f"{root}: PEFT would not load the adapter: {words.some(missing, words.LONG_LIST)}: not "
-            f"in the checkpoint; {advice.TENSORS_AS_STORED}",
+            f"in the checkpoint; {advice.tensors_as_stored()}",
             "incomplete",
         )
 

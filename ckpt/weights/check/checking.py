@@ -25,6 +25,7 @@ from ckpt.weights.reader.verdict import LoadVerdict
 from ckpt.weights.request import Request
 from converters.errors import CheckpointError
 from converters.formats import gathered_16bit
+from converters.options import CHECK, CONFIG, EXCLUDE_FROZEN, NAMES, SELECT, STRIP
 from converters.tensors import Weights
 from converters.words import counted, some
 
@@ -45,9 +46,11 @@ def _of_weights(product: Product, root: Path, request: Request) -> LoadVerdict:
         return adapter_reader.check(product, root, request)
 
     if request.naming.as_stored:
-        return LoadVerdict("not checked: the names are those of the checkpoint (--names as-stored)")
+        return LoadVerdict(
+            f"not checked: the names are those of the checkpoint ({NAMES('as-stored')})"
+        )
     if request.check == "none":
-        return LoadVerdict("not checked (--check none)")
+        return LoadVerdict(f"not checked ({CHECK('none')})")
 
     surroundings = product.surroundings
 
@@ -102,7 +105,7 @@ def _by_transformers(product: Product, audience: Audience, request: Request) -> 
     if mismatched:
         raise CheckpointError(
             f"{audience.root}: {reader} of {form.name} has other shapes of "
-            f"{some(mismatched)}; correct config.json (--config)",
+            f"{some(mismatched)}; correct config.json ({CONFIG})",
             "unloadable",
         )
 
@@ -213,7 +216,7 @@ def _by_losses(
     other_match = heads.class_without(product, reader, fit, missing, audience, request)
     if other_match is not None:
         return verdicts.loads_as_other(other_match, match, names, missing, audience)
-    return verdicts.partial(reader.name, fit, missing, loss, audience, advice.ASK_TRANSFORMERS)
+    return verdicts.partial(reader.name, fit, missing, loss, audience, advice.ask_transformers())
 
 
 def _by_fields(reader: Reader, fit: Fit, audience: Audience) -> tuple[Disagreement, ...]:
@@ -242,7 +245,7 @@ def _missing_names(
     product: Product, reader: str, fit: Fit, audience: Audience, request: Request
 ) -> list[str]:
     """The missing names; none for a selection of which some is read."""
-    option = "--select" if request.naming.select else "--exclude-frozen"
+    option = SELECT if request.naming.select else EXCLUDE_FROZEN
     if not request.naming.select and not request.exclude_frozen:
         return fit.missing
     if not fit.present:
@@ -250,8 +253,8 @@ def _missing_names(
         raise CheckpointError(
             f"{audience.root}: {reader}, {audience.origin}, reads none of the "
             f"{counted(len(names), 'name')} that {option} leaves: {some(names)}; "
-            f"{refusals.source(audience)}drop the prefix of its names with --strip, or "
-            f"{advice.WRITE_AS_STORED}",
+            f"{refusals.source(audience)}drop the prefix of its names with {STRIP}, or "
+            f"{advice.write_as_stored()}",
             "unloadable",
         )
 

@@ -18,6 +18,7 @@ from ckpt.weights.reader.fitting import TooManyNames
 from ckpt.weights.reader.table import Reader
 from ckpt.weights.request import Request
 from converters.errors import CheckpointError
+from converters.options import CONFIG
 from converters.tensors import Weights
 from converters.words import some
 
@@ -49,14 +50,14 @@ def class_without(
     if match is not None and match.fit.exact and weights.absent.keys().isdisjoint(head):
         return match
 
-    change = "Take another configuration with --config"
+    change = f"Take another configuration with {CONFIG}"
     if match is not None:
         architecture = f'"architectures": ["{match.reader.name}"]'
-        change = f"Write {architecture} in a copy of config.json and give that with --config"
+        change = f"Write {architecture} in a copy of config.json and give that with {CONFIG}"
 
     raise CheckpointError(
         f"{audience.root}: {_sentence(reader, weights, head, match)}. {change}, or "
-        f"{advice.WRITE_AS_STORED}",
+        f"{advice.write_as_stored()}",
         "unloadable",
     )
 

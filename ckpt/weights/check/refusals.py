@@ -12,6 +12,7 @@ from ckpt.weights.reader.fields import Size
 from ckpt.weights.reader.fit import Fit
 from ckpt.weights.reader.losses import Loss
 from converters.errors import CheckpointError
+from converters.options import BASE, CHECK, CONFIG, PART, RENAME, STRIP
 from converters.words import some
 
 
@@ -42,10 +43,10 @@ def unloadable(
     parts_advice = inner_models.advice(fit.read.values(), audience)
     return CheckpointError(
         f"{audience.root}: {reader}, {audience.origin}, would not load these "
-        f"weights{'' if missing else ' whole'}: {problem}; {source(audience)}"
-        f"{parts_advice}{'; ' if parts_advice else ''}change "
-        "names with --strip, --rename or --part, take another configuration with "
-        f"--config, or {advice.WRITE_AS_STORED}{'; ' if remedy else ''}{remedy}",
+        f"weights{'' if missing else ' whole'}: {problem}; "
+        f"{source(audience)}{parts_advice}{'; ' if parts_advice else ''}change names with "
+        f"{STRIP}, {RENAME} or {PART}, take another configuration with {CONFIG}, or "
+        f"{advice.write_as_stored()}{'; ' if remedy else ''}{remedy}",
         "unloadable",
     )
 
@@ -57,9 +58,9 @@ def unmerged(reader: str, fit: Fit, missing: list[str], audience: Audience) -> C
         f"{fit.required:,} names, and {len(missing):,} of them are in neither the "
         f"checkpoint nor the base, such as {some(sorted(missing))}: the base or "
         "config.json is of another model than the trained one, or these tensors were "
-        "added to the base, frozen, and not saved with the trained ones; name the "
-        "base that was trained on with --base, or its configuration with --config; "
-        f"--check none writes what is there; {advice.ASK_TRANSFORMERS}",
+        "added to the base, frozen, and not saved with the trained ones; name the base "
+        f"that was trained on with {BASE}, or its configuration with {CONFIG}; "
+        f"{CHECK('none')} writes what is there; {advice.ask_transformers()}",
         "unloadable",
     )
 
@@ -75,7 +76,7 @@ def absurd(reader: str, values: Mapping[str, object], audience: Audience) -> Abs
     return AbsurdConfigError(
         f"{audience.root}: config.json says {path} {json.dumps(value)}, with which no "
         f"{reader} can be built; {source(audience)}take another configuration with "
-        f"--config, or {advice.WRITE_AS_STORED}; {advice.ASK_TRANSFORMERS}",
+        f"{CONFIG}, or {advice.write_as_stored()}; {advice.ask_transformers()}",
         "unloadable",
     )
 
@@ -84,8 +85,8 @@ def other_shapes(reader: str, size: Size, audience: Audience) -> CheckpointError
     """The error for tensors of other sizes than config.json says."""
     return CheckpointError(
         f"{audience.root}: {reader} of config.json has other shapes: {size}; "
-        f"{source(audience)}take the configuration of this model with --config, or "
-        f"{advice.WRITE_AS_STORED}; {advice.ASK_TRANSFORMERS}",
+        f"{source(audience)}take the configuration of this model with {CONFIG}, or "
+        f"{advice.write_as_stored()}; {advice.ask_transformers()}",
         "unloadable",
     )
 

@@ -77,6 +77,6 @@ def _doubtful(verdict: LoadVerdict, audience: Audience) -> bool:
 def _agreed(refusal: CheckpointError) -> CheckpointError:
     """The refusal, without the advice to ask transformers, which was asked."""
     text = str(refusal).replace(
-        advice.ASK_TRANSFORMERS, "the installed transformers was asked and says the same"
+        advice.ask_transformers(), "the installed transformers was asked and says the same"
     )
     return CheckpointError(text, refusal.kind)

@@ -16,6 +16,7 @@ from ckpt.weights.reader.audience import Audience
 from ckpt.weights.reader.verdict import LoadVerdict
 from ckpt.weights.request import Check, Request
 from converters.errors import CheckpointError
+from converters.options import CHECK
 from converters.storage import stores
 from converters.tensors import TensorRef, Weights
 from converters.words import counted, some
@@ -79,7 +80,7 @@ def require_model(
     path = root / "config.json"
     config: dict[str, Any] | None = model_folder.read_object(path) if stores.is_file(path) else None
     if check == "none":
-        return LoadVerdict("not checked (--check none)")
+        return LoadVerdict(f"not checked ({CHECK('none')})")
     if untie and config is not None:
         config = untying.without_ties(config)
 

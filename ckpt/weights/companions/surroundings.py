@@ -18,19 +18,16 @@ from ckpt.runs import engines
 from ckpt.weights.companions import model_code, model_folder, module_folders
 from ckpt.weights.companions.model_folder import Companions
 from ckpt.weights.request import Request
+from converters import options
 from converters.errors import CheckpointError, unreadable
+from converters.options import TOKENIZER
 from converters.source import Place
 from converters.storage import bounded_json, misplaced_files, stores
 from converters.tensors import Weights
 
 CONFIG = "config.json"
-NO_CONFIG = (
-    "no config.json in the checkpoint: the output is weights only; --config DIR takes "
-    "config.json and the other files of a model from a folder, --tokenizer DIR a "
-    "tokenizer"
-)
+
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json")
-_ELSEWHERE = "; --config DIR takes another"
 _SEVERAL = re.compile(r"pytorch_model(_\d+)?")  # Accelerate's tags of several models in one folder
 
 
@@ -58,6 +55,15 @@ class _Config:
     notes: tuple[str, ...] = ()
 
 
+def no_config() -> str:
+    """The note where no model is described."""
+    return (
+        "no config.json in the checkpoint: the output is weights only; "
+        f"{options.CONFIG('DIR')} takes config.json and the other files of a model from a "
+        f"folder, {TOKENIZER('DIR')} a tokenizer"
+    )
+
+
 def of(place: Place, request: Request, weights: Weights | None = None) -> Surroundings:
     """The files beside the checkpoint, or where the user says.
 
@@ -81,7 +87,7 @@ def of(place: Place, request: Request, weights: Weights | None = None) -> Surrou
 
     notes = (*config.notes, *companions.notes)
     if config.content is None and not config.notes and not _needs_none(companions):
-        notes = (*notes, NO_CONFIG)
+        notes = (*notes, no_config())
     return Surroundings(config.content, config.path, companions.files, notes)
 
 
@@ -135,7 +141,7 @@ def _own_config(place: Place, weights: Weights | None) -> _Config:
     above = place.root.resolve().parent / CONFIG
     config = _Config() if engines.others(place.root) else _read(above)
     if config.content is not None and {"model_type", "architectures"} & config.content.keys():
-        note = f"config.json is that of the folder above the checkpoint{_ELSEWHERE}"
+        note = f"config.json is that of the folder above the checkpoint{_elsewhere()}"
         return replace(config, notes=(note,))
 
     return _Config()
@@ -158,7 +164,9 @@ def _read(path: Path) -> _Config:
     else:
         return _Config()
 
-    return _Config(notes=(f"config.json of the checkpoint {problem}; none is written{_ELSEWHERE}",))
+    return _Config(
+        notes=(f"config.json of the checkpoint {problem}; none is written{_elsewhere()}",)
+    )
 
 
 def _why_broken(path: Path, error: CheckpointError) -> str:
@@ -179,19 +187,19 @@ def _of_this_model(config: _Config, place: Place, weights: Weights) -> _Config:
     situation = f"the folder holds the models {', '.join(several)} and one config.json"
     sizes = _sizes(config.content)
     if sizes is None:
-        note = f"{situation}, taken for {place.tag}: compare them{_ELSEWHERE}"
+        note = f"{situation}, taken for {place.tag}: compare them{_elsewhere()}"
         return replace(config, notes=(note,))
 
     sizes_text = f"vocab_size {sizes[0]}, hidden_size {sizes[1]}"
     if not any(ref.shape == sizes for ref in weights.tensors.values()):
         note = (
-            f"{situation}, which is of another model than {place.tag} ({sizes_text}: "
-            "no tensor has this shape), so no config.json is written; --config DIR "
-            "takes the right one"
+            f"{situation}, which is of another model than {place.tag} ({sizes_text}: no "
+            f"tensor has this shape), so no config.json is written; {options.CONFIG('DIR')} takes "
+            "the right one"
         )
         return _Config(notes=(note,))
 
-    note = f"{situation}, taken for {place.tag} because its sizes fit ({sizes_text}){_ELSEWHERE}"
+    note = f"{situation}, taken for {place.tag} because its sizes fit ({sizes_text}){_elsewhere()}"
 
     return replace(config, notes=(note,))
 
@@ -233,7 +241,7 @@ def _config_of_user(
     """The configuration that ``--config`` names, and the other files of its folder."""
     if not stores.exists(path):
         raise CheckpointError(
-            f"--config {path} does not exist; name a config.json or a model's folder",
+            f"{options.CONFIG(path)} does not exist; name a config.json or a model's folder",
             "incomplete",
         )
 
@@ -242,11 +250,11 @@ def _config_of_user(
     if in_folder and not stores.is_file(file) and stores.is_file(path / "modules.json"):
         config = own_config  # sentence-transformers without a transformer in the folder itself
     elif not stores.is_file(file):
-        raise CheckpointError(f"--config {path} holds no config.json", "incomplete")
+        raise CheckpointError(f"{options.CONFIG(path)} holds no config.json", "incomplete")
     else:
         config = _require(file)
         if own_config.path is not None and own_config.path.resolve() != file.resolve():
-            note = "config.json is the one that --config names, not the checkpoint's own"
+            note = f"config.json is the one that {options.CONFIG} names, not the checkpoint's own"
             config = replace(config, notes=(note,))
 
     if in_folder:
@@ -297,12 +305,12 @@ def _replace_tokenizer(path: Path, companions: Companions) -> Companions:
     """The same with the tokenizer and the processor of another folder."""
     if not stores.is_folder(path):
         what = "is a file; name its folder" if stores.exists(path) else "does not exist"
-        raise CheckpointError(f"--tokenizer {path} {what}", "incomplete")
+        raise CheckpointError(f"{TOKENIZER(path)} {what}", "incomplete")
 
     donor = _companions_of(path)
     if not donor.readers:
         raise CheckpointError(
-            f"--tokenizer {path} holds no files of a tokenizer or processor",
+            f"{TOKENIZER(path)} holds no files of a tokenizer or processor",
             "incomplete",
         )
 
@@ -311,9 +319,14 @@ def _replace_tokenizer(path: Path, companions: Companions) -> Companions:
     if companions.readers:
         notes = (
             *notes,
-            "the tokenizer is the one that --tokenizer names, not the checkpoint's own",
+            f"the tokenizer is the one that {TOKENIZER} names, not the checkpoint's own",
         )
 
     model = {**{name: path / name for name in code.files}, **companions.model}
 
     return Companions(model, donor.readers, notes)
+
+
+def _elsewhere() -> str:
+    """The end of a note on a config.json that may not be the right one."""
+    return f"; {options.CONFIG('DIR')} takes another"

@@ -33,6 +33,7 @@ from converters.errors import CheckpointError
 from converters.execute import shards
 from converters.execute.logbook import Logbook
 from converters.formats import wrapped_state_dict
+from converters.options import TIED, UNTIE
 from converters.plan import Plan, Tied
 from converters.source import EXCLUDED, Source
 from converters.storage import bounded_json, local, open_files, stores
@@ -78,8 +79,8 @@ def plan(
     request = replace(request or Request(), dtype=dtype, drops_ties=tied == "drop")
     if request.untie and request.drops_ties:
         raise CheckpointError(
-            "--untie does not go with --tied drop: a reader that ties nothing needs every tied "
-            "tensor; leave one of them out",
+            f"{UNTIE} does not go with {TIED('drop')}: a reader that ties nothing needs "
+            "every tied tensor; leave one of them out",
             "refused",
         )
 

@@ -31,6 +31,7 @@ from ckpt.weights.conversion import convert
 from ckpt.weights.conversion.task import Conversion
 from converters.errors import CheckpointError
 from converters.formats import safetensors
+from converters.options import DTYPE
 from converters.storage import local
 from converters.tensors import DType
 
@@ -71,8 +72,8 @@ def plan(checkpoint: RunCheckpoint, force: bool = False) -> Fp32Slimming:
         return Fp32Slimming(_leftovers(checkpoint, manifest, force))
     if engines.names(manifest):
         raise CheckpointError(
-            f"{checkpoint.folder} holds several engines; --dtype fp32 is for one: convert each "
-            "with ckpt to-fp32, then slim it without --dtype",
+            f"{checkpoint.folder} holds several engines; {DTYPE('fp32')} is for one: "
+            f"convert each with ckpt to-fp32, then slim it without {DTYPE}",
             "unsupported",
         )
 

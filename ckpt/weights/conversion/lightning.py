@@ -23,11 +23,28 @@ from ckpt.weights.request import Request
 from converters.errors import CheckpointError
 from converters.formats import wrapped_state_dict
 from converters.names.selection import renamed
+from converters.options import (
+    ADAPTER_CONFIG,
+    BASE,
+    CHECK,
+    CONFIG,
+    DEQUANTIZE,
+    EXCLUDE_FROZEN,
+    FORMAT,
+    MERGE,
+    PART,
+    RENAME,
+    SELECT,
+    STRIP,
+    TIED,
+    TOKENIZER,
+    UNTIE,
+)
 from converters.pickles.values import Global
 from converters.plan import Tied
 from converters.source import Source
 from converters.tensors import TensorRef
-from converters.words import counted
+from converters.words import counted, with_article
 from converters.zero.files import state_files
 from converters.zero.files.keys import MODEL_KEYS, OTHER_MODEL_KEYS
 
@@ -35,9 +52,9 @@ FILE = "model.ckpt"  # in the folder that is written where -o names no file
 SUFFIXES = (".ckpt", ".pt", ".pth")  # of -o where it names a file
 VERSION = "pytorch-lightning_version"
 _UNFIT = (  # options that would change nothing
-    *("--merge", "--dequantize", "--part", "--select", "--strip", "--rename"),
-    "--config",
-    *("--tokenizer", "--base", "--adapter-config", "--untie", "--check", "--exclude-frozen"),
+    *(MERGE, DEQUANTIZE, PART, SELECT, STRIP, RENAME),
+    CONFIG,
+    *(TOKENIZER, BASE, ADAPTER_CONFIG, UNTIE, CHECK, EXCLUDE_FROZEN),
 )
 _WHAT = "which writes one file with all weights under the LightningModule's own names"
 _PREFIX = "_forward_module."  # Lightning's wrapper of the module, before 2.1
@@ -65,11 +82,11 @@ def product(source: Source, request: Request) -> Product:
     ``CheckpointError`` for what Lightning did not save, and for options that change the
     weights.
     """
-    request.refuse(_UNFIT, f"--format lightning, {_WHAT}")
+    request.refuse(_UNFIT, f"{FORMAT('lightning')}, {_WHAT}")
     if not isinstance(source.entries.get(VERSION), str):
         raise CheckpointError(
             f"{source.place.folder} was not saved by Lightning: its state has no "
-            f"{VERSION}; choose --format safetensors or bin",
+            f"{VERSION}; choose {FORMAT('safetensors')} or bin",
             "refused",
         )
 
@@ -94,7 +111,7 @@ def require_every_name(source: Source, tied: Tied) -> None:
     """Raises where tied names would be left out: Lightning's reader wants them all."""
     if tied == "drop" and source.weights.aliases:
         raise CheckpointError(
-            "--tied drop does not go with --format lightning: load_from_checkpoint "
+            f"{TIED('drop')} does not go with {FORMAT('lightning')}: load_from_checkpoint "
             "wants every name; leave one of them out",
             "refused",
         )
@@ -150,7 +167,11 @@ def _kind(value: Any) -> str:
     if isinstance(value, Global):
         return str(value)
     kind = state_files.kind(value)
-    return f"a {kind} with objects in it" if kind in ("dict", "list", "tuple", "set") else kind
+    return (
+        f"{with_article(kind)} with objects in it"
+        if kind in ("dict", "list", "tuple", "set")
+        else kind
+    )
 
 
 def _argument(key: str, name: str, kind: str) -> str:

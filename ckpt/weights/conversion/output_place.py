@@ -14,6 +14,7 @@ from ckpt.runs import user_paths
 from ckpt.runs.foreign import replaceable
 from ckpt.weights.conversion.task import Conversion
 from converters.errors import CheckpointError
+from converters.options import OUTPUT
 from converters.storage import stores
 
 
@@ -49,8 +50,8 @@ def _require_other_folder(conversion: Conversion) -> None:
         if place == folder or place in folder.parents:
             relation = "is the folder" if place == folder else f"holds {path},"
             raise CheckpointError(
-                f"{conversion.output} {relation} {purpose}, and the output would "
-                "replace it; name another folder with -o",
+                f"{conversion.output} {relation} {purpose}, and the output would replace "
+                f"it; name another folder with {OUTPUT}",
                 "output",
             )
 
@@ -63,7 +64,7 @@ def _require_other_file(conversion: Conversion) -> None:
     if is_read and conversion.output.exists():
         raise CheckpointError(
             f"{conversion.output} is a file that the output is made of, and the output "
-            "would replace it; name another file with -o",
+            f"would replace it; name another file with {OUTPUT}",
             "output",
         )
 

@@ -16,12 +16,24 @@ from ckpt.weights.reader import untying
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.request import Request
 from converters.formats import gathered_16bit
+from converters.options import (
+    ADAPTER_CONFIG,
+    BASE,
+    CHECK,
+    MERGE,
+    NAMES,
+    OTHER_BASE,
+    PART,
+    RENAME,
+    STRIP,
+    UNTIE,
+)
 from converters.source import Source
 from converters.tensors import Weights
 
 _UNNAMED = (  # options that would change nothing where all is written as it is stored
-    *("--merge", "--part", "--strip", "--rename", "--base", "--adapter-config"),
-    *("--untie", "--check", "--other-base"),
+    *(MERGE, PART, STRIP, RENAME, BASE, ADAPTER_CONFIG),
+    *(UNTIE, CHECK, OTHER_BASE),
 )
 
 
@@ -32,7 +44,7 @@ def product(source: Source, request: Request) -> Product:
     """
     root = source.place.root
     if request.naming.as_stored:
-        request.refuse(_UNNAMED, "--names as-stored, which writes weights as they are stored")
+        request.refuse(_UNNAMED, f"{NAMES('as-stored')}, which writes weights as they are stored")
     model_surroundings = surroundings.of(source.place, request, source.weights)
     stored = _marked(source.weights, model_surroundings, request)
     if request.naming.as_stored:
@@ -137,7 +149,7 @@ def without_config(model_surroundings: Surroundings) -> tuple[Surroundings, tupl
     """The same without config.json, which is of a model with other names; and a note."""
     if model_surroundings.config is None:
         return model_surroundings, ()
-    note = "config.json is left out: the names are those of the checkpoint (--names as-stored)"
+    note = f"config.json is left out: the names are those of the checkpoint ({NAMES('as-stored')})"
     return replace(model_surroundings, config=None, config_path=None), (note,)
 
 

@@ -11,6 +11,7 @@ from converters.detect import detection
 from converters.detect.deepspeed import PARALLEL, TENSOR_PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError
 from converters.names import selection
+from converters.options import DTYPE, EXCLUDE_FROZEN, MERGE, NO_VERIFY, WEIGHTS
 from converters.source import STATES, Source
 from converters.words import counted
 from converters.zero import checkpoint as zero
@@ -36,18 +37,18 @@ def read(checkpoint: Path, tag: str | None, request: Request) -> Source:
 def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
     if request.weights != "16bit":
         if request.tp_rules is None:
-            return fp32(checkpoint, tag, "--weights 16bit")
+            return fp32(checkpoint, tag, WEIGHTS("16bit"))
 
         from converters.zero.parallel import rules  # which most checkpoints need not
 
         with rules.using(request.tp_rules):
-            return fp32(checkpoint, tag, "--weights 16bit")
+            return fp32(checkpoint, tag, WEIGHTS("16bit"))
 
     detected = detection.detect(checkpoint, tag)
     if detected.kind.name in (UNIVERSAL, *PARALLEL):
         raise CheckpointError(
-            f"{checkpoint} {detected.statement}, which is read for its fp32 weights; leave "
-            "--weights 16bit out (--dtype bf16 rounds them)",
+            f"{checkpoint} {detected.statement}, which is read for its fp32 weights; "
+            f"leave {WEIGHTS('16bit')} out ({DTYPE('bf16')} rounds them)",
             "refused",
         )
 
@@ -86,15 +87,15 @@ def _without_frozen(source: Source, request: Request) -> Source:
     """The same without the parameters that are not trained, and a note that says so."""
     if request.merge:
         raise CheckpointError(
-            "--exclude-frozen does not go with --merge, which merges into the frozen weights; "
-            "leave one of them out",
+            f"{EXCLUDE_FROZEN} does not go with {MERGE}, which merges into the frozen "
+            "weights; leave one of them out",
             "refused",
         )
 
     count = len(source.weights.frozen)
-    note = f"--exclude-frozen leaves out {counted(count, 'parameter')} that no optimizer trains"
+    note = f"{EXCLUDE_FROZEN} leaves out {counted(count, 'parameter')} that no optimizer trains"
     if not count:
-        note = "--exclude-frozen has no effect: no parameter is known to be frozen"
+        note = f"{EXCLUDE_FROZEN} has no effect: no parameter is known to be frozen"
     weights = selection.without_frozen(source.weights)
 
     return replace(source, weights=weights, notes=(*source.notes, note))
@@ -131,11 +132,11 @@ def remedy(source: Source, proof: str | None, skips: bool = True) -> str:
     if source.kind == UNIVERSAL:
         return "the folder is damaged, or has files of two conversions; make it again"
     if proof != STATES or not isinstance(source, zero.Checkpoint) or not source.ranks:
-        anyway = " (--no-verify writes the weights anyway)" if skips else ""
+        anyway = f" ({NO_VERIFY} writes the weights anyway)" if skips else ""
         return f"these files are of different saves; copy those of one save here{anyway}"
 
-    anyway = ", --no-verify the optimizer's anyway" if skips else ""
+    anyway = f", {NO_VERIFY} the optimizer's anyway" if skips else ""
     return (
-        f"{weights_16bit.disagreement(source)}; --weights 16bit writes those of "
+        f"{weights_16bit.disagreement(source)}; {WEIGHTS('16bit')} writes those of "
         f"{source.model.path.name}{anyway}"
     )

@@ -12,6 +12,7 @@ from ckpt.weights.companions.surroundings import config_text
 from ckpt.weights.conversion import lightning, sources
 from ckpt.weights.output.product import Product
 from ckpt.weights.reader.verdict import LoadVerdict
+from converters.options import Option
 from converters.plan import Plan, Tied
 from converters.source import Source
 from converters.storage import stores
@@ -39,7 +40,7 @@ class Conversion:
     format: Format
     tied: Tied
     notes: tuple[str, ...] = ()
-    option_paths: Mapping[str, Path] = field(default_factory=dict)
+    option_paths: Mapping[Option, Path] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One short line, whatever the number of tensors."""

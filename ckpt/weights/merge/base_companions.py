@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ckpt.weights.adapters.base_model import BaseModel
 from ckpt.weights.companions import surroundings
-from ckpt.weights.companions.surroundings import NO_CONFIG, Surroundings
+from ckpt.weights.companions.surroundings import Surroundings, no_config
 from ckpt.weights.request import Request
 from converters.source import Place
 
@@ -39,7 +39,7 @@ def beside(model_surroundings: Surroundings, model: BaseModel | None) -> Surroun
             model_surroundings, companions={**companions, **model_surroundings.companions}
         )
 
-    notes = tuple(note for note in model_surroundings.notes if note != NO_CONFIG)
+    notes = tuple(note for note in model_surroundings.notes if note != no_config())
     if donor.config is not None:
         notes = (*notes, f"config.json is that of the base, {model.place}")
     return Surroundings(

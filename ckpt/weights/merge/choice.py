@@ -16,6 +16,7 @@ from ckpt.weights.request import Request
 from converters import words
 from converters.errors import CheckpointError
 from converters.names import selection
+from converters.options import ADAPTER_CONFIG, PART
 from converters.peft import config as configs
 from converters.peft import kinds, names
 from converters.peft.config import AdapterConfig
@@ -46,7 +47,7 @@ def inside(weights: Weights, adapter: Adapter) -> tuple[Weights, tuple[str, ...]
     note = (
         f"{words.some((name for name in all_names if name in outer_names), words.LONG_LIST)}: "
         "outside of the PEFT model, so not part of the merged one; "
-        f"{advice.EVERY_TENSOR}"
+        f"{advice.every_tensor()}"
     )
 
     return selection.selected(weights, frozenset(all_names) - outer_names), (note,)
@@ -104,9 +105,8 @@ def _chosen(
     if len(adapter_names) > 1 and not _tells_trained(weights):
         raise CheckpointError(
             f"the checkpoint has the adapters {', '.join(adapter_names)}, but without "
-            "ZeRO it does not say which of them were trained; --part "
-            f"{adapter_names[0]} merges one, --part {','.join(adapter_names)} all of "
-            "them in this order",
+            f"ZeRO it does not say which of them were trained; {PART(adapter_names[0])} "
+            f"merges one, {PART(','.join(adapter_names))} all of them in this order",
             "refused",
         )
 
@@ -123,8 +123,8 @@ def _chosen(
     untrained_text = f", not {', '.join(others)}, which was not trained" if others else ""
     order_text = " in this order" if len(chosen) > 1 else ""
     note = (
-        f"merged in: {', '.join(chosen)}{order_text}{untrained_text}; --part NAME "
-        "merges one, --part A,B several"
+        f"merged in: {', '.join(chosen)}{order_text}{untrained_text}; {PART('NAME')} "
+        f"merges one, {PART('A,B')} several"
     )
 
     return chosen, (note,)
@@ -144,10 +144,10 @@ def _chat_config(place: Place, request: Request) -> AdapterConfig:
         own_path = place.root / configs.NAME
         if not stores.is_file(own_path):
             raise CheckpointError(
-                f"{place.folder} holds a LoRA of DeepSpeed-Chat, and no file says how it is "
-                "scaled; name one with --adapter-config FILE, such as "
-                '{"peft_type": "LORA", "lora_alpha": 1}, where lora_alpha is the lora_scaling '
-                "of the training (1 by default)",
+                f"{place.folder} holds a LoRA of DeepSpeed-Chat, and no file says how it "
+                f"is scaled; name one with {ADAPTER_CONFIG('FILE')}, such as "
+                '{"peft_type": "LORA", "lora_alpha": 1}, where lora_alpha is the '
+                "lora_scaling of the training (1 by default)",
                 "incomplete",
             )
 

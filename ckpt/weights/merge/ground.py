@@ -14,6 +14,7 @@ from ckpt.weights.naming import packed
 from ckpt.weights.request import DTYPES, Request
 from converters import quantized
 from converters.errors import CheckpointError
+from converters.options import BASE
 from converters.peft.config import AdapterConfig
 from converters.peft.merge import base_ties
 from converters.peft.merge import model as merge
@@ -143,7 +144,7 @@ def _own_ground(weights: Weights, surroundings: Surroundings, codes: bool) -> Gr
         weights = quantized.dequantized(weights, surroundings.config, None)
         note = (
             "merged into the quantized base of the checkpoint, dequantized as in the "
-            "training; --base DIR takes the full-precision base"
+            f"training; {BASE('DIR')} takes the full-precision base"
         )
         return Ground(
             weights=weights, surroundings=_unquantized(surroundings), base=None, notes=(note,)
@@ -155,7 +156,7 @@ def _own_ground(weights: Weights, surroundings: Surroundings, codes: bool) -> Gr
     kinds_of = f" ({', '.join(types)})" if types else ""
     note = f"merged into the checkpoint's own copy of the base{kinds_of}"
     if any(kind in ("BF16", "F16") for kind in types):
-        note += "; --base DIR takes the base in its original precision"
+        note += f"; {BASE('DIR')} takes the base in its original precision"
     return Ground(weights=weights, surroundings=surroundings, base=None, notes=(note,))
 
 
@@ -168,5 +169,5 @@ def _unquantized(surroundings: Surroundings) -> Surroundings:
 def _missing(place: Place, config: AdapterConfig) -> str:
     return (
         f"{place.folder} has only what was trained, and {base_model.absence(config)}; "
-        "name its folder with --base DIR"
+        f"name its folder with {BASE('DIR')}"
     )

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from converters.errors import CheckpointError
+from converters.options import BASE
 from converters.peft.config import AdapterConfig
 from converters.tensors import TensorRef, Weights
 
@@ -76,7 +77,7 @@ def repeated(weights: Weights, numbers: tuple[int, ...], place: str) -> Weights:
         raise CheckpointError(
             f"{place} has {count} layers, and layer_replication of the adapter repeats "
             f"layer {highest}: it is another model; name the base that was trained on "
-            "with --base",
+            f"with {BASE}",
             "refused",
         )
 

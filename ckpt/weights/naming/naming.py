@@ -19,6 +19,7 @@ from ckpt.weights.request import Naming, Request
 from converters.errors import CheckpointError
 from converters.names import selection
 from converters.names.rules import UNMISTAKABLE
+from converters.options import NAMES, PART, RENAME, STRIP
 from converters.tensors import Weights
 from converters.words import counted, some
 
@@ -188,11 +189,11 @@ def as_wished(model: NamedWeights, wishes: Naming) -> NamedWeights:
     """The weights as ``strip``, ``rename`` and ``part`` say."""
     names = parts.every_name(model.weights)
     stripped = selection.new_names(names, wishes.strip, ())
-    model = model.with_names(stripped, f"--strip {', '.join(wishes.strip)}")
+    model = model.with_names(stripped, STRIP(", ".join(wishes.strip)))
     names = parts.every_name(model.weights)
     changed = selection.new_names(names, (), wishes.rename)
     text = ", ".join(f"{old}={new}" for old, new in wishes.rename)
-    model = model.with_names(changed, f"--rename {text}")
+    model = model.with_names(changed, RENAME(text))
 
     return model if wishes.part is None else _one_part(model, wishes.part)
 
@@ -292,12 +293,12 @@ def _role(model: NamedWeights, groups: Mapping[str, list[str]], audience: Audien
         return model
     if audience.config is None or audience.custom:
         listed = parts.listed(groups)
-        return model.with_note(f"several models are saved as one: {listed}; --part writes one")
+        return model.with_note(f"several models are saved as one: {listed}; {PART} writes one")
 
     raise CheckpointError(
-        f"{audience.root} holds several models as one: {parts.listed(groups)}; choose "
-        f"one with --part {next(iter(groups))}, or write all as they are with --names "
-        "as-stored",
+        f"{audience.root} holds several models as one: {parts.listed(groups)}; choose one "
+        f"with {PART(next(iter(groups)))}, or write all as they are with "
+        f"{NAMES('as-stored')}",
         "refused",
     )
 

@@ -10,6 +10,7 @@ from ckpt.weights.companions.surroundings import Surroundings
 from ckpt.weights.request import Request
 from converters import quantized
 from converters.errors import CheckpointError
+from converters.options import DEQUANTIZE, DTYPE
 from converters.quantized import QuantizedGroup
 from converters.tensors import DType, Weights
 from converters.words import counted, more
@@ -52,9 +53,9 @@ def numbers(weights: Weights, surroundings: Surroundings, dtype: DType | None) -
         if stated and not groups:
             raise CheckpointError(
                 f"{surroundings.config_path} says that the weights are quantized "
-                f"({stated.get('quant_method', 'no method is named')}), but nothing "
-                "here tells which tensors are codes; leave --dequantize out to copy "
-                "them as stored",
+                f"({stated.get('quant_method', 'no method is named')}), but nothing here "
+                f"tells which tensors are codes; leave {DEQUANTIZE} out to copy them as "
+                "stored",
                 "unsupported",
             )
 
@@ -65,7 +66,7 @@ def numbers(weights: Weights, surroundings: Surroundings, dtype: DType | None) -
     count = sum(group.codes is not None for group in groups)
     if not count:
         orphans = _orphans(groups) if groups else "no weight here is quantized"
-        return Packed(number_weights, surroundings, (f"--dequantize: {orphans}",))
+        return Packed(number_weights, surroundings, (f"{DEQUANTIZE}: {orphans}",))
 
     note = f"{_weights(count)} dequantized {_schemes(groups)}"
 
@@ -122,7 +123,7 @@ def _notes(
     ):
         notes.append(
             "config.json has no quantization_config, so most readers would take the "
-            "codes for numbers; --dequantize writes numbers"
+            f"codes for numbers; {DEQUANTIZE} writes numbers"
         )
 
     if orphans:
@@ -150,11 +151,11 @@ def _orphans(groups: Sequence[QuantizedGroup]) -> str:
 def _copied(weights: Weights, surroundings: Surroundings, present: Sequence[QuantizedGroup]) -> str:
     constants = sum(len(group.constants) for group in present)
     line = f"{_weights(len(present))} quantized {_schemes(present, constants)}: "
-    line += "copied as stored under every --dtype"
+    line += f"copied as stored under every {DTYPE}"
     recipes = quantized.recipes(weights, present, surroundings.config)
     unknown_reasons = {name: reason for name, reason in recipes.items() if isinstance(reason, str)}
     if not unknown_reasons:
-        return line + "; --dequantize writes numbers"
+        return line + f"; {DEQUANTIZE} writes numbers"
 
     name, reason = next(iter(unknown_reasons.items()))
     remainder = more(len(unknown_reasons) - 1)

@@ -23,6 +23,7 @@ from ckpt.weights.output.part import Part
 from ckpt.weights.request import Naming
 from converters.errors import CheckpointError
 from converters.names.selection import renamed, selected
+from converters.options import CONFIG
 from converters.words import counted
 
 # the attribute of a Transformer module that holds the model
@@ -68,7 +69,7 @@ def split(unwrapped: NamedWeights, surroundings: Surroundings, wishes: Naming) -
         folders = modules(path.parent)
     except CheckpointError as error:
         problem = str(error).removeprefix(f"{path.parent}/")
-        return Split(unwrapped, wishes, notes=(f"{problem}; --config DIR takes another",))
+        return Split(unwrapped, wishes, notes=(f"{problem}; {CONFIG('DIR')} takes another",))
 
     model, remaining_wishes = _inside(unwrapped, folders, wishes)
     owners = _owners(model, folders)
@@ -203,8 +204,8 @@ def _note_on_modules(names: Sequence[str]) -> tuple[str, ...]:
         return ()
 
     return (
-        f"the names begin with numbers (0.model...), and no {MODULES} says which "
-        "modules these are, so the weights are not divided; if the model is a "
-        f"SentenceTransformer, --config DIR takes {MODULES}, and the folders it names, "
+        f"the names begin with numbers (0.model...), and no {MODULES} says which modules "
+        "these are, so the weights are not divided; if the model is a "
+        f"SentenceTransformer, {CONFIG('DIR')} takes {MODULES}, and the folders it names, "
         "from a folder that its save_pretrained wrote",
     )

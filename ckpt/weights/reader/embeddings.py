@@ -8,6 +8,7 @@ from typing import Any
 
 from ckpt.weights.reader.lengths import look_up
 from ckpt.weights.reader.table import LABELS, Reader
+from converters.options import CONFIG
 from converters.tensors import Weights
 from converters.words import counted
 
@@ -42,7 +43,7 @@ class Rows:
         return (
             f"{self.names[0]} has {counted(self.rows, 'row')}, and config.json says "
             f"{statement}: {cause}, and from_pretrained raises an error; write "
-            f"{self.need}, in the config.json of the output or in a copy for --config"
+            f"{self.need}, in the config.json of the output or in a copy for {CONFIG}"
         )
 
 

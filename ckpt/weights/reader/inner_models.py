@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ckpt.weights.reader.audience import Audience, Match
+from converters.options import PART
 from converters.words import some
 
 MAX_PREFIX_PARTS = 3  # parts of a name that one prefix may have
@@ -68,11 +69,11 @@ def advice(names: Iterable[str], audience: Audience) -> str:
     statement = "; ".join(_statements(models))
     choice = models[0].prefix
     if len(models) > 1:
-        return f"{statement}: --part {choice} writes the first of them"
+        return f"{statement}: {PART(choice)} writes the first of them"
 
     others = [name for name in all_names if not name.startswith(f"{choice}.")]
     without = f", without {some(others)}" if others else ""
-    return f"{statement}: --part {choice} writes these{without}"
+    return f"{statement}: {PART(choice)} writes these{without}"
 
 
 def _statements(models: list[InnerModel]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from ckpt.weights.reader import renames
 from ckpt.weights.reader.audience import StoredShapes
 from ckpt.weights.reader.fit import Fit
 from converters.errors import CheckpointError
+from converters.options import CHECK
 from converters.tensors import Weights
 
 TIMEOUT_SECONDS = 120
@@ -115,22 +116,23 @@ def ask(config: Mapping[str, Any], cls: str | None = None) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired as error:
         raise NoAnswerError(
-            f"--check transformers: transformers did not build the model in {TIMEOUT_SECONDS} s",
+            f"{CHECK('transformers')}: transformers did not build the model in {TIMEOUT_SECONDS} s",
         ) from error
 
     lines = process.stdout.strip().splitlines()
     if process.returncode or not lines:
         message = _last_line(process.stderr)
         raise NoAnswerError(
-            f"--check transformers: transformers cannot build the model of config.json: {message}",
+            f"{CHECK('transformers')}: transformers cannot build the model of "
+            f"config.json: {message}",
         )
 
     answer: dict[str, Any] = json.loads(lines[-1])
     if "lacks" in answer:
         raise NoAnswerError(
-            f"--check transformers: {answer['lacks']} is not installed beside "
-            f"{sys.executable}; install transformers and torch there, or leave the "
-            "option out",
+            f"{CHECK('transformers')}: {answer['lacks']} is not installed beside "
+            f"{sys.executable}; install transformers and torch there, or leave the option "
+            "out",
         )
 
     return answer

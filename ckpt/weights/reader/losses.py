@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ckpt.weights.reader.fields import Disagreement
 from ckpt.weights.reader.fit import Fit
+from converters.options import CHECK
 from converters.tensors import Weights
 from converters.words import counted, some
 
@@ -76,5 +77,7 @@ def sentence(loss_found: Loss) -> str:
     )
     text = f"{count_text} would not be read: {some(loss_found.names)}"
     if not loss_found.trained:
-        text += "; none of them is trained, and --check none writes them beside those that are read"
+        text += (
+            f"; none of them is trained, and {CHECK('none')} writes them beside those that are read"
+        )
     return f"{text}; {loss_found.reason}" if loss_found.reason else text

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ckpt.weights.reader.verdict import LoadVerdict
 from converters.errors import CheckpointError
+from converters.options import CHECK, RENAME, STRIP
 from converters.words import some
 
 
@@ -21,11 +22,11 @@ def judged(verdict: LoadVerdict, lacking: Sequence[str], root: Path) -> LoadVerd
         return verdict
     if verdict.unexpected:
         raise CheckpointError(
-            f"{root}: SentenceTransformer would not open the output: modules.json "
-            f"lists {some(lacking)}, which have no weights, and "
-            f"{some(verdict.unexpected)} belong to no module; give the names that "
-            "modules.json says (2.linear.weight) with --strip or --rename; --check "
-            "none writes what is there",
+            f"{root}: SentenceTransformer would not open the output: modules.json lists "
+            f"{some(lacking)}, which have no weights, and {some(verdict.unexpected)} "
+            "belong to no module; give the names that modules.json says "
+            f"(2.linear.weight) with {STRIP} or {RENAME}; {CHECK('none')} writes what is "
+            "there",
             "unloadable",
         )
 

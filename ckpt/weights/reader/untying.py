@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckpt.weights.reader.table import STACKS, Reader
+from converters.options import UNTIE
 from converters.tensors import Weights
 from converters.words import some
 
@@ -58,7 +59,7 @@ def note(weights: Weights, reader: Reader, config: Mapping[str, Any]) -> str | N
             "transformers 5"
         )
 
-    return f"{statement}: transformers 4 would lose them; --untie writes {FLAG}: false"
+    return f"{statement}: transformers 4 would lose them; {UNTIE} writes {FLAG}: false"
 
 
 def _is_always_tied(name: str, reader: Reader) -> bool:

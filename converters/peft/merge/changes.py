@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from converters.errors import CheckpointError
+from converters.options import BASE, MERGE
 from converters.peft import kinds
 from converters.peft.config import AdapterConfig
 from converters.peft.merge.lora_changes import CHAT, ada, chat, embedding, lora
-from converters.peft.merge.other_changes import OTHERWISE, ia3, loha, lokr, tokens, vera
+from converters.peft.merge.other_changes import ia3, loha, lokr, otherwise, tokens, vera
 from converters.peft.merge.sites import Changed, Parts, Site
 from converters.peft.names import TOKENS
 
@@ -33,22 +34,22 @@ def require_mergeable(config: AdapterConfig) -> None:
     title = kinds.title(config.peft_type)
     if config.prompt:
         raise CheckpointError(
-            f"{title} trains what stands before the input, and changes no weight: "
-            "there is nothing to merge; without --merge the adapter is written, for "
+            f"{title} trains what stands before the input, and changes no weight: there "
+            f"is nothing to merge; without {MERGE} the adapter is written, for "
             "PeftModel.from_pretrained",
             "refused",
         )
     if title not in _TITLES:
-        raise CheckpointError(f"{title} is not merged here; {OTHERWISE}", "unsupported")
+        raise CheckpointError(f"{title} is not merged here; {otherwise()}", "unsupported")
 
     for name, variant in _VARIANTS.items():
         if config.values.get(name):
             text = f"{config.path}: {name} makes it {variant}, which is not merged here"
-            raise CheckpointError(f"{text}; {OTHERWISE}", "unsupported")
+            raise CheckpointError(f"{text}; {otherwise()}", "unsupported")
 
     start = str(config.values.get("init_lora_weights") or "")
     if start == "mica":
-        raise CheckpointError(f"MiCA is not merged here; {OTHERWISE}", "unsupported")
+        raise CheckpointError(f"MiCA is not merged here; {otherwise()}", "unsupported")
 
 
 def alters_base(config: AdapterConfig) -> str | None:
@@ -75,12 +76,12 @@ def require_fitting_base(config: AdapterConfig, place: str, has_own_base: bool) 
     )
     if has_own_base:
         raise CheckpointError(
-            text + "merge into the copy in the checkpoint, without --base", "refused"
+            text + f"merge into the copy in the checkpoint, without {BASE}", "refused"
         )
 
     raise CheckpointError(
-        text + "the changed ones are not in the checkpoint, which has only what was trained; leave "
-        "--merge out to write the adapter; PEFT makes a plain LoRA of it with the "
+        text + "the changed ones are not in the checkpoint, which has only what was trained; "
+        f"leave {MERGE} out to write the adapter; PEFT makes a plain LoRA of it with the "
         "adapter as it was before the training (save_pretrained, "
         "path_initial_model_for_weight_conversion)",
         "refused",

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from converters import options
 from converters.computing.computed import Computed, copies
 from converters.errors import CheckpointError
 from converters.peft import names
@@ -193,8 +194,8 @@ class _Results:
             if not tensor.dtype.floating:
                 raise CheckpointError(
                     f"{module}.{last} is of {tensor.dtype.value}: codes of a quantized "
-                    "model, which nothing can be added to; name the full-precision "
-                    "base model with --base",
+                    "model, which nothing can be added to; name the full-precision base "
+                    f"model with {options.BASE}",
                     "refused",
                 )
 
@@ -216,11 +217,11 @@ class _Results:
 
     def _no_weight(self, name: str) -> CheckpointError:
         if self.place is None:
-            where = "which is not in the checkpoint; name the base model with --base"
+            where = f"which is not in the checkpoint; name the base model with {options.BASE}"
         else:
             where = (
-                f"which is neither in the checkpoint nor in {self.place}: it is "
-                "another model; name the base that was trained on with --base"
+                f"which is neither in the checkpoint nor in {self.place}: it is another "
+                f"model; name the base that was trained on with {options.BASE}"
             )
         return CheckpointError(f"the adapter changes {name}, {where}", "incomplete")
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from converters import words
 from converters.errors import CheckpointError
+from converters.options import BASE
 from converters.tensors import Checksum, DType, Extent, TensorRef, Weights
 
 
@@ -187,8 +188,8 @@ class Origins:
                 return stored
             raise CheckpointError(
                 f"{self.base.place} has no {name}, which the checkpoint has frozen as "
-                f"{source}: it is another model; name the base that was trained on "
-                "with --base",
+                f"{source}: it is another model; name the base that was trained on with "
+                f"{BASE}",
                 "refused",
             )
         if source in self.weights.buffers and stored.shape != base_tensor.shape:
@@ -228,11 +229,11 @@ class Origins:
 
         alternative = ""
         if self.holds_base:
-            alternative = ", or merge into the checkpoint's own copy, without --base"
+            alternative = f", or merge into the checkpoint's own copy, without {BASE}"
         raise CheckpointError(
             f"{self.base.place} has {name} of shape {words.shape(base_tensor.shape)}, the "
-            f"checkpoint has {source} of {words.shape(stored.shape)}: it is another model; "
-            f"name the base that was trained on with --base{alternative}",
+            f"checkpoint has {source} of {words.shape(stored.shape)}: it is another "
+            f"model; name the base that was trained on with {BASE}{alternative}",
             "refused",
         )
 

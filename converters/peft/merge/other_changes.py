@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from converters import words
 from converters.errors import CheckpointError
+from converters.options import BASE, MERGE
 from converters.peft.config import INPUT_EMBEDDING, AdapterConfig
 from converters.peft.merge.cells import WeightChange, matrix_shape
 from converters.peft.merge.lycoris import Loha, Lokr
@@ -13,7 +14,10 @@ from converters.peft.names import TOKENS
 from converters.peft.patterns import matches
 from converters.tensors import TensorRef
 
-OTHERWISE = "write the adapter (without --merge) and merge it with PEFT"
+
+def otherwise() -> str:
+    """What merges an adapter that is not merged here."""
+    return f"write the adapter (without {MERGE}) and merge it with PEFT"
 
 
 def ia3(site: Site, parts: Parts, shared: Parts, config: AdapterConfig) -> Changed:
@@ -83,7 +87,7 @@ def vera(site: Site, parts: Parts, shared: Parts, config: AdapterConfig) -> Chan
     if large_a is None or large_b is None:
         raise CheckpointError(
             "the shared matrices of VeRA are not in the checkpoint (save_projection is "
-            f"false): PEFT makes them of the configuration's seed; {OTHERWISE}",
+            f"false): PEFT makes them of the configuration's seed; {otherwise()}",
             "unsupported",
         )
 
@@ -131,10 +135,9 @@ def tokens(site: Site, parts: Parts, shared: Parts, config: AdapterConfig) -> Ch
         raise site.fail(
             f"row {max(indices)} was trained, and the weight has {shape[0]} rows: the "
             "vocabulary was resized for the training, and neither the states nor the "
-            "adapter's own file have the resized embedding; load the base model, "
-            "resize it as the training did (resize_token_embeddings, to "
-            f"{max(indices) + 1} rows at least), save it, and name that folder with "
-            "--base"
+            "adapter's own file have the resized embedding; load the base model, resize "
+            f"it as the training did (resize_token_embeddings, to {max(indices) + 1} rows "
+            f"at least), save it, and name that folder with {BASE}"
         )
 
     return {"weight": Tokens(site.weight, site.type_of(site.weight), rows, indices)}

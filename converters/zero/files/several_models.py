@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from converters.errors import CheckpointError
+from converters.options import TAG
 from converters.zero.files import discovery, state_files
 from converters.zero.files.state_files import State
 
@@ -44,8 +45,8 @@ def require_one(place: discovery.Place) -> None:
     if further_models:
         names = sorted((place.tag, *further_models))
         raise CheckpointError(
-            f"{place.root} holds {len(names)} models, {', '.join(names)}; choose one "
-            f"with --tag (latest names {place.tag}, which was saved last), or name its folder, "
+            f"{place.root} holds {len(names)} models, {', '.join(names)}; choose one with "
+            f"{TAG} (latest names {place.tag}, which was saved last), or name its folder, "
             f"such as {place.root / names[0]}",
             "incomplete",
         )

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from converters.errors import CheckpointError
+from converters.options import NO_ZERO_INIT, ZERO_INIT
 from converters.pickles.values import Call, Global
 from converters.tensors import TensorRef
 from converters.torch_files import object_graph
@@ -56,7 +57,7 @@ def _as_given(group: ParamGroup, checkpoint: Checkpoint, target: TargetTopology)
     if names != module_order or names != list(group.shapes):
         remedy = "keep to stage 3, or to stages 1 and 2"
         if deepspeed_muon:
-            remedy = "say which it will be with --zero-init or --no-zero-init"
+            remedy = f"say which it will be with {ZERO_INIT} or {NO_ZERO_INIT}"
 
         raise CheckpointError(
             f"{checkpoint.place.folder}: Muon sorts its parameters by shape, but under "

@@ -13,6 +13,7 @@ from typing import Any
 
 from converters import words
 from converters.errors import CheckpointError, MalformedError
+from converters.options import TP_RULES
 from converters.zero.files.state_files import State
 from converters.zero.parallel import affine_map, cuts, patterns
 from converters.zero.parallel.cuts import Cut, Shapes
@@ -73,8 +74,8 @@ class CutTable:
     def fail(self, name: str, error: MalformedError) -> CheckpointError:
         """The error for a cut that does not fit; the caller raises it."""
         return CheckpointError(
-            f"{self.model.path}: how {name} is cut for tensor parallelism cannot be told: {error}; "
-            "--tp-rules FILE says it",
+            f"{self.model.path}: how {name} is cut for tensor parallelism cannot be told: "
+            f"{error}; {TP_RULES('FILE')} says it",
             "unsupported",
         )
 
@@ -108,11 +109,11 @@ class CutTable:
         remainder = len(templates) - len(lines)
         more = f"; and {remainder:,} more" if remainder else ""
         raise CheckpointError(
-            f"{self.model.path} is of {self.rank_count} tensor-parallel ranks, and nothing in it "
-            f"says how {len(self.unknown):,} of its parameters were cut; write a file with a rule "
-            "for each, which may be a pattern (replicated, dim 0, dim 1, average, or "
-            "{ dim = 0, parts = N }), and give it with --tp-rules FILE: "
-            f"{'; '.join(lines)}{more}",
+            f"{self.model.path} is of {self.rank_count} tensor-parallel ranks, and "
+            f"nothing in it says how {len(self.unknown):,} of its parameters were cut; "
+            "write a file with a rule for each, which may be a pattern (replicated, dim "
+            "0, dim 1, average, or { dim = 0, parts = N }), and give it with "
+            f"{TP_RULES('FILE')}: {'; '.join(lines)}{more}",
             "unsupported",
         )
 

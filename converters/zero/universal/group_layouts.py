@@ -7,6 +7,7 @@ from typing import Any
 
 from converters import words
 from converters.errors import CheckpointError
+from converters.options import LIKE
 from converters.torch_files import object_graph
 from converters.zero import param_groups, partitioning
 from converters.zero.checkpoint import Checkpoint
@@ -41,7 +42,7 @@ def group_layouts(
         raise CheckpointError(
             f"{models[0].path} records no param_shapes by group, so the order of the "
             "parameters is not known; name a native checkpoint of the same model with "
-            "--like",
+            f"{LIKE}",
             "incomplete",
         )
     elif stage_of(models, rank) == 3:
@@ -56,8 +57,8 @@ def group_layouts(
 
     if len(layouts) != len(options):
         raise rank.fail(
-            f"it has {len(options)} param groups, param_shapes {len(layouts)}; "
-            "name a native checkpoint of the same model with --like"
+            f"it has {len(options)} param groups, param_shapes {len(layouts)}; name a "
+            f"native checkpoint of the same model with {LIKE}"
         )
 
     by_group = zip(layouts, options, first_ids, strict=True)

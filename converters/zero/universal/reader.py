@@ -29,6 +29,7 @@ from converters import words
 from converters.detect import detect
 from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError, readable
+from converters.options import LIKE, TAG
 from converters.source import SourceTopology
 from converters.storage import stores
 from converters.tensors import TensorRef
@@ -102,7 +103,7 @@ def find(path: Path, tag: str | None = None) -> discovery.Place:
     tags = [name for name in stores.folders(path) if stores.is_folder(path / name / "zero")]
     if not tags and not stores.is_file(path / LATEST):
         raise _instead(path)
-    offer = f"it holds {', '.join(tags)}: choose with --tag" if tags else "none is in it"
+    offer = f"it holds {', '.join(tags)}: choose with {TAG}" if tags else "none is in it"
 
     if tag is None:
         if not stores.is_file(path / LATEST):
@@ -306,7 +307,7 @@ def _partitioned(
             if unknown_names:
                 raise model.fail(
                     f"its param_shapes have {unknown_names[0]}, which no param group has; "
-                    "the order of the parameters (--like) is of another model"
+                    f"the order of the parameters ({LIKE}) is of another model"
                 )
 
             tensors = [masters[name] for name in group_shapes]
@@ -342,5 +343,5 @@ def _require_known(
         if states_by_name.get(name, set()) - {MASTER}:
             raise CheckpointError(
                 f"{inner / name} has optimizer state, but no param group has {name}: the "
-                "order of the parameters (param_shapes, or --like) is of another model"
+                f"order of the parameters (param_shapes, or {LIKE}) is of another model"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from converters.errors import MalformedError
+from converters.errors import CheckpointError, MalformedError
 from converters.pickles import nesting
 from converters.pickles.machine import MARK, Machine
 from converters.pickles.opcodes import OPCODES
@@ -38,7 +38,14 @@ class Interpreter(Machine):
         result = self.pop()
         if self.stack or result is MARK:
             self.fail("objects are left over")
-        if (problem := nesting.wrong(result)) is not None:
+        problem = nesting.wrong(result)
+        if problem == nesting.IN_ITSELF:
+            raise CheckpointError(
+                f"{self.where}: its pickle holds {problem}, which ckpt does not read; save it "
+                "again without that (torch.load reads it)",
+                "unsupported",
+            )
+        if problem is not None:
             self.refuse_unnatural(f"its pickle holds {problem}")
 
         return result

@@ -19,6 +19,7 @@ MAX_DEPTH = 10_000  # values in each other; Python's pickler gives up at about 1
 MAX_UNFOLDED_VALUES = 1 << 32  # values, each counted as often as it is named
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 _BRANCHES = (*_CONTAINERS, Call, TensorRef)
+IN_ITSELF = "a dict, list or tuple that lies in itself"  # Python and torch have no trouble with it
 _SMALL = 8  # values; a container of no more, and none inside, is not worth a note
 _OPEN = 0  # in place of the size of what is being looked at
 
@@ -52,7 +53,7 @@ def wrong(root: Any) -> str | None:
             branch = remaining.pop()
             known_size = sizes.get(id(branch))
             if known_size == _OPEN:
-                return "a value that lies in itself"
+                return IN_ITSELF
             if known_size is not None:
                 totals[-1] += known_size
                 continue

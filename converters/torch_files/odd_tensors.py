@@ -7,6 +7,7 @@ torch makes of them is in ``torch/_utils.py`` of 2.13.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from converters.pickles.values import Call, Global
@@ -64,10 +65,26 @@ class LazyView(Call):
     negated: bool = False
 
 
+@dataclass(slots=True, eq=False, repr=False)
+class Repeated(Call):
+    """A view that repeats the elements of ``base``, a whole storage, as ``expand`` makes it.
+
+    ``kind`` is the element type under torch's name; offset and stride count elements.
+    """
+
+    kind: str = ""
+    base: TensorRef | Call | None = None
+    offset: int = 0
+    shape: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+
+
 def reason(value: Any) -> str:
     """Why a value is not read as a tensor, in words."""
     if isinstance(value, Odd):
         return f"its elements are of type {value.kind}, which safetensors does not have"
+    if isinstance(value, Repeated):
+        return f"a view of {prod(value.shape):,} elements that repeats a few, which is not read"
     if not isinstance(value, Call):
         return f"a value of type {type(value).__name__}, not a tensor"
 
@@ -82,7 +99,7 @@ def reason(value: Any) -> str:
 def tensor_kind(call: Call) -> str | None:
     """What sort of tensor torch makes of a call: its element type, or a word such as
     sparse; ``None`` for what is not known as a tensor."""
-    if isinstance(call, Odd):
+    if isinstance(call, (Odd, Repeated)):
         return call.kind
     if isinstance(call, LazyView):
         return "lazily conjugated or negated"

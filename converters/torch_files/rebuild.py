@@ -17,15 +17,26 @@ from converters.pickles.values import Call, Global, hashable
 from converters.tensors import DType, Extent, Listed, TensorRef
 from converters.torch_files import views
 from converters.torch_files.element_types import (
+    DTYPE_NAMES,
     DTYPES,
     NUMBERS_IN_A_BYTE,
     STORAGES,
     UNREAD,
     UNREAD_DTYPES,
 )
-from converters.torch_files.odd_tensors import LazyView, Odd, Quantized, tensor_kind
+from converters.torch_files.odd_tensors import (
+    LazyView,
+    Odd,
+    Quantized,
+    Repeated,
+    tensor_kind,
+)
 
-_LAZY_VIEW = Global("torch._utils", "_lazy_view")  # a name of ours
+# names of ours
+_LAZY_VIEW = Global("torch._utils", "_lazy_view")
+_REPETITION = Global("torch._utils", "_repetition")
+
+Place = tuple[Any, Any, Any]  # offset, shape and stride of a view, as the pickle has them
 
 
 def storage_id(persistent_id: Any, path: Path) -> tuple[DType | None, str, int]:
@@ -67,7 +78,7 @@ def _tensor(*arguments: Any) -> TensorRef | Call:
 def _plain_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRef | Call:
     """A view into a storage, of any type."""
     if isinstance(storage, TensorRef):
-        return views.view(storage, offset, shape, stride)
+        return _view(storage, offset, shape, stride)
     if not isinstance(storage, Call):
         return Call(storage, (shape,))
 
@@ -76,8 +87,40 @@ def _plain_tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> TensorR
     if not itemsize or not isinstance(data, TensorRef) or not data.extents:
         return Call(storage.of, (shape,))
 
-    raw_bytes = views.as_bytes(data, itemsize, offset, shape, stride)
-    return Odd(storage.of, (shape,), kind=name, raw=raw_bytes)
+    return _odd_view(storage.of, name, data, itemsize, (offset, shape, stride))
+
+
+def _view(storage: TensorRef, offset: Any, shape: Any, stride: Any) -> TensorRef | Call:
+    """A view into a storage of a type that is read."""
+    if views.is_repetition(storage.numel, shape, stride):
+        kind = DTYPE_NAMES[storage.dtype]
+        return _repetition(kind, storage, storage.numel, (offset, shape, stride))
+    return views.view(storage, offset, shape, stride)
+
+
+def _odd_view(of: Any, kind: str, data: TensorRef, itemsize: int, place: Place) -> Call:
+    """A view into a storage of bytes, of a type that safetensors lacks."""
+    offset, shape, stride = place
+    numel = data.nbytes // itemsize
+    if views.is_repetition(numel, shape, stride):
+        whole = Odd(of, kind=kind, raw=views.as_bytes(data, itemsize, 0, (numel,), (1,)))
+        return _repetition(kind, whole, numel, place)
+
+    return Odd(of, (shape,), kind=kind, raw=views.as_bytes(data, itemsize, offset, shape, stride))
+
+
+def _repetition(kind: str, base: TensorRef | Call, numel: int, place: Place) -> Repeated:
+    """A view that repeats a storage of ``numel`` elements."""
+    offset, shape, stride = place
+    views.require_inside(numel, offset, shape, stride)
+    return Repeated(
+        _REPETITION,
+        kind=kind,
+        base=base,
+        offset=offset,
+        shape=tuple(shape),
+        stride=tuple(stride),
+    )
 
 
 def _seen_through(tensor: TensorRef | Call, metadata: tuple[Any, ...]) -> TensorRef | Call:
@@ -142,11 +185,11 @@ def _of_dtype(storage: Any, offset: Any, shape: Any, stride: Any, kind: Any) -> 
         if storage.nbytes % dtype.itemsize:
             raise MalformedError(f"a storage of {storage.nbytes} bytes holds {kind.name}")
         elements = TensorRef(dtype, (storage.nbytes // dtype.itemsize,), storage.extents)
-        return views.view(elements, offset, shape, stride)
+        return _view(elements, offset, shape, stride)
 
     assert itemsize is not None
-    raw_bytes = views.as_bytes(_bytes(storage.extents[0]), itemsize, offset, shape, stride)
-    return Odd(kind, (shape,), kind=kind.name, raw=raw_bytes)
+    data = _bytes(storage.extents[0])
+    return _odd_view(kind, kind.name, data, itemsize, (offset, shape, stride))
 
 
 _TENSOR_TYPES = {"Tensor", "Parameter", "Buffer", "NestedTensor"}

@@ -13,6 +13,8 @@ MAX_LISTED_RUNS = 1 << 10  # runs that are kept; more are worked out one by one
 MAX_AXES = 1 << 10
 MAX_REPEATED_RUNS = 1 << 16  # runs of a view that has more elements than its storage
 
+Axes = list[tuple[int, int]]  # of each its length, and the elements from one to the next
+
 
 def as_bytes(
     data: TensorRef,
@@ -72,17 +74,41 @@ def _runs(
             f"a tensor ends at element {last_element} of a storage of {storage_numel}"
         )
 
-    # the innermost axes without gaps between their elements make one run
+    run_numel, dims = _merged(axes)
+    steps = tuple((count, step * itemsize) for count, step in dims)
+    runs = Strided(base.path, base.offset + offset * itemsize, run_numel * itemsize, steps)
+    return runs if len(runs) > MAX_LISTED_RUNS else Listed(runs)
+
+
+def _merged(axes: Axes) -> tuple[int, Axes]:
+    """The elements of a run, and the axes outside of it: those without gaps are one run."""
     run_numel, dims = 1, [(count, step) for count, step in axes if count != 1]
     while dims and dims[-1][1] == run_numel:
         run_numel *= dims.pop()[0]
 
-    steps = tuple((count, step * itemsize) for count, step in dims)
-    runs = Strided(base.path, base.offset + offset * itemsize, run_numel * itemsize, steps)
-    if numel > storage_numel and len(runs) > MAX_REPEATED_RUNS:
-        raise MalformedError(f"a tensor of {numel} elements repeats a storage of {storage_numel}")
+    return run_numel, dims
 
-    return runs if len(runs) > MAX_LISTED_RUNS else Listed(runs)
+
+def is_repetition(storage_numel: int, shape: Any, stride: Any) -> bool:
+    """Whether a view repeats the elements of its storage in more runs than are read one by one.
+
+    ``torch.Tensor.expand`` makes such views. False for what is not a view at all.
+    """
+    are_tuples = isinstance(shape, (tuple, list)) and isinstance(stride, (tuple, list))
+    if not are_tuples or len(shape) != len(stride) or not _are_sizes((*shape, *stride)):
+        return False
+
+    _, dims = _merged(list(zip(shape, stride, strict=True)))
+    run_count = prod(count for count, _ in dims)
+    return prod(shape) > storage_numel and run_count > MAX_REPEATED_RUNS
+
+
+def require_inside(storage_numel: int, offset: Any, shape: Any, stride: Any) -> None:
+    """``MalformedError`` for a view (``is_repetition``) that leaves its storage."""
+    is_short = len(shape) <= MAX_AXES and _are_sizes((offset,)) and prod(shape) < 1 << 60
+    steps = ((count - 1) * step for count, step in zip(shape, stride, strict=True))
+    if not is_short or offset + sum(steps) >= storage_numel:
+        raise MalformedError(f"a tensor leaves its storage of {storage_numel} elements")
 
 
 def _are_sizes(numbers: tuple[Any, ...]) -> bool:

@@ -31,6 +31,11 @@ def by_channel(scales: torch.Tensor, dtype: torch.dtype = torch.qint8) -> torch.
     return torch.quantize_per_channel(W, scales, zeros, 0, dtype)
 
 
+def jagged(*parts: torch.Tensor) -> torch.Tensor:
+    nested: torch.Tensor = torch.nested.nested_tensor(list(parts), layout=torch.jagged)
+    return nested
+
+
 TENSORS: dict[str, Callable[[], torch.Tensor]] = {
     "plain": lambda: W.clone(),
     "parameter": lambda: nn.Parameter(W.clone()),
@@ -46,6 +51,9 @@ TENSORS: dict[str, Callable[[], torch.Tensor]] = {
     "transposed": lambda: W.t(),
     "step": lambda: torch.arange(20.0)[::3],
     "expanded": lambda: torch.ones(1, 3).expand(4, 3),
+    "repeated": lambda: W[1, 1].expand(70_000),
+    "repeated_rows": lambda: W[1:, 1:].t().expand(40_000, 3, 2),
+    "repeated_complex": lambda: C.to(torch.complex128)[0, 0].expand(70_000),
     "conj": lambda: C.conj(),
     "conj128": lambda: C.to(torch.complex128).conj(),
     "neg": lambda: torch._neg_view(W),
@@ -82,6 +90,13 @@ NEW_ONLY: dict[str, Callable[[], torch.Tensor]] = {
     "float4": lambda: torch.arange(8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
     "conj32": lambda: C.to(torch.complex32).conj(),
     "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.zeros(3)]),
+    "neg_of_bits": lambda: torch._neg_view(torch.arange(4, dtype=torch.uint8).view(torch.bits8)),
+    "repeated_bits": lambda: torch.ones(1, dtype=torch.uint8).view(torch.bits8).expand(70_000),
+    "jagged": lambda: jagged(W, W[:1]),
+    "jagged_second_axis": lambda: jagged(torch.ones(2, 3), torch.ones(2, 1)),
+    "jagged_with_holes": lambda: torch.nested.nested_tensor_from_jagged(
+        W, offsets=torch.tensor([0, 2, 3]), lengths=torch.tensor([1, 1])
+    ),
 }
 OTHERS: list[Any] = [
     *(None, True, 3, 1 << 90, 2.5, 1 + 2j, "text", b"bytes", torch.float16, torch.device("cpu")),
@@ -148,8 +163,11 @@ def same_codes(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    dense = tensor.detach().resolve_conj().resolve_neg()
-    return bytes(dense.contiguous().clone().untyped_storage())
+    dense = tensor.detach()
+    if dense.dtype is torch.bits8:  # nothing computes with these, so views of them stay views
+        return bytes((dense.is_neg(), *dense.stride(), *dense.untyped_storage()))
+    dense = dense.resolve_conj().resolve_neg().contiguous().clone()
+    return dense.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def require_same(path: Path, value: Any, legacy: bool = False) -> None:
@@ -272,7 +290,15 @@ def test_scales_and_parts_that_fit_nothing_are_refused(tmp_path: Path) -> None:
         arguments = (storage, 0, (3, 4), (4, 1), parameters, False, OrderedDict())
         return Forged(torch._utils._rebuild_qtensor, *arguments)
 
-    for forged in (nested([0, 3]), nested([0, 1 << 50]), by_channels(2)):
+    def rows(offsets: list[int], axis: int = 1) -> Forged:
+        fields = {"values": torch.ones(5, 2), "offsets": torch.tensor(offsets), "lengths": None}
+        arguments = ({**fields, "_ragged_idx": axis, "_metadata_cache": {}},)
+        kind = type(jagged(torch.ones(2)))
+        rebuild = torch.nested._internal.nested_tensor._rebuild_njt
+        return Forged(torch._tensor._rebuild_from_type_v2, rebuild, kind, arguments, {})
+
+    cut_wrong = (rows([0, 3, 6]), rows([0, 3, 2]), rows([-1, 2]), rows([0, 2], 3), rows([]))
+    for forged in (nested([0, 3]), nested([0, 1 << 50]), by_channels(2), *cut_wrong):
         torch.save({"w": forged}, tmp_path / "x.pt")
         with (
             ckpt.open(tmp_path / "x.pt") as opened,

@@ -6,7 +6,7 @@ Sources: ``torch/_utils.py`` of 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckpt.weights.opening import tensors
@@ -17,7 +17,7 @@ from converters.pickles.values import Call, Global
 from converters.tensors import DType, TensorRef
 from converters.torch_files import odd_tensors
 from converters.torch_files.element_types import DTYPES, UNREAD_DTYPES
-from converters.torch_files.odd_tensors import LazyView, Odd, Quantized
+from converters.torch_files.odd_tensors import LazyView, Odd, Quantized, Repeated
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,22 @@ def tensor(value: Any, name: str) -> torch.Tensor:
     require_torch()
     import torch
 
+    try:
+        return _tensor(value, name)
+    except RuntimeError as error:  # what torch does not do with this type
+        kind = odd_tensors.tensor_kind(value) if isinstance(value, Call) else None
+        reason = f"which torch {torch.__version__} does not make: {_first_line(error)}"
+        raise refusal(name, kind or "plain", reason) from error
+
+
+def _first_line(error: RuntimeError) -> str:
+    """The first sentence of what torch says, which may go on for a page."""
+    return str(error).partition("\n")[0].partition(". ")[0]
+
+
+def _tensor(value: Any, name: str) -> torch.Tensor:
+    import torch
+
     if isinstance(value, TensorRef):
         return torch.as_tensor(tensors.read(value, value.dtype, "pt"))
     if isinstance(value, Odd) and value.raw is not None:
@@ -41,7 +57,9 @@ def tensor(value: Any, name: str) -> torch.Tensor:
     if isinstance(value, LazyView):
         base = tensor(value.base, name)
         conjugate = torch.conj_physical(base) if value.conjugated else base
-        return -conjugate if value.negated else conjugate
+        return _negated(conjugate) if value.negated else conjugate
+    if isinstance(value, Repeated):
+        return tensor(value.base, name).as_strided(value.shape, value.stride, value.offset)
 
     build = _BUILDERS.get(getattr(value.of, "name", "")) if isinstance(value, Call) else None
     if build is not None:
@@ -49,6 +67,17 @@ def tensor(value: Any, name: str) -> torch.Tensor:
 
     kind = odd_tensors.tensor_kind(value) if isinstance(value, Call) else None
     raise refusal(name, kind or "damaged", "which ckpt does not read; torch.load does")
+
+
+def _negated(base: torch.Tensor) -> torch.Tensor:
+    """The tensor negated; of types that have no negation the view that torch.load gives."""
+    import torch
+
+    try:
+        return -base
+    except RuntimeError:
+        negated: torch.Tensor = torch._neg_view(base)
+        return negated
 
 
 def refusal(name: str, kind: str, reason: str) -> CheckpointError:
@@ -186,6 +215,47 @@ def _lie_in(buffer: torch.Tensor, sizes: Any, strides: Any, offsets: Any) -> boo
     return True
 
 
+def _jagged(call: Call, name: str) -> torch.Tensor:
+    """A nested tensor of the jagged layout: rows of one tensor, told apart by offsets.
+
+    ``torch/nested/_internal/nested_tensor.py`` (``_rebuild_njt``).
+    """
+    import torch
+
+    fields = call.args[0] if len(call.args) == 1 and isinstance(call.args[0], dict) else {}
+    parts = {key: fields.get(key) for key in ("values", "offsets", "lengths")}
+    tensors = {key: tensor(part, name) for key, part in parts.items() if part is not None}
+    axis = fields.get("_ragged_idx")
+    if "values" not in tensors or not _are_rows(tensors, axis):
+        raise CheckpointError(f"{name}: a nested tensor whose parts do not fit each other")
+
+    build: Callable[..., torch.Tensor] = torch.nested.nested_tensor_from_jagged
+    return build(**tensors, jagged_dim=axis)
+
+
+def _are_rows(tensors: Mapping[str, torch.Tensor], axis: Any) -> bool:
+    """Whether offsets (and lengths) cut the values into rows along an axis of them."""
+    import torch
+
+    values, offsets = tensors["values"], tensors.get("offsets")
+    lengths = tensors.get("lengths")
+    numbers = [part for part in (offsets, lengths) if part is not None]
+    are_vectors = all(
+        part.dim() == 1 and part.dtype in (torch.int32, torch.int64) for part in numbers
+    )
+    if offsets is None or not are_vectors or not offsets.numel():
+        return False
+    if not is_whole_number(axis, 1) or axis > values.dim():
+        return False
+
+    sizes = offsets.diff() if lengths is None else lengths
+    if len(sizes) != len(offsets) - 1:
+        return False
+    ends = offsets[:-1] + sizes
+    row_count = values.shape[axis - 1]
+    return bool((offsets >= 0).all() and (sizes >= 0).all() and (ends <= row_count).all())
+
+
 def _meta(call: Call, name: str) -> torch.Tensor:
     """A tensor without values (``_rebuild_meta_tensor_no_storage``)."""
     import torch
@@ -208,5 +278,6 @@ def _are_sizes(numbers: Any) -> bool:
 _BUILDERS: dict[str, Callable[[Call, str], torch.Tensor]] = {
     "_rebuild_sparse_tensor": _sparse,
     "_rebuild_nested_tensor": _nested,
+    "_rebuild_njt": _jagged,
     "_rebuild_meta_tensor_no_storage": _meta,
 }

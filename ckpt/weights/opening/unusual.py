@@ -17,7 +17,7 @@ from converters.source import Source
 from converters.tensors import DType, Listed, TensorRef
 from converters.torch_files import odd_tensors
 from converters.torch_files.element_types import DTYPE_NAMES
-from converters.torch_files.odd_tensors import LazyView, Odd, Quantized
+from converters.torch_files.odd_tensors import LazyView, Odd, Quantized, Repeated
 from converters.words import shape as shape_text
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def _of(name: Any, value: Any) -> Unusual | None:
     if isinstance(value, Quantized) and value.raw is not None:
         return Unusual(name, value.kind, value.shape, value, value.raw)
 
-    return Unusual(name, kind, None, value, TensorRef(DType.U8, (0,), Listed([])))
+    shape = value.shape if isinstance(value, Repeated) else None
+    return Unusual(name, kind, shape, value, TensorRef(DType.U8, (0,), Listed([])))
 
 
 def _of_view(name: str, view: LazyView) -> Unusual | None:
@@ -129,8 +130,21 @@ def _array(value: Any) -> np.ndarray[Any, Any] | None:
             return None
         conjugate = np.conj(base) if value.conjugated else base
         return np.asarray(-conjugate if value.negated else conjugate)
+    if isinstance(value, Repeated):
+        base = _array(value.base)
+        return None if base is None else _repeated(base, value)
     if isinstance(value, Odd) and value.raw is not None and value.kind in _NUMPY:
         octets = np.asarray(tensors.read(value.raw, DType.U8, "np"))
         return octets.view(_NUMPY[value.kind]).reshape(value.raw.shape[:-1])
 
     return None
+
+
+def _repeated(base: np.ndarray[Any, Any], value: Repeated) -> np.ndarray[Any, Any]:
+    """The view that repeats elements of ``base``; it takes no memory, and is not to be written."""
+    import numpy as np
+
+    strides = tuple(step * base.itemsize for step in value.stride)
+    return np.lib.stride_tricks.as_strided(
+        base.reshape(-1)[value.offset :], value.shape, strides, writeable=False
+    )

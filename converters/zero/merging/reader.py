@@ -1,0 +1,34 @@
+"""The checkpoint at a path, as ZeRO alone would have saved it."""
+
+from __future__ import annotations
+
+from converters.detect import detect
+from converters.detect.deepspeed import TENSOR_PARALLEL
+from converters.errors import readable
+from converters.storage import open_files
+from converters.storage.store import Name
+from converters.storage.stores import source_path
+from converters.zero import checkpoint as zero
+from converters.zero.checkpoint import Checkpoint
+from converters.zero.merging import mics
+
+
+@open_files.once()
+def read(path: Name, tag: str | None = None) -> Checkpoint:
+    """Locates everything that a training goes on from; reads pickles only.
+
+    ``CheckpointError`` for what is damaged, incomplete, or has no form that ZeRO alone would
+    have saved.
+    """
+    location = source_path(path)
+    kind = detect(location, tag).kind.name
+    with readable(location, "a file is damaged or of another save"):
+        if kind == TENSOR_PARALLEL:
+            # which most checkpoints need not
+            from converters.zero.merging import tensor_parallel
+            from converters.zero.parallel import reader
+
+            return tensor_parallel.merged(reader.read(location, tag, complete=True))
+
+    checkpoint = zero.read(location, tag)
+    return mics.merged(checkpoint) if mics.is_of_mics(checkpoint) else checkpoint

@@ -12,7 +12,9 @@ from converters.torch_files.object_graph import Storage
 from converters.zero.param_groups import ParamGroup
 
 
-def require_same_count(paths: Sequence[Path], groups_by_rank: Sequence[Sequence[ParamGroup]]) -> None:
+def require_same_count(
+    paths: Sequence[Path], groups_by_rank: Sequence[Sequence[ParamGroup]]
+) -> None:
     """Raises unless all ranks have as many param groups."""
     count = len(groups_by_rank[0])
     for path, groups in zip(paths, groups_by_rank, strict=True):

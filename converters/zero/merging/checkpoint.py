@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from converters.pickles.values import Call
-from converters.source import Source
-from converters.tensors import TensorRef
+from converters.source import Source, SourceTopology
+from converters.tensors import TensorRef, Weights
 from converters.torch_files import object_graph
 from converters.zero import param_groups
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import discovery
-from converters.zero.files.state_files import MAX_NESTING
+from converters.zero.files.state_files import MAX_NESTING, State
 from converters.zero.merging import roots
 from converters.zero.param_groups import ParamGroup
 
@@ -32,13 +32,15 @@ class MergedCheckpoint(Checkpoint):
 
     ``source`` is what was merged, ``groups`` are the whole param groups. ``model`` and ``ranks``
     are the files of the first model-parallel rank, ``model_paths`` its model files by data
-    rank. ``layer_nodes`` are values of the state dict that lie in other files.
+    rank. ``layer_nodes`` are values of the state dict that lie in other files, ``changes``
+    entries of model files that the whole model has otherwise.
     """
 
     source: Source
     groups: tuple[ParamGroup, ...]
     model_paths: tuple[Path, ...]
     layer_nodes: Mapping[str, Node] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     def model_root(self, root: Mapping[Any, Any]) -> Any:
         """The root of a model file with the state dict of the whole model."""
@@ -64,8 +66,7 @@ class MergedCheckpoint(Checkpoint):
         state = old_module.state if isinstance(old_module, Call) else None
         module = Call(object_graph.ORDERED, (), state, pairs=list(nodes.items()))
         entries = {"module": module, "dp_world_size": self.world_size}
-        return {**roots.of_zero_alone(root), **entries}
-
+        return {**roots.of_zero_alone(root), **self.changes, **entries}
 
     def tensors(self) -> Iterator[tuple[str, TensorRef]]:
         """Every tensor that is written, with a label; some have replicas on other ranks."""
@@ -85,6 +86,34 @@ class MergedCheckpoint(Checkpoint):
 def original(checkpoint: Checkpoint) -> Source:
     """What was saved: the checkpoint itself, or what it was merged from."""
     return checkpoint.source if isinstance(checkpoint, MergedCheckpoint) else checkpoint
+
+
+def whole_model(
+    model: State,
+    weights: Weights,
+    groups: Sequence[ParamGroup],
+    own_values: Mapping[str, Any],
+    topology: SourceTopology,
+) -> State:
+    """A model file as if it had the state dict of the whole model.
+
+    ``own_values`` are what the files have under a name: buffers, and under stage 3 what stands
+    in the place of parameters.
+    """
+    module: dict[str, Any] = {}
+    for name in weights.order:
+        owner = weights.aliases.get(name, name)
+        tensor = weights.copies.get(owner, weights.tensors.get(owner))
+        is_own = tensor is None or topology.stage == 3 or owner in weights.buffers
+        module[name] = own_values.get(name) if is_own else tensor
+
+    entries: Mapping[str, Any] = {
+        **roots.of_zero_alone(model.root),
+        "module": module,
+        "param_shapes": [dict(group.shapes) for group in groups],
+        "dp_world_size": topology.world_size,
+    }
+    return State(model.file, entries)
 
 
 def groups_of(checkpoint: Checkpoint) -> list[ParamGroup]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from converters.detect import detect
-from converters.detect.deepspeed import TENSOR_PARALLEL
+from converters.detect.deepspeed import PIPELINE, TENSOR_PARALLEL
 from converters.errors import readable
 from converters.storage import open_files
 from converters.storage.store import Name
@@ -26,9 +26,16 @@ def read(path: Name, tag: str | None = None) -> Checkpoint:
         if kind == TENSOR_PARALLEL:
             # which most checkpoints need not
             from converters.zero.merging import tensor_parallel
-            from converters.zero.parallel import reader
+            from converters.zero.parallel import reader as parallel_reader
 
-            return tensor_parallel.merged(reader.read(location, tag, complete=True))
+            return tensor_parallel.merged(parallel_reader.read(location, tag, complete=True))
+
+        if kind == PIPELINE:
+            from converters.zero.merging import pipeline
+            from converters.zero.pipeline import reader as pipeline_reader
+
+            source = pipeline_reader.read(location, tag, complete=True)
+            return pipeline.merged(pipeline.require_partitions(source))
 
     checkpoint = zero.read(location, tag)
     return mics.merged(checkpoint) if mics.is_of_mics(checkpoint) else checkpoint

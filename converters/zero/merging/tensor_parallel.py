@@ -6,8 +6,7 @@ nothing of a parameter does not have its name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from converters.errors import CheckpointError, MalformedError
 from converters.source import SourceTopology
@@ -16,9 +15,8 @@ from converters.torch_files import object_graph
 from converters.zero import muon, param_groups
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import discovery
-from converters.zero.files.state_files import State
-from converters.zero.merging import agreement, roots
-from converters.zero.merging.checkpoint import MergedCheckpoint
+from converters.zero.merging import agreement
+from converters.zero.merging.checkpoint import MergedCheckpoint, whole_model
 from converters.zero.param_groups import ParamGroup
 from converters.zero.parallel.reader import TensorParallelCheckpoint
 
@@ -31,13 +29,17 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
     _require(source)
     first = source.lanes[0]
     groups = tuple(_groups(source))
+    topology = SourceTopology(first.world_size, first.stage)
+    own_values = {
+        name: value for lane in reversed(source.lanes) for name, value in lane.model.module.items()
+    }
     files = discovery.lanes(source.place)[0]
     is_partitioned = source.stage == 3 or files.module is None
 
     return MergedCheckpoint(
         kind=source.kind,
         place=source.place,
-        topology=SourceTopology(first.world_size, first.stage),
+        topology=topology,
         precision=first.precision,
         step=source.step,
         version=source.version,
@@ -46,7 +48,7 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
         entries=source.entries,
         notes=(*source.notes, *_notes(source)),
         without_frozen=source.without_frozen,
-        model=_model(source, groups),
+        model=whole_model(first.model, source.weights, groups, own_values, topology),
         ranks=first.ranks,
         names=first.names,
         source=source,
@@ -141,31 +143,6 @@ def _tensor(
             f"{source.place.folder}: {key or 'fp32 weights'} of {name}: {error}; files of several "
             "saves are mixed"
         ) from error
-
-
-def _model(source: TensorParallelCheckpoint, groups: Sequence[ParamGroup]) -> State:
-    """The model file of the first rank as if it had the state dict of the whole model."""
-    first = source.lanes[0]
-    weights = source.weights
-    module: dict[str, Any] = {}
-    for name in weights.order:
-        owner = weights.aliases.get(name, name)
-        own_value = next(
-            (lane.model.module[name] for lane in source.lanes if name in lane.model.module), None
-        )
-        tensor = weights.copies.get(owner, weights.tensors.get(owner))
-        if tensor is None or first.stage == 3 or owner in weights.buffers:
-            module[name] = own_value
-        else:
-            module[name] = tensor
-
-    entries: Mapping[str, Any] = {
-        **roots.of_zero_alone(first.model.root),
-        "module": module,
-        "param_shapes": [dict(group.shapes) for group in groups],
-        "dp_world_size": first.world_size,
-    }
-    return State(first.model.file, entries)
 
 
 def _notes(source: TensorParallelCheckpoint) -> Iterator[str]:

@@ -21,10 +21,10 @@ from converters.storage import open_files
 from converters.storage.store import default_output, output_path
 from converters.storage.stores import source_path
 from converters.storage.url_path import absolute
-from converters.torch_files import object_graph
 from converters.zero import checkpoint as zero
-from converters.zero import param_groups
 from converters.zero.files import several_models
+from converters.zero.merging import checkpoint as merged
+from converters.zero.merging import reader as merging
 from converters.zero.native import reshard as native
 from converters.zero.native.target import require_arguments
 from converters.zero.universal import plan as planning
@@ -47,9 +47,10 @@ def plan_to(
     """
     path = source_path(checkpoint)
     several_models.find(path, tag)  # refuses a choice between models
-    source = zero.read(path, tag)
+    source = merging.read(path, tag)
     file_plan = planning.to_universal(source)
-    groups = param_groups.read(source, object_graph.read_root(source.ranks[0].path))
+    groups = merged.groups_of(source)
+    world_size = merged.original(source).world_size
     home = job.home_of(source)
 
     return Rewriting(
@@ -59,7 +60,7 @@ def plan_to(
         plan=file_plan,
         output=absolute(output_path(output or default_output(home, home.name + SUFFIX))),
         tag=planning.universal_tag(source),
-        companions=tuple(job.companions_for(home, source.world_size, source.world_size)),
+        companions=tuple(job.companions_for(home, world_size, world_size)),
         notes=(*source.notes, *universal_limits.notes(source, groups)),
     )
 

@@ -5,5 +5,6 @@ roots            entries of state files that tell of parallelism, as ZeRO alone 
 tensor_parallel  the shards of all tensor-parallel ranks, param group by param group
 pipeline         the same of all stages
 mics             the first shard group of MiCS
+universal_entries  what universal files say of how parameters are cut
 reader           which of these a path is
 """

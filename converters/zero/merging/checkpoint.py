@@ -33,7 +33,8 @@ class MergedCheckpoint(Checkpoint):
     ``source`` is what was merged, ``groups`` are the whole param groups. ``model`` and ``ranks``
     are the files of the first model-parallel rank, ``model_paths`` its model files by data
     rank. ``layer_nodes`` are values of the state dict that lie in other files, ``changes``
-    entries of model files that the whole model has otherwise.
+    entries of model files that the whole model has otherwise, ``universal_entries`` what the
+    files of the universal format say of a parameter.
     """
 
     source: Source
@@ -41,6 +42,7 @@ class MergedCheckpoint(Checkpoint):
     model_paths: tuple[Path, ...]
     layer_nodes: Mapping[str, Node] = field(default_factory=dict)
     changes: Mapping[str, Any] = field(default_factory=dict)
+    universal_entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def model_root(self, root: Mapping[Any, Any]) -> Any:
         """The root of a model file with the state dict of the whole model."""
@@ -121,6 +123,13 @@ def groups_of(checkpoint: Checkpoint) -> list[ParamGroup]:
     if isinstance(checkpoint, MergedCheckpoint):
         return list(checkpoint.groups)
     return param_groups.read(checkpoint, object_graph.read_root(checkpoint.ranks[0].path))
+
+
+def universal_entries(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
+    """What the files of the universal format say of a parameter, beside its values."""
+    if isinstance(checkpoint, MergedCheckpoint):
+        return checkpoint.universal_entries.get(name, {})
+    return {}
 
 
 def optimizer_root(checkpoint: Checkpoint, rank: int) -> dict[Any, Any]:

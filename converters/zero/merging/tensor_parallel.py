@@ -7,6 +7,7 @@ nothing of a parameter does not have its name.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from converters.errors import CheckpointError, MalformedError
 from converters.source import SourceTopology
@@ -15,10 +16,11 @@ from converters.torch_files import object_graph
 from converters.zero import muon, param_groups
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import discovery
-from converters.zero.merging import agreement
+from converters.zero.merging import agreement, roots, universal_entries
 from converters.zero.merging.checkpoint import MergedCheckpoint, whole_model
-from converters.zero.param_groups import ParamGroup
+from converters.zero.parallel import patterns
 from converters.zero.parallel.reader import TensorParallelCheckpoint
+from converters.zero.param_groups import ParamGroup
 
 
 def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
@@ -53,6 +55,7 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
         names=first.names,
         source=source,
         groups=groups,
+        universal_entries=_universal_entries(source),
         model_paths=tuple(files.partitioned.values()) if is_partitioned else (first.model.path,),
     )
 
@@ -143,6 +146,16 @@ def _tensor(
             f"{source.place.folder}: {key or 'fp32 weights'} of {name}: {error}; files of several "
             "saves are mixed"
         ) from error
+
+
+def _universal_entries(source: TensorParallelCheckpoint) -> dict[str, dict[str, Any]]:
+    """What universal files say of the parameters."""
+    info = source.lanes[0].model.root.get(roots.INFO)
+    known = info if isinstance(info, dict) else {}
+    return {
+        name: universal_entries.entries_of(name, cut, patterns.is_vocabulary(known, name))
+        for name, cut in source.cuts.items()
+    }
 
 
 def _notes(source: TensorParallelCheckpoint) -> Iterator[str]:

@@ -211,7 +211,8 @@ def parameter_files(
     for group in groups:
         for key, tensors in group.values.items():
             for name, tensor in tensors.items():
-                yield name, _stem(key), _tensor_entry(tensor, tensor.dtype)
+                entries = merged.universal_entries(checkpoint, name)
+                yield name, _stem(key), {**_tensor_entry(tensor, tensor.dtype), **entries}
 
         if STEP in group.constants:
             for name in group.shapes:

@@ -50,7 +50,7 @@ from converters.zero.universal.reader import Universal
 
 ARGUMENTS = (  # of the functions for users, as errors name them
     *("output=", "tag=", "world_size=", "stage=", "like=", "sub_group_size=", "zero_init=True"),
-    *("zero_init=False", "verify=False", "read_back=True", "overwrite=True"),
+    *("tp_rules=", "zero_init=False", "verify=False", "read_back=True", "overwrite=True"),
 )
 # written, never copied
 WRITTEN_NAMES = ("latest", filenames.MANIFEST, filenames.REWRITING, filenames.PINNED)

@@ -30,6 +30,7 @@ from converters.zero.merging import checkpoint as merged
 from converters.zero.merging import reader as merging
 from converters.zero.native import reshard as native
 from converters.zero.native.target import SUB_GROUP, TargetTopology, require_arguments
+from converters.zero.parallel import rules
 
 
 @naming_arguments(*ARGUMENTS)
@@ -43,8 +44,12 @@ def plan(
     tag: str | None = None,
     sub_group_size: int | None = None,
     zero_init: bool | None = None,
+    tp_rules: str | os.PathLike[str] | None = None,
 ) -> Rewriting:
     """Plans the same checkpoint for ``world_size`` ranks and a stage, or its own.
+
+    One of tensor parallelism, a pipeline or MiCS becomes one of ZeRO alone; ``tp_rules``
+    is a file that says how parameters were cut for tensor parallelism.
 
     Reads pickles, and what ranks share of Muon's momentum. ``sub_group_size``
     (elements, stage 3) defaults to the run's own. ``zero_init``: whether the engine's
@@ -55,7 +60,8 @@ def plan(
     require_arguments(world_size, stage, sub_group_size)
     place = source_path(checkpoint)
     several_models.find(place, tag)  # refuses a choice between models
-    source = merging.read(place, tag)
+    with rules.using(tp_rules):
+        source = merging.read(place, tag)
     target = native.target(source, stage, world_size, sub_group_size, zero_init)
     _require_change(source, target)
 

@@ -27,6 +27,7 @@ from converters.zero.merging import checkpoint as merged
 from converters.zero.merging import reader as merging
 from converters.zero.native import reshard as native
 from converters.zero.native.target import require_arguments
+from converters.zero.parallel import rules
 from converters.zero.universal import plan as planning
 from converters.zero.universal import reader
 from converters.zero.universal.reader import SUFFIX
@@ -39,15 +40,17 @@ def plan_to(
     *,
     output: str | os.PathLike[str] | None = None,
     tag: str | None = None,
+    tp_rules: str | os.PathLike[str] | None = None,
 ) -> Rewriting:
     """Plans the universal folder of a checkpoint of ZeRO 1, 2 or 3.
 
-    Reads pickles, no tensors. Raises ``CheckpointError`` for what is damaged, or
-    has no partitions.
+    Reads pickles, no tensors. ``tp_rules`` as ``reshard.plan`` has it. Raises
+    ``CheckpointError`` for what is damaged, or has no partitions.
     """
     path = source_path(checkpoint)
     several_models.find(path, tag)  # refuses a choice between models
-    source = merging.read(path, tag)
+    with rules.using(tp_rules):
+        source = merging.read(path, tag)
     file_plan = planning.to_universal(source)
     groups = merged.groups_of(source)
     world_size = merged.original(source).world_size

@@ -30,12 +30,12 @@ def require_same_settings(index: int, paths: Sequence[Path], groups: Sequence[Pa
     """Raises unless the ranks have the same options and constants of param group ``index``."""
     first = groups[0]
     for path, group in zip(paths, groups, strict=True):
-        same = (
+        are_alike = (
             _equal(group.options, first.options)
             and _equal(dict(group.constants), dict(first.constants))
             and group.keys == first.keys
         )
-        if not same:
+        if not are_alike:
             raise CheckpointError(
                 f"{path} has other options or states of param group {index} than "
                 f"{paths[0].name}; the files are of two saves, or the ranks were configured apart"
@@ -45,7 +45,7 @@ def require_same_settings(index: int, paths: Sequence[Path], groups: Sequence[Pa
 def _equal(first: Any, second: Any) -> bool:
     """Whether two trees are alike; the numbers in their storages were compared on reading."""
 
-    def is_alike(one: Storage, other: Storage) -> bool:
-        return one.kind == other.kind and one.numel == other.numel
+    def is_alike(storage: Storage, counterpart: Storage) -> bool:
+        return storage.kind == counterpart.kind and storage.numel == counterpart.numel
 
     return object_graph.equal(first, second, is_alike)

@@ -63,7 +63,7 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
 def _require(source: TensorParallelCheckpoint) -> None:
     """Raises for states that are not written for other ranks."""
     first = source.lanes[0]
-    averages = [name for name, cut in source.cuts.items() if cut.averages]
+    averages = [name for name, layout in source.cuts.items() if layout.averages]
     if not first.ranks:
         reason = (
             "was saved by tensor-parallel ranks without ZeRO, whose optimizer has no partitions to "
@@ -151,10 +151,10 @@ def _tensor(
 def _universal_entries(source: TensorParallelCheckpoint) -> dict[str, dict[str, Any]]:
     """What universal files say of the parameters."""
     info = source.lanes[0].model.root.get(roots.INFO)
-    known = info if isinstance(info, dict) else {}
+    records = info if isinstance(info, dict) else {}
     return {
-        name: universal_entries.entries_of(name, cut, patterns.is_vocabulary(known, name))
-        for name, cut in source.cuts.items()
+        name: universal_entries.entries_of(name, layout, patterns.is_vocabulary(records, name))
+        for name, layout in source.cuts.items()
     }
 
 

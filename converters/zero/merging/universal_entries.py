@@ -22,12 +22,12 @@ from converters.zero.parallel.cuts import Cut, Shape
 _SUB_PARAMETERS = Global("deepspeed.checkpoint.universal_checkpoint", "SubparamShape")
 
 
-def entries_of(name: str, cut: Cut, is_vocabulary: bool) -> dict[str, Any]:
+def entries_of(name: str, layout: Cut, is_vocabulary: bool) -> dict[str, Any]:
     """The entries of a parameter that is cut so; empty for one that every rank has whole."""
     axes = {
         axis
-        for piece in cut.pieces
-        for axis, (size, length) in enumerate(zip(piece.sizes, cut.shape, strict=True))
+        for piece in layout.pieces
+        for axis, (size, length) in enumerate(zip(piece.sizes, layout.shape, strict=True))
         if size != length
     }
     # boxes on several axes, or the experts of a rank, are cut by none of these
@@ -39,20 +39,20 @@ def entries_of(name: str, cut: Cut, is_vocabulary: bool) -> dict[str, Any]:
     if is_vocabulary:
         entries["vocab_tensor"] = True
 
-    widths = _widths(cut, axis)
+    widths = _widths(layout, axis)
     if len(widths) > 1 and len(set(widths)) == 1:
         entries["param_n_sub_params"] = len(widths)
     elif len(widths) > 1:
-        entries["sub_param_shape"] = _sub_parameters(name, cut.shape, axis, widths)
+        entries["sub_param_shape"] = _sub_parameters(name, layout.shape, axis, widths)
     return entries
 
 
-def _widths(cut: Cut, axis: int) -> list[int]:
+def _widths(layout: Cut, axis: int) -> list[int]:
     """The sizes of the sub-parameters on the axis, each of which all ranks have a piece of.
 
     Empty where the pieces do not lie so: rank by rank within each sub-parameter.
     """
-    pieces = sorted(cut.pieces, key=lambda piece: piece.offsets[axis])
+    pieces = sorted(layout.pieces, key=lambda piece: piece.offsets[axis])
     ranks = sorted({piece.rank for piece in pieces})
     count, remainder = divmod(len(pieces), len(ranks))
     if remainder or [piece.rank for piece in pieces] != ranks * count:

@@ -17,6 +17,7 @@ from ckpt.cli.options import CHECKPOINT, JSON, LOCAL_PATH, OUTPUT_PATH, TAG
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned, Progress
 from ckpt.cli.usage.command import Command
+from ckpt.cli.weight_options import TP_RULES
 from converters.words import counted
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def _with_options(
 @CHECKPOINT
 @_world_size(help="The ranks (GPUs) that will resume. Default: as many as saved.")
 @_with_options(_NATIVE)
+@TP_RULES
 @TAG
 @_with_options(_SHARED)
 def reshard(
@@ -100,11 +102,13 @@ def reshard(
     tag: str | None,
     sub_group_size: int | None,
     zero_init: bool | None,
+    tp_rules: Path | None,
     **options: Any,
 ) -> None:
-    """Rewrite a ZeRO checkpoint for another number of ranks, or another stage.
+    """Rewrite a checkpoint for another number of ranks, or another stage.
 
-    The output holds DeepSpeed's own files: engine.load_checkpoint, and the Trainer's
+    One of tensor parallelism, of a pipeline or of MiCS is written for ZeRO alone. The
+    output holds DeepSpeed's own files: engine.load_checkpoint, and the Trainer's
     resume_from_checkpoint, load it as they load any. Weights, every optimizer state,
     steps, loss scale, scheduler and client state are those of CHECKPOINT, bit for bit.
 
@@ -124,6 +128,7 @@ def reshard(
         tag=tag,
         sub_group_size=sub_group_size,
         zero_init=zero_init,
+        tp_rules=tp_rules,
     )
 
     _rewrite(rewriting, **options)
@@ -137,10 +142,17 @@ def reshard(
     type=OUTPUT_PATH,
     help="Default: CHECKPOINT_universal.",
 )
+@TP_RULES
 @TAG
 @_with_options(_SHARED)
-def to_universal(checkpoint: Path, output: Path | None, tag: str | None, **options: Any) -> None:
-    """Write a ZeRO checkpoint in DeepSpeed's universal format.
+def to_universal(
+    checkpoint: Path,
+    output: Path | None,
+    tp_rules: Path | None,
+    tag: str | None,
+    **options: Any,
+) -> None:
+    """Write a checkpoint in DeepSpeed's universal format.
 
     The output is loaded on any number of ranks by a stock engine of stage 1, 2 or 3
     that has "checkpoint": {"load_universal": true} in its configuration. ckpt reshard
@@ -152,7 +164,7 @@ def to_universal(checkpoint: Path, output: Path | None, tag: str | None, **optio
     """
     from ckpt.rewrite import universal
 
-    _rewrite(universal.plan_to(checkpoint, output=output, tag=tag), **options)
+    _rewrite(universal.plan_to(checkpoint, output=output, tag=tag, tp_rules=tp_rules), **options)
 
 
 @click.command(

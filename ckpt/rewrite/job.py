@@ -33,7 +33,7 @@ from ckpt.runs.foreign import replaceable
 from ckpt.runs.manifest import Manifest
 from ckpt.weights.arguments import naming_arguments
 from ckpt.weights.companions import model_folder
-from converters.execute import shards, small_files
+from converters.execute import replicas, shards, small_files
 from converters.execute.logbook import Logbook
 from converters.plan import Plan
 from converters.storage import local, open_files, stores
@@ -41,6 +41,7 @@ from converters.storage.local_store import LOCAL
 from converters.storage.url_path import absolute
 from converters.words import counted
 from converters.zero import checkpoint as zero
+from converters.zero.merging import checkpoint as merged
 from converters.zero.native import proof as retrace
 from converters.zero.native import reshard
 from converters.zero.native.target import TargetTopology
@@ -49,7 +50,7 @@ from converters.zero.universal.reader import Universal
 
 ARGUMENTS = (  # of the functions for users, as errors name them
     *("output=", "tag=", "world_size=", "stage=", "like=", "sub_group_size=", "zero_init=True"),
-    *("zero_init=False", "verify=False", "read_back=True", "overwrite=True"),
+    *("tp_rules=", "zero_init=False", "verify=False", "read_back=True", "overwrite=True"),
 )
 # written, never copied
 WRITTEN_NAMES = ("latest", filenames.MANIFEST, filenames.REWRITING, filenames.PINNED)
@@ -235,6 +236,10 @@ def _move(
     progress: Callable[[int], Any],
 ) -> shards.MoveReport:
     """Native files are few and large; those of a universal folder many and small."""
+    source = rewriting.source
+    if verify and isinstance(source, merged.MergedCheckpoint):
+        replicas.require_same(source.tensors())
+
     plan, logbook = rewriting.plan, Logbook(staged_folder / filenames.LOGBOOK)
     if rewriting.target is None:
         return small_files.execute(
@@ -299,7 +304,7 @@ def _origin(rewriting: Rewriting, source_manifest: Manifest | None) -> Ancestry:
         "universal" if rewriting.target is None else "resharded",
         name=rewriting.home.name or None,
         step=source.step,
-        world_size=source.world_size,
+        world_size=merged.original(source).world_size,
         stage=rewriting.source.stage,
     )
     return records.first_origin(rewriting.home, source_manifest, origin)
@@ -307,7 +312,7 @@ def _origin(rewriting: Rewriting, source_manifest: Manifest | None) -> Ancestry:
 
 def preview(rewriting: Rewriting) -> RewriteResult:
     """What the rewriting would read and write; reads no tensor."""
-    source, target = rewriting.checkpoint, rewriting.target
+    source, target = merged.original(rewriting.checkpoint), rewriting.target
     return RewriteResult(
         dry_run=True,
         output=rewriting.output,

@@ -27,8 +27,11 @@ from converters.words import counted
 from converters.zero import checkpoint as zero
 from converters.zero import muon
 from converters.zero.files import several_models
+from converters.zero.merging import checkpoint as merged
+from converters.zero.merging import reader as merging
 from converters.zero.native import reshard as native
 from converters.zero.native.target import SUB_GROUP, TargetTopology, require_arguments
+from converters.zero.parallel import rules
 
 
 @naming_arguments(*ARGUMENTS)
@@ -42,8 +45,12 @@ def plan(
     tag: str | None = None,
     sub_group_size: int | None = None,
     zero_init: bool | None = None,
+    tp_rules: str | os.PathLike[str] | None = None,
 ) -> Rewriting:
     """Plans the same checkpoint for ``world_size`` ranks and a stage; by default its own.
+
+    One of tensor parallelism, a pipeline or MiCS becomes one of ZeRO alone; ``tp_rules``
+    is a file that says how parameters were cut for tensor parallelism.
 
     Reads pickles, and what ranks share of Muon's momentum. ``sub_group_size``
     (elements, stage 3) defaults to the run's own. ``zero_init``: whether the engine's
@@ -54,7 +61,8 @@ def plan(
     require_arguments(1 if world_size is None else world_size, stage, sub_group_size)
     place = source_path(checkpoint)
     several_models.find(place, tag)  # refuses a choice between models
-    source = zero.read(place, tag)
+    with rules.using(tp_rules):
+        source = merging.read(place, tag)
     world_size = source.world_size if world_size is None else world_size
     target = native.target(source, stage, world_size, sub_group_size, zero_init)
     _require_change(source, target)
@@ -64,7 +72,8 @@ def plan(
     if output is None:
         stage_part = f"-z{target.stage}" if target.stage != source.stage else ""
         output = default_output(home, f"{home.name}{stage_part}-w{world_size}")
-    companions = tuple(job.companions_for(home, source.world_size, world_size))
+    saved_world_size = merged.original(source).world_size
+    companions = tuple(job.companions_for(home, saved_world_size, world_size))
 
     return Rewriting(
         source=source,
@@ -84,6 +93,9 @@ def plan(
 
 def _require_change(source: zero.Checkpoint, target: TargetTopology) -> None:
     """``CheckpointError`` if the checkpoint is what is asked for already."""
+    if isinstance(source, merged.MergedCheckpoint):
+        return
+
     unchanged = target.stage == source.stage and target.world_size == source.world_size
     if target.stage == 3:
         unchanged = unchanged and target.sub_group_size == _sub_group_size(source)
@@ -119,13 +131,14 @@ def _sub_group_size(source: zero.Checkpoint) -> int:
 def notes_on(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
     """What whoever resumes from ``target`` should know."""
     setting = source.model.setting
-    if target.world_size > source.world_size:
+    saved_world_size = merged.original(source).world_size
+    if target.world_size > saved_world_size:
         yield (
-            f"the ranks from {source.world_size} on are new: each has the random and "
-            f"extra state of the rank modulo {source.world_size}"
+            f"the ranks from {saved_world_size} on are new: each has the random and "
+            f"extra state of the rank modulo {saved_world_size}"
         )
 
-    if target.world_size < source.world_size:
+    if target.world_size < saved_world_size:
         yield (
             f"what only ranks {target.world_size} and up had, such as random states, is left out"
         )

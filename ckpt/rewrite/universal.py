@@ -21,12 +21,13 @@ from converters.storage import open_files
 from converters.storage.store import default_output, output_path
 from converters.storage.stores import source_path
 from converters.storage.url_path import absolute
-from converters.torch_files import object_graph
 from converters.zero import checkpoint as zero
-from converters.zero import param_groups
 from converters.zero.files import several_models
+from converters.zero.merging import checkpoint as merged
+from converters.zero.merging import reader as merging
 from converters.zero.native import reshard as native
 from converters.zero.native.target import require_arguments
+from converters.zero.parallel import rules
 from converters.zero.universal import plan as planning
 from converters.zero.universal import reader
 from converters.zero.universal.reader import SUFFIX
@@ -39,17 +40,20 @@ def plan_to(
     *,
     output: str | os.PathLike[str] | None = None,
     tag: str | None = None,
+    tp_rules: str | os.PathLike[str] | None = None,
 ) -> Rewriting:
     """Plans the universal folder of a checkpoint of ZeRO 1, 2 or 3.
 
-    Reads pickles, no tensors. Raises ``CheckpointError`` for what is damaged, or
-    has no partitions.
+    Reads pickles, no tensors. ``tp_rules`` as ``reshard.plan`` has it. Raises
+    ``CheckpointError`` for what is damaged, or has no partitions.
     """
     path = source_path(checkpoint)
     several_models.find(path, tag)  # refuses a choice between models
-    source = zero.read(path, tag)
+    with rules.using(tp_rules):
+        source = merging.read(path, tag)
     file_plan = planning.to_universal(source)
-    groups = param_groups.read(source, object_graph.read_root(source.ranks[0].path))
+    groups = merged.groups_of(source)
+    world_size = merged.original(source).world_size
     home = job.home_of(source)
 
     return Rewriting(
@@ -59,7 +63,7 @@ def plan_to(
         plan=file_plan,
         output=absolute(output_path(output or default_output(home, home.name + SUFFIX))),
         tag=planning.universal_tag(source),
-        companions=tuple(job.companions_for(home, source.world_size, source.world_size)),
+        companions=tuple(job.companions_for(home, world_size, world_size)),
         notes=(*source.notes, *universal_limits.notes(source, groups)),
     )
 

@@ -13,7 +13,7 @@ UNIVERSAL = "deepspeed-universal"
 TENSOR_PARALLEL = "deepspeed-model-parallel"
 PIPELINE = "deepspeed-pipeline"
 EXPERTS = "deepspeed-experts"
-# of more than ZeRO: read for their weights and states, and nothing else
+# of more than ZeRO: no engine of ZeRO alone loads them as they are
 PARALLEL = (TENSOR_PARALLEL, PIPELINE, EXPERTS)
 LOAD_THERE = (
     "load it with DeepSpeed in the training that wrote it, on as many ranks, and save "
@@ -22,6 +22,10 @@ LOAD_THERE = (
 READ_HERE = (
     "ckpt show, to-fp32 and ckpt.open read it; to go on from it, load it with DeepSpeed in the "
     "training that wrote it, on as many ranks"
+)
+REWRITE_HERE = (
+    "ckpt show, to-fp32, ckpt.open, reshard and to-universal read it; to go on from it as it is, "
+    "load it with DeepSpeed in the training that wrote it, on as many ranks"
 )
 _CONTRAST = "not one that ZeRO alone splits up"
 
@@ -149,7 +153,7 @@ KINDS = (
         recognized_by="`layer_NN-model_MM-model_states.pt` in the tag folder",
         sign=pipeline,
         statement="is a pipeline-parallel DeepSpeed checkpoint (layer_NN files)",
-        remedy=READ_HERE,
+        remedy=REWRITE_HERE,
         reader="converters.zero.pipeline.reader:read",
         contrast=_CONTRAST,
         trouble="unsupported",
@@ -161,7 +165,7 @@ KINDS = (
         recognized_by="state files of `mp_rank_01` and up in the tag folder",
         sign=tensor_parallel,
         statement="is a DeepSpeed checkpoint of tensor parallelism (mp_rank_01 and up)",
-        remedy=READ_HERE,
+        remedy=REWRITE_HERE,
         reader="converters.zero.parallel.reader:read",
         contrast=_CONTRAST,
         trouble="unsupported",

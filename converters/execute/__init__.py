@@ -2,6 +2,7 @@
 
 workers        the threads that move a shard
 source_reader  the bytes of a tensor, read and verified
+replicas       what several ranks have of one tensor, compared
 source_files   the files that a thread holds open
 shards         a plan as files, each whole or not at all
 small_files    a plan of many small files

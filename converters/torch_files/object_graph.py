@@ -25,7 +25,7 @@ from converters.torch_files.torch_file import TorchFile
 
 Pairs = Sequence[tuple[Any, Any]]
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
-_ORDERED = Global("collections", "OrderedDict")
+ORDERED = Global("collections", "OrderedDict")
 MAX_DEPTH = 200  # levels of a tree that is copied or compared; DeepSpeed's have about ten
 
 
@@ -106,7 +106,7 @@ def tensor(
 
 def ordered(pairs: Iterable[tuple[Any, Any]]) -> Call:
     """An ``OrderedDict``."""
-    return Call(_ORDERED, pairs=list(pairs))
+    return Call(ORDERED, pairs=list(pairs))
 
 
 def size(shape: Sequence[int]) -> Call:
@@ -119,7 +119,7 @@ def pairs(node: Any) -> Pairs:
     anything else."""
     if isinstance(node, dict):
         return list(node.items())
-    if not isinstance(node, Call) or node.of != _ORDERED:
+    if not isinstance(node, Call) or node.of != ORDERED:
         raise MalformedError(f"a dict is expected, found {type(node).__name__}")
 
     if not all(isinstance(argument, (list, tuple)) for argument in node.args):

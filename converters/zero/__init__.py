@@ -12,6 +12,7 @@ optimizer_state   by the name of its parameter;  muon  what Muon keeps;  param_g
 rank_vectors      the weights and states of a param group, as all ranks have them
 parallel/         tensor parallelism: the shards of several model-parallel ranks, merged
 pipeline/         layers on stages;  experts/  on several ranks;  model_ranks/  what both need
+merging/          those of more parallelism as if ZeRO alone had saved them
 native/           the files for another world size or stage
 universal/        the universal format
 """

@@ -264,11 +264,9 @@ def test_pipelines_are_refused_by_what_the_model_file_says(tmp_path: Path) -> No
         detect.read(folder)
 
 
-def test_reshard_and_16_bit_weights_are_refused_by_name(
+def test_16_bit_weights_are_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("reshard", PARALLEL / FROZEN, "--world-size", "1", "-o", tmp_path / "o", code=1)
-    assert "is a DeepSpeed checkpoint of tensor parallelism" in capsys.readouterr().err
     run("to-fp32", PARALLEL / FROZEN, "--weights", "16bit", "-o", tmp_path / "o", code=1)
     assert "leave --weights 16bit out (--dtype bf16 rounds them)" in capsys.readouterr().err
 

@@ -50,9 +50,9 @@ STAGES = {  # where stage 3 is refused
 PARTLESS = [
     ("zero0-bf16", "without ZeRO"),
     ("corpus/moe_s2", "expert"),
-    ("corpus/pp_z1bf", "pipeline"),
-    ("corpus/tp_z2_w4", "tensor parallelism"),
-    ("parallel/mics_hier_w4", "MiCS"),
+    ("pipelines-and-experts/pipeline-zero0-fp32", "whose optimizer numbers the parameters"),
+    ("pipelines-and-experts/autoep-zero2", "expert"),
+    ("pipelines-and-experts/autoep-zero3", "expert"),
 ]
 WHOLE = [
     *(p for p in [*made(), *corpus()] if not p.name.startswith(("zero0", "s0"))),

@@ -34,6 +34,7 @@ converters.zero.naming
 converters.zero
 converters.zero.model_ranks
 converters.zero.parallel converters.zero.experts converters.zero.pipeline
+converters.zero.merging
 converters.zero.native
 converters.zero.universal
 

@@ -20,6 +20,7 @@ from converters.zero import partitioning
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import state_files
 from converters.zero.files.typed import Section
+from converters.zero.merging import checkpoint as merged
 from converters.zero.native.optimizer_files import Tree
 from converters.zero.native.target import TargetTopology
 from converters.zero.param_groups import ParamGroup
@@ -49,7 +50,7 @@ def model_trees(
     """
     common = _common_keys(checkpoint, groups, target)
     if target.stage < 3:
-        root = object_graph.read_root(models[0])
+        root = merged.model_root(checkpoint, models[0])
         changes = common | _module12(checkpoint, root, groups, target)
         yield object_graph.replaced(root, changes)
         return
@@ -57,7 +58,7 @@ def model_trees(
     tensors = checkpoint.weights.tensors
     frozen_tensors = {name: tensors[name] for name in frozen_names(checkpoint)}
     for rank in range(target.world_size):
-        root = object_graph.read_root(models[rank % len(models)])
+        root = merged.model_root(checkpoint, models[rank % len(models)])
         changes = dict(common)
         if checkpoint.stage < 3:
             changes["module"] = _placeholders(checkpoint, root)

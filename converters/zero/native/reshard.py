@@ -24,9 +24,10 @@ from converters.torch_files import file_plan, object_graph
 from converters.zero import checkpoint as zero
 from converters.zero import muon, param_groups
 from converters.zero.checkpoint import Checkpoint
-from converters.zero.files import discovery, state_files
+from converters.zero.files import state_files
 from converters.zero.files.state_files import State
 from converters.zero.files.typed import Section
+from converters.zero.merging import checkpoint as merged
 from converters.zero.native import model_files, optimizer_files, proof
 from converters.zero.native.optimizer_files import (
     SCALING,
@@ -134,8 +135,7 @@ def plan(checkpoint: Checkpoint, topology: TargetTopology) -> Plan:
 
 
 def _plan(checkpoint: Checkpoint, topology: TargetTopology) -> Plan:
-    rank_paths = [state.path for state in checkpoint.ranks]
-    paths = model_paths(checkpoint)
+    paths = merged.model_paths(checkpoint)
     groups = _groups(checkpoint, topology)
     _require_options(checkpoint, groups, topology)
     _require_rule(checkpoint, topology)
@@ -143,9 +143,8 @@ def _plan(checkpoint: Checkpoint, topology: TargetTopology) -> Plan:
     shards = []
     own_groups = param_groups.with_names(groups, checkpoint.names.parameters)
     for rank, group_keys in enumerate(optimizer_files.optimizer_trees(own_groups, topology)):
-        path = rank_paths[rank % len(rank_paths)]
-        root = object_graph.read_root(path)
-        source_state = _optimizer_state(path, root)
+        root = merged.optimizer_root(checkpoint, rank)
+        source_state = _optimizer_state(rank_path(checkpoint, rank), root)
         optimizer = _optimizer(checkpoint, root, source_state, topology, group_keys)
         tree = configured(root, topology) | {"optimizer_state_dict": optimizer}
         shards.append(file_plan.shard(_optimizer_name(checkpoint, rank), tree))
@@ -177,19 +176,19 @@ def prove(
     decided_keys = _LAYOUT | (set(SCALING) if topology.bf16 else set())
 
     for rank, state in enumerate(result.ranks):
-        source_rank = checkpoint.ranks[rank % checkpoint.world_size]
-        source_root = object_graph.read_root(source_rank.path)
+        source_root = merged.optimizer_root(checkpoint, rank)
         result_root = object_graph.read_root(state.path)
         apart = {"optimizer_state_dict", "ds_config"}
         proof.verify_metadata(provenance, source_root, result_root, apart, state.path)
 
-        source_state = with_loss_scale(_optimizer_state(source_rank.path, source_root))
+        source_path = rank_path(checkpoint, rank)
+        source_state = with_loss_scale(_optimizer_state(source_path, source_root))
         result_state = with_loss_scale(_optimizer_state(state.path, result_root))
         proof.verify_metadata(provenance, source_state, result_state, decided_keys, state.path)
 
-    source_paths = model_paths(checkpoint)
-    for rank, path in enumerate(model_paths(result)):
-        source_root = object_graph.read_root(source_paths[rank % len(source_paths)])
+    source_paths = merged.model_paths(checkpoint)
+    for rank, path in enumerate(merged.model_paths(result)):
+        source_root = merged.model_root(checkpoint, source_paths[rank % len(source_paths)])
         result_root = object_graph.read_root(path)
         proof.verify_metadata(provenance, source_root, result_root, model_files.DECIDED, path)
 
@@ -203,9 +202,13 @@ def _optimizer_state(path: Path, root: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def _groups(checkpoint: Checkpoint, topology: TargetTopology) -> list[ParamGroup]:
     """The param groups, in the target's order."""
-    tree = object_graph.read_root(checkpoint.ranks[0].path)
-    groups = param_groups.read(checkpoint, tree)
+    groups = merged.groups_of(checkpoint)
     return optimizer_files.in_optimizer_order(groups, checkpoint, topology)
+
+
+def rank_path(checkpoint: Checkpoint, rank: int) -> Path:
+    """The optimizer file that rank ``rank`` of any other number is made from."""
+    return checkpoint.ranks[rank % len(checkpoint.ranks)].path
 
 
 def _require(checkpoint: Checkpoint) -> None:
@@ -281,13 +284,6 @@ def _optimizer_name(checkpoint: Checkpoint, rank: int) -> str:
     prefix = "bf16_" if checkpoint.ranks[0].path.name.startswith("bf16_") else ""
     name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
     return f"{tag_folder(checkpoint)}/{name}"
-
-
-def model_paths(checkpoint: Checkpoint) -> list[Path]:
-    """The model files: one for each rank under stage 3, else the only one."""
-    if checkpoint.stage < 3:
-        return [checkpoint.model.path]
-    return list(discovery.scan(checkpoint.place).partitioned.values())
 
 
 def configured(root: Any, topology: TargetTopology) -> dict[Any, Any]:

@@ -64,6 +64,10 @@ def _weights(
     def of_any(names: Iterable[frozenset[str]]) -> frozenset[str]:
         return frozenset[str]().union(*names) & tensors.keys()
 
+    trained = of_any(lane.trained for lane in lanes)
+    # a rank that has no elements of a parameter counts it among those that are not trained
+    frozen = of_any(lane.frozen for lane in lanes) - trained
+
     return Weights(
         tensors,
         {alias: owner for alias, owner in aliases.items() if owner in tensors},
@@ -72,9 +76,9 @@ def _weights(
         copies,
         tuple(checksums[key] for key in sorted(checksums)),
         tuple(_names(lane.order for lane in lanes)),
-        of_any(lane.frozen for lane in lanes),
+        frozen,
         of_any(lane.packed for lane in lanes),
-        of_any(lane.trained for lane in lanes),
+        trained,
         {name: owner for name, owner in lanes[0].lost_ties.items() if name not in present_names},
     )
 

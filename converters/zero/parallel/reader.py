@@ -72,7 +72,7 @@ class TensorParallelCheckpoint(Source):
 
 
 @open_files.once()
-def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
+def read(path: Path, tag: str | None = None, complete: bool = False) -> TensorParallelCheckpoint:
     """Locates every tensor of all ranks' files, and says how the shards fit together.
 
     With ``complete`` everything that a training goes on from has to be there.

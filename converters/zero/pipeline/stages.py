@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import prod
 
 from converters import words
@@ -48,6 +48,19 @@ class Stage:
     ranks: tuple[State, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class PipelineCheckpoint(Source):
+    """A checkpoint of a pipeline under ZeRO, as one model.
+
+    ``stages`` are the files of each, ``layers`` those of layers by number, ``homes`` the tied
+    modules.
+    """
+
+    stages: tuple[Stage, ...]
+    layers: Layers
+    homes: tuple[tied_modules.Home, ...]
+
+
 def read(place: Place, files: FolderFiles) -> Source:
     """The weights of all stages by layer, and the optimizer's state by their names.
 
@@ -76,14 +89,15 @@ def read(place: Place, files: FolderFiles) -> Source:
     return replace(source, optimizer=numbered_states.of)
 
 
-def _with_zero(place: Place, stages: Sequence[Stage], layers: Layers) -> Source:
+def _with_zero(place: Place, stages: Sequence[Stage], layers: Layers) -> PipelineCheckpoint:
     """The weights from the partitions of each stage."""
     masters_by_stage = [_masters(stage) for stage in stages]
-    parameters, module = _named(stages, masters_by_stage, layers)
+    homes = tied_modules.homes(place.folder, masters_by_stage, layers)
+    parameters, module = _named(stages, masters_by_stage, layers, homes)
     ranks = [rank for stage in stages for rank in stage.ranks]
     models = [stage.model for stage in stages]
 
-    return Joined(
+    source = Joined(
         kind=PIPELINE,
         place=place,
         model=models[0],
@@ -92,6 +106,13 @@ def _with_zero(place: Place, stages: Sequence[Stage], layers: Layers) -> Source:
         states=[*models, *layers.values(), *ranks],
         topology=SourceTopology(len(ranks), zero.stage_of(dict(enumerate(ranks)))),
     ).source(lambda: (part for rank in ranks for part in optimizer_state.of_flat_groups(rank)))
+
+    return PipelineCheckpoint(
+        **{field.name: getattr(source, field.name) for field in fields(source)},
+        stages=tuple(stages),
+        layers=layers,
+        homes=tuple(homes),
+    )
 
 
 def _models(place: Place, files: FolderFiles) -> list[State]:
@@ -149,8 +170,8 @@ def _require_pipeline_alone(files: FolderFiles, models: Sequence[State]) -> None
     )
 
 
-def _masters(stage: Stage) -> dict[str, TensorRef]:
-    """The fp32 weights of a stage, under the names of its own parameters."""
+def shapes_of(stage: Stage) -> list[dict[str, Shape]]:
+    """The shapes of a stage's parameters by group; of vectors where no file records them."""
     shapes = state_files.shapes(stage.model, "param_shapes")
     shapes = shapes or state_files.shapes(stage.ranks[0], "param_shapes")
     if shapes is None:  # BF16_Optimizer of a pipeline, 0.16 to 0.19.8
@@ -164,6 +185,12 @@ def _masters(stage: Stage) -> dict[str, TensorRef]:
             "unsupported",
         )
 
+    return shapes
+
+
+def _masters(stage: Stage) -> dict[str, TensorRef]:
+    """The fp32 weights of a stage, under the names of its own parameters."""
+    shapes = shapes_of(stage)
     groups = stage12.group_partitions(stage.ranks)
     masters: dict[str, TensorRef] = {}
     for group in stage12.flat_groups(stage.ranks[0], groups, shapes):
@@ -176,13 +203,15 @@ def _masters(stage: Stage) -> dict[str, TensorRef]:
 
 
 def _named(
-    stages: Sequence[Stage], masters_by_stage: Sequence[dict[str, TensorRef]], layers: Layers
+    stages: Sequence[Stage],
+    masters_by_stage: Sequence[dict[str, TensorRef]],
+    layers: Layers,
+    homes: Sequence[tied_modules.Home],
 ) -> tuple[Parameters, dict[str, object]]:
     """All parameters, and the tensors of the layer files under the same names."""
     result = Parameters()
-    homes = tied_modules.homes(stages[0].model.path.parent, masters_by_stage, layers)
     result.notes.extend(note for home in homes for note in home.notes)
-    module = _module(layers, homes)
+    module = named_by_layer({layer: state.root for layer, state in layers.items()}, homes)
     buffers = {
         name
         for stage in stages
@@ -212,15 +241,17 @@ def _named(
     return result, module
 
 
-def _module(layers: Layers, homes: Sequence[tied_modules.Home]) -> dict[str, object]:
+def named_by_layer(
+    layers: Mapping[int, Mapping[str, object]], homes: Sequence[tied_modules.Home]
+) -> dict[str, object]:
     """What the layer files hold, in the order of the layers, under the model's names."""
     prefixes = {home.layer: home.prefix for home in homes}
     surplus_copies = {layer for home in homes for layer in home.further_layers}
     return {
         f"{prefixes.get(layer, layer)}.{name}": value
-        for layer, state in layers.items()
+        for layer, values in layers.items()
         if layer not in surplus_copies
-        for name, value in state.root.items()
+        for name, value in values.items()
         if isinstance(name, str)
     }
 

@@ -33,14 +33,15 @@ Copies = Mapping[int, Mapping[str, TensorRef]]  # of a module, by stage and name
 class Home:
     """A tied module, the layer whose file has it, and the copy that is the model's.
 
-    ``masters`` and ``copies``, in 16 bits, are by the model's names. ``further_layers``
-    have files with the copy of another stage.
+    ``masters`` and ``copies``, in 16 bits, are by the model's names; ``stage`` is that whose
+    copy they are. ``further_layers`` have files with the copy of another stage.
     """
 
     key: str
     layer: int
     masters: Mapping[str, TensorRef]
     copies: Mapping[str, TensorRef]
+    stage: int = 0
     further_layers: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -149,6 +150,7 @@ def _chosen(
             for name, master in copies[stage].items()
         },
         copies={f"{_PREFIX}.{key}.{name}": file.root[name] for name in copies[stage]},
+        stage=stage,
         further_layers=tuple(further_layers),
         notes=_notes(key, copies, stage, file),
     )

@@ -22,9 +22,9 @@ from converters.errors import CheckpointError, consistent
 from converters.plan import Plan
 from converters.tensors import DType, TensorRef
 from converters.torch_files import file_plan, object_graph
-from converters.zero import param_groups
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.typed import Section
+from converters.zero.merging import checkpoint as merged
 from converters.zero.naming import storage_views
 from converters.zero.native import model_files, optimizer_files, reshard
 from converters.zero.native.optimizer_files import SCALING, with_loss_scale
@@ -104,8 +104,8 @@ def _to_universal(checkpoint: Checkpoint) -> Plan:
             "unsupported",
         )
 
-    tree = object_graph.read_root(checkpoint.ranks[0].path)
-    groups = param_groups.read(checkpoint, tree)
+    tree = merged.optimizer_root(checkpoint, 0)
+    groups = merged.groups_of(checkpoint)
     groups = optimizer_files.in_optimizer_order(groups, checkpoint, whole_target)
     if any(group.options is None for group in groups):
         raise CheckpointError(
@@ -128,7 +128,7 @@ def _universal_files(
     stage_3_target: TargetTopology,
 ) -> Iterator[tuple[str, Any]]:
     """The files of the tag by name, as trees."""
-    models = reshard.model_paths(checkpoint)
+    models = merged.model_paths(checkpoint)
     targets = {"mp_rank_00": whole_target, "zero_pp_rank_0_mp_rank_00": stage_3_target}
     for name, target in targets.items():
         root = next(iter(model_files.model_trees(checkpoint, models, groups, target)))
@@ -211,7 +211,8 @@ def parameter_files(
     for group in groups:
         for key, tensors in group.values.items():
             for name, tensor in tensors.items():
-                yield name, _stem(key), _tensor_entry(tensor, tensor.dtype)
+                entries = merged.universal_entries(checkpoint, name)
+                yield name, _stem(key), {**_tensor_entry(tensor, tensor.dtype), **entries}
 
         if STEP in group.constants:
             for name in group.shapes:

@@ -20,7 +20,8 @@ from converters.torch_files import object_graph
 from converters.zero import checkpoint, param_groups
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.typed import Section
-from converters.zero.native import model_files, optimizer_files, proof, reshard
+from converters.zero.merging import checkpoint as merged
+from converters.zero.native import model_files, optimizer_files, proof
 from converters.zero.native.optimizer_files import SCALING, with_loss_scale
 from converters.zero.native.proof import Provenance
 from converters.zero.native.target import TargetTopology
@@ -46,8 +47,8 @@ def to_universal(source: Checkpoint, plan: Plan, folder: Path) -> dict[str, int]
     """
     result = reader.read(folder / universal_tag(source))
     inner = result.checkpoint.place.folder / "zero"
-    tree = object_graph.read_root(source.ranks[0].path)
-    groups = param_groups.read(source, tree)
+    tree = merged.optimizer_root(source, 0)
+    groups = merged.groups_of(source)
     groups = optimizer_files.in_optimizer_order(groups, source, stage12_target(source))
 
     provenance = Provenance(plan, folder)
@@ -59,7 +60,7 @@ def to_universal(source: Checkpoint, plan: Plan, folder: Path) -> dict[str, int]
         result_root = object_graph.read(path).root
         proof.verify_metadata(provenance, {"it": root}, {"it": result_root}, set(), path)
 
-    source_root = dict(object_graph.read_root(source.model.path))
+    source_root = dict(merged.model_root(source, source.model.path))
     source_root[INFO] = info(source_root)
     stage_12_path = result.models[0]
     stage_3_path = stage_12_path.with_name(f"zero_pp_rank_0_{stage_12_path.name}")
@@ -98,7 +99,7 @@ def from_universal(
         proof.verify_metadata(provenance, source_state, result_state, decided_keys, state.path)
 
     decided_keys = model_files.DECIDED | {INFO}
-    for rank, path in enumerate(reshard.model_paths(result)):
+    for rank, path in enumerate(merged.model_paths(result)):
         source_root = object_graph.read_root(source.models[rank % len(source.models)])
         result_root = object_graph.read_root(path)
         proof.verify_metadata(provenance, source_root, result_root, decided_keys, path)

@@ -1,0 +1,11 @@
+"""Checkpoints of more parallelism than ZeRO, as if ZeRO alone had saved the whole model.
+
+checkpoint       what a checkpoint holds, as trees that can be written again: merged, or as it is
+roots            entries of state files that tell of parallelism, as ZeRO alone would have them
+agreement        what model-parallel ranks keep alike of a param group
+tensor_parallel  the shards of all tensor-parallel ranks, param group by param group
+pipeline         the same of all stages
+mics             the first shard group of MiCS
+universal_entries  what universal files say of how parameters are cut
+reader           which of these a path is
+"""

@@ -1,0 +1,168 @@
+"""Tensor parallelism: the param groups of all ranks, with the shards of each parameter joined.
+
+Every rank has the same param groups, each with its shards, and in the same order. A rank that has
+nothing of a parameter does not have its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from converters.errors import CheckpointError, MalformedError
+from converters.source import SourceTopology
+from converters.tensors import TensorRef
+from converters.torch_files import object_graph
+from converters.zero import muon, param_groups
+from converters.zero.checkpoint import Checkpoint
+from converters.zero.files import discovery
+from converters.zero.merging import agreement, roots, universal_entries
+from converters.zero.merging.checkpoint import MergedCheckpoint, whole_model
+from converters.zero.parallel import patterns
+from converters.zero.parallel.reader import TensorParallelCheckpoint
+from converters.zero.param_groups import ParamGroup
+
+
+def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
+    """The checkpoint of the whole model; reads the optimizer files as trees.
+
+    ``CheckpointError`` for what has no partitions, or cannot be put together.
+    """
+    _require(source)
+    first = source.lanes[0]
+    groups = tuple(_groups(source))
+    topology = SourceTopology(first.world_size, first.stage)
+    own_values = {
+        name: value for lane in reversed(source.lanes) for name, value in lane.model.module.items()
+    }
+    files = discovery.lanes(source.place)[0]
+    is_partitioned = source.stage == 3 or files.module is None
+
+    return MergedCheckpoint(
+        kind=source.kind,
+        place=source.place,
+        topology=topology,
+        precision=first.precision,
+        step=source.step,
+        version=source.version,
+        files=source.files,
+        weights=source.weights,
+        entries=source.entries,
+        notes=(*source.notes, *_notes(source)),
+        without_frozen=source.without_frozen,
+        model=whole_model(first.model, source.weights, groups, own_values, topology),
+        ranks=first.ranks,
+        names=first.names,
+        source=source,
+        groups=groups,
+        universal_entries=_universal_entries(source),
+        model_paths=tuple(files.partitioned.values()) if is_partitioned else (first.model.path,),
+    )
+
+
+def _require(source: TensorParallelCheckpoint) -> None:
+    """Raises for states that are not written for other ranks."""
+    first = source.lanes[0]
+    averages = [name for name, layout in source.cuts.items() if layout.averages]
+    if not first.ranks:
+        reason = (
+            "was saved by tensor-parallel ranks without ZeRO, whose optimizer has no partitions to "
+            "cut up; ckpt to-fp32 takes its weights, with which a new optimizer begins"
+        )
+    elif muon.is_deepspeed_muon(first.model):
+        reason = (
+            "was trained by Muon with tensor parallelism, which orthogonalizes shards: a training "
+            "without would not go on in the same way"
+        )
+    elif averages:
+        reason = (
+            f"has other values of {averages[0]} on each tensor-parallel rank, and an optimizer for "
+            "each of them; a single one cannot be made of those"
+        )
+    else:
+        return
+
+    raise CheckpointError(f"{source.place.folder} {reason}", "unsupported")
+
+
+def _groups(source: TensorParallelCheckpoint) -> Iterator[ParamGroup]:
+    """The param groups of the whole model, in the order of the optimizer."""
+    groups_by_rank = [_groups_of(lane) for lane in source.lanes]
+    paths = [lane.ranks[0].path for lane in source.lanes]
+    agreement.require_same_count(paths, groups_by_rank)
+    for index, groups in enumerate(zip(*groups_by_rank, strict=True)):
+        agreement.require_same_settings(index, paths, groups)
+        yield _group(source, groups)
+
+
+def _groups_of(lane: Checkpoint) -> list[ParamGroup]:
+    return param_groups.read(lane, object_graph.read_root(lane.ranks[0].path))
+
+
+def _group(source: TensorParallelCheckpoint, groups: Sequence[ParamGroup]) -> ParamGroup:
+    """One param group, from what each rank has of it."""
+    first = groups[0]
+    names = _names(source, groups)
+    values = {
+        key: {name: _tensor(source, key, name, groups) for name in names} for key in first.values
+    }
+    shapes = {name: source.cuts[name].shape for name in names}
+    return ParamGroup(shapes, values, first.constants, first.options, first.keys)
+
+
+def _names(source: TensorParallelCheckpoint, groups: Sequence[ParamGroup]) -> list[str]:
+    """The parameters of all ranks in the order of the optimizer, as far as it can be known."""
+    every_name = {name for group in groups for name in group.shapes}
+    unknown_names = [name for name in every_name if name not in source.cuts]
+    if unknown_names:
+        raise MalformedError(f"{unknown_names[0]} is trained, and the state dict does not have it")
+
+    module_order = [name for name in source.weights.order if name in every_name]
+    for names in (*(list(group.shapes) for group in groups), module_order):
+        fits = all(
+            [name for name in names if name in group.shapes] == list(group.shapes)
+            for group in groups
+        )
+        if len(names) == len(every_name) and fits:
+            return names
+
+    raise CheckpointError(
+        f"{source.place.folder}: tensor-parallel ranks have the parameters in unlike orders, so "
+        "that their order in the whole model is not known; load it with DeepSpeed in the training "
+        "that wrote it",
+        "unsupported",
+    )
+
+
+def _tensor(
+    source: TensorParallelCheckpoint, key: str, name: str, groups: Sequence[ParamGroup]
+) -> TensorRef:
+    """The master weights or a state of a parameter, from the shards of all ranks."""
+    shards = [group.values[key].get(name) for group in groups]
+    try:
+        return source.cuts[name].merged(shards)
+    except MalformedError as error:
+        raise CheckpointError(
+            f"{source.place.folder}: {key or 'fp32 weights'} of {name}: {error}; files of several "
+            "saves are mixed"
+        ) from error
+
+
+def _universal_entries(source: TensorParallelCheckpoint) -> dict[str, dict[str, Any]]:
+    """What universal files say of the parameters."""
+    info = source.lanes[0].model.root.get(roots.INFO)
+    records = info if isinstance(info, dict) else {}
+    return {
+        name: universal_entries.entries_of(name, layout, patterns.is_vocabulary(records, name))
+        for name, layout in source.cuts.items()
+    }
+
+
+def _notes(source: TensorParallelCheckpoint) -> Iterator[str]:
+    """A line on the rows that pad a vocabulary."""
+    for name, count in source.original_rows.items():
+        rows = source.weights.tensors[name].shape[0]
+        yield (
+            f"{name} keeps the {rows - count} rows that pad its vocabulary to {rows}; the engine's "
+            "model must have as many"
+        )

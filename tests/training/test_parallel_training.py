@@ -1,0 +1,109 @@
+"""Stock DeepSpeed trains on from what parallel checkpoints were rewritten to.
+
+Its losses are those of the training that was not interrupted, and what it saves again at once is
+the source, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oracles import torchrun
+from test_reshard import content
+from test_reshard_training import REDUCTION_ORDER
+
+from ckpt.rewrite import reshard, universal
+from converters import detect
+from converters.tensors import TensorRef
+
+WORKER = "tests/workers/parallel_worker.py"
+
+
+def values_of(folder: Path) -> dict[tuple[str, str], Any]:
+    """Weights and states by name, whatever they are cut up for."""
+    source = detect.read(folder, complete=True)
+    assert source.optimizer is not None
+    found: dict[tuple[str, str], Any] = {}
+    for name, tensor in source.weights.tensors.items():
+        found["weight", name] = content(tensor)
+        if name in source.weights.buffers:
+            continue
+        for key, state in source.optimizer(name).items():
+            found[key, name] = content(state) if isinstance(state, TensorRef) else state
+    return found
+
+
+class Trainings:
+    """Jobs of the worker, and what came of them, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, ranks: int, *jobs: dict[str, Any]) -> None:
+        path = self.folder / f"jobs-{len(list(self.folder.iterdir()))}.json"
+        named = []
+        for job in jobs:
+            places = {"out": str(self.folder / job["name"])}
+            if "source" in job:
+                places["source"] = str(self.folder / job["source"])
+                places["again"] = str(self.folder / f"{job['name']}-again")
+            named.append({"steps": 3, **job, **places})
+        path.write_text(json.dumps(named))
+        torchrun(WORKER, path, ranks=ranks, limit=600)
+
+    def losses(self, name: str) -> list[float]:
+        found: list[float] = json.loads((self.folder / name / "losses.json").read_text())
+        return found
+
+    def reshard(self, source: str, name: str, ranks: int, stage: int, **options: Any) -> str:
+        output = self.folder / name
+        plan = reshard.plan(self.folder / source, ranks, stage=stage, output=output, **options)
+        reshard.execute(plan)
+        return name
+
+    def universal(self, source: str, name: str) -> str:
+        universal.execute(universal.plan_to(self.folder / source, output=self.folder / name))
+        return name
+
+
+@pytest.mark.parametrize(
+    ("model", "degrees", "stage", "others"),
+    [
+        ("fused", {"tp": 2}, 2, [({"tp": 2}, 1)]),
+        ("pipeline", {"pp": 2}, 1, [({"pp": 1}, 1), ({"pp": 2}, 1)]),
+    ],
+)
+def test_training_goes_on_with_zero_alone_and_from_the_universal_folder(
+    model: str,
+    degrees: dict[str, int],
+    stage: int,
+    others: list[tuple[dict[str, int], int]],
+    tmp_path: Path,
+) -> None:
+    trainings = Trainings(tmp_path)
+    job = {"model": model, **degrees, "stage": stage}
+    trainings.run(2, {**job, "name": "whole", "steps": 6}, {**job, "name": "half"})
+    folder = trainings.universal("half", "universal")
+
+    jobs: list[dict[str, Any]] = []
+    for new_stage in (2, 3):
+        source = trainings.reshard("half", f"start-{new_stage}", 2, new_stage)
+        new_job = {"model": model, "stage": new_stage, "source": source}
+        jobs.append({**new_job, "name": f"stage-{new_stage}"})
+    for index, (other, other_stage) in enumerate([({}, 2), *others]):
+        new_job = {"model": model, **other, "stage": other_stage, "source": folder}
+        jobs.append({**new_job, "universal": True, "name": f"universal-{index}"})
+    trainings.run(2, *jobs)
+
+    expected, losses = values_of(tmp_path / "half"), trainings.losses("whole")
+    assert losses[:3] == trainings.losses("half")
+    assert len(set(losses)) == 6
+    for new_job in jobs:
+        again = values_of(tmp_path / f"{new_job['name']}-again")
+        assert again.keys() == expected.keys()
+        unlike = [key for key in expected if again[key] != expected[key]]
+        assert unlike == [], new_job
+        assert trainings.losses(new_job["name"]) == pytest.approx(losses[3:], rel=REDUCTION_ORDER)

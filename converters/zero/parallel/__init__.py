@@ -8,5 +8,6 @@ rules            cuts out of a file of the user's
 cut_table        which of these says how a parameter is cut
 merged_weights   the shards of all ranks as the weights of the model
 vocabulary       rows that pad a vocabulary
-reader           all of it as a ``Source``, with the optimizer's state by name
+merged_source    lanes as one ``Source``, with the optimizer's state by name
+reader           the row of ``converters.detect``
 """

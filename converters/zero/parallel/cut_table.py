@@ -28,6 +28,7 @@ class CutTable:
 
     ``info`` is what the model file records, ``entries`` its affine map by pattern, and
     ``buffers`` are names that every rank has whole, whatever the patterns say.
+    ``whole_names`` are never cut, whatever the user's rules say, too.
     """
 
     model: State
@@ -36,6 +37,7 @@ class CutTable:
     entries: Mapping[str, Any]
     rules: Rules | None
     buffers: frozenset[str] = frozenset()
+    whole_names: frozenset[str] = frozenset()
     unknown: dict[str, Shapes] = field(default_factory=dict)
 
     @staticmethod
@@ -52,12 +54,13 @@ class CutTable:
         ``None``, and noted for ``require_known``, where nothing says how it is cut.
         ``CheckpointError`` if what is recorded does not fit the shards.
         """
-        by_rule = self.rules.cut(name, shapes) if self.rules else None
+        is_whole = name in self.whole_names
+        by_rule = self.rules.cut(name, shapes) if self.rules and not is_whole else None
         if by_rule is not None:
             return by_rule
 
         try:
-            if name in self.buffers:
+            if is_whole or name in self.buffers:
                 return cuts.replicated(shapes)
             recorded = self._entry(name)
             if recorded is not None:

@@ -1,6 +1,7 @@
 """DeepSpeed's tensor parallelism: state files of several model-parallel ranks, as one model.
 
 lanes            the files of each model-parallel rank, read as a checkpoint of its own
+lane_states      the optimizer's state of each, by name
 cuts             how the shards of a parameter lie in it
 affine_map       cuts out of DeepSpeed's affine map
 patterns         cuts out of its lists of patterns

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from converters.detect.deepspeed import TENSOR_PARALLEL
 from converters.errors import readable
 from converters.source import Place, Source
 from converters.storage import open_files
-from converters.zero import optimizer_state
 from converters.zero.files import discovery, several_models
-from converters.zero.parallel import lanes, merged_source, rules
+from converters.zero.parallel import lane_states, lanes, merged_source, rules
 from converters.zero.parallel.cut_table import CutTable
 from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 
@@ -31,7 +28,5 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
 def _read(place: Place, require_all: bool) -> TensorParallelCheckpoint:
     checkpoints = lanes.read(place, require_all)
     table = CutTable.of(checkpoints[0].model, len(checkpoints), rules.current())
-    with_states = [
-        replace(lane, optimizer=partial(optimizer_state.read, lane)) for lane in checkpoints
-    ]
-    return merged_source.of_lanes(with_states, table, TENSOR_PARALLEL)
+    sources = [lane_states.with_states(lane) for lane in checkpoints]
+    return merged_source.of_lanes(sources, table, TENSOR_PARALLEL)

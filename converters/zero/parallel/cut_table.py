@@ -62,7 +62,7 @@ class CutTable:
         try:
             if is_whole or name in self.buffers:
                 return cuts.replicated(shapes)
-            recorded = self._entry(name)
+            recorded = self.entry_of(name)
             if recorded is not None:
                 return affine_map.cut(recorded, self.rank_count)
             if patterns.are_there(self.info):
@@ -81,7 +81,7 @@ class CutTable:
             "unsupported",
         )
 
-    def _entry(self, name: str) -> Any:
+    def entry_of(self, name: str) -> Any:
         """What the affine map has of a parameter; ``None`` if it has nothing."""
         literal = f"^{re.escape(name)}$"
         if literal in self.entries:

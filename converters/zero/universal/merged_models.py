@@ -125,8 +125,10 @@ def _merged(
     whole_groups: list[dict[str, Shape]] = []
     for groups in zip(*shapes_by_lane, strict=True):
         names = dict.fromkeys(name for group in groups for name in group)
-        cuts = {name: table.cut(name, [group.get(name) for group in groups]) for name in names}
-        whole_groups.append({name: cut.shape for name, cut in cuts.items() if cut is not None})
+        layouts = {name: table.cut(name, [group.get(name) for group in groups]) for name in names}
+        whole_groups.append(
+            {name: layout.shape for name, layout in layouts.items() if layout is not None}
+        )
 
     module = _module(lanes, table)
     table.require_known()

@@ -21,7 +21,11 @@ from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.files.state_files import State
 
 SPLIT = FIXTURES / "pipelines-and-experts"
-NAMES = sorted(path.name for path in SPLIT.iterdir() if path.is_dir())
+PARALLEL = FIXTURES / "parallel"
+FOLDED = "aeptp_mixtral_z2_w4"
+# tensor parallelism with stages, and with experts
+THREE_D = ("p3d_z0bf_w4", "p3dm_z1_w4", FOLDED)
+NAMES = sorted((*(path.name for path in SPLIT.iterdir() if path.is_dir()), *THREE_D))
 TAG = "global_step2"
 Edit = Callable[[dict[str, Any]], object]
 
@@ -31,7 +35,7 @@ def copied(tmp_path: Path) -> Callable[[str], Path]:
     """Copies a fixture; the folder of its tag."""
 
     def copy(name: str) -> Path:
-        shutil.copytree(SPLIT / name, tmp_path / name)
+        shutil.copytree((PARALLEL if name in THREE_D else SPLIT) / name, tmp_path / name)
         return tmp_path / name / TAG
 
     return copy
@@ -78,7 +82,9 @@ def test_files_under_each_others_names_are_found_out(
         (tmp_path / "aside").rename(second)
 
 
-@pytest.mark.parametrize("name", ["pipeline-zero1", "moe-zero2-sizes", "autoep-zero3"])
+@pytest.mark.parametrize(
+    "name", ["pipeline-zero1", "moe-zero2-sizes", "autoep-zero3", "p3dm_z1_w4", FOLDED]
+)
 def test_an_optimizer_file_of_another_step_is_found_out(
     name: str, copied: Callable[[str], Path]
 ) -> None:
@@ -100,6 +106,8 @@ def test_an_optimizer_file_of_another_step_is_found_out(
         ("pipeline-zero1", "layer_03*"),
         ("moe-zero2-sizes", "layer_1_expert_2*"),
         ("autoep-zero2", "layer_0_expert_1*"),
+        ("p3dm_z1_w4", "layer_03-model_01*"),
+        (FOLDED, "layer_0_expert_2*"),
     ],
 )
 def test_16_bit_weights_of_another_step_are_found_out_before_anything_is_written(
@@ -108,7 +116,8 @@ def test_16_bit_weights_of_another_step_are_found_out_before_anything_is_written
     folder = copied(name)
 
     def change(root: dict[str, Any]) -> None:
-        tensors = [value for value in root.values() if value.is_floating_point()]
+        tensors = [value for value in root.values() if isinstance(value, torch.Tensor)]
+        tensors = [value for value in tensors if value.is_floating_point()]
         tensors[0].view(-1)[0] += 1
 
     edit(next(folder.glob(pattern)), change)
@@ -263,15 +272,20 @@ def test_a_team_that_other_ranks_contradict_is_refused(
     assert "ds_zero_partition_groups" in str(refusal(folder))
 
 
-def test_a_pipeline_that_is_cut_up_further_is_refused_by_name(
+def test_layers_of_a_tensor_parallel_rank_that_a_pipeline_does_not_have_are_refused(
     copied: Callable[[str], Path],
 ) -> None:
     folder = copied("pipeline-zero1")
     for path in folder.glob("layer_*"):
         shutil.copy(path, folder / path.name.replace("-model_states", "-model_01-model_states"))
+    assert "model_N-model_states.pt for N = 1, expected 1 of them only" in str(refusal(folder))
+
+
+def test_a_pipeline_of_experts_is_refused_by_name(copied: Callable[[str], Path]) -> None:
+    folder = copied("pipeline-zero1")
+    edit(folder / "mp_rank_00_model_states.pt", lambda root: root.update(num_experts=[2]))
     error = refusal(folder)
-    assert error.kind == "unsupported"
-    assert "a pipeline with tensor parallelism" in str(error)
+    assert error.kind == "unsupported" and "a pipeline with experts" in str(error)
 
 
 @pytest.mark.parametrize("name", ["pipeline-zero1", "moe-zero2-sizes", "autoep-zero3"])

@@ -253,6 +253,27 @@ def test_replicas_that_differ_are_refused_with_both_files(tmp_path: Path) -> Non
     assert not (tmp_path / "model").exists()
 
 
+def test_states_whose_order_nothing_shows_are_absent(tmp_path: Path) -> None:
+    """In fp32 without ZeRO they have numbers: two param groups leave the order open."""
+
+    def change(root: dict[str, Any]) -> None:
+        (group,) = root["optimizer"]["param_groups"]
+        numbers = group["params"]
+        root["optimizer"]["param_groups"] = [
+            group | {"params": numbers[::2]},
+            group | {"params": numbers[1::2]},
+        ]
+
+    name = "tp_z0fp32_w4"
+    assert "in the order of the model" in detect.read(PARALLEL / name).notes[-1]
+    folder = resaved(name, tmp_path / "checkpoint", "*", change)
+    source = detect.read(folder)
+    assert "the optimizer's state is absent" in source.notes[-1]
+    assert source.optimizer is not None
+    with pytest.raises(CheckpointError, match="numbers, not names"):
+        source.optimizer("model.norm.weight")
+
+
 def test_pipelines_are_refused_by_what_the_model_file_says(tmp_path: Path) -> None:
     folder = resaved(
         FROZEN,

@@ -40,12 +40,12 @@ def back(folder: Path, output: Path, world: int, stage: int | None = None, **mor
     return output
 
 
-def deepspeeds(source: Path, output: Path, inject: bool = True) -> Path:
+def deepspeeds(source: Path, output: Path, inject: bool = True, strict: bool = True) -> Path:
     """What DeepSpeed's own converter makes of it, in ``output``; ``inject`` is of metadata."""
     from deepspeed.checkpoint import ds_to_universal
 
     tag = (source / "latest").read_text()
-    options = {"keep_temp_folder": False, "strict": True, "inject_missing_state": inject}
+    options = {"keep_temp_folder": False, "strict": strict, "inject_missing_state": inject}
     output.mkdir(parents=True)
     args = argparse.Namespace(
         input_folder=str(source / tag),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -175,3 +177,72 @@ def test_doctor_names_no_universal_tag_in_latest(
     assert [entry.name for entry in Run(tmp_path / "out").checkpoints() if entry.committed] == [
         "checkpoint-2"
     ]
+
+
+PARALLEL = ["tp_fusedb_z3_w4", "tp_qwen3_frozen_z2_w4", "mics_hier_w4", "p3dm_z1_w4"]
+
+
+@pytest.fixture(scope="module")
+def of_parallel(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What DeepSpeed's converter makes of a fixture of more than ZeRO, made once."""
+
+    @cache
+    def made(name: str) -> Path:
+        source = tmp_path_factory.mktemp(name) / "s"
+        shutil.copytree(FIXTURES / "parallel" / name, source)
+        output = source.parent / "ds"
+        deepspeeds(source, output, inject=name.startswith("mics"), strict=False)
+        (output / "latest_universal").write_text(f"{(source / 'latest').read_text()}_universal")
+        return output
+
+    return made
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_what_deepspeed_made_of_more_parallelism_opens_with_the_live_engines_values(
+    name: str, of_parallel: Callable[[str], Path]
+) -> None:
+    truth, folder = live(FIXTURES / "parallel" / name), of_parallel(name)
+    with ckpt.open(folder) as opened:
+        for key in ("fp32", "exp_avg", "exp_avg_sq"):
+            for parameter, value in truth[key].items():
+                state = opened if key == "fp32" else opened.optimizer_state(parameter)
+                found = state[parameter if key == "fp32" else key]
+                # DeepSpeed leaves out the rows that pad Megatron's vocabulary
+                rows = slice(30 if "word_embeddings" in parameter else None)
+                assert same(found, value[rows]), (key, parameter)
+        for kind in ("live", "buffer"):
+            for parameter, value in truth.get(kind, {}).items():
+                if parameter not in truth["fp32"]:
+                    assert same(opened[parameter].to(value.dtype), value), parameter
+
+
+def test_a_pipelines_says_what_deepspeed_leaves_out(tmp_path: Path) -> None:
+    source = tmp_path / "s"
+    shutil.copytree(FIXTURES / "pipelines-and-experts/pipeline-zero1", source)
+    folder = deepspeeds(source, tmp_path / "ds") / "global_step2_universal"
+    notes = "; ".join(detect(folder).read().notes)
+    assert "is that of stage 1, whose copy ds_to_universal.py kept" in notes
+    assert "buffers (1.steps, 3.steps, tied_modules.embed.scale) and frozen" in notes
+
+
+def test_a_model_file_of_several_that_is_missing_is_named(
+    tmp_path: Path, of_parallel: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "u"
+    shutil.copytree(of_parallel("p3dm_z1_w4"), folder)
+    for name in ("mp_rank_03_model_states.pt", "mp_rank_01_model_states.pt"):
+        (folder / "global_step2_universal" / name).unlink()
+        with pytest.raises(CheckpointError, match=r"lacks model files of mp_rank_N") as raised:
+            detect(folder).read()
+        assert raised.value.kind == "incomplete"
+
+
+def test_native_files_are_not_made_of_more_parallelism(
+    tmp_path: Path, of_parallel: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = of_parallel("tp_qwen3_frozen_z2_w4")
+    run("from-universal", folder, "--world-size", 2, "-o", tmp_path / "n", code=1)
+    assert "nothing else is made of them" in capsys.readouterr().err
+    run("show", folder)
+    assert "made from 2 model-parallel ranks" in capsys.readouterr().out

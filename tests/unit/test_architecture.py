@@ -33,7 +33,8 @@ converters.formats converters.zero.files
 converters.zero.naming
 converters.zero
 converters.zero.model_ranks
-converters.zero.parallel converters.zero.experts converters.zero.pipeline
+converters.zero.parallel
+converters.zero.experts converters.zero.pipeline
 converters.zero.merging
 converters.zero.native
 converters.zero.universal

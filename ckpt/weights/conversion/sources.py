@@ -8,7 +8,7 @@ from pathlib import Path
 from ckpt.weights.companions import surroundings
 from ckpt.weights.request import Request
 from converters.detect import detection
-from converters.detect.deepspeed import PARALLEL, TENSOR_PARALLEL, UNIVERSAL
+from converters.detect.deepspeed import PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError
 from converters.names import selection
 from converters.options import DTYPE, EXCLUDE_FROZEN, MERGE, NO_VERIFY, WEIGHTS
@@ -60,11 +60,11 @@ def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
 
 def _without_vocabulary_padding(source: Source, request: Request) -> Source:
     """The same without the rows that pad a vocabulary, where config.json counts none of them."""
-    if source.kind != TENSOR_PARALLEL:
+    if source.kind not in PARALLEL:
         return source
 
     from converters.zero.parallel import vocabulary  # which most checkpoints need not
-    from converters.zero.parallel.reader import TensorParallelCheckpoint
+    from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 
     if not isinstance(source, TensorParallelCheckpoint) or not source.original_rows:
         return source

@@ -13,7 +13,7 @@ that wrote it. Source: DeepSpeed 0.19.8 ``module_inject/auto_ep.py``,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from converters import words
@@ -218,7 +218,7 @@ def stacks_of_files(
                 )
             for expert in range(layer.count):
                 del names_left[f"{name}.{expert}"]
-            result[name] = TensorRef.concat(parts).view(layer.count, *parts[0].shape)
+            result[name] = _whole_stack(parts)
 
     if names_left:
         raise model.fail(
@@ -226,6 +226,16 @@ def stacks_of_files(
         )
 
     return result
+
+
+def _whole_stack(parts: Sequence[TensorRef]) -> TensorRef:
+    """Experts one after another, and as often again as tensor-parallel ranks wrote them."""
+    stack, *replicas = [
+        TensorRef.concat((part, *part.replicas)[min(turn, len(part.replicas))] for part in parts)
+        for turn in range(1 + max(len(part.replicas) for part in parts))
+    ]
+    whole_stack = replace(stack, replicas=tuple(replicas))
+    return whole_stack.view(len(parts), *parts[0].shape)
 
 
 def in_optimizer_order(

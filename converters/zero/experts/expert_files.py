@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from converters.accessors import is_whole_number
 from converters.detect.deepspeed import LOAD_THERE
@@ -66,14 +66,36 @@ def read(place: Place, files: FolderFiles, model: State) -> ExpertFiles:
         one_save.require_numbered(place, label, count, experts)
 
         for expert in range(count):
-            state = folder_files.read(files.experts[layer, expert, 0])
-            for name, tensor in _tensors(state, expert).items():
+            expert_states = [
+                folder_files.read(path)
+                for key, path in sorted(files.experts.items())
+                if key[:2] == (layer, expert)
+            ]
+            for name, tensor in _replicated(expert_states, expert).items():
                 if name in tensors:
+                    state = expert_states[0]
                     raise state.fail(f"has {name}, which the file of another layer has, too")
                 tensors[name] = tensor
-            states.append(state)
+            states += expert_states
 
     return ExpertFiles(tensors, tuple(states))
+
+
+def _replicated(states: Sequence[State], expert: int) -> dict[str, TensorRef]:
+    """The tensors of an expert, which several tensor-parallel ranks may have written."""
+    first, *replicas = [_tensors(state, expert) for state in states]
+    for state, replica in zip(states[1:], replicas, strict=True):
+        if _forms(replica) != _forms(first):
+            raise state.fail(f"has other weights than {states[0].path.name}; two saves are mixed")
+
+    return {
+        name: replace(tensor, replicas=tuple(replica[name] for replica in replicas))
+        for name, tensor in first.items()
+    }
+
+
+def _forms(tensors: Mapping[str, TensorRef]) -> dict[str, object]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _tensors(state: State, expert: int) -> dict[str, TensorRef]:

@@ -24,9 +24,11 @@ from typing import Any
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.tensors import TensorRef
+from converters.zero import stage12
 from converters.zero.files import all_ranks, state_files, typed
-from converters.zero.files.state_files import State
+from converters.zero.files.state_files import Shape, State
 from converters.zero.files.typed import Section
+from converters.zero.naming.group_storages import FlatGroup
 
 _KEY = "single_partition_of_fp32_groups"
 _EXPERT_NAME = re.compile(r"ep_size_(\d{1,9})")
@@ -67,8 +69,17 @@ def shared_groups(ranks: Sequence[State]) -> list[SharedGroup]:
     """The param groups in the order of rank 0, each with its number on every rank.
 
     ``ranks`` are the optimizer files in rank order. ``CheckpointError`` where the ranks
-    have unlike groups, or are of several steps.
+    have unlike groups, cannot share them as they say, or are of several steps.
     """
+    groups = matched_groups(ranks)
+    for group in groups:
+        require_count(ranks[0], group)
+
+    return groups
+
+
+def matched_groups(ranks: Sequence[State]) -> list[SharedGroup]:
+    """The same of any ranks, which may share some groups with others."""
     names_by_rank = [_names(state) for state in ranks]
     for state, names in zip(ranks, names_by_rank, strict=True):
         if set(names) != set(names_by_rank[0]):
@@ -80,9 +91,6 @@ def shared_groups(ranks: Sequence[State]) -> list[SharedGroup]:
         SharedGroup(name, tuple(names.index(name) for names in names_by_rank))
         for name in names_by_rank[0]
     ]
-    for group in groups:
-        _require_count(ranks[0], group)
-
     expected = _progress(ranks[0], names_by_rank[0])
     for state, names in zip(ranks, names_by_rank, strict=True):
         all_ranks.require_same_progress(ranks[0], expected, state, _progress(state, names))
@@ -100,6 +108,18 @@ def ranks_of(group: SharedGroup, expert_rank: int, is_block: bool) -> list[int]:
         first_rank = expert_rank * group.name.partition_count
         return list(range(first_rank, first_rank + group.name.partition_count))
     return list(range(expert_rank, world_size, count))
+
+
+def flat_group(
+    ranks: Sequence[State], group: SharedGroup, members: Sequence[int], shapes: dict[str, Shape]
+) -> FlatGroup:
+    """The vector of a group that some ranks share, with the places of its parameters."""
+    first = ranks[members[0]]
+    number = group.numbers[members[0]]
+    group_count = len(partitions_of(first))
+    paddings = state_files.alignment_paddings(first, group_count)[number]
+    vectors = partitions(ranks, group, members)
+    return stage12.flat_group(first, number, vectors, shapes, paddings)
 
 
 def partitions(
@@ -146,7 +166,7 @@ def _names(state: State) -> list[GroupName]:
     return names
 
 
-def _require_count(state: State, group: SharedGroup) -> None:
+def require_count(state: State, group: SharedGroup) -> None:
     """Raises unless the ranks can share the group as its name and its count say."""
     count, world_size = group.name.partition_count, len(group.numbers)
     if not group.name.has_experts and count != world_size:

@@ -25,18 +25,22 @@ from converters.source import Place, Source, SourceTopology
 from converters.storage import misplaced_files
 from converters.tensors import TensorRef
 from converters.zero import checkpoint as zero
-from converters.zero import optimizer_state, stage12
-from converters.zero.experts import auto_ep, expert_files, expert_groups, unpartitioned
+from converters.zero import optimizer_state
+from converters.zero.experts import (
+    auto_ep,
+    expert_files,
+    expert_groups,
+    unpartitioned,
+    whole_model,
+)
 from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.experts.expert_files import NATIVE, ExpertFiles
-from converters.zero.experts.expert_groups import SharedGroup
 from converters.zero.files import all_ranks, state_files
-from converters.zero.files.state_files import Shape, State
+from converters.zero.files.state_files import State
 from converters.zero.model_ranks import folder_files, numbered_states, one_save
 from converters.zero.model_ranks.folder_files import FolderFiles
-from converters.zero.model_ranks.joined_source import Joined, with_module
+from converters.zero.model_ranks.joined_source import Joined
 from converters.zero.naming import storage_views
-from converters.zero.naming.group_storages import FlatGroup
 
 # of the experts of an expert rank, under the names that these have there
 LocalWeights = dict[tuple[str, int], TensorRef]
@@ -50,7 +54,7 @@ def read(place: Place, files: FolderFiles) -> Source:
     model = _model(place, files)
     layers = auto_ep.layers_of(model)
     experts = expert_files.read(place, files, model)
-    copies, prefixes = _copies(model, layers, experts.tensors)
+    copies, prefixes = whole_model.copies_of(model, layers, experts.tensors)
     if not files.optimizers and files.expert_optimizers:
         return _without_zero(place, files, model, layers, experts)
 
@@ -62,9 +66,9 @@ def read(place: Place, files: FolderFiles) -> Source:
     masters |= auto_ep.whole_stacks(model, layers, stacked_weights)
     masters |= _numbered(model, single_weights, experts.tensors)
 
-    whole_model = _whole(model, layers, copies, prefixes)
+    model_with_experts = whole_model.with_experts(model, layers, copies, prefixes)
     shapes = state_files.shapes(model, "param_shapes")
-    parameters = storage_views.complete(whole_model, masters, shapes)
+    parameters = storage_views.complete(model_with_experts, masters, shapes)
     stage = zero.stage_of(dict(enumerate(ranks)))
     if zero.excludes_frozen(stage, model):
         parameters.notes.append(zero.EXCLUDED)
@@ -72,8 +76,8 @@ def read(place: Place, files: FolderFiles) -> Source:
     return Joined(
         kind=EXPERTS,
         place=place,
-        model=whole_model,
-        module=whole_model.module,
+        model=model_with_experts,
+        module=model_with_experts.module,
         parameters=parameters,
         states=[model, *experts.states, *ranks],
         topology=SourceTopology(len(ranks), stage),
@@ -89,19 +93,19 @@ def _without_zero(
 ) -> Source:
     """The weights of a training without ZeRO, and the states by order."""
     optimizers = unpartitioned.optimizers(place, files.expert_optimizers[0])
-    copies, prefixes = _copies(model, layers, experts.tensors)
-    whole_model = _whole(model, layers, copies, prefixes)
-    shared_names = storage_views.shared_names(whole_model, Names())
+    copies, prefixes = whole_model.copies_of(model, layers, experts.tensors)
+    model_with_experts = whole_model.with_experts(model, layers, copies, prefixes)
+    shared_names = storage_views.shared_names(model_with_experts, Names())
     weights = {
         name: ref
-        for name, ref in storage_views.complete(whole_model, {}, None).frozen.items()
+        for name, ref in storage_views.complete(model_with_experts, {}, None).frozen.items()
         if name not in shared_names
     }
     dense = {name: ref for name, ref in weights.items() if name not in copies}
     dense = auto_ep.in_optimizer_order(layers, dense)
     by_expert = {name: ref for name, ref in weights.items() if name in copies}
     named_optimizers = unpartitioned.by_name(model, optimizers, dense, by_expert, layers)
-    parameters = storage_views.complete(whole_model, dict(named_optimizers.masters), None)
+    parameters = storage_views.complete(model_with_experts, dict(named_optimizers.masters), None)
     for name, owner in shared_names.items():
         if owner in parameters.frozen and parameters.frozen.pop(name, None) is not None:
             parameters.aliases[name] = owner
@@ -112,43 +116,14 @@ def _without_zero(
     source = Joined(
         kind=EXPERTS,
         place=place,
-        model=whole_model,
-        module=whole_model.module,
+        model=model_with_experts,
+        module=model_with_experts.module,
         parameters=parameters,
         states=[model, *experts.states, *(optimizer.file for optimizer in optimizers)],
         topology=SourceTopology(world_size if is_a(world_size, int) else len(optimizers), 0),
     ).source()
     return replace(
         source, optimizer=replace(named_optimizers.states, aliases=source.weights.aliases).of
-    )
-
-
-def _copies(
-    model: State, layers: Sequence[AutoEPLayer], tensors: Mapping[str, TensorRef]
-) -> tuple[dict[str, TensorRef], list[str]]:
-    """The experts' own weights by the names of the whole model, and how these begin."""
-    # those of DeepSpeed-MoE in the order of the layers, in which the files are counted
-    matches = [match for name in tensors if (match := NATIVE.fullmatch(name))]
-    single_tensors = {match[0]: tensors[match[0]] for match in matches}
-    parts = {name: ref for name, ref in tensors.items() if name not in single_tensors}
-    stacks = auto_ep.stacks_of_files(model, layers, parts)
-    prefixes = dict.fromkeys(match["prefix"] for match in matches)
-
-    return {**single_tensors, **stacks}, [*prefixes, *(layer.prefix for layer in layers)]
-
-
-def _whole(
-    model: State,
-    layers: Sequence[AutoEPLayer],
-    copies: Mapping[str, TensorRef],
-    prefixes: Sequence[str],
-) -> State:
-    """The model file as if the experts were in it."""
-    return with_module(
-        model,
-        expert_files.placed_among(model.module, copies, prefixes),
-        shared_params=_shared(model, layers),
-        buffer_names=_buffers(model, copies),
     )
 
 
@@ -217,25 +192,13 @@ def _masters(
         for expert_rank in range(group.expert_ranks):
             members = expert_groups.ranks_of(group, expert_rank, is_block)
             shapes = auto_ep.local_shapes(model, layers, group_shapes, expert_rank, group)
-            weights = _flat_group(ranks, group, members, shapes).masters()
+            weights = expert_groups.flat_group(ranks, group, members, shapes).masters()
             if group.name.has_experts:
                 local_weights |= {(name, expert_rank): ref for name, ref in weights.items()}
             else:
                 masters |= weights
 
     return masters, local_weights
-
-
-def _flat_group(
-    ranks: Sequence[State], group: SharedGroup, members: Sequence[int], shapes: dict[str, Shape]
-) -> FlatGroup:
-    """The vector of a group that some ranks share, with the places of its parameters."""
-    first = ranks[members[0]]
-    number = group.numbers[members[0]]
-    group_count = len(expert_groups.partitions_of(first))
-    paddings = state_files.alignment_paddings(first, group_count)[number]
-    partitions = expert_groups.partitions(ranks, group, members)
-    return stage12.flat_group(first, number, partitions, shapes, paddings)
 
 
 def _numbered(
@@ -284,30 +247,3 @@ def _numbered(
         masters[global_name] = master
 
     return masters
-
-
-def _shared(model: State, layers: Sequence[AutoEPLayer]) -> dict[str, str]:
-    """The tied names that the model file records, and those that AutoEP makes."""
-    shared_params = model.root.get("shared_params")
-    recorded = shared_params if isinstance(shared_params, dict) else {}
-    return {**recorded, **auto_ep.router_aliases(model, layers)}
-
-
-def _buffers(model: State, copies: Mapping[str, TensorRef]) -> object:
-    """The names of buffers, those of experts under their numbers over all ranks."""
-    names = storage_views.buffer_names(model)
-    local_parts = {
-        (match["prefix"], match["inner"]) for name in names if (match := NATIVE.fullmatch(name))
-    }
-    if not local_parts:
-        return model.root.get("buffer_names")
-
-    return [
-        *(name for name in names if NATIVE.fullmatch(name) is None),
-        *(
-            name
-            for name in copies
-            if (match := NATIVE.fullmatch(name))
-            and (match["prefix"], match["inner"]) in local_parts
-        ),
-    ]

@@ -29,11 +29,13 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     is damaged or incomplete.
     """
     # which most checkpoints need not
-    from converters.zero.experts import flat_groups, sub_groups
+    from converters.zero.experts import flat_groups, folded, sub_groups
     from converters.zero.model_ranks import folder_files
 
     place = several_models.find(path, tag)
     with readable(place.folder, "a file is damaged or of another save"):
         files = folder_files.scan(place)
+        if len(files.model_ranks) > 1:
+            return folded.read(place, files)
         read_files = sub_groups.read if files.partitioned else flat_groups.read
         return read_files(place, files)

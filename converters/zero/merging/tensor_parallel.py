@@ -19,7 +19,7 @@ from converters.zero.files import discovery
 from converters.zero.merging import agreement, roots, universal_entries
 from converters.zero.merging.checkpoint import MergedCheckpoint, whole_model
 from converters.zero.parallel import patterns
-from converters.zero.parallel.reader import TensorParallelCheckpoint
+from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 from converters.zero.param_groups import ParamGroup
 
 
@@ -29,11 +29,13 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
     ``CheckpointError`` for what has no partitions, or cannot be put together.
     """
     _require(source)
-    first = source.lanes[0]
+    first = _lanes(source)[0]
     groups = tuple(_groups(source))
     topology = SourceTopology(first.world_size, first.stage)
     own_values = {
-        name: value for lane in reversed(source.lanes) for name, value in lane.model.module.items()
+        name: value
+        for lane in reversed(_lanes(source))
+        for name, value in lane.model.module.items()
     }
     files = discovery.lanes(source.place)[0]
     is_partitioned = source.stage == 3 or files.module is None
@@ -60,9 +62,17 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
     )
 
 
+def _lanes(source: TensorParallelCheckpoint) -> list[Checkpoint]:
+    """What each tensor-parallel rank has; its lanes are no stages of a pipeline here."""
+    lanes = [lane for lane in source.lanes if isinstance(lane, Checkpoint)]
+    if len(lanes) < len(source.lanes):
+        raise TypeError(f"{source.kind} has lanes that are not of ZeRO alone")
+    return lanes
+
+
 def _require(source: TensorParallelCheckpoint) -> None:
     """Raises for states that are not written for other ranks."""
-    first = source.lanes[0]
+    first = _lanes(source)[0]
     averages = [name for name, layout in source.cuts.items() if layout.averages]
     if not first.ranks:
         reason = (
@@ -87,8 +97,8 @@ def _require(source: TensorParallelCheckpoint) -> None:
 
 def _groups(source: TensorParallelCheckpoint) -> Iterator[ParamGroup]:
     """The param groups of the whole model, in the order of the optimizer."""
-    groups_by_rank = [_groups_of(lane) for lane in source.lanes]
-    paths = [lane.ranks[0].path for lane in source.lanes]
+    groups_by_rank = [_groups_of(lane) for lane in _lanes(source)]
+    paths = [lane.ranks[0].path for lane in _lanes(source)]
     agreement.require_same_count(paths, groups_by_rank)
     for index, groups in enumerate(zip(*groups_by_rank, strict=True)):
         agreement.require_same_settings(index, paths, groups)
@@ -150,7 +160,7 @@ def _tensor(
 
 def _universal_entries(source: TensorParallelCheckpoint) -> dict[str, dict[str, Any]]:
     """What universal files say of the parameters."""
-    info = source.lanes[0].model.root.get(roots.INFO)
+    info = _lanes(source)[0].model.root.get(roots.INFO)
     records = info if isinstance(info, dict) else {}
     return {
         name: universal_entries.entries_of(name, layout, patterns.is_vocabulary(records, name))

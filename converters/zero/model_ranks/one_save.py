@@ -49,11 +49,16 @@ def require_one_model_rank(place: Place, files: FolderFiles, model: State) -> No
     """Raises where experts lie on several model-parallel ranks, whose files may be lost."""
     count = model.root.get("mp_world_size")
     if files.model_ranks != [0] or (is_whole_number(count) and count > 1):
-        raise CheckpointError(
-            f"{place.folder} is of experts and of tensor or pipeline parallelism (mp_rank_01 and "
-            f"up); merging both is not supported yet: {LOAD_THERE}",
-            "unsupported",
-        )
+        raise experts_and_more(place)
+
+
+def experts_and_more(place: Place) -> CheckpointError:
+    """The error for experts on several model-parallel ranks, where nothing says which is whose."""
+    return CheckpointError(
+        f"{place.folder} is of experts and of tensor or pipeline parallelism (mp_rank_01 and "
+        f"up); of both only AutoEP with AutoTP is merged: {LOAD_THERE}",
+        "unsupported",
+    )
 
 
 def require_same_step(models: Sequence[State]) -> None:

@@ -29,6 +29,7 @@ class CutTable:
 
     ``info`` is what the model file records, ``entries`` its affine map by pattern, and
     ``buffers`` are names that every rank has whole, whatever the patterns say.
+    ``whole_names`` are never cut, whatever the user's rules say, too.
     """
 
     model: State
@@ -37,6 +38,7 @@ class CutTable:
     entries: Mapping[str, Any]
     rules: Rules | None
     buffers: frozenset[str] = frozenset()
+    whole_names: frozenset[str] = frozenset()
     unknown: dict[str, Shapes] = field(default_factory=dict)
 
     @staticmethod
@@ -53,14 +55,15 @@ class CutTable:
         ``None``, and noted for ``require_known``, where nothing says how it is cut.
         ``CheckpointError`` if what is recorded does not fit the shards.
         """
-        by_rule = self.rules.cut(name, shapes) if self.rules else None
+        is_whole = name in self.whole_names
+        by_rule = self.rules.cut(name, shapes) if self.rules and not is_whole else None
         if by_rule is not None:
             return by_rule
 
         try:
-            if name in self.buffers:
+            if is_whole or name in self.buffers:
                 return cuts.replicated(shapes)
-            recorded = self._entry(name)
+            recorded = self.entry_of(name)
             if recorded is not None:
                 return affine_map.cut(recorded, self.rank_count)
             if patterns.are_there(self.info):
@@ -79,7 +82,7 @@ class CutTable:
             "unsupported",
         )
 
-    def _entry(self, name: str) -> Any:
+    def entry_of(self, name: str) -> Any:
         """What the affine map has of a parameter; ``None`` if it has nothing."""
         literal = f"^{re.escape(name)}$"
         if literal in self.entries:

@@ -43,22 +43,22 @@ def are_there(info: Mapping[str, Any]) -> bool:
 
 def cut(info: Mapping[str, Any], name: str, shapes: Shapes) -> Cut:
     """The cut of a parameter whose shards have these shapes."""
-    if _only(_patterns(info, REPLICATED), name):
+    if _only(listed(info, REPLICATED), name):
         return cuts.replicated(shapes)
-    if _only(_patterns(info, AVERAGED), name):
+    if _only(listed(info, AVERAGED), name):
         return cuts.averaged(shapes)
-    if _only(_patterns(info, TWO_PARTS), name):
+    if _only(listed(info, TWO_PARTS), name):
         return cuts.equal_parts(0, 2, shapes)
 
     parts = _parts(info, name)
     if parts is not None:
         return _in_parts(info, *parts, shapes)
-    return cuts.along(1 if _only(_patterns(info, ROWS), name) else 0, shapes)
+    return cuts.along(1 if _only(listed(info, ROWS), name) else 0, shapes)
 
 
 def is_vocabulary(info: Mapping[str, Any], name: str) -> bool:
     """Whether the rows of a parameter are those of a vocabulary, which may have been padded."""
-    return _only(_patterns(info, VOCABULARY), name) is not None
+    return _only(listed(info, VOCABULARY), name) is not None
 
 
 def begins(pattern: str, name: str) -> bool:
@@ -74,7 +74,8 @@ def _only(patterns: Iterable[str], name: str) -> str | None:
     return fitting[0] if fitting else None
 
 
-def _patterns(info: Mapping[str, Any], key: str) -> Sequence[str]:
+def listed(info: Mapping[str, Any], key: str) -> Sequence[str]:
+    """The patterns of a list; ``MalformedError`` for what is no list of them."""
     patterns = info.get(key) or ()
     if not isinstance(patterns, (list, tuple)) or not all(
         isinstance(pattern, str) for pattern in patterns
@@ -93,7 +94,7 @@ def _parts(info: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], str] 
     for record in records:
         if not isinstance(record, dict):
             raise MalformedError(f"{PARTS} has {state_files.shown(record)}, expected a dict")
-        pattern = _only(_patterns(record, "patterns"), name)
+        pattern = _only(listed(record, "patterns"), name)
         fitting += [(record, pattern)] if pattern is not None else []
 
     if len(fitting) > 1:

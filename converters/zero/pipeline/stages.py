@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 from math import prod
 
 from converters import words
-from converters.detect.deepspeed import LOAD_THERE, PIPELINE
+from converters.detect.deepspeed import PIPELINE
 from converters.errors import CheckpointError
 from converters.source import Place, Source, SourceTopology
 from converters.tensors import TensorRef
@@ -29,12 +29,12 @@ from converters.zero import checkpoint as zero
 from converters.zero import optimizer_state, stage12
 from converters.zero.files import state_files
 from converters.zero.files.state_files import Shape, State
-from converters.zero.model_ranks import folder_files, one_save
-from converters.zero.model_ranks.folder_files import FolderFiles
+from converters.zero.model_ranks import one_save
 from converters.zero.model_ranks.joined_source import Joined, with_module
 from converters.zero.naming import storage_views
 from converters.zero.naming.assemble import Parameters
 from converters.zero.pipeline import slice_mappings, tied_modules, unpartitioned
+from converters.zero.pipeline.lane_files import LaneFiles
 
 _NUMBERED = re.compile(r"(\d{1,9})\.(.+)", re.DOTALL)
 Layers = Mapping[int, State]
@@ -61,15 +61,15 @@ class PipelineCheckpoint(Source):
     homes: tuple[tied_modules.Home, ...]
 
 
-def read(place: Place, files: FolderFiles) -> Source:
+def read(place: Place, lane: LaneFiles) -> Source:
     """The weights of all stages by layer, and the optimizer's state by their names.
 
-    ``CheckpointError`` for what is damaged, incomplete, or split up further.
+    ``CheckpointError`` for what is damaged or incomplete.
     """
-    models = _models(place, files)
-    layers = {layer: folder_files.read(path) for (layer, _), path in sorted(files.layers.items())}
-    if files.optimizers:
-        return _with_zero(place, _stages(place, files, models), layers)
+    models = list(lane.models.values())
+    layers = lane.layers
+    if lane.optimizers:
+        return _with_zero(place, _stages(place, lane), layers)
     if zero.has_partitions(models[0]) or models[0].root.get("optimizer") is None:
         raise zero.no_optimizer_files(place)
 
@@ -115,28 +115,11 @@ def _with_zero(place: Place, stages: Sequence[Stage], layers: Layers) -> Pipelin
     )
 
 
-def _models(place: Place, files: FolderFiles) -> list[State]:
-    """The model files of the stages in order; ``CheckpointError`` unless all are there."""
-    label = "mp_rank_N_model_states.pt"
-    one_save.require_numbered(place, label, max(files.model_ranks, default=0) + 1, files.models)
-    models = [folder_files.read(path) for _, path in sorted(files.models.items())]
-    world_size = models[0].root.get("mp_world_size")
-    if isinstance(world_size, int):
-        one_save.require_numbered(place, label, world_size, files.models)
-
-    one_save.require_same_step(models)
-    _require_pipeline_alone(files, models)
-    return models
-
-
-def _stages(place: Place, files: FolderFiles, models: Sequence[State]) -> list[Stage]:
-    """The stages in order; ``CheckpointError`` unless all optimizer files are there."""
-    label = "zero_pp_rank_*_mp_rank_N_optim_states.pt"
-    one_save.require_numbered(place, label, len(models), files.optimizers)
-
+def _stages(place: Place, lane: LaneFiles) -> list[Stage]:
+    """The stages in order; ``CheckpointError`` unless their files are of one save."""
     stages = []
-    for rank, model in enumerate(models):
-        states = one_save.optimizers_of(place, files.optimizers[rank], rank)
+    for rank, model in lane.models.items():
+        states = one_save.optimizers_of(place, lane.optimizers[rank], rank)
         state_files.require_kinds([model], states)
         stages.append(Stage(model, tuple(states)))
 
@@ -149,25 +132,6 @@ def _stages(place: Place, files: FolderFiles, models: Sequence[State]) -> list[S
 
     one_save.require_same_progress([rank for stage in stages for rank in stage.ranks])
     return stages
-
-
-def _require_pipeline_alone(files: FolderFiles, models: Sequence[State]) -> None:
-    """Raises where tensors or experts are split up as well."""
-    degrees = models[0].root.get("checkpoint_parallel_dimensions")
-    tensor_degree = degrees.get("tp_degree") if isinstance(degrees, dict) else None
-    tensor_ranks = {rank for _, rank in files.layers}
-    if tensor_ranks - {0} or tensor_degree not in (None, 1):
-        further = "tensor parallelism"
-    elif files.experts or any(model.root.get("num_experts") for model in models):
-        further = "experts"
-    else:
-        return
-
-    raise CheckpointError(
-        f"{models[0].path} is of a pipeline with {further}; merging both is not supported yet: "
-        f"{LOAD_THERE}",
-        "unsupported",
-    )
 
 
 def shapes_of(stage: Stage) -> list[dict[str, Shape]]:

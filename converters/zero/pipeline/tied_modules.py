@@ -152,7 +152,7 @@ def _chosen(
         copies={f"{_PREFIX}.{key}.{name}": file.root[name] for name in copies[stage]},
         stage=stage,
         further_layers=tuple(further_layers),
-        notes=_notes(key, copies, stage, file),
+        notes=_notes(key, copies, stage, layer, file),
     )
 
 
@@ -176,7 +176,7 @@ def _rounds_to(copy: Mapping[str, TensorRef], layer: State) -> bool:
     )
 
 
-def _notes(key: str, copies: Copies, stage: int, file: State) -> tuple[str, ...]:
+def _notes(key: str, copies: Copies, stage: int, layer: int, file: State) -> tuple[str, ...]:
     """A line on copies that were trained apart."""
     unlike_stages = [number for number, copy in copies.items() if not _rounds_to(copy, file)]
     if not unlike_stages:
@@ -184,6 +184,6 @@ def _notes(key: str, copies: Copies, stage: int, file: State) -> tuple[str, ...]
 
     return (
         f"the tied module {key} has other values in stage {words.numbers(unlike_stages)}, which "
-        f"keeps only its tied weight equal; written is the copy of stage {stage}, which "
-        f"{file.path.name} has",
+        f"keeps only its tied weight equal; written is the copy of stage {stage}, which the file "
+        f"of layer {layer} has",
     )

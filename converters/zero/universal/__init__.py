@@ -2,6 +2,7 @@
 
 reader             a universal folder as the checkpoint it was made from
 source             the same as a ``Source``, for ``detect``
+model_files        which lie there;  merged_models  those of several model-parallel ranks as one
 parameter_folders  the files of a parameter
 group_layouts      whose parameters the param groups are, and in what order
 plan               to the format and back, as plans of files

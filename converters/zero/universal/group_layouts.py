@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from converters import words
+from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.options import LIKE
 from converters.torch_files import object_graph
@@ -117,9 +118,16 @@ def stage_of(models: Sequence[State], rank: State) -> int:
     return 1 if stage == 1 else 2
 
 
-def world_size_of(model: State) -> int:
-    """The ranks of the run that saved."""
-    world_size = model.root.get("dp_world_size")
+def world_size_of(model: State, key: str = "dp_world_size") -> int:
+    """The ranks of the run that saved: those that ZeRO shares the states among."""
+    world_size = model.root.get(key)
     if type(world_size) is not int or world_size < 1:
-        raise model.fail(f"dp_world_size is {world_size!r}, expected a number of ranks")
+        raise model.fail(f"{key} is {world_size!r}, expected a number of ranks")
     return world_size
+
+
+def saving_ranks(model: State) -> int:
+    """The ranks that had files of their own: under MiCS those of the first shard group."""
+    group_size = model.setting("zero_optimization", "mics_shard_size")
+    world_size = world_size_of(model)
+    return group_size if is_whole_number(group_size, 1) and group_size < world_size else world_size

@@ -19,13 +19,11 @@ them (``like``).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converters import words
 from converters.detect import detect
 from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError, readable
@@ -45,7 +43,7 @@ from converters.zero.files.state_files import State
 from converters.zero.naming import storage_views
 from converters.zero.naming.assemble import assemble
 from converters.zero.param_groups import WEIGHTS, ParamGroup
-from converters.zero.universal import parameter_folders
+from converters.zero.universal import model_files, parameter_folders
 from converters.zero.universal.group_layouts import (
     GroupLayout,
     group_layouts,
@@ -61,7 +59,6 @@ _NATIVE = (
 )
 SUFFIX = "_universal"
 INFO = "universal_checkpoint_info"
-_MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +67,9 @@ class Universal:
 
     ``checkpoint`` has the stage that its model file is of, and the world size of the
     run; its ``ranks`` are ``optimizer_state.pt``, which ``common`` is as a tree
-    (``object_graph``). ``models`` are the model files. ``layouts`` are the param groups
-    as the model file and ``optimizer_state.pt`` tell them.
+    (``object_graph``). ``models`` are the model files, of ``model_ranks`` model-parallel
+    ranks. ``layouts`` are the param groups as the model file and ``optimizer_state.pt``
+    tell them.
     """
 
     checkpoint: Checkpoint
@@ -79,6 +77,7 @@ class Universal:
     common: Mapping[Any, Any]
     models: tuple[Path, ...]
     layouts: tuple[GroupLayout, ...] = ()
+    model_ranks: int = 1
 
     @property
     def stage(self) -> int:
@@ -133,25 +132,26 @@ def read(
     tag: str | None = None,
     like: Checkpoint | None = None,
     states: bool = True,
-    experts: bool = False,
+    parallel: bool = False,
 ) -> Universal:
     """Locates every tensor of a universal folder; reads pickles only, no tensor data.
 
     Without ``states`` only the weights, which is a third of the files or less. ``like``
     gives the order of the parameters, and their groups, where the folder does not. With
-    ``experts`` also those that AutoEP dealt out to ranks, which are whole here.
+    ``parallel`` also folders that more than ZeRO was merged in: tensor-parallel ranks, stages,
+    and experts that AutoEP dealt out to ranks.
     ``CheckpointError`` for what is damaged, incomplete or of a kind that is not read.
     """
     place = find(path, tag)
     with readable(place.folder, "a file is damaged or of another conversion; make it again"):
-        return _read(place, like, states, experts)
+        return _read(place, like, states, parallel)
 
 
 def _read(
-    place: discovery.Place, like: Checkpoint | None, states: bool, experts: bool
+    place: discovery.Place, like: Checkpoint | None, states: bool, parallel: bool
 ) -> Universal:
-    saved_models = _models(place)
-    models = [auto_ep.as_whole(model) for model in saved_models] if experts else saved_models
+    saved_models, merged = model_files.read(place, parallel)
+    models = [auto_ep.as_whole(model) for model in saved_models] if parallel else saved_models
     stacks = {name for layer in auto_ep.layers_of(saved_models[0]) for name in layer.names}
     zero.refuse_foreign(models)
     inner = place.folder / "zero"
@@ -174,17 +174,22 @@ def _read(
     trained = [name for group in groups for name in group.shapes]
     module = models[0].module  # checked at each access
     missing_names = [name for name in trained if name not in module and name not in stacks]
-    if missing_names:
+    if missing_names and (module or merged is None):  # which stages of a pipeline leave empty
         raise models[0].fail(
             f"its state dict has no {missing_names[0]}, which is trained: it has other "
             "names than the parameters, and the universal format says nothing of "
             "these; use ckpt reshard on the checkpoint that this was made from"
         )
 
-    checkpoint = _checkpoint(place, models, rank, groups, files)
+    further_files = merged.files[1:] if merged else ()
+    sources = [*models, *further_files, *(State(file, {}) for file in files)]
+    checkpoint = _checkpoint(place, models, rank, groups, sources)
+    if merged is not None:
+        checkpoint = replace(checkpoint, notes=(*merged.notes, *checkpoint.notes))
     _require_known(inner, states_by_name, checkpoint, groups)
-    model_paths = tuple(model.path for model in models)
-    return Universal(checkpoint, tuple(groups), tree, model_paths, layouts)
+    model_paths = tuple(model.path for model in (*models, *further_files))
+    model_ranks = 1 + len(further_files)
+    return Universal(checkpoint, tuple(groups), tree, model_paths, layouts, model_ranks)
 
 
 def _common(inner: Path) -> tuple[TorchFile, dict[Any, Any]]:
@@ -205,54 +210,14 @@ def _common(inner: Path) -> tuple[TorchFile, dict[Any, Any]]:
     return common, object_graph.read_root(inner / COMMON)
 
 
-def _models(place: discovery.Place) -> list[State]:
-    """The model files: that of stages 1 and 2 if it is there, else those of stage 3."""
-    paths_by_rank: dict[int, Path] = {}
-    for name in stores.names(place.folder):
-        if not name.endswith("_states.pt"):
-            continue
-
-        path, match = place.folder / name, _MODEL.fullmatch(name)
-        if match is None or int(match["mp"]):
-            raise CheckpointError(
-                f"{path}: universal checkpoints of tensor, pipeline or expert "
-                "parallelism are not supported yet",
-                "unsupported",
-            )
-
-        paths_by_rank[-1 if match["rank"] is None else int(match["rank"])] = path
-
-    if -1 in paths_by_rank:
-        return [state_files.read(paths_by_rank[-1])]
-    if 0 not in paths_by_rank:
-        raise CheckpointError(
-            f"{place.folder} has no model file (mp_rank_00_model_states.pt or "
-            "zero_pp_rank_0_mp_rank_00_model_states.pt); copy it from the checkpoint "
-            "that it was made from",
-            "incomplete",
-        )
-
-    models = [state_files.read(paths_by_rank[rank]) for rank in sorted(paths_by_rank)]
-    if sorted(paths_by_rank) != list(range(world_size_of(models[0]))):
-        raise CheckpointError(
-            f"{place.folder} has the model files of ranks "
-            f"{words.numbers(sorted(paths_by_rank))}, but "
-            f"was saved by {world_size_of(models[0])}; copy the others from the "
-            "checkpoint that it was made from",
-            "incomplete",
-        )
-
-    return models
-
-
 def _checkpoint(
     place: discovery.Place,
     models: Sequence[State],
     rank: State,
     groups: Sequence[ParamGroup],
-    files: Sequence[TorchFile],
+    sources: Sequence[State],
 ) -> Checkpoint:
-    """What the folder stands for.
+    """What the folder stands for; ``sources`` are the files that its tensors lie in.
 
     Names, ties and what is frozen are as the model files tell them.
     """
@@ -268,7 +233,6 @@ def _checkpoint(
         shapes = [dict(group.shapes) for group in groups]
         parameters = storage_views.complete(models[0], masters, shapes)
 
-    sources = [*models, *(State(file, {}) for file in files)]
     weights = assemble(models[0], parameters, sources)
     step = models[0].root.get("global_steps")
 

@@ -33,9 +33,10 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Checkpoi
     does not tell the order of the parameters, by which its files are proven to be of one
     model.
     """
-    universal = reader.read(path, tag, states=complete, experts=True)
+    universal = reader.read(path, tag, states=complete, parallel=True)
     checkpoint = universal.checkpoint
-    topology = SourceTopology(checkpoint.world_size, universal.stage)
+    world_size = checkpoint.world_size * universal.model_ranks
+    topology = SourceTopology(world_size, universal.stage)
     return replace(checkpoint, topology=topology, optimizer=partial(state_of, universal))
 
 

@@ -11,7 +11,8 @@ from uuid import uuid4
 
 import pytest
 import torch
-from hub_clients import Client, run_of, sent
+from faults.forks import Forks
+from hub_clients import Client, run_of, sent, warm_clients
 from hub_server import READ_TOKEN, TOKEN, Hub, hub
 from json_table import require_documented
 from oracles import ROOT, convert, same
@@ -24,10 +25,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def warm(server: Hub) -> Iterator[Forks]:
+    with warm_clients(server) as forks:
+        yield forks
+
+
 @pytest.fixture
-def client(server: Hub, tmp_path: Path) -> Client:
+def client(server: Hub, warm: Forks, tmp_path: Path) -> Client:
     run_of(tmp_path / "out")
-    return Client(server, tmp_path)
+    return Client(server, tmp_path, forks=warm)
 
 
 @pytest.fixture

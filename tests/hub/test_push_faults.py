@@ -8,7 +8,8 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from hub_clients import Client, run_of, sent
+from faults.forks import Forks
+from hub_clients import Client, run_of, sent, warm_clients
 from hub_server import Hub, hub
 
 from converters.zero import checkpoint
@@ -24,10 +25,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def warm(server: Hub) -> Iterator[Forks]:
+    with warm_clients(server) as forks:
+        yield forks
+
+
 @pytest.fixture
-def client(server: Hub, tmp_path: Path) -> Iterator[Client]:
+def client(server: Hub, warm: Forks, tmp_path: Path) -> Iterator[Client]:
     run_of(tmp_path / "out")
-    yield Client(server, tmp_path)
+    yield Client(server, tmp_path, forks=warm)
     server.no_faults()
 
 

@@ -14,7 +14,8 @@ from uuid import uuid4
 import peft
 import pytest
 import torch
-from hub_clients import Client, sent
+from faults.forks import Forks
+from hub_clients import Client, sent, warm_clients
 from hub_server import Hub, hub
 from json_table import require_documented
 from oracles import ROOT, convert, run, same, weights_in
@@ -45,9 +46,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def warm(server: Hub) -> Iterator[Forks]:
+    with warm_clients(server) as forks:
+        yield forks
+
+
 @pytest.fixture
-def client(server: Hub, tmp_path: Path) -> Client:
-    return Client(server, tmp_path)
+def client(server: Hub, warm: Forks, tmp_path: Path) -> Client:
+    return Client(server, tmp_path, forks=warm)
 
 
 @pytest.fixture

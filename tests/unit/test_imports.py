@@ -58,3 +58,14 @@ def test_a_conversion_never_imports_torch_or_pickle_readers(dtype: str, tmp_path
 def test_help_imports_neither_numpy_nor_tqdm() -> None:
     code = "import sys, ckpt.cli.main; assert not {'numpy', 'tqdm', 'isal'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_reading_and_planning_import_no_numpy() -> None:
+    """It costs 80 ms, and is loaded where numbers are computed."""
+    rooms = "ckpt.hub.plan ckpt.cli.conversion ckpt.rewrite.reshard ckpt.rewrite.universal"
+    readers = "converters.zero.universal.reader converters.zero.parallel.reader ckpt.runs.verify"
+    code = (
+        "import sys; [__import__(name) for name in sys.argv[1:]]; assert 'numpy' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, *rooms.split(), *readers.split()]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)

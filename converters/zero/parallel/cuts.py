@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from converters import words
-from converters.cast import Array
 from converters.computing.computed import Inputs, computed
 from converters.errors import MalformedError
 from converters.tensors import TensorRef
+
+if TYPE_CHECKING:
+    from converters.cast import Array
 
 Shape = tuple[int, ...]
 Shapes = Sequence[Shape | None]  # the shapes of the shards, by rank; ``None`` for no shard

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from paths import PYTHONPATH
 
@@ -44,13 +44,14 @@ THREADED = ("hf_xet",)  # what starts a thread when it is imported: each fork do
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a command ended: its exit status (negative: the signal), what it said on stderr, and how
-    many file operations it counted, if it lived to tell."""
+    """How a command ended: its exit status (negative: the signal), what it said on stderr, how
+    many file operations it counted, if it lived to tell, and what it printed on stdout."""
 
     status: int
     said: str
     count: int
     hung: bool
+    printed: str
 
 
 class Forks:
@@ -85,15 +86,17 @@ class Forks:
         root: Path,
         stdout: bool = False,
         env: Mapping[str, str] | None = None,
+        folder: Path | None = None,
         **fault: Any,
     ) -> Ended:
         """Runs ``ckpt`` with ``args``; ``root`` and ``fault`` as ``faults.set_here`` takes them.
 
         With ``stdout``, what it prints there is part of what it said. ``env`` comes on top.
+        ``folder`` is where it runs.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         asked = {"args": [str(arg) for arg in args], "root": str(root), "fault": fault}
-        asked |= {"stdout": stdout, "env": dict(env or {})}
+        asked |= {"stdout": stdout, "env": dict(env or {}), "folder": str(folder or ".")}
         self.process.stdin.write(json.dumps(asked, default=str) + "\n")
         self.process.stdin.flush()
         return Ended(**json.loads(self.process.stdout.readline()))
@@ -104,20 +107,19 @@ def serve() -> None:
     for name in (*IMPORTED, *sys.argv[1:]):
         importlib.import_module(name)
     said = os.fdopen(os.memfd_create("said"), "w+b")
+    printed = os.fdopen(os.memfd_create("printed"), "w+b")
     for line in sys.stdin:
         if len(os.listdir("/proc/self/task")) > 1:
             raise RuntimeError("an import has started a thread, which no fork would have")
         pid = os.fork()
         if not pid:
-            _be_command(json.loads(line), said.fileno())
+            _be_command(json.loads(line), said.fileno(), printed.fileno())
         status, hung = _wait(pid)
-        said.seek(0)
-        *words, last = said.read().decode(errors="replace").split("\n")
-        said.seek(0)
-        said.truncate()
+        *words, last = _emptied(said).split("\n")
         count, _, modules = last.removeprefix("counted ").partition(" ")
         told = last.startswith("counted ")
         ended = {"status": status, "count": int(count) if told else -1, "hung": hung}
+        ended["printed"] = _emptied(printed)
         print(json.dumps(ended | {"said": "\n".join(words if told else [*words, last])}))
         sys.stdout.flush()
         for name in modules.split() if status == 0 else ():
@@ -126,16 +128,26 @@ def serve() -> None:
                     importlib.import_module(name)
 
 
-def _be_command(asked: dict[str, Any], said: int) -> None:
+def _emptied(file: BinaryIO) -> str:
+    """What a file in memory holds, which it does not hold afterwards."""
+    file.seek(0)
+    text = file.read().decode(errors="replace")
+    file.seek(0)
+    file.truncate()
+    return text
+
+
+def _be_command(asked: dict[str, Any], said: int, printed: int) -> None:
     """A fork: runs the command, and writes how far it counted behind what it said."""
     status, count = 1, 0
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not longer than the parent
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-        os.dup2(said if asked["stdout"] else 0, 1)
+        os.dup2(said if asked["stdout"] else printed, 1)
         os.dup2(said, 2)
         os.environ.update(asked["env"])
+        os.chdir(asked["folder"])
         from ckpt.cli.main import main
         from ckpt.runs.foreign import liveness
         from ckpt.runs.upkeep import findings

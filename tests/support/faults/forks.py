@@ -51,7 +51,7 @@ class Ended:
     said: str
     count: int
     hung: bool
-    printed: str
+    printed: str = ""
 
 
 class Forks:

@@ -19,11 +19,12 @@ from ckpt.runs.run import (
     numbered,
     open_checkpoint,
     order,
+    original_of,
     require_read,
     without_derived,
 )
 from ckpt.runs.states.listing import checkpoints_in, runs_in, runs_instead
-from ckpt.runs.states.offer_order import TopologyFilter
+from ckpt.runs.states.offer_order import TopologyFilter, is_fitting
 from converters.detect import detect
 from converters.errors import CheckpointError
 
@@ -190,10 +191,12 @@ def _resolve_name(path: Path, tag: str, fits: TopologyFilter | None) -> str:
         matches = [
             checkpoint
             for checkpoint in matches
-            if checkpoint.manifest is not None and fits(checkpoint.manifest)
+            if is_fitting(checkpoint, original_of(checkpoint, checkpoints), fits)
         ] or matches
     if len(matches) > 1:
-        matches = numbered(without_derived(matches, checkpoints))
+        matches = without_derived(matches, checkpoints)
+    if tag.isdecimal():  # a step, of which a copy is called otherwise
+        matches = numbered(matches)
     if len(matches) != 1:
         names = ", ".join(checkpoint.name for checkpoint in matches)
         matches_text = names or "no checkpoint"

@@ -184,8 +184,11 @@ def _resolve_name(path: Path, tag: str, fits: TopologyFilter | None) -> str:
             if checkpoint.manifest is not None or is_numbered(checkpoint.folder)
         ] or matches
         line_members = members(checkpoints)
-        in_line = [checkpoint for checkpoint in matches if checkpoint in line_members]
-        matches = in_line or matches
+        matches = [
+            checkpoint
+            for checkpoint in matches
+            if checkpoint.manifest is None or checkpoint in line_members
+        ] or matches
 
     if len(matches) > 1 and fits is not None:  # one may be resharded from the other
         matches = [

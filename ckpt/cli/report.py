@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt.cli import adapter_facts
 from ckpt.cli.results.checkpoints import QuantizedFacts, ShowResult, TensorEntry
@@ -18,9 +18,17 @@ from converters.storage import stores
 from converters.tensors import Weights
 from converters.words import counted, shape, verb
 
+if TYPE_CHECKING:
+    from ckpt.runs.states.status import CheckpointStatus
 
-def show(source: Source, tensors: bool = False) -> ShowResult:
-    """The facts of a checkpoint, with ``tensors`` those of each tensor."""
+
+def show(
+    source: Source, tensors: bool = False, status: CheckpointStatus | None = None
+) -> ShowResult:
+    """The facts of a checkpoint, with ``tensors`` those of each tensor.
+
+    ``status`` says how far it can be relied on, where it is a checkpoint of a training.
+    """
     surrounding_files = surroundings.of(source.place, Request())
     weights = packed.marked(source.weights, surrounding_files, Request()).weights
     quantized = _quantized(weights)
@@ -53,6 +61,8 @@ def show(source: Source, tensors: bool = False) -> ShowResult:
         quantized=quantized,
         tensors_by_name=_tensors_by_name(weights) if tensors else None,
         notes=tuple(source.notes),
+        state=None if status is None else status.state.value,
+        reason=None if status is None else status.description or None,
     )
 
 
@@ -82,6 +92,7 @@ def show_text(result: ShowResult) -> str:
     lines = [
         f"kind         {BY_NAME[result.kind].title}",
         f"folder       {result.path}",
+        *([f"state        {result.reason or result.state}"] if result.state is not None else []),
         *_training_lines(result),
         *(adapter_facts.lines(result.adapter) if result.adapter else [_parameters(result)]),
         f"weights      {size(result.weight_bytes)} in {', '.join(result.dtypes)}",

@@ -6,7 +6,7 @@ They parse, call and print.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +26,10 @@ from ckpt.cli.planned import Output, Planned, Progress
 from ckpt.cli.usage.command import Command
 from ckpt.cli.weight_options import TP_RULES, weights_options
 from ckpt.cli.weight_options import request as weights_request
+
+if TYPE_CHECKING:
+    from ckpt.runs.states.status import CheckpointStatus
+    from converters.source import Source
 
 
 @click.command("to-fp32", cls=Command, short_help="Make a model folder of fp32 or 16-bit weights.")
@@ -160,8 +164,26 @@ def show(
     checkpoint = checkpoint_of(checkpoint, tag, last, "ckpt show")
     with rules.using(tp_rules):
         source = sources.fp32(checkpoint, tag, "ckpt to-fp32 --weights 16bit")
-    result = report.show(source, tensors)
+    result = report.show(source, tensors, _status(source))
     planned.show(Output(result, lines=[report.show_text(result)]), as_json)
+
+
+def _status(source: Source) -> CheckpointStatus | None:
+    """How far a checkpoint can be relied on; ``None`` for weights alone, and in a store."""
+    from ckpt.folders.filenames import MANIFEST
+    from ckpt.runs.states import listing
+    from ckpt.runs.states.status import statuses_of
+    from converters.storage.store import is_url
+
+    if source.topology is None or is_url(source.place.root):
+        return None
+
+    tag_folder, root = source.place.folder, source.place.root
+    parents = list(tag_folder.parents)[:2]  # of several engines the second has the manifest
+    folder = next((parent for parent in parents if (parent / MANIFEST).is_file()), None)
+    if folder is None:
+        folder = root if listing.is_single(root) else tag_folder
+    return statuses_of([listing.candidate(folder)], wait=False)[0]
 
 
 COMMANDS = (show, to_fp32)

@@ -236,6 +236,8 @@ def test_a_committed_one_is_not_taken_in_the_place_of_an_original_that_is_not(
         assert newest_first(present, fits)[0].folder == expected
         offer = next(iter(Offers(tmp_path, fits)))
         assert offer.checkpoint.folder == expected
+        by_step = select.select_checkpoint(None, tmp_path, "2", fits=fits, deepspeed=False)
+        assert by_step is not None and by_step.folder == expected
 
     (original / "trainer_state.json").unlink()  # no resume takes it now
     assert ckpt.find(tmp_path) == str(made)

@@ -244,6 +244,20 @@ def test_a_state_of_the_engine_alone_is_not_taken_beside_the_trainers_checkpoint
     assert ckpt.find(tmp_path) == str(checkpoint)
 
 
+def test_a_save_dir_in_a_run_is_its_checkpoint_but_not_where_a_trainer_saves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_dir = tmp_path / "epoch1"  # as a loop saves that names a folder for each epoch
+    shutil.copytree(SOURCE / "global_step2", save_dir / "global_step2")
+    (save_dir / "latest").write_text("global_step2")
+    assert ckpt.find(tmp_path) == str(save_dir)
+
+    checkpoint = stock(tmp_path, 1)
+    assert ckpt.find(tmp_path) == str(checkpoint)
+    assert f"passed over {save_dir}: it has no trainer_state.json, without which" in caplog.text
+    assert ckpt.find(save_dir) == str(save_dir)
+
+
 def test_prune_asks_for_a_metric_that_checkpoints_have(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,7 +77,8 @@ class ShowResult(TrainingState):
     ``tensors`` counts them; ``tensors_by_name`` is there where ``--tensors`` asks for
     it. ``nbytes`` are those of the ``file_count`` files, ``weight_bytes`` those of the
     weights. ``missing`` has names without values, and why. ``aliases`` lead to the
-    tensors that they share.
+    tensors that they share. ``state`` and ``reason`` are as in ``CheckpointEntry``, and null
+    for what is not a checkpoint of a training, or in a store.
     """
 
     parameters: int
@@ -94,3 +95,5 @@ class ShowResult(TrainingState):
     quantized: QuantizedFacts | None
     tensors_by_name: Mapping[str, TensorEntry] | None
     notes: tuple[str, ...]
+    state: str | None
+    reason: str | None

@@ -44,7 +44,8 @@ MODEL = "model"  # in place of a writer: weights of which nobody says who wrote 
 OWN = "ckpt"  # the writer of what ckpt made of a checkpoint without a manifest
 RNG = r"rng_state_(\d+)\.pth"
 RANDOM = filenames.RANDOM_STATES.pattern
-STATES_ALONE = ("DeepSpeed", "FSDP")  # the writers of states that no trainer describes
+PLAIN_DEEPSPEED = "DeepSpeed"  # the writer of a tag that no trainer describes
+STATES_ALONE = (PLAIN_DEEPSPEED, "FSDP")  # the writers of states that no trainer describes
 _LIGHTNING = "pytorch-lightning_version"
 _UNIVERSAL = "it is a universal checkpoint: ckpt from-universal makes native files of it"
 _CONFIGS = frozenset(("config.json", "adapter_config.json"))
@@ -118,7 +119,7 @@ def _proof(path: Path, tag: str | None) -> Proof:
     if any(re.fullmatch(RANDOM, entry_name) for entry_name in entry_names):
         return _of_accelerate(path, entry_names)
     if has_tag(path):
-        return _of_deepspeed(path, "DeepSpeed", tag=tag)
+        return _of_deepspeed(path, PLAIN_DEEPSPEED, tag=tag)
     if any(entry_name.endswith((".metadata", ".distcp")) for entry_name in entry_names):
         dcp_files.require_dcp(path)
         is_lightning = "meta.pt" in entry_names
@@ -299,13 +300,14 @@ def _of_accelerate(folder: Path, entry_names: set[str]) -> Proof:
 def _of_deepspeed(
     folder: Path, kind: str, trainer_files: _TrainerFiles | None = None, tag: str | None = None
 ) -> Proof:
-    kind = "Lightning with DeepSpeed" if folder.name.endswith(".ckpt") else kind
     try:
         source = detect.read(folder, tag, complete=True)
     except CheckpointError as error:
         if error.kind != "unsupported":
             raise
         source = None
+    if kind == PLAIN_DEEPSPEED and _is_lightnings(folder, source):
+        kind = "Lightning with DeepSpeed"
     if source is None or source.kind in PARALLEL:  # without shapes: it gets no manifest
         tag = require_parallel(folder, tag)
         return Proof(folder, f"{kind} (parallel)", step_in(tag), tag)
@@ -324,6 +326,12 @@ def _of_deepspeed(
     refs = source.weights.tensors if source.kind == "deepspeed" else {}  # engines of others: parts
     shapes = {name: tuple(ref.shape) for name, ref in refs.items()}
     return Proof(folder, kind, source.step, source.place.tag, shapes=shapes or None)
+
+
+def _is_lightnings(folder: Path, source: Source | None) -> bool:
+    """Whether Lightning saved with DeepSpeed: by what it stores or, where that is not read, by the
+    name that it gives."""
+    return folder.name.endswith(".ckpt") or (source is not None and _LIGHTNING in source.entries)
 
 
 def _require_trainers(folder: Path, trainer_files: _TrainerFiles, source: Source) -> None:

@@ -46,7 +46,7 @@ def newest_first(
         is_first = original is None
         if checkpoint.manifest is not None:
             order_step, *tie_breakers = order(checkpoint)
-            return order_step, _fits(checkpoint, original, fits), is_first, True, *tie_breakers
+            return order_step, is_fitting(checkpoint, original, fits), is_first, True, *tie_breakers
 
         written_at = liveness.written((original or checkpoint).folder)
         if by_time:
@@ -56,13 +56,13 @@ def newest_first(
         else:
             first = math.inf if written_at > last_commit_at else -1
         is_usual = step == step_in(checkpoint.name) and signs.is_usual(checkpoint.name)
-        is_fitting = _fits(checkpoint, original, fits)
-        return first, is_fitting, is_first, False, is_usual, written_at, checkpoint.name
+        is_better = is_fitting(checkpoint, original, fits)
+        return first, is_better, is_first, False, is_usual, written_at, checkpoint.name
 
     return sorted(checkpoints, key=rank, reverse=True)
 
 
-def _fits(
+def is_fitting(
     checkpoint: RunCheckpoint, original: RunCheckpoint | None, fits: TopologyFilter | None
 ) -> bool:
     """Whether one is known to fit and, where ``original`` says nothing of itself, that not to."""

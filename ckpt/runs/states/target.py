@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from ckpt.runs.run import (
     numbered,
     open_checkpoint,
     order,
+    original_of,
     require_read,
     without_derived,
 )
 from ckpt.runs.states.listing import checkpoints_in, runs_in, runs_instead
-from ckpt.runs.states.offer_order import TopologyFilter
+from ckpt.runs.states.offer_order import TopologyFilter, is_fitting
 from converters.detect import detect
 from converters.errors import CheckpointError
 
@@ -170,30 +172,17 @@ def _resolve_name(path: Path, tag: str, fits: TopologyFilter | None) -> str:
         return run.find(tag).name
 
     checkpoints = run.checkpoints()
-    matches = [
-        checkpoint
-        for checkpoint in checkpoints
-        if tag in (checkpoint.name, str(checkpoint.step), *_tags(checkpoint))
-    ]
-    if tag not in [checkpoint.name for checkpoint in matches]:
-        # not the engine's state that save_model() left in the run
-        matches = [
-            checkpoint
-            for checkpoint in matches
-            if checkpoint.manifest is not None or is_numbered(checkpoint.folder)
-        ] or matches
-        line_members = members(checkpoints)
-        in_line = [checkpoint for checkpoint in matches if checkpoint in line_members]
-        matches = in_line or matches
-
+    matches = _matches(tag, checkpoints)
     if len(matches) > 1 and fits is not None:  # one may be resharded from the other
         matches = [
             checkpoint
             for checkpoint in matches
-            if checkpoint.manifest is not None and fits(checkpoint.manifest)
+            if is_fitting(checkpoint, original_of(checkpoint, checkpoints), fits)
         ] or matches
     if len(matches) > 1:
-        matches = numbered(without_derived(matches, checkpoints))
+        matches = without_derived(matches, checkpoints)
+    if tag.isdecimal():  # a step, of which a copy is called otherwise
+        matches = numbered(matches)
     if len(matches) != 1:
         names = ", ".join(checkpoint.name for checkpoint in matches)
         matches_text = names or "no checkpoint"
@@ -202,3 +191,28 @@ def _resolve_name(path: Path, tag: str, fits: TopologyFilter | None) -> str:
         )
 
     return matches[0].name
+
+
+def _matches(tag: str, checkpoints: Sequence[RunCheckpoint]) -> list[RunCheckpoint]:
+    """The checkpoints that have a tag, name or step; without a folder of that name, rather those
+    of the line that saved last."""
+    matches = [
+        checkpoint
+        for checkpoint in checkpoints
+        if tag in (checkpoint.name, str(checkpoint.step), *_tags(checkpoint))
+    ]
+    if tag in [checkpoint.name for checkpoint in matches]:
+        return matches
+
+    # not the engine's state that save_model() left in the run
+    matches = [
+        checkpoint
+        for checkpoint in matches
+        if checkpoint.manifest is not None or is_numbered(checkpoint.folder)
+    ] or matches
+    line_members = members(checkpoints)
+    return [
+        checkpoint
+        for checkpoint in matches
+        if checkpoint.manifest is None or checkpoint in line_members
+    ] or matches

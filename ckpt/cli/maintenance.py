@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from ckpt.runs.upkeep.slim import Slimming
 
 
-@click.command(cls=Command, short_help="Make a full checkpoint a weights-only one.")
+@click.command(cls=Command, short_help="Keep the weights of a checkpoint, and remove its states.")
 @LOCAL_CHECKPOINT
 @dry_run_option("Say what would be removed, and remove nothing.")
-@click.option("--force", is_flag=True, help="Even the newest full one, or a pinned one.")
+@click.option(
+    "--force", is_flag=True, help="Slim the newest full checkpoint, or a pinned one, too."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["fp32"]),
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 )
 @JSON
 def slim(checkpoint: Path, dry_run: bool, force: bool, dtype: str | None, as_json: bool) -> None:
-    """Make a full checkpoint a weights-only one.
+    """Keep the weights of a checkpoint, and remove its states.
 
     The weights beside DeepSpeed's files are proven first: they have every name and shape
     of the states, every byte agrees with its digest, and every value is that of the

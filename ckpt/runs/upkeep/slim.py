@@ -154,8 +154,8 @@ def _uncommitted(checkpoint: RunCheckpoint) -> str:
     if status.complete:
         return (
             f"is complete, written by {status.writer}, and ckpt doctor does not commit such; "
-            f"slim is for committed checkpoints: make the weights with ckpt to-fp32 {checkpoint.folder}, "
-            "then delete it by hand"
+            "slim is for committed checkpoints: make the weights with ckpt to-fp32 "
+            f"{checkpoint.folder}, then delete it by hand"
         )
 
     return f"is not committed, and {status.description}"

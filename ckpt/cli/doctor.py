@@ -216,7 +216,8 @@ def _unproven(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
         f"({some(entry.name for entry in largest)})"
     )
     if any(is_weights(entry.name) for entry in largest):
-        line += "; the weights are not compared with the states: ckpt slim does that"
+        compare = f"ckpt slim {outcome.folder} --dry-run compares them"
+        line += f"; the weights are not compared with the states: {compare}"
     return [line]
 
 

@@ -95,11 +95,17 @@ def _slimmed(slimming: Slimming, files: Sequence[FileEntry] = (), *, dry_run: bo
     folder = slimming.checkpoint.folder
     removal = "would remove" if dry_run else "removed"
     creation = "would write" if dry_run else "wrote"
-    notices = [f"ckpt: {'; '.join(slimming.proven)}; {size(slimming.nbytes)}"]
-    if set(slimming.dtypes) - {"F32"}:
+    freeing = "would be freed" if dry_run else "freed"
+    notices = [f"ckpt: {'; '.join(slimming.proven)}; {size(slimming.nbytes)} {freeing}"]
+    dtypes = ", ".join(slimming.dtypes)
+    if set(slimming.dtypes) - {"F32"} and dry_run:
         notices.append(
             "ckpt: the fp32 masters go with the optimizer state; the weights that stay are "
-            f"{', '.join(slimming.dtypes)}; --dtype fp32 keeps fp32 weights"
+            f"{dtypes}; --dtype fp32 keeps fp32 weights"
+        )
+    elif set(slimming.dtypes) - {"F32"}:
+        notices.append(
+            f"ckpt: the fp32 masters went with the optimizer state; the weights here are {dtypes}"
         )
 
     return Output(

@@ -351,7 +351,7 @@ def _require_writable(sizes: Mapping[str, int], shares: bool) -> None:
     if METADATA in sizes and not shares:
         raise CheckpointError(
             f"the checkpoint has a tensor {METADATA}, a name that safetensors keeps for "
-            f"itself; rename it with {RENAME} {METADATA}=NEW, or choose {FORMAT('bin')}",
+            f"itself; rename it with {RENAME(f'{METADATA}=NEW')}, or choose {FORMAT('bin')}",
             "output",
         )
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     "--now",
     "is_quiet",
     is_flag=True,
-    help="With --adopt: nobody writes there, so do not wait for a second look.",
+    help="With --adopt: do not wait for a second look, because nobody writes there.",
 )
 @click.option(
     "--one-save",

@@ -45,8 +45,8 @@ def _give_memory_back() -> None:
     "--best",
     metavar="METRIC:MODE",
     callback=best_of,
-    help="Of a run the best committed checkpoint, such as eval_loss:min. Default: the newest one "
-    "that is committed or complete.",
+    help="Of a run push the best committed checkpoint, such as eval_loss:min. Default: the newest "
+    "one that is committed or complete.",
 )
 @DTYPE
 @MAX_SHARD_SIZE
@@ -64,18 +64,19 @@ def _give_memory_back() -> None:
     "--include-training-state",
     "training_state",
     is_flag=True,
-    help="The whole checkpoint and its manifest, to resume elsewhere; private repositories only.",
+    help="Send the whole checkpoint and its manifest, to resume elsewhere; into private "
+    "repositories only.",
 )
 @click.option(
     "--uncommitted",
     is_flag=True,
-    help="Even if the checkpoint is not complete, with the conversion's own proof alone.",
+    help="Push a checkpoint that is not complete, too, if its weights are whole.",
 )
 @click.option(
     "--keep-last",
     metavar="K",
     type=click.IntRange(1),
-    help="Of revisions (or folders) step-N keep this one and the K-1 before it; delete older ones.",
+    help="Keep K revisions (or folders) step-N, this one and those before it; delete older ones.",
 )
 @click.option(
     "--transport",

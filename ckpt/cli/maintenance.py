@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from ckpt.runs.upkeep.slim import Slimming
 
 
-@click.command(cls=Command, short_help="Make a full checkpoint a weights-only one.")
+@click.command(cls=Command, short_help="Keep the weights of a checkpoint, and remove its states.")
 @LOCAL_CHECKPOINT
 @dry_run_option("Say what would be removed, and remove nothing.")
-@click.option("--force", is_flag=True, help="Even the newest full one, or a pinned one.")
+@click.option(
+    "--force", is_flag=True, help="Slim the newest full checkpoint, or a pinned one, too."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["fp32"]),
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 )
 @JSON
 def slim(checkpoint: Path, dry_run: bool, force: bool, dtype: str | None, as_json: bool) -> None:
-    """Make a full checkpoint a weights-only one.
+    """Keep the weights of a checkpoint, and remove its states.
 
     The weights beside DeepSpeed's files are proven first: they have every name and shape
     of the states, every byte agrees with its digest, and every value is that of the
@@ -93,11 +95,17 @@ def _slimmed(slimming: Slimming, files: Sequence[FileEntry] = (), *, dry_run: bo
     folder = slimming.checkpoint.folder
     removal = "would remove" if dry_run else "removed"
     creation = "would write" if dry_run else "wrote"
-    notices = [f"ckpt: {'; '.join(slimming.proven)}; {size(slimming.nbytes)}"]
-    if set(slimming.dtypes) - {"F32"}:
+    freeing = "would be freed" if dry_run else "freed"
+    notices = [f"ckpt: {'; '.join(slimming.proven)}; {size(slimming.nbytes)} {freeing}"]
+    dtypes = ", ".join(slimming.dtypes)
+    if set(slimming.dtypes) - {"F32"} and dry_run:
         notices.append(
             "ckpt: the fp32 masters go with the optimizer state; the weights that stay are "
-            f"{', '.join(slimming.dtypes)}; --dtype fp32 keeps fp32 weights"
+            f"{dtypes}; --dtype fp32 keeps fp32 weights"
+        )
+    elif set(slimming.dtypes) - {"F32"}:
+        notices.append(
+            f"ckpt: the fp32 masters went with the optimizer state; the weights here are {dtypes}"
         )
 
     return Output(

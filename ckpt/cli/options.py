@@ -58,7 +58,9 @@ OUTPUT_PATH = OutputPath()
 CHECKPOINT = click.argument("checkpoint", type=SourcePath())
 LOCAL_CHECKPOINT = click.argument("checkpoint", type=LOCAL_PATH)
 RUN = click.argument("run", type=LOCAL_PATH)
-TAG = click.option("--tag", help="The tag to read. Default: what the file latest names.")
+TAG = click.option(
+    "--tag", metavar="TAG", help="The tag to read. Default: what the file latest names."
+)
 LAST = click.option(
     "--last",
     is_flag=True,

@@ -37,7 +37,9 @@ _SHARED = (
         help="Read the finished files once more and compare CRC32s, where the disk is not trusted.",
     ),
     click.option("--overwrite", is_flag=True, help="Replace an output folder that exists."),
-    click.option("--workers", type=click.IntRange(1, 64), help="Threads that move bytes."),
+    click.option(
+        "--workers", metavar="N", type=click.IntRange(1, 64), help="Threads that move bytes."
+    ),
     JSON,
 )
 
@@ -49,6 +51,7 @@ def _world_size(**settings: Any) -> Callable[..., Any]:
 _NATIVE = (
     click.option(
         "--stage",
+        metavar="N",
         type=click.IntRange(1, 3),
         help="The ZeRO stage. Default: that of the run.",
     ),
@@ -62,13 +65,13 @@ _NATIVE = (
         "--sub-group-size",
         metavar="ELEMENTS",
         type=click.IntRange(1),
-        help="Of the engine that will resume with stage 3. Default: what the run was configured "
-        "with.",
+        help="The sub_group_size of the engine that will resume with stage 3. Default: that of the "
+        "run.",
     ),
     click.option(
         "--zero-init/--no-zero-init",
         default=None,
-        help="Muon, from stage 1 or 2 to 3: whether the model will be created under "
+        help="For Muon, from stage 1 or 2 to 3: whether the model will be created under "
         "deepspeed.zero.Init, as the Trainer does it.",
     ),
 )
@@ -173,7 +176,9 @@ def to_universal(
 @CHECKPOINT
 @_world_size(required=True, help="The ranks (GPUs) that will resume.")
 @_with_options(_NATIVE)
-@click.option("--tag", help="The tag to read. Default: what the file latest_universal names.")
+@click.option(
+    "--tag", metavar="TAG", help="The tag to read. Default: what the file latest_universal names."
+)
 @click.option(
     "--like",
     metavar="CHECKPOINT",

@@ -213,12 +213,12 @@ def _alone_lines(run: Path, has_outcomes: bool, alone: Sequence[CheckpointStatus
     return lines
 
 
-@click.command(cls=Command, short_help="Keep a checkpoint whatever retention says.")
+@click.command(cls=Command, short_help="Keep a checkpoint, whatever retention says.")
 @LOCAL_CHECKPOINT
 @dry_run_option("Say what would be marked, and mark nothing.")
 @JSON
 def pin(checkpoint: Path, dry_run: bool, as_json: bool) -> None:
-    """Keep a checkpoint whatever retention says.
+    """Keep a checkpoint, whatever retention says.
 
     \b
     ckpt pin out/checkpoint-500
@@ -226,12 +226,12 @@ def pin(checkpoint: Path, dry_run: bool, as_json: bool) -> None:
     _pin(checkpoint, pinned=True, dry_run=dry_run, as_json=as_json)
 
 
-@click.command(cls=Command, short_help="Leave a checkpoint to retention again.")
+@click.command(cls=Command, short_help="Let retention delete a checkpoint again.")
 @LOCAL_CHECKPOINT
 @dry_run_option("Say what would be unmarked, and unmark nothing.")
 @JSON
 def unpin(checkpoint: Path, dry_run: bool, as_json: bool) -> None:
-    """Leave a checkpoint to retention again.
+    """Let retention delete a checkpoint again.
 
     \b
     ckpt unpin out/checkpoint-500

@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 )
 @click.option("--allow-overflow", is_flag=True, help="Let values too large for fp16 become inf.")
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that exists.")
-@click.option("--workers", type=click.IntRange(1, 64), help="Threads that move bytes.")
+@click.option("--workers", metavar="N", type=click.IntRange(1, 64), help="Threads that move bytes.")
 @weights_options
 @JSON
 def to_fp32(

@@ -263,7 +263,7 @@ def _require_steps(options: PushOptions) -> None:
     place_name = options.place.rstrip("/") or options.revision or ""
     if keep_last < 1 or not repository.is_step(place_name):
         raise CheckpointError(
-            f"{KEEP_LAST(keep_last)} needs a {REVISION} or {PATH_IN_REPO} such as "
+            f"{KEEP_LAST(keep_last)} needs {REVISION} or {PATH_IN_REPO}, such as "
             "step-500, whose older steps it deletes",
             "refused",
         )

@@ -136,7 +136,7 @@ class ResumeRequest:
             stack.enter_context(locks.reading(checkpoint.folder))
             source = ResumePoint.of(checkpoint, self.tag)
 
-        if not ranks.rank:
+        if not ranks.rank and not source.foreign:  # of such one the choice has said it
             log.info("going on from %s", source.said(self.verify))
         loadable = topology.fitting(ranks, source, layout, self.reshard)
         if loadable is not source:
@@ -204,8 +204,8 @@ class ResumeRequest:
         has_own = own_file is not None and (source.folder / own_file).exists()
         if not self.ranks.rank and not has_own:
             log.warning(
-                "%s was written without ckpt, which reads no random states of it: dropout and "
-                "shuffling go on from the seed of this script",
+                "%s has no random states that ckpt reads: dropout and shuffling go on from the "
+                "seed of this script",
                 source.folder,
             )
         return [line for line in losses if line != NO_RANDOM_STATES]

@@ -17,7 +17,16 @@ import torch
 from oracles import FIXTURES, ROOT, run
 from run_folders import real, small
 from safetensors.torch import save_file
-from stock_checkpoints import accelerates, dcp, lightnings, sharded, state, stock, trainers
+from stock_checkpoints import (
+    accelerates,
+    dcp,
+    lightnings,
+    of_engine,
+    sharded,
+    state,
+    stock,
+    trainers,
+)
 
 import ckpt
 from ckpt.runs.foreign import liveness
@@ -405,6 +414,7 @@ def test_what_cannot_be_adopted_is_a_note_and_no_failure(
     assert said.out == f"would adopt\t{tmp_path / 'checkpoint-8'}\n"
     note, unproven = said.err.splitlines()
     assert "3 checkpoints are complete, written by DeepSpeed (parallel), Lightning, the" in note
+    assert "they are not of a kind that is committed, so that ckpt doctor --adopt" in note
     assert "had no checksum and would be taken as they are (model.safetensors, " in unproven
     entries = printed("doctor", tmp_path, "--adopt", "--dry-run")["checkpoints"]
     assert [entry["adopted"] for entry in entries] == [False, False, False, True]
@@ -413,6 +423,10 @@ def test_what_cannot_be_adopted_is_a_note_and_no_failure(
     (tmp_path / "checkpoint-8/latest").unlink()
     run("doctor", tmp_path, "--adopt", code=1)
     assert "not adopted\t" in capsys.readouterr().out
+
+    of_engine(tmp_path / "engine")
+    run("doctor", tmp_path / "engine")
+    assert "it is a tag in a save_dir, so that" in capsys.readouterr().err
 
 
 def test_adoption_reads_each_byte_once_and_says_so(tmp_path: Path) -> None:

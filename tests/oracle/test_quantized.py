@@ -213,7 +213,7 @@ def test_codes_without_a_known_formula_are_marked_and_refused_as_numbers(
     state = {f"a.{name}": value for name, value in state.items()}
     weights = quantized.marked(weights_of(state, tmp_path))
     assert weights.packed >= state.keys() - {"a.B_24"}
-    with pytest.raises(CheckpointError, match=r"cannot be made numbers: .*without --dequantize it"):
+    with pytest.raises(CheckpointError, match=r"cannot be made numbers: .*--dequantize it"):
         quantized.dequantized(weights)
 
 

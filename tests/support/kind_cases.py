@@ -94,7 +94,7 @@ def gguf(folder: Path) -> Path:
     return folder / "model.gguf"
 
 
-@case("no-tag", "has no tag global_step9; it holds the tag global_step5: choose it with --tag")
+@case("no-tag", "has no tag global_step9; it holds the tag global_step5: choose it with ")
 def no_tag(folder: Path) -> Path:
     return tagged(folder, "mp_rank_00_model_states.pt")
 

@@ -18,6 +18,7 @@ from oracles import FIXTURES, ROOT, run
 
 import ckpt
 from ckpt.distributed.ranks import RankGroup
+from converters import options as options_in_messages
 from converters.detect import detect
 from converters.detect.detection import reader
 from converters.detect.kinds import BY_NAME, KINDS
@@ -53,6 +54,8 @@ def test_a_kind_is_recognised_and_its_user_is_told_what_to_do(
         assert f"\nkind         {detection.kind.title}, {facts[name]}\n" in text
         return
 
+    with options_in_messages.using(options_in_messages.of_commands):
+        refusal = detection.refusal
     lines = []
     for command in (["to-fp32", path, "-o", tmp_path / "out"], ["show", path]):
         run(*command, *options, code=1)
@@ -60,7 +63,7 @@ def test_a_kind_is_recognised_and_its_user_is_told_what_to_do(
     if name == "deepspeed-several":
         assert all("is a run, not a checkpoint" in line for line in lines)
     else:
-        assert lines[0] == lines[1] == f"ckpt: {detection.refusal}\n"
+        assert lines[0] == lines[1] == f"ckpt: {refusal}\n"
     assert remedy in lines[0] and not (tmp_path / "out").exists()
 
     run("show", path, *options, "--json", code=1)

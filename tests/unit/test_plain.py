@@ -167,7 +167,7 @@ class Colour(enum.IntEnum):
         ([namedtuple("Pair", "a b")(1, 2)], r"^x: \[0\] is a Pair"),
         ({"d": defaultdict(list)}, "^x: d is a defaultdict"),
         ({"f": print}, "^x: f is a builtin_function_or_method"),
-        ({"o": np.array([None])}, "^x: o is a ndarray"),
+        ({"o": np.array([None])}, "^x: o is an ndarray"),
         ({"m": torch.empty(2, device="meta")}, r"^x: m is a tensor of torch.float32 \(.*meta\)"),
         ({"s": torch.eye(2).to_sparse()}, "^x: s is a tensor of torch.float32 .*sparse_coo"),
         ({"g": torch.Generator()}, "^x: g is a Generator"),

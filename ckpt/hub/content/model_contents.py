@@ -169,7 +169,7 @@ def _conversion_lines(
         yield f"absent: {absence}"
     for conversion_note in conversion.notes:
         if f"{model_root}: {conversion_note}" not in allowed_files.warnings:
-            yield f"note: {conversion_note}"
+            yield conversion_note
 
 
 def _stored(checkpoint: RunCheckpoint, dtype: str | None, request: Request | None) -> Contents:
@@ -195,7 +195,7 @@ def _stored(checkpoint: RunCheckpoint, dtype: str | None, request: Request | Non
     is_untied = request is not None and request.untie and not is_adapter
     items += _config_items(checkpoint, is_untied)
     if not is_adapter and not module_names and not os.path.lexists(root / "config.json"):
-        warnings.append(f"note: {root} has no config.json, so from_pretrained will not load it")
+        warnings.append(f"{root} has no config.json, so from_pretrained will not load it")
     allowed_files = allowed(root, frozenset(item.name for item in items))
     items += _companion_items(checkpoint, allowed_files)
     facts = {"kind": "adapter" if is_adapter else "weights"} | known.of_model(checkpoint, root)

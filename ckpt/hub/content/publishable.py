@@ -86,7 +86,7 @@ def require_loadable(
     wishes = request or Request()
     wishes.refuse(_UNUSED, f"{stored_root}, whose weights are sent as they lie there")
     verdict = stored.require_model(stored_root, tensors, wishes.check, wishes.untie)
-    return [f"note: {note}" for note in verdict.notes]
+    return list(verdict.notes)
 
 
 def is_adapter_folder(root: Path) -> bool:

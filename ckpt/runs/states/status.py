@@ -75,7 +75,12 @@ class CheckpointStatus:
         here: of parallelism that is not, nothing says which shapes there are.
         """
         is_read = self.proof is not None and None not in (self.proof.tag, self.proof.shapes)
-        return is_read and not is_tag_folder(self.checkpoint.folder)
+        return is_read and not self.is_tag
+
+    @property
+    def is_tag(self) -> bool:
+        """Whether it is a tag of DeepSpeed, beside others in one folder perhaps."""
+        return self.checkpoint.folder.is_dir() and is_tag_folder(self.checkpoint.folder)
 
     @property
     def writer(self) -> str | None:
@@ -242,12 +247,13 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
 
     foreign = [status for status in complete if not status.adoptable]
     states = [status for status in foreign if status.tier == "full"]
-    if states:
+    tags = [status for status in states if status.is_tag]
+    if tags:
         lines.append(
-            f"{_described(len(states))} complete, written by {_writers(states)}; a resume takes "
-            f"{verb(len(states), 'it as it is', 'them as they are')}, ckpt doctor does not "
-            f"commit such, and prune and slim leave {verb(len(states), 'it', 'them')} alone"
+            _uncommitted_line(tags, verb(len(tags), "a tag in a save_dir", "tags in a save_dir"))
         )
+    if others := [status for status in states if status not in tags]:
+        lines.append(_uncommitted_line(others, "not of a kind that is committed"))
 
     universal = [status for status in foreign if status.tier is None]
     if universal:
@@ -265,6 +271,17 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
         )
 
     return lines
+
+
+def _uncommitted_line(statuses: Sequence[CheckpointStatus], reason: str) -> str:
+    """A line on complete ones that get no manifest, and why."""
+    number = len(statuses)
+    return (
+        f"{_described(number)} complete, written by {_writers(statuses)}; a resume takes "
+        f"{verb(number, 'it as it is', 'them as they are')}; {verb(number, 'it is', 'they are')} "
+        f"{reason}, so that ckpt doctor --adopt, prune and slim leave "
+        f"{verb(number, 'it', 'them')} alone"
+    )
 
 
 def _described(number: int) -> str:

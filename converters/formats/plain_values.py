@@ -15,8 +15,8 @@ _MAX_CHARACTERS = 100  # of a value as a line of text
 def of(entries: Mapping[Any, Any]) -> dict[str, Any]:
     """The plain values of a file by name: numbers, texts, and lists, tuples and sets of these.
 
-    Complex numbers are Python's, an element type or a device of torch is its name, such as
-    "torch.float16". What holds an object of another class is left out.
+    Complex numbers are Python's; an element type, a layout or a device of torch is its name, such
+    as "torch.float16". What holds an object of another class is left out.
     """
     values = {name: _plain(value) for name, value in entries.items()}
     return {name: value for name, value in values.items() if value is not _MISSING}
@@ -39,10 +39,32 @@ def _plain(value: Any) -> Any:
             return _MISSING if value else {}
         case Global(module="torch"):
             return str(value)
-        case Call(of=Global(module="builtins" | "__builtin__", name="complex"), args=(real, imag)):
-            are_numbers = isinstance(real, float) and isinstance(imag, float)
-            return complex(real, imag) if are_numbers else _MISSING
-        case Call(of=Global(module="torch", name="device"), args=(str(kind), *index)):
-            return ":".join([kind, *map(str, index)])
+        case Call(of=Global()):
+            return _result(value)
 
     return value if isinstance(value, _SCALARS) else _MISSING
+
+
+def _result(call: Call) -> Any:
+    """What the calls mean that torch.load(weights_only=True) makes plain values by."""
+    match str(call.of).replace("__builtin__", "builtins"), *call.args:
+        case "builtins.complex", float(real), float(imaginary):
+            return complex(real, imaginary)
+        case "builtins.bytearray", bytes(content):
+            return bytearray(content)
+        case "builtins.bytearray", str(text), "latin-1" if max(text, default="") < "\u0100":
+            return bytearray(text, "latin-1")
+        case "collections.Counter", dict(counts):
+            return _counts(counts)
+        case "torch.device", str(kind), *index:
+            return ":".join([kind, *map(str, index)])
+        case "torch.serialization._get_layout", str(name):
+            return name
+
+    return _MISSING
+
+
+def _counts(counts: dict[Any, Any]) -> Any:
+    """A ``Counter`` as the dict that it is."""
+    parts = [*map(_plain, counts), *map(_plain, counts.values())]
+    return _MISSING if any(part is _MISSING for part in parts) else dict(counts)

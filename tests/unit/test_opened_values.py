@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from argparse import Namespace
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -289,7 +289,8 @@ def test_the_files_that_a_trainer_keeps_are_opened(
 
 def test_plain_values_are_those_of_torch_load(tmp_path: Path) -> None:
     values = {"c": 1 + 2j, "b": b"x", "n": None, "t": (1, 2.5, "a"), "s": {1}, "i": 1 << 90}
-    types = {"dtype": torch.float16, "device": torch.device("cuda", 1)}
+    values |= {"array": bytearray(b"a\xff"), "count": Counter("aab")}
+    types = {"dtype": torch.float16, "device": torch.device("cuda", 1), "layout": torch.sparse_coo}
     torch.save({"deep": [values, types, {"w": W}]}, tmp_path / "x.pt")
     with ckpt.open(tmp_path / "x.pt") as opened:
         by_name = {f"deep.0.{name}": value for name, value in values.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,11 @@ from ckpt.text import size
 from ckpt.weights import absences, quantized_facts
 from ckpt.weights.companions import surroundings
 from ckpt.weights.naming import packed
+from ckpt.weights.opening import unusual
+from ckpt.weights.opening.unusual import Unusual
 from ckpt.weights.request import Request
 from converters.detect.kinds import BY_NAME
+from converters.formats import plain_values
 from converters.source import EXCLUDED, Source
 from converters.storage import stores
 from converters.tensors import Weights
@@ -20,6 +24,8 @@ from converters.words import counted, shape, verb
 
 if TYPE_CHECKING:
     from ckpt.runs.states.status import CheckpointStatus
+
+MAX_VALUES = 24  # plain values that are listed
 
 
 def show(
@@ -33,6 +39,10 @@ def show(
     weights = packed.marked(source.weights, surrounding_files, Request()).weights
     quantized = _quantized(weights)
     adapter = adapter_facts.facts(source, weights)
+    unusual_tensors = {} if source.topology else unusual.tensors_of(source)
+    values = None if source.topology else plain_values.of(source.entries)
+    stored = [tensor.ref for tensor in unusual_tensors.values()]
+    missing = _missing(weights, unusual_tensors, values or {})
 
     if adapter and quantized:
         base_parameters = adapter.base_parameters + quantized.parameters
@@ -48,18 +58,19 @@ def show(
         step=source.step,
         deepspeed=source.version,
         parameters=adapter.parameters if adapter else quantized_facts.parameters(weights),
-        tensors=len(weights.tensors),
-        dtypes=tuple(sorted({tensor.dtype.value for tensor in weights.tensors.values()})),
-        weight_bytes=sum(tensor.nbytes for tensor in weights.tensors.values()),
+        tensors=len(weights.tensors) + len(unusual_tensors),
+        dtypes=_dtypes(weights, unusual_tensors),
+        weight_bytes=sum(ref.nbytes for ref in (*weights.tensors.values(), *stored)),
         nbytes=sum(stores.status(path).size for path in source.files),
         file_count=len(source.files),
         buffers=tuple(sorted(weights.buffers)),
         aliases=weights.aliases,
-        missing=weights.absent,
-        whole=not weights.absent and not source.without_frozen,
+        missing=missing,
+        whole=not missing and not source.without_frozen,
         adapter=adapter,
         quantized=quantized,
-        tensors_by_name=_tensors_by_name(weights) if tensors else None,
+        tensors_by_name=_tensors_by_name(weights, unusual_tensors) if tensors else None,
+        values=None if values is None else {k: plain_values.line(v) for k, v in values.items()},
         notes=tuple(source.notes),
         state=None if status is None else status.state.value,
         reason=None if status is None else status.description or None,
@@ -80,22 +91,40 @@ def _quantized(weights: Weights) -> QuantizedFacts | None:
     )
 
 
-def _tensors_by_name(weights: Weights) -> dict[str, TensorEntry]:
+def _missing(
+    weights: Weights, unusual_tensors: Mapping[str, Unusual], values: Mapping[str, Any]
+) -> dict[str, str]:
+    """Names that nothing is read of, and why."""
+    known_names = unusual_tensors.keys() | values.keys()
+    return {name: reason for name, reason in weights.absent.items() if name not in known_names}
+
+
+def _dtypes(weights: Weights, unusual_tensors: Mapping[str, Unusual]) -> tuple[str, ...]:
+    """The element types of all tensors, and words such as sparse."""
+    plain_types = {tensor.dtype.value for tensor in weights.tensors.values()}
+    return tuple(sorted(plain_types | {tensor.kind for tensor in unusual_tensors.values()}))
+
+
+def _tensors_by_name(
+    weights: Weights, unusual_tensors: Mapping[str, Unusual]
+) -> dict[str, TensorEntry]:
     return {
-        name: TensorEntry(tensor.dtype.value, tensor.shape)
-        for name, tensor in weights.tensors.items()
+        **{name: TensorEntry(ref.dtype.value, ref.shape) for name, ref in weights.tensors.items()},
+        **{
+            name: TensorEntry(tensor.kind, tensor.shape) for name, tensor in unusual_tensors.items()
+        },
     }
 
 
 def show_text(result: ShowResult) -> str:
     """The facts as text for a reader."""
+    is_folder = not stores.is_file(result.path)
     lines = [
         f"kind         {BY_NAME[result.kind].title}",
-        f"folder       {result.path}",
+        f"{'folder' if is_folder else 'file  '}       {result.path}",
         *([f"state        {result.reason or result.state}"] if result.state is not None else []),
         *_training_lines(result),
-        *(adapter_facts.lines(result.adapter) if result.adapter else [_parameters(result)]),
-        f"weights      {size(result.weight_bytes)} in {', '.join(result.dtypes)}",
+        *_tensor_lines(result),
         f"on disk      {size(result.nbytes)} in {counted(result.file_count, 'file')}",
     ]
 
@@ -103,12 +132,36 @@ def show_text(result: ShowResult) -> str:
         lines.append(f"quantized    {_quantized_line(result.quantized)}")
 
     lines += [f"tied         {name} = {owner}" for name, owner in result.aliases.items()]
+    lines += _value_lines(result.values or {})
     lines += [f"missing      {line}" for line in missing(result)]
     lines += [f"note         {note}" for note in result.notes]
     for name, entry in (result.tensors_by_name or {}).items():
-        lines.append(f"{name}\t{entry.dtype}\t{shape(entry.shape)}")
+        lines.append(f"{name}\t{entry.dtype}\t{_shape(entry)}")
 
     return "\n".join(lines)
+
+
+def _tensor_lines(result: ShowResult) -> list[str]:
+    """What the tensors are, and their bytes; one line for a file of states."""
+    bytes_text = f"{size(result.weight_bytes)} in {', '.join(result.dtypes) or 'no tensor'}"
+    if BY_NAME[result.kind].of_states:
+        return [f"tensors      {f'{result.tensors:,}, {bytes_text}' if result.tensors else 'none'}"]
+
+    heads = adapter_facts.lines(result.adapter) if result.adapter else [_parameters(result)]
+    return [*heads, f"weights      {bytes_text}"]
+
+
+def _value_lines(values: Mapping[str, str]) -> list[str]:
+    """The plain values of a file; of many the first."""
+    lines = [f"value        {name} = {text}" for name, text in values.items()]
+    if len(lines) > MAX_VALUES:
+        more = f"value        and {len(lines) - MAX_VALUES:,} more (--json has all)"
+        lines[MAX_VALUES:] = [more]
+    return lines
+
+
+def _shape(entry: TensorEntry) -> str:
+    return "-" if entry.shape is None else shape(entry.shape)
 
 
 def _training_lines(result: ShowResult) -> list[str]:
@@ -162,7 +215,7 @@ def missing(result: ShowResult) -> list[str]:
     Of an adapter's base nothing is missed.
     """
     lines = absences.lines(result.missing)
-    if result.adapter:
+    if result.adapter or BY_NAME[result.kind].of_states:
         return lines
     if codes := result.quantized.missing_weights if result.quantized else 0:
         weights = counted(codes, "quantized weight")

@@ -152,8 +152,11 @@ def show(
 ) -> None:
     """Show what a checkpoint is and holds, from headers only.
 
+    CHECKPOINT is also a model folder, or a file in safetensors or of torch.save.
+
     \b
     ckpt show out/checkpoint-500
+    ckpt show out/checkpoint-500/scheduler.pt
     ckpt show out --tag global_step500 --tensors
     ckpt show out --last
     """
@@ -163,7 +166,7 @@ def show(
 
     checkpoint = checkpoint_of(checkpoint, tag, last, "ckpt show")
     with rules.using(tp_rules):
-        source = sources.fp32(checkpoint, tag, "ckpt to-fp32 --weights 16bit")
+        source = sources.as_stored(checkpoint, tag, "ckpt to-fp32 --weights 16bit")
     result = report.show(source, tensors, _status(source))
     planned.show(Output(result, lines=[report.show_text(result)]), as_json)
 

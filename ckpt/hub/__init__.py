@@ -1,7 +1,7 @@
 """Checkpoints on the Hugging Face Hub: push, pull, and pushes in the background of a training.
 
 push            plan, send, commit, verify;  plan  what comes and what goes
-select          which checkpoint a path means
+select          which checkpoint a path means;  wholeness  whether it may be pushed
 content/        what is published, with its card
 upload          the bytes on their way;  journal  what an interrupted push knows already
 commit          one commit, or none;  download_check  what was sent, read back

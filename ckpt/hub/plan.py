@@ -8,27 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt.folders.filenames import MANIFEST
-from ckpt.hub import upload
+from ckpt.hub import upload, wholeness
 from ckpt.hub.client import errors, repository
 from ckpt.hub.client.repository import Remote
 from ckpt.hub.content.allow_list import CARD
 from ckpt.hub.content.contents import contents
 from ckpt.hub.content.items import Contents, Item, unfit
 from ckpt.hub.upload import Transport
-from ckpt.runs import manifest, verify
-from ckpt.runs.foreign import liveness
-from ckpt.runs.run import RunCheckpoint, is_numbered
-from ckpt.runs.states.status import status_of
+from ckpt.runs import manifest
+from ckpt.runs.run import RunCheckpoint
 from ckpt.version import __version__
 from ckpt.weights.request import Request
-from converters.detect import Detection, detect, filenames
 from converters.errors import CheckpointError
 from converters.options import (
     INCLUDE_TRAINING_STATE,
     KEEP_LAST,
     PATH_IN_REPO,
     REVISION,
-    UNCOMMITTED,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +59,12 @@ class PushOptions:
     stage_dir: Path | None = None
     blocks: int = 1
     verify_download: bool = False
+
+    @property
+    def needs_no_optimizer(self) -> bool:
+        """Whether nothing that is sent comes from the optimizer's files."""
+        wants_16bit = self.request is not None and self.request.weights == "16bit"
+        return wants_16bit and not self.training_state
 
     @property
     def place(self) -> str:
@@ -115,7 +117,7 @@ def plan(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> PushPlan
     published there.
     """
     _require_names(repo, options.path_in_repo)
-    _require_whole(checkpoint, options.uncommitted)
+    wholeness.require(checkpoint, options.uncommitted, options.needs_no_optimizer)
     errors.require_client()
     _require_steps(options)
     transport, note = upload.choose(options.transport, options.stage_dir)
@@ -205,54 +207,6 @@ def _require_names(repo: str, path_in_repo: str | None) -> None:
         raise CheckpointError(f"{repo!r} is not a repository; write org/name", "refused")
     if path_in_repo and (fault := unfit(path_in_repo.strip("/"))):
         raise CheckpointError(f"{PATH_IN_REPO(path_in_repo)} {fault}", "refused")
-
-
-def _require_whole(checkpoint: RunCheckpoint, uncommitted: bool) -> None:
-    """``CheckpointError`` unless the checkpoint is committed, and whole as far as sizes tell.
-
-    Without a manifest it has to be complete (``runs.states.status``), or a folder of a model or
-    an adapter; whether such a one loads is decided with what is sent of it.
-    """
-    if checkpoint.why == manifest.ABSENT:
-        detection = detect(checkpoint.folder)
-        if detection.refusal is not None and not detection.kind.holds_weights:
-            raise detection.error
-        if not uncommitted:
-            _require_complete(checkpoint, detection)
-        return
-
-    verdict = verify.verify(checkpoint)
-    if not verdict.whole:
-        reason = checkpoint.why or verdict.problems[0]
-        raise CheckpointError(
-            f"{checkpoint.folder} is not whole: {reason}; choose another checkpoint",
-            "incomplete",
-        )
-
-
-def _require_complete(checkpoint: RunCheckpoint, detection: Detection) -> None:
-    """``CheckpointError`` for what lacks something, or may still be being written."""
-    folder = checkpoint.folder
-    if detection.kind.holds_weights and not _is_of_training(folder):
-        for reason in liveness.Watch([folder]).changes().values():
-            raise CheckpointError(f"{folder} {reason}", "refused")
-        return
-
-    status = status_of(checkpoint)
-    if not status.complete:
-        raise CheckpointError(
-            f"{folder} is not complete: {status.reason}; {UNCOMMITTED} pushes it if its "
-            "weights are whole",
-            "incomplete",
-        )
-
-
-def _is_of_training(folder: Path) -> bool:
-    """Whether a trainer saved the folder to go on from, and not as a model alone."""
-    names = {path.name for path in folder.iterdir()}
-    has_states = filenames.TRAINER_STATE in names
-    has_states = has_states or any(map(filenames.RANDOM_STATES.fullmatch, names))
-    return has_states or is_numbered(folder)
 
 
 def _require_steps(options: PushOptions) -> None:

@@ -28,7 +28,7 @@ def lines(absent: Mapping[str, str]) -> list[str]:
 
     if state_entries:
         messages.append(
-            f"{len(state_names)} entries _extra_state hold no tensor ({state_names[0]}, ...)"
+            f"{len(state_names)} entries _extra_state are not plain tensors ({state_names[0]}, ...)"
         )
 
     return messages

@@ -80,8 +80,8 @@ class Detection:
 
     @property
     def _damage(self) -> CheckpointError | None:
-        """What the reader says of weights that are not whole: nobody reads them as they are."""
-        if not self.kind.holds_weights:
+        """What the reader says of a file that is not whole: nobody reads it as it is."""
+        if not self.kind.is_opened:
             return None
         try:
             self.read()

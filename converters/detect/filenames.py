@@ -42,12 +42,12 @@ TORCH_BIN = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINER_STATE = "trainer_state.json"
-# What the Trainer and Accelerate keep beside the weights (transformers 5.24 ``trainer.py``,
-# accelerate 1.15 ``utils/constants.py``).
+# What the Trainer and Accelerate keep beside the weights by torch.save (transformers 5.24
+# ``trainer.py``, accelerate 1.15 ``utils/constants.py``).
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
 OF_TRAINER = re.compile(
     r"(optimizer|scheduler|scaler|sampler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth"
-    r"|random_states_\d+\.pkl|training_args\.bin|trainer_state\.json"
+    r"|random_states_\d+\.pkl|training_args\.bin"
 )
 
 # What lies beside weights, in the folder of a model or a checkpoint.

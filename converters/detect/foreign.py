@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from converters.detect import filenames
 from converters.detect.kind import Kind
 from converters.detect.look import Look
 from converters.words import some
@@ -144,8 +145,19 @@ def shards_alone(look: Look) -> str | None:
 
 def other_names(look: Look) -> str | None:
     """A folder with weights under names that nobody looks for: the first of them."""
+    return some(_loose(look)) or None
+
+
+def _loose(look: Look) -> list[str]:
+    """The names of files that may be weights."""
     names = [name for name in look.names if name.endswith(_LOOSE)]
-    return some(names) or None
+    return [name for name in names if not filenames.OF_TRAINER.fullmatch(name)]
+
+
+def trainer_files(look: Look) -> str | None:
+    """A folder with files of a trainer's states, and none that may be weights."""
+    names = [name for name in look.names if filenames.OF_TRAINER.fullmatch(name)]
+    return None if _loose(look) else some(names) or None
 
 
 def _folder(name: str, title: str, by: str, sign: Callable[[Look], str | None], words: str) -> Kind:
@@ -165,12 +177,20 @@ FOLDERS = (
         "holds shards of a model without their index, {evidence}: copy or download it to there",
     ),
     _folder(
+        "trainer-states",
+        "states of a trainer without the weights",
+        "`optimizer.pt`, `rng_state_R.pth` and so on, and no file that may be weights",
+        trainer_files,
+        "holds files of a checkpoint of the Trainer or Accelerate without its weights, {evidence}; "
+        "copy these to there (ckpt show FILE says what one of the files holds)",
+    ),
+    _folder(
         "other-names",
         "weights under other names",
         "files in `.safetensors`, `.bin`, `.pt`, `.pth` or `.ckpt` under other names",
         other_names,
         "holds no checkpoint, but files that may be weights, {evidence}: name the file, and "
-        "ckpt.open reads it",
+        "ckpt show and ckpt.open read it",
     ),
     _folder(
         "foreign-folder",

@@ -31,7 +31,7 @@ class Kind:
 
     ``contrast`` stands for "not EXPECTED" where that would be wrong of the kind.
     ``trouble`` is the kind of the error. ``of_tag`` says that the sign is in the folder
-    of a tag.
+    of a tag, ``of_states`` that a file has a part of a training's states and no weights.
     """
 
     name: str
@@ -45,11 +45,17 @@ class Kind:
     contrast: str = ""
     trouble: errors.Kind = "incomplete"
     of_tag: bool = False
+    of_states: bool = False
+
+    @property
+    def is_opened(self) -> bool:
+        """Whether it is read as it is, and has no states to convert."""
+        return self.reader is not None and self.refusal is not None
 
     @property
     def holds_weights(self) -> bool:
         """Whether it has weights that are read as they are, and no states to convert."""
-        return self.reader is not None and self.refusal is not None
+        return self.is_opened and not self.of_states
 
     def description(self, evidence: str, expected: str = CHECKPOINT) -> str:
         """What lies there, to stand after the path: "is a model in safetensors"."""

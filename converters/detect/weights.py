@@ -70,6 +70,12 @@ def adapter(look: Look) -> str | None:
     return None if has_model else look.has(filenames.ADAPTERS)
 
 
+def trainer_record(look: Look) -> str | None:
+    """What the Trainer writes down of its progress; it is JSON."""
+    is_one = look.is_file and look.path.name == filenames.TRAINER_STATE
+    return str(look.path.parent) if is_one else None
+
+
 def trainer_file(look: Look) -> str | None:
     """A file that a trainer keeps beside the weights: optimizer, random states, arguments."""
     is_one = look.is_file and filenames.OF_TRAINER.fullmatch(look.path.name)
@@ -240,13 +246,24 @@ KINDS = (
         refusal="{statement}, without state files of DeepSpeed; " + _WHOLE,
     ),
     Kind(
+        name="trainer-record",
+        title="record of the Trainer",
+        recognized_by="the name, `trainer_state.json`",
+        sign=trainer_record,
+        statement="is what the Trainer wrote down of its progress (JSON), without weights",
+        remedy="the checkpoint is its folder: {evidence}",
+        refusal="{statement}; {remedy}",
+    ),
+    Kind(
         name="trainer-file",
         title="single file of a trainer's checkpoint",
         recognized_by="the name: `optimizer.pt`, `rng_state_R.pth`, `training_args.bin` and so on",
         sign=trainer_file,
+        reader=_READER,
+        of_states=True,
         statement="is one file of a checkpoint of the Trainer or Accelerate, without weights",
         remedy="the checkpoint is its folder: {evidence}",
-        refusal="{statement}; {remedy}",
+        refusal="{statement}; ckpt show and ckpt.open read the values in it, and {remedy}",
     ),
     Kind(
         name="lightning-file",

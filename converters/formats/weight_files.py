@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from converters.detect import filenames
-from converters.formats import pytorch_bin, safetensors
+from converters.errors import CheckpointError
+from converters.formats import plain_values, pytorch_bin, safetensors
 from converters.source import Place, Source
 from converters.storage import first_bytes, stores
+from converters.torch_files import odd_tensors
 
 
 def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
@@ -30,10 +32,14 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
         values = pytorch_bin.values(weights_path)
         weights = pytorch_bin.weights_of(values)
         entries = {name: value for name, value in values.items() if name in weights.absent}
+        if not weights.tensors:
+            _require_values(weights_path, entries)
 
     folder = path if stores.is_folder(path) else path.parent
     references = [ref for ref in weights.tensors.values() if len(ref.extents)]
     files = {ref.extents[0].path: None for ref in references}
+    if not stores.is_folder(weights_path):
+        files = {weights_path: None}
 
     return Source(
         kind="safetensors" if is_safetensors(path) else "torch-bin",
@@ -41,6 +47,20 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
         weights=weights,
         files=files,
         entries=entries,
+    )
+
+
+def _require_values(path: Path, entries: Mapping[str, Any]) -> None:
+    """``CheckpointError`` for a file of objects alone, such as a trainer's arguments."""
+    objects = [value for value in entries.values() if odd_tensors.is_object(value)]
+    if not objects or len(objects) < len(entries) or plain_values.of(entries):
+        return
+
+    raise CheckpointError(
+        f"{path} holds neither tensors nor plain values, but an object of "
+        f"{odd_tensors.object_text(objects[0])}, which ckpt does not make, as that runs code; "
+        "where you trust the file, torch.load(..., weights_only=False) makes it",
+        "unsupported",
     )
 
 

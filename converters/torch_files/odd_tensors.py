@@ -91,9 +91,18 @@ def reason(value: Any) -> str:
     if (word := tensor_kind(value)) is not None:
         return f"{with_article(word)} tensor, which is not read"
 
-    text = str(value.of) if isinstance(value.of, Global) else "the result of a call"
-    text = text if text.isprintable() else ascii(text)
-    return f"no plain tensor but {text}, which is not read"
+    return f"no plain tensor but {object_text(value)}, which is not read"
+
+
+def is_object(value: Any) -> bool:
+    """Whether a value is an object of a class, or the result of a call, and not a tensor."""
+    return isinstance(value, Call) and tensor_kind(value) is None
+
+
+def object_text(call: Call) -> str:
+    """The class or function that an object is made by."""
+    text = str(call.of) if isinstance(call.of, Global) else "the result of a call"
+    return text if text.isprintable() else ascii(text)
 
 
 def tensor_kind(call: Call) -> str | None:

@@ -103,8 +103,8 @@ def _odd_view(of: Any, kind: str, data: TensorRef, itemsize: int, place: Place) 
     offset, shape, stride = place
     numel = data.nbytes // itemsize
     if views.is_repetition(numel, shape, stride):
-        storage_bytes = Odd(of, kind=kind, raw=views.as_bytes(data, itemsize, 0, (numel,), (1,)))
-        return _repetition(kind, storage_bytes, numel, place)
+        elements = Odd(of, kind=kind, raw=views.as_bytes(data, itemsize, 0, (numel,), (1,)))
+        return _repetition(kind, elements, numel, place)
 
     return Odd(of, (shape,), kind=kind, raw=views.as_bytes(data, itemsize, offset, shape, stride))
 

@@ -92,6 +92,7 @@ ROWS = (
     Row("oldest", OLDEST),
     # The Trainer itself does not resume before torch 2.6: ckpt.requirements has the places.
     Row("torch 2.4", {"torch": "2.4.0", **OLDEST}, WITHOUT_TRAINER),
+    Row("torch 2.6", {"torch": "2.6.0", **OLDEST}),
     *(
         Row(f"huggingface_hub {version}", {"huggingface_hub": version}, CLIENT)
         for version in ("0.30.2", "0.36.2", "1.0.1", "1.33.0", "2.0.0")

@@ -349,7 +349,7 @@ def test_there_is_a_line_for_each_kind_that_is_absent(
     convert(source, source.with_name("out"))
     said = capsys.readouterr().err.splitlines()
     assert sum("_extra_state" in line for line in said) == 1
-    assert any("214 entries _extra_state hold no tensor" in line for line in said)
+    assert any("214 entries _extra_state are not plain tensors" in line for line in said)
     assert any("5 names, b0, b1, b2 and 2 more: its elements" in line for line in said)
     run("show", source)
     shown = capsys.readouterr().out

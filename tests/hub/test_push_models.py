@@ -126,6 +126,43 @@ def test_what_is_not_complete_is_refused_with_what_is_missing(client: Client, re
     assert "optimizer files of rank 1" in client("push", folder, repo, "--uncommitted", fails=1)
 
 
+def test_the_16bit_weights_are_pushed_without_the_optimizers_files(
+    client: Client, repo: str
+) -> None:
+    folder = Path(shutil.copytree(TRAINER, client.folder / "run/checkpoint-2"))
+    for path in folder.glob("*/*_optim_states.pt"):
+        path.unlink()
+    assert "no optimizer files" in client("push", folder, repo, fails=1)
+    facts = client.push(folder, repo, "--weights", "16bit")
+    assert "model.safetensors" in {file["name"] for file in facts["files"]}
+    more = ("--weights", "16bit", "--include-training-state")
+    assert "no optimizer files" in client("push", folder, repo, *more, fails=1)
+    next(folder.glob("*/mp_rank_00_model_states.pt")).unlink()
+    client("push", folder, repo, "--weights", "16bit", fails=1)
+
+
+def test_a_tokenizer_beside_the_checkpoints_is_sent_with_them(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TRAINER, tmp_path / "out/checkpoint-2"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).rename(folder.parent / name)
+    request = Request()
+    for found in (of(folder, request=request), of(weights_alone(folder))):
+        assert {"tokenizer.json", "tokenizer_config.json"} <= names(found)
+        assert any("that of the folder above the checkpoint" in line for line in found.warnings)
+    other = Path(shutil.copytree(folder, tmp_path / "out/model"))  # which is no checkpoint of a run
+    assert not {name for name in names(of(other)) if name.startswith("tokenizer")}
+
+
+def weights_alone(folder: Path) -> Path:
+    """The same without the states, as ``save_only_model`` leaves it."""
+    run("to-fp32", folder, "-o", folder.parent / "weights")
+    other = folder.parent / "checkpoint-4"
+    other.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder.parent / "weights" / name, other)
+    return other
+
+
 def test_a_model_folder_is_sent_as_it_is(client: Client, repo: str) -> None:
     """Whatever type it is stored in, in shards too; the card is made only where there is none."""
     options = ("--dtype", "bf16", "--max-shard-size", "8KB")

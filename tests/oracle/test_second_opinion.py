@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,25 @@ def test_a_model_that_takes_too_much_memory_is_not_built(monkeypatch: pytest.Mon
     monkeypatch.setattr(installed, "subprocess", subprocess)  # whose memory is limited: a fresh one
     with pytest.raises(installed.NoAnswerError, match=r"takes more than 50\.33 MB of memory"):
         installed.ask(config, "BertModel")
+
+
+@pytest.mark.parametrize(
+    ("child", "words"),
+    [
+        ("raise SystemError('returned NULL without setting an exception')", "memory is short, or"),
+        ("raise ImportError('x.so: failed to map segment from shared object')", "memory is short"),
+        ("import os; os.abort()", "was ended by SIGABRT, which happens where memory is short"),
+        ("raise MemoryError", "takes more than 2.15 GB of memory"),
+        ("raise ValueError('no such rope')", "config.json: ValueError: no such rope"),
+    ],
+)
+def test_a_process_that_dies_is_told_in_a_sentence(
+    child: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installed, "_CHILD", child)
+    monkeypatch.setattr(installed, "subprocess", subprocess)
+    with pytest.raises(installed.NoAnswerError, match=f"(?s).*{re.escape(words)}"):
+        installed.ask({"model_type": "bert"})
 
 
 def test_a_decoder_may_have_a_vocabulary_of_its_own(

@@ -226,7 +226,17 @@ def trainer(folder: Path) -> Path:
     return touch(folder, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
-@case("trainer-file", "; the checkpoint is its folder: ")
+@case("trainer-record", "; the checkpoint is its folder: ")
+def trainer_record(folder: Path) -> Path:
+    return touch(folder, "trainer_state.json") / "trainer_state.json"
+
+
+@case("trainer-states", "copy these to there")
+def trainer_states(folder: Path) -> Path:
+    return touch(folder, "scheduler.pt", "rng_state_0.pth", "training_args.bin")
+
+
+@case("trainer-file", "the checkpoint is its folder: ")
 def trainer_file(folder: Path) -> Path:
     torch.save({"state": {}}, folder / "optimizer.pt")
     return folder / "optimizer.pt"
@@ -356,7 +366,7 @@ def shards_alone(folder: Path) -> Path:
     return tensors(folder / "model-00001-of-00002.safetensors")
 
 
-@case("other-names", "name the file, and ckpt.open reads it")
+@case("other-names", "name the file, and ckpt show and ckpt.open read it")
 def other_names(folder: Path) -> Path:
     return tensors(folder / "model.fp16.safetensors")
 

@@ -56,6 +56,15 @@ def test_a_kind_is_recognised_and_its_user_is_told_what_to_do(
 
     with options_in_messages.using(options_in_messages.of_commands):
         refusal = detection.refusal
+    if detection.kind.is_opened:  # there is nothing to convert, and show says what lies there
+        run("show", path)
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"kind         {detection.kind.title}\n")
+        assert detection.kind.remedy.format(evidence=detection.evidence) in shown
+        run("to-fp32", path, "-o", tmp_path / "out", code=1)
+        assert capsys.readouterr().err == f"ckpt: {refusal}\n"
+        return
+
     lines = []
     for command in (["to-fp32", path, "-o", tmp_path / "out"], ["show", path]):
         run(*command, *options, code=1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
+from argparse import Namespace
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from oracles import run
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -255,6 +257,71 @@ def test_what_numpy_has_is_given_as_numpy_gives_it(tmp_path: Path) -> None:
             expected = tensor.resolve_conj().resolve_neg().numpy()
             assert np.array_equal(np.asarray(opened[name]), expected), name
             assert np.array_equal(np.asarray(opened.get_slice(name)[1]), expected[1]), name
+
+
+def test_the_files_that_a_trainer_keeps_are_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    torch.save(scheduler.state_dict(), tmp_path / "scheduler.pt")
+    with ckpt.open(tmp_path / "optimizer.pt") as opened:
+        moment = optimizer.state_dict()["state"][0]["exp_avg"]
+        assert torch.equal(torch.as_tensor(opened["state.0.exp_avg"]), moment)
+        assert opened.plain_values["param_groups.0.betas"] == (0.9, 0.999)
+    with ckpt.open(tmp_path / "scheduler.pt") as opened:
+        assert not list(opened)
+        expected = {name: value for name, value in scheduler.state_dict().items() if name[0] != "_"}
+        assert opened.plain_values.items() >= expected.items()
+        assert opened.metadata()["step_size"] == "3"
+
+    run("show", tmp_path / "scheduler.pt")
+    shown = capsys.readouterr().out
+    assert "\ntensors      none\n" in shown and "\nvalue        step_size = 3\n" in shown
+    run("show", tmp_path / "optimizer.pt", "--tensors")
+    shown = capsys.readouterr().out
+    assert "\ntensors      6, 56 B in F32\n" in shown and "\nstate.0.exp_avg\tF32\t2 x 2\n" in shown
+
+
+def test_plain_values_are_those_of_torch_load(tmp_path: Path) -> None:
+    values = {"c": 1 + 2j, "b": b"x", "n": None, "t": (1, 2.5, "a"), "s": {1}, "i": 1 << 90}
+    values |= {"array": bytearray(b"a\xff"), "count": Counter("aab")}
+    types = {"dtype": torch.float16, "device": torch.device("cuda", 1), "layout": torch.sparse_coo}
+    torch.save({"deep": [values, types, {"w": W}]}, tmp_path / "x.pt")
+    with ckpt.open(tmp_path / "x.pt") as opened:
+        by_name = {f"deep.0.{name}": value for name, value in values.items()}
+        texts = {f"deep.1.{name}": str(value) for name, value in types.items()}
+        assert opened.plain_values == by_name | texts and list(opened) == ["deep.2.w"]
+
+
+def test_a_file_of_objects_alone_is_refused_in_a_true_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "training_args.bin"
+    torch.save(Namespace(lr=3), path)
+    with pytest.raises(ckpt.CheckpointError, match=r"an object of argparse\.Namespace") as error:
+        ckpt.open(path)
+    assert "do not load" not in str(error.value)
+    for command in ("show", "to-fp32"):
+        run(command, path, code=1)
+        assert "an object of argparse.Namespace" in capsys.readouterr().err
+    torch.save({"args": Namespace(lr=3), "epoch": 2}, path)
+    with ckpt.open(path) as opened:
+        assert opened.plain_values == {"epoch": 2} and "argparse" in opened.absent["args"]
+
+
+def test_show_counts_what_no_safetensors_file_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"coo": W.to_sparse(), "q": quantized()}, tmp_path / "x.pt")
+    run("show", tmp_path / "x.pt", "--tensors")
+    shown = capsys.readouterr().out
+    assert "in 2 tensors" in shown and "in qint8, sparse\n" in shown
+    assert "missing      nothing\n" in shown and "\ncoo\tsparse\t-\nq\tqint8\t3 x 4\n" in shown
 
 
 def test_names_come_as_safe_open_and_the_file_have_them(tmp_path: Path) -> None:

@@ -11,10 +11,14 @@ from ckpt.results import TrainingState
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """A tensor as it is stored: its element type, as safetensors calls it, and its shape."""
+    """A tensor as it is stored: its element type, as safetensors calls it, and its shape.
+
+    Of a tensor that no safetensors file could have, the type is torch's word for it, such as
+    sparse, and the shape ``None`` where only reading it tells.
+    """
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +81,10 @@ class ShowResult(TrainingState):
     ``tensors`` counts them; ``tensors_by_name`` is there where ``--tensors`` asks for
     it. ``nbytes`` are those of the ``file_count`` files, ``weight_bytes`` those of the
     weights. ``missing`` has names without values, and why. ``aliases`` lead to the
-    tensors that they share. ``state`` and ``reason`` are as in ``CheckpointEntry``, and null
-    for what is not a checkpoint of a training, or in a store.
+    tensors that they share. ``values`` are the plain values beside the tensors of a single
+    file of ``torch.save``, as text; ``None`` for a checkpoint of a training. ``state`` and
+    ``reason`` are as in ``CheckpointEntry``, and null for what is not a checkpoint of a
+    training, or in a store.
     """
 
     parameters: int
@@ -94,6 +100,7 @@ class ShowResult(TrainingState):
     adapter: AdapterFacts | None
     quantized: QuantizedFacts | None
     tensors_by_name: Mapping[str, TensorEntry] | None
+    values: Mapping[str, str] | None
     notes: tuple[str, ...]
     state: str | None
     reason: str | None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.hub.content.items import unfit
-from ckpt.weights.companions import model_code, model_folder
+from ckpt.weights.companions import model_code, model_folder, run_folder
 from converters.errors import CheckpointError, unreadable
 
 CARD = "README.md"
@@ -123,6 +123,24 @@ def of_conversion(
         tuple(sorted(files.items())),
         tuple(sorted(left_out)),
         allowed_files.warnings,
+    )
+
+
+def with_tokenizer_of_run(allowed_files: Allowed, root: Path) -> Allowed:
+    """The same with the tokenizer of the run that ``root`` is a checkpoint of, if it has none."""
+    readers = run_folder.readers(root)
+    if not readers or model_folder.companion_files(root, _sendable(root)).readers:
+        return allowed_files
+
+    reasons = {
+        name: _unsendable(path.parents[name.count("/")], name) for name, path in readers.items()
+    }
+    files = [(name, path) for name, path in readers.items() if reasons[name] is None]
+    left_out = [(name, reason) for name, reason in reasons.items() if reason is not None]
+    return Allowed(
+        tuple(sorted((*allowed_files.files, *files))),
+        tuple(sorted((*allowed_files.left_out, *left_out))),
+        (*allowed_files.warnings, f"note: {run_folder.note(readers)}"),
     )
 
 

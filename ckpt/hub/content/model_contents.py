@@ -8,7 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt.hub.content import model_facts as known
-from ckpt.hub.content.allow_list import CARD, Allowed, allowed, of_conversion
+from ckpt.hub.content.allow_list import (
+    CARD,
+    Allowed,
+    allowed,
+    of_conversion,
+    with_tokenizer_of_run,
+)
 from ckpt.hub.content.items import Contents, Item
 from ckpt.hub.content.publishable import (
     dominant_type,
@@ -196,7 +202,7 @@ def _stored(checkpoint: RunCheckpoint, dtype: str | None, request: Request | Non
     items += _config_items(checkpoint, is_untied)
     if not is_adapter and not module_names and not os.path.lexists(root / "config.json"):
         warnings.append(f"{root} has no config.json, so from_pretrained will not load it")
-    allowed_files = allowed(root, frozenset(item.name for item in items))
+    allowed_files = with_tokenizer_of_run(allowed(root, frozenset(i.name for i in items)), root)
     items += _companion_items(checkpoint, allowed_files)
     facts = {"kind": "adapter" if is_adapter else "weights"} | known.of_model(checkpoint, root)
     facts |= {

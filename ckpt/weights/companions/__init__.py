@@ -2,6 +2,7 @@
 
 surroundings    all of them, for a conversion
 model_folder    those that ``from_pretrained`` wants
+run_folder      the tokenizer in the folder of a run
 model_code      Python files of a model
 module_folders  modules of sentence-transformers
 reader_files    names of tokenizer files, as transformers has them

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.runs import engines
-from ckpt.weights.companions import model_code, model_folder, module_folders
+from ckpt.weights.companions import model_code, model_folder, module_folders, run_folder
 from ckpt.weights.companions.model_folder import Companions
 from ckpt.weights.request import Request
 from converters import options
@@ -26,8 +26,6 @@ from converters.storage import bounded_json, misplaced_files, stores
 from converters.tensors import Weights
 
 CONFIG = "config.json"
-
-_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json")
 _SEVERAL = re.compile(r"pytorch_model(_\d+)?")  # Accelerate's tags of several models in one folder
 
 
@@ -84,11 +82,22 @@ def of(place: Place, request: Request, weights: Weights | None = None) -> Surrou
 
     if request.tokenizer is not None:
         companions = _replace_tokenizer(request.tokenizer, companions)
+    elif not companions.readers:
+        companions = _with_tokenizer_of_run(place.root, companions)
 
     notes = (*config.notes, *companions.notes)
     if config.content is None and not config.notes and not _needs_none(companions):
         notes = (*notes, no_config())
     return Surroundings(config.content, config.path, companions.files, notes)
+
+
+def _with_tokenizer_of_run(root: Path, companions: Companions) -> Companions:
+    """The same with the tokenizer of the run, where the checkpoint has none."""
+    readers = run_folder.readers(root)
+    if not readers:
+        return companions
+    note = f"{run_folder.note(readers)}; {TOKENIZER('DIR')} takes another"
+    return replace(companions, readers=readers, notes=(*companions.notes, note))
 
 
 def _needs_none(companions: Companions) -> bool:
@@ -109,7 +118,7 @@ def _homes(place: Place) -> list[Path]:
     config_path = place.folder / CONFIG
     if stores.exists(config_path) or stores.is_dead_link(config_path):
         return [place.folder]
-    if any(stores.is_file(place.folder / name) for name in _TOKENIZERS):
+    if any(stores.is_file(place.folder / name) for name in run_folder.SIGNS):
         return [place.folder, place.root]
     return [place.root]
 

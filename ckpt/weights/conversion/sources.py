@@ -101,6 +101,21 @@ def _without_frozen(source: Source, request: Request) -> Source:
     return replace(source, weights=weights, notes=(*source.notes, note))
 
 
+def as_stored(checkpoint: Path, tag: str | None, option: str) -> Source:
+    """What lies at a path, to be looked at: the states of a training, or what is read as it is.
+
+    A note says what handles weights that need no conversion. ``option`` as in ``fp32``.
+    """
+    detected = detection.detect(checkpoint, tag)
+    if not detected.kind.is_opened:
+        return fp32(checkpoint, tag, option)
+
+    source = detected.read()
+    place = source.place if checkpoint.is_dir() else replace(source.place, folder=checkpoint)
+    remedy = detected.kind.remedy.format(evidence=detected.evidence)
+    return replace(source, kind=detected.kind.name, place=place, notes=(*source.notes, remedy))
+
+
 def fp32(checkpoint: Path, tag: str | None, option: str) -> Source:
     """The weights that a training goes on from, as the reader that fits locates them.
 

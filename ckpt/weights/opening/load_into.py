@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from converters.source import Source
 from converters.storage import open_files
 from converters.tensors import TensorRef, Weights
 from converters.words import counted, some, verb
+
+_PEFT_PREFIX = "base_model.model."
 
 
 def load(model: nn.Module, source: Source) -> nn.Module:
@@ -83,12 +85,22 @@ def _check(
     extra = [name for name in (*weights.tensors, *weights.aliases) if name not in targets]
     if missing or mismatches:
         problems = "; ".join(_problems(missing, mismatches, extra, weights))
+        if _has_wrapper(extra) and not _has_wrapper(targets):
+            problems += (
+                "; the checkpoint is of a PEFT model: give the model that get_peft_model or "
+                "PeftModel.from_pretrained made"
+            )
         raise CheckpointError(f"{where}: {problems}", "incomplete")
 
     if unchanged:
         warnings.warn(f"{where}: {_stays_line(unchanged, targets)}", stacklevel=4)
     if extra:
         warnings.warn(f"{where}: not in the model: {_some(extra)}", stacklevel=4)
+
+
+def _has_wrapper(names: Iterable[str]) -> bool:
+    """Whether names are those of a model that PEFT wraps."""
+    return any(name.startswith(_PEFT_PREFIX) for name in names)
 
 
 def _problems(

@@ -23,7 +23,7 @@ from ckpt.weights.opening.unusual import Unusual, UnusualSlice
 from ckpt.weights.request import Layout, Naming
 from converters.detect import detect, detect_weights, filenames
 from converters.errors import CheckpointError
-from converters.formats import safetensors, weight_files
+from converters.formats import plain_values, safetensors, weight_files
 from converters.plan import output_dtype
 from converters.source import Source
 from converters.storage import stores
@@ -91,7 +91,7 @@ def open(
 
     config_path = None if adapter_config is None else Path(adapter_config)
     checkpoint = source if source.topology else None
-    facts = {} if checkpoint is not None else _plain(source.entries)
+    values = {} if checkpoint is not None else plain_values.of(source.entries)
     return Opened(
         path=path,
         weights=weights,
@@ -101,7 +101,7 @@ def open(
         adapter_config=config_path,
         sources=sources,
         unusual=unusual_tensors,
-        facts=facts,
+        plain_values=values,
     )
 
 
@@ -116,12 +116,6 @@ def _listed(weights: Weights, unusual_tensors: Mapping[str, Unusual]) -> Weights
         absent={n: why for n, why in weights.absent.items() if n not in unusual_tensors},
         packed=weights.packed | unusual_tensors.keys(),
     )
-
-
-def _plain(entries: Mapping[Any, Any]) -> dict[str, str]:
-    """The numbers and texts beside the tensors of a file, as text."""
-    plain_types = (str, int, float, bool)
-    return {name: str(value) for name, value in entries.items() if isinstance(value, plain_types)}
 
 
 def _wished(
@@ -174,8 +168,9 @@ class Opened(Mapping[str, "Array"]):
     """The weights of a checkpoint by name, tied names included; a context manager.
 
     ``sources`` maps names to those in the checkpoint, where they differ. ``unusual`` are
-    the tensors that no safetensors file could have, by their names there; ``facts`` are
-    numbers and texts that a file holds beside its tensors.
+    the tensors that no safetensors file could have, by their names there. ``plain_values``
+    are numbers, texts and lists of these that a file of ``torch.save`` holds beside its
+    tensors, by dotted names.
     """
 
     path: Path
@@ -186,7 +181,7 @@ class Opened(Mapping[str, "Array"]):
     adapter_config: str | Path | None = None
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     unusual: Mapping[str, Unusual] = field(default_factory=dict, repr=False, compare=False)
-    facts: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    plain_values: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __repr__(self) -> str:
         """One short line: where it is, and how much."""
@@ -297,12 +292,12 @@ class Opened(Mapping[str, "Array"]):
         """Facts about the checkpoint as text: format, and ZeRO's step, stage, version.
 
         For a safetensors file these are the file's own (``__metadata__``), for one of
-        ``torch.save`` the numbers and texts beside its tensors.
+        ``torch.save`` the plain values beside its tensors.
         """
         if self.checkpoint is None and weight_files.is_safetensors(self.path):
             return safetensors.metadata(self.path)
 
-        facts: dict[str, Any] = {"format": "pt", **self.facts}
+        facts: dict[str, Any] = {"format": "pt", **self.plain_values}
         if self.checkpoint is not None:
             facts |= {
                 "tag": self.checkpoint.place.tag,

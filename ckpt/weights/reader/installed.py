@@ -8,6 +8,7 @@ run.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -28,6 +29,10 @@ MAX_MESSAGE_CHARACTERS = 300  # of what transformers says, which may list all ty
 # 61 layers with 256 experts each, one module an expert, takes 0.4 GiB.
 MAX_BUILD_BYTES = 2 << 30
 MAX_ANSWER_CHARACTERS = 256 << 20
+_SIGNS_OF_SHORTAGE = (
+    *("SystemError", "bad_alloc", "annot allocate memory", "failed to map segment", "[Errno 12]"),
+    *("out of memory", "can't start new thread"),
+)
 
 # Reads config.json on stdin; answers with the class, and the name and shape of each
 # tensor in memory and as save_pretrained names it. Its arguments are the two limits above.
@@ -36,7 +41,7 @@ import json, sys, warnings
 warnings.filterwarnings("ignore")
 try:
     import torch, transformers
-except ImportError as error:
+except ModuleNotFoundError as error:
     print(json.dumps({"lacks": error.name}))
     sys.exit()
 transformers.logging.set_verbosity_error()
@@ -106,25 +111,13 @@ def ask(config: Mapping[str, Any], cls: str | None = None) -> dict[str, Any]:
 
     ``NoAnswerError`` if transformers cannot build the model, or is not installed.
     """
-    try:
-        process = subprocess.run(
-            [sys.executable, "-c", _CHILD, str(MAX_BUILD_BYTES), str(MAX_ANSWER_CHARACTERS)],
-            input=json.dumps(dict(config) | ({"architectures": [cls]} if cls else {})),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise NoAnswerError(
-            f"{CHECK('transformers')}: transformers did not build the model in {TIMEOUT_SECONDS} s",
-        ) from error
-
+    process = _run(json.dumps(dict(config) | ({"architectures": [cls]} if cls else {})))
     lines = process.stdout.strip().splitlines()
     if process.returncode or not lines:
-        message = _last_line(process.stderr)
+        reason = _reason(process.returncode, process.stderr)
         raise NoAnswerError(
-            f"{CHECK('transformers')}: transformers cannot build the model of "
-            f"config.json: {message}",
+            f"{CHECK('transformers')}: transformers cannot build the model of config.json: "
+            f"{reason}",
         )
 
     answer: dict[str, Any] = json.loads(lines[-1])
@@ -138,11 +131,47 @@ def ask(config: Mapping[str, Any], cls: str | None = None) -> dict[str, Any]:
     return answer
 
 
-def _last_line(text: str) -> str:
-    """The last line of what a process said, cut to a length that a message may have."""
-    line = (text.strip().splitlines() or ["no answer"])[-1]
+def _run(config: str) -> subprocess.CompletedProcess[str]:
+    """The process that builds, at its end; ``NoAnswerError`` if it has none or no beginning."""
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", _CHILD, str(MAX_BUILD_BYTES), str(MAX_ANSWER_CHARACTERS)],
+            input=config,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise NoAnswerError(
+            f"{CHECK('transformers')}: transformers did not build the model in {TIMEOUT_SECONDS} s",
+        ) from error
+    except OSError as error:
+        raise NoAnswerError(
+            f"{CHECK('transformers')}: {sys.executable} cannot be run: {error.strerror or error}",
+        ) from error
+
+
+def _reason(exit_code: int, errors: str) -> str:
+    """Why the process has no answer: that memory is short, or the last line of what it said.
+
+    Where memory is short, Python may be at a loss for its own error: an extension returns
+    none ("SystemError: ... returned NULL without setting an exception"), a library is not
+    mapped, or the process dies of a signal.
+    """
+    line = (errors.strip().splitlines() or ["no answer"])[-1]
     if line.startswith("MemoryError") or "DefaultCPUAllocator: can't allocate" in line:
-        line = f"without any weights it takes more than {size(MAX_BUILD_BYTES)} of memory"
+        return f"without any weights it takes more than {size(MAX_BUILD_BYTES)} of memory"
+    if exit_code < 0:
+        name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else "a signal"
+        return f"its process was ended by {name}, which happens where memory is short"
+    if any(sign in line for sign in _SIGNS_OF_SHORTAGE):
+        return f"memory is short, or it takes more than {size(MAX_BUILD_BYTES)}: {_cut(line)}"
+
+    return _cut(line)
+
+
+def _cut(line: str) -> str:
+    """A line with a length that a message may have."""
     return line if len(line) <= MAX_MESSAGE_CHARACTERS else f"{line[:MAX_MESSAGE_CHARACTERS]}..."
 
 

@@ -1,0 +1,94 @@
+"""Whether a checkpoint may be pushed: what is sent of it has to be whole, and at rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ckpt.runs import manifest as manifests
+from ckpt.runs import verify
+from ckpt.runs.checkpoint_folder import require_read
+from ckpt.runs.digests import quiet
+from ckpt.runs.foreign import liveness
+from ckpt.runs.foreign.overwriting import require_one_save
+from ckpt.runs.run import RunCheckpoint, is_numbered
+from ckpt.runs.states.status import status_of
+from converters.detect import Detection, detect, filenames
+from converters.errors import CheckpointError
+from converters.options import UNCOMMITTED
+from converters.zero import weights_16bit
+
+
+def require(checkpoint: RunCheckpoint, uncommitted: bool, needs_no_optimizer: bool) -> None:
+    """``CheckpointError`` unless the checkpoint is committed, and whole as far as sizes tell.
+
+    Without a manifest it has to be complete (``runs.states.status``), or a folder of a model or
+    an adapter; whether such a one loads is decided with what is sent of it. With
+    ``needs_no_optimizer`` the optimizer's files may be missing.
+    """
+    if checkpoint.why == manifests.ABSENT:
+        detection = detect(checkpoint.folder)
+        if detection.refusal is not None and not detection.kind.holds_weights:
+            raise detection.error
+        if not uncommitted:
+            _require_complete(checkpoint, detection, needs_no_optimizer)
+        return
+
+    verdict = verify.verify(checkpoint)
+    if not verdict.whole and not (needs_no_optimizer and _lacks_optimizer_alone(checkpoint)):
+        reason = checkpoint.why or verdict.problems[0]
+        raise CheckpointError(
+            f"{checkpoint.folder} is not whole: {reason}; choose another checkpoint",
+            "incomplete",
+        )
+
+
+def _lacks_optimizer_alone(checkpoint: RunCheckpoint) -> bool:
+    """Whether a committed checkpoint lacks no files but those of the optimizer."""
+    committed = checkpoint.manifest
+    if committed is None:
+        return False
+    names = [name for name in committed.files if filenames.OPTIMIZER.fullmatch(Path(name).name)]
+    missing = {f"{name}: missing" for name in names}
+    problems = manifests.check(checkpoint.folder, committed, False, quiet)
+    return bool(problems) and missing.issuperset(problems) and _has_16bit(checkpoint.folder)
+
+
+def _has_16bit(folder: Path) -> bool:
+    """Whether the 16-bit weights of a checkpoint of DeepSpeed can be read, and are of one save."""
+    try:
+        source = weights_16bit.read(folder)
+        require_one_save(folder, source.place.tag)
+    except CheckpointError as error:
+        require_read(error)
+        return False
+    return bool(source.weights.tensors)
+
+
+def _require_complete(
+    checkpoint: RunCheckpoint, detection: Detection, needs_no_optimizer: bool
+) -> None:
+    """``CheckpointError`` for what lacks something, or may still be being written."""
+    folder = checkpoint.folder
+    if detection.kind.holds_weights and not _is_of_training(folder):
+        for reason in liveness.Watch([folder]).changes().values():
+            raise CheckpointError(f"{folder} {reason}", "refused")
+        return
+
+    status = status_of(checkpoint)
+    if not status.complete:
+        is_at_rest = not liveness.Watch([folder]).changes()
+        if needs_no_optimizer and is_at_rest and _has_16bit(folder):
+            return
+        raise CheckpointError(
+            f"{folder} is not complete: {status.reason}; {UNCOMMITTED} pushes it if its weights "
+            "are whole",
+            "incomplete",
+        )
+
+
+def _is_of_training(folder: Path) -> bool:
+    """Whether a trainer saved the folder to go on from, and not as a model alone."""
+    names = {path.name for path in folder.iterdir()}
+    has_states = filenames.TRAINER_STATE in names
+    has_states = has_states or any(map(filenames.RANDOM_STATES.fullmatch, names))
+    return has_states or is_numbered(folder)

@@ -1,7 +1,8 @@
 """Bytes to bytes: formats read as tensors located in files, and written by moving bytes.
 
 tensors, extents  tensors located in files, and their bytes;  source  a checkpoint of them
-tiles, walks     boxes of tensors, placed in a tensor, and the runs of bytes that they have
+tiles, walks     boxes of tensors, placed in a tensor, and the runs of bytes that they have;
+                 chains  such tensors one after another
 detect/          what lies at a path, and which reader fits it
 zero/            DeepSpeed's state files;  formats/  files of weights;  peft/  adapters
 torch_files/     files of torch.save;  pickles/  read without running anything

@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from converters.chains import chained
 from converters.extents import Extent as Extent
 from converters.extents import Extents as Extents
 from converters.extents import Listed as Listed
@@ -168,19 +169,8 @@ class TensorRef:
                 f"cannot join {' and '.join(sorted({ref.dtype.value for ref in refs}))}"
             )
 
-        joined: list[Extent] = []
-        for extent in (extent for tensor in refs for extent in tensor.extents if extent.length):
-            last = joined[-1] if joined else None
-            if last and last.path == extent.path and last.end == extent.offset:
-                joined[-1] = Extent(last.path, last.offset, last.length + extent.length)
-            else:
-                joined.append(extent)
-
-        return TensorRef(
-            refs[0].dtype,
-            (sum(tensor.numel for tensor in refs),),
-            Listed(joined),
-        )
+        extents = chained(tensor.extents for tensor in refs)
+        return TensorRef(refs[0].dtype, (sum(tensor.numel for tensor in refs),), extents)
 
     def box(self, offsets: Sequence[int], sizes: Sequence[int]) -> TensorRef:
         """The elements from ``offsets`` on, ``sizes`` of them on each axis.

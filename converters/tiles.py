@@ -130,6 +130,11 @@ class Tiled:
         rows = sum(walk.count for walk in self._walks())
         return max(1, prod(self.shape) * self.itemsize // max(rows, 1))
 
+    def continues_in(self, other_bytes: Tiled) -> bool:
+        """Whether other bytes of the same tensor begin where these end."""
+        same_tensor = (self.shape, self.itemsize) == (other_bytes.shape, other_bytes.itemsize)
+        return same_tensor and self.end == other_bytes.first and self.tiles == other_bytes.tiles
+
     def narrow(self, start: int, stop: int) -> Tiled:
         """The bytes from ``start`` to ``stop``, in the order of the runs."""
         end = min(self.first + stop, self.end)

@@ -129,6 +129,8 @@ def _write(worker: Worker, shard: Shard, file: InPlace) -> bool:
     Where it had its size already, pieces that are equal are not written.
     """
     mover, crc32s = worker.mover, dict[str, int]()
+    # a record of several parts has the name of the first one
+    records, record = {name for _, name in shard.crc_slots}, ""
     write = file.write if shard.nbytes > MOVE_BYTES else file.write_cached
     for piece in pieces_of(shard):
         if mover.stopped:
@@ -136,7 +138,8 @@ def _write(worker: Worker, shard: Shard, file: InPlace) -> bool:
 
         name = piece.placement.name
         output = worker.make(piece)
-        crc32s[name] = isal_zlib.crc32(output, crc32s.get(name, 0))
+        record = name if name in records else record
+        crc32s[record] = isal_zlib.crc32(output, crc32s.get(record, 0))
         if not file.had_size or not worker.is_there(file, piece.offset, output):
             write(output, piece.offset)
 

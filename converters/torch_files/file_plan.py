@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from converters import tensors
+from converters.chains import Chained, Part, parts_of
 from converters.plan import Entry, Plan, Shard
-from converters.tensors import Checksum, Extent, Listed, TensorRef, record_index
+from converters.tensors import Checksum, Extent, Extents, Listed, TensorRef, record_index
+from converters.tiles import Tiled
 from converters.torch_files import reader
 from converters.torch_files.object_graph import Storage
 from converters.torch_files.pickle_writer import dumps
@@ -59,7 +61,9 @@ def _checksums(shards: Sequence[Shard]) -> tuple[Checksum, ...]:
     offsets_by_path: dict[Path, set[int]] = {}
     ends: dict[Path, int] = {}
     for placement in (placement for shard in shards for placement in shard.placements):
-        for extent in (extent for extent in placement.source.extents if extent.length):
+        for extent in placement.source.extents.per_record():
+            if not extent.length:
+                continue
             offsets_by_path.setdefault(extent.path, set()).add(extent.offset)
             ends[extent.path] = max(ends.get(extent.path, 0), extent.end)
 
@@ -81,13 +85,23 @@ def _entries(name: str, storage: Storage) -> Iterator[Entry]:
         return
 
     tensor = storage.ref.view(storage.numel)
-    if len(tensor.extents) <= MAX_EXTENTS:
+    extents = tensor.extents
+    is_listed = not isinstance(extents, (Chained, Tiled))
+    if isinstance(extents, Tiled) or (is_listed and len(extents) <= MAX_EXTENTS):
         yield Entry(name, tensor, storage.dtype, None)
         return
 
-    for first_extent in range(0, len(tensor.extents), MAX_EXTENTS):
-        end_extent = min(first_extent + MAX_EXTENTS, len(tensor.extents))
-        extents = Listed(tensor.extents[index] for index in range(first_extent, end_extent))
-        numel = extents.nbytes // tensor.dtype.itemsize
-        label = f"{name}, extents from {first_extent} on"
-        yield Entry(label, TensorRef(tensor.dtype, (numel,), extents), storage.dtype, None)
+    for index, part in enumerate(_parts(extents)):
+        ref = TensorRef(tensor.dtype, (part.nbytes // tensor.dtype.itemsize,), part)
+        yield Entry(f"{name}, part {index}", ref, storage.dtype, None)
+
+
+def _parts(extents: Extents) -> Iterator[Part]:
+    """The parts of a vector that a placement each is made of: tiles, or not too many runs."""
+    for part in parts_of(extents):
+        if isinstance(part, Tiled):
+            yield part
+            continue
+
+        for first in range(0, len(part), MAX_EXTENTS):
+            yield Listed(part[first : first + MAX_EXTENTS])

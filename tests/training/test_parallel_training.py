@@ -69,38 +69,48 @@ class Trainings:
         return name
 
 
+Degrees = dict[str, int]
+
+
 @pytest.mark.parametrize(
     ("model", "degrees", "stage", "others"),
     [
-        ("fused", {"tp": 2}, 2, [({"tp": 2}, 1)]),
-        ("pipeline", {"pp": 2}, 1, [({"pp": 1}, 1), ({"pp": 2}, 1)]),
+        ("fused", {"tp": 2}, 2, [({"tp": 4}, 2, 4), ({"tp": 2}, 3, 4)]),
+        ("pipeline", {"pp": 2}, 1, [({"pp": 1}, 1, 2), ({"pp": 4}, 1, 4), ({"pp": 2}, 1, 4)]),
     ],
 )
-def test_training_goes_on_with_zero_alone_and_from_the_universal_folder(
+def test_training_goes_on_with_zero_alone_and_with_any_degrees(
     model: str,
-    degrees: dict[str, int],
+    degrees: Degrees,
     stage: int,
-    others: list[tuple[dict[str, int], int]],
+    others: list[tuple[Degrees, int, int]],
     tmp_path: Path,
 ) -> None:
+    """Native files of ZeRO alone, and the universal folder in engines of other degrees.
+
+    ``others`` are degrees, a stage and the number of ranks.
+    """
     trainings = Trainings(tmp_path)
     job = {"model": model, **degrees, "stage": stage}
     trainings.run(2, {**job, "name": "whole", "steps": 6}, {**job, "name": "half"})
     folder = trainings.universal("half", "universal")
-
     jobs: list[dict[str, Any]] = []
     for new_stage in (2, 3):
         source = trainings.reshard("half", f"start-{new_stage}", 2, new_stage)
         new_job = {"model": model, "stage": new_stage, "source": source}
         jobs.append({**new_job, "name": f"stage-{new_stage}"})
-    for index, (other, other_stage) in enumerate([({}, 2), *others]):
-        new_job = {"model": model, **other, "stage": other_stage, "source": folder}
-        jobs.append({**new_job, "universal": True, "name": f"universal-{index}"})
-    trainings.run(2, *jobs)
 
-    expected, losses = values_of(tmp_path / "half"), trainings.losses("whole")
+    of_folder = {"model": model, "source": folder, "universal": True}
+    jobs.append({**of_folder, "stage": 2, "name": "universal"})
+    trainings.run(2, *jobs)
+    for index, (other, other_stage, ranks) in enumerate(others):
+        jobs.append({**of_folder, **other, "stage": other_stage, "name": f"universal-{index}"})
+        trainings.run(ranks, jobs[-1])  # DeepSpeed keeps the degrees of a process
+
+    losses = trainings.losses("whole")
     assert losses[:3] == trainings.losses("half")
     assert len(set(losses)) == 6
+    expected = values_of(tmp_path / "half")
     for new_job in jobs:
         again = values_of(tmp_path / f"{new_job['name']}-again")
         assert again.keys() == expected.keys()

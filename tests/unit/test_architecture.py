@@ -22,6 +22,7 @@ FLOORS = """
 converters.extents
 converters.walks
 converters.tiles
+converters.chains
 converters.errors converters.options converters.tensors converters.words ckpt.text ckpt.version
 converters.accessors converters.storage.system
 converters.source converters.storage converters.pickles converters.names ckpt.runs.lease

@@ -31,7 +31,7 @@ PARTITIONING = {
         {
             "patterns": [r".*qkv\.weight$"],
             "partition_type": "column",
-            "shape": [[16, 8, 8], -1],
+            "shape": [[32, 16, 16], -1],
             "partition_dim": 0,
         },
         {
@@ -51,8 +51,8 @@ class Fused(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(WORDS, HIDDEN)
         self.norm = nn.LayerNorm(HIDDEN)
-        self.qkv = nn.Linear(HIDDEN, 32)
-        self.o = nn.Linear(16, HIDDEN)
+        self.qkv = nn.Linear(HIDDEN, 64)
+        self.o = nn.Linear(32, HIDDEN)
         self.gate_up = nn.Linear(HIDDEN, 48)
         self.down = nn.Linear(24, HIDDEN)
         self.head = nn.Linear(HIDDEN, WORDS, bias=False)

@@ -193,24 +193,31 @@ def _require(
 ) -> None:
     """Raises unless a tensor of the result was made from the bytes of ``expected``."""
     same_shape = expected.shape == tensor.shape
-    if not same_shape or _place(expected) != _where(provenance.source(tensor)):
+    if not same_shape or not _same_place(_vector(expected), provenance.source(tensor)):
         raise _mismatch(result, label)
 
 
-def _place(tensor: TensorRef) -> Any:
-    return _where(TensorRef.concat([tensor]) if tensor.numel else None)
+def _vector(tensor: TensorRef) -> TensorRef | None:
+    """The elements one after another, as ``Provenance.source`` has them."""
+    return TensorRef.concat([tensor]) if tensor.numel else None
 
 
-def _where(tensor: TensorRef | None) -> Any:
-    return None if tensor is None else (tensor.dtype, tuple(tensor.extents))
+def _same_place(first: TensorRef | None, second: TensorRef | None) -> bool:
+    """Whether two vectors are the very same bytes, in the same order."""
+    if first is None or second is None:
+        return first is second
+    if first.dtype != second.dtype or first.numel != second.numel:
+        return False
+    # the runs of tiles are only gone through where they are of other tiles
+    return first.extents == second.extents or tuple(first.extents) == tuple(second.extents)
 
 
 def _equal(provenance: Provenance, source_tree: Any, result_tree: Any) -> bool:
     """Whether two trees are the same values, their storages made from the same bytes."""
 
     def made_from(source_storage: Storage, result_storage: Storage) -> bool:
-        return source_storage.kind == result_storage.kind and _place(source_storage.ref) == _where(
-            provenance.source(result_storage.ref)
+        return source_storage.kind == result_storage.kind and _same_place(
+            _vector(source_storage.ref), provenance.source(result_storage.ref)
         )
 
     return object_graph.equal(source_tree, result_tree, made_from)

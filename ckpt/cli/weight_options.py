@@ -58,11 +58,12 @@ OPTIONS = (
     ),
     click.option(
         "--names",
-        type=click.Choice(["reader", "as-stored"]),
+        type=click.Choice(["reader", "as-stored", "hf"]),
         default="reader",
         show_default=True,
         help="The names that the model's reader knows, or those in the checkpoint (no config.json "
-        "is written then).",
+        "is written then). hf: those of transformers for the names of a pipeline, of Megatron or "
+        "of AutoEP.",
     ),
     click.option(
         "--layout",
@@ -171,12 +172,14 @@ def weights_options(command: F) -> F:
 
 def request(options: dict[str, Any]) -> Request:
     """Takes the options out of a command's keyword arguments."""
+    names_option = options.pop("names")
     naming = Naming(
         options.pop("part"),
         options.pop("strip"),
         options.pop("rename"),
         options.pop("select"),
-        options.pop("names") == "as-stored",
+        as_stored=names_option == "as-stored",
+        from_framework=names_option == "hf",
     )
 
     names = (

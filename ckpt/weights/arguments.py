@@ -21,7 +21,7 @@ _CHOICES = {
     "dtype": ("bf16", "fp16", "fp32", "keep"),
     "format": ("bin", "lightning", "safetensors"),
     "layout": ("hub", "runtime"),
-    "names": ("as-stored", "reader"),
+    "names": ("as-stored", "hf", "reader"),
     "odd-types": ("raw", "skip"),
     "tied": ("drop", "keep"),
     "weights": ("16bit", "fp32"),

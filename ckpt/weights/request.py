@@ -28,7 +28,8 @@ class Naming:
     ``part`` is the model of several that are saved in one, such as ``policy``.
     ``strip`` are prefixes to drop, ``rename`` pairs of a regular expression and its
     replacement, both in order; ``select`` are globs of the names (after renaming) to
-    write. ``as_stored`` keeps every name.
+    write. ``as_stored`` keeps every name; ``from_framework`` gives the names of a pipeline,
+    of Megatron or of AutoEP those that the model has in transformers.
     """
 
     part: str | None = None
@@ -36,6 +37,7 @@ class Naming:
     rename: tuple[tuple[str, str], ...] = ()
     select: tuple[str, ...] = ()
     as_stored: bool = False
+    from_framework: bool = False
 
     @classmethod
     def of(

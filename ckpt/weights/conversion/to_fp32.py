@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 AnyPath = str | os.PathLike[str]
-Names = Literal["reader", "as-stored"]
+Names = Literal["reader", "as-stored", "hf"]
 OddTypes = Literal["skip", "raw"]
 _ARGUMENTS = (
     *(
@@ -141,7 +141,11 @@ def to_fp32(
     _require_choices(weights, names, check, odd_types, layout)
     _prefer_blas(merge)
     request = Request(
-        naming=replace(Naming.of(strip, rename, select, part), as_stored=names == "as-stored"),
+        naming=replace(
+            Naming.of(strip, rename, select, part),
+            as_stored=names == "as-stored",
+            from_framework=names == "hf",
+        ),
         weights=weights,
         merge=merge,
         base=_local(base),

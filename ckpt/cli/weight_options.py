@@ -172,15 +172,12 @@ def weights_options(command: F) -> F:
 
 def request(options: dict[str, Any]) -> Request:
     """Takes the options out of a command's keyword arguments."""
-    names_option = options.pop("names")
     naming = Naming(
         options.pop("part"),
         options.pop("strip"),
         options.pop("rename"),
         options.pop("select"),
-        as_stored=names_option == "as-stored",
-        from_framework=names_option == "hf",
-    )
+    ).with_names(options.pop("names"))
 
     names = (
         *(

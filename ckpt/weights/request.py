@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -60,6 +60,10 @@ class Naming:
             raise CheckpointError("strip, select and part are strings", "refused")
 
         return cls(part, strips, tuple(_pair(each) for each in pairs), selects)
+
+    def with_names(self, names: str) -> Naming:
+        """The same for a value of the option ``--names``."""
+        return replace(self, as_stored=names == "as-stored", from_framework=names == "hf")
 
     @property
     def changes(self) -> bool:

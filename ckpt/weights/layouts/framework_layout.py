@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt.weights.layouts import framework_tables, hub_layout
-from ckpt.weights.layouts.framework_tables import NameMatch, NameRule, NameTable
+from ckpt.weights.layouts.framework_tables import NameRule, NameTable, TemplateMatch
 from ckpt.weights.layouts.hub_layout import HubLayout
 from ckpt.weights.layouts.operations import NotArrangedError
 from ckpt.weights.layouts.reverting import Arranged, Reverted
@@ -50,6 +50,42 @@ def of(weights: Weights, config: Config | None) -> HubLayout:
     ``CheckpointError`` where the names are another framework's, and no table has all of them.
     """
     names = hub_layout.every_name(weights)
+    candidates = _candidates(names, config)
+    if not candidates:
+        _refuse_foreign(names, config)
+        return HubLayout(weights)
+
+    fitting_candidates = [each for each in candidates if not _unknown(names, *each)]
+    if not fitting_candidates:
+        table, matches = max(candidates, key=lambda each: len(each[1]))
+        unknown_names = some(_unknown(names, table, matches))
+        raise CheckpointError(
+            f"--names hf takes these for {table.framework} names, and has no "
+            f"{(config or {}).get('model_type')} name for {unknown_names}{_HINT}",
+            "refused",
+        )
+
+    table, matches = fitting_candidates[0]
+    try:
+        return _changed(weights, table, matches, config or {})
+    except NotArrangedError as error:
+        raise CheckpointError(
+            f"--names hf takes these for {table.framework} names: {error}{_HINT}",
+            "refused",
+        ) from error
+
+
+def framework_of(names: Collection[str], config: Config | None) -> str | None:
+    """The framework that names which the model does not have are of; ``None`` if none is known."""
+    candidates = _candidates(names, config)
+    fitting_tables = [each[0] for each in candidates if not _unknown(names, *each)]
+    return fitting_tables[0].framework if fitting_tables else None
+
+
+def _candidates(
+    names: Collection[str], config: Config | None
+) -> list[tuple[NameTable, dict[str, TemplateMatch]]]:
+    """The tables for a type of model that have any of the names, with these."""
     model_type = (config or {}).get("model_type")
     tables = [
         table
@@ -57,28 +93,7 @@ def of(weights: Weights, config: Config | None) -> HubLayout:
         if model_type in table.model_types or (config is None and not table.is_whole)
     ]
     candidates = [(table, framework_tables.matches_of(table, names)) for table in tables]
-    candidates = [(table, matches) for table, matches in candidates if matches]
-    if not candidates:
-        _refuse_foreign(names, config)
-        return HubLayout(weights)
-
-    whole = [each for each in candidates if not _unknown(names, *each)]
-    if not whole:
-        table, matches = max(candidates, key=lambda each: len(each[1]))
-        raise CheckpointError(
-            f"--names hf takes these names for those of {table.framework}, and has no "
-            f"{model_type} name for {some(_unknown(names, table, matches))}{_HINT}",
-            "refused",
-        )
-
-    table, matches = whole[0]
-    try:
-        return _changed(weights, table, matches, config or {})
-    except NotArrangedError as error:
-        raise CheckpointError(
-            f"--names hf takes these names for those of {table.framework}: {error}{_HINT}",
-            "refused",
-        ) from error
+    return [(table, matches) for table, matches in candidates if matches]
 
 
 def _refuse_foreign(names: Collection[str], config: Config | None) -> None:
@@ -94,21 +109,21 @@ def _refuse_foreign(names: Collection[str], config: Config | None) -> None:
                 "refused",
             )
         raise CheckpointError(
-            f"--names hf has no table for the model_type {config.get('model_type')!r} with names "
-            f"of {table.framework} such as {next(iter(matches))}; give the names with --rename",
+            f"--names hf has no table for the model_type {config.get('model_type')!r} with "
+            f"{table.framework} names such as {next(iter(matches))}; give the names with --rename",
             "refused",
         )
 
 
 def _unknown(
-    names: Collection[str], table: NameTable, matches: Mapping[str, NameMatch]
+    names: Collection[str], table: NameTable, matches: Mapping[str, TemplateMatch]
 ) -> list[str]:
     """The names that a table should have, and has not."""
     return [name for name in names if name not in matches] if table.is_whole else []
 
 
 def _changed(
-    weights: Weights, table: NameTable, matches: Mapping[str, NameMatch], config: Config
+    weights: Weights, table: NameTable, matches: Mapping[str, TemplateMatch], config: Config
 ) -> HubLayout:
     """The weights with the changes of a table."""
     surplus = frozenset(name for name, match in matches.items() if not match.rule.targets)
@@ -131,7 +146,7 @@ def _changed(
 
 
 def _grouped(
-    names: Sequence[str], matches: Mapping[str, NameMatch]
+    names: Sequence[str], matches: Mapping[str, TemplateMatch]
 ) -> tuple[list[_Group], dict[str, str]]:
     """The names that are cut or joined, and the new names of all others."""
     groups: dict[tuple[str, ...], _Group] = {}
@@ -154,7 +169,7 @@ def _grouped(
     return list(groups.values()), new_names
 
 
-def _require_layers(matches: Mapping[str, NameMatch], config: Config) -> None:
+def _require_layers(matches: Mapping[str, TemplateMatch], config: Config) -> None:
     """Raises unless the blocks are as many as config.json says."""
     layers = {int(match.binding["layer"]) for match in matches.values() if "layer" in match.binding}
     stated = look_up(config, "num_hidden_layers")

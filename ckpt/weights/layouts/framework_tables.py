@@ -52,7 +52,7 @@ class NameTable:
 
 
 @dataclass(frozen=True, slots=True)
-class NameMatch:
+class TemplateMatch:
     """A name that a template of a rule fits."""
 
     rule: NameRule
@@ -83,7 +83,7 @@ def _texts(values: object) -> tuple[str, ...]:
     return tuple(map(str, values))
 
 
-def matches_of(table: NameTable, names: Collection[str]) -> dict[str, NameMatch]:
+def matches_of(table: NameTable, names: Collection[str]) -> dict[str, TemplateMatch]:
     """The names that a table has, each with its rule.
 
     Numbers decide where a layer stands, so what is behind the blocks is known only when
@@ -97,15 +97,15 @@ def matches_of(table: NameTable, names: Collection[str]) -> dict[str, NameMatch]
     }
     others = {int(number) for name in names if (number := name.partition(".")[0]).isdigit()}
     behind = sorted(number for number in others if number > max(blocks, default=-1))
-    found: dict[str, NameMatch] = {}
+    matches: dict[str, TemplateMatch] = {}
     for name in names:
         for rule in table.rules:
             match = _match(rule, name, blocks, behind)
             if match is not None:
-                found[name] = match
+                matches[name] = match
                 break
 
-    return found
+    return matches
 
 
 def _templates(table: NameTable) -> list[str]:
@@ -114,7 +114,7 @@ def _templates(table: NameTable) -> list[str]:
 
 def _match(
     rule: NameRule, name: str, blocks: Collection[int], behind: list[int]
-) -> NameMatch | None:
+) -> TemplateMatch | None:
     """How a name fits a rule; ``None`` if it does not, or its number is of another place."""
     for template in rule.sources:
         match = _pattern(template).fullmatch(name)
@@ -131,7 +131,7 @@ def _match(
         if all(expected[place] for place in expected.keys() & binding.keys()):
             if "layer" in binding:
                 binding["layer"] = str(numbers["layer"] - min(blocks))
-            return NameMatch(rule, template, binding)
+            return TemplateMatch(rule, template, binding)
 
     return None
 

@@ -196,6 +196,29 @@ def test_names_are_those_after_rename(tmp_path: Path) -> None:
     assert load_file(output.path / "model.safetensors").keys() == {"model.norm.weight"}
 
 
+@pytest.mark.parametrize("suffix", [".toml", ".json"])
+def test_names_come_from_a_file(suffix: str, tmp_path: Path) -> None:
+    config, weights = llama()
+    source = make_checkpoint(tmp_path / "checkpoint", of_pipeline(weights), config=config)
+    renames = tmp_path / f"names{suffix}"
+    pairs = {
+        r"^0\.": "model.embed_tokens.",
+        r"^3\.": "model.norm.",
+        r"^4\.": "lm_head.",
+        r"^1\.": "model.layers.0.",
+        r"^2\.": "model.layers.1.",
+    }
+    lines = [f"'{old}' = '{new}'" for old, new in pairs.items()]
+    renames.write_text("\n".join(lines) if suffix == ".toml" else json.dumps({"rename": pairs}))
+    run("to-fp32", source, "--rename", renames, "-o", tmp_path / "model")
+    assert load_file(tmp_path / "model/model.safetensors").keys() == weights.keys()
+    ckpt.to_fp32(source, tmp_path / "again", rename=str(renames))
+
+    renames.write_text("['a']" if suffix == ".toml" else "[1]")
+    with pytest.raises(CheckpointError, match=r"expected 'regular|neither TOML"):
+        ckpt.to_fp32(source, tmp_path / "third", rename=str(renames))
+
+
 def test_the_models_own_names_stay(tmp_path: Path) -> None:
     config, weights = llama()
     source = make_checkpoint(tmp_path / "checkpoint", weights, config=config)

@@ -24,7 +24,9 @@ def read_any(path: Path, tag: str | None = None, complete: bool = False) -> Sour
 @open_files.once()
 def read_lanes(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     """The same of several model-parallel ranks."""
-    from converters.zero.parallel import reader as parallel_reader  # which most checkpoints need not
+    from converters.zero.parallel import (
+        reader as parallel_reader,  # which most checkpoints need not
+    )
 
     try:
         return parallel_reader.read(path, tag, complete)

@@ -14,7 +14,7 @@ from typing import Any
 from converters import words
 from converters.errors import CheckpointError, MalformedError
 from converters.zero.files.state_files import State
-from converters.zero.parallel import affine_map, cuts, patterns
+from converters.zero.parallel import affine_map, cuts, patterns, shipped_rules
 from converters.zero.parallel.cuts import Cut, Shapes
 from converters.zero.parallel.rules import Rules
 
@@ -114,7 +114,8 @@ class CutTable:
             f"{self.model.path} is of {self.rank_count} tensor-parallel ranks, and nothing in it "
             f"says how {len(self.unknown):,} of its parameters were cut; write a file with a rule "
             "for each, which may be a pattern (replicated, dim 0, dim 1, average, or "
-            "{ dim = 0, parts = N }), and give it with --tp-rules FILE: "
+            "{ dim = 0, parts = N }), and give it with --tp-rules FILE, or name one of those that "
+            f"are shipped ({', '.join(shipped_rules.RULES)}): "
             f"{'; '.join(lines)}{more}",
             "unsupported",
         )

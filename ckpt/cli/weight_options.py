@@ -5,20 +5,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from ckpt.cli.options import LOCAL_PATH
-from ckpt.weights.request import Naming, Request
+from ckpt.weights.request import FILE_SUFFIXES, Naming, Request, pairs_of_file
 
 F = TypeVar("F", bound=Callable[..., Any])
 _PATH = LOCAL_PATH
 
 
 def _pairs(_ctx: Any, _param: Any, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for value in values:
+        if value.endswith(FILE_SUFFIXES):
+            pairs += pairs_of_file(Path(value))
+            continue
         pattern, separator, replacement = value.rpartition("=")
         if not separator:
             raise click.BadParameter(f"{value!r} has no =; write OLD=NEW")
@@ -45,8 +49,8 @@ TP_RULES = click.option(
     "--tp-rules",
     metavar="FILE",
     type=_PATH,
-    help="How parameters were cut for tensor parallelism (TOML or JSON), where the checkpoint "
-    "does not say it.",
+    help="How parameters were cut for tensor parallelism, where the checkpoint does not say it: a "
+    "file (TOML or JSON), or megatron-gpt, gpt-neox or llama.",
 )
 OPTIONS = (
     click.option(
@@ -58,11 +62,12 @@ OPTIONS = (
     ),
     click.option(
         "--names",
-        type=click.Choice(["reader", "as-stored"]),
+        type=click.Choice(["reader", "as-stored", "hf"]),
         default="reader",
         show_default=True,
         help="The names that the model's reader knows, or those in the checkpoint (no config.json "
-        "is written then).",
+        "is written then). hf: those of transformers for the names of a pipeline, of Megatron or "
+        "of AutoEP.",
     ),
     click.option(
         "--layout",
@@ -90,7 +95,8 @@ OPTIONS = (
         metavar="OLD=NEW",
         multiple=True,
         callback=_pairs,
-        help="Rename by a regular expression, such as '^encoder\\.=model.'.",
+        help="Rename by a regular expression, such as '^encoder\\.=model.', or by those of a "
+        ".toml or .json file.",
     ),
     click.option(
         "--select",
@@ -176,8 +182,7 @@ def request(options: dict[str, Any]) -> Request:
         options.pop("strip"),
         options.pop("rename"),
         options.pop("select"),
-        options.pop("names") == "as-stored",
-    )
+    ).with_names(options.pop("names"))
 
     names = (
         *(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,7 @@ DTYPE_NAMES = {  # what torch and transformers call them
 Masters = Literal["fp32", "16bit"]
 Check = Literal["auto", "names", "transformers", "none"]
 Layout = Literal["hub", "runtime"]
+FILE_SUFFIXES = (".toml", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,8 @@ class Naming:
     ``part`` is the model of several that are saved in one, such as ``policy``.
     ``strip`` are prefixes to drop, ``rename`` pairs of a regular expression and its
     replacement, both in order; ``select`` are globs of the names (after renaming) to
-    write. ``as_stored`` keeps every name.
+    write. ``as_stored`` keeps every name; ``from_framework`` gives the names of a pipeline,
+    of Megatron or of AutoEP those that the model has in transformers.
     """
 
     part: str | None = None
@@ -53,6 +55,7 @@ class Naming:
     rename: tuple[tuple[str, str], ...] = ()
     select: tuple[str, ...] = ()
     as_stored: bool = False
+    from_framework: bool = False
 
     @classmethod
     def of(
@@ -62,7 +65,8 @@ class Naming:
         select: str | Sequence[str] = (),
         part: str | None = None,
     ) -> Naming:
-        """The wishes as functions take them: one string for one, a mapping for pairs.
+        """The wishes as functions take them: one string for one, a mapping for pairs, a string
+        that ends with .toml or .json for a file of these.
 
         ``CheckpointError`` (kind "refused") for anything else.
         """
@@ -74,7 +78,11 @@ class Naming:
         if not all(isinstance(text, str) for text in (*strips, *selects, part or "")):
             raise CheckpointError("strip, select and part are strings", "refused")
 
-        return cls(part, strips, tuple(_pair(each) for each in pairs), selects)
+        return cls(part, strips, tuple(pair for each in pairs for pair in _pairs(each)), selects)
+
+    def with_names(self, names: str) -> Naming:
+        """The same for a value of the option ``--names``."""
+        return replace(self, as_stored=names == "as-stored", from_framework=names == "hf")
 
     @property
     def changes(self) -> bool:
@@ -82,20 +90,40 @@ class Naming:
         return bool(self.part or self.strip or self.rename or self.select)
 
 
-def _pair(rename: str | Sequence[str]) -> tuple[str, str]:
-    """A regular expression and its replacement, also from OLD=NEW as in commands."""
+def _pairs(rename: str | Sequence[str]) -> list[tuple[str, str]]:
+    """A regular expression and its replacement, also from OLD=NEW as in commands; or those of
+    a file."""
     if isinstance(rename, str):
+        if rename.endswith(FILE_SUFFIXES):
+            return pairs_of_file(Path(rename))
         old, equals, new = rename.rpartition("=")
         if equals:
-            return old, new
+            return [(old, new)]
     elif len(rename) == 2 and all(isinstance(text, str) for text in rename):
-        return rename[0], rename[1]
+        return [(rename[0], rename[1])]
 
     raise CheckpointError(
         f"rename {rename!r} is not a pair of a regular expression and its replacement: "
         "give {'old': 'new'}, [('old', 'new')] or 'old=new'",
         "refused",
     )
+
+
+def pairs_of_file(path: Path) -> list[tuple[str, str]]:
+    """The regular expressions and replacements of a file, in order.
+
+    ``CheckpointError`` (kind "refused") for what is no such file.
+    """
+    from converters.storage import settings_file  # which most requests need not
+
+    content = settings_file.read(path, "'regular expression' = 'replacement'")
+    table = content.get("rename", content)
+    if not isinstance(table, dict) or not all(isinstance(text, str) for text in table.values()):
+        raise CheckpointError(
+            f"{path} has other values than texts; expected 'regular expression' = 'replacement'",
+            "refused",
+        )
+    return list(table.items())
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ local            writes, renames and other calls of the operating system
 syncing          on disk when the call returns, whatever the filesystem offers
 checksums        CRC32s of pieces, joined to those of whole records
 bounded_json     JSON that others wrote, read strictly and in bounded memory
+settings_file    a small file of the user's, TOML or JSON
 first_bytes      what a file is, whatever its name says
 misplaced_files  a Git LFS pointer, a web page, an unfinished download in a file's place
 system/          what operating systems offer, each need in one module

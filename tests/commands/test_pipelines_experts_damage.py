@@ -276,9 +276,21 @@ def test_layers_of_a_tensor_parallel_rank_that_a_pipeline_does_not_have_are_refu
     copied: Callable[[str], Path],
 ) -> None:
     folder = copied("pipeline-zero1")
-    for path in folder.glob("layer_*"):
-        shutil.copy(path, folder / path.name.replace("-model_states", "-model_01-model_states"))
+    for path in sorted(folder.glob("layer_*")):
+        for rank in (0, 1):
+            name = path.name.replace("-model_states", f"-model_{rank:02d}-model_states")
+            shutil.copy(path, folder / name)
+        path.unlink()
     assert "model_N-model_states.pt for N = 1, expected 1 of them only" in str(refusal(folder))
+
+
+def test_a_layer_that_no_stage_trains_is_named(copied: Callable[[str], Path]) -> None:
+    """It may be frozen, or of another save: nothing in the files says which."""
+    folder = copied("pipeline-zero1")
+    torch.save({"weight": torch.ones(3)}, folder / "layer_09-model_states.pt")
+    source = detect.read(folder.parent)
+    assert "no stage trains layer 9, whose file is taken for frozen weights" in source.notes
+    assert "9.weight" in source.weights.frozen
 
 
 def test_a_pipeline_of_experts_is_refused_by_name(copied: Callable[[str], Path]) -> None:

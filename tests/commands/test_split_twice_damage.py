@@ -116,6 +116,14 @@ def test_a_shard_of_a_layer_that_one_rank_lacks_is_missed(copied: Callable[[str]
     assert "lacks layer_03-model_N-model_states.pt for N = 1, expected 2" in str(error)
 
 
+def test_a_layer_file_of_another_save_is_known_by_its_name(copied: Callable[[str], Path]) -> None:
+    """Layer 0 is a function: a file of it is of no trained layer, and would pass for frozen."""
+    folder = copied(STAGES)
+    state = torch.load(folder / "layer_02-model_00-model_states.pt")
+    torch.save(state, folder / "layer_00-model_states.pt")
+    assert "names a tensor-parallel rank" in str(refusal(folder))
+
+
 @pytest.mark.parametrize("has_degrees", [True, False])
 def test_degrees_are_those_of_the_files(has_degrees: bool, copied: Callable[[str], Path]) -> None:
     """What a model file says of degrees counts only where it goes with the files."""

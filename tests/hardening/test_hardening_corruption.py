@@ -17,6 +17,10 @@ from ckpt.runs import manifest
 from converters.errors import CheckpointError
 
 BRIEF = ("zero0-bf16", "zero1-fp16-w2", "zero2-bf16-w2", "zero2-legacy", "zero3-bf16-w2")
+PARALLEL = (
+    *("parallel/tp_fusedb_z3_w4", "parallel/mics_hier_w4", "parallel/aeptp_mixtral_z2_w4"),
+    *("pipelines-and-experts/pipeline-zero1", "pipelines-and-experts/autoep-zero3"),
+)
 OPTIMIZER = "global_step2/bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 
 
@@ -32,6 +36,18 @@ def test_no_damage_is_taken_in_silence(subject: subjects.Subject, tmp_path: Path
         kinds.add(harm.kind)
     assert {"cut", "header byte", "data byte"} <= kinds
     assert patient.converted() == patient.right
+
+
+@pytest.mark.parametrize(
+    "subject", [s for s in SUBJECTS if s.name in PARALLEL], ids=lambda s: s.name
+)
+def test_no_damage_of_more_parallelism_is_taken_in_silence(
+    subject: subjects.Subject, tmp_path: Path
+) -> None:
+    patient = Patient(subject, tmp_path)
+    for harm in harms(patient, seed=5, most=1):
+        answer = patient.answer(harm)
+        assert finding(patient, harm, answer) is None, finding(patient, harm, answer)
 
 
 def test_files_under_each_others_names_are_told_by_the_name_they_were_saved_under(

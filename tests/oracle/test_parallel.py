@@ -176,9 +176,30 @@ def test_with_a_file_of_rules_it_is_read_exactly(suffix: str, tmp_path: Path) ->
     run("show", folder, "--tp-rules", rules)
 
 
+def test_rules_that_are_shipped_go_by_a_name(tmp_path: Path) -> None:
+    folder = without_info(MEGATRON, tmp_path / "checkpoint")
+    for name in ("llama", "megatron-gpt"):
+        with ckpt.open(folder, tp_rules=name) as opened:
+            truth = live(PARALLEL / MEGATRON)["fp32"]
+            unlike = {n for n, expected in truth.items() if not torch.equal(opened[n], expected)}
+            # whose MLP has gates, which GPT's has not
+            assert all("dense_h_to_4h" in n for n in unlike) and (not unlike or name != "llama")
+
+
+def test_a_file_says_what_the_shipped_rules_leave_open(tmp_path: Path) -> None:
+    folder = without_info("tp_z0fp32_w4", tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match=r"how 1 of its parameters .*lm_head"):
+        ckpt.open(folder, tp_rules="llama")
+    (tmp_path / "rules.toml").write_text("extends = 'llama'\n'lm_head.*' = 'dim 0'\n")
+    with ckpt.open(folder, tp_rules=tmp_path / "rules.toml") as opened:
+        for name, expected in live(PARALLEL / "tp_z0fp32_w4")["live"].items():
+            assert torch.equal(torch.as_tensor(opened[name]), expected), name
+
+
 @pytest.mark.parametrize(
     ("rules", "reason"),
     [
+        ("extends = 'opt'", "extends 'opt'; expected one of megatron-gpt, gpt-neox, llama"),
         ("'.*' = 'row'", "the rule of '.*' is 'row'; expected"),
         ("'.*' = { dim = 0 }", "expected"),
         ("'.*' = 'replicated'", "holds other values of"),

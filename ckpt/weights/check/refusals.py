@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 
 from ckpt.weights import advice
+from ckpt.weights.layouts import framework_layout
 from ckpt.weights.reader import inner_models, losses
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.reader.fields import Size
@@ -41,6 +42,9 @@ def unloadable(
         problem = losses.sentence(loss)
 
     parts_advice = inner_models.advice(fit.read.values(), audience)
+    framework = framework_layout.framework_of(sorted(fit.unexpected), audience.config)
+    if framework is not None and missing:
+        parts_advice = f"these are {framework} names: --names hf gives those of the model"
     return CheckpointError(
         f"{audience.root}: {reader}, {audience.origin}, would not load these "
         f"weights{'' if missing else ' whole'}: {problem}; "

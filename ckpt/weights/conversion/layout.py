@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ckpt.weights import parts
-from ckpt.weights.layouts import hub_layout, probing
+from ckpt.weights.layouts import framework_layout, hub_layout, probing
 from ckpt.weights.layouts.hub_layout import HubLayout
+from ckpt.weights.naming.naming import NamedWeights
 from ckpt.weights.output.product import Product
 from ckpt.weights.reader import renames
 from ckpt.weights.reader.audience import Audience
@@ -43,6 +44,24 @@ def in_layout(output: Product, audience: Audience, request: Request) -> Product:
         weights=layout.weights,
         renamed=_origins(layout, output.renamed),
         rules=(*output.rules, layout.rule),
+    )
+
+
+def in_model_names(model: NamedWeights, audience: Audience) -> NamedWeights:
+    """The weights under the model's names, where a framework gave them others.
+
+    ``CheckpointError`` (kind "refused") where no table has all of the names.
+    """
+    layout = framework_layout.of(model.weights, audience.config)
+    if layout.rule is None:
+        note = "--names hf changes nothing: these are no names of a pipeline, Megatron or AutoEP"
+        return model.with_note(note)
+
+    return replace(
+        model,
+        weights=layout.weights,
+        renamed=_origins(layout, model.renamed),
+        rules=(*model.rules, layout.rule),
     )
 
 

@@ -133,6 +133,11 @@ def _of_model(
     notes = idle_options.of_model(audience.root, request, model_surroundings)
     if request.untie and model_surroundings.config is not None:
         notes = (*notes, *untying.notes(model_surroundings.config))
+    if request.naming.from_framework:
+        wishes = request.naming
+        renamed = naming.as_wished(unwrapped, replace(wishes, part=None))
+        unwrapped = layout.in_model_names(renamed, audience)
+        request = replace(request, naming=replace(wishes, strip=(), rename=()))
     model = naming.for_reader(unwrapped, audience, request)
 
     return Product(

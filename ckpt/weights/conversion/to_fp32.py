@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 AnyPath = str | os.PathLike[str]
-Names = Literal["reader", "as-stored"]
+Names = Literal["reader", "as-stored", "hf"]
 OddTypes = Literal["skip", "raw"]
 _ARGUMENTS = (
     *(
@@ -141,7 +141,7 @@ def to_fp32(
     _require_choices(weights, names, check, odd_types, layout)
     _prefer_blas(merge)
     request = Request(
-        naming=replace(Naming.of(strip, rename, select, part), as_stored=names == "as-stored"),
+        naming=Naming.of(strip, rename, select, part).with_names(names),
         weights=weights,
         merge=merge,
         base=_local(base),

@@ -7,4 +7,6 @@ reverting   which tensors become which
 operations  tensors cut, joined and put in another order
 patterns    names that are changed by a pattern
 table       the rules of a class, from a table that is shipped
+framework_layout  names of pipelines, Megatron and AutoEP as the model has them
+framework_tables  the tables of these names
 """

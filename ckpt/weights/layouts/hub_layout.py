@@ -61,9 +61,9 @@ def of(weights: Weights, config: Mapping[str, Any], architecture: str | None) ->
     from ckpt.weights.layouts.evidence import NameOrigin
     from ckpt.weights.layouts.operations import NotArrangedError
 
-    names = _every_name(weights)
+    names = every_name(weights)
     try:
-        layout = _changed(weights, reverting.reverted(weights, names, rules, config))
+        layout = changed(weights, reverting.reverted(weights, names, rules, config))
     except NotArrangedError as error:
         layout = HubLayout(weights, obstacle=str(error))
     if layout.rule is None and layout.obstacle is None:
@@ -82,13 +82,14 @@ def of(weights: Weights, config: Mapping[str, Any], architecture: str | None) ->
     return layout
 
 
-def _every_name(weights: Weights) -> Collection[str]:
+def every_name(weights: Weights) -> Collection[str]:
+    """All names of weights, those that are tied or lost too."""
     return dict.fromkeys(
         (*weights.tensors, *weights.aliases, *weights.absent, *weights.lost_ties.values())
     )
 
 
-def _changed(weights: Weights, changes: Reverted) -> HubLayout:
+def changed(weights: Weights, changes: Reverted) -> HubLayout:
     """The weights with these changes."""
     new_names = {old: new for old, new in changes.names.items() if old != new}
     if not new_names and not changes.arranged:

@@ -14,40 +14,37 @@ Sources: DeepSpeed 0.19.8 ``module_inject/auto_ep_folding.py``, ``runtime/engine
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from converters import words
-from converters.detect.deepspeed import EXPERTS, LOAD_THERE
-from converters.errors import CheckpointError
+from converters.detect.deepspeed import EXPERTS
 from converters.source import Place, Source, SourceTopology
 from converters.tensors import TensorRef
 from converters.zero import checkpoint as zero
-from converters.zero import optimizer_state
-from converters.zero.experts import auto_ep, expert_files, expert_groups, whole_model
+from converters.zero import optimizer_state, stage3
+from converters.zero.experts import (
+    auto_ep,
+    expert_files,
+    expert_groups,
+    folded_lanes,
+    sub_groups,
+    whole_model,
+)
 from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.experts.expert_files import ExpertFiles
 from converters.zero.experts.expert_groups import SharedGroup
+from converters.zero.experts.folded_lanes import Lane
 from converters.zero.files import state_files
 from converters.zero.files.state_files import Shape, State
-from converters.zero.files.typed import Section
-from converters.zero.model_ranks import folder_files, one_save
+from converters.zero.model_ranks import one_save
 from converters.zero.model_ranks.folder_files import FolderFiles
 from converters.zero.model_ranks.joined_source import Joined
 from converters.zero.naming import storage_views
+from converters.zero.naming.assemble import Parameters
 from converters.zero.parallel import merged_source, rules
 from converters.zero.parallel.cut_table import CutTable
 
-KEY = "folding"
-VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Lane:
-    """What a tensor-parallel rank has: its model file, and its optimizer files in rank order."""
-
-    model: State
-    ranks: tuple[State, ...]
+Weights = dict[str, TensorRef]
 
 
 def read(place: Place, files: FolderFiles) -> Source:
@@ -55,98 +52,44 @@ def read(place: Place, files: FolderFiles) -> Source:
 
     ``CheckpointError`` for what is damaged, incomplete, or split up otherwise.
     """
-    lanes = _lanes(place, files)
-    model = lanes[0].model
-    layers = auto_ep.layers_of(model)
-    experts = expert_files.read(place, files, model)
-    stacks = _stacks(place, lanes, layers)
+    lanes = folded_lanes.read(place, files)
+    layers = auto_ep.layers_of(lanes[0].model)
+    if files.partitioned:
+        sources = _partitioned(place, lanes, layers)
+    else:
+        experts = expert_files.read(place, files, lanes[0].model)
+        sources = _flat(place, lanes, layers, experts)
 
-    # the first lane stands for all in what is no lane's alone
-    every_file = [state for lane in lanes for state in lane.ranks]
-    sources = [
-        _source(place, lanes[0], layers, experts, stacks, every_file),
-        *(_source(place, lane, layers, ExpertFiles({}, ()), {}, lane.ranks) for lane in lanes[1:]),
-    ]
     names = frozenset(name for layer in layers for name in layer.names)
-    table = CutTable.of(model, len(lanes), rules.current())
+    table = CutTable.of(lanes[0].model, len(lanes), rules.current())
     return merged_source.of_lanes(sources, replace(table, whole_names=names), EXPERTS)
 
 
-def _lanes(place: Place, files: FolderFiles) -> list[Lane]:
-    """The files of all tensor-parallel ranks; ``CheckpointError`` unless all are there."""
-    label = "mp_rank_N_model_states.pt"
-    one_save.require_numbered(place, label, max(files.model_ranks) + 1, files.models)
-    models = [folder_files.read(path) for _, path in sorted(files.models.items())]
-    if not all(isinstance(model.root.get(KEY), dict) for model in models):
-        raise one_save.experts_and_more(place)
-    one_save.require_numbered(place, label, _degree(models[0]), files.models)
-    one_save.require_same_step(models)
+def _flat(
+    place: Place, lanes: Sequence[Lane], layers: Sequence[AutoEPLayer], experts: ExpertFiles
+) -> list[Source]:
+    """The lanes of stages 1 and 2; the first one stands for all in what is no lane's alone."""
+    stacks = _stacks(place, lanes, layers)
+    sources = []
+    for number, lane in enumerate(lanes):
+        own_experts = experts if number == 0 else ExpertFiles({}, ())
+        masters = _dense_weights(lane) | (stacks if number == 0 else {})
+        copies, prefixes = whole_model.copies_of(lane.model, layers, own_experts.tensors)
+        model = whole_model.with_experts(lane.model, layers, copies, prefixes)
+        shapes = state_files.shapes(lane.model, "param_shapes")
+        parameters = storage_views.complete(model, masters, shapes)
+        files = [*experts.states, *_ranks(lanes)] if number == 0 else lane.ranks
+        sources.append(_source(place, lane, model, parameters, files))
 
-    if not files.optimizers:
-        raise CheckpointError(
-            f"{place.folder} is of AutoEP and AutoTP without ZeRO; merging that is not supported "
-            f"yet: {LOAD_THERE}"
-            if files.expert_optimizers
-            else str(zero.no_optimizer_files(place)),
-            "unsupported" if files.expert_optimizers else "incomplete",
-        )
-    label = "zero_pp_rank_*_mp_rank_N_optim_states.pt"
-    one_save.require_numbered(place, label, len(models), files.optimizers)
-    lanes = []
-    for number, model in enumerate(models):
-        ranks = one_save.optimizers_of(place, files.optimizers[number], number)
-        state_files.require_kinds([model], ranks)
-        lanes.append(Lane(model, tuple(ranks)))
-        for state in (model, *ranks):
-            _require_lane(state, number, len(models))
-
-    sizes = sorted({len(lane.ranks) for lane in lanes})
-    if len(sizes) > 1:
-        raise CheckpointError(
-            f"{place.folder} has tensor-parallel ranks with {words.numbers(sizes)} optimizer "
-            "files, expected as many of each; two saves are mixed"
-        )
-    return lanes
+    return sources
 
 
-def _degree(model: State) -> int:
-    return _folding(model).required("tp_size", int)
-
-
-def _folding(state: State) -> Section:
-    """What a file says of the expert rank that wrote it; ``CheckpointError`` if nothing."""
-    return state.fields.section(KEY)
-
-
-def _require_lane(state: State, number: int, count: int) -> None:
-    """Raises unless a file is of this tensor-parallel rank, and of a known form."""
-    folding = _folding(state)
-    version, inner_size = folding.required("version", int), folding.required("etp_size", int)
-    if version != VERSION or inner_size != 1:
-        raise CheckpointError(
-            f"{state.path} has experts of version {version} that are cut for {inner_size} "
-            f"tensor-parallel ranks, and version {VERSION} for 1 is read; {LOAD_THERE}",
-            "unsupported",
-        )
-    if (folding.required("tp_rank", int), _degree(state)) != (number, count):
-        raise state.fail(
-            f"is of tensor-parallel rank {folding.values['tp_rank']} of {_degree(state)}, expected "
-            f"rank {number} of {count}; give each file back its own name"
-        )
-
-
-def _stacks(
-    place: Place, lanes: Sequence[Lane], layers: Sequence[AutoEPLayer]
-) -> dict[str, TensorRef]:
+def _stacks(place: Place, lanes: Sequence[Lane], layers: Sequence[AutoEPLayer]) -> Weights:
     """The fp32 weights of all experts, from the optimizer files of all ranks."""
-    # rank 0 of all lanes, then rank 1: as the ranks of the training were numbered
-    states = [
-        state for ranks in zip(*(lane.ranks for lane in lanes), strict=True) for state in ranks
-    ]
+    states = folded_lanes.by_training_rank([lane.ranks for lane in lanes])
     model = lanes[0].model
-    groups = expert_groups.matched_groups(states)
     local_weights: dict[tuple[str, int], TensorRef] = {}
-    for group, shapes in _with_shapes(model, groups):
+    for group, shapes in _with_shapes(model, expert_groups.matched_groups(states)):
         if not group.name.has_experts:
             continue
         expert_groups.require_count(states[0], group)
@@ -165,23 +108,34 @@ def _members(
     """The files that share the experts of an expert rank, by their place in the vector."""
     members: dict[int, int] = {}
     for index, state in enumerate(states):
-        folding = _folding(state)
+        folding = folded_lanes.folding(state)
         if folding.required("ep_rank", int) != expert_rank:
             continue
         family = folding.section("param_families").section(name)
         position = family.required("zero_partition_rank", int)
         if position in members:
             raise state.fail(
-                f"{KEY} has {name} at place {position} of expert rank {expert_rank}, as "
-                f"{states[members[position]].path.name} has; two saves are mixed"
+                f"{folded_lanes.KEY} has {name} at place {position} of expert rank "
+                f"{expert_rank}, as {states[members[position]].path.name} has; two saves are mixed"
             )
         members[position] = index
 
     count = group.name.partition_count
-    one_save.require_numbered(
-        place, f"optimizer files with part N of expert rank {expert_rank}", count, members
-    )
+    label = f"optimizer files with part N of expert rank {expert_rank}"
+    one_save.require_numbered(place, label, count, members)
     return [members[position] for position in range(count)]
+
+
+def _dense_weights(lane: Lane) -> Weights:
+    """The fp32 weights of a lane that are no experts."""
+    masters: Weights = {}
+    members = range(len(lane.ranks))
+    for group, shapes in _with_shapes(lane.model, expert_groups.matched_groups(lane.ranks)):
+        if not group.name.has_experts:
+            expert_groups.require_count(lane.ranks[0], group)
+            masters |= expert_groups.flat_group(lane.ranks, group, members, shapes).masters()
+
+    return masters
 
 
 def _with_shapes(
@@ -197,33 +151,70 @@ def _with_shapes(
     return list(zip(groups, shapes, strict=True))
 
 
+def _partitioned(
+    place: Place, lanes: Sequence[Lane], layers: Sequence[AutoEPLayer]
+) -> list[Source]:
+    """The lanes of stage 3; the first one has the experts of all."""
+    models = folded_lanes.by_training_rank([lane.models for lane in lanes])
+    states = folded_lanes.by_training_rank([lane.ranks for lane in lanes])
+    masters_by_lane: list[Weights] = [{} for _ in lanes]
+    local_weights: dict[tuple[str, int], TensorRef] = {}
+    for weights in sub_groups.shared_weights(place, models, states):
+        if weights.expert_rank is not None:
+            local_weights |= {
+                (name, weights.expert_rank): ref for name, ref in weights.tensors.items()
+            }
+            continue
+        numbers = {rank % len(lanes) for rank in weights.ranks}
+        if len(numbers) != 1 or len(weights.ranks) != len(lanes[0].ranks):
+            raise models[0].fail(
+                "a sub-group without experts is shared by other ranks than those of one "
+                "tensor-parallel rank"
+            )
+        masters_by_lane[numbers.pop()] |= weights.tensors
+
+    masters_by_lane[0] |= auto_ep.whole_stacks(models[0], layers, local_weights)
+    sources = []
+    for number, (lane, masters) in enumerate(zip(lanes, masters_by_lane, strict=True)):
+        model = sub_groups.with_routers(lane.model, layers)
+        parameters = stage3.complete([model, *lane.models[1:]], masters)
+        stacks = {name: ref for name, ref in masters.items() if _is_stack(layers, name)}
+        model = whole_model.with_stacks(model, layers, stacks)
+        files = [*lane.models[1:], *(_ranks(lanes) if number == 0 else lane.ranks)]
+        sources.append(_source(place, lane, model, parameters, files))
+
+    return sources
+
+
+def _is_stack(layers: Sequence[AutoEPLayer], name: str) -> bool:
+    return any(name in layer.names for layer in layers)
+
+
+def _ranks(lanes: Sequence[Lane]) -> list[State]:
+    """The optimizer files of all lanes."""
+    return [state for lane in lanes for state in lane.ranks]
+
+
 def _source(
-    place: Place,
-    lane: Lane,
-    layers: Sequence[AutoEPLayer],
-    experts: ExpertFiles,
-    stacks: Mapping[str, TensorRef],
-    states: Sequence[State],
+    place: Place, lane: Lane, model: State, parameters: Parameters, files: Sequence[State]
 ) -> Source:
-    """The shards of a lane as a checkpoint of its own, with these experts in it.
+    """The shards of a lane as a checkpoint of its own.
 
-    ``states`` are the optimizer files that its weights and ``stacks`` lie in.
+    ``model`` is its model file with what else is in ``parameters``; the tensors lie in
+    ``files`` besides.
     """
-    masters: dict[str, TensorRef] = dict(stacks)
-    members = range(len(lane.ranks))
-    for group, shapes in _with_shapes(lane.model, expert_groups.matched_groups(lane.ranks)):
-        if not group.name.has_experts:
-            expert_groups.require_count(lane.ranks[0], group)
-            masters |= expert_groups.flat_group(lane.ranks, group, members, shapes).masters()
-
-    copies, prefixes = whole_model.copies_of(lane.model, layers, experts.tensors)
-    model = whole_model.with_experts(lane.model, layers, copies, prefixes)
-    parameters = storage_views.complete(
-        model, masters, state_files.shapes(lane.model, "param_shapes")
-    )
     stage = zero.stage_of(dict(enumerate(lane.ranks)))
     if zero.excludes_frozen(stage, lane.model):
         parameters.notes.append(zero.EXCLUDED)
+
+    def partitions() -> Iterator[optimizer_state.Partition]:
+        for rank, state in enumerate(files):
+            if state.root.get("optimizer_state_dict") is None:
+                continue
+            if stage == 3:
+                yield from optimizer_state.of_sub_groups(place.folder, rank, state)
+            else:
+                yield from optimizer_state.of_flat_groups(state)
 
     return Joined(
         kind=EXPERTS,
@@ -231,6 +222,6 @@ def _source(
         model=model,
         module=model.module,
         parameters=parameters,
-        states=[lane.model, *experts.states, *lane.ranks],
+        states=[lane.model, *files],
         topology=SourceTopology(len(lane.ranks), stage),
-    ).source(lambda: (part for rank in states for part in optimizer_state.of_flat_groups(rank)))
+    ).source(partitions)

@@ -22,6 +22,19 @@ def read_any(path: Path, tag: str | None = None, complete: bool = False) -> Sour
 
 
 @open_files.once()
+def read_lanes(path: Path, tag: str | None = None, complete: bool = False) -> Source:
+    """The same of several model-parallel ranks."""
+    from converters.zero.parallel import (
+        reader as parallel_reader,  # which most checkpoints need not
+    )
+
+    try:
+        return parallel_reader.read(path, tag, complete)
+    except ExpertsError:
+        return read(path, tag, complete)
+
+
+@open_files.once()
 def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     """The weights of the model with all experts, and the optimizer's state by name.
 

@@ -13,7 +13,8 @@ Source: DeepSpeed 0.19.8 ``runtime/zero/stage3.py``, ``runtime/engine.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from converters import words
 from converters.detect.deepspeed import EXPERTS, LOAD_THERE
@@ -23,7 +24,7 @@ from converters.storage import misplaced_files
 from converters.tensors import TensorRef
 from converters.zero import checkpoint as zero
 from converters.zero import optimizer_state, partitioning, stage3
-from converters.zero.experts import auto_ep, expert_files
+from converters.zero.experts import auto_ep, whole_model
 from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.files import all_ranks, state_files, typed
 from converters.zero.files.state_files import Shape, State
@@ -36,6 +37,15 @@ _TEAMS = "ds_zero_partition_groups"
 _VECTORS = "fp32_flat_groups"
 
 
+@dataclass(frozen=True, slots=True)
+class SharedWeights:
+    """The weights of a sub-group that these ranks share; ``expert_rank`` is that of experts."""
+
+    tensors: Mapping[str, TensorRef]
+    ranks: tuple[int, ...]
+    expert_rank: int | None
+
+
 def read(place: Place, files: FolderFiles) -> Source:
     """The weights of the model with all its experts, and the optimizer's state by name.
 
@@ -43,24 +53,32 @@ def read(place: Place, files: FolderFiles) -> Source:
     """
     models, ranks = _states(place, files)
     _refuse_frozen_experts(models[0])
-    masters, local_weights = _masters(place, models, ranks)
     layers = auto_ep.layers_of(models[0])
-    masters |= auto_ep.whole_stacks(models[0], layers, local_weights)
+    masters: dict[str, TensorRef] = {}
+    local_weights: dict[tuple[str, int], TensorRef] = {}
+    for weights in shared_weights(place, models, ranks):
+        expert_rank = weights.expert_rank
+        if expert_rank is not None:
+            local_weights |= {(name, expert_rank): ref for name, ref in weights.tensors.items()}
+        elif len(weights.ranks) == len(ranks):
+            masters |= weights.tensors
+        else:
+            raise models[0].fail(
+                f"a sub-group without experts is shared by the ranks "
+                f"{words.numbers(weights.ranks)} of {len(ranks)}"
+            )
 
-    aliases = auto_ep.router_aliases(models[0], layers)
-    shared_params = models[0].root.get("shared_params")
-    recorded = shared_params if isinstance(shared_params, dict) else {}
-    first_model = with_module(models[0], models[0].module, shared_params={**recorded, **aliases})
+    masters |= auto_ep.whole_stacks(models[0], layers, local_weights)
+    first_model = with_routers(models[0], layers)
     parameters = stage3.complete([first_model, *models[1:]], masters)
-    prefixes = [layer.prefix for layer in layers]
     stacks = {name: masters[name] for layer in layers for name in layer.names if name in masters}
-    module = expert_files.placed_among(first_model.module, stacks, prefixes)
+    model_with_experts = whole_model.with_stacks(first_model, layers, stacks)
 
     return Joined(
         kind=EXPERTS,
         place=place,
         model=first_model,
-        module=module,
+        module=model_with_experts.module,
         parameters=parameters,
         states=[*models, *ranks],
         topology=SourceTopology(len(ranks), 3),
@@ -71,6 +89,14 @@ def read(place: Place, files: FolderFiles) -> Source:
             for part in optimizer_state.of_sub_groups(place.folder, rank, state)
         )
     )
+
+
+def with_routers(model: State, layers: Sequence[AutoEPLayer]) -> State:
+    """A model file that says which names of routers are tied."""
+    shared_params = model.root.get("shared_params")
+    recorded = shared_params if isinstance(shared_params, dict) else {}
+    aliases = auto_ep.router_aliases(model, layers)
+    return with_module(model, model.module, shared_params={**recorded, **aliases})
 
 
 def _states(place: Place, files: FolderFiles) -> tuple[list[State], list[State]]:
@@ -110,17 +136,18 @@ def _refuse_frozen_experts(model: State) -> None:
                 )
 
 
-def _masters(
+def shared_weights(
     place: Place, models: Sequence[State], ranks: Sequence[State]
-) -> tuple[dict[str, TensorRef], dict[tuple[str, int], TensorRef]]:
-    """The weights of what is no expert by name, and those of the experts by expert rank."""
+) -> Iterator[SharedWeights]:
+    """The weights of every sub-group, by the ranks that share them.
+
+    ``models`` and ``ranks`` are the files in the order of the training's ranks.
+    """
     vectors = [
         state_files.tensors(state, state.optimizer.get(_VECTORS), _VECTORS) for state in ranks
     ]
     shapes = [state_files.shapes(model, "param_shapes") or [] for model in models]
     layers = [auto_ep.layers_of(model) for model in models]
-    masters: dict[str, TensorRef] = {}
-    local_weights: dict[tuple[str, int], TensorRef] = {}
 
     for number in range(len(vectors[0])):
         for team in _teams(ranks, number):
@@ -134,14 +161,11 @@ def _masters(
                     stage3.vector(place.folder, ranks[rank], rank, number, flat, length)
                 )
 
-            weights = dict(partitioning.stage3(flat_vectors, group_shapes))
-            if len(team) == len(ranks) and not _has_experts(layers[team[0]], group_shapes):
-                masters |= weights
-            else:
+            expert_rank = None
+            if _has_experts(layers[team[0]], group_shapes):
                 expert_rank = _expert_rank(models, layers, team, group_shapes)
-                local_weights |= {(name, expert_rank): ref for name, ref in weights.items()}
-
-    return masters, local_weights
+            weights = dict(partitioning.stage3(flat_vectors, group_shapes))
+            yield SharedWeights(weights, tuple(team), expert_rank)
 
 
 def _teams(ranks: Sequence[State], number: int) -> list[list[int]]:

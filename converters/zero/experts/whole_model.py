@@ -42,6 +42,14 @@ def with_experts(
     )
 
 
+def with_stacks(
+    model: State, layers: Sequence[AutoEPLayer], stacks: Mapping[str, TensorRef]
+) -> State:
+    """A model file of stage 3 as if the stacks of all experts were in it."""
+    prefixes = [layer.prefix for layer in layers]
+    return with_module(model, expert_files.placed_among(model.module, stacks, prefixes))
+
+
 def _shared(model: State, layers: Sequence[AutoEPLayer]) -> dict[str, str]:
     """The tied names that the model file records, and those that AutoEP makes."""
     shared_params = model.root.get("shared_params")

@@ -15,7 +15,7 @@ from converters import words
 from converters.errors import CheckpointError, MalformedError
 from converters.options import TP_RULES
 from converters.zero.files.state_files import State
-from converters.zero.parallel import affine_map, cuts, patterns
+from converters.zero.parallel import affine_map, cuts, patterns, shipped_rules
 from converters.zero.parallel.cuts import Cut, Shapes
 from converters.zero.parallel.rules import Rules
 
@@ -112,11 +112,12 @@ class CutTable:
         remainder = len(templates) - len(lines)
         more = f"; and {remainder:,} more" if remainder else ""
         raise CheckpointError(
-            f"{self.model.path} is of {self.rank_count} tensor-parallel ranks, and "
-            f"nothing in it says how {len(self.unknown):,} of its parameters were cut; "
-            "write a file with a rule for each, which may be a pattern (replicated, dim "
-            "0, dim 1, average, or { dim = 0, parts = N }), and give it with "
-            f"{TP_RULES('FILE')}: {'; '.join(lines)}{more}",
+            f"{self.model.path} is of {self.rank_count} tensor-parallel ranks, and nothing in it "
+            f"says how {len(self.unknown):,} of its parameters were cut; write a file with a rule "
+            "for each, which may be a pattern (replicated, dim 0, dim 1, average, or "
+            f"{{ dim = 0, parts = N }}), and give it with {TP_RULES('FILE')}, or name one of those "
+            f"that are shipped ({', '.join(shipped_rules.RULES)}): "
+            f"{'; '.join(lines)}{more}",
             "unsupported",
         )
 

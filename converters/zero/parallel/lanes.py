@@ -17,7 +17,7 @@ from converters.errors import CheckpointError
 from converters.source import Place
 from converters.storage import misplaced_files
 from converters.zero import checkpoint as zero
-from converters.zero.checkpoint import Checkpoint, ExpertsError
+from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import all_ranks, discovery, state_files
 from converters.zero.files.state_files import State
 from converters.zero.model_ranks import one_save
@@ -26,22 +26,15 @@ from converters.zero.model_ranks import one_save
 def read(place: Place, require_all: bool) -> tuple[Checkpoint, ...]:
     """The lanes of a checkpoint, by model-parallel rank.
 
-    ``CheckpointError`` for missing ranks, files of several saves, and pipelines.
+    ``CheckpointError`` for missing ranks, files of several saves, and pipelines;
+    ``ExpertsError`` for experts.
     """
     files_by_rank = discovery.lanes(place)
     _require_numbered(place, sorted(files_by_rank), max(files_by_rank) + 1)
-    try:
-        lanes = [
-            zero.read_files(place, files_by_rank[rank], require_all, rank)
-            for rank in sorted(files_by_rank)
-        ]
-    except ExpertsError as error:
-        raise CheckpointError(
-            f"{place.folder} is of experts and of tensor parallelism; merging both is not "
-            f"supported yet: {LOAD_THERE}",
-            "unsupported",
-        ) from error
-
+    lanes = [
+        zero.read_files(place, files_by_rank[rank], require_all, rank)
+        for rank in sorted(files_by_rank)
+    ]
     count = lanes[0].model.root.get("mp_world_size")
     if is_whole_number(count, 1):
         _require_numbered(place, sorted(files_by_rank), count)

@@ -1,5 +1,6 @@
 """Cuts out of a file of the user's, for checkpoints that do not say how they were cut.
 
+    extends = "llama"                            one of ``shipped_rules``, if any
     [rules]                                      patterns are regular expressions, which have to
     '.*layernorm\\..*' = "replicated"             match a whole name; the first one that does says
     '.*dense\\.weight' = "dim 1"                  how the parameter is cut
@@ -8,7 +9,8 @@
 
 TOML, or JSON with the same content; ``[rules]`` may be left out. ``average`` takes the mean of the
 ranks' values, ``parts`` are sub-parameters that were cut one by one: how many equal ones, or their
-sizes in the whole parameter.
+sizes in the whole parameter. Some files are shipped (``shipped_rules``), and go by their names; a
+file that ``extends`` one of these says what it leaves open.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ from typing import Any
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError, MalformedError
 from converters.peft import patterns as expressions
-from converters.storage import bounded_json, stores
+from converters.storage import settings_file, stores
 from converters.storage.store import Name
 from converters.storage.stores import source_path
 from converters.zero.files import state_files
-from converters.zero.parallel import cuts
+from converters.zero.parallel import cuts, shipped_rules
 from converters.zero.parallel.cuts import Cut, Shapes
 
-MAX_BYTES = 1 << 20  # of a file of rules
+_NAMES = ", ".join(shipped_rules.RULES)
 _ON_AXIS = re.compile(r"dim (\d{1,2})")
 
 
@@ -58,22 +60,29 @@ class Rules:
 
 
 def read(path: Name) -> Rules:
-    """The rules of a file; ``CheckpointError`` for what is not one."""
-    location = source_path(path)
-    try:
-        text = stores.head(location, MAX_BYTES).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{location} cannot be read: {error}", "refused") from error
+    """The rules of a file, or those that are shipped under a name.
 
-    content = _parsed(location, text)
+    ``CheckpointError`` for what is neither.
+    """
+    location = source_path(path)
+    values = shipped_rules.RULES.get(str(path))
+    if values is not None and not stores.exists(location):
+        return Rules(location, values)
+
+    content = settings_file.read(location, f"pattern = rule, or one of {_NAMES}")
+    base = content.pop("extends", None)
+    if base is not None and base not in shipped_rules.RULES:
+        raise CheckpointError(
+            f"{location} extends {state_files.shown(base)}; expected one of {_NAMES}", "refused"
+        )
     rules = content.get("rules", content)
-    if not isinstance(rules, dict) or not rules:
+    if not isinstance(rules, dict) or not (rules or base):
         raise CheckpointError(f"{location} has no rules: expected pattern = rule", "refused")
 
     for pattern, rule in rules.items():
         expressions.matches(pattern, "")
         _require_rule(location, pattern, rule)
-    return Rules(location, rules)
+    return Rules(location, {**rules, **shipped_rules.RULES[base]} if base else rules)
 
 
 def _require_rule(path: Path, pattern: str, rule: Any) -> None:
@@ -112,26 +121,6 @@ def _cut(rule: Any, shapes: Shapes) -> Cut:
     if uneven:
         raise MalformedError(f"{uneven[0]} elements are not cut evenly for {len(shapes)} ranks")
     return cuts.in_parts(axis, [[size // len(shapes)] * len(shapes) for size in parts], shapes)
-
-
-def _toml(data: bytes) -> Any:
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        raise ValueError("Python 3.10 reads no TOML: write the rules as .json") from None
-    return tomllib.loads(data.decode())
-
-
-def _parsed(path: Path, text: str) -> dict[str, Any]:
-    load = bounded_json.loads if path.suffix == ".json" else _toml
-    try:
-        content = load(text.encode())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is neither TOML nor JSON: {error}", "refused") from error
-
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no rules: expected pattern = rule", "refused")
-    return content
 
 
 _current: ContextVar[Rules | None] = ContextVar("rules", default=None)

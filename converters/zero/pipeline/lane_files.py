@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.accessors import is_whole_number
+from converters.detect import filenames
 from converters.detect.deepspeed import LOAD_THERE
 from converters.errors import CheckpointError
 from converters.source import Place
@@ -102,6 +103,13 @@ def _tensor_degree(files: FolderFiles, models: Sequence[State]) -> int:
 
 def _require_layers(place: Place, files: FolderFiles, degree: int) -> None:
     """Raises unless every tensor-parallel rank has the files of the same layers."""
+    by_form = {_has_rank(path): path.name for path in files.layers.values()}
+    if len(by_form) > 1:
+        raise CheckpointError(
+            f"{place.folder} has {by_form[True]}, which names a tensor-parallel rank, and "
+            f"{by_form[False]}, which names none; two saves are mixed: move the older files away"
+        )
+
     label = "layer_*-model_N-model_states.pt"
     ranks = {rank for _, rank in files.layers}
     one_save.require_numbered(place, label, degree, ranks)
@@ -109,3 +117,10 @@ def _require_layers(place: Place, files: FolderFiles, degree: int) -> None:
         label = f"layer_{layer:02d}-model_N-model_states.pt"
         present = {rank for number, rank in files.layers if number == layer}
         one_save.require_numbered(place, label, degree, present)
+
+
+def _has_rank(path: Path) -> bool:
+    """Whether a layer file's name has the tensor-parallel rank; those of one save all have it,
+    or none has."""
+    match = filenames.LAYER.fullmatch(path.name)
+    return match is not None and match["tensor"] is not None

@@ -272,3 +272,12 @@ def _add_untrained(
             parameters.aliases[name] = owner
         else:
             parameters.frozen[name] = value
+
+    trained_layers = {name.partition(".")[0] for name in (*parameters.masters, *parameters.buffers)}
+    layers = {layer for name in parameters.frozen if (layer := name.partition(".")[0]).isdigit()}
+    untrained_layers = sorted(map(int, layers - trained_layers))
+    if untrained_layers:
+        parameters.notes.append(
+            f"no stage trains layer {words.numbers(untrained_layers)}, whose file is taken for "
+            "frozen weights"
+        )

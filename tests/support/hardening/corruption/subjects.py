@@ -45,6 +45,14 @@ SUBJECTS = (
     Subject("zero3-subgroups", twin="zero3-bf16-w2"),
     Subject("trainer-zero2", "checkpoint-2", twin="zero2-bf16-w2"),
     Subject("trainer-zero3", "checkpoint-2", twin="zero3-bf16-w2"),
+    Subject("parallel/tp_qwen3_frozen_z2_w4", twin="zero2-bf16-w2"),
+    Subject("parallel/tp_fusedb_z3_w4", twin="zero3-bf16-w2"),
+    Subject("parallel/mics_hier_w4", twin="zero3-bf16-w2"),
+    Subject("parallel/p3dm_z1_w4", twin="parallel/mpu_z1_nested_w4"),
+    Subject("parallel/aeptp_mixtral_z2_w4", twin="pipelines-and-experts/autoep-zero2"),
+    Subject("pipelines-and-experts/pipeline-zero1", twin="parallel/p3dm_z1_w4"),
+    Subject("pipelines-and-experts/moe-zero2-sizes", twin="pipelines-and-experts/autoep-zero2"),
+    Subject("pipelines-and-experts/autoep-zero3", twin="pipelines-and-experts/autoep-zero3-tensor"),
 )
 
 

@@ -39,6 +39,8 @@ NAMES = (
     *("parallel/tp_fusedb_z3_w4", "parallel/tp_qwen3_frozen_z2_w4"),
     *("pipelines-and-experts/moe-zero1-frozen", "pipelines-and-experts/pipeline-zero1"),
     *("pipelines-and-experts/autoep-zero2", "pipelines-and-experts/autoep-zero3"),
+    *("parallel/p3dm_z1_w4", "parallel/aeptp_mixtral_z2_w4", "parallel/tp_z0fp32_w4"),
+    "pipelines-and-experts/autoep-zero3-tensor",
 )
 MAX_PLACES = 4  # of a list or dict: those after are like them
 READ_SETTINGS = ("zero_optimization", "bf16", "fp16", "optimizer", "data_types", "checkpoint")

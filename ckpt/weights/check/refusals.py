@@ -13,7 +13,7 @@ from ckpt.weights.reader.fields import Size
 from ckpt.weights.reader.fit import Fit
 from ckpt.weights.reader.losses import Loss
 from converters.errors import CheckpointError
-from converters.options import BASE, CHECK, CONFIG, PART, RENAME, STRIP
+from converters.options import BASE, CHECK, CONFIG, NAMES, PART, RENAME, STRIP
 from converters.words import some
 
 
@@ -44,7 +44,7 @@ def unloadable(
     parts_advice = inner_models.advice(fit.read.values(), audience)
     framework = framework_layout.framework_of(sorted(fit.unexpected), audience.config)
     if framework is not None and missing:
-        parts_advice = f"these are {framework} names: --names hf gives those of the model"
+        parts_advice = f"these are {framework} names: {NAMES('hf')} gives those of the model"
     return CheckpointError(
         f"{audience.root}: {reader}, {audience.origin}, would not load these "
         f"weights{'' if missing else ' whole'}: {problem}; "

@@ -19,6 +19,7 @@ from ckpt.weights.reader import renames
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.request import Request
 from converters.formats import gathered_16bit
+from converters.options import NAMES
 from converters.tensors import Weights
 
 
@@ -54,7 +55,9 @@ def in_model_names(model: NamedWeights, audience: Audience) -> NamedWeights:
     """
     layout = framework_layout.of(model.weights, audience.config)
     if layout.rule is None:
-        note = "--names hf changes nothing: these are no names of a pipeline, Megatron or AutoEP"
+        note = (
+            f"{NAMES('hf')} changes nothing: these are no names of a pipeline, Megatron or AutoEP"
+        )
         return model.with_note(note)
 
     return replace(

@@ -28,11 +28,17 @@ from converters.computing.arrangement import View
 from converters.computing.computed import Computed
 from converters.errors import CheckpointError
 from converters.names import selection
+from converters.options import CONFIG, NAMES, RENAME
 from converters.tensors import TensorRef, Weights
 from converters.words import counted, some
 
 Config = Mapping[str, Any]
-_HINT = "; name the checkpoint's own model with --config, or give these names with --rename"
+Operation = Callable[[Sequence[TensorRef], Config], list[TensorRef]]
+
+
+def _advice() -> str:
+    """The end of a message on names that no table has."""
+    return f"; name the checkpoint's own model with {CONFIG}, or give these names with {RENAME}"
 
 
 @dataclass(slots=True)
@@ -60,8 +66,8 @@ def of(weights: Weights, config: Config | None) -> HubLayout:
         table, matches = max(candidates, key=lambda each: len(each[1]))
         unknown_names = some(_unknown(names, table, matches))
         raise CheckpointError(
-            f"--names hf takes these for {table.framework} names, and has no "
-            f"{(config or {}).get('model_type')} name for {unknown_names}{_HINT}",
+            f"{NAMES('hf')} takes these for {table.framework} names, and has no "
+            f"{(config or {}).get('model_type')} name for {unknown_names}{_advice()}",
             "refused",
         )
 
@@ -70,7 +76,7 @@ def of(weights: Weights, config: Config | None) -> HubLayout:
         return _changed(weights, table, matches, config or {})
     except NotArrangedError as error:
         raise CheckpointError(
-            f"--names hf takes these for {table.framework} names: {error}{_HINT}",
+            f"{NAMES('hf')} takes these for {table.framework} names: {error}{_advice()}",
             "refused",
         ) from error
 
@@ -104,13 +110,13 @@ def _refuse_foreign(names: Collection[str], config: Config | None) -> None:
             continue
         if config is None:
             raise CheckpointError(
-                "--names hf needs the config.json of the model, which says what its layers are "
-                "called; name it, or its folder, with --config",
+                f"{NAMES('hf')} needs the config.json of the model, which says what its layers "
+                f"are called; name it, or its folder, with {CONFIG}",
                 "refused",
             )
         raise CheckpointError(
-            f"--names hf has no table for the model_type {config.get('model_type')!r} with "
-            f"{table.framework} names such as {next(iter(matches))}; give the names with --rename",
+            f"{NAMES('hf')} has no table for the model_type {config.get('model_type')!r} with "
+            f"{table.framework} names such as {next(iter(matches))}; give the names with {RENAME}",
             "refused",
         )
 
@@ -204,15 +210,24 @@ def _arranged(group: _Group, weights: Weights, config: Config) -> list[Arranged]
         for name, tensor in zip(names, tensors, strict=True)
         if name in weights.copies
     ]
-    try:
-        results = operation(tensors, config)
-        are_whole = len(copies) == len(tensors)
-        result_copies = operation(copies, config) if are_whole else [None] * len(results)
-    except (ValueError, IndexError) as error:
-        raise NotArrangedError(f"{names[0]}: {error}") from error
+
+    results = _operated(operation, tensors, config, names[0])
+    result_copies: Sequence[TensorRef | None] = [None] * len(results)
+    if len(copies) == len(tensors):
+        result_copies = _operated(operation, copies, config, names[0])
 
     members = zip(group.targets, results, result_copies, strict=True)
     return [_proven(target, tensor, tuple(names), copy) for target, tensor, copy in members]
+
+
+def _operated(
+    operation: Operation, tensors: Sequence[TensorRef], config: Config, name: str
+) -> list[TensorRef]:
+    """What an operation makes of tensors; ``NotArrangedError`` where their shapes do not fit."""
+    try:
+        return operation(tensors, config)
+    except (ValueError, IndexError) as error:
+        raise NotArrangedError(f"{name}: {error}") from error
 
 
 def _proven(
@@ -275,7 +290,7 @@ def _number(config: Config, key: str, default: int | None = None) -> int:
     return number
 
 
-_OPERATIONS: dict[str, Callable[[Sequence[TensorRef], Config], list[TensorRef]]] = {
+_OPERATIONS: dict[str, Operation] = {
     "join_rows": _join_rows,
     "halve_rows": _halve_rows,
     "split_groups": _split_groups,

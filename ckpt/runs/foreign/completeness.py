@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt.folders.filenames import MANIFEST
+from ckpt.folders.filenames import CONVERSION, MANIFEST
 from ckpt.runs.ancestry import record_in
 from ckpt.runs.foreign import dcp_files, intact_files, step_records
 from ckpt.runs.foreign.parallel import require_parallel
@@ -148,6 +148,8 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
 
     has_states = model_parts or any(map(_STATES.fullmatch, entry_names))
     if not has_states and entry_names & _CONFIGS and intact_files.weights(path):
+        if CONVERSION in entry_names:
+            return Proof(path, OWN, _converted_step(path), resumable=False)
         return Proof(path, MODEL, step_in(path.name), resumable=False)
     if model_parts or intact_files.WEIGHTS_NAMES & entry_names:
         raise CheckpointError(
@@ -165,6 +167,14 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
         f"{path} holds files of a kind that ckpt does not know ({first_names})",
         "unsupported",
     )
+
+
+def _converted_step(folder: Path) -> int | None:
+    """The step of the checkpoint that ckpt made a model of, whatever the folder's name says."""
+    record = intact_files.read_json(folder / CONVERSION)
+    source = record.get("source") if isinstance(record, dict) else None
+    step = source.get("step") if isinstance(source, dict) else None
+    return step if is_whole_number(step) else None
 
 
 def _is_tools_own(name: str) -> bool:

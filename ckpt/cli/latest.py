@@ -14,7 +14,7 @@ from ckpt.cli.planned import Output
 from ckpt.cli.results.runs import LatestResult, SkippedCheckpoint
 
 if TYPE_CHECKING:
-    from ckpt.runs.foreign.completeness import Proof
+    from ckpt.runs.foreign.proofs import Proof
     from ckpt.runs.run import Run, RunCheckpoint
     from ckpt.runs.states.choice import Choice
 

@@ -15,7 +15,7 @@ from ckpt.cli.results.runs import LatestResult, SkippedCheckpoint
 from ckpt.cli.usage.command import Command
 
 if TYPE_CHECKING:
-    from ckpt.runs.foreign.completeness import Proof
+    from ckpt.runs.foreign.proofs import Proof
     from ckpt.runs.run import Run, RunCheckpoint
     from ckpt.runs.states.choice import Choice
 

@@ -243,6 +243,19 @@ def test_a_committed_one_is_not_taken_in_the_place_of_an_original_that_is_not(
     assert ckpt.find(tmp_path) == str(made)
 
 
+def test_a_model_under_the_name_of_a_later_checkpoint_is_of_the_step_that_it_was_made_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock(tmp_path)
+    command("to-fp32", tmp_path / "checkpoint-2", "-o", tmp_path / "checkpoint-9")
+    row = rows(tmp_path, capsys)["checkpoint-9"]
+    assert (row["step"], row["tier"], row["written_by"]) == (2, "weights", "ckpt")
+    original = tmp_path / "checkpoint-2"
+    assert ckpt.find(tmp_path) == str(original) == str(chosen(tmp_path).checkpoint.folder)
+    shutil.rmtree(original)
+    assert chosen(tmp_path).checkpoint.folder == tmp_path / "checkpoint-9"
+
+
 def test_a_universal_folder_of_another_writer_is_no_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from ckpt.folders import filenames, locks
 from ckpt.runs import manifest, pruning
-from ckpt.runs.foreign import completeness
+from ckpt.runs.foreign.proofs import Proof
 from ckpt.runs.retention import Retention
 from ckpt.runs.run import Run, open_checkpoint
 from ckpt.runs.states import status
@@ -365,7 +365,7 @@ def test_one_that_changes_is_not_adopted(
 
     def prove(path: Path) -> Any:
         (folder / "rng_state_2.pth").write_bytes(b"a rank that is late")
-        return completeness.Proof(path, "x", 2, "global_step2", shapes={})
+        return Proof(path, "x", 2, "global_step2", shapes={})
 
     monkeypatch.setattr(status, "prove", prove)
     run("doctor", tmp_path, "--adopt", code=1)

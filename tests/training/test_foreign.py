@@ -22,6 +22,7 @@ from ckpt.cli.main import main
 from ckpt.resuming.select import select_checkpoint
 from ckpt.runs.foreign import completeness, liveness
 from ckpt.runs.foreign.completeness import prove
+from ckpt.runs.foreign.proofs import Proof
 from ckpt.runs.run import Run, open_checkpoint
 from ckpt.runs.user_paths import checkpoints_at
 from converters.errors import CheckpointError
@@ -235,7 +236,7 @@ def test_one_that_is_being_written_is_not_taken_and_not_passed_over(
 
     def prove(path: Path, tag: Any) -> Any:
         (folder / "rng_state_2.pth").write_bytes(b"begun")
-        return completeness.prove(path, tag) if path != folder else completeness.Proof(path, "x")
+        return completeness.prove(path, tag) if path != folder else Proof(path, "x")
 
     monkeypatch.setattr(liveness, "prove", prove)
     with pytest.raises(CheckpointError, match=r"is being written right now: .*rng_state_2"):

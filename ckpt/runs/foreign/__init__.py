@@ -2,6 +2,7 @@
 
 signs         what in a run's folder is taken for a checkpoint
 completeness  whether one is whole, by what its writer writes
+proofs        what one was proven to be
 intact_files  whether its files are whole, by their own form
 dcp_files     those of torch's distributed checkpoints, and of FSDP
 parallel      pipeline, tensor and expert parallelism: all that their files have to be

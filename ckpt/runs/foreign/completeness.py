@@ -24,10 +24,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt.folders.filenames import MANIFEST
+from ckpt.folders.filenames import CONVERSION, MANIFEST
 from ckpt.runs.ancestry import record_in
 from ckpt.runs.foreign import dcp_files, intact_files, step_records
 from ckpt.runs.foreign.parallel import require_parallel
+from ckpt.runs.foreign.proofs import MODEL, OWN, PLAIN_DEEPSPEED, History, Proof
 from ckpt.runs.run import step_in
 from converters import detect
 from converters.accessors import is_whole_number
@@ -40,37 +41,13 @@ from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.discovery import is_tag_folder
 
 STATE = filenames.TRAINER_STATE
-MODEL = "model"  # in place of a writer: weights of which nobody says who wrote them
-OWN = "ckpt"  # the writer of what ckpt made of a checkpoint without a manifest
 RNG = r"rng_state_(\d+)\.pth"
 RANDOM = filenames.RANDOM_STATES.pattern
-PLAIN_DEEPSPEED = "DeepSpeed"  # the writer of a tag that no trainer describes
-STATES_ALONE = (PLAIN_DEEPSPEED, "FSDP")  # the writers of states that no trainer describes
 _LIGHTNING = "pytorch-lightning_version"
 _UNIVERSAL = "it is a universal checkpoint: ckpt from-universal makes native files of it"
 _CONFIGS = frozenset(("config.json", "adapter_config.json"))
 _STATES = re.compile(r"(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint).*")
 _OF_TRAINER = frozenset(("training_args.bin", "rng_state.pth", "rng_state_0.pth"))
-History = tuple[Mapping[str, Any], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """What a whole checkpoint is. ``resumable``: whether it is more than weights.
-
-    ``kind`` says who wrote it, ``tag`` is set for what DeepSpeed can load, ``step`` is
-    ``None`` where the files do not say. ``history`` is what the Trainer logged until
-    then. ``hindrance`` says why no training goes on from states as they lie there.
-    """
-
-    path: Path
-    kind: str
-    step: int | None = None
-    tag: str | None = None
-    resumable: bool = True
-    history: History | None = None
-    shapes: Mapping[str, tuple[int, ...]] | None = None
-    hindrance: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +125,8 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
 
     has_states = model_parts or any(map(_STATES.fullmatch, entry_names))
     if not has_states and entry_names & _CONFIGS and intact_files.weights(path):
+        if CONVERSION in entry_names:
+            return Proof(path, OWN, _converted_step(path), resumable=False)
         return Proof(path, MODEL, step_in(path.name), resumable=False)
     if model_parts or intact_files.WEIGHTS_NAMES & entry_names:
         raise CheckpointError(
@@ -165,6 +144,14 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
         f"{path} holds files of a kind that ckpt does not know ({first_names})",
         "unsupported",
     )
+
+
+def _converted_step(folder: Path) -> int | None:
+    """The step of the checkpoint that ckpt made a model of, whatever the folder's name says."""
+    record = intact_files.read_json(folder / CONVERSION)
+    source = record.get("source") if isinstance(record, dict) else None
+    step = source.get("step") if isinstance(source, dict) else None
+    return step if is_whole_number(step) else None
 
 
 def _is_tools_own(name: str) -> bool:

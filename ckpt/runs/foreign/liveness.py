@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ckpt.folders import locks
 from ckpt.runs.deletion import is_trash
-from ckpt.runs.foreign.completeness import Proof, prove
+from ckpt.runs.foreign.completeness import prove
+from ckpt.runs.foreign.proofs import Proof
 from converters.errors import CheckpointError
 
 RECENT = 60.0  # seconds since the last change, after which no second look is taken

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from converters.zero.files import state_files
 _SCHEDULER = "scheduler.pt"
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
 _REMEDY = "bring back the files of one step"
+_MAX_STEPS = 64  # parameters whose step is read: as a rule all have the same
 Rates = Sequence[float]
 
 
@@ -138,7 +140,8 @@ def _of_optimizer(folder: Path) -> StepRecord:
 
 def _steps(states: object) -> Iterator[float]:
     """The steps of parameters that an optimizer counts."""
-    for state in states.values() if isinstance(states, Mapping) else ():
+    state_list = states.values() if isinstance(states, Mapping) else ()
+    for state in islice(state_list, _MAX_STEPS):
         value = state_files.scalar(state.get("step")) if isinstance(state, Mapping) else None
         if is_number(value) and math.isfinite(value):
             yield value

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from ckpt.runs.foreign import completeness, liveness
-from ckpt.runs.foreign.completeness import History, Proof
+from ckpt.runs.foreign.proofs import PLAIN_DEEPSPEED, History, Proof
 from ckpt.runs.lineage import Line
 from ckpt.runs.run import Run, RunCheckpoint, is_run, members
 from converters import detect, words
@@ -44,7 +44,8 @@ def relate(committed: RunCheckpoint, proof: Proof) -> Succession:
     except CheckpointError:
         committed_history = None
 
-    if committed_history is not None and proof.history is None and proof.kind == "DeepSpeed":
+    is_engine_alone = proof.history is None and proof.kind == PLAIN_DEEPSPEED
+    if committed_history is not None and is_engine_alone:
         reason = (
             "is a state of the engine alone (of trainer.save_model()), "
             f"without {completeness.STATE}"

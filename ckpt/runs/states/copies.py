@@ -67,15 +67,18 @@ def _is_copy(checkpoint: RunCheckpoint, candidate: RunCheckpoint) -> bool:
 
 
 def _is_of_one_save(checkpoint: RunCheckpoint, candidate: RunCheckpoint) -> bool:
-    """Whether two manifests are of one save; those of one that was copied before it was adopted
-    have ids of their own."""
+    """Whether a manifest is of the save of another checkpoint.
+
+    One that was copied before it was adopted has an id of its own.
+    """
     manifest, other_manifest = checkpoint.manifest, candidate.manifest
-    if manifest is None or other_manifest is None:
+    if manifest is None:
         return False
-    is_named = manifest.name == candidate.name and manifest.step == other_manifest.step
-    return manifest.save == other_manifest.save or (
-        is_named and _is_same(checkpoint.folder, candidate.folder)
-    )
+    if other_manifest is not None and manifest.save == other_manifest.save:
+        return True
+
+    is_named = manifest.name == candidate.name and candidate.step in (None, manifest.step)
+    return is_named and _is_same(checkpoint.folder, candidate.folder)
 
 
 def _is_named_after(folder: Path, candidate: Path) -> bool:

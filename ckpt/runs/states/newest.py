@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckpt.folders.filenames import CONVERSION
 from ckpt.runs import manifest as manifests
 from ckpt.runs import user_paths
 from ckpt.runs.recognition import is_numbered, is_run
@@ -65,7 +66,7 @@ def newest_at(path: Path, command: str, full: bool = True, beside: Collection[So
     offers = Offers(run.path, deepspeed=False, announces=False)  # the error has the reasons
     offer = next(iter(offers), None)
 
-    newest = _newest_of(offers, beside if full else _WITH_WEIGHTS)
+    newest = _newest_of(offers, beside if full else _WITH_WEIGHTS, offer is not None)
     if newest is None and offer is not None:
         is_committed = offer.proof is None
         state = CheckpointState.COMMITTED if is_committed else CheckpointState.COMPLETE
@@ -87,10 +88,14 @@ def newest_at(path: Path, command: str, full: bool = True, beside: Collection[So
     )
 
 
-def _newest_of(offers: Offers, sorts: Collection[Sort]) -> Newest | None:
-    """The newest of some sorts that was passed over: newer than all that are offered."""
+def _newest_of(offers: Offers, sorts: Collection[Sort], has_offer: bool) -> Newest | None:
+    """The newest of some sorts that was passed over: newer than all that are offered.
+
+    A model that ckpt made of a checkpoint is not, where one is offered.
+    """
     for entry in offers.skipped:
-        if entry.sort not in sorts:
+        is_converted = has_offer and (entry.path / CONVERSION).is_file()
+        if entry.sort not in sorts or is_converted:
             continue
 
         checkpoint = listing.candidate(entry.path)

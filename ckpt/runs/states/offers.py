@@ -17,8 +17,8 @@ from ckpt.runs import lineage
 from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
 from ckpt.runs.foreign import completeness, liveness
-from ckpt.runs.foreign.completeness import STATES_ALONE, Proof
 from ckpt.runs.foreign.overwriting import require_one_save
+from ckpt.runs.foreign.proofs import STATES_ALONE, Proof
 from ckpt.runs.foreign.succession import relate
 from ckpt.runs.run import (
     RunCheckpoint,

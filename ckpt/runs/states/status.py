@@ -22,8 +22,9 @@ from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import RunCheckpoint, require_read
 from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.foreign import evaluation, liveness
-from ckpt.runs.foreign.completeness import MODEL, Proof, prove
+from ckpt.runs.foreign.completeness import prove
 from ckpt.runs.foreign.overwriting import require_one_save
+from ckpt.runs.foreign.proofs import MODEL, Proof
 from converters.detect import detect
 from converters.detect.kinds import BY_NAME
 from converters.errors import CheckpointError

@@ -23,7 +23,7 @@ from ckpt.runs.ancestry import record_in
 from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.fields import FieldError
 from ckpt.runs.foreign import evaluation, intact_files, liveness, succession
-from ckpt.runs.foreign.completeness import Proof
+from ckpt.runs.foreign.proofs import Proof
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import RunCheckpoint
 from ckpt.runs.states import checksums, copies, listing

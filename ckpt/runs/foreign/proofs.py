@@ -1,0 +1,33 @@
+"""What a checkpoint without a manifest was proven to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MODEL = "model"  # in place of a writer: weights of which nobody says who wrote them
+OWN = "ckpt"  # the writer of what ckpt made of a checkpoint without a manifest
+PLAIN_DEEPSPEED = "DeepSpeed"  # the writer of a tag that no trainer describes
+STATES_ALONE = (PLAIN_DEEPSPEED, "FSDP")  # the writers of states that no trainer describes
+History = tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a whole checkpoint is. ``resumable``: whether it is more than weights.
+
+    ``kind`` says who wrote it, ``tag`` is set for what DeepSpeed can load, ``step`` is
+    ``None`` where the files do not say. ``history`` is what the Trainer logged until
+    then. ``hindrance`` says why no training goes on from states as they lie there.
+    """
+
+    path: Path
+    kind: str
+    step: int | None = None
+    tag: str | None = None
+    resumable: bool = True
+    history: History | None = None
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    hindrance: str | None = None

@@ -12,7 +12,7 @@ from ckpt.runs.foreign import liveness
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.run import RunCheckpoint, is_numbered
 from ckpt.runs.states.status import status_of
-from converters.detect import Detection, detect, filenames
+from converters.detect import Detection, detect, filenames, read
 from converters.errors import CheckpointError
 from converters.zero import weights_16bit
 
@@ -79,10 +79,18 @@ def _require_complete(
         if needs_no_optimizer and is_at_rest and _has_16bit(folder):
             return
         raise CheckpointError(
-            f"{folder} is not complete: {status.reason}; --uncommitted pushes it if its weights "
-            "are whole",
-            "incomplete",
+            f"{folder} is not complete: {status.reason}; {_remedy(folder)}", "incomplete"
         )
+
+
+def _remedy(folder: Path) -> str:
+    """What pushes an incomplete checkpoint all the same."""
+    try:
+        read(folder)
+    except CheckpointError:
+        if _has_16bit(folder):
+            return "the 16-bit weights of the model file are whole: --weights 16bit pushes those"
+    return "--uncommitted pushes it if its weights are whole"
 
 
 def _is_of_training(folder: Path) -> bool:

@@ -97,9 +97,12 @@ def several(look: Look) -> str | None:
 
 
 def state_file(look: Look) -> str | None:
-    """A single state file of DeepSpeed."""
-    is_one = look.is_file and state_folders.is_state_file(look.path.name)
-    return str(look.path.parent) if is_one else None
+    """A single state file of DeepSpeed; the folder of its checkpoint."""
+    if not (look.is_file and state_folders.is_state_file(look.path.name)):
+        return None
+    tag_folder = look.path.parent
+    leads_here = stores.is_file(tag_folder.parent / filenames.LATEST)
+    return str(tag_folder.parent if leads_here else tag_folder)
 
 
 def _first(names: tuple[str, ...], pattern: re.Pattern[str]) -> str | None:
@@ -187,7 +190,10 @@ KINDS = (
         title="single state file of DeepSpeed",
         recognized_by="the name: `*_optim_states.pt` or `*_model_states.pt`",
         sign=state_file,
-        statement="is one state file of the DeepSpeed checkpoint {evidence}; expected {expected}",
-        refusal="{statement}",
+        statement="is one state file of a DeepSpeed checkpoint (one rank's part)",
+        remedy="the checkpoint is its folder: {evidence}",
+        refusal="{statement}; {remedy}",
+        reader="converters.formats.weight_files:read",
+        of_states=True,
     ),
 )

@@ -334,11 +334,15 @@ def test_what_can_be_named_in_the_place_of_a_latest_without_a_tag(
 
 
 def test_a_state_file_is_told_to_be_of_the_folder_it_lies_in(tmp_path: Path) -> None:
-    detection = detect(CASES["deepspeed-file"][0](tmp_path))
-    assert str(detection.unlike("a universal checkpoint")) == (
-        f"{detection.path} is one state file of the DeepSpeed checkpoint {detection.path.parent}; "
-        "expected a universal checkpoint"
-    )
+    """Of the tag's folder, or of the one whose file latest leads to it."""
+    for folder in (tmp_path, tmp_path / "global_step5"):
+        folder.mkdir(exist_ok=True)
+        detection = detect(CASES["deepspeed-file"][0](folder))
+        assert str(detection.unlike("a universal checkpoint")) == (
+            f"{detection.path} is one state file of a DeepSpeed checkpoint (one rank's part), "
+            f"not a universal checkpoint; the checkpoint is its folder: {tmp_path}"
+        )
+        (tmp_path / "latest").write_text("global_step5")
 
 
 @pytest.mark.parametrize("command", ["latest", "doctor", "prune --keep-last 1"])

@@ -143,7 +143,7 @@ def test_what_is_nothing_known_is_not_guessed(tmp_path: Path) -> None:
 def test_a_file_of_a_checkpoint_names_its_folder(source: Path, said: Said) -> None:
     path = files(source)[0]
     message = said(path)
-    assert f"{path.parent}; expected the folder of a checkpoint" in message
+    assert message.endswith(f"the checkpoint is its folder: {source}\n")
 
 
 def test_a_blob_that_is_gone(source: Path, tmp_path: Path, said: Said) -> None:

@@ -12,9 +12,9 @@ from ckpt.runs.foreign import liveness
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.run import RunCheckpoint, is_numbered
 from ckpt.runs.states.status import status_of
-from converters.detect import Detection, detect, filenames
+from converters.detect import Detection, detect, filenames, read
 from converters.errors import CheckpointError
-from converters.options import UNCOMMITTED
+from converters.options import UNCOMMITTED, WEIGHTS
 from converters.zero import weights_16bit
 
 
@@ -80,10 +80,20 @@ def _require_complete(
         if needs_no_optimizer and is_at_rest and _has_16bit(folder):
             return
         raise CheckpointError(
-            f"{folder} is not complete: {status.reason}; {UNCOMMITTED} pushes it if its weights "
-            "are whole",
-            "incomplete",
+            f"{folder} is not complete: {status.reason}; {_remedy(folder)}", "incomplete"
         )
+
+
+def _remedy(folder: Path) -> str:
+    """What pushes an incomplete checkpoint all the same."""
+    try:
+        read(folder)
+    except CheckpointError:
+        if _has_16bit(folder):
+            return (
+                f"the 16-bit weights of the model file are whole: {WEIGHTS('16bit')} pushes those"
+            )
+    return f"{UNCOMMITTED} pushes it if its weights are whole"
 
 
 def _is_of_training(folder: Path) -> bool:

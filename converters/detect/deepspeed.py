@@ -197,5 +197,7 @@ KINDS = (
         statement="is one state file of a DeepSpeed checkpoint (one rank's part)",
         remedy="the checkpoint is its folder: {evidence}",
         refusal="{statement}; {remedy}",
+        reader="converters.formats.weight_files:read",
+        of_states=True,
     ),
 )

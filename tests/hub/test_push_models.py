@@ -132,7 +132,8 @@ def test_the_16bit_weights_are_pushed_without_the_optimizers_files(
     folder = Path(shutil.copytree(TRAINER, client.folder / "run/checkpoint-2"))
     for path in folder.glob("*/*_optim_states.pt"):
         path.unlink()
-    assert "no optimizer files" in client("push", folder, repo, fails=1)
+    line = client("push", folder, repo, fails=1)
+    assert "no optimizer files" in line and "--weights 16bit pushes those" in line
     facts = client.push(folder, repo, "--weights", "16bit")
     assert "model.safetensors" in {file["name"] for file in facts["files"]}
     more = ("--weights", "16bit", "--include-training-state")

@@ -137,7 +137,8 @@ def several(folder: Path) -> Path:
 
 @case("deepspeed-file", "; the checkpoint is its folder: ")
 def state_file(folder: Path) -> Path:
-    return touch(folder, "mp_rank_00_model_states.pt") / "mp_rank_00_model_states.pt"
+    torch.save({"module": {"a": torch.ones(3)}}, folder / "mp_rank_00_model_states.pt")
+    return folder / "mp_rank_00_model_states.pt"
 
 
 @case("megatron-dist", "Megatron Bridge exports it to a model folder")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import run
+from oracles import FIXTURES, run
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -285,6 +285,18 @@ def test_the_files_that_a_trainer_keeps_are_opened(
     run("show", tmp_path / "optimizer.pt", "--tensors")
     shown = capsys.readouterr().out
     assert "\ntensors      6, 56 B in F32\n" in shown and "\nstate.0.exp_avg\tF32\t2 x 2\n" in shown
+
+
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "x_optim_states.pt"])
+def test_a_state_file_of_deepspeed_is_opened_as_it_is(name: str, tmp_path: Path) -> None:
+    """What is in it has the names of the file, so that nobody takes a part for the weights."""
+    folder = FIXTURES / "zero2-bf16-w2/global_step2"
+    name = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt" if name.startswith("x") else name
+    content = torch.load(folder / name, weights_only=False)
+    with ckpt.open(folder / name) as opened:
+        assert len(list(opened)) == len(list(tensors_in(content)))
+        assert {each.partition(".")[0] for each in opened} <= content.keys()
+        assert opened.plain_values["ds_version"] == content["ds_version"]
 
 
 def test_plain_values_are_those_of_torch_load(tmp_path: Path) -> None:

@@ -41,6 +41,12 @@ def test_what_fails_with_ckpt_alone_is_listed(
     said = capsys.readouterr().out
     assert "save by ckpt: 1 of 3 pass" in said and "failed: boom" in said
     assert said.count("by design: ") == 1
+    assert "not run" not in said
+
+    del ours[CASES[0]["name"]]  # the time was up before it
+    assert harness.report(peer, "save", stock, ours)
+    assert "0 of 2 pass, 1 more were not run" in capsys.readouterr().out
+    ours[CASES[0]["name"]] = "passed"
     del stock[CASES[2]["name"]]
     assert not harness.report(peer, "save", stock, ours)
 

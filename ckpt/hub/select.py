@@ -20,6 +20,7 @@ from ckpt.runs.run import (
     open_checkpoint,
     without_derived,
 )
+from ckpt.runs.states import listing
 from ckpt.runs.states.newest import newest_at
 from ckpt.runs.states.status import CheckpointState
 from converters.detect import detect
@@ -67,6 +68,8 @@ def _single(path: Path) -> RunCheckpoint | None:
     if path.is_dir() and not is_checkpoint(path) and not is_run(path):
         if detect(path).kind.holds_weights:
             return open_checkpoint(path)
+        if listing.checkpoints_in(path):  # of any trainer, as ckpt ls lists them
+            return None
     elif path.is_file():
         _require_folder(path)
 

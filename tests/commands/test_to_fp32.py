@@ -24,10 +24,11 @@ TRAINER = FIXTURES / "trainer-zero3/checkpoint-2"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a folder; of conversion.json all but the notes, whose words whoever asks has."""
+    """The files of a folder; of conversion.json what is not in the words of whoever asked."""
     files = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     record = json.loads(files["conversion.json"])
-    del record["notes"]
+    for words in ("notes", "verdict", "rules"):
+        del record[words]
     return files | {"conversion.json": json.dumps(record).encode()}
 
 

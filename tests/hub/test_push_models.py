@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from ckpt.hub.content.contents import Contents, contents
 from ckpt.hub.plan import PushOptions, plan
+from ckpt.hub.select import chosen
 from ckpt.runs.run import open_checkpoint
 from ckpt.runs.states.status import status_of
 from ckpt.weights.request import Request
@@ -111,6 +112,13 @@ def test_a_run_is_pushed_by_its_newest_complete_checkpoint(client: Client, repo:
     assert "the newest checkpoint of out is out/checkpoint-3 (complete, not committed)" in (
         done.stderr
     )
+
+
+def test_a_run_of_another_trainer_is_pushed_as_it_is_listed(tmp_path: Path) -> None:
+    """Accelerate without DeepSpeed, into folders that the script named."""
+    for step in (2, 4):
+        accelerates(tmp_path / f"run/step_{step}")
+    assert chosen(tmp_path / "run").checkpoint.folder == tmp_path / "run/step_4"
 
 
 def test_what_is_not_complete_is_refused_with_what_is_missing(client: Client, repo: str) -> None:

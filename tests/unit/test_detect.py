@@ -39,7 +39,9 @@ def test_a_kind_is_recognised_and_its_user_is_told_what_to_do(
     build, remedy = CASES[name]
     path = build(tmp_path)
     options = ["--tag", "global_step9"] if name == "no-tag" else []
-    detection = detect(path, options[1] if options else None)
+    with options_in_messages.using(options_in_messages.of_commands):
+        detection = detect(path, options[1] if options else None)
+        refusal = detection.refusal
     assert detection.kind is BY_NAME[name]
     facts = {
         "deepspeed": "ZeRO stage 2, 2 ranks",
@@ -54,8 +56,6 @@ def test_a_kind_is_recognised_and_its_user_is_told_what_to_do(
         assert f"\nkind         {detection.kind.title}, {facts[name]}\n" in text
         return
 
-    with options_in_messages.using(options_in_messages.of_commands):
-        refusal = detection.refusal
     if detection.kind.is_opened:  # there is nothing to convert, and show says what lies there
         run("show", path)
         shown = capsys.readouterr().out

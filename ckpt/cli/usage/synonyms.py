@@ -53,7 +53,7 @@ def unknown_command(word: str, short_helps: Mapping[str, str]) -> str:
     if key in _MEANINGS or key in short_helps:
         return f"{line}. Use {_described(_MEANINGS.get(key, key), short_helps)}"
 
-    if os.sep in word or os.path.exists(word):
+    if "/" in word or os.sep in word or os.path.exists(word):
         return f"{word} is a path, not a command; name a command first: ckpt show {word}"
 
     matches = difflib.get_close_matches(key, [*short_helps, *_MEANINGS], cutoff=0.7)

@@ -51,11 +51,12 @@ class TensorRanks:
         """
         _require(whole)
         source = original(whole)
-        recorded = source.cuts if isinstance(source, TensorParallelCheckpoint) else {}
+        is_cut = isinstance(source, TensorParallelCheckpoint)
+        recorded, saved_count = (source.cuts, len(source.lanes)) if is_cut else ({}, 1)
         layouts: dict[str, Cut] = {}
         unknown: dict[str, str] = {}
         for name in whole.weights.tensors:
-            layout = _layout(whole, name, recorded.get(name), rank_count)
+            layout = _layout(whole, name, recorded.get(name), saved_count, rank_count)
             if layout is None:
                 unknown[name] = words.shape(whole.weights.tensors[name].shape)
             else:
@@ -139,7 +140,9 @@ def _require(whole: Checkpoint) -> None:
     )
 
 
-def _layout(whole: Checkpoint, name: str, recorded: Cut | None, rank_count: int) -> Cut | None:
+def _layout(
+    whole: Checkpoint, name: str, recorded: Cut | None, saved_count: int, rank_count: int
+) -> Cut | None:
     """How a parameter or buffer is cut; ``None`` where nothing says it."""
     shape = whole.weights.tensors[name].shape
     if name in whole.weights.buffers:
@@ -151,7 +154,7 @@ def _layout(whole: Checkpoint, name: str, recorded: Cut | None, rank_count: int)
         return by_rule
 
     try:
-        return degrees.for_ranks(recorded, rank_count)
+        return degrees.for_ranks(recorded, saved_count, rank_count)
     except MalformedError as error:
         raise CheckpointError(
             f"{whole.place.folder}: {name} is not cut for {rank_count} tensor-parallel ranks: "

@@ -56,21 +56,22 @@ def sub_parameters(layout: Cut) -> SubParameters | None:
     )
 
 
-def for_ranks(layout: Cut, rank_count: int) -> Cut:
-    """The cut for ``rank_count`` ranks; ``MalformedError`` if it cannot be told, or is uneven."""
-    if len(layout.shard_shapes) == rank_count and not layout.averages:
+def for_ranks(layout: Cut, saved_count: int, rank_count: int) -> Cut:
+    """The cut of ``saved_count`` ranks for ``rank_count``.
+
+    ``MalformedError`` if it cannot be told, or is uneven.
+    """
+    ranks = {piece.rank for piece in layout.pieces}
+    if layout.averages or len(ranks) != saved_count:
+        raise MalformedError("not every rank has a part of it, as where there are few heads")
+    if saved_count == rank_count:
         return layout
-    is_everywhere = len(layout.pieces) == len(layout.shard_shapes)
-    is_whole = is_everywhere and all(piece.sizes == layout.shape for piece in layout.pieces)
-    if is_whole and not layout.averages:
+    if all(piece.sizes == layout.shape for piece in layout.pieces):
         return cuts.replicated([layout.shape] * rank_count)
 
     parts = sub_parameters(layout)
-    if parts is None or layout.averages:
-        raise MalformedError(
-            f"it is cut otherwise than evenly for its {len(layout.shard_shapes)} ranks, as where "
-            "there are fewer heads than ranks"
-        )
+    if parts is None:
+        raise MalformedError(f"it is not cut into parts one after another for {saved_count} ranks")
     return evenly(layout.shape, parts, rank_count)
 
 

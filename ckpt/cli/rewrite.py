@@ -94,6 +94,12 @@ def _with_options(
 @CHECKPOINT
 @_world_size(help="The ranks (GPUs) that will resume. Default: as many as saved.")
 @_with_options(_NATIVE)
+@click.option(
+    "--tp",
+    metavar="RANKS",
+    type=click.IntRange(1),
+    help="The tensor-parallel ranks among them. Default: 1, for ZeRO alone.",
+)
 @TP_RULES
 @TAG
 @_with_options(_SHARED)
@@ -105,20 +111,23 @@ def reshard(
     tag: str | None,
     sub_group_size: int | None,
     zero_init: bool | None,
+    tp: int | None,
     tp_rules: Path | None,
     **options: Any,
 ) -> None:
     """Rewrite a checkpoint for another number of ranks, or another stage.
 
-    One of tensor parallelism, of a pipeline or of MiCS is written for ZeRO alone. The
-    output holds DeepSpeed's own files: engine.load_checkpoint, and the Trainer's
-    resume_from_checkpoint, load it as they load any. Weights, every optimizer state,
-    steps, loss scale, scheduler and client state are those of CHECKPOINT, bit for bit.
+    One of tensor parallelism, of a pipeline or of MiCS is written for ZeRO alone, or for
+    the tensor-parallel ranks of --tp. The output holds DeepSpeed's own files, which
+    engine.load_checkpoint and the Trainer's resume_from_checkpoint load as they load any.
+    Weights, every optimizer state, steps, loss scale, scheduler and client state are those
+    of CHECKPOINT, bit for bit.
 
     \b
     ckpt reshard out/checkpoint-500 --world-size 3
     ckpt reshard out/checkpoint-500 --stage 3
     ckpt reshard out/checkpoint-500 --world-size 8 --stage 3 -o resume/checkpoint-500
+    ckpt reshard out/checkpoint-500 --world-size 8 --tp 2
     ckpt reshard out/checkpoint-500 --world-size 3 --dry-run
     """
     from ckpt.rewrite import reshard as resharding
@@ -131,6 +140,7 @@ def reshard(
         tag=tag,
         sub_group_size=sub_group_size,
         zero_init=zero_init,
+        tp=tp,
         tp_rules=tp_rules,
     )
 

@@ -42,6 +42,7 @@ from converters.storage.url_path import absolute
 from converters.words import counted
 from converters.zero import checkpoint as zero
 from converters.zero.merging import checkpoint as merged
+from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import proof as retrace
 from converters.zero.native import reshard
 from converters.zero.native.target import TargetTopology
@@ -50,7 +51,7 @@ from converters.zero.universal.reader import Universal
 
 ARGUMENTS = (  # of the functions for users, as errors name them
     *("output=", "tag=", "world_size=", "stage=", "like=", "sub_group_size=", "zero_init=True"),
-    *("tp_rules=", "zero_init=False", "verify=False", "read_back=True", "overwrite=True"),
+    *("tp_rules=", "tp=", "zero_init=False", "verify=False", "read_back=True", "overwrite=True"),
 )
 # written, never copied
 WRITTEN_NAMES = ("latest", filenames.MANIFEST, filenames.REWRITING, filenames.PINNED)
@@ -75,7 +76,8 @@ class Rewriting:
     ``source`` is a native checkpoint or a universal one, and ``path`` what the caller
     named it by; ``target`` is what is made of it, or ``None`` for the universal format.
     ``tag`` is that of the output, ``companions`` are the files to copy, under their new
-    names; ``notes`` what a user should know.
+    names; ``notes`` what a user should know; ``tensor_ranks`` how parameters are cut for
+    tensor-parallel ranks, if there will be several.
     """
 
     source: zero.Checkpoint | Universal
@@ -86,12 +88,13 @@ class Rewriting:
     tag: str
     companions: tuple[tuple[Path, str], ...]
     notes: tuple[str, ...] = ()
+    tensor_ranks: TensorRanks | None = None
 
     def __repr__(self) -> str:
         """One short line, whatever the number of tensors."""
         form = "universal"
         if self.target is not None:
-            form = f"stage {self.target.stage}, {counted(self.target.world_size, 'rank')}"
+            form = f"stage {self.target.stage}, {counted(self.target.rank_count, 'rank')}"
         source = str(self.checkpoint.place.folder)
         return f"<Rewriting {source!r} to {str(self.output)!r}: {form}>"
 
@@ -267,7 +270,7 @@ def _prove(rewriting: Rewriting, staged_folder: Path) -> dict[str, int]:
         return proof.from_universal(source, target, plan, staged_folder)
     if target is None:
         return proof.to_universal(source, plan, staged_folder)
-    return reshard.prove(source, target, plan, staged_folder)
+    return reshard.prove(source, target, plan, staged_folder, rewriting.tensor_ranks)
 
 
 def _complete(rewriting: Rewriting, staged_folder: Path) -> None:
@@ -318,7 +321,7 @@ def preview(rewriting: Rewriting) -> RewriteResult:
         output=rewriting.output,
         tag=rewriting.tag,
         stage=target.stage if target else None,
-        world_size=target.world_size if target else None,
+        world_size=target.rank_count if target else None,
         source=TrainingState(
             kind=source.kind,
             path=source.place.folder,

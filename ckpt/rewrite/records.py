@@ -55,13 +55,14 @@ def write_record(folder: Path, origin: Ancestry, target: TargetTopology | None) 
     """Writes ``rewriting.json``; ``target`` is ``None`` for the universal format."""
     record = Record(origin)
     if target is not None:
-        record = Record(origin, target.stage, target.world_size)
+        record = Record(origin, target.stage, target.rank_count)
     local.write_file(folder / filenames.REWRITING, record.dumps())
 
 
 def save_of(source: Manifest, target: TargetTopology) -> str:
     """The save that a committed checkpoint becomes: the same for the same target."""
-    return sha256(f"{source.save} {target}".encode()).hexdigest()[:32]
+    degree = f" tp {target.tensor_ranks}" if target.tensor_ranks > 1 else ""
+    return sha256(f"{source.save} {target}{degree}".encode()).hexdigest()[:32]
 
 
 def rewritten(source: Manifest, target: TargetTopology, origin: Ancestry) -> Manifest:
@@ -72,7 +73,7 @@ def rewritten(source: Manifest, target: TargetTopology, origin: Ancestry) -> Man
     return replace(
         source,
         stage=target.stage,
-        world_size=target.world_size,
+        world_size=target.rank_count,
         node=0,
         nodes=1,
         save=save_of(source, target),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ckpt.deprecation import renamed
@@ -29,9 +30,11 @@ from converters.zero import muon
 from converters.zero.files import several_models
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging import reader as merging
+from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import reshard as native
 from converters.zero.native.target import SUB_GROUP, TargetTopology, require_arguments
 from converters.zero.parallel import rules
+from converters.zero.parallel.reader import TensorParallelCheckpoint
 
 
 @naming_arguments(*ARGUMENTS)
@@ -45,12 +48,14 @@ def plan(
     tag: str | None = None,
     sub_group_size: int | None = None,
     zero_init: bool | None = None,
+    tp: int | None = None,
     tp_rules: str | os.PathLike[str] | None = None,
 ) -> Rewriting:
     """Plans the same checkpoint for ``world_size`` ranks and a stage; by default its own.
 
-    One of tensor parallelism, a pipeline or MiCS becomes one of ZeRO alone; ``tp_rules``
-    is a file that says how parameters were cut for tensor parallelism.
+    One of tensor parallelism, a pipeline or MiCS becomes one of ZeRO alone or, with ``tp``,
+    of that many tensor-parallel ranks among the ``world_size``. ``tp_rules`` is a file that
+    says how parameters are cut for them, where the checkpoint does not.
 
     Reads pickles, and what ranks share of Muon's momentum. ``sub_group_size``
     (elements, stage 3) defaults to the run's own. ``zero_init``: whether the engine's
@@ -58,20 +63,26 @@ def plan(
     Raises ``CheckpointError`` for what is damaged, or cannot be cut into other
     partitions.
     """
-    require_arguments(1 if world_size is None else world_size, stage, sub_group_size)
+    require_arguments(tp or 1 if world_size is None else world_size, stage, sub_group_size, tp)
     place = source_path(checkpoint)
     several_models.find(place, tag)  # refuses a choice between models
+    degree = tp or 1
     with rules.using(tp_rules):
         source = merging.read(place, tag)
-    world_size = source.world_size if world_size is None else world_size
-    target = native.target(source, stage, world_size, sub_group_size, zero_init)
+        tensor_ranks = TensorRanks.of(source, degree) if degree > 1 else None
+    if world_size is None:
+        world_size = merged.original(source).world_size
+        require_arguments(world_size, stage, sub_group_size, tp)
+    target = native.target(source, stage, world_size // degree, sub_group_size, zero_init)
+    target = replace(target, tensor_ranks=degree)
     _require_change(source, target)
 
-    file_plan = native.plan(source, target)
+    file_plan = native.plan(source, target, tensor_ranks)
     home = job.home_of(source)
     if output is None:
         stage_part = f"-z{target.stage}" if target.stage != source.stage else ""
-        output = default_output(home, f"{home.name}{stage_part}-w{world_size}")
+        degree_part = f"-tp{degree}" if degree > 1 else ""
+        output = default_output(home, f"{home.name}{stage_part}{degree_part}-w{world_size}")
     saved_world_size = merged.original(source).world_size
     companions = tuple(job.companions_for(home, saved_world_size, world_size))
 
@@ -88,12 +99,16 @@ def plan(
             *notes_on(source, target),
             *_note_on_files_left_out(home, {path.name for path, _ in companions}),
         ),
+        tensor_ranks=tensor_ranks,
     )
 
 
 def _require_change(source: zero.Checkpoint, target: TargetTopology) -> None:
     """``CheckpointError`` if the checkpoint is what is asked for already."""
-    if isinstance(source, merged.MergedCheckpoint):
+    saved = merged.original(source)
+    degree = len(saved.lanes) if isinstance(saved, TensorParallelCheckpoint) else 1
+    is_merged = isinstance(source, merged.MergedCheckpoint)
+    if target.tensor_ranks != degree or (is_merged and degree == 1):
         return
 
     unchanged = target.stage == source.stage and target.world_size == source.world_size
@@ -102,7 +117,7 @@ def _require_change(source: zero.Checkpoint, target: TargetTopology) -> None:
     if unchanged:
         raise CheckpointError(
             f"{source.place.folder} is of stage {source.stage} for "
-            f"{counted(source.world_size, 'rank')} already; load it as it is, or name "
+            f"{counted(saved.world_size, 'rank')} already; load it as it is, or name "
             f"another {WORLD_SIZE} or {STAGE}",
             "output",
         )
@@ -132,15 +147,21 @@ def notes_on(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
     """What whoever resumes from ``target`` should know."""
     setting = source.model.setting
     saved_world_size = merged.original(source).world_size
-    if target.world_size > saved_world_size:
+    if target.tensor_ranks > 1:
+        yield (
+            f"made for {target.tensor_ranks} tensor-parallel ranks that cut parameters evenly; an "
+            "engine that cuts heads otherwise refuses the shapes"
+        )
+
+    if target.rank_count > saved_world_size:
         yield (
             f"the ranks from {saved_world_size} on are new: each has the random and "
             f"extra state of the rank modulo {saved_world_size}"
         )
 
-    if target.world_size < saved_world_size:
+    if target.rank_count < saved_world_size:
         yield (
-            f"what only ranks {target.world_size} and up had, such as random states, is left out"
+            f"what only ranks {target.rank_count} and up had, such as random states, is left out"
         )
 
     if target.stage == 3 and source.stage < 3:

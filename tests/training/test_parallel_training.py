@@ -70,12 +70,33 @@ class Trainings:
 
 
 Degrees = dict[str, int]
+RULES = {
+    r"qkv\..*": {"dim": 0, "parts": [32, 16, 16]},
+    r"gate_up\..*": {"dim": 0, "parts": 2},
+    r"(o|down)\.weight": "dim 1",
+    ".*": "replicated",
+}
+
+
+def native_tensor_ranks(trainings: Trainings) -> list[dict[str, Any]]:
+    """AutoTP 2 to AutoTP 4, and ZeRO-3 alone to AutoTP 2, as native files."""
+    rules = trainings.folder / "rules.json"
+    rules.write_text(json.dumps(RULES))
+    to_4 = trainings.reshard("half", "start-tp4", 4, 2, tp=4)
+    to_2 = trainings.reshard("start-3", "start-tp2", 2, 1, tp=2, tp_rules=rules)
+    jobs: list[dict[str, Any]] = [
+        {"model": "fused", "tp": 4, "stage": 2, "source": to_4, "name": "native-tp4"},
+        {"model": "fused", "tp": 2, "stage": 1, "source": to_2, "name": "native-tp2"},
+    ]
+    for job in jobs:
+        trainings.run(job["tp"], job)
+    return jobs
 
 
 @pytest.mark.parametrize(
     ("model", "degrees", "stage", "others"),
     [
-        ("fused", {"tp": 2}, 2, [({"tp": 4}, 2, 4), ({"tp": 2}, 3, 4)]),
+        ("fused", {"tp": 2}, 2, [({"tp": 2}, 3, 4)]),
         ("pipeline", {"pp": 2}, 1, [({"pp": 1}, 1, 2), ({"pp": 4}, 1, 4), ({"pp": 2}, 1, 4)]),
     ],
 )
@@ -106,6 +127,9 @@ def test_training_goes_on_with_zero_alone_and_with_any_degrees(
     for index, (other, other_stage, ranks) in enumerate(others):
         jobs.append({**of_folder, **other, "stage": other_stage, "name": f"universal-{index}"})
         trainings.run(ranks, jobs[-1])  # DeepSpeed keeps the degrees of a process
+
+    if model == "fused":
+        jobs += native_tensor_ranks(trainings)
 
     losses = trainings.losses("whole")
     assert losses[:3] == trainings.losses("half")

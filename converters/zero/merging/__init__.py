@@ -5,6 +5,7 @@ roots            entries of state files that tell of parallelism, as ZeRO alone 
 agreement        what model-parallel ranks keep alike of a param group
 tensor_parallel  the shards of all tensor-parallel ranks, param group by param group
 pipeline         the same of all stages
+tensor_ranks     the whole model cut for tensor-parallel ranks again
 mics             the first shard group of MiCS
 universal_entries  what universal files say of how parameters are cut
 reader           which of these a path is

@@ -135,16 +135,21 @@ def universal_entries(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
 def optimizer_root(checkpoint: Checkpoint, rank: int) -> dict[Any, Any]:
     """The root of the optimizer file that rank ``rank`` of any other number is made from."""
     root = object_graph.read_root(checkpoint.ranks[rank % len(checkpoint.ranks)].path)
-    return roots.of_zero_alone(root) if isinstance(checkpoint, MergedCheckpoint) else root
+    if not isinstance(checkpoint, MergedCheckpoint):
+        return root
+    return roots.of_zero_alone(root, checkpoint.changes.get(roots.CONFIGURATION))
 
 
-def model_paths(checkpoint: Checkpoint) -> Sequence[Path]:
-    """The model files: one for each rank under stage 3, else the only one."""
+def model_paths(checkpoint: Checkpoint, model_rank: int = 0) -> Sequence[Path]:
+    """The model files: one for each rank under stage 3, else the only one.
+
+    ``model_rank`` is the model-parallel rank that the checkpoint is of.
+    """
     if isinstance(checkpoint, MergedCheckpoint):
         return checkpoint.model_paths
     if checkpoint.stage < 3:
         return [checkpoint.model.path]
-    return list(discovery.scan(checkpoint.place).partitioned.values())
+    return list(discovery.lanes(checkpoint.place)[model_rank].partitioned.values())
 
 
 def model_root(checkpoint: Checkpoint, path: Path) -> Any:

@@ -12,10 +12,9 @@ from converters.accessors import is_whole_number
 from converters.torch_files import object_graph
 from converters.zero import param_groups
 from converters.zero.checkpoint import Checkpoint
-from converters.zero.files import discovery
 from converters.zero.files.state_files import State
 from converters.zero.merging import roots
-from converters.zero.merging.checkpoint import MergedCheckpoint
+from converters.zero.merging.checkpoint import MergedCheckpoint, model_paths
 
 
 def is_of_mics(checkpoint: Checkpoint) -> bool:
@@ -36,5 +35,5 @@ def merged(checkpoint: Checkpoint) -> MergedCheckpoint:
         **{**values, "model": State(checkpoint.model.file, entries)},
         source=checkpoint,
         groups=tuple(param_groups.read(checkpoint, tree)),
-        model_paths=tuple(discovery.scan(checkpoint.place).partitioned.values()),
+        model_paths=tuple(model_paths(checkpoint)),
     )

@@ -15,9 +15,8 @@ from converters.tensors import TensorRef
 from converters.torch_files import object_graph
 from converters.zero import muon, param_groups
 from converters.zero.checkpoint import Checkpoint
-from converters.zero.files import discovery
 from converters.zero.merging import agreement, roots, universal_entries
-from converters.zero.merging.checkpoint import MergedCheckpoint, whole_model
+from converters.zero.merging.checkpoint import MergedCheckpoint, model_paths, whole_model
 from converters.zero.parallel import patterns
 from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 from converters.zero.param_groups import ParamGroup
@@ -37,8 +36,6 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
         for lane in reversed(_lanes(source))
         for name, value in lane.model.module.items()
     }
-    files = discovery.lanes(source.place)[0]
-    is_partitioned = source.stage == 3 or files.module is None
 
     return MergedCheckpoint(
         kind=source.kind,
@@ -58,7 +55,7 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
         source=source,
         groups=groups,
         universal_entries=_universal_entries(source),
-        model_paths=tuple(files.partitioned.values()) if is_partitioned else (first.model.path,),
+        model_paths=tuple(model_paths(first)),
     )
 
 

@@ -17,59 +17,35 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.pickles.values import Call, Global
+from converters.zero.parallel import degrees
 from converters.zero.parallel.cuts import Cut, Shape
+from converters.zero.parallel.degrees import SubParameters
 
 _SUB_PARAMETERS = Global("deepspeed.checkpoint.universal_checkpoint", "SubparamShape")
 
 
 def entries_of(name: str, layout: Cut, is_vocabulary: bool) -> dict[str, Any]:
     """The entries of a parameter that is cut so; empty for one that every rank has whole."""
-    axes = {
-        axis
-        for piece in layout.pieces
-        for axis, (size, length) in enumerate(zip(piece.sizes, layout.shape, strict=True))
-        if size != length
-    }
-    # boxes on several axes, or the experts of a rank, are cut by none of these
-    if len(axes) != 1:
+    parts = degrees.sub_parameters(layout)
+    if parts is None:  # each rank has all of it, or boxes that none of these entries describes
         return {}
 
-    (axis,) = axes
-    entries: dict[str, Any] = {"cat_dim": axis}
+    entries: dict[str, Any] = {"cat_dim": parts.axis}
     if is_vocabulary:
         entries["vocab_tensor"] = True
-
-    widths = _widths(layout, axis)
-    if len(widths) > 1 and len(set(widths)) == 1:
-        entries["param_n_sub_params"] = len(widths)
-    elif len(widths) > 1:
-        entries["sub_param_shape"] = _sub_parameters(name, layout.shape, axis, widths)
+    if len(parts.widths) > 1 and len(set(parts.widths)) == 1:
+        entries["param_n_sub_params"] = len(parts.widths)
+    elif len(parts.widths) > 1:
+        entries["sub_param_shape"] = _sub_parameters(name, layout.shape, parts)
     return entries
 
 
-def _widths(layout: Cut, axis: int) -> list[int]:
-    """The sizes of the sub-parameters on the axis, each of which all ranks have a piece of.
-
-    Empty where the pieces do not lie so: rank by rank within each sub-parameter.
-    """
-    pieces = sorted(layout.pieces, key=lambda piece: piece.offsets[axis])
-    ranks = sorted({piece.rank for piece in pieces})
-    count, remainder = divmod(len(pieces), len(ranks))
-    if remainder or [piece.rank for piece in pieces] != ranks * count:
-        return []
-
-    return [
-        sum(piece.sizes[axis] for piece in pieces[first : first + len(ranks)])
-        for first in range(0, len(pieces), len(ranks))
-    ]
-
-
-def _sub_parameters(name: str, shape: Shape, axis: int, widths: list[int]) -> Call:
+def _sub_parameters(name: str, shape: Shape, parts: SubParameters) -> Call:
     """The object that DeepSpeed keeps of sub-parameters of several sizes."""
-    sizes: Mapping[int, Any] = {axis: tuple(widths)}
+    sizes: Mapping[int, Any] = {parts.axis: parts.widths}
     fields = {
         "patterns": [name],
         "shape": tuple(sizes.get(index, size) for index, size in enumerate(shape)),
-        "partition_dim": axis,
+        "partition_dim": parts.axis,
     }
     return Call(_SUB_PARAMETERS, (), fields, new=True)

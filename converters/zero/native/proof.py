@@ -28,8 +28,10 @@ from converters.storage.checksums import Ledger
 from converters.tensors import Extent, TensorRef
 from converters.torch_files import object_graph, reader
 from converters.torch_files.object_graph import Storage
-from converters.zero import param_groups
 from converters.zero.checkpoint import Checkpoint
+from converters.zero.merging import checkpoint as merged
+from converters.zero.parallel.cuts import Cut
+from converters.zero.parallel.reader import TensorParallelCheckpoint
 from converters.zero.param_groups import ParamGroup
 
 
@@ -90,8 +92,7 @@ def verify_tensors(
     first thing that is not equal.
     """
     provenance = Provenance(plan, folder)
-    result_tree = object_graph.read_root(result.ranks[0].path)
-    result_groups = param_groups.read(result, result_tree)
+    result_groups = merged.groups_of(result)
     counts = {"parameters": 0, "states": 0, "others": 0, "copies": len(result.weights.copies)}
 
     if len(result_groups) != len(source_groups):
@@ -122,6 +123,22 @@ def verify_tensors(
         _require(provenance, result, f"16-bit {name}", source_tensor, reference)
 
     return counts
+
+
+def verify_cuts(result: TensorParallelCheckpoint, layouts: Mapping[str, Cut]) -> None:
+    """Raises unless the files of ``result`` say of every tensor that it is cut so."""
+    for name, layout in layouts.items():
+        stated = result.cuts.get(name)
+        is_equal = (
+            stated is not None
+            and (stated.shape, stated.averages) == (layout.shape, layout.averages)
+            and set(stated.pieces) == set(layout.pieces)
+            and dict(stated.shard_shapes) == dict(layout.shard_shapes)
+        )
+        if not is_equal:
+            raise CheckpointError(
+                f"{result.place.folder}: how {name} is cut is not what the plan says; {_BUG}"
+            )
 
 
 def _verify_group(

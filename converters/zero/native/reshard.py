@@ -13,13 +13,13 @@ element of the source.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.accessors import is_whole_number
 from converters.errors import CheckpointError, consistent
-from converters.plan import Plan
+from converters.plan import Plan, Shard
 from converters.torch_files import file_plan, object_graph
 from converters.zero import checkpoint as zero
 from converters.zero import muon, param_groups
@@ -28,12 +28,14 @@ from converters.zero.files import state_files
 from converters.zero.files.state_files import State
 from converters.zero.files.typed import Section
 from converters.zero.merging import checkpoint as merged
-from converters.zero.native import model_files, optimizer_files, proof
+from converters.zero.merging.tensor_ranks import TensorRanks
+from converters.zero.native import limits, model_files, optimizer_files, proof
 from converters.zero.native.optimizer_files import (
     SCALING,
     with_loss_scale,
 )
 from converters.zero.native.target import SUB_GROUP, TargetTopology
+from converters.zero.parallel import reader as parallel_reader
 from converters.zero.param_groups import ParamGroup
 
 # the names of it in runtime/config.py: DtypeEnum
@@ -66,7 +68,7 @@ def target(
 
     ``CheckpointError`` for a checkpoint that cannot be cut up for other ranks.
     """
-    _require(checkpoint)
+    limits.require(checkpoint)
     setting, module = checkpoint.model.setting, checkpoint.model.module
     stage = stage or checkpoint.stage or 1
 
@@ -77,7 +79,7 @@ def target(
 
     itemsizes = [
         state_files.tensor(checkpoint.model, module[name], name).dtype.itemsize
-        for name in trained_names(checkpoint)
+        for name in limits.trained_names(checkpoint)
     ]
 
     return TargetTopology(
@@ -123,50 +125,96 @@ def tag_folder(checkpoint: Checkpoint) -> str:
     return Path(checkpoint.place.tag).name
 
 
-def plan(checkpoint: Checkpoint, topology: TargetTopology) -> Plan:
+def plan(
+    checkpoint: Checkpoint, topology: TargetTopology, tensor_ranks: TensorRanks | None = None
+) -> Plan:
     """The files of the tag, named relative to the save_dir.
 
-    Reads pickles; of tensors only Muon's momentum of matrices that ranks share
+    With ``tensor_ranks`` those of tensor-parallel ranks, each on as many ranks as the
+    topology has. Reads pickles; of tensors only Muon's momentum of matrices that ranks share
     (``muon``). ``CheckpointError`` for what cannot be cut up for other ranks.
     """
     remedy = "a file is damaged or of another save; ckpt verify tells more"
     with consistent(checkpoint.place.folder, remedy):
-        return _plan(checkpoint, topology)
+        limits.require_rule(checkpoint, topology)
+        return file_plan.plan(
+            [
+                shard
+                for rank, whole in enumerate(_by_tensor_rank(checkpoint, tensor_ranks))
+                for shard in _shards(whole, topology, rank)
+            ]
+        )
 
 
-def _plan(checkpoint: Checkpoint, topology: TargetTopology) -> Plan:
+def _by_tensor_rank(
+    checkpoint: Checkpoint, tensor_ranks: TensorRanks | None
+) -> Iterator[Checkpoint]:
+    """What the files of each tensor-parallel rank are made from; of one the checkpoint itself."""
+    if tensor_ranks is None:
+        yield checkpoint
+        return
+    yield from map(tensor_ranks.rank, range(tensor_ranks.rank_count))
+
+
+def _shards(checkpoint: Checkpoint, topology: TargetTopology, model_rank: int) -> Iterator[Shard]:
+    """The files of a model-parallel rank."""
     paths = merged.model_paths(checkpoint)
     groups = _groups(checkpoint, topology)
-    _require_options(checkpoint, groups, topology)
-    _require_rule(checkpoint, topology)
+    limits.require_options(checkpoint, groups, topology)
 
-    shards = []
     own_groups = param_groups.with_names(groups, checkpoint.names.parameters)
     for rank, group_keys in enumerate(optimizer_files.optimizer_trees(own_groups, topology)):
         root = merged.optimizer_root(checkpoint, rank)
         source_state = _optimizer_state(rank_path(checkpoint, rank), root)
         optimizer = _optimizer(checkpoint, root, source_state, topology, group_keys)
         tree = configured(root, topology) | {"optimizer_state_dict": optimizer}
-        shards.append(file_plan.shard(_optimizer_name(checkpoint, rank), tree))
+        yield file_plan.shard(_optimizer_name(checkpoint, rank, model_rank), tree)
 
     model_trees = model_files.model_trees(checkpoint, paths, groups, topology)
     for rank, tree in enumerate(model_trees):
-        name = f"zero_pp_rank_{rank}_mp_rank_00" if topology.stage == 3 else "mp_rank_00"
-        name = f"{tag_folder(checkpoint)}/{name}_model_states.pt"
-        shards.append(file_plan.shard(name, configured(tree, topology)))
-
-    return file_plan.plan(shards)
+        prefix = f"zero_pp_rank_{rank}_" if topology.stage == 3 else ""
+        name = f"{prefix}mp_rank_{model_rank:02d}_model_states.pt"
+        yield file_plan.shard(f"{tag_folder(checkpoint)}/{name}", configured(tree, topology))
 
 
 def prove(
-    checkpoint: Checkpoint, topology: TargetTopology, native_plan: Plan, output: Path
+    checkpoint: Checkpoint,
+    topology: TargetTopology,
+    native_plan: Plan,
+    output: Path,
+    tensor_ranks: TensorRanks | None = None,
 ) -> dict[str, int]:
     """Reads the plan's files in ``output`` and compares all of them with the source.
 
     By place, not by value (``proof``); counts what was found equal. ``CheckpointError``
     if anything is not.
     """
-    result = zero.read(output / tag_folder(checkpoint))
+    folder = output / tag_folder(checkpoint)
+    if tensor_ranks is None:
+        return _prove(checkpoint, topology, native_plan, output, zero.read(folder))
+
+    result = parallel_reader.read(folder, complete=True)
+    if len(result.lanes) != tensor_ranks.rank_count:
+        raise CheckpointError(f"{output} reads as {len(result.lanes)} tensor-parallel ranks")
+
+    # the shards are those of these cuts, and the files say the same cuts: so they give the
+    # whole model again
+    proof.verify_cuts(result, tensor_ranks.layouts)
+    counts = Counter[str]()
+    for rank, lane in enumerate(result.lanes):
+        counts.update(_prove(tensor_ranks.rank(rank), topology, native_plan, output, lane, rank))
+    return {key: count // len(result.lanes) for key, count in counts.items()}
+
+
+def _prove(
+    checkpoint: Checkpoint,
+    topology: TargetTopology,
+    native_plan: Plan,
+    output: Path,
+    result: Checkpoint,
+    model_rank: int = 0,
+) -> dict[str, int]:
+    """Compares the files of one model-parallel rank."""
     if (result.stage, result.world_size) != (topology.stage, topology.world_size):
         raise CheckpointError(f"{output} reads as stage {result.stage} of {result.world_size}")
 
@@ -187,7 +235,7 @@ def prove(
         proof.verify_metadata(provenance, source_state, result_state, decided_keys, state.path)
 
     source_paths = merged.model_paths(checkpoint)
-    for rank, path in enumerate(merged.model_paths(result)):
+    for rank, path in enumerate(merged.model_paths(result, model_rank)):
         source_root = merged.model_root(checkpoint, source_paths[rank % len(source_paths)])
         result_root = object_graph.read_root(path)
         proof.verify_metadata(provenance, source_root, result_root, model_files.DECIDED, path)
@@ -211,78 +259,10 @@ def rank_path(checkpoint: Checkpoint, rank: int) -> Path:
     return checkpoint.ranks[rank % len(checkpoint.ranks)].path
 
 
-def _require(checkpoint: Checkpoint) -> None:
-    """Raises for what has no partitions to cut up, or not all of them."""
-    path, model = checkpoint.place.folder, checkpoint.model
-    absent = checkpoint.weights.absent
-    absent_names = [name for name in absent if not name.endswith("_extra_state")]
-    unnamed = [name for name in trained_names(checkpoint) if name not in model.module]
-
-    if not checkpoint.ranks:
-        reason = "was saved without ZeRO: it loads on any number of ranks as it is"
-    elif model.setting("zero_optimization", "zenflow"):
-        reason = "was saved with ZenFlow, whose own state is in no file; it cannot be resharded"
-    elif is_whole_number(model.setting("zero_optimization", "mics_shard_size"), 1):
-        reason = (
-            "was saved with MiCS, whose shard groups a stock engine does not load from other "
-            "partitions; it cannot be resharded"
-        )
-    elif (stated_size := model.root.get("dp_world_size")) != checkpoint.world_size:
-        reason = (
-            f"was saved by {checkpoint.world_size} ranks, but says dp_world_size "
-            f"{stated_size}: its topology is not known"
-        )
-    elif absent_names:
-        name = absent_names[0]
-        reason = f"lacks {name} ({absent[name]}); it cannot be resharded"
-    elif pieces := checkpoint.names.pieces:
-        reason = (
-            f"has {pieces[0]} as several tensors in its state dict (a hook cuts it "
-            "up); such a checkpoint cannot be resharded"
-        )
-    elif unnamed:
-        reason = f"lacks {unnamed[0]}, which is trained, in its state dict; it cannot be resharded"
-    else:
-        return
-
-    raise CheckpointError(f"{path} {reason}", "unsupported")
-
-
-def trained_names(checkpoint: Checkpoint) -> list[str]:
-    """The names of the parameters that have an optimizer."""
-    untrained = checkpoint.weights.buffers | checkpoint.weights.frozen
-    return [name for name in checkpoint.weights.tensors if name not in untrained]
-
-
-def _require_rule(checkpoint: Checkpoint, topology: TargetTopology) -> None:
-    """Raises where stage 3, whose placeholders have no places, could not tell names."""
-    names = checkpoint.names
-    if topology.stage == 3 and names.state and names.rule is None:
-        name, state = next(iter(names.state.items()))
-        raise CheckpointError(
-            f"{checkpoint.place.folder}: the state dict calls the parameter {name} "
-            f"{state}, and no one rule turns all such names into those; a checkpoint "
-            "of stage 3 could not be read again, so reshard it to stage 1 or 2",
-            "unsupported",
-        )
-
-
-def _require_options(
-    checkpoint: Checkpoint, groups: Iterable[ParamGroup], topology: TargetTopology
-) -> None:
-    """Raises for an elastic checkpoint that is to become one of stage 3."""
-    if topology.stage == 3 and any(group.options is None for group in groups):
-        raise CheckpointError(
-            f"{checkpoint.place.folder} was saved with elastic_checkpoint, which keeps "
-            "no param groups, and stage 3 needs them; reshard it to stage 1 or 2",
-            "unsupported",
-        )
-
-
-def _optimizer_name(checkpoint: Checkpoint, rank: int) -> str:
+def _optimizer_name(checkpoint: Checkpoint, rank: int, model_rank: int) -> str:
     """The name of a rank's optimizer file, with the run's prefix, bf16_ or none."""
     prefix = "bf16_" if checkpoint.ranks[0].path.name.startswith("bf16_") else ""
-    name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    name = f"{prefix}zero_pp_rank_{rank}_mp_rank_{model_rank:02d}_optim_states.pt"
     return f"{tag_folder(checkpoint)}/{name}"
 
 

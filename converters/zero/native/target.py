@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
@@ -13,12 +13,18 @@ SUB_GROUP = 1_000_000_000  # the default of zero_optimization.sub_group_size
 
 
 def require_arguments(
-    world_size: object, stage: object = None, sub_group_size: object = None
+    world_size: object, stage: object = None, sub_group_size: object = None, tp: object = None
 ) -> None:
     """``CheckpointError`` for numbers of a caller that no topology of ZeRO has."""
     if not is_whole_number(world_size, 1):
         raise CheckpointError(
             f"world_size is {world_size!r}; expected a number of ranks, 1 or more", "refused"
+        )
+    if tp is not None and (not is_whole_number(tp, 1) or world_size % tp):
+        raise CheckpointError(
+            f"tp is {tp!r}; expected a number of tensor-parallel ranks that divides the "
+            f"{world_size} ranks in all",
+            "refused",
         )
     if stage is not None and (isinstance(stage, bool) or stage not in (1, 2, 3)):
         raise CheckpointError(f"stage is {stage!r}; expected a ZeRO stage, 1, 2 or 3", "refused")
@@ -40,6 +46,9 @@ class TargetTopology:
     whether the optimizer is one that keeps the momentum of Muon for whole parameters in
     stages 1 and 2. ``zero_init``, of stage 3: whether the engine's model is made under
     ``zero.Init``, where Muon does not sort; ``None``: it is not known.
+
+    ``world_size`` are the ranks that share a partition: with ``tensor_ranks`` of them, each has
+    so many.
     """
 
     stage: int
@@ -51,6 +60,12 @@ class TargetTopology:
     bf16: bool = False
     muon: bool = False
     zero_init: bool | None = None
+    tensor_ranks: int = field(default=1, repr=False)  # which would be another identity of others
+
+    @property
+    def rank_count(self) -> int:
+        """All ranks of the training."""
+        return self.world_size * self.tensor_ranks
 
     def __post_init__(self) -> None:
         positive = self.world_size >= 1 and self.sub_group_size >= 1

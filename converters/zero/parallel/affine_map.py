@@ -16,7 +16,7 @@ from typing import Any
 
 from converters.accessors import entry, is_whole_number, value
 from converters.errors import CheckpointError, MalformedError
-from converters.walks import strides
+from converters.walks import dot, strides
 from converters.zero.files import state_files
 from converters.zero.parallel.cuts import Cut, Shape, ShardBox
 
@@ -41,6 +41,26 @@ def params(info: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         )
 
     return entry(affine_map, "params", dict)
+
+
+def entry_of(layout: Cut) -> dict[str, Any]:
+    """The entry of a cut, as DeepSpeed writes it (``to_dict``)."""
+    ranks: dict[int, dict[str, Any]] = {
+        rank: {"shard_shape": list(shape), "pieces": []}
+        for rank, shape in sorted(layout.shard_shapes.items())
+    }
+    for piece in layout.pieces:
+        steps, shard_steps = strides(layout.shape), strides(layout.shard_shapes[piece.rank])
+        ranks[piece.rank]["pieces"].append(
+            {
+                "shape": list(piece.sizes),
+                "source": [dot(piece.offsets, steps), list(steps)],
+                "dest": [dot(piece.shard_offsets, shard_steps), list(shard_steps)],
+                "locations": [piece.rank],
+            }
+        )
+
+    return {"logical_shape": list(layout.shape), "ranks": ranks}
 
 
 def cut(content: Any, rank_count: int) -> Cut:

@@ -15,7 +15,7 @@ from converters import words
 from converters.errors import CheckpointError, MalformedError
 from converters.options import TP_RULES
 from converters.zero.files.state_files import State
-from converters.zero.parallel import affine_map, cuts, patterns, shipped_rules
+from converters.zero.parallel import affine_map, cuts, patterns
 from converters.zero.parallel.cuts import Cut, Shapes
 from converters.zero.parallel.rules import Rules
 
@@ -84,7 +84,7 @@ class CutTable:
 
     def entry_of(self, name: str) -> Any:
         """What the affine map has of a parameter; ``None`` if it has nothing."""
-        literal = f"^{re.escape(name)}$"
+        literal = key_of(name)
         if literal in self.entries:
             return self.entries[literal]
 
@@ -104,22 +104,33 @@ class CutTable:
         if not self.unknown:
             return
 
-        templates = {
-            f"'{_pattern(name)}' = \"?\" # shards: {_described(shapes)}": None
-            for name, shapes in self.unknown.items()
-        }
-        lines = list(templates)[:MAX_LISTED]
-        remainder = len(templates) - len(lines)
-        more = f"; and {remainder:,} more" if remainder else ""
+        texts = {name: f"shards: {_described(shapes)}" for name, shapes in self.unknown.items()}
         raise CheckpointError(
             f"{self.model.path} is of {self.rank_count} tensor-parallel ranks, and nothing in it "
-            f"says how {len(self.unknown):,} of its parameters were cut; write a file with a rule "
-            "for each, which may be a pattern (replicated, dim 0, dim 1, average, or "
-            f"{{ dim = 0, parts = N }}), and give it with {TP_RULES('FILE')}, or name one of those "
-            f"that are shipped ({', '.join(shipped_rules.RULES)}): "
-            f"{'; '.join(lines)}{more}",
+            f"says how {len(self.unknown):,} of its parameters were cut; {template(texts)}",
             "unsupported",
         )
+
+
+def template(texts: Mapping[str, str]) -> str:
+    """What to do about parameters without a cut: a file of rules, with its beginning.
+
+    ``texts`` says of each parameter what its shapes are.
+    """
+    templates = {f"'{_pattern(name)}' = \"?\" # {text}": None for name, text in texts.items()}
+    lines = list(templates)[:MAX_LISTED]
+    remainder = len(templates) - len(lines)
+    more = f"; and {remainder:,} more" if remainder else ""
+    return (
+        "write a file with a rule for each, which may be a pattern (replicated, dim 0, dim 1, "
+        f"average, or {{ dim = 0, parts = N }}), and give it with {TP_RULES('FILE')}, or name one "
+        f"of those that are shipped ({', '.join(shipped_rules.RULES)}): {'; '.join(lines)}{more}"
+    )
+
+
+def key_of(name: str) -> str:
+    """The pattern of a single parameter, as DeepSpeed writes it into its maps."""
+    return f"^{re.escape(name)}$"
 
 
 def _pattern(name: str) -> str:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converters import words
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError, MalformedError
 from converters.peft import patterns as expressions
@@ -30,8 +31,9 @@ from converters.storage import settings_file, stores
 from converters.storage.store import Name
 from converters.storage.stores import source_path
 from converters.zero.files import state_files
-from converters.zero.parallel import cuts, shipped_rules
-from converters.zero.parallel.cuts import Cut, Shapes
+from converters.zero.parallel import cuts, degrees, shipped_rules
+from converters.zero.parallel.cuts import Cut, Shape, Shapes
+from converters.zero.parallel.degrees import SubParameters
 
 _NAMES = ", ".join(shipped_rules.RULES)
 _ON_AXIS = re.compile(r"dim (\d{1,2})")
@@ -55,6 +57,22 @@ class Rules:
                         f"{self.path}: the rule {pattern!r} does not fit {name}: {error}",
                         "refused",
                     ) from error
+
+        return None
+
+    def cut_whole(self, name: str, shape: Shape, rank_count: int) -> Cut | None:
+        """The cut of a whole parameter for so many ranks; ``None`` if no pattern fits."""
+        for pattern, rule in self.values.items():
+            if not expressions.matches(pattern, name):
+                continue
+            try:
+                return _cut_whole(rule, shape, rank_count)
+            except MalformedError as error:
+                raise CheckpointError(
+                    f"{self.path}: the rule {pattern!r} does not cut {name} for {rank_count} "
+                    f"ranks: {error}",
+                    "refused",
+                ) from error
 
         return None
 
@@ -121,6 +139,26 @@ def _cut(rule: Any, shapes: Shapes) -> Cut:
     if uneven:
         raise MalformedError(f"{uneven[0]} elements are not cut evenly for {len(shapes)} ranks")
     return cuts.in_parts(axis, [[size // len(shapes)] * len(shapes) for size in parts], shapes)
+
+
+def _cut_whole(rule: Any, shape: Shape, rank_count: int) -> Cut:
+    """The cut that a rule makes of a parameter of this shape."""
+    if rule == "replicated":
+        return cuts.replicated([shape] * rank_count)
+    if rule == "average":
+        raise MalformedError("ranks that have values of their own are not made of one tensor")
+
+    axis = int(rule.removeprefix("dim ")) if isinstance(rule, str) else rule["dim"]
+    if axis >= len(shape):
+        raise MalformedError(f"it is {words.shape(shape)}, and has no axis {axis}")
+
+    sizes = [shape[axis]] if isinstance(rule, str) else rule["parts"]
+    if not isinstance(sizes, list):
+        width, remainder = divmod(shape[axis], sizes)
+        sizes = [width] * sizes if not remainder else []
+    if sum(sizes) != shape[axis]:
+        raise MalformedError(f"{shape[axis]} elements on axis {axis} are not those of its parts")
+    return degrees.evenly(shape, SubParameters(axis, tuple(sizes)), rank_count)
 
 
 _current: ContextVar[Rules | None] = ContextVar("rules", default=None)

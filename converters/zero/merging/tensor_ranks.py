@@ -1,0 +1,174 @@
+"""A whole checkpoint cut for tensor-parallel ranks: what the files of each are made from.
+
+How parameters are cut is what the checkpoint itself was cut by, for another number of ranks, or
+the user's rules. It is written down in every model file as DeepSpeed does it (the affine map), so
+that ``ds_to_universal.py`` and we can read the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from converters import words
+from converters.detect.deepspeed import PIPELINE
+from converters.errors import CheckpointError, MalformedError
+from converters.tensors import TensorRef
+from converters.zero import muon
+from converters.zero.checkpoint import Checkpoint
+from converters.zero.files.state_files import State
+from converters.zero.merging import roots
+from converters.zero.merging.checkpoint import (
+    MergedCheckpoint,
+    groups_of,
+    model_paths,
+    original,
+    whole_model,
+)
+from converters.zero.parallel import affine_map, cut_table, cuts, degrees, patterns, rules
+from converters.zero.parallel.cuts import Cut
+from converters.zero.parallel.reader import TensorParallelCheckpoint
+from converters.zero.param_groups import WEIGHTS, ParamGroup
+
+_VERSION = 0.4  # of universal_checkpoint_info, DeepSpeed 0.19.8 checkpoint/constants.py
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRanks:
+    """A whole checkpoint, and how its parameters are cut for tensor-parallel ranks."""
+
+    whole: Checkpoint
+    rank_count: int
+    layouts: Mapping[str, Cut]
+
+    @staticmethod
+    def of(whole: Checkpoint, rank_count: int) -> TensorRanks:
+        """The cuts for ``rank_count`` ranks.
+
+        ``CheckpointError`` where nothing says how a parameter is cut, or it cannot be cut for
+        that many ranks.
+        """
+        _require(whole)
+        source = original(whole)
+        is_cut = isinstance(source, TensorParallelCheckpoint)
+        recorded, saved_count = (source.cuts, len(source.lanes)) if is_cut else ({}, 1)
+        layouts: dict[str, Cut] = {}
+        unknown: dict[str, str] = {}
+        for name in whole.weights.tensors:
+            layout = _layout(whole, name, recorded.get(name), saved_count, rank_count)
+            if layout is None:
+                unknown[name] = words.shape(whole.weights.tensors[name].shape)
+            else:
+                layouts[name] = layout
+
+        if unknown:
+            raise CheckpointError(
+                f"{whole.model.path} does not say how parameters are cut for {rank_count} "
+                f"tensor-parallel ranks; {cut_table.template(unknown)}",
+                "unsupported",
+            )
+        return TensorRanks(whole, rank_count, layouts)
+
+    def rank(self, rank: int) -> MergedCheckpoint:
+        """What the files of a tensor-parallel rank are made from: a checkpoint of its shards."""
+        whole = self.whole
+
+        def shard(name: str, tensor: TensorRef) -> TensorRef:
+            return degrees.shard(self.layouts[name], rank, tensor)
+
+        weights = replace(
+            whole.weights,
+            tensors={name: shard(name, ref) for name, ref in whole.weights.tensors.items()},
+            copies={name: shard(name, ref) for name, ref in whole.weights.copies.items()},
+        )
+        groups = tuple(_group(group, shard) for group in groups_of(whole))
+        model = whole_model(whole.model, weights, groups, whole.model.module, whole.topology)
+        changes = self._changes()
+        values = {field.name: getattr(whole, field.name) for field in fields(Checkpoint)}
+
+        return MergedCheckpoint(
+            **{**values, "weights": weights, "model": State(model.file, {**model.root, **changes})},
+            source=original(whole),
+            groups=groups,
+            model_paths=tuple(model_paths(whole)),
+            changes=changes,
+        )
+
+    def _changes(self) -> dict[str, Any]:
+        """What model files say of the tensor parallelism."""
+        source = original(self.whole)
+        info: dict[str, Any] = {"universal_checkpoint_version": _VERSION}
+        if isinstance(source, TensorParallelCheckpoint):
+            records = source.lanes[0].model.root.get(roots.INFO)
+            info |= records if isinstance(records, dict) else {}
+            info.pop(patterns.WIDTHS, None)
+
+        entries = {
+            cut_table.key_of(name): affine_map.entry_of(layout)
+            for name, layout in self.layouts.items()
+            if name not in self.whole.weights.buffers
+        }
+        info["affine_map"] = {"version": affine_map.VERSION, "params": entries}
+        config = dict(self.whole.model.config)
+        saved_config = source.entries.get(roots.CONFIGURATION)
+        section = saved_config.get(roots.AUTOTP) if isinstance(saved_config, dict) else None
+        if isinstance(section, dict):
+            config[roots.AUTOTP] = {**section, "autotp_size": self.rank_count}
+
+        return {
+            roots.INFO: info,
+            roots.DEGREES: {"pp_degree": 1, "tp_degree": self.rank_count},
+            roots.CONFIGURATION: config,
+            "mp_world_size": self.rank_count,
+        }
+
+
+def _require(whole: Checkpoint) -> None:
+    """Raises for what is not cut for tensor-parallel ranks."""
+    source = original(whole)
+    if source.kind == PIPELINE:
+        reason = "is of a pipeline, whose modules tensor parallelism cuts in each stage"
+    elif muon.is_deepspeed_muon(whole.model):
+        reason = "was trained by Muon, which would orthogonalize shards from here on"
+    else:
+        return
+
+    raise CheckpointError(
+        f"{whole.place.folder} {reason}; it is written for ZeRO alone, without --tp",
+        "unsupported",
+    )
+
+
+def _layout(
+    whole: Checkpoint, name: str, recorded: Cut | None, saved_count: int, rank_count: int
+) -> Cut | None:
+    """How a parameter or buffer is cut; ``None`` where nothing says it."""
+    shape = whole.weights.tensors[name].shape
+    if name in whole.weights.buffers:
+        return cuts.replicated([shape] * rank_count)
+
+    user_rules = rules.current()
+    by_rule = user_rules.cut_whole(name, shape, rank_count) if user_rules else None
+    if by_rule is not None or recorded is None:
+        return by_rule
+
+    try:
+        return degrees.for_ranks(recorded, saved_count, rank_count)
+    except MalformedError as error:
+        raise CheckpointError(
+            f"{whole.place.folder}: {name} is not cut for {rank_count} tensor-parallel ranks: "
+            f"{error}; --tp-rules FILE may say how, and ckpt to-universal makes a folder that "
+            "engines of AutoTP cut themselves",
+            "unsupported",
+        ) from error
+
+
+def _group(group: ParamGroup, shard: Callable[[str, TensorRef], TensorRef]) -> ParamGroup:
+    """What a rank has of a param group."""
+    values = {
+        key: {name: shard(name, tensor) for name, tensor in tensors.items()}
+        for key, tensors in group.values.items()
+    }
+    shapes = {name: values[WEIGHTS][name].shape for name in group.shapes}
+    return replace(group, shapes=shapes, values=values)

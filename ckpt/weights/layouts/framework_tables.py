@@ -100,9 +100,9 @@ def matches_of(table: NameTable, names: Collection[str]) -> dict[str, TemplateMa
     matches: dict[str, TemplateMatch] = {}
     for name in names:
         for rule in table.rules:
-            match = _match(rule, name, blocks, behind)
-            if match is not None:
-                matches[name] = match
+            template_match = _match(rule, name, blocks, behind)
+            if template_match is not None:
+                matches[name] = template_match
                 break
 
     return matches

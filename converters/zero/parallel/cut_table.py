@@ -15,7 +15,7 @@ from converters import words
 from converters.errors import CheckpointError, MalformedError
 from converters.options import TP_RULES
 from converters.zero.files.state_files import State
-from converters.zero.parallel import affine_map, cuts, patterns
+from converters.zero.parallel import affine_map, cuts, patterns, shipped_rules
 from converters.zero.parallel.cuts import Cut, Shapes
 from converters.zero.parallel.rules import Rules
 

@@ -93,18 +93,16 @@ def _tensor_degree(models: Sequence[State]) -> int:
     recorded = models[0].root.get("checkpoint_parallel_dimensions")
     degrees = recorded if isinstance(recorded, dict) else {}
     stages, degree = degrees.get("pp_degree"), degrees.get("tp_degree")
-    if not is_whole_number(stages, 1) or not is_whole_number(degree, 1):
-        stages = degree = 0
-    if stages * degree == len(models):
-        return int(degree)
+    if is_whole_number(stages, 1) and is_whole_number(degree, 1) and stages * degree == len(models):
+        return degree
     if models[0].root.get("module") is not None:
         return len(models)
 
     first_names = _trained(models[0])
-    degree = sum(_trained(model) == first_names for model in models)
-    if len(models) % degree:
-        raise models[0].fail(f"{len(models)} model files are no stages of {degree} ranks each")
-    return degree
+    count = sum(_trained(model) == first_names for model in models)
+    if len(models) % count:
+        raise models[0].fail(f"{len(models)} model files are no stages of {count} ranks each")
+    return count
 
 
 def _trained(model: State) -> set[str]:

@@ -98,6 +98,17 @@ def test_a_copy_that_is_adopted_with_its_original_stays_a_copy(
     assert diagnose(Run(tmp_path)).findings == ()
 
 
+def test_a_copy_that_alone_is_adopted_stays_a_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = stock(tmp_path, 2)
+    best = copied(original, "best")
+    run("doctor", best, "--adopt", "--now")  # as a resume from it does, too
+    assert origins(tmp_path, capsys) == {"best": "copy of checkpoint-2", "checkpoint-2": None}
+    assert ckpt.find(tmp_path) == str(original)
+    assert ckpt.find(tmp_path, committed_only=True) == str(best)
+
+
 def test_what_differs_is_no_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     original = trainers(tmp_path / "checkpoint-8", 8)
     other = copied(original, "best")

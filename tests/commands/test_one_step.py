@@ -135,6 +135,27 @@ def test_counts_that_differ_in_a_stock_checkpoint_prove_nothing(
     assert status(folder).complete, status(folder).reason
 
 
+def test_show_says_in_which_state_a_checkpoint_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = with_deepspeed(tmp_path)
+
+    def line(path: Path) -> str:
+        capsys.readouterr()
+        run("show", path)
+        (only,) = (each for each in capsys.readouterr().out.splitlines() if "state  " in each)
+        return only.removeprefix("state").strip()
+
+    told = "complete, not committed; written by the Trainer with DeepSpeed"
+    assert line(folder) == line(folder / "global_step2") == told
+    says(1)(folder)
+    assert line(folder).startswith("incomplete: holds files of two steps: ")
+    says(STEP)(folder)
+    run("doctor", tmp_path, "--adopt", "--now")
+    run("doctor", tmp_path, "--fix")
+    assert line(folder) == line(tmp_path) == "committed"
+
+
 def harm(path: Path) -> None:
     """Saves other values under the same names, as they were some steps before."""
     tensors = {name: tensor * 1.01 + 0.01 for name, tensor in load_file(path).items()}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stock_checkpoints
 import torch
 from oracles import FIXTURES, ROOT, run, weights_in
 
@@ -172,7 +171,7 @@ def test_the_command_asks_back(capsys: pytest.CaptureFixture[str]) -> None:
 def test_of_a_run_the_newest_checkpoint_is_taken(tmp_path: Path) -> None:
     run_folder = tmp_path / "out"
     for step in (2, 4):
-        shutil.copytree(TRAINER, run_folder / f"checkpoint-{step}")
+        stock_checkpoints.stock(run_folder, step)
     with pytest.raises(CheckpointError, match="take the newest with last=True"):
         ckpt.to_fp32(run_folder)
     model = ckpt.to_fp32(run_folder, tmp_path / "m", last=True)

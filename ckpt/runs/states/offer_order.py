@@ -45,8 +45,8 @@ def newest_first(
         step, original = steps[checkpoint.folder], originals.get(checkpoint.folder)
         is_first = original is None
         if checkpoint.manifest is not None:
-            order_step, *tie_breakers = order(checkpoint)
-            return order_step, is_fitting(checkpoint, original, fits), is_first, True, *tie_breakers
+            order_step, *order_rest = order(checkpoint)
+            return order_step, is_fitting(checkpoint, original, fits), is_first, True, *order_rest
 
         written_at = liveness.written((original or checkpoint).folder)
         if by_time:
@@ -57,7 +57,9 @@ def newest_first(
             first = math.inf if written_at > last_commit_at else -1
         is_usual = step == step_in(checkpoint.name) and signs.is_usual(checkpoint.name)
         is_better = is_fitting(checkpoint, original, fits)
-        return first, is_better, is_first, False, is_usual, written_at, checkpoint.name
+        number = -1 if checkpoint.step is None else checkpoint.step
+        tie_breakers = [is_usual, number, written_at, checkpoint.name]
+        return first, is_better, is_first, False, *tie_breakers
 
     return sorted(checkpoints, key=rank, reverse=True)
 

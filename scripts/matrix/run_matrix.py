@@ -63,12 +63,16 @@ BUILD = ("ninja", "setuptools<82")  # of DeepSpeed and its extension
 
 @dataclass(frozen=True)
 class Row:
-    """Versions that are tried together; ``columns`` are those that make sense with them."""
+    """Versions that are tried together; ``columns`` are those that make sense with them.
+
+    ``without`` are packages that are taken out again when all is installed.
+    """
 
     name: str
     versions: dict[str, str] = field(default_factory=dict)
     columns: tuple[str, ...] = COLUMNS
     stage: int = 2  # ZeRO's, of all trainings but Saver's, which has 3
+    without: tuple[str, ...] = ()
 
     @property
     def trains(self) -> bool:
@@ -92,7 +96,8 @@ ROWS = (
     Row("oldest", OLDEST),
     # The Trainer itself does not resume before torch 2.6: ckpt.requirements has the places.
     Row("torch 2.4", {"torch": "2.4.0", **OLDEST}, WITHOUT_TRAINER),
-    Row("torch 2.6", {"torch": "2.6.0", **OLDEST}),
+    # Its build for CUDA brings triton 3.2, which looks for a GPU when DeepSpeed is imported.
+    Row("torch 2.6", {"torch": "2.6.0", **OLDEST}, without=("triton",)),
     *(
         Row(f"huggingface_hub {version}", {"huggingface_hub": version}, CLIENT)
         for version in ("0.30.2", "0.36.2", "1.0.1", "1.33.0", "2.0.0")
@@ -122,6 +127,8 @@ class Environment:
             self.pip("install", "--no-build-isolation", by_name["deepspeed"])
         extra = "all" if row.trains else "hub"
         self.pip("install", f"{wheel}[{extra}]", *row.pins, *SERVER)
+        if row.without:
+            self.pip("uninstall", "--yes", *row.without)
 
     def pip(self, *arguments: str) -> str:
         """Runs pip there; its output."""

@@ -115,6 +115,20 @@ def test_a_zero_checkpoint_is_converted(
     assert any(store.requests["open", url] for url in store.files if url.endswith("_states.pt"))
 
 
+def test_weights_and_single_files_are_shown(
+    store: MemoryStore, events: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = FIXTURES / "trainer-zero2/checkpoint-2"
+    store.put_folder(source, URL)
+    for name in ("model.safetensors", "scheduler.pt", "global_step2/mp_rank_00_model_states.pt"):
+        run("show", source / name, "--tensors")
+        local = capsys.readouterr().out.replace(str(source), URL)
+        events.clear()
+        run("show", f"{URL}/{name}", "--tensors")
+        assert capsys.readouterr().out == local
+        require_apart(events, source)
+
+
 @pytest.mark.parametrize("name", ["zero2-bf16-w4", "zero3-bf16-w4"])
 def test_a_plan_asks_for_few_runs_of_each_state_file(name: str, store: MemoryStore) -> None:
     """Not for one a tensor: of each of its two forms the end, the directory and the headers."""

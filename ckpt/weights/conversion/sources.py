@@ -13,6 +13,7 @@ from converters.errors import CheckpointError
 from converters.names import selection
 from converters.options import DTYPE, EXCLUDE_FROZEN, MERGE, NO_VERIFY, WEIGHTS
 from converters.source import STATES, Source
+from converters.storage import stores
 from converters.words import counted
 from converters.zero import checkpoint as zero
 from converters.zero import weights_16bit
@@ -111,7 +112,8 @@ def as_stored(checkpoint: Path, tag: str | None, option: str) -> Source:
         return fp32(checkpoint, tag, option)
 
     source = detected.read()
-    place = source.place if checkpoint.is_dir() else replace(source.place, folder=checkpoint)
+    path = detected.path
+    place = source.place if stores.is_folder(path) else replace(source.place, folder=path)
     remedy = detected.kind.remedy.format(evidence=detected.evidence)
     return replace(source, kind=detected.kind.name, place=place, notes=(*source.notes, remedy))
 

@@ -192,7 +192,7 @@ def test_the_base_in_its_original_precision_wins(tmp_path: Path) -> None:
     base = load_file(run.base / "model.safetensors")
     assert torch.equal(run.tensors()["model.norm.weight"], base["model.norm.weight"])
     facts = run.merge(config=run.base)
-    assert any("--base DIR takes the base in its original" in note for note in facts["notes"])
+    assert any("base=DIR takes the base in its original" in note for note in facts["notes"])
 
 
 def test_a_base_of_another_revision_is_said(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_untie_is_written_into_the_bases_configuration_too(tmp_path: Path) -> No
     path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
 
     facts = run.merge(base=run.base)
-    assert any("--untie writes" in note for note in facts["notes"])
+    assert any("untie=True writes" in note for note in facts["notes"])
 
     run.merge(base=run.base, untie=True)
     assert json.loads((run.output / "config.json").read_text())["tie_word_embeddings"] is False

@@ -146,24 +146,7 @@ def _sub_group_size(source: zero.Checkpoint) -> int:
 def notes_on(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
     """What whoever resumes from ``target`` should know."""
     setting = source.model.setting
-    saved_world_size = merged.original(source).world_size
-    if target.tensor_ranks > 1:
-        yield (
-            f"made for {target.tensor_ranks} tensor-parallel ranks that cut parameters evenly; an "
-            "engine that cuts heads otherwise refuses the shapes"
-        )
-
-    if target.rank_count > saved_world_size:
-        yield (
-            f"the ranks from {saved_world_size} on are new: each has the random and "
-            f"extra state of the rank modulo {saved_world_size}"
-        )
-
-    if target.rank_count < saved_world_size:
-        yield (
-            f"what only ranks {target.rank_count} and up had, such as random states, is left out"
-        )
-
+    yield from _notes_on_ranks(source, target)
     if target.stage == 3 and source.stage < 3:
         yield f"made for sub_group_size {target.sub_group_size}; {SAME_IN_ENGINE}"
 
@@ -189,6 +172,27 @@ def notes_on(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
 
     if target.stage < 3 and setting("zero_optimization", "elastic_checkpoint"):
         yield ("elastic_checkpoint: DeepSpeed asks for optimizers that count steps in their groups")
+
+
+def _notes_on_ranks(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
+    """What becomes of ranks that there were, or were not."""
+    saved_world_size = merged.original(source).world_size
+    if target.tensor_ranks > 1:
+        yield (
+            f"made for {target.tensor_ranks} tensor-parallel ranks that cut parameters evenly; an "
+            "engine that cuts heads otherwise refuses the shapes"
+        )
+
+    if target.rank_count > saved_world_size:
+        yield (
+            f"the ranks from {saved_world_size} on are new: each has the random and "
+            f"extra state of the rank modulo {saved_world_size}"
+        )
+
+    if target.rank_count < saved_world_size:
+        yield (
+            f"what only ranks {target.rank_count} and up had, such as random states, is left out"
+        )
 
 
 prepare = renamed(plan, "ckpt.reshard.prepare", "ckpt.reshard.plan")

@@ -38,66 +38,71 @@ _VERSION = 0.4  # of universal_checkpoint_info, DeepSpeed 0.19.8 checkpoint/cons
 class TensorRanks:
     """A whole checkpoint, and how its parameters are cut for tensor-parallel ranks."""
 
-    whole: Checkpoint
+    checkpoint: Checkpoint
     rank_count: int
     layouts: Mapping[str, Cut]
 
     @staticmethod
-    def of(whole: Checkpoint, rank_count: int) -> TensorRanks:
+    def of(checkpoint: Checkpoint, rank_count: int) -> TensorRanks:
         """The cuts for ``rank_count`` ranks.
 
         ``CheckpointError`` where nothing says how a parameter is cut, or it cannot be cut for
         that many ranks.
         """
-        _require(whole)
-        source = original(whole)
-        is_cut = isinstance(source, TensorParallelCheckpoint)
-        recorded, saved_count = (source.cuts, len(source.lanes)) if is_cut else ({}, 1)
+        _require(checkpoint)
+        source = original(checkpoint)
+        recorded: Mapping[str, Cut] = {}
+        saved_count = 1
+        if isinstance(source, TensorParallelCheckpoint):
+            recorded, saved_count = source.cuts, len(source.lanes)
+
         layouts: dict[str, Cut] = {}
         unknown: dict[str, str] = {}
-        for name in whole.weights.tensors:
-            layout = _layout(whole, name, recorded.get(name), saved_count, rank_count)
+        for name in checkpoint.weights.tensors:
+            layout = _layout(checkpoint, name, recorded.get(name), saved_count, rank_count)
             if layout is None:
-                unknown[name] = words.shape(whole.weights.tensors[name].shape)
+                unknown[name] = words.shape(checkpoint.weights.tensors[name].shape)
             else:
                 layouts[name] = layout
 
         if unknown:
             raise CheckpointError(
-                f"{whole.model.path} does not say how parameters are cut for {rank_count} "
+                f"{checkpoint.model.path} does not say how parameters are cut for {rank_count} "
                 f"tensor-parallel ranks; {cut_table.template(unknown)}",
                 "unsupported",
             )
-        return TensorRanks(whole, rank_count, layouts)
+        return TensorRanks(checkpoint, rank_count, layouts)
 
     def rank(self, rank: int) -> MergedCheckpoint:
         """What the files of a tensor-parallel rank are made from: a checkpoint of its shards."""
-        whole = self.whole
+        checkpoint = self.checkpoint
 
         def shard(name: str, tensor: TensorRef) -> TensorRef:
             return degrees.shard(self.layouts[name], rank, tensor)
 
         weights = replace(
-            whole.weights,
-            tensors={name: shard(name, ref) for name, ref in whole.weights.tensors.items()},
-            copies={name: shard(name, ref) for name, ref in whole.weights.copies.items()},
+            checkpoint.weights,
+            tensors={name: shard(name, ref) for name, ref in checkpoint.weights.tensors.items()},
+            copies={name: shard(name, ref) for name, ref in checkpoint.weights.copies.items()},
         )
-        groups = tuple(_group(group, shard) for group in groups_of(whole))
-        model = whole_model(whole.model, weights, groups, whole.model.module, whole.topology)
+        groups = tuple(_group(group, shard) for group in groups_of(checkpoint))
+        model = whole_model(
+            checkpoint.model, weights, groups, checkpoint.model.module, checkpoint.topology
+        )
         changes = self._changes()
-        values = {field.name: getattr(whole, field.name) for field in fields(Checkpoint)}
+        values = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
 
         return MergedCheckpoint(
             **{**values, "weights": weights, "model": State(model.file, {**model.root, **changes})},
-            source=original(whole),
+            source=original(checkpoint),
             groups=groups,
-            model_paths=tuple(model_paths(whole)),
+            model_paths=tuple(model_paths(checkpoint)),
             changes=changes,
         )
 
     def _changes(self) -> dict[str, Any]:
         """What model files say of the tensor parallelism."""
-        source = original(self.whole)
+        source = original(self.checkpoint)
         info: dict[str, Any] = {"universal_checkpoint_version": _VERSION}
         if isinstance(source, TensorParallelCheckpoint):
             records = source.lanes[0].model.root.get(roots.INFO)
@@ -107,10 +112,10 @@ class TensorRanks:
         entries = {
             cut_table.key_of(name): affine_map.entry_of(layout)
             for name, layout in self.layouts.items()
-            if name not in self.whole.weights.buffers
+            if name not in self.checkpoint.weights.buffers
         }
         info["affine_map"] = {"version": affine_map.VERSION, "params": entries}
-        config = dict(self.whole.model.config)
+        config = dict(self.checkpoint.model.config)
         saved_config = source.entries.get(roots.CONFIGURATION)
         section = saved_config.get(roots.AUTOTP) if isinstance(saved_config, dict) else None
         if isinstance(section, dict):
@@ -124,28 +129,28 @@ class TensorRanks:
         }
 
 
-def _require(whole: Checkpoint) -> None:
+def _require(checkpoint: Checkpoint) -> None:
     """Raises for what is not cut for tensor-parallel ranks."""
-    source = original(whole)
+    source = original(checkpoint)
     if source.kind == PIPELINE:
         reason = "is of a pipeline, whose modules tensor parallelism cuts in each stage"
-    elif muon.is_deepspeed_muon(whole.model):
+    elif muon.is_deepspeed_muon(checkpoint.model):
         reason = "was trained by Muon, which would orthogonalize shards from here on"
     else:
         return
 
     raise CheckpointError(
-        f"{whole.place.folder} {reason}; it is written for ZeRO alone, without --tp",
+        f"{checkpoint.place.folder} {reason}; it is written for ZeRO alone, without --tp",
         "unsupported",
     )
 
 
 def _layout(
-    whole: Checkpoint, name: str, recorded: Cut | None, saved_count: int, rank_count: int
+    checkpoint: Checkpoint, name: str, recorded: Cut | None, saved_count: int, rank_count: int
 ) -> Cut | None:
     """How a parameter or buffer is cut; ``None`` where nothing says it."""
-    shape = whole.weights.tensors[name].shape
-    if name in whole.weights.buffers:
+    shape = checkpoint.weights.tensors[name].shape
+    if name in checkpoint.weights.buffers:
         return cuts.replicated([shape] * rank_count)
 
     user_rules = rules.current()
@@ -157,7 +162,7 @@ def _layout(
         return degrees.for_ranks(recorded, saved_count, rank_count)
     except MalformedError as error:
         raise CheckpointError(
-            f"{whole.place.folder}: {name} is not cut for {rank_count} tensor-parallel ranks: "
+            f"{checkpoint.place.folder}: {name} is not cut for {rank_count} tensor-parallel ranks: "
             f"{error}; --tp-rules FILE may say how, and ckpt to-universal makes a folder that "
             "engines of AutoTP cut themselves",
             "unsupported",

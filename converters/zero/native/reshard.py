@@ -140,8 +140,8 @@ def plan(
         return file_plan.plan(
             [
                 shard
-                for rank, whole in enumerate(_by_tensor_rank(checkpoint, tensor_ranks))
-                for shard in _shards(whole, topology, rank)
+                for rank, rank_checkpoint in enumerate(_by_tensor_rank(checkpoint, tensor_ranks))
+                for shard in _shards(rank_checkpoint, topology, rank)
             ]
         )
 

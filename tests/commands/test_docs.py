@@ -174,8 +174,10 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 def test_the_differences_name_fixtures_and_tests_that_exist() -> None:
     text = (ROOT / "docs/deepspeed-differences.md").read_text()
-    for name in re.findall(r"`((?:zero\d|s\d|o0_|w_|b16|moe|tp_)[\w.*-]*)`", text):
-        found = [*FIXTURES.glob(name), *(FIXTURES / "corpus").glob(name)]
+    kinds = r"zero\d|s\d|o0_|w_|b16|moe|tp\d?_|mpu_|p3dm?_|sp\d_|aeptp_|pipeline-zero"
+    rooms = (".", "corpus", "parallel", "pipelines-and-experts")
+    for name in re.findall(rf"`((?:{kinds})[\w.*-]*)`", text):
+        found = [path for room in rooms for path in (FIXTURES / room).glob(name)]
         assert found, name
     for name in re.findall(r"`(test_\w+\.py)`", text):
         assert any((ROOT / "tests").rglob(name)), name

@@ -34,7 +34,7 @@ from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import reshard as native
 from converters.zero.native.target import SUB_GROUP, TargetTopology, require_arguments
 from converters.zero.parallel import rules
-from converters.zero.parallel.reader import TensorParallelCheckpoint
+from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 
 
 @naming_arguments(*ARGUMENTS)

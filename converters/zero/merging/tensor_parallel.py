@@ -28,12 +28,12 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
     ``CheckpointError`` for what has no partitions, or cannot be put together.
     """
     _require(source)
-    first = _lanes(source)[0]
+    first = lanes_of(source)[0]
     groups = tuple(_groups(source))
     topology = SourceTopology(first.world_size, first.stage)
     own_values = {
         name: value
-        for lane in reversed(_lanes(source))
+        for lane in reversed(lanes_of(source))
         for name, value in lane.model.module.items()
     }
 
@@ -59,7 +59,7 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
     )
 
 
-def _lanes(source: TensorParallelCheckpoint) -> list[Checkpoint]:
+def lanes_of(source: TensorParallelCheckpoint) -> list[Checkpoint]:
     """What each tensor-parallel rank has; its lanes are no stages of a pipeline here."""
     lanes = [lane for lane in source.lanes if isinstance(lane, Checkpoint)]
     if len(lanes) < len(source.lanes):
@@ -69,7 +69,7 @@ def _lanes(source: TensorParallelCheckpoint) -> list[Checkpoint]:
 
 def _require(source: TensorParallelCheckpoint) -> None:
     """Raises for states that are not written for other ranks."""
-    first = _lanes(source)[0]
+    first = lanes_of(source)[0]
     averages = [name for name, layout in source.cuts.items() if layout.averages]
     if not first.ranks:
         reason = (
@@ -94,8 +94,8 @@ def _require(source: TensorParallelCheckpoint) -> None:
 
 def _groups(source: TensorParallelCheckpoint) -> Iterator[ParamGroup]:
     """The param groups of the whole model, in the order of the optimizer."""
-    groups_by_rank = [_groups_of(lane) for lane in _lanes(source)]
-    paths = [lane.ranks[0].path for lane in _lanes(source)]
+    groups_by_rank = [_groups_of(lane) for lane in lanes_of(source)]
+    paths = [lane.ranks[0].path for lane in lanes_of(source)]
     agreement.require_same_count(paths, groups_by_rank)
     for index, groups in enumerate(zip(*groups_by_rank, strict=True)):
         agreement.require_same_settings(index, paths, groups)
@@ -157,7 +157,7 @@ def _tensor(
 
 def _universal_entries(source: TensorParallelCheckpoint) -> dict[str, dict[str, Any]]:
     """What universal files say of the parameters."""
-    info = _lanes(source)[0].model.root.get(roots.INFO)
+    info = lanes_of(source)[0].model.root.get(roots.INFO)
     records = info if isinstance(info, dict) else {}
     return {
         name: universal_entries.entries_of(name, layout, patterns.is_vocabulary(records, name))

@@ -26,9 +26,10 @@ from converters.zero.merging.checkpoint import (
     original,
     whole_model,
 )
+from converters.zero.merging.tensor_parallel import lanes_of
 from converters.zero.parallel import affine_map, cut_table, cuts, degrees, patterns, rules
 from converters.zero.parallel.cuts import Cut
-from converters.zero.parallel.reader import TensorParallelCheckpoint
+from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 from converters.zero.param_groups import WEIGHTS, ParamGroup
 
 _VERSION = 0.4  # of universal_checkpoint_info, DeepSpeed 0.19.8 checkpoint/constants.py
@@ -105,7 +106,7 @@ class TensorRanks:
         source = original(self.checkpoint)
         info: dict[str, Any] = {"universal_checkpoint_version": _VERSION}
         if isinstance(source, TensorParallelCheckpoint):
-            records = source.lanes[0].model.root.get(roots.INFO)
+            records = lanes_of(source)[0].model.root.get(roots.INFO)
             info |= records if isinstance(records, dict) else {}
             info.pop(patterns.WIDTHS, None)
 

@@ -31,7 +31,7 @@ from converters.torch_files.object_graph import Storage
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.merging import checkpoint as merged
 from converters.zero.parallel.cuts import Cut
-from converters.zero.parallel.reader import TensorParallelCheckpoint
+from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 from converters.zero.param_groups import ParamGroup
 
 

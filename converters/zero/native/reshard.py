@@ -28,6 +28,7 @@ from converters.zero.files import state_files
 from converters.zero.files.state_files import State
 from converters.zero.files.typed import Section
 from converters.zero.merging import checkpoint as merged
+from converters.zero.merging.tensor_parallel import lanes_of
 from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import limits, model_files, optimizer_files, proof
 from converters.zero.native.optimizer_files import (
@@ -201,7 +202,7 @@ def prove(
     # whole model again
     proof.verify_cuts(result, tensor_ranks.layouts)
     counts = Counter[str]()
-    for rank, lane in enumerate(result.lanes):
+    for rank, lane in enumerate(lanes_of(result)):
         counts.update(_prove(tensor_ranks.rank(rank), topology, native_plan, output, lane, rank))
     return {key: count // len(result.lanes) for key, count in counts.items()}
 

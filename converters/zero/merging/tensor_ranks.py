@@ -14,6 +14,7 @@ from typing import Any
 from converters import words
 from converters.detect.deepspeed import PIPELINE
 from converters.errors import CheckpointError, MalformedError
+from converters.options import TP, TP_RULES
 from converters.tensors import TensorRef
 from converters.zero import muon
 from converters.zero.checkpoint import Checkpoint
@@ -141,7 +142,7 @@ def _require(checkpoint: Checkpoint) -> None:
         return
 
     raise CheckpointError(
-        f"{checkpoint.place.folder} {reason}; it is written for ZeRO alone, without --tp",
+        f"{checkpoint.place.folder} {reason}; it is written for ZeRO alone, without {TP}",
         "unsupported",
     )
 
@@ -164,7 +165,7 @@ def _layout(
     except MalformedError as error:
         raise CheckpointError(
             f"{checkpoint.place.folder}: {name} is not cut for {rank_count} tensor-parallel ranks: "
-            f"{error}; --tp-rules FILE may say how, and ckpt to-universal makes a folder that "
+            f"{error}; {TP_RULES('FILE')} may say how, and ckpt to-universal makes a folder that "
             "engines of AutoTP cut themselves",
             "unsupported",
         ) from error

@@ -304,7 +304,8 @@ def test_a_pipeline_of_experts_is_refused_by_name(copied: Callable[[str], Path])
 def test_what_means_zero_alone_names_what_lies_there(
     name: str, tmp_path: Path, capsys: Any
 ) -> None:
-    for command in ("reshard", "to-universal"):
+    # a pipeline is rewritten for ZeRO alone (test_parallel_rewriting.py)
+    for command in () if name.startswith("pipeline") else ("reshard", "to-universal"):
         options = ["--world-size", "1"] if command == "reshard" else []
         run(command, SPLIT / name, "-o", tmp_path / "output", *options, code=1)
         assert "ckpt show, to-fp32 and ckpt.open read it" in capsys.readouterr().err

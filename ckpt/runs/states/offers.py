@@ -27,7 +27,8 @@ from ckpt.runs.run import (
     require_read,
     without_derived,
 )
-from ckpt.runs.states import skipped
+from ckpt.runs.states import copies, skipped
+from ckpt.runs.states.copies import Originals
 from ckpt.runs.states.listing import checkpoints_in
 from ckpt.runs.states.offer_order import TopologyFilter, newest_first
 from ckpt.runs.states.skipped import (
@@ -168,6 +169,11 @@ class Offers:
             (candidate.folder / completeness.STATE).is_file() for candidate in self.checkpoints
         )
 
+    @cached_property
+    def _copies(self) -> Originals:
+        """The copies by hand among these."""
+        return copies.originals(self.checkpoints)
+
     def skip(self, path: Path, reason: str, sort: Sort = "lost") -> None:
         """Notes and says why a checkpoint is not taken."""
         entry = SkippedCandidate(path, reason, sort)
@@ -239,7 +245,9 @@ class Offers:
         usable = (
             checkpoint
             for checkpoint in without_derived(self.checkpoints, self.checkpoints)
-            if checkpoint.manifest and self._hindrance(checkpoint) is None
+            if checkpoint.folder not in self._copies
+            and checkpoint.manifest
+            and self._hindrance(checkpoint) is None
         )
         base = next(usable, None)
         if base is not None:

@@ -149,7 +149,7 @@ def test_random_states_are_missed_only_where_nobody_restores_them(
     for own_file, is_missed in ((None, True), ("random_states_0.pkl", False), ("none", True)):
         request = ResumeRequest(ranks=alone(), path=tmp_path, random_states_file=own_file)
         request.state(source)
-        assert ("reads no random states of it" in logged()) == is_missed, own_file
+        assert ("has no random states that ckpt reads" in logged()) == is_missed, own_file
 
 
 def test_where_there_is_no_room_the_option_named_is_that_of_the_command(

@@ -43,7 +43,7 @@ COMMANDS = {
 }
 TAG = "global_step2"  # of zero2-bf16-w2
 WITHOUT_DRY_RUN = ("ls", "verify", "latest", "show")
-PARALLEL = ("deepspeed-experts", "deepspeed-pipeline", "deepspeed-model-parallel")
+REWRITTEN = ("deepspeed-pipeline", "deepspeed-model-parallel")
 OF_ZERO = ("reshard", "to-universal", "from-universal")
 ON_RUNS = ("ls", "verify", "latest", "doctor", "doctor --adopt", "prune", "pin", "unpin")
 # What a command takes at a path of a kind, and so says nothing of the kind: --tag is no option of
@@ -61,7 +61,8 @@ TAKEN = {
     "deepspeed-universal": tuple(COMMANDS),
     **dict.fromkeys(("adapter", "gathered-16bit", "safetensors", "torch-bin"), ("push",)),
     **dict.fromkeys(("trainer", "accelerate"), ("push",)),
-    **dict.fromkeys(PARALLEL, tuple(name for name in COMMANDS if name not in OF_ZERO)),
+    "deepspeed-experts": tuple(name for name in COMMANDS if name not in OF_ZERO),
+    **dict.fromkeys(REWRITTEN, tuple(name for name in COMMANDS if name != "from-universal")),
 }
 
 

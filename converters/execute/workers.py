@@ -325,7 +325,7 @@ class Worker:
         values = cast.array(piece_bytes, dtype)
         expected = cast.array(self.fetch(copy, piece, 1), copy.dtype)
         if dtype is not copy.dtype:
-            narrower = min(dtype, copy.dtype, key=lambda candidate: candidate.itemsize)
+            narrower = dtype if dtype.itemsize < copy.dtype.itemsize else copy.dtype
             buffer = self.buffers[2][: piece.count * narrower.itemsize]
             rounded = cast.array(buffer, narrower)
             if narrower is dtype:

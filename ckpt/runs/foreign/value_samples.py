@@ -15,7 +15,7 @@ from pathlib import Path
 
 from converters.formats import gathered_16bit
 from converters.source import Source
-from converters.tensors import TensorRef, Weights
+from converters.tensors import DType, TensorRef, Weights
 from converters.zero.checkpoint import Checkpoint
 
 _PLACES = 64  # in a file, at most
@@ -66,7 +66,21 @@ def compare_beside(checkpoint: Checkpoint) -> SampleComparison:
         return SampleComparison(frozenset())
 
     weights = replace(checkpoint.weights, copies={})
-    return _compared(gathered_16bit.attach(weights, checkpoint.place.root)[0])
+    weights = gathered_16bit.attach(weights, checkpoint.place.root)[0]
+    others = other_precisions(checkpoint.precision)
+    copies = {name: copy for name, copy in weights.copies.items() if copy.dtype not in others}
+    return _compared(replace(weights, copies=copies))
+
+
+def other_precisions(precision: str | None) -> frozenset[DType]:
+    """The 16-bit types to which a training's weights are rounded twice, if they are saved so.
+
+    ``precision`` is that of the training: one in fp16 may save bf16, which is its fp16 rounded.
+    """
+    own_types = {"fp16": DType.F16, "bf16": DType.BF16}
+    if precision not in own_types:
+        return frozenset()
+    return frozenset(own_types.values()) - {own_types[precision]}
 
 
 def _compared(weights: Weights) -> SampleComparison:

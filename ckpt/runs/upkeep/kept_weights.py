@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ckpt.runs import manifest as manifests
 from ckpt.runs.digests import Progress, quiet
+from ckpt.runs.foreign import value_samples
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.upkeep import kept_values
 from ckpt.runs.upkeep.kept_values import Counterpart
@@ -85,7 +86,7 @@ def counterparts(
     else:
         pairs = _of_adapter(source.weights, stored, adapter_folder)
 
-    return _newest_values(list(pairs), source)
+    return _as_computed_with(_newest_values(list(pairs), source), source)
 
 
 def _stored(path: Path) -> Mapping[str, TensorRef]:
@@ -236,3 +237,24 @@ def _newest_values(pairs: Sequence[Counterpart], source: Source) -> list[Counter
 
     module = weights_16bit.read(source.place.root, source.place.tag).weights.tensors
     return [replace(pair, state=module[pair.name]) for pair in pairs if pair.name in module]
+
+
+def _as_computed_with(pairs: Sequence[Counterpart], source: Source) -> list[Counterpart]:
+    """Where a training in fp16 saved bf16 weights, the fp16 ones in place of those in fp32.
+
+    They were rounded twice: first to what the model computes with. Stage 3 keeps no such copy,
+    and nothing is compared there.
+    """
+    others = value_samples.other_precisions(source.precision)
+    return [
+        _of_copy(pair, source)
+        if pair.state is not None and pair.stored is not None and pair.stored.dtype in others
+        else pair
+        for pair in pairs
+    ]
+
+
+def _of_copy(pair: Counterpart, source: Source) -> Counterpart:
+    weights = source.weights
+    copy = weights.copies.get(weights.aliases.get(pair.name, pair.name))
+    return replace(pair, in_other_form=True) if copy is None else replace(pair, state=copy)

@@ -27,7 +27,7 @@ from ckpt.runs.run import (
     require_read,
     without_derived,
 )
-from ckpt.runs.states import skipped
+from ckpt.runs.states import skipped, trainings
 from ckpt.runs.states.listing import checkpoints_in
 from ckpt.runs.states.offer_order import TopologyFilter, newest_first
 from ckpt.runs.states.skipped import (
@@ -153,7 +153,7 @@ class Offers:
             if proof is not None and self._has_trainers and proof.kind in STATES_ALONE:
                 self.skip(checkpoint.folder, NO_TRAINER_STATE, "apart")
                 continue
-            if proof is not None and (has_usable or self._succeeds(proof)):
+            if proof is not None and (has_usable or self._counts(checkpoint, proof)):
                 yield Offer(checkpoint, proof)
 
     def _is_engine_alone(self, checkpoint: RunCheckpoint) -> bool:
@@ -232,6 +232,16 @@ class Offers:
             return None
 
         return proof
+
+    def _counts(self, checkpoint: RunCheckpoint, proof: Proof) -> bool:
+        """Whether it is of the training that saved last, whoever wrote that; as ``_succeeds``."""
+        if not self._succeeds(proof):
+            return False
+
+        finding = trainings.supersession_of(checkpoint, proof.step, self.checkpoints)
+        if finding is not None:
+            self.skip(checkpoint.folder, finding.why, "apart")
+        return finding is None
 
     def _succeeds(self, proof: Proof) -> bool:
         """Whether it is offered before all committed ones; ``CheckpointError`` if nobody knows."""

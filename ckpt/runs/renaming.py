@@ -78,7 +78,8 @@ def _has_same_state(candidate: RunCheckpoint, checkpoint: RunCheckpoint, step: i
     try:
         has_state = [path.is_file() for path in paths]
         if all(has_state):
-            return _content(paths[0]) == _content(paths[1])
+            sizes = {path.stat().st_size for path in paths}
+            return len(sizes) == 1 and _content(paths[0]) == _content(paths[1])
         if any(has_state) and not checkpoint.is_universal:  # which takes no Trainer's state over
             return False
 

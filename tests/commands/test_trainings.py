@@ -151,6 +151,15 @@ def test_what_is_made_of_the_older_training_today_does_not_make_it_the_newest(
     assert taken(out, capsys)[0] == "checkpoint-4"
 
 
+def test_a_committed_one_counts_but_a_later_save_of_another_training_is_named(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("doctor", out / "checkpoint-6", "--adopt", "--now")
+    name, printed = taken(out, capsys)
+    assert name == "checkpoint-6"
+    assert "which is not committed, was written after" in printed and "at step 1" in printed
+
+
 def test_a_torn_save_of_a_new_training_takes_no_older_one_away(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -134,6 +134,8 @@ class Offers:
             if checkpoint.why != manifests.ABSENT:
                 reason = self._hindrance(checkpoint)
                 if reason is None:
+                    if not has_usable:
+                        self._warn_of_later_saves(checkpoint)
                     has_usable = True
                     yield Offer(checkpoint)
                 else:
@@ -232,6 +234,14 @@ class Offers:
             return None
 
         return proof
+
+    def _warn_of_later_saves(self, checkpoint: RunCheckpoint) -> None:
+        """Says that another training saved after the newest committed one, where it did."""
+        if self.committed_only or not self.announces:
+            return
+        finding = trainings.supersession_of(checkpoint, checkpoint.step, self.checkpoints)
+        if finding is not None:
+            log.warning("%s", finding.remark)
 
     def _counts(self, checkpoint: RunCheckpoint, proof: Proof) -> bool:
         """Whether it is of the training that saved last, whoever wrote that; as ``_succeeds``."""

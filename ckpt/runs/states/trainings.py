@@ -1,4 +1,4 @@
-"""Complete checkpoints of several trainings in one folder, none of which has a manifest.
+"""Complete checkpoints of several trainings in one folder, which have no manifests.
 
 Somebody begins a training anew in the folder of an older one. Then ``checkpoint-6`` of the
 older one has the highest step, ``checkpoint-4`` was saved last, and what the Trainer logged
@@ -31,6 +31,19 @@ class Supersession:
     difference: str  # where their logs differ: "at step 4"
 
     @property
+    def remark(self) -> str:
+        """A line where the checkpoint is committed, so that it counts all the same.
+
+        Copying a run changes the times of what is not committed, and of that alone.
+        """
+        return (
+            f"{self.successor.folder}, which is not committed, was written after "
+            f"{self.checkpoint.folder} was committed, and has logged something else "
+            f"{self.difference}: it is of another training, or of one that went back; name it to "
+            "go on from it"
+        )
+
+    @property
     def why(self) -> str:
         """Why no training goes on from it, as words after its name."""
         return (
@@ -48,18 +61,21 @@ def supersession_of(
     Of a copy by hand, and of what ckpt made of a checkpoint, the times say nothing: it goes by
     its original. What ckpt made of one that is gone was never saved last.
     """
-    if (history := histories.of_folder(checkpoint.folder)) is None:
+    candidates = [
+        entry
+        for entry in present
+        if entry.why == manifests.ABSENT
+        and entry.source is None
+        and entry.folder != checkpoint.folder
+    ]
+    history = histories.of_folder(checkpoint.folder) if candidates else None
+    if history is None:
         return None
 
     originals = _originals(present)
-    original = originals.get(checkpoint.folder)
-    is_saved = original is not None or checkpoint.source is None
-    last_save = saved_at((original or checkpoint).folder) if is_saved else 0.0
-    for candidate in present:
-        is_copy = candidate.source is not None or candidate.folder in originals
-        if candidate.why != manifests.ABSENT or is_copy:
-            continue
-        if saved_at(candidate.folder) <= last_save:
+    last_save = _last_save(checkpoint, originals)
+    for candidate in candidates:
+        if candidate.folder in originals or saved_at(candidate.folder) <= last_save:
             continue
 
         difference = histories.contradiction(history, histories.of_folder(candidate.folder))
@@ -67,6 +83,15 @@ def supersession_of(
             return Supersession(checkpoint, candidate, difference)
 
     return None
+
+
+def _last_save(checkpoint: RunCheckpoint, originals: copies.Originals) -> float:
+    """When a training saved it, in seconds since 1970; 0 where only ckpt did."""
+    if checkpoint.manifest is not None and not checkpoint.manifest.is_derived:
+        return checkpoint.manifest.created
+    if checkpoint.folder in originals:
+        return saved_at(originals[checkpoint.folder].folder)
+    return saved_at(checkpoint.folder) if checkpoint.source is None else 0.0
 
 
 def _originals(present: Sequence[RunCheckpoint]) -> copies.Originals:

@@ -141,6 +141,7 @@ def _settling(path: Path) -> Planned:
 
 def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run: bool) -> Output:
     from ckpt.cli import listing
+    from ckpt.runs.states import trainings
     from ckpt.runs.states.status import adoption_hint
 
     lines = [
@@ -158,6 +159,7 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
     complete = [status for status in diagnosis.statuses if status.complete]
     native = [status for status in complete if not status.checkpoint.is_universal]
     hints = [f"ckpt: {run.path}: {line}" for line in adoption_hint(native, run.path)]
+    hints += [f"ckpt: {run.path}: {line}" for line in trainings.remarks(native, run.path)]
     pointed = run.pointer("latest")
     if pointed is not None and pointed.committed and pointed.tier == "weights":
         hints.append(

@@ -14,6 +14,7 @@ engines            several engines in one checkpoint
 lease/             one job at a time saves into a folder
 retention          which checkpoints to keep: a value and a pure function
 pruning, deletion  deletion that no crash turns into half a checkpoint
+renaming           checkpoints under other names than those they were saved under
 foreign/           checkpoints that were written without ckpt, or by another training
 states/            committed, complete or incomplete, whoever wrote it; which one a resume takes
 upkeep/            doctor, adoption, slim, collect

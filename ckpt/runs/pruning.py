@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckpt.folders import filenames, locks
-from ckpt.runs import lineage
+from ckpt.runs import lineage, renaming
 from ckpt.runs.deletion import DELETED, delete, is_trash, pointed, remove, trash
 from ckpt.runs.lineage import Line
 from ckpt.runs.recognition import is_numbered, is_set_aside
@@ -30,7 +30,6 @@ from ckpt.runs.run import (
     POINTERS,
     Run,
     RunCheckpoint,
-    derived,
     members,
     of_line,
     original_of,
@@ -96,8 +95,9 @@ def plan(
     """
     checkpoints = run.checkpoints()
     line_members = members(checkpoints, line)
+    present = line_members
     counted = originals(line_members)
-    reasons = _kept_steps(run, retention, counted)
+    reasons = _kept_steps(run, retention, counted, present)
 
     # what is left of checkpoints takes room
     thinned = [checkpoint for checkpoint in of_line(checkpoints, line) if checkpoint.thinned]
@@ -107,7 +107,7 @@ def plan(
             for checkpoint in checkpoints
             if checkpoint in counted or checkpoint in thinned
         ]
-        for name, kept_by in _kept_steps(run, retention, counted).items():
+        for name, kept_by in _kept_steps(run, retention, counted, present).items():
             reasons.setdefault(name, kept_by)
         line_members = [*line_members, *thinned]
 
@@ -116,7 +116,7 @@ def plan(
     ]
     for checkpoint in candidates:
         if checkpoint in line_members and checkpoint not in counted:
-            reasons[checkpoint.name] = (_copy_reason(checkpoint),)
+            reasons[checkpoint.name] = (renaming.reason_not_counted(checkpoint, counted),)
         elif checkpoint not in line_members:
             reasons[checkpoint.name] = (foreignness(checkpoint, line_members),)
 
@@ -146,15 +146,20 @@ def _plainness(checkpoint: RunCheckpoint) -> tuple[bool, int]:
 
 
 def _kept_steps(
-    run: Run, retention: Retention, checkpoints: Sequence[RunCheckpoint]
+    run: Run,
+    retention: Retention,
+    checkpoints: Sequence[RunCheckpoint],
+    present: Sequence[RunCheckpoint],
 ) -> dict[str, tuple[str, ...]]:
     """What the rules keep; what was made of another one stays and goes with that.
 
+    That may be among those ``present`` alone: one renamed by hand does not count, but stays.
     So do all of one step and tier, of which manifests of older versions do not tell
     what was made of what.
     """
     first_of: dict[tuple[int | None, str | None], RunCheckpoint] = {}
-    independent = without_derived(checkpoints, checkpoints)
+    neighbours = [*present, *(entry for entry in checkpoints if entry not in present)]
+    independent = without_derived(checkpoints, neighbours)
     for checkpoint in sorted(independent, key=_plainness):
         first_of.setdefault((checkpoint.step, checkpoint.tier), checkpoint)
 
@@ -171,18 +176,12 @@ def _kept_steps(
         if checkpoint is not first and first.name in reasons:
             reasons.setdefault(checkpoint.name, (f"of the step of {first.name}",))
 
-    for checkpoint in derived(checkpoints):
-        original = original_of(checkpoint, checkpoints)
-        if original is not None and original.name in reasons:
+    for checkpoint in checkpoints:
+        original = original_of(checkpoint, checkpoints) or original_of(checkpoint, neighbours)
+        if original is not None and (original.name in reasons or original not in checkpoints):
             reasons.setdefault(checkpoint.name, (f"made of {original.name}",))
 
     return reasons
-
-
-def _copy_reason(checkpoint: RunCheckpoint) -> str:
-    if checkpoint.folder.is_symlink():
-        return "a link, which no rule counts"
-    return "copied or renamed by hand, which no rule counts"
 
 
 def prune_others(
@@ -212,7 +211,7 @@ def plan_others(run: Run, run_prefix: str | None = None) -> list[Outcome]:
     marked = [candidate for candidate in facts(run, committed) if candidate.marks]
     reasons = {candidate.name: candidate.marks for candidate in marked}
     reasons |= {
-        checkpoint.name: (_copy_reason(checkpoint),)
+        checkpoint.name: (renaming.reason_not_counted(checkpoint, committed),)
         for checkpoint in committed
         if not checkpoint.original
     }

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt.runs import lineage
+from ckpt.runs import lineage, renaming
 from ckpt.runs import manifest as manifests
 from ckpt.runs.ancestry import Ancestry
 from ckpt.runs.checkpoint_folder import (
@@ -282,25 +282,27 @@ def derived(present: Iterable[RunCheckpoint]) -> list[RunCheckpoint]:
 def original_of(
     checkpoint: RunCheckpoint, present: Iterable[RunCheckpoint]
 ) -> RunCheckpoint | None:
-    """The checkpoint that another was made of, if it is ``present`` and can be used."""
+    """The checkpoint that another was made of, if it is ``present`` and can be used.
+
+    It may have another name by now.
+    """
     source = checkpoint.source
     if source is None or not source.is_rewriting:
         return None
 
-    return next(
-        (
-            candidate
-            for candidate in present
-            if candidate.folder != checkpoint.folder and _is_original(candidate, checkpoint, source)
-        ),
-        None,
+    candidates = [entry for entry in present if entry.folder != checkpoint.folder]
+    original = next(
+        (entry for entry in candidates if _is_original(entry, checkpoint, source)), None
     )
+
+    return original or renaming.source_of(checkpoint, source, candidates)
 
 
 def _is_original(candidate: RunCheckpoint, checkpoint: RunCheckpoint, source: Ancestry) -> bool:
     """Whether ``checkpoint`` was made of ``candidate``, which has all that it has.
 
-    A save is told by its id; one without a manifest by its name and step.
+    A save is told by its id, whatever its folder is called; one without a manifest by its name
+    and step.
     """
     if candidate.source is not None and candidate.source.is_rewriting:
         return False

@@ -214,6 +214,63 @@ def test_an_adopted_one_remains_what_it_was_made_of(tmp_path: Path) -> None:
     assert made.is_derived and made.origin is not None and made.origin.name == "checkpoint-2"
 
 
+@pytest.mark.parametrize("form", ["reshard", "to-universal"])
+def test_an_original_without_a_manifest_is_known_under_another_name(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock(tmp_path)
+    options = ("--world-size", "4") if form == "reshard" else ()
+    command(form, tmp_path / "checkpoint-2", *options)
+    (tmp_path / "checkpoint-2").rename(tmp_path / "final")
+    assert ckpt.find(tmp_path) == str(tmp_path / "final")
+
+    run = Run(tmp_path)
+    command("doctor", tmp_path, "--adopt", "--now")
+    assert ckpt.find(tmp_path) == str(tmp_path / "final")
+    assert [finding.path.name for finding in mend(run)[0]] == ["latest"]
+    assert diagnose(run).findings == () and run.target() == "final/global_step2"
+    reasons = {
+        outcome.checkpoint.name: outcome.reason for outcome in pruning.plan(run, Retention(last=1))
+    }
+    assert reasons["final"].startswith("newest")
+    if form == "reshard":
+        assert reasons["checkpoint-2-w4"] == "made of final"
+
+
+def test_one_that_was_renamed_stays_and_what_was_made_of_it_is_not_the_newest(
+    out: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(out.path, 4), saved(out.path, 6)
+    (out.path / "checkpoint-8").rename(out.path / "final")
+    assert ckpt.find(out.path) == str(out.path / "final")
+    capsys.readouterr()
+    command("prune", out.path, "--keep-last", "1", "--dry-run")
+    rows = capsys.readouterr().out.splitlines()
+    reasons = {Path(row.split("\t")[1]).name: row.split("\t")[3] for row in rows}
+    assert reasons == {
+        "checkpoint-4": "no rule keeps it",
+        "checkpoint-6": "newest, newest full, last 1",
+        "checkpoint-8-w4": "made of final",
+        "checkpoint-8-z3-w1": "made of final",
+        "final": "saved as checkpoint-8 and renamed by hand, so that no rule counts it",
+    }
+
+
+def test_doctor_says_which_of_one_step_was_made_of_another(tmp_path: Path) -> None:
+    stock(tmp_path)
+    command("reshard", tmp_path / "checkpoint-2", "--world-size", "4")
+    state = tmp_path / "checkpoint-2/trainer_state.json"
+    state.write_text(state.read_text() + " ")  # so that it is not known to be the original
+    (tmp_path / "checkpoint-2").rename(tmp_path / "final")
+    command("doctor", tmp_path, "--adopt", "--now")
+    sentences = [finding.what for finding in diagnose(Run(tmp_path)).findings]
+    assert any(
+        "both of step 2; checkpoint-2-w4 was resharded from checkpoint-2 (2 ranks, stage 2); "
+        "delete or move one" in sentence
+        for sentence in sentences
+    )
+
+
 def test_a_committed_one_is_not_taken_in_the_place_of_an_original_that_is_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,7 +6,7 @@ proofs        what one was proven to be
 intact_files  whether its files are whole, by their own form
 dcp_files     those of torch's distributed checkpoints, and of FSDP
 parallel      pipeline, tensor and expert parallelism: all that their files have to be
-succession    whether it goes on from a committed one
+succession    whether it goes on from a committed one, by histories: what the Trainer logged
 liveness      whether somebody writes it right now
 resume_files  which of its files a resume reads
 evaluation    its metrics, as the Trainer logged them

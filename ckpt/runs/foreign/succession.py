@@ -8,13 +8,14 @@ what it had logged then, and the parameters are the same.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ckpt.runs.foreign import completeness, liveness
-from ckpt.runs.foreign.proofs import PLAIN_DEEPSPEED, History, Proof
+from ckpt.runs import lineage
+from ckpt.runs.foreign import completeness, histories, liveness
+from ckpt.runs.foreign.proofs import PLAIN_DEEPSPEED, Proof
 from ckpt.runs.lineage import Line
 from ckpt.runs.run import Run, RunCheckpoint, is_run, members
 from converters import detect, words
@@ -39,11 +40,7 @@ def relate(committed: RunCheckpoint, proof: Proof) -> Succession:
     """
     assert committed.manifest is not None
     folder = committed.folder
-    try:
-        committed_history = completeness.history_of(folder)
-    except CheckpointError:
-        committed_history = None
-
+    committed_history = histories.of_folder(folder)
     is_engine_alone = proof.history is None and proof.kind == PLAIN_DEEPSPEED
     if committed_history is not None and is_engine_alone:
         reason = (
@@ -65,55 +62,77 @@ def relate(committed: RunCheckpoint, proof: Proof) -> Succession:
         reason = f"was written before {folder} was committed, so it does not go on from it"
         return Succession("apart", reason)
 
-    difference = _history_differs(folder, committed_history, proof) or _shapes_differ(
-        committed, proof
-    )
+    if (difference := histories.difference(committed_history, proof.history)) is not None:
+        return Succession("other", f"has logged something else than {folder} {difference}")
 
-    return Succession("follows") if difference is None else Succession("other", difference)
+    shape_difference = _shapes_differ(committed, proof)
+    if shape_difference is not None:
+        return Succession("other", shape_difference)
+    return Succession("follows")
 
 
-def line_after(folder: Path, step: int) -> Line | None:
+def line_after(folder: Path, step: int, excluded_line: Line | None = None) -> Line | None:
     """The line that goes on through a checkpoint of ``step`` written without ckpt.
 
-    ``None`` if no committed one beside it is older, by its step and by its time, or that one
-    has no ids: then both are of one line without a name. Where a later step is committed,
-    it joins the line of the older one, and nothing is given up for it: a copy that somebody
-    made of an older checkpoint is no training that went back.
+    That is the line beside it that saved last and that its log does not contradict; a new one
+    where it contradicts all of them. ``excluded_line`` is one that it does not go on from.
+    ``None`` if no committed one is older, by its step and by its time, or that one has no ids:
+    then both are of one line without a name. Where a later step is committed, it joins the
+    line of the older one, and nothing is given up for it: a copy that somebody made of an
+    older checkpoint is no training that went back.
     """
     # DeepSpeed saves into the run itself
     run_of_folder = Run(folder if is_run(folder) else folder.parent)
-    saved_checkpoints = [
-        member
-        for member in members(run_of_folder.checkpoints())
-        if member.manifest and not member.manifest.is_derived
+    candidates = [
+        checkpoint
+        for checkpoint in run_of_folder.checkpoints()
+        if checkpoint.manifest and not checkpoint.manifest.is_derived
     ]
-    earlier_members = [member for member in saved_checkpoints if (member.step or 0) <= step]
+    if excluded_line is not None:
+        candidates = _without(candidates, excluded_line)
+
+    is_new = excluded_line is not None
+    history = histories.of_folder(folder)
+    while (line := _current(candidates)) is not None:
+        line_members = members(candidates, line)
+        if line_members:
+            newest_history = histories.of_folder(line_members[-1].folder)
+            if histories.contradiction(newest_history, history) is None:
+                through = _line_through(folder, step, line_members)
+                # without a name it would be one with those that it contradicts
+                return line if is_new and through is None and line.run else through
+            is_new = True
+        candidates = _without(candidates, line)
+
+    return Line.begin() if is_new else None
+
+
+def _current(checkpoints: Sequence[RunCheckpoint]) -> Line | None:
+    """The line that saved last among these; also a damaged one tells."""
+    return lineage.current(entry.manifest for entry in checkpoints if entry.manifest)
+
+
+def _without(checkpoints: Sequence[RunCheckpoint], line: Line) -> list[RunCheckpoint]:
+    """Those that are not of a line."""
+    return [
+        checkpoint
+        for checkpoint in checkpoints
+        if checkpoint.manifest and not line.has(checkpoint.manifest)
+    ]
+
+
+def _line_through(folder: Path, step: int, line_members: Sequence[RunCheckpoint]) -> Line | None:
+    """The line of a checkpoint that contradicts no member of one; as ``line_after``."""
+    earlier_members = [member for member in line_members if (member.step or 0) <= step]
     base_manifest = earlier_members[-1].manifest if earlier_members else None
     if base_manifest is None or liveness.written(folder) < base_manifest.created:
         return None
     if base_manifest.run is None:
         return None
-    if len(earlier_members) < len(saved_checkpoints):
+    if len(earlier_members) < len(line_members):
         return Line.of(base_manifest)
 
     return Line.go_on(base_manifest, base_manifest.step)
-
-
-def _history_differs(
-    folder: Path,
-    committed_history: History | None,
-    proof: Proof,
-) -> str | None:
-    if committed_history is None or proof.history is None:
-        return None
-
-    for index, entry in enumerate(committed_history):
-        later_entry = proof.history[index] if index < len(proof.history) else None
-        # NaN is NaN
-        if json.dumps(later_entry, sort_keys=True) != json.dumps(entry, sort_keys=True):
-            return f"has logged something else than {folder} at step {entry.get('step')}"
-
-    return None
 
 
 def _shapes_differ(committed: RunCheckpoint, proof: Proof) -> str | None:

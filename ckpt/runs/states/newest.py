@@ -7,19 +7,20 @@ Where weights alone are enough, a newer one of weights alone comes before it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.folders.filenames import CONVERSION
 from ckpt.runs import manifest as manifests
 from ckpt.runs import user_paths
+from ckpt.runs.foreign.succession import relate
 from ckpt.runs.recognition import is_numbered, is_run
-from ckpt.runs.run import Run, RunCheckpoint, original_of
+from ckpt.runs.run import Run, RunCheckpoint, members, original_of
 from ckpt.runs.states import listing
 from ckpt.runs.states.offers import Offers
 from ckpt.runs.states.skipped import Sort
-from ckpt.runs.states.status import CheckpointState, statuses_of
+from ckpt.runs.states.status import CheckpointState, CheckpointStatus, statuses_of
 from converters.detect import detect, state_folders
 from converters.errors import CheckpointError
 from converters.options import LAST, TAG
@@ -179,7 +180,10 @@ def _warn_of_newer(path: Path) -> None:
     newer = [
         status
         for status in statuses
-        if status.whole and status.tier == "full" and (status.step or 0) > pointed.step
+        if status.whole
+        and status.tier == "full"
+        and (status.step or 0) > pointed.step
+        and _is_of_training(status, pointed, present)
     ]
     if newer:
         log.warning(
@@ -189,3 +193,12 @@ def _warn_of_newer(path: Path) -> None:
             newer[-1].checkpoint.folder,
             newer[-1].description.partition(";")[0] or newer[-1].state.value,
         )
+
+
+def _is_of_training(
+    status: CheckpointStatus, pointed: RunCheckpoint, present: Sequence[RunCheckpoint]
+) -> bool:
+    """Whether a later checkpoint may be of the training of a committed one, or the newest is."""
+    if status.proof is None:
+        return status.checkpoint in members(present)
+    return not pointed.committed or relate(pointed, status.proof).relation == "follows"

@@ -27,7 +27,7 @@ from ckpt.runs.run import (
     require_read,
     without_derived,
 )
-from ckpt.runs.states import copies, skipped
+from ckpt.runs.states import copies, skipped, trainings
 from ckpt.runs.states.copies import Originals
 from ckpt.runs.states.listing import checkpoints_in
 from ckpt.runs.states.offer_order import TopologyFilter, newest_first
@@ -135,6 +135,8 @@ class Offers:
             if checkpoint.why != manifests.ABSENT:
                 reason = self._hindrance(checkpoint)
                 if reason is None:
+                    if not has_usable:
+                        self._warn_of_later_saves(checkpoint)
                     has_usable = True
                     yield Offer(checkpoint)
                 else:
@@ -154,7 +156,7 @@ class Offers:
             if proof is not None and self._has_trainers and proof.kind in STATES_ALONE:
                 self.skip(checkpoint.folder, NO_TRAINER_STATE, "apart")
                 continue
-            if proof is not None and (has_usable or self._succeeds(proof)):
+            if proof is not None and (has_usable or self._counts(checkpoint, proof)):
                 yield Offer(checkpoint, proof)
 
     def _is_engine_alone(self, checkpoint: RunCheckpoint) -> bool:
@@ -238,6 +240,24 @@ class Offers:
             return None
 
         return proof
+
+    def _warn_of_later_saves(self, checkpoint: RunCheckpoint) -> None:
+        """Says that another training saved after the newest committed one, where it did."""
+        if self.committed_only or not self.announces:
+            return
+        finding = trainings.supersession_of(checkpoint, checkpoint.step, self.checkpoints)
+        if finding is not None:
+            log.warning("%s", finding.remark)
+
+    def _counts(self, checkpoint: RunCheckpoint, proof: Proof) -> bool:
+        """Whether it is of the training that saved last, whoever wrote that; as ``_succeeds``."""
+        if not self._succeeds(proof):
+            return False
+
+        finding = trainings.supersession_of(checkpoint, proof.step, self.checkpoints)
+        if finding is not None:
+            self.skip(checkpoint.folder, finding.why, "apart")
+        return finding is None
 
     def _succeeds(self, proof: Proof) -> bool:
         """Whether it is offered before all committed ones; ``CheckpointError`` if nobody knows."""

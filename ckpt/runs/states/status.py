@@ -128,7 +128,7 @@ class CheckpointStatus:
     def created(self) -> float:
         """When it was saved: by its manifest, or by its newest file; seconds since 1970."""
         manifest = self.checkpoint.manifest
-        return manifest.created if manifest else _newest_file_time(self.checkpoint.folder)
+        return manifest.created if manifest else saved_at(self.checkpoint.folder)
 
     @property
     def finding(self) -> str | None:
@@ -217,7 +217,7 @@ def _status(checkpoint: RunCheckpoint) -> CheckpointStatus:
     return CheckpointStatus(checkpoint, CheckpointState.COMPLETE, None, proof)
 
 
-def _newest_file_time(place: Path) -> float:
+def saved_at(place: Path) -> float:
     """When the newest file was written; a pin is not of the checkpoint. Seconds since 1970."""
     times = {
         name: time_ns

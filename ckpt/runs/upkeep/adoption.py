@@ -24,10 +24,11 @@ from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.fields import FieldError
 from ckpt.runs.foreign import evaluation, intact_files, liveness, succession
 from ckpt.runs.foreign.proofs import Proof
+from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import Manifest
-from ckpt.runs.run import RunCheckpoint
-from ckpt.runs.states import checksums, copies, listing
-from ckpt.runs.states.status import CheckpointState, CheckpointStatus, statuses_of
+from ckpt.runs.run import Run, RunCheckpoint, leading, open_checkpoint
+from ckpt.runs.states import checksums, copies, listing, trainings
+from ckpt.runs.states.status import CheckpointState, CheckpointStatus, saved_at, statuses_of
 from ckpt.version import __version__
 from converters import detect
 from converters.errors import CheckpointError
@@ -101,24 +102,58 @@ def adopt(
     if not dry_run:
         flock.require("ckpt doctor --adopt")
 
-    outcomes = []
-    for status in statuses:
+    surveyed = list(statuses)
+    outcomes: dict[Path, AdoptionOutcome] = {}
+    for status, excluded_line in _with_lines(surveyed):
+        folder = status.checkpoint.folder
         if (reason := _hindrance(status)) is not None:
             failed = status.state is CheckpointState.INCOMPLETE
-            outcomes.append(AdoptionOutcome(status, False, reason, failed))
+            outcomes[folder] = AdoptionOutcome(status, False, reason, failed)
             continue
 
         assert status.proof is not None
         try:
-            adoption = _planned(status.proof, data=True, progress=progress)
+            adoption = _planned(status.proof, True, progress, excluded_line)
             if not dry_run:
                 execute(adoption)
             bare = checksums.of_files(adoption.folder).bare
-            outcomes.append(AdoptionOutcome(status, True, bare=bare))
+            outcomes[folder] = AdoptionOutcome(status, True, bare=bare)
         except CheckpointError as error:
-            outcomes.append(AdoptionOutcome(status, False, str(error), failed=True))
+            outcomes[folder] = AdoptionOutcome(status, False, str(error), failed=True)
 
-    return outcomes
+    return [outcomes[status.checkpoint.folder] for status in surveyed]
+
+
+def _with_lines(
+    statuses: Sequence[CheckpointStatus],
+) -> list[tuple[CheckpointStatus, Line | None]]:
+    """In the order of adoption, with the line that a checkpoint does not go on from, if any.
+
+    The training that saved last comes first, so that it is the one that goes on from what
+    several have in common. What a resume passes over as older than the newest committed one,
+    or of another training, is not of that one's line afterwards either.
+    """
+    complete = [status for status in statuses if status.complete]
+    incomplete = [(status, None) for status in statuses if not status.complete]
+    if not complete:
+        return list(incomplete)
+
+    folder = complete[0].checkpoint.folder.parent
+    newest = leading(Run(folder).checkpoints()) if folder.is_dir() else None
+    ordered = [status for group in trainings.by_training(complete) for status in group]
+
+    return [(status, _line_apart(status, newest)) for status in ordered] + list(incomplete)
+
+
+def _line_apart(status: CheckpointStatus, newest: RunCheckpoint | None) -> Line | None:
+    """The line of the newest committed one, where a later checkpoint does not go on from it."""
+    if newest is None or newest.manifest is None or newest.tier != "full" or status.proof is None:
+        return None
+    if (status.step or 0) <= newest.manifest.step or status.checkpoint.source is not None:
+        return None
+
+    is_successor = succession.relate(newest, status.proof).relation == "follows"
+    return None if is_successor else Line.of(newest.manifest)
 
 
 def _hindrance(status: CheckpointStatus) -> str | None:
@@ -172,8 +207,13 @@ def plan(folder: Path, data: bool = True) -> Adoption:
     return _planned(proof, data, quiet)
 
 
-def _planned(proof: Proof, data: bool, progress: Progress) -> Adoption:
-    """The manifest that a whole checkpoint gets, after a look at all of its files."""
+def _planned(
+    proof: Proof, data: bool, progress: Progress, excluded_line: Line | None = None
+) -> Adoption:
+    """The manifest that a whole checkpoint gets, after a look at all of its files.
+
+    ``excluded_line`` as in ``succession.line_after``.
+    """
     folder, look = proof.path, liveness.look(proof.path)
     source = detect.read(folder, complete=True)
     if source.place.root != folder:
@@ -190,7 +230,8 @@ def _planned(proof: Proof, data: bool, progress: Progress) -> Adoption:
         intact_files.require_file(folder / file_name)
 
     try:
-        new_manifest = _manifest(source, proof, file_names, progress)
+        line = succession.line_after(folder, proof.step, excluded_line)
+        new_manifest = _manifest(source, proof, file_names, line, progress)
     except FieldError as error:
         raise CheckpointError(
             f"{folder} is whole, but a manifest cannot list it: {error}; rename or move away "
@@ -223,13 +264,16 @@ def execute(adoption: Adoption) -> Manifest:
 
 
 def _manifest(
-    source: Source, proof: Proof, file_names: Sequence[str], progress: Progress
+    source: Source,
+    proof: Proof,
+    file_names: Sequence[str],
+    line: Line | None,
+    progress: Progress,
 ) -> Manifest:
     """What the save would have written, had it been ckpt's."""
     folder = source.place.root
     assert proof.step is not None
-    step, line = proof.step, succession.line_after(folder, proof.step)
-    record = record_in(folder)
+    step, record = proof.step, record_in(folder)
     origin = None if record is None else record.source
     versions = {"ckpt": __version__}
     if source.version:
@@ -240,7 +284,7 @@ def _manifest(
         tag=source.place.tag,
         tier="full",
         save=uuid.uuid4().hex,
-        created=max((folder / file_name).stat().st_mtime for file_name in file_names),
+        created=_saved_at(folder, file_names),
         stage=source.stage,
         world_size=source.world_size,
         versions=versions,
@@ -250,16 +294,25 @@ def _manifest(
         },
         run=line.run if line else None,
         line=line.at(step) if line else (),
-        name=_saved_name(folder),
+        name=_original_folder(folder).name,
         made_of=None if origin is None else origin.save,
         source=origin,
     )
 
 
-def _saved_name(folder: Path) -> str:
-    """The name under which a checkpoint was saved: of a copy by hand that of its original."""
+def _original_folder(folder: Path) -> Path:
+    """The folder that a checkpoint was saved into: of a copy by hand that of its original."""
     copied = copies.originals(listing.checkpoints_in(folder.parent))
-    return copied[folder].name if folder in copied else folder.name
+    return copied[folder].folder if folder in copied else folder
+
+
+def _saved_at(folder: Path, file_names: Sequence[str]) -> float:
+    """When a checkpoint was saved, in seconds since 1970: by its newest file, or its original's."""
+    original_folder = _original_folder(folder)
+    if original_folder != folder:
+        manifest_of_original = open_checkpoint(original_folder).manifest
+        return manifest_of_original.created if manifest_of_original else saved_at(original_folder)
+    return max((folder / file_name).stat().st_mtime for file_name in file_names)
 
 
 def _file_names(folder: Path) -> list[str]:

@@ -238,7 +238,15 @@ def _double_findings(checkpoints: Sequence[RunCheckpoint]) -> Iterator[Finding]:
         # several ModelCheckpoints of Lightning, or its save_last, save at one step
         is_lightning = all(name.endswith(".ckpt") for name in names)
         if len(names) > 1 and not is_lightning:
-            description = f"and {', '.join(names[:-1])} are both of step {step}; delete or move one"
+            others = ", ".join(names[:-1])
+            origins = [
+                f"; {checkpoint.name} was {checkpoint.origin}"
+                for checkpoint in committed
+                if checkpoint.name in names and checkpoint.origin is not None
+            ]
+            description = (
+                f"and {others} are both of step {step}{''.join(origins)}; delete or move one"
+            )
             yield Finding(committed[0].folder.with_name(names[-1]), description)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from ckpt.runs import manifest as manifests
+from ckpt.runs.foreign.succession import relate
 from ckpt.runs.run import (
     POINTERS,
     Run,
@@ -82,8 +83,14 @@ def _leads_nowhere(run: Run, pointer_text: str | None) -> bool:
 def _newer_whole(
     statuses: Sequence[CheckpointStatus], expected: RunCheckpoint
 ) -> RunCheckpoint | None:
-    """The latest checkpoint that is later than ``expected`` and whole, but not committed."""
-    newer = [status for status in statuses if _is_newer_whole(status, expected)]
+    """The latest checkpoint that goes on from ``expected`` and is whole, but not committed."""
+    newer = [
+        status
+        for status in statuses
+        if _is_newer_whole(status, expected)
+        and status.proof is not None
+        and relate(expected, status.proof).relation == "follows"
+    ]
     newest = max(newer, key=lambda status: status.step or 0, default=None)
 
     return None if newest is None else newest.checkpoint

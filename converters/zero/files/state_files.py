@@ -19,7 +19,8 @@ from converters.errors import CheckpointError
 from converters.pickles.values import Call, Global
 from converters.storage import open_files
 from converters.tensors import DType, TensorRef
-from converters.torch_files import reader
+from converters.torch_files import odd_tensors, reader
+from converters.torch_files.odd_tensors import Repeated
 from converters.torch_files.torch_file import TorchFile
 from converters.zero.files import discovery, typed
 from converters.zero.files.typed import Section
@@ -89,9 +90,14 @@ class State:
             )
 
         flat = dict(_flattened(state_dict))
-        for name in flat:
+        for name, value in flat.items():
             if not name.isprintable():
                 raise no_name(self, name)
+            if isinstance(value, Repeated):
+                raise CheckpointError(
+                    f"{self.path} is damaged: {name} is {odd_tensors.reason(value)}; no engine "
+                    "saves such a tensor"
+                )
 
         return flat
 

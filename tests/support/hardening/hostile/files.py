@@ -162,9 +162,10 @@ def bombs(real: Template, keys: int = len(KEYS)) -> Iterator[Hostile]:
 def tensors(real: Template) -> Iterator[Hostile]:
     """Tensor lies, as a tensor of the module and beside it."""
     for what, opcodes in lies.tensors(*real.largest).items():
+        inert = what in lies.VIEWS
         module = real.holding("module", b"}" + encoded("w", 2) + opcodes + b"s")
-        yield Hostile("tensor", f"{what}, in the module", module)
-        yield Hostile("tensor", f"{what}, nested", real.holding("client", opcodes))
+        yield Hostile("tensor", f"{what}, in the module", module, inert)
+        yield Hostile("tensor", f"{what}, nested", real.holding("client", opcodes), inert)
         flat = b"}" + encoded("single_partition_of_fp32_groups", 2) + b"]" + opcodes + b"as"
         weights = real.holding("optimizer_state_dict", flat)
         yield Hostile("tensor", f"{what}, as weights", weights)

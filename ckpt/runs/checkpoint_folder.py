@@ -10,6 +10,7 @@ from pathlib import Path
 from ckpt.folders import filenames
 from ckpt.runs import manifest as manifests
 from ckpt.runs.ancestry import Ancestry, Record, record_in
+from ckpt.runs.digests import MISSING
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.recognition import is_numbered, is_spare, step_in
 from converters.detect import detect
@@ -18,7 +19,6 @@ from converters.words import first
 
 WEIGHTS_ONLY = "weights only; training cannot go on from it"
 SLIMMED = "weights only since it was slimmed; training cannot go on from it"
-_MISSING = ": missing"  # as ``digests.unlike`` says it
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,9 @@ class RunCheckpoint:
 
     ``step`` of one without a manifest is what its name says, if anything. ``deleted``
     are files that the manifest lists and that are gone: if no resume needs them (the
-    weights of a full checkpoint), it is still committed. ``record`` says what
-    one without a manifest was made of, if ckpt made it.
+    weights of a full checkpoint), it is still committed. So it is if such files were
+    ``changed``, which are those that have another size. ``record`` says what one
+    without a manifest was made of, if ckpt made it.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class RunCheckpoint:
     pinned: bool
     deleted: tuple[str, ...] = ()
     record: Record | None = None
+    changed: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -79,6 +81,18 @@ class RunCheckpoint:
             return None
 
         return f"lacks {first(self.deleted)}"
+
+    @property
+    def changes(self) -> str | None:
+        """What was changed by hand in a committed checkpoint, as a line."""
+        if not self.committed or not self.changed:
+            return None
+
+        return f"changed since its save: {first(self.changed)}"
+
+    def spares(self, name: str) -> bool:
+        """Whether no resume reads this file, so that the checkpoint stays committed without it."""
+        return self.tier == "full" and is_spare(name)
 
     @property
     def thinned(self) -> bool:
@@ -167,18 +181,21 @@ def open_checkpoint(folder: Path) -> RunCheckpoint:
         step = step_in(folder.name) if recorded_step is None else recorded_step
         return RunCheckpoint(folder, step, None, reason, pinned, record=record)
 
-    problems = manifests.check(folder, manifest, strict=True)
-    missing_names = tuple(
-        line.removesuffix(_MISSING) for line in problems if line.endswith(_MISSING)
-    )
-    is_only_missing = len(missing_names) == len(problems)
-    if manifest.tier == "full":
-        spared_lines = {
-            f"{missing_name}{_MISSING}" for missing_name in missing_names if is_spare(missing_name)
-        }
-        problems = [line for line in problems if line not in spared_lines]
+    return _compared(folder, manifest, pinned)
 
-    reason = f"manifest.json lists {first(problems)}" if problems else None
+
+def _compared(folder: Path, manifest: Manifest, pinned: bool) -> RunCheckpoint:
+    """A checkpoint with a manifest, by the sizes of the files that the manifest lists."""
+    differences = manifests.differences(folder, manifest, strict=True)
+    missing_names = tuple(name for name, what in differences.items() if what == MISSING)
+    changed_names = tuple(name for name in differences if name not in missing_names)
+    problems = {
+        name: f"{name}: {what}"
+        for name, what in differences.items()
+        if manifest.tier != "full" or not is_spare(name)
+    }
+    is_only_missing = problems.keys() <= set(missing_names)
+    reason = f"manifest.json lists {first(list(problems.values()))}" if problems else None
 
     return RunCheckpoint(
         folder,
@@ -186,7 +203,8 @@ def open_checkpoint(folder: Path) -> RunCheckpoint:
         manifest,
         reason,
         pinned,
-        missing_names if is_only_missing or not problems else (),
+        missing_names if is_only_missing else (),
+        changed=changed_names,
     )
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "check",
+    "differences",
     "digest",
     "is_inside",
     "loads",
@@ -341,14 +342,26 @@ def check(
     progress: Progress = quiet,
     strict: bool = False,
 ) -> list[str]:
-    """A line for each file that is not as the manifest has it.
+    """``differences`` as lines."""
+    difference_by_name = differences(folder, manifest, data, progress, strict)
+    return [f"{file_name}: {difference}" for file_name, difference in difference_by_name.items()]
+
+
+def differences(
+    folder: Path,
+    manifest: Manifest,
+    data: bool = False,
+    progress: Progress = quiet,
+    strict: bool = False,
+) -> dict[str, str]:
+    """How each file differs that is not as the manifest has it.
 
     Looks at sizes only, unless ``data``: then at every digest, which reads every byte,
     those of a torch zip against the CRC32s of its records. ``progress`` gets the bytes
-    read. A file that cannot be read is a line, too; with ``strict`` a failing disk is a
+    read. A file that cannot be read differs, too; with ``strict`` a failing disk is a
     ``CheckpointError``.
     """
-    problems = []
+    difference_by_name = {}
     for file_name, file in manifest.files.items():
         try:
             difference = unlike(folder / file_name, file, data, progress)
@@ -359,6 +372,7 @@ def check(
                 ) from error
             difference = str(error.strerror)
 
-        problems += [f"{file_name}: {difference}"] if difference is not None else []
+        if difference is not None:
+            difference_by_name[file_name] = difference
 
-    return problems
+    return difference_by_name

@@ -12,6 +12,7 @@ from ckpt.folders import filenames
 from ckpt.runs import digests
 from ckpt.runs import manifest as manifests
 from ckpt.runs.foreign import resume_files
+from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Run, RunCheckpoint, open_checkpoint
 from converters.errors import CheckpointError
 from converters.storage import local

@@ -191,10 +191,8 @@ def _with_digests(folder: Path, planned_amendment: Amendment) -> Manifest:
     """The manifest with the digests of the changed files as they are now."""
     manifest = planned_amendment.manifest
     try:
-        changed_records = {
-            name: digests.digest(folder / name) for name in planned_amendment.changed
-        }
+        records = {name: digests.digest(folder / name) for name in planned_amendment.changed}
     except OSError as error:
         raise unreadable(error, folder) from error
 
-    return replace(manifest, files={**manifest.files, **changed_records})
+    return replace(manifest, files={**manifest.files, **records})

@@ -282,19 +282,32 @@ def derived(present: Iterable[RunCheckpoint]) -> list[RunCheckpoint]:
 def original_of(
     checkpoint: RunCheckpoint, present: Iterable[RunCheckpoint]
 ) -> RunCheckpoint | None:
-    """The checkpoint that another was made of, if it is ``present`` and can be used."""
+    """The checkpoint that another was made of, if it is ``present`` and can be used.
+
+    Of several, one of which was made of the other, that is the one that is nearest to what
+    a training saved.
+    """
     source = checkpoint.source
     if source is None or not source.is_rewriting:
         return None
 
+    candidates = [candidate for candidate in present if candidate.folder != checkpoint.folder]
+    saved = [candidate for candidate in candidates if not _is_rewritten(candidate)]
+    choices = [(source, saved), *((parent, candidates) for parent in reversed([*source.parents]))]
     return next(
         (
             candidate
-            for candidate in present
-            if candidate.folder != checkpoint.folder and _is_original(candidate, checkpoint, source)
+            for ancestor, group in choices
+            for candidate in group
+            if _is_original(candidate, checkpoint, ancestor)
         ),
         None,
     )
+
+
+def _is_rewritten(checkpoint: RunCheckpoint) -> bool:
+    """Whether it was made of another checkpoint."""
+    return checkpoint.source is not None and checkpoint.source.is_rewriting
 
 
 def _is_original(candidate: RunCheckpoint, checkpoint: RunCheckpoint, source: Ancestry) -> bool:
@@ -302,8 +315,6 @@ def _is_original(candidate: RunCheckpoint, checkpoint: RunCheckpoint, source: An
 
     A save is told by its id; one without a manifest by its name and step.
     """
-    if candidate.source is not None and candidate.source.is_rewriting:
-        return False
     if source.save is not None:
         is_same = candidate.manifest is not None and candidate.manifest.save == source.save
         has_state = candidate.tier in ("full", checkpoint.tier)

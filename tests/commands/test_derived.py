@@ -315,7 +315,18 @@ def test_of_several_rewritings_the_first_source_is_named(tmp_path: Path) -> None
         made = open_checkpoint(tmp_path / name)
         found = original_of(made, present)
         assert found is not None and found.folder == original.folder, name
-    assert open_checkpoint(tmp_path / "one").origin == RESHARDED
+    sentence = "resharded from universal, which was made of checkpoint-8"
+    assert open_checkpoint(tmp_path / "one").origin == sentence
+    sentence = "resharded from checkpoint-8-w4 (4 ranks, stage 2), which was made of checkpoint-8"
+    assert open_checkpoint(tmp_path / "three").origin == sentence
+
+    shutil.rmtree(original.folder)
+    present = Run(tmp_path).checkpoints()
+    for name in ("three", "universal", "one"):
+        found = original_of(open_checkpoint(tmp_path / name), present)
+        assert found is not None and found.name == "checkpoint-8-w4", name
+    newest = leading(present)
+    assert newest is not None and newest.name == "checkpoint-8-w4"
 
 
 def test_a_universal_folder_beside_its_original_is_no_matter_of_a_resume(

@@ -83,3 +83,30 @@ def test_the_metadata_of_each_rank_is_missed(folder: Path, rank: int, with_bytes
     if rank < RANKS - 1:
         expected = f"none of rank {rank}"
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 2)])
+def test_fsdp_states_of_different_ranks_are_told_apart(
+    ranks: tuple[int, int], tmp_path: Path
+) -> None:
+    for stem, count in zip(("pytorch_model_fsdp", "optimizer"), ranks, strict=True):
+        for rank in range(count):
+            torch.save({"state": {}}, tmp_path / f"{stem}_0_rank{rank}.bin")
+    words = ["1 rank" if count == 1 else f"{count} ranks" for count in ranks]
+    reason = f"has pytorch_model_fsdp of {words[0]} and optimizer of {words[1]}"
+    with pytest.raises(CheckpointError, match=reason):
+        completeness.prove(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("pytorch_model_fsdp.bin", "model, but no optimizer.bin"),
+        ("optimizer_0_rank0.bin", "optimizer, but no pytorch_model_fsdp.bin"),
+    ],
+)
+def test_one_state_of_fsdp_alone_names_the_other(name: str, missing: str, tmp_path: Path) -> None:
+    torch.save({"state": {}}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"has FSDP's {missing}") as caught:
+        completeness.prove(tmp_path)
+    assert "trainer_state.json" not in str(caught.value)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,17 +118,19 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
     here.
     """
     model_parts = dcp_files.fsdp_parts(path, "pytorch_model_fsdp")
-    if model_parts and dcp_files.fsdp_parts(path, "optimizer"):
+    optimizer_parts = dcp_files.fsdp_parts(path, "optimizer")
+    if model_parts and optimizer_parts:
         return Proof(path, "FSDP")
+    _require_both_of_fsdp(path, bool(model_parts), optimizer_parts)
     if not entry_names:
         raise CheckpointError(f"{path} is empty: its save did not begin", "incomplete")
 
-    has_states = model_parts or any(map(_STATES.fullmatch, entry_names))
+    has_states = any(map(_STATES.fullmatch, entry_names))
     if not has_states and entry_names & _CONFIGS and intact_files.weights(path):
         if CONVERSION in entry_names:
             return Proof(path, OWN, _converted_step(path), resumable=False)
         return Proof(path, MODEL, step_in(path.name), resumable=False)
-    if model_parts or intact_files.WEIGHTS_NAMES & entry_names:
+    if intact_files.WEIGHTS_NAMES & entry_names:
         raise CheckpointError(
             f"{path} {detect.detect(path).statement}, but has no {STATE}, which a Trainer writes "
             "last, and no random_states of Accelerate: its save did not finish, or no training "
@@ -143,6 +145,21 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
     raise CheckpointError(
         f"{path} holds files of a kind that ckpt does not know ({first_names})",
         "unsupported",
+    )
+
+
+def _require_both_of_fsdp(path: Path, has_model: bool, optimizer_parts: Sequence[Path]) -> None:
+    """``CheckpointError`` where one of FSDP's two states lies there without the other."""
+    is_of_fsdp = any(part.name != "optimizer.bin" for part in optimizer_parts)
+    is_optimizer_alone = is_of_fsdp and not intact_files.weights(path)
+    if not has_model and not is_optimizer_alone:
+        return
+
+    stem, other = ("optimizer", "model") if has_model else ("pytorch_model_fsdp", "optimizer")
+    raise CheckpointError(
+        f"{path} has FSDP's {other}, but no {stem}.bin, {stem}_0 or {stem}_0_rank0.bin beside it: "
+        "its save did not finish, or no training goes on from it",
+        "incomplete",
     )
 
 

@@ -151,6 +151,15 @@ def is_single(path: Path) -> bool:
     return is_saved_as_one or detect(path).kind.name == UNIVERSAL
 
 
+def adoption_command(folder: Path) -> str:
+    """The command that commits a complete checkpoint of DeepSpeed.
+
+    One that a loop saved into a folder of its own looks like a save_dir, unless the run
+    is named.
+    """
+    return f"ckpt doctor {folder if is_single(folder) else folder.parent} --adopt"
+
+
 def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
     """The newest last: by step (unknown ones first), then by the time of saving, then by name.
 

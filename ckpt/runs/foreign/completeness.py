@@ -155,9 +155,9 @@ def _require_both_of_fsdp(path: Path, has_model: bool, optimizer_parts: Sequence
     if not has_model and not is_optimizer_alone:
         return
 
-    stem, other = ("optimizer", "model") if has_model else ("pytorch_model_fsdp", "optimizer")
+    stem, part = ("optimizer", "model") if has_model else ("pytorch_model_fsdp", "optimizer")
     raise CheckpointError(
-        f"{path} has FSDP's {other}, but no {stem}.bin, {stem}_0 or {stem}_0_rank0.bin beside it: "
+        f"{path} has FSDP's {part}, but no {stem}.bin, {stem}_0 or {stem}_0_rank0.bin beside it: "
         "its save did not finish, or no training goes on from it",
         "incomplete",
     )

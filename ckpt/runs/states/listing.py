@@ -86,7 +86,7 @@ def run_at(path: Path, command: str) -> Run:
     if path.is_dir() and not is_single(path) and signs.candidates(path):
         return Run(path)
     if path.is_dir() and signs.has_signs(path) and not is_run(path):
-        remedy = f"name the folder that it lies in: {command} {path.parent}"
+        remedy = f"name the folder that it lies in: {f'{command} {path.parent}'.strip()}"
         raise detect(path).unlike("a run", remedy)
 
     require_named(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from ckpt.folders import filenames
 from ckpt.runs import manifest as manifests
 from ckpt.runs.ancestry import Ancestry, Record, record_in
+from ckpt.runs.conversions import WeightsOrigin, conversion_in
 from ckpt.runs.digests import MISSING
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.recognition import is_numbered, is_spare, step_in
@@ -29,7 +30,7 @@ class RunCheckpoint:
     are files that the manifest lists and that are gone: if no resume needs them (the
     weights of a full checkpoint), it is still committed. So it is if such files were
     ``changed``, which are those that have another size. ``record`` says what one
-    without a manifest was made of, if ckpt made it.
+    without a manifest was made of, if ckpt made it, and ``conversion`` the same of weights.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class RunCheckpoint:
     deleted: tuple[str, ...] = ()
     record: Record | None = None
     changed: tuple[str, ...] = ()
+    conversion: WeightsOrigin | None = None
 
     @property
     def name(self) -> str:
@@ -60,8 +62,10 @@ class RunCheckpoint:
 
     @property
     def origin(self) -> str | None:
-        """``source`` as words after its name."""
-        return self.source.sentence if self.source is not None else None
+        """``source``, or ``conversion``, as words after its name."""
+        if self.source is None:
+            return self.conversion.sentence if self.conversion is not None else None
+        return self.source.sentence
 
     @property
     def is_universal(self) -> bool:
@@ -177,9 +181,14 @@ def open_checkpoint(folder: Path) -> RunCheckpoint:
         is_absent = error.kind == "incomplete"
         reason = manifests.ABSENT if is_absent else str(error).removeprefix(f"{folder}/")
         record = record_in(folder) if is_absent else None
+        conversion = conversion_in(folder) if is_absent and record is None else None
         recorded_step = record.source.step if record is not None else None
+        if conversion is not None:
+            recorded_step = conversion.step
         step = step_in(folder.name) if recorded_step is None else recorded_step
-        return RunCheckpoint(folder, step, None, reason, pinned, record=record)
+        return RunCheckpoint(
+            folder, step, None, reason, pinned, record=record, conversion=conversion
+        )
 
     return _compared(folder, manifest, pinned)
 

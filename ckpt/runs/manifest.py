@@ -182,8 +182,8 @@ class Manifest:
         data |= {name: getattr(self, name) for name in _FIELDS if name != "files"}
         data["source"] = None if self.source is None else self.source.as_json()
         data["versions"] = dict(self.versions)
-        data["progress"] = _json_value(self.progress)
-        data["metrics"] = {name: written(value) for name, value in self.metrics.items()}
+        data["progress"] = fields.json_value(self.progress)
+        data["metrics"] = {name: fields.json_number(value) for name, value in self.metrics.items()}
         data["files"] = {
             file_name: {"size": file.size, "digest": file.digest}
             for file_name, file in self.files.items()
@@ -215,25 +215,6 @@ _FIELDS = tuple(Manifest.__dataclass_fields__)
 
 # not in manifests of versions before 0.2
 OPTIONAL = ("run", "line", "name", "made_of", "source")
-
-
-def written(value: float) -> float | str:
-    """A number as JSON can hold it: NaN and infinities as strings."""
-    if math.isfinite(value):
-        return value
-    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-
-
-def _json_value(value: Any) -> Any:
-    """JSON whose numbers are all numbers of JSON; the others come back as strings."""
-    if isinstance(value, float):
-        return written(value)
-    if isinstance(value, Mapping):
-        return {key: _json_value(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_value(inner) for inner in value]
-
-    return value
 
 
 def loads(data: bytes, path: Path) -> Manifest:

@@ -243,13 +243,16 @@ def test_a_committed_one_is_not_taken_in_the_place_of_an_original_that_is_not(
     assert ckpt.find(tmp_path) == str(made)
 
 
+@pytest.mark.parametrize("options", [[], ["--names", "as-stored"]])
 def test_a_model_under_the_name_of_a_later_checkpoint_is_of_the_step_that_it_was_made_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stock(tmp_path)
-    command("to-fp32", tmp_path / "checkpoint-2", "-o", tmp_path / "checkpoint-9")
+    command("to-fp32", tmp_path / "checkpoint-2", "-o", tmp_path / "checkpoint-9", *options)
     row = rows(tmp_path, capsys)["checkpoint-9"]
     assert (row["step"], row["tier"], row["written_by"]) == (2, "weights", "ckpt")
+    assert row["origin"] == "weights made from global_step2 of step 2"
+    assert open_checkpoint(tmp_path / "checkpoint-9").step == 2
     original = tmp_path / "checkpoint-2"
     assert ckpt.find(tmp_path) == str(original) == str(chosen(tmp_path).checkpoint.folder)
     shutil.rmtree(original)

@@ -26,6 +26,7 @@ from typing import Any
 
 from ckpt.folders.filenames import CONVERSION, MANIFEST
 from ckpt.runs.ancestry import record_in
+from ckpt.runs.conversions import conversion_in
 from ckpt.runs.foreign import dcp_files, intact_files, step_records
 from ckpt.runs.foreign.parallel import require_parallel
 from ckpt.runs.foreign.proofs import MODEL, OWN, PLAIN_DEEPSPEED, History, Proof
@@ -126,9 +127,13 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
         raise CheckpointError(f"{path} is empty: its save did not begin", "incomplete")
 
     has_states = any(map(_STATES.fullmatch, entry_names))
-    if not has_states and entry_names & _CONFIGS and intact_files.weights(path):
-        if CONVERSION in entry_names:
-            return Proof(path, OWN, _converted_step(path), resumable=False)
+    conversion = conversion_in(path)
+    if CONVERSION in entry_names:
+        intact_files.read_json(path / CONVERSION)  # may have been cut short
+    is_model = conversion is not None or entry_names & _CONFIGS
+    if not has_states and is_model and intact_files.weights(path):
+        if conversion is not None:
+            return Proof(path, OWN, conversion.step, resumable=False)
         return Proof(path, MODEL, step_in(path.name), resumable=False)
     if intact_files.WEIGHTS_NAMES & entry_names:
         raise CheckpointError(
@@ -161,14 +166,6 @@ def _require_both_of_fsdp(path: Path, has_model: bool, optimizer_parts: Sequence
         "its save did not finish, or no training goes on from it",
         "incomplete",
     )
-
-
-def _converted_step(folder: Path) -> int | None:
-    """The step of the checkpoint that ckpt made a model of, whatever the folder's name says."""
-    record = intact_files.read_json(folder / CONVERSION)
-    source = record.get("source") if isinstance(record, dict) else None
-    step = source.get("step") if isinstance(source, dict) else None
-    return step if is_whole_number(step) else None
 
 
 def _is_tools_own(name: str) -> bool:

@@ -182,10 +182,10 @@ def _status(source: Source) -> CheckpointStatus | None:
     if is_url(source.place.root):
         return None
     if source.topology is None:
-        folder = source.place.folder
+        place = source.place.folder
         signs = (MANIFEST, TRAINER_STATE)  # of a slimmed one, and of a Trainer without DeepSpeed
-        is_of_training = any((folder / name).is_file() for name in signs)
-        return statuses_of([listing.candidate(folder)], wait=False)[0] if is_of_training else None
+        is_of_training = any((place / name).is_file() for name in signs)
+        return statuses_of([listing.candidate(place)], wait=False)[0] if is_of_training else None
 
     tag_folder, root = source.place.folder, source.place.root
     parents = list(tag_folder.parents)[:2]  # of several engines the second has the manifest

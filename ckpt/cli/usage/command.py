@@ -20,8 +20,10 @@ class Command(click.Command):
         try:
             extra_arguments = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            error.message = synonyms.unknown_option(error.message, error.option_name, self.name)
-            raise
+            message = synonyms.unknown_option(error.message, error.option_name, self.name)
+            raise click.NoSuchOption(
+                error.option_name, message, error.possibilities, error.ctx
+            ) from error
         if extra_arguments and not ctx.resilient_parsing:
             ctx.fail(_extra(self, ctx, extra_arguments))
 

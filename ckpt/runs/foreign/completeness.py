@@ -119,10 +119,14 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
     here.
     """
     model_parts = dcp_files.fsdp_parts(path, "pytorch_model_fsdp")
-    optimizer_parts = dcp_files.fsdp_parts(path, "optimizer")
-    if model_parts and optimizer_parts:
+    if model_parts and dcp_files.fsdp_parts(path, "optimizer"):
         return Proof(path, "FSDP")
-    _require_both_of_fsdp(path, bool(model_parts), optimizer_parts)
+    if model_parts:
+        raise CheckpointError(
+            f"{path} has FSDP's model, but no optimizer.bin, optimizer_0 or optimizer_0_rank0.bin "
+            "beside it: its save did not finish, or no training goes on from it",
+            "incomplete",
+        )
     if not entry_names:
         raise CheckpointError(f"{path} is empty: its save did not begin", "incomplete")
 
@@ -150,21 +154,6 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
     raise CheckpointError(
         f"{path} holds files of a kind that ckpt does not know ({first_names})",
         "unsupported",
-    )
-
-
-def _require_both_of_fsdp(path: Path, has_model: bool, optimizer_parts: Sequence[Path]) -> None:
-    """``CheckpointError`` where one of FSDP's two states lies there without the other."""
-    is_of_fsdp = any(part.name != "optimizer.bin" for part in optimizer_parts)
-    is_optimizer_alone = is_of_fsdp and not intact_files.weights(path)
-    if not has_model and not is_optimizer_alone:
-        return
-
-    stem, part = ("optimizer", "model") if has_model else ("pytorch_model_fsdp", "optimizer")
-    raise CheckpointError(
-        f"{path} has FSDP's {part}, but no {stem}.bin, {stem}_0 or {stem}_0_rank0.bin beside it: "
-        "its save did not finish, or no training goes on from it",
-        "incomplete",
     )
 
 

@@ -119,12 +119,14 @@ def _require_committed(run: Run, pointer_name: str, checkpoint: RunCheckpoint) -
     """``CheckpointError`` where a pointer may not name the checkpoint, and what helps, if
     anything does."""
     from ckpt.runs import manifest as manifests
+    from ckpt.runs.states import listing
     from ckpt.runs.states.status import status_of
     from converters.errors import CheckpointError
 
     if checkpoint.why == manifests.ABSENT:
         status = status_of(checkpoint)
-        remedy = f"; ckpt doctor {checkpoint.folder} --adopt commits it" if status.adoptable else ""
+        command = listing.adoption_command(checkpoint.folder)
+        remedy = f"; {command} commits it" if status.adoptable else ""
         raise CheckpointError(
             f"{checkpoint.folder} is not committed ({status.description}); {pointer_name} names "
             f"committed checkpoints only and stays as it is{remedy}",
@@ -171,8 +173,8 @@ def _foreign_line(checkpoint: RunCheckpoint, proof: Proof | None) -> list[str]:
 
     status = CheckpointStatus(checkpoint, CheckpointState.COMPLETE, None, proof)
     commit = ""
-    if status.adoptable and listing.is_single(checkpoint.folder):
-        commit = f"; ckpt doctor {checkpoint.folder} --adopt commits it"
+    if status.adoptable:
+        commit = f"; {listing.adoption_command(checkpoint.folder)} commits it"
     return [
         f"ckpt: {checkpoint.folder} is complete, not committed: written by {proof.kind}{commit}"
     ]

@@ -57,6 +57,7 @@ def _entry(
         written_by=status.writer,
         reason=reason(status),
         lacks=checkpoint.lacks,
+        changes=checkpoint.changes,
         origin=origin,
         tier=status.tier,
         nbytes=checkpoint.nbytes,
@@ -140,8 +141,8 @@ def _remark(entry: CheckpointEntry) -> str:
         parts.append(f"complete, not committed: written by {entry.written_by}")
     elif entry.reason is not None:
         parts.append(f"{prefix(entry.kind, entry.reason)}{entry.state}: {entry.reason}")
-    elif entry.lacks:
-        parts.append(entry.lacks)
+    else:
+        parts += filter(None, (entry.lacks, entry.changes))
 
     return f"  {'; '.join(parts)}" if parts else ""
 

@@ -55,7 +55,7 @@ def show(
         stage=source.stage,
         world_size=source.world_size,
         precision=source.precision,
-        step=source.step,
+        step=status.step if source.step is None and status is not None else source.step,
         deepspeed=source.version,
         parameters=adapter.parameters if adapter else quantized_facts.parameters(weights),
         tensors=len(weights.tensors) + len(unusual_tensors),

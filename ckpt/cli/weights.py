@@ -172,14 +172,20 @@ def show(
 
 
 def _status(source: Source) -> CheckpointStatus | None:
-    """How far a checkpoint can be relied on; ``None`` for weights alone, and in a store."""
+    """How far a checkpoint can be relied on; ``None`` for a model alone, and in a store."""
     from ckpt.folders.filenames import MANIFEST
     from ckpt.runs.states import listing
     from ckpt.runs.states.status import statuses_of
+    from converters.detect.filenames import TRAINER_STATE
     from converters.storage.store import is_url
 
-    if source.topology is None or is_url(source.place.root):
+    if is_url(source.place.root):
         return None
+    if source.topology is None:
+        place = source.place.folder
+        signs = (MANIFEST, TRAINER_STATE)  # of a slimmed one, and of a Trainer without DeepSpeed
+        is_of_training = any((place / name).is_file() for name in signs)
+        return statuses_of([listing.candidate(place)], wait=False)[0] if is_of_training else None
 
     tag_folder, root = source.place.folder, source.place.root
     parents = list(tag_folder.parents)[:2]  # of several engines the second has the manifest

@@ -36,10 +36,14 @@ def require(checkpoint: RunCheckpoint, uncommitted: bool, needs_no_optimizer: bo
     verdict = verify.verify(checkpoint)
     if not verdict.whole and not (needs_no_optimizer and _lacks_optimizer_alone(checkpoint)):
         reason = checkpoint.why or verdict.problems[0]
-        raise CheckpointError(
-            f"{checkpoint.folder} is not whole: {reason}; choose another checkpoint",
-            "incomplete",
-        )
+        remedy = "choose another checkpoint"
+        if checkpoint.committed and verdict.hindrance is None:  # a resume takes it
+            run = checkpoint.folder.parent
+            remedy = (
+                "it was changed or deleted since the save; if you want to push what is there now, "
+                f"ckpt doctor {run} --fix records it first"
+            )
+        raise CheckpointError(f"{checkpoint.folder} is not whole: {reason}; {remedy}", "incomplete")
 
 
 def _lacks_optimizer_alone(checkpoint: RunCheckpoint) -> bool:

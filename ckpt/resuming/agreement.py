@@ -12,6 +12,7 @@ from ckpt.folders import filenames
 from ckpt.runs import digests
 from ckpt.runs import manifest as manifests
 from ckpt.runs.foreign import resume_files
+from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Run, RunCheckpoint, open_checkpoint
 from converters.errors import CheckpointError
 from converters.storage import local
@@ -78,11 +79,7 @@ def mismatch(ranks: RankGroup | None, folder: Path, sight: Sight, data: bool) ->
     if manifest.save != sight.save:
         return f"on this rank it is another save, {manifest.save}, than on rank 0, {sight.save}"
 
-    # What was deleted of a committed one no resume needs (``ckpt slim``).
-    deleted_names = checkpoint.deleted if checkpoint.committed else ()
-    remaining_names = [name for name in manifest.files if name not in deleted_names]
-    remaining_files = {name: manifest.files[name] for name in remaining_names}
-    manifest = replace(manifest, files=remaining_files)
+    manifest = _needed_part(checkpoint, manifest)
     if manifest.nodes > 1:
         problems = manifests.check(folder, manifest)
         if problems:
@@ -104,6 +101,16 @@ def mismatch(ranks: RankGroup | None, folder: Path, sight: Sight, data: bool) ->
     own_part = replace(manifest, files=own_files)
     problems = manifests.check(folder, own_part, True, _beat(ranks))
     return problems[0] if problems else None
+
+
+def _needed_part(checkpoint: RunCheckpoint, manifest: Manifest) -> Manifest:
+    """The manifest without what no resume reads, which may have been deleted or changed."""
+    if not checkpoint.committed:
+        return manifest
+    needed_files = {
+        name: file for name, file in manifest.files.items() if not checkpoint.spares(name)
+    }
+    return replace(manifest, files=needed_files)
 
 
 def _files_mismatch(

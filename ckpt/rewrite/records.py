@@ -35,7 +35,7 @@ def source_manifest(home: Path, tag_name: str) -> Manifest | None:
 
 
 def first_origin(home: Path, manifest: Manifest | None, origin: Ancestry) -> Ancestry:
-    """``origin``, as far as a training saved that; else what that was made of.
+    """``origin``, as far as a training saved that; else what that was made of, by way of it.
 
     ``home`` and ``manifest`` are those of the checkpoint that is rewritten.
     """
@@ -46,7 +46,8 @@ def first_origin(home: Path, manifest: Manifest | None, origin: Ancestry) -> Anc
         record = record_in(home)
         earlier = None if record is None else record.source
     if earlier is not None and earlier.is_rewriting:
-        return replace(earlier, form=origin.form)
+        parent = replace(origin, form=earlier.form, parent=earlier.parent)
+        return replace(earlier, form=origin.form, parent=parent)
 
     return origin
 

@@ -6,6 +6,7 @@ recognition        what a folder or a file is taken for, by names alone
 manifest           the commit record of a checkpoint
 fields             what its fields may be
 ancestry           what a checkpoint was made of, where ckpt made it of another one
+conversions        the same of weights
 digests            what binds the bytes of a file, and files checked against it
 user_paths         what a path that a user gave is: a run, a checkpoint, or neither
 verify             whether a checkpoint is whole

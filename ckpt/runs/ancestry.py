@@ -10,12 +10,13 @@ is made of a checkpoint without one, has it in ``rewriting.json``:
     {"format": 1, "ckpt": "0.2.0", "stage": null, "world_size": null,
      "source": {"form": "universal", "name": "checkpoint-8", "world_size": 4, "stage": 2, ...}}
 
-Of something that was made in several steps it is the first one, which a training saved.
+Of something that was made in several steps it is the first one, which a training saved;
+its ``parent`` is then the one that was rewritten last, and the parent of that the one before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -31,6 +32,7 @@ from converters.words import counted
 
 FORMAT = 1
 MAX_BYTES = 1 << 16
+MAX_PARENTS = 100
 Form = Literal["resharded", "universal", "slimmed"]
 
 
@@ -51,8 +53,9 @@ class Ancestry:
     """The checkpoint that another was made of: its folder's ``name``, and what it was.
 
     ``save`` is that of its manifest, if it had one. ``stage`` and ``world_size`` are
-    those of its files. What is not known is ``None``. ``FieldError`` for values that
-    these fields cannot have.
+    those of its files. What is not known is ``None``. ``parent`` is the checkpoint that
+    the other was made of directly, with the form that it has itself, where it was not
+    this one. ``FieldError`` for values that these fields cannot have.
     """
 
     form: str
@@ -61,6 +64,7 @@ class Ancestry:
     step: int | None = None
     world_size: int | None = None
     stage: int | None = None
+    parent: Ancestry | None = None
 
     def __post_init__(self) -> None:
         is_form = self.form in get_args(Form)
@@ -81,35 +85,55 @@ class Ancestry:
         return self.form != "slimmed"
 
     @property
+    def parents(self) -> Iterator[Ancestry]:
+        """What was made of this one on the way to the checkpoint, the last one first."""
+        parent = self.parent
+        while parent is not None:
+            yield parent
+            parent = parent.parent
+
+    @property
     def sentence(self) -> str:
         """How it was made, as words after the name of what was made of it."""
+        if self.form == "slimmed":
+            return f"slimmed from a full checkpoint{self._topology}"
+
+        nearest = self.parent or self
+        source = nearest.name or "another checkpoint"
+        first = f", which was made of {self.name or 'another one'}" if self.parent else ""
+        if self.form == "universal":
+            return f"universal, made from {source}{first}"
+
+        is_universal = nearest is not self and nearest.form == "universal"
+        topology = "" if is_universal else nearest._topology
+        return f"resharded from {source}{topology}{first}"
+
+    @property
+    def _topology(self) -> str:
+        """The ranks and the stage, in brackets, as far as they are known."""
         facts = []
         if self.world_size is not None:
             facts.append(counted(self.world_size, "rank"))
         if self.stage is not None:
             facts.append(f"stage {self.stage}")
-        topology = f" ({', '.join(facts)})" if facts else ""
-
-        if self.form == "universal":
-            return f"universal, made from {self.name or 'another checkpoint'}"
-        if self.form == "slimmed":
-            return f"slimmed from a full checkpoint{topology}"
-        return f"resharded from {self.name or 'another checkpoint'}{topology}"
+        return f" ({', '.join(facts)})" if facts else ""
 
     def as_json(self) -> dict[str, Any]:
         """The fields, as ``parse`` reads them."""
         return asdict(self)
 
 
-def parse(value: object) -> Ancestry | None:
+def parse(value: object, depth: int = 0) -> Ancestry | None:
     """What ``as_json`` made; ``None`` for null. ``FieldError`` for anything else."""
     if value is None:
         return None
+    fields.require(depth <= MAX_PARENTS, "source", "...", f"no more than {MAX_PARENTS} parents")
     is_named = isinstance(value, Mapping) and "form" in value
     fields.require(is_named, "source", value, "a form and what it was made of")
     assert isinstance(value, Mapping)
 
     facts: dict[str, Any] = {name: value.get(name) for name in Ancestry.__dataclass_fields__}
+    facts["parent"] = parse(facts["parent"], depth + 1)
 
     return Ancestry(**facts)
 

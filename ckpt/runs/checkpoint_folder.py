@@ -10,6 +10,8 @@ from pathlib import Path
 from ckpt.folders import filenames
 from ckpt.runs import manifest as manifests
 from ckpt.runs.ancestry import Ancestry, Record, record_in
+from ckpt.runs.conversions import WeightsOrigin, conversion_in
+from ckpt.runs.digests import MISSING
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.recognition import is_numbered, is_spare, step_in
 from converters.detect import detect
@@ -18,7 +20,6 @@ from converters.words import first
 
 WEIGHTS_ONLY = "weights only; training cannot go on from it"
 SLIMMED = "weights only since it was slimmed; training cannot go on from it"
-_MISSING = ": missing"  # as ``digests.unlike`` says it
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,9 @@ class RunCheckpoint:
 
     ``step`` of one without a manifest is what its name says, if anything. ``deleted``
     are files that the manifest lists and that are gone: if no resume needs them (the
-    weights of a full checkpoint), it is still committed. ``record`` says what
-    one without a manifest was made of, if ckpt made it.
+    weights of a full checkpoint), it is still committed. So it is if such files were
+    ``changed``, which are those that have another size. ``record`` says what one
+    without a manifest was made of, if ckpt made it, and ``conversion`` the same of weights.
     """
 
     folder: Path
@@ -38,6 +40,8 @@ class RunCheckpoint:
     pinned: bool
     deleted: tuple[str, ...] = ()
     record: Record | None = None
+    changed: tuple[str, ...] = ()
+    conversion: WeightsOrigin | None = None
 
     @property
     def name(self) -> str:
@@ -58,8 +62,10 @@ class RunCheckpoint:
 
     @property
     def origin(self) -> str | None:
-        """``source`` as words after its name."""
-        return self.source.sentence if self.source is not None else None
+        """``source``, or ``conversion``, as words after its name."""
+        if self.source is None:
+            return self.conversion.sentence if self.conversion is not None else None
+        return self.source.sentence
 
     @property
     def is_universal(self) -> bool:
@@ -79,6 +85,18 @@ class RunCheckpoint:
             return None
 
         return f"lacks {first(self.deleted)}"
+
+    @property
+    def changes(self) -> str | None:
+        """What was changed by hand in a committed checkpoint, as a line."""
+        if not self.committed or not self.changed:
+            return None
+
+        return f"changed since its save: {first(self.changed)}"
+
+    def spares(self, name: str) -> bool:
+        """Whether no resume reads this file, so that the checkpoint stays committed without it."""
+        return self.tier == "full" and is_spare(name)
 
     @property
     def thinned(self) -> bool:
@@ -163,22 +181,30 @@ def open_checkpoint(folder: Path) -> RunCheckpoint:
         is_absent = error.kind == "incomplete"
         reason = manifests.ABSENT if is_absent else str(error).removeprefix(f"{folder}/")
         record = record_in(folder) if is_absent else None
+        conversion = conversion_in(folder) if is_absent and record is None else None
         recorded_step = record.source.step if record is not None else None
+        if conversion is not None:
+            recorded_step = conversion.step
         step = step_in(folder.name) if recorded_step is None else recorded_step
-        return RunCheckpoint(folder, step, None, reason, pinned, record=record)
+        return RunCheckpoint(
+            folder, step, None, reason, pinned, record=record, conversion=conversion
+        )
 
-    problems = manifests.check(folder, manifest, strict=True)
-    missing_names = tuple(
-        line.removesuffix(_MISSING) for line in problems if line.endswith(_MISSING)
-    )
-    is_only_missing = len(missing_names) == len(problems)
-    if manifest.tier == "full":
-        spared_lines = {
-            f"{missing_name}{_MISSING}" for missing_name in missing_names if is_spare(missing_name)
-        }
-        problems = [line for line in problems if line not in spared_lines]
+    return _compared(folder, manifest, pinned)
 
-    reason = f"manifest.json lists {first(problems)}" if problems else None
+
+def _compared(folder: Path, manifest: Manifest, pinned: bool) -> RunCheckpoint:
+    """A checkpoint with a manifest, by the sizes of the files that the manifest lists."""
+    differences = manifests.differences(folder, manifest, strict=True)
+    missing_names = tuple(name for name, what in differences.items() if what == MISSING)
+    changed_names = tuple(name for name in differences if name not in missing_names)
+    problems = {
+        name: f"{name}: {what}"
+        for name, what in differences.items()
+        if manifest.tier != "full" or not is_spare(name)
+    }
+    is_only_missing = problems.keys() <= set(missing_names)
+    reason = f"manifest.json lists {first(list(problems.values()))}" if problems else None
 
     return RunCheckpoint(
         folder,
@@ -186,7 +212,8 @@ def open_checkpoint(folder: Path) -> RunCheckpoint:
         manifest,
         reason,
         pinned,
-        missing_names if is_only_missing or not problems else (),
+        missing_names if is_only_missing else (),
+        changed=changed_names,
     )
 
 

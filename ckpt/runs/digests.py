@@ -33,6 +33,7 @@ from converters.torch_files.zip_directory import Directory
 
 LARGE = 64 << 20  # bytes; SHA-256 takes several times as long as CRC32
 CHUNK = 8 << 20  # bytes in memory at a time
+MISSING = "missing"  # the difference of a file that is not there
 Progress = Callable[[int], object]
 _DIGEST = re.compile(r"(zip|sha256):[0-9a-f]{64}|crc32:[0-9a-f]{8}")
 
@@ -97,7 +98,7 @@ def _check_structure(path: Path, expected: FileRecord) -> str | None:
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        return "missing"
+        return MISSING
 
     if not stat.S_ISREG(status.st_mode):
         return "no plain file"

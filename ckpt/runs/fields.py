@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 import sys
@@ -60,3 +61,22 @@ def is_inside(name: str) -> bool:
     """Whether a posix path stays inside the folder that it is relative to, and is spelt plainly."""
     parts = name.split("/")  # of an absolute path the first is empty
     return all(is_name(part) and len(part) < 256 for part in parts)
+
+
+def json_number(value: float) -> float | str:
+    """A number as JSON can hold it: NaN and infinities as strings."""
+    if math.isfinite(value):
+        return value
+    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+
+
+def json_value(value: Any) -> Any:
+    """JSON whose numbers are all numbers of JSON; the others come back as strings."""
+    if isinstance(value, float):
+        return json_number(value)
+    if isinstance(value, Mapping):
+        return {key: json_value(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_value(inner) for inner in value]
+
+    return value

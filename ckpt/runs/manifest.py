@@ -33,6 +33,7 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "check",
+    "differences",
     "digest",
     "is_inside",
     "loads",
@@ -181,8 +182,8 @@ class Manifest:
         data |= {name: getattr(self, name) for name in _FIELDS if name != "files"}
         data["source"] = None if self.source is None else self.source.as_json()
         data["versions"] = dict(self.versions)
-        data["progress"] = _json_value(self.progress)
-        data["metrics"] = {name: written(value) for name, value in self.metrics.items()}
+        data["progress"] = fields.json_value(self.progress)
+        data["metrics"] = {name: fields.json_number(value) for name, value in self.metrics.items()}
         data["files"] = {
             file_name: {"size": file.size, "digest": file.digest}
             for file_name, file in self.files.items()
@@ -214,25 +215,6 @@ _FIELDS = tuple(Manifest.__dataclass_fields__)
 
 # not in manifests of versions before 0.2
 OPTIONAL = ("run", "line", "name", "made_of", "source")
-
-
-def written(value: float) -> float | str:
-    """A number as JSON can hold it: NaN and infinities as strings."""
-    if math.isfinite(value):
-        return value
-    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-
-
-def _json_value(value: Any) -> Any:
-    """JSON whose numbers are all numbers of JSON; the others come back as strings."""
-    if isinstance(value, float):
-        return written(value)
-    if isinstance(value, Mapping):
-        return {key: _json_value(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_value(inner) for inner in value]
-
-    return value
 
 
 def loads(data: bytes, path: Path) -> Manifest:
@@ -341,14 +323,26 @@ def check(
     progress: Progress = quiet,
     strict: bool = False,
 ) -> list[str]:
-    """A line for each file that is not as the manifest has it.
+    """``differences`` as lines."""
+    difference_by_name = differences(folder, manifest, data, progress, strict)
+    return [f"{file_name}: {difference}" for file_name, difference in difference_by_name.items()]
+
+
+def differences(
+    folder: Path,
+    manifest: Manifest,
+    data: bool = False,
+    progress: Progress = quiet,
+    strict: bool = False,
+) -> dict[str, str]:
+    """How each file differs that is not as the manifest has it.
 
     Looks at sizes only, unless ``data``: then at every digest, which reads every byte,
     those of a torch zip against the CRC32s of its records. ``progress`` gets the bytes
-    read. A file that cannot be read is a line, too; with ``strict`` a failing disk is a
+    read. A file that cannot be read differs, too; with ``strict`` a failing disk is a
     ``CheckpointError``.
     """
-    problems = []
+    difference_by_name = {}
     for file_name, file in manifest.files.items():
         try:
             difference = unlike(folder / file_name, file, data, progress)
@@ -359,6 +353,7 @@ def check(
                 ) from error
             difference = str(error.strerror)
 
-        problems += [f"{file_name}: {difference}"] if difference is not None else []
+        if difference is not None:
+            difference_by_name[file_name] = difference
 
-    return problems
+    return difference_by_name

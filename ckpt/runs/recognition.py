@@ -17,8 +17,9 @@ _WEIGHTS = re.compile(
     r"\.(?:safetensors|bin)(?:\.index\.json)?"
 )
 _DESCRIPTIVE = re.compile(  # of a model, and what explains it
-    r"(config|generation_config|adapter_config|preprocessor_config|processor_config)\.json"
-    r"|(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece)[^/]*"
+    r"(config|generation_config|(video_)?preprocessor_config|processor_config)\.json"
+    r"|([^/]+/)?adapter_config\.json|additional_chat_templates/[^/]+|tekken\.json"
+    r"|(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece|sentencepiece)[^/]*"
     r"|training_args\.bin|[^/]+\.(md|py)|\.gitattributes"
 )
 

@@ -284,18 +284,32 @@ def original_of(
 ) -> RunCheckpoint | None:
     """The checkpoint that another was made of, if it is ``present`` and can be used.
 
-    It may have another name by now.
+    It may have another name by now. Of several, one of which was made of the other, that is
+    the one that is nearest to what a training saved.
     """
     source = checkpoint.source
     if source is None or not source.is_rewriting:
         return None
 
-    candidates = [entry for entry in present if entry.folder != checkpoint.folder]
+    candidates = [candidate for candidate in present if candidate.folder != checkpoint.folder]
+    saved = [candidate for candidate in candidates if not _is_rewritten(candidate)]
+    choices = [(source, saved), *((parent, candidates) for parent in reversed([*source.parents]))]
     original = next(
-        (entry for entry in candidates if _is_original(entry, checkpoint, source)), None
+        (
+            candidate
+            for ancestor, group in choices
+            for candidate in group
+            if _is_original(candidate, checkpoint, ancestor)
+        ),
+        None,
     )
 
     return original or renaming.source_of(checkpoint, source, candidates)
+
+
+def _is_rewritten(checkpoint: RunCheckpoint) -> bool:
+    """Whether it was made of another checkpoint."""
+    return checkpoint.source is not None and checkpoint.source.is_rewriting
 
 
 def _is_original(candidate: RunCheckpoint, checkpoint: RunCheckpoint, source: Ancestry) -> bool:
@@ -304,8 +318,6 @@ def _is_original(candidate: RunCheckpoint, checkpoint: RunCheckpoint, source: An
     A save is told by its id, whatever its folder is called; one without a manifest by its name
     and step.
     """
-    if candidate.source is not None and candidate.source.is_rewriting:
-        return False
     if source.save is not None:
         is_same = candidate.manifest is not None and candidate.manifest.save == source.save
         has_state = candidate.tier in ("full", checkpoint.tier)

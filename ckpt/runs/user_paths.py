@@ -61,7 +61,7 @@ def run_at(path: Path, command: str) -> Run:
     if path.is_dir() and (is_numbered(path) or (path / MANIFEST).is_file()):
         raise CheckpointError(
             f"{path} is a checkpoint, not a run; name the folder that it lies in: "
-            f"{command} {path.parent}",
+            f"{f'{command} {path.parent}'.strip()}",
             "incomplete",
         )
     if path.is_dir() and is_tag_folder(path):
@@ -69,7 +69,7 @@ def run_at(path: Path, command: str) -> Run:
         is_below_run = is_numbered(above) or (above / MANIFEST).is_file()
         raise CheckpointError(
             f"{path} is the folder of a tag, not a run; name the run that it lies in: "
-            f"{command} {above.parent if is_below_run else above}",
+            f"{f'{command} {above.parent if is_below_run else above}'.strip()}",
             "incomplete",
         )
 

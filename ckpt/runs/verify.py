@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.folders import locks
 from ckpt.runs import engines
 from ckpt.runs import manifest as manifests
-from ckpt.runs.digests import Progress, quiet
+from ckpt.runs.digests import MISSING, Progress, quiet
 from ckpt.runs.run import RunCheckpoint
 from converters.errors import CheckpointError
 from converters.words import counted
@@ -18,12 +19,13 @@ from converters.words import counted
 class Verification:
     """What was found. ``problems`` has a line for each thing that is not whole.
 
-    ``proven`` are lines on what is.
+    ``proven`` are lines on what is. ``spared`` are those problems that no resume minds.
     """
 
     checkpoint: RunCheckpoint
     problems: tuple[str, ...]
     proven: tuple[str, ...]
+    spared: tuple[str, ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -32,10 +34,8 @@ class Verification:
 
     @property
     def hindrance(self) -> str | None:
-        """The first problem that a resume minds: not weights that were deleted by hand."""
-        spared_names = () if self.checkpoint.lacks is None else self.checkpoint.deleted
-        spared_lines = {f"{file_name}: missing" for file_name in spared_names}
-        return next((line for line in self.problems if line not in spared_lines), None)
+        """The first problem that a resume minds: not weights that were deleted or changed."""
+        return next((line for line in self.problems if line not in self.spared), None)
 
 
 def verify(
@@ -54,14 +54,16 @@ def verify(
         return Verification(checkpoint, tuple(problems), (proof,) if proof else ())
 
     with locks.reading(checkpoint.folder):
-        problems = manifests.check(checkpoint.folder, manifest, data, progress)
+        differences = manifests.differences(checkpoint.folder, manifest, data, progress)
+        problems = [f"{name}: {what}" for name, what in differences.items()]
+        spared_names = [name for name in differences if checkpoint.spares(name)]
         proven = []
         if not problems:
             finding = "every byte has its digest" if data else "every file has its size"
             proven = [f"{counted(len(manifest.files), 'file')}, {finding}"]
 
-        if checkpoint.lacks is not None:
-            proven.append("what was deleted is needed by no resume; ckpt doctor RUN --fix")
+        if checkpoint.committed and spared_names:
+            proven.append(_spared_line(checkpoint, spared_names, differences))
         if manifest.tier == "full" and manifest.nodes == 1:
             for engine, tag_path in engines.tags(manifest).items():
                 proof, problem = states(checkpoint.folder, tag_path)
@@ -73,7 +75,23 @@ def verify(
             f"the part of node {manifest.node} of {manifest.nodes}; ckpt collect joins them"
         )
 
-    return Verification(checkpoint, tuple(problems), tuple(proven))
+    spared_lines = tuple(f"{name}: {differences[name]}" for name in spared_names)
+    return Verification(checkpoint, tuple(problems), tuple(proven), spared_lines)
+
+
+def _spared_line(
+    checkpoint: RunCheckpoint, names: Sequence[str], differences: Mapping[str, str]
+) -> str:
+    """That no resume needs these files, and which command makes the manifest true again."""
+    are_missing = [differences[name] == MISSING for name in names]
+    word = "deleted" if all(are_missing) else "changed"
+    if any(are_missing) and not all(are_missing):
+        word = "deleted or changed"
+
+    return (
+        f"no resume needs what was {word}; ckpt doctor {checkpoint.folder.parent} --fix makes the "
+        "manifest say what is there"
+    )
 
 
 def states(folder: Path, tag: str | None = None) -> tuple[str | None, str | None]:

@@ -91,7 +91,18 @@ def scheme_of(name: str | os.PathLike[str]) -> str:
 
 
 def canonical(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The path that "file:///PATH" stands for, another URL with its scheme in lower case."""
+    """The path that "file:///PATH" stands for, another URL with its scheme in lower case.
+
+    ``CheckpointError`` for an empty text, which ``Path`` would take for the current folder:
+    it comes of a variable that is not set.
+    """
+    if isinstance(name, str) and not name:
+        raise CheckpointError(
+            "the path is empty, perhaps of a variable that is not set; name a folder or a file (. "
+            "is the current folder)",
+            "refused",
+        )
+
     scheme = scheme_of(name)
     if not scheme:
         return name

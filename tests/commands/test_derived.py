@@ -300,13 +300,16 @@ def test_a_committed_one_is_not_taken_in_the_place_of_an_original_that_is_not(
     assert ckpt.find(tmp_path) == str(made)
 
 
+@pytest.mark.parametrize("options", [[], ["--names", "as-stored"]])
 def test_a_model_under_the_name_of_a_later_checkpoint_is_of_the_step_that_it_was_made_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stock(tmp_path)
-    command("to-fp32", tmp_path / "checkpoint-2", "-o", tmp_path / "checkpoint-9")
+    command("to-fp32", tmp_path / "checkpoint-2", "-o", tmp_path / "checkpoint-9", *options)
     row = rows(tmp_path, capsys)["checkpoint-9"]
     assert (row["step"], row["tier"], row["written_by"]) == (2, "weights", "ckpt")
+    assert row["origin"] == "weights made from global_step2 of step 2"
+    assert open_checkpoint(tmp_path / "checkpoint-9").step == 2
     original = tmp_path / "checkpoint-2"
     assert ckpt.find(tmp_path) == str(original) == str(chosen(tmp_path).checkpoint.folder)
     shutil.rmtree(original)
@@ -372,7 +375,18 @@ def test_of_several_rewritings_the_first_source_is_named(tmp_path: Path) -> None
         made = open_checkpoint(tmp_path / name)
         found = original_of(made, present)
         assert found is not None and found.folder == original.folder, name
-    assert open_checkpoint(tmp_path / "one").origin == RESHARDED
+    sentence = "resharded from universal, which was made of checkpoint-8"
+    assert open_checkpoint(tmp_path / "one").origin == sentence
+    sentence = "resharded from checkpoint-8-w4 (4 ranks, stage 2), which was made of checkpoint-8"
+    assert open_checkpoint(tmp_path / "three").origin == sentence
+
+    shutil.rmtree(original.folder)
+    present = Run(tmp_path).checkpoints()
+    for name in ("three", "universal", "one"):
+        found = original_of(open_checkpoint(tmp_path / name), present)
+        assert found is not None and found.name == "checkpoint-8-w4", name
+    newest = leading(present)
+    assert newest is not None and newest.name == "checkpoint-8-w4"
 
 
 def test_a_universal_folder_beside_its_original_is_no_matter_of_a_resume(

@@ -214,6 +214,25 @@ def test_last_asks_for_a_run_that_has_one(
     assert "trainer_state.json" in line and line.endswith(f"; see ckpt ls {tmp_path / 'out'}\n")
 
 
+def test_a_function_with_last_names_the_run_alone(tmp_path: Path) -> None:
+    checkpoint = real(tmp_path, 2).folder
+    for call in (ckpt.open, ckpt.to_fp32):
+        with pytest.raises(CheckpointError) as caught:
+            call(checkpoint, last=True)
+        assert str(caught.value).endswith(f"name the folder that it lies in: {tmp_path}")
+
+
+def test_show_says_the_step_and_the_state_of_a_slimmed_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = real(tmp_path, 2).folder
+    run("slim", folder, "--force")
+    capsys.readouterr()
+    run("show", folder, "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["state"], facts["step"]) == ("committed", 2)
+
+
 def test_a_copy_of_an_older_checkpoint_is_adopted_and_gives_nothing_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,7 +287,9 @@ def test_prune_asks_for_a_metric_that_checkpoints_have(
 
 def test_files_of_two_steps_are_not_complete(tmp_path: Path) -> None:
     checkpoint = stock(tmp_path, 2)
-    path = checkpoint / "global_step2/mp_rank_00_model_states.pt"
+    (checkpoint / "global_step2").rename(checkpoint / "global_step1")  # as DeepSpeed names it
+    (checkpoint / "latest").write_text("global_step1")
+    path = checkpoint / "global_step1/mp_rank_00_model_states.pt"
     for steps, values, is_complete in ((1, 0.0, True), (1, 1.0, False)):
         state = torch.load(path, weights_only=False)
         state["global_steps"] = steps

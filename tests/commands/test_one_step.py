@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -53,8 +54,11 @@ def renamed(name: str) -> Change:
     return lambda folder: folder.rename(folder.with_name(name))
 
 
-def engine(steps: int, values: float = 0.0) -> Change:
-    """The files of the engine, after so many of its steps; fp32 weights and those in 16 bits."""
+def engine(steps: int, values: float = 0.0, tag: str | None = None) -> Change:
+    """The files of the engine, after so many of its steps; fp32 weights and those in 16 bits.
+
+    Their folder is named by the steps, as DeepSpeed does it, or ``tag``.
+    """
 
     def change(folder: Path) -> None:
         (path,) = folder.glob("*/mp_rank_00_model_states.pt")
@@ -63,6 +67,26 @@ def engine(steps: int, values: float = 0.0) -> Change:
         weights = folder / "model.safetensors"
         tensors = {name: tensor + values for name, tensor in load_file(weights).items()}
         save_file(tensors, weights, {"format": "pt"})
+        tag_name = tag or f"global_step{steps}"
+        path.parent.rename(folder / tag_name)
+        (folder / "latest").write_text(tag_name)
+
+    return change
+
+
+def beside(steps: int, is_older: bool = False) -> Change:
+    """A tag of another step in the folder, which ``latest`` names; older than the other, or not."""
+
+    def change(folder: Path) -> None:
+        own_tag = folder / f"global_step{STEP}"
+        aside = folder.parent / ".aside"
+        shutil.copytree(own_tag, aside)
+        engine(steps)(folder)
+        aside.rename(own_tag)
+        for path in (folder / f"global_step{steps}").iterdir():
+            seconds = max(state.stat().st_mtime for state in own_tag.iterdir())
+            seconds += -5 if is_older else 5
+            os.utime(path, (seconds, seconds))
 
     return change
 
@@ -96,6 +120,11 @@ def without_deepspeed(out: Path) -> Path:
             "scheduler.pt of step 1, and the learning rate is 1 in scheduler.pt and 0.0005 in opti",
         ),
         (with_deepspeed, [engine(1, values=1.0)], "and model.safetensors holds other values of "),
+        (
+            with_deepspeed,
+            [engine(1, tag="global_step2")],
+            "of step 2 and the folder global_step2, but the files in it are of step 1",
+        ),
     ],
 )
 def test_a_file_of_another_step_is_told(
@@ -112,6 +141,17 @@ def test_a_file_of_another_step_is_told(
         ckpt.find(tmp_path)
 
 
+@pytest.mark.parametrize("change", [beside(1), beside(7, is_older=True)])
+def test_a_latest_that_names_another_step_beside_the_trainers_is_told(
+    change: Change, tmp_path: Path
+) -> None:
+    folder = with_deepspeed(tmp_path)
+    change(folder)
+    reason = str(status(folder).reason)
+    assert "its file latest names global_step" in reason
+    assert "global_step2 lies beside it; make latest name global_step2" in reason
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -120,6 +160,7 @@ def test_a_file_of_another_step_is_told(
         pytest.param([engine(1)], id="accumulation that ends with an epoch, in older versions"),
         pytest.param([scheduled(1)], id="a step that was skipped: fp16"),
         pytest.param([scheduled(7), engine(7)], id="train() was called a second time"),
+        pytest.param([scheduled(7), beside(7)], id="train(), a second time into the same folder"),
         pytest.param([scheduled(1, patience=3)], id="ReduceLROnPlateau, which counts evaluations"),
         pytest.param([scheduled(1, last_epoch=None)], id="a scheduler that counts nothing"),
         pytest.param([scheduled(1, _last_lr=[1.0])], id="another number of groups"),

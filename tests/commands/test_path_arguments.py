@@ -119,3 +119,10 @@ def test_an_argument_that_is_none_of_its_values_is_named(wrong: dict[str, Any]) 
 def test_a_number_of_ranks_is_one(world_size: Any) -> None:
     with pytest.raises(CheckpointError, match="expected a number of ranks"):
         ckpt.reshard.plan(SOURCE, world_size)
+
+
+@pytest.mark.parametrize("door", [*DOORS, "ckpt.find"])
+def test_an_empty_path_is_not_the_current_folder(door: str) -> None:
+    call = DOORS.get(door, ckpt.find)
+    with pytest.raises(CheckpointError, match="the path is empty, perhaps of a variable"):
+        call("")

@@ -26,6 +26,7 @@ from oracles import FIXTURES, run
 from run_folders import SOURCE, commit, listed, real
 from safetensors.torch import load_file, save_file
 
+import ckpt
 from ckpt.folders import filenames, locks
 from ckpt.runs import manifest, pruning
 from ckpt.runs.foreign.proofs import Proof
@@ -407,6 +408,44 @@ def test_what_was_deleted_by_hand_is_taken_off_the_manifest(
     assert found(out) == {}
 
 
+@pytest.mark.parametrize("is_longer", [True, False])
+def test_an_edited_tokenizer_does_not_unmake_a_checkpoint(
+    is_longer: bool, out: Run, later: Later, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = out.checkpoints()[-1].folder
+    edited = newest / "tokenizer_config.json"
+    text = edited.read_text()
+    edited.write_text(f"{text}\n" if is_longer else text.replace("t", "T"))
+    after_the_manifest = (newest / "manifest.json").stat().st_mtime + 5
+    os.utime(edited, (after_the_manifest, after_the_manifest))
+    later()
+    run("latest", out.path)
+    assert capsys.readouterr().out.strip() == str(newest)
+    assert ckpt.find(out.path) == str(newest)
+    run("verify", newest, "--data", code=1)
+    assert f"no resume needs what was changed; ckpt doctor {out.path} --fix" in (
+        capsys.readouterr().out
+    )
+    run("doctor", out.path, code=1)
+    assert "lists tokenizer_config.json, which was changed by hand" in capsys.readouterr().out
+    run("doctor", out.path, "--fix")
+    assert found(out) == {}
+    run("verify", out.path, "--data")
+
+
+def test_changed_weights_are_recorded_only_if_they_are_whole(out: Run, later: Later) -> None:
+    newest = out.checkpoints()[-1].folder
+    weights = newest / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 100)
+    later()
+    assert open_checkpoint(newest).committed
+    run("doctor", out.path, "--fix", code=1)
+    assert found(out) == {"checkpoint-4/model.safetensors": ""}
+    states = next((newest / "global_step2").glob("*optim_states.pt"))
+    os.truncate(states, states.stat().st_size - 100)
+    assert not open_checkpoint(newest).committed
+
+
 def test_what_was_thinned_by_hand_is_rotated_as_if_it_were_whole(tmp_path: Path) -> None:
     out = Run(tmp_path)
     for step in (2, 4, 6, 8, 10):
@@ -520,6 +559,21 @@ def test_slim_removes_nothing_unless_the_weights_are_complete(damage: str, out: 
     with pytest.raises(CheckpointError, match="nothing was removed"):
         slim.plan(open_checkpoint(folder))
     assert tree(out.path) == before
+
+
+def test_slim_of_a_save_dir_names_ways_that_lead_somewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "epoch1"
+    shutil.copytree(FIXTURES / "zero2-bf16-w2", folder)
+    run("slim", folder, code=1)
+    command = f"ckpt doctor {tmp_path} --adopt"
+    said = capsys.readouterr().err
+    assert f"{command} commits it, else make the weights with ckpt to-fp32 {folder}" in said
+    run("latest", tmp_path)
+    assert command in capsys.readouterr().err
+    run("doctor", tmp_path, "--adopt")
+    assert open_checkpoint(folder).committed
 
 
 def test_slim_removes_nothing_through_a_link(out: Run, tmp_path: Path) -> None:

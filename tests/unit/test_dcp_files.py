@@ -83,3 +83,23 @@ def test_the_metadata_of_each_rank_is_missed(folder: Path, rank: int, with_bytes
     if rank < RANKS - 1:
         expected = f"none of rank {rank}"
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 2)])
+def test_fsdp_states_of_different_ranks_are_told_apart(
+    ranks: tuple[int, int], tmp_path: Path
+) -> None:
+    for stem, count in zip(("pytorch_model_fsdp", "optimizer"), ranks, strict=True):
+        for rank in range(count):
+            torch.save({"state": {}}, tmp_path / f"{stem}_0_rank{rank}.bin")
+    words = ["1 rank" if count == 1 else f"{count} ranks" for count in ranks]
+    reason = f"has pytorch_model_fsdp of {words[0]} and optimizer of {words[1]}"
+    with pytest.raises(CheckpointError, match=reason):
+        completeness.prove(tmp_path)
+
+
+def test_a_model_of_fsdp_without_its_optimizer_says_so(tmp_path: Path) -> None:
+    torch.save({"state": {}}, tmp_path / "pytorch_model_fsdp.bin")
+    with pytest.raises(CheckpointError, match="has FSDP's model, but no optimizer.bin") as caught:
+        completeness.prove(tmp_path)
+    assert "trainer_state.json" not in str(caught.value)

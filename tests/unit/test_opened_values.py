@@ -310,6 +310,15 @@ def test_plain_values_are_those_of_torch_load(tmp_path: Path) -> None:
         assert opened.plain_values == by_name | texts and list(opened) == ["deep.2.w"]
 
 
+def test_metadata_has_the_beginning_of_a_long_list(tmp_path: Path) -> None:
+    path = tmp_path / "values.pt"
+    torch.save({"state": tuple(range(600)), "text": "x" * 600, "weight": torch.ones(1)}, path)
+    with ckpt.open(path) as opened:
+        facts = opened.metadata()
+    assert facts["state"].startswith("(0, 1, 2, ") and facts["state"].endswith("...")
+    assert len(facts["state"]) < 120 and facts["text"] == "x" * 600
+
+
 def test_a_file_of_objects_alone_is_refused_in_a_true_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,3 +82,11 @@ def test_help_loads_no_room_but_the_command_line() -> None:
         "assert not {'ckpt.runs', 'converters.detect', 'numpy', 'tqdm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("option", ["--safe_serialization", "--safe-serialization"])
+def test_an_option_of_deepspeeds_script_is_answered(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("to-fp32", "out", option, code=2)
+    assert "leave it out: safetensors is what ckpt to-fp32 writes" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import click
 
+from ckpt.cli.usage import synonyms
 from converters.words import verb
 
 
@@ -16,7 +17,13 @@ class Command(click.Command):
         """Parses as click does; ``UsageError`` says where an output is named, and that a
         command takes one path at a time."""
         ctx.allow_extra_args = True
-        extra_arguments = super().parse_args(ctx, args)
+        try:
+            extra_arguments = super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            message = synonyms.unknown_option(error.message, error.option_name, self.name)
+            raise click.NoSuchOption(
+                error.option_name, message, error.possibilities, error.ctx
+            ) from error
         if extra_arguments and not ctx.resilient_parsing:
             ctx.fail(_extra(self, ctx, extra_arguments))
 

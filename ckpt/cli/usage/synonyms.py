@@ -39,6 +39,11 @@ _IN_PYTHON = {
     "load": "ckpt.open and ckpt.resume are for Python; ckpt show prints what a checkpoint holds",
     "save": "ckpt.Saver is for Python; ckpt ls prints what it saved",
 }
+# Options of DeepSpeed's zero_to_fp32.py that are none of ckpt to-fp32.
+_OF_ZERO_TO_FP32 = {
+    "safe-serialization": "leave it out: safetensors is what ckpt to-fp32 writes, and --format bin "
+    "the other",
+}
 _MEANINGS = {word: command for command, words in SYNONYMS.items() for word in words}
 
 
@@ -60,6 +65,14 @@ def unknown_command(word: str, short_helps: Mapping[str, str]) -> str:
     commands = list(dict.fromkeys(_MEANINGS.get(match, match) for match in matches))
     choices = " or ".join(f"ckpt {command}" for command in commands)
     return f"{line}. Did you mean {choices}?" if commands else f"{line}."
+
+
+def unknown_option(message: str, option: str, command: str | None) -> str:
+    """The line for an option that a command does not have, ``message``, and what to do where the
+    option is one of DeepSpeed's script."""
+    key = option.lstrip("-").replace("_", "-")
+    remedy = _OF_ZERO_TO_FP32.get(key) if command == "to-fp32" else None
+    return f"{message.rstrip('.')}; {remedy}." if remedy else message
 
 
 def _described(command: str, short_helps: Mapping[str, str]) -> str:

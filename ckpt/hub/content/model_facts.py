@@ -14,7 +14,7 @@ from typing import Any
 
 from ckpt.hub.content.allow_list import read_object
 from ckpt.hub.content.loss_curve import Points
-from ckpt.runs.manifest import written
+from ckpt.runs.fields import json_number
 from ckpt.runs.run import RunCheckpoint
 from ckpt.version import __version__
 from ckpt.weights import quantized_facts
@@ -73,7 +73,7 @@ def of_model(
         "base_model": _base_model(model_root, model_config, adapter),
         "pipeline_tag": _task(architecture, adapter),
         "metrics": {
-            metric_name: written(metric)
+            metric_name: json_number(metric)
             for metric_name, metric in _metrics(checkpoint, trainer_state, step).items()
         },
         "ckpt": __version__,

@@ -26,6 +26,7 @@ from typing import Any
 
 from ckpt.folders.filenames import CONVERSION, MANIFEST
 from ckpt.runs.ancestry import record_in
+from ckpt.runs.conversions import conversion_in
 from ckpt.runs.foreign import dcp_files, intact_files, step_records
 from ckpt.runs.foreign.parallel import require_parallel
 from ckpt.runs.foreign.proofs import MODEL, OWN, PLAIN_DEEPSPEED, History, Proof
@@ -120,15 +121,25 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
     model_parts = dcp_files.fsdp_parts(path, "pytorch_model_fsdp")
     if model_parts and dcp_files.fsdp_parts(path, "optimizer"):
         return Proof(path, "FSDP")
+    if model_parts:
+        raise CheckpointError(
+            f"{path} has FSDP's model, but no optimizer.bin, optimizer_0 or optimizer_0_rank0.bin "
+            "beside it: its save did not finish, or no training goes on from it",
+            "incomplete",
+        )
     if not entry_names:
         raise CheckpointError(f"{path} is empty: its save did not begin", "incomplete")
 
-    has_states = model_parts or any(map(_STATES.fullmatch, entry_names))
-    if not has_states and entry_names & _CONFIGS and intact_files.weights(path):
-        if CONVERSION in entry_names:
-            return Proof(path, OWN, _converted_step(path), resumable=False)
+    has_states = any(map(_STATES.fullmatch, entry_names))
+    conversion = conversion_in(path)
+    if CONVERSION in entry_names:
+        intact_files.read_json(path / CONVERSION)  # may have been cut short
+    is_model = conversion is not None or entry_names & _CONFIGS
+    if not has_states and is_model and intact_files.weights(path):
+        if conversion is not None:
+            return Proof(path, OWN, conversion.step, resumable=False)
         return Proof(path, MODEL, step_in(path.name), resumable=False)
-    if model_parts or intact_files.WEIGHTS_NAMES & entry_names:
+    if intact_files.WEIGHTS_NAMES & entry_names:
         raise CheckpointError(
             f"{path} {detect.detect(path).statement}, but has no {STATE}, which a Trainer writes "
             "last, and no random_states of Accelerate: its save did not finish, or no training "
@@ -144,14 +155,6 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
         f"{path} holds files of a kind that ckpt does not know ({first_names})",
         "unsupported",
     )
-
-
-def _converted_step(folder: Path) -> int | None:
-    """The step of the checkpoint that ckpt made a model of, whatever the folder's name says."""
-    record = intact_files.read_json(folder / CONVERSION)
-    source = record.get("source") if isinstance(record, dict) else None
-    step = source.get("step") if isinstance(source, dict) else None
-    return step if is_whole_number(step) else None
 
 
 def _is_tools_own(name: str) -> bool:

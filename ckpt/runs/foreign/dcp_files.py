@@ -30,6 +30,7 @@ from converters.errors import CheckpointError
 from converters.pickles.interpreter import Interpreter
 from converters.pickles.values import Call
 from converters.torch_files.rebuild import BUILDERS
+from converters.words import counted
 
 FSDP_STEMS = ("pytorch_model_fsdp", "optimizer")
 _OF_RANK = r"__(\d+)\.metadata"
@@ -187,13 +188,13 @@ def fsdp_parts(folder: Path, stem: str) -> list[Path]:
         require_dcp(part)
     part_files = sorted(folder.glob(f"{stem}*.bin"))
     intact_files.require_all_ranks(folder, part_files, stem + r"_0_rank(\d+)\.bin")
-    rank_counts = {
-        len(list(folder.glob(f"{stem_name}_0_rank*.bin"))) for stem_name in FSDP_STEMS
-    } - {0}
-    if len(rank_counts) > 1:
+    files_by_stem = {name: len(list(folder.glob(f"{name}_0_rank*.bin"))) for name in FSDP_STEMS}
+    rank_counts = {name: count for name, count in files_by_stem.items() if count}
+    if len(set(rank_counts.values())) > 1:
+        parts = [f"{name} of {counted(count, 'rank')}" for name, count in rank_counts.items()]
         raise CheckpointError(
-            f"{folder} has {' and '.join(FSDP_STEMS)} of {min(rank_counts)} and "
-            f"{max(rank_counts)} ranks",
+            f"{folder} has {' and '.join(parts)}: files of one of them are missing, or of another "
+            "save",
             "incomplete",
         )
 

@@ -8,11 +8,14 @@
 
 One count that differs proves nothing. Whole checkpoints differ in one where a folder was renamed,
 a gradient overflowed, several steps of the engine are one of the Trainer (PPO), a training was
-called twice, or went on without the optimizer's states. Two things prove it:
+called twice, or went on without the optimizer's states. Four things prove it:
 
     the name and another file agree, and ``trainer_state.json`` says something else
     counts differ, and so do the learning rates of scheduler and optimizer, which are set
     together, or the values of weights that are stored twice
+    the engine counts other steps than the name of its tag and ``trainer_state.json``: the
+    Trainer has DeepSpeed make the tag's name of that count
+    the file ``latest`` names the tag of another step, and that of the Trainer's lies beside it
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from converters.errors import CheckpointError
 from converters.zero import step_counts
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import state_files
+from converters.zero.files.discovery import is_tag_folder
 
 _SCHEDULER = "scheduler.pt"
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
@@ -101,6 +105,44 @@ def require_one_step(folder: Path, step: int, checkpoint: Checkpoint | None = No
             f"{folder} holds files of two steps: {state.words}, {others}, and {finding}; {_REMEDY}",
             "incomplete",
         )
+    if checkpoint is not None and optimizer in differing:
+        _require_tag(folder, state, optimizer, checkpoint)
+
+
+def _require_tag(
+    folder: Path, state: StepRecord, engine: StepRecord, checkpoint: Checkpoint
+) -> None:
+    """``CheckpointError`` where the engine's files are not those that the Trainer had saved.
+
+    ``engine`` counts other steps than ``state``, which proves nothing if its tag has the
+    engine's number, and no tag has the Trainer's.
+    """
+    own_tag = f"global_step{state.step}"
+    if checkpoint.place.tag == own_tag:
+        raise CheckpointError(
+            f"{folder} holds files of two steps: {state.words} and the folder {own_tag}, but the "
+            f"files in it are of step {engine.step}; {_REMEDY}",
+            "incomplete",
+        )
+
+    own_folder = folder / own_tag
+    has_own_tag = own_folder.is_dir() and is_tag_folder(own_folder)
+    if not has_own_tag or not is_whole_number(engine.step):
+        return
+    # train(), called a second time, leaves its first tag beside a newer one of more steps
+    is_newer = _time_of(checkpoint.place.folder) > _time_of(own_folder)
+    if engine.step < (state.step or 0) or not is_newer:
+        raise CheckpointError(
+            f"{folder} holds files of two steps: its file latest names {engine.words}, but "
+            f"{state.words}, and {own_tag} lies beside it; make latest name {own_tag}, or bring "
+            "back the files of one step",
+            "incomplete",
+        )
+
+
+def _time_of(folder: Path) -> int:
+    """When the newest file of a tag was written."""
+    return max((path.stat().st_mtime_ns for path in folder.iterdir()), default=0)
 
 
 def _of_scheduler(path: Path) -> StepRecord:

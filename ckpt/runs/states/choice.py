@@ -16,7 +16,7 @@ from ckpt.runs.foreign import liveness
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.lineage import Line
 from ckpt.runs.run import Run, RunCheckpoint, is_numbered, members
-from ckpt.runs.states.listing import candidate
+from ckpt.runs.states.listing import adoption_command, candidate
 from ckpt.runs.states.offers import Offer, Offers, require_deepspeed, unusable
 from ckpt.runs.states.skipped import COMMITTED_ONLY, SkippedCandidate
 from ckpt.runs.states.status import status_of
@@ -78,7 +78,7 @@ def requested(
         if committed_only:
             remedy = ""
             if status_of(checkpoint).adoptable:
-                remedy = f"; ckpt doctor {folder} --adopt commits it"
+                remedy = f"; {adoption_command(folder)} commits it"
             raise CheckpointError(
                 f"{folder} has no manifest.json, and {COMMITTED_ONLY}{remedy}", "refused"
             )

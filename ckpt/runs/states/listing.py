@@ -86,7 +86,7 @@ def run_at(path: Path, command: str) -> Run:
     if path.is_dir() and not is_single(path) and signs.candidates(path):
         return Run(path)
     if path.is_dir() and signs.has_signs(path) and not is_run(path):
-        remedy = f"name the folder that it lies in: {command} {path.parent}"
+        remedy = f"name the folder that it lies in: {f'{command} {path.parent}'.strip()}"
         raise detect(path).unlike("a run", remedy)
 
     require_named(path)
@@ -149,6 +149,15 @@ def is_single(path: Path) -> bool:
     is_saved_as_one = is_numbered(path) or is_trainers or (path / MANIFEST).is_file()
 
     return is_saved_as_one or detect(path).kind.name == UNIVERSAL
+
+
+def adoption_command(folder: Path) -> str:
+    """The command that commits a complete checkpoint of DeepSpeed.
+
+    One that a loop saved into a folder of its own looks like a save_dir, unless the run
+    is named.
+    """
+    return f"ckpt doctor {folder if is_single(folder) else folder.parent} --adopt"
 
 
 def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:

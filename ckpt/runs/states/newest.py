@@ -128,7 +128,8 @@ def choose(path: Name, tag: str | None, last: bool, command: str = "") -> tuple[
             "refused",
         )
 
-    choice = newest_at(local_path(path), f"{command} {LAST}".strip(), beside=_WITH_STATES)
+    command = f"{command} {LAST}" if command else ""  # a function is called with last=True already
+    choice = newest_at(local_path(path), command, beside=_WITH_STATES)
     _require_one_model(choice.checkpoint.folder)
     log.info("%s", choice.remark)
     return choice.checkpoint.folder, choice.remark

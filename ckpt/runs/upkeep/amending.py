@@ -1,8 +1,10 @@
-"""A manifest that lists what somebody deleted by hand, made true again.
+"""A manifest that lists what somebody deleted or changed by hand, made true again.
 
 Recipes delete files from finished checkpoints: the 16-bit weights, because an adapter
 is beside them, or DeepSpeed's folder, to save room. What is left is still a
 checkpoint: one that training goes on from without those weights, or weights alone.
+People edit files, too, such as the chat template of a tokenizer. What no resume needs
+and is whole by its own form is taken as it is now.
 """
 
 from __future__ import annotations
@@ -10,33 +12,90 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from ckpt.folders import filenames, locks
-from ckpt.runs import engines
+from ckpt.runs import digests, engines
 from ckpt.runs import manifest as manifests
+from ckpt.runs.foreign import intact_files
 from ckpt.runs.manifest import FileRecord, Manifest
-from ckpt.runs.recognition import is_spare
+from ckpt.runs.recognition import is_spare, is_weights
 from ckpt.runs.run import RunCheckpoint
+from ckpt.runs.states.status import subjectless
 from ckpt.runs.upkeep import slim
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, unreadable
 
 _STATE = (*slim.RESUME_ONLY, "trainer_state.json", "scaler.pt", "optimizer*")
 
 
 @dataclass(frozen=True, slots=True)
 class Amendment:
-    """The manifest without what was deleted, and what the checkpoint then is, in words."""
+    """The manifest without what was deleted, and what the checkpoint then is, in words.
+
+    The digests of ``changed`` files are made when the manifest is written.
+    """
 
     manifest: Manifest
     what: str
+    changed: tuple[str, ...] = ()
+
+
+def changed_files(checkpoint: RunCheckpoint) -> tuple[str, ...]:
+    """Files that no resume needs and that are not as the manifest has them.
+
+    Those of another size and, of small ones that are newer than the manifest, those with
+    another digest.
+    """
+    manifest = checkpoint.manifest
+    if manifest is None or manifest.nodes > 1:
+        return ()
+
+    return tuple(
+        name
+        for name, file in manifest.files.items()
+        if not _is_state(name, manifest)
+        and (name in checkpoint.changed or _is_edited(checkpoint.folder, name, file))
+    )
+
+
+def _is_edited(folder: Path, name: str, file: FileRecord) -> bool:
+    """Whether a small file has other bytes of the same number."""
+    path, manifest_path = folder / name, folder / filenames.MANIFEST
+    if file.size > digests.LARGE or is_weights(name):
+        return False
+    try:
+        if path.stat().st_mtime_ns <= manifest_path.stat().st_mtime_ns:
+            return False
+        difference = digests.unlike(path, file, True, digests.quiet)
+    except OSError:
+        return False
+
+    return difference is not None and difference != digests.MISSING
+
+
+def damage(folder: Path, name: str) -> str | None:
+    """Why a changed file is not taken as it is; ``None`` if it is whole by its own form."""
+    try:
+        if (folder / name).stat().st_size == 0:
+            return "it is empty"
+        intact_files.require_file(folder / name)
+    except (CheckpointError, OSError) as error:
+        return subjectless(str(error), folder / name)
+
+    return None
 
 
 def amendment(checkpoint: RunCheckpoint) -> Amendment | None:
-    """What a checkpoint is without its deleted files; ``None`` if nothing is, or nothing was."""
+    """What a checkpoint is without its deleted files, or with its changed ones.
+
+    ``None`` if it is nothing then, or nothing was deleted or changed.
+    """
     manifest, deleted_names = checkpoint.manifest, checkpoint.deleted
-    if manifest is None or not deleted_names:
+    if manifest is None or manifest.nodes > 1:
         return None
-    if manifest.tier != "full" or manifest.nodes > 1:
+    if not deleted_names:
+        return _taken_as_it_is(checkpoint, manifest)
+    if manifest.tier != "full":
         return None
 
     remaining_files = {
@@ -59,6 +118,19 @@ def amendment(checkpoint: RunCheckpoint) -> Amendment | None:
         return None  # each of them would have to be whole in its own way
 
     return _weights_only(manifest, remaining_files, deleted_names)
+
+
+def _taken_as_it_is(checkpoint: RunCheckpoint, manifest: Manifest) -> Amendment | None:
+    """The manifest with what was changed, unless anything else is wrong with the checkpoint."""
+    changed_names = tuple(
+        name for name in changed_files(checkpoint) if damage(checkpoint.folder, name) is None
+    )
+    is_all = checkpoint.committed or set(checkpoint.changed) <= set(changed_names)
+    if not changed_names or not is_all:
+        return None
+
+    what = "resumable" if manifest.tier == "full" else "weights only"
+    return Amendment(manifest, what, changed_names)
 
 
 def _weights_only(
@@ -110,5 +182,17 @@ def amend(checkpoint: RunCheckpoint) -> None:
     with lock:
         if manifests.read(checkpoint.folder) == checkpoint.manifest:
             manifest_path = checkpoint.folder / filenames.MANIFEST
-            with locks.replaced(manifest_path, planned_amendment.manifest.dumps()):
+            new_manifest = _with_digests(checkpoint.folder, planned_amendment)
+            with locks.replaced(manifest_path, new_manifest.dumps()):
                 slim.repoint(checkpoint.folder)
+
+
+def _with_digests(folder: Path, planned_amendment: Amendment) -> Manifest:
+    """The manifest with the digests of the changed files as they are now."""
+    manifest = planned_amendment.manifest
+    try:
+        records = {name: digests.digest(folder / name) for name in planned_amendment.changed}
+    except OSError as error:
+        raise unreadable(error, folder) from error
+
+    return replace(manifest, files={**manifest.files, **records})

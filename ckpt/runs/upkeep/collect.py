@@ -151,6 +151,11 @@ def _part(folder: Path) -> RunCheckpoint:
             f"{folder} is not committed: {node_checkpoint.why}",
             "incomplete",
         )
+    if node_checkpoint.changes is not None:
+        raise CheckpointError(
+            f"{folder} has files {node_checkpoint.changes}; bring back those of the save",
+            "incomplete",
+        )
     if node_checkpoint.lacks is not None:
         raise CheckpointError(
             f"{folder} {node_checkpoint.lacks}; ckpt doctor {folder.parent} --fix "

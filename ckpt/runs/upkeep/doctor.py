@@ -163,6 +163,7 @@ def _checkpoint_findings(status: CheckpointStatus, is_deepspeed_run: bool) -> It
     checkpoint = status.checkpoint
     if (amendable := _amendable(checkpoint)) is not None:
         yield amendable
+    yield from _damaged_findings(checkpoint)
     if checkpoint.committed:
         yield from _unfinished_slim(checkpoint)
         yield from _inner_latest(checkpoint)
@@ -173,20 +174,34 @@ def _checkpoint_findings(status: CheckpointStatus, is_deepspeed_run: bool) -> It
 
 
 def _amendable(checkpoint: RunCheckpoint) -> Finding | None:
-    """A manifest that lists what was deleted by hand, where the rest is a checkpoint."""
+    """A manifest that lists what was deleted or changed, where the rest is a checkpoint."""
     planned_amendment = amending.amendment(checkpoint)
     if planned_amendment is None or locks.in_use(checkpoint.folder):
         return None
 
-    description = f"lists {first(checkpoint.deleted)}, which was deleted: {planned_amendment.what}"
+    names, change, remedy = checkpoint.deleted, "deleted", "take it off the manifest"
+    if planned_amendment.changed:
+        names, change, remedy = (
+            planned_amendment.changed,
+            "changed by hand",
+            "record it as it is now",
+        )
+    description = f"lists {first(names)}, which was {change}: {planned_amendment.what}"
     remedy_action = partial(amending.amend, checkpoint)
 
-    return Finding(
-        checkpoint.folder / filenames.MANIFEST,
-        description,
-        "take it off the manifest",
-        remedy_action,
-    )
+    return Finding(checkpoint.folder / filenames.MANIFEST, description, remedy, remedy_action)
+
+
+def _damaged_findings(checkpoint: RunCheckpoint) -> Iterator[Finding]:
+    """Files of a committed checkpoint that were changed, are damaged, and no resume needs."""
+    for name in amending.changed_files(checkpoint) if checkpoint.committed else ():
+        if (reason := amending.damage(checkpoint.folder, name)) is not None:
+            path = checkpoint.folder / name
+            yield Finding(
+                path,
+                f"was changed since the save, and is damaged: {reason}; no resume needs it; bring "
+                "it back, or delete it",
+            )
 
 
 def _unfinished_slim(checkpoint: RunCheckpoint) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from ckpt.runs.run import (
     leading,
     original_of,
 )
+from ckpt.runs.states.listing import adoption_command
 from ckpt.runs.states.status import CheckpointStatus
 from ckpt.runs.upkeep.findings import Finding
 
@@ -49,7 +50,7 @@ def pointer_findings(
                 yield Finding(
                     pointer_path,
                     f"{_pointer_problem(run, name, text, expected)}; {newer.name} is newer than "
-                    f"what is committed: ckpt doctor {newer.folder} --adopt commits it",
+                    f"what is committed: {adoption_command(newer.folder)} commits it",
                 )
         elif text != expected.pointer:
             description = _pointer_problem(run, name, text, expected)

@@ -24,6 +24,7 @@ from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.recognition import is_weights
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint, open_checkpoint
+from ckpt.runs.states import listing
 from ckpt.runs.states.status import status_of
 from ckpt.runs.upkeep.kept_weights import require_weights
 from converters.errors import CheckpointError
@@ -146,11 +147,16 @@ def _uncommitted(checkpoint: RunCheckpoint) -> str:
         return f"is not committed ({checkpoint.why})"
 
     status = status_of(checkpoint)
-    if status.adoptable:
+    folder = checkpoint.folder
+    command = listing.adoption_command(folder)
+    if status.adoptable and not listing.is_single(folder):
         return (
-            "is complete, but not committed; commit it first: ckpt doctor "
-            f"{checkpoint.folder} --adopt"
+            "is a save_dir of DeepSpeed, and slim is for committed checkpoints; if it is one "
+            f"checkpoint of the run {folder.parent}, {command} commits it, else make the weights "
+            f"with ckpt to-fp32 {folder}, then delete the states by hand"
         )
+    if status.adoptable:
+        return f"is complete, but not committed; commit it first: {command}"
     if status.tier == "weights":
         return f"is {status.description}: it holds no states that slim could remove"
     if status.complete:

@@ -292,12 +292,16 @@ class Opened(Mapping[str, "Array"]):
         """Facts about the checkpoint as text: format, and ZeRO's step, stage, version.
 
         For a safetensors file these are the file's own (``__metadata__``), for one of
-        ``torch.save`` the plain values beside its tensors.
+        ``torch.save`` the plain values beside its tensors, long lists as their beginning.
         """
         if self.checkpoint is None and weight_files.is_safetensors(self.path):
             return safetensors.metadata(self.path)
 
-        facts: dict[str, Any] = {"format": "pt", **self.plain_values}
+        values = {
+            name: value if isinstance(value, str) or value is None else plain_values.line(value)
+            for name, value in self.plain_values.items()
+        }
+        facts: dict[str, Any] = {"format": "pt", **values}
         if self.checkpoint is not None:
             facts |= {
                 "tag": self.checkpoint.place.tag,

@@ -1,0 +1,61 @@
+"""What weights were made of, where ckpt made them of a checkpoint: ``conversion.json``.
+
+``ckpt.weights.conversion`` writes it into every folder of weights. Nothing is proven by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt.folders.filenames import CONVERSION
+from converters.accessors import is_whole_number
+from converters.errors import CheckpointError
+from converters.storage import bounded_json, stores
+
+MAX_BYTES = 64 << 20  # it names every file and what is absent
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsOrigin:
+    """The tag or file that weights were made of, and its step; ``None`` for what is not known."""
+
+    tag: str | None
+    step: int | None
+
+    @property
+    def sentence(self) -> str:
+        """How the weights were made, as words after their name."""
+        step = "" if self.step is None else f" of step {self.step}"
+        return f"weights made from {self.tag or 'another checkpoint'}{step}"
+
+
+def conversion_in(folder: Path) -> WeightsOrigin | None:
+    """What ``conversion.json`` of a folder says; ``None`` if it has none, or not one of ours.
+
+    ``CheckpointError`` if the disk or network fails.
+    """
+    path = folder / CONVERSION
+    try:
+        if not stores.is_file(path):
+            return None
+        data = stores.head(path, MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}", "refused") from error
+
+    try:
+        document = bounded_json.loads(data, data.decode("utf-8", "surrogateescape"))
+    except ValueError:  # cut short
+        return None
+
+    source = document.get("source") if isinstance(document, dict) and "ckpt" in document else None
+    if not isinstance(source, dict):
+        return None
+
+    tag, step = source.get("tag"), source.get("step")
+    return WeightsOrigin(
+        tag if isinstance(tag, str) and tag.isprintable() else None,
+        step if is_whole_number(step) else None,
+    )

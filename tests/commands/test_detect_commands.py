@@ -56,7 +56,7 @@ TAKEN = {
     "weights-tier": (*ON_RUNS, "slim", "push", "collect"),
     "slimmed": (*ON_RUNS, "slim", "push", "collect"),
     # a run of what torch.distributed.checkpoint saved, and a checkpoint of Lightning
-    "parent": ("ls", "verify", "latest", "doctor", "doctor --adopt", "prune"),
+    "parent": ("ls", "verify", "latest", "doctor", "doctor --adopt", "prune", "push"),
     "lightning-file": ("ls", "verify", "doctor --adopt"),
     "deepspeed-universal": tuple(COMMANDS),
     **dict.fromkeys(("adapter", "gathered-16bit", "safetensors", "torch-bin"), ("push",)),

@@ -77,9 +77,14 @@ def adapter_checkpoint(folder: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files below a folder, by name."""
+    """The files below a folder, by name; of conversion.json no words, which are the asker's."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    by_name = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    if "conversion.json" in by_name:
+        record = json.loads(by_name["conversion.json"])
+        words = dict.fromkeys(("notes", "verdict", "rules"))
+        by_name["conversion.json"] = json.dumps(record | words).encode()
+    return by_name
 
 
 def require_same(tmp_path: Path, source: Path, *command: Any) -> None:

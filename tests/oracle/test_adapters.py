@@ -417,7 +417,9 @@ def test_deepspeed_chats_lora_is_named(tmp_path: Path) -> None:
     model.weight.requires_grad_(False)
     checkpoint = zero_folders.save(model, tmp_path / "save")
 
-    with pytest.raises(CheckpointError, match=r"DeepSpeed-Chat .* merge=True with adapter_config=FILE"):
+    with pytest.raises(
+        CheckpointError, match=r"DeepSpeed-Chat .* merge=True with adapter_config=FILE"
+    ):
         convert.prepare(checkpoint)
     facts = report.show(zero.read(checkpoint))
     assert "LoRA of DeepSpeed-Chat, r=2" in report.show_text(facts)

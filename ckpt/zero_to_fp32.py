@@ -36,6 +36,7 @@ from converters.errors import CheckpointError
 from converters.execute import shards
 from converters.formats import pytorch_bin, safetensors
 from converters.names import selection
+from converters.options import of_commands, using
 from converters.plan import WHOLE, output_dtype, parse_size
 from converters.source import Source
 from converters.storage import local
@@ -194,13 +195,12 @@ def _convert(
     # all ranks of a training may be at it at once, as DeepSpeed's own function lets them
     with scratch.folder_for(paths[0]) as scratch_folder:
         shards.execute(plan, scratch_folder, shards.CheckOptions(allow_overflow=True))
+        if plan.index is not None:
+            name, content = plan.index
+            local.write_file(scratch_folder / name, content)
+            paths.append(folder / name)
         for path in paths:
             LOCAL.replace(scratch_folder / path.name, path)
-
-    if plan.index is not None:
-        name, content = plan.index
-        local.write_file(folder / name, content)
-        paths.append(folder / name)
 
     return paths
 
@@ -301,14 +301,15 @@ def main(argv: list[str] | None = None) -> None:
     """
     options = _parser().parse_args(argv)
     try:
-        paths = _convert(
-            checkpoint.weights(Path(options.checkpoint_dir), options.tag),
-            Path(options.output_dir),
-            DType.F32,
-            arguments.shard_bytes(options.max_shard_size, "output"),
-            options.safe_serialization,
-            options.exclude_frozen_parameters,
-        )
+        with using(of_commands):
+            paths = _convert(
+                checkpoint.weights(Path(options.checkpoint_dir), options.tag),
+                Path(options.output_dir),
+                DType.F32,
+                arguments.shard_bytes(options.max_shard_size, "output"),
+                options.safe_serialization,
+                options.exclude_frozen_parameters,
+            )
     except CheckpointError as error:
         _fail(str(error), options.debug)
     except OSError as error:

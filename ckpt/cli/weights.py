@@ -162,12 +162,13 @@ def show(
     """
     from ckpt.cli import report
     from ckpt.weights.conversion import sources
+    from converters.storage import open_files
     from converters.zero.parallel import rules
 
     checkpoint = checkpoint_of(checkpoint, tag, last, "ckpt show")
-    with rules.using(tp_rules):
+    with rules.using(tp_rules), open_files.once():
         source = sources.as_stored(checkpoint, tag, "ckpt to-fp32 --weights 16bit")
-    result = report.show(source, tensors, _status(source))
+        result = report.show(source, tensors, _status(source))
     planned.show(Output(result, lines=[report.show_text(result)]), as_json)
 
 

@@ -177,7 +177,7 @@ def test_a_model_folder_is_sent_as_it_is(client: Client, repo: str) -> None:
     options = ("--dtype", "bf16", "--max-shard-size", "8KB")
     run("to-fp32", TRAINER, "-o", client.folder / "model", *options)
     facts = client.push("model", repo, "--verify-download")
-    assert facts["message"].startswith("Push model (bf16)")
+    assert facts["message"].startswith("Push model (bf16, step 2)")
     model = client.folder / "model"
     for name in facts["files"]:
         if name["name"] != "README.md":

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,9 +57,17 @@ class Hub:
         bytes_in, bytes_out, when, seconds, fault.
         """
         path = self.folder / "journal.jsonl"
-        return (
-            [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
-        )
+        if not path.exists():
+            return []
+
+        # A line follows its answer, so that the last one may be on its way when a client ends.
+        data = path.read_bytes()
+        while True:
+            time.sleep(0.02)
+            later_data = path.read_bytes()
+            if len(later_data) == len(data):
+                return [json.loads(line) for line in data.splitlines()]
+            data = later_data
 
     def fault(self, kind: str, *, path: str = "", **more: Any) -> None:
         """Sets a fault, from now on; what ``kind`` and ``more`` may be: faults.py."""

@@ -155,27 +155,32 @@ class Record:
         return bounded_json.dumps(content)
 
 
-def record_in(folder: Path) -> Record | None:
-    """What ``rewriting.json`` of a folder says; ``None`` if it has none, or not one of ours.
+def document_in(path: Path, max_bytes: int) -> Any:
+    """What a file of JSON says; ``None`` where there is none, or it is cut short.
 
     ``CheckpointError`` if the disk or network fails.
     """
-    path = folder / REWRITING
     try:
         if not stores.is_file(path):
             return None
-        data = stores.head(path, MAX_BYTES)
+        data = stores.head(path, max_bytes)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", "refused") from error
 
-    text = data.decode("utf-8", "surrogateescape")
     try:
-        document = bounded_json.loads(data, text)
-    except ValueError:  # cut short
+        return bounded_json.loads(data, data.decode("utf-8", "surrogateescape"))
+    except ValueError:
         return None
 
+
+def record_in(folder: Path) -> Record | None:
+    """What ``rewriting.json`` of a folder says; ``None`` if it has none, or not one of ours.
+
+    ``CheckpointError`` if the disk or network fails.
+    """
+    document = document_in(folder / REWRITING, MAX_BYTES)
     try:
         return _record(document)
     except FieldError:  # another program's

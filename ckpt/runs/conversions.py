@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.folders.filenames import CONVERSION
+from ckpt.runs.ancestry import document_in
 from converters.accessors import is_whole_number
-from converters.errors import CheckpointError
-from converters.storage import bounded_json, stores
 
 MAX_BYTES = 64 << 20  # it names every file and what is absent
 
@@ -35,21 +34,7 @@ def conversion_in(folder: Path) -> WeightsOrigin | None:
 
     ``CheckpointError`` if the disk or network fails.
     """
-    path = folder / CONVERSION
-    try:
-        if not stores.is_file(path):
-            return None
-        data = stores.head(path, MAX_BYTES)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}", "refused") from error
-
-    try:
-        document = bounded_json.loads(data, data.decode("utf-8", "surrogateescape"))
-    except ValueError:  # cut short
-        return None
-
+    document = document_in(folder / CONVERSION, MAX_BYTES)
     source = document.get("source") if isinstance(document, dict) and "ckpt" in document else None
     if not isinstance(source, dict):
         return None

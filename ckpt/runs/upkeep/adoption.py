@@ -272,6 +272,7 @@ def _manifest(
 ) -> Manifest:
     """What the save would have written, had it been ckpt's."""
     folder = source.place.root
+    original_folder = _original_folder(folder)
     assert proof.step is not None
     step, record = proof.step, record_in(folder)
     origin = None if record is None else record.source
@@ -284,7 +285,7 @@ def _manifest(
         tag=source.place.tag,
         tier="full",
         save=uuid.uuid4().hex,
-        created=_saved_at(folder, file_names),
+        created=_saved_at(folder, original_folder, file_names),
         stage=source.stage,
         world_size=source.world_size,
         versions=versions,
@@ -294,7 +295,7 @@ def _manifest(
         },
         run=line.run if line else None,
         line=line.at(step) if line else (),
-        name=_original_folder(folder).name,
+        name=original_folder.name,
         made_of=None if origin is None else origin.save,
         source=origin,
     )
@@ -306,9 +307,8 @@ def _original_folder(folder: Path) -> Path:
     return copied[folder].folder if folder in copied else folder
 
 
-def _saved_at(folder: Path, file_names: Sequence[str]) -> float:
+def _saved_at(folder: Path, original_folder: Path, file_names: Sequence[str]) -> float:
     """When a checkpoint was saved, in seconds since 1970: by its newest file, or its original's."""
-    original_folder = _original_folder(folder)
     if original_folder != folder:
         manifest_of_original = open_checkpoint(original_folder).manifest
         return manifest_of_original.created if manifest_of_original else saved_at(original_folder)

@@ -21,11 +21,9 @@ from ckpt.weights.layouts import framework_tables, hub_layout
 from ckpt.weights.layouts.framework_tables import NameRule, NameTable, TemplateMatch
 from ckpt.weights.layouts.hub_layout import HubLayout
 from ckpt.weights.layouts.operations import NotArrangedError
-from ckpt.weights.layouts.reverting import Arranged, Reverted
+from ckpt.weights.layouts.reverting import Arranged, Reverted, require_different
 from ckpt.weights.reader.lengths import look_up
-from converters.computing import arrangement
 from converters.computing.arrangement import View
-from converters.computing.computed import Computed
 from converters.errors import CheckpointError
 from converters.names import selection
 from converters.options import CONFIG, NAMES, RENAME
@@ -142,7 +140,7 @@ def _changed(
     groups, new_names = _grouped(names, matches)
     _require_layers(matches, config)
     arranged = [each for group in groups for each in _arranged(group, remaining, config)]
-    _require_different([*new_names.values(), *(each.name for each in arranged)])
+    require_different([*new_names.values(), *(each.name for each in arranged)])
 
     layout = hub_layout.changed(remaining, Reverted(tuple(arranged), new_names))
     is_changed = layout.rule is not None or surplus
@@ -185,14 +183,6 @@ def _require_layers(matches: Mapping[str, TemplateMatch], config: Config) -> Non
         )
 
 
-def _require_different(names: Sequence[str]) -> None:
-    known_names: set[str] = set()
-    for name in names:
-        if name in known_names:
-            raise NotArrangedError(f"two tensors would get the name {name}")
-        known_names.add(name)
-
-
 def _arranged(group: _Group, weights: Weights, config: Config) -> list[Arranged]:
     """The tensors that a group becomes."""
     operation = _OPERATIONS[group.rule.operation or ""]
@@ -217,7 +207,7 @@ def _arranged(group: _Group, weights: Weights, config: Config) -> list[Arranged]
         result_copies = _operated(operation, copies, config, names[0])
 
     members = zip(group.targets, results, result_copies, strict=True)
-    return [_proven(target, tensor, tuple(names), copy) for target, tensor, copy in members]
+    return [Arranged.of(target, tensor, tuple(names), copy) for target, tensor, copy in members]
 
 
 def _operated(
@@ -228,15 +218,6 @@ def _operated(
         return operation(tensors, config)
     except (ValueError, IndexError) as error:
         raise NotArrangedError(f"{name}: {error}") from error
-
-
-def _proven(
-    name: str, tensor: TensorRef, sources: tuple[str, ...], copy: TensorRef | None
-) -> Arranged:
-    """A tensor with its copy, or with copies of what it is computed of."""
-    if copy is None or not isinstance(copy, Computed):
-        return Arranged(name, tensor, sources, copy)
-    return Arranged(name, arrangement.proven(tensor, copy), sources, None)
 
 
 def _join_rows(tensors: Sequence[TensorRef], _: Config) -> list[TensorRef]:

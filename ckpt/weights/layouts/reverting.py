@@ -41,6 +41,15 @@ class Arranged:
     sources: tuple[str, ...]
     copy: TensorRef | None
 
+    @staticmethod
+    def of(
+        name: str, tensor: TensorRef, sources: tuple[str, ...], copy: TensorRef | None
+    ) -> Arranged:
+        """A tensor with its copy, or with copies of what it is computed of."""
+        if copy is None or not isinstance(copy, Computed):
+            return Arranged(name, tensor, sources, copy)
+        return Arranged(name, arrangement.proven(tensor, copy), sources, None)
+
 
 @dataclass(frozen=True, slots=True)
 class Reverted:
@@ -72,7 +81,7 @@ def reverted(
             final.append(replace(each, name=name))
 
     _require_ties(weights, others)
-    _require_different([*others.values(), *(each.name for each in final)])
+    require_different([*others.values(), *(each.name for each in final)])
 
     return Reverted(tuple(final), others)
 
@@ -122,7 +131,7 @@ def _arranged(group: Group, weights: Weights, config: Mapping[str, Any]) -> list
     prefix, _, suffix = first_name.partition(place) if place is not None else ("", "", "")
 
     return [
-        _proven(f"{prefix}{target}{suffix}", tensor, names, result_copies.get(target))
+        Arranged.of(f"{prefix}{target}{suffix}", tensor, names, result_copies.get(target))
         for target, tensor in results.items()
     ]
 
@@ -137,15 +146,6 @@ def _copies(group: Group, weights: Weights, tensors: Tensors) -> Tensors:
     return copies if len(copies) == len(tensors) else {}
 
 
-def _proven(
-    name: str, tensor: TensorRef, sources: tuple[str, ...], copy: TensorRef | None
-) -> Arranged:
-    """A tensor with its copy, or with copies of what it is computed of."""
-    if copy is None or not isinstance(copy, Computed):
-        return Arranged(name, tensor, sources, copy)
-    return Arranged(name, arrangement.proven(tensor, copy), sources, None)
-
-
 def _require_ties(weights: Weights, names: Mapping[str, str]) -> None:
     """Raises where a tensor that is tied to another name is cut or joined."""
     for alias, owner in weights.aliases.items():
@@ -153,7 +153,8 @@ def _require_ties(weights: Weights, names: Mapping[str, str]) -> None:
             raise NotArrangedError(f"{alias} is tied to {owner}")
 
 
-def _require_different(names: list[str]) -> None:
+def require_different(names: Iterable[str]) -> None:
+    """Raises where two tensors would get one name."""
     known_names: set[str] = set()
     for name in names:
         if name in known_names:

@@ -16,7 +16,7 @@ from ckpt.runs import digests
 from ckpt.runs import manifest as manifests
 from ckpt.runs.foreign import resume_files, signs
 from ckpt.runs.recognition import is_set_aside
-from ckpt.runs.run import RunCheckpoint
+from ckpt.runs.run import RunCheckpoint, original_of
 from converters.storage import local
 
 _MAX_READ = 1 << 20  # bytes of a file that has no CRC32s, from each end
@@ -30,8 +30,10 @@ def originals(checkpoints: Sequence[RunCheckpoint]) -> Originals:
     """
     found_originals: Originals = {}
     for checkpoint in checkpoints:
-        candidates = [entry for entry in checkpoints if entry.folder != checkpoint.folder]
+        candidates = (entry for entry in checkpoints if entry.folder != checkpoint.folder)
         try:
+            if not _may_be_copy(checkpoint):  # as most are not, which are compared with none
+                continue
             original = next((entry for entry in candidates if _is_copy(checkpoint, entry)), None)
         except OSError:
             continue
@@ -41,14 +43,35 @@ def originals(checkpoints: Sequence[RunCheckpoint]) -> Originals:
     return found_originals
 
 
+def origins(checkpoints: Sequence[RunCheckpoint]) -> Originals:
+    """The originals of copies by hand, and of what ckpt made of others."""
+    return originals(checkpoints) | {
+        checkpoint.folder: original
+        for checkpoint in checkpoints
+        if (original := original_of(checkpoint, checkpoints)) is not None
+    }
+
+
 def sentence(checkpoint: RunCheckpoint, original: RunCheckpoint) -> str:
     """What a copy is, as words after its name."""
     form = "link to" if checkpoint.folder.is_symlink() else "copy of"
     return f"{form} {original.name}"
 
 
+def _may_be_copy(checkpoint: RunCheckpoint) -> bool:
+    """Whether a checkpoint is a link, or was not saved under the name of its folder."""
+    if checkpoint.folder.is_symlink():
+        return True
+    if checkpoint.manifest is not None:
+        return not checkpoint.original
+
+    is_judged = checkpoint.why == manifests.ABSENT and checkpoint.record is None
+    has_usual_name = signs.is_usual(checkpoint.folder.name) or is_set_aside(checkpoint.folder)
+    return is_judged and not has_usual_name
+
+
 def _is_copy(checkpoint: RunCheckpoint, candidate: RunCheckpoint) -> bool:
-    """Whether a checkpoint is a copy of the other one, and not the other way round."""
+    """Whether one that may be a copy is one of the other checkpoint."""
     if checkpoint.folder.is_symlink():
         return not candidate.folder.is_symlink() and checkpoint.folder.resolve() == (
             candidate.folder.resolve()
@@ -56,14 +79,10 @@ def _is_copy(checkpoint: RunCheckpoint, candidate: RunCheckpoint) -> bool:
     if not candidate.original:
         return False
     if checkpoint.manifest is not None:
-        return not checkpoint.original and _is_of_one_save(checkpoint, candidate)
+        return _is_of_one_save(checkpoint, candidate)
 
-    is_judged = checkpoint.why == manifests.ABSENT and checkpoint.record is None
-    return (
-        is_judged
-        and _is_named_after(checkpoint.folder, candidate.folder)
-        and _is_same(checkpoint.folder, candidate.folder)
-    )
+    is_named_after = _is_named_after(checkpoint.folder, candidate.folder)
+    return is_named_after and _is_same(checkpoint.folder, candidate.folder)
 
 
 def _is_of_one_save(checkpoint: RunCheckpoint, candidate: RunCheckpoint) -> bool:
@@ -82,13 +101,8 @@ def _is_of_one_save(checkpoint: RunCheckpoint, candidate: RunCheckpoint) -> bool
 
 
 def _is_named_after(folder: Path, candidate: Path) -> bool:
-    """Whether the name of a folder is none of a trainer's, and that of the other one is, or the
-    beginning of it."""
-    if (
-        signs.is_usual(folder.name)
-        or is_set_aside(folder)
-        or not (folder.is_dir() and candidate.is_dir())
-    ):
+    """Whether the name of the other folder is a trainer's, or the beginning of this one's."""
+    if not (folder.is_dir() and candidate.is_dir()):
         return False
     return signs.is_usual(candidate.name) or folder.name.startswith(candidate.name)
 

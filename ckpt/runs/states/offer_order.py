@@ -9,7 +9,7 @@ from typing import Any
 from ckpt.runs.ancestry import Partitioning
 from ckpt.runs.foreign import completeness, liveness, signs
 from ckpt.runs.recognition import step_in
-from ckpt.runs.run import RunCheckpoint, order, original_of
+from ckpt.runs.run import RunCheckpoint, order
 from ckpt.runs.states import copies
 
 # whether it was saved by as many ranks, and in the same stage
@@ -35,11 +35,7 @@ def newest_first(
         for checkpoint in checkpoints
     }
     by_time = not last_commit_at and None in steps.values()
-    originals = copies.originals(checkpoints) | {
-        checkpoint.folder: original
-        for checkpoint in checkpoints
-        if (original := original_of(checkpoint, checkpoints)) is not None
-    }
+    originals = copies.origins(checkpoints)
 
     def rank(checkpoint: RunCheckpoint) -> tuple[Any, ...]:
         step, original = steps[checkpoint.folder], originals.get(checkpoint.folder)

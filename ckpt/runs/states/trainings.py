@@ -16,7 +16,7 @@ from ckpt.runs import manifest as manifests
 from ckpt.runs.foreign import histories
 from ckpt.runs.foreign.proofs import History
 from ckpt.runs.lineage import listed
-from ckpt.runs.run import RunCheckpoint, original_of
+from ckpt.runs.run import RunCheckpoint
 from ckpt.runs.states import copies
 from ckpt.runs.states.status import CheckpointStatus, saved_at, status_of
 from converters.words import verb
@@ -72,7 +72,7 @@ def supersession_of(
     if history is None:
         return None
 
-    originals = _originals(present)
+    originals = copies.origins(present)
     last_save = _last_save(checkpoint, originals)
     for candidate in candidates:
         if candidate.folder in originals or saved_at(candidate.folder) <= last_save:
@@ -94,15 +94,6 @@ def _last_save(checkpoint: RunCheckpoint, originals: copies.Originals) -> float:
     return saved_at(checkpoint.folder) if checkpoint.source is None else 0.0
 
 
-def _originals(present: Sequence[RunCheckpoint]) -> copies.Originals:
-    """The originals of copies by hand, and of what was made of others."""
-    return copies.originals(present) | {
-        checkpoint.folder: original
-        for checkpoint in present
-        if (original := original_of(checkpoint, present)) is not None
-    }
-
-
 def _is_resumable(checkpoint: RunCheckpoint, step: int | None) -> bool:
     """Whether a training can go on from it, and it is of no later step."""
     status = status_of(checkpoint)
@@ -116,7 +107,7 @@ def by_training(statuses: Sequence[CheckpointStatus]) -> list[list[CheckpointSta
     What is not the Trainer's contradicts nothing, and is of the first one.
     """
     present = [status.checkpoint for status in statuses]
-    originals = _originals(present)
+    originals = copies.origins(present)
 
     def rank(status: CheckpointStatus) -> tuple[bool, float]:
         # whose own times say nothing come after what they are of

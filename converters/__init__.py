@@ -10,5 +10,5 @@ names/           names chosen, changed and matched;  quantized/  weights that ar
 plan, cast       every byte of an output, decided;  computing/  tensors that a formula makes
 execute/         plans carried out;  storage/  the door to bytes
 errors, words    the one error, and lists and numbers in messages;  options  options in them
-accessors        values of documents
+accessors        values of documents;  lazy_pattern  regular expressions, compiled when used
 """

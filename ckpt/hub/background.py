@@ -30,13 +30,14 @@ from ckpt.hub.client.repository import is_step
 from ckpt.weights.arguments import known_dtype
 from ckpt.weights.request import DTYPES
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.plan import parse_size
 
 if TYPE_CHECKING:
     from ckpt.distributed.ranks import RankGroup
 
 log = logging.getLogger("ckpt")
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_REPO = LazyPattern(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

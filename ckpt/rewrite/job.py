@@ -15,7 +15,6 @@ OUTPUT/
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -35,6 +34,7 @@ from ckpt.weights.arguments import naming_arguments
 from ckpt.weights.companions import model_folder
 from converters.execute import replicas, shards, small_files
 from converters.execute.logbook import Logbook
+from converters.lazy_pattern import LazyPattern
 from converters.plan import Plan
 from converters.storage import local, open_files, stores
 from converters.storage.local_store import LOCAL
@@ -56,8 +56,8 @@ ARGUMENTS = (  # of the functions for users, as errors name them
 # written, never copied
 WRITTEN_NAMES = ("latest", filenames.MANIFEST, filenames.REWRITING, filenames.PINNED)
 SAME_IN_ENGINE = "the engine must have the same"  # the end of a note on a setting
-_RANKED = re.compile(r"(rng_state|extra_state|random_states)_(\d+)\.(pth|state|pkl)")
-_ONLY = re.compile(r"rng_state\.(pth)")  # the Trainer's for a single rank
+_RANKED = LazyPattern(r"(rng_state|extra_state|random_states)_(\d+)\.(pth|state|pkl)")
+_ONLY = LazyPattern(r"rng_state\.(pth)")  # the Trainer's for a single rank
 # beside what a model folder has; the Trainer's, Accelerate's, PEFT's and DeepSpeed's
 _COPIED = (
     *("config.json", "README.md", "*.index.json", "adapter_config.json"),

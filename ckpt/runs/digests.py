@@ -13,7 +13,6 @@ Three kinds, each the cheapest that binds all bytes of a file:
 from __future__ import annotations
 
 import os
-import re
 import reprlib
 import stat
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from typing import BinaryIO
 from ckpt.runs.fields import FieldError
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.storage import local
 from converters.storage.local_store import LocalFile
 from converters.storage.store import File
@@ -35,7 +35,7 @@ LARGE = 64 << 20  # bytes; SHA-256 takes several times as long as CRC32
 CHUNK = 8 << 20  # bytes in memory at a time
 MISSING = "missing"  # the difference of a file that is not there
 Progress = Callable[[int], object]
-_DIGEST = re.compile(r"(zip|sha256):[0-9a-f]{64}|crc32:[0-9a-f]{8}")
+_DIGEST = LazyPattern(r"(zip|sha256):[0-9a-f]{64}|crc32:[0-9a-f]{8}")
 
 
 def quiet(_: int) -> None:

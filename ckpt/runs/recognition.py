@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from pathlib import Path
 
 from ckpt.folders.filenames import MANIFEST
+from converters.lazy_pattern import LazyPattern
 from converters.zero.files.discovery import is_tag_folder
 
-_NUMBERED = re.compile(r"checkpoint-(\d{1,18})")
-_STEP = re.compile(r"(?:checkpoint-|global_step|step[-_]|.*\bstep=)(\d{1,18})\b.*")
-_WEIGHTS = re.compile(
+_NUMBERED = LazyPattern(r"checkpoint-(\d{1,18})")
+_STEP = LazyPattern(r"(?:checkpoint-|global_step|step[-_]|.*\bstep=)(\d{1,18})\b.*")
+_WEIGHTS = LazyPattern(
     r"(?:model|pytorch_model|(?:[^/]+/)?adapter_model)(?:-\d+-of-\d+)?"
     r"\.(?:safetensors|bin)(?:\.index\.json)?"
 )
-_DESCRIPTIVE = re.compile(  # of a model, and what explains it
+_DESCRIPTIVE = LazyPattern(  # of a model, and what explains it
     r"(config|generation_config|(video_)?preprocessor_config|processor_config)\.json"
     r"|([^/]+/)?adapter_config\.json|additional_chat_templates/[^/]+|tekken\.json"
     r"|(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|spiece|sentencepiece)[^/]*"
@@ -24,7 +24,7 @@ _DESCRIPTIVE = re.compile(  # of a model, and what explains it
 )
 
 
-_ASIDE = re.compile(r"checkpoint-\d{1,18}\.(?:foreign|run-[0-9a-f]+)(?:-\d+)?")
+_ASIDE = LazyPattern(r"checkpoint-\d{1,18}\.(?:foreign|run-[0-9a-f]+)(?:-\d+)?")
 
 
 def is_set_aside(folder: Path) -> bool:

@@ -8,7 +8,6 @@ checkpoint-final.
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,11 @@ from typing import Literal, cast
 from converters import words
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 
 Mode = Literal["min", "max"]
 Best = tuple[str, Mode, int]
-_BEST = re.compile(r"(.+?):(min|max)(?::(\d{1,9}))?")
+_BEST = LazyPattern(r"(.+?):(min|max)(?::(\d{1,9}))?")
 
 
 @dataclass(frozen=True, slots=True)

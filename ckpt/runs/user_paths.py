@@ -7,7 +7,6 @@ handles it.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from converters.detect.deepspeed import UNIVERSAL
 from converters.detect.filenames import TRAINER_STATE
 from converters.detect.kind import DEEPSPEED
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.storage.store import is_url
 from converters.words import counted
 from converters.zero.files.discovery import is_tag_folder
@@ -31,7 +31,7 @@ UPLOAD = "hf upload (of huggingface_hub) publishes it as it is"
 EITHER = "a DeepSpeed checkpoint or a run of them"
 
 _BEGINNINGS = ("empty", "unknown", "deepspeed")  # a run's folder without checkpoints
-_LEFTOVER = re.compile(r"\..+\.(?:saving|partial|trash|torn)|\.(?:nonce|preflight)-.*|.*\.partial")
+_LEFTOVER = LazyPattern(r"\..+\.(?:saving|partial|trash|torn)|\.(?:nonce|preflight)-.*|.*\.partial")
 _MAX_NAMES = 5
 
 

@@ -6,7 +6,6 @@ without a name has the checkpoint itself.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,9 +23,10 @@ from ckpt.saving.commit.commit import Facts
 from ckpt.saving.model_weights import WeightsWriter
 from ckpt.saving.tiers import Tier
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
-_LIKE_OTHERS = re.compile(r"(checkpoint|weights)-\d+|global_step.*|latest|best")
+_NAME = LazyPattern(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_LIKE_OTHERS = LazyPattern(r"(checkpoint|weights)-\d+|global_step.*|latest|best")
 
 
 class Engines:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 from converters.detect import filenames, state_folders
 from converters.detect.kind import Kind
 from converters.detect.look import Look
+from converters.lazy_pattern import LazyPattern
 from converters.storage import stores
 
 UNIVERSAL = "deepspeed-universal"
@@ -109,7 +108,7 @@ def state_file(look: Look) -> str | None:
     return str(tag_folder.parent if leads_here else tag_folder)
 
 
-def _first(names: tuple[str, ...], pattern: re.Pattern[str]) -> str | None:
+def _first(names: tuple[str, ...], pattern: LazyPattern[str]) -> str | None:
     return next((name for name in names if pattern.fullmatch(name)), None)
 
 

@@ -10,27 +10,29 @@ from __future__ import annotations
 
 import re
 
+from converters.lazy_pattern import LazyPattern
+
 # DeepSpeed. Up to 0.3.13 no underscore stood before optim_states; the fast writer appends
 # -RANK.COUNT.
 _SUFFIX = r"\.pt(?:-(?P<writer>\d+)\.\d+)?"
-OPTIMIZER = re.compile(
+OPTIMIZER = LazyPattern(
     r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_?optim_states" + _SUFFIX
 )
-PARTITIONED = re.compile(r"zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_model_states" + _SUFFIX)
-MODULE = re.compile(r"mp_rank_(?P<mp>\d+)_model_states" + _SUFFIX)
+PARTITIONED = LazyPattern(r"zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_model_states" + _SUFFIX)
+MODULE = LazyPattern(r"mp_rank_(?P<mp>\d+)_model_states" + _SUFFIX)
 STATES = (OPTIMIZER, PARTITIONED, MODULE)
-EXPERTS = re.compile(r"(layer_\d+_)?expert_\d+_.*|expp_rank_\d+_.*")
-LAYER = re.compile(
+EXPERTS = LazyPattern(r"(layer_\d+_)?expert_\d+_.*|expp_rank_\d+_.*")
+LAYER = LazyPattern(
     r"layer_(?P<layer>\d{1,9})(?:-model_(?P<tensor>\d{1,9}))?-model_states" + _SUFFIX
 )
-EXPERT = re.compile(
+EXPERT = LazyPattern(
     r"layer_(?P<layer>\d{1,9})_expert_(?P<expert>\d{1,9})_mp_rank_(?P<mp>\d{1,9})_model_states"
     + _SUFFIX
 )
-EXPERT_OPTIMIZER = re.compile(
+EXPERT_OPTIMIZER = LazyPattern(
     r"expp_rank_(?P<rank>\d{1,9})_mp_rank_(?P<mp>\d{1,9})_optim_states" + _SUFFIX
 )
-STAGES = re.compile(r"layer_\d+(-model_\d+)?-model_states\.pt")
+STAGES = LazyPattern(r"layer_\d+(-model_\d+)?-model_states\.pt")
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"
 UNIVERSAL = "zero"  # the folder of a universal checkpoint's tensors
@@ -45,13 +47,13 @@ TRAINER_STATE = "trainer_state.json"
 # What the Trainer and Accelerate keep beside the weights by torch.save (transformers 5.24
 # ``trainer.py``, accelerate 1.15 ``utils/constants.py``).
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
-OF_TRAINER = re.compile(
+OF_TRAINER = LazyPattern(
     r"(optimizer|scheduler|scaler|sampler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth"
     r"|random_states_\d+\.pkl|training_args\.bin"
 )
 
 # What lies beside weights, in the folder of a model or a checkpoint.
-OF_MODEL = re.compile(
+OF_MODEL = LazyPattern(
     r"(\w+_)?config\.json|.+\.(safetensors|bin)\.index\.json|modules\.json|zero_to_fp32\.py"
     r"|(tokenizer|vocab|added_tokens|special_tokens_map)\.json|(vocab|merges)\.txt"
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.(json|jinja)"
@@ -61,26 +63,26 @@ POINTERS = (LATEST, LATEST_UNIVERSAL, "best")
 
 # torch's distributed checkpoints (DCP), and what writes them.
 DCP = ".metadata"
-DCP_PART = re.compile(r"__\w+\.distcp")
-DCP_OF_RANK = re.compile(r"__\d+\.metadata")
-DCP_SAFETENSORS = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
-FSDP_FOLDER = re.compile(r"pytorch_model_fsdp_\d+")
-FSDP_OF_RANK = re.compile(r"pytorch_model_fsdp_\d+_rank\d+\.bin")
-FSDP_FULL = re.compile(r"pytorch_model_fsdp(_\d+)?\.bin")
-RANDOM_STATES = re.compile(r"random_states_(\d+)\.pkl")
+DCP_PART = LazyPattern(r"__\w+\.distcp")
+DCP_OF_RANK = LazyPattern(r"__\d+\.metadata")
+DCP_SAFETENSORS = LazyPattern(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+FSDP_FOLDER = LazyPattern(r"pytorch_model_fsdp_\d+")
+FSDP_OF_RANK = LazyPattern(r"pytorch_model_fsdp_\d+_rank\d+\.bin")
+FSDP_FULL = LazyPattern(r"pytorch_model_fsdp(_\d+)?\.bin")
+RANDOM_STATES = LazyPattern(r"random_states_(\d+)\.pkl")
 LIGHTNING_META = "meta.pt"
 
 # Megatron.
 MEGATRON_LATEST = "latest_checkpointed_iteration.txt"
-MEGATRON_RANK = re.compile(r"mp_rank_\d+(_\d+){0,2}")
+MEGATRON_RANK = LazyPattern(r"mp_rank_\d+(_\d+){0,2}")
 MEGATRON_STATE = ("model_optim_rng.pt", "model_rng.pt")
 MEGATRON_COMMON = "common.pt"
 
 # Runs of ckpt.
 MANIFEST = "manifest.json"  # the commit record of a checkpoint, written last
 
-ARCHIVE = re.compile(r".*\.(tar|tar\.\w+|tgz|tbz2?|txz|zip|7z|rar|gz|bz2|xz|zst)", re.I)
-_TAR = re.compile(r".*\.(tar|tar\.\w+|tgz|tbz2?|txz)", re.I)
+ARCHIVE = LazyPattern(r".*\.(tar|tar\.\w+|tgz|tbz2?|txz|zip|7z|rar|gz|bz2|xz|zst)", re.I)
+_TAR = LazyPattern(r".*\.(tar|tar\.\w+|tgz|tbz2?|txz)", re.I)
 _UNPACKERS = {
     "zip": "unzip",
     "7z": "7z x",
@@ -92,7 +94,7 @@ _UNPACKERS = {
 }
 
 # The name of a repository of the Hugging Face Hub, and of no checkpoint of a run.
-REPOSITORY = re.compile(
+REPOSITORY = LazyPattern(
     r"[A-Za-z0-9][\w.-]{0,95}/(?!checkpoint-|global_step|step[-_]?\d|epoch[-_=]?\d|weights-\d)"
     r"[A-Za-z0-9][\w.-]{0,95}",
     re.ASCII,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from converters.detect import filenames
 from converters.detect.kind import Kind
 from converters.detect.look import Look
+from converters.lazy_pattern import LazyPattern
 from converters.words import some
 
 _FROM_OTHERS = "from_pretrained(..., {flag}=True) of transformers 4 loads it, and save_pretrained "
 _FROM_OTHERS += "writes it again"
-_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.(safetensors|bin)")
+_SHARD = LazyPattern(r"(.+)-\d{5}-of-\d{5}\.(safetensors|bin)")
 _LOOSE = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 from converters.detect import state_folders
 from converters.detect.filenames import LATEST
+from converters.lazy_pattern import LazyPattern
 from converters.storage import misplaced_files, stores
 
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number, pickled
@@ -77,7 +77,7 @@ class Look:
         """The first of some names that a file in the folder has."""
         return next((name for name in names if stores.is_file(self.path / name)), None)
 
-    def match(self, pattern: re.Pattern[str]) -> str | None:
+    def match(self, pattern: LazyPattern[str]) -> str | None:
         """The first name in the folder that fits."""
         return next((name for name in self.names if pattern.fullmatch(name)), None)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 from converters.detect import filenames
 from converters.detect.kind import Kind
 from converters.detect.look import Look
+from converters.lazy_pattern import LazyPattern
 from converters.storage import stores
 
-_FSDP_PART = re.compile(r"__.*_.*\.distcp")
+_FSDP_PART = LazyPattern(r"__.*_.*\.distcp")
 
 _UNREAD = "{statement}, which ckpt does not read yet: {remedy}"
 

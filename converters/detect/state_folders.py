@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from converters.detect.filenames import LATEST, STATES
+from converters.lazy_pattern import LazyPattern
 from converters.options import TAG
 from converters.storage import stores
 from converters.storage.system.names import is_name
 
-_STATES = re.compile(r".*_states\.pt.*", re.DOTALL)
+_STATES = LazyPattern(r".*_states\.pt.*", re.DOTALL)
 NOTHING = "no checkpoint of DeepSpeed lies below it"
 
 

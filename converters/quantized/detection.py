@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from converters.lazy_pattern import LazyPattern
 from converters.quantized.groups import Modules, QuantizedGroup
 from converters.quantized.shapes import four_bit_blocks
 from converters.tensors import DType, Weights
@@ -29,8 +30,8 @@ _CACHES = ("k_scale", "v_scale", "q_scale", "prob_scale")  # of attention in flo
 _PLAIN = ("scale", "scale_weight")  # the factor of a float8 weight without its name
 _SCALES = ("_scale", "_scale_inv", "_scales")
 _OTHERS = ("_scale_2", "_zero_point", "_global_scale", "_g_idx", "_shape", "_format")
-_CODES_NAME = re.compile(r"weight|W_q|code|packed|qdata|_data|block|proj", re.ASCII)
-_CONSTANT_NAME = re.compile(
+_CODES_NAME = LazyPattern(r"weight|W_q|code|packed|qdata|_data|block|proj", re.ASCII)
+_CONSTANT_NAME = LazyPattern(
     r"scale|zero|shift|absmax|codebook|centroid|meta|quant|amax|SCB|perm|g_idx|nbits|axis|shape"
     r"|group_size|packing|channel|indices|offset",
     re.ASCII,

@@ -16,11 +16,12 @@ from typing import NoReturn
 from urllib.parse import unquote
 
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 
-_LOCAL = re.compile(r"file://(?:localhost)?(/.*)", re.IGNORECASE | re.DOTALL)
-_DRIVE = re.compile(r"/[A-Za-z]:/")  # file:///C:/run
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # of one letter it is a drive
-_REPOSITORY = re.compile(  # of the Hugging Face Hub, in a browser and in fsspec
+_LOCAL = LazyPattern(r"file://(?:localhost)?(/.*)", re.IGNORECASE | re.DOTALL)
+_DRIVE = LazyPattern(r"/[A-Za-z]:/")  # file:///C:/run
+_SCHEME = LazyPattern(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # of one letter it is a drive
+_REPOSITORY = LazyPattern(  # of the Hugging Face Hub, in a browser and in fsspec
     r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)"
     r"(?!datasets/|spaces/|docs/|models/?$)"
     r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<at>[^/]+)|/(?:tree|blob|resolve)/(?P<of>[^/]+))?(?:[/?#].*)?"

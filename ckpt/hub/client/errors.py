@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +15,13 @@ from pathlib import Path
 from ckpt import requirements
 from ckpt.hub.client.retry import connection_errors, status
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.options import MAX_SHARD_SIZE, TRANSPORT
 from converters.storage.system import errnos
 
 MAX_CHARACTERS = 300  # characters of the Hub's own words
 AGAIN = "the same command goes on where it stopped"
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how Rust ends the text of one
+_OS_ERROR = LazyPattern(r"\(os error (\d+)\)")  # how Rust ends the text of one
 _DISK = errnos.numbers("EIO", "ENOSPC", "EDQUOT", "EROFS", "EACCES", "ENOENT")
 LOGIN = "log in with hf auth login, or set HF_TOKEN"
 

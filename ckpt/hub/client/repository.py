@@ -6,7 +6,6 @@ Names are posix paths from the repository's root. The functions over names are p
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,18 +13,19 @@ from typing import TYPE_CHECKING
 
 from ckpt.hub.client.retry import retry
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 MAIN = "main"
 SOON = (1.0, 2.0)  # seconds that a first request waits: nothing would be lost
-_FULL = re.compile(
+_FULL = LazyPattern(
     r"(?:model|pytorch_model)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)"
     r"|(?:model\.safetensors|pytorch_model\.bin)\.index\.json"
 )
-_ADAPTER = re.compile(r"adapter_model\.(?:safetensors|bin)")
-_STEP = re.compile(r"((?:.*[-_/])?step-)(\d{1,18})")
+_ADAPTER = LazyPattern(r"adapter_model\.(?:safetensors|bin)")
+_STEP = LazyPattern(r"((?:.*[-_/])?step-)(\d{1,18})")
 _BLOCK = 1 << 20  # bytes of a file read at once
 
 
@@ -168,7 +168,7 @@ def stale(
     )
 
 
-def _is_at(file_name: str, place: str, pattern: re.Pattern[str]) -> bool:
+def _is_at(file_name: str, place: str, pattern: LazyPattern[str]) -> bool:
     is_inside = file_name.startswith(place)
 
     return is_inside and pattern.fullmatch(file_name[len(place) :]) is not None

@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckpt.hub.content.loss_curve import Points, thinned
+from converters.lazy_pattern import LazyPattern
 from converters.peft import kinds
 from converters.words import counted
 
 PICTURE = "loss.png"
 MAX_CHARACTERS = 120  # characters of a name
 ROWS = 8  # of a table of losses
-_MARKS = re.compile(r"([\\`*_{}\[\]()#|~$:@]|(?<=www)\.)", re.IGNORECASE)
+_MARKS = LazyPattern(r"([\\`*_{}\[\]()#|~$:@]|(?<=www)\.)", re.IGNORECASE)
 _AUTO = {
     "text-generation": "AutoModelForCausalLM",
     "fill-mask": "AutoModelForMaskedLM",

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from ckpt.hub.content import secrets
 from ckpt.hub.content.allow_list import CARD
 from ckpt.hub.content.items import Item
+from converters.lazy_pattern import LazyPattern
 from converters.plan import Shard
 from converters.storage import bounded_json
 from converters.storage.local import named
@@ -26,8 +27,8 @@ _KEYS = {  # by file, where the base model is named; and whether the name may be
     "config.json": ("_name_or_path", True),
 }
 _FIELD = "base_model"  # of a card's metadata
-_PATH = re.compile(r"[/~\\]|\.{1,2}/|[A-Za-z]:[\\/]|file:")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_PATH = LazyPattern(r"[/~\\]|\.{1,2}/|[A-Za-z]:[\\/]|file:")
+_HUB_ID = LazyPattern(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _LINK = r"\[[^\]\n]*\]\([^)\s]*%s/?\)"
 
 

@@ -20,9 +20,10 @@ from ckpt.version import __version__
 from ckpt.weights import quantized_facts
 from ckpt.weights.conversion.task import Conversion
 from converters.accessors import is_number
+from converters.lazy_pattern import LazyPattern
 from converters.words import counted, verb
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_HUB_ID = LazyPattern(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _TASKS = {  # ends of class names that stand for one task alone (transformers 5.23)
     "ForCausalLM": "text-generation",
     "ForMaskedLM": "fill-mask",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from converters.lazy_pattern import LazyPattern
 
 MAX_TEXT_BYTES = 8 << 20  # bytes; configurations, code and cards are far smaller
 _SUFFIXES = (".json", ".jinja", ".md", ".py", ".txt")
@@ -25,7 +26,7 @@ _KINDS = {
         rb"[A-Za-z][A-Za-z0-9+.-]{1,20}://[^\s/:@\"'<>{}$]{1,80}:[^\s/@\"'<>{}$]{3,200}@[A-Za-z0-9]"
     ),
 }
-_FORMS = tuple((kind, re.compile(form)) for kind, form in _KINDS.items())
+_FORMS = tuple((kind, LazyPattern(form)) for kind, form in _KINDS.items())
 
 
 @dataclass(frozen=True, slots=True)

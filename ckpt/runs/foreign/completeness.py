@@ -36,6 +36,7 @@ from converters.accessors import is_whole_number
 from converters.detect import filenames
 from converters.detect.deepspeed import PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError, unreadable
+from converters.lazy_pattern import LazyPattern
 from converters.source import Source
 from converters.words import counted
 from converters.zero.checkpoint import Checkpoint
@@ -47,7 +48,7 @@ RANDOM = filenames.RANDOM_STATES.pattern
 _LIGHTNING = "pytorch-lightning_version"
 _UNIVERSAL = "it is a universal checkpoint: ckpt from-universal makes native files of it"
 _CONFIGS = frozenset(("config.json", "adapter_config.json"))
-_STATES = re.compile(r"(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint).*")
+_STATES = LazyPattern(r"(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint).*")
 _OF_TRAINER = frozenset(("training_args.bin", "rng_state.pth", "rng_state_0.pth"))
 
 

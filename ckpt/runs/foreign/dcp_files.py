@@ -27,6 +27,7 @@ from ckpt.runs.foreign import intact_files
 from ckpt.runs.manifest import is_inside
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.pickles.interpreter import Interpreter
 from converters.pickles.values import Call
 from converters.torch_files.rebuild import BUILDERS
@@ -34,7 +35,7 @@ from converters.words import counted
 
 FSDP_STEMS = ("pytorch_model_fsdp", "optimizer")
 _OF_RANK = r"__(\d+)\.metadata"
-_BYTES_OF_RANK = re.compile(r"__(\d+)_\d+\.distcp")
+_BYTES_OF_RANK = LazyPattern(r"__(\d+)_\d+\.distcp")
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
 
 

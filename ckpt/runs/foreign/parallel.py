@@ -12,7 +12,6 @@ trains nothing: there a layer's files are asked for of all model ranks, or of no
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,17 +20,18 @@ from pathlib import Path
 from ckpt.runs.foreign import intact_files
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.zero.files import discovery as folders
 from converters.zero.files import state_files
 from converters.zero.files.state_files import State
 
-_PARTITION = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
-_MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-_PARTITIONED_MODEL = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_?model_states\.pt")
-_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_\d+_model_states\.pt")
-_LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
-_OF_LAYER = re.compile(r"(\d+)\..+")
-_TIED = re.compile(r"tied_modules\.([^.]+)\..+")
+_PARTITION = LazyPattern(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
+_MODEL = LazyPattern(r"mp_rank_(\d+)_model_states\.pt")
+_PARTITIONED_MODEL = LazyPattern(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_?model_states\.pt")
+_EXPERT = LazyPattern(r"layer_(\d+)_expert_(\d+)_mp_rank_\d+_model_states\.pt")
+_LAYER = LazyPattern(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
+_OF_LAYER = LazyPattern(r"(\d+)\..+")
+_TIED = LazyPattern(r"tied_modules\.([^.]+)\..+")
 _MAX_RANKS = 1 << 20  # more than that a file can hardly mean
 Ranks = dict[int, set[int]]
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from ckpt.runs.run import is_checkpoint
 from converters import detect
 from converters.detect.filenames import TRAINER_STATE
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 
-_NAME = re.compile(r"(?:checkpoint|global_step|step|ckpt|iter|iteration|epoch)s?[-_=]?\d+")
-_PREFIX = re.compile(r"(?:checkpoint|weights|global_step|step|ckpt|iter|epoch)[-_=]?\d+.*")
+_NAME = LazyPattern(r"(?:checkpoint|global_step|step|ckpt|iter|iteration|epoch)s?[-_=]?\d+")
+_PREFIX = LazyPattern(r"(?:checkpoint|weights|global_step|step|ckpt|iter|epoch)[-_=]?\d+.*")
 _SIGNS = frozenset(("optimizer.pt", "optimizer.bin", "random_states_0.pkl", ".metadata"))
 
 

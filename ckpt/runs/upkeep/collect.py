@@ -12,7 +12,6 @@ rank 0's has the names of tied parameters (``shared_params``: DeepSpeed 0.19.8
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,11 +25,12 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import RunCheckpoint
 from ckpt.runs.verify import states
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.options import OUTPUT
 from converters.storage import local
 from converters.words import counted
 
-_MODULE = re.compile(r".*/mp_rank_\d+_model_states\.pt")
+_MODULE = LazyPattern(r".*/mp_rank_\d+_model_states\.pt")
 _COMMON_FIELDS = ("save", "step", "tag", "tier", "nodes", "stage", "world_size")
 
 

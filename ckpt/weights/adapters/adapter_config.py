@@ -10,7 +10,6 @@ lies in the checkpoint, and does not fit, is an error.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from ckpt.weights import advice
 from ckpt.weights.request import Request
 from converters import words
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.options import ADAPTER_CONFIG
 from converters.peft import config as configs
 from converters.peft import config_fit
@@ -28,7 +28,7 @@ from converters.storage import stores
 
 DEFAULT = "default"
 MAX_SIBLINGS = 1000  # checkpoints of a run that are looked into
-_CHECKPOINT = re.compile(r"(checkpoint|epoch|step|global_step|iter|weights)[-_]?\d.*|final|last")
+_CHECKPOINT = LazyPattern(r"(checkpoint|epoch|step|global_step|iter|weights)[-_]?\d.*|final|last")
 
 
 def places(folder: Path, adapter: str, alone: bool) -> tuple[Path, ...]:

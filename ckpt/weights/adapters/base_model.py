@@ -24,6 +24,7 @@ from ckpt.weights.request import Request
 from converters import quantized
 from converters.errors import CheckpointError
 from converters.formats.model_files import READERS
+from converters.lazy_pattern import LazyPattern
 from converters.options import BASE
 from converters.peft import embeddings
 from converters.peft.config import AdapterConfig
@@ -33,8 +34,8 @@ from converters.torch_files.record_checksums import located
 
 HEAD = "lm_head.weight"
 _GENERATING = ("ForCausalLM']", "LMHeadModel']", "ForConditionalGeneration']")
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
-_REVISION = re.compile(r"[\w.-]{1,128}", re.ASCII)
+_NAME = LazyPattern(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_REVISION = LazyPattern(r"[\w.-]{1,128}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ does. Its headers are read, and samples of its tensors.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from ckpt.weights.reader import table
 from ckpt.weights.request import Request
 from converters.computing.computed import Computed
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.options import MERGE
 from converters.peft import names
 from converters.peft.config import AdapterConfig
@@ -23,7 +23,7 @@ from converters.peft.expected_layers import TrainedLayers
 from converters.tensors import TensorRef, Weights
 
 _MAX_COMPARED = 256  # tensors that are compared
-_NUMBER = re.compile(r"\.\d+\.")
+_NUMBER = LazyPattern(r"\.\d+\.")
 _OF_BASE = (names.BASE, names.BASE_LAYER, names.ORIGINAL)
 
 

@@ -8,7 +8,6 @@ there is nothing else).
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,13 +19,14 @@ from ckpt.weights.companions.model_folder import Companions
 from ckpt.weights.request import Request
 from converters import options
 from converters.errors import CheckpointError, unreadable
+from converters.lazy_pattern import LazyPattern
 from converters.options import TOKENIZER
 from converters.source import Place
 from converters.storage import bounded_json, misplaced_files, stores
 from converters.tensors import Weights
 
 CONFIG = "config.json"
-_SEVERAL = re.compile(r"pytorch_model(_\d+)?")  # Accelerate's tags of several models in one folder
+_SEVERAL = LazyPattern(r"pytorch_model(_\d+)?")  # Accelerate's tags of several models in one folder
 
 
 @dataclass(frozen=True, slots=True)

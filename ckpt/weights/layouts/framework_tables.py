@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from converters.lazy_pattern import LazyPattern
+
 TABLE = Path(__file__).parent.parent / "framework_names.jsonl"
 
 _PLACES = {
     **dict.fromkeys(("layer", "before", "after1", "after2"), r"\d{1,6}"),
     **dict.fromkeys(("path", "rest"), ".+"),
 }
-_PLACE = re.compile(r"\{(\w+)\}")
+_PLACE = LazyPattern(r"\{(\w+)\}")
 Binding = Mapping[str, str]  # what stands in the places of a template
 
 

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from converters.lazy_pattern import LazyPattern
+
 RENAME, GROUP, CONVERT = "rename", "group", "convert"
 OFFSET = "Inkling2IndexOffsetWeightRename"
-_GROUP = re.compile(r"\\(\d+)")
+_GROUP = LazyPattern(r"\\(\d+)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,18 +9,18 @@ or ``h`` of the model).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.options import BASE
 from converters.peft.config import AdapterConfig
 from converters.tensors import TensorRef, Weights
 
 MAX_LAYERS = 10_000  # layers
-_LAYER = re.compile(r"((?:[\w-]+\.)*?(?:layers|encoder\.layer|h)\.)(\d{1,6})(\..+)")
+_LAYER = LazyPattern(r"((?:[\w-]+\.)*?(?:layers|encoder\.layer|h)\.)(\d{1,6})(\..+)")
 
 
 def layers(configs: Iterable[AdapterConfig]) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ be in no file of the base.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from ckpt.weights.adapters.base_model import Loaded
 from ckpt.weights.companions import model_folder
 from ckpt.weights.reader import table
+from converters.lazy_pattern import LazyPattern
 from converters.peft.config import AdapterConfig
 from converters.tensors import Weights
 
@@ -23,7 +23,7 @@ HEADS = {  # the end of an architecture's name, by PEFT's task_type
     "TOKEN_CLS": "ForTokenClassification",
     "QUESTION_ANS": "ForQuestionAnswering",
 }
-_END = re.compile(r"(LMHeadModel|For[A-Z]\w*|Model)$")
+_END = LazyPattern(r"(LMHeadModel|For[A-Z]\w*|Model)$")
 
 
 def task_of(adapters: Iterable[AdapterConfig]) -> str | None:

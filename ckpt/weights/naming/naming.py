@@ -7,7 +7,6 @@ wants.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +16,7 @@ from ckpt.weights.reader import inner_models
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.request import Naming, Request
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.names import selection
 from converters.names.rules import UNMISTAKABLE
 from converters.options import NAMES, PART, RENAME, STRIP
@@ -25,11 +25,11 @@ from converters.words import counted, some
 
 # What wrappers put into names, wherever it stands; the last is of fairscale's FSDP.
 WRAPPERS = (*UNMISTAKABLE, "_fpw_module")
-_WRAPPER = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)})\.")
+_WRAPPER = LazyPattern(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)})\.")
 _DATA_PARALLEL = "module."  # DataParallel, DistributedDataParallel
 _PEFT = "base_model.model."
 # Parts of names that only adapters have (peft 0.21, tuners/*/layer.py).
-_ADAPTED = re.compile(
+_ADAPTED = LazyPattern(
     r"\.(?:lora_|ia3_|hada_|lokr_|vera_|oft_|boft_|hra_|base_layer|modules_to_save|original_module"
     r"|token_adapter|prompt_encoder|quant_state|absmax)"
 )

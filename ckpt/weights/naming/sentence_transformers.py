@@ -9,7 +9,6 @@ A SentenceTransformer inside another module has that one's prefix before all of 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +21,7 @@ from ckpt.weights.naming.naming import NamedWeights
 from ckpt.weights.output.part import Part
 from ckpt.weights.request import Naming
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.names.selection import renamed, selected
 from converters.options import CONFIG
 from converters.words import counted
@@ -31,7 +31,7 @@ _INNER = (
     "auto_model.",
     "model.",
 )
-_FIRST = re.compile(r"0\.(auto_model|model)\.")
+_FIRST = LazyPattern(r"0\.(auto_model|model)\.")
 _WEIGHTY = (  # kinds whose folder has to have a file of weights (6.2, load_torch_weights)
     *("Transformer", "CLIPModel", "Dense", "StaticEmbedding", "WordEmbeddings"),
     *("LSTM", "CNN"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,11 +16,12 @@ from typing import Any
 
 from ckpt.weights.reader import entries
 from ckpt.weights.reader.lengths import look_up
+from converters.lazy_pattern import LazyPattern
 from converters.tensors import Weights
 
 FILE = Path(__file__).parent.parent / "architecture_fields.jsonl"
 DERIVED = ("is_decoder",)  # transformers sets it by other fields
-_LAYER = re.compile(r"\.layers\.(\d{1,6})\.(?:mlp|feed_forward)\.(.+)$")
+_LAYER = LazyPattern(r"\.layers\.(\d{1,6})\.(?:mlp|feed_forward)\.(.+)$")
 # of layers with experts
 _ROUTED = (
     "experts.",

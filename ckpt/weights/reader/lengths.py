@@ -15,15 +15,16 @@ A key of a tree that begins with ``*`` is a list, and what follows is its length
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from converters.lazy_pattern import LazyPattern
+
 ANY = "*"
 MAX_LIST_MEMBERS = 10_000  # members; what a configuration claims beyond that is not believed
-_KEY = re.compile(
+_KEY = LazyPattern(
     r"\*(?P<size>#)?(?P<fields>[^=+]*?)(?P<member>\.\*)?(?P<more>[+-]1)?(?:=(?P<default>\d+))?"
 )
 

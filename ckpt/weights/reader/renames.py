@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.weights.reader import entries
+from converters.lazy_pattern import LazyPattern
 
 TABLE = Path(__file__).parent.parent / "architecture_renames.jsonl"
-_REMOVAL = re.compile(r"\(\?P<g0>\^([\w\\.]+)\\\.\(\.\+\)\)")  # a rule that takes a prefix off
+_REMOVAL = LazyPattern(r"\(\?P<g0>\^([\w\\.]+)\\\.\(\.\+\)\)")  # a rule that takes a prefix off
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from ckpt.weights.reader.fitting import (
     nested,
 )
 from ckpt.weights.reader.lengths import look_up
+from converters.lazy_pattern import LazyPattern
 from converters.peft import embeddings
 
 TABLE = Path(__file__).parent.parent / "architectures.jsonl"
@@ -38,15 +39,15 @@ TABLE = Path(__file__).parent.parent / "architectures.jsonl"
 # _adjust_missing_and_unexpected_keys; conversion_mapping.py: legacy).
 _PASSED_OVER = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 _LEGACY = (
-    (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
-    (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),
-    (re.compile(r"\.weight_g$"), ".parametrizations.weight.original0"),
-    (re.compile(r"\.weight_v$"), ".parametrizations.weight.original1"),
+    (LazyPattern(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
+    (LazyPattern(r"LayerNorm\.beta$"), "LayerNorm.bias"),
+    (LazyPattern(r"\.weight_g$"), ".parametrizations.weight.original0"),
+    (LazyPattern(r"\.weight_v$"), ".parametrizations.weight.original1"),
 )
 # Projections that are there only where two sizes of the configuration differ
 # (transformers 5.23: modeling_musicgen.py, modeling_electra.py, modeling_opt.py,
 # modeling_luke.py, ...).
-_BY_SIZES = re.compile(
+_BY_SIZES = LazyPattern(
     r"(?:^|\.)(?:(?:audio_)?enc_to_dec_proj|embeddings_project|project_in|project_out"
     r"|entity_embedding_dense|adapter\.proj(?:_layer_norm)?)\.(?:weight|bias)$"
 )

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from converters.accessors import is_whole_number
 from converters.detect.deepspeed import LOAD_THERE
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.source import Place
 from converters.tensors import TensorRef
 from converters.zero.files import state_files
@@ -26,11 +27,11 @@ from converters.zero.model_ranks import folder_files, one_save
 from converters.zero.model_ranks.folder_files import FolderFiles
 
 MAX_EXPERTS = 1 << 16  # of a layer; more than any model has, and few enough to count
-NATIVE = re.compile(
+NATIVE = LazyPattern(
     r"(?P<prefix>.*deepspeed_moe\.experts\.deepspeed_experts\.)(?P<expert>\d{1,9})(?P<inner>\..*)",
     re.DOTALL,
 )
-FUSED = re.compile(r"(?P<name>.*\.w[123])\.(?P<expert>\d{1,9})", re.DOTALL)
+FUSED = LazyPattern(r"(?P<name>.*\.w[123])\.(?P<expert>\d{1,9})", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ DeepSpeed 0.19.8 ``moe/utils.py`` (``split_params_into_different_moe_groups_for_
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.tensors import TensorRef
 from converters.zero import stage12
 from converters.zero.files import all_ranks, state_files, typed
@@ -31,7 +31,7 @@ from converters.zero.files.typed import Section
 from converters.zero.naming.group_storages import FlatGroup
 
 _KEY = "single_partition_of_fp32_groups"
-_EXPERT_NAME = re.compile(r"ep_size_(\d{1,9})")
+_EXPERT_NAME = LazyPattern(r"ep_size_(\d{1,9})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ Up to 0.3.13 no underscore stood before ``optim_states``; the fast writer append
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +22,11 @@ from converters.detect.filenames import MODULE, OPTIMIZER, PARTITIONED
 from converters.detect.state_folders import is_tag_folder as is_tag_folder
 from converters.detect.state_folders import tags as tags
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.source import Place as Place
 from converters.storage import misplaced_files, stores
 
-_RANK = re.compile(r"(?:zero_pp_rank_(\d{1,9})_)?mp_rank_(\d{1,9})_?(optim|model)_states")
+_RANK = LazyPattern(r"(?:zero_pp_rank_(\d{1,9})_)?mp_rank_(\d{1,9})_?(optim|model)_states")
 
 
 def rank_file(name: str) -> tuple[int | None, int, str] | None:
@@ -149,7 +149,7 @@ def _files(place: Place, names: list[str]) -> Files:
     )
 
 
-def _by_rank(place: Place, names: list[str], pattern: re.Pattern[str]) -> dict[int, Path]:
+def _by_rank(place: Place, names: list[str], pattern: LazyPattern[str]) -> dict[int, Path]:
     """The files of one kind by rank. Of a fast writer's equal copies, the first."""
     paths_by_rank: dict[int, Path] = {}
     for name in names:

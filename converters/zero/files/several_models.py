@@ -13,11 +13,12 @@ import re
 from pathlib import Path
 
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.options import TAG
 from converters.zero.files import discovery, state_files
 from converters.zero.files.state_files import State
 
-_ACCELERATE = re.compile(r"pytorch_model(_\d+)?")
+_ACCELERATE = LazyPattern(r"pytorch_model(_\d+)?")
 MOST_READ = 16  # tags that are looked into
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from converters.detect import filenames
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.source import Place
 from converters.storage import stores
 from converters.zero.files import state_files
@@ -68,7 +69,7 @@ def scan(place: Place) -> FolderFiles:
     return files
 
 
-def _add(files: FolderFiles, place: Place, pattern: re.Pattern[str], match: re.Match[str]) -> None:
+def _add(files: FolderFiles, place: Place, pattern: LazyPattern[str], match: re.Match[str]) -> None:
     numbers = _numbers(match)
     path = place.folder / match[0]
     previous: Path

@@ -15,7 +15,6 @@ file that ``extends`` one of these says what it leaves open.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,6 +25,7 @@ from typing import Any
 from converters import words
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError, MalformedError
+from converters.lazy_pattern import LazyPattern
 from converters.peft import patterns as expressions
 from converters.storage import settings_file, stores
 from converters.storage.store import Name
@@ -36,7 +36,7 @@ from converters.zero.parallel.cuts import Cut, Shape, Shapes
 from converters.zero.parallel.degrees import SubParameters
 
 _NAMES = ", ".join(shipped_rules.RULES)
-_ON_AXIS = re.compile(r"dim (\d{1,2})")
+_ON_AXIS = LazyPattern(r"dim (\d{1,2})")
 
 
 @dataclass(frozen=True, slots=True)

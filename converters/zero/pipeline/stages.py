@@ -23,6 +23,7 @@ from math import prod
 from converters import words
 from converters.detect.deepspeed import PIPELINE
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.source import Place, Source, SourceTopology
 from converters.tensors import TensorRef
 from converters.zero import checkpoint as zero
@@ -36,7 +37,7 @@ from converters.zero.naming.assemble import Parameters
 from converters.zero.pipeline import slice_mappings, tied_modules, unpartitioned
 from converters.zero.pipeline.lane_files import LaneFiles
 
-_NUMBERED = re.compile(r"(\d{1,9})\.(.+)", re.DOTALL)
+_NUMBERED = LazyPattern(r"(\d{1,9})\.(.+)", re.DOTALL)
 Layers = Mapping[int, State]
 
 

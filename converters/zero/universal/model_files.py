@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from converters import words
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.source import Place
 from converters.storage import stores
 from converters.zero.files import state_files
@@ -17,7 +17,7 @@ from converters.zero.universal import merged_models
 from converters.zero.universal.group_layouts import saving_ranks, world_size_of
 from converters.zero.universal.merged_models import MergedModel
 
-_MODEL = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
+_MODEL = LazyPattern(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 
 
 def read(place: Place, parallel: bool) -> tuple[list[State], MergedModel | None]:

@@ -17,6 +17,7 @@ from converters.tensors import TensorRef, Weights
 
 # the checkpoint's own second record of the weights that are trained
 STATES = "model states"
+MASTERS = "the fp32 weights of the states, rounded"  # to which 16-bit weights are compared
 EXCLUDED = "saved with exclude_frozen_parameters: frozen weights, if any, are not in it"
 
 

@@ -13,8 +13,8 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ckpt.runs import lineage, renaming
 from ckpt.runs import manifest as manifests
 from ckpt.runs.ancestry import Ancestry
 from ckpt.runs.checkpoint_folder import (
@@ -24,12 +24,14 @@ from ckpt.runs.checkpoint_folder import (
     order,
     require_read,
 )
-from ckpt.runs.lineage import Line
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, step_in
 from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.storage import local
 from converters.storage.store import Name, local_path
+
+if TYPE_CHECKING:
+    from ckpt.runs.lineage import Line
 
 __all__ = [
     "POINTERS",
@@ -221,6 +223,9 @@ def of_line(
     Give it all checkpoints of a folder: one that was damaged since still tells who
     saved last.
     """
+
+    from ckpt.runs import lineage
+
     with_manifest = [checkpoint for checkpoint in checkpoints if checkpoint.manifest is not None]
     line = line or lineage.current(
         checkpoint.manifest for checkpoint in with_manifest if checkpoint.manifest
@@ -290,6 +295,8 @@ def original_of(
     source = checkpoint.source
     if source is None or not source.is_rewriting:
         return None
+
+    from ckpt.runs import renaming
 
     candidates = [candidate for candidate in present if candidate.folder != checkpoint.folder]
     saved = [candidate for candidate in candidates if not _is_rewritten(candidate)]

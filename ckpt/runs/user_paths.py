@@ -13,7 +13,6 @@ from pathlib import Path
 from ckpt.folders.filenames import MANIFEST
 from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import RunCheckpoint, open_checkpoint, order
-from ckpt.runs.lease import lease_file
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run
 from ckpt.runs.run import Run
 from converters.detect import detect
@@ -208,6 +207,8 @@ def _may_begin(path: Path) -> bool:
     """Whether the folder may be a run's without checkpoints: new, or with what a crash left."""
     if not path.is_dir():
         return False
+    from ckpt.runs.lease import lease_file
+
     if any(_LEFTOVER.fullmatch(name) or name == lease_file.NAME for name in os.listdir(path)):
         return True
     return detect(path).kind.name in _BEGINNINGS

@@ -33,6 +33,7 @@ EXPERT_OPTIMIZER = LazyPattern(
     r"expp_rank_(?P<rank>\d{1,9})_mp_rank_(?P<mp>\d{1,9})_optim_states" + _SUFFIX
 )
 STAGES = LazyPattern(r"layer_\d+(-model_\d+)?-model_states\.pt")
+SWAPPED = ".tensor.swp"  # how the names of files end that were on NVMe
 LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"
 UNIVERSAL = "zero"  # the folder of a universal checkpoint's tensors
@@ -43,6 +44,7 @@ SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 TORCH_BIN = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
 TRAINER_STATE = "trainer_state.json"
 # What the Trainer and Accelerate keep beside the weights by torch.save (transformers 5.24
 # ``trainer.py``, accelerate 1.15 ``utils/constants.py``).

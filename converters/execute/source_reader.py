@@ -15,7 +15,6 @@ from isal import isal_zlib
 
 from converters.errors import CheckpointError
 from converters.execute.source_files import SourceFiles
-from converters.storage import strided_reads
 from converters.storage.checksums import Ledger
 from converters.tensors import Extents, Read, Strided, TensorRef
 
@@ -57,6 +56,8 @@ class SourceReader:
         """Fills ``destination`` from element ``start`` of a tensor on, and notes the
         CRC32s."""
         if isinstance(tensor.extents, Strided):
+            from converters.storage import strided_reads
+
             # out of order: its CRC32 is left to the closing of the account
             first_byte = start * tensor.dtype.itemsize
             strided_reads.read(self.files.fill, tensor.extents, first_byte, destination)

@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from converters.errors import CheckpointError
-from converters.names import substitution
 from converters.options import PART, RENAME, SELECT
 from converters.tensors import METADATA, Checksum, TensorRef, Weights, record_index
 
@@ -40,6 +39,8 @@ def new_names(
         current = changed
 
     for expression, replacement in rename:
+        from converters.names import substitution  # which starts processes
+
         _require_expression(expression)
         short_names = [name for name, text in current.items() if len(text) <= MAX_NAME_LENGTH]
         texts = substitution.replaced(

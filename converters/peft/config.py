@@ -11,11 +11,12 @@ from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
+from converters.detect import filenames
 from converters.errors import CheckpointError
 from converters.peft import patterns
 from converters.storage import bounded_json, stores
 
-NAME = "adapter_config.json"
+NAME = filenames.ADAPTER_CONFIG
 MAX_CONFIG_BYTES = 16 << 20  # bytes; indices of trained tokens are the only long list in it
 INPUT_EMBEDDING = ""  # the key of token indices that name no layer
 PROMPTS = frozenset(

@@ -24,6 +24,7 @@ from converters.peft.kinds import ROLES
 
 MODEL = "base_model.model."  # what a PeftModel puts before every name of the model's
 WRAPPER = "base_model."  # before those of a model that only gets a prompt, and of its own tensors
+DEFAULT = "default"  # the adapter that ``get_peft_model`` makes, where it is not told a name
 BASE = "base"
 BASE_LAYER = "base_layer"
 ORIGINAL = "original_module"

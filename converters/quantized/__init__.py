@@ -15,15 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters.errors import CheckpointError
 from converters.options import DEQUANTIZE
 from converters.quantized.detection import groups, quantization
 from converters.quantized.groups import Modules, QuantizedGroup
-from converters.quantized.recipe import Recipe, Unknown
-from converters.quantized.recipes import Recipes
 from converters.tensors import DType, TensorRef, Weights
+
+if TYPE_CHECKING:
+    from converters.quantized.recipe import Recipe
 
 __all__ = [
     "QuantizedGroup",
@@ -52,6 +53,9 @@ def recipes(
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Recipe | str]:
     """The recipe of each quantized weight by its name, or the reason why it has none."""
+    from converters.quantized.recipe import Unknown
+    from converters.quantized.recipes import Recipes
+
     finder = Recipes(Modules(weights), config)
     recipe_by_weight: dict[str, Recipe | str] = {}
     for group in quantized_groups:

@@ -15,7 +15,6 @@ from typing import Any
 
 from converters.lazy_pattern import LazyPattern
 from converters.quantized.groups import Modules, QuantizedGroup
-from converters.quantized.shapes import four_bit_blocks
 from converters.tensors import DType, Weights
 
 EIGHT_BITS = (DType.F8_E4M3, DType.F8_E5M2, DType.F8_E4M3FNUZ, DType.F8_E5M2FNUZ)
@@ -119,6 +118,9 @@ def _four_bits(modules: Modules) -> Iterator[QuantizedGroup]:
 def _holds_four_bits(modules: Modules, weight: str, leaves: Mapping[str, str]) -> bool:
     """Whether a tensor has as many bytes as its blocks want, under any type of
     storage."""
+
+    from converters.quantized.shapes import four_bit_blocks
+
     tensor, blocks = modules.ref(weight), modules.ref(leaves["absmax"]).numel
     owner = modules.weights.aliases.get(weight, weight)
     return owner not in modules.weights.copies and four_bit_blocks(tensor.nbytes, blocks)

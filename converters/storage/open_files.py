@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from converters.errors import CheckpointError
-from converters.storage import stores, strided_reads
+from converters.storage import stores
 from converters.storage.store import File, fill_exactly, read_exactly, scatter_exactly
 from converters.storage.system import limits
 from converters.tensors import Extent, Extents, Strided
@@ -196,6 +196,8 @@ def read_extents(buffer: memoryview, extents: Extents) -> None:
     try:
         with _files() as get:
             if isinstance(extents, Strided):
+                from converters.storage import strided_reads
+
                 extent = extents
                 strided_reads.read(
                     lambda part, run: fill_exactly(get(run.path), run.offset, part),

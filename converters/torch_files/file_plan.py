@@ -18,6 +18,7 @@ from typing import Any
 
 from converters import tensors
 from converters.chains import Chained, Part, parts_of
+from converters.detect.filenames import SWAPPED
 from converters.plan import Entry, Plan, Shard
 from converters.tensors import Checksum, Extent, Extents, Listed, TensorRef, record_index
 from converters.tiles import Tiled
@@ -25,8 +26,6 @@ from converters.torch_files import reader
 from converters.torch_files.object_graph import Storage
 from converters.torch_files.pickle_writer import dumps
 from converters.torch_files.zip_writer import Archive
-
-SWAPPED = ".tensor.swp"  # how the names of files end that were on NVMe
 
 ALIGNMENT = 4096
 MAX_EXTENTS = 256  # of a placement: it is walked from its first extent for each piece of it

@@ -9,7 +9,7 @@ from converters.errors import CheckpointError
 from converters.pickles.machine import Builders
 from converters.storage import first_bytes, misplaced_files, open_files, stores
 from converters.storage.store import File
-from converters.torch_files import legacy_format, zip_format
+from converters.torch_files import zip_format
 from converters.torch_files.rebuild import BUILDERS
 from converters.torch_files.torch_file import Stored, TorchFile, located
 
@@ -49,6 +49,8 @@ def _parse(file: File, path: Path, builders: Builders, stored: Stored) -> TorchF
     head = file.read([(0, 8)])[0]
     if head[:4] == b"PK\x03\x04":
         return zip_format.read(file, path, builders, stored)
+    from converters.torch_files import legacy_format
+
     if head == legacy_format.HEAD:
         return legacy_format.read(file, path, builders, stored)
     raise _not_a_torch_file(file, path, head)

@@ -27,7 +27,6 @@ from converters.storage import misplaced_files, open_files
 from converters.storage.store import Name
 from converters.storage.stores import source_path
 from converters.tensors import Weights
-from converters.zero import stage0, stage3, stage12
 from converters.zero.files import all_ranks, discovery, several_models, state_files
 from converters.zero.files.state_files import State
 from converters.zero.naming.assemble import Parameters, assemble
@@ -215,10 +214,16 @@ def _parameters(
 ) -> Parameters:
     """The places of the fp32 weights, and notes on what the user should know of them."""
     if not rank_files:
+        from converters.zero import stage0
+
         parameters = stage0.parameters(model_files[0])
     elif stage == 3:
+        from converters.zero import stage3
+
         parameters = stage3.parameters(place.folder, model_files, rank_files)
     else:
+        from converters.zero import stage12
+
         parameters = stage12.parameters(model_files[0], rank_files)
 
     if model_files[0].setting("zero_optimization", "zenflow"):

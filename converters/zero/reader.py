@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from converters.zero import checkpoint, optimizer_state
+from converters.zero import checkpoint
 from converters.zero.checkpoint import Checkpoint
 
 
@@ -18,4 +19,10 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Checkpoi
     models ``tag`` chooses one. ``CheckpointError`` for what is damaged or incomplete.
     """
     source = checkpoint.read(path, tag) if complete else checkpoint.weights(path, tag)
-    return replace(source, optimizer=partial(optimizer_state.read, source))
+    return replace(source, optimizer=partial(_optimizer, source))
+
+
+def _optimizer(source: Checkpoint, name: str) -> dict[str, Any]:
+    from converters.zero import optimizer_state  # which a conversion of weights needs not
+
+    return optimizer_state.read(source, name)

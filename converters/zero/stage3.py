@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from converters import words
+from converters.detect.filenames import SWAPPED
 from converters.errors import CheckpointError
 from converters.pickles.values import Call
 from converters.storage import stores
 from converters.storage.system.names import is_name
 from converters.tensors import DType, Extent, Listed, TensorRef
-from converters.torch_files import odd_tensors
-from converters.torch_files.file_plan import SWAPPED
 from converters.zero import partitioning
 from converters.zero.files import state_files
 from converters.zero.files.state_files import Shape, State
@@ -247,6 +246,9 @@ def _frozen_parameters(
     models: Sequence[State],
 ) -> tuple[dict[str, TensorRef], dict[str, str]]:
     """The frozen parameters, from all ranks' fragments, and why others are missing."""
+
+    from converters.torch_files import odd_tensors
+
     shapes: dict[str, Shape] = {}
     for group in state_files.shapes(models[0], "frozen_param_shapes") or ():
         shapes |= group

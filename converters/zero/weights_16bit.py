@@ -19,7 +19,7 @@ from converters.formats import gathered_16bit
 from converters.names import rules, selection
 from converters.names.rules import Names
 from converters.options import WEIGHTS
-from converters.source import Place, SourceTopology
+from converters.source import MASTERS, Place, SourceTopology
 from converters.storage import stores
 from converters.tensors import DType, Weights
 from converters.words import counted
@@ -31,7 +31,6 @@ from converters.zero.files.state_files import State
 from converters.zero.naming import storage_views
 from converters.zero.naming.assemble import assemble
 
-MASTERS = "the fp32 weights of the states, rounded"
 _APART = 600  # seconds between the writing of files that are hardly of one save
 
 

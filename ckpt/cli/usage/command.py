@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import click
 
-from ckpt.cli.usage import synonyms
 from converters.words import verb
 
 
@@ -20,6 +19,8 @@ class Command(click.Command):
         try:
             extra_arguments = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
+            from ckpt.cli.usage import synonyms
+
             message = synonyms.unknown_option(error.message, error.option_name, self.name)
             raise click.NoSuchOption(
                 error.option_name, message, error.possibilities, error.ctx

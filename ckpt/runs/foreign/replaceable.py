@@ -7,7 +7,6 @@ from pathlib import Path
 from ckpt.folders.replacing import is_arriving
 from ckpt.runs import user_paths
 from ckpt.runs.checkpoint_folder import open_checkpoint
-from ckpt.runs.foreign import signs
 from ckpt.runs.recognition import is_run
 from converters.errors import CheckpointError
 from converters.options import OUTPUT
@@ -21,6 +20,8 @@ def require_replaceable(output: Path) -> None:
     """
     if not output.is_dir() or is_arriving(output) or _is_made_of_another(output):
         return
+
+    from ckpt.runs.foreign import signs
 
     if is_run(output) or user_paths.holds_checkpoints(output) or signs.candidates(output):
         what = "holds checkpoints of a training"

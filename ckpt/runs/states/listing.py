@@ -9,22 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt.folders.filenames import MANIFEST
 from ckpt.runs import manifest as manifests
 from ckpt.runs import user_paths
 from ckpt.runs.checkpoint_folder import RunCheckpoint, open_checkpoint
-from ckpt.runs.foreign import completeness, signs
+from ckpt.runs.foreign import signs
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, step_in
 from ckpt.runs.run import Run
-from ckpt.runs.states import copies
-from ckpt.runs.states.status import CheckpointState, CheckpointStatus
 from converters.detect import detect
 from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
 from converters.words import some
 from converters.zero.files.discovery import is_tag_folder
+
+if TYPE_CHECKING:
+    from ckpt.runs.states.status import CheckpointStatus
 
 
 def candidate(path: Path) -> RunCheckpoint:
@@ -144,6 +145,8 @@ def is_single(path: Path) -> bool:
     if not is_checkpoint(path):
         return False
 
+    from ckpt.runs.foreign import completeness
+
     is_trainers = (path / completeness.STATE).exists() or path.name.endswith(".ckpt")
 
     is_saved_as_one = is_numbered(path) or is_trainers or (path / MANIFEST).is_file()
@@ -166,6 +169,8 @@ def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
     Of one step, the universal format, a copy by hand, a link and what was made of another one
     come before what they are of, and a name without a number before a numbered one.
     """
+    from ckpt.runs.states import copies
+
     copied = copies.originals([status.checkpoint for status in statuses])
 
     def rank(status: CheckpointStatus) -> tuple[Any, ...]:
@@ -190,6 +195,9 @@ def known(statuses: Sequence[CheckpointStatus], path: Path) -> list[CheckpointSt
     A folder that is only called as a checkpoint is (step_100 of images), and holds nothing that
     is known here, is none, unless it is the path itself.
     """
+
+    from ckpt.runs.states.status import CheckpointState
+
     path = user_paths.spelt(path)
     return [
         status

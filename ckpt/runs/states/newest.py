@@ -10,17 +10,13 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpt.folders.filenames import CONVERSION
 from ckpt.runs import manifest as manifests
 from ckpt.runs import user_paths
-from ckpt.runs.foreign.succession import relate
 from ckpt.runs.recognition import is_numbered, is_run
 from ckpt.runs.run import Run, RunCheckpoint, members, original_of
-from ckpt.runs.states import listing
-from ckpt.runs.states.offers import Offers
-from ckpt.runs.states.skipped import Sort
-from ckpt.runs.states.status import CheckpointState, CheckpointStatus, statuses_of
 from converters.detect import detect, state_folders
 from converters.errors import CheckpointError
 from converters.options import LAST, TAG
@@ -28,6 +24,11 @@ from converters.storage.store import Name, is_url, local_path
 from converters.storage.stores import source_path
 from converters.words import more
 from converters.zero.files import several_models
+
+if TYPE_CHECKING:
+    from ckpt.runs.states.offers import Offers
+    from ckpt.runs.states.skipped import Sort
+    from ckpt.runs.states.status import CheckpointState, CheckpointStatus
 
 _RUNS = ("deepspeed-several", "parent")  # the kinds of a run that no file latest leads on from
 _MAX_REASONS = 3
@@ -47,6 +48,9 @@ class Newest:
     @property
     def remark(self) -> str:
         """A line for a user on which checkpoint it is."""
+
+        from ckpt.runs.states.status import CheckpointState
+
         folder = self.checkpoint.folder
         is_complete = self.state is CheckpointState.COMPLETE
         state = "complete, not committed" if is_complete else self.state.value
@@ -63,12 +67,17 @@ def newest_at(path: Path, command: str, full: bool = True, beside: Collection[So
     not a run, and for one without such a checkpoint; ``command`` is how the user called it,
     such as "ckpt to-fp32 --last".
     """
+    from ckpt.runs.states import listing
+    from ckpt.runs.states.offers import Offers
+
     run = listing.run_at(path, command)
     offers = Offers(run.path, deepspeed=False, announces=False)  # the error has the reasons
     offer = next(iter(offers), None)
 
     newest = _newest_of(offers, beside if full else _WITH_WEIGHTS, offer is not None)
     if newest is None and offer is not None:
+        from ckpt.runs.states.status import CheckpointState
+
         is_committed = offer.proof is None
         state = CheckpointState.COMMITTED if is_committed else CheckpointState.COMPLETE
         newest = Newest(offer.checkpoint, state)
@@ -94,6 +103,9 @@ def _newest_of(offers: Offers, sorts: Collection[Sort], has_offer: bool) -> Newe
 
     A model that ckpt made of a checkpoint is not, where one is offered.
     """
+    from ckpt.runs.states import listing
+    from ckpt.runs.states.status import CheckpointState
+
     for entry in offers.skipped:
         is_converted = has_offer and (entry.path / CONVERSION).is_file()
         if entry.sort not in sorts or is_converted:
@@ -171,12 +183,19 @@ def _warn_of_newer(path: Path) -> None:
     if pointed is None or pointed.step is None:
         return
 
+    from ckpt.runs.states import listing
+
     present = listing.checkpoints_in(path)
     later = [
         checkpoint
         for checkpoint in present
         if (checkpoint.step or 0) > pointed.step and original_of(checkpoint, present) is None
     ]
+    if not later:
+        return
+
+    from ckpt.runs.states.status import statuses_of
+
     statuses = listing.ordered(statuses_of(later, wait=False))
     newer = [
         status
@@ -202,4 +221,6 @@ def _is_of_training(
     """Whether a later checkpoint may be of the training of a committed one, or the newest is."""
     if status.proof is None:
         return status.checkpoint in members(present)
+    from ckpt.runs.foreign.succession import relate
+
     return not pointed.committed or relate(pointed, status.proof).relation == "follows"

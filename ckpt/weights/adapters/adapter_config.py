@@ -23,10 +23,10 @@ from converters.peft import config as configs
 from converters.peft import config_fit
 from converters.peft.config import NAME, AdapterConfig
 from converters.peft.config_fit import Shown
+from converters.peft.names import DEFAULT as DEFAULT
 from converters.source import Place
 from converters.storage import stores
 
-DEFAULT = "default"
 MAX_SIBLINGS = 1000  # checkpoints of a run that are looked into
 _CHECKPOINT = LazyPattern(r"(checkpoint|epoch|step|global_step|iter|weights)[-_]?\d.*|final|last")
 

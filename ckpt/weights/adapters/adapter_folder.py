@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt.weights import advice
-from ckpt.weights.adapters import adapter_config
 from ckpt.weights.companions.surroundings import Surroundings
 from ckpt.weights.naming import naming
 from ckpt.weights.naming.naming import NamedWeights
@@ -17,21 +16,19 @@ from ckpt.weights.output.part import Part
 from ckpt.weights.output.product import Product
 from ckpt.weights.request import Request
 from converters import words
+from converters.detect.filenames import ADAPTER_CONFIG as NAME
 from converters.errors import CheckpointError
 from converters.options import ADAPTER_CONFIG, MERGE, PART, RENAME, SELECT, STRIP
-from converters.peft import config as configs
-from converters.peft import config_fit, export, kinds, names
-from converters.peft.config import NAME
-from converters.peft.config_fit import Shown
-from converters.peft.names import ParsedName
+from converters.peft import names
+from converters.peft.names import DEFAULT, ParsedName
 from converters.source import Place, Source
 from converters.storage import stores
 from converters.tensors import Weights
 
 if TYPE_CHECKING:  # models need none of it, and their memory is counted
     from ckpt.weights.adapters.written_adapter import Origin, WrittenAdapter
+    from converters.peft.config_fit import Shown
 
-DEFAULT = adapter_config.DEFAULT
 MAX_ADAPTERS = 256  # adapters of a model
 CHAT = ("lora_right_weight", "lora_left_weight")  # DeepSpeed-Chat's factors
 _NOT_BESIDE = ("generation_config.json",)
@@ -76,6 +73,8 @@ def recognized(weights: Weights, root: Path, request: Request) -> Adapter | None
         _refuse_unknown(all_names, root)
         return None
 
+    from converters.peft import config_fit
+
     _require_folders(groups, root)
     ordered_names = sorted(groups, key=lambda name: name != DEFAULT)
     untouched = config_fit.untouched(weights.tensors)
@@ -108,11 +107,17 @@ def _refuse_unknown(all_names: Iterable[str], root: Path) -> None:
         return
 
     try:
+        from converters.peft import config as configs
+
         config = configs.read(path)
     except CheckpointError:
         return  # it may be of another model
 
+    from converters.peft import kinds
+
     if not config.prompt and config.peft_type not in kinds.KINDS:
+        from converters.peft import export
+
         export.require_supported(config)
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt.weights.adapters import adapter_config
-from ckpt.weights.adapters.adapter_config import DEFAULT
 from converters.errors import CheckpointError
 from converters.formats import pytorch_bin, safetensors
+from converters.peft.names import DEFAULT
 from converters.storage import stores
 from converters.tensors import TensorRef, Weights
 from converters.torch_files.record_checksums import located_in_files

@@ -8,15 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt.weights import advice, parts
-from ckpt.weights.check import heads, refusals, second_opinion, verdicts
-from ckpt.weights.reader import (
-    embeddings,
-    losses,
-    modular,
-    table,
-    unknown,
-    untying,
-)
+from ckpt.weights.check import second_opinion, verdicts
+from ckpt.weights.reader import modular, table
 from ckpt.weights.reader.audience import Audience, Match
 from ckpt.weights.reader.fields import Disagreement
 from ckpt.weights.reader.fit import Fit
@@ -81,6 +74,8 @@ def judged(product: Product, audience: Audience, request: Request) -> LoadVerdic
     if reader is not None and audience.config is not None:
         size = reader.fields.mismatched_size(product.weights, audience.config)
     if reader is not None and size is not None:
+        from ckpt.weights.check import refusals
+
         raise refusals.other_shapes(reader.name, size, audience)
 
     return _with_shapes(verdict, product.weights, audience)
@@ -91,7 +86,7 @@ def _by_transformers(product: Product, audience: Audience, request: Request) -> 
     if audience.custom and not audience.native:
         return LoadVerdict("not checked: custom code (auto_map) is not run")
 
-    from ckpt.weights.reader import installed
+    from ckpt.weights.reader import installed, losses
 
     assert audience.config is not None
     names = parts.read_names(product.weights)
@@ -108,6 +103,8 @@ def _by_transformers(product: Product, audience: Audience, request: Request) -> 
             f"{some(mismatched)}; correct config.json ({CONFIG})",
             "unloadable",
         )
+
+    from ckpt.weights.check import heads
 
     table_reader = table.reader_of(reader)
     other_match = (
@@ -145,6 +142,8 @@ def _with_shapes(verdict: LoadVerdict, weights: Weights, audience: Audience) -> 
     failure = verdict.failure
     reader = table.reader_of(verdict.reader) if verdict.reader else None
     if reader is not None and audience.config is not None:
+        from ckpt.weights.reader import embeddings, untying
+
         rows = embeddings.resized(weights, reader, audience.config)
         if rows is not None:
             notes.append(str(rows))
@@ -172,10 +171,14 @@ def _by_names(product: Product, audience: Audience, request: Request) -> LoadVer
 
     match = audience.best(names, bridged=True)
     if match is None:
+        from ckpt.weights.reader import unknown
+
         return unknown.verdict(names, audience)
 
     reader, fit = match.reader, match.fit
     if fit.absurd:
+        from ckpt.weights.check import refusals
+
         raise refusals.absurd(reader.name, fit.absurd, audience)
 
     disagreements = _by_fields(reader, fit, audience)
@@ -185,6 +188,8 @@ def _by_names(product: Product, audience: Audience, request: Request) -> LoadVer
         return verdicts.loads(match, names, audience)
     if product.kind == "merged" and missing and table.LABELS in reader.rows:
         # No other class is looked for: one without this head would fit, and lose it.
+        from ckpt.weights.check import refusals
+
         raise refusals.unmerged(reader.name, fit, missing, audience)
 
     other_match = audience.other_class(names)
@@ -203,6 +208,9 @@ def _by_losses(
     request: Request,
 ) -> LoadVerdict:
     """The verdict on names that do not fit, by what would be unread or random."""
+
+    from ckpt.weights.reader import losses
+
     reader, fit = match.reader, match.fit
     loss = losses.loss(product.weights, fit, disagreements)
     beside = audience.beside
@@ -211,7 +219,11 @@ def _by_losses(
         line = f"has the names of {beside.name}: {counted(len(names), 'name')}"
         return LoadVerdict(line, reader=reader.name)
     if missing and product.kind == "merged" and not audience.newer:
+        from ckpt.weights.check import refusals
+
         raise refusals.unmerged(reader.name, fit, missing, audience)
+
+    from ckpt.weights.check import heads
 
     other_match = heads.class_without(product, reader, fit, missing, audience, request)
     if other_match is not None:
@@ -249,6 +261,8 @@ def _missing_names(
     if not request.naming.select and not request.exclude_frozen:
         return fit.missing
     if not fit.present:
+        from ckpt.weights.check import refusals
+
         names = parts.every_name(product.weights)
         raise CheckpointError(
             f"{audience.root}: {reader}, {audience.origin}, reads none of the "

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ckpt.weights import advice
-from ckpt.weights.check import refusals
-from ckpt.weights.reader import installed
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.reader.verdict import LoadVerdict
 from ckpt.weights.request import Check
@@ -32,15 +30,17 @@ def judged(judge: Judge, audience: Audience) -> LoadVerdict:
     refusal, verdict = None, None
     try:
         verdict = judge("names")
-    except refusals.AbsurdConfigError:
-        raise
     except CheckpointError as error:
-        if error.kind != "unloadable":
+        from ckpt.weights.check.refusals import AbsurdConfigError
+
+        if isinstance(error, AbsurdConfigError) or error.kind != "unloadable":
             raise
         refusal = error
 
     if verdict is not None and not _doubtful(verdict, audience):
         return verdict
+
+    from ckpt.weights.reader import installed
 
     try:
         second = judge("transformers")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ckpt.weights.check import refusals
 from ckpt.weights.reader import table
 from ckpt.weights.reader.audience import MAX_MISSING_SHARE, Audience, Match
 from ckpt.weights.reader.fit import Fit
 from ckpt.weights.reader.fitting import TooManyNames
-from ckpt.weights.reader.losses import Loss
 from ckpt.weights.reader.table import Reader
 from ckpt.weights.reader.verdict import LoadVerdict
 from converters.words import counted, some, verb
+
+if TYPE_CHECKING:
+    from ckpt.weights.reader.losses import Loss
 
 # Missing names that are too many for a table that lacks a few: of all that the reader
 # wants.
@@ -105,6 +107,8 @@ def partial(
                 f"{len(missing):,} names are missing and {len(fit.unexpected):,} are "
                 "not read"
             )
+
+        from ckpt.weights.check import refusals
 
         raise refusals.unloadable(reader, fit, missing, loss, audience, remedy)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.runs import engines
-from ckpt.weights.companions import model_code, model_folder, module_folders, run_folder
+from ckpt.weights.companions import model_code, model_folder, module_folders
 from ckpt.weights.companions.model_folder import Companions
 from ckpt.weights.request import Request
 from converters import options
@@ -93,6 +93,8 @@ def of(place: Place, request: Request, weights: Weights | None = None) -> Surrou
 
 def _with_tokenizer_of_run(root: Path, companions: Companions) -> Companions:
     """The same with the tokenizer of the run, where the checkpoint has none."""
+    from ckpt.weights.companions import run_folder
+
     readers = run_folder.readers(root)
     if not readers:
         return companions
@@ -118,6 +120,8 @@ def _homes(place: Place) -> list[Path]:
     config_path = place.folder / CONFIG
     if stores.exists(config_path) or stores.is_dead_link(config_path):
         return [place.folder]
+    from ckpt.weights.companions import run_folder
+
     if any(stores.is_file(place.folder / name) for name in run_folder.SIGNS):
         return [place.folder, place.root]
     return [place.root]

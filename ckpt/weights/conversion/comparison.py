@@ -8,9 +8,8 @@ from ckpt.results import WeightChecks
 from ckpt.weights.output.product import COPIES, Product
 from converters.execute.shards import MoveReport
 from converters.plan import Plan
-from converters.source import STATES
+from converters.source import MASTERS, STATES
 from converters.words import counted, verb
-from converters.zero.weights_16bit import MASTERS
 
 
 def checks(product: Product, plan: Plan, report: MoveReport) -> WeightChecks:

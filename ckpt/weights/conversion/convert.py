@@ -14,17 +14,10 @@ from ckpt.runs import engines
 from ckpt.runs.recognition import is_numbered
 from ckpt.weights.arguments import dtype_name, naming_arguments, require_choice, shard_bytes
 from ckpt.weights.check import checking
-from ckpt.weights.conversion import (
-    description,
-    lightning,
-    output_place,
-    planning,
-    sources,
-    weight_files,
-)
+from ckpt.weights.conversion import description, output_place, planning, sources, weight_files
 from ckpt.weights.conversion.record import ConversionRecord
 from ckpt.weights.conversion.task import Conversion, Format
-from ckpt.weights.naming import stored_ties, ties
+from ckpt.weights.naming import ties
 from ckpt.weights.output.product import Product
 from ckpt.weights.reader.verdict import LoadVerdict
 from ckpt.weights.request import DTYPES, Request
@@ -32,7 +25,6 @@ from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.execute import shards
 from converters.execute.logbook import Logbook
-from converters.formats import wrapped_state_dict
 from converters.options import TIED, UNTIE
 from converters.plan import Plan, Tied
 from converters.source import EXCLUDED, Source
@@ -150,6 +142,9 @@ class _Decided:
 
 def _lightning(source: Source, request: Request, tied: Tied) -> _Decided:
     """The one file that Lightning loads."""
+    from ckpt.weights.conversion import lightning
+    from converters.formats import wrapped_state_dict
+
     lightning.require_every_name(source, tied)
     product = lightning.product(source, request)
     entries = lightning.entries(source).values
@@ -169,6 +164,8 @@ def _folder(
     root = source.place.root
     product = planning.product(source, request)
     if source.topology is None:  # then no reader knows the ties
+        from ckpt.weights.naming import stored_ties
+
         config = product.surroundings.config
         product = replace(product, weights=stored_ties.recognized(product.weights, root, config))
     spared_names = ties.chosen(product.weights, tied, root, product.surroundings.config)

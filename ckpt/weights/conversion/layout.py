@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ckpt.weights import parts
-from ckpt.weights.layouts import framework_layout, hub_layout, probing
-from ckpt.weights.layouts.hub_layout import HubLayout
 from ckpt.weights.naming.naming import NamedWeights
 from ckpt.weights.output.product import Product
-from ckpt.weights.reader import renames
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.request import Request
 from converters.formats import gathered_16bit
 from converters.options import NAMES
 from converters.tensors import Weights
+
+if TYPE_CHECKING:
+    from ckpt.weights.layouts.hub_layout import HubLayout
 
 
 def in_layout(output: Product, audience: Audience, request: Request) -> Product:
@@ -31,6 +32,8 @@ def in_layout(output: Product, audience: Audience, request: Request) -> Product:
     architecture = _class(output.weights, audience)
     if architecture is None:
         return output
+
+    from ckpt.weights.layouts import hub_layout
 
     layout = hub_layout.of(output.weights, audience.config, architecture)
     if layout.obstacle is not None:
@@ -53,6 +56,8 @@ def in_model_names(model: NamedWeights, audience: Audience) -> NamedWeights:
 
     ``CheckpointError`` (kind "refused") where no table has all of the names.
     """
+    from ckpt.weights.layouts import framework_layout
+
     layout = framework_layout.of(model.weights, audience.config)
     if layout.rule is None:
         note = (
@@ -70,6 +75,8 @@ def in_model_names(model: NamedWeights, audience: Audience) -> NamedWeights:
 
 def _prefix_notes(weights: Weights, architecture: str) -> list[str]:
     """What may be other than in the file of a training that began with ``from_pretrained``."""
+    from ckpt.weights.reader import renames
+
     return [
         f"if the training began with a file that has {prefix} before some names, save_pretrained "
         "writes it again; it is not written here, and transformers 4 may want it (docs/names.md)"
@@ -108,10 +115,14 @@ def attached(weights: Weights, audience: Audience) -> tuple[Weights, str | None]
     if name is None or audience.config is None or audience.custom:
         return in_memory, name
 
+    from ckpt.weights.layouts import hub_layout
+
     architecture = _class(weights, audience)
     layout = hub_layout.of(weights, audience.config, architecture)
     if layout.rule is None:
         return in_memory, name
+
+    from ckpt.weights.layouts import probing
 
     on_hub, hub_name = gathered_16bit.attach(layout.weights, root)
     copies = probing.in_memory(on_hub.copies, weights, audience.config, architecture)

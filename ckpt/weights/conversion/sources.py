@@ -16,8 +16,6 @@ from converters.source import STATES, Source
 from converters.storage import stores
 from converters.words import counted
 from converters.zero import checkpoint as zero
-from converters.zero import weights_16bit
-from converters.zero.naming import assemble
 
 
 def read(checkpoint: Path, tag: str | None, request: Request) -> Source:
@@ -30,6 +28,8 @@ def read(checkpoint: Path, tag: str | None, request: Request) -> Source:
         source = _without_frozen(source, request)
     if request.unsupported_types == "skip" or not isinstance(source, zero.Checkpoint):
         return source
+
+    from converters.zero.naming import assemble
 
     weights, notes = assemble.with_bytes(source.weights, source.model)
     return replace(source, weights=weights, notes=(*source.notes, *notes))
@@ -52,6 +52,8 @@ def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
             f"leave {WEIGHTS('16bit')} out ({DTYPE('bf16')} rounds them)",
             "refused",
         )
+
+    from converters.zero import weights_16bit
 
     half = weights_16bit.read(checkpoint, tag)
     if not request.merge:
@@ -136,6 +138,8 @@ def fp32(checkpoint: Path, tag: str | None, option: str) -> Source:
 def _has_16bit(checkpoint: Path, tag: str | None) -> bool:
     """Whether the 16-bit weights can be had."""
     try:
+        from converters.zero import weights_16bit
+
         return bool(weights_16bit.read(checkpoint, tag).weights.tensors)
     except CheckpointError:
         return False
@@ -151,6 +155,8 @@ def remedy(source: Source, proof: str | None, skips: bool = True) -> str:
     if proof != STATES or not isinstance(source, zero.Checkpoint) or not source.ranks:
         anyway = f" ({NO_VERIFY} writes the weights anyway)" if skips else ""
         return f"these files are of different saves; copy those of one save here{anyway}"
+
+    from converters.zero import weights_16bit
 
     anyway = f", {NO_VERIFY} the optimizer's anyway" if skips else ""
     return (

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ckpt.weights.companions import model_folder
 from ckpt.weights.companions.surroundings import config_text
-from ckpt.weights.conversion import lightning, sources
+from ckpt.weights.conversion import sources
 from ckpt.weights.output.product import Product
 from ckpt.weights.reader.verdict import LoadVerdict
 from converters.options import Option
@@ -50,7 +50,12 @@ class Conversion:
     @property
     def is_file(self) -> bool:
         """Whether ``output`` is a file (``--format lightning -o x.ckpt``), not a folder."""
-        return self.format == "lightning" and lightning.names_file(self.output)
+        if self.format != "lightning":
+            return False
+
+        from ckpt.weights.conversion import lightning  # which other formats need not
+
+        return lightning.names_file(self.output)
 
     @property
     def config(self) -> bytes | None:

@@ -5,11 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckpt.weights.output.product import Product
-from converters.formats import pytorch_bin, safetensors
+from converters.formats import safetensors
 from converters.plan import WHOLE, Plan, Tied, joined
 from converters.tensors import DType, Weights
 
-FORMATS = {"safetensors": safetensors.plan, "bin": pytorch_bin.plan}
+
+def _torch_bin(
+    weights: Weights, dtype: DType | None, max_shard_size: int, tied: Tied, pattern: str
+) -> Plan:
+    from converters.formats import pytorch_bin  # which few conversions need by now
+
+    return pytorch_bin.plan(weights, dtype, max_shard_size, tied, pattern)
+
+
+FORMATS = {"safetensors": safetensors.plan, "bin": _torch_bin}
 _STEMS = {  # the names of the files, by kind of folder and by format
     ("model", "safetensors"): "model{suffix}.safetensors",
     ("model", "bin"): "pytorch_model{suffix}.bin",

@@ -11,8 +11,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ckpt.weights import parts
-from ckpt.weights.naming import doubles
-from ckpt.weights.reader import inner_models
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.request import Naming, Request
 from converters.errors import CheckpointError
@@ -165,6 +163,8 @@ def for_reader(unwrapped: NamedWeights, audience: Audience, request: Request) ->
     wishes = request.naming
     model = as_wished(unwrapped, wishes)
     if _fit(audience, model.weights, {}) is not True:
+        from ckpt.weights.naming import doubles
+
         doubled = doubles.doubles(model.weights)
         model = _known_form(model, audience, wishes.part is not None, doubled)
         if doubled and not wishes.select:
@@ -237,6 +237,8 @@ def _without_prefix(model: NamedWeights, audience: Audience) -> NamedWeights:
     if match is None or match.fit.present:
         return model
 
+    from ckpt.weights.reader import inner_models
+
     for rule, changes in shared_prefixes(parts.every_name(model.weights)):
         if inner_models.match_of([changes.get(name, name) for name in read_names], audience):
             return model.with_names(changes, rule)
@@ -246,6 +248,9 @@ def _without_prefix(model: NamedWeights, audience: Audience) -> NamedWeights:
 
 def _read_once(model: NamedWeights, audience: Audience) -> NamedWeights:
     """The names without those that no reader wants and whose bytes others hold."""
+
+    from ckpt.weights.naming import doubles
+
     names = parts.read_names(model.weights)
     match = audience.best(names, bridged=True)
     fit = match.fit if match is not None else audience.beside and audience.beside.fit(names)
@@ -320,6 +325,9 @@ def _fit(
 
 def shared_prefixes(names: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Rules that take off what all names begin with, the shortest first."""
+
+    from ckpt.weights.reader import inner_models
+
     first = names[0].split(".") if names else []
     for depth in range(1, min(inner_models.MAX_PREFIX_PARTS, len(first) - 1) + 1):
         prefix = ".".join(first[:depth]) + "."

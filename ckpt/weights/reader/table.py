@@ -32,7 +32,6 @@ from ckpt.weights.reader.fitting import (
 )
 from ckpt.weights.reader.lengths import look_up
 from converters.lazy_pattern import LazyPattern
-from converters.peft import embeddings
 
 TABLE = Path(__file__).parent.parent / "architectures.jsonl"
 # What every model of transformers 5 passes over, or renames (modeling_utils.py:
@@ -205,6 +204,8 @@ class Reader:
         """
         if name not in self.vocabulary or not self.is_tied(name):
             return None
+
+        from converters.peft import embeddings
 
         ending = name.rpartition(".")[2]
         counted = (names for names in self._vocabularies if name in names)

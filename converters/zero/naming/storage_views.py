@@ -18,7 +18,6 @@ from converters import words
 from converters.names.rules import Names
 from converters.tensors import DType, Extent, TensorRef
 from converters.zero.files.state_files import Shape, State, no_name
-from converters.zero.naming import name_matching
 from converters.zero.naming.assemble import Parameters
 
 # elements looked at to tell tensors apart; all are compared on the way
@@ -81,6 +80,8 @@ def _match_storages(
             exact(vectors[group].narrow(offset, tensor.numel), tensor)
             for offset, tensor in views.values()
         )
+
+    from converters.zero.naming import name_matching
 
     groups_of_one = [[index] for index in range(len(vectors))]
     try:

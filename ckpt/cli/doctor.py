@@ -11,7 +11,6 @@ from ckpt.cli import planned
 from ckpt.cli.options import JSON, LOCAL_PATH
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned, Progress
-from ckpt.cli.results.upkeep import AdoptionEntry, AdoptResult, DoctorResult, FindingEntry
 from ckpt.cli.usage.command import Command
 
 if TYPE_CHECKING:
@@ -122,8 +121,12 @@ def _settling(path: Path) -> Planned:
 
     def output(is_settled: bool) -> Output:
         if doubt is None:
+            from ckpt.cli.results.upkeep import DoctorResult
+
             notice = f"ckpt: {path}: the times of its files are those of one save"
             return Output(DoctorResult(not is_settled, (), ()), [], [notice])
+
+        from ckpt.cli.results.upkeep import DoctorResult, FindingEntry
 
         remedy = f"make {doubt.mark.name} the newest file"
         finding = FindingEntry(doubt.mark, doubt.sentence, remedy, is_settled)
@@ -141,6 +144,7 @@ def _settling(path: Path) -> Planned:
 
 def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run: bool) -> Output:
     from ckpt.cli import listing
+    from ckpt.cli.results.upkeep import DoctorResult, FindingEntry
     from ckpt.runs.states import trainings
     from ckpt.runs.states.status import adoption_hint
 
@@ -237,6 +241,7 @@ def _without_latest(path: Path, outcomes: Sequence[AdoptionOutcome]) -> list[str
 
 
 def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> Output:
+    from ckpt.cli.results.upkeep import AdoptionEntry, AdoptResult
     from ckpt.runs.states.status import adoption_hint
 
     verb = "would adopt" if dry_run else "adopted"

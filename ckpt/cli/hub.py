@@ -11,15 +11,14 @@ from ckpt.cli import planned
 from ckpt.cli.options import DTYPE, JSON, LOCAL_PATH, MAX_SHARD_SIZE, OUTPUT_PATH, best_of
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned
-from ckpt.cli.results.hub import LeftOut, PulledFile, PullResult, PushPreview, PushResult, SentFile
 from ckpt.cli.usage.command import Command
 from ckpt.cli.weight_options import request as weights_request
 from ckpt.cli.weight_options import weights_options
-from ckpt.results import FileEntry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ckpt.cli.results.hub import PullResult, PushPreview
     from ckpt.hub.plan import PushPlan
     from ckpt.hub.pull import Pulled, PullPlan
     from ckpt.hub.push import Pushed
@@ -168,6 +167,9 @@ def _named_dtype(dtype: str) -> str | None:
 
 def _push_facts(push_plan: PushPlan, warnings: Sequence[str]) -> dict[str, Any]:
     """What a push and its preview have in common."""
+
+    from ckpt.cli.results.hub import LeftOut
+
     remote = push_plan.remote
     return {
         "repo": remote.repo,
@@ -187,6 +189,9 @@ def _push_facts(push_plan: PushPlan, warnings: Sequence[str]) -> dict[str, Any]:
 
 
 def _push_preview(push_plan: PushPlan) -> PushPreview:
+    from ckpt.cli.results.hub import PushPreview
+    from ckpt.results import FileEntry
+
     files = tuple(FileEntry(push_plan.place + item.name, item.nbytes) for item in push_plan.items)
     return PushPreview(dry_run=True, files=files, **_push_facts(push_plan, push_plan.warnings))
 
@@ -212,6 +217,7 @@ def _preview_lines(push_plan: PushPlan) -> list[str]:
 
 def _pushed(pushed: Pushed) -> Output:
     from ckpt.cli.conversion import specials
+    from ckpt.cli.results.hub import PushResult, SentFile
 
     committed = pushed.committed
     for warning in pushed.warnings[len(pushed.push_plan.warnings) :]:
@@ -295,6 +301,8 @@ def pull(source: str, folder: Path, path_in_repo: str | None, dry_run: bool, as_
 def _pull_result(
     pull_plan: PullPlan, step: int | None = None, seconds: float | None = None
 ) -> PullResult:
+    from ckpt.cli.results.hub import PulledFile, PullResult
+
     files = tuple(
         PulledFile(
             name=name,

@@ -11,10 +11,10 @@ from ckpt.cli import planned
 from ckpt.cli.options import JSON, RUN
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output
-from ckpt.cli.results.runs import LatestResult, SkippedCheckpoint
 from ckpt.cli.usage.command import Command
 
 if TYPE_CHECKING:
+    from ckpt.cli.results.runs import SkippedCheckpoint
     from ckpt.runs.foreign.proofs import Proof
     from ckpt.runs.run import Run, RunCheckpoint
     from ckpt.runs.states.choice import Choice
@@ -43,6 +43,7 @@ def latest(run: Path, best: bool, designation: str | None, dry_run: bool, as_jso
     ckpt latest out --best
     ckpt latest out --set checkpoint-500
     """
+    from ckpt.cli.results.runs import LatestResult
     from ckpt.runs.states import listing
 
     opened_run = listing.run_at(run, "ckpt latest")
@@ -150,6 +151,7 @@ def _refuse(reason: str) -> NoReturn:
 
 def _passed_over(choice: Choice, checkpoint: RunCheckpoint) -> list[SkippedCheckpoint]:
     """The newer checkpoints that a resume does not take, and why."""
+    from ckpt.cli.results.runs import SkippedCheckpoint
     from ckpt.runs.pruning import foreignness
     from ckpt.runs.run import order
 

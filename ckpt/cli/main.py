@@ -14,7 +14,6 @@ from typing import NoReturn
 
 import click
 
-from ckpt.results import SCHEMA
 from ckpt.version import __version__
 
 SECTIONS = {  # the commands, each with the module of this package that has it
@@ -152,6 +151,8 @@ def _aftermath(error: BaseException) -> str:
 def _fail(message: str, kind: str, *, as_json: bool) -> NoReturn:
     """Prints one line on stderr, which is JSON where the command prints JSON, and exits with 1."""
     if as_json:
+        from ckpt.results import SCHEMA
+
         click.echo(json.dumps({"schema": SCHEMA, "error": message, "kind": kind}), err=True)
     else:
         click.echo(f"ckpt: {message}", err=True)

@@ -12,7 +12,6 @@ from ckpt.cli.doctor import doctor
 from ckpt.cli.options import JSON, LOCAL_CHECKPOINT, LOCAL_PATH, OUTPUT_PATH
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned, Progress
-from ckpt.cli.results.upkeep import CollectResult, SlimResult
 from ckpt.cli.usage.command import Command
 from converters.words import counted
 
@@ -90,6 +89,7 @@ def _slim_to_fp32(checkpoint: RunCheckpoint, force: bool) -> Planned:
 
 
 def _slimmed(slimming: Slimming, files: Sequence[FileEntry] = (), *, dry_run: bool) -> Output:
+    from ckpt.cli.results.upkeep import SlimResult
     from ckpt.text import size
 
     folder = slimming.checkpoint.folder
@@ -178,6 +178,7 @@ def collect(folders: tuple[Path, ...], output: Path, dry_run: bool, as_json: boo
 
 
 def _collected(collection: Collection, dry_run: bool) -> Output:
+    from ckpt.cli.results.upkeep import CollectResult
     from ckpt.text import size
 
     outcome = "would be copied" if dry_run else "copied and verified"

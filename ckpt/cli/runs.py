@@ -12,11 +12,6 @@ from ckpt.cli.latest import latest
 from ckpt.cli.options import JSON, LOCAL_CHECKPOINT, RUN, best_of
 from ckpt.cli.options import dry_run as dry_run_option
 from ckpt.cli.planned import Output, Planned
-from ckpt.cli.results.runs import (
-    PinResult,
-    PruneEntry,
-    PruneResult,
-)
 from ckpt.cli.usage.command import Command
 from ckpt.cli.verify import statuses_at, verify
 
@@ -168,6 +163,7 @@ def _pruned(
     dry_run: bool,
 ) -> Output:
     from ckpt.cli import listing
+    from ckpt.cli.results.runs import PruneEntry, PruneResult
     from ckpt.text import size
 
     entries = tuple(
@@ -246,8 +242,12 @@ def _pin(folder: Path, *, pinned: bool, dry_run: bool, as_json: bool) -> None:
     checkpoint = user_paths.checkpoint_at(folder, f"ckpt {verb}")
 
     def execute(_: object) -> Output:
+        from ckpt.cli.results.runs import PinResult
+
         pruning.pin(checkpoint, pinned)
         return Output(PinResult(False, folder, pinned), [f"{verb}ned\t{folder}"])
+
+    from ckpt.cli.results.runs import PinResult
 
     planned.run(
         Planned(

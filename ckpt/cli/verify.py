@@ -10,10 +10,10 @@ import click
 from ckpt.cli import planned
 from ckpt.cli.options import JSON, LOCAL_PATH, percentage
 from ckpt.cli.planned import Output
-from ckpt.cli.results.runs import VerifyEntry, VerifyResult
 from ckpt.cli.usage.command import Command
 
 if TYPE_CHECKING:
+    from ckpt.cli.results.runs import VerifyEntry
     from ckpt.runs.states.status import CheckpointStatus
     from ckpt.runs.states.verification import Depth, Verdict
 
@@ -43,6 +43,7 @@ def verify(path: Path, data: bool, percent: float | None, seed: int | None, as_j
     ckpt verify out --data
     ckpt verify out --sample 5%
     """
+    from ckpt.cli.results.runs import VerifyResult
     from ckpt.runs import user_paths
     from ckpt.runs.states import verification
 
@@ -93,6 +94,8 @@ def _depth(data: bool, percent: float | None, seed: int | None) -> Depth:
 
 
 def _verify_entry(verdict: Verdict) -> VerifyEntry:
+    from ckpt.cli.results.runs import VerifyEntry
+
     status, depth = verdict.status, verdict.depth
     return VerifyEntry(
         path=status.checkpoint.folder,

@@ -6,18 +6,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ckpt.cli.options import LOCAL_PATH
-from ckpt.weights.request import FILE_SUFFIXES, Naming, Request, pairs_of_file
+
+if TYPE_CHECKING:
+    from ckpt.weights.request import Request
 
 F = TypeVar("F", bound=Callable[..., Any])
 _PATH = LOCAL_PATH
 
 
 def _pairs(_ctx: Any, _param: Any, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    from ckpt.weights.request import FILE_SUFFIXES, pairs_of_file
+
     pairs: list[tuple[str, str]] = []
     for value in values:
         if value.endswith(FILE_SUFFIXES):
@@ -177,6 +181,8 @@ def weights_options(command: F) -> F:
 
 def request(options: dict[str, Any]) -> Request:
     """Takes the options out of a command's keyword arguments."""
+    from ckpt.weights.request import Naming, Request
+
     naming = Naming(
         options.pop("part"),
         options.pop("strip"),

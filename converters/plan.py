@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import chain
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from converters.computing.computed import copies, described, stored
 from converters.errors import CheckpointError
@@ -259,8 +259,7 @@ def joined(first: Plan | None, others: Mapping[str, Plan]) -> Plan:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A tensor that a shard is to hold, before it has a place."""
 
     name: str

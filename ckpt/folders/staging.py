@@ -16,9 +16,8 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from ckpt.folders.filenames import LOGBOOK, PLAN
 from ckpt.folders.replacing import is_arriving, replace_folder
@@ -36,8 +35,7 @@ def another_folder() -> str:
     return f"choose another folder with {OUTPUT}"
 
 
-@dataclass(frozen=True, slots=True)
-class Continuation:
+class Continuation(NamedTuple):
     """What an interrupted run of the same plan left: shards that are whole, of how many."""
 
     present: int

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ckpt.folders.filenames import CONVERSION
 from ckpt.runs.ancestry import document_in
@@ -15,8 +15,7 @@ from converters.accessors import is_whole_number
 MAX_BYTES = 64 << 20  # it names every file and what is absent
 
 
-@dataclass(frozen=True, slots=True)
-class WeightsOrigin:
+class WeightsOrigin(NamedTuple):
     """The tag or file that weights were made of, and its step; ``None`` for what is not known."""
 
     tag: str | None

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from converters.tensors import DType, Listed, TensorRef
 
@@ -108,8 +108,7 @@ def computed(
     return Computed(dtype, shape, extents, {}, (), inputs, recipe, formula, block, proofs)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(NamedTuple):
     """The formula of some elements of a computed tensor."""
 
     tensor: TensorRef

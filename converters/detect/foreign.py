@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from converters.detect import filenames
 from converters.detect.kind import Kind
@@ -17,8 +17,7 @@ _SHARD = LazyPattern(r"(.+)-\d{5}-of-\d{5}\.(safetensors|bin)")
 _LOOSE = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
-@dataclass(frozen=True, slots=True)
-class _Format:
+class _Format(NamedTuple):
     """A format of weights: its names of files, its first bytes, and what handles it."""
 
     name: str

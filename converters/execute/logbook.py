@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from converters.accessors import entry, value
 from converters.errors import MalformedError
@@ -50,8 +50,7 @@ class Passage:
     overflowed: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class LogEntry:
+class LogEntry(NamedTuple):
     """A line of a logbook: files with their identities, and what was seen as they were written.
 
     ``verified`` is whether CRC32s and copies were compared, ``counted`` whether NaN and

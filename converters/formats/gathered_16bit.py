@@ -8,8 +8,9 @@ A Trainer folder holds ``model.safetensors`` (or shards), a save_dir may hold wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from converters.errors import CheckpointError
 from converters.formats import model_files
@@ -18,8 +19,7 @@ from converters.tensors import Checksum, TensorRef, Weights
 from converters.torch_files.record_checksums import located_in_files
 
 
-@dataclass(frozen=True, slots=True)
-class Beside:
+class Beside(NamedTuple):
     """The tensors in the file (or in the shards of the index) ``name``, tied ones by
     every name."""
 

@@ -6,11 +6,10 @@ Source: the ``prefix`` and ``adapter_layer_names`` of PEFT 0.21.2's tuners.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class PeftKind:
+class PeftKind(NamedTuple):
     """A kind of adapter: ``peft_type``, its title for people, and what its parameters
     are called.
 

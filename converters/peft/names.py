@@ -17,8 +17,8 @@ What PEFT puts into a model of a user's, by role:
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from converters.peft.kinds import ROLES
 
@@ -45,8 +45,7 @@ _MODULES = (  # roles that are modules with such parameters; X.ia3_l.weight is o
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedName:
+class ParsedName(NamedTuple):
     """A name, taken apart.
 
     ``prefix`` is ``base_model.model.``, ``base_model.`` or nothing, behind whatever a

@@ -14,9 +14,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from converters.errors import CheckpointError
 from converters.options import OUTPUT
@@ -77,8 +76,7 @@ class Writer(Protocol):
         """Writes all of ``data`` at ``offset``; ``OSError`` if that fails."""
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """What lies under a name: a file, a folder, or (both false) a device or a pipe.
 
     ``size`` is in bytes, ``modified_ns`` the time of the last change, in nanoseconds since
@@ -92,16 +90,14 @@ class Status:
     identity: Any
 
 
-@dataclass(frozen=True, slots=True)
-class FolderEntry:
+class FolderEntry(NamedTuple):
     """A name in a folder, and whether it is that of a folder."""
 
     name: str
     is_folder: bool
 
 
-@dataclass(frozen=True, slots=True)
-class StoredFile:
+class StoredFile(NamedTuple):
     """A file as a listing has it: its name relative to the folder, and its bytes."""
 
     name: str

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from converters.errors import CheckpointError
 from converters.storage.store import File
@@ -33,8 +32,7 @@ _FULL, _HALF = 0xFFFFFFFF, 0xFFFF
 _FLAGS = 0x0808  # sizes behind the payload; names in UTF-8
 
 
-@dataclass(frozen=True, slots=True)
-class ZipEntry:
+class ZipEntry(NamedTuple):
     """A stored record: where its local header begins, its bytes and their CRC32 (0:
     none)."""
 
@@ -43,8 +41,7 @@ class ZipEntry:
     crc32: int
 
 
-@dataclass(frozen=True, slots=True)
-class Directory:
+class Directory(NamedTuple):
     """The records of a zip by name. ``start`` is the directory's first byte.
 
     ``digest`` is the SHA-256 of all bytes from there on.

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckpt.folders.filenames import CONVERSION
 from ckpt.runs import manifest as manifests
@@ -37,8 +36,7 @@ _WITH_WEIGHTS: tuple[Sort, ...] = ("weights", "slimmed", "universal")
 log = logging.getLogger("ckpt")
 
 
-@dataclass(frozen=True, slots=True)
-class Newest:
+class Newest(NamedTuple):
     """The newest checkpoint of a run, and its state; whether it is ``universal``."""
 
     checkpoint: RunCheckpoint

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckpt.weights import advice
 from ckpt.weights.companions.surroundings import Surroundings
@@ -35,8 +35,7 @@ _NOT_BESIDE = ("generation_config.json",)
 _CARD = "README.md"
 
 
-@dataclass(frozen=True, slots=True)
-class Adapter:
+class Adapter(NamedTuple):
     """The adapters in a checkpoint.
 
     ``names`` are their names, ``default`` first if it is there. ``parameters`` are

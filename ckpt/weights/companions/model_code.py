@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckpt.weights.companions import json_files
 from converters.storage import stores
@@ -31,8 +30,7 @@ MODULES = "modules.json"
 MAX_CODE_BYTES = 16 << 20  # bytes of a Python file that is looked through for imports
 
 
-@dataclass(frozen=True, slots=True)
-class Code:
+class Code(NamedTuple):
     """Names of Python files in a folder, and a note on each that is not there or broken.
 
     ``vocabulary`` are the names of files that tokenizers of this code say they read.

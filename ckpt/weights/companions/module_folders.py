@@ -13,9 +13,8 @@ its name and a dot. A ``Router`` has modules of its own, in folders of their own
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt.weights.companions import json_files
 from ckpt.weights.companions.model_code import MODULES
@@ -27,8 +26,7 @@ ROUTER = "router_config.json"
 MAX_MODULES = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Module:
+class Module(NamedTuple):
     """A module: the prefix of its tensors' names, and its folder.
 
     The folder is "" where it is the model's own.

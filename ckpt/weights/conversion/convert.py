@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from ckpt.folders import locks, staging
 from ckpt.folders.filenames import CONVERSION, LOGBOOK
@@ -130,8 +130,7 @@ def _conversion(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Decided:
+class _Decided(NamedTuple):
     """The decisions: what is written, the verdict, the files, the fate of ties."""
 
     product: Product

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from converters.lazy_pattern import LazyPattern
 
@@ -18,8 +18,7 @@ OFFSET = "Inkling2IndexOffsetWeightRename"
 _GROUP = LazyPattern(r"\\(\d+)")
 
 
-@dataclass(frozen=True, slots=True)
-class Scope:
+class Scope(NamedTuple):
     """The names that a rule is for: those after one of two prefixes, or all (``None``).
 
     ``base`` is the place of the base model in the model. A model of the base alone has names
@@ -51,8 +50,7 @@ class NameMatch:
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """What ``pattern`` finds in a name becomes the first of ``targets``.
 
     ``sources`` are the alternatives of the pattern, by the number in their group's name.

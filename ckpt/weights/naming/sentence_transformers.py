@@ -10,7 +10,8 @@ A SentenceTransformer inside another module has that one's prefix before all of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from ckpt.weights import parts
 from ckpt.weights.companions.model_code import MODULES
@@ -39,8 +40,7 @@ _WEIGHTY = (  # kinds whose folder has to have a file of weights (6.2, load_torc
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
+class Split(NamedTuple):
     """The weights of the model's own folder, and those of the other modules.
 
     ``wishes`` are the wishes for names that are not fulfilled yet. ``lacking`` are

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt.weights.companions import model_folder
 from ckpt.weights.reader import table
@@ -22,8 +22,7 @@ MAX_MISSING_SHARE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """A class of transformers, and how names fit it."""
 
     reader: Reader
@@ -193,8 +192,7 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(map(int, match.groups())) if match else (0, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredShapes:
+class StoredShapes(NamedTuple):
     """The names and shapes in the file of 16-bit weights ``name``."""
 
     name: str

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt.weights.reader import entries
 from ckpt.weights.reader.lengths import look_up
@@ -140,8 +140,7 @@ class Fields:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class FieldState:
+class FieldState(NamedTuple):
     """One field's value here, with the forms of names that it brings and rules out."""
 
     path: str

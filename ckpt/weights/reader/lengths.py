@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from converters.lazy_pattern import LazyPattern
 
@@ -29,8 +28,7 @@ _KEY = LazyPattern(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Length:
+class Length(NamedTuple):
     """How a list's length follows from a configuration.
 
     ``fields`` are the fields that may state it; the first stated one counts. A list of

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt.weights.reader import entries
 from converters.lazy_pattern import LazyPattern
@@ -23,8 +22,7 @@ TABLE = Path(__file__).parent.parent / "architecture_renames.jsonl"
 _REMOVAL = LazyPattern(r"\(\?P<g0>\^([\w\\.]+)\\\.\(\.\+\)\)")  # a rule that takes a prefix off
 
 
-@dataclass(frozen=True, slots=True)
-class Rename:
+class Rename(NamedTuple):
     """One rule: what ``pattern`` finds after one of ``scopes`` is replaced by ``targets``.
 
     Several targets are several tensors that are made of one. ``\\1`` in a target is what the first

@@ -14,8 +14,8 @@ Up to 0.3.13 no underscore stood before ``optim_states``; the fast writer append
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from converters.detect import detection, state_folders
 from converters.detect.filenames import MODULE, OPTIMIZER, PARTITIONED
@@ -40,8 +40,7 @@ def rank_file(name: str) -> tuple[int | None, int, str] | None:
     return None if match[1] is None else int(match[1]), int(match[2]), match[3]
 
 
-@dataclass(frozen=True, slots=True)
-class Files:
+class Files(NamedTuple):
     """The state files of a tag.
 
     Optimizer files and model files of stage 3 are by rank; ``module`` is the one of

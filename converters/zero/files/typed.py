@@ -7,10 +7,9 @@ asks for it here, and gets it or a ``CheckpointError`` that says what is there i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from reprlib import Repr
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from converters.accessors import is_a
 from converters.errors import CheckpointError
@@ -51,8 +50,7 @@ def expected(path: Path, label: str, value: Any, kind: type[_Kind]) -> _Kind:
     raise CheckpointError(f"{path}: {label} is {shown(value)}, expected {name}")
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(NamedTuple):
     """A dict in a state file; ``label`` says where it stands, empty for the root."""
 
     path: Path

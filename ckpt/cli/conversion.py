@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ckpt.cli.results.conversion import ConversionResult, ConversionSource, SourceFile
-from ckpt.results import FileEntry, WeightChecks
 from ckpt.text import size
 from ckpt.weights import absences
 from ckpt.weights.conversion import comparison, description
@@ -22,11 +21,19 @@ from converters.source import Source
 from converters.storage import local
 from converters.words import counted, verb
 
+if TYPE_CHECKING:
+    from ckpt.cli.results.conversion import ConversionResult, ConversionSource
+    from ckpt.results import WeightChecks
+
 _BASE_BYTES = 40 << 20  # memory that the process takes before it moves anything
 
 
 def preview(conversion: Conversion, verify: bool, workers: int | None) -> ConversionResult:
     """What would be read, written and needed. Sizes are bytes."""
+
+    from ckpt.cli.results.conversion import ConversionResult
+    from ckpt.results import FileEntry
+
     record = description.describe(conversion)
     threads = workers or mover.default_workers()
     plan = conversion.plan
@@ -76,6 +83,9 @@ def result(
 
 def _source(conversion: Conversion, record: ConversionRecord) -> ConversionSource:
     """The checkpoint that is converted, and every file that is read of it."""
+
+    from ckpt.cli.results.conversion import ConversionSource, SourceFile
+
     checkpoint, source = conversion.checkpoint, record.source
     return ConversionSource(
         kind=source.kind,

@@ -99,9 +99,12 @@ def to_fp32(
     checkpoint = checkpoint_of(checkpoint, options["tag"], options.pop("last"), "ckpt to-fp32")
     request = weights_request(options)
     conversion = convert.plan(checkpoint, output, request=request, **options)
-    preview = reports.preview(conversion, verify=not no_verify, workers=workers)
+    preview = None
+    if dry_run or as_json:  # else nobody sees it
+        preview = reports.preview(conversion, verify=not no_verify, workers=workers)
 
     def previewed() -> Output:
+        assert preview is not None
         convert.require_output(conversion, overwrite)
         output = Output(preview, reports.preview_lines(conversion, preview))
         return planned.unfitting(output, convert.shortage(conversion))
@@ -116,7 +119,7 @@ def to_fp32(
             progress=progress,
         )
         return Output(
-            reports.result(preview, conversion, record),
+            None if preview is None else reports.result(preview, conversion, record),
             lines=[conversion.output, reports.verified(record), record.verdict],
             notices=reports.warnings(record),
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from converters.tensors import TensorRef, Weights
 
@@ -35,8 +35,7 @@ class Place:
     tag: str
 
 
-@dataclass(frozen=True, slots=True)
-class SourceTopology:
+class SourceTopology(NamedTuple):
     """The ranks that share a training's state, and how ZeRO cuts it.
 
     ``stage`` is 0 for DeepSpeed without ZeRO, and ``None`` for other trainers.

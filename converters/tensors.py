@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from converters.chains import chained
 from converters.extents import Extent as Extent
@@ -255,8 +255,7 @@ def _replica(ref: TensorRef, index: int) -> TensorRef:
     return ref.replicas[index] if index < len(ref.replicas) else replace(ref, replicas=())
 
 
-@dataclass(frozen=True, slots=True)
-class Checksum:
+class Checksum(NamedTuple):
     """A run of bytes and the CRC32 its file gives for it; ``None`` where the file gives
     none."""
 

@@ -250,7 +250,7 @@ def _by_fields(reader: Reader, fit: Fit, audience: Audience) -> tuple[Disagreeme
 
 
 def _but_for_passed(each: Disagreement, reader: Reader) -> Disagreement:
-    return replace(each, unexpected=tuple(n for n in each.unexpected if not reader.passes_over(n)))
+    return each._replace(unexpected=tuple(n for n in each.unexpected if not reader.passes_over(n)))
 
 
 def _missing_names(

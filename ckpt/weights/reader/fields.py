@@ -34,8 +34,7 @@ _DENSE = ("gate_proj.", "up_proj.", "down_proj.")
 NamesLike = Callable[[str, Collection[str]], list[str]]
 
 
-@dataclass(frozen=True, slots=True)
-class Disagreement:
+class Disagreement(NamedTuple):
     """Names that a field of config.json rules out, or wants."""
 
     path: str
@@ -47,8 +46,7 @@ class Disagreement:
         return f"config.json says {self.path} {json.dumps(self.value)}"
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
+class Size(NamedTuple):
     """A dimension of a tensor that is not as long as a field of config.json says."""
 
     path: str

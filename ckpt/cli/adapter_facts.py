@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckpt.cli.results.checkpoints import AdapterEntry, AdapterFacts
-from ckpt.weights.adapters import adapter_config, adapter_folder, stored_adapter
+from ckpt.weights.adapters import adapter_folder
 from ckpt.weights.adapters.adapter_folder import Adapter
 from ckpt.weights.request import Request
 from converters.peft import names
@@ -36,6 +36,8 @@ def facts(source: Source, weights: Weights) -> AdapterFacts | None:
 
 
 def _entry(place: Place, adapter: Adapter, adapter_name: str, weights: Weights) -> AdapterEntry:
+    from ckpt.weights.adapters import adapter_config, stored_adapter
+
     appearance = adapter.evidence[adapter_name]
     parameters = adapter.parameters[adapter_name]
     is_only_adapter = len(adapter.names) == 1

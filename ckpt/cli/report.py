@@ -12,11 +12,8 @@ from ckpt.text import size
 from ckpt.weights import absences, quantized_facts
 from ckpt.weights.companions import surroundings
 from ckpt.weights.naming import packed
-from ckpt.weights.opening import unusual
-from ckpt.weights.opening.unusual import Unusual
 from ckpt.weights.request import Request
 from converters.detect.kinds import BY_NAME
-from converters.formats import plain_values
 from converters.source import EXCLUDED, Source
 from converters.storage import stores
 from converters.tensors import Weights
@@ -24,6 +21,7 @@ from converters.words import counted, shape, verb
 
 if TYPE_CHECKING:
     from ckpt.runs.states.status import CheckpointStatus
+    from ckpt.weights.opening.unusual import Unusual
 
 MAX_VALUES = 24  # plain values that are listed
 
@@ -39,8 +37,14 @@ def show(
     weights = packed.marked(source.weights, surrounding_files, Request()).weights
     quantized = _quantized(weights)
     adapter = adapter_facts.facts(source, weights)
-    unusual_tensors = {} if source.topology else unusual.tensors_of(source)
-    values = None if source.topology else plain_values.of(source.entries)
+    unusual_tensors: Mapping[str, Unusual] = {}
+    values = None
+    if source.topology is None:  # a file, or a model alone
+        from ckpt.weights.opening import unusual
+        from converters.formats import plain_values
+
+        unusual_tensors = unusual.tensors_of(source)
+        values = plain_values.of(source.entries)
     stored = [tensor.ref for tensor in unusual_tensors.values()]
     missing = _missing(weights, unusual_tensors, values or {})
 

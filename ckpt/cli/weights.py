@@ -5,6 +5,7 @@ They parse, call and print.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,13 +167,22 @@ def show(
     from ckpt.cli import report
     from ckpt.weights.conversion import sources
     from converters.storage import open_files
-    from converters.zero.parallel import rules
 
     checkpoint = checkpoint_of(checkpoint, tag, last, "ckpt show")
-    with rules.using(tp_rules), open_files.once():
+    with _rules(tp_rules), open_files.once():
         source = sources.as_stored(checkpoint, tag, "ckpt to-fp32 --weights 16bit")
         result = report.show(source, tensors, _status(source))
     planned.show(Output(result, lines=[report.show_text(result)]), as_json)
+
+
+def _rules(path: Path | None) -> AbstractContextManager[None]:
+    """What a checkpoint is read within, where a file says how its parameters were cut."""
+    if path is None:
+        return nullcontext()
+
+    from converters.zero.parallel import rules
+
+    return rules.using(path)
 
 
 def _status(source: Source) -> CheckpointStatus | None:

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ckpt.folders import filenames, locks, replacing
+from ckpt.folders import filenames, locks
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint
 from converters.errors import CheckpointError
 from converters.storage import local
@@ -23,6 +23,8 @@ def delete(checkpoint: RunCheckpoint) -> str | None:
     lock = locks.alone(folder)
     if lock is None:
         return "in use"
+
+    from ckpt.folders import replacing
 
     with lock:
         if (folder / filenames.PINNED).exists():

@@ -43,7 +43,8 @@ SCRIPT = "zero_to_fp32.py"  # which DeepSpeed lays beside every checkpoint
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 TORCH_BIN = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER = "adapter_model.safetensors"
+ADAPTERS = (ADAPTER, "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 TRAINER_STATE = "trainer_state.json"
 # What the Trainer and Accelerate keep beside the weights by torch.save (transformers 5.24

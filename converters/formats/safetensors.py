@@ -16,15 +16,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters import words
 from converters.errors import CheckpointError, MalformedError
 from converters.formats import shard_index
-from converters.plan import Entry, Plan, Shard, Tied
-from converters.plan import plan as plan_shards
 from converters.storage import bounded_json, misplaced_files, open_files, stores
 from converters.tensors import DType, Extent, Listed, TensorRef, Weights
+
+if TYPE_CHECKING:
+    from converters.plan import Entry, Plan, Shard, Tied
 
 MAX_HEADER_BYTES = 64 << 20  # bytes; safetensors itself reads 100 MB, and takes 1 GB for them
 MAX_NUMBERS = 1 << 10  # sizes of a shape
@@ -40,6 +41,8 @@ def plan(
 ) -> Plan:
     """``model.safetensors``, or shards of at most ``max_shard_size`` bytes and their
     index."""
+    from converters.plan import plan as plan_shards  # which readers need not
+
     return plan_shards(
         weights,
         dtype,
@@ -52,6 +55,8 @@ def plan(
 
 
 def _shard(filename: str, entries: Sequence[Entry], _shared: Mapping[str, str]) -> Shard:
+    from converters.plan import Shard
+
     ordered = sorted(entries, key=lambda entry: (-_WIDTH[entry.dtype], entry.name))
     header_parts, starts, offset = ['{"__metadata__":{"format":"pt"}'], [], 0
     for entry in ordered:  # one at a time: as objects, 100,000 tensors take 40 MB

@@ -27,8 +27,7 @@ from typing import Any
 from ckpt.folders.filenames import CONVERSION, MANIFEST
 from ckpt.runs.ancestry import record_in
 from ckpt.runs.conversions import conversion_in
-from ckpt.runs.foreign import dcp_files, intact_files, step_records
-from ckpt.runs.foreign.parallel import require_parallel
+from ckpt.runs.foreign import intact_files, step_records
 from ckpt.runs.foreign.proofs import MODEL, OWN, PLAIN_DEEPSPEED, History, Proof
 from ckpt.runs.run import step_in
 from converters import detect
@@ -100,6 +99,8 @@ def _proof(path: Path, tag: str | None) -> Proof:
     if has_tag(path):
         return _of_deepspeed(path, PLAIN_DEEPSPEED, tag=tag)
     if any(entry_name.endswith((".metadata", ".distcp")) for entry_name in entry_names):
+        from ckpt.runs.foreign import dcp_files
+
         dcp_files.require_dcp(path)
         is_lightning = "meta.pt" in entry_names
         if is_lightning:
@@ -119,6 +120,8 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
     ``CheckpointError`` for anything else: it is empty, cut short, or of no kind known
     here.
     """
+    from ckpt.runs.foreign import dcp_files
+
     model_parts = dcp_files.fsdp_parts(path, "pytorch_model_fsdp")
     if model_parts and dcp_files.fsdp_parts(path, "optimizer"):
         return Proof(path, "FSDP")
@@ -240,6 +243,8 @@ def _of_plain_trainer(
     folder: Path, entry_names: set[str], step: int, history: History | None, rng_ranks: int
 ) -> Proof:
     """The Trainer without DeepSpeed: what it goes on from is whole, or not there at all."""
+    from ckpt.runs.foreign import dcp_files
+
     model_parts = dcp_files.fsdp_parts(folder, "pytorch_model_fsdp")
     kind = "the Trainer with FSDP" if model_parts else "the Trainer without DeepSpeed"
     if not model_parts and not intact_files.weights(folder):
@@ -276,6 +281,8 @@ def _of_accelerate(folder: Path, entry_names: set[str]) -> Proof:
     if has_tag(folder):
         return _of_deepspeed(folder, "Accelerate with DeepSpeed")
 
+    from ckpt.runs.foreign import dcp_files
+
     model_parts = dcp_files.fsdp_parts(folder, "pytorch_model_fsdp")
     if not model_parts and not intact_files.weights(folder):
         raise CheckpointError(f"{folder} has no weights of a model", "incomplete")
@@ -300,6 +307,8 @@ def _of_deepspeed(
     if kind == PLAIN_DEEPSPEED and _is_lightnings(folder, source):
         kind = "Lightning with DeepSpeed"
     if source is None or source.kind in PARALLEL:  # without shapes: it gets no manifest
+        from ckpt.runs.foreign.parallel import require_parallel
+
         tag = require_parallel(folder, tag)
         return Proof(folder, f"{kind} (parallel)", step_in(tag), tag)
     if source.kind == UNIVERSAL:

@@ -23,11 +23,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ckpt.runs.foreign import value_samples
 from converters import detect
 from converters.errors import CheckpointError, unreadable
 from converters.zero.files.discovery import is_tag_folder
+
+if TYPE_CHECKING:
+    from ckpt.runs.foreign import value_samples
 
 # written last, by the first there
 MARKS = ("trainer_state.json", "random_states_0.pkl", "latest")
@@ -194,10 +197,14 @@ def _files_in(folder: Path) -> Iterator[Path]:
 def _compared(path: Path, tag: str | None) -> value_samples.SampleComparison:
     """The files whose values show that they are of one save; none where none can be read."""
     try:
+        from ckpt.runs.foreign import value_samples
+
         return value_samples.compare(detect.read(path, tag, complete=True))
     except CheckpointError as error:
         if error.kind not in ("unsupported", "refused", "incomplete"):
             raise
+        from ckpt.runs.foreign import value_samples
+
         return value_samples.SampleComparison(frozenset())
 
 

@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ckpt.runs.foreign import intact_files, value_samples
+from ckpt.runs.foreign import intact_files
 from ckpt.runs.recognition import is_numbered, step_in
 from converters.accessors import is_number, is_whole_number
 from converters.detect import filenames
@@ -65,6 +65,9 @@ def require_one_save(checkpoint: Checkpoint) -> None:
     and DeepSpeed before 0.10 counted one step of the optimizer more. The values have to
     contradict each other as well.
     """
+
+    from ckpt.runs.foreign import value_samples
+
     reason = step_counts.contradiction(checkpoint)
     if reason is not None and value_samples.compare(checkpoint).contradiction is not None:
         raise CheckpointError(
@@ -214,6 +217,8 @@ def _unequal_rates(scheduler: StepRecord, optimizer: StepRecord) -> str | None:
 
 def _unequal_values(checkpoint: Checkpoint) -> str | None:
     """That the weights beside DeepSpeed's files are not those of its states."""
+    from ckpt.runs.foreign import value_samples
+
     contradiction = value_samples.compare_beside(checkpoint).contradiction
     if contradiction is None:
         return None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ckpt.runs import digests
 from ckpt.runs import manifest as manifests
-from ckpt.runs.foreign import resume_files, signs
+from ckpt.runs.foreign import signs
 from ckpt.runs.recognition import is_set_aside
 from ckpt.runs.run import RunCheckpoint, original_of
 from converters.storage import local
@@ -109,6 +109,8 @@ def _is_named_after(folder: Path, candidate: Path) -> bool:
 
 def _is_same(folder: Path, candidate: Path) -> bool:
     """Whether two folders hold the same files, as far as a resume reads them."""
+    from ckpt.runs.foreign import resume_files
+
     files = resume_files.fingerprint(folder)
     if not files or files != resume_files.fingerprint(candidate):
         return False

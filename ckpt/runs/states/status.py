@@ -21,7 +21,7 @@ from ckpt.folders.filenames import PINNED
 from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import RunCheckpoint, require_read
 from ckpt.runs.digests import Progress, quiet
-from ckpt.runs.foreign import evaluation, liveness
+from ckpt.runs.foreign import liveness
 from ckpt.runs.foreign.completeness import prove
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.foreign.proofs import MODEL, Proof
@@ -121,6 +121,8 @@ class CheckpointStatus:
     def metrics(self) -> Mapping[str, float]:
         """Metrics by name: those of the manifest, or what the Trainer evaluated at this step."""
         if self.proof is not None and self.proof.history is not None:
+            from ckpt.runs.foreign import evaluation
+
             return evaluation.metrics(self.proof.history, self.proof.step)
         return self.checkpoint.metrics
 

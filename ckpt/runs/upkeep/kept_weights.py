@@ -13,6 +13,7 @@ from ckpt.runs.foreign import value_samples
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.upkeep import kept_values
 from ckpt.runs.upkeep.kept_values import Counterpart
+from converters.detect.filenames import ADAPTER
 from converters.errors import CheckpointError
 from converters.options import DTYPE
 from converters.peft.export import Selection
@@ -22,7 +23,6 @@ from converters.words import counted, first, verb
 from converters.zero import weights_16bit
 from converters.zero.checkpoint import Checkpoint
 
-ADAPTER = "adapter_model.safetensors"
 _REMEDY = (
     "the weights are of another step, or were changed since; nothing was removed; ckpt slim "
     "--dtype fp32 keeps weights that are made of the states"

@@ -10,20 +10,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpt.runs import engines
 from ckpt.runs.digests import Progress, quiet
-from ckpt.runs.foreign import value_samples
 from ckpt.runs.states.verification import Verdict
-from ckpt.runs.upkeep import kept_values, kept_weights
-from ckpt.runs.upkeep.kept_values import Counterpart
-from ckpt.runs.upkeep.kept_weights import ADAPTER
 from converters import detect
+from converters.detect.filenames import ADAPTER
 from converters.errors import CheckpointError
-from converters.formats import gathered_16bit, safetensors
+from converters.formats import safetensors
 from converters.words import counted
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.discovery import is_tag_folder
+
+if TYPE_CHECKING:
+    from ckpt.runs.upkeep.kept_values import Counterpart
 
 _REMEDY = (
     "the weights are of another step, or were changed since; ckpt to-fp32 makes weights of the "
@@ -77,6 +78,8 @@ def _plan(folder: Path, engine: str, tag: str) -> WeightsComparison | None:
         stored = safetensors.read(model_folder / ADAPTER).tensors
         name = ADAPTER
     else:
+        from converters.formats import gathered_16bit
+
         beside = next(gathered_16bit.candidates(model_folder), None)
         if beside is None:
             return None
@@ -85,6 +88,8 @@ def _plan(folder: Path, engine: str, tag: str) -> WeightsComparison | None:
     source = detect.read(folder, tag, complete=True)
     if not isinstance(source, Checkpoint):
         return None
+
+    from ckpt.runs.upkeep import kept_weights
 
     pairs = kept_weights.counterparts(source, stored, model_folder if is_adapter else None)
     common_pairs = [pair for pair in pairs if pair.fault is None and pair.copies is not None]
@@ -112,10 +117,14 @@ def _compare(comparison: WeightsComparison, in_sample: bool, progress: Progress)
     """A line on the values that agree, if any were compared; ``CheckpointError`` for others."""
     source, name = comparison.source, comparison.name
     if not in_sample:
+        from ckpt.runs.upkeep import kept_values
+
         number = kept_values.require_same(
             comparison.pairs, source.weights.checksums, _REMEDY, progress
         )
         return f"the values of {counted(number, 'tensor')} in {name} are those of the states"
+
+    from ckpt.runs.foreign import value_samples
 
     sample = value_samples.compare_beside(source)
     if sample.contradiction is not None:

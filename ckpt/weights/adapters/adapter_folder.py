@@ -9,11 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckpt.weights import advice
-from ckpt.weights.companions.surroundings import Surroundings
-from ckpt.weights.naming import naming
-from ckpt.weights.naming.naming import NamedWeights
-from ckpt.weights.output.part import Part
-from ckpt.weights.output.product import Product
 from ckpt.weights.request import Request
 from converters import words
 from converters.detect.filenames import ADAPTER_CONFIG as NAME
@@ -27,6 +22,9 @@ from converters.tensors import Weights
 
 if TYPE_CHECKING:  # models need none of it, and their memory is counted
     from ckpt.weights.adapters.written_adapter import Origin, WrittenAdapter
+    from ckpt.weights.companions.surroundings import Surroundings
+    from ckpt.weights.naming.naming import NamedWeights
+    from ckpt.weights.output.product import Product
     from converters.peft.config_fit import Shown
 
 MAX_ADAPTERS = 256  # adapters of a model
@@ -58,6 +56,8 @@ class Adapter(NamedTuple):
 
 def unwrapped(weights: Weights) -> NamedWeights:
     """The weights of a PEFT model without what wrappers put into names."""
+    from ckpt.weights.naming import naming
+
     return naming.unwrapped(weights)
 
 
@@ -122,11 +122,11 @@ def _refuse_unknown(all_names: Iterable[str], root: Path) -> None:
 
 def require_own_names(request: Request) -> None:
     """Raises where names are asked for: an adapter's and a merged model's are given."""
-    naming = request.naming
+    wishes = request.naming
     options = {
-        STRIP: naming.strip,
-        RENAME: naming.rename,
-        SELECT: naming.select,
+        STRIP: wishes.strip,
+        RENAME: wishes.rename,
+        SELECT: wishes.select,
     }
     for option, values in options.items():
         if values:
@@ -155,6 +155,8 @@ def product(
 
     from ckpt.weights.adapters import written_adapter
     from ckpt.weights.adapters.named_base import NamedBases
+    from ckpt.weights.output.part import Part
+    from ckpt.weights.output.product import Product
 
     adapter_names = chosen_names(adapter, request) or adapter.names
     adapter_names = tuple(sorted(adapter_names, key=lambda name: name != DEFAULT))

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from ckpt.weights import parts
-from ckpt.weights.reader.audience import Audience
 from ckpt.weights.request import Naming, Request
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
@@ -20,6 +20,9 @@ from converters.names.rules import UNMISTAKABLE
 from converters.options import NAMES, PART, RENAME, STRIP
 from converters.tensors import Weights
 from converters.words import counted, some
+
+if TYPE_CHECKING:
+    from ckpt.weights.reader.audience import Audience
 
 # What wrappers put into names, wherever it stands; the last is of fairscale's FSDP.
 WRAPPERS = (*UNMISTAKABLE, "_fpw_module")

@@ -5,7 +5,7 @@ groups      the tensors that belong together
 detection   which tensors do, by what lies beside each other
 shapes      whether codes and constants fit
 recipe      the way to numbers, as a value
-recipes     what makes numbers of a group, or why nothing does
+recipe_finder  what makes numbers of a group, or why nothing does
 small       small tensors that recipes read
 formulas    the arithmetic, piece by piece;  transposed  of codes that lie the other way round
 bits        integers of a few bits
@@ -54,7 +54,7 @@ def recipes(
 ) -> dict[str, Recipe | str]:
     """The recipe of each quantized weight by its name, or the reason why it has none."""
     from converters.quantized.recipe import Unknown
-    from converters.quantized.recipes import Recipes
+    from converters.quantized.recipe_finder import Recipes
 
     finder = Recipes(Modules(weights), config)
     recipe_by_weight: dict[str, Recipe | str] = {}

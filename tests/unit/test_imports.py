@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -94,3 +95,80 @@ def test_a_regular_expression_that_is_compiled_at_import_is_seen() -> None:
     assert [ast.unparse(node) for node in compiled_at_import(ast.parse(source))] == [
         "re.compile('x')"
     ]
+
+
+def loaded_by(arguments: list[str], tmp_path: Path) -> set[str]:
+    """The modules that a process has when a command is done."""
+    code = (
+        "import sys\n"
+        "from ckpt.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit as done:\n    assert not done.code\n"
+        "open('modules', 'w').write('\\n'.join(sys.modules))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *arguments]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=60)
+    return set((tmp_path / "modules").read_text().split())
+
+
+def ours(loaded: set[str]) -> set[str]:
+    return {name for name in loaded if name.partition(".")[0] in ("ckpt", "converters")}
+
+
+# What a plain conversion to fp32 asks nothing of, by the beginnings of names.
+UNASKED = (
+    *("ckpt.cli.results", "ckpt.cli.usage.synonyms", "ckpt.hub", "ckpt.rewrite", "ckpt.saving"),
+    *("ckpt.runs.foreign.completeness", "ckpt.runs.lease.", "ckpt.runs.states.status"),
+    *(
+        "ckpt.weights.check.heads",
+        "ckpt.weights.check.refusals",
+        "ckpt.weights.conversion.lightning",
+    ),
+    *("ckpt.weights.layouts.reverting", "ckpt.weights.merge", "converters.formats.pytorch_bin"),
+    *("converters.peft.config", "converters.peft.export", "converters.quantized.recipe"),
+    *(
+        "converters.torch_files.legacy_format",
+        "converters.zero.native",
+        "converters.zero.parallel.",
+    ),
+    *("converters.zero.optimizer_state", "converters.zero.stage0", "converters.zero.stage12"),
+)
+
+
+@pytest.mark.parametrize("fixture", ["zero3-fp32-w2", "trainer-zero3/checkpoint-2"])
+def test_a_conversion_loads_what_its_input_calls_for(fixture: str, tmp_path: Path) -> None:
+    """Each module costs 0.2 ms, and each dataclass of it 0.5."""
+    source = str(FIXTURES / fixture)
+    loaded = loaded_by(["to-fp32", source, "-o", str(tmp_path / "model")], tmp_path)
+
+    assert {name for name in loaded if name.startswith(UNASKED)} == set()
+    assert not loaded & {"socket", "subprocess", "asyncio", "ssl", "http.client", "email"}
+    assert len(ours(loaded)) <= 200
+
+
+def test_help_loads_the_commands_alone(tmp_path: Path) -> None:
+    loaded = ours(loaded_by(["--help"], tmp_path))
+    assert {name for name in loaded if name.startswith(("ckpt.", "converters."))} <= {
+        *("ckpt.cli", "ckpt.cli.main", "ckpt.version", "converters.errors", "converters.options"),
+        *("converters.words", "ckpt.cli.usage", "ckpt.cli.usage.command", "ckpt.cli.planned"),
+        *(f"ckpt.cli.{name}" for name in ("doctor", "hub", "latest", "maintenance", "options")),
+        *(
+            f"ckpt.cli.{name}"
+            for name in ("rewrite", "runs", "verify", "weight_options", "weights")
+        ),
+    }
+
+
+def test_a_module_that_is_loaded_late_takes_no_name_of_its_package() -> None:
+    """Importing ``a.b`` sets ``b`` in ``a``: a function of this name would be gone then."""
+    hidden = []
+    for path in [*modules("converters"), *modules("ckpt")]:
+        if path.name != "__init__.py":
+            continue
+        package = ".".join(path.parent.relative_to(ROOT).parts)
+        functions = {node.name for node in tree(path).body if isinstance(node, ast.FunctionDef)}
+        inside = {entry.stem for entry in path.parent.iterdir()}
+        hidden += [f"{package}.{name}" for name in functions & inside]
+
+    assert hidden == []

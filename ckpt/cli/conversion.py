@@ -30,7 +30,6 @@ _BASE_BYTES = 40 << 20  # memory that the process takes before it moves anything
 
 def preview(conversion: Conversion, verify: bool, workers: int | None) -> ConversionResult:
     """What would be read, written and needed. Sizes are bytes."""
-
     from ckpt.cli.results.conversion import ConversionResult
     from ckpt.results import FileEntry
 
@@ -83,7 +82,6 @@ def result(
 
 def _source(conversion: Conversion, record: ConversionRecord) -> ConversionSource:
     """The checkpoint that is converted, and every file that is read of it."""
-
     from ckpt.cli.results.conversion import ConversionSource, SourceFile
 
     checkpoint, source = conversion.checkpoint, record.source

@@ -113,6 +113,7 @@ def _mending(run: Run) -> Planned:
 
 def _settling(path: Path) -> Planned:
     """Making the file that is written last the newest one of a checkpoint."""
+    from ckpt.cli.results.upkeep import DoctorResult, FindingEntry
     from ckpt.runs.foreign import overwriting
     from ckpt.runs.states import listing
 
@@ -121,12 +122,8 @@ def _settling(path: Path) -> Planned:
 
     def output(is_settled: bool) -> Output:
         if doubt is None:
-            from ckpt.cli.results.upkeep import DoctorResult
-
             notice = f"ckpt: {path}: the times of its files are those of one save"
             return Output(DoctorResult(not is_settled, (), ()), [], [notice])
-
-        from ckpt.cli.results.upkeep import DoctorResult, FindingEntry
 
         remedy = f"make {doubt.mark.name} the newest file"
         finding = FindingEntry(doubt.mark, doubt.sentence, remedy, is_settled)

@@ -236,18 +236,15 @@ def unpin(checkpoint: Path, dry_run: bool, as_json: bool) -> None:
 
 
 def _pin(folder: Path, *, pinned: bool, dry_run: bool, as_json: bool) -> None:
+    from ckpt.cli.results.runs import PinResult
     from ckpt.runs import pruning, user_paths
 
     verb = "pin" if pinned else "unpin"
     checkpoint = user_paths.checkpoint_at(folder, f"ckpt {verb}")
 
     def execute(_: object) -> Output:
-        from ckpt.cli.results.runs import PinResult
-
         pruning.pin(checkpoint, pinned)
         return Output(PinResult(False, folder, pinned), [f"{verb}ned\t{folder}"])
-
-    from ckpt.cli.results.runs import PinResult
 
     planned.run(
         Planned(

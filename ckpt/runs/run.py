@@ -223,7 +223,6 @@ def of_line(
     Give it all checkpoints of a folder: one that was damaged since still tells who
     saved last.
     """
-
     from ckpt.runs import lineage
 
     with_manifest = [checkpoint for checkpoint in checkpoints if checkpoint.manifest is not None]

@@ -118,7 +118,6 @@ def _four_bits(modules: Modules) -> Iterator[QuantizedGroup]:
 def _holds_four_bits(modules: Modules, weight: str, leaves: Mapping[str, str]) -> bool:
     """Whether a tensor has as many bytes as its blocks want, under any type of
     storage."""
-
     from converters.quantized.shapes import four_bit_blocks
 
     tensor, blocks = modules.ref(weight), modules.ref(leaves["absmax"]).numel

@@ -246,7 +246,6 @@ def _frozen_parameters(
     models: Sequence[State],
 ) -> tuple[dict[str, TensorRef], dict[str, str]]:
     """The frozen parameters, from all ranks' fragments, and why others are missing."""
-
     from converters.torch_files import odd_tensors
 
     shapes: dict[str, Shape] = {}

@@ -196,15 +196,13 @@ def _files_in(folder: Path) -> Iterator[Path]:
 
 def _compared(path: Path, tag: str | None) -> value_samples.SampleComparison:
     """The files whose values show that they are of one save; none where none can be read."""
-    try:
-        from ckpt.runs.foreign import value_samples
+    from ckpt.runs.foreign import value_samples
 
+    try:
         return value_samples.compare(detect.read(path, tag, complete=True))
     except CheckpointError as error:
         if error.kind not in ("unsupported", "refused", "incomplete"):
             raise
-        from ckpt.runs.foreign import value_samples
-
         return value_samples.SampleComparison(frozenset())
 
 

@@ -65,7 +65,6 @@ def require_one_save(checkpoint: Checkpoint) -> None:
     and DeepSpeed before 0.10 counted one step of the optimizer more. The values have to
     contradict each other as well.
     """
-
     from ckpt.runs.foreign import value_samples
 
     reason = step_counts.contradiction(checkpoint)

@@ -195,7 +195,6 @@ def known(statuses: Sequence[CheckpointStatus], path: Path) -> list[CheckpointSt
     A folder that is only called as a checkpoint is (step_100 of images), and holds nothing that
     is known here, is none, unless it is the path itself.
     """
-
     from ckpt.runs.states.status import CheckpointState
 
     path = user_paths.spelt(path)

@@ -46,7 +46,6 @@ class Newest(NamedTuple):
     @property
     def remark(self) -> str:
         """A line for a user on which checkpoint it is."""
-
         from ckpt.runs.states.status import CheckpointState
 
         folder = self.checkpoint.folder

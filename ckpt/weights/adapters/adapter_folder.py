@@ -105,9 +105,9 @@ def _refuse_unknown(all_names: Iterable[str], root: Path) -> None:
     if not stores.is_file(path) or not any(name.startswith(names.WRAPPER) for name in all_names):
         return
 
-    try:
-        from converters.peft import config as configs
+    from converters.peft import config as configs
 
+    try:
         config = configs.read(path)
     except CheckpointError:
         return  # it may be of another model

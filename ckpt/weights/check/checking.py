@@ -208,7 +208,6 @@ def _by_losses(
     request: Request,
 ) -> LoadVerdict:
     """The verdict on names that do not fit, by what would be unread or random."""
-
     from ckpt.weights.reader import losses
 
     reader, fit = match.reader, match.fit

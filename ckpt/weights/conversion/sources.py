@@ -137,9 +137,9 @@ def fp32(checkpoint: Path, tag: str | None, option: str) -> Source:
 
 def _has_16bit(checkpoint: Path, tag: str | None) -> bool:
     """Whether the 16-bit weights can be had."""
-    try:
-        from converters.zero import weights_16bit
+    from converters.zero import weights_16bit
 
+    try:
         return bool(weights_16bit.read(checkpoint, tag).weights.tensors)
     except CheckpointError:
         return False

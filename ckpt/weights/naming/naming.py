@@ -251,7 +251,6 @@ def _without_prefix(model: NamedWeights, audience: Audience) -> NamedWeights:
 
 def _read_once(model: NamedWeights, audience: Audience) -> NamedWeights:
     """The names without those that no reader wants and whose bytes others hold."""
-
     from ckpt.weights.naming import doubles
 
     names = parts.read_names(model.weights)
@@ -328,7 +327,6 @@ def _fit(
 
 def shared_prefixes(names: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Rules that take off what all names begin with, the shortest first."""
-
     from ckpt.weights.reader import inner_models
 
     first = names[0].split(".") if names else []

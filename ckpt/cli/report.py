@@ -37,14 +37,7 @@ def show(
     weights = packed.marked(source.weights, surrounding_files, Request()).weights
     quantized = _quantized(weights)
     adapter = adapter_facts.facts(source, weights)
-    unusual_tensors: Mapping[str, Unusual] = {}
-    values = None
-    if source.topology is None:  # a file, or a model alone
-        from ckpt.weights.opening import unusual
-        from converters.formats import plain_values
-
-        unusual_tensors = unusual.tensors_of(source)
-        values = plain_values.of(source.entries)
+    unusual_tensors, values = _beside_weights(source)
     stored = [tensor.ref for tensor in unusual_tensors.values()]
     missing = _missing(weights, unusual_tensors, values or {})
 
@@ -74,7 +67,7 @@ def show(
         adapter=adapter,
         quantized=quantized,
         tensors_by_name=_tensors_by_name(weights, unusual_tensors) if tensors else None,
-        values=None if values is None else {k: plain_values.line(v) for k, v in values.items()},
+        values=values,
         notes=tuple(source.notes),
         state=None if status is None else status.state.value,
         reason=None if status is None else status.description or None,
@@ -93,6 +86,20 @@ def _quantized(weights: Weights) -> QuantizedFacts | None:
         parameters=facts["parameters"],
         uncounted_weights=facts["uncounted"],
     )
+
+
+def _beside_weights(
+    source: Source,
+) -> tuple[Mapping[str, Unusual], dict[str, str] | None]:
+    """Tensors of types that no writer has, and plain values: of a file, or a model alone."""
+    if source.topology is not None:
+        return {}, None
+
+    from ckpt.weights.opening import unusual
+    from converters.formats import plain_values
+
+    values = plain_values.of(source.entries)
+    return unusual.tensors_of(source), {k: plain_values.line(v) for k, v in values.items()}
 
 
 def _missing(

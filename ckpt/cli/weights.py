@@ -29,7 +29,9 @@ from ckpt.cli.weight_options import TP_RULES, weights_options
 from ckpt.cli.weight_options import request as weights_request
 
 if TYPE_CHECKING:
+    from ckpt.cli.results.conversion import ConversionResult
     from ckpt.runs.states.status import CheckpointStatus
+    from ckpt.weights.conversion.task import Conversion
     from converters.source import Source
 
 
@@ -100,15 +102,7 @@ def to_fp32(
     checkpoint = checkpoint_of(checkpoint, options["tag"], options.pop("last"), "ckpt to-fp32")
     request = weights_request(options)
     conversion = convert.plan(checkpoint, output, request=request, **options)
-    preview = None
-    if dry_run or as_json:  # else nobody sees it
-        preview = reports.preview(conversion, verify=not no_verify, workers=workers)
-
-    def previewed() -> Output:
-        assert preview is not None
-        convert.require_output(conversion, overwrite)
-        output = Output(preview, reports.preview_lines(conversion, preview))
-        return planned.unfitting(output, convert.shortage(conversion))
+    preview = reports.preview(conversion, not no_verify, workers) if dry_run or as_json else None
 
     def execute(progress: Progress) -> Output:
         record = convert.execute(
@@ -127,7 +121,7 @@ def to_fp32(
 
     planned.run(
         Planned(
-            preview=previewed,
+            preview=lambda: _previewed(conversion, preview, overwrite),
             execute=execute,
             nbytes=conversion.plan.nbytes,
             title=conversion.output.name,
@@ -137,6 +131,17 @@ def to_fp32(
         dry_run=dry_run,
         as_json=as_json,
     )
+
+
+def _previewed(conversion: Conversion, preview: ConversionResult | None, overwrite: bool) -> Output:
+    """What a dry run prints; ``CheckpointError`` where the output could not be made."""
+    from ckpt.cli import conversion as reports
+    from ckpt.weights.conversion import convert
+
+    assert preview is not None  # which is made for every dry run
+    convert.require_output(conversion, overwrite)
+    output = Output(preview, reports.preview_lines(conversion, preview))
+    return planned.unfitting(output, convert.shortage(conversion))
 
 
 @click.command(cls=Command, short_help="Show what a checkpoint is and holds.")

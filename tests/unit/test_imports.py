@@ -76,7 +76,7 @@ def test_reading_and_planning_import_no_numpy() -> None:
     "path", [*modules("converters"), *modules("ckpt")], ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_a_module_compiles_no_regular_expression_when_it_is_imported(path: Path) -> None:
-    """Of 190 that a conversion imported, it used 30: the others cost 20 ms."""
+    """Of ours a conversion uses 22; those that it never matched with cost 10 ms."""
     assert [ast.unparse(node) for node in compiled_at_import(tree(path))] == []
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from oracles import ROOT
+from paths import ROOT
 from syntax_trees import nodes, tree
 
 PACKAGES = ("converters", "ckpt")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from oracles import FIXTURES, ROOT
+from paths import FIXTURES, ROOT
 from syntax_trees import nodes, tree
 
 HEAVY = {"torch", "deepspeed", "transformers", "huggingface_hub", "accelerate", "lightning"}

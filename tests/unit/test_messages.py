@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from oracles import ROOT
+from paths import ROOT
 from syntax_trees import nodes
 
 from converters.words import with_article

@@ -43,8 +43,8 @@ _LONGEST = (  # the modules that take a minute and more, by what was measured
 _OF_SYNTAX = {
     f"test_{name}.py"
     for name in (
-        *("architecture", "catches", "console", "engine_attributes", "imports", "messages"),
-        *("naming", "options"),
+        *("architecture", "catches", "collection", "console", "engine_attributes", "imports"),
+        *("messages", "naming", "options"),
     )
 }
 

@@ -21,4 +21,5 @@ def tree(path: Path) -> ast.Module:
     try:
         return ast.parse(path.read_text("utf-8"))
     finally:
+        gc.freeze()  # nor will it walk over the tree, which stays
         gc.enable()

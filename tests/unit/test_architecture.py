@@ -130,7 +130,7 @@ def offences(
 
     One test for all modules, not one for each: pytest spends more on a test than a check takes.
     """
-    return {name: against for name in names if (against := check(name))}
+    return {name: findings for name in names if (findings := check(name))}
 
 
 def own_imports(module: str) -> set[str]:

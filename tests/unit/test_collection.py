@@ -75,16 +75,16 @@ def imports(path: Path) -> Iterator[str]:
 
 def heavy_chains(*starts: Path) -> Iterator[str]:
     """How modules come to import heavy libraries, and through which modules of ours."""
-    chains, seen = [(start, start.name) for start in starts], {*starts}
+    chains, visited = [(start, start.name) for start in starts], {*starts}
     while chains:
         path, chain = chains.pop()
         for name in dict.fromkeys(imports(path)):
             if name in HEAVY:
                 yield f"{chain} imports {name}"
-            own = own_modules().get(name)
-            if own is not None and own not in seen:
-                seen.add(own)
-                chains.append((own, f"{chain} imports {name}, which"))
+            source = own_modules().get(name)
+            if source is not None and source not in visited:
+                visited.add(source)
+                chains.append((source, f"{chain} imports {name}, which"))
 
 
 def test_collecting_the_tests_imports_no_heavy_library() -> None:

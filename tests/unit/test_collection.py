@@ -1,4 +1,4 @@
-"""What collecting the tests costs: no test module imports a library that takes a second.
+"""What collecting the tests costs: no test module imports a heavy library.
 
 Each process of xdist imports all test modules, and runs the tests of some.
 """
@@ -15,7 +15,7 @@ import tomllib
 from paths import ROOT
 from syntax_trees import tree
 
-# Each takes half a second of a processor or more, with what it imports; peft alone takes four.
+# What no test needs to be collected. With what it imports, peft alone takes four seconds.
 HEAVY = {
     *("accelerate", "bitsandbytes", "deepspeed", "lightning", "matplotlib", "networkx", "peft"),
     *("sentence_transformers", "scipy", "sklearn", "sympy", "torchmetrics", "transformers"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from heavy_libraries import transformers
 from made_checkpoints import make_checkpoint
 from oracles import FIXTURES, live, run
 from safetensors.torch import load_file

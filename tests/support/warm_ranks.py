@@ -49,6 +49,9 @@ IMPORTED = (
     "lightning.pytorch",
     "safetensors.torch",
 )
+# Read where a function is decorated, so when Muon is imported: its kernels would be compiled for half
+# a minute of each rank, whatever a launch says later. What a rank itself compiles is compiled.
+NOT_COMPILED = {"TORCHDYNAMO_DISABLE": "1"}
 SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 PACKAGES = ("ckpt", "converters")  # of this repository, and the same for every rank
 THREADED = {"hf_xet", "tensorboard", "wandb"}  # start threads when they are imported
@@ -88,10 +91,11 @@ class _WarmProcess:
         # By its arguments, ckpt.distributed.launchers takes it for what it stands in for.
         command = [sys.executable, "-m", "warm_ranks", "torch.distributed.run"]
         pipe = subprocess.PIPE
+        own = {"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": preloaded}
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | SINGLE_THREAD | {"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": preloaded},
+            env=os.environ | SINGLE_THREAD | NOT_COMPILED | own,
             stdin=pipe,
             stdout=pipe,
             text=True,

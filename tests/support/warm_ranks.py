@@ -49,8 +49,8 @@ IMPORTED = (
     "lightning.pytorch",
     "safetensors.torch",
 )
-# Read where a function is decorated, so when Muon is imported: its kernels would be compiled in each
-# rank, whatever the environment of a launch says. What a rank itself compiles is compiled.
+# Read where a function is decorated, so when Muon is imported: its kernels would be compiled in
+# each rank, whatever the environment of a launch says. What a rank itself compiles is compiled.
 NOT_COMPILED = {"TORCHDYNAMO_DISABLE": "1"}
 SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 PACKAGES = ("ckpt", "converters")  # of this repository, and the same for every rank

@@ -1,5 +1,5 @@
 """The commands that rewrite training states: ``reshard``, ``to-universal``,
-``from-universal``.
+``from-universal``, ``to-dcp``.
 
 They parse, call and print.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -21,8 +21,10 @@ from ckpt.cli.weight_options import TP_RULES
 from converters.words import counted
 
 if TYPE_CHECKING:
-    from ckpt.rewrite.job import Rewriting
+    from ckpt.folders.staging import Continuation
     from ckpt.rewrite.result import RewriteChecks, RewriteResult
+    from converters.dcp.writing.layouts import Layout
+    from converters.plan import Plan
 
 _SHARED = (
     dry_run_option("Print the plan and write nothing."),
@@ -130,6 +132,7 @@ def reshard(
     ckpt reshard out/checkpoint-500 --world-size 8 --tp 2
     ckpt reshard out/checkpoint-500 --world-size 3 --dry-run
     """
+    from ckpt.rewrite import job
     from ckpt.rewrite import reshard as resharding
 
     rewriting = resharding.plan(
@@ -144,7 +147,7 @@ def reshard(
         tp_rules=tp_rules,
     )
 
-    _rewrite(rewriting, **options)
+    _rewrite(rewriting, job, **options)
 
 
 @click.command("to-universal", cls=Command, short_help="Write a state in the universal format.")
@@ -175,9 +178,11 @@ def to_universal(
     ckpt to-universal out/checkpoint-500
     ckpt to-universal out/checkpoint-500 --dry-run
     """
-    from ckpt.rewrite import universal
+    from ckpt.rewrite import job, universal
 
-    _rewrite(universal.plan_to(checkpoint, output=output, tag=tag, tp_rules=tp_rules), **options)
+    rewriting = universal.plan_to(checkpoint, output=output, tag=tag, tp_rules=tp_rules)
+
+    _rewrite(rewriting, job, **options)
 
 
 @click.command(
@@ -216,7 +221,7 @@ def from_universal(
     ckpt from-universal out/checkpoint-500_universal --world-size 3
     ckpt from-universal out/checkpoint-500_universal --world-size 8 --stage 3 -o resume
     """
-    from ckpt.rewrite import universal
+    from ckpt.rewrite import job, universal
 
     rewriting = universal.plan_from(
         checkpoint,
@@ -229,11 +234,92 @@ def from_universal(
         zero_init=zero_init,
     )
 
-    _rewrite(rewriting, **options)
+    _rewrite(rewriting, job, **options)
+
+
+@click.command("to-dcp", cls=Command, short_help="Write a state for FSDP, as torch's DCP.")
+@CHECKPOINT
+@click.option(
+    "-o",
+    "--output",
+    type=OUTPUT_PATH,
+    help="Default: CHECKPOINT-dcp.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["plain", "accelerate", "torchtitan"]),
+    default="plain",
+    show_default=True,
+    help="Who loads it: a script that calls dcp.load; the Trainer or Accelerate with FSDP; "
+    "torchtitan.",
+)
+@click.option(
+    "--files",
+    metavar="N",
+    type=click.IntRange(1, 4096),
+    help="The files that hold the bytes. Default: as many as the ranks that saved, at most 8.",
+)
+@TP_RULES
+@TAG
+@_with_options(_SHARED)
+def to_dcp(
+    checkpoint: Path,
+    output: Path | None,
+    layout: Layout,
+    files: int | None,
+    tp_rules: Path | None,
+    tag: str | None,
+    **options: Any,
+) -> None:
+    """Write a checkpoint as a distributed checkpoint of torch, which FSDP loads.
+
+    torch.distributed.checkpoint.load reads it on any number of ranks, with FSDP2, FSDP1, DDP
+    or one process. Weights (the fp32 ones), every optimizer state, steps and options of the
+    optimizer are those of CHECKPOINT, bit for bit. A model folder has weights only.
+
+    \b
+    ckpt to-dcp out/checkpoint-500
+    ckpt to-dcp out/checkpoint-500 --layout accelerate -o fsdp/checkpoint-500
+    ckpt to-dcp out/checkpoint-500 --files 4 --dry-run
+    """
+    from ckpt.rewrite import crossing, dcp
+
+    plan = dcp.plan_to(
+        checkpoint, output=output, layout=layout, files=files, tag=tag, tp_rules=tp_rules
+    )
+
+    _rewrite(plan, crossing, **options)
+
+
+class _Rewriting(Protocol):
+    """What is decided on: a ``Rewriting`` or a ``Crossing``."""
+
+    @property
+    def output(self) -> Path:
+        """The folder that is made."""
+
+    @property
+    def plan(self) -> Plan:
+        """The files that are not copied."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know."""
+
+
+class _Job(Protocol):
+    """The module that does it: ``ckpt.rewrite.job`` or ``ckpt.rewrite.crossing``."""
+
+    require_output: Callable[..., None]
+    preview: Callable[..., RewriteResult]
+    execute: Callable[..., RewriteResult]
+    shortage: Callable[..., str | None]
+    continuation: Callable[..., Continuation | None]
 
 
 def _rewrite(
-    rewriting: Rewriting,
+    rewriting: _Rewriting,
+    job: _Job,
     dry_run: bool,
     no_verify: bool,
     read_back: bool,
@@ -242,7 +328,6 @@ def _rewrite(
     as_json: bool,
 ) -> None:
     """Prints what would be done, or does it and prints that."""
-    from ckpt.rewrite import job
 
     def preview() -> Output:
         job.require_output(rewriting, overwrite)
@@ -284,18 +369,24 @@ def _preview_lines(result: RewriteResult) -> list[str]:
     lines += [f"{result.output}/{name}\tcopied" for name in sorted(result.copied_files)]
 
     source = result.source
-    target = "the universal format"
-    if result.world_size is not None:
-        target = f"stage {result.stage}, {counted(result.world_size, 'rank')}"
-
+    origin = "weights alone"
+    if source.stage is not None:
+        origin = f"stage {source.stage}, {counted(source.world_size or 1, 'rank')}"
     lines += [
-        f"from         stage {source.stage}, {counted(source.world_size or 1, 'rank')}",
-        f"to           {target}",
+        f"from         {origin}",
+        f"to           {_target(result)}",
         f"read         {size(result.read_bytes)}",
         f"write        {size(result.write_bytes)}, {size(result.free_bytes)} free",
     ]
 
     return lines + [f"note: {note}" for note in result.notes]
+
+
+def _target(result: RewriteResult) -> str:
+    """What is written, in words."""
+    if result.world_size is not None:
+        return f"stage {result.stage}, {counted(result.world_size, 'rank')}"
+    return "torch's DCP" if result.tag is None else "the universal format"
 
 
 def _proven(checks: RewriteChecks) -> str:
@@ -323,4 +414,4 @@ def _proven(checks: RewriteChecks) -> str:
     return line
 
 
-COMMANDS = (reshard, to_universal, from_universal)
+COMMANDS = (reshard, to_universal, from_universal, to_dcp)

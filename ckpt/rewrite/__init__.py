@@ -1,7 +1,9 @@
-"""Training states rewritten: for other ranks, another stage, or in the
-universal format.
+"""Training states rewritten: for other ranks, another stage, or in another
+format.
 
 job               moves, proves, commits
+dcp               torch's distributed checkpoints, which FSDP loads
+crossing          moves, proves, commits these
 records           its manifest, or what else says what it was made of
 result            what was done, as a value
 reshard           other ranks or another stage

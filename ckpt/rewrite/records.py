@@ -53,7 +53,7 @@ def first_origin(home: Path, manifest: Manifest | None, origin: Ancestry) -> Anc
 
 
 def write_record(folder: Path, origin: Ancestry, target: TargetTopology | None) -> None:
-    """Writes ``rewriting.json``; ``target`` is ``None`` for the universal format."""
+    """Writes ``rewriting.json``; ``target`` is ``None`` for the universal format and DCP."""
     record = Record(origin)
     if target is not None:
         record = Record(origin, target.stage, target.rank_count)

@@ -2,6 +2,7 @@
 
     ckpt reshard, from-universal   "resharded": native files for other ranks or another stage
     ckpt to-universal              "universal"
+    ckpt to-dcp                    "dcp": torch's format for distributed checkpoints
     ckpt slim                      "slimmed": of the full one that had the same folder
 
 A manifest has it as ``source``. What gets no manifest, as the universal format and what
@@ -33,7 +34,7 @@ from converters.words import counted
 FORMAT = 1
 MAX_BYTES = 1 << 16
 MAX_PARENTS = 100
-Form = Literal["resharded", "universal", "slimmed"]
+Form = Literal["resharded", "universal", "dcp", "slimmed"]
 
 
 class Partitioning(Protocol):
@@ -103,6 +104,8 @@ class Ancestry:
         first = f", which was made of {self.name or 'another one'}" if self.parent else ""
         if self.form == "universal":
             return f"universal, made from {source}{first}"
+        if self.form == "dcp":
+            return f"made for torch's dcp.load from {source}{first}"
 
         is_universal = nearest is not self and nearest.form == "universal"
         topology = "" if is_universal else nearest._topology
@@ -142,7 +145,7 @@ def parse(value: object, depth: int = 0) -> Ancestry | None:
 class Record:
     """What ``rewriting.json`` says: what was made, and of what.
 
-    ``stage`` and ``world_size`` are ``None`` for the universal format, which has none.
+    ``stage`` and ``world_size`` are ``None`` for the universal format and DCP, which have none.
     """
 
     source: Ancestry

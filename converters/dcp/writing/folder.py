@@ -29,6 +29,7 @@ from converters.dcp.writing.metadata import (
 from converters.plan import Placement, Shard
 from converters.tensors import DType, TensorRef
 
+OPTIMIZER = "optimizer"  # the key of the state dict that all layouts have it under
 MIN_CUT_BYTES = 1 << 16  # of a tensor that is cut; an item takes about 1 kB beside its bytes
 
 
@@ -37,6 +38,12 @@ class Entry(NamedTuple):
 
     path: Path
     value: Value
+
+    @property
+    def is_state(self) -> bool:
+        """Whether it is what an optimizer keeps for a parameter."""
+        is_of_optimizer = self.path[0] == OPTIMIZER and len(self.path) > 1
+        return is_of_optimizer and str(self.path[1]).partition(".")[0] == "state"
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, get_args
 
-from converters.dcp.writing.folder import Entry
+from converters.dcp.writing.folder import OPTIMIZER, Entry
 from converters.dcp.writing.items import PlainObject
 from converters.dcp.writing.training_state import OptimizerGroup, TrainingState
 
@@ -42,10 +42,10 @@ def _nested_optimizer(state: TrainingState) -> Iterator[Entry]:
     for group in state.groups:
         for name, values in group.states.items():
             for key, value in values.items():
-                yield Entry(("optimizer", "state", name, key), value)
+                yield Entry((OPTIMIZER, "state", name, key), value)
 
     for index, group in enumerate(state.groups):
-        path = ("optimizer", "param_groups", index)
+        path = (OPTIMIZER, "param_groups", index)
         yield Entry((*path, "params"), PlainObject([*group.names]))
         for key, option in group.options.items():
             yield Entry((*path, key), option)
@@ -56,11 +56,11 @@ def _flat_optimizer(state: TrainingState) -> Iterator[Entry]:
     for group in state.groups:
         for name, values in group.states.items():
             for key, value in values.items():
-                yield Entry(("optimizer", f"state.{name}.{key}"), value)
+                yield Entry((OPTIMIZER, f"state.{name}.{key}"), value)
         yield from _flat_options(group)
 
 
 def _flat_options(group: OptimizerGroup) -> Iterator[Entry]:
     for name in group.names:
         for key, option in group.options.items():
-            yield Entry(("optimizer", f"param_groups.{name}.{key}"), option)
+            yield Entry((OPTIMIZER, f"param_groups.{name}.{key}"), option)

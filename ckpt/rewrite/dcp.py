@@ -1,0 +1,168 @@
+"""To a distributed checkpoint of torch (DCP): what is written and where. ``crossing`` does it.
+
+out/checkpoint-500-dcp/      for any number of ranks of FSDP, with torch's own dcp.load
+  .metadata, __R_0.distcp      or pytorch_model_fsdp_0/ and optimizer_0/, as Accelerate has them
+  everything else              copied
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ckpt.rewrite import job
+from ckpt.rewrite.crossing import ARGUMENTS, Crossing
+from ckpt.rewrite.crossing import execute as execute
+from ckpt.weights.arguments import naming_arguments, require_choice
+from converters.accessors import is_whole_number
+from converters.dcp.writing import folder, layouts, training_state
+from converters.dcp.writing.training_state import TrainingState
+from converters.detect import detect
+from converters.detect import detection as detections
+from converters.detect.deepspeed import PIPELINE, TENSOR_PARALLEL, UNIVERSAL
+from converters.errors import CheckpointError
+from converters.plan import Plan, Shard
+from converters.source import Source
+from converters.storage import open_files
+from converters.storage.store import default_output, output_path
+from converters.storage.stores import source_path
+from converters.storage.url_path import absolute
+from converters.torch_files import file_plan
+from converters.zero.checkpoint import Checkpoint
+from converters.zero.files import several_models
+from converters.zero.merging import checkpoint as merged
+from converters.zero.merging import reader as merging
+from converters.zero.parallel import rules
+from converters.zero.universal import reader
+
+SUFFIX = "-dcp"
+MAX_FILES = 4096
+_DEFAULT_FILES = 8  # at most: more make items small
+_OF_ZERO = ("deepspeed", TENSOR_PARALLEL, PIPELINE)
+# weights that are written as DCP, and what reads DeepSpeed's files
+_NOT_COPIED = (
+    *("model*.safetensors", "adapter_model*", "pytorch_model*.bin", "*.index.json"),
+    *("zero_to_fp32.py", "zero_to_torch.py"),
+)
+
+
+@naming_arguments(*ARGUMENTS)
+@open_files.once()
+def plan_to(
+    checkpoint: str | os.PathLike[str],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    layout: layouts.Layout = "plain",
+    files: int | None = None,
+    tag: str | None = None,
+    tp_rules: str | os.PathLike[str] | None = None,
+) -> Crossing:
+    """Plans a checkpoint of ZeRO, or weights, as a distributed checkpoint of torch.
+
+    ``layout`` says who loads it: "plain" a script that calls ``dcp.load``, "accelerate" the
+    Trainer and Accelerate with FSDP, "torchtitan" that. ``files`` is how many hold its bytes;
+    by default as many as the ranks that saved, at most 8. Reads pickles, no tensors but step
+    counts. ``tp_rules`` as ``reshard.plan`` has it. Raises ``CheckpointError`` for what is
+    damaged, or has states that have no names.
+    """
+    require_choice("layout", layout, layouts.LAYOUTS)
+    if files is not None and (not is_whole_number(files, 1) or files > MAX_FILES):
+        raise CheckpointError(
+            f"files is {files!r}; expected a number of files, 1 to {MAX_FILES}", "refused"
+        )
+
+    path = source_path(checkpoint)
+    with rules.using(tp_rules):
+        source, state = _read(path, tag)
+    world_size = merged.original(source).world_size
+    home = job.home_of(source) if isinstance(source, Checkpoint) else absolute(source.place.root)
+    companions = [
+        (companion, name)
+        for companion, name in job.companions_for(home, world_size, world_size)
+        if not any(fnmatch(companion.name, pattern) for pattern in _NOT_COPIED)
+    ]
+
+    folders = layouts.folders(state, layout)
+    file_count = files or min(world_size, _DEFAULT_FILES)
+    shards = [
+        shard
+        for name, entries in folders.items()
+        for shard in folder.shards(name, entries, file_count)
+    ]
+    if layout == "accelerate":
+        shards = [*_scheduler(source, [name for _, name in companions]), *shards]
+
+    return Crossing(
+        source=source,
+        path=path,
+        home=home,
+        layout=layout,
+        folders=folders,
+        plan=_plan(source, shards),
+        output=absolute(output_path(output or default_output(home, home.name + SUFFIX))),
+        companions=tuple(companions),
+        trained_count=sum(len(group.names) for group in state.groups),
+        notes=(*source.notes, *state.omissions, *_notes(source, state)),
+    )
+
+
+def _read(path: Path, tag: str | None) -> tuple[Source, TrainingState]:
+    """What lies at a path, located, and what of it crosses."""
+    detected = detect(path, tag)
+    if detected.kind.name == UNIVERSAL:
+        universal = reader.read(path, tag)
+        return universal.checkpoint, training_state.of_zero(universal)
+
+    if detected.kind.name in _OF_ZERO:
+        several_models.find(path, tag)  # refuses a choice between models
+        checkpoint = merging.read(path, tag)
+        return checkpoint, training_state.of_zero(checkpoint)
+
+    is_opened = detected.kind.is_opened
+    source = detected.read() if is_opened else detections.read(path, tag, complete=True)
+    return source, training_state.of_weights(source)
+
+
+def _plan(source: Source, shards: list[Shard]) -> Plan:
+    """The plan of the files, with the checksums of what they take bytes from."""
+    if isinstance(source, Checkpoint):
+        return file_plan.plan(shards)
+    total = sum(placement.nbytes for shard in shards for placement in shard.placements)
+    return Plan(tuple(shards), None, total, {}, source.weights.checksums)
+
+
+def _scheduler(source: Source, companion_names: list[str]) -> Iterator[Shard]:
+    """The scheduler's state as a file of its own, where only DeepSpeed's model file has it.
+
+    The Trainer looks for scheduler.pt, Accelerate for scheduler.bin.
+    """
+    if not isinstance(source, Checkpoint):
+        return
+    if any(fnmatch(name, "scheduler*") for name in companion_names):
+        return
+
+    tree = merged.model_root(source, source.model.path).get("lr_scheduler")
+    if isinstance(tree, Mapping) and "last_epoch" in tree and _is_inert(tree):
+        is_trainers = "trainer_state.json" in companion_names
+        yield file_plan.shard("scheduler.pt" if is_trainers else "scheduler.bin", tree)
+
+
+def _is_inert(tree: Any) -> bool:
+    """Whether a tree is plain data, which any process can load."""
+    if isinstance(tree, Mapping):
+        return all(_is_inert(value) for value in tree.values())
+    if isinstance(tree, (list, tuple)):
+        return all(map(_is_inert, tree))
+    return isinstance(tree, (bool, int, float, str, bytes, type(None)))
+
+
+def _notes(source: Source, state: TrainingState) -> Iterator[str]:
+    """What whoever loads the output should know."""
+    if source.topology is not None and not state.groups:
+        yield (
+            "the optimizer's states are not written, because the files do not tell whose they "
+            "are, or have none"
+        )

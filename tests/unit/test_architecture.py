@@ -19,7 +19,7 @@ MAX_MODULES = 16  # in a folder, its __init__.py aside
 # A room is a folder, or a module that lies directly in a package. It imports rooms of the floors
 # above its own line here, and itself.
 FLOORS = """
-converters.extents
+converters.extents converters.lazy_pattern
 converters.walks
 converters.tiles
 converters.chains
@@ -30,7 +30,7 @@ converters.cast converters.detect
 converters.computing
 converters.plan converters.peft converters.quantized
 converters.execute converters.torch_files converters.peft.merge
-converters.formats converters.zero.files
+converters.formats converters.zero.files converters.dcp
 converters.zero.naming
 converters.zero
 converters.zero.model_ranks

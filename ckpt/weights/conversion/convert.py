@@ -168,7 +168,7 @@ def _folder(
     """A model's folder, or an adapter's, checked against its reader."""
     root = source.place.root
     product = planning.product(source, request)
-    if source.topology is None:  # then no reader knows the ties
+    if source.topology is None or not source.knows_ties:  # then no reader knows the ties
         config = product.surroundings.config
         product = replace(product, weights=stored_ties.recognized(product.weights, root, config))
     spared_names = ties.chosen(product.weights, tied, root, product.surroundings.config)

@@ -10,6 +10,7 @@ from converters.storage import stores
 
 _FSDP_PART = LazyPattern(r"__.*_.*\.distcp")
 
+_DCP = "converters.dcp.reader:read"
 _UNREAD = "{statement}, which ckpt does not read yet: {remedy}"
 
 
@@ -111,7 +112,7 @@ KINDS = (
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint that Lightning "
         "saved ({evidence})",
         remedy="python -m lightning.pytorch.utilities.consolidate_checkpoint makes one file of it",
-        refusal=_UNREAD,
+        reader=_DCP,
         trouble="unsupported",
     ),
     Kind(
@@ -134,7 +135,7 @@ KINDS = (
         "collectives ({evidence})",
         remedy="load it with torch.distributed.checkpoint.load on as many ranks (dcp_to_torch "
         "gives wrong values, as it reads the metadata of one rank)",
-        refusal=_UNREAD,
+        reader=_DCP,
         trouble="unsupported",
     ),
     Kind(
@@ -145,7 +146,7 @@ KINDS = (
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint ({evidence})",
         remedy="python -m torch.distributed.checkpoint.format_utils dcp_to_torch makes one file "
         "of it",
-        refusal=_UNREAD,
+        reader=_DCP,
         trouble="unsupported",
     ),
     Kind(

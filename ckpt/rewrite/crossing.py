@@ -126,9 +126,7 @@ def shortage(crossing: Crossing) -> str | None:
 def _require_place(crossing: Crossing, overwrite: bool) -> None:
     home, folder = crossing.home.resolve(), crossing.source.place.folder
     user_paths.require_outside(crossing.output, [crossing.path, folder])
-    staging.require_place(
-        crossing.output, [folder.resolve(), home, *home.parents], overwrite
-    )
+    staging.require_place(crossing.output, [folder.resolve(), home, *home.parents], overwrite)
     replaceable.require_replaceable(crossing.output)
 
 

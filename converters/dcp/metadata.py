@@ -284,14 +284,14 @@ def _require_homes(rank: _Rank, tensors: Mapping[str, StoredTensor]) -> None:
 def _require_apart(
     folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, ItemPlace]
 ) -> None:
-    """``CheckpointError`` where two items share bytes."""
+    """``CheckpointError`` where two items share bytes, and are not the same one under two names."""
     places = [(chunk.place, name) for name, tensor in tensors.items() for chunk in tensor.chunks]
     places += [(place, name) for name, place in objects.items()]
     places.sort(key=lambda item: (str(item[0].path), item[0].offset, item[0].nbytes))
 
     previous, previous_name = ItemPlace(folder, 0, 0), ""
     for place, name in places:
-        is_same_file = place.path == previous.path
+        is_same_file = place.path == previous.path and place != previous
         if is_same_file and place.offset < previous.offset + previous.nbytes and place.nbytes:
             raise CheckpointError(
                 f"{folder} contradicts itself: {previous_name} and {name} share bytes of "

@@ -75,9 +75,7 @@ def _plain(node: Any) -> Any:
     return node if value is None else value
 
 
-def _missing(
-    checkpoint: Checkpoint, group: ParamGroup, index: int
-) -> Iterator[tuple[str, Any]]:
+def _missing(checkpoint: Checkpoint, group: ParamGroup, index: int) -> Iterator[tuple[str, Any]]:
     """What torch has by default, or what the run's configuration says."""
     yield from _OF_ANY.items()
     if group.values.keys() >= _ADAM_STATES:

@@ -102,7 +102,9 @@ def _read(name: str, place: ItemPlace) -> TorchFile:
         Checksum(_moved(checksum.extent, place.offset), checksum.crc32)
         for checksum in torch_file.checksums
     )
-    return TorchFile(place.path, torch_file.root, checksums, torch_file.digest, torch_file.saved_as)
+    return TorchFile(
+        place.path, torch_file.root, checksums, torch_file.digest, torch_file.saved_as
+    )
 
 
 def _moved(extent: Extent, offset: int) -> Extent:

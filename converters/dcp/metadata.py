@@ -284,7 +284,7 @@ def _require_homes(rank: _Rank, tensors: Mapping[str, StoredTensor]) -> None:
 def _require_apart(
     folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, ItemPlace]
 ) -> None:
-    """``CheckpointError`` where two items share bytes, and are not the same one under two names."""
+    """``CheckpointError`` where two items share bytes, but for one item under two names."""
     places = [(chunk.place, name) for name, tensor in tensors.items() for chunk in tensor.chunks]
     places += [(place, name) for name, place in objects.items()]
     places.sort(key=lambda item: (str(item[0].path), item[0].offset, item[0].nbytes))

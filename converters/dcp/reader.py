@@ -117,7 +117,9 @@ def _require_names(state: SavedState, layout: Layout) -> None:
         )
 
 
-def _weights(located: Mapping[str, LocatedTensor], optimizer: SavedOptimizer | None) -> Weights:
+def _weights(
+    located: Mapping[str, LocatedTensor], optimizer: SavedOptimizer | None
+) -> Weights:
     trained = optimizer_state.trained_names(optimizer, located)
     aliases = ties.aliases(located, trained)
     tensors = {
@@ -190,3 +192,4 @@ def _of_lightning(source: ShardedCheckpoint, meta_path: Path) -> ShardedCheckpoi
         entries=entries,
         step=step if is_whole_number(step) else source.step,
     )
+

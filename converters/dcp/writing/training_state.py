@@ -6,8 +6,9 @@ Names are those that torch's FSDP has for parameters (``_get_fqns`` of torch 2.1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeVar
 
 from converters.dcp.writing import torch_options
@@ -124,8 +125,9 @@ def _states(group: ParamGroup, name: str) -> Iterator[tuple[str, Value]]:
 def _constant(node: Any) -> Value:
     """What is kept once for a group: a tensor where it lies, or a number."""
     if isinstance(node, Call) and node.args and isinstance(node.args[0], Storage):
-        storage, offset, shape = node.args[:3]
-        return storage.ref.narrow(offset, 1).view(*shape) if len(shape) < 2 else storage.ref
+        storage: Storage = node.args[0]
+        offset, shape = node.args[1:3]
+        return storage.ref.narrow(offset, prod(shape)).view(*shape)
     if not torch_options.is_plain(node):
         raise CheckpointError(
             f"the optimizer keeps {state_files.shown(node)} for a param group, which is neither a "

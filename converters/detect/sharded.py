@@ -12,6 +12,8 @@ from converters.storage import stores
 _FSDP_PART = re.compile(r"__.*_.*\.distcp")
 
 _DCP = "converters.dcp.reader:read"
+_FSDP = "converters.dcp.fsdp_folder:read"
+_READS = "ckpt show, to-fp32 and ckpt.open read it"
 _UNREAD = "{statement}, which ckpt does not read yet: {remedy}"
 
 
@@ -112,7 +114,7 @@ KINDS = (
         sign=lightning_folder,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint that Lightning "
         "saved ({evidence})",
-        remedy="python -m lightning.pytorch.utilities.consolidate_checkpoint makes one file of it",
+        remedy=_READS,
         reader=_DCP,
         trouble="unsupported",
     ),
@@ -123,8 +125,8 @@ KINDS = (
         sign=fsdp_folder,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint that Accelerate "
         "saved ({evidence})",
-        remedy="accelerate merge-weights makes a model folder of pytorch_model_fsdp_0",
-        refusal=_UNREAD,
+        remedy=_READS,
+        reader=_FSDP,
         trouble="unsupported",
     ),
     Kind(
@@ -134,8 +136,7 @@ KINDS = (
         sign=dcp_of_ranks,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint, saved without "
         "collectives ({evidence})",
-        remedy="load it with torch.distributed.checkpoint.load on as many ranks (dcp_to_torch "
-        "gives wrong values, as it reads the metadata of one rank)",
+        remedy=_READS,
         reader=_DCP,
         trouble="unsupported",
     ),
@@ -145,8 +146,7 @@ KINDS = (
         recognized_by="`.metadata` and `__*_*.distcp`",
         sign=dcp,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint ({evidence})",
-        remedy="python -m torch.distributed.checkpoint.format_utils dcp_to_torch makes one file "
-        "of it",
+        remedy=_READS,
         reader=_DCP,
         trouble="unsupported",
     ),
@@ -167,8 +167,8 @@ KINDS = (
         recognized_by="`pytorch_model_fsdp_0_rankR.bin`",
         sign=fsdp_of_ranks,
         statement="is a checkpoint of FSDP with a file a rank ({evidence})",
-        remedy="accelerator.load_state reads it on as many ranks",
-        refusal=_UNREAD,
+        remedy=_READS,
+        reader=_FSDP,
         trouble="unsupported",
     ),
     Kind(
@@ -176,10 +176,9 @@ KINDS = (
         title="FSDP checkpoint with the weights in one file",
         recognized_by="`pytorch_model_fsdp.bin`",
         sign=fsdp_full,
-        statement="is a checkpoint of FSDP",
-        remedy="{evidence} in it holds the weights already, and ckpt.open reads that file "
-        "where the file itself is named",
-        refusal="{statement}; {remedy}",
+        reader=_FSDP,
+        statement="is a checkpoint of FSDP with the weights in one file ({evidence})",
+        remedy=_READS,
     ),
     Kind(
         name="dcp-file",

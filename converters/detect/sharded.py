@@ -191,3 +191,5 @@ KINDS = (
         trouble="unsupported",
     ),
 )
+# checkpoints of a training that are read for their weights: no engine of ZeRO loads them
+READ = tuple(kind.name for kind in KINDS if kind.reader)

@@ -11,6 +11,8 @@ from converters.storage import stores
 _FSDP_PART = LazyPattern(r"__.*_.*\.distcp")
 
 _DCP = "converters.dcp.reader:read"
+_FSDP = "converters.dcp.fsdp_folder:read"
+_READS = "ckpt show, to-fp32 and ckpt.open read it"
 _UNREAD = "{statement}, which ckpt does not read yet: {remedy}"
 
 
@@ -111,7 +113,7 @@ KINDS = (
         sign=lightning_folder,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint that Lightning "
         "saved ({evidence})",
-        remedy="python -m lightning.pytorch.utilities.consolidate_checkpoint makes one file of it",
+        remedy=_READS,
         reader=_DCP,
         trouble="unsupported",
     ),
@@ -122,8 +124,8 @@ KINDS = (
         sign=fsdp_folder,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint that Accelerate "
         "saved ({evidence})",
-        remedy="accelerate merge-weights makes a model folder of pytorch_model_fsdp_0",
-        refusal=_UNREAD,
+        remedy=_READS,
+        reader=_FSDP,
         trouble="unsupported",
     ),
     Kind(
@@ -133,8 +135,7 @@ KINDS = (
         sign=dcp_of_ranks,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint, saved without "
         "collectives ({evidence})",
-        remedy="load it with torch.distributed.checkpoint.load on as many ranks (dcp_to_torch "
-        "gives wrong values, as it reads the metadata of one rank)",
+        remedy=_READS,
         reader=_DCP,
         trouble="unsupported",
     ),
@@ -144,8 +145,7 @@ KINDS = (
         recognized_by="`.metadata` and `__*_*.distcp`",
         sign=dcp,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint ({evidence})",
-        remedy="python -m torch.distributed.checkpoint.format_utils dcp_to_torch makes one file "
-        "of it",
+        remedy=_READS,
         reader=_DCP,
         trouble="unsupported",
     ),
@@ -166,8 +166,8 @@ KINDS = (
         recognized_by="`pytorch_model_fsdp_0_rankR.bin`",
         sign=fsdp_of_ranks,
         statement="is a checkpoint of FSDP with a file a rank ({evidence})",
-        remedy="accelerator.load_state reads it on as many ranks",
-        refusal=_UNREAD,
+        remedy=_READS,
+        reader=_FSDP,
         trouble="unsupported",
     ),
     Kind(
@@ -175,10 +175,9 @@ KINDS = (
         title="FSDP checkpoint with the weights in one file",
         recognized_by="`pytorch_model_fsdp.bin`",
         sign=fsdp_full,
-        statement="is a checkpoint of FSDP",
-        remedy="{evidence} in it holds the weights already, and ckpt.open reads that file "
-        "where the file itself is named",
-        refusal="{statement}; {remedy}",
+        reader=_FSDP,
+        statement="is a checkpoint of FSDP with the weights in one file ({evidence})",
+        remedy=_READS,
     ),
     Kind(
         name="dcp-file",
@@ -191,3 +190,5 @@ KINDS = (
         trouble="unsupported",
     ),
 )
+# checkpoints of a training that are read for their weights: no engine of ZeRO loads them
+READ = tuple(kind.name for kind in KINDS if kind.reader)

@@ -22,7 +22,7 @@ SECTIONS = {  # the commands, each with the module of this package that has it
         "reshard": "rewrite",
         "to-universal": "rewrite",
         "from-universal": "rewrite",
-        "to-dcp": "rewrite",
+        "to-dcp": "crossing.dcp",
     },
     "Runs": {
         "ls": "runs",

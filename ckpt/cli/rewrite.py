@@ -1,5 +1,5 @@
 """The commands that rewrite training states: ``reshard``, ``to-universal``,
-``from-universal``, ``to-dcp``.
+``from-universal``.
 
 They parse, call and print.
 """
@@ -23,10 +23,9 @@ from converters.words import counted
 if TYPE_CHECKING:
     from ckpt.folders.staging import Continuation
     from ckpt.rewrite.result import RewriteChecks, RewriteResult
-    from converters.dcp.writing.layouts import Layout
     from converters.plan import Plan
 
-_SHARED = (
+SHARED = (
     dry_run_option("Print the plan and write nothing."),
     click.option(
         "--no-verify",
@@ -46,11 +45,11 @@ _SHARED = (
 )
 
 
-def _world_size(**settings: Any) -> Callable[..., Any]:
+def world_size_option(**settings: Any) -> Callable[..., Any]:
     return click.option("--world-size", metavar="RANKS", type=click.IntRange(1), **settings)
 
 
-_NATIVE = (
+NATIVE = (
     click.option(
         "--stage",
         metavar="N",
@@ -79,7 +78,7 @@ _NATIVE = (
 )
 
 
-def _with_options(
+def with_options(
     options: Sequence[Callable[..., Any]],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Several options as one decorator; they are listed in this order."""
@@ -94,8 +93,8 @@ def _with_options(
 
 @click.command(cls=Command, short_help="Rewrite a state for other ranks or another stage.")
 @CHECKPOINT
-@_world_size(help="The ranks (GPUs) that will resume. Default: as many as saved.")
-@_with_options(_NATIVE)
+@world_size_option(help="The ranks (GPUs) that will resume. Default: as many as saved.")
+@with_options(NATIVE)
 @click.option(
     "--tp",
     metavar="RANKS",
@@ -104,7 +103,7 @@ def _with_options(
 )
 @TP_RULES
 @TAG
-@_with_options(_SHARED)
+@with_options(SHARED)
 def reshard(
     checkpoint: Path,
     world_size: int | None,
@@ -147,7 +146,7 @@ def reshard(
         tp_rules=tp_rules,
     )
 
-    _rewrite(rewriting, job, **options)
+    run(rewriting, job, **options)
 
 
 @click.command("to-universal", cls=Command, short_help="Write a state in the universal format.")
@@ -160,7 +159,7 @@ def reshard(
 )
 @TP_RULES
 @TAG
-@_with_options(_SHARED)
+@with_options(SHARED)
 def to_universal(
     checkpoint: Path,
     output: Path | None,
@@ -182,15 +181,15 @@ def to_universal(
 
     rewriting = universal.plan_to(checkpoint, output=output, tag=tag, tp_rules=tp_rules)
 
-    _rewrite(rewriting, job, **options)
+    run(rewriting, job, **options)
 
 
 @click.command(
     "from-universal", cls=Command, short_help="Write native files from a universal folder."
 )
 @CHECKPOINT
-@_world_size(required=True, help="The ranks (GPUs) that will resume.")
-@_with_options(_NATIVE)
+@world_size_option(required=True, help="The ranks (GPUs) that will resume.")
+@with_options(NATIVE)
 @click.option(
     "--tag", metavar="TAG", help="The tag to read. Default: what the file latest_universal names."
 )
@@ -201,7 +200,7 @@ def to_universal(
     help="A native checkpoint of the same model, where the folder does not tell the order of the "
     "parameters.",
 )
-@_with_options(_SHARED)
+@with_options(SHARED)
 def from_universal(
     checkpoint: Path,
     world_size: int,
@@ -234,64 +233,10 @@ def from_universal(
         zero_init=zero_init,
     )
 
-    _rewrite(rewriting, job, **options)
+    run(rewriting, job, **options)
 
 
-@click.command("to-dcp", cls=Command, short_help="Write a state for FSDP, as torch's DCP.")
-@CHECKPOINT
-@click.option(
-    "-o",
-    "--output",
-    type=OUTPUT_PATH,
-    help="Default: CHECKPOINT-dcp.",
-)
-@click.option(
-    "--layout",
-    type=click.Choice(["plain", "accelerate", "torchtitan"]),
-    default="plain",
-    show_default=True,
-    help="Who loads it: a script that calls dcp.load; the Trainer or Accelerate with FSDP; "
-    "torchtitan.",
-)
-@click.option(
-    "--files",
-    metavar="N",
-    type=click.IntRange(1, 4096),
-    help="The files that hold the bytes. Default: as many as the ranks that saved, at most 8.",
-)
-@TP_RULES
-@TAG
-@_with_options(_SHARED)
-def to_dcp(
-    checkpoint: Path,
-    output: Path | None,
-    layout: Layout,
-    files: int | None,
-    tp_rules: Path | None,
-    tag: str | None,
-    **options: Any,
-) -> None:
-    """Write a checkpoint as a distributed checkpoint of torch, which FSDP loads.
-
-    torch.distributed.checkpoint.load reads it on any number of ranks, with FSDP2, FSDP1, DDP
-    or one process. Weights (the fp32 ones), every optimizer state, steps and options of the
-    optimizer are those of CHECKPOINT, bit for bit. A model folder has weights only.
-
-    \b
-    ckpt to-dcp out/checkpoint-500
-    ckpt to-dcp out/checkpoint-500 --layout accelerate -o fsdp/checkpoint-500
-    ckpt to-dcp out/checkpoint-500 --files 4 --dry-run
-    """
-    from ckpt.rewrite import crossing, dcp
-
-    plan = dcp.plan_to(
-        checkpoint, output=output, layout=layout, files=files, tag=tag, tp_rules=tp_rules
-    )
-
-    _rewrite(plan, crossing, **options)
-
-
-class _Rewriting(Protocol):
+class Prepared(Protocol):
     """What is decided on: a ``Rewriting`` or a ``Crossing``."""
 
     @property
@@ -307,7 +252,7 @@ class _Rewriting(Protocol):
         """What a user should know."""
 
 
-class _Job(Protocol):
+class RewriteJob(Protocol):
     """The module that does it: ``ckpt.rewrite.job`` or ``ckpt.rewrite.crossing``."""
 
     require_output: Callable[..., None]
@@ -317,9 +262,9 @@ class _Job(Protocol):
     continuation: Callable[..., Continuation | None]
 
 
-def _rewrite(
-    rewriting: _Rewriting,
-    job: _Job,
+def run(
+    rewriting: Prepared,
+    job: RewriteJob,
     dry_run: bool,
     no_verify: bool,
     read_back: bool,
@@ -414,4 +359,4 @@ def _proven(checks: RewriteChecks) -> str:
     return line
 
 
-COMMANDS = (reshard, to_universal, from_universal, to_dcp)
+COMMANDS = (reshard, to_universal, from_universal)

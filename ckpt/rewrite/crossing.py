@@ -33,7 +33,7 @@ from converters.storage.local_store import LOCAL
 from converters.zero.merging import checkpoint as merged
 
 if TYPE_CHECKING:
-    from converters.dcp.writing.folder import Entry
+    from converters.dcp.writing.folder import StateEntry
 
 ARGUMENTS = (  # of the functions for users, as errors name them
     *("output=", "tag=", "layout=", "files=", "tp_rules="),
@@ -54,7 +54,7 @@ class Crossing:
     path: Path
     home: Path
     layout: str
-    folders: Mapping[str, Sequence[Entry]]
+    folders: Mapping[str, Sequence[StateEntry]]
     plan: Plan
     output: Path
     companions: tuple[tuple[Path, str], ...]

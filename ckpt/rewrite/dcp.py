@@ -17,16 +17,18 @@ from ckpt.rewrite import job
 from ckpt.rewrite.crossing import ARGUMENTS, Crossing
 from ckpt.rewrite.crossing import execute as execute
 from ckpt.weights.arguments import naming_arguments, require_choice
+from ckpt.weights.companions import model_folder
 from converters.accessors import is_whole_number
-from converters.dcp.writing import folder, layouts, training_state
-from converters.dcp.writing.training_state import TrainingState
+from converters.dcp.checkpoint import ShardedCheckpoint
+from converters.dcp.writing import folder, layouts, crossing_state
+from converters.dcp.writing.crossing_state import CrossingState
 from converters.detect import detect
 from converters.detect import detection as detections
 from converters.detect.deepspeed import PIPELINE, TENSOR_PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError
 from converters.plan import Plan, Shard
 from converters.source import Source
-from converters.storage import open_files
+from converters.storage import open_files, stores
 from converters.storage.store import default_output, output_path
 from converters.storage.stores import source_path
 from converters.storage.url_path import absolute
@@ -55,12 +57,12 @@ def plan_to(
     checkpoint: str | os.PathLike[str],
     *,
     output: str | os.PathLike[str] | None = None,
-    layout: layouts.Layout = "plain",
+    layout: layouts.LayoutName = "plain",
     files: int | None = None,
     tag: str | None = None,
     tp_rules: str | os.PathLike[str] | None = None,
 ) -> Crossing:
-    """Plans a checkpoint of ZeRO, or weights, as a distributed checkpoint of torch.
+    """Plans a checkpoint of ZeRO or of FSDP, or weights, as a distributed checkpoint of torch.
 
     ``layout`` says who loads it: "plain" a script that calls ``dcp.load``, "accelerate" the
     Trainer and Accelerate with FSDP, "torchtitan" that. ``files`` is how many hold its bytes;
@@ -77,16 +79,11 @@ def plan_to(
     path = source_path(checkpoint)
     with rules.using(tp_rules):
         source, state = _read(path, tag)
-    world_size = merged.original(source).world_size
     home = job.home_of(source) if isinstance(source, Checkpoint) else absolute(source.place.root)
-    companions = [
-        (companion, name)
-        for companion, name in job.companions_for(home, world_size, world_size)
-        if not any(fnmatch(companion.name, pattern) for pattern in _NOT_COPIED)
-    ]
+    companions = _companions(source, home)
 
     folders = layouts.folders(state, layout)
-    file_count = files or min(world_size, _DEFAULT_FILES)
+    file_count = files or min(merged.original(source).world_size, _DEFAULT_FILES)
     shards = [
         shard
         for name, entries in folders.items()
@@ -103,27 +100,47 @@ def plan_to(
         folders=folders,
         plan=_plan(source, shards),
         output=absolute(output_path(output or default_output(home, home.name + SUFFIX))),
-        companions=tuple(companions),
+        companions=companions,
         trained_count=sum(len(group.names) for group in state.groups),
         notes=(*source.notes, *state.omissions, *_notes(source, state)),
     )
 
 
-def _read(path: Path, tag: str | None) -> tuple[Source, TrainingState]:
+def _read(path: Path, tag: str | None) -> tuple[Source, CrossingState]:
     """What lies at a path, located, and what of it crosses."""
     detected = detect(path, tag)
     if detected.kind.name == UNIVERSAL:
         universal = reader.read(path, tag)
-        return universal.checkpoint, training_state.of_zero(universal)
+        return universal.checkpoint, crossing_state.of_zero(universal)
 
     if detected.kind.name in _OF_ZERO:
         several_models.find(path, tag)  # refuses a choice between models
         checkpoint = merging.read(path, tag)
-        return checkpoint, training_state.of_zero(checkpoint)
+        return checkpoint, crossing_state.of_zero(checkpoint)
 
     is_opened = detected.kind.is_opened
     source = detected.read() if is_opened else detections.read(path, tag, complete=True)
-    return source, training_state.of_weights(source)
+    if isinstance(source, ShardedCheckpoint):
+        return source, crossing_state.of_dcp(source)
+    return source, crossing_state.of_weights(source)
+
+
+def _companions(source: Source, home: Path) -> tuple[tuple[Path, str], ...]:
+    """The files to copy and their names; of weights alone those of the model."""
+    world_size = merged.original(source).world_size
+    if source.topology is None:
+        paths = [*model_folder.companions(home), home / "config.json"]
+        companions = [
+            (path, path.relative_to(home).as_posix()) for path in paths if stores.is_file(path)
+        ]
+    else:
+        companions = [*job.companions_for(home, world_size, world_size)]
+
+    return tuple(
+        (path, name)
+        for path, name in companions
+        if not any(fnmatch(path.name, pattern) for pattern in _NOT_COPIED)
+    )
 
 
 def _plan(source: Source, shards: list[Shard]) -> Plan:
@@ -159,7 +176,7 @@ def _is_inert(tree: Any) -> bool:
     return isinstance(tree, (bool, int, float, str, bytes, type(None)))
 
 
-def _notes(source: Source, state: TrainingState) -> Iterator[str]:
+def _notes(source: Source, state: CrossingState) -> Iterator[str]:
     """What whoever loads the output should know."""
     if source.topology is not None and not state.groups:
         yield (

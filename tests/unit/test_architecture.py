@@ -54,7 +54,7 @@ ckpt.live ckpt.hub.content
 ckpt.hub.client
 ckpt.hub
 ckpt.saving ckpt.cli
-ckpt.resuming ckpt.__main__
+ckpt.resuming ckpt.__main__ ckpt.cli.crossing
 ckpt.trainers.hf
 ckpt.trainers
 ckpt converters

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from converters.dcp.writing import metadata
-from converters.dcp.writing.items import Item, Number, PlainObject, Value, item
+from converters.dcp.writing.items import TorchItem, Number, PlainObject, Value, item
 from converters.dcp.writing.metadata import (
     Chunk,
-    ItemPlace,
+    ItemSpan,
     ObjectRecord,
     Path,
     Shape,
@@ -33,7 +33,7 @@ OPTIMIZER = "optimizer"  # the key of the state dict that all layouts have it un
 MIN_CUT_BYTES = 1 << 16  # of a tensor that is cut; an item takes about 1 kB beside its bytes
 
 
-class Entry(NamedTuple):
+class StateEntry(NamedTuple):
     """A value of the state dict under its path there."""
 
     path: Path
@@ -56,7 +56,7 @@ class _DistcpFile:
     placements: list[Placement] = field(default_factory=list)
     crc_slots: list[tuple[int, str]] = field(default_factory=list)
 
-    def add(self, new_item: Item) -> ItemPlace:
+    def add(self, new_item: TorchItem) -> ItemSpan:
         """Puts an item behind the others."""
         start = self.nbytes
         self.literals += ((start + offset, data) for offset, data in new_item.literals)
@@ -65,7 +65,7 @@ class _DistcpFile:
             replace(placement, offset=start + placement.offset) for placement in new_item.placements
         )
         self.nbytes += new_item.nbytes
-        return ItemPlace(self.filename, start, new_item.nbytes)
+        return ItemSpan(self.filename, start, new_item.nbytes)
 
     def shard(self, folder: str) -> Shard:
         """The whole file, by its name from the output's folder on."""
@@ -78,7 +78,7 @@ class _DistcpFile:
         )
 
 
-def shards(folder: str, entries: Sequence[Entry], file_count: int) -> list[Shard]:
+def shards(folder: str, entries: Sequence[StateEntry], file_count: int) -> list[Shard]:
     """The files of a folder; ``folder`` is empty for the output itself, or ends in "/".
 
     ``file_count`` of them hold items, or fewer where there are not so many.
@@ -97,10 +97,10 @@ class _FolderWriter:
     def __init__(self, files: Sequence[_DistcpFile]):
         self.files = files
         self.tensors: dict[int, TensorRecord] = {}
-        self.objects: dict[bytes, ItemPlace] = {}
+        self.objects: dict[bytes, ItemSpan] = {}
         self.alive: list[TensorRef] = []  # keeps what is known by its id alive
 
-    def add(self, entry: Entry) -> TensorRecord | ObjectRecord:
+    def add(self, entry: StateEntry) -> TensorRecord | ObjectRecord:
         """Puts a value into files, unless it is there, and says where it lies."""
         path, value = entry
         match value:
@@ -116,7 +116,7 @@ class _FolderWriter:
             case PlainObject():
                 return ObjectRecord(path, self._small(value))
 
-    def _small(self, value: Number | PlainObject) -> ItemPlace:
+    def _small(self, value: Number | PlainObject) -> ItemSpan:
         """Where a value without bytes of the source lies: equal ones are stored once."""
         new_item = item("", value)
         content = b"".join(literal for _, literal in new_item.literals)

@@ -46,7 +46,7 @@ Value = TensorRef | Number | PlainObject
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class TorchItem:
     """An item from byte 0 on, as a ``Shard`` has it: literals, placements, places of CRC32s."""
 
     nbytes: int
@@ -55,7 +55,7 @@ class Item:
     crc_slots: tuple[tuple[int, str], ...]
 
 
-def item(name: str, value: Value) -> Item:
+def item(name: str, value: Value) -> TorchItem:
     """The item of a value; ``name`` is one that no other tensor of its file has."""
     archive = Archive(ROOT, ALIGNMENT)
     match value:
@@ -72,7 +72,7 @@ def item(name: str, value: Value) -> Item:
 
     archive.data("version", _VERSION)
     shard = archive.shard("")
-    return Item(shard.nbytes, shard.literals, shard.placements, shard.crc_slots)
+    return TorchItem(shard.nbytes, shard.literals, shard.placements, shard.crc_slots)
 
 
 def _begin(archive: Archive, tree: Any) -> None:

@@ -15,52 +15,52 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, get_args
 
-from converters.dcp.writing.folder import OPTIMIZER, Entry
+from converters.dcp.writing.folder import OPTIMIZER, StateEntry
 from converters.dcp.writing.items import PlainObject
-from converters.dcp.writing.training_state import OptimizerGroup, TrainingState
+from converters.dcp.writing.crossing_state import OptimizerGroup, CrossingState
 
-Layout = Literal["plain", "accelerate", "torchtitan"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+LayoutName = Literal["plain", "accelerate", "torchtitan"]
+LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)
 MODEL_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0/", "optimizer_0/"
 
 
-def folders(state: TrainingState, layout: Layout) -> dict[str, list[Entry]]:
+def folders(state: CrossingState, layout: LayoutName) -> dict[str, list[StateEntry]]:
     """The entries of each folder of DCP; its name ends in "/", or is empty for the output."""
     if layout == "torchtitan":
-        model = [Entry((name,), tensor) for name, tensor in state.weights.items()]
+        model = [StateEntry((name,), tensor) for name, tensor in state.weights.items()]
         return {"": [*model, *_flat_optimizer(state)]}
 
-    model = [Entry(("model", name), tensor) for name, tensor in state.weights.items()]
+    model = [StateEntry(("model", name), tensor) for name, tensor in state.weights.items()]
     optimizer = [*_nested_optimizer(state)]
     if layout == "plain":
         return {"": [*model, *optimizer]}
     return {MODEL_FOLDER: model} | ({OPTIMIZER_FOLDER: optimizer} if optimizer else {})
 
 
-def _nested_optimizer(state: TrainingState) -> Iterator[Entry]:
+def _nested_optimizer(state: CrossingState) -> Iterator[StateEntry]:
     """States by parameter, and options by the number of the group, with its parameters."""
     for group in state.groups:
         for name, values in group.states.items():
             for key, value in values.items():
-                yield Entry((OPTIMIZER, "state", name, key), value)
+                yield StateEntry((OPTIMIZER, "state", name, key), value)
 
     for index, group in enumerate(state.groups):
         path = (OPTIMIZER, "param_groups", index)
-        yield Entry((*path, "params"), PlainObject([*group.names]))
+        yield StateEntry((*path, "params"), PlainObject([*group.names]))
         for key, option in group.options.items():
-            yield Entry((*path, key), option)
+            yield StateEntry((*path, key), option)
 
 
-def _flat_optimizer(state: TrainingState) -> Iterator[Entry]:
+def _flat_optimizer(state: CrossingState) -> Iterator[StateEntry]:
     """States and options by parameter; each key is one name."""
     for group in state.groups:
         for name, values in group.states.items():
             for key, value in values.items():
-                yield Entry((OPTIMIZER, f"state.{name}.{key}"), value)
+                yield StateEntry((OPTIMIZER, f"state.{name}.{key}"), value)
         yield from _flat_options(group)
 
 
-def _flat_options(group: OptimizerGroup) -> Iterator[Entry]:
+def _flat_options(group: OptimizerGroup) -> Iterator[StateEntry]:
     for name in group.names:
         for key, option in group.options.items():
-            yield Entry((OPTIMIZER, f"param_groups.{name}.{key}"), option)
+            yield StateEntry((OPTIMIZER, f"param_groups.{name}.{key}"), option)

@@ -24,7 +24,7 @@ Path = tuple[str | int, ...]
 Shape = tuple[int, ...]
 
 
-class ItemPlace(NamedTuple):
+class ItemSpan(NamedTuple):
     """Where an item lies: the file's name, its first byte there, its bytes."""
 
     filename: str
@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
 
     offsets: Shape
     sizes: Shape
-    place: ItemPlace
+    place: ItemSpan
 
 
 class TensorRecord(NamedTuple):
@@ -53,7 +53,7 @@ class ObjectRecord(NamedTuple):
     """What is no tensor, under its path in the state dict."""
 
     path: Path
-    place: ItemPlace
+    place: ItemSpan
 
 
 def dotted(path: Path) -> str:
@@ -63,7 +63,7 @@ def dotted(path: Path) -> str:
 
 def content(records: Iterable[TensorRecord | ObjectRecord]) -> bytes:
     """The bytes of ``.metadata``."""
-    writer = _Records()
+    writer = _MetadataFields()
     for record in records:
         writer.add(record)
 
@@ -76,7 +76,7 @@ def content(records: Iterable[TensorRecord | ObjectRecord]) -> bytes:
     return data
 
 
-class _Records:
+class _MetadataFields:
     """The three dicts of ``Metadata``; equal parts of them are one object."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class _Records:
         self.places: dict[Call, Call] = {}
         self.sizes: dict[Shape, Call] = {}
         self.properties: dict[DType, Call] = {}
-        self.infos: dict[ItemPlace, Call] = {}
+        self.infos: dict[ItemSpan, Call] = {}
 
     def add(self, record: TensorRecord | ObjectRecord) -> None:
         """Adds a tensor with its chunks, or an object."""
@@ -115,7 +115,7 @@ class _Records:
         """A ``torch.Size``."""
         return self.sizes.setdefault(shape, object_graph.size(shape))
 
-    def info(self, place: ItemPlace) -> Call:
+    def info(self, place: ItemSpan) -> Call:
         """A ``_StorageInfo``. Items that are there once, and named twice, have one."""
         if place not in self.infos:
             fields = {

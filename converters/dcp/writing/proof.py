@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from converters.dcp import boxes, items, metadata
 from converters.dcp.description import Description
-from converters.dcp.writing.folder import Entry
+from converters.dcp.writing.folder import StateEntry
 from converters.dcp.writing.items import Number, PlainObject
 from converters.dcp.writing.metadata import dotted
 from converters.errors import CheckpointError
@@ -34,7 +34,7 @@ class Counts(NamedTuple):
     states: int
 
 
-def verify(folders: Mapping[str, Sequence[Entry]], plan: Plan, output: Path) -> Counts:
+def verify(folders: Mapping[str, Sequence[StateEntry]], plan: Plan, output: Path) -> Counts:
     """Counts of the tensors and numbers that are equal; ``output`` has the plan's files.
 
     ``CheckpointError`` names the first thing that is not equal.
@@ -53,7 +53,7 @@ def verify(folders: Mapping[str, Sequence[Entry]], plan: Plan, output: Path) -> 
     return Counts(tensor_count - state_count, state_count)
 
 
-def _require_names(description: Description, entries: Sequence[Entry]) -> None:
+def _require_names(description: Description, entries: Sequence[StateEntry]) -> None:
     """Raises unless a folder has the names that it should have, under the same paths."""
     expected_keys = {dotted(entry.path): tuple(map(str, entry.path)) for entry in entries}
     names = description.tensors.keys() | description.objects.keys()
@@ -61,7 +61,7 @@ def _require_names(description: Description, entries: Sequence[Entry]) -> None:
         raise CheckpointError(f"{description.folder}: its names are not the plan's; {_BUG}")
 
 
-def _require_equal(provenance: Provenance, description: Description, entry: Entry) -> None:
+def _require_equal(provenance: Provenance, description: Description, entry: StateEntry) -> None:
     name, expected = dotted(entry.path), entry.value
     folder = description.folder
     if isinstance(expected, PlainObject):
@@ -97,7 +97,7 @@ def _is_same_object(value: Any, expected: Any) -> bool:
     return bool(value == expected or (value != value and expected != expected))
 
 
-def read_back(folders: Mapping[str, Sequence[Entry]], output: Path) -> int:
+def read_back(folders: Mapping[str, Sequence[StateEntry]], output: Path) -> int:
     """Reads the bytes of every tensor of the finished folders, compares CRC32s; gives the bytes."""
     total_bytes = 0
     for folder_name in folders:

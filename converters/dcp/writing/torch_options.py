@@ -39,22 +39,34 @@ class GroupOptions(NamedTuple):
 
 def of_group(checkpoint: Checkpoint, group: ParamGroup, index: int) -> GroupOptions:
     """The options of a param group, completed; ``index`` is its number."""
-    values: dict[str, Any] = {}
+    if group.options is None:
+        lack = (
+            "elastic_checkpoint keeps no options of param groups (lr, betas, ...), and dcp.load "
+            "refuses to load an optimizer without them: set them by hand, and load with "
+            "DefaultLoadPlanner(allow_partial_load=True)"
+        )
+        return GroupOptions({}, (lack,))
+
+    options = plain(group.options, index)
+    missing = {key: PlainObject(value) for key, value in _missing(checkpoint, group, index)}
+    return options._replace(values={**missing, **options.values})
+
+
+def plain(options: Mapping[str, Any], index: int) -> GroupOptions:
+    """Those of a group's options that are plain values; ``index`` is the group's number."""
+    values: dict[str, PlainObject] = {}
     unknown_keys: list[str] = []
-    for key, node in (group.options or {}).items():
+    for key, node in options.items():
         value = _plain(node)
         if isinstance(key, str) and is_plain(value):
-            values[key] = value
+            values[key] = PlainObject(value)
         else:
             unknown_keys.append(str(key))
 
     omissions = tuple(
         f"{key} of param group {index} is no plain value, and is left out" for key in unknown_keys
     )
-    completed_values = {**dict(_missing(checkpoint, group, index)), **values}
-    return GroupOptions(
-        {key: PlainObject(value) for key, value in completed_values.items()}, omissions
-    )
+    return GroupOptions(values, omissions)
 
 
 def is_plain(value: Any) -> bool:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 
-from converters.dcp.writing import torch_options
+from converters.dcp.checkpoint import ParameterGroup, ShardedCheckpoint
+from converters.dcp.writing import torch_options, without_zero
 from converters.dcp.writing.items import Number, PlainObject, Value
 from converters.errors import CheckpointError
 from converters.names.rules import UNMISTAKABLE
@@ -43,7 +44,7 @@ class OptimizerGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingState:
+class CrossingState:
     """Weights by name, in the model's order, tied names too, and the optimizer's groups.
 
     ``omissions`` are lines on what does not cross.
@@ -54,22 +55,61 @@ class TrainingState:
     omissions: tuple[str, ...] = ()
 
 
-def of_zero(source: Checkpoint | Universal) -> TrainingState:
+def of_zero(source: Checkpoint | Universal) -> CrossingState:
     """The state of a checkpoint of ZeRO, with its optimizer; reads pickles only.
 
     ``CheckpointError`` if the optimizer keeps what is neither per element nor a constant.
     """
     if isinstance(source, Universal):
         return _with_groups(source.checkpoint, source.groups)
-    return _with_groups(source, merged.groups_of(source) if source.ranks else ())
+    groups = merged.groups_of(source) if source.ranks else without_zero.groups(source)
+    return _with_groups(source, groups)
 
 
-def of_weights(source: Source) -> TrainingState:
+def of_weights(source: Source) -> CrossingState:
     """The weights of what has no optimizer state that can be written, or none at all."""
-    return TrainingState(_by_name(source.weights), omissions=tuple(_absences(source.weights)))
+    return CrossingState(_by_name(source.weights), omissions=tuple(_absences(source.weights)))
 
 
-def _with_groups(checkpoint: Checkpoint, groups: Sequence[ParamGroup]) -> TrainingState:
+def of_dcp(source: ShardedCheckpoint) -> CrossingState:
+    """The state of a checkpoint of FSDP or DCP, to be written in another layout.
+
+    ``CheckpointError`` if a state of the optimizer is damaged.
+    """
+    weights = _by_name(source.weights)
+    saved_groups = source.groups() if source.groups is not None else ()
+    groups = [_saved_group(source, group, index) for index, group in enumerate(saved_groups)]
+    omissions = [line for _, lines in groups for line in lines]
+    return CrossingState(
+        weights,
+        tuple(group for group, _ in groups),
+        (*_absences(source.weights), *omissions),
+    )
+
+
+def _saved_group(
+    source: ShardedCheckpoint, group: ParameterGroup, index: int
+) -> tuple[OptimizerGroup, tuple[str, ...]]:
+    """A group as it was saved, and lines on what of it does not cross."""
+    assert source.optimizer is not None
+    states: dict[str, dict[str, Value]] = {}
+    for name in group.names:
+        states[canonical(name)] = {
+            key: _saved_value(key, value) for key, value in source.optimizer(name).items()
+        }
+
+    options = torch_options.plain(group.options, index)
+    names = tuple(map(canonical, group.names))
+    return OptimizerGroup(names, states, options.values), options.omissions
+
+
+def _saved_value(key: str, value: TensorRef | int | float) -> Value:
+    if isinstance(value, TensorRef):
+        return value
+    return Number(float(value)) if key == STEP else PlainObject(value)
+
+
+def _with_groups(checkpoint: Checkpoint, groups: Sequence[ParamGroup]) -> CrossingState:
     weights = _by_name(checkpoint.weights)
     omissions = [*_absences(checkpoint.weights)]
     for group in groups:
@@ -86,7 +126,7 @@ def _with_groups(checkpoint: Checkpoint, groups: Sequence[ParamGroup]) -> Traini
         states = {canonical(name): dict(_states(group, name)) for name in group.shapes}
         optimizer_groups.append(OptimizerGroup(names, states, options.values))
 
-    return TrainingState(weights, tuple(optimizer_groups), tuple(dict.fromkeys(omissions)))
+    return CrossingState(weights, tuple(optimizer_groups), tuple(dict.fromkeys(omissions)))
 
 
 def _by_name(weights: Weights) -> dict[str, TensorRef]:

@@ -69,9 +69,10 @@ def require_live(source: Path, model: Mapping[str, Any], states: Mapping[str, An
     for name, value in engine["buffer"].items():
         assert torch.equal(model[name], value), name
     for key in ("exp_avg", "exp_avg_sq"):
-        assert states.keys() == engine[key].keys()
-        for name, value in engine[key].items():
-            assert torch.equal(states[name][key], value), (key, name)
+        trained = engine[key].keys() - {"head.weight"}  # which is tied to embed.weight
+        assert states.keys() == trained
+        for name in trained:
+            assert torch.equal(states[name][key], engine[key][name]), (key, name)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -79,9 +80,10 @@ def test_torch_loads_every_value_of_the_live_engine(name: str, tmp_path: Path) -
     nested = leaves(crossed(FIXTURES / name, tmp_path / "dcp", files=2))
     states = nested["optimizer"]["state"]
     require_live(FIXTURES / name, nested["model"], states)
+    steps = 3 if name == "zero0-bf16-fused" else 2  # as its file has it
     for state in states.values():
         assert (state["step"].dtype, state["step"].shape) == (torch.float32, torch.Size())
-        assert state["step"] == 2
+        assert state["step"] == steps
 
     names = [name for group in nested["optimizer"]["param_groups"] for name in group["params"]]
     assert sorted(names) == sorted(states)
@@ -170,16 +172,19 @@ def load(path: Path, model: Tiny, optimizer: torch.optim.Optimizer, flat: bool) 
 
 def load_as_accelerate(path: Path, model: Tiny, optimizer: torch.optim.Optimizer) -> None:
     """Loads a folder as the Trainer and Accelerate do, by their own functions."""
+    from accelerate import FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils import fsdp_utils
-    from torch.distributed.fsdp import StateDictType
 
-    sharded = StateDictType.SHARDED_STATE_DICT
-    plugin = SimpleNamespace(fsdp_version=2, state_dict_type=sharded, cpu_offload=False)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
     accelerator = SimpleNamespace(
         wait_for_everyone=lambda: None, num_processes=1, process_index=0, is_fsdp2=True
     )
-    fsdp_utils.load_fsdp_model(plugin, accelerator, model, path)
-    fsdp_utils.load_fsdp_optimizer(plugin, accelerator, optimizer, model, path)
+    PartialState(cpu=True)  # its logger wants one
+    try:
+        fsdp_utils.load_fsdp_model(plugin, accelerator, model, path)
+        fsdp_utils.load_fsdp_optimizer(plugin, accelerator, optimizer, model, path)
+    finally:
+        PartialState._reset_state()
 
 
 def require_loaded(source: Path, model: Tiny, optimizer: torch.optim.Optimizer) -> None:
@@ -243,8 +248,10 @@ def test_large_tensors_are_cut_for_as_many_ranks_as_files(tmp_path: Path) -> Non
         "none": torch.zeros(0, 4),
         "number": torch.tensor(2.5),
     }
-    save_file(tensors, tmp_path / "model.safetensors")
-    path = crossed(tmp_path / "model.safetensors", tmp_path / "dcp", files=3)
+    source = tmp_path / "model"
+    source.mkdir()
+    save_file(tensors, source / "model.safetensors")
+    path = crossed(source, tmp_path / "dcp", files=3)
     model = leaves(path)["model"]
     assert model.keys() == tensors.keys()
     assert all(torch.equal(model[name], value) for name, value in tensors.items())
@@ -322,9 +329,9 @@ def test_the_proof_sees_a_tensor_in_the_place_of_another(tmp_path: Path) -> None
     plan = planned(tmp_path)
     crossing.execute(plan)
     entries = list(plan.folders[""])
-    first, second = (
+    first, second, *_ = (
         index for index, entry in enumerate(entries) if entry.path[-1] == "exp_avg_sq"
-    )[:2]
+    )
     entries[first] = entries[first]._replace(value=entries[second].value)
     require_unproven(plan, entries, tmp_path)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from converters.dcp import items
 from converters.dcp.description import Shape, StoredTensor
+from converters.dcp.items import ItemReader
 from converters.errors import CheckpointError
 from converters.tensors import Checksum, TensorRef
 from converters.torch_files.element_types import DTYPES
@@ -30,7 +31,9 @@ class Box(NamedTuple):
     tensor: TensorRef
 
 
-def located(folder: Path, name: str, tensor: StoredTensor) -> LocatedTensor:
+def located(
+    reader: ItemReader, folder: Path, name: str, tensor: StoredTensor
+) -> LocatedTensor:
     """A tensor of ``.metadata``; ``CheckpointError`` where chunks lack or overlap, or are
     others than it says."""
     require_numel(folder, name, tensor.shape, [chunk.sizes for chunk in tensor.chunks])
@@ -43,7 +46,7 @@ def located(folder: Path, name: str, tensor: StoredTensor) -> LocatedTensor:
     boxes: list[Box] = []
     checksums: list[Checksum] = []
     for chunk in tensor.chunks:
-        item = items.located(name, tensor.dtype, chunk)
+        item = items.located(reader, name, tensor.dtype, chunk)
         if item.tensor is None:
             return LocatedTensor(None, reason=item.reason)
         boxes.append(Box(chunk.offsets, item.tensor))

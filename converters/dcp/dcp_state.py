@@ -7,9 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from converters.dcp import boxes, items, layouts, metadata
+from converters.dcp import boxes, layouts, metadata
 from converters.dcp.boxes import LocatedTensor
 from converters.dcp.description import Description, ItemPlace
+from converters.dcp.items import ItemReader
 from converters.dcp.saved_state import Leaf
 from converters.lazy_pattern import LazyPattern
 
@@ -22,6 +23,7 @@ class DcpState:
     def __init__(self, folder: Path):
         self.folder = folder
         self.description: Description = metadata.read(folder)
+        self.reader = ItemReader()
 
     @cached_property
     def leaves(self) -> Sequence[Leaf]:
@@ -41,11 +43,11 @@ class DcpState:
 
     def tensor(self, name: str) -> LocatedTensor:
         """A tensor, put together from its chunks."""
-        return boxes.located(self.folder, name, self.description.tensors[name])
+        return boxes.located(self.reader, self.folder, name, self.description.tensors[name])
 
     def value(self, name: str) -> Any:
         """An object that was saved by itself."""
-        return items.value(name, self.description.objects[name])
+        return self.reader.read(name, self.description.objects[name]).root
 
     def files(self, names: Iterable[str]) -> Mapping[Path, str | None]:
         """The ``.distcp`` files of leaves; none has a digest of its own."""

@@ -11,6 +11,7 @@ Source: torch 2.13 ``distributed/checkpoint/filesystem.py`` (``_write_item``).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from converters.dcp.description import ItemPlace, StoredChunk
@@ -35,9 +36,33 @@ class LocatedItem(NamedTuple):
     reason: str = ""
 
 
-def located(name: str, dtype: str, chunk: StoredChunk) -> LocatedItem:
+class ItemReader:
+    """Reads items; that each file is one is looked at once."""
+
+    def __init__(self) -> None:
+        self.plain_files: set[Path] = set()
+
+    def read(self, name: str, place: ItemPlace) -> TorchFile:
+        """An item as a file of ``torch.save``, with places in the file that it lies in."""
+        _require_no_transforms(name, place)
+        try:
+            self._require_plain(place.path)
+            return _read(name, place)
+        except OSError as error:
+            reason = f"{place.path}: {error.strerror or error}"
+            raise CheckpointError(reason, "incomplete") from error
+
+    def _require_plain(self, path: Path) -> None:
+        """``CheckpointError`` for a pipe or the like: opening it would wait for ever."""
+        if path not in self.plain_files:
+            if not stores.status(path).is_file:
+                raise CheckpointError(f"{path} is not a plain file")
+            self.plain_files.add(path)
+
+
+def located(reader: ItemReader, name: str, dtype: str, chunk: StoredChunk) -> LocatedItem:
     """The tensor of a chunk; ``CheckpointError`` unless it is what ``.metadata`` says."""
-    file = _read(name, chunk.place)
+    file = reader.read(name, chunk.place)
     root = file.root
     if not isinstance(root, TensorRef):
         if isinstance(root, Call) and not odd_tensors.is_object(root):
@@ -52,12 +77,6 @@ def located(name: str, dtype: str, chunk: StoredChunk) -> LocatedItem:
     return LocatedItem(root, file.checksums)
 
 
-def value(name: str, place: ItemPlace) -> Any:
-    """The object of an item, inert where it is not plain data; ``CheckpointError`` if it is
-    damaged."""
-    return _read(name, place).root
-
-
 def _other(name: str, place: ItemPlace, problem: str) -> CheckpointError:
     return CheckpointError(
         f"{place.path}: what lies at byte {place.offset} for {name} {problem}; the files are "
@@ -65,38 +84,35 @@ def _other(name: str, place: ItemPlace, problem: str) -> CheckpointError:
     )
 
 
-def _read(name: str, place: ItemPlace) -> TorchFile:
-    """The item as a file of ``torch.save``, with places in the file that it lies in."""
+def _require_no_transforms(name: str, place: ItemPlace) -> None:
+    """``CheckpointError`` for an item that is compressed or encrypted."""
     if place.transforms:
         raise CheckpointError(
             f"{place.path} has {name} in a form that ckpt does not read "
             f"({', '.join(place.transforms)}): its bytes cannot be found without unpacking all of "
             "them; load it with torch.distributed.checkpoint.load, and save it again without "
-            "transforms (FileSystemWriter(..., _extensions=[]))",
+            "extensions of FileSystemWriter",
             "unsupported",
         )
 
+
+def _read(name: str, place: ItemPlace) -> TorchFile:
     def shifted(_: Any, storage: TensorRef | Call) -> TensorRef | Call:
         if isinstance(storage, TensorRef):
             extents = Listed(_moved(extent, place.offset) for extent in storage.extents)
             return TensorRef(storage.dtype, storage.shape, extents)
         return storage
 
-    try:
-        if not stores.status(place.path).is_file:
-            raise CheckpointError(f"{place.path} is not a plain file")
-        with open_files.opened(place.path) as file:
-            if file.size < place.offset + place.nbytes:
-                raise CheckpointError(
-                    f"{place.path} has {file.size} bytes, expected "
-                    f"{place.offset + place.nbytes} or more for {name}; it is cut short: copy it "
-                    "again from where it was saved",
-                    "incomplete",
-                )
-            part = FilePart(file, place.offset, place.nbytes, _END_BYTES)
-            torch_file = zip_format.read(part, place.path, BUILDERS, shifted)
-    except OSError as error:
-        raise CheckpointError(f"{place.path}: {error.strerror or error}", "incomplete") from error
+    with open_files.opened(place.path) as file:
+        end = place.offset + place.nbytes
+        if file.size < end:
+            raise CheckpointError(
+                f"{place.path} has {file.size} bytes, expected {end} or more for {name}; it is "
+                "cut short: copy it again from where it was saved",
+                "incomplete",
+            )
+        part = FilePart(file, place.offset, place.nbytes, _END_BYTES)
+        torch_file = zip_format.read(part, place.path, BUILDERS, shifted)
 
     checksums = tuple(
         Checksum(_moved(checksum.extent, place.offset), checksum.crc32)

@@ -10,7 +10,7 @@ Source: torch 2.13 ``distributed/checkpoint/state_dict.py`` (``_get_optim_state_
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from converters.dcp.checkpoint import ParameterGroup
 from converters.dcp.layouts import OptimizerLeaves
@@ -18,14 +18,16 @@ from converters.dcp.saved_state import SavedState, number_of
 from converters.errors import CheckpointError
 from converters.tensors import TensorRef
 
-_NAMES = "params"
+_NAMES, _STEP = "params", "step"
 
 
-class SavedOptimizer(NamedTuple):
+class SavedOptimizer:
     """An optimizer's leaves, and the files that they lie in."""
 
-    state: SavedState
-    leaves: OptimizerLeaves
+    def __init__(self, state: SavedState, leaves: OptimizerLeaves):
+        self.state = state
+        self.leaves = leaves
+        self.tensor_names = frozenset(leaf.name for leaf in state.leaves if leaf.is_tensor)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,11 +53,16 @@ class SavedOptimizer(NamedTuple):
             raise KeyError(f"{name} is not trained: the optimizer keeps nothing for it")
 
         values = {
-            key: self._value(leaf)
+            key: value
             for key, leaf in self.leaves.states[name].items()
-            if leaf in self._tensor_names() or key == "step"
+            if (value := self._value(leaf)) is not None
         }
-        return {key: value for key, value in values.items() if value is not None}
+        # the state of a parameter without axes has none either; a step never has
+        has_axes = any(isinstance(v, TensorRef) and v.shape for v in values.values())
+        return {
+            key: _as_number(value) if has_axes or key == _STEP else value
+            for key, value in values.items()
+        }
 
     def groups(self) -> tuple[ParameterGroup, ...]:
         """The groups in their order; parameters with the same flattened hyperparameters are one."""
@@ -74,25 +81,28 @@ class SavedOptimizer(NamedTuple):
 
         return _grouped(values)
 
-    def _tensor_names(self) -> frozenset[str]:
-        return frozenset(leaf.name for leaf in self.state.leaves if leaf.is_tensor)
-
     def _value(self, leaf: str) -> TensorRef | int | float | None:
-        if leaf not in self._tensor_names():
+        if leaf not in self.tensor_names:
             value = self.state.value(leaf)
             return value if isinstance(value, (int, float, TensorRef)) else None
 
-        tensor = self.state.tensor(leaf).tensor
-        if tensor is None or tensor.shape:
-            return tensor
-        number = number_of(tensor)
-        return int(number) if isinstance(number, float) and number.is_integer() else number
+        return self.state.tensor(leaf).tensor
 
     def _plain(self, leaf: str) -> Any:
-        if leaf not in self._tensor_names():
+        if leaf not in self.tensor_names:
             return self.state.value(leaf)
         tensor = self.state.tensor(leaf).tensor
         return tensor if tensor is None or tensor.numel != 1 else number_of(tensor)
+
+
+def _as_number(value: TensorRef | int | float) -> TensorRef | int | float:
+    """The number in a tensor without axes, whole if it is; other values as they are."""
+    if not isinstance(value, TensorRef) or value.shape:
+        return value
+    number = number_of(value)
+    if number is None:
+        return value
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def _grouped(values: Mapping[str, Mapping[str, Any]]) -> tuple[ParameterGroup, ...]:

@@ -1,7 +1,9 @@
 """Checkpoints of FSDP and DCP as a ``Source``: rows of ``converters.detect.sharded``.
 
     read            a folder of DCP, of any trainer; Lightning's with its meta.pt
-    read_fsdp       pytorch_model_fsdp_N/ and optimizer_N/, or .bin files of these names
+    read_safetensors    chunks in safetensors files
+
+Accelerate's folders, which have model and optimizer apart, are read in ``fsdp_folder``.
 
 Which leaves are whose is in ``layouts``; here they become weights, with what the optimizer tells
 of them: which are trained, and which are tied.
@@ -18,7 +20,6 @@ from converters.accessors import is_whole_number
 from converters.dcp import layouts, optimizer_state, ties
 from converters.dcp.boxes import LocatedTensor
 from converters.dcp.checkpoint import ShardedCheckpoint
-from converters.dcp.dcp_state import DcpState
 from converters.dcp.layouts import Layout
 from converters.dcp.optimizer_state import SavedOptimizer
 from converters.dcp.saved_state import SavedState, number_of
@@ -28,9 +29,13 @@ from converters.source import Place, SourceTopology
 from converters.storage import open_files, stores
 from converters.tensors import Weights
 from converters.torch_files import reader as torch_reader
-from converters.words import counted, some
+from converters.words import counted, some, verb
 
 _STEPS = (("step",), ("global_step",), ("train_state", "step"), ("trainer_state", "step"))
+_REACH = (
+    "no file has the shapes of whole tensors: they are as large as the pieces reach, so that a "
+    "missing file of the last rank cannot be told"
+)
 _FLAT = ("_flat_param", "flat_param")  # of LOCAL_STATE_DICT: all parameters of a layer in one
 
 
@@ -41,6 +46,8 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> ShardedC
     ``tag`` has no meaning here; with ``complete`` every piece of the optimizer has to be there,
     too. ``CheckpointError`` for what is damaged or incomplete.
     """
+    from converters.dcp.dcp_state import DcpState
+
     state = DcpState(path)
     layout = layouts.split(state.leaves)
     optimizer = None
@@ -53,6 +60,22 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> ShardedC
         require_complete(optimizer)
     meta_path = path / filenames.LIGHTNING_META
     return _of_lightning(source, meta_path) if stores.is_file(meta_path) else source
+
+
+@open_files.once()
+def read_safetensors(
+    path: Path, tag: str | None = None, complete: bool = False
+) -> ShardedCheckpoint:
+    """A folder of DCP in safetensors, whose files hold chunks of tensors; weights alone.
+
+    ``tag`` and ``complete`` have no meaning here.
+    """
+    from converters.dcp.safetensors_state import SafetensorsState
+
+    state = SafetensorsState(path)
+    place = Place(path, path, path.name)
+    layout = layouts.split(state.leaves)
+    return assembled("dcp-safetensors", place, state, layout, None, (_REACH,))
 
 
 def assembled(
@@ -74,9 +97,10 @@ def assembled(
 
     others = ()
     if layout.others:
+        count = len(layout.others)
         others = (
-            f"left out {counted(len(layout.others), 'tensor')} that are neither the model's nor "
-            f"the optimizer's: {some(layout.others)}",
+            f"left out {counted(count, 'tensor')} that {verb(count, 'is', 'are')} neither the "
+            f"model's nor the optimizer's: {some(layout.others)}",
         )
     has_names = optimizer is not None and optimizer.leaves.are_named
     return ShardedCheckpoint(

@@ -13,7 +13,6 @@ _FSDP_PART = LazyPattern(r"__.*_.*\.distcp")
 _DCP = "converters.dcp.reader:read"
 _FSDP = "converters.dcp.fsdp_folder:read"
 _READS = "ckpt show, to-fp32 and ckpt.open read it"
-_UNREAD = "{statement}, which ckpt does not read yet: {remedy}"
 
 
 def megatron_dist(look: Look) -> str | None:
@@ -92,8 +91,8 @@ KINDS = (
         recognized_by="`common.pt` and `metadata.json`",
         sign=megatron_dist,
         statement="is a distributed checkpoint of Megatron-Core ({evidence})",
-        remedy="Megatron Bridge exports it to a model folder",
-        refusal="{statement}, which ckpt does not read: {remedy}",
+        reader="converters.dcp.megatron:read",
+        remedy=_READS + ", and Megatron Bridge exports it to a model of transformers",
         trouble="unsupported",
     ),
     Kind(
@@ -156,8 +155,8 @@ KINDS = (
         sign=dcp_safetensors,
         statement="is a checkpoint of torch.distributed.checkpoint in safetensors ({evidence}), "
         "whose files may hold pieces of tensors",
-        remedy="load it with torch's HuggingFaceStorageReader",
-        refusal=_UNREAD,
+        remedy=_READS,
+        reader="converters.dcp.reader:read_safetensors",
         trouble="unsupported",
     ),
     Kind(

@@ -23,6 +23,7 @@ SECTIONS = {  # the commands, each with the module of this package that has it
         "to-universal": "rewrite",
         "from-universal": "rewrite",
         "to-dcp": "crossing.dcp",
+        "from-dcp": "crossing.dcp",
     },
     "Runs": {
         "ls": "runs",

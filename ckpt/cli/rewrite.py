@@ -46,6 +46,7 @@ SHARED = (
 
 
 def world_size_option(**settings: Any) -> Callable[..., Any]:
+    """The option --world-size, with these settings of click."""
     return click.option("--world-size", metavar="RANKS", type=click.IntRange(1), **settings)
 
 

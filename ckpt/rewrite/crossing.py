@@ -1,9 +1,10 @@
-"""A training state written as a distributed checkpoint of torch: move, prove, and commit last.
+"""A training state that crosses between DeepSpeed and FSDP: move, prove, and commit last.
 
 ``ckpt.rewrite.dcp`` decides what is written, here it is done:
 
 OUTPUT/
   .metadata, __R_0.distcp            or in pytorch_model_fsdp_0/ and optimizer_0/: torch's files
+  latest, global_stepN/...           or DeepSpeed's
   trainer_state.json, rng_state_R.pth, config.json, ...   copied
   scheduler.pt                       of what DeepSpeed's model file has, where none is to be copied
   rewriting.json                     what the output was made of
@@ -11,10 +12,10 @@ OUTPUT/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ckpt.folders import filenames, locks, staging
 from ckpt.results import FileEntry, TrainingState
@@ -31,14 +32,23 @@ from converters.source import Source
 from converters.storage import local, open_files, stores
 from converters.storage.local_store import LOCAL
 from converters.zero.merging import checkpoint as merged
-
-if TYPE_CHECKING:
-    from converters.dcp.writing.folder import StateEntry
+from converters.zero.native.target import TargetTopology
 
 ARGUMENTS = (  # of the functions for users, as errors name them
     *("output=", "tag=", "layout=", "files=", "tp_rules="),
+    *("world_size=", "stage=", "dtype=", "buffer=", "sub_group_size="),
     *("verify=False", "read_back=True", "overwrite=True"),
 )
+
+
+class Proof(Protocol):
+    """What proves the finished files of a crossing, which lie in ``folder``."""
+
+    def verify(self, folder: Path) -> RewriteChecks:
+        """Traces them back to the source; ``CheckpointError`` for what is not equal."""
+
+    def read_back(self, folder: Path) -> int:
+        """Reads them once more, compares CRC32s; gives the bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -46,28 +56,28 @@ class Crossing:
     """A crossing decided on but not begun: what is read, what is written, and where.
 
     ``path`` is what the caller named the source by, ``home`` the folder with its companions.
-    ``folders`` has the entries of each folder of DCP, by its name in the output. ``trained_count``
-    counts the parameters that have states.
+    ``target`` is what DeepSpeed's files are for, with their ``tag``; ``None`` for torch's.
     """
 
     source: Source
     path: Path
     home: Path
-    layout: str
-    folders: Mapping[str, Sequence[StateEntry]]
     plan: Plan
+    proof: Proof
     output: Path
     companions: tuple[tuple[Path, str], ...]
-    trained_count: int
+    target: TargetTopology | None = None
+    tag: str | None = None
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """One short line, whatever the number of tensors."""
-        return f"<Crossing {str(self.source.place.folder)!r} to {str(self.output)!r}: DCP>"
+        form = "DCP" if self.target is None else f"stage {self.target.stage}"
+        return f"<Crossing {str(self.source.place.folder)!r} to {str(self.output)!r}: {form}>"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the output: torch's files and the copied ones."""
+        """Bytes of the output: torch's or DeepSpeed's files and the copied ones."""
         return self.plan.nbytes + sum(stores.status(path).size for path, _ in self.companions)
 
 
@@ -141,7 +151,8 @@ def _move(
     if verify and isinstance(source, merged.MergedCheckpoint):
         replicas.require_same(source.tensors())
 
-    checks = shards.CheckOptions(verify=verify)
+    # numbers may overflow, as torch rounds when the engine does it
+    checks = shards.CheckOptions(verify=verify, allow_overflow=True)
     logbook = Logbook(staged_folder / filenames.LOGBOOK)
     return shards.execute(
         crossing.plan, staged_folder, checks, workers=workers, progress=progress, logbook=logbook
@@ -150,31 +161,16 @@ def _move(
 
 @open_files.once()
 def _prove(crossing: Crossing, staged_folder: Path) -> RewriteChecks:
-    from converters.dcp.writing import proof
-
-    counts = proof.verify(crossing.folders, crossing.plan, staged_folder)
-    return RewriteChecks(
-        parameter_tensors=crossing.trained_count,
-        optimizer_tensors=counts.states,
-        other_tensors=counts.weights - crossing.trained_count,
-        reference_tensors=0,
-        crc32_bytes=0,
-        no_crc32_bytes=0,
-        read_back_bytes=0,
-        verified=False,
-    )
+    return crossing.proof.verify(staged_folder)
 
 
 @open_files.once()
 def _read_back(crossing: Crossing, staged_folder: Path) -> int:
-    """Reads every record of the output, compares its CRC32; gives the bytes."""
-    from converters.dcp.writing import proof
-
-    return proof.read_back(crossing.folders, staged_folder)
+    return crossing.proof.read_back(staged_folder)
 
 
 def _complete(crossing: Crossing, staged_folder: Path) -> None:
-    """Writes everything beside torch's files; the record of what it was made of last."""
+    """Writes all else; last the pointer to DeepSpeed's files."""
     folders = {staged_folder}
     for path, name in crossing.companions:
         stores.copy_file(path, staged_folder / name)
@@ -184,7 +180,7 @@ def _complete(crossing: Crossing, staged_folder: Path) -> None:
 
     source = crossing.source
     origin = Ancestry(
-        "dcp",
+        "dcp" if crossing.target is None else "resharded",
         name=crossing.home.name or None,
         step=source.step,
         world_size=merged.original(source).world_size if source.topology else None,
@@ -192,18 +188,21 @@ def _complete(crossing: Crossing, staged_folder: Path) -> None:
     )
     manifest = records.source_manifest(crossing.home, source.place.folder.name)
     origin = records.first_origin(crossing.home, manifest, origin)
-    records.write_record(staged_folder, origin, None)
+    records.write_record(staged_folder, origin, crossing.target)
+    if crossing.tag is not None:
+        local.write_file(staged_folder / "latest", crossing.tag.encode())
 
 
 def preview(crossing: Crossing) -> RewriteResult:
     """What the crossing would read and write; reads no tensor."""
     source = merged.original(crossing.source)
+    stage = crossing.target.stage if crossing.target else None
     return RewriteResult(
         dry_run=True,
         output=crossing.output,
-        tag=None,
-        stage=None,
-        world_size=None,
+        tag=crossing.tag,
+        stage=stage,
+        world_size=crossing.target.rank_count if crossing.target else None,
         source=TrainingState(
             kind=source.kind,
             path=source.place.folder,

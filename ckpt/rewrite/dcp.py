@@ -1,14 +1,17 @@
-"""To a distributed checkpoint of torch (DCP): what is written and where. ``crossing`` does it.
+"""To a distributed checkpoint of torch (DCP) and back: what is written and where. ``crossing``
+does it.
 
 out/checkpoint-500-dcp/      for any number of ranks of FSDP, with torch's own dcp.load
   .metadata, __R_0.distcp      or pytorch_model_fsdp_0/ and optimizer_0/, as Accelerate has them
   everything else              copied
+out/checkpoint-500-z2-w4/    DeepSpeed's native files, of such a checkpoint
+  latest, global_step500/...
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,33 +19,40 @@ from typing import Any
 from ckpt.rewrite import job
 from ckpt.rewrite.crossing import ARGUMENTS, Crossing
 from ckpt.rewrite.crossing import execute as execute
+from ckpt.rewrite.crossing_proofs import DcpProof, NativeProof
 from ckpt.weights.arguments import naming_arguments, require_choice
 from ckpt.weights.companions import model_folder
 from converters.accessors import is_whole_number
 from converters.dcp.checkpoint import ShardedCheckpoint
-from converters.dcp.writing import folder, layouts, crossing_state
+from converters.dcp.native import files as native_files
+from converters.dcp.native import training
+from converters.dcp.writing import crossing_state, folder, layouts
 from converters.dcp.writing.crossing_state import CrossingState
 from converters.detect import detect
 from converters.detect import detection as detections
 from converters.detect.deepspeed import PIPELINE, TENSOR_PARALLEL, UNIVERSAL
-from converters.errors import CheckpointError
+from converters.errors import CheckpointError, consistent
 from converters.plan import Plan, Shard
 from converters.source import Source
 from converters.storage import open_files, stores
 from converters.storage.store import default_output, output_path
 from converters.storage.stores import source_path
 from converters.storage.url_path import absolute
+from converters.tensors import DType
 from converters.torch_files import file_plan
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files import several_models
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging import reader as merging
+from converters.zero.native.target import SUB_GROUP, TargetTopology, require_arguments
 from converters.zero.parallel import rules
 from converters.zero.universal import reader
 
 SUFFIX = "-dcp"
 MAX_FILES = 4096
 _DEFAULT_FILES = 8  # at most: more make items small
+_COMPUTED_IN = {"bf16": DType.BF16, "fp32": DType.F32}  # fp16 needs a loss scale, which FSDP lacks
+_NATIVE = "ckpt reshard takes one of DeepSpeed for other ranks or stages"
 _OF_ZERO = ("deepspeed", TENSOR_PARALLEL, PIPELINE)
 # weights that are written as DCP, and what reads DeepSpeed's files
 _NOT_COPIED = (
@@ -80,7 +90,7 @@ def plan_to(
     with rules.using(tp_rules):
         source, state = _read(path, tag)
     home = job.home_of(source) if isinstance(source, Checkpoint) else absolute(source.place.root)
-    companions = _companions(source, home)
+    companions = _companions(source, home, merged.original(source).world_size)
 
     folders = layouts.folders(state, layout)
     file_count = files or min(merged.original(source).world_size, _DEFAULT_FILES)
@@ -92,17 +102,70 @@ def plan_to(
     if layout == "accelerate":
         shards = [*_scheduler(source, [name for _, name in companions]), *shards]
 
+    plan = _plan(source, shards)
+    trained_count = sum(len(group.names) for group in state.groups)
     return Crossing(
         source=source,
         path=path,
         home=home,
-        layout=layout,
-        folders=folders,
-        plan=_plan(source, shards),
+        plan=plan,
+        proof=DcpProof(folders, plan, trained_count),
         output=absolute(output_path(output or default_output(home, home.name + SUFFIX))),
         companions=companions,
-        trained_count=sum(len(group.names) for group in state.groups),
         notes=(*source.notes, *state.omissions, *_notes(source, state)),
+    )
+
+
+@naming_arguments(*ARGUMENTS)
+@open_files.once()
+def plan_from(
+    folder: str | os.PathLike[str],
+    world_size: int,
+    *,
+    stage: int,
+    output: str | os.PathLike[str] | None = None,
+    dtype: str = "bf16",
+    buffer: Collection[str] = (),
+    sub_group_size: int | None = None,
+) -> Crossing:
+    """Plans DeepSpeed's native files of a checkpoint of FSDP or DCP, for ranks and a stage.
+
+    ``dtype`` is what the engine will compute in, "bf16" or "fp32". ``buffer`` names tensors that
+    are buffers of the model and no parameters, which DCP does not say. ``sub_group_size`` as
+    ``reshard.plan`` has it. Reads headers and step counts. Raises ``CheckpointError``, too for
+    states that ZeRO does not keep: other steps within a group.
+    """
+    require_arguments(world_size, stage, sub_group_size)
+    require_choice("dtype", dtype, _COMPUTED_IN)
+    path = source_path(folder)
+    source = detections.read(path, complete=True)
+    if not isinstance(source, ShardedCheckpoint):
+        raise detect(path).unlike("a checkpoint of FSDP or DCP", _NATIVE)
+
+    with consistent(source.place.folder, "a file is damaged or of another save"):
+        fsdp_training = training.of(source, buffer)
+        element_type = _COMPUTED_IN[dtype]
+        target = TargetTopology(
+            stage,
+            world_size,
+            sub_group_size=sub_group_size or SUB_GROUP,
+            itemsize=element_type.itemsize,
+        )
+        plan = native_files.plan(fsdp_training, target, element_type)
+
+    home = absolute(source.place.root)
+    name = f"{home.name.removesuffix(SUFFIX)}-z{stage}-w{world_size}"
+    return Crossing(
+        source=fsdp_training.source,
+        path=path,
+        home=home,
+        plan=plan,
+        proof=NativeProof(fsdp_training, target, plan),
+        output=absolute(output_path(output or default_output(home, name))),
+        companions=_companions(source, home, world_size),
+        target=target,
+        tag=native_files.tag_of(fsdp_training),
+        notes=(*source.notes, *fsdp_training.notes),
     )
 
 
@@ -125,7 +188,7 @@ def _read(path: Path, tag: str | None) -> tuple[Source, CrossingState]:
     return source, crossing_state.of_weights(source)
 
 
-def _companions(source: Source, home: Path) -> tuple[tuple[Path, str], ...]:
+def _companions(source: Source, home: Path, new_world_size: int) -> tuple[tuple[Path, str], ...]:
     """The files to copy and their names; of weights alone those of the model."""
     world_size = merged.original(source).world_size
     if source.topology is None:
@@ -134,7 +197,7 @@ def _companions(source: Source, home: Path) -> tuple[tuple[Path, str], ...]:
             (path, path.relative_to(home).as_posix()) for path in paths if stores.is_file(path)
         ]
     else:
-        companions = [*job.companions_for(home, world_size, world_size)]
+        companions = [*job.companions_for(home, world_size, new_world_size)]
 
     return tuple(
         (path, name)
@@ -147,8 +210,11 @@ def _plan(source: Source, shards: list[Shard]) -> Plan:
     """The plan of the files, with the checksums of what they take bytes from."""
     if isinstance(source, Checkpoint):
         return file_plan.plan(shards)
+    checksums = source.weights.checksums
+    if isinstance(source, ShardedCheckpoint) and source.groups is not None:
+        checksums = training.checksums_of(source, source.groups())
     total = sum(placement.nbytes for shard in shards for placement in shard.placements)
-    return Plan(tuple(shards), None, total, {}, source.weights.checksums)
+    return Plan(tuple(shards), None, total, {}, checksums)
 
 
 def _scheduler(source: Source, companion_names: list[str]) -> Iterator[Shard]:

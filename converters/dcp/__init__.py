@@ -15,5 +15,5 @@ ties              names of tensors that are stored twice
 rank_files        a file of FSDP for each rank;  torch_state  leaves of files of ``torch.save``
 safetensors_state chunks in safetensors files
 megatron          names of Megatron-Core, whose layers are stacked
-writing/          a training state as such a checkpoint
+writing/          a training state as such a checkpoint;  native/  back to DeepSpeed's files
 """

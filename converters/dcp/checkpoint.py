@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from converters.source import Source
+
+if TYPE_CHECKING:
+    from converters.dcp.boxes import LocatedTensor
 
 
 class ParameterGroup(NamedTuple):
@@ -22,7 +25,11 @@ class ShardedCheckpoint(Source):
     """A checkpoint that FSDP, DDP or a plain training saved in pieces.
 
     ``groups`` reads the optimizer's groups when it is called; ``None`` where no optimizer was
-    saved, or its states have numbers instead of names.
+    saved, or its states have numbers instead of names. ``located_states`` has every tensor that
+    the optimizer keeps for a parameter, numbers too, and the records that it lies in.
     """
 
     groups: Callable[[], tuple[ParameterGroup, ...]] | None = field(default=None, compare=False)
+    located_states: Callable[[str], Mapping[str, LocatedTensor]] | None = field(
+        default=None, compare=False
+    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from converters.dcp.boxes import LocatedTensor
 from converters.dcp.checkpoint import ParameterGroup
 from converters.dcp.layouts import OptimizerLeaves
 from converters.dcp.saved_state import SavedState, number_of
@@ -62,6 +63,15 @@ class SavedOptimizer:
         return {
             key: _as_number(value) if has_axes or key == _STEP else value
             for key, value in values.items()
+        }
+
+    def located(self, name: str) -> dict[str, LocatedTensor]:
+        """Every tensor that is kept for a parameter, as it lies in the files."""
+        leaves = self.leaves.states[name]
+        return {
+            key: self.state.tensor(leaf)
+            for key, leaf in leaves.items()
+            if leaf in self.tensor_names
         }
 
     def groups(self) -> tuple[ParameterGroup, ...]:

@@ -111,6 +111,7 @@ def assembled(
         topology=SourceTopology(state.world_size),
         optimizer=None if optimizer is None else optimizer.of_parameter,
         groups=None if optimizer is None or not has_names else optimizer.groups,
+        located_states=None if optimizer is None or not has_names else optimizer.located,
         precision=_precision(weights),
         step=_step(state),
         notes=(*notes, *others),

@@ -39,7 +39,7 @@ converters.zero.experts converters.zero.pipeline
 converters.zero.merging
 converters.zero.native
 converters.zero.universal
-converters.dcp.writing
+converters.dcp.native converters.dcp.writing
 
 ckpt.deprecation ckpt.requirements ckpt.results
 ckpt.cli.results ckpt.cli.usage ckpt.folders ckpt.distributed ckpt.weights

@@ -1,4 +1,7 @@
-"""The command that writes training states for FSDP: ``to-dcp``. It parses, calls and prints."""
+"""The commands that cross between DeepSpeed and FSDP: ``to-dcp``, ``from-dcp``.
+
+They parse, call and print.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt.cli.options import CHECKPOINT, OUTPUT_PATH, TAG
-from ckpt.cli.rewrite import SHARED, run, with_options
+from ckpt.cli.rewrite import SHARED, run, with_options, world_size_option
 from ckpt.cli.usage.command import Command
 from ckpt.cli.weight_options import TP_RULES
 
@@ -70,4 +73,65 @@ def to_dcp(
     run(plan, crossing, **options)
 
 
-COMMANDS = (to_dcp,)
+@click.command("from-dcp", cls=Command, short_help="Write native ZeRO files of an FSDP checkpoint.")
+@CHECKPOINT
+@world_size_option(required=True, help="The ranks (GPUs) that will resume.")
+@click.option(
+    "--stage", metavar="N", type=click.IntRange(1, 3), required=True, help="The ZeRO stage."
+)
+@click.option("-o", "--output", type=OUTPUT_PATH, help="Default: CHECKPOINT-zN-wRANKS.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "fp32"]),
+    default="bf16",
+    show_default=True,
+    help="What the engine will compute in.",
+)
+@click.option(
+    "--buffer",
+    metavar="NAME",
+    multiple=True,
+    help="A tensor that is a buffer of the model, and no frozen parameter. May be repeated.",
+)
+@click.option(
+    "--sub-group-size",
+    metavar="ELEMENTS",
+    type=click.IntRange(1),
+    help="The sub_group_size of the engine that will resume with stage 3. Default: DeepSpeed's.",
+)
+@with_options(SHARED)
+def from_dcp(
+    checkpoint: Path,
+    world_size: int,
+    stage: int,
+    output: Path | None,
+    dtype: str,
+    buffer: tuple[str, ...],
+    sub_group_size: int | None,
+    **options: Any,
+) -> None:
+    """Write DeepSpeed's native files of a checkpoint that FSDP or dcp.save wrote.
+
+    The output is loaded by plain engine.load_checkpoint, and by the Trainer. Weights, every
+    optimizer state, steps and options of the optimizer are those of CHECKPOINT.
+
+    \b
+    ckpt from-dcp out/checkpoint-500 --world-size 4 --stage 2
+    ckpt from-dcp outputs/step-1000 --world-size 8 --stage 3 -o resume/checkpoint-1000
+    """
+    from ckpt.rewrite import crossing, dcp
+
+    plan = dcp.plan_from(
+        checkpoint,
+        world_size,
+        stage=stage,
+        output=output,
+        dtype=dtype,
+        buffer=buffer,
+        sub_group_size=sub_group_size,
+    )
+
+    run(plan, crossing, **options)
+
+
+COMMANDS = (to_dcp, from_dcp)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from converters.dcp.writing import metadata
-from converters.dcp.writing.items import TorchItem, Number, PlainObject, Value, item
+from converters.dcp.writing.items import Number, PlainObject, TorchItem, Value, item
 from converters.dcp.writing.metadata import (
     Chunk,
     ItemSpan,

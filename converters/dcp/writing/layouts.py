@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, get_args
 
+from converters.dcp.writing.crossing_state import CrossingState, OptimizerGroup
 from converters.dcp.writing.folder import OPTIMIZER, StateEntry
 from converters.dcp.writing.items import PlainObject
-from converters.dcp.writing.crossing_state import OptimizerGroup, CrossingState
 
 LayoutName = Literal["plain", "accelerate", "torchtitan"]
 LAYOUTS: tuple[LayoutName, ...] = get_args(LayoutName)

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from converters.dcp import boxes, items, metadata
-from converters.dcp.description import Description
+from converters.dcp.dcp_state import DcpState
 from converters.dcp.writing.folder import StateEntry
 from converters.dcp.writing.items import Number, PlainObject
 from converters.dcp.writing.metadata import dotted
@@ -43,35 +42,33 @@ def verify(folders: Mapping[str, Sequence[StateEntry]], plan: Plan, output: Path
     state_count = tensor_count = 0
     for name, entries in folders.items():
         folder = output / name
-        description = metadata.read(folder)
-        _require_names(description, entries)
+        state = DcpState(folder)
+        _require_names(state, entries)
         for entry in entries:
-            _require_equal(provenance, description, entry)
+            _require_equal(provenance, state, entry)
             tensor_count += not isinstance(entry.value, PlainObject)
             state_count += entry.is_state
 
     return Counts(tensor_count - state_count, state_count)
 
 
-def _require_names(description: Description, entries: Sequence[StateEntry]) -> None:
+def _require_names(state: DcpState, entries: Sequence[StateEntry]) -> None:
     """Raises unless a folder has the names that it should have, under the same paths."""
     expected_keys = {dotted(entry.path): tuple(map(str, entry.path)) for entry in entries}
-    names = description.tensors.keys() | description.objects.keys()
-    if names != expected_keys.keys() or dict(description.keys) != expected_keys:
-        raise CheckpointError(f"{description.folder}: its names are not the plan's; {_BUG}")
+    if {leaf.name: leaf.keys for leaf in state.leaves} != expected_keys:
+        raise CheckpointError(f"{state.folder}: its names are not the plan's; {_BUG}")
 
 
-def _require_equal(provenance: Provenance, description: Description, entry: StateEntry) -> None:
+def _require_equal(provenance: Provenance, state: DcpState, entry: StateEntry) -> None:
     name, expected = dotted(entry.path), entry.value
-    folder = description.folder
     if isinstance(expected, PlainObject):
-        is_equal = _is_same_object(items.value(name, description.objects[name]), expected.tree)
+        is_equal = _is_same_object(state.value(name), expected.tree)
     else:
-        tensor = boxes.located(folder, name, description.tensors[name]).tensor
+        tensor = state.tensor(name).tensor
         is_equal = tensor is not None and _is_same_tensor(provenance, tensor, expected)
 
     if not is_equal:
-        raise CheckpointError(f"{folder}: {name} is not what the source has; {_BUG}")
+        raise CheckpointError(f"{state.folder}: {name} is not what the source has; {_BUG}")
 
 
 def _is_same_tensor(
@@ -100,13 +97,14 @@ def _is_same_object(value: Any, expected: Any) -> bool:
 def read_back(folders: Mapping[str, Sequence[StateEntry]], output: Path) -> int:
     """Reads the bytes of every tensor of the finished folders, compares CRC32s; gives the bytes."""
     total_bytes = 0
-    for folder_name in folders:
-        description = metadata.read(output / folder_name)
+    for folder_name, entries in folders.items():
+        state = DcpState(output / folder_name)
         records: dict[Extent, Checksum] = {}
-        for name, tensor in description.tensors.items():
-            located = boxes.located(description.folder, name, tensor)
-            # what has two names is read once
-            records |= {checksum.extent: checksum for checksum in located.checksums}
+        for entry in entries:
+            if not isinstance(entry.value, PlainObject):
+                located = state.tensor(dotted(entry.path))
+                # what has two names is read once
+                records |= {checksum.extent: checksum for checksum in located.checksums}
 
         checked_bytes, _ = Ledger().check(records.values())
         total_bytes += checked_bytes

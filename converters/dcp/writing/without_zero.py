@@ -42,14 +42,13 @@ def groups(checkpoint: Checkpoint) -> list[ParamGroup]:
 def _names_in(checkpoint: Checkpoint, master: TensorRef) -> list[str]:
     """The parameters whose weights lie in a vector, in its order."""
     offsets: dict[str, int] = {}
+    vector = master.extents[0] if master.numel else None
     for name, tensor in checkpoint.weights.tensors.items():
-        if not tensor.numel or name in checkpoint.weights.buffers:
+        if not tensor.numel or vector is None or name in checkpoint.weights.buffers:
             continue
         first = tensor.extents[0]
-        vector = master.extents[0] if master.numel else None
-        if vector is not None and first.path == vector.path:
-            if vector.offset <= first.offset < vector.end:
-                offsets[name] = first.offset
+        if first.path == vector.path and vector.offset <= first.offset < vector.end:
+            offsets[name] = first.offset
 
     return sorted(offsets, key=lambda name: offsets[name])
 

@@ -24,6 +24,7 @@ from typing import Any
 from converters.errors import CheckpointError
 from converters.execute.workers import Progress
 from converters.plan import Placement, Plan
+from converters.source import Source
 from converters.storage.checksums import Ledger
 from converters.tensors import Extent, TensorRef
 from converters.torch_files import object_graph, reader
@@ -79,7 +80,7 @@ class Provenance:
 
 
 def verify_tensors(
-    source: Checkpoint,
+    source: Source,
     source_groups: Sequence[ParamGroup],
     result: Checkpoint,
     plan: Plan,

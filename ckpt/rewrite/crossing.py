@@ -57,6 +57,7 @@ class Crossing:
 
     ``path`` is what the caller named the source by, ``home`` the folder with its companions.
     ``target`` is what DeepSpeed's files are for, with their ``tag``; ``None`` for torch's.
+    ``buffers`` are written down for these, where the source tells them.
     """
 
     source: Source
@@ -68,6 +69,7 @@ class Crossing:
     companions: tuple[tuple[Path, str], ...]
     target: TargetTopology | None = None
     tag: str | None = None
+    buffers: frozenset[str] | None = None
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -188,7 +190,7 @@ def _complete(crossing: Crossing, staged_folder: Path) -> None:
     )
     manifest = records.source_manifest(crossing.home, source.place.folder.name)
     origin = records.first_origin(crossing.home, manifest, origin)
-    records.write_record(staged_folder, origin, crossing.target)
+    records.write_record(staged_folder, origin, crossing.target, crossing.buffers)
     if crossing.tag is not None:
         local.write_file(staged_folder / "latest", crossing.tag.encode())
 

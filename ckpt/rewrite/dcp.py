@@ -20,6 +20,7 @@ from ckpt.rewrite import job
 from ckpt.rewrite.crossing import ARGUMENTS, Crossing
 from ckpt.rewrite.crossing import execute as execute
 from ckpt.rewrite.crossing_proofs import DcpProof, NativeProof
+from ckpt.runs.ancestry import record_in
 from ckpt.weights.arguments import naming_arguments, require_choice
 from ckpt.weights.companions import model_folder
 from converters.accessors import is_whole_number
@@ -112,6 +113,7 @@ def plan_to(
         proof=DcpProof(folders, plan, trained_count),
         output=absolute(output_path(output or default_output(home, home.name + SUFFIX))),
         companions=companions,
+        buffers=_buffers(source),
         notes=(*source.notes, *state.omissions, *_notes(source, state)),
     )
 
@@ -143,7 +145,9 @@ def plan_from(
         raise detect(path).unlike("a checkpoint of FSDP or DCP", _NATIVE)
 
     with consistent(source.place.folder, "a file is damaged or of another save"):
-        fsdp_training = training.of(source, buffer)
+        record = record_in(absolute(source.place.root))
+        known_buffers = record.buffers if record is not None else None
+        fsdp_training = training.of(source, buffer, known_buffers)
         element_type = _COMPUTED_IN[dtype]
         target = TargetTopology(
             stage,
@@ -167,6 +171,13 @@ def plan_from(
         tag=native_files.tag_of(fsdp_training),
         notes=(*source.notes, *fsdp_training.notes),
     )
+
+
+def _buffers(source: Source) -> frozenset[str] | None:
+    """The model's buffers, by their names in DCP, where the source tells them."""
+    if not isinstance(source, Checkpoint):
+        return None
+    return frozenset(map(crossing_state.canonical, source.weights.buffers))
 
 
 def _read(path: Path, tag: str | None) -> tuple[Source, CrossingState]:

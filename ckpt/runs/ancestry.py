@@ -146,15 +146,19 @@ class Record:
     """What ``rewriting.json`` says: what was made, and of what.
 
     ``stage`` and ``world_size`` are ``None`` for the universal format and DCP, which have none.
+    ``buffers`` are the names of the model's buffers, which DCP does not tell from parameters.
     """
 
     source: Ancestry
     stage: int | None = None
     world_size: int | None = None
+    buffers: tuple[str, ...] | None = None
 
     def dumps(self) -> bytes:
         """The content of the file."""
         content = {"format": FORMAT, "ckpt": __version__} | asdict(self)
+        if self.buffers is None or len(str(self.buffers)) > MAX_BYTES // 4:
+            del content["buffers"]
         return bounded_json.dumps(content)
 
 
@@ -202,4 +206,6 @@ def _record(document: object) -> Record | None:
         is_number = value is None or is_whole_number(value)
         fields.require(is_number, name, value, "a whole number or null")
 
-    return Record(source, **topology)
+    names = document.get("buffers")
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return Record(source, **topology, buffers=tuple(names or ()) if is_list else None)

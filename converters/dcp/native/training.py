@@ -51,8 +51,14 @@ class FsdpTraining:
         return [name for name in weights.tensors if name not in trained | weights.buffers]
 
 
-def of(source: ShardedCheckpoint, buffer_names: Collection[str]) -> FsdpTraining:
+def of(
+    source: ShardedCheckpoint,
+    buffer_names: Collection[str],
+    all_buffers: Collection[str] | None = None,
+) -> FsdpTraining:
     """The training; ``buffer_names`` are tensors of which the caller knows that they are buffers.
+
+    ``all_buffers`` are those that ``ckpt to-dcp`` wrote down, if it made the checkpoint.
 
     ``CheckpointError`` where there is no optimizer, its states are not for each element, or
     the parameters of a group took different numbers of steps.
@@ -64,7 +70,8 @@ def of(source: ShardedCheckpoint, buffer_names: Collection[str]) -> FsdpTraining
             "unsupported",
         )
 
-    source = _with_buffers(source, buffer_names)
+    present_buffers = [name for name in all_buffers or () if name in source.weights.tensors]
+    source = _with_buffers(source, {*buffer_names, *present_buffers})
     groups = [
         _group(source, group, index) for index, group in enumerate(saved_groups) if group.names
     ]
@@ -74,7 +81,7 @@ def of(source: ShardedCheckpoint, buffer_names: Collection[str]) -> FsdpTraining
         _step_of(source, saved_groups),
         checksums_of(source, saved_groups),
     )
-    return replace(training, notes=tuple(_notes(training)))
+    return replace(training, notes=tuple(_notes(training) if all_buffers is None else ()))
 
 
 def checksums_of(

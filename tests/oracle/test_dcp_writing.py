@@ -328,7 +328,7 @@ def test_arguments_that_mean_nothing_are_refused(arguments: Any, tmp_path: Path)
 def test_the_proof_sees_a_tensor_in_the_place_of_another(tmp_path: Path) -> None:
     plan = planned(tmp_path)
     crossing.execute(plan)
-    entries = list(plan.folders[""])
+    entries = list(plan.proof.folders[""])
     first, second, *_ = (
         index for index, entry in enumerate(entries) if entry.path[-1] == "exp_avg_sq"
     )
@@ -341,7 +341,7 @@ def test_the_proof_sees_another_option(tmp_path: Path) -> None:
     crossing.execute(plan)
     entries = [
         entry._replace(value=PlainObject(0.02)) if entry.path[-1] == "lr" else entry
-        for entry in plan.folders[""]
+        for entry in plan.proof.folders[""]
     ]
     require_unproven(plan, entries, tmp_path)
     require_unproven(plan, entries[:-1], tmp_path)

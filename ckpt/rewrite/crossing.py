@@ -41,7 +41,7 @@ ARGUMENTS = (  # of the functions for users, as errors name them
 )
 
 
-class Proof(Protocol):
+class CrossingProof(Protocol):
     """What proves the finished files of a crossing, which lie in ``folder``."""
 
     def verify(self, folder: Path) -> RewriteChecks:
@@ -64,7 +64,7 @@ class Crossing:
     path: Path
     home: Path
     plan: Plan
-    proof: Proof
+    proof: CrossingProof
     output: Path
     companions: tuple[tuple[Path, str], ...]
     target: TargetTopology | None = None

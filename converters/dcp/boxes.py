@@ -31,9 +31,7 @@ class Box(NamedTuple):
     tensor: TensorRef
 
 
-def located(
-    reader: ItemReader, folder: Path, name: str, tensor: StoredTensor
-) -> LocatedTensor:
+def located(reader: ItemReader, folder: Path, name: str, tensor: StoredTensor) -> LocatedTensor:
     """A tensor of ``.metadata``; ``CheckpointError`` where chunks lack or overlap, or are
     others than it says."""
     require_numel(folder, name, tensor.shape, [chunk.sizes for chunk in tensor.chunks])

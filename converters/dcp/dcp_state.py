@@ -28,7 +28,7 @@ class DcpState:
     @cached_property
     def leaves(self) -> Sequence[Leaf]:
         """The leaves in the order of the planner's keys, then those that it has none for."""
-        tensors, objects, keys = self.description[1:]
+        tensors, objects, keys = self.description[1:4]
         names = dict.fromkeys((*keys, *tensors, *objects))
         stored = [name for name in names if name in tensors or name in objects]
         guessed = layouts.keys_of_names(name for name in stored if name not in keys)
@@ -36,10 +36,11 @@ class DcpState:
 
     @cached_property
     def world_size(self) -> int:
-        """The ranks whose files hold something; 1 where the files have other names."""
+        """The ranks that described something, or whose files hold something."""
         paths = {place.path for place in self._places(leaf.name for leaf in self.leaves)}
         matches = [_ITEMS_OF_RANK.fullmatch(path.name) for path in paths]
-        return len({match[1] for match in matches if match}) or 1
+        ranks = {match[1] for match in matches if match}
+        return max(self.description.rank_count, len(ranks))
 
     def tensor(self, name: str) -> LocatedTensor:
         """A tensor, put together from its chunks."""

@@ -40,10 +40,12 @@ class Description(NamedTuple):
     """A folder of DCP: its leaves by their flat names, and the keys that lead to each.
 
     ``keys`` has a name for which the files say how the state dict was nested, in the order of
-    the state dict.
+    the state dict. ``rank_count`` are the ranks that described what they wrote: one for all, or
+    each.
     """
 
     folder: Path
     tensors: Mapping[str, StoredTensor]
     objects: Mapping[str, ItemPlace]
     keys: Mapping[str, KeyPath]
+    rank_count: int

@@ -18,7 +18,7 @@ from converters.dcp import layouts
 from converters.dcp import reader as dcp_reader
 from converters.dcp.checkpoint import ShardedCheckpoint
 from converters.dcp.description import KeyPath
-from converters.dcp.layouts import Layout
+from converters.dcp.layouts import StateLayout
 from converters.dcp.optimizer_state import SavedOptimizer
 from converters.dcp.saved_state import Leaf, SavedState
 from converters.detect import filenames
@@ -81,7 +81,7 @@ def _numbers(root: Path) -> list[int]:
 
 
 def _other_models(root: Path, number: int) -> tuple[str, ...]:
-    numbers = [other for other in _numbers(root) if other != number]
+    numbers = [model for model in _numbers(root) if model != number]
     if not numbers:
         return ()
     return (f"read model {number} of {len(numbers) + 1} in {root}",)
@@ -95,7 +95,7 @@ def _model(root: Path, number: int) -> SavedState:
 
 
 def _optimizer(
-    root: Path, number: int, model: Layout, world_size: int
+    root: Path, number: int, model: StateLayout, world_size: int
 ) -> SavedOptimizer | None:
     """The optimizer of a model; ``None`` where none was saved."""
     state = _state(root, _OPTIMIZER, number, (_OPTIMIZER,))
@@ -115,13 +115,13 @@ def _state(root: Path, stem: str, number: int, prefix: KeyPath) -> SavedState | 
 
         return DcpState(folder)
 
-    paths = _rank_files(root, f"{stem}_{number}") or (
-        _rank_files(root, stem) if number == 0 else []
-    )
+    paths = _rank_files(root, f"{stem}_{number}")
+    if not paths and number == 0:
+        paths = _rank_files(root, stem)
     if paths:
-        from converters.dcp.rank_files import RankFiles
+        from converters.dcp.rank_files import FilesOfRanks
 
-        return RankFiles(root, paths, prefix)
+        return FilesOfRanks(root, paths, prefix)
 
     path = root / (f"{stem}_{number}.bin" if number else f"{stem}.bin")
     if stores.is_file(path):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from converters.dcp.description import ItemPlace, StoredChunk
+from converters.dcp.description import ItemPlace, Shape, StoredChunk
 from converters.errors import CheckpointError
 from converters.pickles.values import Call
 from converters.storage import open_files, stores
@@ -24,6 +24,7 @@ from converters.torch_files import odd_tensors, zip_format
 from converters.torch_files.element_types import DTYPE_NAMES
 from converters.torch_files.rebuild import BUILDERS
 from converters.torch_files.torch_file import TorchFile
+from converters.walks import described
 
 _END_BYTES = 1 << 10  # of an item; torch writes about 700 bytes on either side of a storage
 
@@ -67,17 +68,22 @@ def located(reader: ItemReader, name: str, dtype: str, chunk: StoredChunk) -> Lo
     if not isinstance(root, TensorRef):
         if isinstance(root, Call) and not odd_tensors.is_object(root):
             return LocatedItem(None, reason=odd_tensors.reason(root))
-        raise _other(name, chunk.place, f"is no tensor, expected {dtype} {chunk.sizes}")
+        raise _contradiction(
+            name, chunk.place, f"is no tensor, expected {_type(dtype, chunk.sizes)}"
+        )
 
     stored = (DTYPE_NAMES.get(root.dtype), root.shape)
     if stored != (dtype, chunk.sizes):
-        raise _other(
-            name, chunk.place, f"is {stored[0]} {stored[1]}, expected {dtype} {chunk.sizes}"
-        )
+        kinds = f"is {_type(*stored)}, expected {_type(dtype, chunk.sizes)}"
+        raise _contradiction(name, chunk.place, kinds)
     return LocatedItem(root, file.checksums)
 
 
-def _other(name: str, place: ItemPlace, problem: str) -> CheckpointError:
+def _type(dtype: str | None, shape: Shape) -> str:
+    return f"{dtype} ({described(shape)})"
+
+
+def _contradiction(name: str, place: ItemPlace, problem: str) -> CheckpointError:
     return CheckpointError(
         f"{place.path}: what lies at byte {place.offset} for {name} {problem}; the files are "
         "damaged, or of different saves"
@@ -118,9 +124,7 @@ def _read(name: str, place: ItemPlace) -> TorchFile:
         Checksum(_moved(checksum.extent, place.offset), checksum.crc32)
         for checksum in torch_file.checksums
     )
-    return TorchFile(
-        place.path, torch_file.root, checksums, torch_file.digest, torch_file.saved_as
-    )
+    return TorchFile(place.path, torch_file.root, checksums, torch_file.digest, torch_file.saved_as)
 
 
 def _moved(extent: Extent, offset: int) -> Extent:

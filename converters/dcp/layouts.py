@@ -28,12 +28,11 @@ STATE, GROUPS = "state", "param_groups"
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "module")
 _OPTIMIZER = LazyPattern(r"optim(izer)?s?(_\d+|_states?(_dict)?)?")
 # of a training, beside a model whose names stand at the root
-_TRAINING_KEYS = frozenset(
-    """
-    train_state dataloader lr_scheduler lr_schedulers scheduler schedulers rng rng_state rng_states
-    extra extra_state callbacks loops trainer trainer_state data_loader sampler scaler grad_scaler
-    """.split()
-)
+_TRAINING_KEYS = {
+    *("train_state", "trainer", "trainer_state", "loops", "callbacks", "extra", "extra_state"),
+    *("dataloader", "data_loader", "sampler", "rng", "rng_state", "rng_states"),
+    *("lr_scheduler", "lr_schedulers", "scheduler", "schedulers", "scaler", "grad_scaler"),
+}
 
 
 class OptimizerLeaves(NamedTuple):
@@ -49,7 +48,7 @@ class OptimizerLeaves(NamedTuple):
         return not all(name.isdecimal() for name in self.states) or not self.states
 
 
-class Layout(NamedTuple):
+class StateLayout(NamedTuple):
     """``model`` are leaves by the names of the model's state dict, ``others`` tensors that are
     neither the model's nor the optimizer's, by their flat names."""
 
@@ -58,7 +57,7 @@ class Layout(NamedTuple):
     others: tuple[str, ...]
 
 
-def split(leaves: Sequence[Leaf]) -> Layout:
+def split(leaves: Sequence[Leaf]) -> StateLayout:
     """The parts of a state dict of a training."""
     below_optimizer = {leaf.name: _optimizer_keys(leaf.keys) for leaf in leaves}
     tensors = [leaf for leaf in leaves if leaf.is_tensor and below_optimizer[leaf.name] is None]
@@ -70,7 +69,7 @@ def split(leaves: Sequence[Leaf]) -> Layout:
     others = tuple(leaf.name for leaf in tensors if leaf.name not in used)
 
     optimizer_keys = {name: keys for name, keys in below_optimizer.items() if keys}
-    return Layout(of_model, _optimizer_leaves(optimizer_keys, of_model), others)
+    return StateLayout(of_model, _optimizer_leaves(optimizer_keys, of_model), others)
 
 
 def keys_of_names(names: Iterable[str]) -> dict[str, KeyPath]:
@@ -78,9 +77,9 @@ def keys_of_names(names: Iterable[str]) -> dict[str, KeyPath]:
     all other names, a model's is taken for one."""
     keys: dict[str, KeyPath] = {}
     for name in names:
-        first, _, rest = name.partition(".")
-        is_optimizer = bool(rest) and _OPTIMIZER.fullmatch(first) is not None
-        keys[name] = (first, rest) if is_optimizer else (name,)
+        first, _, tail = name.partition(".")
+        is_optimizer = bool(tail) and _OPTIMIZER.fullmatch(first) is not None
+        keys[name] = (first, tail) if is_optimizer else (name,)
 
     model_names = [name for name, path in keys.items() if len(path) == 1]
     firsts = {name.partition(".")[0] for name in model_names}
@@ -97,9 +96,9 @@ def _optimizer_keys(keys: KeyPath) -> KeyPath | None:
             continue
         below = keys[index + 1 :]
         for depth, first in enumerate(below[:2]):  # one of several optimizers has a key more
-            head, _, rest = first.partition(".")
+            head, _, tail = first.partition(".")
             if head in (STATE, GROUPS):
-                path = (head, rest, *below[depth + 1 :]) if rest else below[depth:]
+                path = (head, tail, *below[depth + 1 :]) if tail else below[depth:]
                 return path if len(path) > 1 else ()
         return ()
 

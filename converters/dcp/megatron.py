@@ -25,7 +25,7 @@ from converters.dcp import reader as dcp_reader
 from converters.dcp.boxes import LocatedTensor
 from converters.dcp.checkpoint import ShardedCheckpoint
 from converters.dcp.dcp_state import DcpState
-from converters.dcp.layouts import Layout, OptimizerLeaves
+from converters.dcp.layouts import OptimizerLeaves, StateLayout
 from converters.dcp.saved_state import Leaf, SavedState
 from converters.detect import filenames
 from converters.errors import CheckpointError
@@ -46,10 +46,10 @@ _NAMES = (
 
 
 class _Layer(NamedTuple):
-    """A stacked tensor and the number of a layer in it; ``None`` for a tensor that is not."""
+    """A tensor and the number of a layer in it; ``None`` where it is of no stack."""
 
     leaf: str
-    index: int | None
+    number: int | None
 
 
 class UnstackedState:
@@ -98,15 +98,15 @@ class UnstackedState:
 
     def tensor(self, name: str) -> LocatedTensor:
         """A tensor, or that of a layer in a stacked one."""
-        leaf, index = self.layers[name]
+        leaf, number = self.layers[name]
         if leaf not in self.located:
             self.located[leaf] = self.state.tensor(leaf)
         located = self.located[leaf]
-        if index is None or located.tensor is None:
+        if number is None or located.tensor is None:
             return located
 
         shape = located.tensor.shape
-        first = (index, *(0 for _ in shape[1:]))
+        first = (number, *(0 for _ in shape[1:]))
         layer = located.tensor.box(first, (1, *shape[1:])).view(*shape[1:])
         return located._replace(tensor=layer)
 
@@ -129,7 +129,7 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> ShardedC
     _require_backend(path)
     unstacked = UnstackedState(DcpState(path))
     state: SavedState = unstacked
-    layout = Layout({name: name for name in unstacked.layers}, OptimizerLeaves({}, {}), ())
+    layout = StateLayout({name: name for name in unstacked.layers}, OptimizerLeaves({}, {}), ())
     notes: tuple[str, ...] = (_NAMES,)
     if unstacked.stacked_names:
         names = unstacked.stacked_names

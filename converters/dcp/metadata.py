@@ -3,7 +3,8 @@
     Metadata
       state_dict_metadata   name -> TensorStorageMetadata(properties, size, chunks), or
                                     BytesStorageMetadata of anything else
-      storage_data          MetadataIndex(fqn, offset) -> _StorageInfo(relative_path, offset, length)
+      storage_data          MetadataIndex(fqn, offset)
+                                 -> _StorageInfo(relative_path, offset, length)
       planner_data          name -> the keys from the root of the state dict; Megatron-Core: None
 
 Saved without collectives, each rank describes its own chunks in ``__R.metadata``. Everything is
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from converters.accessors import is_whole_number
 from converters.dcp.description import (
@@ -35,6 +36,8 @@ from converters.pickles.values import Call, Global
 from converters.storage import open_files, stores
 from converters.storage.store import File, read_exactly
 from converters.torch_files.rebuild import BUILDERS
+from converters.walks import described
+from converters.words import numbers
 
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 1 << 30  # 512 ranks with 1,000 tensors each take 200 MB
@@ -74,25 +77,25 @@ def read(folder: Path) -> Description:
     for rank in ranks:
         _require_homes(rank, tensors)
     _require_apart(folder, tensors, objects)
-    return Description(folder, tensors, objects, keys)
+    return Description(folder, tensors, objects, keys, len(ranks))
 
 
 def _paths(folder: Path) -> list[Path]:
-    """The files that describe a folder; of ranks all, in the order of their numbers."""
+    """The files that describe a folder; of ranks all, in the order of their names_by_rank."""
     path = folder / METADATA
     if stores.is_file(path):
         return [path]
 
     names = [name for name in stores.names(folder) if name.endswith(METADATA)]
-    numbers = {_rank_number(name): name for name in names}
-    numbers.pop(None, None)
-    if not numbers:
+    names_by_rank = {_rank_number(name): name for name in names}
+    names_by_rank.pop(None, None)
+    if not names_by_rank:
         raise CheckpointError(
             f"{folder} has no {METADATA}, which is written last: its save did not finish",
             "incomplete",
         )
 
-    ranks = sorted(number for number in numbers if number is not None)
+    ranks = sorted(number for number in names_by_rank if number is not None)
     missing = sorted(set(range(ranks[-1] + 1)) - set(ranks)) if ranks[-1] < 1 << 20 else [0]
     if missing:
         raise CheckpointError(
@@ -100,7 +103,7 @@ def _paths(folder: Path) -> list[Path]:
             f"copy __{missing[0]}{METADATA} here from where it was saved",
             "incomplete",
         )
-    return [folder / numbers[rank] for rank in ranks]
+    return [folder / names_by_rank[rank] for rank in ranks]
 
 
 def _rank_number(name: str) -> int | None:
@@ -182,7 +185,7 @@ def _item_place(
     if not isinstance(relative_path, str) or not _is_inside(relative_path):
         raise MalformedError(f"{name} lies in a file outside of the folder")
     if not _is_size(offset) or not _is_size(nbytes):
-        raise MalformedError(f"{name} lies at byte {offset!r} and has {nbytes!r} bytes")
+        raise MalformedError(f"the place of {name} is not an offset and a number of bytes")
 
     steps = transforms if isinstance(transforms, (list, tuple)) else ()
     if relative_path not in paths:  # there are many items, and few files
@@ -211,9 +214,12 @@ def _tensor(
         bounds = zip(offsets, sizes, shape, strict=False)
         is_within = all(first + size <= end for first, size, end in bounds)
         if not len(offsets) == len(sizes) == len(shape) or not is_within:
-            raise MalformedError(f"{name} has a chunk of {sizes} at {offsets} in {shape}")
+            raise MalformedError(
+                f"{name} ({described(shape)}) has a chunk of {described(sizes)} at "
+                f"{numbers(offsets)}"
+            )
         if offsets in chunks:
-            raise MalformedError(f"{name} has two chunks at {offsets}")
+            raise MalformedError(f"{name} has two chunks at {numbers(offsets)}")
 
         place = places.get((name, offsets)) or places.get((name, None))
         if place is None:
@@ -225,7 +231,7 @@ def _tensor(
 
 
 def _dtype(name: str, fields: Mapping[str, Any]) -> str:
-    """torch's name of the element type: the first of TensorProperties."""
+    """The element type under torch's name: the first of TensorProperties."""
     properties = fields.get("properties")
     state = properties.state if isinstance(properties, Call) else None
     kind = state[0] if isinstance(state, tuple) and state else None
@@ -261,8 +267,8 @@ def _joined(
         return tensor
     if before[:2] != tensor[:2]:
         raise CheckpointError(
-            f"{path} describes {name} as {tensor.dtype} {tensor.shape}, another rank as "
-            f"{before.dtype} {before.shape}: these files are of different saves",
+            f"{path} describes {name} as {tensor.dtype} ({described(tensor.shape)}), another rank "
+            f"as {before.dtype} ({described(before.shape)}): these files are of different saves",
             "incomplete",
         )
 
@@ -275,8 +281,8 @@ def _require_homes(rank: _Rank, tensors: Mapping[str, StoredTensor]) -> None:
     for name, offsets in rank.homeless.items():
         if all(chunk.offsets != offsets for chunk in tensors[name].chunks):
             raise CheckpointError(
-                f"{rank.path} describes a chunk of {name} at {offsets}, and does not say where it "
-                "is stored",
+                f"{rank.path} describes a chunk of {name} at {numbers(offsets)}, and does not say "
+                "where it is stored",
                 "incomplete",
             )
 
@@ -310,7 +316,7 @@ def _class_name(value: Any) -> str | None:
 def _fields(value: Any, names: tuple[str, ...], label: str) -> Mapping[str, Any]:
     """The fields of a record of a class."""
     if _class_name(value) not in names or not isinstance(value.state, dict):
-        raise MalformedError(f"{label} is not a {names[0]} of torch")
+        raise MalformedError(f"{label} is not what torch describes as {names[0]}")
     state: Mapping[str, Any] = value.state
     return state
 
@@ -335,5 +341,5 @@ def _shape(value: Any, label: str) -> Shape:
     return value
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: Any) -> TypeGuard[int]:
     return is_whole_number(value) and value < _MAX_NUMBER

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from converters.pickles.values import Call, Global
 from converters.tensors import Checksum, TensorRef
 from converters.torch_files import reader
 from converters.torch_files.torch_file import TorchFile
+from converters.walks import described
 
 _SHARDED = "ShardedTensor"
 _DISTRIBUTED = "DTensor"
@@ -48,7 +50,7 @@ class _Placement(NamedTuple):
     is_strided: bool
 
 
-class RankFiles:
+class FilesOfRanks:
     """The files of all ranks, in their order; see ``SavedState``."""
 
     def __init__(self, folder: Path, paths: Sequence[Path], prefix: KeyPath = ()):
@@ -141,7 +143,10 @@ def _placed(pieces: Sequence[RankPiece]) -> tuple[Shape, list[tuple[Box, TorchFi
 
     shape = _shape(pieces[0].record.args, 2)
     specs = [_DTensorSpec.of(piece.record) for piece in pieces]
-    counts = [max(numbers) + 1 for numbers in zip(*(spec.coordinate for spec in specs))]
+    # torch before 2.9 does not pickle the mesh's shape in every form: then it is as far as the
+    # coordinates reach
+    reach = [max(places) + 1 for places in zip(*(spec.coordinate for spec in specs), strict=True)]
+    counts = list(map(max, reach, specs[0].mesh_shape or reach))
     placed = [
         (spec.box(shape, counts), piece.file) for spec, piece in zip(specs, pieces, strict=True)
     ]
@@ -173,6 +178,7 @@ class _DTensorSpec(NamedTuple):
     tensor: TensorRef
     placements: tuple[_Placement, ...]
     coordinate: Shape
+    mesh_shape: Shape | None
 
     @staticmethod
     def of(record: Call) -> _DTensorSpec:
@@ -183,13 +189,17 @@ class _DTensorSpec(NamedTuple):
         spec = _state(fields.get("_spec"))
         tensor = fields.get("_local_tensor")
         placements = spec.get("placements")
-        coordinate = _shape((_state(spec.get("mesh")).get("_coordinate_on_dim"),), 0)
+        mesh = _state(spec.get("mesh"))
+        coordinate = _shape((mesh.get("_coordinate_on_dim"),), 0)
         if not isinstance(tensor, TensorRef) or not isinstance(placements, tuple):
             raise MalformedError("a DTensor has no tensor or no placements")
         if len(placements) != len(coordinate):
             raise MalformedError("a DTensor has another number of placements than its mesh of axes")
 
-        return _DTensorSpec(tensor, tuple(map(_placement, placements)), coordinate)
+        mesh_shape = _mesh_shape(mesh)
+        if mesh_shape is not None and len(mesh_shape) != len(coordinate):
+            mesh_shape = None
+        return _DTensorSpec(tensor, tuple(map(_placement, placements)), coordinate, mesh_shape)
 
     def box(self, shape: Shape, counts: Sequence[int]) -> Box:
         """The part, placed in the tensor. ``counts`` are the ranks on each axis of the mesh.
@@ -199,12 +209,12 @@ class _DTensorSpec(NamedTuple):
         """
         offsets, sizes = [0] * len(shape), list(shape)
         cuts = list(zip(self.placements, self.coordinate, counts, strict=True))
-        for placement, position, count in sorted(cuts, key=lambda cut: cut[0].is_strided):
+        for placement, position, count in sorted(cuts, key=lambda axis: axis[0].is_strided):
             dim = placement.dim
             if dim is None:
                 continue
             if dim >= len(shape):
-                raise MalformedError(f"a tensor of {shape} is cut along dimension {dim}")
+                raise MalformedError(f"a tensor of {described(shape)} is cut along dimension {dim}")
             step = -(-sizes[dim] // count)
             first = min(position * step, sizes[dim])
             offsets[dim] += first
@@ -212,9 +222,34 @@ class _DTensorSpec(NamedTuple):
 
         if self.tensor.shape != tuple(sizes):
             raise MalformedError(
-                f"a rank has {self.tensor.shape} of it, expected {tuple(sizes)}"
+                f"a rank has {described(self.tensor.shape)} of it, expected "
+                f"{described(tuple(sizes))}"
             )
         return Box(tuple(offsets), self.tensor)
+
+
+def _mesh_shape(mesh: Mapping[str, Any]) -> Shape | None:
+    """The ranks on each axis of a mesh: torch 2.13 has a layout for each axis, 2.9 one for all,
+    and before there is a tensor of the ranks."""
+    ranks = mesh.get("mesh")
+    if isinstance(ranks, TensorRef):
+        return ranks.shape
+
+    layout = _state(mesh.get("_layout"))
+    axes = layout.get("axes")
+    sizes = layout.get("shape")
+    if isinstance(axes, tuple):
+        sizes = tuple(_state(axis).get("shape") for axis in axes)
+    if is_whole_number(sizes):
+        return (sizes,)
+    return tuple(map(_product, sizes)) if isinstance(sizes, tuple) else None
+
+
+def _product(sizes: Any) -> int:
+    """The product of the numbers in nested tuples."""
+    if isinstance(sizes, tuple):
+        return prod(map(_product, sizes))
+    return sizes if is_whole_number(sizes) else 0
 
 
 def _placement(record: Any) -> _Placement:

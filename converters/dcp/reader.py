@@ -20,7 +20,7 @@ from converters.accessors import is_whole_number
 from converters.dcp import layouts, optimizer_state, ties
 from converters.dcp.boxes import LocatedTensor
 from converters.dcp.checkpoint import ShardedCheckpoint
-from converters.dcp.layouts import Layout
+from converters.dcp.layouts import StateLayout
 from converters.dcp.optimizer_state import SavedOptimizer
 from converters.dcp.saved_state import SavedState, number_of
 from converters.detect import filenames
@@ -82,7 +82,7 @@ def assembled(
     kind: str,
     place: Place,
     state: SavedState,
-    layout: Layout,
+    layout: StateLayout,
     optimizer: SavedOptimizer | None,
     notes: tuple[str, ...] = (),
 ) -> ShardedCheckpoint:
@@ -95,7 +95,7 @@ def assembled(
     if optimizer is not None:
         files |= optimizer.state.files(optimizer.leaf_names)
 
-    others = ()
+    others: tuple[str, ...] = ()
     if layout.others:
         count = len(layout.others)
         others = (
@@ -127,7 +127,7 @@ def require_complete(optimizer: SavedOptimizer | None) -> None:
         optimizer.of_parameter(name)
 
 
-def _require_names(state: SavedState, layout: Layout) -> None:
+def _require_names(state: SavedState, layout: StateLayout) -> None:
     """``CheckpointError`` where there are no weights, or those of layers are flat vectors."""
     if not layout.model:
         raise CheckpointError(f"{state.folder} holds no tensor of a model", "incomplete")
@@ -142,9 +142,7 @@ def _require_names(state: SavedState, layout: Layout) -> None:
         )
 
 
-def _weights(
-    located: Mapping[str, LocatedTensor], optimizer: SavedOptimizer | None
-) -> Weights:
+def _weights(located: Mapping[str, LocatedTensor], optimizer: SavedOptimizer | None) -> Weights:
     trained = optimizer_state.trained_names(optimizer, located)
     aliases = ties.aliases(located, trained)
     tensors = {
@@ -217,4 +215,3 @@ def _of_lightning(source: ShardedCheckpoint, meta_path: Path) -> ShardedCheckpoi
         entries=entries,
         step=step if is_whole_number(step) else source.step,
     )
-

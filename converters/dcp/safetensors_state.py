@@ -26,8 +26,8 @@ from converters.errors import CheckpointError
 from converters.formats import safetensors
 from converters.storage import bounded_json, stores
 from converters.tensors import Checksum
-from converters.walks import sums
-from converters.words import counted, with_article
+from converters.walks import described, sums
+from converters.words import counted, numbers, with_article
 
 _SHARDING, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
@@ -69,8 +69,8 @@ class SafetensorsState:
             offsets = offsets_by_name.get(name, (0,) * len(tensor.shape))
             if len(offsets) != len(tensor.shape):
                 raise CheckpointError(
-                    f"{path} has {name} of shape {tensor.shape} at {offsets}, which is not a place "
-                    "in a tensor of so many axes"
+                    f"{path} has {name} ({described(tensor.shape)}) at {numbers(offsets)}, which "
+                    "is not a place in a tensor of so many axes"
                 )
             self.boxes.setdefault(name, []).append(Box(offsets, tensor))
             self.paths.setdefault(name, []).append(path)

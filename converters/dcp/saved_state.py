@@ -6,6 +6,7 @@ safetensors: each is a ``SavedState``. What the leaves mean (``layouts``) is the
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -54,7 +55,10 @@ def number_of(tensor: TensorRef) -> int | float | None:
     data = bytearray(tensor.nbytes)
     open_files.read_extents(memoryview(data), tensor.extents)
     code = _FORMATS.get(tensor.dtype)
-    return None if code is None else memoryview(data).cast(code)[0]
+    if code is None:
+        return None
+    (number,) = struct.unpack(code, data)
+    return int(number) if isinstance(number, int) else float(number)
 
 
-_FORMATS = {DType.F32: "f", DType.F64: "d", DType.I64: "q", DType.I32: "i"}
+_FORMATS = {DType.F32: "<f", DType.F64: "<d", DType.I64: "<q", DType.I32: "<i"}

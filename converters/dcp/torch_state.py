@@ -45,9 +45,7 @@ class TorchState:
     @cached_property
     def leaves(self) -> Sequence[Leaf]:
         """The leaves in the order of the file."""
-        return [
-            Leaf(name, leaf.keys, is_tensor(leaf.value)) for name, leaf in self.values.items()
-        ]
+        return [Leaf(name, leaf.keys, is_tensor(leaf.value)) for name, leaf in self.values.items()]
 
     def tensor(self, name: str) -> LocatedTensor:
         """A tensor, as it is stored."""

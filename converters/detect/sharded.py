@@ -185,7 +185,7 @@ KINDS = (
         sign=dcp_part,
         statement="is one file of a checkpoint of FSDP or torch.distributed.checkpoint",
         remedy="the checkpoint is its folder: {evidence}",
-        refusal="{statement}, which ckpt does not read yet; {remedy}",
+        refusal="{statement}; {remedy}",
         trouble="unsupported",
     ),
 )

@@ -25,15 +25,15 @@ class FilePart:
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         """The bytes of each range, as far as they lie in the part."""
         bounds = [self._bounds(offset, length) for offset, length in ranges]
-        known = [self._of_ends(first, length) for first, length in bounds]
-        unknown = [
+        parts = [self._of_ends(first, length) for first, length in bounds]
+        unknown_places = [
             (self.start + first, length)
-            for (first, length), data in zip(bounds, known, strict=True)
+            for (first, length), data in zip(bounds, parts, strict=True)
             if data is None
         ]
 
-        rest = iter(self.file.read(unknown) if unknown else ())
-        return [next(rest) if data is None else data for data in known]
+        unknown_parts = iter(self.file.read(unknown_places) if unknown_places else ())
+        return [next(unknown_parts) if data is None else data for data in parts]
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fills ``buffer`` from ``offset`` on; the number of bytes that were read."""

@@ -46,7 +46,9 @@ def value(ref: TensorRef) -> torch.Tensor:
     data = bytearray(ref.nbytes)
     open_files.read_extents(memoryview(data), ref.extents)
     dtype = TYPES[ref.dtype.value]
-    return torch.frombuffer(data, dtype=dtype).reshape(ref.shape) if data else torch.empty(ref.shape)
+    return (
+        torch.frombuffer(data, dtype=dtype).reshape(ref.shape) if data else torch.empty(ref.shape)
+    )
 
 
 def require_equal(source: ShardedCheckpoint, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -106,7 +108,7 @@ def test_ranks_that_describe_their_own_pieces_are_joined(tmp_path: Path) -> None
     require_equal(source, FULL)
 
     (folder / "__0.metadata").unlink()
-    with pytest.raises(CheckpointError, match="has .metadata of rank 1, and none of rank 0"):
+    with pytest.raises(CheckpointError, match=r"has \.metadata of rank 1, and none of rank 0"):
         read(folder)
 
 
@@ -183,9 +185,7 @@ def test_a_tied_name_is_one_that_the_optimizer_does_not_know(tmp_path: Path) -> 
     model = {**norms, "embed.weight": FULL["embed.weight"], "head.weight": FULL["embed.weight"]}
     trained = ["norm.0.weight", "norm.1.weight", "embed.weight"]
     state = {name: {"exp_avg": model[name]} for name in trained}
-    dcp.save(
-        {"model": model, "optimizer": {"state": state}}, checkpoint_id=tmp_path, no_dist=True
-    )
+    dcp.save({"model": model, "optimizer": {"state": state}}, checkpoint_id=tmp_path, no_dist=True)
     weights = read(tmp_path).weights
     assert weights.aliases["head.weight"] == "embed.weight"
     assert "norm.1.weight" not in weights.aliases
@@ -280,7 +280,8 @@ def test_the_weights_are_opened_and_converted(tmp_path: Path) -> None:
     expected = torch.load(tmp_path / "torch.pt")["model"]
     with ckpt.open(folder) as weights:
         for name, tensor in expected.items():
-            assert torch.equal(weights[name], tensor.float() if tensor.is_floating_point() else tensor)
+            in_fp32 = tensor.float() if tensor.is_floating_point() else tensor
+            assert torch.equal(weights[name], in_fp32)
 
     for dtype, kind in (("keep", None), ("bf16", torch.bfloat16)):
         model = ckpt.to_fp32(folder, tmp_path / f"out-{dtype}", dtype=dtype)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from random import Random
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ckpt.folders.filenames import MANIFEST
 from ckpt.results import FileEntry
@@ -30,8 +30,8 @@ from ckpt.runs.foreign.dcp_files import StoredPiece
 from ckpt.runs.manifest import Manifest
 from converters.errors import CheckpointError
 from converters.storage import local
+from converters.storage.file_part import FilePart
 from converters.storage.local_store import LocalFile
-from converters.storage.store import Range
 from converters.torch_files import zip_directory
 from converters.torch_files.zip_directory import Directory
 
@@ -243,36 +243,6 @@ def _records_of_pieces(
         except CheckpointError:
             continue  # of another form, which has no checksum that is known here
         yield from _records(path, name, directory, piece.offset, piece.nbytes)
-
-
-class FilePart:
-    """A run of bytes of an open file, as a file of its own; see ``store.File``."""
-
-    def __init__(self, file: LocalFile, start: int, size: int):
-        self.file, self.start, self.size = file, start, size
-        self.name, self.identity = file.name, (file.identity, start, size)
-
-    def read(self, ranges: Sequence[Range]) -> list[bytes]:
-        """The bytes of each range, as far as they lie in the part."""
-        bounds = []
-        for offset, length in ranges:
-            first = offset if offset >= 0 else max(0, self.size + offset)
-            bounds.append((self.start + first, max(0, min(length, self.size - first))))
-
-        return self.file.read(bounds)
-
-    def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fills ``buffer`` from ``offset`` on; the number of bytes that were read."""
-        room = max(0, self.size - offset)
-        return self.file.read_into(self.start + offset, buffer[:room])
-
-    @contextmanager
-    def contents(self) -> Iterator[Any]:
-        """All bytes of the part, read."""
-        yield self.read([(0, self.size)])[0]
-
-    def close(self) -> None:
-        """Nothing: the file is whoever's opened it."""
 
 
 @contextmanager

@@ -11,7 +11,7 @@ out/checkpoint-500-z2-w4/    DeepSpeed's native files, of such a checkpoint
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ _NOT_COPIED = (
     *("model*.safetensors", "adapter_model*", "pytorch_model*.bin", "*.index.json"),
     *("zero_to_fp32.py", "zero_to_torch.py"),
 )
+# by which a folder is the Trainer's, who would look for a model of its own
+_OF_TRAINERS = ("trainer_state.json", "training_args.bin", "rng_state*.pth")
 
 
 @naming_arguments(*ARGUMENTS)
@@ -91,7 +93,8 @@ def plan_to(
     with rules.using(tp_rules):
         source, state = _read(path, tag)
     home = job.home_of(source) if isinstance(source, Checkpoint) else absolute(source.place.root)
-    companions = _companions(source, home, merged.original(source).world_size)
+    left_out = () if layout == "accelerate" else _OF_TRAINERS
+    companions = _companions(source, home, merged.original(source).world_size, left_out)
 
     folders = layouts.folders(state, layout)
     file_count = files or min(merged.original(source).world_size, _DEFAULT_FILES)
@@ -199,8 +202,13 @@ def _read(path: Path, tag: str | None) -> tuple[Source, CrossingState]:
     return source, crossing_state.of_weights(source)
 
 
-def _companions(source: Source, home: Path, new_world_size: int) -> tuple[tuple[Path, str], ...]:
-    """The files to copy and their names; of weights alone those of the model."""
+def _companions(
+    source: Source, home: Path, new_world_size: int, left_out: Sequence[str] = ()
+) -> tuple[tuple[Path, str], ...]:
+    """The files to copy and their names; of weights alone those of the model.
+
+    Those that one of the patterns in ``left_out`` fits are not copied.
+    """
     world_size = merged.original(source).world_size
     if source.topology is None:
         paths = [*model_folder.companions(home), home / "config.json"]
@@ -213,7 +221,7 @@ def _companions(source: Source, home: Path, new_world_size: int) -> tuple[tuple[
     return tuple(
         (path, name)
         for path, name in companions
-        if not any(fnmatch(path.name, pattern) for pattern in _NOT_COPIED)
+        if not any(fnmatch(path.name, pattern) for pattern in (*_NOT_COPIED, *left_out))
     )
 
 

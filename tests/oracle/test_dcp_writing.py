@@ -225,6 +225,11 @@ def test_the_folder_of_a_trainer_has_what_its_resume_reads(tmp_path: Path) -> No
     assert (made_from["form"], made_from["name"], made_from["step"]) == ("dcp", "checkpoint-2", 2)
 
 
+@pytest.mark.parametrize("layout", ["plain", "accelerate", "torchtitan"])
+def test_what_was_written_is_whole(layout: str, tmp_path: Path) -> None:
+    run("verify", crossed(TRAINER, tmp_path / "checkpoint-2-dcp", layout=layout), "--data")
+
+
 def test_a_scheduler_that_only_deepspeed_kept_has_a_file(tmp_path: Path) -> None:
     source = tmp_path / "run"
     shutil.copytree(FIXTURES / "zero2-bf16-w2", source)

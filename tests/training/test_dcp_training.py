@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from oracles import FIXTURES, same, torchrun
 from safetensors.torch import load_file
-from test_reshard_training import REDUCTION_ORDER, ranks, require_same
+from test_reshard_training import REDUCTION_ORDER, WORKER, ranks, require_same
 
 from ckpt.rewrite import dcp as crossing
 
@@ -38,7 +38,7 @@ def require_equal(path: Path, expected: Path) -> None:
     found, wanted = load_file(path), load_file(expected)
     kinds = ("fp32/", "exp_avg/", "exp_avg_sq/")
     names = {name for name in wanted if name.startswith(kinds)}
-    names = {name for name in names if not name.endswith("/head.weight")}
+    names = {name for name in names if not name.endswith("head.weight")}
     assert names <= found.keys()
     assert all(same(found[name], wanted[name]) for name in names)
 
@@ -69,6 +69,29 @@ def test_a_training_goes_on_from_zero_to_fsdp_and_back_as_if_nothing_had_happene
     losses = [loss for path in parts for loss in json.loads(path.read_text())]
     expected = json.loads((tmp_path / "whole/losses.json").read_text())
     assert losses == pytest.approx(expected, rel=REDUCTION_ORDER)
+
+
+def test_the_trainer_resumes_with_fsdp(tmp_path: Path) -> None:
+    """What a Trainer with ZeRO-2 saved: weights, moments, the step, the scheduler."""
+    source = FIXTURES / "trainer-zero2/checkpoint-2"
+    path = to_dcp(source, tmp_path / "checkpoint-2", layout="accelerate")
+    job = {"source": str(path), "trainer": True, "out": str(tmp_path / "out")}
+    with_fsdp(job, tmp_path)
+    require_equal(tmp_path / "out/loaded.safetensors", source.parent / "live.safetensors")
+    facts = json.loads((tmp_path / "out/facts.json").read_text())
+    assert (facts["step"], facts["scheduler"], facts["last_step"]) == (2, 2, 4)
+    assert facts["rates"] == [5e-05, 5e-05]
+
+
+def test_the_trainer_resumes_with_deepspeed_from_what_fsdp_had(tmp_path: Path) -> None:
+    source = FIXTURES / "trainer-zero2/checkpoint-2"
+    path = to_dcp(source, tmp_path / "fsdp/checkpoint-2", layout="accelerate")
+    folder = from_dcp(path, tmp_path / "checkpoint-2", 2, 2)
+    out = tmp_path / "out"
+    torchrun(WORKER, "trainer", out, "trainer-zero2", folder, ranks=2, limit=300)
+    require_same(out / "loaded.safetensors", source.parent / "live.safetensors")
+    facts = json.loads((out / "state.json").read_text())
+    assert facts == {"global_step": 4, "steps": [4.0]}
 
 
 def test_stock_deepspeed_holds_the_bits_of_the_run_that_saved(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""One rank of FSDP2 that goes on from a distributed checkpoint with stock torch.
+"""One rank of FSDP2 that goes on from a distributed checkpoint with stock torch, or the Trainer.
 
 fsdp_worker.py JOBS     each {"source", "spec", "steps", "out"}: loads the folder with dcp.load,
                         records what the model and the optimizer hold in OUT/loaded.safetensors,
-                        trains on the batches of reshard_worker.py, saves to OUT/dcp with dcp.save
+                        trains on the batches of reshard_worker.py, saves to OUT/dcp with dcp.save.
+                        With "trainer" the Trainer resumes from the folder, for two steps
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def whole(value: Any) -> torch.Tensor:
     return full.detach().clone()
 
 
-def record(model: Tiny, optimizer: torch.optim.Optimizer, path: Path) -> None:
+def record(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
     """What is held, under the keys of a fixture's live.safetensors."""
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -87,10 +88,55 @@ def go_on(job: dict[str, Any]) -> None:
         (out / "losses.json").write_text(json.dumps(losses))
 
 
+def resume_trainer(job: dict[str, Any]) -> None:
+    """The Trainer with FSDP2 resumes, and records what it holds when training begins.
+
+    Accelerate wraps a model with FSDP where there are GPUs: here it is told that there are.
+    """
+    import transformers as hf
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    source, out = job["source"], Path(job["out"])
+    config = hf.AutoConfig.from_pretrained(source)
+    arguments = hf.TrainingArguments(
+        str(out),
+        max_steps=4,
+        use_cpu=True,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        fsdp="full_shard",
+        fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"},
+    )
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    facts: dict[str, Any] = {}
+
+    class Recorder(hf.TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            inner = trainer.optimizer.optimizer
+            record(trainer.model, inner, out / "loaded.safetensors")
+            facts["step"] = trainer.state.global_step
+            facts["scheduler"] = trainer.lr_scheduler.state_dict()["last_epoch"]
+            facts["rates"] = [group["initial_lr"] for group in inner.param_groups]
+
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(64, (32, 8)).tolist()]
+    trainer = hf.Trainer(
+        hf.LlamaForCausalLM(config).float(), arguments, train_dataset=rows, callbacks=[Recorder()]
+    )
+    trainer.train(resume_from_checkpoint=source)
+    facts["last_step"] = trainer.state.global_step
+    if dist.get_rank() == 0:
+        (out / "facts.json").write_text(json.dumps(facts))
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        go_on(job)
+        if job.get("trainer"):
+            resume_trainer(job)
+        else:
+            go_on(job)
     leave()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -40,7 +42,10 @@ _LONGEST = (  # the modules that take a minute and more, by what was measured
 # Read the syntax trees of all modules: one process parses them for all of these tests.
 _OF_SYNTAX = {
     f"test_{name}.py"
-    for name in ("architecture", "catches", "console", "engine_attributes", "imports", "naming")
+    for name in (
+        *("architecture", "catches", "collection", "console", "engine_attributes", "imports"),
+        *("messages", "naming", "options"),
+    )
 }
 
 # What takes longest comes first, so that the processes of xdist end together; the many small tests
@@ -55,6 +60,20 @@ def pytest_configure(config: pytest.Config) -> None:
     """Keeps the order below: xdist would begin with the modules that have the most tests."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """Collects without the garbage collector, as modules and items are no garbage.
+
+    It would walk over all of them again and again, now and in each test; ``freeze`` spares that.
+    """
+    gc.disable()
+    try:
+        return (yield)  # type: ignore[misc]
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -90,19 +109,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     A test that costs more than its module has the mark of another room by hand.
     """
     for item in items:
-        if not any(item.get_closest_marker(room) for room in _ROOMS):
-            item.add_marker(_room(item))
-    items.sort(key=lambda item: (_place(item), _ROOMS.index(_room(item))))
+        if not any(mark.name in _ROOMS for mark in item.iter_markers()):
+            item.add_marker(_room(item.path))
+    items.sort(key=lambda item: _order(item.path))
 
 
-def _room(item: pytest.Item) -> str:
-    folder = item.path.relative_to(_HERE).parts[0]
+@cache
+def _room(path: Path) -> str:
+    folder = path.relative_to(_HERE).parts[0]
     return folder if folder in _ROOMS else "unit"
 
 
-def _place(item: pytest.Item) -> int:
-    name = item.path.stem.removeprefix("test_")
-    return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
+@cache
+def _order(path: Path) -> tuple[int, int]:
+    name = path.stem.removeprefix("test_")
+    place = _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
+    return place, _ROOMS.index(_room(path))
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +144,7 @@ def _nothing_is_synced(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     Which files are synced, and what comes of it where the disk fails, is for the tests of hardening
     and of training: their processes sync.
     """
-    if _room(request.node) in ("unit", "commands", "oracle", "hub"):
+    if _room(request.node.path) in ("unit", "commands", "oracle", "hub"):
         monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 

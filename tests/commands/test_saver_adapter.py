@@ -7,9 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import peft
 import peft_models
 import pytest
+from heavy_libraries import peft
 from safetensors.torch import load_file
 
 from ckpt.engine import inventory as live

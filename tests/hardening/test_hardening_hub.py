@@ -26,18 +26,21 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Online]:
         yield made
 
 
-# Every other kind of fault, so that each is tried in a push and in a pull of either way, once;
-# scripts/harden.py --every tries all of them.
-EVERY_OTHER = {
-    **{"push lfs": 0, "push state lfs": 1, "push stage lfs": 0, "pull lfs": 0},
-    **{"push xet": 1, "push state xet": 0, "push stage xet": 1, "pull xet": 1, "pull state xet": 0},
+# Which kinds of faults are tried, of all in their order: each in a push of weights, in a push of a
+# state, which has few, and in a pull. scripts/harden.py --every tries all of them everywhere.
+KINDS = {
+    **{"push lfs": slice(0, None, 3), "push xet": slice(1, None, 3)},
+    **{"push stage lfs": slice(2, None, 3), "push stage xet": slice(0, None, 3)},
+    **{"push state lfs": slice(1, None, 2), "push state xet": slice(0, None, 2)},
+    **{"pull lfs": slice(0, None, 3), "pull xet": slice(1, None, 3)},
+    **{"pull state xet": slice(2, None, 3)},
 }
 
 
 def sampled(faults: list[Fault], name: str) -> list[Fault]:
-    """One fault of every other kind."""
+    """One fault of each kind that is tried."""
     chance = random.Random(f"{SEED} {name}")
-    kinds = sorted({fault.kind for fault in faults})[EVERY_OTHER[name] :: 2]
+    kinds = sorted({fault.kind for fault in faults})[KINDS[name]]
     return [chance.choice([fault for fault in faults if fault.kind == kind]) for kind in kinds]
 
 
@@ -59,7 +62,7 @@ def test_a_hub_that_is_put_back_has_nothing_of_a_push(
     assert "model.safetensors" in there.held()
 
 
-@pytest.mark.parametrize("name", EVERY_OTHER)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_push_or_pull_whose_file_operation_fails_says_so_and_spoils_nothing(
     name: str, there: Online, tmp_path: Path
 ) -> None:
@@ -113,9 +116,10 @@ def test_a_journal_that_cannot_be_written_or_read_never_fails_a_push(
     probe = CASES["push xet"].probe(tmp_path / "scene", there)
     hints = [op.number for op in probe.journal if "/cache/" in op.path]
     faults = [fault for fault in probe.faults() if fault.at in hints and fault.kind == kind]
-    found = [line for fault in faults[:5] for line in probe.check(fault)]
+    tried = faults[:3]
+    found = [line for fault in tried for line in probe.check(fault)]
     assert found == []  # a probe knows what was hit: threads read the source meanwhile
-    assert probe.ends["done"] >= len(faults[:5]) / 2
+    assert probe.ends["done"] >= len(tried) / 2
 
 
 def test_a_pull_whose_last_sync_fails_takes_its_folder_back(there: Online, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import peft
 import torch
 import zero_folders
+from heavy_libraries import peft
 from oracles import ROOT
 from test_memory import PEAK
 

@@ -9,16 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import zero_folders
+from heavy_libraries import peft, transformers
 from oracles import FIXTURES, run
 from run_folders import commit, real
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from stage0 import save_stage0
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from ckpt.hub.content import local_paths
 from ckpt.hub.content.contents import contents
@@ -129,7 +128,7 @@ def test_the_weights_are_those_of_the_states_and_the_config_says_their_type(
     assert set(json.loads(index)["weight_map"].values()) == {item.name for item in shards}
     assert json.loads(config)["dtype"] == "bfloat16"
     assert found.conversion is not None and found.facts["dtype"] == "bf16"
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.folder)
     assert found.facts["parameters"] == model.num_parameters()
     assert found.facts["metrics"] == {"eval_loss": 1.5} and found.facts["step"] == 500
 
@@ -188,7 +187,7 @@ def test_a_card_that_is_there_is_sent_as_it_is(checkpoint: RunCheckpoint) -> Non
 
 
 def test_of_an_adapter_its_own_files_are_sent(checkpoint: RunCheckpoint, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.folder)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     model.name_or_path = "org/base"
     peft.get_peft_model(model, config).save_pretrained(
@@ -477,11 +476,11 @@ def test_the_modules_of_a_sentence_model_are_sent_in_their_folders(tmp_path: Pat
 
 @pytest.mark.parametrize("layout", ["hub", "runtime"])
 def test_what_is_sent_has_the_layout_that_is_asked_for(layout: Any, tmp_path: Path) -> None:
-    config = MixtralConfig(
+    config = transformers.MixtralConfig(
         **{"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1},
         **{"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2},
     )
-    model = MixtralForCausalLM(config)
+    model = transformers.MixtralForCausalLM(config)
     checkpoint = tmp_path / "checkpoint"
     zero_folders.save(model, checkpoint)
     model.config.architectures = ["MixtralForCausalLM"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -15,7 +13,7 @@ from faults.forks import Forks
 from hub_clients import Client, run_of, sent, warm_clients
 from hub_server import READ_TOKEN, TOKEN, Hub, hub
 from json_table import require_documented
-from oracles import ROOT, convert, same
+from oracles import convert, same
 
 
 @pytest.fixture(scope="module")
@@ -259,22 +257,6 @@ def test_a_wrong_login_is_one_line_and_no_token_is_written_anywhere(
     written = [p for p in client.folder.rglob("*") if p.is_file()]
     assert len(written) > 10
     assert not [p for p in written if TOKEN.encode() in p.read_bytes()]
-
-
-def test_memory_stays_under_the_cap(client: Client, repo: str) -> None:
-    script = [sys.executable, ROOT / "scripts/fixtures/big_checkpoint.py", client.folder / "big"]
-    subprocess.run([*script, "--stage", "3", "--gb", "0.2"], check=True, timeout=120)
-    code = (
-        "import re, sys\nfrom ckpt.cli.main import main\n"
-        "try:\n    main(sys.argv[1:])\nfinally:\n"
-        "    held = open('/proc/self/status').read()\n"
-        "    print(1024 * int(re.search(r'VmHWM:\\s+(\\d+)', held)[1]))\n"
-    )
-    for way in "xet", "lfs":
-        done = client.python(
-            code, "push", "big", f"{repo}-{way}", "--uncommitted", "--transport", way
-        )
-        assert 0 < int(done.stdout.split()[-1]) < 256 << 20
 
 
 def test_a_broken_folder_fails_before_the_hub_is_asked(client: Client, repo: str) -> None:

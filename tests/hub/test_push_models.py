@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
-import peft
 import pytest
 import torch
 from faults.forks import Forks
+from heavy_libraries import peft, transformers
 from hub_clients import Client, sent, warm_clients
 from hub_server import Hub, hub
 from json_table import require_documented
@@ -22,7 +22,6 @@ from oracles import ROOT, convert, run, same, weights_in
 from run_folders import SOURCE as TRAINER
 from safetensors.torch import load_file
 from stock_checkpoints import STOCK, accelerates, trainers
-from transformers import AutoModelForCausalLM
 
 from ckpt.hub.content.contents import Contents, contents
 from ckpt.hub.plan import PushOptions, plan
@@ -184,7 +183,7 @@ def test_a_model_folder_is_sent_as_it_is(client: Client, repo: str) -> None:
             assert client.hub.read(repo, name["name"]) == (model / name["name"]).read_bytes()
     assert "published by ckpt" in client.hub.read(repo, "README.md").decode().lower()
     client("pull", repo, "back")
-    AutoModelForCausalLM.from_pretrained(client.folder / "back")
+    transformers.AutoModelForCausalLM.from_pretrained(client.folder / "back")
 
     (model / "README.md").write_text("# mine\n")
     other = f"{repo}-2"
@@ -221,7 +220,9 @@ def test_the_values_of_a_pickled_model_arrive(client: Client, repo: str) -> None
     client("pull", repo, "back")
     back = weights_in(client.folder / "back")
     assert all(same(back[key], value) for key, value in values.items() if key in back)
-    model = AutoModelForCausalLM.from_pretrained(client.folder / "back", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        client.folder / "back", dtype=torch.float32
+    )
     assert all(same(model.state_dict()[key], value) for key, value in values.items())
 
 
@@ -245,7 +246,7 @@ def test_the_modules_of_a_sentence_model_are_sent_as_they_lie_there(tmp_path: Pa
 
 def test_an_adapter_folder_is_sent_as_it_is(tmp_path: Path) -> None:
     run("to-fp32", TRAINER, "-o", tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     model.name_or_path = "org/base"
     trained = peft.get_peft_model(model, config)

@@ -7,9 +7,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
+from heavy_libraries import peft
 from safetensors.torch import load_file, save_file
 from test_merging import Run
 

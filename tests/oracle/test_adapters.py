@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import peft
 import peft_models
 import pytest
 import torch
 import zero_folders
+from heavy_libraries import peft
 from run_folders import commit
 from safetensors.torch import load_file, save_file
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
+from heavy_libraries import LateModule, transformers
 from oracles import ROOT
 
 from ckpt.weights.reader import lengths, table
@@ -17,10 +17,9 @@ from converters.tensors import Weights
 
 sys.path.insert(0, str(ROOT / "scripts/tables"))
 
-from architecture_builds import build
-from try_architectures import tiny_configuration, tried
-from try_configurations import model, said
-from try_configurations import tried as varied
+architecture_builds = LateModule("architecture_builds")
+try_architectures = LateModule("try_architectures")
+try_configurations = LateModule("try_configurations")
 
 # Configurations that the table was not made from: other lengths, other kinds of layers.
 SAMPLE: dict[str, dict[str, Any]] = {
@@ -56,7 +55,7 @@ def test_the_table_has_the_names_that_transformers_builds(
 ) -> None:
     reader = table.reader_of(name)
     assert reader is not None
-    made = build(getattr(transformers, name), settings)
+    made = architecture_builds.build(getattr(transformers, name), settings)
     config = made.model.config.to_dict()
     for names, tree in ((made.memory, reader.memory), (made.hub, reader.hub)):
         fit = reader.fit_of(tree, names, config)
@@ -111,7 +110,7 @@ VARIED = (
 
 @pytest.mark.parametrize("name", VARIED)
 def test_what_is_said_of_a_varied_configuration_is_so(name: str) -> None:
-    lines = list(varied(getattr(transformers, name)))
+    lines = list(try_configurations.tried(getattr(transformers, name)))
     assert len(lines) > 3
     assert [line for line in lines if line[1] not in ("right", "fewer names")] == []
 
@@ -126,9 +125,10 @@ def test_what_is_said_of_a_varied_configuration_is_so(name: str) -> None:
 )
 def test_a_part_without_its_layers_is_refused(name: str, lost: str) -> None:
     cls = getattr(transformers, name)
-    whole = model(cls, tiny_configuration(cls).to_dict())
+    configuration = try_architectures.tiny_configuration(cls)
+    whole = try_configurations.model(cls, configuration.to_dict())
     left = {n: ref for n, ref in whole.weights.tensors.items() if not n.startswith(lost)}
-    word, *_, text = said(Weights(left), whole.config)
+    word, *_, text = try_configurations.said(Weights(left), whole.config)
     assert word == "refused" and lost.rstrip(".").rpartition(".")[0] in text, text
     assert "--check transformers" in text and ("config.json says" in text or "has a list" in text)
 
@@ -163,7 +163,7 @@ def test_odd_names_and_numbers_are_only_names() -> None:
     "name", ["T5ForConditionalGeneration", "BertModel", "LlavaForConditionalGeneration"]
 )
 def test_a_converted_model_loads_as_was_said(name: str, tmp_path: Path) -> None:
-    word, line = tried(name, getattr(transformers, name), tmp_path)
+    word, line = try_architectures.tried(name, getattr(transformers, name), tmp_path)
     assert word == "right", line
 
 

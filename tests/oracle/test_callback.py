@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from heavy_libraries import LateModule
 
-from ckpt.trainers.hf import CheckpointCallback
 from converters.errors import CheckpointError
+
+hf = LateModule("ckpt.trainers.hf")  # which imports transformers
 
 
 def test_a_training_with_deepspeed_that_shows_none_is_not_passed_over_in_silence() -> None:
@@ -17,7 +19,7 @@ def test_a_training_with_deepspeed_that_shows_none_is_not_passed_over_in_silence
     state = SimpleNamespace(is_world_process_zero=True, is_hyper_param_search=False)
     told = SimpleNamespace(deepspeed_plugin=object())
     with pytest.raises(CheckpointError, match=r"is AdamW, expected DeepSpeedOptimizerWrapper"):
-        CheckpointCallback().on_train_begin(told, state, None, optimizer=optimizer)
+        hf.CheckpointCallback().on_train_begin(told, state, None, optimizer=optimizer)
 
 
 def test_a_training_without_deepspeed_is_left_to_the_trainer(
@@ -26,5 +28,5 @@ def test_a_training_without_deepspeed_is_left_to_the_trainer(
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     state = SimpleNamespace(is_world_process_zero=True, is_hyper_param_search=False)
     plain = SimpleNamespace(deepspeed_plugin=None)
-    CheckpointCallback().on_train_begin(plain, state, None, optimizer=optimizer)
+    hf.CheckpointCallback().on_train_begin(plain, state, None, optimizer=optimizer)
     assert "runs without DeepSpeed: its checkpoints are not committed" in caplog.text

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from heavy_libraries import transformers
 from made_checkpoints import make_checkpoint
 from oracles import FIXTURES, live, run
 from safetensors.torch import load_file
@@ -33,7 +33,8 @@ def test_the_logits_are_those_of_the_trained_model(name: str, layout: Any, tmp_p
     model = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     with torch.no_grad():
         logits = model(input_ids=recorded["ids"], use_cache=False).logits
-    assert torch.equal(logits, recorded["values"])
+    # Not equal: the sums of another processor's kernels are rounded otherwise.
+    torch.testing.assert_close(logits, recorded["values"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import zero_folders
+from heavy_libraries import LateModule, transformers
 from oracles import ROOT
 from safetensors.torch import load_file
-from transformers import core_model_loading
 
 import ckpt
 from ckpt.weights.layouts import hub_layout, operations, table
@@ -24,8 +23,9 @@ from converters.tensors import DType, Extent, Listed, TensorRef, Weights
 
 sys.path.insert(0, str(ROOT / "scripts/tables"))
 
-from layout_proofs import VALUES, prove
-from try_architectures import tiny
+core_model_loading = LateModule("transformers.core_model_loading")
+layout_proofs = LateModule("layout_proofs")
+try_architectures = LateModule("try_architectures")
 
 # experts that are joined, names that change, rows that change, tensors that are cut
 CLASSES = (
@@ -45,7 +45,7 @@ def weights_of(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
 
 def model_of(name: str) -> Any:
     torch.manual_seed(0)
-    model = tiny(getattr(transformers, name))
+    model = try_architectures.tiny(getattr(transformers, name))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter))
@@ -320,9 +320,9 @@ def ref_of(tensor: torch.Tensor, path: Path) -> TensorRef:
 
 @pytest.mark.parametrize("name", ["Qwen2MoeForCausalLM", "CLIPModel", "LlamaForCausalLM"])
 def test_the_table_is_what_the_installed_transformers_does(name: str) -> None:
-    proof = prove(name)
+    proof = layout_proofs.prove(name)
     assert proof.holds, proof.difference
-    assert proof.compared == VALUES
+    assert proof.compared == layout_proofs.VALUES
 
 
 def test_every_operation_of_the_table_is_one_that_ckpt_knows() -> None:

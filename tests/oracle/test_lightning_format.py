@@ -8,35 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from heavy_libraries import LateModule
 from oracles import run
 from stage0 import STATE
 
 VERSION = "2.6.6"
-
-
-class Tiny(LightningModule):
-    """Tied weights, a buffer, arguments of several kinds."""
-
-    def __init__(
-        self, width: int = 3, sizes: tuple[int, ...] = (1,), act: Any = None, **others: Any
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.model = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Linear(width, 2))
-        self.head = torch.nn.Linear(width, width)
-        self.head.weight = self.model[0].weight
-        self.register_buffer("count", torch.tensor([7]))
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.loaded = checkpoint.get("mine")
+lightning = LateModule("lightning.pytorch")
+models = LateModule("lightning_models")
 
 
 class Act:
     """A value of the user's own class."""
 
 
-def save_lightning(folder: Path, module: LightningModule, prefix: str = "", **entries: Any) -> Path:
+def save_lightning(
+    folder: Path, module: lightning.LightningModule, prefix: str = "", **entries: Any
+) -> Path:
     """``X.ckpt`` as Lightning's strategy leaves it without ZeRO, fp32."""
     root = folder / "epoch=0-step=2.ckpt"
     (root / "checkpoint").mkdir(parents=True)
@@ -56,7 +43,7 @@ def save_lightning(folder: Path, module: LightningModule, prefix: str = "", **en
     return root
 
 
-def hyper_parameters(module: LightningModule) -> dict[str, Any]:
+def hyper_parameters(module: lightning.LightningModule) -> dict[str, Any]:
     return {"hparams_name": "kwargs", "hyper_parameters": dict(module.hparams)}
 
 
@@ -72,7 +59,7 @@ def test_load_from_checkpoint_reads_what_was_trained(
     prefix: str, output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(1)
-    module = Tiny(width=5, sizes=(2, 3))
+    module = models.Tiny(width=5, sizes=(2, 3))
     root = save_lightning(
         tmp_path, module, prefix, **hyper_parameters(module), mine={"step": [1, 2]}
     )
@@ -83,7 +70,7 @@ def test_load_from_checkpoint_reads_what_was_trained(
     assert said.err == (f"names: without {prefix} (7 names)\n" if prefix else "")
 
     file = tmp_path / output if output == "x.ckpt" else tmp_path / output / "model.ckpt"
-    found = Tiny.load_from_checkpoint(file, weights_only=True)
+    found = models.Tiny.load_from_checkpoint(file, weights_only=True)
     require_equal(found, module)
     assert found.hparams == module.hparams and found.loaded == {"step": [1, 2]}
     assert not list(tmp_path.glob(".*"))
@@ -98,7 +85,7 @@ def test_load_from_checkpoint_reads_what_was_trained(
 def test_an_argument_that_is_no_plain_value_is_named_and_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = Tiny(width=4, act=Act(), kind=torch.nn.ReLU, dtype=torch.bfloat16)
+    module = models.Tiny(width=4, act=Act(), kind=torch.nn.ReLU, dtype=torch.bfloat16)
     root = save_lightning(tmp_path, module, **hyper_parameters(module), hooks=[Act()])
     run("to-fp32", root, "--format", "lightning", "-o", tmp_path / "x.ckpt", "--dtype", "bf16")
     said = capsys.readouterr().err
@@ -106,7 +93,7 @@ def test_an_argument_that_is_no_plain_value_is_named_and_left_out(
     assert "hyper_parameters: kind is torch.nn.modules.activation.ReLU" in said
     assert "hooks is a list with objects in it" in said
 
-    found = Tiny.load_from_checkpoint(tmp_path / "x.ckpt", act="relu", weights_only=True)
+    found = models.Tiny.load_from_checkpoint(tmp_path / "x.ckpt", act="relu", weights_only=True)
     assert found.hparams.width == 4 and found.hparams.act == "relu"
     assert found.hparams.dtype is torch.bfloat16
     kept = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
@@ -115,13 +102,13 @@ def test_an_argument_that_is_no_plain_value_is_named_and_left_out(
 
 
 def test_arguments_of_a_data_module_are_kept(tmp_path: Path) -> None:
-    class Data(LightningDataModule):
+    class Data(lightning.LightningDataModule):
         def __init__(self, rows: int) -> None:
             super().__init__()
             self.save_hyperparameters()
 
     entries = {"datamodule_hparams_name": "kwargs", "datamodule_hyper_parameters": {"rows": 9}}
-    root = save_lightning(tmp_path, Tiny(), **entries)
+    root = save_lightning(tmp_path, models.Tiny(), **entries)
     run("to-fp32", root, "--format", "lightning", "-o", tmp_path / "x.ckpt")
     found = Data.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     assert found.hparams.rows == 9
@@ -129,17 +116,17 @@ def test_arguments_of_a_data_module_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", ["1.5.0", "2.0.0"])
 def test_lightning_upgrades_an_older_checkpoint(version: str, tmp_path: Path) -> None:
-    module = Tiny()
+    module = models.Tiny()
     changed = hyper_parameters(module) | {"pytorch-lightning_version": version, "loops": None}
     root = save_lightning(tmp_path, module, **changed)
     run("to-fp32", root, "--format", "lightning", "-o", tmp_path / "x.ckpt")
-    require_equal(Tiny.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True), module)
+    require_equal(models.Tiny.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True), module)
 
 
 def test_a_file_that_exists_is_replaced_only_on_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = save_lightning(tmp_path, Tiny())
+    root = save_lightning(tmp_path, models.Tiny())
     (tmp_path / "x.ckpt").write_text("mine")
     args = ["to-fp32", root, "--format", "lightning", "-o", tmp_path / "x.ckpt"]
     run(*args, code=1)
@@ -160,7 +147,7 @@ def test_a_file_that_exists_is_replaced_only_on_request(
 def test_what_does_not_go_together_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = save_lightning(tmp_path, Tiny())
+    root = save_lightning(tmp_path, models.Tiny())
     run("to-fp32", root, "--format", "lightning", "--merge", code=1)
     assert "--merge does not go with --format lightning" in capsys.readouterr().err
 
@@ -175,7 +162,7 @@ def test_what_does_not_go_together_is_refused(
 def test_a_plan_and_the_facts_tell_of_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = save_lightning(tmp_path, Tiny())
+    root = save_lightning(tmp_path, models.Tiny())
     args = ["to-fp32", root, "--format", "lightning", "-o", tmp_path / "x.ckpt"]
     run(*args, "--dry-run")
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'x.ckpt'}\t")
@@ -188,7 +175,7 @@ def test_a_plan_and_the_facts_tell_of_the_file(
 def test_a_model_of_transformers_inside_is_had_with_its_configuration(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    class Training(LightningModule):
+    class Training(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
+from heavy_libraries import peft
 from merging_models import Checkpoint, Convolutions, checkpoint, gpt2, llama, merge_and_unload
 from oracles import ROOT
 from safetensors.torch import load_file
@@ -32,47 +32,53 @@ def lora(**changes: Any) -> Any:
     return peft.LoraConfig(**{"r": 4, "lora_alpha": 10, "target_modules": ATTENTION} | changes)
 
 
-KINDS: dict[str, tuple[Callable[[], torch.nn.Module], Any]] = {
-    "lora": (llama, lora()),
+# a model, and the configuration of its adapter
+Case = tuple[Callable[[], torch.nn.Module], Callable[[], Any]]
+KINDS: dict[str, Case] = {
+    "lora": (llama, lambda: lora()),
     "patterns": (
         llama,
-        lora(rank_pattern={"v_proj": 7}, alpha_pattern={"layers.1.self_attn.q_proj": 3}),
+        lambda: lora(rank_pattern={"v_proj": 7}, alpha_pattern={"layers.1.self_attn.q_proj": 3}),
     ),
-    "rslora": (llama, lora(use_rslora=True)),
-    "bias": (llama, lora(bias="all")),
-    "own bias": (llama, lora(bias="lora_only")),
-    "lora_bias": (llama, lora(target_modules=["q_proj", "v_proj"], lora_bias=True)),
-    "embedding": (llama, lora(target_modules=["embed_tokens", "lm_head", "q_proj"])),
-    "saved": (llama, lora(modules_to_save=["embed_tokens", "lm_head"])),
-    "tokens": (llama, lora(trainable_token_indices=[1, 5, 7])),
-    "conv1d": (gpt2, lora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
-    "square conv1d": (gpt2, lora(target_modules=[r"attn.c_proj"], fan_in_fan_out=True)),
-    "mixed": (gpt2, lora(target_modules=["c_fc", "c_proj", "lm_head"])),
+    "rslora": (llama, lambda: lora(use_rslora=True)),
+    "bias": (llama, lambda: lora(bias="all")),
+    "own bias": (llama, lambda: lora(bias="lora_only")),
+    "lora_bias": (llama, lambda: lora(target_modules=["q_proj", "v_proj"], lora_bias=True)),
+    "embedding": (llama, lambda: lora(target_modules=["embed_tokens", "lm_head", "q_proj"])),
+    "saved": (llama, lambda: lora(modules_to_save=["embed_tokens", "lm_head"])),
+    "tokens": (llama, lambda: lora(trainable_token_indices=[1, 5, 7])),
+    "conv1d": (gpt2, lambda: lora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
+    "square conv1d": (gpt2, lambda: lora(target_modules=[r"attn.c_proj"], fan_in_fan_out=True)),
+    "mixed": (gpt2, lambda: lora(target_modules=["c_fc", "c_proj", "lm_head"])),
     "adalora": (
         llama,
-        peft.AdaLoraConfig(init_r=6, lora_alpha=12, total_step=10, target_modules=ATTENTION),
+        lambda: peft.AdaLoraConfig(
+            init_r=6, lora_alpha=12, total_step=10, target_modules=ATTENTION
+        ),
     ),
     "adalora conv1d": (
         gpt2,
-        peft.AdaLoraConfig(init_r=6, total_step=10, target_modules=["c_attn"], fan_in_fan_out=True),
+        lambda: peft.AdaLoraConfig(
+            init_r=6, total_step=10, target_modules=["c_attn"], fan_in_fan_out=True
+        ),
     ),
-    "loha": (llama, peft.LoHaConfig(r=4, alpha=6, target_modules=ATTENTION)),
+    "loha": (llama, lambda: peft.LoHaConfig(r=4, alpha=6, target_modules=ATTENTION)),
     "lokr both": (
         llama,
-        peft.LoKrConfig(
+        lambda: peft.LoKrConfig(
             r=1, alpha=6, target_modules=ATTENTION, decompose_both=True, decompose_factor=6
         ),
     ),
-    "lokr whole": (llama, peft.LoKrConfig(r=64, alpha=6, target_modules=ATTENTION)),
+    "lokr whole": (llama, lambda: peft.LoKrConfig(r=64, alpha=6, target_modules=ATTENTION)),
     "ia3": (
         llama,
-        peft.IA3Config(
+        lambda: peft.IA3Config(
             target_modules=["k_proj", "q_proj", "down_proj"], feedforward_modules=["down_proj"]
         ),
     ),
     "ia3 conv1d": (
         gpt2,
-        peft.IA3Config(
+        lambda: peft.IA3Config(
             target_modules=["c_attn", "mlp.c_proj", "attn.c_proj"],
             feedforward_modules=["mlp.c_proj"],
             fan_in_fan_out=True,
@@ -80,31 +86,43 @@ KINDS: dict[str, tuple[Callable[[], torch.nn.Module], Any]] = {
     ),
     "ia3 convolutions": (
         Convolutions,
-        peft.IA3Config(target_modules=["two", "three"], feedforward_modules=["three"]),
+        lambda: peft.IA3Config(target_modules=["two", "three"], feedforward_modules=["three"]),
     ),
-    "vera": (llama, peft.VeraConfig(r=5, target_modules=ATTENTION)),
+    "vera": (llama, lambda: peft.VeraConfig(r=5, target_modules=ATTENTION)),
     "vera conv1d": (
         gpt2,
-        peft.VeraConfig(r=5, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+        lambda: peft.VeraConfig(r=5, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
     ),
-    "layer norms": (llama, peft.LNTuningConfig(target_modules=["input_layernorm", "norm"])),
-    "only tokens": (llama, peft.TrainableTokensConfig(token_indices=[2, 9])),
+    "layer norms": (llama, lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "norm"])),
+    "only tokens": (llama, lambda: peft.TrainableTokensConfig(token_indices=[2, 9])),
 }
-CLOSE: dict[str, tuple[Callable[[], torch.nn.Module], Any]] = {
-    "lokr": (llama, peft.LoKrConfig(r=2, alpha=6, target_modules=ATTENTION)),
-    "pointwise": (Convolutions, lora(target_modules=["point", "last"])),
-    "convolutions": (Convolutions, lora(target_modules=["one", "two", "three"])),
-    "dora": (llama, lora(use_dora=True)),
-    "dora embedding": (llama, lora(use_dora=True, target_modules=["embed_tokens", "q_proj"])),
-    "dora conv1d": (gpt2, lora(use_dora=True, target_modules=["c_attn"], fan_in_fan_out=True)),
-    "dora convolutions": (Convolutions, lora(use_dora=True, target_modules=["one", "two"])),
+CLOSE: dict[str, Case] = {
+    "lokr": (llama, lambda: peft.LoKrConfig(r=2, alpha=6, target_modules=ATTENTION)),
+    "pointwise": (Convolutions, lambda: lora(target_modules=["point", "last"])),
+    "convolutions": (Convolutions, lambda: lora(target_modules=["one", "two", "three"])),
+    "dora": (llama, lambda: lora(use_dora=True)),
+    "dora embedding": (
+        llama,
+        lambda: lora(use_dora=True, target_modules=["embed_tokens", "q_proj"]),
+    ),
+    "dora conv1d": (
+        gpt2,
+        lambda: lora(use_dora=True, target_modules=["c_attn"], fan_in_fan_out=True),
+    ),
+    "dora convolutions": (Convolutions, lambda: lora(use_dora=True, target_modules=["one", "two"])),
     "loha convolutions": (
         Convolutions,
-        peft.LoHaConfig(r=3, target_modules=["one", "two"], use_effective_conv2d=True),
+        lambda: peft.LoHaConfig(r=3, target_modules=["one", "two"], use_effective_conv2d=True),
     ),
-    "loha flat": (Convolutions, peft.LoHaConfig(r=3, target_modules=["one", "two", "point"])),
-    "lokr flat": (Convolutions, peft.LoKrConfig(r=1, target_modules=["one", "two", "point"])),
-    "lokr kernels": (Convolutions, peft.LoKrConfig(r=8, target_modules=["one", "two"])),
+    "loha flat": (
+        Convolutions,
+        lambda: peft.LoHaConfig(r=3, target_modules=["one", "two", "point"]),
+    ),
+    "lokr flat": (
+        Convolutions,
+        lambda: peft.LoKrConfig(r=1, target_modules=["one", "two", "point"]),
+    ),
+    "lokr kernels": (Convolutions, lambda: peft.LoKrConfig(r=8, target_modules=["one", "two"])),
 }
 
 
@@ -127,12 +145,12 @@ def steps(first: torch.Tensor, second: torch.Tensor) -> int:
 
 
 def both_merges(
-    kind: tuple[Any, Any], dtype: str, tmp_path: Path
+    kind: Case, dtype: str, tmp_path: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A model with an adapter merged by us and by PEFT; both have the same names."""
     base, config = kind
     torch.manual_seed(1)
-    made = checkpoint(base(), {"default": config}, tmp_path)
+    made = checkpoint(base(), {"default": config()}, tmp_path)
     expected = merge_and_unload(made, TYPES[dtype][0])
     found = ours(made, TYPES[dtype][1], tmp_path / "out")
     assert found.keys() == expected.keys()

@@ -16,8 +16,8 @@ from typing import Any
 import peft_models
 import pytest
 import torch
-import transformers
 import zero_folders
+from heavy_libraries import transformers
 from oracles import ROOT
 from safetensors.torch import load_file, save_file
 
@@ -30,14 +30,14 @@ from converters.errors import CheckpointError
 from converters.execute.virtual_file import Serving
 
 MERGED_TYPES = ["LORA", "ADALORA", "LOHA", "LOKR", "IA3", "VERA", "LN_TUNING", "TRAINABLE_TOKENS"]
-CONFIGS = {kind: config() for kind, (_, config) in peft_models.KINDS.items()}
-PROMPTS = {kind for kind, config in CONFIGS.items() if config.is_prompt_learning}
+PROMPTS = {"prompt-classes", "prompt", "prefix", "prefix-projection", "p-tuning"}
 KINDS = [
-    kind
-    for kind, config in CONFIGS.items()
-    if config.peft_type in MERGED_TYPES and kind != "vera-no-projection"
+    *("lora", "rslora", "dora", "dora-embedding", "embedding", "head", "tied-embedding"),
+    *("pattern", "all-linear", "saved-modules", "tied-saved", "tokens", "tokens-and-embedding"),
+    *("tied-tokens", "biases", "lora-biases", "bias-of-b", "classes", "gpt2", "gpt2-head"),
+    *("adalora", "loha", "lokr", "ia3", "vera", "ln-tuning", "trained-tokens"),
 ]
-UNMERGED = CONFIGS.keys() - PROMPTS - {*KINDS}
+UNMERGED = peft_models.KINDS.keys() - PROMPTS - {*KINDS}
 IDS = torch.arange(12).reshape(2, 6) + 1
 
 
@@ -106,6 +106,15 @@ class Run:
             expected = self.model.eval()(input_ids=IDS).logits
             found = self.loaded()(input_ids=IDS).logits
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_names_above_are_those_of_what_peft_merges() -> None:
+    configs = {kind: config() for kind, (_, config) in peft_models.KINDS.items()}
+    prompts = {kind for kind, config in configs.items() if config.is_prompt_learning}
+    merged = {kind for kind, config in configs.items() if config.peft_type in MERGED_TYPES}
+
+    assert prompts == PROMPTS
+    assert merged - {"vera-no-projection"} == {*KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from typing import Any
 import peft_models
 import pytest
 import torch
-import transformers
+from heavy_libraries import transformers
 from safetensors.torch import load_file, save_file
 from test_merging import Run
 

@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import peft_models
 import pytest
 import torch
-import transformers
 import zero_folders
+from heavy_libraries import peft, transformers
 from safetensors.torch import load_file, save_file
 from test_merging import Run
 

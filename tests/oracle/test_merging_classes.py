@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import peft_models
 import pytest
-import transformers
+from heavy_libraries import peft, transformers
 from test_merging import Run
 
 from ckpt.weights.adapters import base_model
@@ -18,15 +17,19 @@ from converters.errors import CheckpointError
 from converters.peft.config import AdapterConfig
 from converters.tensors import DType, TensorRef, Weights
 
-BERT = transformers.BertConfig(
-    vocab_size=peft_models.VOCABULARY,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=24,
-    max_position_embeddings=32,
-    num_labels=3,
-)
+
+def bert(class_name: str) -> Any:
+    """A model of one layer, of a class of transformers."""
+    config = transformers.BertConfig(
+        vocab_size=peft_models.VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        num_labels=3,
+    )
+    return getattr(transformers, class_name)(config)
 
 
 def lora(**options: Any) -> Any:
@@ -51,17 +54,17 @@ CASES = {  # the trained model, its adapter, and the class that its base was sav
         "LlamaForCausalLM",
     ),
     "masked": (
-        lambda: transformers.BertForTokenClassification(BERT),
+        lambda: bert("BertForTokenClassification"),
         lambda: lora(task_type="TOKEN_CLS"),
         "BertForMaskedLM",
     ),
     "inner": (
-        lambda: transformers.BertForTokenClassification(BERT),
+        lambda: bert("BertForTokenClassification"),
         lambda: lora(task_type="TOKEN_CLS"),
         "BertModel",
     ),
     "pooler": (
-        lambda: transformers.BertForSequenceClassification(BERT),
+        lambda: bert("BertForSequenceClassification"),
         lambda: lora(task_type="SEQ_CLS"),
         "BertForMaskedLM",
     ),

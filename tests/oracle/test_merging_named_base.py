@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from heavy_libraries import transformers
 from test_merging import Run
 
 from converters.errors import CheckpointError

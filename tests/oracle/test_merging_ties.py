@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import peft_models
 import pytest
 import torch
-import transformers
+from heavy_libraries import peft, transformers
 from test_merging import IDS, Run
 
 from ckpt.weights.naming import naming

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from heavy_libraries import transformers
 from made_checkpoints import TAG, make_checkpoint, of_model
 from oracles import FIXTURES, convert
 from oracles import run as run_command
@@ -48,7 +48,8 @@ def config(**changes: Any) -> transformers.LlamaConfig:
 
 
 @cache
-def llama(cls: Any = transformers.LlamaForCausalLM, **changes: Any) -> Any:
+def llama(cls: Any = None, **changes: Any) -> Any:
+    cls = cls or transformers.LlamaForCausalLM
     torch.manual_seed(0)
     model = cls(config(**changes))
     model.config.architectures = [cls.__name__]

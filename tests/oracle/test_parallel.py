@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.checkpoint import affine
+from heavy_libraries import LateModule
 from oracles import FIXTURES, live, run
 from safetensors.torch import load_file
 
@@ -28,6 +28,8 @@ from converters.storage import open_files
 from converters.tensors import DType, Extent, TensorRef
 from converters.zero.parallel import affine_map, patterns
 from converters.zero.parallel.cuts import Cut
+
+affine = LateModule("deepspeed.checkpoint.affine")
 
 PARALLEL = FIXTURES / "parallel"
 TENSOR_PARALLEL = (

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.checkpoint.universal_checkpoint import load_hp_checkpoint_state
 from oracles import FIXTURES, run
 from test_parallel import (
     FROZEN,
@@ -121,6 +120,8 @@ def test_deepspeeds_loader_cuts_them_as_they_were_cut(tmp_path: Path) -> None:
 
 def loaded(folder: Path, shape: torch.Size, rank: int) -> torch.Tensor:
     """What DeepSpeed loads from the folder of a parameter for a tensor-parallel rank of two."""
+    from deepspeed.checkpoint.universal_checkpoint import load_hp_checkpoint_state
+
     shard = torch.empty(shape)
     mapping = SimpleNamespace(
         lp_fragment_address=SimpleNamespace(start=0, numel=shard.numel()),

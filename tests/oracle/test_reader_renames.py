@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import zero_folders
+from heavy_libraries import LateModule, transformers
 from oracles import ROOT
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from ckpt.weights.companions import model_folder
 from ckpt.weights.conversion import convert
@@ -20,8 +18,8 @@ from ckpt.weights.reader import renames, table
 
 sys.path.insert(0, str(ROOT / "scripts/tables"))
 
-from architecture_builds import build
-from try_architectures import tiny
+architecture_builds = LateModule("architecture_builds")
+try_architectures = LateModule("try_architectures")
 
 # Where transformers 4.57 had a module between, by the prefix after which it was.
 TRANSFORMERS_4 = {
@@ -41,7 +39,10 @@ def names_of_transformers_4(name: str, names: list[str]) -> dict[str, str]:
     "name", [*TRANSFORMERS_4, "AriaForConditionalGeneration", "CLIPModel", "Qwen2VLModel"]
 )
 def test_names_are_changed_as_transformers_changes_them(name: str) -> None:
-    made = build(getattr(transformers, name), {})
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    made = architecture_builds.build(getattr(transformers, name), {})
     transforms = get_model_conversion_mapping(made.model, add_legacy=False)
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
     renamings = [each for each in transforms if not isinstance(each, WeightConverter)]
@@ -58,7 +59,7 @@ def test_names_are_changed_as_transformers_changes_them(name: str) -> None:
 @pytest.mark.parametrize("name", TRANSFORMERS_4)
 def test_a_model_of_transformers_4_loads_as_was_said(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = tiny(getattr(transformers, name))
+    model = try_architectures.tiny(getattr(transformers, name))
     state = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
     old_names = names_of_transformers_4(name, list(state))
     checkpoint = zero_folders.save(_Renamed(state, old_names), tmp_path / "checkpoint")
@@ -80,7 +81,7 @@ def test_without_a_tensor_of_transformers_4_it_is_missing(tmp_path: Path) -> Non
     name = "LlavaForConditionalGeneration"
     reader = table.reader_of(name)
     assert reader is not None
-    made = build(getattr(transformers, name), {})
+    made = architecture_builds.build(getattr(transformers, name), {})
     config = made.model.config.to_dict()
     old_names = [*names_of_transformers_4(name, list(made.memory)).values()]
 

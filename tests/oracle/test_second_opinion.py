@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import zero_folders
+from heavy_libraries import transformers
 from oracles import run
 
 from ckpt.weights.conversion import convert

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from heavy_libraries import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.checkpoint.affine import ParamAffineMap
 from oracles import FIXTURES, run
-from test_parallel import FROZEN, FUSED, MEGATRON, PARALLEL, assert_true, value
+from test_parallel import FROZEN, FUSED, MEGATRON, PARALLEL, affine, assert_true, value
 from test_reshard import content
 
 from ckpt.rewrite import reshard
@@ -89,7 +88,9 @@ def test_files_say_the_cuts_as_deepspeed_does(tmp_path: Path) -> None:
         for name, tensor in whole.weights.tensors.items():
             if name in whole.weights.buffers:
                 continue
-            deepspeeds = ParamAffineMap.from_dict(params[f"^{name.replace('.', chr(92) + '.')}$"])
+            deepspeeds = affine.ParamAffineMap.from_dict(
+                params[f"^{name.replace('.', chr(92) + '.')}$"]
+            )
             shard = deepspeeds.extract(value(tensor), rank)
             expected = value(whole.lanes[rank].weights.tensors[name])
             assert torch.equal(shard.view(expected.shape), expected), (name, rank)

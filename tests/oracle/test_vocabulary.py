@@ -7,11 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import peft
 import peft_models
 import pytest
-import transformers
 import zero_folders
+from heavy_libraries import peft, transformers
 
 from ckpt.weights.conversion import convert
 from ckpt.weights.request import Request

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from heavy_libraries import peft, transformers
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -39,9 +38,9 @@ KINDS = {
 def base_model(folder: Path | None) -> Any:
     """The base model in fp32: new, and always the same, or read from a folder."""
     if folder is not None:
-        return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(7)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
@@ -51,4 +50,4 @@ def base_model(folder: Path | None) -> Any:
         tie_word_embeddings=False,
         attention_bias=True,
     )
-    return LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(config)

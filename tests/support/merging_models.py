@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
+from heavy_libraries import peft, transformers
 from safetensors.torch import save_file
 
 from converters.formats import safetensors

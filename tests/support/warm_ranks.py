@@ -4,7 +4,9 @@
 
 The warm process has a single thread and has computed nothing, so that its forks are as good as
 fresh processes: each sets up gloo, DeepSpeed and its trainer itself, and ends as the interpreter
-ends. It imports nothing of this repository, so that each rank does. A store process of its own
+ends. What a rank imports on its way, of ckpt too, the next ones are forked with: that is two thirds
+of what a short training costs. Workers and helpers of tests each rank imports itself, as another
+launch may see others at the same names. A store process of its own
 listens on the port that the ranks meet at, as the agent of torchrun does; the system chooses the
 port, and nobody else can take it meanwhile. Ranks see the variables that torchrun sets. A library
 that ranks are to have preloaded gets a warm process of its own.
@@ -32,7 +34,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from paths import PATHS, PYTHONPATH, ROOT
 
@@ -47,7 +49,11 @@ IMPORTED = (
     "lightning.pytorch",
     "safetensors.torch",
 )
+# Read where a function is decorated, so when Muon is imported: its kernels would be compiled in
+# each rank, whatever the environment of a launch says. What a rank itself compiles is compiled.
+NOT_COMPILED = {"TORCHDYNAMO_DISABLE": "1"}
 SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+PACKAGES = ("ckpt", "converters")  # of this repository, and the same for every rank
 THREADED = {"hf_xet", "tensorboard", "wandb"}  # start threads when they are imported
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL for ranks whose fellow has failed, as torchrun's
 NOTICE = 0.5  # seconds until the others get that SIGTERM: torchrun looks at its ranks now and then
@@ -85,10 +91,11 @@ class _WarmProcess:
         # By its arguments, ckpt.distributed.launchers takes it for what it stands in for.
         command = [sys.executable, "-m", "warm_ranks", "torch.distributed.run"]
         pipe = subprocess.PIPE
+        own = {"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": preloaded}
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | SINGLE_THREAD | {"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": preloaded},
+            env=os.environ | SINGLE_THREAD | NOT_COMPILED | own,
             stdin=pipe,
             stdout=pipe,
             text=True,
@@ -159,6 +166,7 @@ def serve() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what imports print there is no answer
+    gc.disable()  # a quarter of the time of the imports, which leave little to collect
     for name in IMPORTED:
         importlib.import_module(name)
     _build()
@@ -193,10 +201,10 @@ def _build() -> None:
 
 def _import_too(names: Sequence[str]) -> None:
     """Imports what a rank has imported on its way, so that the next are forked with it."""
-    ours = {path.stem for folder in PATHS for path in Path(folder).iterdir()} | {"__main__"}
+    of_tests = {path.stem for folder in PATHS for path in Path(folder).iterdir()} - {*PACKAGES}
     for name in names:
         top = name.partition(".")[0]
-        if name not in sys.modules and top not in ours and top not in THREADED:
+        if name not in sys.modules and top not in {"__main__", *of_tests, *THREADED}:
             with suppress(Exception):
                 importlib.import_module(name)
             _require_one_thread(f"importing {name}")
@@ -278,6 +286,7 @@ def _be_rank(launch: Launch, rank: int, port: int, messages: int, modules: int) 
     """The life of a rank: a fresh process as far as it can tell."""
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        gc.enable()
         nowhere = os.open(os.devnull, os.O_RDWR)
         os.dup2(nowhere, 0)
         os.dup2(nowhere, 1)
@@ -294,7 +303,7 @@ def _be_rank(launch: Launch, rank: int, port: int, messages: int, modules: int) 
         sys.argv = [launch.script, *launch.arguments]
         sys.path[0] = str(Path(launch.script).parent)
         if not rank:
-            atexit.register(lambda: os.write(modules, "\n".join(sys.modules).encode()))
+            _tell_modules_at_end(modules)
         runpy.run_path(launch.script, run_name="__main__")
     except SystemExit:
         raise
@@ -302,6 +311,26 @@ def _be_rank(launch: Launch, rank: int, port: int, messages: int, modules: int) 
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         raise SystemExit(1) from None
     raise SystemExit(0)
+
+
+def _tell_modules_at_end(descriptor: int) -> None:
+    """Writes what this process has imported when it ends, by ``os._exit`` as well.
+
+    Most workers end so (``ending.leave``), and no function of atexit is called then. One is called
+    after ``serve`` has been left by an exception, which closes the file: here it is open once more.
+    """
+    own_descriptor = os.dup(descriptor)
+    end = os._exit
+
+    def tell() -> None:
+        os.write(own_descriptor, "".join(f"{name}\n" for name in list(sys.modules)).encode())
+
+    def end_telling(code: int) -> NoReturn:
+        tell()
+        end(code)
+
+    atexit.register(tell)
+    os._exit = end_telling
 
 
 def _variables(rank: int, ranks: int, port: int) -> dict[str, str]:

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from adapter_kinds import KINDS, base_model
+from heavy_libraries import peft, transformers
 from oracles import run, torchrun, weights_in
-from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 WORKER = "tests/workers/adapters_worker.py"
 CASES = [f"{kind}-{stage}" for kind in KINDS for stage in (2, 3)]
@@ -40,7 +39,7 @@ def reference(trained: Path, case: str, rounded: bool) -> Any:
     if rounded and kind != "vera":
         for parameter in base.parameters():
             parameter.data = parameter.data.bfloat16().float()
-    model = get_peft_model(base, KINDS[kind]())
+    model = peft.get_peft_model(base, KINDS[kind]())
     values = load_file(trained / f"{case}.safetensors")
     parameters = dict(model.named_parameters())
     assert values and values.keys() <= parameters.keys()
@@ -59,7 +58,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_the_adapter_is_the_trained_one(trained: Path, case: str, tmp_path: Path) -> None:
     run("to-fp32", trained / case, "-o", tmp_path / "adapter")
 
-    model = PeftModel.from_pretrained(base_model(trained / "base"), tmp_path / "adapter")
+    model = peft.PeftModel.from_pretrained(base_model(trained / "base"), tmp_path / "adapter")
 
     trained_model = reference(trained, case, rounded=False)
     if case == "embedding-3":  # PEFT saves the whole layer, which the checkpoint has in 16 bits
@@ -84,7 +83,7 @@ def test_the_merged_model_is_the_trained_one(trained: Path, case: str, tmp_path:
         tolerance = ULPS.get(kind, 0) * torch.finfo(torch.float32).eps * value.abs().max().item()
         assert (tensors[name] - value).abs().max().item() <= tolerance, name
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", output_loading_info=True, dtype=torch.float32
     )
     assert not info["missing_keys"] and not info["unexpected_keys"]

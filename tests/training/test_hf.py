@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from front_ends import require_model, require_read
+from heavy_libraries import LateModule
 from oracles import ROOT, same, torchrun
 from run_folders import real, small
 from safetensors.torch import load_file
@@ -24,11 +25,12 @@ from ckpt.runs.lineage import Line
 from ckpt.runs.run import Run
 from ckpt.runs.user_paths import checkpoints_at
 from ckpt.saving.commit.nodes import Nodes
-from ckpt.saving.front_end import RunFolder
 from ckpt.state import rng
-from ckpt.trainers.hf import CommittedCheckpoints, ResumeCallback
-from ckpt.trainers.hf.trainer_state import evaluated, is_new_best, publish_beside, retention_of
 from converters.errors import CheckpointError
+
+front_end = LateModule("ckpt.saving.front_end")  # these import DeepSpeed and transformers
+hf = LateModule("ckpt.trainers.hf")
+trainer_state = LateModule("ckpt.trainers.hf.trainer_state")
 
 WORKER = str((ROOT / "tests/workers/hf_worker.py").relative_to(ROOT))
 FILE = "model.safetensors"
@@ -194,30 +196,32 @@ def test_what_to_keep_is_what_was_asked_and_the_best() -> None:
     tracked = arguments(metric_for_best_model="loss", greater_is_better=False)
     best = ("eval_loss", "min", 1)
     asked = Retention(last=3, best=("eval_acc", "max", 2))
-    assert retention_of(None, arguments(), None) is None
-    assert retention_of(None, arguments(), 0) is None
-    assert retention_of(None, arguments(), 2) == Retention(last=2)
-    assert retention_of(None, tracked, 2) == Retention(last=2, best=best)
-    assert retention_of(None, tracked, None) == Retention(every=1, best=best)
-    assert retention_of(Retention(), tracked, 2) == Retention(every=1, best=best)
-    assert retention_of(Retention(last=5), tracked, 2) == Retention(last=5, best=best)
-    assert retention_of(asked, tracked, 2) == asked
+    assert trainer_state.retention_of(None, arguments(), None) is None
+    assert trainer_state.retention_of(None, arguments(), 0) is None
+    assert trainer_state.retention_of(None, arguments(), 2) == Retention(last=2)
+    assert trainer_state.retention_of(None, tracked, 2) == Retention(last=2, best=best)
+    assert trainer_state.retention_of(None, tracked, None) == Retention(every=1, best=best)
+    assert trainer_state.retention_of(Retention(), tracked, 2) == Retention(every=1, best=best)
+    assert trainer_state.retention_of(Retention(last=5), tracked, 2) == Retention(last=5, best=best)
+    assert trainer_state.retention_of(asked, tracked, 2) == asked
 
 
-def run_folder_of(path: Path) -> RunFolder:
+def run_folder_of(path: Path) -> front_end.RunFolder:
     """The folder as the only rank of a training has it."""
-    return RunFolder(path, Nodes(0, 1, leads=True, local=False), Lease())
+    return front_end.RunFolder(path, Nodes(0, 1, leads=True, local=False), Lease())
 
 
 def test_what_stayed_for_being_pushed_goes_when_the_push_is_done(tmp_path: Path) -> None:
     """Report row 34: with save_total_limit=1 all that was pushed was still there at the end."""
     line = Line(None, "")
     folders = [small(tmp_path, step).folder for step in (2, 4)]
-    trainer = object.__new__(CommittedCheckpoints)
+    trainer = object.__new__(hf.CommittedCheckpoints)
     trainer._push_locks = [locks.reading(folder) for folder in folders]
     last = Retention(last=1)
     run_folder = run_folder_of(tmp_path)
-    trainer._publish_again = partial(publish_beside, run_folder, last, None, folders[-1], line)
+    trainer._publish_again = partial(
+        trainer_state.publish_beside, run_folder, last, None, folders[-1], line
+    )
     trainer._publish_again()
     assert all(folder.is_dir() for folder in folders)
     trainer._finish_current_push()
@@ -232,8 +236,8 @@ def test_metrics_are_those_of_this_step() -> None:
         {"eval_b_loss": 2, "eval_b_steps_per_second": 1.0, "eval_b_text": "no", "step": 4},
     ]
     state = SimpleNamespace(log_history=logs, global_step=4)
-    assert evaluated(state) == {"eval_a_loss": 3.0, "eval_b_loss": 2.0}
-    assert evaluated(SimpleNamespace(log_history=logs, global_step=6)) == {}
+    assert trainer_state.evaluated(state) == {"eval_a_loss": 3.0, "eval_b_loss": 2.0}
+    assert trainer_state.evaluated(SimpleNamespace(log_history=logs, global_step=6)) == {}
 
 
 @pytest.mark.parametrize(
@@ -251,8 +255,13 @@ def test_a_new_best_is_what_the_trainer_takes_for_one(
     greater: bool, before: float | None, value: float, new: bool
 ) -> None:
     args = arguments(metric_for_best_model="loss", greater_is_better=greater)
-    assert is_new_best(args, SimpleNamespace(best_metric=before), {"eval_loss": value}) is new
-    assert not is_new_best(args, SimpleNamespace(best_metric=before), {"eval_other": value})
+    assert (
+        trainer_state.is_new_best(args, SimpleNamespace(best_metric=before), {"eval_loss": value})
+        is new
+    )
+    assert not trainer_state.is_new_best(
+        args, SimpleNamespace(best_metric=before), {"eval_other": value}
+    )
 
 
 def test_the_trainers_best_stays_though_a_later_one_is_as_good(tmp_path: Path) -> None:
@@ -262,7 +271,7 @@ def test_the_trainers_best_stays_though_a_later_one_is_as_good(tmp_path: Path) -
     left = {str(tmp_path / "checkpoint-2"): [2, 4, 8], str(tmp_path / "gone"): [4, 8], None: [4, 8]}
     for best, steps in left.items():
         newest = tmp_path / "checkpoint-8"
-        publish_beside(run_folder_of(tmp_path), keep, best, newest, Line(None, ""))
+        trainer_state.publish_beside(run_folder_of(tmp_path), keep, best, newest, Line(None, ""))
         assert [c.step for c in Run(tmp_path).checkpoints()] == steps
 
 
@@ -272,8 +281,8 @@ def test_a_trainer_without_deepspeed_takes_no_half_of_a_checkpoint_of_deepspeed(
     folder = real(tmp_path, 2).folder
     state, seen = SimpleNamespace(global_step=2), {"optimizer": object()}
     for path in (None, folder):
-        callback = ResumeCallback(path)
+        callback = hf.ResumeCallback(path)
         with pytest.raises(CheckpointError, match="was saved with DeepSpeed, this training has no"):
             callback.on_train_begin(SimpleNamespace(output_dir=tmp_path), state, None, **seen)
     (folder / "global_step2").rename(tmp_path / "away")
-    ResumeCallback().on_train_begin(SimpleNamespace(output_dir=tmp_path), state, None, **seen)
+    hf.ResumeCallback().on_train_begin(SimpleNamespace(output_dir=tmp_path), state, None, **seen)

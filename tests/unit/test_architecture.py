@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
-from oracles import ROOT
+from paths import ROOT
 from syntax_trees import nodes, tree
 
 PACKAGES = ("converters", "ckpt")
@@ -125,20 +125,33 @@ def imports(module: str, *, when_used: bool = True) -> Iterator[str]:
             yield from (name if name in modules() else node.module for name in inner)
 
 
+def offences(
+    check: Callable[[str], Collection[str]], names: Iterable[str]
+) -> dict[str, Collection[str]]:
+    """What a check has against each module or room; who has no offence is left out.
+
+    One test for all modules, not one for each: pytest spends more on a test than a check takes.
+    """
+    return {name: findings for name in names if (findings := check(name))}
+
+
 def own_imports(module: str) -> set[str]:
     """The modules of the packages that a module imports."""
     return {name for name in imports(module) if name in modules()} - {module}
 
 
-@pytest.mark.parametrize("module", modules())
-def test_a_room_imports_only_rooms_of_lower_floors(module: str) -> None:
+def upward_imports(module: str) -> set[str]:
+    """The modules of other rooms that a module imports from its own floor or a higher one."""
     here = room(module)
-    upward = {
-        other
-        for other in own_imports(module)
-        if room(other) != here and FLOOR[room(other)] >= FLOOR[here]
+    return {
+        imported
+        for imported in own_imports(module)
+        if room(imported) != here and FLOOR[room(imported)] >= FLOOR[here]
     }
-    assert upward == set()
+
+
+def test_a_room_imports_only_rooms_of_lower_floors() -> None:
+    assert offences(upward_imports, modules()) == {}
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
@@ -162,22 +175,29 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return last - statements[0].lineno + 1 if statements else 0
 
 
-@pytest.mark.parametrize("module", modules())
-def test_a_function_is_short(module: str) -> None:
+def long_functions(module: str) -> dict[str, int]:
+    """The functions of a module that are too long, with their lines."""
     functions = [node for node in nodes(modules()[module]) if isinstance(node, ast.FunctionDef)]
-    long = {node.name: body_lines(node) for node in functions if body_lines(node) > MAX_BODY_LINES}
-    assert long == {}
+    return {node.name: body_lines(node) for node in functions if body_lines(node) > MAX_BODY_LINES}
+
+
+def test_a_function_is_short() -> None:
+    assert offences(long_functions, modules()) == {}
 
 
 def test_every_room_is_on_one_floor() -> None:
     assert {room(module) for module in modules()} == FLOOR.keys()
 
 
-@pytest.mark.parametrize("module", modules())
-def test_only_rooms_inside_a_training_import_torch_and_its_like(module: str) -> None:
-    if not {module, room(module)} & INSIDE_A_TRAINING:
-        heavy = {name.partition(".")[0] for name in imports(module, when_used=False)} & HEAVY
-        assert heavy == set()
+def heavy_imports(module: str) -> set[str]:
+    """The libraries of a training that a module imports when it is imported, where none may."""
+    if {module, room(module)} & INSIDE_A_TRAINING:
+        return set()
+    return {name.partition(".")[0] for name in imports(module, when_used=False)} & HEAVY
+
+
+def test_only_rooms_inside_a_training_import_torch_and_its_like() -> None:
+    assert offences(heavy_imports, modules()) == {}
 
 
 def opening_calls(module: str) -> Iterator[str]:
@@ -209,28 +229,32 @@ def test_what_asks_the_filesystem_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert len(list(opening_calls("other"))) == 1, call
 
 
-@pytest.mark.parametrize(
-    "module",
-    [name for name in modules() if name.startswith("converters.") and ".storage" not in name],
-)
-def test_converters_open_files_through_the_door(module: str) -> None:
+def calls_beside_the_door(module: str) -> set[str]:
+    """The opening calls that a module may not have, and those that it should have and has not."""
     allowed = {call for name, call in BESIDE_THE_DOOR if name == module}
-    assert set(opening_calls(module)) == allowed
+    return set(opening_calls(module)) ^ allowed
 
 
-@pytest.mark.parametrize(
-    "room",
-    sorted(
-        path.parent.relative_to(ROOT).as_posix()
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("__init__.py")
-    ),
-)
-def test_a_room_says_what_is_in_it(room: str) -> None:
+def test_converters_open_files_through_the_door() -> None:
+    outside = [
+        name for name in modules() if name.startswith("converters.") and ".storage" not in name
+    ]
+    assert offences(calls_beside_the_door, outside) == {}
+
+
+def unnamed_contents(folder: str) -> set[str]:
+    """The modules and folders of a room that its docstring does not name."""
+    path = ROOT / folder
+    text = ast.get_docstring(tree(path / "__init__.py")) or ""
+    contents = {module.stem for module in path.glob("*.py")} - {"__init__", "__main__"}
+    contents |= {room.parent.name for room in path.glob("*/__init__.py")}
+
+    return contents - set(re.findall(r"[a-z0-9_]+", text))
+
+
+def test_a_room_says_what_is_in_it() -> None:
     """Each module and folder is named in the docstring of its room, where there are several."""
-    folder = ROOT / room
-    text = ast.get_docstring(tree(folder / "__init__.py")) or ""
-    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
-    rooms = {path.parent.name for path in folder.glob("*/__init__.py")}
+    inits = [path for path in modules().values() if path.name == "__init__.py"]
+    folders = [path.parent.relative_to(ROOT).as_posix() for path in inits]
 
-    assert (modules | rooms) - set(re.findall(r"[a-z0-9_]+", text)) == set()
+    assert offences(unnamed_contents, folders) == {}

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from oracles import ROOT
+from paths import ROOT
 from syntax_trees import nodes, tree
 
 # Raised by any mistake: caught only where the table below says why, or to be raised again.

@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from oracles import ROOT
+from paths import ROOT
 from syntax_trees import nodes
 
 from ckpt.distributed import console

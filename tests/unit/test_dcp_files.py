@@ -9,13 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from stock_checkpoints import dcp
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
 
 from ckpt.runs.foreign import completeness
 from converters.errors import CheckpointError
@@ -26,6 +19,14 @@ RANKS = 3
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Three ranks, each with a row of a tensor, and with all of a replicated one."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorStorageMetadata,
+    )
+
     source, folder = tmp_path / "source", tmp_path / "step-2"
     dcp(source)
     whole = FileSystemReader(source).read_metadata()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from oracles import ROOT
+from paths import ROOT
 from syntax_trees import nodes
 
 from ckpt.engine import attributes, partitions, view

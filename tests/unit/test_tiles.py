@@ -309,7 +309,7 @@ def test_a_damaged_replica_is_called_damaged(tmp_path: Path) -> None:
     checksums = tuple(
         Checksum(Extent(path, 0, len(values)), isal_zlib.crc32(values)) for path in paths
     )
-    paths[1].write_bytes(b"\1" + values[1:])
+    paths[1].write_bytes(bytes([values[0] ^ 1]) + values[1:])
     ref, other = (_f32(path, (300, 7)) for path in paths)
     weights = Weights({"w": replace(ref, replicas=(other,))}, checksums=checksums)
     with pytest.raises(CheckpointError, match="rank1 is damaged"):

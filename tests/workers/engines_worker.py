@@ -19,7 +19,6 @@ from fixture_specs import Spec
 
 import ckpt
 from ckpt import live
-from ckpt.engine.checkpoint_engine import CapturingEngine
 from ckpt.runs.run import Run
 
 SPECS = {"actor": Spec(3, zero=SMALL), "critic": Spec(2, "fp32", tied=False)}
@@ -110,6 +109,8 @@ def main(out: Path) -> None:
 
 def failures(out: Path, engines: Mapping[str, Any]) -> dict[str, Any]:
     """What one engine cannot save, none does."""
+    from ckpt.engine.checkpoint_engine import CapturingEngine  # a test imports this module
+
     saver = ckpt.Saver(engines, out / "fails", timeout=20)
     told = {}
     for number, name in enumerate(engines):

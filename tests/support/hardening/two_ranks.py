@@ -49,7 +49,9 @@ def ready(limit: float) -> None:
 
     forked_ranks.preload()
     forked_ranks.LIMIT = limit
-    for name in ("ckpt", "deepspeed", "transformers", "live_worker"):
+    # The last two are what the engine imports at its first use, else once in each rank.
+    late_imports = ("torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx")
+    for name in ("ckpt", "deepspeed", "transformers", "live_worker", *late_imports):
         __import__(name)
 
 

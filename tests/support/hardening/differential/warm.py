@@ -31,8 +31,12 @@ from paths import PATHS
 
 sys.path[:0] = PATHS
 
+# The engine and the optimizers import torch._dynamo and torch._inductor, 1,400 modules, at their
+# first use: here once, and not in each rank.
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
+import torch._dynamo.repro.after_dynamo  # noqa: E402
+import torch._inductor.compile_fx  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from deepspeed.ops.op_builder import cpu  # noqa: E402
 

@@ -7,7 +7,7 @@ import itertools
 import random
 import struct
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,7 @@ CONTAINERS = (
     "legacy tar",
     "raw pickle",
 )
+BOMB_CONTAINERS = ("stored", "legacy stream", "raw pickle")
 MAGIC = 0x1950A86A20F9469CFC6C
 KEYS = (
     *("module", "param_shapes", "optimizer_state_dict", "shared_params"),
@@ -145,18 +146,41 @@ def every_code(real: Template, canary: Path) -> Iterator[Hostile]:
         yield Hostile("code", f"{form}, {container}", contained(real, opcodes, 4, container))
 
 
-def bombs(real: Template, keys: int = len(KEYS)) -> Iterator[Hostile]:
-    """Bombs as the whole file, beside what is needed, and in place of so many of ``KEYS``.
+def bombs(real: Template, names: Collection[str] = ()) -> Iterator[Hostile]:
+    """Bombs as the whole file, beside what is needed, and in place of each of ``KEYS``.
 
-    Of fewer than all, each bomb has others.
+    ``names``: only these bombs.
     """
+    for what, opcodes in lies.bombs().items():
+        if names and what not in names:
+            continue
+        for container in BOMB_CONTAINERS:
+            yield _whole_bomb(real, what, opcodes, container)
+        for key in ("client", *KEYS):
+            yield _bomb_inside(real, what, opcodes, key)
+
+
+def sampled_bombs(real: Template) -> Iterator[Hostile]:
+    """Each bomb three times: in a container that is read, as a raw pickle, and inside a real file.
+
+    Containers and keys take turns, so that each holds several bombs.
+    """
+    keys = ("client", *KEYS)
+    *read_containers, raw_container = BOMB_CONTAINERS
     for number, (what, opcodes) in enumerate(lies.bombs().items()):
-        for container in ("stored", "legacy stream", "raw pickle"):
-            yield Hostile("bomb", f"{what}, {container}", contained(real, opcodes, 4, container))
-        inert = what in HONEST
-        yield Hostile("bomb", f"{what}, nested", real.holding("client", opcodes), inert)
-        for key in (KEYS * 2)[number % len(KEYS) :][:keys]:
-            yield Hostile("bomb", f"{what}, as {key}", real.holding(key, opcodes), inert)
+        container = read_containers[number % len(read_containers)]
+        yield _whole_bomb(real, what, opcodes, container)
+        yield _whole_bomb(real, what, opcodes, raw_container)
+        yield _bomb_inside(real, what, opcodes, keys[number % len(keys)])
+
+
+def _whole_bomb(real: Template, what: str, opcodes: bytes, container: str) -> Hostile:
+    return Hostile("bomb", f"{what}, {container}", contained(real, opcodes, 4, container))
+
+
+def _bomb_inside(real: Template, what: str, opcodes: bytes, key: str) -> Hostile:
+    place = "nested" if key == "client" else f"as {key}"
+    return Hostile("bomb", f"{what}, {place}", real.holding(key, opcodes), what in HONEST)
 
 
 def tensors(real: Template) -> Iterator[Hostile]:

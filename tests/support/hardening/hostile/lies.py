@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
 
 from hardening.hostile.opcodes import encoded, head
 
@@ -78,7 +78,8 @@ def tensors(key: str, numel: int) -> dict[str, bytes]:
     }
 
 
-def bombs() -> dict[str, bytes]:
+@cache
+def bombs() -> Mapping[str, bytes]:
     """Values that are small on disk, as opcodes that leave one object on the stack."""
     doubled = b"]" + b"".join(b"q%c0](h%ch%ce" % (i, i, i) for i in range(200))
     tuples = b")" + b"".join(b"q%c0h%ch%c\x86" % (i, i, i) for i in range(200))

@@ -186,9 +186,10 @@ def test_a_tied_name_is_one_that_the_optimizer_does_not_know(tmp_path: Path) -> 
     trained = ["norm.0.weight", "norm.1.weight", "embed.weight"]
     state = {name: {"exp_avg": model[name]} for name in trained}
     dcp.save({"model": model, "optimizer": {"state": state}}, checkpoint_id=tmp_path, no_dist=True)
-    weights = read(tmp_path).weights
-    assert weights.aliases["head.weight"] == "embed.weight"
-    assert "norm.1.weight" not in weights.aliases
+    source = read(tmp_path)
+    assert source.weights.aliases["head.weight"] == "embed.weight"
+    assert "norm.1.weight" not in source.weights.aliases
+    assert source.optimizer and source.optimizer("head.weight") == source.optimizer("embed.weight")
 
 
 def test_what_is_not_the_models_is_left_out_and_said(tmp_path: Path) -> None:

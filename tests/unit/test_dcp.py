@@ -192,6 +192,23 @@ def test_a_tied_name_is_one_that_the_optimizer_does_not_know(tmp_path: Path) -> 
     assert source.optimizer and source.optimizer("head.weight") == source.optimizer("embed.weight")
 
 
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_the_optimizer_may_know_wrappers_that_the_model_does_not(
+    is_flat: bool, tmp_path: Path
+) -> None:
+    name = "layer._checkpoint_wrapped_module.w"
+    states = {f"_orig_mod.{name}": {"exp_avg": torch.ones(3)}}
+    flat_states = {f"state._orig_mod.{name}.exp_avg": torch.ones(3)}
+    state = {
+        "model": {"layer.w": torch.zeros(3)},
+        "optimizer": flat_states if is_flat else {"state": states},
+    }
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    source = read(tmp_path)
+    assert source.optimizer and source.optimizer("layer.w").keys() == {"exp_avg"}
+    assert source.weights.trained == {"layer.w"}
+
+
 def test_what_is_not_the_models_is_left_out_and_said(tmp_path: Path) -> None:
     state = {"model": FULL, "ema": {"shadow": torch.ones(3)}}
     dcp.save(state, checkpoint_id=tmp_path, no_dist=True)

@@ -38,8 +38,8 @@ PAGES = {  # the page that explains a command
     "reshard": "reshard.md",
     "to-universal": "universal.md",
     "from-universal": "universal.md#from-universal",
-    "to-dcp": "fsdp.md",
-    "from-dcp": "fsdp.md#what-from-dcp-has-to-know",
+    "to-dcp": "zero-fsdp.md",
+    "from-dcp": "zero-fsdp.md#what-from-dcp-has-to-know",
 }
 RUNS = "runs.md"  # which explains all others
 

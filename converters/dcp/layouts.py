@@ -17,12 +17,14 @@ Lightning 2.6 ``strategies/fsdp.py`` and ``model_parallel.py``, composer 0.32
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from converters.dcp.description import KeyPath
 from converters.dcp.saved_state import Leaf
 from converters.lazy_pattern import LazyPattern
+from converters.names.rules import WRAPPERS
 
 STATE, GROUPS = "state", "param_groups"
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "module")
@@ -69,7 +71,7 @@ def split(leaves: Sequence[Leaf]) -> StateLayout:
     others = tuple(leaf.name for leaf in tensors if leaf.name not in used)
 
     optimizer_keys = {name: keys for name, keys in below_optimizer.items() if keys}
-    return StateLayout(of_model, _optimizer_leaves(optimizer_keys, of_model), others)
+    return StateLayout(of_model, _optimizer_leaves(optimizer_keys, _ModelNames(of_model)), others)
 
 
 def keys_of_names(names: Iterable[str]) -> dict[str, KeyPath]:
@@ -127,27 +129,51 @@ def _is_of(root: KeyPath, keys: KeyPath) -> bool:
     return len(keys) == 1 or keys[0] not in _TRAINING_KEYS
 
 
+class _ModelNames:
+    """The names of a model's tensors, looked up by what the optimizer calls them.
+
+    It may have the pieces that wrappers put into a name, where the state dict has none.
+    """
+
+    def __init__(self, names: Collection[str]):
+        self.names = names
+        counts = Counter(map(_without_wrappers, names))
+        self.by_inner_name = {
+            inner: name for name in names if counts[inner := _without_wrappers(name)] == 1
+        }
+
+    def get(self, name: str) -> str | None:
+        """The model's own name; ``None`` if it has no such tensor."""
+        if name in self.names:
+            return name
+        return self.by_inner_name.get(_without_wrappers(name))
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(piece for piece in name.split(".") if piece not in WRAPPERS)
+
+
 def _optimizer_leaves(
-    optimizer_keys: Mapping[str, KeyPath], model: Container[str]
+    optimizer_keys: Mapping[str, KeyPath], model_names: _ModelNames
 ) -> OptimizerLeaves:
     states: dict[str, dict[str, str]] = {}
     groups: dict[str, dict[str, str]] = {}
     for leaf, keys in optimizer_keys.items():
         owner, key = keys[1], ".".join(keys[2:])
         if not key:
-            owner, key = _of_flat_name(keys[1], model)
+            owner, key = _of_flat_name(keys[1], model_names)
         part = states if keys[0] == STATE else groups
-        part.setdefault(owner, {})[key] = leaf
+        part.setdefault(model_names.get(owner) or owner, {})[key] = leaf
 
     return OptimizerLeaves(states, groups)
 
 
-def _of_flat_name(text: str, model: Container[str]) -> tuple[str, str]:
+def _of_flat_name(text: str, model_names: _ModelNames) -> tuple[str, str]:
     """Name and key of "NAME.KEY": the longest name that the model has, or all but the last."""
     name, _, key = text.rpartition(".")
     first_guess = (name, key)
     while name:
-        if name in model:
+        if model_names.get(name) is not None:
             return name, key
         name, _, last = name.rpartition(".")
         key = f"{last}.{key}"

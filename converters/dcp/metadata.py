@@ -16,7 +16,7 @@ Source: torch 2.1 to 2.13, ``distributed/checkpoint/metadata.py`` (``Metadata``)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -49,7 +49,7 @@ _Place = tuple[str, Shape | None]  # a name, and the offsets of a chunk of it
 
 
 @dataclass(frozen=True)  # without slots: ``open_files`` refers to it weakly
-class _Rank:
+class _RankDescription:
     """What one ``.metadata`` says; ``homeless`` are offsets of a chunk that is not stored."""
 
     path: Path
@@ -64,7 +64,7 @@ def read(folder: Path) -> Description:
 
     ``CheckpointError`` if one is missing, damaged, or describes what no file holds.
     """
-    ranks = [_read_rank(path) for path in _paths(folder)]
+    ranks = _ranks(folder)
     tensors: dict[str, StoredTensor] = {}
     objects: dict[str, ItemPlace] = {}
     keys: dict[str, KeyPath] = {}
@@ -80,8 +80,20 @@ def read(folder: Path) -> Description:
     return Description(folder, tensors, objects, keys, len(ranks))
 
 
+def item_places(folder: Path) -> Iterator[ItemPlace]:
+    """Where all items of a folder lie, those too that several ranks have; raises as ``read``."""
+    for rank in _ranks(folder):
+        yield from rank.objects.values()
+        for tensor in rank.tensors.values():
+            yield from (chunk.place for chunk in tensor.chunks)
+
+
+def _ranks(folder: Path) -> list[_RankDescription]:
+    return [_read_rank(path) for path in _paths(folder)]
+
+
 def _paths(folder: Path) -> list[Path]:
-    """The files that describe a folder; of ranks all, in the order of their names_by_rank."""
+    """The files that describe a folder; of ranks all, in the order of their numbers."""
     path = folder / METADATA
     if stores.is_file(path):
         return [path]
@@ -113,14 +125,14 @@ def _rank_number(name: str) -> int | None:
     return int(number) if is_one and len(number) < 8 else None
 
 
-def _read_rank(path: Path) -> _Rank:
+def _read_rank(path: Path) -> _RankDescription:
     try:
         return open_files.parsed(path, "dcp-metadata", lambda file: (_parse(file, path), file.size))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}", "incomplete") from error
 
 
-def _parse(file: File, path: Path) -> _Rank:
+def _parse(file: File, path: Path) -> _RankDescription:
     if file.size > MAX_METADATA_BYTES:
         raise CheckpointError(f"{path} has {file.size} bytes, over {MAX_METADATA_BYTES}", "refused")
     if not file.size:
@@ -138,7 +150,7 @@ def _parse(file: File, path: Path) -> _Rank:
         ) from error
 
 
-def _rank(path: Path, root: Any) -> _Rank:
+def _rank(path: Path, root: Any) -> _RankDescription:
     fields = _fields(root, ("Metadata",), "its root")
     places = _places(path.parent, _dict(fields, "storage_data"))
     tensors: dict[str, StoredTensor] = {}
@@ -156,7 +168,7 @@ def _rank(path: Path, root: Any) -> _Rank:
         if offsets is not None:
             homeless[name] = offsets
 
-    return _Rank(path, tensors, objects, _keys(fields.get("planner_data")), homeless)
+    return _RankDescription(path, tensors, objects, _keys(fields.get("planner_data")), homeless)
 
 
 def _places(folder: Path, storage_data: Mapping[Any, Any]) -> dict[_Place, ItemPlace]:
@@ -276,7 +288,7 @@ def _joined(
     return before._replace(chunks=tuple(chunks.values()))
 
 
-def _require_homes(rank: _Rank, tensors: Mapping[str, StoredTensor]) -> None:
+def _require_homes(rank: _RankDescription, tensors: Mapping[str, StoredTensor]) -> None:
     """``CheckpointError`` for a chunk that no file holds."""
     for name, offsets in rank.homeless.items():
         if all(chunk.offsets != offsets for chunk in tensors[name].chunks):

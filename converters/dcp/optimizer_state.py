@@ -20,6 +20,7 @@ from converters.errors import CheckpointError
 from converters.tensors import TensorRef
 
 _NAMES, _STEP = "params", "step"
+_NO_ALIASES: Mapping[str, str] = {}
 
 
 class SavedOptimizer:
@@ -41,8 +42,10 @@ class SavedOptimizer:
         parts = (*self.leaves.states.values(), *self.leaves.groups.values())
         return [leaf for part in parts for leaf in part.values()]
 
-    def of_parameter(self, name: str) -> dict[str, TensorRef | int | float]:
-        """See ``source.OptimizerState``."""
+    def of_parameter(
+        self, name: str, aliases: Mapping[str, str] = _NO_ALIASES
+    ) -> dict[str, TensorRef | int | float]:
+        """See ``source.OptimizerState``; ``aliases`` are names that are tied to others."""
         if not self.leaves.are_named:
             raise CheckpointError(
                 f"{self.state.folder} has the optimizer's states under numbers, not under names "
@@ -50,6 +53,7 @@ class SavedOptimizer:
                 "get_state_dict",
                 "unsupported",
             )
+        name = aliases.get(name, name)
         if name not in self.leaves.states:
             raise KeyError(f"{name} is not trained: the optimizer keeps nothing for it")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,9 @@ def assembled(
         weights=weights,
         files=files,
         topology=SourceTopology(state.world_size),
-        optimizer=None if optimizer is None else optimizer.of_parameter,
+        optimizer=(
+            None if optimizer is None else partial(optimizer.of_parameter, aliases=weights.aliases)
+        ),
         groups=None if optimizer is None or not has_names else optimizer.groups,
         located_states=None if optimizer is None or not has_names else optimizer.located,
         precision=_precision(weights),

@@ -1,4 +1,4 @@
-"""A transformers model that FSDP2 trained, saved by accelerate's functions, becomes a model folder."""
+"""A transformers model that FSDP2 trained, as accelerate saves it, becomes a model folder."""
 
 from __future__ import annotations
 

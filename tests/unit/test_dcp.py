@@ -186,9 +186,27 @@ def test_a_tied_name_is_one_that_the_optimizer_does_not_know(tmp_path: Path) -> 
     trained = ["norm.0.weight", "norm.1.weight", "embed.weight"]
     state = {name: {"exp_avg": model[name]} for name in trained}
     dcp.save({"model": model, "optimizer": {"state": state}}, checkpoint_id=tmp_path, no_dist=True)
-    weights = read(tmp_path).weights
-    assert weights.aliases["head.weight"] == "embed.weight"
-    assert "norm.1.weight" not in weights.aliases
+    source = read(tmp_path)
+    assert source.weights.aliases["head.weight"] == "embed.weight"
+    assert "norm.1.weight" not in source.weights.aliases
+    assert source.optimizer and source.optimizer("head.weight") == source.optimizer("embed.weight")
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_the_optimizer_may_know_wrappers_that_the_model_does_not(
+    is_flat: bool, tmp_path: Path
+) -> None:
+    name = "layer._checkpoint_wrapped_module.w"
+    states = {f"_orig_mod.{name}": {"exp_avg": torch.ones(3)}}
+    flat_states = {f"state._orig_mod.{name}.exp_avg": torch.ones(3)}
+    state = {
+        "model": {"layer.w": torch.zeros(3)},
+        "optimizer": flat_states if is_flat else {"state": states},
+    }
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    source = read(tmp_path)
+    assert source.optimizer and source.optimizer("layer.w").keys() == {"exp_avg"}
+    assert source.weights.trained == {"layer.w"}
 
 
 def test_what_is_not_the_models_is_left_out_and_said(tmp_path: Path) -> None:

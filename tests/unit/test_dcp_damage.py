@@ -63,9 +63,8 @@ def test_a_missing_file_is_named(name: str, folder: Path) -> None:
 def test_a_file_that_is_cut_short_is_named(name: str, folder: Path) -> None:
     path = folder / name
     path.write_bytes(path.read_bytes()[:-1])
-    assert f"{path} has {path.stat().st_size} bytes, expected" in refusal(
-        folder, "incomplete", True
-    )
+    problem = f"{path} has {path.stat().st_size} bytes, expected"
+    assert problem in refusal(folder, "incomplete", True)
 
 
 def test_weights_that_are_whole_are_read_beside_a_damaged_optimizer(folder: Path) -> None:

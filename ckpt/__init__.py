@@ -4,7 +4,7 @@ saving/, resuming/   saves and resumes of a training;  trainers/  the same in ot
 engine/, state/      what is known of DeepSpeed's engine, and a rank's state as files
 distributed/         steps that all ranks take, or none
 live/, weights/      weights of a running training, and of a checkpoint
-rewrite/             other ranks, another stage, the universal format
+rewrite/             other ranks, another stage, the universal format, torch's DCP
 runs/, folders/      the checkpoints of a run; folders that are there whole or not at all
 hub/                 the Hugging Face Hub;  cli/  the command ``ckpt``
 results, text, version, deprecation  values as JSON, sizes in messages, names of old
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ckpt.hub.background import Push as Push
     from ckpt.resuming.resume import resume as resume
     from ckpt.resuming.select import find as find
+    from ckpt.rewrite import dcp as dcp
     from ckpt.rewrite import reshard as reshard
     from ckpt.rewrite import universal as universal
     from ckpt.runs.retention import Retention as Retention
@@ -62,6 +63,7 @@ _NAMES = {  # public names, by the module that each is loaded from when it is fi
 }
 _MODULES = {  # public modules, under the names that users import them by
     "convert": "ckpt.weights.conversion.convert",
+    "dcp": "ckpt.rewrite.dcp",
     "live": "ckpt.live",
     "reshard": "ckpt.rewrite.reshard",
     "trainers": "ckpt.trainers",

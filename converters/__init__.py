@@ -4,7 +4,8 @@ tensors, extents  tensors located in files, and their bytes;  source  a checkpoi
 tiles, walks     boxes of tensors, placed in a tensor, and the runs of bytes that they have;
                  chains  such tensors one after another
 detect/          what lies at a path, and which reader fits it
-zero/            DeepSpeed's state files;  formats/  files of weights;  peft/  adapters
+zero/            DeepSpeed's state files;  dcp/  those of FSDP and torch's DCP
+formats/         files of weights;  peft/  adapters
 torch_files/     files of torch.save;  pickles/  read without running anything
 names/           names chosen, changed and matched;  quantized/  weights that are codes
 plan, cast       every byte of an output, decided;  computing/  tensors that a formula makes

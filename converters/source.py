@@ -71,7 +71,8 @@ class Source:
 
     ``record`` is what holds the copies of the weights; ``of_one_save`` says whether
     copies with other values are an error. ``without_frozen`` says that weights may be
-    missing that the files do not name.
+    missing that the files do not name, ``knows_ties`` that the files tell which names are
+    tied; where they do not, the class of the model does.
     """
 
     kind: str
@@ -88,6 +89,7 @@ class Source:
     record: str = STATES
     of_one_save: bool = True
     without_frozen: bool = False
+    knows_ties: bool = True
 
     @property
     def stage(self) -> int | None:

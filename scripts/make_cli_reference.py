@@ -23,7 +23,7 @@ WIDTH = 78  # columns, as click prints on a terminal of 80; it does not wrap exa
 
 GROUPS = {  # the sections of the page; a command that no section names comes last
     "Weights": ("show", "to-fp32"),
-    "Training states": ("reshard", "to-universal", "from-universal"),
+    "Training states": ("reshard", "to-universal", "from-universal", "to-dcp", "from-dcp"),
     "Runs": (
         *("ls", "latest", "verify", "prune", "pin", "unpin"),
         *("doctor", "slim", "collect"),
@@ -38,6 +38,8 @@ PAGES = {  # the page that explains a command
     "reshard": "reshard.md",
     "to-universal": "universal.md",
     "from-universal": "universal.md#from-universal",
+    "to-dcp": "zero-fsdp.md",
+    "from-dcp": "zero-fsdp.md#what-from-dcp-has-to-know",
 }
 RUNS = "runs.md"  # which explains all others
 

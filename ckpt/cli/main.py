@@ -22,6 +22,8 @@ SECTIONS = {  # the commands, each with the module of this package that has it
         "reshard": "rewrite",
         "to-universal": "rewrite",
         "from-universal": "rewrite",
+        "to-dcp": "crossing.dcp",
+        "from-dcp": "crossing.dcp",
     },
     "Runs": {
         "ls": "runs",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -21,10 +21,11 @@ from ckpt.cli.weight_options import TP_RULES
 from converters.words import counted
 
 if TYPE_CHECKING:
-    from ckpt.rewrite.job import Rewriting
+    from ckpt.folders.staging import Continuation
     from ckpt.rewrite.result import RewriteChecks, RewriteResult
+    from converters.plan import Plan
 
-_SHARED = (
+SHARED = (
     dry_run_option("Print the plan and write nothing."),
     click.option(
         "--no-verify",
@@ -44,11 +45,12 @@ _SHARED = (
 )
 
 
-def _world_size(**settings: Any) -> Callable[..., Any]:
+def world_size_option(**settings: Any) -> Callable[..., Any]:
+    """The option --world-size, with these settings of click."""
     return click.option("--world-size", metavar="RANKS", type=click.IntRange(1), **settings)
 
 
-_NATIVE = (
+NATIVE = (
     click.option(
         "--stage",
         metavar="N",
@@ -77,7 +79,7 @@ _NATIVE = (
 )
 
 
-def _with_options(
+def with_options(
     options: Sequence[Callable[..., Any]],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Several options as one decorator; they are listed in this order."""
@@ -92,8 +94,8 @@ def _with_options(
 
 @click.command(cls=Command, short_help="Rewrite a state for other ranks or another stage.")
 @CHECKPOINT
-@_world_size(help="The ranks (GPUs) that will resume. Default: as many as saved.")
-@_with_options(_NATIVE)
+@world_size_option(help="The ranks (GPUs) that will resume. Default: as many as saved.")
+@with_options(NATIVE)
 @click.option(
     "--tp",
     metavar="RANKS",
@@ -102,7 +104,7 @@ def _with_options(
 )
 @TP_RULES
 @TAG
-@_with_options(_SHARED)
+@with_options(SHARED)
 def reshard(
     checkpoint: Path,
     world_size: int | None,
@@ -130,6 +132,7 @@ def reshard(
     ckpt reshard out/checkpoint-500 --world-size 8 --tp 2
     ckpt reshard out/checkpoint-500 --world-size 3 --dry-run
     """
+    from ckpt.rewrite import job
     from ckpt.rewrite import reshard as resharding
 
     rewriting = resharding.plan(
@@ -144,7 +147,7 @@ def reshard(
         tp_rules=tp_rules,
     )
 
-    _rewrite(rewriting, **options)
+    run(rewriting, job, **options)
 
 
 @click.command("to-universal", cls=Command, short_help="Write a state in the universal format.")
@@ -157,7 +160,7 @@ def reshard(
 )
 @TP_RULES
 @TAG
-@_with_options(_SHARED)
+@with_options(SHARED)
 def to_universal(
     checkpoint: Path,
     output: Path | None,
@@ -175,17 +178,19 @@ def to_universal(
     ckpt to-universal out/checkpoint-500
     ckpt to-universal out/checkpoint-500 --dry-run
     """
-    from ckpt.rewrite import universal
+    from ckpt.rewrite import job, universal
 
-    _rewrite(universal.plan_to(checkpoint, output=output, tag=tag, tp_rules=tp_rules), **options)
+    rewriting = universal.plan_to(checkpoint, output=output, tag=tag, tp_rules=tp_rules)
+
+    run(rewriting, job, **options)
 
 
 @click.command(
     "from-universal", cls=Command, short_help="Write native files from a universal folder."
 )
 @CHECKPOINT
-@_world_size(required=True, help="The ranks (GPUs) that will resume.")
-@_with_options(_NATIVE)
+@world_size_option(required=True, help="The ranks (GPUs) that will resume.")
+@with_options(NATIVE)
 @click.option(
     "--tag", metavar="TAG", help="The tag to read. Default: what the file latest_universal names."
 )
@@ -196,7 +201,7 @@ def to_universal(
     help="A native checkpoint of the same model, where the folder does not tell the order of the "
     "parameters.",
 )
-@_with_options(_SHARED)
+@with_options(SHARED)
 def from_universal(
     checkpoint: Path,
     world_size: int,
@@ -216,7 +221,7 @@ def from_universal(
     ckpt from-universal out/checkpoint-500_universal --world-size 3
     ckpt from-universal out/checkpoint-500_universal --world-size 8 --stage 3 -o resume
     """
-    from ckpt.rewrite import universal
+    from ckpt.rewrite import job, universal
 
     rewriting = universal.plan_from(
         checkpoint,
@@ -229,11 +234,38 @@ def from_universal(
         zero_init=zero_init,
     )
 
-    _rewrite(rewriting, **options)
+    run(rewriting, job, **options)
 
 
-def _rewrite(
-    rewriting: Rewriting,
+class Prepared(Protocol):
+    """What is decided on: a ``Rewriting`` or a ``Crossing``."""
+
+    @property
+    def output(self) -> Path:
+        """The folder that is made."""
+
+    @property
+    def plan(self) -> Plan:
+        """The files that are not copied."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know."""
+
+
+class RewriteJob(Protocol):
+    """The module that does it: ``ckpt.rewrite.job`` or ``ckpt.rewrite.crossing``."""
+
+    require_output: Callable[..., None]
+    preview: Callable[..., RewriteResult]
+    execute: Callable[..., RewriteResult]
+    shortage: Callable[..., str | None]
+    continuation: Callable[..., Continuation | None]
+
+
+def run(
+    rewriting: Prepared,
+    job: RewriteJob,
     dry_run: bool,
     no_verify: bool,
     read_back: bool,
@@ -242,7 +274,6 @@ def _rewrite(
     as_json: bool,
 ) -> None:
     """Prints what would be done, or does it and prints that."""
-    from ckpt.rewrite import job
 
     def preview() -> Output:
         job.require_output(rewriting, overwrite)
@@ -284,18 +315,24 @@ def _preview_lines(result: RewriteResult) -> list[str]:
     lines += [f"{result.output}/{name}\tcopied" for name in sorted(result.copied_files)]
 
     source = result.source
-    target = "the universal format"
-    if result.world_size is not None:
-        target = f"stage {result.stage}, {counted(result.world_size, 'rank')}"
-
+    origin = "weights alone"
+    if source.stage is not None:
+        origin = f"stage {source.stage}, {counted(source.world_size or 1, 'rank')}"
     lines += [
-        f"from         stage {source.stage}, {counted(source.world_size or 1, 'rank')}",
-        f"to           {target}",
+        f"from         {origin}",
+        f"to           {_target(result)}",
         f"read         {size(result.read_bytes)}",
         f"write        {size(result.write_bytes)}, {size(result.free_bytes)} free",
     ]
 
     return lines + [f"note: {note}" for note in result.notes]
+
+
+def _target(result: RewriteResult) -> str:
+    """What is written, in words."""
+    if result.world_size is not None:
+        return f"stage {result.stage}, {counted(result.world_size, 'rank')}"
+    return "torch's DCP" if result.tag is None else "the universal format"
 
 
 def _proven(checks: RewriteChecks) -> str:

@@ -18,7 +18,9 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import RunCheckpoint, bytes_under
 from ckpt.state import plain, rank_files, rng
 from converters import detect
+from converters.detect import sharded
 from converters.detect.deepspeed import PARALLEL
+from converters.detect.kind import DEEPSPEED
 from converters.detect.kinds import BY_NAME
 from converters.errors import CheckpointError
 
@@ -87,6 +89,8 @@ class ResumePoint:
             has_tag = tag is not None and (run_checkpoint.folder / tag).is_dir()
             inner_tag = tag if has_tag else None
             zero_checkpoint = detect.read(run_checkpoint.folder, inner_tag, complete=True)
+            if zero_checkpoint.kind in sharded.READ:
+                raise detect.detect(run_checkpoint.folder).unlike(DEEPSPEED)
             if zero_checkpoint.kind in PARALLEL:
                 raise CheckpointError(
                     f"{run_checkpoint.folder} {BY_NAME[zero_checkpoint.kind].statement}, which "

@@ -1,7 +1,10 @@
-"""Training states rewritten: for other ranks, another stage, or in the
-universal format.
+"""Training states rewritten: for other ranks, another stage, or in another
+format.
 
 job               moves, proves, commits
+dcp               torch's distributed checkpoints, which FSDP loads, and back
+crossing          moves, proves, commits these
+crossing_proofs   what proves them
 records           its manifest, or what else says what it was made of
 result            what was done, as a value
 reshard           other ranks or another stage

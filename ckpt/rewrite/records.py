@@ -8,6 +8,7 @@ its save finished. Then ``rewriting.json`` says what it was made of.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -52,9 +53,17 @@ def first_origin(home: Path, manifest: Manifest | None, origin: Ancestry) -> Anc
     return origin
 
 
-def write_record(folder: Path, origin: Ancestry, target: TargetTopology | None) -> None:
-    """Writes ``rewriting.json``; ``target`` is ``None`` for the universal format."""
-    record = Record(origin)
+def write_record(
+    folder: Path,
+    origin: Ancestry,
+    target: TargetTopology | None,
+    buffers: Collection[str] | None = None,
+) -> None:
+    """Writes ``rewriting.json``; ``target`` is ``None`` for the universal format and DCP.
+
+    ``buffers`` are those of the model, for what does not tell them from parameters.
+    """
+    record = Record(origin, buffers=None if buffers is None else tuple(sorted(buffers)))
     if target is not None:
         record = Record(origin, target.stage, target.rank_count)
     local.write_file(folder / filenames.REWRITING, record.dumps())

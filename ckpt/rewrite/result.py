@@ -30,16 +30,16 @@ class RewriteChecks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewriteResult:
-    """A training state written for other ranks, another stage, or in the universal format.
+    """A training state written for other ranks, another stage, or in another format.
 
-    ``stage`` and ``world_size`` are those of the output, ``None`` in the universal
-    format, which has none. ``checks`` is ``None`` where nothing was written
-    (``dry_run``).
+    ``stage`` and ``world_size`` are those of the output, ``None`` in the universal format and in
+    torch's DCP, which have none; DCP has no ``tag`` either. ``checks`` is ``None`` where nothing
+    was written (``dry_run``).
     """
 
     dry_run: bool
     output: Path
-    tag: str
+    tag: str | None
     stage: int | None
     world_size: int | None
     source: TrainingState

@@ -2,6 +2,7 @@
 
     ckpt reshard, from-universal   "resharded": native files for other ranks or another stage
     ckpt to-universal              "universal"
+    ckpt to-dcp                    "dcp": torch's format for distributed checkpoints
     ckpt slim                      "slimmed": of the full one that had the same folder
 
 A manifest has it as ``source``. What gets no manifest, as the universal format and what
@@ -33,7 +34,7 @@ from converters.words import counted
 FORMAT = 1
 MAX_BYTES = 1 << 16
 MAX_PARENTS = 100
-Form = Literal["resharded", "universal", "slimmed"]
+Form = Literal["resharded", "universal", "dcp", "slimmed"]
 
 
 class Partitioning(Protocol):
@@ -103,6 +104,8 @@ class Ancestry:
         first = f", which was made of {self.name or 'another one'}" if self.parent else ""
         if self.form == "universal":
             return f"universal, made from {source}{first}"
+        if self.form == "dcp":
+            return f"made for torch's dcp.load from {source}{first}"
 
         is_universal = nearest is not self and nearest.form == "universal"
         topology = "" if is_universal else nearest._topology
@@ -142,16 +145,20 @@ def parse(value: object, depth: int = 0) -> Ancestry | None:
 class Record:
     """What ``rewriting.json`` says: what was made, and of what.
 
-    ``stage`` and ``world_size`` are ``None`` for the universal format, which has none.
+    ``stage`` and ``world_size`` are ``None`` for the universal format and DCP, which have none.
+    ``buffers`` are the names of the model's buffers, which DCP does not tell from parameters.
     """
 
     source: Ancestry
     stage: int | None = None
     world_size: int | None = None
+    buffers: tuple[str, ...] | None = None
 
     def dumps(self) -> bytes:
         """The content of the file."""
         content = {"format": FORMAT, "ckpt": __version__} | asdict(self)
+        if self.buffers is None or len(str(self.buffers)) > MAX_BYTES // 4:
+            del content["buffers"]
         return bounded_json.dumps(content)
 
 
@@ -199,4 +206,6 @@ def _record(document: object) -> Record | None:
         is_number = value is None or is_whole_number(value)
         fields.require(is_number, name, value, "a whole number or null")
 
-    return Record(source, **topology)
+    names = document.get("buffers")
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return Record(source, **topology, buffers=tuple(names or ()) if is_list else None)

@@ -15,7 +15,7 @@ from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import RunCheckpoint, open_checkpoint, order
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run
 from ckpt.runs.run import Run
-from converters.detect import detect
+from converters.detect import detect, sharded
 from converters.detect.deepspeed import UNIVERSAL
 from converters.detect.filenames import TRAINER_STATE
 from converters.detect.kind import DEEPSPEED
@@ -121,7 +121,7 @@ def require_deepspeed(checkpoint: RunCheckpoint, weights: str = "") -> None:
     detection = detect(checkpoint.folder)
     if detection.kind.holds_weights:
         raise instead(checkpoint.folder, DEEPSPEED, weights)
-    if detection.refusal is not None:
+    if detection.refusal is not None or detection.kind.name in sharded.READ:
         raise detection.error
 
 

@@ -10,7 +10,9 @@ from converters.storage import stores
 
 _FSDP_PART = LazyPattern(r"__.*_.*\.distcp")
 
-_UNREAD = "{statement}, which ckpt does not read yet: {remedy}"
+_DCP = "converters.dcp.reader:read"
+_FSDP = "converters.dcp.fsdp_folder:read"
+_READS = "ckpt show, to-fp32 and ckpt.open read it"
 
 
 def megatron_dist(look: Look) -> str | None:
@@ -89,8 +91,8 @@ KINDS = (
         recognized_by="`common.pt` and `metadata.json`",
         sign=megatron_dist,
         statement="is a distributed checkpoint of Megatron-Core ({evidence})",
-        remedy="Megatron Bridge exports it to a model folder",
-        refusal="{statement}, which ckpt does not read: {remedy}",
+        reader="converters.dcp.megatron:read",
+        remedy=_READS + ", and Megatron Bridge exports it to a model of transformers",
         trouble="unsupported",
     ),
     Kind(
@@ -110,8 +112,8 @@ KINDS = (
         sign=lightning_folder,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint that Lightning "
         "saved ({evidence})",
-        remedy="python -m lightning.pytorch.utilities.consolidate_checkpoint makes one file of it",
-        refusal=_UNREAD,
+        remedy=_READS,
+        reader=_DCP,
         trouble="unsupported",
     ),
     Kind(
@@ -121,8 +123,8 @@ KINDS = (
         sign=fsdp_folder,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint that Accelerate "
         "saved ({evidence})",
-        remedy="accelerate merge-weights makes a model folder of pytorch_model_fsdp_0",
-        refusal=_UNREAD,
+        remedy=_READS,
+        reader=_FSDP,
         trouble="unsupported",
     ),
     Kind(
@@ -132,9 +134,8 @@ KINDS = (
         sign=dcp_of_ranks,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint, saved without "
         "collectives ({evidence})",
-        remedy="load it with torch.distributed.checkpoint.load on as many ranks (dcp_to_torch "
-        "gives wrong values, as it reads the metadata of one rank)",
-        refusal=_UNREAD,
+        remedy=_READS,
+        reader=_DCP,
         trouble="unsupported",
     ),
     Kind(
@@ -143,9 +144,8 @@ KINDS = (
         recognized_by="`.metadata` and `__*_*.distcp`",
         sign=dcp,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint ({evidence})",
-        remedy="python -m torch.distributed.checkpoint.format_utils dcp_to_torch makes one file "
-        "of it",
-        refusal=_UNREAD,
+        remedy=_READS,
+        reader=_DCP,
         trouble="unsupported",
     ),
     Kind(
@@ -155,8 +155,8 @@ KINDS = (
         sign=dcp_safetensors,
         statement="is a checkpoint of torch.distributed.checkpoint in safetensors ({evidence}), "
         "whose files may hold pieces of tensors",
-        remedy="load it with torch's HuggingFaceStorageReader",
-        refusal=_UNREAD,
+        remedy=_READS,
+        reader="converters.dcp.reader:read_safetensors",
         trouble="unsupported",
     ),
     Kind(
@@ -165,8 +165,8 @@ KINDS = (
         recognized_by="`pytorch_model_fsdp_0_rankR.bin`",
         sign=fsdp_of_ranks,
         statement="is a checkpoint of FSDP with a file a rank ({evidence})",
-        remedy="accelerator.load_state reads it on as many ranks",
-        refusal=_UNREAD,
+        remedy=_READS,
+        reader=_FSDP,
         trouble="unsupported",
     ),
     Kind(
@@ -174,10 +174,9 @@ KINDS = (
         title="FSDP checkpoint with the weights in one file",
         recognized_by="`pytorch_model_fsdp.bin`",
         sign=fsdp_full,
-        statement="is a checkpoint of FSDP",
-        remedy="{evidence} in it holds the weights already, and ckpt.open reads that file "
-        "where the file itself is named",
-        refusal="{statement}; {remedy}",
+        reader=_FSDP,
+        statement="is a checkpoint of FSDP with the weights in one file ({evidence})",
+        remedy=_READS,
     ),
     Kind(
         name="dcp-file",
@@ -186,7 +185,9 @@ KINDS = (
         sign=dcp_part,
         statement="is one file of a checkpoint of FSDP or torch.distributed.checkpoint",
         remedy="the checkpoint is its folder: {evidence}",
-        refusal="{statement}, which ckpt does not read yet; {remedy}",
+        refusal="{statement}; {remedy}",
         trouble="unsupported",
     ),
 )
+# checkpoints of a training that are read for their weights: no engine of ZeRO loads them
+READ = tuple(kind.name for kind in KINDS if kind.reader)

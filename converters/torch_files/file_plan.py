@@ -41,7 +41,7 @@ def shard(filename: str, tree: Any) -> Shard:
     for storage_key, storage in enumerate(storages):
         archive.tensor(
             f"data/{storage_key}",
-            list(_entries(f"storage {storage_key}", storage)),
+            list(entries(f"storage {storage_key}", storage)),
         )
 
     archive.data("version", b"3\n")
@@ -79,7 +79,9 @@ def _checksums(shards: Sequence[Shard]) -> tuple[Checksum, ...]:
     return tuple(used_records)
 
 
-def _entries(name: str, storage: Storage) -> Iterator[Entry]:
+def entries(name: str, storage: Storage) -> Iterator[Entry]:
+    """What a record with the bytes of a storage is made of: one entry, or several where its runs
+    are many. ``name`` is that of the record."""
     if not storage.numel:
         return
 

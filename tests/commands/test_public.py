@@ -133,5 +133,5 @@ def test_an_argument_of_another_type_is_named(call: str, message: str) -> None:
 
 def test_dir_lists_what_is_public() -> None:
     names = {name for name in dir(ckpt) if not name.startswith("__")}
-    modules = {"convert", "live", "reshard", "trainers", "universal", "zero_to_fp32"}
+    modules = {"convert", "dcp", "live", "reshard", "trainers", "universal", "zero_to_fp32"}
     assert names == {name for name in ckpt.__all__ if not name.startswith("__")} | modules

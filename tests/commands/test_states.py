@@ -32,6 +32,7 @@ import ckpt
 from ckpt.runs.foreign import liveness
 from ckpt.runs.states import checksums, listing
 from ckpt.runs.states.status import statuses_of
+from converters.storage import file_part
 
 Make = Callable[[Path], object]
 LOG = [
@@ -119,7 +120,7 @@ def test_a_flipped_byte_is_found_in_what_has_a_checksum(
     largest = max(tensors, key=lambda checkable: checkable.nbytes)
     with open(largest.path, "r+b") as stream:
         assert largest.directory is not None
-        part = checksums.FilePart(
+        part = file_part.FilePart(
             checksums.LocalFile(largest.path, stream.fileno()), largest.start, largest.span
         )
         at = largest.start + largest.directory.payload(part, largest.record)

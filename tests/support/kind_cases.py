@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import stock_checkpoints
 import torch
 from paths import FIXTURES
 from safetensors.numpy import save_file
@@ -17,7 +18,7 @@ from ckpt.rewrite import universal as converting
 
 NAME = "zero2-bf16-w2"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 153733\n"
-DCP = ("__0_0.distcp", "__1_0.distcp")
+DCP = ("__0_0.distcp",)
 CASES: dict[str, tuple[Callable[[Path], Path], str]] = {}
 Case = Callable[[Path], Path]
 
@@ -141,9 +142,11 @@ def state_file(folder: Path) -> Path:
     return folder / "mp_rank_00_model_states.pt"
 
 
-@case("megatron-dist", "Megatron Bridge exports it to a model folder")
+@case("megatron-dist", "ckpt show, to-fp32 and ckpt.open read it, and Megatron Bridge exports")
 def megatron_dist(folder: Path) -> Path:
-    return touch(folder, "common.pt", "metadata.json", ".metadata", *DCP)
+    (dcp(folder) / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    torch.save({"iteration": 5}, folder / "common.pt")
+    return folder
 
 
 @case("megatron", "Megatron-LM's tools/checkpoint/convert.py converts it")
@@ -152,38 +155,48 @@ def megatron(folder: Path) -> Path:
     return touch(folder, "iter_0000100/mp_rank_00/model_optim_rng.pt")
 
 
-@case("lightning-fsdp", "lightning.pytorch.utilities.consolidate_checkpoint makes one file of it")
+_READS = "ckpt show, to-fp32 and ckpt.open read it"
+
+
+@case("lightning-fsdp", _READS)
 def lightning_fsdp(folder: Path) -> Path:
-    return touch(folder, "meta.pt", ".metadata", *DCP)
+    torch.save({"pytorch-lightning_version": "2.6.6", "global_step": 5}, folder / "meta.pt")
+    return dcp(folder)
 
 
-@case("fsdp", "accelerate merge-weights makes a model folder of pytorch_model_fsdp_0")
+@case("fsdp", _READS)
 def fsdp(folder: Path) -> Path:
-    inner = [f"{part}/{name}" for part in ("pytorch_model_fsdp_0", "optimizer_0") for name in DCP]
-    return touch(folder, "pytorch_model_fsdp_0/.metadata", "trainer_state.json", *inner)
+    dcp(folder / "pytorch_model_fsdp_0")
+    dcp(folder / "optimizer_0")
+    return touch(folder, "trainer_state.json")
 
 
-@case("dcp-of-ranks", "load it with torch.distributed.checkpoint.load on as many ranks")
+@case("dcp-of-ranks", _READS)
 def dcp_of_ranks(folder: Path) -> Path:
-    return touch(folder, "__0.metadata", "__1.metadata", *DCP)
+    import dcp_checkpoints
+
+    return dcp_checkpoints.save_without_collectives(folder, lambda rank: {"a": torch.ones(3)})
 
 
-@case("dcp", "dcp_to_torch makes one file of it")
+@case("dcp", _READS)
 def dcp(folder: Path) -> Path:
-    return touch(folder, ".metadata", *DCP)
+    stock_checkpoints.dcp(folder)
+    return folder
 
 
-@case("dcp-safetensors", "load it with torch's HuggingFaceStorageReader")
+@case("dcp-safetensors", _READS)
 def dcp_safetensors(folder: Path) -> Path:
     return tensors(folder / "shard-00001-model-00001-of-00001.safetensors")
 
 
-@case("fsdp-of-ranks", "accelerator.load_state reads it on as many ranks")
+@case("fsdp-of-ranks", _READS)
 def fsdp_of_ranks(folder: Path) -> Path:
-    return touch(folder, *(f"pytorch_model_fsdp_0_rank{rank}.bin" for rank in range(2)))
+    for rank in range(2):
+        torch.save({"a": torch.ones(3)}, folder / f"pytorch_model_fsdp_0_rank{rank}.bin")
+    return folder
 
 
-@case("fsdp-full", "pytorch_model_fsdp.bin in it holds the weights already")
+@case("fsdp-full", _READS)
 def fsdp_full(folder: Path) -> Path:
     torch.save({"a": torch.ones(3)}, folder / "pytorch_model_fsdp.bin")
     return folder
@@ -191,7 +204,7 @@ def fsdp_full(folder: Path) -> Path:
 
 @case("dcp-file", "the checkpoint is its folder: ")
 def dcp_file(folder: Path) -> Path:
-    return touch(folder, ".metadata", *DCP) / DCP[0]
+    return dcp(folder) / DCP[0]
 
 
 @case("hub-cache", "snapshots/abc")
@@ -286,7 +299,7 @@ def torch_file(folder: Path) -> Path:
     return folder / "one.pt"
 
 
-@case("parent", "dcp_to_torch makes one file of it")
+@case("parent", ": name ")
 def parent(folder: Path) -> Path:
     dcp(folder / "step-5")
     return folder

@@ -31,6 +31,7 @@ converters.computing
 converters.plan converters.peft converters.quantized
 converters.execute converters.torch_files converters.peft.merge
 converters.formats converters.zero.files
+converters.dcp
 converters.zero.naming
 converters.zero
 converters.zero.model_ranks
@@ -39,6 +40,7 @@ converters.zero.experts converters.zero.pipeline
 converters.zero.merging
 converters.zero.native
 converters.zero.universal
+converters.dcp.native converters.dcp.writing
 
 ckpt.deprecation ckpt.requirements ckpt.results
 ckpt.cli.results ckpt.cli.usage ckpt.folders ckpt.distributed ckpt.weights
@@ -53,7 +55,7 @@ ckpt.live ckpt.hub.content
 ckpt.hub.client
 ckpt.hub
 ckpt.saving ckpt.cli
-ckpt.resuming ckpt.__main__
+ckpt.resuming ckpt.__main__ ckpt.cli.crossing
 ckpt.trainers.hf
 ckpt.trainers
 ckpt converters

@@ -17,7 +17,7 @@ from converters.storage.checksums import Ledger
 from converters.tensors import DType, Extent, Listed, TensorRef, zeros
 from converters.torch_files import file_plan, object_graph, reader
 from converters.zero import partitioning
-from converters.zero.native.proof import _same_place
+from converters.zero.native.proof import same_place
 
 
 @settings(deadline=None, max_examples=60)
@@ -49,7 +49,7 @@ def test_a_chain_has_the_values_that_numpy_joins_and_its_cuts_give_it_again(
     world_size = data.draw(st.integers(1, 4))
     partitions = partitioning.partition_group(refs, world_size) if expected.size else []
     rejoined = TensorRef.concat(partitions).narrow(0, expected.size)
-    assert _same_place(TensorRef.concat([rejoined]), chain)
+    assert same_place(TensorRef.concat([rejoined]), chain)
     offset = 0
     for ref in refs:
         again = TensorRef.concat([rejoined.narrow(offset, ref.numel)])
@@ -62,10 +62,10 @@ def test_places_of_other_tiles_are_not_the_same(tmp_path: Path) -> None:
     first, second = (files.store(np.arange(6, dtype="<i2").reshape(3, 2)) for _ in range(2))
     tiled = TensorRef.tile((3, 4), [((0, 0), first), ((0, 2), second)])
     swapped = TensorRef.tile((3, 4), [((0, 0), second), ((0, 2), first)])
-    assert _same_place(TensorRef.concat([tiled]), TensorRef.concat([tiled]))
-    assert not _same_place(TensorRef.concat([tiled]), TensorRef.concat([swapped]))
-    assert not _same_place(TensorRef.concat([tiled]), TensorRef.concat([tiled]).narrow(0, 11))
-    assert not _same_place(None, TensorRef.concat([tiled]))
+    assert same_place(TensorRef.concat([tiled]), TensorRef.concat([tiled]))
+    assert not same_place(TensorRef.concat([tiled]), TensorRef.concat([swapped]))
+    assert not same_place(TensorRef.concat([tiled]), TensorRef.concat([tiled]).narrow(0, 11))
+    assert not same_place(None, TensorRef.concat([tiled]))
 
 
 @pytest.mark.parametrize("execute", [shards.execute, small_files.execute])
@@ -108,7 +108,7 @@ def test_a_large_model_is_cut_for_other_ranks_in_a_moment() -> None:
     ]
     partitions = partitioning.partition_group([*weights, zeros(DType.F32, 77)], 16)
     again = TensorRef.concat(partitions)
-    assert _same_place(again.narrow(0, weights[0].numel), TensorRef.concat([weights[0]]))
+    assert same_place(again.narrow(0, weights[0].numel), TensorRef.concat([weights[0]]))
     assert time.process_time() - begin < 2
     assert tracemalloc.get_traced_memory()[1] < 2 << 20
     tracemalloc.stop()

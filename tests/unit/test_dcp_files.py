@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
-import shutil
 from pathlib import Path
 
+import dcp_checkpoints
 import pytest
 import torch
-from stock_checkpoints import dcp
 
 from ckpt.runs.foreign import completeness
 from converters.errors import CheckpointError
@@ -18,45 +16,13 @@ RANKS = 3
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three ranks, each with a row of a tensor, and with all of a replicated one."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorStorageMetadata,
+    """Three ranks, each with rows of a tensor, and with all of a replicated one."""
+    full = torch.arange(9.0).reshape(3, 3)
+    return dcp_checkpoints.save_without_collectives(
+        tmp_path / "step-2",
+        lambda rank: {"cut": dcp_checkpoints.sharded(full, (RANKS,)), "replicated": torch.ones(3)},
+        RANKS,
     )
-
-    source, folder = tmp_path / "source", tmp_path / "step-2"
-    dcp(source)
-    whole = FileSystemReader(source).read_metadata()
-    (tensor,) = (
-        entry
-        for entry in whole.state_dict_metadata.values()
-        if isinstance(entry, TensorStorageMetadata)
-    )
-    (storage,) = whole.storage_data.values()
-    folder.mkdir()
-    for rank in range(RANKS):
-        name = f"__{rank}_0.distcp"
-        shutil.copy(source / storage.relative_path, folder / name)
-        piece = type(storage)(name, storage.offset, storage.length)
-        described = {
-            "cut": (torch.Size([RANKS, 3]), torch.Size([rank, 0]), torch.Size([1, 3])),
-            "replicated": (torch.Size([3]), torch.Size([0]), torch.Size([3])),
-        }
-        metadata = Metadata(
-            {
-                key: TensorStorageMetadata(
-                    tensor.properties, size, [ChunkStorageMetadata(offsets, sizes)]
-                )
-                for key, (size, offsets, sizes) in described.items()
-            },
-            None,
-            {MetadataIndex(key, offsets): piece for key, (_, offsets, _) in described.items()},
-        )
-        (folder / f"__{rank}.metadata").write_bytes(pickle.dumps(metadata, protocol=4))
-    return folder
 
 
 def test_all_ranks_are_complete_and_replicas_count_once(folder: Path) -> None:

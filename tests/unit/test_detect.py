@@ -19,7 +19,7 @@ from oracles import FIXTURES, ROOT, run
 import ckpt
 from ckpt.distributed.ranks import RankGroup
 from converters import options as options_in_messages
-from converters.detect import detect
+from converters.detect import detect, sharded
 from converters.detect.detection import reader
 from converters.detect.kinds import BY_NAME, KINDS
 from converters.errors import CheckpointError
@@ -49,6 +49,8 @@ def test_a_kind_is_recognised_and_its_user_is_told_what_to_do(
         "deepspeed-experts": "ZeRO stage 1, 2 ranks",
         "deepspeed-pipeline": "ZeRO stage 1, 4 ranks",
         "deepspeed-model-parallel": "ZeRO stage 2, 4 ranks",
+        **dict.fromkeys(sharded.READ, "1 rank"),
+        **dict.fromkeys(("dcp-of-ranks", "fsdp-of-ranks"), "2 ranks"),
     }
     if name in facts:
         run("to-fp32", path, "--dry-run")
@@ -240,9 +242,9 @@ def test_what_cannot_be_opened_is_told_what_to_name(tmp_path: Path) -> None:
         ckpt.open(folder.parent)
     assert "nothing to convert" not in str(raised.value)
 
-    full = touch(tmp_path / "fsdp", "pytorch_model_fsdp.bin")
-    with pytest.raises(CheckpointError, match="reads that file where the file itself is named"):
-        ckpt.open(full)
+    part = dcp(tmp_path / "dcp") / "__0_0.distcp"
+    with pytest.raises(CheckpointError, match=f"the checkpoint is its folder: {part.parent}"):
+        ckpt.open(part)
 
 
 def test_only_what_reads_a_file_of_weights_asks_for_one(

@@ -52,7 +52,7 @@ COMMANDS = {
     "to-universal": (("to-universal", STAGE_2, "-n"), "converters.zero.universal.plan.common"),
     "to-universal: files": (
         ("to-universal", STAGE_3, "-n"),
-        "converters.torch_files.file_plan._entries",
+        "converters.torch_files.file_plan.entries",
     ),
     "from-universal": (
         ("from-universal", "UNIVERSAL", "--world-size", "3", "-n"),

@@ -17,6 +17,8 @@ SYNONYMS = {
     "to-fp32 --merge": ("merge", "merge-lora", "merge-adapter", "merge-and-unload"),
     "reshard": ("reshape", "resize", "rescale", "repartition", "redistribute"),
     "to-universal": ("universal", "ds-to-universal"),
+    "to-dcp": ("dcp", "to-fsdp", "fsdp", "to-torchtitan"),
+    "from-dcp": ("from-fsdp", "to-zero", "to-deepspeed"),
     "ls": ("list", "dir", "status", "checkpoints", "runs"),
     "latest": ("last", "newest", "find", "current"),
     "latest --best": ("best",),

@@ -37,7 +37,7 @@ from ckpt.weights.conversion.task import Conversion
 from ckpt.weights.reader import untying
 from ckpt.weights.request import DTYPES, Request
 from converters import quantized
-from converters.detect import detect
+from converters.detect import detect, sharded
 from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
 from converters.formats import safetensors
@@ -95,7 +95,10 @@ def _holds_weights_alone(checkpoint: RunCheckpoint) -> bool:
 
 def _root_of(folder: Path, tag: str | None) -> Path:
     """The folder with the companions of the states in a folder."""
-    if detect(folder, tag).kind.name == UNIVERSAL:
+    detection = detect(folder, tag)
+    if detection.kind.name in sharded.READ:
+        return detection.read().place.root
+    if detection.kind.name == UNIVERSAL:
         return universal.find(folder, tag).root
     return discovery.find(folder, tag).root
 

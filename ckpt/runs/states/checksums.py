@@ -19,21 +19,22 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from random import Random
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from ckpt.folders.filenames import MANIFEST
 from ckpt.results import FileEntry
 from ckpt.runs import digests
 from ckpt.runs.digests import FileRecord, Progress, quiet
-from ckpt.runs.foreign import dcp_files
-from ckpt.runs.foreign.dcp_files import StoredPiece
 from ckpt.runs.manifest import Manifest
 from converters.errors import CheckpointError
 from converters.storage import local
+from converters.storage.file_part import FilePart
 from converters.storage.local_store import LocalFile
-from converters.storage.store import Range
 from converters.torch_files import zip_directory
 from converters.torch_files.zip_directory import Directory
+
+if TYPE_CHECKING:
+    from converters.dcp.description import ItemPlace
 
 DCP_SUFFIX = ".distcp"
 DCP_METADATA = ".metadata"
@@ -122,7 +123,7 @@ def of_files(place: Path) -> ChecksumPlan:
     """
     checkables: list[Checkable] = []
     bare: list[FileEntry] = []
-    pieces_by_folder: dict[Path, dict[str, list[StoredPiece]]] = {}
+    pieces_by_folder: dict[Path, dict[str, list[ItemPlace]]] = {}
     for path, name in files_of(place):
         nbytes = path.stat().st_size
         with _opened(path) as stream:
@@ -218,18 +219,19 @@ def _bytes_without(covered: Sequence[Checkable], nbytes: int) -> int:
     return outside + sum(record.size for record in records if not record.crc32)
 
 
-def _pieces_of(folder: Path) -> dict[str, list[StoredPiece]]:
-    """The pieces of DCP in a folder, by the file that they lie in."""
-    pieces: dict[str, dict[int, StoredPiece]] = {}
-    for metadata_path in sorted(folder.glob(f"*{DCP_METADATA}")):
-        for piece in dcp_files.dcp_pieces(metadata_path):
-            pieces.setdefault(piece.name, {})[piece.offset] = piece
+def _pieces_of(folder: Path) -> dict[str, list[ItemPlace]]:
+    """The items of DCP in a folder, by the file that they lie in."""
+    from converters.dcp import metadata
+
+    pieces: dict[str, dict[int, ItemPlace]] = {}
+    for place in metadata.item_places(folder):
+        pieces.setdefault(place.path.name, {})[place.offset] = place
 
     return {name: list(by_offset.values()) for name, by_offset in pieces.items()}
 
 
 def _records_of_pieces(
-    stream: BinaryIO, path: Path, name: str, pieces: Sequence[StoredPiece]
+    stream: BinaryIO, path: Path, name: str, pieces: Sequence[ItemPlace]
 ) -> Iterator[Checkable]:
     """The records of the zips that ``torch.save`` wrote into a file of DCP."""
     file = LocalFile(path, stream.fileno())
@@ -243,36 +245,6 @@ def _records_of_pieces(
         except CheckpointError:
             continue  # of another form, which has no checksum that is known here
         yield from _records(path, name, directory, piece.offset, piece.nbytes)
-
-
-class FilePart:
-    """A run of bytes of an open file, as a file of its own; see ``store.File``."""
-
-    def __init__(self, file: LocalFile, start: int, size: int):
-        self.file, self.start, self.size = file, start, size
-        self.name, self.identity = file.name, (file.identity, start, size)
-
-    def read(self, ranges: Sequence[Range]) -> list[bytes]:
-        """The bytes of each range, as far as they lie in the part."""
-        bounds = []
-        for offset, length in ranges:
-            first = offset if offset >= 0 else max(0, self.size + offset)
-            bounds.append((self.start + first, max(0, min(length, self.size - first))))
-
-        return self.file.read(bounds)
-
-    def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fills ``buffer`` from ``offset`` on; the number of bytes that were read."""
-        room = max(0, self.size - offset)
-        return self.file.read_into(self.start + offset, buffer[:room])
-
-    @contextmanager
-    def contents(self) -> Iterator[Any]:
-        """All bytes of the part, read."""
-        yield self.read([(0, self.size)])[0]
-
-    def close(self) -> None:
-        """Nothing: the file is whoever's opened it."""
 
 
 @contextmanager

@@ -162,7 +162,7 @@ def _folder(
     """A model's folder, or an adapter's, checked against its reader."""
     root = source.place.root
     product = planning.product(source, request)
-    if source.topology is None:  # then no reader knows the ties
+    if source.topology is None or not source.knows_ties:  # then no reader knows the ties
         from ckpt.weights.naming import stored_ties
 
         config = product.surroundings.config

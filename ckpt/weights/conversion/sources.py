@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ckpt.weights.companions import surroundings
 from ckpt.weights.request import Request
-from converters.detect import detection
+from converters.detect import detection, sharded
 from converters.detect.deepspeed import PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError
 from converters.names import selection
@@ -46,6 +46,13 @@ def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
             return fp32(checkpoint, tag, WEIGHTS("16bit"))
 
     detected = detection.detect(checkpoint, tag)
+    if detected.kind.name in sharded.READ:
+        raise CheckpointError(
+            f"{checkpoint} {detected.statement}, which has its weights once, in the type that was "
+            f"trained; leave {WEIGHTS('16bit')} out ({DTYPE('bf16')} rounds them, {DTYPE('keep')} "
+            "writes them as they are)",
+            "refused",
+        )
     if detected.kind.name in (UNIVERSAL, *PARALLEL):
         raise CheckpointError(
             f"{checkpoint} {detected.statement}, which is read for its fp32 weights; "

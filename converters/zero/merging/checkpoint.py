@@ -85,7 +85,7 @@ class MergedCheckpoint(Checkpoint):
         yield from ((f"16-bit {name}", copy) for name, copy in self.weights.copies.items())
 
 
-def original(checkpoint: Checkpoint) -> Source:
+def original(checkpoint: Source) -> Source:
     """What was saved: the checkpoint itself, or what it was merged from."""
     return checkpoint.source if isinstance(checkpoint, MergedCheckpoint) else checkpoint
 

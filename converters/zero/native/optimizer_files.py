@@ -24,7 +24,7 @@ Tree = dict[str, Any]
 SCALING = ("loss_scaler", "dynamic_loss_scale", "overflow", "zero_stage")
 _ADDRESS = Global("deepspeed.utils.tensor_fragment", "fragment_address")
 _SCALER = Global("deepspeed.runtime.fp16.loss_scaler", "LossScaler")
-_STAGE = Global("deepspeed.runtime.zero.config", "ZeroStageEnum")
+STAGE = Global("deepspeed.runtime.zero.config", "ZeroStageEnum")
 
 
 def in_optimizer_order(
@@ -79,7 +79,7 @@ def with_loss_scale(optimizer_state: Mapping[Any, Any]) -> dict[Any, Any]:
         return dict(optimizer_state)
 
     scaler = Call(_SCALER, (), {"cur_scale": 1.0, "dynamic": False}, new=True)
-    values = (scaler, False, False, Call(_STAGE, (1,)))
+    values = (scaler, False, False, Call(STAGE, (1,)))
     return {**dict(zip(SCALING, values, strict=True)), **optimizer_state}
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from converters.errors import CheckpointError
 from converters.execute.workers import Progress
 from converters.plan import Placement, Plan
+from converters.source import Source
 from converters.storage.checksums import Ledger
 from converters.tensors import Extent, TensorRef
 from converters.torch_files import object_graph, reader
@@ -79,7 +80,7 @@ class Provenance:
 
 
 def verify_tensors(
-    source: Checkpoint,
+    source: Source,
     source_groups: Sequence[ParamGroup],
     result: Checkpoint,
     plan: Plan,
@@ -210,7 +211,7 @@ def _require(
 ) -> None:
     """Raises unless a tensor of the result was made from the bytes of ``expected``."""
     same_shape = expected.shape == tensor.shape
-    if not same_shape or not _same_place(_vector(expected), provenance.source(tensor)):
+    if not same_shape or not same_place(_vector(expected), provenance.source(tensor)):
         raise _mismatch(result, label)
 
 
@@ -219,7 +220,7 @@ def _vector(tensor: TensorRef) -> TensorRef | None:
     return TensorRef.concat([tensor]) if tensor.numel else None
 
 
-def _same_place(first: TensorRef | None, second: TensorRef | None) -> bool:
+def same_place(first: TensorRef | None, second: TensorRef | None) -> bool:
     """Whether two vectors are the very same bytes, in the same order."""
     if first is None or second is None:
         return first is second
@@ -233,7 +234,7 @@ def _equal(provenance: Provenance, source_tree: Any, result_tree: Any) -> bool:
     """Whether two trees are the same values, their storages made from the same bytes."""
 
     def made_from(source_storage: Storage, result_storage: Storage) -> bool:
-        return source_storage.kind == result_storage.kind and _same_place(
+        return source_storage.kind == result_storage.kind and same_place(
             _vector(source_storage.ref), provenance.source(result_storage.ref)
         )
 

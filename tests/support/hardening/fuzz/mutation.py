@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import tempfile
 import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from hardening.fuzz.targets import FIXTURES, TAG
@@ -66,7 +68,19 @@ def seeds() -> dict[str, list[bytes]]:
         "safetensors": [tensors],
         "index": [index],
         "manifest": [record],
+        "dcp metadata": [dcp_metadata()],
     }
+
+
+def dcp_metadata() -> bytes:
+    """What torch writes of a distributed checkpoint of a model and an optimizer."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    state = {"model": {"w": torch.ones(3)}, "optimizer": {"state": {"w": {"m": torch.ones(3)}}}}
+    with tempfile.TemporaryDirectory() as folder:
+        dcp.save({**state, "step": 5}, checkpoint_id=folder, no_dist=True)
+        return (Path(folder) / ".metadata").read_bytes()
 
 
 def odd_value(rng: random.Random, depth: int = 0) -> Any:

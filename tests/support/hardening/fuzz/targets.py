@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ckpt.runs import manifest
+from converters.dcp import reader as dcp_reader
 from converters.errors import CheckpointError
 from converters.formats import gathered_16bit, pytorch_bin, safetensors
 from converters.pickles import interpreter, values
@@ -89,6 +90,14 @@ def manifest_file(data: bytes) -> None:
     assert manifest.loads(held.dumps(), Path("x")).dumps() == held.dumps()
 
 
+def dcp_metadata(data: bytes) -> None:
+    """The description of a distributed checkpoint; its items are missing."""
+    folder = _FOLDER / f"fuzz-{os.getpid()}-dcp"
+    folder.mkdir(exist_ok=True)
+    (folder / ".metadata").write_bytes(data)
+    dcp_reader.read(folder, complete=True)
+
+
 def checkpoint(folder: Path) -> None:
     """A whole folder, located and planned."""
     safetensors.plan(zero.read(folder).weights, DType.F32, 1 << 40, "keep")
@@ -101,6 +110,7 @@ TARGETS: dict[str, Target] = {
     "safetensors": safetensors_file,
     "index": index,
     "manifest": manifest_file,
+    "dcp metadata": dcp_metadata,
 }
 
 

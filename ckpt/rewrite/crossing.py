@@ -1,0 +1,224 @@
+"""A training state that crosses between DeepSpeed and FSDP: move, prove, and commit last.
+
+``ckpt.rewrite.dcp`` decides what is written, here it is done:
+
+OUTPUT/
+  .metadata, __R_0.distcp            or in pytorch_model_fsdp_0/ and optimizer_0/: torch's files
+  latest, global_stepN/...           or DeepSpeed's
+  trainer_state.json, rng_state_R.pth, config.json, ...   copied
+  scheduler.pt                       of what DeepSpeed's model file has, where none is to be copied
+  rewriting.json                     what the output was made of
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from ckpt.folders import filenames, locks, staging
+from ckpt.results import FileEntry, TrainingState
+from ckpt.rewrite import records
+from ckpt.rewrite.result import RewriteChecks, RewriteResult
+from ckpt.runs import user_paths
+from ckpt.runs.ancestry import Ancestry
+from ckpt.runs.foreign import replaceable
+from ckpt.weights.arguments import naming_arguments
+from converters.execute import replicas, shards
+from converters.execute.logbook import Logbook
+from converters.plan import Plan
+from converters.source import Source
+from converters.storage import local, open_files, stores
+from converters.storage.local_store import LOCAL
+from converters.zero.merging import checkpoint as merged
+from converters.zero.native.target import TargetTopology
+
+ARGUMENTS = (  # of the functions for users, as errors name them
+    *("output=", "tag=", "layout=", "files=", "tp_rules="),
+    *("world_size=", "stage=", "dtype=", "buffer=", "sub_group_size="),
+    *("verify=False", "read_back=True", "overwrite=True"),
+)
+
+
+class CrossingProof(Protocol):
+    """What proves the finished files of a crossing, which lie in ``folder``."""
+
+    def verify(self, folder: Path) -> RewriteChecks:
+        """Traces them back to the source; ``CheckpointError`` for what is not equal."""
+
+    def read_back(self, folder: Path) -> int:
+        """Reads them once more, compares CRC32s; gives the bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Crossing:
+    """A crossing decided on but not begun: what is read, what is written, and where.
+
+    ``path`` is what the caller named the source by, ``home`` the folder with its companions.
+    ``target`` is what DeepSpeed's files are for, with their ``tag``; ``None`` for torch's.
+    ``buffers`` are written down for these, where the source tells them.
+    """
+
+    source: Source
+    path: Path
+    home: Path
+    plan: Plan
+    proof: CrossingProof
+    output: Path
+    companions: tuple[tuple[Path, str], ...]
+    target: TargetTopology | None = None
+    tag: str | None = None
+    buffers: frozenset[str] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """One short line, whatever the number of tensors."""
+        form = "DCP" if self.target is None else f"stage {self.target.stage}"
+        return f"<Crossing {str(self.source.place.folder)!r} to {str(self.output)!r}: {form}>"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output: torch's or DeepSpeed's files and the copied ones."""
+        return self.plan.nbytes + sum(stores.status(path).size for path, _ in self.companions)
+
+
+@naming_arguments(*ARGUMENTS)
+def execute(
+    crossing: Crossing,
+    *,
+    verify: bool = True,
+    read_back: bool = False,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int], Any] = lambda _: None,
+) -> RewriteResult:
+    """Makes the output folder, all at once, and returns what was made and proven.
+
+    Arguments and errors as ``ckpt.rewrite.job.execute`` has them.
+    """
+    output, plan = crossing.output, crossing.plan
+    _require_place(crossing, overwrite)
+    with (
+        staging.as_output_error(output),
+        locks.reading(crossing.source.place.folder),
+        staging.staged(output, plan, crossing.nbytes) as staged_folder,
+    ):
+        report = _move(crossing, staged_folder, verify, workers, progress)
+        checks = _prove(crossing, staged_folder)
+        read_back_bytes = _read_back(crossing, staged_folder) if read_back else 0
+        _complete(crossing, staged_folder)
+
+    checks = replace(
+        checks,
+        crc32_bytes=report.checked,
+        no_crc32_bytes=report.unchecked,
+        read_back_bytes=read_back_bytes,
+        verified=verify,
+    )
+    return replace(preview(crossing), dry_run=False, checks=checks)
+
+
+def require_output(crossing: Crossing, overwrite: bool = False) -> None:
+    """``CheckpointError`` where ``execute`` would refuse to make the output; makes nothing."""
+    _require_place(crossing, overwrite)
+    staging.require_makeable(crossing.output, crossing.nbytes)
+
+
+def continuation(crossing: Crossing) -> staging.Continuation | None:
+    """What an interrupted ``execute`` left that this one goes on with, if anything."""
+    return staging.continuation(crossing.output, crossing.plan)
+
+
+def shortage(crossing: Crossing) -> str | None:
+    """Why the output does not fit on its disk, as a sentence; ``None`` if it does."""
+    return staging.shortage(staging.folder_for(crossing.output), crossing.nbytes)
+
+
+def _require_place(crossing: Crossing, overwrite: bool) -> None:
+    home, folder = crossing.home.resolve(), crossing.source.place.folder
+    user_paths.require_outside(crossing.output, [crossing.path, folder])
+    staging.require_place(crossing.output, [folder.resolve(), home, *home.parents], overwrite)
+    replaceable.require_replaceable(crossing.output)
+
+
+def _move(
+    crossing: Crossing,
+    staged_folder: Path,
+    verify: bool,
+    workers: int | None,
+    progress: Callable[[int], Any],
+) -> shards.MoveReport:
+    source = crossing.source
+    if verify and isinstance(source, merged.MergedCheckpoint):
+        replicas.require_same(source.tensors())
+
+    # numbers may overflow, as torch rounds when the engine does it
+    checks = shards.CheckOptions(verify=verify, allow_overflow=True)
+    logbook = Logbook(staged_folder / filenames.LOGBOOK)
+    return shards.execute(
+        crossing.plan, staged_folder, checks, workers=workers, progress=progress, logbook=logbook
+    )
+
+
+@open_files.once()
+def _prove(crossing: Crossing, staged_folder: Path) -> RewriteChecks:
+    return crossing.proof.verify(staged_folder)
+
+
+@open_files.once()
+def _read_back(crossing: Crossing, staged_folder: Path) -> int:
+    return crossing.proof.read_back(staged_folder)
+
+
+def _complete(crossing: Crossing, staged_folder: Path) -> None:
+    """Writes all else; last the pointer to DeepSpeed's files."""
+    folders = {staged_folder}
+    for path, name in crossing.companions:
+        stores.copy_file(path, staged_folder / name)
+        folders.add((staged_folder / name).parent)
+    for folder in folders:
+        LOCAL.sync(folder)
+
+    source = crossing.source
+    origin = Ancestry(
+        "dcp" if crossing.target is None else "resharded",
+        name=crossing.home.name or None,
+        step=source.step,
+        world_size=merged.original(source).world_size if source.topology else None,
+        stage=source.stage,
+    )
+    manifest = records.source_manifest(crossing.home, source.place.folder.name)
+    origin = records.first_origin(crossing.home, manifest, origin)
+    records.write_record(staged_folder, origin, crossing.target, crossing.buffers)
+    if crossing.tag is not None:
+        local.write_file(staged_folder / "latest", crossing.tag.encode())
+
+
+def preview(crossing: Crossing) -> RewriteResult:
+    """What the crossing would read and write; reads no tensor."""
+    source = merged.original(crossing.source)
+    stage = crossing.target.stage if crossing.target else None
+    return RewriteResult(
+        dry_run=True,
+        output=crossing.output,
+        tag=crossing.tag,
+        stage=stage,
+        world_size=crossing.target.rank_count if crossing.target else None,
+        source=TrainingState(
+            kind=source.kind,
+            path=source.place.folder,
+            tag=source.place.tag,
+            stage=source.stage,
+            world_size=source.world_size if source.topology else None,
+            precision=source.precision,
+            step=source.step,
+            deepspeed=source.version,
+        ),
+        files=tuple(FileEntry(shard.filename, shard.nbytes) for shard in crossing.plan.shards),
+        copied_files=tuple(name for _, name in crossing.companions),
+        read_bytes=crossing.plan.read_bytes,
+        write_bytes=crossing.nbytes,
+        free_bytes=local.free_space(crossing.output),
+        notes=crossing.notes,
+    )

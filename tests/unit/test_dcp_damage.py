@@ -1,0 +1,179 @@
+"""Checkpoints of DCP that lack something or contradict themselves: an error before any byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dcp_checkpoints
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from dcp_checkpoints import sharded
+from oracles import run
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+import ckpt
+from converters.detect import read
+from converters.errors import CheckpointError
+
+FULL = torch.arange(77.0).reshape(11, 7)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return dcp_checkpoints.save(
+        tmp_path / "step-5",
+        lambda rank: {
+            "model": {"w": sharded(FULL), "v": sharded(FULL + 1)},
+            "optimizer": {"state": {"w": {"exp_avg": sharded(FULL)}}},
+        },
+    )
+
+
+def refusal(folder: Path, kind: str, complete: bool = False) -> str:
+    """The error of a reader; the command says the same, and leaves nothing."""
+    with pytest.raises(CheckpointError) as error:
+        read(folder, complete=complete)
+    assert error.value.kind == kind
+    if not complete:
+        run("to-fp32", folder, "-o", folder.parent / "out", code=1)
+        assert not (folder.parent / "out").exists()
+    return str(error.value)
+
+
+def chunks(metadata: Any, name: str = "model.w") -> list[ChunkStorageMetadata]:
+    entry: list[ChunkStorageMetadata] = metadata.state_dict_metadata[name].chunks
+    return entry
+
+
+def index_of(row: int) -> MetadataIndex:
+    """Under which the chunk of the tensor is stored that begins at a row."""
+    return MetadataIndex("model.w", torch.Size([row, 0]))
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp"])
+def test_a_missing_file_is_named(name: str, folder: Path) -> None:
+    (folder / name).unlink()
+    assert f"{folder / name}: No such file" in refusal(folder, "incomplete")
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp"])
+def test_a_file_that_is_cut_short_is_named(name: str, folder: Path) -> None:
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-1])
+    problem = f"{path} has {path.stat().st_size} bytes, expected"
+    assert problem in refusal(folder, "incomplete", True)
+
+
+def test_weights_that_are_whole_are_read_beside_a_damaged_optimizer(folder: Path) -> None:
+    path = folder / "__1_0.distcp"
+    items = sorted((place.offset, place.length) for place in _places(folder, path.name))
+    with path.open("r+b") as stream:
+        stream.truncate(items[-1][0] + 100)  # the last item is the optimizer's or a weight
+    last = max(_places(folder, path.name), key=lambda place: place.offset)
+    if last.is_optimizer:
+        assert read(folder).weights.tensors.keys() == {"w", "v"}
+    with pytest.raises(CheckpointError, match="it is cut short"):
+        read(folder, complete=True)
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str, str]] = {
+    "a chunk is not described": (
+        lambda m: chunks(m).pop(),
+        "has 42 of the 77 elements of model.w",
+        "incomplete",
+    ),
+    "a chunk is not stored": (
+        lambda m: m.storage_data.pop(index_of(6)),
+        "does not say where it is stored",
+        "incomplete",
+    ),
+    "chunks overlap": (
+        lambda m: setattr(chunks(m)[1], "offsets", torch.Size([5, 0])),
+        "does not say where it is stored",
+        "incomplete",
+    ),
+    "chunks of others": (
+        lambda m: m.storage_data.update({index_of(0): m.storage_data[index_of(6)]}),
+        "share bytes",
+        "corrupt",
+    ),
+    "another type": (
+        lambda m: setattr(m.state_dict_metadata["model.w"].properties, "dtype", torch.bfloat16),
+        "is float32 (6 x 7), expected bfloat16 (6 x 7)",
+        "corrupt",
+    ),
+    "another shape": (
+        lambda m: setattr(m.state_dict_metadata["model.w"], "size", torch.Size([7, 11])),
+        "has a chunk of 5 x 7 at 6, 0",
+        "corrupt",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_description_that_contradicts_the_files_is_refused(change: str, folder: Path) -> None:
+    apply, words, kind = CHANGES[change]
+    dcp_checkpoints.edit_metadata(folder, apply)
+    assert words in refusal(folder, kind)
+
+
+def test_files_of_another_save_are_refused(folder: Path, tmp_path: Path) -> None:
+    def state(rank: int) -> dict[str, Any]:
+        return {"model": {"w": sharded(FULL.T.contiguous()), "v": sharded(FULL)}}
+
+    newer = dcp_checkpoints.save(tmp_path / "newer", state)
+    (folder / "__1_0.distcp").write_bytes((newer / "__1_0.distcp").read_bytes())
+    with pytest.raises(CheckpointError):
+        read(folder)
+
+
+def test_a_bit_that_changed_is_found_while_bytes_move(folder: Path) -> None:
+    source = read(folder)
+    extent = source.weights.tensors["w"].extents[0]
+    with extent.path.open("r+b") as stream:
+        stream.seek(extent.offset + 5)
+        byte = stream.read(1)
+        stream.seek(extent.offset + 5)
+        stream.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(CheckpointError, match="CRC32"):
+        ckpt.to_fp32(folder, folder.parent / "out")
+    assert not (folder.parent / "out").exists()
+
+
+def test_a_compressed_item_is_refused_by_the_name_of_its_transform(folder: Path) -> None:
+    def compress(metadata: Any) -> None:
+        for info in metadata.storage_data.values():
+            info.transform_descriptors = ["stream.zstd/1"]
+
+    dcp_checkpoints.edit_metadata(folder, compress)
+    assert "(stream.zstd/1)" in refusal(folder, "unsupported")
+
+
+def test_a_save_that_did_not_finish_has_no_description(folder: Path) -> None:
+    (folder / ".metadata").unlink()
+    assert "has no .metadata, which is written last" in refusal(folder, "incomplete")
+
+
+def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
+    dcp.save({"optimizer": {"state": {"w": {"step": torch.ones(())}}}}, checkpoint_id=tmp_path)
+    assert "holds no tensor of a model" in refusal(tmp_path, "incomplete")
+
+
+class _Item:
+    """An item of a file, and whose it is."""
+
+    def __init__(self, name: str, offset: int, length: int):
+        self.is_optimizer = name.startswith("optimizer")
+        self.offset, self.length = offset, length
+
+
+def _places(folder: Path, file_name: str) -> list[_Item]:
+    metadata = dcp.FileSystemReader(folder).read_metadata()
+    return [
+        _Item(index.fqn, info.offset, info.length)
+        for index, info in metadata.storage_data.items()
+        if info.relative_path == file_name
+    ]

@@ -1,11 +1,16 @@
 // Of torch/extension.h what the extensions of DeepSpeed use that tests build; the rest of it takes
+// The compiler says WITH_ what the source needs.
 // 20 s of a core to read, for each file.
 #pragma once
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
+#ifdef WITH_PYBIND
 #include <torch/csrc/utils/pybind.h>
+#endif
+#ifdef WITH_LIBRARY
 #include <torch/library.h>
+#endif
 
 namespace torch {
 using namespace at;

@@ -309,7 +309,9 @@ def _require_apart(
 
     previous, previous_name = ItemPlace(folder, 0, 0), ""
     for place, name in places:
-        is_same_file = place.path == previous.path and place != previous
+        is_same_file = place.path == previous.path
+        if place == previous and name != previous_name:  # of tied names, and of equal options
+            continue
         if is_same_file and place.offset < previous.offset + previous.nbytes and place.nbytes:
             raise CheckpointError(
                 f"{folder} contradicts itself: {previous_name} and {name} share bytes of "

@@ -14,7 +14,6 @@ boxes             tensors put together from chunks
 layouts           which leaves are the model's, which the optimizer's
 optimizer_state   the optimizer's state by the names of parameters
 ties              names of tensors that are stored twice
-adapter_names     names of PEFT models, which are saved without the adapter's
 megatron          names of Megatron-Core, whose layers are stacked
 writing/          a training state as such a checkpoint;  native/  back to DeepSpeed's files
 """

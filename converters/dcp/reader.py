@@ -153,11 +153,11 @@ def _with_adapter_names(
     if not all(name.startswith("base_model.") for name in model):
         return model
 
-    from converters.dcp import adapter_names
+    from converters.peft import saved_names
 
-    if not adapter_names.are_saved_names(model):
+    if not saved_names.are_saved(model):
         return model
-    names = adapter_names.restored(model, optimizer.names if optimizer is not None else ())
+    names = saved_names.restored(model, optimizer.names if optimizer is not None else ())
     return {names[name]: leaf for name, leaf in model.items()}
 
 

@@ -13,16 +13,16 @@ Source of FSDP's parts of a checkpoint: accelerate 1.15 ``utils/fsdp_utils.py``.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from ckpt.runs.foreign import intact_files
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.storage import open_files
 from converters.words import counted
 
 FSDP_STEMS = ("pytorch_model_fsdp", "optimizer")
-_BYTES_OF_RANK = re.compile(r"__(\d+)_\d+\.distcp")
+_BYTES_OF_RANK = LazyPattern(r"__(\d+)_\d+\.distcp")
 
 
 @open_files.once()

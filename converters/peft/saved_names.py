@@ -19,7 +19,7 @@ from converters.peft import names as peft_names
 _DEFAULT = "default"
 
 
-def are_saved_names(names: Collection[str]) -> bool:
+def are_saved(names: Collection[str]) -> bool:
     """Whether names are a PEFT model's, and none has the adapter's name in it."""
     if not names or not all(name.startswith(peft_names.WRAPPER) for name in names):
         return False

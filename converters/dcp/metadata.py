@@ -42,7 +42,8 @@ from converters.words import numbers
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 1 << 30  # 512 ranks with 1,000 tensors each take 200 MB
 MAX_AXES = 64
-MAX_TIED = 16  # names of one item, as of tied tensors
+MAX_TIED = 16  # names of one item, as of tied tensors; steps and options may be of any number
+MAX_SHARED_BYTES = 4096
 _MAX_NUMBER = 1 << 60
 _PACKAGE = "torch.distributed."
 
@@ -312,7 +313,8 @@ def _require_apart(
     repeats = 0
     for place, name in places:
         repeats = repeats + 1 if place == previous else 0
-        is_same_file = place.path == previous.path and (place != previous or repeats >= MAX_TIED)
+        is_repeated = repeats >= MAX_TIED and place.nbytes > MAX_SHARED_BYTES
+        is_same_file = place.path == previous.path and (place != previous or is_repeated)
         if is_same_file and place.offset < previous.offset + previous.nbytes and place.nbytes:
             raise CheckpointError(
                 f"{folder} contradicts itself: {previous_name} and {name} share bytes of "

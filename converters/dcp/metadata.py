@@ -42,6 +42,8 @@ from converters.words import numbers
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 1 << 30  # 512 ranks with 1,000 tensors each take 200 MB
 MAX_AXES = 64
+MAX_TIED = 16  # names of one item, as of tied tensors; steps and options may be of any number
+MAX_SHARED_BYTES = 4096
 _MAX_NUMBER = 1 << 60
 _PACKAGE = "torch.distributed."
 
@@ -302,16 +304,18 @@ def _require_homes(rank: _RankDescription, tensors: Mapping[str, StoredTensor]) 
 def _require_apart(
     folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, ItemPlace]
 ) -> None:
-    """``CheckpointError`` where two items share bytes, but for one item under two names."""
+    """``CheckpointError`` where two items share bytes, but for one item under a few names."""
     places = [(chunk.place, name) for name, tensor in tensors.items() for chunk in tensor.chunks]
     places += [(place, name) for name, place in objects.items()]
     places.sort(key=lambda item: (str(item[0].path), item[0].offset, item[0].nbytes))
 
     previous, previous_name = ItemPlace(folder, 0, 0), ""
+    repeats = 0
     for place, name in places:
-        is_same_file = place.path == previous.path
-        if place == previous and name != previous_name:  # of tied names, and of equal options
-            continue
+        repeats = repeats + 1 if place == previous else 0
+        is_repeated = repeats >= MAX_TIED and place.nbytes > MAX_SHARED_BYTES
+        is_shared = place == previous and name != previous_name and not is_repeated
+        is_same_file = place.path == previous.path and not is_shared
         if is_same_file and place.offset < previous.offset + previous.nbytes and place.nbytes:
             raise CheckpointError(
                 f"{folder} contradicts itself: {previous_name} and {name} share bytes of "

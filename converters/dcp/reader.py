@@ -89,7 +89,8 @@ def assembled(
 ) -> ShardedCheckpoint:
     """The checkpoint that leaves make up."""
     _require_names(state, layout)
-    located = {name: state.tensor(leaf) for name, leaf in layout.model.items()}
+    model = _with_adapter_names(layout.model, optimizer)
+    located = {name: state.tensor(leaf) for name, leaf in model.items()}
     weights = _weights(located, optimizer)
     leaves = [*layout.model.values()]
     files = dict(state.files(leaves))
@@ -143,6 +144,21 @@ def _require_names(state: SavedState, layout: StateLayout) -> None:
             "that wrote it, on as many ranks, and save it with SHARDED_STATE_DICT",
             "unsupported",
         )
+
+
+def _with_adapter_names(
+    model: Mapping[str, str], optimizer: SavedOptimizer | None
+) -> Mapping[str, str]:
+    """The model's leaves under the names of the training, where PEFT's were saved."""
+    if not all(name.startswith("base_model.") for name in model):
+        return model
+
+    from converters.peft import saved_names
+
+    if not saved_names.are_saved(model):
+        return model
+    names = saved_names.restored(model, optimizer.names if optimizer is not None else ())
+    return {names[name]: leaf for name, leaf in model.items()}
 
 
 def _weights(located: Mapping[str, LocatedTensor], optimizer: SavedOptimizer | None) -> Weights:

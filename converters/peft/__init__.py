@@ -4,6 +4,7 @@ them.
 config           adapter_config.json, typed and bounded
 patterns         its regular expressions, matched in bounded time
 names            a parameter's name, taken apart: module, role, adapter
+saved_names      names of the training of what was saved under PEFT's
 kinds            the kinds of adapters, by the names of their parameters
 export           the tensors that PEFT saves, under its names;  embeddings  those saved whole
 config_fit       what tensors tell of an adapter, and whether a configuration is theirs

@@ -163,15 +163,17 @@ def test_descriptions_that_lie_are_refused(target: Target, tmp_path: Path) -> No
     require(target, liars(), tmp_path / "canary")
 
 
-def test_many_names_of_one_item_are_refused(target: Target, tmp_path: Path) -> None:
+def test_many_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
     """A few bytes of a file would become any number of tensors."""
+    dcp.save({"model": {"w": torch.ones(4096)}}, checkpoint_id=tmp_path / "c", no_dist=True)
+    target = Target(tmp_path / "c", ".metadata", tmp_path / "t")
     metadata: Metadata = pickle.loads(target.real)
     entry = metadata.state_dict_metadata["model.w"]
     (place,) = (p for index, p in metadata.storage_data.items() if index.fqn == "model.w")
     for number in range(5_000):
         name = f"model.w{number}"
         metadata.state_dict_metadata[name] = entry
-        metadata.storage_data[MetadataIndex(name, torch.Size([0, 0]))] = place
+        metadata.storage_data[MetadataIndex(name, torch.Size([0]))] = place
 
     data = pickle.dumps(metadata, protocol=4)
     verdict = target.judge(Hostile("lie", "5,000 names", data))

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, fsdp_utils
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -116,3 +118,37 @@ def value(ref: Any) -> torch.Tensor:
     data = bytearray(ref.nbytes)
     open_files.read_extents(memoryview(data), ref.extents)
     return torch.frombuffer(data, dtype=torch.float32).reshape(ref.shape)
+
+
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_an_adapter_that_fsdp_trained_is_what_peft_saves(
+    with_optimizer: bool, tmp_path: Path
+) -> None:
+    """Accelerate saves the shards of an adapter under the names that PEFT saves."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 40}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
+    base.save_pretrained(tmp_path / "base")
+    modules = ["lm_head"] if with_optimizer else None  # which the weights alone do not tell
+    settings = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=modules)
+    model = get_peft_model(base, settings)
+    settings.base_model_name_or_path = str(tmp_path / "base")
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    ids = torch.randint(0, 40, (2, 8))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+
+    folder, expected = tmp_path / "checkpoint-1", get_peft_model_state_dict(model)
+    dcp.save({"model": expected}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+    settings.save_pretrained(folder)
+    if with_optimizer:
+        states = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.save(states, checkpoint_id=folder / "optimizer_0", no_dist=True)
+
+    converted = ckpt.to_fp32(folder)
+    assert converted.record.kind == "adapter"
+    with ckpt.open(converted) as weights:
+        assert set(weights) == set(expected)
+        assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    if with_optimizer:
+        source = read(folder)
+        assert source.weights.trained == source.weights.tensors.keys()

@@ -52,15 +52,8 @@ from converters.zero.universal.reader import Universal
 
 ARGUMENTS = (  # of the functions for users, as errors name them
     *("output=", "tag=", "world_size=", "stage=", "like=", "sub_group_size=", "zero_init=True"),
-    *(
-        "tp_rules=",
-        "tp=",
-        "ep=",
-        "zero_init=False",
-        "verify=False",
-        "read_back=True",
-        "overwrite=True",
-    ),
+    *("tp_rules=", "tp=", "ep=", "zero_init=False"),
+    *("verify=False", "read_back=True", "overwrite=True"),
 )
 # written, never copied
 WRITTEN_NAMES = ("latest", filenames.MANIFEST, filenames.REWRITING, filenames.PINNED)

@@ -151,8 +151,8 @@ def _selected(weights: Weights, names: Sequence[str]) -> Weights:
         absent={name: reason for name, reason in weights.absent.items() if name in chosen},
         lost_ties={name: owner for name, owner in weights.lost_ties.items() if name in chosen},
         order=tuple(names),
-        **{
-            key: getattr(weights, key) & chosen
-            for key in ("buffers", "frozen", "packed", "trained")
-        },
+        buffers=weights.buffers & chosen,
+        frozen=weights.frozen & chosen,
+        packed=weights.packed & chosen,
+        trained=weights.trained & chosen,
     )

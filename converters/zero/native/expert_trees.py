@@ -58,7 +58,7 @@ def trees(
 
 def _flat_groups(parts: Sequence[_Part]) -> Tree:
     """The file of stages 1 and 2."""
-    states: Tree = {}
+    states: dict[int, Any] = {}
     options: list[Any] = []
     for index, part in enumerate(parts):
         base_state = part.tree["base_optimizer_state"]
@@ -72,7 +72,7 @@ def _flat_groups(parts: Sequence[_Part]) -> Tree:
 
 def _sub_groups(parts: Sequence[_Part], ranks: ExpertRanks) -> Tree:
     """The file of stage 3, with the ranks that share each sub-group."""
-    states: Tree = {}
+    states: dict[int, Any] = {}
     options: list[Any] = []
     vectors: list[Any] = []
     teams: list[Tree] = []

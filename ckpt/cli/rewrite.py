@@ -102,6 +102,12 @@ def with_options(
     type=click.IntRange(1),
     help="The tensor-parallel ranks among them. Default: 1, for ZeRO alone.",
 )
+@click.option(
+    "--ep",
+    metavar="RANKS",
+    type=click.IntRange(1),
+    help="The ranks that the experts of each layer are dealt out to. Default: as many as saved.",
+)
 @TP_RULES
 @TAG
 @with_options(SHARED)
@@ -114,13 +120,15 @@ def reshard(
     sub_group_size: int | None,
     zero_init: bool | None,
     tp: int | None,
+    ep: int | None,
     tp_rules: Path | None,
     **options: Any,
 ) -> None:
     """Rewrite a checkpoint for another number of ranks, or another stage.
 
     One of tensor parallelism, of a pipeline or of MiCS is written for ZeRO alone, or for
-    the tensor-parallel ranks of --tp. The output holds DeepSpeed's own files, which
+    the tensor-parallel ranks of --tp. One of experts is written for the ranks of --ep. The
+    output holds DeepSpeed's own files, which
     engine.load_checkpoint and the Trainer's resume_from_checkpoint load as they load any.
     Weights, every optimizer state, steps, loss scale, scheduler and client state are those
     of CHECKPOINT, bit for bit.
@@ -130,6 +138,7 @@ def reshard(
     ckpt reshard out/checkpoint-500 --stage 3
     ckpt reshard out/checkpoint-500 --world-size 8 --stage 3 -o resume/checkpoint-500
     ckpt reshard out/checkpoint-500 --world-size 8 --tp 2
+    ckpt reshard out/checkpoint-500 --world-size 8 --ep 4
     ckpt reshard out/checkpoint-500 --world-size 3 --dry-run
     """
     from ckpt.rewrite import job
@@ -144,6 +153,7 @@ def reshard(
         sub_group_size=sub_group_size,
         zero_init=zero_init,
         tp=tp,
+        ep=ep,
         tp_rules=tp_rules,
     )
 

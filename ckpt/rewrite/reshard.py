@@ -18,8 +18,9 @@ from ckpt.rewrite import job
 from ckpt.rewrite.job import ARGUMENTS, SAME_IN_ENGINE, Rewriting
 from ckpt.rewrite.job import execute as execute
 from ckpt.weights.arguments import naming_arguments
+from converters import words
 from converters.errors import CheckpointError
-from converters.options import STAGE, WORLD_SIZE
+from converters.options import EP, STAGE, TP, WORLD_SIZE
 from converters.storage import open_files, stores
 from converters.storage.store import default_output, output_path
 from converters.storage.stores import source_path
@@ -30,7 +31,9 @@ from converters.zero import muon
 from converters.zero.files import several_models
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging import reader as merging
+from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.merging.tensor_ranks import TensorRanks
+from converters.zero.native import expert_files
 from converters.zero.native import reshard as native
 from converters.zero.native.target import SUB_GROUP, TargetTopology, require_arguments
 from converters.zero.parallel import rules
@@ -49,13 +52,15 @@ def plan(
     sub_group_size: int | None = None,
     zero_init: bool | None = None,
     tp: int | None = None,
+    ep: int | None = None,
     tp_rules: str | os.PathLike[str] | None = None,
 ) -> Rewriting:
     """Plans the same checkpoint for ``world_size`` ranks and a stage; by default its own.
 
     One of tensor parallelism, a pipeline or MiCS becomes one of ZeRO alone or, with ``tp``,
     of that many tensor-parallel ranks among the ``world_size``. ``tp_rules`` is a file that
-    says how parameters are cut for them, where the checkpoint does not.
+    says how parameters are cut for them, where the checkpoint does not. ``ep`` are the ranks
+    that the experts of each layer are dealt out to; by default as many as saved.
 
     Reads pickles, and what ranks share of Muon's momentum. ``sub_group_size``
     (elements, stage 3) defaults to the run's own. ``zero_init``: whether the engine's
@@ -63,25 +68,30 @@ def plan(
     Raises ``CheckpointError`` for what is damaged, or cannot be cut into other
     partitions.
     """
-    require_arguments(tp or 1 if world_size is None else world_size, stage, sub_group_size, tp)
+    require_arguments(tp or 1 if world_size is None else world_size, stage, sub_group_size, tp, ep)
     place = source_path(checkpoint)
     several_models.find(place, tag)  # refuses a choice between models
     degree = tp or 1
     with rules.using(tp_rules):
         source = merging.read(place, tag)
-        tensor_ranks = TensorRanks.of(source, degree) if degree > 1 else None
+        tensor_ranks = None
+        if degree > 1 and not isinstance(source, ExpertsCheckpoint):
+            tensor_ranks = TensorRanks.of(source, degree)
     if world_size is None:
         world_size = merged.original(source).world_size
-        require_arguments(world_size, stage, sub_group_size, tp)
+        require_arguments(world_size, stage, sub_group_size, tp, ep)
     target = native.target(source, stage, world_size // degree, sub_group_size, zero_init)
-    target = replace(target, tensor_ranks=degree)
+    target = replace(target, tensor_ranks=degree, expert_ranks=_expert_ranks(source, ep, degree))
     _require_change(source, target)
 
-    file_plan = native.plan(source, target, tensor_ranks)
+    if isinstance(source, ExpertsCheckpoint):
+        file_plan = expert_files.plan(source, target)
+    else:
+        file_plan = native.plan(source, target, tensor_ranks)
     home = job.home_of(source)
     if output is None:
         stage_part = f"-z{target.stage}" if target.stage != source.stage else ""
-        degree_part = f"-tp{degree}" if degree > 1 else ""
+        degree_part = f"-tp{degree}" if degree > 1 else f"-ep{ep}" if ep else ""
         output = default_output(home, f"{home.name}{stage_part}{degree_part}-w{world_size}")
     saved_world_size = merged.original(source).world_size
     companions = tuple(job.companions_for(home, saved_world_size, world_size))
@@ -103,11 +113,41 @@ def plan(
     )
 
 
+def _expert_ranks(source: zero.Checkpoint, ep: int | None, degree: int) -> int:
+    """The ranks to deal the experts out to; ``CheckpointError`` where that cannot be known."""
+    folder = source.place.folder
+    if not isinstance(source, ExpertsCheckpoint):
+        if ep is not None:
+            raise CheckpointError(
+                f"{folder} has no experts to deal out; leave out {EP}", "unsupported"
+            )
+        return 1
+
+    if degree > 1:
+        raise CheckpointError(
+            f"{folder} is of experts, which are not written for tensor-parallel ranks yet; leave "
+            f"out {TP}",
+            "unsupported",
+        )
+    if ep is None and len(source.expert_sizes) != 1:
+        sizes = words.numbers(source.expert_sizes)
+        raise CheckpointError(
+            f"{folder} has layers whose experts are dealt out to {sizes} ranks. DeepSpeed orders "
+            f"their param groups by chance on each rank, so that it does not load such a "
+            f"checkpoint. Name one number for all layers with {EP}, and give the engine's layers "
+            "the same ep_size",
+            "unsupported",
+        )
+    return ep or source.expert_sizes[0]
+
+
 def _require_change(source: zero.Checkpoint, target: TargetTopology) -> None:
     """``CheckpointError`` if the checkpoint is what is asked for already."""
     saved = merged.original(source)
     degree = len(saved.lanes) if isinstance(saved, TensorParallelCheckpoint) else 1
     is_merged = isinstance(source, merged.MergedCheckpoint)
+    if isinstance(source, ExpertsCheckpoint):
+        is_merged = source.expert_sizes != (target.expert_ranks,)
     if target.tensor_ranks != degree or (is_merged and degree == 1):
         return
 
@@ -118,9 +158,16 @@ def _require_change(source: zero.Checkpoint, target: TargetTopology) -> None:
         raise CheckpointError(
             f"{source.place.folder} is of stage {source.stage} for "
             f"{counted(saved.world_size, 'rank')} already; load it as it is, or name "
-            f"another {WORLD_SIZE} or {STAGE}",
+            f"another {_changeable(source)}",
             "output",
         )
+
+
+def _changeable(source: zero.Checkpoint) -> str:
+    """The options that make another checkpoint of it."""
+    if isinstance(source, ExpertsCheckpoint):
+        return f"{WORLD_SIZE}, {EP} or {STAGE}"
+    return f"{WORLD_SIZE} or {STAGE}"
 
 
 def _note_on_files_left_out(home: Path, companion_names: set[str]) -> Iterator[str]:

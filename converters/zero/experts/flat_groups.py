@@ -51,14 +51,14 @@ def read(place: Place, files: FolderFiles) -> Source:
 
     ``CheckpointError`` for what is damaged, incomplete, or split up further.
     """
-    model = _model(place, files)
+    model = model_file(place, files)
     layers = auto_ep.layers_of(model)
     experts = expert_files.read(place, files, model)
     copies, prefixes = whole_model.copies_of(model, layers, experts.tensors)
     if not files.optimizers and files.expert_optimizers:
         return _without_zero(place, files, model, layers, experts)
 
-    ranks = _ranks(place, files, model)
+    ranks = optimizer_files(place, files, model)
     masters, local_weights = _masters(model, ranks, layers)
     stacks = {name for layer in layers for name in layer.names}
     stacked_weights = {key: ref for key, ref in local_weights.items() if key[0] in stacks}
@@ -127,7 +127,7 @@ def _without_zero(
     )
 
 
-def _model(place: Place, files: FolderFiles) -> State:
+def model_file(place: Place, files: FolderFiles) -> State:
     """The model file; ``CheckpointError`` where tensors are split up as well."""
     if not files.models:
         raise CheckpointError(
@@ -141,7 +141,7 @@ def _model(place: Place, files: FolderFiles) -> State:
     return model
 
 
-def _ranks(place: Place, files: FolderFiles, model: State) -> list[State]:
+def optimizer_files(place: Place, files: FolderFiles, model: State) -> list[State]:
     """The optimizer files in rank order; ``CheckpointError`` unless all are there."""
     if 0 not in files.optimizers:
         raise zero.no_optimizer_files(place)

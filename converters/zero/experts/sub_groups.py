@@ -51,7 +51,7 @@ def read(place: Place, files: FolderFiles) -> Source:
 
     ``CheckpointError`` for what is damaged or incomplete.
     """
-    models, ranks = _states(place, files)
+    models, ranks = states_of(place, files)
     _refuse_frozen_experts(models[0])
     layers = auto_ep.layers_of(models[0])
     masters: dict[str, TensorRef] = {}
@@ -99,7 +99,7 @@ def with_routers(model: State, layers: Sequence[AutoEPLayer]) -> State:
     return with_module(model, model.module, shared_params={**recorded, **aliases})
 
 
-def _states(place: Place, files: FolderFiles) -> tuple[list[State], list[State]]:
+def states_of(place: Place, files: FolderFiles) -> tuple[list[State], list[State]]:
     """The model files and the optimizer files in rank order, which must all be there."""
     if 0 not in files.optimizers:
         raise zero.no_optimizer_files(place)
@@ -150,7 +150,7 @@ def shared_weights(
     layers = [auto_ep.layers_of(model) for model in models]
 
     for number in range(len(vectors[0])):
-        for team in _teams(ranks, number):
+        for team in teams(ranks, number):
             group_shapes = typed.item(models[team[0]].path, "param_shapes", shapes[team[0]], number)
             _require_same_shapes(models, shapes, team, number)
             length = partitioning.subgroup_size(group_shapes, len(team))
@@ -162,13 +162,13 @@ def shared_weights(
                 )
 
             expert_rank = None
-            if _has_experts(layers[team[0]], group_shapes):
-                expert_rank = _expert_rank(models, layers, team, group_shapes)
+            if has_experts(layers[team[0]], group_shapes):
+                expert_rank = expert_rank_of(models, layers, team, group_shapes)
             weights = dict(partitioning.stage3(flat_vectors, group_shapes))
             yield SharedWeights(weights, tuple(team), expert_rank)
 
 
-def _teams(ranks: Sequence[State], number: int) -> list[list[int]]:
+def teams(ranks: Sequence[State], number: int) -> list[list[int]]:
     """The ranks that share a sub-group, in the order of their pieces; each rank in one team.
 
     ``CheckpointError`` where the optimizer files disagree.
@@ -213,12 +213,12 @@ def _require_same_shapes(
             )
 
 
-def _has_experts(layers: Sequence[AutoEPLayer], shapes: dict[str, Shape]) -> bool:
+def has_experts(layers: Sequence[AutoEPLayer], shapes: dict[str, Shape]) -> bool:
     """Whether a sub-group has weights of experts."""
     return any(name in shapes for layer in layers for name in layer.names)
 
 
-def _expert_rank(
+def expert_rank_of(
     models: Sequence[State],
     layers: Sequence[Sequence[AutoEPLayer]],
     team: Sequence[int],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from converters.detect import detect
-from converters.detect.deepspeed import PIPELINE, TENSOR_PARALLEL
+from converters.detect.deepspeed import EXPERTS, PIPELINE, TENSOR_PARALLEL
 from converters.errors import readable
 from converters.storage import open_files
 from converters.storage.store import Name
 from converters.storage.stores import source_path
 from converters.zero import checkpoint as zero
-from converters.zero.checkpoint import Checkpoint
+from converters.zero.checkpoint import Checkpoint, ExpertsError
 from converters.zero.merging import mics
 
 
@@ -23,19 +25,36 @@ def read(path: Name, tag: str | None = None) -> Checkpoint:
     location = source_path(path)
     kind = detect(location, tag).kind.name
     with readable(location, "a file is damaged or of another save"):
+        if kind == EXPERTS:
+            return _of_experts(location, tag)
+
         if kind == TENSOR_PARALLEL:
             # which most checkpoints need not
             from converters.zero.merging import tensor_parallel
             from converters.zero.parallel import reader as parallel_reader
 
-            return tensor_parallel.merged(parallel_reader.read(location, tag, complete=True))
+            try:
+                source = parallel_reader.read(location, tag, complete=True)
+            except ExpertsError:
+                return _of_experts(location, tag)
+            return tensor_parallel.merged(source)
 
         if kind == PIPELINE:
             from converters.zero.merging import pipeline
             from converters.zero.pipeline import reader as pipeline_reader
 
-            source = pipeline_reader.read(location, tag, complete=True)
-            return pipeline.merged(pipeline.require_partitions(source))
+            stages = pipeline_reader.read(location, tag, complete=True)
+            return pipeline.merged(pipeline.require_partitions(stages))
 
-    checkpoint = zero.read(location, tag)
+    try:
+        checkpoint = zero.read(location, tag)
+    except ExpertsError:
+        with readable(location, "a file is damaged or of another save"):
+            return _of_experts(location, tag)
     return mics.merged(checkpoint) if mics.is_of_mics(checkpoint) else checkpoint
+
+
+def _of_experts(location: Path, tag: str | None) -> Checkpoint:
+    from converters.zero.merging import experts  # which most checkpoints need not
+
+    return experts.read(location, tag)

@@ -41,7 +41,7 @@ from converters.zero.param_groups import ParamGroup
 
 # the names of it in runtime/config.py: DtypeEnum
 _FP32 = ("fp32", "float32", "float", "torch.float32")
-_LAYOUT = {  # what the layout decides, or a stage alone has, in an optimizer file
+LAYOUT = {  # what the layout decides, or a stage alone has, in an optimizer file
     "base_optimizer_state",
     "single_partition_of_fp32_groups",
     "group_paddings",
@@ -55,6 +55,7 @@ _LAYOUT = {  # what the layout decides, or a stage alone has, in an optimizer fi
     "ds_version",
     "universal_checkpoint_info",
     "zero_stage",
+    "ds_zero_partition_groups",
 }
 
 
@@ -166,10 +167,10 @@ def _shards(checkpoint: Checkpoint, topology: TargetTopology, model_rank: int) -
     own_groups = param_groups.with_names(groups, checkpoint.names.parameters)
     for rank, group_keys in enumerate(optimizer_files.optimizer_trees(own_groups, topology)):
         root = merged.optimizer_root(checkpoint, rank)
-        source_state = _optimizer_state(rank_path(checkpoint, rank), root)
-        optimizer = _optimizer(checkpoint, root, source_state, topology, group_keys)
+        source_state = optimizer_state(rank_path(checkpoint, rank), root)
+        optimizer = optimizer_entries(checkpoint, root, source_state, topology, group_keys)
         tree = configured(root, topology) | {"optimizer_state_dict": optimizer}
-        yield file_plan.shard(_optimizer_name(checkpoint, rank, model_rank), tree)
+        yield file_plan.shard(optimizer_name(checkpoint, rank, model_rank), tree)
 
     model_trees = model_files.model_trees(checkpoint, paths, groups, topology)
     for rank, tree in enumerate(model_trees):
@@ -222,7 +223,7 @@ def _prove(
     groups = _groups(checkpoint, topology)
     counts = proof.verify_tensors(checkpoint, groups, result, native_plan, output)
     provenance = proof.Provenance(native_plan, output)
-    decided_keys = _LAYOUT | (set(SCALING) if topology.bf16 else set())
+    decided_keys = LAYOUT | (set(SCALING) if topology.bf16 else set())
 
     for rank, state in enumerate(result.ranks):
         source_root = merged.optimizer_root(checkpoint, rank)
@@ -231,8 +232,8 @@ def _prove(
         proof.verify_metadata(provenance, source_root, result_root, apart, state.path)
 
         source_path = rank_path(checkpoint, rank)
-        source_state = with_loss_scale(_optimizer_state(source_path, source_root))
-        result_state = with_loss_scale(_optimizer_state(state.path, result_root))
+        source_state = with_loss_scale(optimizer_state(source_path, source_root))
+        result_state = with_loss_scale(optimizer_state(state.path, result_root))
         proof.verify_metadata(provenance, source_state, result_state, decided_keys, state.path)
 
     source_paths = merged.model_paths(checkpoint)
@@ -244,7 +245,7 @@ def _prove(
     return counts
 
 
-def _optimizer_state(path: Path, root: Mapping[Any, Any]) -> dict[Any, Any]:
+def optimizer_state(path: Path, root: Mapping[Any, Any]) -> dict[Any, Any]:
     """The tree of an optimizer file under ``optimizer_state_dict``."""
     return Section(path, "", root).required("optimizer_state_dict", dict)
 
@@ -260,7 +261,7 @@ def rank_path(checkpoint: Checkpoint, rank: int) -> Path:
     return checkpoint.ranks[rank % len(checkpoint.ranks)].path
 
 
-def _optimizer_name(checkpoint: Checkpoint, rank: int, model_rank: int) -> str:
+def optimizer_name(checkpoint: Checkpoint, rank: int, model_rank: int) -> str:
     """The name of a rank's optimizer file, with the run's prefix, bf16_ or none."""
     prefix = "bf16_" if checkpoint.ranks[0].path.name.startswith("bf16_") else ""
     name = f"{prefix}zero_pp_rank_{rank}_mp_rank_{model_rank:02d}_optim_states.pt"
@@ -285,7 +286,7 @@ def configured(root: Any, topology: TargetTopology) -> dict[Any, Any]:
     return {**root, "ds_config": {**config, "zero_optimization": settings}}
 
 
-def _optimizer(
+def optimizer_entries(
     checkpoint: Checkpoint,
     root: Mapping[Any, Any],
     source_state: Mapping[Any, Any],
@@ -313,7 +314,7 @@ def _optimizer(
         return {**source_state, **group_keys, "zero_stage": zero_stage}
 
     # from stage 3 to another or back: nothing of the source's layout fits
-    remaining = {key: value for key, value in source_state.items() if key not in _LAYOUT}
+    remaining = {key: value for key, value in source_state.items() if key not in LAYOUT}
     version = {"ds_version": _version(checkpoint, root)} if topology.stage < 3 else {}
     return {**remaining, **group_keys, "zero_stage": zero_stage, **version}
 

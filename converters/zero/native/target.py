@@ -13,7 +13,11 @@ SUB_GROUP = 1_000_000_000  # the default of zero_optimization.sub_group_size
 
 
 def require_arguments(
-    world_size: object, stage: object = None, sub_group_size: object = None, tp: object = None
+    world_size: object,
+    stage: object = None,
+    sub_group_size: object = None,
+    tp: object = None,
+    ep: object = None,
 ) -> None:
     """``CheckpointError`` for numbers of a caller that no topology of ZeRO has."""
     if not is_whole_number(world_size, 1):
@@ -25,6 +29,10 @@ def require_arguments(
             f"tp is {tp!r}; expected a number of tensor-parallel ranks that divides the "
             f"{world_size} ranks in all",
             "refused",
+        )
+    if ep is not None and not is_whole_number(ep, 1):
+        raise CheckpointError(
+            f"ep is {ep!r}; expected a number of expert-parallel ranks, 1 or more", "refused"
         )
     if stage is not None and (isinstance(stage, bool) or stage not in (1, 2, 3)):
         raise CheckpointError(f"stage is {stage!r}; expected a ZeRO stage, 1, 2 or 3", "refused")
@@ -48,7 +56,7 @@ class TargetTopology:
     ``zero.Init``, where Muon does not sort; ``None``: it is not known.
 
     ``world_size`` are the ranks that share a partition: with ``tensor_ranks`` of them, each has
-    so many.
+    so many. ``expert_ranks`` of them share out the experts, if there are any.
     """
 
     stage: int
@@ -61,6 +69,7 @@ class TargetTopology:
     muon: bool = False
     zero_init: bool | None = None
     tensor_ranks: int = field(default=1, repr=False)  # which would be another identity of others
+    expert_ranks: int = field(default=1, repr=False)
 
     @property
     def rank_count(self) -> int:

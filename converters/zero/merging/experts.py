@@ -1,0 +1,158 @@
+"""Experts: a checkpoint with those of all expert ranks, and what it is made of.
+
+``ExpertsCheckpoint`` has the whole model; its ``dense`` is the same without experts, which is what
+a model file holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from converters.errors import CheckpointError
+from converters.source import Place, Source, SourceTopology
+from converters.tensors import Weights
+from converters.zero.experts import auto_ep, flat_groups, reader, sub_groups
+from converters.zero.experts.auto_ep import AutoEPLayer
+from converters.zero.experts.expert_files import NATIVE
+from converters.zero.files import several_models
+from converters.zero.files.state_files import State
+from converters.zero.merging import expert_ranks, whole_groups
+from converters.zero.merging.checkpoint import MergedCheckpoint, whole_model
+from converters.zero.merging.expert_ranks import ExpertStates
+from converters.zero.model_ranks import folder_files
+from converters.zero.model_ranks.folder_files import FolderFiles
+from converters.zero.param_groups import ParamGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ExpertsCheckpoint(MergedCheckpoint):
+    """A checkpoint of experts, as if each rank had them all.
+
+    ``dense`` is what all ranks share. ``expert_sizes`` are the numbers of expert ranks that its
+    groups were dealt out to, ``group_numel`` the most elements of a group of experts on a rank,
+    if there is a limit. ``expert_paths`` are the files of single experts by layer and expert.
+    """
+
+    dense: MergedCheckpoint
+    layers: tuple[AutoEPLayer, ...]
+    expert_sizes: tuple[int, ...]
+    group_numel: int | None
+    expert_paths: Mapping[tuple[int, int], Path]
+
+    @property
+    def is_block(self) -> bool:
+        """Whether the ranks of an expert rank follow one another."""
+        return self.model.setting(expert_ranks.DATA_FIRST) is True
+
+
+def read(path: Path, tag: str | None = None) -> ExpertsCheckpoint:
+    """Locates everything that a training goes on from.
+
+    ``CheckpointError`` for what is damaged, incomplete, or cut further.
+    """
+    source = reader.read(path, tag, complete=True)
+    place = several_models.find(path, tag)
+    files = folder_files.scan(place)
+    states = _states(place, files, source)
+    groups = expert_ranks.read(states)
+    weights = source.weights
+    joined = whole_groups.join(states, groups, weights.order)
+    sizes = sorted({len(group.groups) for group in groups if group.has_experts})
+
+    stacks = {name for layer in states.layers for name in layer.names}
+    dense_names = [name for name in weights.order if not is_expert(name, stacks)]
+    dense_groups = [group for group in joined if not whole_groups.is_expert_group(group)]
+    dense = _checkpoint(source, states, _selected(weights, dense_names), dense_groups)
+    whole = _checkpoint(source, states, weights, joined)
+    values = {name: getattr(whole, name) for name in _field_names(MergedCheckpoint)}
+
+    return ExpertsCheckpoint(
+        **values,
+        dense=dense,
+        layers=states.layers,
+        expert_sizes=tuple(sizes),
+        group_numel=whole_groups.group_limit(groups),
+        expert_paths={key[:2]: path for key, path in sorted(files.experts.items(), reverse=True)},
+    )
+
+
+def _field_names(kind: type[Source]) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def is_expert(name: str, stacks: set[str]) -> bool:
+    """Whether a name of the whole model is that of an expert, or of a stack of experts."""
+    return name in stacks or NATIVE.fullmatch(name) is not None
+
+
+def _states(place: Place, files: FolderFiles, source: Source) -> ExpertStates:
+    """The state files; ``CheckpointError`` for what has no partitions of experts alone."""
+    reason = ""
+    if len(files.model_ranks) > 1:
+        reason = (
+            "is of AutoEP with AutoTP; its states are not written for other ranks yet, and "
+            "ckpt to-fp32 takes its weights"
+        )
+    elif not files.optimizers:
+        reason = (
+            "is of experts without ZeRO, whose optimizer numbers the parameters of each expert "
+            "rank: it loads with as many expert ranks, on any number of ranks; ckpt to-fp32 takes "
+            "its weights"
+        )
+    if reason:
+        raise CheckpointError(f"{place.folder} {reason}", "unsupported")
+
+    if files.partitioned:
+        models, ranks = sub_groups.states_of(place, files)
+    else:
+        models = [flat_groups.model_file(place, files)]
+        ranks = flat_groups.optimizer_files(place, files, models[0])
+    layers = tuple(auto_ep.layers_of(models[0]))
+    return ExpertStates(place, tuple(models), tuple(ranks), layers, source.stage or 0)
+
+
+def _checkpoint(
+    source: Source, states: ExpertStates, weights: Weights, groups: Sequence[ParamGroup]
+) -> MergedCheckpoint:
+    """A checkpoint of these weights and groups."""
+    topology = SourceTopology(len(states.ranks), states.stage)
+    values: dict[str, Any] = {
+        name: getattr(source, name) for name in _field_names(Source) if name != "weights"
+    }
+    model = whole_model(states.model, weights, groups, _own_values(states.model, weights), topology)
+    return MergedCheckpoint(
+        **{**values, "topology": topology},
+        weights=weights,
+        model=model,
+        ranks=states.ranks,
+        source=source,
+        groups=tuple(groups),
+        model_paths=tuple(model.path for model in states.models),
+    )
+
+
+def _own_values(model: State, weights: Weights) -> dict[str, Any]:
+    """What the model file has under the names of its state dict, and the fp32 weights of stage 3
+    under the others."""
+    return {**weights.tensors, **model.module}
+
+
+def _selected(weights: Weights, names: Sequence[str]) -> Weights:
+    """Some of the weights."""
+    chosen = frozenset(names)
+    return replace(
+        weights,
+        tensors={name: ref for name, ref in weights.tensors.items() if name in chosen},
+        aliases={name: owner for name, owner in weights.aliases.items() if name in chosen},
+        copies={name: ref for name, ref in weights.copies.items() if name in chosen},
+        absent={name: reason for name, reason in weights.absent.items() if name in chosen},
+        lost_ties={name: owner for name, owner in weights.lost_ties.items() if name in chosen},
+        order=tuple(names),
+        buffers=weights.buffers & chosen,
+        frozen=weights.frozen & chosen,
+        packed=weights.packed & chosen,
+        trained=weights.trained & chosen,
+    )

@@ -1,0 +1,71 @@
+"""Stock DeepSpeed trains on from checkpoints of experts that were written for other ranks.
+
+Its losses are those of the training that was not interrupted, and what it saves again at once is
+the source, bit for bit. The source of DeepSpeed-MoE has layers of two numbers of expert ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oracles import torchrun
+from test_parallel_training import values_of
+from test_reshard_training import REDUCTION_ORDER
+
+from ckpt.rewrite import reshard
+
+WORKER = "tests/workers/experts_worker.py"
+STEPS = 3
+WHOLE = {"single": {"stage": 2, "sizes": [2, 4]}, "stacked": {"stage": 3, "sizes": [2]}}
+TARGETS = [  # model, ranks, stage, expert ranks
+    ("single", 4, 1, 4),
+    ("stacked", 4, 3, 4),
+    ("single", 2, 2, 1),
+    ("stacked", 2, 2, 2),
+]
+
+
+def launch(folder: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
+    path = folder / f"jobs-{jobs[0]['out'].rpartition('/')[2]}.json"
+    path.write_text(json.dumps(jobs))
+    torchrun(WORKER, path, ranks=ranks, limit=300)
+
+
+def losses_of(folder: Path) -> list[float]:
+    losses: list[float] = json.loads((folder / "losses.json").read_text())
+    return losses
+
+
+def test_training_goes_on_with_other_expert_ranks(tmp_path: Path) -> None:
+    sources = [
+        {"model": model, **job, "out": f"{tmp_path}/{model}", "half": f"{tmp_path}/{model}-half"}
+        for model, job in WHOLE.items()
+    ]
+    launch(tmp_path, 4, sources)
+
+    for ranks in (4, 2):
+        jobs = []
+        for model, target_ranks, stage, count in TARGETS:
+            if target_ranks != ranks:
+                continue
+            name = tmp_path / f"{model}-{ranks}"
+            source = name.with_name(f"{name.name}-source")
+            plan = reshard.plan(
+                tmp_path / f"{model}-half", ranks, stage=stage, ep=count, output=source
+            )
+            reshard.execute(plan)
+            sizes = [count] * len(WHOLE[model]["sizes"])  # type: ignore[arg-type]
+            places = {"out": str(name), "source": str(source), "again": f"{name}-again"}
+            jobs.append({"model": model, "stage": stage, "sizes": sizes, **places})
+        launch(tmp_path, ranks, jobs)
+
+    for model, ranks, *_ in TARGETS:
+        expected = losses_of(tmp_path / model)
+        assert expected[-1] < expected[0]
+        losses = losses_of(tmp_path / f"{model}-{ranks}")
+        assert losses == pytest.approx(expected[STEPS:], rel=REDUCTION_ORDER), (model, ranks)
+        again = values_of(tmp_path / f"{model}-{ranks}-again")
+        assert again == values_of(tmp_path / f"{model}-half"), (model, ranks)

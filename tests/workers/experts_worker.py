@@ -1,0 +1,190 @@
+"""One rank of trainings with experts by stock DeepSpeed: DeepSpeed-MoE and AutoEP.
+
+experts_worker.py JOBS   each {"model", "out", "stage", "sizes"} and perhaps
+    "source"   the checkpoint that it goes on from
+    "again"    where it is saved as soon as it is loaded
+    "half"     where it is saved after half of its steps
+
+"sizes" are the expert ranks of each layer; of AutoEP one number. Trains in fp32 on the same global
+batches whatever the ranks, and writes OUT/losses.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from ending import leave
+from torch import nn
+
+GLOBAL_BATCH = 12  # sequences
+SIZE, EXPERTS, STEPS = 6, 4, 3
+
+
+class Expert(nn.Module):
+    """An expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(SIZE, 3)
+        self.down = nn.Linear(3, SIZE, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return out
+
+
+class Experts(nn.Module):
+    """Layers of DeepSpeed-MoE, with room for all tokens in each expert."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        from deepspeed.moe.layer import MoE
+
+        self.inp = nn.Linear(SIZE, SIZE)
+        self.blocks = nn.ModuleList(
+            MoE(SIZE, Expert(), num_experts=EXPERTS, ep_size=size, k=1, capacity_factor=EXPERTS)
+            for size in sizes
+        )
+        self.out = nn.Linear(SIZE, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.inp(torch.sin(ids[..., None] * torch.arange(1, SIZE + 1)))
+        for block in self.blocks:
+            x = x + block(x)[0]
+        return nn.functional.cross_entropy(self.out(x).flatten(0, 1), ids.flatten() % 5)
+
+
+def stacked() -> Any:
+    """A tiny Qwen3-MoE, in which AutoEP stacks the experts."""
+    import transformers as hf
+    from transformers.utils import output_capturing
+
+    registry = output_capturing._CanRecordRegistry
+    own_get = registry.get
+    # DeepSpeed 0.19.8 asks it with a default, which transformers 5 does not take
+    registry.get = lambda self, key, *_: own_get(self, key)
+    config = hf.Qwen3MoeConfig(
+        vocab_size=16,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_experts_per_tok=2,
+        max_position_embeddings=16,
+        moe_intermediate_size=8,
+        intermediate_size=16,
+        num_key_value_heads=1,
+        head_dim=4,
+        num_experts=EXPERTS,
+    )
+    return hf.AutoModelForCausalLM.from_config(config)
+
+
+def loss_of(engine: Any, job: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
+    """The loss of some sequences."""
+    loss: torch.Tensor = (
+        engine(input_ids=ids, labels=ids, use_cache=False).loss
+        if job["model"] == "stacked"
+        else engine(ids)
+    )
+    return loss
+
+
+def engine_of(job: dict[str, Any]) -> Any:
+    """The engine of a job, which has other experts on each expert rank."""
+    import deepspeed
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // world,
+        "zero_optimization": {
+            "stage": job["stage"],
+            "stage3_param_persistence_threshold": 10,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    torch.manual_seed(1234)
+    if job["model"] == "stacked":
+        config["expert_parallel"] = {
+            "enabled": True,
+            "autoep_size": job["sizes"][0],
+        }
+        config["optimizer"] = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
+        model: nn.Module = stacked()
+        parameters = [param for param in model.parameters() if param.requires_grad]
+        return deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
+
+    model = Experts(job["sizes"])
+    for number, size in enumerate(job["sizes"]):
+        torch.manual_seed(50 + rank % size)
+        for name, param in model.named_parameters():
+            if f"blocks.{number}.deepspeed_moe.experts" in name:
+                nn.init.normal_(param.data, std=0.3)
+
+    groups = split_params_into_different_moe_groups_for_optimizer(
+        [
+            {"params": [p for p in model.parameters() if p.dim() > 1], "name": "decay"},
+            {
+                "params": [p for p in model.parameters() if p.dim() < 2],
+                "weight_decay": 0.0,
+                "name": "rest",
+            },
+        ]
+    )
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def losses_of(engine: Any, job: dict[str, Any]) -> list[float]:
+    """Trains on, and gives the loss of each step over all ranks."""
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    micro, losses = GLOBAL_BATCH // world, []
+    first = engine.global_steps
+    for step in range(first, first + STEPS):
+        generator = torch.Generator().manual_seed(step)
+        batch = torch.randint(16, (GLOBAL_BATCH, 6), generator=generator)
+        loss = loss_of(engine, job, batch[rank * micro : (rank + 1) * micro])
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach().double().clone()
+        torch.distributed.all_reduce(mean)
+        losses.append(float(mean) / world)
+    return losses
+
+
+def train(job: dict[str, Any]) -> None:
+    engine, out = engine_of(job), Path(job["out"])
+    if "source" in job:
+        path, _ = engine.load_checkpoint(job["source"])
+        assert path is not None
+        engine.save_checkpoint(job["again"])
+    losses: list[float] = []
+    if "half" in job:
+        losses += losses_of(engine, job)
+        engine.save_checkpoint(job["half"])
+    losses += losses_of(engine, job)
+    if torch.distributed.get_rank() == 0:
+        out.mkdir()
+        (out / "losses.json").write_text(json.dumps(losses))
+    torch.distributed.barrier()
+    engine.destroy()
+
+
+def main() -> None:
+    import deepspeed
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed.init_distributed(dist_backend="gloo")
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        train(job)
+    leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -184,7 +184,7 @@ def to_universal(
     "from-universal", cls=Command, short_help="Write native files from a universal folder."
 )
 @CHECKPOINT
-@_world_size(required=True, help="The ranks (GPUs) that will resume.")
+@_world_size(help="The ranks (GPUs) that will resume; there is no default.")
 @_with_options(_NATIVE)
 @click.option(
     "--tag", metavar="TAG", help="The tag to read. Default: what the file latest_universal names."
@@ -199,7 +199,7 @@ def to_universal(
 @_with_options(_SHARED)
 def from_universal(
     checkpoint: Path,
-    world_size: int,
+    world_size: int | None,
     stage: int | None,
     output: Path | None,
     tag: str | None,

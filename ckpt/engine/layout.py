@@ -126,7 +126,8 @@ def require_cut(
     folder, size = Path(path).parent.parent, int(internals(engine).zero_sub_group_size())
     world_size = dist.get_world_size()
     output = folder.with_name(f"{folder.name}-w{world_size}")
-    command = reshard_command.command(folder, world_size, 3, output, f" --sub-group-size {size}")
+    settings = {"sub_group_size": size}
+    command = reshard_command.command(folder, world_size, 3, output, settings)
     raise CheckpointError(
         f"{path}: its {sum(cuts[0])} parameters are in {len(cuts[0])} sub-groups, "
         f"those of this training in {len(cuts[1])} (zero_optimization.sub_group_size "

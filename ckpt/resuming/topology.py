@@ -8,7 +8,6 @@ checkpoint and once, while the other ranks wait and see that it is alive.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +74,7 @@ def refusal(source: ResumePoint, layout: Layout, alternative: str = "") -> Check
 def _command(source: ResumePoint, layout: Layout) -> str:
     """The command line that makes of the checkpoint what loads."""
     current = layout.topology
-    settings = _options(layout.options(source.topology))
+    settings = layout.options(source.topology)
     output = _output_of(source, layout)
     return reshard_command.command(
         source.folder, current.world_size, current.stage, output, settings
@@ -304,13 +303,3 @@ def _may_be_replaced(source: ResumePoint, rewriting: Rewriting) -> bool:
         "training; move it away, or resume from it by name",
         "output",
     )
-
-
-def _options(settings: Mapping[str, Any]) -> str:
-    """Settings of a layout as options of ``ckpt reshard``."""
-    arguments = []
-    if "sub_group_size" in settings:
-        arguments.append(f" --sub-group-size {settings['sub_group_size']}")
-    if "zero_init" in settings:
-        arguments.append(f" --{'' if settings['zero_init'] else 'no-'}zero-init")
-    return "".join(arguments)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from ckpt.runs.checkpoint_folder import open_checkpoint
 
 
-def command(folder: Path, world_size: int, stage: int, output: Path, settings: str = "") -> str:
-    """The command line for the checkpoint in ``folder``; ``settings`` are further options.
+def command(
+    folder: Path, world_size: int, stage: int, output: Path, settings: Mapping[str, Any]
+) -> str:
+    """The command line for the checkpoint in ``folder``; ``settings`` as ``Layout`` has them.
 
     Where ``output`` is there already, made by ckpt of this checkpoint, the command makes it again;
     where something else has its name, it makes one beside that.
@@ -21,7 +25,7 @@ def command(folder: Path, world_size: int, stage: int, output: Path, settings: s
         output = _free(output)
 
     return (
-        f"ckpt reshard {folder} --world-size {world_size} --stage {stage}{settings} "
+        f"ckpt reshard {folder} --world-size {world_size} --stage {stage}{_options(settings)} "
         f"-o {output}{overwrite}"
     )
 
@@ -41,3 +45,13 @@ def _free(output: Path) -> Path:
     """A name beside ``output`` that nothing has."""
     names = (f"{output.name}-{number}" for number in count(2))
     return next(path for path in map(output.with_name, names) if not path.exists())
+
+
+def _options(settings: Mapping[str, Any]) -> str:
+    """Settings of a layout as options of ``ckpt reshard``."""
+    arguments = []
+    if "sub_group_size" in settings:
+        arguments.append(f" --sub-group-size {settings['sub_group_size']}")
+    if "zero_init" in settings:
+        arguments.append(f" --{'' if settings['zero_init'] else 'no-'}zero-init")
+    return "".join(arguments)

@@ -199,7 +199,7 @@ def to_universal(
     "from-universal", cls=Command, short_help="Write native files from a universal folder."
 )
 @CHECKPOINT
-@world_size_option(required=True, help="The ranks (GPUs) that will resume.")
+@world_size_option(help="The ranks (GPUs) that will resume; there is no default.")
 @with_options(NATIVE)
 @click.option(
     "--tag", metavar="TAG", help="The tag to read. Default: what the file latest_universal names."
@@ -214,7 +214,7 @@ def to_universal(
 @with_options(SHARED)
 def from_universal(
     checkpoint: Path,
-    world_size: int,
+    world_size: int | None,
     stage: int | None,
     output: Path | None,
     tag: str | None,

@@ -6,6 +6,7 @@ They parse, call and print.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from ckpt.cli.options import (
     DTYPE,
     JSON,
     LAST,
+    LOCAL_PATH,
     MAX_SHARD_SIZE,
     OUTPUT_PATH,
     TAG,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from ckpt.cli.results.conversion import ConversionResult
     from ckpt.runs.states.status import CheckpointStatus
     from ckpt.weights.conversion.task import Conversion
+    from ckpt.weights.request import Names
     from converters.source import Source
 
 
@@ -149,6 +152,19 @@ def _previewed(conversion: Conversion, preview: ConversionResult | None, overwri
 @TAG
 @LAST
 @click.option("--tensors", is_flag=True, help="List every tensor: name, type, shape.")
+@click.option(
+    "--names",
+    type=click.Choice(["reader", "as-stored", "hf"]),
+    default="as-stored",
+    show_default=True,
+    help="With --tensors: the names in the checkpoint, or those that to-fp32 --names writes.",
+)
+@click.option(
+    "--config",
+    metavar="PATH",
+    type=LOCAL_PATH,
+    help="With --names: the config.json (or its folder), where the checkpoint has none.",
+)
 @TP_RULES
 @JSON
 def show(
@@ -156,6 +172,8 @@ def show(
     tag: str | None,
     last: bool,
     tensors: bool,
+    names: Names,
+    config: Path | None,
     tp_rules: Path | None,
     as_json: bool,
 ) -> None:
@@ -167,15 +185,19 @@ def show(
     ckpt show out/checkpoint-500
     ckpt show out/checkpoint-500/scheduler.pt
     ckpt show out --tag global_step500 --tensors
+    ckpt show out/checkpoint-500 --tensors --names hf
     ckpt show out --last
     """
     from ckpt.cli import report
     from ckpt.weights.conversion import sources
+    from ckpt.weights.opening import wished_names
     from converters.storage import open_files
 
     checkpoint = checkpoint_of(checkpoint, tag, last, "ckpt show")
     with _rules(tp_rules), open_files.once():
         source = sources.as_stored(checkpoint, tag, "ckpt to-fp32 --weights 16bit")
+        weights, _ = wished_names.of(source.weights, source, names=names, config=config)
+        source = replace(source, weights=weights)
         result = report.show(source, tensors, _status(source))
     planned.show(Output(result, lines=[report.show_text(result)]), as_json)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ckpt.engine.view import EngineView, internals
+from ckpt.rewrite import reshard_command
 from ckpt.runs.ancestry import Partitioning
 from converters.errors import CheckpointError
 from converters.zero.native.target import SUB_GROUP
@@ -123,11 +124,14 @@ def require_cut(
         return
 
     folder, size = Path(path).parent.parent, int(internals(engine).zero_sub_group_size())
+    world_size = dist.get_world_size()
+    output = folder.with_name(f"{folder.name}-w{world_size}")
+    settings = {"sub_group_size": size}
+    command = reshard_command.command(folder, world_size, 3, output, settings)
     raise CheckpointError(
         f"{path}: its {sum(cuts[0])} parameters are in {len(cuts[0])} sub-groups, "
         f"those of this training in {len(cuts[1])} (zero_optimization.sub_group_size "
-        f"{size}); set that to what it was, or run: ckpt reshard {folder} "
-        f"--world-size {dist.get_world_size()} --stage 3 --sub-group-size {size}",
+        f"{size}); set that to what it was, or run: {command}",
         "unsupported",
     )
 

@@ -8,7 +8,6 @@ checkpoint and once, while the other ranks wait and see that it is alive.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import Any, Literal
 from ckpt.distributed.ranks import RankGroup, alive
 from ckpt.engine.layout import Layout
 from ckpt.resuming.resume_point import ResumePoint
-from ckpt.rewrite import records
+from ckpt.rewrite import records, reshard_command
 from ckpt.rewrite.job import SAME_IN_ENGINE, Rewriting
 from ckpt.runs.checkpoint_folder import WEIGHTS_ONLY
 from ckpt.runs.run import Run, RunCheckpoint, is_numbered, open_checkpoint
+from ckpt.runs.states.status import status_of
 from converters import options
 from converters.errors import CheckpointError
 from converters.zero.files.discovery import is_tag_folder
@@ -65,21 +65,33 @@ def refusal(source: ResumePoint, layout: Layout, alternative: str = "") -> Check
         )
 
     run = f"run: {_command(source, layout)}"
+    if (output := _foreign_output(source, layout)) is not None:
+        run = f"{output} was resharded from it: resume from that by name, or {run}"
     sentence = "; ".join(filter(None, [finding, run, alternative]))
     return CheckpointError(sentence, "unsupported")
 
 
 def _command(source: ResumePoint, layout: Layout) -> str:
     """The command line that makes of the checkpoint what loads."""
-    saved, current = source.topology, layout.topology
+    current = layout.topology
+    settings = layout.options(source.topology)
     output = _output_of(source, layout)
-    overwrite = ""
-    if output.is_dir() and _is_of(source, _plan_rewriting(source, layout)):
-        overwrite = " --overwrite"  # else it would have been taken: it is damaged
-    return (
-        f"ckpt reshard {source.folder} --world-size {current.world_size} --stage "
-        f"{current.stage}{_options(layout.options(saved))} -o {output}{overwrite}"
+    return reshard_command.command(
+        source.folder, current.world_size, current.stage, output, settings
     )
+
+
+def _foreign_output(source: ResumePoint, layout: Layout) -> Path | None:
+    """Where one without a manifest was resharded for this layout before, if that is complete.
+
+    Nothing says what its bytes were, so that it is taken by name alone.
+    """
+    output = _output_of(source, layout)
+    if not source.foreign or not reshard_command.is_made_of(source.folder, output):
+        return None
+    resharded = open_checkpoint(output)
+    is_fitting = resharded.record is not None and layout.topology.fits(resharded.record)
+    return output if is_fitting and status_of(resharded).whole else None
 
 
 def _output_of(source: ResumePoint, layout: Layout) -> Path:
@@ -291,13 +303,3 @@ def _may_be_replaced(source: ResumePoint, rewriting: Rewriting) -> bool:
         "training; move it away, or resume from it by name",
         "output",
     )
-
-
-def _options(settings: Mapping[str, Any]) -> str:
-    """Settings of a layout as options of ``ckpt reshard``."""
-    arguments = []
-    if "sub_group_size" in settings:
-        arguments.append(f" --sub-group-size {settings['sub_group_size']}")
-    if "zero_init" in settings:
-        arguments.append(f" --{'' if settings['zero_init'] else 'no-'}zero-init")
-    return "".join(arguments)

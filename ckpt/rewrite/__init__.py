@@ -7,6 +7,7 @@ crossing          moves, proves, commits these
 crossing_proofs   what proves them
 records           its manifest, or what else says what it was made of
 result            what was done, as a value
+reshard_command   the command line that a message names
 reshard           other ranks or another stage
 universal         the universal format and back
 universal_limits  what DeepSpeed does not restore from it

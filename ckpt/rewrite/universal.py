@@ -11,16 +11,20 @@ out/checkpoint-500-z2-w3/          native files again
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from ckpt.deprecation import renamed
 from ckpt.rewrite import job, reshard, universal_limits
 from ckpt.rewrite.job import ARGUMENTS, Rewriting
 from ckpt.rewrite.job import execute as execute
 from ckpt.weights.arguments import naming_arguments
+from converters.errors import CheckpointError
+from converters.options import WORLD_SIZE
 from converters.storage import open_files
 from converters.storage.store import default_output, output_path
 from converters.storage.stores import source_path
 from converters.storage.url_path import absolute
+from converters.words import counted
 from converters.zero import checkpoint as zero
 from converters.zero.files import several_models
 from converters.zero.merging import checkpoint as merged
@@ -30,7 +34,7 @@ from converters.zero.native.target import require_arguments
 from converters.zero.parallel import rules
 from converters.zero.universal import plan as planning
 from converters.zero.universal import reader
-from converters.zero.universal.reader import SUFFIX
+from converters.zero.universal.reader import SUFFIX, Universal
 
 
 @naming_arguments(*ARGUMENTS)
@@ -72,7 +76,7 @@ def plan_to(
 @open_files.once()
 def plan_from(
     folder: str | os.PathLike[str],
-    world_size: int,
+    world_size: int | None = None,
     *,
     stage: int | None = None,
     output: str | os.PathLike[str] | None = None,
@@ -86,12 +90,15 @@ def plan_from(
     The stage defaults to that of the run that saved. ``like`` is a native checkpoint of
     the same model, for a folder that does not tell the order of the parameters. Reads
     pickles, and the first 65,536 elements of each parameter. ``zero_init`` as
-    ``reshard.plan`` has it. Raises ``CheckpointError``.
+    ``reshard.plan`` has it. Raises ``CheckpointError``, without ``world_size`` one that says
+    how many ranks saved.
     """
-    require_arguments(world_size, stage, sub_group_size)
+    require_arguments(1 if world_size is None else world_size, stage, sub_group_size)
     path = source_path(folder)
     source = reader.read(path, tag, zero.read(like) if like else None)
     checkpoint = source.checkpoint
+    if world_size is None:
+        raise _without_world_size(path, source)
     home = job.home_of(checkpoint)
     saved_stage = source.stage
     target = native.target(checkpoint, stage or saved_stage, world_size, sub_group_size, zero_init)
@@ -108,6 +115,16 @@ def plan_from(
         tag=planning.native_tag(source),
         companions=tuple(job.companions_for(home, checkpoint.world_size, world_size)),
         notes=(*checkpoint.notes, *reshard.notes_on(checkpoint, target)),
+    )
+
+
+def _without_world_size(path: Path, source: Universal) -> CheckpointError:
+    """That nobody said for how many ranks files are to be made, and how many there were."""
+    return CheckpointError(
+        f"{path} fits any number of ranks, and native files fit one number: say with "
+        f"{WORLD_SIZE('RANKS')} how many ranks (GPUs) will resume; "
+        f"{counted(source.checkpoint.world_size, 'rank')} saved it, with ZeRO stage {source.stage}",
+        "refused",
     )
 
 

@@ -36,6 +36,7 @@ DTYPE_NAMES = {  # what torch and transformers call them
 Masters = Literal["fp32", "16bit"]
 Check = Literal["auto", "names", "transformers", "none"]
 Layout = Literal["hub", "runtime"]
+Names = Literal["reader", "as-stored", "hf"]
 FILE_SUFFIXES = (".toml", ".json")
 
 

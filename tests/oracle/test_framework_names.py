@@ -45,6 +45,22 @@ def test_who_does_not_ask_for_it_is_told(name: str, framework: str, tmp_path: Pa
         ckpt.to_fp32(SPLIT / f"{name}-logits", tmp_path / "model", check="names")
 
 
+@pytest.mark.parametrize("name", ["neox-zero1-logits", "autoep-zero2-logits"])
+@pytest.mark.parametrize("layout", ["hub", "runtime"])
+def test_what_is_opened_and_shown_has_the_names_that_are_written(
+    name: str, layout: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ckpt.to_fp32(SPLIT / name, tmp_path / "model", names="hf", layout=layout)
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    with ckpt.open(SPLIT / name, names="hf", layout=layout) as opened:
+        assert opened.keys() >= written.keys()
+        assert all(torch.equal(opened[name], value) for name, value in written.items())
+
+    if layout == "runtime":
+        run("show", SPLIT / name, "--tensors", "--names", "hf", "--json")
+        assert json.loads(capsys.readouterr().out)["tensors_by_name"].keys() >= written.keys()
+
+
 def test_every_weight_is_compared_with_its_16_bit_copy(tmp_path: Path) -> None:
     """Also those that are joined of several."""
     source = tmp_path / "checkpoint"

@@ -18,6 +18,7 @@ from ckpt.weights.companions.reader_files import VOCABULARY_FILES
 VALUES = {"model.embed_tokens.weight": torch.randn(6, 4), "model.norm.weight": torch.randn(4)}
 CONFIG = {"model_type": "llama", "vocab_size": 6, "hidden_size": 4}
 TO = ("--check", "none")
+NO_TOKENIZER = "note: no tokenizer lies in the checkpoint or its run: --tokenizer DIR takes one\n"
 
 
 def put(root: Path, *names: str, content: Any = "x") -> None:
@@ -113,6 +114,27 @@ def test_of_the_code_only_what_auto_map_needs_is_copied(
     assert "note: modeling_x.py names 'gone', but this folder has no such Python file" in (
         capsys.readouterr().err
     )
+
+
+def test_that_a_model_of_text_gets_no_tokenizer_is_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_images = {"model_type": "vit", "hidden_size": 4}
+    of_both = {"model_type": "llava", "text_config": CONFIG, "vision_config": of_images}
+    for number, (config, is_of_text) in enumerate(
+        ((CONFIG, True), (of_both, True), (of_images, False))
+    ):
+        put(checkpoint, "config.json", content=config)
+        run("to-fp32", checkpoint, "-o", tmp_path / str(number), *TO)
+        assert (NO_TOKENIZER in capsys.readouterr().err) == is_of_text
+
+    put(tmp_path / "t", "spiece.model")
+    put(checkpoint, "config.json", content=CONFIG)
+    run("to-fp32", checkpoint, "-o", tmp_path / "m", "--tokenizer", tmp_path / "t", *TO)
+    put(checkpoint, "qformer_tokenizer/vocab.txt")
+    run("to-fp32", checkpoint, "-o", tmp_path / "n", *TO)
+    run("to-fp32", checkpoint, "-o", tmp_path / "s", "--names", "as-stored")
+    assert NO_TOKENIZER not in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_a_config_takes_one_from_elsewhere(
@@ -231,7 +253,7 @@ def test_a_broken_config_is_named_and_does_not_block_the_weights(
 
     put(tmp_path / "base", "config.json", content=CONFIG)
     run("to-fp32", checkpoint, "-o", tmp_path / "n", "--config", tmp_path / "base", *TO)
-    assert files(tmp_path / "n") == {"config.json"} and capsys.readouterr().err == ""
+    assert files(tmp_path / "n") == {"config.json"} and capsys.readouterr().err == NO_TOKENIZER
 
 
 def test_a_tokenizer_that_is_a_pointer_or_a_dead_link_is_named(
@@ -292,7 +314,7 @@ def test_two_models_in_one_folder_do_not_share_a_config_in_silence(
     put(root / "pytorch_model_1", "config.json", content=CONFIG | {"vocab_size": 9})
     run("to-fp32", root, "--tag", "pytorch_model_1", "-o", tmp_path / "o", *TO)
     assert json.loads((tmp_path / "o/config.json").read_text())["vocab_size"] == 9
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == NO_TOKENIZER
 
 
 def test_the_files_of_a_reshard_are_those_of_a_model_folder(checkpoint: Path) -> None:

@@ -43,11 +43,47 @@ def alone() -> Iterator[Callable[[], RankGroup]]:
     dist.destroy_process_group()
 
 
+def command_of(error: CheckpointError) -> list[str]:
+    """The arguments of the command that a message names."""
+    return str(error).split("run: ckpt ")[1].split("; or pass")[0].split()
+
+
+def test_the_command_says_what_is_there_already(
+    tmp_path: Path, alone: Callable[[], RankGroup]
+) -> None:
+    """It works as it is typed: it makes its own output again, and replaces nobody else's."""
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(FIXTURES / "trainer-zero3" / "checkpoint-2", folder)
+    output = folder.with_name("checkpoint-2-w1")
+
+    def refused() -> CheckpointError:
+        with pytest.raises(CheckpointError) as raised:
+            topology.loadable(alone(), folder, ONE, None)
+        return raised.value
+
+    from ckpt.cli.main import cli
+
+    command = command_of(refused())
+    assert command[-2:] == ["-o", str(output)]
+    cli.main(command, standalone_mode=False)
+    error = refused()
+    assert f"{output} was resharded from it: resume from that by name, or run: ckpt" in str(error)
+    assert command_of(error) == [*command, "--overwrite"]
+    cli.main(command_of(error), standalone_mode=False)
+
+    shutil.rmtree(output)
+    output.mkdir()
+    (output / "notes.txt").write_text("of a person")
+    command = command_of(refused())
+    assert command[-2:] == ["-o", f"{output}-2"]
+    cli.main(command, standalone_mode=False)
+
+
 def test_in_another_precision_masters_and_moments_are_the_saved_ones(tmp_path: Path) -> None:
     said = torchrun(WORKER, tmp_path, "precisions", limit=LIMIT)
     cut = json.loads((tmp_path / "cut.json").read_text())
     folder = tmp_path / "zero3-bf16" / "checkpoint-2"
-    command = f"ckpt reshard {folder} --world-size 2 --stage 3 --sub-group-size 1000"
+    command = f"ckpt reshard {folder} --world-size 2 --stage 3 --sub-group-size 1000 -o {folder}-w2"
     assert (
         f"(zero_optimization.sub_group_size 1000); set that to what it was, or run: {command}"
         in cut

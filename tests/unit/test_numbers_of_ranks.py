@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles import FIXTURES
+from oracles import FIXTURES, run
 
 import ckpt
 from converters.errors import CheckpointError
@@ -30,3 +31,20 @@ def test_a_number_is_refused_before_anything_is_read(
         with pytest.raises(CheckpointError, match=message) as raised:
             plan(SOURCE, world_size, **options)
         assert raised.value.kind == "refused"
+
+
+def test_without_a_number_of_ranks_it_is_said_how_many_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    universal = tmp_path / "universal"
+    run("to-universal", SOURCE, "-o", universal)
+    capsys.readouterr()
+    run("from-universal", universal, code=1)
+    assert capsys.readouterr().err == (
+        f"ckpt: {universal} fits any number of ranks, and native files fit one number: say with "
+        "--world-size RANKS how many ranks (GPUs) will resume; 2 ranks saved it, with ZeRO stage 2"
+        "\n"
+    )
+    with pytest.raises(CheckpointError, match="say with world_size=RANKS how many") as raised:
+        ckpt.universal.plan_from(universal)
+    assert raised.value.kind == "refused"

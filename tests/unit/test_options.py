@@ -29,7 +29,7 @@ MODULES = [
 OTHERS = {
     "ckpt/distributed/launchers.py": "torchrun and srun",
     "ckpt/hub/background.py": "a command line that is run",
-    "ckpt/resuming/topology.py": "a command line that is shown",
+    "ckpt/rewrite/reshard_command.py": "a command line that is shown",
     "ckpt/zero_to_fp32.py": "the parser of DeepSpeed's script",
     "converters/options.py": "the options themselves",
     "converters/storage/url_path.py": "aws and gcloud",

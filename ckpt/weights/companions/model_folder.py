@@ -129,6 +129,15 @@ def companions(root: Path) -> list[Path]:
     return list(companion_files(root).files.values())
 
 
+def is_reader(name: str) -> bool:
+    """Whether a file in a model folder is one of a tokenizer or processor, by its name."""
+    folder, _, file = name.rpartition("/")
+    patterns = next(
+        (inner for outer, inner in _READER_FOLDERS.items() if fnmatchcase(folder, outer)), _READERS
+    )
+    return _fits(file, patterns)
+
+
 def _fits(name: str, patterns: tuple[str, ...]) -> bool:
     if any(fnmatchcase(name.lower(), pattern) for pattern in _NEVER):
         return False

@@ -14,6 +14,7 @@ from ckpt.runs import engines
 from ckpt.runs.recognition import is_numbered
 from ckpt.weights.arguments import dtype_name, naming_arguments, require_choice, shard_bytes
 from ckpt.weights.check import checking
+from ckpt.weights.companions import absent_tokenizer
 from ckpt.weights.conversion import description, output_place, planning, sources, weight_files
 from ckpt.weights.conversion.record import ConversionRecord
 from ckpt.weights.conversion.task import Conversion, Format
@@ -184,6 +185,8 @@ def _notes(source: Source, product: Product, verdict: LoadVerdict) -> Iterator[s
             yield note
 
     yield from (*product.notes, *product.surroundings.notes, *verdict.notes)
+    if product.kind in ("model", "merged"):
+        yield from absent_tokenizer.notes(product.surroundings)
 
     root = source.place.root
     if others := engines.others(root):

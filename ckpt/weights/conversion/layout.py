@@ -7,21 +7,14 @@ checkpoint may have either of both, so both are looked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from ckpt.weights import parts
-from ckpt.weights.naming.naming import NamedWeights
+from ckpt.weights.opening import model_names
 from ckpt.weights.output.product import Product
 from ckpt.weights.reader.audience import Audience
 from ckpt.weights.request import Request
 from converters.formats import gathered_16bit
-from converters.options import NAMES
 from converters.tensors import Weights
-
-if TYPE_CHECKING:
-    from ckpt.weights.layouts.hub_layout import HubLayout
 
 
 def in_layout(output: Product, audience: Audience, request: Request) -> Product:
@@ -29,7 +22,7 @@ def in_layout(output: Product, audience: Audience, request: Request) -> Product:
     if request.layout == "runtime" or audience.config is None or audience.custom:
         return output
 
-    architecture = _class(output.weights, audience)
+    architecture = model_names.class_of(output.weights, audience)
     if architecture is None:
         return output
 
@@ -46,30 +39,8 @@ def in_layout(output: Product, audience: Audience, request: Request) -> Product:
     return replace(
         output,
         weights=layout.weights,
-        renamed=_origins(layout, output.renamed),
+        renamed=model_names.origins(layout, output.renamed),
         rules=(*output.rules, layout.rule),
-    )
-
-
-def in_model_names(model: NamedWeights, audience: Audience) -> NamedWeights:
-    """The weights under the model's names, where a framework gave them others.
-
-    ``CheckpointError`` (kind "refused") where no table has all of the names.
-    """
-    from ckpt.weights.layouts import framework_layout
-
-    layout = framework_layout.of(model.weights, audience.config)
-    if layout.rule is None:
-        note = (
-            f"{NAMES('hf')} changes nothing: these are no names of a pipeline, Megatron or AutoEP"
-        )
-        return model.with_note(note)
-
-    return replace(
-        model,
-        weights=layout.weights,
-        renamed=_origins(layout, model.renamed),
-        rules=(*model.rules, layout.rule),
     )
 
 
@@ -84,27 +55,6 @@ def _prefix_notes(weights: Weights, architecture: str) -> list[str]:
     ]
 
 
-def _class(weights: Weights, audience: Audience) -> str | None:
-    """The class that config.json names, or the one of its type that the names fit."""
-    if audience.architecture is not None:
-        return audience.architecture
-
-    match = audience.best(parts.read_names(weights), bridged=True)
-    return None if match is None or match.foreign else match.reader.name
-
-
-def _origins(layout: HubLayout, renamed: Mapping[str, str]) -> dict[str, str]:
-    """The names in the checkpoint by the new ones; those of joined tensors with a plus."""
-    remaining_names = frozenset(parts.every_name(layout.weights)) - layout.sources.keys()
-    unchanged = {new: old for new, old in renamed.items() if new in remaining_names}
-    origins = {
-        new: " + ".join(renamed.get(name, name) for name in sources)
-        for new, sources in layout.sources.items()
-    }
-
-    return unchanged | origins
-
-
 def attached(weights: Weights, audience: Audience) -> tuple[Weights, str | None]:
     """The weights with copies gathered beside the checkpoint, and the name of their file.
 
@@ -117,7 +67,7 @@ def attached(weights: Weights, audience: Audience) -> tuple[Weights, str | None]
 
     from ckpt.weights.layouts import hub_layout
 
-    architecture = _class(weights, audience)
+    architecture = model_names.class_of(weights, audience)
     layout = hub_layout.of(weights, audience.config, architecture)
     if layout.rule is None:
         return in_memory, name

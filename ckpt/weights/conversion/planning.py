@@ -11,6 +11,7 @@ from ckpt.weights.companions.surroundings import Surroundings
 from ckpt.weights.conversion import layout
 from ckpt.weights.naming import naming, packed, sentence_transformers
 from ckpt.weights.naming.naming import NamedWeights
+from ckpt.weights.opening import model_names
 from ckpt.weights.output.product import Product
 from ckpt.weights.reader import untying
 from ckpt.weights.reader.audience import Audience
@@ -133,12 +134,7 @@ def _of_model(
     notes = idle_options.of_model(audience.root, request, model_surroundings)
     if request.untie and model_surroundings.config is not None:
         notes = (*notes, *untying.notes(model_surroundings.config))
-    if request.naming.from_framework:
-        wishes = request.naming
-        renamed = naming.as_wished(unwrapped, replace(wishes, part=None))
-        unwrapped = layout.in_model_names(renamed, audience)
-        request = replace(request, naming=replace(wishes, strip=(), rename=()))
-    model = naming.for_reader(unwrapped, audience, request)
+    model = model_names.of_reader(unwrapped, audience, request)
 
     return Product(
         "model",

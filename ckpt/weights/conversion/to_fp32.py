@@ -14,7 +14,7 @@ from ckpt.weights.arguments import naming_arguments, require_choice
 from ckpt.weights.conversion import convert
 from ckpt.weights.conversion.record import ConversionRecord
 from ckpt.weights.conversion.task import Format
-from ckpt.weights.request import Check, Layout, Masters, Naming, Request
+from ckpt.weights.request import Check, Layout, Masters, Names, Naming, Request
 from converters.computing import blas
 from converters.plan import Tied
 from converters.storage.store import local_path
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 AnyPath = str | os.PathLike[str]
-Names = Literal["reader", "as-stored", "hf"]
 OddTypes = Literal["skip", "raw"]
 _ARGUMENTS = (
     *(

@@ -17,10 +17,10 @@ from ckpt import text
 from ckpt.folders import locks
 from ckpt.runs.states import newest
 from ckpt.weights import arguments
-from ckpt.weights.opening import published, unusual
+from ckpt.weights.opening import unusual, wished_names
 from ckpt.weights.opening.tensors import Framework, Slice, read
 from ckpt.weights.opening.unusual import Unusual, UnusualSlice
-from ckpt.weights.request import Layout, Naming
+from ckpt.weights.request import Layout, Names, Naming
 from converters.detect import detect, detect_weights, filenames
 from converters.errors import CheckpointError
 from converters.formats import plain_values, safetensors, weight_files
@@ -35,6 +35,10 @@ from converters.zero.parallel import rules
 if TYPE_CHECKING:
     from ckpt.weights.opening.tensors import Array
 
+_ARGUMENTS = (
+    *("tag=", "last=True", "strip=", "rename=", "select=", "part=", "tp_rules="),
+    *("names=", "layout=", "config=", "adapter_config="),
+)
 _FRAMEWORKS: dict[str, Framework] = {"pt": "pt", "torch": "pt", "np": "np", "numpy": "np"}
 
 
@@ -50,7 +54,9 @@ def open(
     adapter_config: str | os.PathLike[str] | None = None,
     tp_rules: str | os.PathLike[str] | None = None,
     last: bool = False,
+    names: Names = "as-stored",
     layout: Layout = "runtime",
+    config: str | os.PathLike[str] | None = None,
 ) -> Opened:
     """Opens a ZeRO checkpoint, a safetensors or .bin file, or a folder of such files.
 
@@ -60,7 +66,10 @@ def open(
     ``strip``, ``rename``, ``select`` and ``part`` work like the options of ``ckpt
     to-fp32``: prefixes to drop, regular expressions to replace, globs of the names to
     have, one model of several. Without them the names are those of the checkpoint, with
-    the ``_orig_mod.`` of a compiled model, which ``to-fp32`` takes off.
+    the ``_orig_mod.`` of a compiled model, which ``to-fp32`` takes off. ``names="reader"``
+    gives those that ``to-fp32`` writes, "hf" also where another framework gave them others:
+    a pipeline, Megatron, AutoEP. ``config`` is the config.json, or its folder, that says of
+    which model they are, where the checkpoint has none.
     ``adapter_config`` is PEFT's file, or its folder, for a checkpoint without one.
     ``tp_rules`` is a file that says how parameters were cut for tensor parallelism.
     ``last`` takes the newest checkpoint of the run at ``path`` that is committed or
@@ -74,8 +83,9 @@ def open(
         raise CheckpointError(f'framework is {framework!r}, expected "pt" or "np"', "output")
     arguments.require_choice("layout", layout, get_args(Layout))
 
-    names = ("tag=", "last=True", "strip=", "rename=", "select=", "part=", "tp_rules=")
-    with arguments.naming_arguments(*names):
+    arguments.require_choice("names", names, get_args(Names))
+
+    with arguments.naming_arguments(*_ARGUMENTS):
         path, _ = newest.choose(path, tag, last)
         lock = locks.reading(_place(path, tag))
         try:
@@ -84,7 +94,7 @@ def open(
             unusual_tensors = unusual.tensors_of(source)
             wishes = Naming.of(strip, rename, select, part)
             listed = _listed(source.weights, unusual_tensors)
-            weights, sources = _wished(listed, wishes, source if layout == "hub" else None)
+            weights, sources = wished_names.of(listed, source, wishes, names, layout, config)
         except BaseException:
             lock.release()
             raise
@@ -116,31 +126,6 @@ def _listed(weights: Weights, unusual_tensors: Mapping[str, Unusual]) -> Weights
         absent={n: why for n, why in weights.absent.items() if n not in unusual_tensors},
         packed=weights.packed | unusual_tensors.keys(),
     )
-
-
-def _wished(
-    weights: Weights, wishes: Naming, hub_source: Source | None
-) -> tuple[Weights, dict[str, str]]:
-    """The weights under the names wished for, and their names in the checkpoint.
-
-    With ``hub_source``, where they are from, they are in the layout of the Hub.
-    """
-    if not wishes.changes and hub_source is None:
-        return weights, {}
-
-    from ckpt.weights.naming import naming
-
-    stored = {id(ref): name for name, ref in weights.tensors.items()}
-    model = naming.as_wished(naming.NamedWeights(weights), wishes)
-    origins: dict[str, str] = {}
-    if hub_source is not None:
-        laid_out = published.of(model.weights, hub_source)
-        origins = {name: " + ".join(sources) for name, sources in laid_out.sources.items()}
-        model = replace(model, weights=laid_out.weights)
-
-    tensors = naming.selected(model, wishes).weights
-    names = {name: stored.get(id(ref)) for name, ref in tensors.tensors.items()}
-    return tensors, {name: origin or origins[name] for name, origin in names.items()}
 
 
 def _place(path: Path, tag: str | None) -> Path:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from ckpt.weights.companions import surroundings
 from ckpt.weights.layouts import hub_layout
 from ckpt.weights.layouts.hub_layout import HubLayout
+from ckpt.weights.opening import model_names
 from ckpt.weights.reader.audience import Audience
-from ckpt.weights.request import Request
 from converters.errors import CheckpointError
 from converters.source import Source
 from converters.tensors import Weights
 
 
-def of(weights: Weights, source: Source) -> HubLayout:
+def of(weights: Weights, source: Source, audience: Audience) -> HubLayout:
     """The weights in the layout of the Hub; ``CheckpointError`` where that is not known."""
-    root = source.place.root
-    config = surroundings.of(source.place, Request(), source.weights).config
-    audience = Audience(root, config)
+    config = audience.config
     if config is None:
         raise _unknown(source, "there is no config.json")
     if audience.custom:
         raise _unknown(source, "the model is code of its own (auto_map), which is not run")
 
-    layout = hub_layout.of(weights, config, audience.architecture)
+    layout = hub_layout.of(weights, config, model_names.class_of(weights, audience))
     if layout.obstacle is not None:
         raise _unknown(source, layout.obstacle)
     return layout

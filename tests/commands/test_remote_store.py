@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from kind_cases import CASES
 from made_checkpoints import make_checkpoint
 from memory_store import MemoryStore
 from oracles import FIXTURES, convert, run, same
@@ -107,6 +108,18 @@ def require_apart(events: list[str], *sources: Path) -> None:
     """No local file was opened in the place of one of the store."""
     assert [path for path in events if SCHEME in path] == []
     assert [path for path in events if any(str(source) in path for source in sources)] == []
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "dcp-of-ranks", "fsdp-of-ranks"])
+def test_a_checkpoint_of_fsdp_is_converted(
+    kind: str, store: MemoryStore, events: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    source = CASES[kind][0](folder)
+    store.put_folder(source, URL)
+    require_same(tmp_path, source, "to-fp32")
+    require_apart(events, source)
 
 
 @pytest.mark.parametrize("name", ["zero2-bf16-w4", "zero3-bf16-w4", "trainer-zero3/checkpoint-2"])

@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from faults.forks import Forks
 from heavy_libraries import peft, transformers
 from hub_clients import Client, sent, warm_clients
@@ -199,6 +200,22 @@ def of(folder: Path, **options: object) -> Contents:
 
 def names(found: Contents) -> set[str]:
     return {item.name for item in found.items}
+
+
+def test_of_a_checkpoint_of_fsdp_the_weights_are_sent(tmp_path: Path) -> None:
+    """The card says what it was made of; what the model is loaded with comes along."""
+    folder = tmp_path / "checkpoint-2"
+    values = load_file(TRAINER / "model.safetensors")
+    dcp.save({"model": values}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+    shutil.copy(TRAINER / "config.json", folder)
+    found = of(folder)
+    assert names(found) == {"model.safetensors", "config.json", "README.md"}
+    card = next(item.source for item in found.items if item.name == "README.md")
+    assert isinstance(card, bytes)
+    made_of = (
+        b"from an FSDP checkpoint of Accelerate or the Trainer, of a training in bf16 on 1 rank"
+    )
+    assert made_of in card
 
 
 def test_a_model_of_torch_save_is_sent_as_safetensors_with_the_same_values(tmp_path: Path) -> None:

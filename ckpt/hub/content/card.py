@@ -15,7 +15,7 @@ from typing import Any
 from ckpt.hub.content.loss_curve import Points, thinned
 from converters.lazy_pattern import LazyPattern
 from converters.peft import kinds
-from converters.words import counted
+from converters.words import counted, with_article
 
 PICTURE = "loss.png"
 MAX_CHARACTERS = 120  # characters of a name
@@ -160,7 +160,7 @@ def _origin(facts: Mapping[str, Any]) -> str:
     tool = f"ckpt {plain(facts['ckpt'])}"
     if "stage" not in facts:
         return f"Published by {tool} as they were stored, unchanged."
-    if facts["stage"] is None:
+    if facts["stage"] is None and not facts.get("saved_as"):
         type_words = "unchanged" if facts["dtype"] == "keep" else f"to {facts['dtype']}"
         return f"Converted by {tool} from files of torch.save to safetensors, {type_words}."
 
@@ -181,11 +181,16 @@ def _origin(facts: Mapping[str, Any]) -> str:
             f"{plain(kinds.title(facts['adapter'] or 'PEFT'))} adapter merged into its base model"
         )
 
-    return (
-        f"{how_made} by {tool} from the checkpoint of a training in "
-        f"{plain(facts['precision'])} with {zero_stage}{deepspeed_version} on "
-        f"{rank_count}, {type_words}."
+    training = (
+        f"the checkpoint of a training in {plain(facts['precision'])} with "
+        f"{zero_stage}{deepspeed_version} on {rank_count}"
     )
+    if facts.get("saved_as"):
+        training = (
+            f"{with_article(facts['saved_as'])}, of a training in {plain(facts['precision'])} on "
+            f"{rank_count}"
+        )
+    return f"{how_made} by {tool} from {training}, {type_words}."
 
 
 def plain(text: object) -> str:

@@ -20,7 +20,9 @@ from ckpt.version import __version__
 from ckpt.weights import quantized_facts
 from ckpt.weights.conversion.task import Conversion
 from converters.accessors import is_number
+from converters.detect.kinds import BY_NAME
 from converters.lazy_pattern import LazyPattern
+from converters.source import Source
 from converters.words import counted, verb
 
 _HUB_ID = LazyPattern(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -98,6 +100,13 @@ def of_merged(facts: Mapping[str, Any], config_text: bytes | None) -> dict[str, 
     }
 
 
+def _form(source: Source) -> str | None:
+    """What states of a training are, other than DeepSpeed's; ``None`` for those and weights."""
+    if source.topology is None or source.stage is not None:
+        return None
+    return BY_NAME[source.kind].title
+
+
 def of_conversion(conversion: Conversion) -> dict[str, Any]:
     """How the weights are made from the ZeRO states, and what of them is proven meanwhile."""
     source, plan = conversion.checkpoint, conversion.plan
@@ -124,6 +133,7 @@ def of_conversion(conversion: Conversion) -> dict[str, Any]:
         "parameters": parameters,
         "total_size": plan.total_size,
         "stage": source.stage,
+        "saved_as": _form(source),
         "world_size": source.world_size,
         "precision": source.precision,
         "deepspeed": source.version,

@@ -119,7 +119,7 @@ def assembled(
         precision=_precision(weights),
         step=_step(state),
         notes=(*notes, *others),
-        knows_ties=bool(weights.trained),
+        knows_ties=False,  # those of frozen parameters only the class tells
     )
 
 

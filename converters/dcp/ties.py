@@ -1,9 +1,9 @@
 """Tied weights: a state dict names them twice, so that their values are stored twice.
 
 The optimizer has the state of such a parameter under one name. So a tensor without a state that
-has the values of one with a state, to the last bit, is tied to it. Equal values alone say nothing:
-biases that are all zero have them, too. Without an optimizer's names, ties are left to the class
-of the model (``Source.knows_ties``).
+has the values of one with a state, to the last bit, is tied to it. Vectors are not: norms that are
+all ones and biases that are all zero have equal values, too. Other ties are left to the class of
+the model (``Source.knows_ties``).
 
 Source: torch 2.13 ``distributed/checkpoint/state_dict.py`` (``_verify_state_dict``,
 ``_get_fqns``: a parameter's first name alone has a state).
@@ -18,6 +18,7 @@ from converters.storage import open_files
 from converters.tensors import TensorRef
 
 _BLOCK_BYTES = 1 << 20
+_MIN_AXES = 2  # of a tensor that is tied: embeddings and heads
 
 
 def aliases(tensors: Mapping[str, LocatedTensor], trained: frozenset[str]) -> dict[str, str]:
@@ -29,7 +30,7 @@ def aliases(tensors: Mapping[str, LocatedTensor], trained: frozenset[str]) -> di
 
     tied: dict[str, str] = {}
     for name, located in tensors.items():
-        if name in trained or located.tensor is None or not trained:
+        if name in trained or located.tensor is None or len(located.tensor.shape) < _MIN_AXES:
             continue
         for owner in owners.get(_fingerprint(located), ()):
             owner_tensor = tensors[owner].tensor

@@ -152,3 +152,20 @@ def test_an_adapter_that_fsdp_trained_is_what_peft_saves(
     if with_optimizer:
         source = read(folder)
         assert source.weights.trained == source.weights.tensors.keys()
+
+
+def test_ties_of_frozen_weights_are_those_of_the_class(tmp_path: Path) -> None:
+    """The optimizer knows none of both names."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 40}
+    config = LlamaConfig(
+        **sizes, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True
+    )
+    model = LlamaForCausalLM(config)
+    states = {"model.norm.weight": {"exp_avg": torch.ones(16)}}
+    state = {"model": model.state_dict(), "optimizer": {"state": states}}
+    dcp.save(state, checkpoint_id=tmp_path / "step-1", no_dist=True)
+    config.save_pretrained(tmp_path / "step-1")
+
+    converted = ckpt.to_fp32(tmp_path / "step-1")
+    assert converted.record.loads is True
+    assert converted.record.aliases == {"lm_head.weight": "model.embed_tokens.weight"}

@@ -361,6 +361,38 @@ def require_unproven(plan: Any, entries: list[folder.StateEntry], tmp_path: Path
         proof.verify({"": entries}, plan.plan, tmp_path / "dcp")
 
 
+def test_after_an_interruption_the_same_command_goes_on(tmp_path: Path) -> None:
+    source = FIXTURES / "zero2-bf16-w2"
+    whole = crossed(source, tmp_path / "whole", files=2)
+    plan = crossing.plan_to(source, output=tmp_path / "dcp", files=2)
+    calls: list[int] = []
+
+    def interrupt(nbytes: int) -> None:
+        calls.append(nbytes)
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        crossing.execute(plan, progress=interrupt)
+    assert not (tmp_path / "dcp").exists()
+    assert not any(tmp_path.glob(".dcp.partial/.metadata"))
+
+    crossing.execute(plan)
+    names = {path.name for path in whole.iterdir()}
+    assert names == {path.name for path in (tmp_path / "dcp").iterdir()}
+    for name in names:
+        assert (tmp_path / "dcp" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_what_a_training_saved_is_not_replaced(tmp_path: Path) -> None:
+    shutil.copytree(TRAINER, tmp_path / "run/checkpoint-2")
+    run("to-dcp", TRAINER, "-o", tmp_path / "run/checkpoint-2", "--overwrite", code=1)
+    run("to-dcp", TRAINER, "-o", tmp_path / "dcp")
+    run("to-dcp", TRAINER, "-o", tmp_path / "dcp", code=1)
+    run("to-dcp", TRAINER, "-o", tmp_path / "dcp", "--overwrite", "--files", 1)
+    assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 1
+
+
 def test_damage_in_the_source_leaves_nothing(tmp_path: Path) -> None:
     source = tmp_path / "run"
     shutil.copytree(FIXTURES / "zero2-bf16-w2", source)

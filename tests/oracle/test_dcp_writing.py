@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from ckpt.rewrite import dcp as crossing
+from converters import cast, detect
 from converters.dcp.writing import folder, proof
 from converters.dcp.writing.items import PlainObject
 from converters.errors import CheckpointError
@@ -308,6 +309,28 @@ def test_a_universal_folder_gives_the_same(tmp_path: Path) -> None:
     run("to-universal", source, "-o", tmp_path / "universal")
     nested = leaves(crossed(tmp_path / "universal", tmp_path / "dcp"))
     require_live(source, nested["model"], nested["optimizer"]["state"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("pipelines-and-experts/autoep-zero3", "pipelines-and-experts/moe-zero1-frozen"),
+        *("pipelines-and-experts/pipeline-zero1", "parallel/tp_qwen3_frozen_z2_w4"),
+        *("parallel/mics_hier_w4", "parallel/sp2_z1_w4"),
+    ],
+)
+def test_what_more_ranks_have_cut_is_whole(name: str, tmp_path: Path) -> None:
+    """Beside the reader of to-fp32 and ckpt.open, which puts shards together by itself."""
+    source = detect.read(FIXTURES / name, complete=True)
+    nested = leaves(crossed(FIXTURES / name, tmp_path / "dcp", files=2))
+    states = nested["optimizer"]["state"]
+    assert states
+    for parameter, state in states.items():
+        weight = source.weights.by_every_name()[parameter]
+        assert nested["model"][parameter].numpy().tobytes() == cast.load(weight).tobytes()
+        expected = source.optimizer(parameter)
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert state[key].numpy().tobytes() == cast.load(expected[key]).tobytes(), parameter
 
 
 def test_states_without_names_are_left_out_and_told(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
@@ -21,7 +22,6 @@ from ckpt.cli.weight_options import TP_RULES
 from converters.words import counted
 
 if TYPE_CHECKING:
-    from ckpt.folders.staging import Continuation
     from ckpt.rewrite.result import RewriteChecks, RewriteResult
     from converters.plan import Plan
 
@@ -263,19 +263,9 @@ class Prepared(Protocol):
         """What a user should know."""
 
 
-class RewriteJob(Protocol):
-    """The module that does it: ``ckpt.rewrite.job`` or ``ckpt.rewrite.crossing``."""
-
-    require_output: Callable[..., None]
-    preview: Callable[..., RewriteResult]
-    execute: Callable[..., RewriteResult]
-    shortage: Callable[..., str | None]
-    continuation: Callable[..., Continuation | None]
-
-
 def run(
     rewriting: Prepared,
-    job: RewriteJob,
+    job: ModuleType,
     dry_run: bool,
     no_verify: bool,
     read_back: bool,
@@ -283,7 +273,10 @@ def run(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Prints what would be done, or does it and prints that."""
+    """Prints what would be done, or does it and prints that.
+
+    ``job`` is the module that does it: ``ckpt.rewrite.job`` or ``ckpt.rewrite.crossing``.
+    """
 
     def preview() -> Output:
         job.require_output(rewriting, overwrite)

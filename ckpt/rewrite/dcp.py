@@ -31,7 +31,7 @@ from converters.dcp.writing import crossing_state, folder, layouts
 from converters.dcp.writing.crossing_state import CrossingState
 from converters.detect import detect
 from converters.detect import detection as detections
-from converters.detect.deepspeed import PIPELINE, TENSOR_PARALLEL, UNIVERSAL
+from converters.detect.deepspeed import EXPERTS, PIPELINE, TENSOR_PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError, consistent
 from converters.plan import Plan, Shard
 from converters.source import Source
@@ -54,7 +54,7 @@ MAX_FILES = 4096
 _DEFAULT_FILES = 8  # at most: more make items small
 _COMPUTED_IN = {"bf16": DType.BF16, "fp32": DType.F32}  # fp16 needs a loss scale, which FSDP lacks
 _NATIVE = "ckpt reshard takes one of DeepSpeed for other ranks or stages"
-_OF_ZERO = ("deepspeed", TENSOR_PARALLEL, PIPELINE)
+_OF_ZERO = ("deepspeed", EXPERTS, TENSOR_PARALLEL, PIPELINE)
 # weights that are written as DCP, and what reads DeepSpeed's files
 _NOT_COPIED = (
     *("model*.safetensors", "adapter_model*", "pytorch_model*.bin", "*.index.json"),

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from ckpt.rewrite import dcp as crossing
+from converters import cast, detect
 from converters.dcp.writing import folder, proof
 from converters.dcp.writing.items import PlainObject
 from converters.errors import CheckpointError
@@ -310,6 +311,28 @@ def test_a_universal_folder_gives_the_same(tmp_path: Path) -> None:
     require_live(source, nested["model"], nested["optimizer"]["state"])
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("pipelines-and-experts/autoep-zero3", "pipelines-and-experts/moe-zero1-frozen"),
+        *("pipelines-and-experts/pipeline-zero1", "parallel/tp_qwen3_frozen_z2_w4"),
+        *("parallel/mics_hier_w4", "parallel/sp2_z1_w4"),
+    ],
+)
+def test_what_more_ranks_have_cut_is_whole(name: str, tmp_path: Path) -> None:
+    """Beside the reader of to-fp32 and ckpt.open, which puts shards together by itself."""
+    source = detect.read(FIXTURES / name, complete=True)
+    nested = leaves(crossed(FIXTURES / name, tmp_path / "dcp", files=2))
+    states = nested["optimizer"]["state"]
+    assert states
+    for parameter, state in states.items():
+        weight = source.weights.by_every_name()[parameter]
+        assert nested["model"][parameter].numpy().tobytes() == cast.load(weight).tobytes()
+        expected = source.optimizer(parameter)
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert state[key].numpy().tobytes() == cast.load(expected[key]).tobytes(), parameter
+
+
 def test_states_without_names_are_left_out_and_told(tmp_path: Path) -> None:
     plan = crossing.plan_to(FIXTURES / "zero0-fp32", output=tmp_path / "dcp")
     assert any("the optimizer's states are not written" in note for note in plan.notes)
@@ -359,6 +382,38 @@ def planned(tmp_path: Path) -> Any:
 def require_unproven(plan: Any, entries: list[folder.StateEntry], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="this is a fault of ckpt"):
         proof.verify({"": entries}, plan.plan, tmp_path / "dcp")
+
+
+def test_after_an_interruption_the_same_command_goes_on(tmp_path: Path) -> None:
+    source = FIXTURES / "zero2-bf16-w2"
+    whole = crossed(source, tmp_path / "whole", files=2)
+    plan = crossing.plan_to(source, output=tmp_path / "dcp", files=2)
+    calls: list[int] = []
+
+    def interrupt(nbytes: int) -> None:
+        calls.append(nbytes)
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        crossing.execute(plan, progress=interrupt)
+    assert not (tmp_path / "dcp").exists()
+    assert not any(tmp_path.glob(".dcp.partial/.metadata"))
+
+    crossing.execute(plan)
+    names = {path.name for path in whole.iterdir()}
+    assert names == {path.name for path in (tmp_path / "dcp").iterdir()}
+    for name in names:
+        assert (tmp_path / "dcp" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_what_a_training_saved_is_not_replaced(tmp_path: Path) -> None:
+    shutil.copytree(TRAINER, tmp_path / "run/checkpoint-2")
+    run("to-dcp", TRAINER, "-o", tmp_path / "run/checkpoint-2", "--overwrite", code=1)
+    run("to-dcp", TRAINER, "-o", tmp_path / "dcp")
+    run("to-dcp", TRAINER, "-o", tmp_path / "dcp", code=1)
+    run("to-dcp", TRAINER, "-o", tmp_path / "dcp", "--overwrite", "--files", 1)
+    assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 1
 
 
 def test_damage_in_the_source_leaves_nothing(tmp_path: Path) -> None:

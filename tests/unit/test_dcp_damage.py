@@ -97,7 +97,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     ),
     "chunks of others": (
         lambda m: m.storage_data.update({index_of(0): m.storage_data[index_of(6)]}),
-        "model.w and model.w share bytes",
+        "model.w and model.w share bytes of __1_0.distcp",
         "corrupt",
     ),
     "another type": (

@@ -134,6 +134,8 @@ def scenes() -> Iterator[Scene]:
     yield Scene("reshard stage", _source, lambda b: _reshard(b, 1, "--stage", 3), True)
     yield Scene("to-universal", _few, _universal, True)
     yield Scene("from-universal", _from_universal, _native, True)
+    yield Scene("to-dcp", _few, _dcp, True)
+    yield Scene("from-dcp", _from_dcp, _native_of_dcp, True)
     yield Scene("prune", _four, lambda b: ["prune", b / "live", "--keep-last", 1])
     yield Scene("slim", _two, lambda b: ["slim", b / "live/checkpoint-2"])
     yield Scene("slim newest", _two, lambda b: ["slim", "--force", b / "live/checkpoint-4"])
@@ -198,6 +200,23 @@ def _from_universal(base: Path) -> None:
 def _native(base: Path) -> list[object]:
     made = ["from-universal", base / "source/universal", "-o", base / "live" / OUTPUT]
     return [*made, "--world-size", 2]
+
+
+def _dcp(base: Path) -> list[object]:
+    made = ["to-dcp", base / "source/checkpoint-2", "-o", base / "live" / OUTPUT]
+    return [*made, "--layout", "accelerate"]
+
+
+def _from_dcp(base: Path) -> None:
+    _few(base)
+    made = base / "source/dcp"
+    code, said = called("to-dcp", base / "source/checkpoint-2", "-o", made)
+    assert code == 0, said
+
+
+def _native_of_dcp(base: Path) -> list[object]:
+    made = ["from-dcp", base / "source/dcp", "-o", base / "live" / OUTPUT]
+    return [*made, "--world-size", 2, "--stage", 2]
 
 
 def _reshard(base: Path, ranks: int, *more: object) -> list[object]:

@@ -230,6 +230,12 @@ def _notes_on_ranks(source: zero.Checkpoint, target: TargetTopology) -> Iterator
             "engine that cuts heads otherwise refuses the shapes"
         )
 
+    if isinstance(source, ExpertsCheckpoint):
+        yield (
+            f"made for {counted(target.expert_ranks, 'expert rank')}; the ep_size of the engine's "
+            "layers (autoep_size of AutoEP) must be the same"
+        )
+
     if target.rank_count > saved_world_size:
         yield (
             f"the ranks from {saved_world_size} on are new: each has the random and "

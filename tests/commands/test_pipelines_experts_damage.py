@@ -308,7 +308,7 @@ def test_what_means_zero_alone_names_what_lies_there(
     for command in () if name.startswith("pipeline") else ("reshard", "to-universal"):
         options = ["--world-size", "1"] if command == "reshard" else []
         run(command, SPLIT / name, "-o", tmp_path / "output", *options, code=1)
-        assert "ckpt show, to-fp32 and ckpt.open read it" in capsys.readouterr().err
+        assert "ckpt show, to-fp32, ckpt.open and reshard read it" in capsys.readouterr().err
     run("to-fp32", SPLIT / name, "-o", tmp_path / "output", "--weights", "16bit", code=1)
     assert "16" in capsys.readouterr().err
     assert not (tmp_path / "output").exists()

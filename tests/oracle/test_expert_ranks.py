@@ -17,7 +17,7 @@ from oracles import run, same
 from test_pipelines_experts import SPLIT, truth
 
 import ckpt
-from ckpt.rewrite import reshard
+from ckpt.rewrite import reshard, universal
 from converters.errors import CheckpointError
 from converters.zero.merging import experts, whole_groups
 from converters.zero.native import expert_trees
@@ -220,6 +220,18 @@ def test_what_deepspeed_does_not_load_is_refused(
     with pytest.raises(CheckpointError, match=reason):
         reshard.plan(SPLIT / name, output=tmp_path / "o", **options)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("moe-zero2-blocks", "no universal form that DeepSpeed loads; ckpt reshard"),
+        ("autoep-zero3", r"whose universal form ds_to_universal\.py writes"),
+    ],
+)
+def test_their_universal_form_is_refused(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        universal.plan_to(SPLIT / name, output=tmp_path / "o")
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,13 @@ from oracles import run, same
 from test_pipelines_experts import SPLIT, truth
 
 import ckpt
-from ckpt.rewrite import reshard, universal
+from ckpt.rewrite import records, reshard, universal
+from ckpt.runs.manifest import Manifest
 from converters.errors import CheckpointError
 from converters.zero.merging import experts, whole_groups
 from converters.zero.native import expert_trees
 from converters.zero.native.expert_ranks import ExpertRanks
+from converters.zero.native.target import TargetTopology
 
 SINGLE = ("moe-zero1-frozen", "moe-zero2-blocks", "moe-zero2-sizes")
 STACKED = ("autoep-zero2", "autoep-zero3")
@@ -303,3 +305,12 @@ def test_states_of_another_group_are_found(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(CheckpointError, match=r"exp_avg of .*fault of ckpt"):
         made(SPLIT / "autoep-zero2", tmp_path / "o", 2, 2, 2)
     assert not (tmp_path / "o").exists()
+
+
+def test_another_number_of_expert_ranks_is_another_save() -> None:
+    """A committed checkpoint is told from others by it, and what is committed twice is the same."""
+    source = Manifest(2, "global_step2", "full", "ab" * 16, 1.0, 2, 2)
+    targets = [TargetTopology(2, 4, expert_ranks=count) for count in (1, 2, 4)]
+    saves = [records.save_of(source, target) for target in targets]
+    assert len(set(saves)) == 3
+    assert saves[0] == records.save_of(source, TargetTopology(2, 4))

@@ -220,8 +220,8 @@ def prove(
         result = experts.read(output / reshard.tag_folder(checkpoint))
     except CheckpointError as error:
         raise CheckpointError(f"{error} ({output} is what was written; {proof.BUG})") from error
-    found = (result.stage, result.world_size, result.expert_sizes)
-    if found != (topology.stage, topology.world_size, (ranks.count,)):
+    topology_read = (result.stage, result.world_size, result.expert_sizes)
+    if topology_read != (topology.stage, topology.world_size, (ranks.count,)):
         raise CheckpointError(
             f"{output} reads as stage {result.stage} of {result.world_size} ranks, "
             f"{result.expert_sizes} of experts; {proof.BUG}"

@@ -61,8 +61,9 @@ class ExpertRanks:
         """Who shares a param group with a rank."""
         if not whole_groups.is_expert_group(group):
             return Seat(rank, tuple(range(self.world_size)))
-        own = self.expert_rank(rank)
-        team = tuple(other for other in range(self.world_size) if self.expert_rank(other) == own)
+        expert_rank = self.expert_rank(rank)
+        ranks = range(self.world_size)
+        team = tuple(peer for peer in ranks if self.expert_rank(peer) == expert_rank)
         return Seat(team.index(rank), team)
 
     def groups(self, checkpoint: ExpertsCheckpoint, expert_rank: int) -> list[ParamGroup]:

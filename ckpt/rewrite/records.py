@@ -71,8 +71,12 @@ def write_record(
 
 def save_of(source: Manifest, target: TargetTopology) -> str:
     """The save that a committed checkpoint becomes: the same for the same target."""
-    degree = f" tp {target.tensor_ranks}" if target.tensor_ranks > 1 else ""
-    return sha256(f"{source.save} {target}{degree}".encode()).hexdigest()[:32]
+    degrees = [
+        f" {name} {count}"
+        for name, count in (("tp", target.tensor_ranks), ("ep", target.expert_ranks))
+        if count > 1
+    ]
+    return sha256(f"{source.save} {target}{''.join(degrees)}".encode()).hexdigest()[:32]
 
 
 def rewritten(source: Manifest, target: TargetTopology, origin: Ancestry) -> Manifest:

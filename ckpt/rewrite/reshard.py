@@ -21,6 +21,7 @@ from ckpt.weights.arguments import naming_arguments
 from converters import words
 from converters.errors import CheckpointError
 from converters.options import EP, STAGE, TP, WORLD_SIZE
+from converters.plan import Plan
 from converters.storage import open_files, stores
 from converters.storage.store import default_output, output_path
 from converters.storage.stores import source_path
@@ -74,25 +75,19 @@ def plan(
     degree = tp or 1
     with rules.using(tp_rules):
         source = merging.read(place, tag)
-        tensor_ranks = None
-        if degree > 1 and not isinstance(source, ExpertsCheckpoint):
-            tensor_ranks = TensorRanks.of(source, degree)
+        expert_ranks = _expert_ranks(source, ep, degree)
+        tensor_ranks = TensorRanks.of(source, degree) if degree > 1 else None
     if world_size is None:
         world_size = merged.original(source).world_size
         require_arguments(world_size, stage, sub_group_size, tp, ep)
     target = native.target(source, stage, world_size // degree, sub_group_size, zero_init)
-    target = replace(target, tensor_ranks=degree, expert_ranks=_expert_ranks(source, ep, degree))
+    target = replace(target, tensor_ranks=degree, expert_ranks=expert_ranks)
     _require_change(source, target)
 
-    if isinstance(source, ExpertsCheckpoint):
-        file_plan = expert_files.plan(source, target)
-    else:
-        file_plan = native.plan(source, target, tensor_ranks)
+    file_plan = _file_plan(source, target, tensor_ranks)
     home = job.home_of(source)
     if output is None:
-        stage_part = f"-z{target.stage}" if target.stage != source.stage else ""
-        degree_part = f"-tp{degree}" if degree > 1 else f"-ep{ep}" if ep else ""
-        output = default_output(home, f"{home.name}{stage_part}{degree_part}-w{world_size}")
+        output = default_output(home, _output_name(source, target))
     saved_world_size = merged.original(source).world_size
     companions = tuple(job.companions_for(home, saved_world_size, world_size))
 
@@ -111,6 +106,25 @@ def plan(
         ),
         tensor_ranks=tensor_ranks,
     )
+
+
+def _file_plan(
+    source: zero.Checkpoint, target: TargetTopology, tensor_ranks: TensorRanks | None
+) -> Plan:
+    """The files of the target."""
+    if isinstance(source, ExpertsCheckpoint):
+        return expert_files.plan(source, target)
+    return native.plan(source, target, tensor_ranks)
+
+
+def _output_name(source: zero.Checkpoint, target: TargetTopology) -> str:
+    """The default name of the output: that of the source, and what is not as it was."""
+    stage_part = f"-z{target.stage}" if target.stage != source.stage else ""
+    degree_part = f"-tp{target.tensor_ranks}" if target.tensor_ranks > 1 else ""
+    if isinstance(source, ExpertsCheckpoint) and source.expert_sizes != (target.expert_ranks,):
+        degree_part = f"-ep{target.expert_ranks}"
+    name = job.home_of(source).name
+    return f"{name}{stage_part}{degree_part}-w{target.rank_count}"
 
 
 def _expert_ranks(source: zero.Checkpoint, ep: int | None, degree: int) -> int:
@@ -132,9 +146,9 @@ def _expert_ranks(source: zero.Checkpoint, ep: int | None, degree: int) -> int:
     if ep is None and len(source.expert_sizes) != 1:
         sizes = words.numbers(source.expert_sizes)
         raise CheckpointError(
-            f"{folder} has layers whose experts are dealt out to {sizes} ranks. DeepSpeed orders "
-            f"their param groups by chance on each rank, so that it does not load such a "
-            f"checkpoint. Name one number for all layers with {EP}, and give the engine's layers "
+            f"{folder} has layers whose experts are dealt out to {sizes} ranks, and DeepSpeed, "
+            "which orders their param groups by chance on each rank, does not load such a "
+            f"checkpoint; name one number for all layers with {EP}, and give the engine's layers "
             "the same ep_size",
             "unsupported",
         )
@@ -228,6 +242,12 @@ def _notes_on_ranks(source: zero.Checkpoint, target: TargetTopology) -> Iterator
         yield (
             f"made for {target.tensor_ranks} tensor-parallel ranks that cut parameters evenly; an "
             "engine that cuts heads otherwise refuses the shapes"
+        )
+
+    if isinstance(source, ExpertsCheckpoint):
+        yield (
+            f"made for {counted(target.expert_ranks, 'expert rank')}; the ep_size of the engine's "
+            "layers (autoep_size of AutoEP) must be the same"
         )
 
     if target.rank_count > saved_world_size:

@@ -19,8 +19,8 @@ LOAD_THERE = (
     "the weights there"
 )
 READ_HERE = (
-    "ckpt show, to-fp32 and ckpt.open read it; to go on from it, load it with DeepSpeed in the "
-    "training that wrote it, on as many ranks"
+    "ckpt show, to-fp32, ckpt.open and reshard read it; to go on from it as it is, load it with "
+    "DeepSpeed in the training that wrote it, on as many ranks"
 )
 REWRITE_HERE = (
     "ckpt show, to-fp32, ckpt.open, reshard and to-universal read it; to go on from it as it is, "

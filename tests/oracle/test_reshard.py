@@ -49,10 +49,9 @@ STAGES = {  # where stage 3 is refused
 }
 PARTLESS = [
     ("zero0-bf16", "without ZeRO"),
-    ("corpus/moe_s2", "expert"),
     ("pipelines-and-experts/pipeline-zero0-fp32", "whose optimizer numbers the parameters"),
-    ("pipelines-and-experts/autoep-zero2", "expert"),
-    ("pipelines-and-experts/autoep-zero3", "expert"),
+    ("pipelines-and-experts/moe-zero0-bf16", "of experts without ZeRO"),
+    ("pipelines-and-experts/autoep-zero3-tensor", "of AutoEP with AutoTP"),
 ]
 WHOLE = [
     *(p for p in [*made(), *corpus()] if not p.name.startswith(("zero0", "s0"))),

@@ -7,6 +7,8 @@ tensor_parallel  the shards of all tensor-parallel ranks, param group by param g
 pipeline         the same of all stages
 tensor_ranks     the whole model cut for tensor-parallel ranks again
 mics             the first shard group of MiCS
+experts          the model with the experts of all expert ranks, and without any
+expert_ranks     the param groups as each expert rank has them;  whole_groups  with all experts
 universal_entries  what universal files say of how parameters are cut
 reader           which of these a path is
 """

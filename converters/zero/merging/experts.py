@@ -66,8 +66,8 @@ def read(path: Path, tag: str | None = None) -> ExpertsCheckpoint:
     dense_names = [name for name in weights.order if not is_expert(name, stacks)]
     dense_groups = [group for group in joined if not whole_groups.is_expert_group(group)]
     dense = _checkpoint(source, states, _selected(weights, dense_names), dense_groups)
-    whole = _checkpoint(source, states, weights, joined)
-    values = {name: getattr(whole, name) for name in _field_names(MergedCheckpoint)}
+    whole_checkpoint = _checkpoint(source, states, weights, joined)
+    values = {name: getattr(whole_checkpoint, name) for name in _field_names(MergedCheckpoint)}
 
     return ExpertsCheckpoint(
         **values,

@@ -5,5 +5,8 @@ target           the topology that they are made for
 optimizer_files  what an optimizer file holds
 model_files      what a model file holds
 limits           what is refused
+expert_files     the plan of all files of a checkpoint of experts, and its proof
+expert_ranks     what each expert rank has;  expert_trees  in its optimizer file
+expert_entries   what model files say of AutoEP
 proof            the files read again and compared with the source
 """

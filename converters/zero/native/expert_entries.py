@@ -54,7 +54,7 @@ def _layer(
     local_count, expert_rank = layer.count // ranks.count, ranks.expert_rank(rank)
     first = expert_rank * local_count
     is_partitioned = topology.stage == 3
-    team = [other for other in range(ranks.world_size) if ranks.expert_rank(other) == expert_rank]
+    team = [peer for peer in range(ranks.world_size) if ranks.expert_rank(peer) == expert_rank]
     shapes = {
         name: checkpoint.weights.tensors[name].shape
         for name in layer.names

@@ -80,6 +80,10 @@ def _model_files(
             **expert_entries.entries(checkpoint, root, ranks, topology, rank),
             **_local_names(checkpoint, ranks, topology, tree),
         }
+        if (
+            checkpoint.stage == topology.stage == 3
+        ):  # AutoEP's second names of routers are not in it
+            changes["shared_params"] = root.get("shared_params")
         prefix = f"zero_pp_rank_{rank}_" if topology.stage == 3 else ""
         name = f"{reshard.tag_folder(checkpoint)}/{prefix}mp_rank_00_model_states.pt"
         yield file_plan.shard(name, _configured({**tree, **changes}, topology))
@@ -212,12 +216,15 @@ def prove(
     anything is not.
     """
     ranks = ExpertRanks.of(checkpoint, topology)
-    result = experts.read(output / reshard.tag_folder(checkpoint))
-    found = (result.stage, result.world_size, result.expert_sizes)
-    if found != (topology.stage, topology.world_size, (ranks.count,)):
+    try:
+        result = experts.read(output / reshard.tag_folder(checkpoint))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} ({output} is what was written; {proof.BUG})") from error
+    topology_read = (result.stage, result.world_size, result.expert_sizes)
+    if topology_read != (topology.stage, topology.world_size, (ranks.count,)):
         raise CheckpointError(
             f"{output} reads as stage {result.stage} of {result.world_size} ranks, "
-            f"{result.expert_sizes} of experts; this is a fault of ckpt: please report it"
+            f"{result.expert_sizes} of experts; {proof.BUG}"
         )
 
     groups = [ranks.named(group) for group in checkpoint.groups]

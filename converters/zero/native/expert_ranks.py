@@ -61,8 +61,9 @@ class ExpertRanks:
         """Who shares a param group with a rank."""
         if not whole_groups.is_expert_group(group):
             return Seat(rank, tuple(range(self.world_size)))
-        own = self.expert_rank(rank)
-        team = tuple(other for other in range(self.world_size) if self.expert_rank(other) == own)
+        expert_rank = self.expert_rank(rank)
+        ranks = range(self.world_size)
+        team = tuple(peer for peer in ranks if self.expert_rank(peer) == expert_rank)
         return Seat(team.index(rank), team)
 
     def groups(self, checkpoint: ExpertsCheckpoint, expert_rank: int) -> list[ParamGroup]:
@@ -139,13 +140,14 @@ def require(checkpoint: ExpertsCheckpoint, topology: TargetTopology) -> None:
     uneven = [name for name, experts in layers.items() if experts % count]
     if topology.world_size % count:
         reason = (
-            f"is not dealt out to {counted_ranks(count)} among {topology.world_size} ranks, which "
-            f"DeepSpeed asks to be a multiple; name another {EP} or {WORLD_SIZE}"
+            f"is not dealt out to {_counted_ranks(count)} among "
+            f"{words.counted(topology.world_size, 'rank')}: DeepSpeed asks for a multiple of them; "
+            f"name another {EP} or {WORLD_SIZE}"
         )
     elif uneven:
         reason = (
             f"has {layers[uneven[0]]} experts in {uneven[0]}, which are not dealt out evenly to "
-            f"{counted_ranks(count)}; name another {EP}, a divisor of the experts of every layer"
+            f"{_counted_ranks(count)}; name another {EP}, a divisor of the experts of every layer"
         )
     elif topology.stage == 3 and not checkpoint.layers:
         reason = (
@@ -180,7 +182,7 @@ def _require_optimizer(checkpoint: ExpertsCheckpoint, topology: TargetTopology) 
     raise CheckpointError(f"{checkpoint.place.folder} {reason}", "unsupported")
 
 
-def counted_ranks(count: int) -> str:
+def _counted_ranks(count: int) -> str:
     """A number of expert ranks, as a message has it."""
     return words.counted(count, "expert rank")
 

@@ -29,7 +29,7 @@ _BY_GROUP = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _GroupPart:
     """A rank's part of a param group, as an optimizer file of that group alone has it."""
 
     group: ParamGroup
@@ -42,21 +42,21 @@ def trees(
 ) -> Iterator[Tree]:
     """For each rank, what its optimizer file has under keys that the layout decides."""
     by_expert_rank = [ranks.groups(checkpoint, number) for number in range(ranks.count)]
-    cut: dict[tuple[int, tuple[int, ...]], list[Tree]] = {}
+    group_trees: dict[tuple[int, tuple[int, ...]], list[Tree]] = {}
     for rank in range(ranks.world_size):
-        parts: list[_Part] = []
+        parts: list[_GroupPart] = []
         for index, group in enumerate(by_expert_rank[ranks.expert_rank(rank)]):
             seat = ranks.seat(group, rank)
             key = index, seat.team
-            if key not in cut:
+            if key not in group_trees:
                 own_topology = replace(topology, world_size=len(seat.team))
-                cut[key] = list(optimizer_files.optimizer_trees([group], own_topology))
-            parts.append(_Part(group, seat, cut[key][seat.position]))
+                group_trees[key] = list(optimizer_files.optimizer_trees([group], own_topology))
+            parts.append(_GroupPart(group, seat, group_trees[key][seat.position]))
 
         yield _sub_groups(parts, ranks) if topology.stage == 3 else _flat_groups(parts)
 
 
-def _flat_groups(parts: Sequence[_Part]) -> Tree:
+def _flat_groups(parts: Sequence[_GroupPart]) -> Tree:
     """The file of stages 1 and 2."""
     states: dict[int, Any] = {}
     options: list[Any] = []
@@ -70,7 +70,7 @@ def _flat_groups(parts: Sequence[_Part]) -> Tree:
     return {"base_optimizer_state": {"state": states, "param_groups": options}, **lists}
 
 
-def _sub_groups(parts: Sequence[_Part], ranks: ExpertRanks) -> Tree:
+def _sub_groups(parts: Sequence[_GroupPart], ranks: ExpertRanks) -> Tree:
     """The file of stage 3, with the ranks that share each sub-group."""
     states: dict[int, Any] = {}
     options: list[Any] = []
@@ -94,7 +94,7 @@ def _sub_groups(parts: Sequence[_Part], ranks: ExpertRanks) -> Tree:
     }
 
 
-def _team(index: int, part: _Part, ranks: ExpertRanks) -> Tree:
+def _team(index: int, part: _GroupPart, ranks: ExpertRanks) -> Tree:
     """Who shares a sub-group, as DeepSpeed compares it with what the engine has."""
     has_experts = whole_groups.is_expert_group(part.group)
     return {

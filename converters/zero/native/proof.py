@@ -70,7 +70,7 @@ class Provenance:
             placement_end = placement.offset + placement.nbytes
             inside = placement.offset <= offset < placement_end
             if not inside or placement.dtype != tensor.dtype:
-                raise CheckpointError(f"{extent.path} has no such tensor at byte {offset}; {_BUG}")
+                raise CheckpointError(f"{extent.path} has no such tensor at byte {offset}; {BUG}")
 
             itemsize = placement.dtype.itemsize
             end = min(extent.end, placement_end)
@@ -138,7 +138,7 @@ def verify_cuts(result: TensorParallelCheckpoint, layouts: Mapping[str, Cut]) ->
         )
         if not is_equal:
             raise CheckpointError(
-                f"{result.place.folder}: how {name} is cut is not what the plan says; {_BUG}"
+                f"{result.place.folder}: how {name} is cut is not what the plan says; {BUG}"
             )
 
 
@@ -180,7 +180,7 @@ def verify_metadata(
         if key in ignored_keys:
             continue
         if not _equal(provenance, source_tree.get(key), result_tree.get(key)):
-            raise CheckpointError(f"{path}: {key} is not what the source has; {_BUG}")
+            raise CheckpointError(f"{path}: {key} is not what the source has; {BUG}")
 
 
 def read_back(plan: Plan, folder: Path, progress: Progress = lambda _: None) -> int:
@@ -195,11 +195,11 @@ def read_back(plan: Plan, folder: Path, progress: Progress = lambda _: None) -> 
     return total_bytes
 
 
-_BUG = "this is a fault of ckpt: please report it; the source is untouched"
+BUG = "this is a fault of ckpt: please report it; the source is untouched"
 
 
 def _mismatch(result: Checkpoint, label: str) -> CheckpointError:
-    return CheckpointError(f"{result.place.folder}: the {label} is not that of the source; {_BUG}")
+    return CheckpointError(f"{result.place.folder}: the {label} is not that of the source; {BUG}")
 
 
 def _require(

@@ -1,8 +1,12 @@
-"""Single files of a checkpoint that somebody copied from another one of the same run."""
+"""Files of a checkpoint that somebody copied, by their times and bytes: single ones from another
+checkpoint of the same run, or all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -15,6 +19,35 @@ _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*.safetens
 _OTHERS = ("training_args.bin", "optimizer*", "scheduler.pt", "rng_state*.pth", TRAINER_STATE)
 _PLACES = 64  # in a file, that are compared
 _BLOCK = 4096  # bytes in each place
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """When the files of a checkpoint were written, in seconds since 1970, and the size in bytes
+    of the first one."""
+
+    times: tuple[float, ...]
+    first_nbytes: int = 0
+
+    def follows_pause(self, other_times: Iterable[float]) -> bool:
+        """Whether nothing else was written right before the first file, as in a copy of a run."""
+        begin = min(self.times, default=0.0)
+        last_before = max((time for time in other_times if time <= begin), default=0.0)
+        return begin - last_before > SLACK + self.first_nbytes / SLOWEST
+
+
+def writing_of(place: Path) -> Writing:
+    """The times of all files in a checkpoint, a folder or a file; links are not followed."""
+    paths = [Path(parent, name) for parent, _, names in os.walk(place) for name in names]
+    written = []
+    for path in paths or [place]:
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            continue  # it vanished while we looked
+        written.append((status.st_mtime, status.st_size))
+
+    return Writing(tuple(time for time, _ in written), min(written, default=(0.0, 0))[1])
 
 
 def weights_of_another(folder: Path) -> tuple[Path, Path] | None:

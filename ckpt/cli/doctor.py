@@ -143,6 +143,7 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
     from ckpt.cli import listing
     from ckpt.cli.results.upkeep import DoctorResult, FindingEntry
     from ckpt.runs.states import trainings
+    from ckpt.runs.states.listing import ordered
     from ckpt.runs.states.status import adoption_hint
 
     lines = [
@@ -160,7 +161,9 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
     complete = [status for status in diagnosis.statuses if status.complete]
     native = [status for status in complete if not status.checkpoint.is_universal]
     hints = [f"ckpt: {run.path}: {line}" for line in adoption_hint(native, run.path)]
-    hints += [f"ckpt: {run.path}: {line}" for line in trainings.remarks(native, run.path)]
+    native += [status for status in diagnosis.statuses if not status.complete]
+    remarks = trainings.order_remarks(ordered(native), run.path)
+    hints += [f"ckpt: {run.path}: {line}" for line in remarks]
     pointed = run.pointer("latest")
     if pointed is not None and pointed.committed and pointed.tier == "weights":
         hints.append(

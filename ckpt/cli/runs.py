@@ -42,6 +42,7 @@ def ls(run: Path, as_json: bool) -> None:
     from ckpt.runs import user_paths
     from ckpt.runs.lease import watch
     from ckpt.runs.run import Run
+    from ckpt.runs.states import trainings
 
     statuses = statuses_at(run)
     folder = statuses[0].checkpoint.folder.parent if statuses else run
@@ -50,6 +51,7 @@ def ls(run: Path, as_json: bool) -> None:
 
     result = listing.facts(Run(folder), statuses)
     notices = [] if statuses else user_paths.absence(run, user_paths.EITHER)
+    notices += [f"ckpt: {line}" for line in trainings.order_remarks(statuses, folder)]
     planned.show(Output(result, listing.lines(result.checkpoints), notices), as_json)
 
 

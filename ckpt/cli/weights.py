@@ -196,8 +196,9 @@ def show(
     checkpoint = checkpoint_of(checkpoint, tag, last, "ckpt show")
     with _rules(tp_rules), open_files.once():
         source = sources.as_stored(checkpoint, tag, "ckpt to-fp32 --weights 16bit")
-        weights, _ = wished_names.of(source.weights, source, names=names, config=config)
-        source = replace(source, weights=weights)
+        wished = wished_names.of(source.weights, source, names=names, config=config)
+        notes = (*source.notes, *wished.notes)
+        source = replace(source, weights=wished.weights, notes=notes)
         result = report.show(source, tensors, _status(source))
     planned.show(Output(result, lines=[report.show_text(result)]), as_json)
 

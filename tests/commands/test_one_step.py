@@ -141,6 +141,81 @@ def test_a_file_of_another_step_is_told(
         ckpt.find(tmp_path)
 
 
+def older(folder: Path, step: int) -> Path:
+    """A checkpoint of another step beside it, written a minute before, as all of its files."""
+    sibling = without_deepspeed(folder.parent / ".made").rename(
+        folder.parent / f"checkpoint-{step}"
+    )
+    (folder.parent / ".made").rmdir()
+    says(step)(sibling)
+    scheduled(step, _last_lr=[RATE])(sibling)
+    optimizer = torch.load(sibling / "optimizer.pt", weights_only=True)
+    optimizer["state"][0]["step"].fill_(step)
+    torch.save(optimizer, sibling / "optimizer.pt")
+    save_file({"w": torch.full((3,), float(step))}, sibling / "model.safetensors")
+    at(sibling, -60)
+    return sibling
+
+
+def at(folder: Path, seconds: float) -> None:
+    """Moves the times of all files."""
+    for path in folder.iterdir():
+        time = path.stat().st_mtime + seconds
+        os.utime(path, (time, time))
+
+
+@pytest.mark.parametrize("keeps_times", [False, True])
+@pytest.mark.parametrize("name", ["checkpoint-2", "best-so-far"])
+def test_weights_that_are_another_checkpoints_are_told(
+    name: str, keeps_times: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = without_deepspeed(tmp_path).rename(tmp_path / name)
+    at(folder, -30)
+    sibling = older(folder, 1)
+    assert status(folder).complete and status(sibling).complete
+    (shutil.copy2 if keeps_times else shutil.copy)(sibling / "model.safetensors", folder)
+    reason = (
+        "holds files of two steps: trainer_state.json of step 2, but model.safetensors is that of "
+        "checkpoint-1, with the same bytes, and was not written together with the other files"
+    )
+    assert str(status(folder).reason).startswith(reason)
+    assert status(sibling).complete
+    assert ckpt.find(tmp_path) == str(sibling)
+    for command, path, code in (("ls", tmp_path, 0), ("verify", folder, 1)):
+        capsys.readouterr()
+        run(command, path, code=code)
+        assert "files of two steps" in capsys.readouterr().out
+
+
+def test_weights_that_no_step_has_changed_are_nobodys_copy(tmp_path: Path) -> None:
+    """Nor are those of a run that was copied, whatever the times are then."""
+    folder = without_deepspeed(tmp_path)
+    sibling = older(folder, 1)
+    shutil.copy2(folder / "model.safetensors", sibling)
+    at(sibling, 0)
+    os.utime(sibling / "model.safetensors", ((sibling / "scheduler.pt").stat().st_mtime,) * 2)
+    assert status(sibling).complete, status(sibling).reason
+    shutil.copytree(tmp_path, tmp_path / "copied", copy_function=shutil.copy)
+    assert status(tmp_path / "copied" / folder.name).complete
+    save_file({"w": torch.zeros(3)}, sibling / "model.safetensors")
+    os.utime(sibling / "model.safetensors", (1e9, 1e9))
+    assert status(sibling).complete  # no other one has these
+
+
+@pytest.mark.parametrize("make", [with_deepspeed, without_deepspeed])
+def test_a_state_that_is_another_checkpoints_is_told_under_any_name(
+    make: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    folder = make(tmp_path).rename(tmp_path / "best-so-far")
+    sibling = older(folder, 1)
+    shutil.copytree(sibling, tmp_path / "copy-of-1")
+    assert status(tmp_path / "copy-of-1").complete
+    shutil.copy2(sibling / "trainer_state.json", folder)
+    reason = str(status(folder).reason)
+    assert reason.startswith("holds files of two steps: trainer_state.json of step 1, ")
+    assert "and trainer_state.json is that of checkpoint-1; bring back" in reason
+
+
 @pytest.mark.parametrize("change", [beside(1), beside(7, is_older=True)])
 def test_a_latest_that_names_another_step_beside_the_trainers_is_told(
     change: Change, tmp_path: Path

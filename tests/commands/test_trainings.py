@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from oracles import run
-from stock_checkpoints import stock, trainers
+from stock_checkpoints import accelerates, of_accelerate, stock, trainers
 
 import ckpt
 from ckpt.runs.foreign import histories, liveness
@@ -198,3 +199,70 @@ def test_of_one_training_one_has_all_that_the_other_one_has_logged(
     logs = [None if entry is None else tuple(entry) for entry in (log, other_log)]
     for pair in (logs, logs[::-1]):
         assert (histories.contradiction(*pair) is not None) == differs
+
+
+def without_log(out: Path, name: str, minutes: float) -> Path:
+    """As Accelerate saves, or under a name that a person chose."""
+    return touched(accelerates(out / name), minutes)
+
+
+def engines(out: Path, name: str, step: int, minutes: float) -> Path:
+    """The same with DeepSpeed, which counts steps."""
+    folder = of_accelerate(out / ".new").rename(out / name)
+    shutil.rmtree(out / ".new")
+    (path,) = folder.glob("*/mp_rank_00_model_states.pt")
+    content = torch.load(path, weights_only=False)
+    torch.save(content | {"global_steps": step}, path)
+    return touched(folder, minutes)
+
+
+def test_without_a_log_it_is_said_which_one_counts_and_what_was_saved_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, minutes in ((6, 0), (2, 60), (4, 61)):
+        engines(tmp_path, f"checkpoint_{number}", number, minutes)
+    older, newer = tmp_path / "checkpoint_6", tmp_path / "checkpoint_4"
+    line = (
+        f"{older} counts as the newest, since it is of step 6; {newer} (4) was saved after it, and "
+        f"no log says whether both are of one training: name {newer} if that is the one to go on "
+        "from"
+    )
+    assert ckpt.find(tmp_path) == str(older) and caplog.messages == [line]
+    for command in ("latest", "ls", "doctor"):
+        capsys.readouterr()
+        run(command, tmp_path)
+        assert line in capsys.readouterr().err, command
+    assert ckpt.find(newer) == str(newer)
+
+    for seconds, number in enumerate((6, 2, 4)):  # as cp -r does it
+        touched(tmp_path / f"checkpoint_{number}", 99 + seconds / 60)
+    caplog.clear()
+    assert ckpt.find(tmp_path) == str(older) and not caplog.messages
+
+
+def test_where_nothing_counts_steps_the_last_save_counts_and_a_higher_number_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, minutes in ((2, 0), (4, 10), (10, 20)):
+        without_log(tmp_path, f"checkpoint_{number}", minutes)
+    assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint_10") and not caplog.messages
+    touched(tmp_path / "checkpoint_4", 30)
+    assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint_4")
+    line = "checkpoint_4 counts as the newest, since it (4) was saved last; "
+    (message,) = caplog.messages
+    assert line in message and "checkpoint_10 has the higher number 10, and no log" in message
+    run("ls", tmp_path)
+    assert line in capsys.readouterr().err
+
+
+def test_what_a_new_training_saved_beside_a_committed_one_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = engines(tmp_path, "checkpoint-6", 6, 0)
+    run("doctor", tmp_path, "--adopt", "--now")
+    newer = engines(tmp_path, "checkpoint-4", 4, 0)
+    for path in (newer, *newer.rglob("*")):
+        os.utime(path, (4e9, 4e9))  # after the commit, which is of today
+    name, printed = taken(tmp_path, capsys)
+    assert name == older.name
+    assert f"since it is of step 6; {newer} (4) was saved after it" in printed

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import peft_models
 import pytest
 import torch
+import zero_folders
 from heavy_libraries import transformers
 from made_checkpoints import make_checkpoint
 from oracles import FIXTURES, live, run
@@ -59,6 +61,26 @@ def test_what_is_opened_and_shown_has_the_names_that_are_written(
     if layout == "runtime":
         run("show", SPLIT / name, "--tensors", "--names", "hf", "--json")
         assert json.loads(capsys.readouterr().out)["tensors_by_name"].keys() >= written.keys()
+
+
+def test_names_that_are_the_models_already_stay_and_a_note_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = FIXTURES / "trainer-zero2/checkpoint-2"
+    with ckpt.open(checkpoint) as stored, ckpt.open(checkpoint, names="hf") as opened:
+        assert list(opened) == list(stored)
+    run("show", checkpoint, "--names", "hf")
+    assert "note         --names hf changes nothing: these are no names of" in (
+        capsys.readouterr().out
+    )
+
+
+def test_an_adapter_is_opened_under_the_checkpoints_names_alone(tmp_path: Path) -> None:
+    zero_folders.save(peft_models.model("lora"), tmp_path, exclude_frozen=True)
+    with pytest.raises(CheckpointError, match=r'holds an adapter.*leave names="reader" out: ckpt'):
+        ckpt.open(tmp_path, names="reader")
+    with pytest.raises(CheckpointError, match="names is 'x'; expected one of 'reader', "):
+        ckpt.open(tmp_path, names="x")  # type: ignore[arg-type]
 
 
 def test_every_weight_is_compared_with_its_16_bit_copy(tmp_path: Path) -> None:

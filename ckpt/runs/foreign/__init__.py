@@ -9,8 +9,8 @@ parallel      pipeline, tensor and expert parallelism: all that their files have
 succession    whether it goes on from a committed one, by histories: what the Trainer logged
 liveness      whether somebody writes it right now
 resume_files  which of its files a resume reads
-evaluation    its metrics, as the Trainer logged them
 step_records  whether its files are of one step, by what they count
+copied_files  single files in it that are another checkpoint's
 overwriting   whether two saves are mixed in it, by times and by value_samples
 replaceable   whether an output may take its place
 torn          whether a folder can be a checkpoint at all

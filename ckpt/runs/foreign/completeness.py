@@ -252,6 +252,7 @@ def _of_plain_trainer(
             f"{folder} has no weights of a model or adapter",
             "incomplete",
         )
+    step_records.require_own_weights(folder, step)
 
     optimizer_parts = dcp_files.fsdp_parts(folder, "optimizer")
     required_parts = {

@@ -12,6 +12,7 @@ from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
 
 _NAME = LazyPattern(r"(?:checkpoint|global_step|step|ckpt|iter|iteration|epoch)s?[-_=]?\d+")
+_NUMBER = LazyPattern(r"(\d{1,18})(?:\.ckpt)?$")
 _PREFIX = LazyPattern(r"(?:checkpoint|weights|global_step|step|ckpt|iter|epoch)[-_=]?\d+.*")
 _SIGNS = frozenset(("optimizer.pt", "optimizer.bin", "random_states_0.pkl", ".metadata"))
 
@@ -24,6 +25,13 @@ def is_name(name: str) -> bool:
 def is_usual(name: str) -> bool:
     """Whether a name is wholly one that trainings give, without anything that a person added."""
     return name.endswith(".ckpt") or _NAME.fullmatch(name) is not None
+
+
+def number_in(name: str) -> int | None:
+    """The number at the end of a name that trainings give, whatever it counts, such as 6 of
+    checkpoint_6; ``None`` without."""
+    match = _NUMBER.search(name) if is_usual(name) else None
+    return int(match[1]) if match is not None else None
 
 
 def has_signs(path: Path) -> bool:

@@ -8,7 +8,7 @@
 
 One count that differs proves nothing. Whole checkpoints differ in one where a folder was renamed,
 a gradient overflowed, several steps of the engine are one of the Trainer (PPO), a training was
-called twice, or went on without the optimizer's states. Four things prove it:
+called twice, or went on without the optimizer's states. Six things prove it:
 
     the name and another file agree, and ``trainer_state.json`` says something else
     counts differ, and so do the learning rates of scheduler and optimizer, which are set
@@ -16,6 +16,9 @@ called twice, or went on without the optimizer's states. Four things prove it:
     the engine counts other steps than the name of its tag and ``trainer_state.json``: the
     Trainer has DeepSpeed make the tag's name of that count
     the file ``latest`` names the tag of another step, and that of the Trainer's lies beside it
+    counts differ, and ``trainer_state.json`` is that of another checkpoint, where they do not
+    the weights are those of a checkpoint of another step, and were not written with the rest
+    (``copied_files``)
 """
 
 from __future__ import annotations
@@ -27,10 +30,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ckpt.runs.foreign import intact_files
+from ckpt.runs.foreign import copied_files, intact_files
 from ckpt.runs.recognition import is_numbered, step_in
 from converters.accessors import is_number, is_whole_number
-from converters.detect import filenames
+from converters.detect import detect, filenames
 from converters.errors import CheckpointError
 from converters.zero import step_counts
 from converters.zero.checkpoint import Checkpoint
@@ -82,8 +85,7 @@ def require_one_step(folder: Path, step: int, checkpoint: Checkpoint | None = No
     ``step`` is that of ``trainer_state.json``; ``checkpoint`` what DeepSpeed saved, if it did.
     """
     state = StepRecord(filenames.TRAINER_STATE, step)
-    scheduler = _of_scheduler(folder / _SCHEDULER)
-    optimizer = _of_optimizer(folder) if checkpoint is None else _of_engine(checkpoint)
+    scheduler, optimizer = _stored(folder, checkpoint)
     records = [record for record in (scheduler, optimizer) if record.step is not None]
     differing = [record for record in records if record.step != step]
     if not differing:
@@ -101,6 +103,8 @@ def require_one_step(folder: Path, step: int, checkpoint: Checkpoint | None = No
     finding = _unequal_rates(scheduler, optimizer)
     if finding is None and checkpoint is not None and optimizer in differing:
         finding = _unequal_values(checkpoint)
+    if finding is None:
+        finding = _copied_state(folder, step, (scheduler, optimizer))
     if finding is not None:
         others = ", ".join(record.words for record in differing)
         raise CheckpointError(
@@ -140,6 +144,52 @@ def _require_tag(
             "back the files of one step",
             "incomplete",
         )
+
+
+def require_own_weights(folder: Path, step: int) -> None:
+    """``CheckpointError`` where the weights in a Trainer's folder are proven to be of another one.
+
+    ``step`` is that of its ``trainer_state.json``. The optimizer's states say nothing of the
+    weights, so that this is seen only where the checkpoint of the other step lies beside it.
+    """
+    copy = copied_files.weights_of_another(folder)
+    if copy is None:
+        return
+
+    path, original = copy
+    raise CheckpointError(
+        f"{folder} holds files of two steps: {filenames.TRAINER_STATE} of step {step}, but "
+        f"{path.name} is that of {original.parent.name}, with the same bytes, and was not written "
+        f"together with the other files; {_REMEDY}",
+        "incomplete",
+    )
+
+
+def _copied_state(folder: Path, step: int, records: Sequence[StepRecord]) -> str | None:
+    """That ``trainer_state.json`` is a copy of that of another checkpoint, whose files are of
+    ``step``, as those of ``records`` are not; ``None`` where there is none."""
+    for path in copied_files.twins(folder / filenames.TRAINER_STATE):
+        sibling = path.parent
+        try:
+            is_of_deepspeed = any(map(is_tag_folder, filter(Path.is_dir, sibling.iterdir())))
+            source = detect(sibling).read() if is_of_deepspeed else None
+            checkpoint = source if isinstance(source, Checkpoint) else None
+            sibling_records = _stored(sibling, checkpoint)
+        except CheckpointError:
+            continue  # what is damaged proves nothing
+
+        pairs = list(zip(records, sibling_records, strict=True))
+        differing = [other for record, other in pairs if record.step not in (None, step)]
+        if all(other.step == step for other in differing):
+            return f"{path.name} is that of {sibling.name}"
+
+    return None
+
+
+def _stored(folder: Path, checkpoint: Checkpoint | None) -> tuple[StepRecord, StepRecord]:
+    """What scheduler and optimizer say; ``checkpoint`` is what DeepSpeed saved, if it did."""
+    scheduler = _of_scheduler(folder / _SCHEDULER)
+    return scheduler, _of_optimizer(folder) if checkpoint is None else _of_engine(checkpoint)
 
 
 def _time_of(folder: Path) -> int:

@@ -1,6 +1,7 @@
 """In which state every checkpoint of a run is, whoever wrote it, and which one a resume takes.
 
 status        committed, complete, incomplete or unknown
+evaluation    the metrics of a checkpoint, as the Trainer logged them
 listing       the checkpoints at a path, of all writers, with their states
 checksums     what has a checksum in a checkpoint, all of it or a sample, and what has none
 verification  whether checkpoints are whole: by names and headers, or by every byte

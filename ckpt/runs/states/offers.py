@@ -87,6 +87,7 @@ class Offers:
         candidates = [checkpoint for checkpoint in present if checkpoint not in others]
         self.checkpoints = newest_first(candidates, fits)
         self.skipped: list[SkippedCandidate] = []
+        self.remarks: list[str] = []  # on later saves than the one that counts
         self.reasons: dict[Path, str | None] = {}  # why a committed one is unusable
 
     def __iter__(self) -> Iterator[Offer]:
@@ -131,13 +132,14 @@ class Offers:
 
     def _offers_of_line(self) -> Iterator[Offer]:
         has_usable = False  # the newest committed one that can be used
+        has_offer = False
         for checkpoint in self.checkpoints:
             if checkpoint.why != manifests.ABSENT:
                 reason = self._hindrance(checkpoint)
                 if reason is None:
                     if not has_usable:
-                        self._warn_of_later_saves(checkpoint)
-                    has_usable = True
+                        self._note_later_saves(checkpoint, checkpoint.step, is_first=not has_offer)
+                    has_usable = has_offer = True
                     yield Offer(checkpoint)
                 else:
                     self.skip(checkpoint.folder, reason, _sort(checkpoint))
@@ -157,6 +159,10 @@ class Offers:
                 self.skip(checkpoint.folder, NO_TRAINER_STATE, "apart")
                 continue
             if proof is not None and (has_usable or self._counts(checkpoint, proof)):
+                if not has_offer:
+                    step = checkpoint.step if proof.step is None else proof.step
+                    self._note_later_saves(checkpoint, step, is_first=True)
+                has_offer = True
                 yield Offer(checkpoint, proof)
 
     def _is_engine_alone(self, checkpoint: RunCheckpoint) -> bool:
@@ -189,6 +195,8 @@ class Offers:
             if entry.path == chosen:
                 break
             _announce(entry)
+        for remark in () if self.announces else self.remarks:
+            log.warning("%s", remark)
 
     def require_none_lost(self) -> None:
         """``CheckpointError`` if a training has been here whose work a fresh start would forget.
@@ -241,12 +249,25 @@ class Offers:
 
         return proof
 
-    def _warn_of_later_saves(self, checkpoint: RunCheckpoint) -> None:
-        """Says that another training saved after the newest committed one, where it did."""
-        if self.committed_only or not self.announces:
+    def _note_later_saves(
+        self, checkpoint: RunCheckpoint, step: int | None, is_first: bool
+    ) -> None:
+        """Says what was saved after the checkpoint that counts as the newest, and does not go on
+        from it, or may not."""
+        if self.committed_only:
             return
-        finding = trainings.supersession_of(checkpoint, checkpoint.step, self.checkpoints)
-        if finding is not None:
+
+        finding: trainings.Supersession | trainings.OrderDoubt | None = None
+        if checkpoint.manifest is not None:
+            finding = trainings.supersession_of(checkpoint, step, self.checkpoints)
+        if finding is None and is_first:
+            passed_over = {entry.path for entry in self.skipped}
+            present = [entry for entry in self.checkpoints if entry.folder not in passed_over]
+            finding = trainings.order_doubt_of(checkpoint, step, present)
+        if finding is None:
+            return
+        self.remarks.append(finding.remark)
+        if self.announces:
             log.warning("%s", finding.remark)
 
     def _counts(self, checkpoint: RunCheckpoint, proof: Proof) -> bool:

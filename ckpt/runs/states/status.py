@@ -121,7 +121,7 @@ class CheckpointStatus:
     def metrics(self) -> Mapping[str, float]:
         """Metrics by name: those of the manifest, or what the Trainer evaluated at this step."""
         if self.proof is not None and self.proof.history is not None:
-            from ckpt.runs.foreign import evaluation
+            from ckpt.runs.states import evaluation
 
             return evaluation.metrics(self.proof.history, self.proof.step)
         return self.checkpoint.metrics

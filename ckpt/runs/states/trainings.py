@@ -3,20 +3,22 @@
 Somebody begins a training anew in the folder of an older one. Then ``checkpoint-6`` of the
 older one has the highest step, ``checkpoint-4`` was saved last, and what the Trainer logged
 shows that neither goes on from the other. The training that saved last is the one that counts,
-as it is with committed ones. Times alone show nothing: copying changes them.
+as it is with committed ones. Times alone show nothing: copying changes them. Where steps
+and times disagree and there is no log, as of Accelerate, it is said which one counts
+(``order_doubt_of``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.runs import manifest as manifests
-from ckpt.runs.foreign import histories
+from ckpt.runs.foreign import copied_files, histories, signs
 from ckpt.runs.foreign.proofs import History
 from ckpt.runs.lineage import listed
-from ckpt.runs.run import RunCheckpoint
+from ckpt.runs.run import RunCheckpoint, members
 from ckpt.runs.states import copies
 from ckpt.runs.states.status import CheckpointStatus, saved_at, status_of
 from converters.words import verb
@@ -85,6 +87,98 @@ def supersession_of(
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class OrderDoubt:
+    """A checkpoint that counts as the newest, another one that may be, and why either is."""
+
+    checkpoint: RunCheckpoint
+    other: RunCheckpoint
+    reason: str
+    other_reason: str
+
+    @property
+    def remark(self) -> str:
+        """A line on which one counts, and what to do if that is the wrong one."""
+        return (
+            f"{self.checkpoint.folder} counts as the newest, since it {self.reason}; "
+            f"{self.other.folder} {self.other_reason}, and no log says whether both are of one "
+            f"training: name {self.other.folder} if that is the one to go on from"
+        )
+
+
+def order_doubt_of(
+    checkpoint: RunCheckpoint, step: int | None, present: Sequence[RunCheckpoint]
+) -> OrderDoubt | None:
+    """Where steps and times disagree on whether a checkpoint is the newest of these, and no log
+    decides; ``step`` is its own.
+
+    ``None`` for what ckpt made, and for copies by hand.
+    """
+    originals = copies.origins(present)
+    candidates = [
+        entry
+        for entry in present
+        if entry.why == manifests.ABSENT
+        and entry.source is None
+        and entry.folder not in originals
+        and entry.folder != checkpoint.folder
+    ]
+    number = signs.number_in(checkpoint.name) if step is None else step
+    is_saved = checkpoint.source is None and checkpoint.folder not in originals
+    if number is None or not is_saved or not candidates:
+        return None
+
+    history = histories.of_folder(checkpoint.folder)
+    others = [
+        entry
+        for entry in sorted(candidates, key=lambda entry: saved_at(entry.folder), reverse=True)
+        if history is None or histories.of_folder(entry.folder) is None
+    ]
+    writings = {entry.folder: copied_files.writing_of(entry.folder) for entry in present}
+    for other in others:
+        is_later = _is_later_save(other, checkpoint, writings)
+        name_number = signs.number_in(other.name) if other.step is None else other.step
+        is_suspect = is_later or (name_number or 0) > number  # as most are not, which are not read
+        other_number = _resumable_number(other) if is_suspect else None
+        if other_number is None:
+            continue
+        if is_later and other_number < number:
+            reason = f"is of step {number}" if step is not None else f"has the number {number}"
+            return OrderDoubt(checkpoint, other, reason, f"({other_number}) was saved after it")
+        if not checkpoint.committed and other_number > number:
+            own_reason = f"({number}) was saved last"
+            return OrderDoubt(
+                checkpoint, other, own_reason, f"has the higher number {other_number}"
+            )
+
+    return None
+
+
+def _is_later_save(
+    other: RunCheckpoint,
+    checkpoint: RunCheckpoint,
+    writings: Mapping[Path, copied_files.Writing],
+) -> bool:
+    """Whether all of one was written after the other one, and after a pause.
+
+    A copy of a whole run, file after file, gives times that say nothing.
+    """
+    writing = writings[other.folder]
+    last_write = max(writings[checkpoint.folder].times, default=0.0)
+    times = (time for key, each in writings.items() if key != other.folder for time in each.times)
+    is_after = bool(writing.times) and min(writing.times) > last_write
+    return is_after and writing.follows_pause(times)
+
+
+def _resumable_number(checkpoint: RunCheckpoint) -> int | None:
+    """The step of a complete one that a training can go on from or, where nothing says it, the
+    number in its name."""
+    status = status_of(checkpoint)
+    if not status.complete or status.tier != "full":
+        return None
+    return signs.number_in(checkpoint.name) if status.step is None else status.step
+
+
 def _last_save(checkpoint: RunCheckpoint, originals: copies.Originals) -> float:
     """When a training saved it, in seconds since 1970; 0 where only ckpt did."""
     if checkpoint.manifest is not None and not checkpoint.manifest.is_derived:
@@ -118,16 +212,16 @@ def by_training(statuses: Sequence[CheckpointStatus]) -> list[list[CheckpointSta
     trainings: list[tuple[History, list[CheckpointStatus]]] = []
     for status in sorted(statuses, key=rank, reverse=True):
         history = status.proof.history if status.proof is not None else None
-        for index, (longest_history, members) in enumerate(trainings):
+        for index, (longest_history, group) in enumerate(trainings):
             if histories.contradiction(longest_history, history) is None:
-                members.append(status)
+                group.append(status)
                 longer_history = max(longest_history, history or (), key=len)
-                trainings[index] = (longer_history, members)
+                trainings[index] = (longer_history, group)
                 break
         else:
             trainings.append((history or (), [status]))
 
-    return [sorted(members, key=lambda status: status.step or 0) for _, members in trainings]
+    return [sorted(group, key=lambda status: status.step or 0) for _, group in trainings]
 
 
 def remarks(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
@@ -149,3 +243,24 @@ def remarks(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
         )
 
     return lines
+
+
+def order_remarks(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
+    """Lines on which checkpoint counts as the newest, where steps, times and logs disagree.
+
+    ``statuses`` are those of a run, the newest last, as ``listing.ordered`` has them.
+    """
+    present = [status.checkpoint for status in statuses]
+    full = [status for status in statuses if status.whole and status.tier == "full"]
+    line_members = members(present)
+    committed = [status for status in full if status.checkpoint in line_members]
+    lines = remarks(full, run)
+    newest = next(reversed(committed or full), None)
+    if newest is None or (lines and not committed):
+        return lines
+
+    findings = (
+        supersession_of(newest.checkpoint, newest.step, present) if committed else None,
+        order_doubt_of(newest.checkpoint, newest.step, present),
+    )
+    return lines + [finding.remark for finding in findings if finding is not None]

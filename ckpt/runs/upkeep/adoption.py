@@ -22,12 +22,12 @@ from ckpt.runs import manifest
 from ckpt.runs.ancestry import record_in
 from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.fields import FieldError
-from ckpt.runs.foreign import evaluation, intact_files, liveness, succession
+from ckpt.runs.foreign import intact_files, liveness, succession
 from ckpt.runs.foreign.proofs import Proof
 from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Run, RunCheckpoint, leading, open_checkpoint
-from ckpt.runs.states import checksums, copies, listing, trainings
+from ckpt.runs.states import checksums, copies, evaluation, listing, trainings
 from ckpt.runs.states.status import CheckpointState, CheckpointStatus, saved_at, statuses_of
 from ckpt.version import __version__
 from converters import detect

@@ -20,10 +20,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from ckpt.engine.settings import Loop
 from ckpt.engine.view import EngineView, gathers_16bit_weights, has_stage
 from ckpt.folders import locks, replacing
-from ckpt.runs.foreign import evaluation
 from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import FileRecord, digest
 from ckpt.runs.retention import Best, Retention
+from ckpt.runs.states import evaluation
 from ckpt.saving.front_end import RunFolder
 from ckpt.state import rank_files
 from converters.errors import CheckpointError

@@ -7,6 +7,7 @@ headers are read until then.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from converters.zero.parallel import rules
 if TYPE_CHECKING:
     from ckpt.weights.opening.tensors import Array
 
+log = logging.getLogger("ckpt")
 _ARGUMENTS = (
     *("tag=", "last=True", "strip=", "rename=", "select=", "part=", "tp_rules="),
     *("names=", "layout=", "config=", "adapter_config="),
@@ -94,22 +96,24 @@ def open(
             unusual_tensors = unusual.tensors_of(source)
             wishes = Naming.of(strip, rename, select, part)
             listed = _listed(source.weights, unusual_tensors)
-            weights, sources = wished_names.of(listed, source, wishes, names, layout, config)
+            wished = wished_names.of(listed, source, wishes, names, layout, config)
         except BaseException:
             lock.release()
             raise
 
+    for note in wished.notes:
+        log.info("%s: %s", path, note)
     config_path = None if adapter_config is None else Path(adapter_config)
     checkpoint = source if source.topology else None
     values = {} if checkpoint is not None else plain_values.of(source.entries)
     return Opened(
         path=path,
-        weights=weights,
+        weights=wished.weights,
         checkpoint=checkpoint,
         framework=_FRAMEWORKS[framework],
         lock=lock,
         adapter_config=config_path,
-        sources=sources,
+        sources=wished.sources,
         unusual=unusual_tensors,
         plain_values=values,
     )

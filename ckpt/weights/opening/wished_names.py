@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
 _NO_WISHES = Naming()
 
 
+@dataclass(frozen=True, slots=True)
+class WishedWeights:
+    """Weights under the names wished for; ``sources`` are by these the names in the checkpoint, as
+    far as they may differ, ``notes`` lines for the user."""
+
+    weights: Weights
+    sources: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
 def of(
     weights: Weights,
     source: Source,
@@ -27,14 +38,14 @@ def of(
     names: Names = "as-stored",
     layout: Layout = "runtime",
     config: str | os.PathLike[str] | None = None,
-) -> tuple[Weights, dict[str, str]]:
-    """The weights of a checkpoint under the names wished for, and by these those that they had.
+) -> WishedWeights:
+    """The weights of a checkpoint under the names wished for.
 
     ``config`` is a config.json, or its folder. ``CheckpointError`` (kind "refused") where these
     names, or this layout, cannot be had.
     """
     if not wishes.changes and names == "as-stored" and layout == "runtime":
-        return weights, {}
+        return WishedWeights(weights)
 
     from ckpt.weights.naming import naming  # which is read only where it is used
 
@@ -56,7 +67,8 @@ def of(
 
     tensors = naming.selected(model, wishes).weights
     stored_names = {name: stored.get(id(ref)) for name, ref in tensors.tensors.items()}
-    return tensors, {name: origin or origins[name] for name, origin in stored_names.items()}
+    sources = {name: origin or origins[name] for name, origin in stored_names.items()}
+    return WishedWeights(tensors, sources, model.notes)
 
 
 def _audience(source: Source, request: Request) -> Audience:

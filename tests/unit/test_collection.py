@@ -19,7 +19,7 @@ from syntax_trees import tree
 HEAVY = {
     *("accelerate", "bitsandbytes", "deepspeed", "lightning", "matplotlib", "networkx", "peft"),
     *("sentence_transformers", "scipy", "sklearn", "sympy", "torchmetrics", "transformers"),
-    *("torch._dynamo", "torch._inductor", "torch.distributed.checkpoint", "uvicorn"),
+    *("torch._dynamo", "torch._inductor", "uvicorn"),
 }
 
 
@@ -103,7 +103,7 @@ def test_collecting_the_tests_imports_no_heavy_library() -> None:
         ("try:\n    import deepspeed\nexcept ImportError:\n    pass", ["deepspeed"]),
         ("class A:\n    import lightning", ["lightning"]),
         ("from torch import distributed", []),
-        ("from torch.distributed import checkpoint", ["torch.distributed.checkpoint"]),
+        ("from torch import _dynamo", ["torch._dynamo"]),
         ("def f():\n    import peft", []),
         ("if TYPE_CHECKING:\n    import peft\nelse:\n    import sklearn", ["sklearn"]),
         ("import ckpt.trainers.hf.stopping", ["transformers"]),

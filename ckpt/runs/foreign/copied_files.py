@@ -39,15 +39,16 @@ class Writing:
 def writing_of(place: Path) -> Writing:
     """The times of all files in a checkpoint, a folder or a file; links are not followed."""
     paths = [Path(parent, name) for parent, _, names in os.walk(place) for name in names]
-    written = []
+    times_and_sizes = []
     for path in paths or [place]:
         try:
             status = path.lstat()
         except FileNotFoundError:
             continue  # it vanished while we looked
-        written.append((status.st_mtime, status.st_size))
+        times_and_sizes.append((status.st_mtime, status.st_size))
 
-    return Writing(tuple(time for time, _ in written), min(written, default=(0.0, 0))[1])
+    times = tuple(time for time, _ in times_and_sizes)
+    return Writing(times, min(times_and_sizes, default=(0.0, 0))[1])
 
 
 def weights_of_another(folder: Path) -> tuple[Path, Path] | None:

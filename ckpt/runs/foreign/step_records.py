@@ -178,9 +178,12 @@ def _copied_state(folder: Path, step: int, records: Sequence[StepRecord]) -> str
         except CheckpointError:
             continue  # what is damaged proves nothing
 
-        pairs = list(zip(records, sibling_records, strict=True))
-        differing = [other for record, other in pairs if record.step not in (None, step)]
-        if all(other.step == step for other in differing):
+        differing = [
+            sibling_record
+            for record, sibling_record in zip(records, sibling_records, strict=True)
+            if record.step not in (None, step)
+        ]
+        if all(sibling_record.step == step for sibling_record in differing):
             return f"{path.name} is that of {sibling.name}"
 
     return None

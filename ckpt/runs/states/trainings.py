@@ -92,17 +92,17 @@ class OrderDoubt:
     """A checkpoint that counts as the newest, another one that may be, and why either is."""
 
     checkpoint: RunCheckpoint
-    other: RunCheckpoint
+    rival: RunCheckpoint
     reason: str
-    other_reason: str
+    rival_reason: str
 
     @property
     def remark(self) -> str:
         """A line on which one counts, and what to do if that is the wrong one."""
         return (
             f"{self.checkpoint.folder} counts as the newest, since it {self.reason}; "
-            f"{self.other.folder} {self.other_reason}, and no log says whether both are of one "
-            f"training: name {self.other.folder} if that is the one to go on from"
+            f"{self.rival.folder} {self.rival_reason}, and no log says whether both are of one "
+            f"training: name {self.rival.folder} if that is the one to go on from"
         )
 
 
@@ -129,33 +129,33 @@ def order_doubt_of(
         return None
 
     history = histories.of_folder(checkpoint.folder)
-    others = [
+    rivals = [
         entry
         for entry in sorted(candidates, key=lambda entry: saved_at(entry.folder), reverse=True)
         if history is None or histories.of_folder(entry.folder) is None
     ]
     writings = {entry.folder: copied_files.writing_of(entry.folder) for entry in present}
-    for other in others:
-        is_later = _is_later_save(other, checkpoint, writings)
-        name_number = signs.number_in(other.name) if other.step is None else other.step
+    for rival in rivals:
+        is_later = _is_later_save(rival, checkpoint, writings)
+        name_number = signs.number_in(rival.name) if rival.step is None else rival.step
         is_suspect = is_later or (name_number or 0) > number  # as most are not, which are not read
-        other_number = _resumable_number(other) if is_suspect else None
-        if other_number is None:
+        rival_number = _resumable_number(rival) if is_suspect else None
+        if rival_number is None:
             continue
-        if is_later and other_number < number:
+        if is_later and rival_number < number:
             reason = f"is of step {number}" if step is not None else f"has the number {number}"
-            return OrderDoubt(checkpoint, other, reason, f"({other_number}) was saved after it")
-        if not checkpoint.committed and other_number > number:
+            return OrderDoubt(checkpoint, rival, reason, f"({rival_number}) was saved after it")
+        if not checkpoint.committed and rival_number > number:
             own_reason = f"({number}) was saved last"
             return OrderDoubt(
-                checkpoint, other, own_reason, f"has the higher number {other_number}"
+                checkpoint, rival, own_reason, f"has the higher number {rival_number}"
             )
 
     return None
 
 
 def _is_later_save(
-    other: RunCheckpoint,
+    rival: RunCheckpoint,
     checkpoint: RunCheckpoint,
     writings: Mapping[Path, copied_files.Writing],
 ) -> bool:
@@ -163,9 +163,9 @@ def _is_later_save(
 
     A copy of a whole run, file after file, gives times that say nothing.
     """
-    writing = writings[other.folder]
+    writing = writings[rival.folder]
     last_write = max(writings[checkpoint.folder].times, default=0.0)
-    times = (time for key, each in writings.items() if key != other.folder for time in each.times)
+    times = (time for key, each in writings.items() if key != rival.folder for time in each.times)
     is_after = bool(writing.times) and min(writing.times) > last_write
     return is_after and writing.follows_pause(times)
 

@@ -241,6 +241,8 @@ def test_their_universal_form_is_refused(name: str, reason: str, tmp_path: Path)
     [
         ({"data_types": {"grad_accum_dtype": "fp32"}, "bf16": {"enabled": True}}, "BF16_Optimizer"),
         ({"optimizer": {"type": "Muon"}}, "that were trained by Muon"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients; these"),
+        ({"zero_optimization": {"parameter_alignment": True}}, "parameter_alignment; these"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "optimizer on NVMe"),
     ],
 )

@@ -175,6 +175,9 @@ def _require_optimizer(checkpoint: ExpertsCheckpoint, topology: TargetTopology) 
         )
     elif muon.is_deepspeed_muon(checkpoint.model):
         reason = "is of experts that were trained by Muon; these are not written for other ranks"
+    elif topology.dealt or topology.aligned:
+        name = "round_robin_gradients" if topology.dealt else "parameter_alignment"
+        reason = f"is of experts and {name}; these are not written for other ranks yet"
     elif setting("zero_optimization", "offload_optimizer", "device") == "nvme":
         reason = "is of experts with an optimizer on NVMe; these are not written for other ranks"
     else:

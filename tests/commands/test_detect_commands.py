@@ -43,8 +43,7 @@ COMMANDS = {
 }
 TAG = "global_step2"  # of zero2-bf16-w2
 WITHOUT_DRY_RUN = ("ls", "verify", "latest", "show")
-REWRITTEN = ("deepspeed-pipeline", "deepspeed-model-parallel")
-OF_ZERO = ("reshard", "to-universal", "from-universal")
+REWRITTEN = ("deepspeed-pipeline", "deepspeed-model-parallel", "deepspeed-experts")
 ON_RUNS = ("ls", "verify", "latest", "doctor", "doctor --adopt", "prune", "pin", "unpin")
 # What a command takes at a path of a kind, and so says nothing of the kind: --tag is no option of
 # the commands on runs, and a folder with a manifest is a checkpoint of ckpt's own.
@@ -62,7 +61,6 @@ TAKEN = {
     "deepspeed-universal": tuple(COMMANDS),
     **dict.fromkeys(("adapter", "gathered-16bit", "safetensors", "torch-bin"), ("push",)),
     **dict.fromkeys(("trainer", "accelerate"), ("push",)),
-    "deepspeed-experts": tuple(name for name in COMMANDS if name not in OF_ZERO),
     **dict.fromkeys(REWRITTEN, tuple(name for name in COMMANDS if name != "from-universal")),
 }
 

@@ -167,7 +167,7 @@ def _passed_over(choice: Choice, checkpoint: RunCheckpoint) -> list[SkippedCheck
 
 def _foreign_line(checkpoint: RunCheckpoint, proof: Proof | None) -> list[str]:
     """A line where the checkpoint is not committed."""
-    from ckpt.runs.states import listing
+    from ckpt.runs.states import listing, save_dirs
     from ckpt.runs.states.status import CheckpointState, CheckpointStatus
 
     if proof is None:
@@ -177,6 +177,8 @@ def _foreign_line(checkpoint: RunCheckpoint, proof: Proof | None) -> list[str]:
     commit = ""
     if status.adoptable:
         commit = f"; {listing.adoption_command(checkpoint.folder)} commits it"
+    elif status.is_save_dir:
+        commit = f"; it is {save_dirs.WHY}, which get no manifest: ckpt ls {checkpoint.folder}"
     return [
         f"ckpt: {checkpoint.folder} is complete, not committed: written by {proof.kind}{commit}"
     ]

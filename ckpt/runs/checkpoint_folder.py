@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.folders import filenames
+from ckpt.runs import engines
 from ckpt.runs import manifest as manifests
 from ckpt.runs.ancestry import Ancestry, Record, record_in
 from ckpt.runs.conversions import WeightsOrigin, conversion_in
@@ -16,7 +17,9 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.recognition import is_numbered, is_spare, step_in
 from converters.detect import detect
 from converters.errors import CheckpointError
+from converters.storage import local
 from converters.words import first
+from converters.zero.files.discovery import is_tag_folder
 
 WEIGHTS_ONLY = "weights only; training cannot go on from it"
 SLIMMED = "weights only since it was slimmed; training cannot go on from it"
@@ -205,6 +208,10 @@ def _compared(folder: Path, manifest: Manifest, pinned: bool) -> RunCheckpoint:
     }
     is_only_missing = problems.keys() <= set(missing_names)
     reason = f"manifest.json lists {first(list(problems.values()))}" if problems else None
+    if (later_finding := later_save(folder, manifest)) is not None:
+        # nothing that retention may delete: it holds more than the manifest lists
+        reason = f"{later_finding} (ckpt doctor {folder.parent} says what helps)"
+        is_only_missing = False
 
     return RunCheckpoint(
         folder,
@@ -215,6 +222,45 @@ def _compared(folder: Path, manifest: Manifest, pinned: bool) -> RunCheckpoint:
         missing_names if is_only_missing else (),
         changed=changed_names,
     )
+
+
+def later_save(folder: Path, manifest: Manifest) -> str | None:
+    """That something was saved into a committed checkpoint later, as words after its name."""
+    tag_name = unlisted_tag(folder, manifest)
+    if tag_name is None:
+        return None
+    return (
+        f"latest names {tag_name}, which manifest.json does not list: something was saved into it "
+        "after it was committed"
+    )
+
+
+def unlisted_tag(folder: Path, manifest: Manifest) -> str | None:
+    """The tag that a later save made in a committed checkpoint: ``latest`` names it, and the
+    manifest lists no file of it. ``None`` if there is none.
+
+    DeepSpeed would load that one, which the manifest says nothing of.
+    """
+    if manifest.tier != "full" or manifest.tag is None:
+        return None
+
+    for pointer_name, tag_name in engines.pointers(manifest.tag, engines.names(manifest)).items():
+        try:
+            with open(folder / pointer_name, "rb") as stream, local.named(folder / pointer_name):
+                text = stream.read(4096).decode("utf-8", "surrogateescape").strip()
+        except OSError:  # it is missing, which is said elsewhere
+            continue
+
+        if not text or text == tag_name or not manifests.is_inside(text):
+            continue
+        path = (folder / pointer_name).parent / text
+        if not path.is_dir() or not is_tag_folder(path):
+            continue
+        prefix = f"{path.relative_to(folder).as_posix()}/"
+        if not any(name.startswith(prefix) for name in manifest.files):
+            return text
+
+    return None
 
 
 def require_read(error: CheckpointError) -> None:

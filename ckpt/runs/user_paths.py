@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ckpt.folders.filenames import MANIFEST
 from ckpt.runs import manifest as manifests
-from ckpt.runs.checkpoint_folder import RunCheckpoint, open_checkpoint, order
+from ckpt.runs.checkpoint_folder import RunCheckpoint, later_save, open_checkpoint, order
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run
 from ckpt.runs.run import Run
 from converters.detect import detect, sharded
@@ -58,6 +58,14 @@ def run_at(path: Path, command: str) -> Run:
     """
     path = spelt(path)
     if path.is_dir() and (is_numbered(path) or (path / MANIFEST).is_file()):
+        checkpoint = open_checkpoint(path)
+        finding = checkpoint.manifest and later_save(path, checkpoint.manifest)
+        if finding:
+            raise CheckpointError(
+                f"{path} is not a run, but a checkpoint: {finding}; ckpt doctor {path.parent} says "
+                "what helps",
+                "incomplete",
+            )
         raise CheckpointError(
             f"{path} is a checkpoint, not a run; name the folder that it lies in: "
             f"{f'{command} {path.parent}'.strip()}",

@@ -9,6 +9,7 @@ from pathlib import Path
 from ckpt.folders import locks
 from ckpt.runs import engines
 from ckpt.runs import manifest as manifests
+from ckpt.runs.checkpoint_folder import later_save
 from ckpt.runs.digests import MISSING, Progress, quiet
 from ckpt.runs.run import RunCheckpoint
 from converters.errors import CheckpointError
@@ -56,6 +57,8 @@ def verify(
     with locks.reading(checkpoint.folder):
         differences = manifests.differences(checkpoint.folder, manifest, data, progress)
         problems = [f"{name}: {what}" for name, what in differences.items()]
+        if (later_finding := later_save(checkpoint.folder, manifest)) is not None:
+            problems.insert(0, later_finding)
         spared_names = [name for name in differences if checkpoint.spares(name)]
         proven = []
         if not problems:

@@ -1,5 +1,6 @@
 """In which state every checkpoint of a run is, whoever wrote it, and which one a resume takes.
 
+save_dirs     folders that tags were saved right into, which are no checkpoints
 status        committed, complete, incomplete or unknown
 evaluation    the metrics of a checkpoint, as the Trainer logged them
 listing       the checkpoints at a path, of all writers, with their states

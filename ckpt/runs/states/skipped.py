@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ckpt.runs.states import save_dirs
 from converters.errors import CheckpointError
 from converters.words import first, more
 
@@ -47,10 +48,13 @@ def lost_work(run: Path, skipped: Sequence[SkippedCandidate]) -> CheckpointError
         return None
 
     if all(entry.why == UNCOMMITTED for entry in lost):
+        way = f"ckpt doctor {run} --adopt commits the complete ones of DeepSpeed, or "
+        if all(save_dirs.is_tag(entry.path) for entry in lost):
+            way = ""  # which are never committed
         return CheckpointError(
             f"{run} has checkpoints, but none that is committed "
-            f"({first([entry.path.name for entry in lost])}), and {COMMITTED_ONLY}; ckpt doctor "
-            f"{run} --adopt commits the complete ones of DeepSpeed, or leave committed_only out",
+            f"({first([entry.path.name for entry in lost])}), and {COMMITTED_ONLY}; {way}leave "
+            "committed_only out",
             "refused",
         )
 

@@ -25,11 +25,11 @@ from ckpt.runs.foreign import liveness
 from ckpt.runs.foreign.completeness import prove
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.foreign.proofs import MODEL, Proof
+from ckpt.runs.states import save_dirs
 from converters.detect import detect
 from converters.detect.kinds import BY_NAME
 from converters.errors import CheckpointError
 from converters.words import counted, some, verb
-from converters.zero.files.discovery import is_tag_folder
 
 MODEL_ONLY = "complete, model only, cannot be resumed"
 # which say nothing beside the reason
@@ -76,12 +76,17 @@ class CheckpointStatus:
         here: of parallelism that is not, nothing says which shapes there are.
         """
         is_read = self.proof is not None and None not in (self.proof.tag, self.proof.shapes)
-        return is_read and not self.is_tag
+        return is_read and not self.is_tag and not self.is_save_dir
 
     @property
     def is_tag(self) -> bool:
         """Whether it is a tag of DeepSpeed, beside others in one folder perhaps."""
-        return self.checkpoint.folder.is_dir() and is_tag_folder(self.checkpoint.folder)
+        return save_dirs.is_tag(self.checkpoint.folder)
+
+    @property
+    def is_save_dir(self) -> bool:
+        """Whether it is a run itself, which DeepSpeed loads by its file latest."""
+        return save_dirs.is_save_dir(self.checkpoint.folder)
 
     @property
     def writer(self) -> str | None:
@@ -255,7 +260,11 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
         lines.append(
             _uncommitted_line(tags, verb(len(tags), "a tag in a save_dir", "tags in a save_dir"))
         )
-    if others := [status for status in states if status not in tags]:
+    own_runs = [status for status in states if status.is_save_dir]
+    if own_runs:
+        words = verb(len(own_runs), save_dirs.WHY, "save_dirs with tags of their own")
+        lines.append(_uncommitted_line(own_runs, words))
+    if others := [status for status in states if not status.is_tag and not status.is_save_dir]:
         lines.append(_uncommitted_line(others, "not of a kind that is committed"))
 
     universal = [status for status in foreign if status.tier is None]

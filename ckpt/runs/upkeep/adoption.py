@@ -27,7 +27,7 @@ from ckpt.runs.foreign.proofs import Proof
 from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Run, RunCheckpoint, leading, open_checkpoint
-from ckpt.runs.states import checksums, copies, evaluation, listing, trainings
+from ckpt.runs.states import checksums, copies, evaluation, listing, save_dirs, trainings
 from ckpt.runs.states.status import CheckpointState, CheckpointStatus, saved_at, statuses_of
 from ckpt.version import __version__
 from converters import detect
@@ -161,6 +161,8 @@ def _hindrance(status: CheckpointStatus) -> str | None:
     folder = status.checkpoint.folder
     if not status.complete:
         return f"{folder}: {status.description}"
+    if status.is_save_dir:
+        return f"{folder} is {save_dirs.WHY}, not a checkpoint: ckpt ls {folder} shows them"
     if not status.adoptable:
         return (
             f"{folder} is {status.description}; a manifest is for DeepSpeed's checkpoints that "
@@ -194,6 +196,11 @@ def plan(folder: Path, data: bool = True) -> Adoption:
     Without ``data`` the records of torch zips are not read: a later ``verify --data``
     compares them with the CRC32s that they had when they were saved.
     """
+    if save_dirs.is_save_dir(folder):
+        raise CheckpointError(
+            f"{folder} is {save_dirs.WHY}, not a checkpoint, and gets no manifest", "refused"
+        )
+
     proof = liveness.prove_at_rest(folder)
     if proof.hindrance is not None:
         raise CheckpointError(f"{folder} gets no manifest: {proof.hindrance}", "unsupported")

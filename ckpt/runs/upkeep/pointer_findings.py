@@ -47,10 +47,14 @@ def pointer_findings(
         ):
             # which a resume takes, so that the pointer must not name an older one: --adopt first
             if text is not None:
+                checkpoint = newer.checkpoint
+                remedy = f"make it name {checkpoint.name}"
+                if newer.adoptable:
+                    remedy = f"{adoption_command(checkpoint.folder)} commits it"
                 yield Finding(
                     pointer_path,
-                    f"{_pointer_problem(run, name, text, expected)}; {newer.name} is newer than "
-                    f"what is committed: {adoption_command(newer.folder)} commits it",
+                    f"{_pointer_problem(run, name, text, expected)}; {checkpoint.name} is newer "
+                    f"than what is committed: {remedy}",
                 )
         elif text != expected.pointer:
             description = _pointer_problem(run, name, text, expected)
@@ -83,7 +87,7 @@ def _leads_nowhere(run: Run, pointer_text: str | None) -> bool:
 
 def _newer_whole(
     statuses: Sequence[CheckpointStatus], expected: RunCheckpoint
-) -> RunCheckpoint | None:
+) -> CheckpointStatus | None:
     """The latest checkpoint that goes on from ``expected`` and is whole, but not committed."""
     newer = [
         status
@@ -92,9 +96,7 @@ def _newer_whole(
         and status.proof is not None
         and relate(expected, status.proof).relation == "follows"
     ]
-    newest = max(newer, key=lambda status: status.step or 0, default=None)
-
-    return None if newest is None else newest.checkpoint
+    return max(newer, key=lambda status: status.step or 0, default=None)
 
 
 def _is_newer_whole(status: CheckpointStatus, expected: RunCheckpoint) -> bool:

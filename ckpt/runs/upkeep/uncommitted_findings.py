@@ -8,8 +8,10 @@ from hashlib import sha256
 from pathlib import Path
 
 from ckpt.folders import locks, replacing
+from ckpt.folders.filenames import MANIFEST
 from ckpt.runs import engines, pruning
 from ckpt.runs import manifest as manifests
+from ckpt.runs.checkpoint_folder import later_save
 from ckpt.runs.foreign import torn
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import is_checkpoint, is_numbered
@@ -38,6 +40,9 @@ def uncommitted_findings(status: CheckpointStatus, is_deepspeed_run: bool) -> It
     if manifest is None and is_tag_folder(folder):
         # the run is a save_dir of DeepSpeed itself
         yield Finding(folder, status.description)
+        return
+    if manifest is not None and (later_finding := later_save(folder, manifest)) is not None:
+        yield Finding(folder, _describe_later_save(folder, manifest, later_finding))
         return
     if not folder.is_dir() or changed_lately(folder) or locks.in_use(folder):
         yield Finding(folder, _describe_uncommitted(status, changed_lately(folder)))
@@ -104,6 +109,15 @@ def _describe_uncommitted(status: CheckpointStatus, was_changed: bool) -> str:
         return f"{status.description}; bring back what is missing, or move or delete the folder"
 
     return f"{status.description}; move or delete it if its save is over"
+
+
+def _describe_later_save(folder: Path, manifest: Manifest, finding: str) -> str:
+    """That something was saved into a committed checkpoint, and both ways on."""
+    return (
+        f"incomplete: {finding}; if trainings save their tags into {folder}, delete "
+        f"{folder / MANIFEST}, so that each tag counts; else make {folder / 'latest'} name "
+        f"{manifest.tag}, and move the other tag away"
+    )
 
 
 def _lost_latest(folder: Path, manifest: Manifest) -> dict[str, str]:

@@ -11,7 +11,12 @@ from ckpt.runs import lineage
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint, members
 from ckpt.runs.states import copies
 from ckpt.runs.states.copies import Originals
-from ckpt.runs.states.status import CheckpointState, CheckpointStatus, prefix
+from ckpt.runs.states.status import (
+    OF_EARLIER_SAVE,
+    CheckpointState,
+    CheckpointStatus,
+    prefix,
+)
 from converters.detect import detect
 
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
@@ -79,6 +84,7 @@ def reason(status: CheckpointStatus) -> str | None:
     if not status.complete:
         return status.reason
     finding = "no manifest.json" if status.tier != "weights" else str(status.finding)
+    finding = OF_EARLIER_SAVE if status.checkpoint.is_overwritten else finding
     return finding if status.writer is None else f"{finding}: written by {status.writer}"
 
 
@@ -139,6 +145,7 @@ def _remark(entry: CheckpointEntry) -> str:
         parts.append(str(entry.reason))
     elif entry.written_by is not None:
         parts.append(f"complete, not committed: written by {entry.written_by}")
+        parts += [OF_EARLIER_SAVE] if str(entry.reason).startswith(OF_EARLIER_SAVE) else []
     elif entry.reason is not None:
         parts.append(f"{prefix(entry.kind, entry.reason)}{entry.state}: {entry.reason}")
     else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.folders import filenames
-from ckpt.runs import engines
+from ckpt.runs import digests, engines
 from ckpt.runs import manifest as manifests
 from ckpt.runs.ancestry import Ancestry, Record, record_in
 from ckpt.runs.conversions import WeightsOrigin, conversion_in
@@ -34,6 +34,7 @@ class RunCheckpoint:
     weights of a full checkpoint), it is still committed. So it is if such files were
     ``changed``, which are those that have another size. ``record`` says what one
     without a manifest was made of, if ckpt made it, and ``conversion`` the same of weights.
+    One that ``is_overwritten`` has the manifest of an earlier save, which counts as none.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class RunCheckpoint:
     record: Record | None = None
     changed: tuple[str, ...] = ()
     conversion: WeightsOrigin | None = None
+    is_overwritten: bool = False
 
     @property
     def name(self) -> str:
@@ -197,8 +199,15 @@ def open_checkpoint(folder: Path) -> RunCheckpoint:
 
 
 def _compared(folder: Path, manifest: Manifest, pinned: bool) -> RunCheckpoint:
-    """A checkpoint with a manifest, by the sizes of the files that the manifest lists."""
+    """A checkpoint with a manifest, by the sizes of the files that the manifest lists.
+
+    A manifest of which another save has overwritten every state file counts as none.
+    """
     differences = manifests.differences(folder, manifest, strict=True)
+    if is_saved_over(folder, manifest, bool(differences)):
+        step = step_in(folder.name)
+        return RunCheckpoint(folder, step, None, manifests.ABSENT, pinned, is_overwritten=True)
+
     missing_names = tuple(name for name, what in differences.items() if what == MISSING)
     changed_names = tuple(name for name in differences if name not in missing_names)
     problems = {
@@ -222,6 +231,43 @@ def _compared(folder: Path, manifest: Manifest, pinned: bool) -> RunCheckpoint:
         missing_names if is_only_missing else (),
         changed=changed_names,
     )
+
+
+def is_saved_over(folder: Path, manifest: Manifest, is_different: bool) -> bool:
+    """Whether another save has overwritten every state file of a committed checkpoint.
+
+    A stock training that begins anew in the folder of an older run saves over checkpoint-2, and
+    leaves manifest.json, of which it knows nothing. So it says nothing of what lies there.
+
+    ``is_different`` is whether any listed file has another size. Where none has, a look at the
+    contents needs a reason: that all state files are newer than the manifest. Files that are
+    damaged or missing, one by one, are no other save. Copying changes times, and no contents.
+    """
+    tags = tuple(f"{tag}/" for tag in engines.tags(manifest).values())
+    paths = {
+        folder / name: record
+        for name, record in manifest.files.items()
+        if record.kind == "zip" and name.startswith(tags)
+    }
+    if not paths or manifest.tier != "full":
+        return False
+
+    try:
+        committed_at = (folder / filenames.MANIFEST).stat().st_mtime_ns
+        if not is_different and any(path.stat().st_mtime_ns <= committed_at for path in paths):
+            return False
+        # the first file that is as it was answers
+        return all(_has_other_contents(path, record.digest) for path, record in paths.items())
+    except OSError:  # one is missing, or the disk fails, which is said elsewhere
+        return False
+
+
+def _has_other_contents(path: Path, digest: str) -> bool:
+    """Whether a torch zip is whole by its directory, and has other records."""
+    with open(path, "rb") as stream:
+        directory = digests.directory_of(stream)
+
+    return directory is not None and f"zip:{directory.digest}" != digest
 
 
 def later_save(folder: Path, manifest: Manifest) -> str | None:

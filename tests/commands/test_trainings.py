@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracles import run
-from stock_checkpoints import accelerates, of_accelerate, stock, trainers
+from stock_checkpoints import accelerates, of_accelerate, state, stock, trainers
 
 import ckpt
 from ckpt.runs.foreign import histories, liveness
-from ckpt.runs.run import Run
+from ckpt.runs.run import Run, open_checkpoint
 
 OLD = [{"loss": 1.0 + step, "step": step} for step in range(1, 9)]
 NEW = [{"loss": 2.0 + step, "step": step} for step in range(1, 9)]
@@ -159,6 +160,71 @@ def test_a_committed_one_counts_but_a_later_save_of_another_training_is_named(
     name, printed = taken(out, capsys)
     assert name == "checkpoint-6"
     assert "which is not committed, was written after" in printed and "at step 1" in printed
+
+
+def overwritten(out: Path, step: int, log: list[dict[str, Any]]) -> Path:
+    """A committed checkpoint into which a training without ckpt saved anew, in all of its files."""
+    folder = out / f"checkpoint-{step}"
+    for path in folder.glob("global_step2/*.pt"):
+        content = torch.load(path, weights_only=False)  # of a fixture
+        torch.save(content | {"launch": 2}, path)
+    (folder / "trainer_state.json").write_text(state(step, log[:step]))
+    return folder
+
+
+def test_a_save_over_a_committed_checkpoint_leaves_its_manifest_without_a_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 4, 6):
+        saved(tmp_path, step, OLD, step)
+    run("doctor", tmp_path, "--adopt", "--now")
+    run("doctor", tmp_path, "--fix")
+    longer = [entry | {"grad_norm": 1.5} for entry in NEW]  # so that no size is as it was
+    for step in (2, 4):
+        overwritten(tmp_path, step, longer)
+    run("ls", tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.count("its manifest.json is of an earlier save") == 2
+    assert "incomplete" not in printed
+
+    name, printed = taken(tmp_path, capsys)
+    assert name == "checkpoint-6" and f"ckpt doctor {tmp_path} --adopt" in printed
+    run("to-fp32", tmp_path, "--last", "--dry-run", "-o", tmp_path / "model")
+    assert "checkpoint-4, which is not committed, was written after" in capsys.readouterr().err
+
+    run("doctor", tmp_path, "--adopt", "--now")
+    assert taken(tmp_path, capsys)[0] == "checkpoint-4"
+    run("verify", tmp_path, "--data")
+
+
+def test_files_of_the_same_sizes_are_told_from_those_of_the_manifest_by_their_contents(
+    tmp_path: Path,
+) -> None:
+    folder = saved(tmp_path, 2, OLD, 0)
+    run("doctor", tmp_path, "--adopt", "--now")
+    paths = sorted(folder.glob("global_step2/*.pt"))
+    now = time.time() + 60
+    for path in paths:
+        os.utime(path, (now, now))  # a copy, whose contents are the same
+    assert open_checkpoint(folder).committed
+
+    for path in paths:
+        data = bytearray(path.read_bytes())
+        data[data.index(b"PK\x01\x02") + 16] ^= 1  # the CRC32 of a record, in the directory
+        path.write_bytes(data)
+        os.utime(path, (now, now))
+    assert open_checkpoint(folder).is_overwritten
+
+
+def test_adoption_fails_where_a_committed_checkpoint_has_lost_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(tmp_path, 2, OLD, 0)
+    run("doctor", tmp_path, "--adopt", "--now")
+    (folder / "trainer_state.json").write_text("{}")
+    run("doctor", tmp_path, "--adopt", "--now", code=1)
+    assert "not adopted\t" in capsys.readouterr().out
+    assert not open_checkpoint(folder).is_overwritten
 
 
 def test_a_torn_save_of_a_new_training_takes_no_older_one_away(

@@ -32,6 +32,7 @@ from converters.errors import CheckpointError
 from converters.words import counted, some, verb
 
 MODEL_ONLY = "complete, model only, cannot be resumed"
+OF_EARLIER_SAVE = "its manifest.json is of an earlier save"
 # which say nothing beside the reason
 PLAIN_KINDS = ("deepspeed", "empty", "unknown", "nothing")
 
@@ -156,7 +157,8 @@ class CheckpointStatus:
             return ""
         if self.complete:
             writer = f"; written by {self.writer}" if self.writer is not None else ""
-            return f"{self.finding}{writer}"
+            remark = f"; {OF_EARLIER_SAVE}" if self.checkpoint.is_overwritten else ""
+            return f"{self.finding}{writer}{remark}"
 
         kind_name = detect(self.checkpoint.folder).kind.name
         return f"{prefix(kind_name, str(self.reason))}{self.state.value}: {self.reason}"

@@ -38,11 +38,14 @@ class Supersession:
 
         Copying a run changes the times of what is not committed, and of that alone.
         """
+        way = "name it to go on from it"
+        if status_of(self.successor).adoptable:
+            run = self.successor.folder.parent
+            way += f", or let it count with ckpt doctor {run} --adopt"
         return (
             f"{self.successor.folder}, which is not committed, was written after "
             f"{self.checkpoint.folder} was committed, and has logged something else "
-            f"{self.difference}: it is of another training, or of one that went back; name it to "
-            "go on from it"
+            f"{self.difference}: it is of another training, or of one that went back; {way}"
         )
 
     @property

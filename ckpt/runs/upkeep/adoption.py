@@ -69,14 +69,18 @@ class AdoptionOutcome:
 def survey(
     checkpoints: Iterable[RunCheckpoint], wait: bool = True, progress: Progress = quiet
 ) -> list[CheckpointStatus]:
-    """The states of those checkpoints that have no valid manifest; as ``statuses_of``.
+    """The states of those checkpoints that are not committed; as ``statuses_of``.
 
-    One whose manifest is damaged is judged as if it had none.
+    One whose manifest is damaged is judged as if it had none. One that lacks what its manifest
+    lists is incomplete.
     """
     candidates = [
-        replace(checkpoint, manifest=None, why=manifest.ABSENT)
+        checkpoint
+        if checkpoint.manifest is not None
+        else replace(checkpoint, manifest=None, why=manifest.ABSENT)
         for checkpoint in checkpoints
-        if checkpoint.manifest is None and _may_be_adopted(checkpoint)
+        if not checkpoint.committed
+        and (checkpoint.manifest is not None or _may_be_adopted(checkpoint))
     ]
 
     return statuses_of(candidates, wait, progress)

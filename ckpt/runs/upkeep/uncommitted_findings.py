@@ -106,7 +106,10 @@ def _describe_uncommitted(status: CheckpointStatus, was_changed: bool) -> str:
     if was_changed:
         return f"{status.description}; it changed in the last minutes, so nothing is done to it yet"
     if status.checkpoint.why != manifests.ABSENT:
-        return f"{status.description}; bring back what is missing, or move or delete the folder"
+        return (
+            f"{status.description}; bring back what is missing or was changed, or move or delete "
+            "the folder"
+        )
 
     return f"{status.description}; move or delete it if its save is over"
 

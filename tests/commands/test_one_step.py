@@ -319,3 +319,25 @@ def test_an_adapter_of_another_step_is_found_where_data_is_read(
     commit(folder, 2)
     run("verify", folder, "--data", code=1)
     assert "adapter_model.safetensors holds other values of " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_one_whose_name_alone_says_a_later_step_is_passed_over_and_named(
+    is_whole: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = stock(tmp_path, 4)
+    later = tmp_path / "checkpoint-6"
+    if is_whole:
+        shutil.copytree(taken, later)
+        reason = "it is of step 4, whatever its name says"
+    else:
+        stock(tmp_path, 6)
+        shutil.copy(taken / "trainer_state.json", later)
+        reason = "holds files of two steps: trainer_state.json of step 4, but scheduler.pt of step"
+
+    assert ckpt.find(tmp_path) == str(taken)
+    for command in (["latest", tmp_path], ["to-fp32", tmp_path, "--last", "--dry-run"]):
+        capsys.readouterr()
+        run(*command)
+        printed = capsys.readouterr().err
+        assert printed.count(f"passed over {later}") == 1 and reason in printed

@@ -11,6 +11,7 @@ copies        which are copies by hand of others
 trainings     which are of several trainings, as their logs differ
 offers        the checkpoints of a run that a training can go on from, the newest first
 offer_order   in which order they come
+misnumbered   those whose names say a later step than their files
 skipped       those that it does not, and whether work is lost with them
 choice        the one that ``ckpt.find`` and ``ckpt.resume`` take
 newest        the one whose weights ``--last`` and ``ckpt push`` take

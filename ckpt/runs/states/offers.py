@@ -27,7 +27,7 @@ from ckpt.runs.run import (
     require_read,
     without_derived,
 )
-from ckpt.runs.states import copies, skipped, trainings
+from ckpt.runs.states import copies, misnumbered, skipped, trainings
 from ckpt.runs.states.copies import Originals
 from ckpt.runs.states.listing import checkpoints_in
 from ckpt.runs.states.offer_order import TopologyFilter, newest_first
@@ -38,7 +38,6 @@ from ckpt.runs.states.skipped import (
     SkippedCandidate,
     Sort,
 )
-from ckpt.runs.states.status import subjectless
 from ckpt.runs.verify import verify
 from converters.errors import CheckpointError
 from converters.zero.files.discovery import is_tag_folder
@@ -92,7 +91,11 @@ class Offers:
 
     def __iter__(self) -> Iterator[Offer]:
         self._print_other_lines()
-        yield from self._offers_of_line()
+        for number, offer in enumerate(self._offers_of_line()):
+            if not number:
+                self._skip_misnumbered(offer)
+            yield offer
+
         others = self.other_lines
         usable = [checkpoint for checkpoint in others if self._hindrance(checkpoint) is None]
         if usable:
@@ -165,6 +168,20 @@ class Offers:
                 has_offer = True
                 yield Offer(checkpoint, proof)
 
+    def _skip_misnumbered(self, offer: Offer) -> None:
+        """Notes those whose names say a later step than that of the first offer, as files do not.
+
+        They come after it, and nobody would learn why.
+        """
+        if self.committed_only:
+            return
+
+        position = self.checkpoints.index(offer.checkpoint)
+        proof_step = offer.proof.step if offer.proof is not None else None
+        step = max(offer.checkpoint.step or 0, proof_step or 0)
+        for path, reason in misnumbered.reasons(self.checkpoints[position + 1 :], step):
+            self.skip(path, reason, "apart")
+
     def _is_engine_alone(self, checkpoint: RunCheckpoint) -> bool:
         """Whether it is a tag beside checkpoints of a Trainer, which could not go on from it."""
         folder = checkpoint.folder
@@ -184,6 +201,8 @@ class Offers:
 
     def skip(self, path: Path, reason: str, sort: Sort = "lost") -> None:
         """Notes and says why a checkpoint is not taken."""
+        if any(entry.path == path for entry in self.skipped):
+            return
         entry = SkippedCandidate(path, reason, sort)
         self.skipped.append(entry)
         if self.announces:
@@ -234,10 +253,7 @@ class Offers:
             require_read(error)
             if error.kind == "refused" and "right now" in str(error):
                 raise
-            reason = subjectless(str(error), path)
-            if str(error).startswith(f"{path} "):  # whose subject the sentence needs
-                reason = f"it {reason}"
-            self.skip(path, f"it has no manifest.json, and is not whole: {reason}")
+            self.skip(path, misnumbered.torn_reason(error, path))
             return None
 
         if proof.hindrance is not None:

@@ -93,7 +93,8 @@ def prune(
     The newest, the newest full one, the best, what latest or best names, what is pinned
     and what a conversion reads are always kept. What is not committed is not touched,
     and named on stderr. Where the folder has checkpoints of several runs, the rules count
-    those of the run that saved last, and the others stay; --others deletes them.
+    those of the run that saved last, and the others stay; --others deletes them, and what a
+    training renamed because it saved under the name (checkpoint-6.foreign), committed or not.
 
     \b
     ckpt prune out --keep-last 3 --keep-every 1000 --keep-best eval_loss:min:2 --dry-run

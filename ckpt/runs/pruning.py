@@ -213,7 +213,7 @@ def plan_others(run: Run, run_prefix: str | None = None) -> list[Outcome]:
     reasons |= {
         checkpoint.name: (renaming.reason_not_counted(checkpoint, committed),)
         for checkpoint in committed
-        if not checkpoint.original
+        if not checkpoint.original and not _is_set_aside(checkpoint)
     }
 
     candidates = committed + [
@@ -229,6 +229,17 @@ def plan_others(run: Run, run_prefix: str | None = None) -> list[Outcome]:
             reasons[checkpoint.name] = (foreignness(checkpoint, line_members),)
 
     return _outcomes(candidates, reasons)
+
+
+def _is_set_aside(checkpoint: RunCheckpoint) -> bool:
+    """Whether ckpt itself gave a checkpoint its name, as another training saved under the old one.
+
+    A person's copies and renamed ones stay.
+    """
+    saved_name = checkpoint.manifest.name if checkpoint.manifest is not None else None
+    is_of_name = saved_name is None or checkpoint.name.startswith(f"{saved_name}.")
+    is_plain = not checkpoint.folder.is_symlink()
+    return is_plain and is_of_name and is_set_aside(checkpoint.folder)
 
 
 def _require_run(run: Run, committed: Sequence[RunCheckpoint], run_prefix: str | None) -> None:

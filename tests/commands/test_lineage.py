@@ -201,6 +201,27 @@ def test_what_another_run_saved_gets_another_name(
     assert collision.make_way(other.folder, new) == path.with_name(f"{path.name}-2")
 
 
+def test_the_command_in_the_message_deletes_what_was_set_aside_and_no_copy_by_hand(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    new = Line.begin()
+    for step, line in ((2, new), (4, Line(None, "")), (6, Line.begin())):
+        checkpoint = save(tmp_path, step, line)
+        assert checkpoint.manifest is not None
+        named = replace(checkpoint.manifest, name=checkpoint.name)
+        (checkpoint.folder / filenames.MANIFEST).write_bytes(named.dumps())
+    copytree(tmp_path / "checkpoint-4", tmp_path / "keep-me")
+    asides = [collision.make_way(tmp_path / f"checkpoint-{step}", new) for step in (4, 6)]
+    assert asides[0] is not None and asides[0].name == "checkpoint-4.foreign"
+    assert f"ckpt prune {tmp_path} --others deletes it" in caplog.text
+
+    for step in (4, 6):
+        save(tmp_path, step, new)
+    pruning.prune_others(Run(tmp_path))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint-2", "checkpoint-4", "checkpoint-6", "keep-me"}
+
+
 def test_its_own_checkpoint_and_a_torn_one_are_replaced(tmp_path: Path) -> None:
     line = Line.begin()
     folder = save(tmp_path, 6, line).folder

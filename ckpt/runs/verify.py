@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt.folders import locks
+from ckpt.folders.filenames import MANIFEST
 from ckpt.runs import engines
 from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import later_save
-from ckpt.runs.digests import MISSING, Progress, quiet
+from ckpt.runs.digests import LARGE, MISSING, FileRecord, Progress, quiet
+from ckpt.runs.recognition import is_weights
 from ckpt.runs.run import RunCheckpoint
 from converters.errors import CheckpointError
-from converters.words import counted
+from converters.words import counted, some, verb
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ def verify(
             proven = [f"{counted(len(manifest.files), 'file')}, {finding}"]
 
         if checkpoint.committed and spared_names:
-            proven.append(_spared_line(checkpoint, spared_names, differences))
+            proven += _spared_lines(checkpoint, spared_names, differences)
         if manifest.tier == "full" and manifest.nodes == 1:
             for engine, tag_path in engines.tags(manifest).items():
                 proof, problem = states(checkpoint.folder, tag_path)
@@ -82,19 +84,52 @@ def verify(
     return Verification(checkpoint, tuple(problems), tuple(proven), spared_lines)
 
 
-def _spared_line(
+def _spared_lines(
     checkpoint: RunCheckpoint, names: Sequence[str], differences: Mapping[str, str]
-) -> str:
-    """That no resume needs these files, and which command makes the manifest true again."""
-    are_missing = [differences[name] == MISSING for name in names]
-    word = "deleted" if all(are_missing) else "changed"
-    if any(are_missing) and not all(are_missing):
-        word = "deleted or changed"
+) -> list[str]:
+    """That no resume needs these files, and the way on: what ``ckpt doctor --fix`` records, and
+    what it does not."""
+    recordable_names = [name for name in names if _is_recordable(checkpoint, name)]
+    other_names = [name for name in names if name not in recordable_names]
+    command = f"ckpt doctor {checkpoint.folder.parent} --fix"
+    lines = []
+    if recordable_names:
+        are_missing = [differences[name] == MISSING for name in recordable_names]
+        word = "deleted" if all(are_missing) else "changed"
+        if any(are_missing) and not all(are_missing):
+            word = "deleted or changed"
+        lines.append(
+            f"no resume needs what was {word}; {command} makes the manifest say what is there"
+        )
+    if other_names:
+        object_word = verb(len(other_names), "it", "them")
+        lines.append(
+            f"no resume needs {some(other_names)}; bring {object_word} back, or delete "
+            f"{object_word}, after which {command} takes {object_word} off the manifest"
+        )
 
-    return (
-        f"no resume needs what was {word}; ckpt doctor {checkpoint.folder.parent} --fix makes the "
-        "manifest say what is there"
-    )
+    return lines
+
+
+def _is_recordable(checkpoint: RunCheckpoint, name: str) -> bool:
+    """Whether ``ckpt doctor --fix`` makes the manifest say of a file what it is now."""
+    manifest = checkpoint.manifest
+    if manifest is None or manifest.nodes > 1:
+        return False
+    if name in (*checkpoint.deleted, *checkpoint.changed):
+        return True
+    return may_be_edited(checkpoint.folder, name, manifest.files[name])
+
+
+def may_be_edited(folder: Path, name: str, file: FileRecord) -> bool:
+    """Whether somebody may have edited a file without a change of its size: it is small, and newer
+    than the manifest. Weights are not edited, but replaced by those of something else."""
+    if file.size > LARGE or is_weights(name):
+        return False
+    try:
+        return (folder / name).stat().st_mtime_ns > (folder / MANIFEST).stat().st_mtime_ns
+    except OSError:
+        return False
 
 
 def states(folder: Path, tag: str | None = None) -> tuple[str | None, str | None]:

@@ -408,6 +408,31 @@ def test_what_was_deleted_by_hand_is_taken_off_the_manifest(
     assert found(out) == {}
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])
+def test_a_file_that_fix_does_not_record_is_deleted_first_as_verify_says(
+    name: str, out: Run, later: Later, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = out.checkpoints()[-1].folder
+    data = bytearray((newest / name).read_bytes())
+    data[-5] ^= 1
+    (newest / name).write_bytes(data)
+    is_weights = name == "model.safetensors"
+    seconds = (newest / "manifest.json").stat().st_mtime + (5 if is_weights else -5)
+    os.utime(newest / name, (seconds, seconds))  # weights of another step, or a copy that is older
+    later()
+    run("doctor", out.path, "--fix")
+    run("verify", newest, "--data", code=1)
+    printed = capsys.readouterr().out
+    command = f"ckpt doctor {out.path} --fix"
+    assert f"needs {name}; bring it back, or delete it, after which {command} takes it" in printed
+    assert "no resume needs what was changed" not in printed
+
+    (newest / name).unlink()
+    later()
+    run("doctor", out.path, "--fix")
+    run("verify", newest, "--data")
+
+
 @pytest.mark.parametrize("is_longer", [True, False])
 def test_an_edited_tokenizer_does_not_unmake_a_checkpoint(
     is_longer: bool, out: Run, later: Later, capsys: pytest.CaptureFixture[str]

@@ -19,10 +19,11 @@ from ckpt.runs import digests, engines
 from ckpt.runs import manifest as manifests
 from ckpt.runs.foreign import intact_files
 from ckpt.runs.manifest import FileRecord, Manifest
-from ckpt.runs.recognition import is_spare, is_weights
+from ckpt.runs.recognition import is_spare
 from ckpt.runs.run import RunCheckpoint
 from ckpt.runs.states.status import subjectless
 from ckpt.runs.upkeep import slim
+from ckpt.runs.verify import may_be_edited
 from converters.errors import CheckpointError, unreadable
 
 _STATE = (*slim.RESUME_ONLY, "trainer_state.json", "scaler.pt", "optimizer*")
@@ -60,13 +61,10 @@ def changed_files(checkpoint: RunCheckpoint) -> tuple[str, ...]:
 
 def _is_edited(folder: Path, name: str, file: FileRecord) -> bool:
     """Whether a small file has other bytes of the same number."""
-    path, manifest_path = folder / name, folder / filenames.MANIFEST
-    if file.size > digests.LARGE or is_weights(name):
+    if not may_be_edited(folder, name, file):
         return False
     try:
-        if path.stat().st_mtime_ns <= manifest_path.stat().st_mtime_ns:
-            return False
-        difference = digests.unlike(path, file, True, digests.quiet)
+        difference = digests.unlike(folder / name, file, True, digests.quiet)
     except OSError:
         return False
 

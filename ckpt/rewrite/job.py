@@ -31,7 +31,7 @@ from ckpt.runs.ancestry import Ancestry
 from ckpt.runs.foreign import replaceable
 from ckpt.runs.manifest import Manifest
 from ckpt.weights.arguments import naming_arguments
-from ckpt.weights.companions import model_folder
+from ckpt.weights.companions import model_folder, replaced_folder
 from converters.execute import replicas, shards, small_files
 from converters.execute.logbook import Logbook
 from converters.lazy_pattern import LazyPattern
@@ -226,6 +226,12 @@ def _require_place(rewriting: Rewriting, overwrite: bool) -> None:
     protected_folders = [folder.resolve(), home, *home.parents]
     staging.require_place(rewriting.output, protected_folders, overwrite)
     replaceable.require_replaceable(rewriting.output)
+    written_names = {
+        *(shard.filename for shard in rewriting.plan.shards),
+        *(name for _, name in rewriting.companions),
+        *(rewriting.pointer, filenames.MANIFEST, filenames.REWRITING, filenames.PINNED),
+    }
+    replaced_folder.require_replaceable_files(rewriting.output, written_names)
 
 
 def run(rewriting: Rewriting, **options: Any) -> dict[str, Any]:

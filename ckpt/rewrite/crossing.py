@@ -100,6 +100,8 @@ def execute(
     """
     output, plan = crossing.output, crossing.plan
     _require_place(crossing, overwrite)
+    if verify:
+        records.require_one_save(crossing.source)
     with (
         staging.as_output_error(output),
         locks.reading(crossing.source.place.folder),

@@ -173,14 +173,16 @@ def execute(
 ) -> RewriteResult:
     """Makes the output folder, all at once, and returns what was made and proven.
 
-    ``verify`` compares the CRC32s of what is read; ``read_back`` reads the finished
-    files and compares theirs. That every element is where it belongs is proven in any
-    case, from the finished files. ``CheckpointError`` if something is wrong; then
-    nothing is left that looks finished.
+    ``verify`` compares the CRC32s of what is read, and a sample of the 16-bit weights with
+    the fp32 ones; ``read_back`` reads the finished files and compares theirs. That every
+    element is where it belongs is proven in any case, from the finished files.
+    ``CheckpointError`` if something is wrong; then nothing is left that looks finished.
     """
     output, plan = rewriting.output, rewriting.plan
     folder = rewriting.checkpoint.place.folder
     _require_place(rewriting, overwrite)
+    if verify:
+        records.require_one_save(rewriting.source)
     with (
         staging.as_output_error(output),
         locks.reading(folder),

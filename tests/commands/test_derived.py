@@ -464,3 +464,13 @@ def test_a_step_without_a_manifest_means_what_fits_the_training(
     command("reshard", tmp_path / "checkpoint-2", "--world-size", "1")
     assert target.interpret(tmp_path, "2", Topology(2, ranks).fits) == ("checkpoint", name)
     assert target.interpret(tmp_path, "2", None) == ("checkpoint", "checkpoint-2")
+
+
+def test_doctor_has_nothing_against_one_whose_original_was_slimmed_since(tmp_path: Path) -> None:
+    folder = saved(tmp_path).folder
+    command("reshard", folder, "--world-size", "1")
+    command("reshard", folder, "--world-size", "4")
+    command("slim", folder, "--force")
+    run = Run(tmp_path)
+    mend(run)
+    assert diagnose(run).findings == ()

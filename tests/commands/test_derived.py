@@ -474,3 +474,19 @@ def test_doctor_has_nothing_against_one_whose_original_was_slimmed_since(tmp_pat
     run = Run(tmp_path)
     mend(run)
     assert diagnose(run).findings == ()
+
+
+def test_weights_made_beside_the_checkpoints_are_listed_and_never_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock(tmp_path)
+    command("to-fp32", tmp_path / "checkpoint-2")
+    (tmp_path / "notes").mkdir()
+    told = rows(tmp_path, capsys)
+    assert list(told) == ["checkpoint-2-fp32", "checkpoint-2"]  # the newest is the last
+    assert told["checkpoint-2-fp32"]["step"] == 2
+    assert told["checkpoint-2-fp32"]["origin"] == "weights made from global_step2 of step 2"
+    assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-2")
+
+    command("ls", tmp_path / "checkpoint-2")
+    command("ls", tmp_path / "checkpoint-2-fp32", code=1)

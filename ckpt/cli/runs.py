@@ -42,14 +42,18 @@ def ls(run: Path, as_json: bool) -> None:
     from ckpt.runs import user_paths
     from ckpt.runs.lease import watch
     from ckpt.runs.run import Run
+    from ckpt.runs.states import listing as listings
     from ckpt.runs.states import trainings
+    from ckpt.runs.states.status import statuses_of
 
     statuses = statuses_at(run)
     folder = statuses[0].checkpoint.folder.parent if statuses else run
+    models = listings.models_beside(run, [status.checkpoint for status in statuses])
+    rows = listings.ordered([*statuses, *statuses_of(models, wait=False)])
     if (writer := watch.describe(folder)) is not None:
         click.echo(f"ckpt: {folder}: {writer}", err=True)
 
-    result = listing.facts(Run(folder), statuses)
+    result = listing.facts(Run(folder), rows)
     notices = [] if statuses else user_paths.absence(run, user_paths.EITHER)
     notices += [f"ckpt: {line}" for line in trainings.order_remarks(statuses, folder)]
     planned.show(Output(result, listing.lines(result.checkpoints), notices), as_json)

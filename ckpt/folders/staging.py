@@ -96,10 +96,31 @@ def require_place(
             "output",
         )
 
+    _require_nobodys_place(output)
     overwrite = overwrite or is_arriving(output)  # what a crash of this command left
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise CheckpointError(
             f"{output} exists already; {OVERWRITE} replaces it, {OUTPUT} names another folder",
+            "output",
+        )
+
+
+def _require_nobodys_place(output: Path) -> None:
+    """``CheckpointError`` where somebody works: in the working directory, or a git work tree."""
+    place = output.resolve()
+    working_directory = Path.cwd().resolve()
+    if place == working_directory or place in working_directory.parents:
+        relation = "is" if place == working_directory else "holds"
+        raise CheckpointError(
+            f"{output} {relation} the working directory, which the output would replace; name "
+            f"a folder inside of it with {OUTPUT}",
+            "output",
+        )
+
+    if os.path.lexists(output / ".git"):
+        raise CheckpointError(
+            f"{output} is a git work tree, which the output would replace; name another folder "
+            f"with {OUTPUT}",
             "output",
         )
 

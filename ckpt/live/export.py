@@ -24,7 +24,7 @@ from ckpt.live import shards
 from ckpt.runs.foreign import replaceable
 from ckpt.version import __version__
 from ckpt.weights.arguments import shard_bytes
-from ckpt.weights.companions import model_folder
+from ckpt.weights.companions import model_folder, replaced_folder
 from ckpt.weights.companions.surroundings import config_text
 from ckpt.weights.conversion import task
 from ckpt.weights.naming import ties
@@ -65,7 +65,7 @@ class Job:
             with ranks.step() as step:
                 model_inventory, plan, tied_mode = self.planned(max_shard_size)
                 if not ranks.rank:
-                    _require_place(output, overwrite)
+                    _require_place(output, plan, overwrite)
                 step.value = plan.digest()
 
             folder = staging.folder_for(output)
@@ -322,15 +322,18 @@ def _cast(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return converted
 
 
-def _require_place(output: Path, overwrite: bool) -> None:
+def _require_place(output: Path, plan: Plan, overwrite: bool) -> None:
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise CheckpointError(
             f"{output} exists already; pass overwrite=True or name another folder",
             "output",
         )
 
-    staging.require_place(output, [Path.cwd(), *Path.cwd().parents], overwrite)
+    staging.require_place(output, [], overwrite)
     replaceable.require_replaceable(output)
+    written_names = {CONVERSION, "config.json", "generation_config.json"}
+    written_names |= {shard.filename for shard in plan.shards}
+    replaced_folder.require_replaceable_files(output, written_names)
 
 
 def _require_same(digests: list[str]) -> None:

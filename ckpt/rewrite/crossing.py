@@ -25,6 +25,7 @@ from ckpt.runs import user_paths
 from ckpt.runs.ancestry import Ancestry
 from ckpt.runs.foreign import replaceable
 from ckpt.weights.arguments import naming_arguments
+from ckpt.weights.companions import replaced_folder
 from converters.execute import replicas, shards
 from converters.execute.logbook import Logbook
 from converters.plan import Plan
@@ -99,6 +100,8 @@ def execute(
     """
     output, plan = crossing.output, crossing.plan
     _require_place(crossing, overwrite)
+    if verify:
+        records.require_one_save(crossing.source)
     with (
         staging.as_output_error(output),
         locks.reading(crossing.source.place.folder),
@@ -140,6 +143,12 @@ def _require_place(crossing: Crossing, overwrite: bool) -> None:
     user_paths.require_outside(crossing.output, [crossing.path, folder])
     staging.require_place(crossing.output, [folder.resolve(), home, *home.parents], overwrite)
     replaceable.require_replaceable(crossing.output)
+    written_names = {
+        *(shard.filename for shard in crossing.plan.shards),
+        *(name for _, name in crossing.companions),
+        *("latest", filenames.REWRITING),
+    }
+    replaced_folder.require_replaceable_files(crossing.output, written_names)
 
 
 def _move(

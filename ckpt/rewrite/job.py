@@ -31,7 +31,7 @@ from ckpt.runs.ancestry import Ancestry
 from ckpt.runs.foreign import replaceable
 from ckpt.runs.manifest import Manifest
 from ckpt.weights.arguments import naming_arguments
-from ckpt.weights.companions import model_folder
+from ckpt.weights.companions import model_folder, replaced_folder
 from converters.execute import replicas, shards, small_files
 from converters.execute.logbook import Logbook
 from converters.lazy_pattern import LazyPattern
@@ -173,14 +173,16 @@ def execute(
 ) -> RewriteResult:
     """Makes the output folder, all at once, and returns what was made and proven.
 
-    ``verify`` compares the CRC32s of what is read; ``read_back`` reads the finished
-    files and compares theirs. That every element is where it belongs is proven in any
-    case, from the finished files. ``CheckpointError`` if something is wrong; then
-    nothing is left that looks finished.
+    ``verify`` compares the CRC32s of what is read, and a sample of the 16-bit weights with
+    the fp32 ones; ``read_back`` reads the finished files and compares theirs. That every
+    element is where it belongs is proven in any case, from the finished files.
+    ``CheckpointError`` if something is wrong; then nothing is left that looks finished.
     """
     output, plan = rewriting.output, rewriting.plan
     folder = rewriting.checkpoint.place.folder
     _require_place(rewriting, overwrite)
+    if verify:
+        records.require_one_save(rewriting.source)
     with (
         staging.as_output_error(output),
         locks.reading(folder),
@@ -226,6 +228,12 @@ def _require_place(rewriting: Rewriting, overwrite: bool) -> None:
     protected_folders = [folder.resolve(), home, *home.parents]
     staging.require_place(rewriting.output, protected_folders, overwrite)
     replaceable.require_replaceable(rewriting.output)
+    written_names = {
+        *(shard.filename for shard in rewriting.plan.shards),
+        *(name for _, name in rewriting.companions),
+        *(rewriting.pointer, filenames.MANIFEST, filenames.REWRITING, filenames.PINNED),
+    }
+    replaced_folder.require_replaceable_files(rewriting.output, written_names)
 
 
 def run(rewriting: Rewriting, **options: Any) -> dict[str, Any]:

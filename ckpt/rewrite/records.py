@@ -16,12 +16,20 @@ from pathlib import Path
 from ckpt.folders import filenames
 from ckpt.runs import manifest as manifests
 from ckpt.runs.ancestry import Ancestry, Record, record_in
+from ckpt.runs.foreign import value_samples
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import require_read
+from ckpt.runs.verify import changes_since_commit
 from ckpt.version import __version__
 from converters.errors import CheckpointError
+from converters.options import NO_VERIFY
+from converters.source import Source
 from converters.storage import local
+from converters.storage.store import is_url
+from converters.zero import checkpoint as zero
+from converters.zero import weights_16bit
 from converters.zero.native.target import TargetTopology
+from converters.zero.universal.reader import Universal
 
 
 def source_manifest(home: Path, tag_name: str) -> Manifest | None:
@@ -113,3 +121,31 @@ def write_manifest(folder: Path, manifest: Manifest, name: str) -> None:
 def _digest(path: Path) -> manifests.FileRecord:
     with local.named(path):
         return manifests.digest(path)
+
+
+def require_one_save(source: Source | Universal) -> None:
+    """``CheckpointError`` where the files of a source are proven to be of two saves.
+
+    By the digests in its manifest, if it has one, and by the values of what is stored twice.
+    """
+    if isinstance(source, zero.Checkpoint):
+        _require_unchanged(source.place.root, source.place.tag)
+    if isinstance(source, zero.Checkpoint) and source.ranks:
+        value_samples.require_same(
+            source,
+            f"{weights_16bit.disagreement(source)}; bring back the files of one save, or write "
+            f"them as they are with {NO_VERIFY}",
+        )
+
+
+def _require_unchanged(home: Path, tag_name: str) -> None:
+    """``CheckpointError`` where state files were written anew since they were committed."""
+    manifest = None if is_url(home) else source_manifest(home, tag_name)
+    if manifest is None:
+        return
+
+    for name, difference in changes_since_commit(home, manifest, f"{tag_name}/").items():
+        raise CheckpointError(
+            f"{home / name} was changed since the checkpoint was committed: {difference}; bring "
+            f"back the file, or write what is there with {NO_VERIFY}"
+        )

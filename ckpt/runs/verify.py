@@ -11,11 +11,21 @@ from ckpt.folders.filenames import MANIFEST
 from ckpt.runs import engines
 from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import later_save
-from ckpt.runs.digests import LARGE, MISSING, FileRecord, Progress, quiet
-from ckpt.runs.recognition import is_weights
+from ckpt.runs.digests import (
+    LARGE,
+    MISSING,
+    FileRecord,
+    Progress,
+    quiet,
+    unlike_without_records,
+)
+from ckpt.runs.manifest import Manifest
+from ckpt.runs.recognition import is_spare, is_weights
 from ckpt.runs.run import RunCheckpoint
 from converters.errors import CheckpointError
 from converters.words import counted, some, verb
+
+_SLACK = 2.0  # seconds that a clock, or a network, may be off
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +58,8 @@ def verify(
 ) -> Verification:
     """Checks every file's size, or with ``data`` every byte, and that the state files fit together.
 
+    Without ``data`` what was written anew since the manifest is found, too.
+
     Of a checkpoint without a manifest only the latter, and it never counts as whole.
     """
     manifest = checkpoint.manifest
@@ -58,6 +70,9 @@ def verify(
 
     with locks.reading(checkpoint.folder):
         differences = manifests.differences(checkpoint.folder, manifest, data, progress)
+        if not data:
+            rewritten_files = changes_since_commit(checkpoint.folder, manifest)
+            differences = {**rewritten_files, **differences}
         problems = [f"{name}: {what}" for name, what in differences.items()]
         if (later_finding := later_save(checkpoint.folder, manifest)) is not None:
             problems.insert(0, later_finding)
@@ -82,6 +97,38 @@ def verify(
 
     spared_lines = tuple(f"{name}: {differences[name]}" for name in spared_names)
     return Verification(checkpoint, tuple(problems), tuple(proven), spared_lines)
+
+
+def changes_since_commit(folder: Path, manifest: Manifest, within: str = "") -> dict[str, str]:
+    """How the files differ that were written anew since the manifest was, in a folder ``within``.
+
+    Every torch zip is looked at, by its directory; another file only where its times are
+    later than the manifest's, and then by all of its bytes. So times accuse nobody: after a
+    copy, which changes them all, every file still has its digest. Weights that no resume
+    needs are left out.
+    """
+    committed_at = _changed_at(folder / MANIFEST) + _SLACK
+    differences = {}
+    for name, record in manifest.files.items():
+        path = folder / name
+        if is_spare(name) or not name.startswith(within):
+            continue
+        try:
+            if record.kind != "zip" and _changed_at(path) <= committed_at:
+                continue
+            difference = unlike_without_records(path, record)
+        except OSError as error:
+            difference = str(error.strerror)
+        if difference is not None:
+            differences[name] = difference
+
+    return differences
+
+
+def _changed_at(path: Path) -> float:
+    """When a file or its inode was changed last, in seconds since 1970."""
+    status = path.stat()
+    return max(status.st_mtime, status.st_ctime)
 
 
 def _spared_lines(

@@ -117,3 +117,18 @@ def test_what_differs_is_no_copy(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "stable").symlink_to("checkpoint-8")
     told = origins(tmp_path, capsys)
     assert told == {"best": None, "checkpoint-8": None, "stable": "link to checkpoint-8"}
+
+
+def test_a_copy_under_the_number_of_a_later_step_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = stock(tmp_path, 6)
+    copied(original, "checkpoint-8")
+    assert origins(tmp_path, capsys) == {
+        "checkpoint-8": "copy of checkpoint-6",
+        original.name: None,
+    }
+    assert ckpt.find(tmp_path) == str(original)
+
+    renamed = original.rename(tmp_path / "checkpoint-7")  # both have another number then
+    assert ckpt.find(tmp_path) in (str(renamed), str(tmp_path / "checkpoint-8"))

@@ -21,6 +21,7 @@ from ckpt.runs.ancestry import Ancestry, Record
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.retention import Retention
 from ckpt.runs.run import Run, RunCheckpoint, leading, open_checkpoint, original_of
+from ckpt.runs.states import target
 from ckpt.runs.states.offer_order import newest_first
 from ckpt.runs.states.offers import Offers
 from ckpt.runs.upkeep import adoption
@@ -452,3 +453,40 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
 
     sealed = Manifest(2, "tag", "full", "cd" * 16, 1.0, 2, 2, source=record.source)
     assert manifest.loads(sealed.dumps(), path).source == record.source
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(1, "checkpoint-2-w1"), (2, "checkpoint-2")])
+def test_a_step_without_a_manifest_means_what_fits_the_training(
+    ranks: int, name: str, tmp_path: Path
+) -> None:
+    """As a callback asks for it, which the Trainer does not tell what it loads."""
+    stock(tmp_path)
+    command("reshard", tmp_path / "checkpoint-2", "--world-size", "1")
+    assert target.interpret(tmp_path, "2", Topology(2, ranks).fits) == ("checkpoint", name)
+    assert target.interpret(tmp_path, "2", None) == ("checkpoint", "checkpoint-2")
+
+
+def test_doctor_has_nothing_against_one_whose_original_was_slimmed_since(tmp_path: Path) -> None:
+    folder = saved(tmp_path).folder
+    command("reshard", folder, "--world-size", "1")
+    command("reshard", folder, "--world-size", "4")
+    command("slim", folder, "--force")
+    run = Run(tmp_path)
+    mend(run)
+    assert diagnose(run).findings == ()
+
+
+def test_weights_made_beside_the_checkpoints_are_listed_and_never_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock(tmp_path)
+    command("to-fp32", tmp_path / "checkpoint-2")
+    (tmp_path / "notes").mkdir()
+    told = rows(tmp_path, capsys)
+    assert list(told) == ["checkpoint-2-fp32", "checkpoint-2"]  # the newest is the last
+    assert told["checkpoint-2-fp32"]["step"] == 2
+    assert told["checkpoint-2-fp32"]["origin"] == "weights made from global_step2 of step 2"
+    assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-2")
+
+    command("ls", tmp_path / "checkpoint-2")
+    command("ls", tmp_path / "checkpoint-2-fp32", code=1)

@@ -27,7 +27,7 @@ def test_an_output_that_exists_is_refused_by_the_dry_run_too(
 ) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    (output / "file").touch()
+    (output / "model.safetensors").touch()
 
     errors = []
     for options in ([], ["--dry-run"]):
@@ -37,7 +37,7 @@ def test_an_output_that_exists_is_refused_by_the_dry_run_too(
     assert errors[0] == errors[1]
 
     run(*command, CHECKPOINT, "-o", output, "--dry-run", "--overwrite")
-    assert os.listdir(tmp_path) == ["out"] and os.listdir(output) == ["file"]
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(output) == ["model.safetensors"]
 
 
 def test_an_output_that_cannot_be_made_is_refused_by_the_dry_run_too(

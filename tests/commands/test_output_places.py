@@ -107,3 +107,77 @@ def test_no_output_replaces_what_a_training_saved(
 
     for options in ([], ["--overwrite"]):  # what ckpt made is made again
         run(*command, tmp_path / "checkpoint-2", "-o", tmp_path / "mine", *options)
+
+
+@pytest.mark.parametrize("options", [["--overwrite"], ["--overwrite", "--dry-run"]])
+def test_a_folder_with_files_of_the_user_is_not_replaced(
+    command: list[str], options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor one of a model, where they lie beside the weights or deep in it."""
+    run("to-fp32", SOURCE, "-o", tmp_path / "model")
+    run(*command, SOURCE, "-o", tmp_path / "again")
+    for folder in ("project", "model", "again"):
+        (tmp_path / folder / "data").mkdir(parents=True)
+        (tmp_path / folder / "train.py").write_text("print()")
+        (tmp_path / folder / "data/corpus.jsonl").write_text("{}")
+    (tmp_path / "only-a-card").mkdir()
+    (tmp_path / "only-a-card/README.md").write_text("mine")
+    before = everything(tmp_path)
+    capsys.readouterr()
+
+    for folder in ("project", "model", "again"):
+        run(*command, SOURCE, "-o", tmp_path / folder, *options, code=1)
+        message = capsys.readouterr().err
+        assert "not made by ckpt: data/corpus.jsonl, train.py; the output would" in message
+    run(*command, SOURCE, "-o", tmp_path / "only-a-card", *options, code=1)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_the_working_directory_is_not_replaced(
+    command: list[str],
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "project/inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / ("project" if name == "." else "project/inner"))
+    run(*command, SOURCE, "-o", tmp_path / "project", "--overwrite", code=1)
+    assert "the working directory, which the output would replace" in capsys.readouterr().err
+    run(*command, SOURCE, "-o", name, "--overwrite", code=1)
+    assert everything(tmp_path) == {tmp_path / "project", tmp_path / "project/inner"}
+
+
+def test_a_git_work_tree_is_not_replaced(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("to-fp32", SOURCE, "-o", tmp_path / "model")
+    (tmp_path / "model/.git").mkdir()
+    run(*command, SOURCE, "-o", tmp_path / "model", "--overwrite", code=1)
+    assert "is a git work tree" in capsys.readouterr().err
+
+
+def test_what_a_model_has_and_what_ckpt_made_is_replaced(
+    command: list[str], tmp_path: Path
+) -> None:
+    """A downloaded model, and outputs of other numbers of ranks and of other commands."""
+    model = tmp_path / "model"
+    (model / ".cache/huggingface/download").mkdir(parents=True)
+    (model / ".cache/huggingface/download/config.json.metadata").touch()
+    for name in ("config.json", "tokenizer.json", "README.md", "pytorch_model.bin"):
+        (model / name).write_text("{}")
+    run("reshard", SOURCE, "--world-size", "5", "-o", tmp_path / "five")
+    run("to-universal", SOURCE, "-o", tmp_path / "universal")
+    run("to-dcp", SOURCE, "-o", tmp_path / "dcp", "--layout", "accelerate")
+    for name in ("model", "five", "universal", "dcp"):
+        run(*command, SOURCE, "-o", tmp_path / name, "--overwrite")
+
+
+def test_a_rewritten_folder_that_a_training_saved_into_is_not_replaced(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("reshard", SOURCE, "--world-size", "1", "-o", tmp_path / "one")
+    shutil.copytree(SOURCE / "global_step2", tmp_path / "one/global_step8")
+    run(*command, SOURCE, "-o", tmp_path / "one", "--overwrite", code=1)
+    assert "global_step8/" in capsys.readouterr().err

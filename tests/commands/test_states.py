@@ -515,3 +515,21 @@ def test_a_file_of_the_torch_format_without_checksums_is_counted_as_such(tmp_pat
     torch.save({"last_epoch": 4}, path, _use_new_zipfile_serialization=False)
     bare = {entry.name: entry.nbytes for entry in checksums.of_files(folder).bare}
     assert bare["scheduler.pt"] == path.stat().st_size
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100])
+def test_weights_that_no_resume_reads_are_named_with_the_remedy(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stock(tmp_path, 6)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(content)
+    for command in ("latest", "verify", "doctor"):
+        run(command, tmp_path, code=1)
+        printed = capsys.readouterr()
+        remedy = "no resume reads model.safetensors: bring it back, or delete it"
+        assert remedy in printed.out + printed.err, command
+
+    weights.unlink()
+    assert ckpt.find(tmp_path) == str(folder)
+    run("doctor", tmp_path, "--adopt")

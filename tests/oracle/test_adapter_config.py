@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -314,3 +315,16 @@ def test_a_pattern_takes_no_exponential_time() -> None:
 def test_a_pattern_that_is_not_read_is_an_error(pattern: str) -> None:
     with pytest.raises(CheckpointError, match="is not read"):
         patterns.matches(pattern, "a")
+
+
+@pytest.mark.parametrize(
+    ("kind", "example"),
+    [("LORA", ", such as lora_alpha:"), ("IA3", ", such as feedforward_modules:"), (None, ":")],
+)
+def test_what_no_tensor_holds_is_of_the_kind(
+    kind: str | None, example: str, tmp_path: Path
+) -> None:
+    shown = dataclasses.replace(seen(), peft_type=kind)
+    with pytest.raises(CheckpointError) as raised:
+        found(place(tmp_path), shown=shown)
+    assert f"no tensor holds the values of that file{example} name the file" in str(raised.value)

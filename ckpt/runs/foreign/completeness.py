@@ -21,6 +21,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -218,9 +219,7 @@ def _of_trainer(folder: Path, entry_names: set[str]) -> Proof:
         RNG,
     )
     rng_ranks = rng_ranks or int("rng_state.pth" in entry_names)
-    for name in sorted(entry_names):
-        if (folder / name).is_file() and not _is_tools_own(name):
-            intact_files.require_file(folder / name)
+    intact_files.require_files(folder, filterfalse(_is_tools_own, entry_names), has_tag(folder))
 
     if has_tag(folder):
         if "optimizer.pt" in entry_names:
@@ -275,9 +274,7 @@ def _of_accelerate(folder: Path, entry_names: set[str]) -> Proof:
     intact_files.require_all_ranks(
         folder, [folder / entry_name for entry_name in entry_names], RANDOM
     )
-    for entry_name in sorted(entry_names):
-        if (folder / entry_name).is_file() and not _is_tools_own(entry_name):
-            intact_files.require_file(folder / entry_name)
+    intact_files.require_files(folder, filterfalse(_is_tools_own, entry_names), has_tag(folder))
 
     if has_tag(folder):
         return _of_deepspeed(folder, "Accelerate with DeepSpeed")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.runs.manifest import is_inside
+from ckpt.runs.recognition import is_spare
 from converters.errors import CheckpointError
 from converters.formats import safetensors
 from converters.storage import bounded_json, open_files
@@ -45,6 +46,29 @@ def require_file(path: Path) -> None:
         require_torch_file(path)
     elif path.suffix == ".json":
         read_json(path)
+
+
+def require_files(folder: Path, names: Iterable[str], is_deepspeeds: bool) -> None:
+    """``CheckpointError`` for a file of these that was cut short, with the remedy if it is spare.
+
+    Where DeepSpeed saved (``is_deepspeeds``) no resume reads the weights beside its files, and
+    a checkpoint without them is complete: transformers 5.23 (``trainer.py: train``) loads them
+    for other trainings alone.
+    """
+    for name in sorted(names):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            require_file(path)
+        except CheckpointError as error:
+            if not is_deepspeeds or not is_spare(name):
+                raise
+            raise CheckpointError(
+                f"{error}; where DeepSpeed saved, no resume reads {name}: bring it back, or "
+                "delete it, and the rest counts as it is",
+                error.kind,
+            ) from error
 
 
 def require_torch_file(path: Path) -> Any:

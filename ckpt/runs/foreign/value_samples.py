@@ -13,12 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from converters.errors import CheckpointError
 from converters.formats import gathered_16bit
+from converters.names.selection import proving
 from converters.source import Source
+from converters.storage.checksums import Ledger
 from converters.tensors import DType, TensorRef, Weights
 from converters.zero.checkpoint import Checkpoint
 
 _PLACES = 64  # in a file, at most
+_MANY_PLACES = 2048  # where all bytes are read anyway: 3 MiB of a file
 _NUMBERS = 256  # that are compared in each place
 
 
@@ -57,6 +61,27 @@ def compare(source: Source) -> SampleComparison:
     return _compared(weights)
 
 
+def require_same(source: Source, remedy: str) -> None:
+    """``CheckpointError`` where the model file of DeepSpeed holds other values than the states.
+
+    Of each file half a million numbers are compared, at both ends and in the middle of every
+    run of bytes, so that no file of another save passes whose values are others. ``remedy``
+    says what to do; a damaged record is told as that.
+    """
+    weights = source.weights
+    contradiction = _compared(weights, _MANY_PLACES).contradiction
+    if contradiction is None:
+        return
+
+    name, value_path, copy_path = contradiction
+    refs = (weights.tensors[name], weights.copies[name])
+    Ledger().check(proving(refs, weights.checksums))
+    raise CheckpointError(
+        f"{copy_path} holds other values of {name} than {value_path}, whose weights do not round "
+        f"to them: {remedy}"
+    )
+
+
 def compare_beside(checkpoint: Checkpoint) -> SampleComparison:
     """The same with the weights that a trainer saved beside DeepSpeed's files.
 
@@ -83,12 +108,12 @@ def other_precisions(precision: str | None) -> frozenset[DType]:
     return frozenset(own_types.values()) - {own_types[precision]}
 
 
-def _compared(weights: Weights) -> SampleComparison:
+def _compared(weights: Weights, places: int = _PLACES) -> SampleComparison:
     """The first contradiction between weights and their copies, in a sample."""
     from converters import cast  # which needs numpy, and most commands compare nothing
 
     paths: set[Path] = set()
-    for sample in _samples(weights):
+    for sample in _samples(weights, places):
         if not cast.rounds_to(sample.value, sample.copy):
             return SampleComparison(frozenset(paths), (sample.name, *sample.paths))
         paths.update(sample.paths)
@@ -96,8 +121,8 @@ def _compared(weights: Weights) -> SampleComparison:
     return SampleComparison(frozenset(paths))
 
 
-def _samples(weights: Weights) -> Iterator[_Sample]:
-    """Numbers at the beginning of runs of bytes, of runs all over each file."""
+def _samples(weights: Weights, places: int) -> Iterator[_Sample]:
+    """Numbers in so many places of each file, all over it."""
     samples = [
         sample
         for name, copy in weights.copies.items()
@@ -108,14 +133,15 @@ def _samples(weights: Weights) -> Iterator[_Sample]:
     passed_counts: Counter[Path] = Counter()
     for sample in samples:
         path = sample.paths[0]
-        interval = -(-totals[path] // _PLACES)
+        interval = -(-totals[path] // places)
         if passed_counts[path] % interval == 0:
             yield sample
         passed_counts[path] += 1
 
 
 def _at_each_run(name: str, value: TensorRef, copy: TensorRef) -> Iterator[_Sample]:
-    """The first numbers of each run of bytes of a tensor; a run is a rank's, as a rule."""
+    """Numbers at both ends and in the middle of each run of bytes of a tensor; a run is a
+    rank's, as a rule."""
     if value.extents.scattered or copy.extents.scattered or not value.dtype.floating:
         return
 
@@ -123,6 +149,8 @@ def _at_each_run(name: str, value: TensorRef, copy: TensorRef) -> Iterator[_Samp
     for extent in value.extents:
         length = extent.length // value.dtype.itemsize
         count = min(length, _NUMBERS)
-        if count:
-            yield _Sample(name, value.narrow(start, count), copy.narrow(start, count))
+        last = length - count
+        for offset in sorted({0, last // 2, last}) if count else ():
+            part = (start + offset, count)
+            yield _Sample(name, value.narrow(*part), copy.narrow(*part))
         start += length

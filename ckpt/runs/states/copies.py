@@ -1,8 +1,9 @@
 """Which checkpoints of a run are copies by hand of others (``cp -r``), or links to them.
 
     committed    its manifest is of the save of the other one, and of another name than its folder
-    complete     its name is none that a trainer gives, and the files that a resume reads are
-                 those of one with such a name: by names, sizes, and the CRC32s in torch zips
+    complete     its name is none that a trainer gives, or its number is not the Trainer's step,
+                 and the files that a resume reads are those of one with such a name: by names,
+                 sizes, and the CRC32s in torch zips
 
 A copy is as good as its original, and is never taken in its place.
 """
@@ -15,8 +16,9 @@ from pathlib import Path
 from ckpt.runs import digests
 from ckpt.runs import manifest as manifests
 from ckpt.runs.foreign import signs
-from ckpt.runs.recognition import is_set_aside
+from ckpt.runs.recognition import is_numbered, is_set_aside, step_in
 from ckpt.runs.run import RunCheckpoint, original_of
+from converters.detect.filenames import TRAINER_STATE
 from converters.storage import local
 
 _MAX_READ = 1 << 20  # bytes of a file that has no CRC32s, from each end
@@ -66,8 +68,20 @@ def _may_be_copy(checkpoint: RunCheckpoint) -> bool:
         return not checkpoint.original
 
     is_judged = checkpoint.why == manifests.ABSENT and checkpoint.record is None
+    if is_judged and is_numbered(checkpoint.folder):  # its number may be made up
+        return _is_of_another_step(checkpoint.folder)
     has_usual_name = signs.is_usual(checkpoint.folder.name) or is_set_aside(checkpoint.folder)
     return is_judged and not has_usual_name
+
+
+def _is_of_another_step(folder: Path) -> bool:
+    """Whether the Trainer says another step than the name: ``cp -r checkpoint-6 checkpoint-8``."""
+    if not (folder / TRAINER_STATE).is_file():
+        return False
+
+    from ckpt.runs.foreign import completeness
+
+    return completeness.step_of(folder) not in (None, step_in(folder.name))
 
 
 def _is_copy(checkpoint: RunCheckpoint, candidate: RunCheckpoint) -> bool:

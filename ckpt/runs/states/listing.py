@@ -15,6 +15,7 @@ from ckpt.folders.filenames import MANIFEST
 from ckpt.runs import manifest as manifests
 from ckpt.runs import user_paths
 from ckpt.runs.checkpoint_folder import RunCheckpoint, open_checkpoint
+from ckpt.runs.conversions import conversion_in
 from ckpt.runs.foreign import signs
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, step_in
 from ckpt.runs.run import Run
@@ -65,6 +66,25 @@ def checkpoints_at(path: Path, weights: str = "") -> list[RunCheckpoint]:
         require_named(path)
 
     return checkpoints or user_paths.checkpoints_at(path, weights)
+
+
+def models_beside(path: Path, checkpoints: Sequence[RunCheckpoint]) -> list[RunCheckpoint]:
+    """The folders of weights that ckpt made of checkpoints, and that lie among those of a run.
+
+    None of these ``checkpoints``, and nothing for a path that is one checkpoint. They are for
+    a list alone: no command takes one for a checkpoint.
+    """
+    path = user_paths.spelt(path)
+    if not checkpoints or is_single(path):
+        return []
+
+    known_folders = {checkpoint.folder for checkpoint in checkpoints}
+    folders = [
+        folder
+        for folder in sorted(path.iterdir())
+        if not folder.name.startswith(".") and folder not in known_folders and folder.is_dir()
+    ]
+    return [candidate(folder) for folder in folders if conversion_in(folder) is not None]
 
 
 def checkpoint_at(path: Path, command: str) -> RunCheckpoint:
@@ -180,6 +200,7 @@ def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
         numbered = is_numbered(checkpoint.folder)
 
         is_saved = checkpoint.source is None or not checkpoint.source.is_rewriting
+        is_saved = is_saved and (has_manifest or checkpoint.conversion is None)
         facts = (has_manifest, status.created, numbered)
 
         is_native = status.proof is None or status.proof.hindrance is None

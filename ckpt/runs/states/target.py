@@ -208,7 +208,7 @@ def _matches(tag: str, checkpoints: Sequence[RunCheckpoint]) -> list[RunCheckpoi
     matches = [
         checkpoint
         for checkpoint in matches
-        if checkpoint.manifest is not None or is_numbered(checkpoint.folder)
+        if (checkpoint.manifest or checkpoint.record) is not None or is_numbered(checkpoint.folder)
     ] or matches
     line_members = members(checkpoints)
     return [

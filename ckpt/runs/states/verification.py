@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from ckpt.folders import locks
 from ckpt.runs import verify as by_manifest
 from ckpt.runs.digests import Progress, quiet
-from ckpt.runs.foreign import liveness
+from ckpt.runs.foreign import liveness, value_samples
 from ckpt.runs.states import checksums
 from ckpt.runs.states.checksums import ChecksumPlan
 from ckpt.runs.states.status import CheckpointStatus
 from ckpt.text import size
-from converters.errors import unreadable
+from converters import detect
+from converters.errors import CheckpointError, unreadable
 from converters.options import SAMPLE, SEED
 from converters.words import counted, some, verb
+from converters.zero import weights_16bit
+from converters.zero.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +157,7 @@ def _complete(planned: VerificationPlan, progress: Progress) -> Verdict:
     if checksum_plan is None:
         return Verdict(status, depth, (), tuple(proven))
 
-    problems = checksums.execute(checksum_plan, progress)
+    problems = [*checksums.execute(checksum_plan, progress), *_unlike_values(status)]
     if planned.look is not None and planned.look != liveness.look(folder):
         problems.append("it changed while it was read: somebody is writing it; try again later")
 
@@ -170,6 +173,20 @@ def _complete(planned: VerificationPlan, progress: Progress) -> Verdict:
         checksum_plan.nbytes,
         checksum_plan.bare_bytes,
     )
+
+
+def _unlike_values(status: CheckpointStatus) -> list[str]:
+    """A line if the model file of DeepSpeed holds other values than its states."""
+    folder = status.checkpoint.folder
+    try:
+        source = detect.read(folder, status.tag) if status.tag is not None else None
+        if isinstance(source, Checkpoint) and source.ranks:
+            value_samples.require_same(source, weights_16bit.disagreement(source))
+    except CheckpointError as error:
+        is_read = error.kind not in ("unsupported", "refused")
+        return [str(error).replace(f"{folder}/", "")] if is_read else []
+
+    return []
 
 
 def _checked_line(checksum_plan: ChecksumPlan, depth: Depth, has_problems: bool) -> str:

@@ -22,7 +22,7 @@ from ckpt.runs import manifest
 from ckpt.runs.ancestry import record_in
 from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.fields import FieldError
-from ckpt.runs.foreign import intact_files, liveness, succession
+from ckpt.runs.foreign import intact_files, liveness, succession, value_samples
 from ckpt.runs.foreign.proofs import Proof
 from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import Manifest
@@ -35,6 +35,8 @@ from converters.errors import CheckpointError
 from converters.source import Source
 from converters.storage import local
 from converters.storage.system import flock
+from converters.zero import weights_16bit
+from converters.zero.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +237,7 @@ def _planned(
         )
     if proof.step is None:
         raise CheckpointError(f"{folder} does not say of which step it is", "incomplete")
+    _require_one_save(source)
 
     file_names = _file_names(folder)
     for file_name in file_names:
@@ -262,6 +265,13 @@ def _planned(
         )
 
     return Adoption(folder, new_manifest)
+
+
+def _require_one_save(source: Source) -> None:
+    """``CheckpointError`` where DeepSpeed's files are of two saves by their values."""
+    if isinstance(source, Checkpoint) and source.ranks:
+        why = weights_16bit.disagreement(source)
+        value_samples.require_same(source, f"{why}; bring back the files of one save")
 
 
 def execute(adoption: Adoption) -> Manifest:

@@ -249,7 +249,7 @@ def _double_findings(checkpoints: Sequence[RunCheckpoint]) -> Iterator[Finding]:
     independent = without_derived(members(checkpoints), checkpoints)
     committed = [checkpoint for checkpoint in independent if checkpoint.original]
     for step, group in groupby(committed, key=lambda checkpoint: checkpoint.step):
-        names = [checkpoint.name for checkpoint in group]
+        names = [checkpoint.name for checkpoint in _of_several_saves(list(group))]
         # several ModelCheckpoints of Lightning, or its save_last, save at one step
         is_lightning = all(name.endswith(".ckpt") for name in names)
         if len(names) > 1 and not is_lightning:
@@ -263,6 +263,27 @@ def _double_findings(checkpoints: Sequence[RunCheckpoint]) -> Iterator[Finding]:
                 f"and {others} are both of step {step}{''.join(origins)}; delete or move one"
             )
             yield Finding(committed[0].folder.with_name(names[-1]), description)
+
+
+def _of_several_saves(group: Sequence[RunCheckpoint]) -> list[RunCheckpoint]:
+    """Without what ckpt made of another one of the group, which may be slimmed by now."""
+    return [
+        checkpoint
+        for checkpoint in group
+        if checkpoint.source is None
+        or not checkpoint.source.is_rewriting
+        or not any(
+            _saves(sibling) & _saves(checkpoint) for sibling in group if sibling is not checkpoint
+        )
+    ]
+
+
+def _saves(checkpoint: RunCheckpoint) -> set[str]:
+    """The save that a checkpoint is of, and those that it was made of."""
+    manifest, source = checkpoint.manifest, checkpoint.source
+    ancestors = [] if source is None else [source, *source.parents]
+    saves = [ancestor.save for ancestor in ancestors]
+    return {save for save in (*saves, manifest and manifest.save) if save}
 
 
 def _stray_findings(

@@ -21,7 +21,7 @@ from ckpt.resuming.continuity import OnMismatch
 from ckpt.resuming.load import loading
 from ckpt.resuming.request import ResumeRequest
 from ckpt.resuming.resume_point import ResumePoint
-from ckpt.runs.run import open_checkpoint
+from ckpt.runs.run import is_run, open_checkpoint
 from ckpt.trainers.hf.resuming import ResumeCallback
 from ckpt.trainers.hf.trainer_state import loop_of
 
@@ -83,6 +83,8 @@ class TrainerResume:
 
     def finish(self) -> None:
         """Applies overridden options when all is loaded, the scheduler too, and logs the table."""
+        if self.callback is not None and not is_run(self.path):
+            self.callback.loaded_folder = self.path
         comparison = self.comparison
         if comparison is None:
             return

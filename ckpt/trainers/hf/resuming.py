@@ -33,7 +33,7 @@ from ckpt.resuming.request import ResumeRequest, committed
 from ckpt.resuming.resume_point import ResumePoint
 from ckpt.resuming.select import VerifyLevel
 from ckpt.runs.foreign.completeness import has_tag
-from ckpt.runs.run import Run, RunCheckpoint
+from ckpt.runs.run import Run, RunCheckpoint, original_of
 from ckpt.state import rng
 from ckpt.trainers.hf.load_watch import WAYS, LoadWatch
 from ckpt.trainers.hf.trainer_state import CallbackEngine, deepspeed_config, loop_of
@@ -82,13 +82,14 @@ class ResumeCallback(TrainerCallback):
         # of a Trainer that compares before it loads
         self.comparison: Comparison | None = None
         self.new_parts: tuple[str, ...] = ()  # what it begins with new values
+        self.loaded_folder: Path | None = None  # what such a Trainer loads
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Compares what was saved with what there is."""
         wrapper, current_step = objects.get("optimizer"), int(state.global_step)
         if not current_step:
             return
-        path = Path(self.checkpoint or args.output_dir)
+        path = Path(self.checkpoint or self.loaded_folder or args.output_dir)
         if not isinstance(wrapper, DeepSpeedOptimizerWrapper):
             _require_loaded(path, current_step)
             return
@@ -108,6 +109,7 @@ class ResumeCallback(TrainerCallback):
 
             if layout is not None:
                 checkpoint = _checkpoint_loaded(checkpoint, layout)
+            original = _original(checkpoint)
             source = ResumePoint.of(checkpoint)
             engine = _engine(objects["model"], wrapper.optimizer, ranks.rank, current_step)
             comparison = self._comparison_with(source, engine, args, objects)
@@ -119,15 +121,16 @@ class ResumeCallback(TrainerCallback):
 
         if self.comparison is None and not ranks.rank:
             comparison.say()
-        self.comparison = None
+        self.comparison = self.loaded_folder = None
         resume_request.tell(source, rows, results.heard)
+        committed(ranks, original)  # a training that does not go on leaves nothing behind
 
     def _request(self, ranks: RankGroup, path: Path, step: int) -> ResumeRequest:
         """What to look for in ``path``: what the user named, or else the checkpoint of ``step``."""
         return ResumeRequest(
             ranks=ranks,
             path=path,
-            tag=str(step) if self.checkpoint is None else None,
+            tag=None if self.checkpoint or self.loaded_folder else str(step),
             verify=self.verify,
             on_mismatch=self.on_mismatch,
             load_foreign=self.load_foreign,
@@ -183,21 +186,24 @@ def options_of(args: Any, optimizer: Any) -> Sequence[Mapping[str, Any]]:
 
 
 def _select_checkpoint(request: ResumeRequest) -> RunCheckpoint | None:
-    """The checkpoint that is meant, with a manifest where one can be written; every rank calls it.
-
-    ``None`` where the run has no checkpoint yet.
-    """
+    """The checkpoint that is meant; every rank calls it. ``None`` where the run has none yet."""
     options = (request.verify, request.load_foreign, configured.fits(request.ranks))
-    checkpoint = select.select_checkpoint(
+    return select.select_checkpoint(
         request.ranks,
         request.path,
         request.tag,
         *options,
         committed_only=request.committed_only,
     )
-    if checkpoint is None:
-        return None
-    return committed(request.ranks, checkpoint)
+
+
+def _original(checkpoint: RunCheckpoint) -> RunCheckpoint:
+    """What the checkpoint was made of, if that lies beside it; else the checkpoint itself.
+
+    That is what gets a manifest, as what was made of it stays and goes with it.
+    """
+    siblings = Run(checkpoint.folder.parent).checkpoints()
+    return original_of(checkpoint, siblings) or checkpoint
 
 
 def _engine(model: Any, optimizer: Any, rank: int, step: int) -> CallbackEngine:

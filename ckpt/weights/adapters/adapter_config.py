@@ -28,6 +28,14 @@ from converters.source import Place
 from converters.storage import stores
 
 MAX_SIBLINGS = 1000  # checkpoints of a run that are looked into
+# what is in no tensor of a kind, and is needed for its weights (PEFT 0.21)
+_UNTOLD = {
+    "LORA": "lora_alpha",
+    "ADALORA": "lora_alpha",
+    "LOHA": "alpha",
+    "LOKR": "alpha",
+    "IA3": "feedforward_modules",
+}
 _CHECKPOINT = LazyPattern(r"(checkpoint|epoch|step|global_step|iter|weights)[-_]?\d.*|final|last")
 
 
@@ -165,8 +173,10 @@ def _question(place: Place, adapter: str, evidence: Shown, run_configs: list[Ada
             f"{situation}, and {paths} differ; name the right {NAME} with {ADAPTER_CONFIG('FILE')}"
         )
 
+    example = _UNTOLD.get(evidence.peft_type or "")
+    example_text = "" if example is None else f", such as {example}"
     return (
         f"{situation}, and no {NAME} that fits lies in it or in the run's folder; no "
-        "tensor holds the values of that file, such as lora_alpha: name the file or its "
+        f"tensor holds the values of that file{example_text}: name the file or its "
         f"folder with {ADAPTER_CONFIG('PATH')}; {advice.tensors_as_stored()}"
     )

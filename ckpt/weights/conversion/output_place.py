@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt.folders import staging
+from ckpt.folders.filenames import CONVERSION
 from ckpt.runs import user_paths
 from ckpt.runs.foreign import replaceable
+from ckpt.weights.companions import replaced_folder
 from ckpt.weights.conversion.task import Conversion
 from converters.errors import CheckpointError
 from converters.options import OUTPUT
@@ -38,8 +40,17 @@ def workplace(conversion: Conversion, overwrite: bool) -> Path:
         _require_other_folder(conversion)
     staging.require_place(output, protected, overwrite)
     replaceable.require_replaceable(output)
+    replaced_folder.require_replaceable_files(output, _written_names(conversion))
 
     return output
+
+
+def _written_names(conversion: Conversion) -> set[str]:
+    """The files of the output, by path relative to it."""
+    plan = conversion.plan
+    index_names = set() if plan.index is None else {plan.index[0]}
+    shard_names = {shard.filename for shard in plan.shards}
+    return {CONVERSION, *shard_names, *index_names, *conversion.companions, *conversion.texts}
 
 
 def _require_other_folder(conversion: Conversion) -> None:

@@ -1,0 +1,72 @@
+"""Model files of another save, whose values are not those of the optimizer's states."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import FIXTURES, run
+
+SOURCE = FIXTURES / "trainer-zero2/checkpoint-2"
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A stock checkpoint with the model file of another training: names and sizes are the same."""
+    folder = tmp_path / "out/checkpoint-2"
+    shutil.copytree(SOURCE, folder)
+    path = folder / "global_step2/mp_rank_00_model_states.pt"
+    content = torch.load(path, weights_only=False)
+    for tensor in content["module"].values():
+        if tensor.is_floating_point():
+            tensor.add_(0.25)
+    torch.save(content, path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command", [["reshard", "--world-size", "1"], ["to-universal"], ["to-dcp"], ["to-fp32"]]
+)
+def test_no_command_makes_another_checkpoint_of_it(
+    command: list[str], mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(*command, mixed, "-o", tmp_path / "new", code=1)
+    message = capsys.readouterr().err
+    assert "mp_rank_00_model_states.pt holds other values of " in message
+    assert "--no-verify" in message
+    assert not (tmp_path / "new").exists()
+
+    run(*command, mixed, "-o", tmp_path / "new", "--no-verify")
+
+
+def test_it_is_not_adopted(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (["--adopt", "--dry-run"], ["--adopt"]):
+        run("doctor", mixed.parent, *options, code=1)
+        assert "mp_rank_00_model_states.pt holds other values of " in capsys.readouterr().out
+    assert not (mixed / "manifest.json").exists()
+
+
+def test_verify_compares_values_where_it_reads_data(
+    mixed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("verify", mixed, "--data", code=1)
+    assert "mp_rank_00_model_states.pt holds other values of " in capsys.readouterr().out
+
+
+def test_a_damaged_record_is_not_told_as_another_save(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(SOURCE, folder)
+    path = folder / "global_step2/mp_rank_00_model_states.pt"
+    name, tensor = max(
+        torch.load(path, weights_only=False)["module"].items(), key=lambda item: item[1].numel()
+    )
+    record = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    data = bytearray(path.read_bytes())
+    data[data.index(record[:64]) + 1] ^= 0x40
+    path.write_bytes(data)
+    run("reshard", folder, "--world-size", "1", "-o", tmp_path / "new", code=1)
+    assert f"{path} is damaged: its " in capsys.readouterr().err, name

@@ -13,7 +13,6 @@ from ckpt.folders import staging
 from ckpt.folders.filenames import CONVERSION
 from ckpt.runs import user_paths
 from ckpt.runs.foreign import replaceable
-from ckpt.weights.companions import replaced_folder
 from ckpt.weights.conversion.task import Conversion
 from converters.errors import CheckpointError
 from converters.options import OUTPUT
@@ -40,7 +39,10 @@ def workplace(conversion: Conversion, overwrite: bool) -> Path:
         _require_other_folder(conversion)
     staging.require_place(output, protected, overwrite)
     replaceable.require_replaceable(output)
-    replaced_folder.require_replaceable_files(output, _written_names(conversion))
+    if output.exists():
+        from ckpt.weights.companions import replaced_folder  # which a new output need not
+
+        replaced_folder.require_replaceable_files(output, _written_names(conversion))
 
     return output
 

@@ -419,7 +419,7 @@ def test_where_all_was_torn_no_command_names_what_was_set_aside(
     next(folder.glob("*/*optim_states.pt")).unlink()
     later()
     run("doctor", tmp_path, "--fix")
-    for command, code in (("ls", 0), ("doctor", 0), ("latest", 1), ("verify", 0)):
+    for command, code in (("ls", 0), ("doctor", 0), ("latest", 1), ("verify", 1)):
         capsys.readouterr()
         run(command, tmp_path, code=code)
         printed = capsys.readouterr().err

@@ -22,7 +22,7 @@ from converters.detect.kind import DEEPSPEED
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
 from converters.storage.store import is_url
-from converters.words import counted
+from converters.words import counted, some, verb
 from converters.zero.files.discovery import is_tag_folder
 
 RUN = "a run of DeepSpeed checkpoints"
@@ -31,6 +31,7 @@ EITHER = "a DeepSpeed checkpoint or a run of them"
 
 _BEGINNINGS = ("empty", "unknown", "deepspeed")  # a run's folder without checkpoints
 _LEFTOVER = LazyPattern(r"\..+\.(?:saving|partial|trash|torn)|\.(?:nonce|preflight)-.*|.*\.partial")
+_TORN = LazyPattern(r"\..+\.torn")  # as ``upkeep.uncommitted_findings`` renames it
 _MAX_NAMES = 5
 
 
@@ -40,7 +41,23 @@ def instead(path: Path, expected: str, weights: str = "") -> CheckpointError:
     ``weights`` is the remedy for a folder or file that has weights alone.
     """
     detection = detect(path)
+    if detection.kind.name in _BEGINNINGS and (finding := torn_finding(path)) is not None:
+        return CheckpointError(finding, "incomplete")
     return detection.unlike(expected, weights if detection.kind.holds_weights else "")
+
+
+def torn_finding(path: Path) -> str | None:
+    """That a folder holds torn checkpoints, which ``ckpt doctor --fix`` renamed; ``None`` where
+    it holds none."""
+    names = sorted(os.listdir(path)) if path.is_dir() else []
+    torn_names = [name for name in names if _TORN.fullmatch(name)]
+    if not torn_names:
+        return None
+    return (
+        f"{path} holds no checkpoint but {some(torn_names)}, which ckpt doctor --fix renamed as "
+        f"torn; copy the whole {verb(len(torn_names), 'checkpoint', 'checkpoints')} here again, or "
+        "begin a new training"
+    )
 
 
 def absence(path: Path, expected: str) -> list[str]:

@@ -66,9 +66,12 @@ def tags_below(path: Path) -> list[str]:
 
 
 def _folders(path: Path) -> list[str]:
-    """The folders in a folder; none where it may not be looked into."""
+    """The folders in a folder; none where it may not be looked into.
+
+    Hidden ones are what a save, a deletion or ``ckpt doctor`` put aside, and no checkpoints.
+    """
     with contextlib.suppress(PermissionError, FileNotFoundError, NotADirectoryError):
-        return stores.folders(path)
+        return [name for name in stores.folders(path) if not name.startswith(".")]
     return []
 
 

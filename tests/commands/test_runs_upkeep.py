@@ -25,6 +25,7 @@ from faults.forks import Forks
 from oracles import FIXTURES, run
 from run_folders import SOURCE, commit, listed, real
 from safetensors.torch import load_file, save_file
+from stock_checkpoints import stock
 
 import ckpt
 from ckpt.folders import filenames, locks
@@ -406,6 +407,46 @@ def test_what_was_deleted_by_hand_is_taken_off_the_manifest(
     assert (second.tier, second.why, second.deleted) == ("full", None, ())
     run("verify", out.path, "--data")
     assert found(out) == {}
+
+
+def test_where_all_was_torn_no_command_names_what_was_set_aside(
+    tmp_path: Path,
+    later: Later,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = shutil.copytree(SOURCE, tmp_path / "checkpoint-2")
+    next(folder.glob("*/*optim_states.pt")).unlink()
+    later()
+    run("doctor", tmp_path, "--fix")
+    for command, code in (("ls", 0), ("doctor", 0), ("latest", 1), ("verify", 1)):
+        capsys.readouterr()
+        run(command, tmp_path, code=code)
+        printed = capsys.readouterr().err
+        assert "no checkpoint but .checkpoint-2.torn, which ckpt doctor --fix renamed" in printed
+        assert "name this folder" not in printed
+    assert ckpt.find(tmp_path) is None and "renamed as torn" in caplog.text
+
+
+@pytest.mark.parametrize("is_stock", [True, False])
+def test_a_latest_whose_checkpoint_a_rotation_deleted_gets_a_way_that_leads(
+    is_stock: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if is_stock:
+        stock(tmp_path, 8)
+    else:
+        shutil.copytree(FIXTURES / "zero2-bf16-w2/global_step2", tmp_path / "step_8")
+    (tmp_path / "latest").write_text("checkpoint-6/global_step6")
+    run("doctor", tmp_path, code=1)
+    printed = capsys.readouterr().out
+    if not is_stock:
+        assert "; make it name step_8" in printed
+        return
+    assert f"ckpt doctor {tmp_path} --adopt commits what is complete, and ckpt doctor" in printed
+    run("doctor", tmp_path, "--adopt", "--now")
+    run("doctor", tmp_path, "--fix")
+    assert (tmp_path / "latest").read_text() == "checkpoint-8/global_step2"
+    run("doctor", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])

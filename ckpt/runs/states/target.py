@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from ckpt.runs import lineage
+from ckpt.runs import lineage, user_paths
 from ckpt.runs.foreign import completeness, signs
 from ckpt.runs.run import (
     POINTERS,
@@ -135,6 +135,8 @@ def _require_beginning(path: Path) -> None:
 
     detection = detect(path)
     if detection.kind.name in ("empty", "unknown"):
+        if (finding := user_paths.torn_finding(path)) is not None:
+            log.warning("no checkpoint to resume from: %s", finding)
         return
 
     instead = detection.unlike(_EXPECTED)

@@ -37,7 +37,7 @@ def pointer_findings(
             expected = _pointed_checkpoint(run, text)
 
         if expected is None:
-            yield from _dangling(run, name, text)
+            yield from _dangling(run, name, text, statuses)
         elif name == "latest" and _names_newer_whole(run, text, statuses, expected):
             continue  # a resume takes it, too
         elif (
@@ -132,6 +132,7 @@ def _dangling(
     run: Run,
     pointer_name: str,
     pointer_text: str | None,
+    statuses: Sequence[CheckpointStatus],
 ) -> Iterator[Finding]:
     """A pointer that nothing committed fits. One written by DeepSpeed may still lead somewhere."""
     leads_somewhere = (
@@ -153,7 +154,22 @@ def _dangling(
             partial(run.point, pointer_name, None),
         )
     else:  # without the file DeepSpeed starts from scratch and says so in a warning only
-        yield Finding(run.path / pointer_name, description)
+        yield Finding(run.path / pointer_name, f"{description}{_way_on(run, statuses)}")
+
+
+def _way_on(run: Run, statuses: Sequence[CheckpointStatus]) -> str:
+    """What helps where ``latest`` leads nowhere, and nothing is committed that it could name."""
+    if any(status.adoptable for status in statuses):
+        return (
+            f"; ckpt doctor {run.path} --adopt commits what is complete, and ckpt doctor "
+            f"{run.path} --fix makes it name the newest"
+        )
+
+    resumable = [status for status in statuses if status.complete and status.tier == "full"]
+    newest = max(resumable, key=lambda status: status.step or 0, default=None)
+    if newest is None:
+        return "; bring back what it names, or delete it to begin a new training"
+    return f"; make it name {newest.checkpoint.name}, or delete it"
 
 
 def _pointer_problem(

@@ -8,7 +8,7 @@ checkpoint        what a ``Source`` of these formats has beside the weights
 saved_state       the leaves of a state dict that was saved, whatever the files: of DCP
                   (dcp_state), of ``torch.save`` (torch_state), of a file for each rank of FSDP
                   (rank_files), of safetensors (safetensors_state)
-metadata          ``.metadata``, of all ranks or of each;  description  what it says
+metadata          ``.metadata``, of all ranks or of each;  entries/  what it is made of
 items             the bytes of ``.distcp`` files, located
 boxes             tensors put together from chunks
 layouts           which leaves are the model's, which the optimizer's

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from converters.dcp import items
-from converters.dcp.description import Shape, StoredTensor
+from converters.dcp.entries.description import Shape, StoredTensor
 from converters.dcp.items import ItemReader
 from converters.errors import CheckpointError
 from converters.tensors import Checksum, TensorRef

@@ -9,7 +9,7 @@ from typing import Any
 
 from converters.dcp import boxes, layouts, metadata
 from converters.dcp.boxes import LocatedTensor
-from converters.dcp.description import Description, ItemPlace
+from converters.dcp.entries.description import Description, ItemPlace
 from converters.dcp.items import ItemReader
 from converters.dcp.saved_state import Leaf
 from converters.lazy_pattern import LazyPattern

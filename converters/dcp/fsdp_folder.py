@@ -17,7 +17,7 @@ from pathlib import Path
 from converters.dcp import layouts
 from converters.dcp import reader as dcp_reader
 from converters.dcp.checkpoint import ShardedCheckpoint
-from converters.dcp.description import KeyPath
+from converters.dcp.entries.description import KeyPath
 from converters.dcp.layouts import StateLayout
 from converters.dcp.optimizer_state import SavedOptimizer
 from converters.dcp.saved_state import Leaf, SavedState

@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from converters.dcp.description import ItemPlace, Shape, StoredChunk
+from converters.dcp.entries.description import ItemPlace, Shape, StoredChunk
 from converters.errors import CheckpointError
 from converters.pickles.values import Call
 from converters.storage import open_files, stores

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from converters.dcp.description import KeyPath
+from converters.dcp.entries.description import KeyPath
 from converters.dcp.saved_state import Leaf
 from converters.lazy_pattern import LazyPattern
 from converters.names.rules import WRAPPERS

@@ -19,10 +19,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from converters.accessors import is_whole_number
-from converters.dcp.description import (
+from converters.dcp.entries import records
+from converters.dcp.entries.description import (
     Description,
     ItemPlace,
     KeyPath,
@@ -30,24 +31,28 @@ from converters.dcp.description import (
     StoredChunk,
     StoredTensor,
 )
+from converters.dcp.entries.places import PlacesOfName, located
+from converters.dcp.entries.records import (
+    MAX_AXES,
+    RECORD_TYPES,
+    ChunkRecord,
+    fields_of,
+    objects_class,
+    record_of,
+    shape_of,
+)
 from converters.errors import CheckpointError, MalformedError
 from converters.pickles.interpreter import Interpreter
 from converters.pickles.values import Call, Global
 from converters.storage import open_files, stores
 from converters.storage.store import File, read_exactly
-from converters.torch_files.rebuild import BUILDERS
 from converters.walks import described
 from converters.words import numbers
 
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 1 << 30  # 512 ranks with 1,000 tensors each take 200 MB
-MAX_AXES = 64
 MAX_TIED = 16  # names of one item, as of tied tensors; steps and options may be of any number
 MAX_SHARED_BYTES = 4096
-_MAX_NUMBER = 1 << 60
-_PACKAGE = "torch.distributed."
-
-_Place = tuple[str, Shape | None]  # a name, and the offsets of a chunk of it
 
 
 @dataclass(frozen=True)  # without slots: ``open_files`` refers to it weakly
@@ -141,8 +146,8 @@ def _parse(file: File, path: Path) -> _RankDescription:
         raise CheckpointError(f"{path} is empty; copy it again from where it was saved")
 
     data = read_exactly(file, 0, file.size)
-    interpreter = Interpreter(data, BUILDERS, lambda persistent_id: persistent_id, str(path))
-    root = interpreter.run()
+    root = _interpreted(data, str(path))
+    del data
     try:
         return _rank(path, root)
     except MalformedError as error:
@@ -152,96 +157,71 @@ def _parse(file: File, path: Path) -> _RankDescription:
         ) from error
 
 
+def _interpreted(data: bytes, where: str) -> Any:
+    builders = records.builders()
+    return Interpreter(data, builders, lambda identifier: identifier, where, RECORD_TYPES).run()
+
+
 def _rank(path: Path, root: Any) -> _RankDescription:
-    fields = _fields(root, ("Metadata",), "its root")
-    places = _places(path.parent, _dict(fields, "storage_data"))
+    fields = fields_of(root, ("Metadata",), "its root")
+    entries = list(_dict(fields, "state_dict_metadata").items())
+    places = located(path.parent, _dict(fields, "storage_data"))
+    nowhere: PlacesOfName = {}
     tensors: dict[str, StoredTensor] = {}
     objects: dict[str, ItemPlace] = {}
     homeless: dict[str, Shape] = {}
-    for name, entry in _dict(fields, "state_dict_metadata").items():
+    for name, entry in entries:
         if not isinstance(name, str):
             raise MalformedError("the name of an entry is not a text")
-        if _class_name(entry) == "BytesStorageMetadata":
-            if (place := places.get((name, None))) is not None:
+        if objects_class(entry) == "BytesStorageMetadata":
+            if (place := places.get(name, nowhere).get(None)) is not None:
                 objects[name] = place
             continue
 
-        tensors[name], offsets = _tensor(name, entry, places)
+        tensors[name], offsets = _tensor(name, entry, places.get(name, nowhere))
         if offsets is not None:
             homeless[name] = offsets
 
     return _RankDescription(path, tensors, objects, _keys(fields.get("planner_data")), homeless)
 
 
-def _places(folder: Path, storage_data: Mapping[Any, Any]) -> dict[_Place, ItemPlace]:
-    """Where each chunk and each object is stored."""
-    places: dict[_Place, ItemPlace] = {}
-    paths: dict[str, Path] = {}
-    for index, info in storage_data.items():
-        index_fields = _fields(index, ("MetadataIndex",), "the index of an item")
-        name, offset = index_fields.get("fqn"), index_fields.get("offset")
-        if not isinstance(name, str):
-            raise MalformedError("the index of an item has no name")
-
-        info_fields = _fields(info, ("_StorageInfo",), f"the place of {name}")
-        offsets = None if offset is None else _shape(offset, f"the offset of {name}")
-        places[name, offsets] = _item_place(folder, paths, name, info_fields)
-
-    return places
-
-
-def _item_place(
-    folder: Path, paths: dict[str, Path], name: str, fields: Mapping[str, Any]
-) -> ItemPlace:
-    relative_path = fields.get("relative_path")
-    offset, nbytes = fields.get("offset"), fields.get("length")
-    transforms = fields.get("transform_descriptors")
-    if not isinstance(relative_path, str) or not _is_inside(relative_path):
-        raise MalformedError(f"{name} lies in a file outside of the folder")
-    if not _is_size(offset) or not _is_size(nbytes):
-        raise MalformedError(f"the place of {name} is not an offset and a number of bytes")
-
-    steps = transforms if isinstance(transforms, (list, tuple)) else ()
-    if relative_path not in paths:  # there are many items, and few files
-        paths[relative_path] = folder / relative_path
-    return ItemPlace(paths[relative_path], offset, nbytes, tuple(map(str, steps)))
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a relative path leads to no other folder than one below."""
-    parts = name.replace("\\", "/").split("/")
-    return name.isprintable() and all(part not in ("", ".", "..") for part in parts)
-
-
-def _tensor(
-    name: str, entry: Any, places: Mapping[_Place, ItemPlace]
-) -> tuple[StoredTensor, Shape | None]:
+def _tensor(name: str, entry: Any, places: PlacesOfName) -> tuple[StoredTensor, Shape | None]:
     """A tensor with those chunks that are stored, and the offsets of one that is not."""
-    fields = _fields(entry, ("TensorStorageMetadata",), name)
+    fields = fields_of(entry, ("TensorStorageMetadata",), name)
     shape = _shape(fields.get("size"), f"the size of {name}")
+    place_of_all = places.get(None)
     chunks: dict[Shape, StoredChunk] = {}
     homeless = None
     for chunk in _list(fields, "chunks"):
-        chunk_fields = _fields(chunk, ("ChunkStorageMetadata",), f"a chunk of {name}")
-        offsets = _shape(chunk_fields.get("offsets"), f"the offsets of a chunk of {name}")
-        sizes = _shape(chunk_fields.get("sizes"), f"the sizes of a chunk of {name}")
-        bounds = zip(offsets, sizes, shape, strict=False)
-        is_within = all(first + size <= end for first, size, end in bounds)
-        if not len(offsets) == len(sizes) == len(shape) or not is_within:
-            raise MalformedError(
-                f"{name} ({described(shape)}) has a chunk of {described(sizes)} at "
-                f"{numbers(offsets)}"
-            )
+        offsets, sizes = _box(name, chunk, shape)
         if offsets in chunks:
             raise MalformedError(f"{name} has two chunks at {numbers(offsets)}")
 
-        place = places.get((name, offsets)) or places.get((name, None))
+        place = places.get(offsets) or place_of_all
         if place is None:
             homeless = offsets
         else:
             chunks[offsets] = StoredChunk(offsets, sizes, place)
 
     return StoredTensor(_dtype(name, fields), shape, tuple(chunks.values())), homeless
+
+
+def _box(name: str, chunk: Any, shape: Shape) -> tuple[Shape, Shape]:
+    """The offsets and sizes of a chunk, which lies in a tensor of this shape."""
+    chunk = record_of(chunk, ChunkRecord, "ChunkStorageMetadata", f"a chunk of {name}")
+    offsets, sizes = chunk.offsets, chunk.sizes
+    if isinstance(offsets, str) or isinstance(sizes, str):
+        field = "offsets" if isinstance(offsets, str) else "sizes"
+        raise MalformedError(f"the {field} of a chunk of {name} is not a tuple of sizes")
+
+    is_within = len(offsets) == len(sizes) == len(shape)
+    for first, size, end in zip(offsets, sizes, shape, strict=False):
+        is_within = is_within and first + size <= end
+    if not is_within:
+        raise MalformedError(
+            f"{name} ({described(shape)}) has a chunk of {described(sizes)} at {numbers(offsets)}"
+        )
+    return offsets, sizes
 
 
 def _dtype(name: str, fields: Mapping[str, Any]) -> str:
@@ -324,22 +304,7 @@ def _require_apart(
         previous, previous_name = place, name
 
 
-def _class_name(value: Any) -> str | None:
-    """The name of a class of torch's that a record is of."""
-    of = value.of if isinstance(value, Call) else None
-    is_torchs = isinstance(of, Global) and of.module.startswith(_PACKAGE)
-    return of.name if is_torchs and isinstance(of, Global) else None
-
-
-def _fields(value: Any, names: tuple[str, ...], label: str) -> Mapping[str, Any]:
-    """The fields of a record of a class."""
-    if _class_name(value) not in names or not isinstance(value.state, dict):
-        raise MalformedError(f"{label} is not what torch describes as {names[0]}")
-    state: Mapping[str, Any] = value.state
-    return state
-
-
-def _dict(fields: Mapping[str, Any], name: str) -> Mapping[Any, Any]:
+def _dict(fields: Mapping[str, Any], name: str) -> dict[Any, Any]:
     value = fields.get(name)
     if not isinstance(value, dict):
         raise MalformedError(f"there is no dict {name}")
@@ -354,10 +319,7 @@ def _list(fields: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def _shape(value: Any, label: str) -> Shape:
-    if not isinstance(value, tuple) or len(value) > MAX_AXES or not all(map(_is_size, value)):
+    shape = shape_of(value)
+    if isinstance(shape, str):
         raise MalformedError(f"{label} is not a tuple of sizes")
-    return value
-
-
-def _is_size(value: Any) -> TypeGuard[int]:
-    return is_whole_number(value) and value < _MAX_NUMBER
+    return shape

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from converters.accessors import is_whole_number
 from converters.dcp import boxes, torch_state
 from converters.dcp.boxes import Box, LocatedTensor
-from converters.dcp.description import KeyPath, Shape
+from converters.dcp.entries.description import KeyPath, Shape
 from converters.dcp.saved_state import Leaf
 from converters.dcp.torch_state import NestedValue
 from converters.errors import CheckpointError, MalformedError

@@ -19,7 +19,7 @@ from typing import Any
 from converters.accessors import is_whole_number
 from converters.dcp import boxes
 from converters.dcp.boxes import Box, LocatedTensor
-from converters.dcp.description import Shape
+from converters.dcp.entries.description import Shape
 from converters.dcp.saved_state import Leaf
 from converters.detect import filenames
 from converters.errors import CheckpointError

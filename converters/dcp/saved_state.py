@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from converters.dcp.boxes import LocatedTensor
-from converters.dcp.description import KeyPath
+from converters.dcp.entries.description import KeyPath
 from converters.storage import open_files
 from converters.tensors import DType, TensorRef
 

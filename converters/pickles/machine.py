@@ -15,23 +15,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from sys import getsizeof
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from converters.errors import CheckpointError
 from converters.pickles import denylist, nesting
 from converters.pickles.memo import requested_entries
 from converters.pickles.pickle_bytes import PickleBytes
-from converters.pickles.values import Call, Global, hashable
+from converters.pickles.values import Call, Global, Record, hashable
 
 MAX_CHARGED_BYTES = 16 << 20  # bytes of containers, whatever the pickle's size
 A_BYTE, A_STORAGE = 24, 1 << 10  # more for each byte of the pickle, and for each storage it names
 MAX_INT_BYTES = 1024  # bytes of one int; arithmetic with longer ones takes its time
 MAX_NAME_LENGTH = 4096  # characters of a global
 MAX_KEYS_OF_ONE_HASH = 64  # keys of one hash
-_RECORD, _ENTRY = 320, 100  # bytes of a record with its lists, and of a dict's or set's item
+_RECORD, ENTRY_BYTES = 320, 100  # bytes of a record with its lists, and of a dict's or set's item
 
 
 Builders = Mapping[tuple[str, str], Callable[..., Any]]
+RecordTypes = Mapping[tuple[str, str], type[Record]]
 Persistent = Callable[[Any], Any]
 
 MARK = object()
@@ -42,15 +44,24 @@ class Machine(PickleBytes):
     ``data``.
 
     ``builders`` maps (module, name) to the function that builds what a call of that
-    global means; ``persistent`` gets what each persistent id names. ``where`` begins
-    every error message.
+    global means, and ``record_types`` to what its new objects without arguments are;
+    ``persistent`` gets what each persistent id names. ``where`` begins every error message.
     """
 
-    def __init__(self, data: bytes, builders: Builders, persistent: Persistent, where: str):
+    def __init__(
+        self,
+        data: bytes,
+        builders: Builders,
+        persistent: Persistent,
+        where: str,
+        record_types: RecordTypes = MappingProxyType({}),
+    ):
         super().__init__(data, where)
         self.builders = builders
+        self.record_types = record_types
         self.persistent = persistent
 
+        self.charge_limit = MAX_CHARGED_BYTES
         self.open_marks = 0
         self.last_tuple_position = self.tuple_depth = 0
 
@@ -72,8 +83,12 @@ class Machine(PickleBytes):
     def charge(self, nbytes: int) -> None:
         """Accounts for memory; ``CheckpointError`` if it is out of all proportion."""
         self.charged_bytes += nbytes
-        limit = MAX_CHARGED_BYTES + A_BYTE * self.position + A_STORAGE * len(self.storages)
-        if self.charged_bytes > limit:
+        if self.charged_bytes <= self.charge_limit:  # as it was before: it only grows
+            return
+
+        storages_bytes = A_STORAGE * len(self.storages)
+        self.charge_limit = MAX_CHARGED_BYTES + A_BYTE * self.position + storages_bytes
+        if self.charged_bytes > self.charge_limit:
             self.refuse_unnatural(
                 f"{self.position} bytes of its pickle ask for {self.charged_bytes} bytes of memory"
             )
@@ -135,7 +150,7 @@ class Machine(PickleBytes):
         if denylist.runs_code(module, name):
             self.refuse(f"{module}.{name}")
 
-        self.charge(_ENTRY)
+        self.charge(ENTRY_BYTES)
         return Global(module, name)
 
     def refuse(self, request: str) -> NoReturn:
@@ -155,7 +170,7 @@ class Machine(PickleBytes):
             if builder is not None:
                 result = builder(*arguments)
                 items = len(result) if isinstance(result, (dict, set)) else 0
-                self.charge(getsizeof(result) + items * _ENTRY)
+                self.charge(getsizeof(result) + items * ENTRY_BYTES)
                 return result
 
         return self.record(function, arguments)
@@ -165,9 +180,13 @@ class Machine(PickleBytes):
         function: Any,
         arguments: tuple[Any, ...],
         new: bool = False,
-    ) -> Call:
+    ) -> Call | Record:
         """The record of a call that is not made."""
         if isinstance(function, Global):
+            record_type = self.record_types.get((function.module, function.name))
+            if record_type is not None and not arguments:
+                self.charge(_RECORD)
+                return record_type()
             if denylist.reaches(function.name, arguments):
                 self.refuse(f"{function} of {arguments[-1]}")
             if denylist.allocates(function, arguments):
@@ -217,8 +236,11 @@ class Machine(PickleBytes):
         """Gives the record below the state that lies on top; other values take none."""
         self.require(2)
         state = self.stack.pop()
-        if isinstance(self.stack[-1], Call):
-            self.stack[-1].state = state
+        target = self.stack[-1]
+        if isinstance(target, Call):
+            target.state = state
+        elif isinstance(target, Record):
+            target.take(state)
 
     def set_items(self, pairs: list[Any]) -> None:
         """Sets items of the dict or record on top; ``pairs`` alternates keys and values."""
@@ -227,15 +249,16 @@ class Machine(PickleBytes):
             self.fail("a key has no value")
 
         target = self.stack[-1]
-        self.charge(len(pairs) // 2 * _ENTRY)
-        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            if isinstance(target, dict):
-                target[self.key(key)] = value
-            elif isinstance(target, Call):
-                target.pairs = target.pairs or []  # few records have any
-                target.pairs.append((self.key(key), value))  # type: ignore[attr-defined]
-            else:
-                self.fail("items are set on what is not a dict")
+        self.charge(len(pairs) // 2 * ENTRY_BYTES)
+        items = zip(pairs[::2], pairs[1::2], strict=True)
+        if isinstance(target, dict):
+            for key, value in items:
+                target[key if type(key) is str else self.key(key)] = value
+        elif isinstance(target, Call):
+            target.pairs = target.pairs or []  # few records have any
+            target.pairs.extend((self.key(key), value) for key, value in items)  # type: ignore[attr-defined]
+        elif pairs:
+            self.fail("items are set on what is not a dict")
 
     def key(self, value: Any) -> Any:
         """The value as a key of a dict or set: itself, or a stand-in that has a hash."""
@@ -253,7 +276,7 @@ class Machine(PickleBytes):
         except TypeError:  # a tuple of what has no hash: only hash() tells, however deep it is
             return
 
-        self.charge(2 * _ENTRY)
+        self.charge(2 * ENTRY_BYTES)
         colliding_keys = self.keys_by_hash.setdefault(value_hash, set())
         try:
             colliding_keys.add(value)
@@ -267,7 +290,7 @@ class Machine(PickleBytes):
         self.require(1)
         target = self.stack[-1]
         if isinstance(target, set):
-            self.charge(len(values) * _ENTRY)
+            self.charge(len(values) * ENTRY_BYTES)
             target.update(self.key(value) for value in values)
         elif isinstance(target, Call):
             target.items = target.items or []
@@ -299,12 +322,12 @@ class Machine(PickleBytes):
         if self.tuple_depth > nesting.MAX_DEPTH:
             self.refuse_unnatural(f"its pickle holds {self.tuple_depth} tuples in each other")
 
-        items = tuple(self.stack[len(self.stack) - count :])
+        items = tuple(self.stack[-count:])
         if len(items) != count or MARK in items:
             self.fail("a tuple is short of items")
 
-        del self.stack[len(self.stack) - count :]
-        self.stack.append(self.charged(items))
+        self.stack[-count:] = (items,)
+        self.charge(getsizeof(items))
 
     def long(self, count: int) -> None:
         """Pushes the int that the next ``count`` bytes hold in two's complement."""
@@ -340,7 +363,7 @@ class Machine(PickleBytes):
         self.puts += 1
         if index >= len(self.data):  # picklers count them, and to put one takes two bytes
             self.fail(f"entry {index} of the memo is out of range")
-        if index < 256 or index >= len(self.requested) or self.requested[index]:
+        if index >= len(self.requested) or self.requested[index]:
             self.require(1)
-            self.charge(_ENTRY)
+            self.charge(ENTRY_BYTES)
             self.memo[index] = self.stack[-1]

@@ -39,6 +39,21 @@ class Call:
         return f"<{self.of if isinstance(self.of, Global) else 'a call'}(...)>"
 
 
+class Record:
+    """An object of a class that a reader knows, of which it takes what it needs.
+
+    A subclass has a slot for each of that: where there are hundreds of thousands of objects, a
+    ``Call`` with a dict each is several times as large. What it keeps holds no other values, so
+    it must be scalars and flat tuples.
+    """
+
+    __slots__ = ()
+
+    def take(self, state: Any) -> None:
+        """Takes what is needed of the state that the object is given, whatever that is."""
+        raise NotImplementedError
+
+
 def hashable(key: Any) -> Any:
     """``key`` if it may be a dict key: a scalar, a record, or a flat tuple of these.
 
@@ -46,7 +61,7 @@ def hashable(key: Any) -> Any:
     A tuple of two ints can be given any hash, too, where they have 60 bits; of 32 bits
     hardly.
     """
-    scalar_types = (str, int, float, bool, bytes, type(None), Global, Call)
+    scalar_types = (str, int, float, bool, bytes, type(None), Global, Call, Record)
     parts, max_bits = (key, 32) if isinstance(key, tuple) else ((key,), 60)
 
     def is_safe(part: Any) -> bool:

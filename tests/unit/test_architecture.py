@@ -30,7 +30,7 @@ converters.cast converters.detect
 converters.computing
 converters.plan converters.peft converters.quantized
 converters.execute converters.torch_files converters.peft.merge
-converters.formats converters.zero.files
+converters.formats converters.zero.files converters.dcp.entries
 converters.dcp
 converters.zero.naming
 converters.zero

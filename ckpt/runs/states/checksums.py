@@ -34,7 +34,7 @@ from converters.torch_files import zip_directory
 from converters.torch_files.zip_directory import Directory
 
 if TYPE_CHECKING:
-    from converters.dcp.description import ItemPlace
+    from converters.dcp.entries.description import ItemPlace
 
 DCP_SUFFIX = ".distcp"
 DCP_METADATA = ".metadata"

@@ -1,0 +1,6 @@
+"""What ``.metadata`` is made of.
+
+description  what a folder holds, in the end
+records      what the file has most of, as the interpreter makes it
+places       where items lie
+"""

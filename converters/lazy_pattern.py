@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import AnyStr, Generic
+from typing import Any, AnyStr, Generic
 
 
 class LazyPattern(Generic[AnyStr]):
@@ -38,6 +38,10 @@ class LazyPattern(Generic[AnyStr]):
     def finditer(self, text: AnyStr) -> Iterator[re.Match[AnyStr]]:
         """The matches in a text that do not overlap, in order."""
         return self._compiled.finditer(text)
+
+    def findall(self, text: AnyStr) -> list[Any]:
+        """The matches in a text that do not overlap; their groups where there are any."""
+        return self._compiled.findall(text)
 
     def split(self, text: AnyStr) -> list[AnyStr]:
         """What is between the matches in a text; their groups, too."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from converters.pickles import nesting
 from converters.pickles.machine import ENTRY_BYTES, MARK, Machine
-from converters.pickles.values import Record
+from converters.pickles.values import TypedRecord
 
 TAIL_BYTES = 16  # more than any opcode with an operand of fixed size takes
 _U16, _I32 = (Struct(layout).unpack_from for layout in ("<H", "<i"))
@@ -161,7 +161,7 @@ def _set_items(machine: Machine, position: int) -> int:
         return position
 
     machine.position = position + 1
-    if len(stack) > 1 and isinstance(stack[-2], Record):
+    if len(stack) > 1 and isinstance(stack[-2], TypedRecord):
         stack[-2].take(stack.pop())
     else:
         machine.build()

@@ -22,7 +22,7 @@ from converters.errors import CheckpointError
 from converters.pickles import denylist, nesting
 from converters.pickles.memo import requested_entries
 from converters.pickles.pickle_bytes import PickleBytes
-from converters.pickles.values import Call, Global, Record, hashable
+from converters.pickles.values import Call, Global, TypedRecord, hashable
 
 MAX_CHARGED_BYTES = 16 << 20  # bytes of containers, whatever the pickle's size
 A_BYTE, A_STORAGE = 24, 1 << 10  # more for each byte of the pickle, and for each storage it names
@@ -33,7 +33,7 @@ _RECORD, ENTRY_BYTES = 320, 100  # bytes of a record with its lists, and of a di
 
 
 Builders = Mapping[tuple[str, str], Callable[..., Any]]
-RecordTypes = Mapping[tuple[str, str], type[Record]]
+RecordTypes = Mapping[tuple[str, str], type[TypedRecord]]
 Persistent = Callable[[Any], Any]
 
 MARK = object()
@@ -180,7 +180,7 @@ class Machine(PickleBytes):
         function: Any,
         arguments: tuple[Any, ...],
         new: bool = False,
-    ) -> Call | Record:
+    ) -> Call | TypedRecord:
         """The record of a call that is not made."""
         if isinstance(function, Global):
             record_type = self.record_types.get((function.module, function.name))
@@ -239,7 +239,7 @@ class Machine(PickleBytes):
         target = self.stack[-1]
         if isinstance(target, Call):
             target.state = state
-        elif isinstance(target, Record):
+        elif isinstance(target, TypedRecord):
             target.take(state)
 
     def set_items(self, pairs: list[Any]) -> None:

@@ -6,9 +6,11 @@ import re
 import sys
 from array import array
 
+from converters.lazy_pattern import LazyPattern
+
 SHORT_INDEXES = 256  # entries that BINGET can ask for, by one byte
 _WINDOW_BYTES = 1 << 16
-_LONG_GET = re.compile(rb"j(?=(....))", re.DOTALL)  # LONG_BINGET, or part of a name
+_LONG_GET = LazyPattern(rb"j(?=(....))", re.DOTALL)  # LONG_BINGET, or part of a name
 
 
 def requested_entries(data: bytes) -> bytearray:

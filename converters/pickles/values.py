@@ -39,7 +39,7 @@ class Call:
         return f"<{self.of if isinstance(self.of, Global) else 'a call'}(...)>"
 
 
-class Record:
+class TypedRecord:
     """An object of a class that a reader knows, of which it takes what it needs.
 
     A subclass has a slot for each of that: where there are hundreds of thousands of objects, a
@@ -61,7 +61,7 @@ def hashable(key: Any) -> Any:
     A tuple of two ints can be given any hash, too, where they have 60 bits; of 32 bits
     hardly.
     """
-    scalar_types = (str, int, float, bool, bytes, type(None), Global, Call, Record)
+    scalar_types = (str, int, float, bool, bytes, type(None), Global, Call, TypedRecord)
     parts, max_bits = (key, 32) if isinstance(key, tuple) else ((key,), 60)
 
     def is_safe(part: Any) -> bool:

@@ -19,7 +19,7 @@ from converters.accessors import is_whole_number
 from converters.dcp.entries.description import Shape
 from converters.errors import MalformedError
 from converters.pickles.machine import Builders, RecordTypes
-from converters.pickles.values import Call, Global, Record
+from converters.pickles.values import Call, Global, TypedRecord
 from converters.torch_files.rebuild import BUILDERS
 
 INVALID: Final = "invalid"  # of no field's type that may be a size, a shape or None
@@ -30,7 +30,7 @@ _MAX_NUMBER = 1 << 60
 _MAX_SHARED = 1 << 32  # larger ints can be chosen so that shapes have one hash
 
 
-class IndexRecord(Record):
+class IndexRecord(TypedRecord):
     """The name of an item, and of a chunk of a tensor its offsets; of anything else ``None``."""
 
     __slots__ = ("name", "offsets")
@@ -51,7 +51,7 @@ class IndexRecord(Record):
         self.offsets = None if offsets is None else shape_of(offsets)
 
 
-class PlaceRecord(Record):
+class PlaceRecord(TypedRecord):
     """A file, the first byte of an item and how many. ``path`` may lead anywhere."""
 
     __slots__ = ("nbytes", "offset", "path", "transforms")
@@ -81,7 +81,7 @@ class PlaceRecord(Record):
             self.transforms = tuple(name if isinstance(name, str) else "?" for name in names)
 
 
-class ChunkRecord(Record):
+class ChunkRecord(TypedRecord):
     """The offsets and sizes of a chunk of a tensor."""
 
     __slots__ = ("offsets", "sizes")
@@ -118,7 +118,7 @@ class SharedShapes:
         return self.shapes.setdefault(shape, shape)
 
 
-_RecordType = TypeVar("_RecordType", bound=Record)
+_RecordType = TypeVar("_RecordType", bound=TypedRecord)
 RECORD_TYPES: RecordTypes = {
     ("torch.distributed.checkpoint.metadata", "MetadataIndex"): IndexRecord,
     ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"): ChunkRecord,

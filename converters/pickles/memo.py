@@ -9,6 +9,7 @@ from array import array
 from converters.lazy_pattern import LazyPattern
 
 SHORT_INDEXES = 256  # entries that BINGET can ask for, by one byte
+MAX_SEARCHED_BYTES = 1 << 26  # what is longer is a file of tensors, whose pickles are short
 _WINDOW_BYTES = 1 << 16
 _LONG_GET = LazyPattern(rb"j(?=(....))", re.DOTALL)  # LONG_BINGET, or part of a name
 
@@ -18,8 +19,12 @@ def requested_entries(data: bytes) -> bytearray:
     does not.
 
     Pickles put into the memo all that they build. What is not asked for need not stay in
-    memory. There may be more entries than bytes here; of those nothing is known.
+    memory. There may be more entries than bytes here; of those nothing is known, nor of any
+    where there is too much to search.
     """
+    if len(data) > MAX_SEARCHED_BYTES:
+        return bytearray()
+
     starts = range(0, len(data), _WINDOW_BYTES)  # the data may be a map of a file
     puts = sum(_puts(data[start : start + _WINDOW_BYTES]) for start in starts)
     requested = bytearray(min(len(data) // 2, puts))  # to put one takes two bytes

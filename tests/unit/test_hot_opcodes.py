@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from converters.dcp import metadata
 from converters.dcp.entries import records
 from converters.errors import CheckpointError
-from converters.pickles import interpreter
+from converters.pickles import interpreter, memo
 from converters.pickles.values import Call
 from converters.torch_files.rebuild import BUILDERS
 
@@ -118,3 +118,17 @@ def test_a_size_that_is_no_number_is_refused(tmp_path: Path) -> None:
     dcp_checkpoints.edit_metadata(tmp_path, change)
     with pytest.raises(CheckpointError, match="the offsets of a chunk of w is not a tuple"):
         metadata.read(tmp_path)
+
+
+def test_a_file_of_gigabytes_is_not_searched_for_what_its_short_pickles_ask_for(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "legacy.bin"
+    path.write_bytes(b"\x80\x02j\x07\x01\x00\x00q\x00")
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)
+        data = mmap.mmap(file.fileno(), 1 << 40, access=mmap.ACCESS_READ)
+
+    with data:
+        assert memo.requested_entries(data) == b""  # of none is anything known
+    assert memo.requested_entries(b"j\x07\x01\x00\x00" + b"\x94" * 600)[0x107] == 1

@@ -235,9 +235,9 @@ def wrong(out: Path) -> None:
     works(bare / "checkpoint-2", 2)
     works(bare / "checkpoint-2", 2, load_foreign=True)
 
-    engine.save_checkpoint(str(out / "plain" / "first"))  # knows no random states and no sampler
+    engine.save_checkpoint(str(out / "plain" / "epoch1"))  # knows no random states and no sampler
     works(out / "plain", 2)
-    assert open_checkpoint(out / "plain" / "first").committed  # by the resume, without progress
+    assert open_checkpoint(out / "plain" / "epoch1").committed  # by the resume, without progress
     works(out / "plain", 2)
 
     def leave_weights(run: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from converters.dcp.boxes import LocatedTensor
 from converters.dcp.checkpoint import ParameterGroup
-from converters.dcp.layouts import OptimizerLeaves
+from converters.dcp.keys.layouts import OptimizerLeaves
 from converters.dcp.saved_state import SavedState, number_of
 from converters.errors import CheckpointError
 from converters.tensors import TensorRef

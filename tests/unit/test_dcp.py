@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 
 import ckpt
+from ckpt.rewrite import dcp as crossing
 from converters.dcp.checkpoint import ShardedCheckpoint
 from converters.detect import read
 from converters.errors import CheckpointError
@@ -405,3 +406,28 @@ def test_optimizers_of_one_model_are_read_as_one(tmp_path: Path) -> None:
     assert [group.names for group in source.groups()] == [("w",), ("v",)]
     assert source.weights.trained == {"w", "v"}
     assert "2 optimizers (optimizer_0, optimizer_1) are read as one" in source.notes[-1]
+
+
+@pytest.mark.parametrize("layout", ["plain", "torchtitan"])
+def test_a_parameter_without_a_state_stays_in_its_group(layout: Any, tmp_path: Path) -> None:
+    """One without a gradient so far, or any of SGD without momentum."""
+    optimizer = adam({"w": WEIGHT})
+    optimizer["param_groups"][0]["params"] = ["w", "v"]
+    state = {"model": {"w": WEIGHT, "v": OTHER}, "optimizer": optimizer}
+    source = saved(state, tmp_path / "c")
+    output = tmp_path / "output"
+    crossing.execute(crossing.plan_to(source, output=output, layout=layout))
+
+    result = read(output, complete=True)
+    assert isinstance(result, ShardedCheckpoint) and result.groups
+    assert [group.names for group in result.groups()] == [("w", "v")]
+    assert result.weights.trained == {"w"}
+    with pytest.raises(CheckpointError, match="no state of v, of param group 0"):
+        crossing.plan_from(source, 1, stage=2)
+
+
+def test_a_name_in_a_group_may_lack_the_wrappers_of_the_model(tmp_path: Path) -> None:
+    state = {"model": {"module.w": WEIGHT}, "optimizer": adam({"w": WEIGHT})}
+    source = read(saved(state, tmp_path))
+    assert isinstance(source, ShardedCheckpoint) and source.groups
+    assert [group.names for group in source.groups()] == [("module.w",)]

@@ -94,13 +94,21 @@ def _saved_group(
     assert source.optimizer is not None
     states: dict[str, dict[str, Value]] = {}
     for name in group.names:
+        # a parameter without a gradient so far is of a group, and has no state
+        saved_state = source.optimizer(name) if _has_state(source, name) else {}
         states[canonical(name)] = {
-            key: _saved_value(key, value) for key, value in source.optimizer(name).items()
+            key: _saved_value(key, value) for key, value in saved_state.items()
         }
 
     options = torch_options.plain(group.options, index)
     names = tuple(map(canonical, group.names))
     return OptimizerGroup(names, states, options.values), options.omissions
+
+
+def _has_state(source: ShardedCheckpoint, name: str) -> bool:
+    """Whether the optimizer keeps anything for a parameter; a tied one has its owner's."""
+    assert source.located_states is not None
+    return bool(source.located_states(source.weights.aliases.get(name, name)))
 
 
 def _saved_value(key: str, value: TensorRef | int | float) -> Value:

@@ -431,3 +431,19 @@ def test_a_name_in_a_group_may_lack_the_wrappers_of_the_model(tmp_path: Path) ->
     source = read(saved(state, tmp_path))
     assert isinstance(source, ShardedCheckpoint) and source.groups
     assert [group.names for group in source.groups()] == [("module.w",)]
+
+
+def test_names_cross_without_what_data_parallel_puts_before_them(tmp_path: Path) -> None:
+    state = {
+        "model": {"module.w": WEIGHT, "module.v": OTHER},
+        "optimizer": adam({"module.w": WEIGHT}),
+    }
+    source = saved(state, tmp_path / "c")
+    plan = crossing.plan_to(source, output=tmp_path / "output")
+    assert any("without module." in note for note in plan.notes)
+    crossing.execute(plan)
+
+    result = read(tmp_path / "output", complete=True)
+    assert isinstance(result, ShardedCheckpoint) and result.groups
+    require_equal(result, {"w": WEIGHT, "v": OTHER})
+    assert result.groups()[0].names == ("w",) and result.weights.trained == {"w"}

@@ -28,6 +28,7 @@ from converters.zero.universal.parameter_folders import number
 from converters.zero.universal.reader import Universal
 
 STEP = "step"
+_DATA_PARALLEL = "module."
 _Entry = TypeVar("_Entry")
 
 
@@ -68,7 +69,8 @@ def of_zero(source: Checkpoint | Universal) -> CrossingState:
 
 def of_weights(source: Source) -> CrossingState:
     """The weights of what has no optimizer state that can be written, or none at all."""
-    return CrossingState(_by_name(source.weights), omissions=tuple(_absences(source.weights)))
+    state = CrossingState(_by_name(source.weights), omissions=tuple(_absences(source.weights)))
+    return _without_data_parallel(state)
 
 
 def of_dcp(source: ShardedCheckpoint) -> CrossingState:
@@ -80,11 +82,37 @@ def of_dcp(source: ShardedCheckpoint) -> CrossingState:
     saved_groups = source.groups() if source.groups is not None else ()
     groups = [_saved_group(source, group, index) for index, group in enumerate(saved_groups)]
     omissions = [line for _, lines in groups for line in lines]
-    return CrossingState(
+    state = CrossingState(
         weights,
         tuple(group for group, _ in groups),
         (*_absences(source.weights), *omissions),
     )
+    return _without_data_parallel(state)
+
+
+def _without_data_parallel(state: CrossingState) -> CrossingState:
+    """The same without the ``module.`` that DistributedDataParallel puts before every name.
+
+    As ``ckpt to-fp32`` does: torch's functions for state dicts leave it out, too.
+    """
+    if not state.weights or not all(name.startswith(_DATA_PARALLEL) for name in state.weights):
+        return state
+
+    groups = tuple(
+        OptimizerGroup(
+            tuple(map(_bare_name, group.names)),
+            {_bare_name(name): values for name, values in group.states.items()},
+            group.options,
+        )
+        for group in state.groups
+    )
+    weights = {_bare_name(name): tensor for name, tensor in state.weights.items()}
+    note = f"the names are without {_DATA_PARALLEL}, which DistributedDataParallel put before all"
+    return CrossingState(weights, groups, (*state.omissions, note))
+
+
+def _bare_name(name: str) -> str:
+    return name.removeprefix(_DATA_PARALLEL)
 
 
 def _saved_group(

@@ -142,12 +142,12 @@ def require_complete(optimizer: SavedOptimizer | None) -> None:
 def _require_names(state: SavedState, layout: StateLayout) -> None:
     """``CheckpointError`` where there are no weights, or those of layers are flat vectors."""
     if not layout.model:
-        has_states = bool(layout.optimizer.states)
-        what = "the states of an optimizer, and " if has_states else ""
-        advice = "; name the folder that the model was saved in" if has_states else ""
-        raise CheckpointError(
-            f"{state.folder} holds {what}no tensor of a model{advice}", "incomplete"
+        states = (
+            ", but the states of an optimizer; name the folder that the model was saved in"
+            if layout.optimizer.states
+            else ""
         )
+        raise CheckpointError(f"{state.folder} holds no tensor of a model{states}", "incomplete")
 
     flat_names = [name for name in layout.model if name.rpartition(".")[2] in _FLAT]
     if flat_names:

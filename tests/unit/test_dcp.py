@@ -380,11 +380,11 @@ def test_a_model_is_the_one_that_its_optimizer_stands_beside(
             {"model": {"w": WEIGHT}, "optim": adam({"w": WEIGHT}), "optimizer": adam({"w": OTHER})},
             "states of w in two optimizers, optim and optimizer",
         ),
-        (adam({"w": WEIGHT}), "states of an optimizer, and no tensor of a model"),
-        ({"state.w.exp_avg": WEIGHT}, "states of an optimizer, and no tensor of a model"),
+        (adam({"w": WEIGHT}), "no tensor of a model, but the states of an optimizer"),
+        ({"state.w.exp_avg": WEIGHT}, "no tensor of a model, but the states of an optimizer"),
         (
             {"state": {"0": {"exp_avg": WEIGHT}}, "param_groups": [{"params": [0]}]},
-            "states of an optimizer, and no tensor of a model",
+            "no tensor of a model, but the states of an optimizer",
         ),
     ],
 )

@@ -11,7 +11,7 @@ saved_state       the leaves of a state dict that was saved, whatever the files:
 metadata          ``.metadata``, of all ranks or of each;  entries/  what it is made of
 items             the bytes of ``.distcp`` files, located
 boxes             tensors put together from chunks
-layouts           which leaves are the model's, which the optimizer's
+keys/             which leaves are the model's, which the optimizer's
 optimizer_state   the optimizer's state by the names of parameters
 ties              names of tensors that are stored twice
 megatron          names of Megatron-Core, whose layers are stacked

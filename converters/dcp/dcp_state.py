@@ -7,11 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from converters.dcp import boxes, layouts, metadata
+from converters.dcp import boxes, metadata
 from converters.dcp.boxes import LocatedTensor
 from converters.dcp.entries.description import Description, ItemPlace
 from converters.dcp.items import ItemReader
-from converters.dcp.saved_state import Leaf
+from converters.dcp.keys import layouts
+from converters.dcp.keys.leaves import Leaf
 from converters.lazy_pattern import LazyPattern
 
 _ITEMS_OF_RANK = LazyPattern(r"__(\d{1,9})_\d+\.distcp")

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from converters.dcp import layouts
 from converters.dcp import reader as dcp_reader
 from converters.dcp.checkpoint import ShardedCheckpoint
-from converters.dcp.entries.description import KeyPath
-from converters.dcp.layouts import StateLayout
+from converters.dcp.keys import layouts
+from converters.dcp.keys.layouts import StateLayout
+from converters.dcp.keys.leaves import KeyPath, Leaf
 from converters.dcp.optimizer_state import SavedOptimizer
-from converters.dcp.saved_state import Leaf, SavedState
+from converters.dcp.saved_state import SavedState
 from converters.detect import filenames
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
@@ -40,7 +40,7 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> ShardedC
     """
     root, number = _place(path)
     state = _model(root, number)
-    layout = layouts.split(state.leaves)
+    layout = layouts.split(state.leaves, state.folder)
     notes: tuple[str, ...] = ()
     optimizer = None
     try:
@@ -103,7 +103,7 @@ def _optimizer(
         return None
 
     names = [Leaf(name, ("model", name), True) for name in model.model]
-    leaves = layouts.split([*state.leaves, *names]).optimizer
+    leaves = layouts.split([*state.leaves, *names], state.folder).optimizer
     return SavedOptimizer(state, leaves)
 
 

@@ -25,8 +25,9 @@ from converters.dcp import reader as dcp_reader
 from converters.dcp.boxes import LocatedTensor
 from converters.dcp.checkpoint import ShardedCheckpoint
 from converters.dcp.dcp_state import DcpState
-from converters.dcp.layouts import OptimizerLeaves, StateLayout
-from converters.dcp.saved_state import Leaf, SavedState
+from converters.dcp.keys.layouts import OptimizerLeaves, StateLayout
+from converters.dcp.keys.leaves import Leaf
+from converters.dcp.saved_state import SavedState
 from converters.detect import filenames
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern

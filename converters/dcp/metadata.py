@@ -26,7 +26,6 @@ from converters.dcp.entries import records
 from converters.dcp.entries.description import (
     Description,
     ItemPlace,
-    KeyPath,
     Shape,
     StoredChunk,
     StoredTensor,
@@ -41,6 +40,7 @@ from converters.dcp.entries.records import (
     record_of,
     shape_of,
 )
+from converters.dcp.keys.leaves import KeyPath
 from converters.errors import CheckpointError, MalformedError
 from converters.pickles.interpreter import Interpreter
 from converters.pickles.values import Call, Global

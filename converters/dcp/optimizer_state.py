@@ -9,12 +9,15 @@ Source: torch 2.13 ``distributed/checkpoint/state_dict.py`` (``_get_optim_state_
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 from converters.dcp.boxes import LocatedTensor
 from converters.dcp.checkpoint import ParameterGroup
-from converters.dcp.layouts import OptimizerLeaves
+from converters.dcp.keys.layouts import OptimizerLeaves
+from converters.dcp.keys.model_roots import without_wrappers
 from converters.dcp.saved_state import SavedState, number_of
 from converters.errors import CheckpointError
 from converters.tensors import TensorRef
@@ -70,8 +73,9 @@ class SavedOptimizer:
         }
 
     def located(self, name: str) -> dict[str, LocatedTensor]:
-        """Every tensor that is kept for a parameter, as it lies in the files."""
-        leaves = self.leaves.states[name]
+        """Every tensor that is kept for a parameter, as it lies in the files; none where the
+        optimizer keeps no state for it, such as for one without a gradient so far."""
+        leaves = self.leaves.states.get(name, {})
         return {
             key: self.state.tensor(leaf)
             for key, leaf in leaves.items()
@@ -87,13 +91,25 @@ class SavedOptimizer:
         if all(owner.isdecimal() for owner in values):
             return tuple(
                 ParameterGroup(
-                    tuple(map(str, fields.get(_NAMES) or ())),
+                    tuple(self._name(str(name)) for name in fields.get(_NAMES) or ()),
                     {key: value for key, value in fields.items() if key != _NAMES},
                 )
                 for _, fields in sorted(values.items(), key=lambda item: int(item[0]))
             )
 
         return _grouped(values)
+
+    def _name(self, name: str) -> str:
+        """A name in a group as the states have it, which may have other pieces of wrappers."""
+        if name in self.leaves.states:
+            return name
+        return self._names_by_short_name.get(without_wrappers(name), name)
+
+    @cached_property
+    def _names_by_short_name(self) -> dict[str, str]:
+        names = self.leaves.states
+        counts = Counter(map(without_wrappers, names))
+        return {short: name for name in names if counts[short := without_wrappers(name)] == 1}
 
     def _value(self, leaf: str) -> TensorRef | int | float | None:
         if leaf not in self.tensor_names:

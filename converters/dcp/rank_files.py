@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from converters.accessors import is_whole_number
 from converters.dcp import boxes, torch_state
 from converters.dcp.boxes import Box, LocatedTensor
-from converters.dcp.entries.description import KeyPath, Shape
-from converters.dcp.saved_state import Leaf
+from converters.dcp.entries.description import Shape
+from converters.dcp.keys.leaves import KeyPath, Leaf
 from converters.dcp.torch_state import NestedValue
 from converters.errors import CheckpointError, MalformedError
 from converters.pickles.values import Call, Global

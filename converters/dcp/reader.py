@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from converters.accessors import is_whole_number
-from converters.dcp import layouts, optimizer_state, ties
+from converters.dcp import optimizer_state, ties
 from converters.dcp.boxes import LocatedTensor
 from converters.dcp.checkpoint import ShardedCheckpoint
-from converters.dcp.layouts import StateLayout
+from converters.dcp.keys import layouts
+from converters.dcp.keys.layouts import StateLayout
 from converters.dcp.optimizer_state import SavedOptimizer
 from converters.dcp.saved_state import SavedState, number_of
 from converters.detect import filenames
@@ -50,7 +51,7 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> ShardedC
     from converters.dcp.dcp_state import DcpState
 
     state = DcpState(path)
-    layout = layouts.split(state.leaves)
+    layout = layouts.split(state.leaves, state.folder)
     optimizer = None
     if layout.optimizer.states or layout.optimizer.groups:
         optimizer = SavedOptimizer(state, layout.optimizer)
@@ -75,7 +76,7 @@ def read_safetensors(
 
     state = SafetensorsState(path)
     place = Place(path, path, path.name)
-    layout = layouts.split(state.leaves)
+    layout = layouts.split(state.leaves, state.folder)
     return assembled("dcp-safetensors", place, state, layout, None, (_REACH,))
 
 
@@ -103,6 +104,13 @@ def assembled(
         others = (
             f"left out {counted(count, 'tensor')} that {verb(count, 'is', 'are')} neither the "
             f"model's nor the optimizer's: {some(layout.others)}",
+        )
+    optimizers = layout.optimizer.optimizers
+    if len(optimizers) > 1:
+        others = (
+            *others,
+            f"{len(optimizers)} optimizers ({some(optimizers)}) are read as one, which has the "
+            "param groups of all",
         )
     has_names = optimizer is not None and optimizer.leaves.are_named
     return ShardedCheckpoint(
@@ -134,7 +142,12 @@ def require_complete(optimizer: SavedOptimizer | None) -> None:
 def _require_names(state: SavedState, layout: StateLayout) -> None:
     """``CheckpointError`` where there are no weights, or those of layers are flat vectors."""
     if not layout.model:
-        raise CheckpointError(f"{state.folder} holds no tensor of a model", "incomplete")
+        states = (
+            ", but the states of an optimizer; name the folder that the model was saved in"
+            if layout.optimizer.states
+            else ""
+        )
+        raise CheckpointError(f"{state.folder} holds no tensor of a model{states}", "incomplete")
 
     flat_names = [name for name in layout.model if name.rpartition(".")[2] in _FLAT]
     if flat_names:

@@ -20,7 +20,7 @@ from converters.accessors import is_whole_number
 from converters.dcp import boxes
 from converters.dcp.boxes import Box, LocatedTensor
 from converters.dcp.entries.description import Shape
-from converters.dcp.saved_state import Leaf
+from converters.dcp.keys.leaves import Leaf
 from converters.detect import filenames
 from converters.errors import CheckpointError
 from converters.formats import safetensors

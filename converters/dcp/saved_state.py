@@ -9,20 +9,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from converters.dcp.boxes import LocatedTensor
-from converters.dcp.entries.description import KeyPath
+from converters.dcp.keys.leaves import Leaf
 from converters.storage import open_files
 from converters.tensors import DType, TensorRef
-
-
-class Leaf(NamedTuple):
-    """A value of a state dict: its flat name, and the keys that lead to it from the root."""
-
-    name: str
-    keys: KeyPath
-    is_tensor: bool
 
 
 class SavedState(Protocol):

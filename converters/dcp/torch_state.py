@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from converters.dcp.boxes import LocatedTensor
-from converters.dcp.entries.description import KeyPath
-from converters.dcp.saved_state import Leaf
+from converters.dcp.keys.leaves import KeyPath, Leaf
 from converters.errors import CheckpointError
 from converters.pickles.values import Call
 from converters.tensors import Checksum, TensorRef

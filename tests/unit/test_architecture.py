@@ -30,6 +30,7 @@ converters.cast converters.detect
 converters.computing
 converters.plan converters.peft converters.quantized
 converters.execute converters.torch_files converters.peft.merge
+converters.dcp.keys
 converters.formats converters.zero.files converters.dcp.entries
 converters.dcp
 converters.zero.naming

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 
 import ckpt
+from ckpt.rewrite import dcp as crossing
 from converters.dcp.checkpoint import ShardedCheckpoint
 from converters.detect import read
 from converters.errors import CheckpointError
@@ -306,3 +307,143 @@ def test_the_weights_are_opened_and_converted(tmp_path: Path) -> None:
             for name, tensor in expected.items():
                 is_cast = kind is not None and tensor.is_floating_point()
                 assert torch.equal(weights[name], tensor.to(kind) if is_cast else tensor)
+
+
+def adam(names: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """An optimizer's state by the names of parameters."""
+    state = {name: {"exp_avg": tensor + 1} for name, tensor in names.items()}
+    return {"state": state, "param_groups": [{"lr": 0.1, "params": [*names]}]}
+
+
+WEIGHT, OTHER = torch.arange(6.0), torch.arange(6.0) * 2
+
+
+def saved(state: Mapping[str, Any], folder: Path) -> Path:
+    dcp.save(dict(state), checkpoint_id=folder, no_dist=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {
+            "app": {"model": {"w": WEIGHT}, "optim": adam({"w": WEIGHT})},
+            "aema": {"model": {"w": OTHER}},
+        },
+        {
+            "ema": {"model": {"w": OTHER}},
+            "student": {"model": {"w": WEIGHT}, "optimizer": adam({"w": WEIGHT})},
+        },
+        {"w": WEIGHT, "ema": {"model": {"w": OTHER}}, "optimizer": adam({"w": WEIGHT})},
+        {"app": {"model": {"w": WEIGHT}}, "optimizer": adam({"w": WEIGHT})},
+        {"model": {"w": WEIGHT}, "teacher": {"model": {"w": OTHER}}},
+    ],
+)
+def test_a_model_is_the_one_that_its_optimizer_stands_beside(
+    state: dict[str, Any], tmp_path: Path
+) -> None:
+    source = read(saved(state, tmp_path), complete=True)
+    assert torch.equal(value(source.weights.tensors["w"]), WEIGHT)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (
+            {
+                name: {"model": {"w": tensor}, "optimizer": adam({"w": tensor})}
+                for name, tensor in (("actor", WEIGHT), ("critic", OTHER))
+            },
+            "optimizers of several trainings, under actor, critic",
+        ),
+        (
+            {
+                "ema": {"model": {"w": OTHER}},
+                "trainer": {"net": {"w": WEIGHT}, "optimizer": adam({"w": WEIGHT})},
+            },
+            r"no model beside it; its model may be ema\.model, trainer\.net",
+        ),
+        (
+            {
+                "ema": {"model": {"w": OTHER}},
+                "net": {"w": WEIGHT},
+                "optimizer": {"state.w.exp_avg": WEIGHT},
+            },
+            r"its model may be ema\.model, net",
+        ),
+        (
+            {"a": {"model": {"w": WEIGHT}}, "b": {"model": {"w": OTHER}}},
+            r"several models, a\.model, b\.model",
+        ),
+        ({"model": {"w": WEIGHT}, "module": {"w": OTHER}}, "several models, model, module"),
+        (
+            {"model": {"w": WEIGHT}, "optim": adam({"w": WEIGHT}), "optimizer": adam({"w": OTHER})},
+            "states of w in two optimizers, optim and optimizer",
+        ),
+        (adam({"w": WEIGHT}), "no tensor of a model, but the states of an optimizer"),
+        ({"state.w.exp_avg": WEIGHT}, "no tensor of a model, but the states of an optimizer"),
+        (
+            {"state": {"0": {"exp_avg": WEIGHT}}, "param_groups": [{"params": [0]}]},
+            "no tensor of a model, but the states of an optimizer",
+        ),
+    ],
+)
+def test_models_that_could_be_meant_are_listed(
+    state: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read(saved(state, tmp_path))
+
+
+def test_optimizers_of_one_model_are_read_as_one(tmp_path: Path) -> None:
+    state = {
+        "model": {"w": WEIGHT, "v": OTHER},
+        "optimizer_0": adam({"w": WEIGHT}),
+        "optimizer_1": adam({"v": OTHER}),
+    }
+    source = read(saved(state, tmp_path), complete=True)
+    assert isinstance(source, ShardedCheckpoint) and source.groups
+    assert [group.names for group in source.groups()] == [("w",), ("v",)]
+    assert source.weights.trained == {"w", "v"}
+    assert "2 optimizers (optimizer_0, optimizer_1) are read as one" in source.notes[-1]
+
+
+@pytest.mark.parametrize("layout", ["plain", "torchtitan"])
+def test_a_parameter_without_a_state_stays_in_its_group(layout: Any, tmp_path: Path) -> None:
+    """One without a gradient so far, or any of SGD without momentum."""
+    optimizer = adam({"w": WEIGHT})
+    optimizer["param_groups"][0]["params"] = ["w", "v"]
+    state = {"model": {"w": WEIGHT, "v": OTHER}, "optimizer": optimizer}
+    source = saved(state, tmp_path / "c")
+    output = tmp_path / "output"
+    crossing.execute(crossing.plan_to(source, output=output, layout=layout))
+
+    result = read(output, complete=True)
+    assert isinstance(result, ShardedCheckpoint) and result.groups
+    assert [group.names for group in result.groups()] == [("w", "v")]
+    assert result.weights.trained == {"w"}
+    with pytest.raises(CheckpointError, match="no state of v, of param group 0"):
+        crossing.plan_from(source, 1, stage=2)
+
+
+def test_a_name_in_a_group_may_lack_the_wrappers_of_the_model(tmp_path: Path) -> None:
+    state = {"model": {"module.w": WEIGHT}, "optimizer": adam({"w": WEIGHT})}
+    source = read(saved(state, tmp_path))
+    assert isinstance(source, ShardedCheckpoint) and source.groups
+    assert [group.names for group in source.groups()] == [("module.w",)]
+
+
+def test_names_cross_without_what_data_parallel_puts_before_them(tmp_path: Path) -> None:
+    state = {
+        "model": {"module.w": WEIGHT, "module.v": OTHER},
+        "optimizer": adam({"module.w": WEIGHT}),
+    }
+    source = saved(state, tmp_path / "c")
+    plan = crossing.plan_to(source, output=tmp_path / "output")
+    assert any("without module." in note for note in plan.notes)
+    crossing.execute(plan)
+
+    result = read(tmp_path / "output", complete=True)
+    assert isinstance(result, ShardedCheckpoint) and result.groups
+    require_equal(result, {"w": WEIGHT, "v": OTHER})
+    assert result.groups()[0].names == ("w",) and result.weights.trained == {"w"}

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from converters.dcp.keys.leaves import KeyPath
+
 Shape = tuple[int, ...]
-KeyPath = tuple[str, ...]  # the keys from the root of a state dict to a leaf
 
 
 class ItemPlace(NamedTuple):

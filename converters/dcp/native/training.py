@@ -135,6 +135,7 @@ def _group(source: ShardedCheckpoint, group: ParameterGroup, index: int) -> Para
             "incomplete",
         )
 
+    _require_states(source, group, index)
     values: dict[str, dict[str, TensorRef]] = {
         WEIGHTS: {name: tensors[name] for name in group.names}
     }
@@ -157,6 +158,20 @@ def _group(source: ShardedCheckpoint, group: ParameterGroup, index: int) -> Para
         _options(group, values),
         (*constants, *(key for key in values if key != WEIGHTS)),
     )
+
+
+def _require_states(source: ShardedCheckpoint, group: ParameterGroup, index: int) -> None:
+    """``CheckpointError`` unless the optimizer keeps something for every parameter of a group."""
+    assert source.located_states is not None
+    stateless_names = [name for name in group.names if not source.located_states(name)]
+    if stateless_names:
+        raise CheckpointError(
+            f"{source.place.folder}: the optimizer has no state of {some(stateless_names)}, of "
+            f"param group {index}, expected that of a step; train a step in which all have "
+            "gradients, with an optimizer that keeps states; ckpt to-fp32 makes a model folder "
+            "of the weights",
+            "unsupported",
+        )
 
 
 def _require_alike(

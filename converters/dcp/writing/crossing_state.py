@@ -28,6 +28,7 @@ from converters.zero.universal.parameter_folders import number
 from converters.zero.universal.reader import Universal
 
 STEP = "step"
+_DATA_PARALLEL = "module."
 _Entry = TypeVar("_Entry")
 
 
@@ -68,7 +69,8 @@ def of_zero(source: Checkpoint | Universal) -> CrossingState:
 
 def of_weights(source: Source) -> CrossingState:
     """The weights of what has no optimizer state that can be written, or none at all."""
-    return CrossingState(_by_name(source.weights), omissions=tuple(_absences(source.weights)))
+    state = CrossingState(_by_name(source.weights), omissions=tuple(_absences(source.weights)))
+    return _without_data_parallel(state)
 
 
 def of_dcp(source: ShardedCheckpoint) -> CrossingState:
@@ -80,11 +82,37 @@ def of_dcp(source: ShardedCheckpoint) -> CrossingState:
     saved_groups = source.groups() if source.groups is not None else ()
     groups = [_saved_group(source, group, index) for index, group in enumerate(saved_groups)]
     omissions = [line for _, lines in groups for line in lines]
-    return CrossingState(
+    state = CrossingState(
         weights,
         tuple(group for group, _ in groups),
         (*_absences(source.weights), *omissions),
     )
+    return _without_data_parallel(state)
+
+
+def _without_data_parallel(state: CrossingState) -> CrossingState:
+    """The same without the ``module.`` that DistributedDataParallel puts before every name.
+
+    As ``ckpt to-fp32`` does: torch's functions for state dicts leave it out, too.
+    """
+    if not state.weights or not all(name.startswith(_DATA_PARALLEL) for name in state.weights):
+        return state
+
+    groups = tuple(
+        OptimizerGroup(
+            tuple(map(_bare_name, group.names)),
+            {_bare_name(name): values for name, values in group.states.items()},
+            group.options,
+        )
+        for group in state.groups
+    )
+    weights = {_bare_name(name): tensor for name, tensor in state.weights.items()}
+    note = f"the names are without {_DATA_PARALLEL}, which DistributedDataParallel put before all"
+    return CrossingState(weights, groups, (*state.omissions, note))
+
+
+def _bare_name(name: str) -> str:
+    return name.removeprefix(_DATA_PARALLEL)
 
 
 def _saved_group(
@@ -94,13 +122,21 @@ def _saved_group(
     assert source.optimizer is not None
     states: dict[str, dict[str, Value]] = {}
     for name in group.names:
+        # a parameter without a gradient so far is of a group, and has no state
+        saved_state = source.optimizer(name) if _has_state(source, name) else {}
         states[canonical(name)] = {
-            key: _saved_value(key, value) for key, value in source.optimizer(name).items()
+            key: _saved_value(key, value) for key, value in saved_state.items()
         }
 
     options = torch_options.plain(group.options, index)
     names = tuple(map(canonical, group.names))
     return OptimizerGroup(names, states, options.values), options.omissions
+
+
+def _has_state(source: ShardedCheckpoint, name: str) -> bool:
+    """Whether the optimizer keeps anything for a parameter; a tied one has its owner's."""
+    assert source.located_states is not None
+    return bool(source.located_states(source.weights.aliases.get(name, name)))
 
 
 def _saved_value(key: str, value: TensorRef | int | float) -> Value:

@@ -19,16 +19,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from converters.dcp.entries.description import KeyPath
-from converters.dcp.saved_state import Leaf
+from converters.dcp.keys import model_roots
+from converters.dcp.keys.leaves import KeyPath, Leaf
+from converters.dcp.keys.model_roots import MODEL_KEYS, OptimizerPlace, without_wrappers
+from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
-from converters.names.rules import WRAPPERS
 
-STATE, GROUPS = "state", "param_groups"
-_MODEL_KEYS = ("model", "state_dict", "model_state_dict", "model_state", "module")
+STATE, GROUPS = model_roots.STATE, model_roots.GROUPS
 _OPTIMIZER = LazyPattern(r"optim(izer)?s?(_\d+|_states?(_dict)?)?")
+_STATE_KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "master_param"}
 # of a training, beside a model whose names stand at the root
 _TRAINING_KEYS = {
     *("train_state", "trainer", "trainer_state", "loops", "callbacks", "extra", "extra_state"),
@@ -43,6 +45,7 @@ class OptimizerLeaves(NamedTuple):
 
     states: Mapping[str, Mapping[str, str]]
     groups: Mapping[str, Mapping[str, str]]
+    optimizers: tuple[str, ...] = ()  # what the state dict calls each of them
 
     @property
     def are_named(self) -> bool:
@@ -59,19 +62,25 @@ class StateLayout(NamedTuple):
     others: tuple[str, ...]
 
 
-def split(leaves: Sequence[Leaf]) -> StateLayout:
-    """The parts of a state dict of a training."""
-    below_optimizer = {leaf.name: _optimizer_keys(leaf.keys) for leaf in leaves}
-    tensors = [leaf for leaf in leaves if leaf.is_tensor and below_optimizer[leaf.name] is None]
-    root = _model_root(tensors)
+def split(leaves: Sequence[Leaf], folder: Path) -> StateLayout:
+    """The parts of a state dict of a training, which lies in ``folder``.
+
+    ``CheckpointError`` where several models or trainings could be meant.
+    """
+    is_bare = _is_optimizer_at_root(leaves)
+    places = {leaf.name: _optimizer_place(leaf.keys, is_bare) for leaf in leaves}
+    tensors = [leaf for leaf in leaves if leaf.is_tensor and places[leaf.name] is None]
+    optimizer_places = {name: place for name, place in places.items() if place and place.below}
+
+    root = model_roots.choose(tensors, [*optimizer_places.values()], folder)
     of_model = {
         ".".join(leaf.keys[len(root) :]): leaf.name for leaf in tensors if _is_of(root, leaf.keys)
     }
     used = set(of_model.values())
     others = tuple(leaf.name for leaf in tensors if leaf.name not in used)
-
-    optimizer_keys = {name: keys for name, keys in below_optimizer.items() if keys}
-    return StateLayout(of_model, _optimizer_leaves(optimizer_keys, _ModelNames(of_model)), others)
+    return StateLayout(
+        of_model, _optimizer_leaves(optimizer_places, _ModelNames(of_model), folder), others
+    )
 
 
 def keys_of_names(names: Iterable[str]) -> dict[str, KeyPath]:
@@ -85,41 +94,47 @@ def keys_of_names(names: Iterable[str]) -> dict[str, KeyPath]:
 
     model_names = [name for name, path in keys.items() if len(path) == 1]
     firsts = {name.partition(".")[0] for name in model_names}
-    if len(firsts) == 1 and firsts <= set(_MODEL_KEYS) and all("." in n for n in model_names):
+    if len(firsts) == 1 and firsts <= set(MODEL_KEYS) and all("." in n for n in model_names):
         keys |= {name: tuple(name.split(".", 1)) for name in model_names}
     return keys
 
 
-def _optimizer_keys(keys: KeyPath) -> KeyPath | None:
-    """The keys of an optimizer from ``state`` or ``param_groups`` on; an empty path for what
-    else it has, ``None`` for what is not an optimizer's."""
+def _is_optimizer_at_root(leaves: Sequence[Leaf]) -> bool:
+    """Whether ``state`` and ``param_groups`` of an optimizer are keys of the root itself."""
+    heads = {leaf.keys[0].partition(".")[0] for leaf in leaves}
+    if GROUPS in heads:
+        return True
+    last_keys = {leaf.name.rpartition(".")[2] for leaf in leaves if leaf.is_tensor}
+    return heads == {STATE} and bool(last_keys) and last_keys <= _STATE_KEYS
+
+
+def _optimizer_place(keys: KeyPath, is_bare: bool) -> OptimizerPlace | None:
+    """Where a leaf stands in an optimizer; ``None`` for what is not an optimizer's.
+
+    With ``is_bare`` the root itself is an optimizer.
+    """
     for index, key in enumerate(keys[:-1]):
         if _OPTIMIZER.fullmatch(key) is None:
             continue
         below = keys[index + 1 :]
-        for depth, first in enumerate(below[:2]):  # one of several optimizers has a key more
-            head, _, tail = first.partition(".")
-            if head in (STATE, GROUPS):
-                path = (head, tail, *below[depth + 1 :]) if tail else below[depth:]
-                return path if len(path) > 1 else ()
-        return ()
+        for depth in range(len(below[:2])):  # one of several optimizers has a key more
+            path = _state_path(below[depth:])
+            if path is not None:
+                return OptimizerPlace(keys[:index], keys[: index + 1 + depth], path)
+        return OptimizerPlace(keys[:index], keys[: index + 1], ())
 
-    return None
+    path = _state_path(keys) if is_bare else None
+    return None if path is None else OptimizerPlace((), (), path)
 
 
-def _model_root(tensors: Sequence[Leaf]) -> KeyPath:
-    """The keys that the model's names follow: none where these stand at the root."""
-    roots: set[KeyPath] = set()
-    for leaf in tensors:
-        for index, key in enumerate(leaf.keys[:-1]):
-            if key in _MODEL_KEYS:
-                roots.add(leaf.keys[: index + 1])
-                break
-
-    def rank(root: KeyPath) -> tuple[int, int, KeyPath]:
-        return len(root), _MODEL_KEYS.index(root[-1]), root
-
-    return min(roots, key=rank, default=())
+def _state_path(keys: KeyPath) -> KeyPath | None:
+    """Keys from ``state`` or ``param_groups`` on, the first of them apart; empty where there is
+    but one, ``None`` where they begin with another."""
+    head, _, tail = keys[0].partition(".")
+    if head not in (STATE, GROUPS):
+        return None
+    path = (head, tail, *keys[1:]) if tail else keys
+    return path if len(path) > 1 else ()
 
 
 def _is_of(root: KeyPath, keys: KeyPath) -> bool:
@@ -137,35 +152,59 @@ class _ModelNames:
 
     def __init__(self, names: Collection[str]):
         self.names = names
-        counts = Counter(map(_without_wrappers, names))
+        counts = Counter(map(without_wrappers, names))
         self.by_inner_name = {
-            inner: name for name in names if counts[inner := _without_wrappers(name)] == 1
+            inner: name for name in names if counts[inner := without_wrappers(name)] == 1
         }
 
     def get(self, name: str) -> str | None:
         """The model's own name; ``None`` if it has no such tensor."""
         if name in self.names:
             return name
-        return self.by_inner_name.get(_without_wrappers(name))
-
-
-def _without_wrappers(name: str) -> str:
-    return ".".join(piece for piece in name.split(".") if piece not in WRAPPERS)
+        return self.by_inner_name.get(without_wrappers(name))
 
 
 def _optimizer_leaves(
-    optimizer_keys: Mapping[str, KeyPath], model_names: _ModelNames
+    places: Mapping[str, OptimizerPlace], model_names: _ModelNames, folder: Path
 ) -> OptimizerLeaves:
+    """The leaves of the optimizer, or of all: several are one, with the groups of each."""
     states: dict[str, dict[str, str]] = {}
     groups: dict[str, dict[str, str]] = {}
-    for leaf, keys in optimizer_keys.items():
+    bases = dict.fromkeys(place.base for place in places.values())
+    base_of_state: dict[str, KeyPath] = {}
+    numbers = _group_numbers(places.values()) if len(bases) > 1 else {}
+    for leaf, (_, base, keys) in places.items():
         owner, key = keys[1], ".".join(keys[2:])
         if not key:
             owner, key = _of_flat_name(keys[1], model_names)
-        part = states if keys[0] == STATE else groups
-        part.setdefault(model_names.get(owner) or owner, {})[key] = leaf
+        if keys[0] == GROUPS:
+            owner = numbers.get((base, owner), owner)
+            groups.setdefault(model_names.get(owner) or owner, {})[key] = leaf
+            continue
 
-    return OptimizerLeaves(states, groups)
+        name = model_names.get(owner) or owner
+        first_base = base_of_state.setdefault(name, base)
+        if first_base != base and not name.isdecimal():
+            raise CheckpointError(
+                f"{folder} has states of {name} in two optimizers, {'.'.join(first_base)} and "
+                f"{'.'.join(base)}, expected one; save the model with the optimizer that trains "
+                "it, without the other",
+                "unsupported",
+            )
+        states.setdefault(name, {})[key] = leaf
+
+    return OptimizerLeaves(states, groups, tuple(".".join(base) for base in bases))
+
+
+def _group_numbers(places: Iterable[OptimizerPlace]) -> dict[tuple[KeyPath, str], str]:
+    """Numbers for the groups of several optimizers, in their order, by optimizer and number."""
+    numbers_by_base: dict[KeyPath, set[int]] = {}
+    for place in places:
+        if place.below[0] == GROUPS and place.below[1].isdecimal():
+            numbers_by_base.setdefault(place.base, set()).add(int(place.below[1]))
+
+    ordered = [(base, n) for base, numbers in numbers_by_base.items() for n in sorted(numbers)]
+    return {(base, str(n)): str(index) for index, (base, n) in enumerate(ordered)}
 
 
 def _of_flat_name(text: str, model_names: _ModelNames) -> tuple[str, str]:

@@ -95,6 +95,12 @@ def item_places(folder: Path) -> Iterator[ItemPlace]:
             yield from (chunk.place for chunk in tensor.chunks)
 
 
+def rank_tensors(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors as each rank describes them, replicas too; raises as ``read``."""
+    for rank in _ranks(folder):
+        yield from rank.tensors.items()
+
+
 def _ranks(folder: Path) -> list[_RankDescription]:
     return [_read_rank(path) for path in _paths(folder)]
 

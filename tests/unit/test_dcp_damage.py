@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import dcp_checkpoints
@@ -12,9 +13,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from dcp_checkpoints import sharded
 from oracles import run
+from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import ckpt
+from ckpt.runs.states import checksums
 from converters.detect import read
 from converters.errors import CheckpointError
 
@@ -177,3 +180,60 @@ def _places(folder: Path, file_name: str) -> list[_Item]:
         for index, info in metadata.storage_data.items()
         if info.relative_path == file_name
     ]
+
+
+def _zeros(data: bytes) -> bytes:
+    return bytes(len(data))
+
+
+def _zeros_at_the_end(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+
+
+def _zeros_in_the_middle(data: bytes) -> bytes:
+    third = len(data) // 3
+    return data[:third] + bytes(third) + data[2 * third :]
+
+
+def _noise(data: bytes) -> bytes:
+    return Random(5).randbytes(len(data))
+
+
+@pytest.mark.parametrize("damage", [_zeros, _zeros_at_the_end, _zeros_in_the_middle, _noise])
+@pytest.mark.parametrize("has_collectives", [True, False])
+def test_items_that_are_none_are_not_whole(
+    damage: Callable[[bytes], bytes], has_collectives: bool, tmp_path: Path
+) -> None:
+    """The size of the file is right, and no item in the damaged part has a checksum left."""
+    save = dcp_checkpoints.save if has_collectives else dcp_checkpoints.save_without_collectives
+    state = {"model": {f"w{number}": FULL + number for number in range(9)}}
+    folder = save(tmp_path / "step-5", lambda rank: state, 1)
+    run("verify", folder, "--data")
+
+    path = folder / "__0_0.distcp"
+    path.write_bytes(damage(path.read_bytes()))
+    problem = f"{path.name} has no item of torch's at byte"
+    assert any(problem in line for line in checksums.of_files(folder).problems)
+    run("verify", folder, "--data", code=1)
+
+
+def test_items_of_another_shape_are_not_whole(tmp_path: Path) -> None:
+    def save(name: str, tensor: torch.Tensor) -> Path:
+        return dcp_checkpoints.save(tmp_path / name, lambda rank: {"model": {"w": tensor}}, 1)
+
+    folder, newer = save("step-5", FULL), save("step-6", FULL.T.contiguous())
+    (newer / "__0_0.distcp").replace(folder / "__0_0.distcp")
+    (problem,) = checksums.of_files(folder).problems
+    assert problem.startswith("__0_0.distcp: what lies at byte 0 for model.w is float32 (7 x 11)")
+    run("verify", folder, "--data", code=1)
+
+
+def test_items_in_a_form_without_checksums_are_no_damage(tmp_path: Path) -> None:
+    dcp_checkpoints.save(
+        tmp_path,
+        lambda rank: {"model": {"w": FULL}, "step": 7},
+        1,
+        serialization_format=SerializationFormat.SAFETENSORS,
+    )
+    plan = checksums.of_files(tmp_path)
+    assert plan.bare and not plan.problems

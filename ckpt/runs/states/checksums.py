@@ -123,6 +123,7 @@ def of_files(place: Path) -> ChecksumPlan:
     """
     checkables: list[Checkable] = []
     bare: list[FileEntry] = []
+    problems: list[str] = []
     pieces_by_folder: dict[Path, dict[str, list[ItemPlace]]] = {}
     for path, name in files_of(place):
         nbytes = path.stat().st_size
@@ -130,6 +131,7 @@ def of_files(place: Path) -> ChecksumPlan:
             if path.suffix == DCP_SUFFIX:
                 if path.parent not in pieces_by_folder:
                     pieces_by_folder[path.parent] = _pieces_of(path.parent)
+                    problems += _faults_of(path.parent, name)
                 pieces = pieces_by_folder[path.parent].get(path.name, [])
                 covered = [*_records_of_pieces(stream, path, name, pieces)]
             else:
@@ -140,7 +142,7 @@ def of_files(place: Path) -> ChecksumPlan:
         bare_bytes = _bytes_without(covered, nbytes)
         bare += [FileEntry(name, bare_bytes)] if bare_bytes else []
 
-    return ChecksumPlan(tuple(checkables), tuple(bare), (), len(checkables))
+    return ChecksumPlan(tuple(checkables), tuple(bare), tuple(problems), len(checkables))
 
 
 def execute(plan: ChecksumPlan, progress: Progress = quiet) -> list[str]:
@@ -228,6 +230,15 @@ def _pieces_of(folder: Path) -> dict[str, list[ItemPlace]]:
         pieces.setdefault(place.path.name, {})[place.offset] = place
 
     return {name: list(by_offset.values()) for name, by_offset in pieces.items()}
+
+
+def _faults_of(folder: Path, name: str) -> Iterator[str]:
+    """A line for each file of DCP in the folder of ``name`` that has not the items described."""
+    from converters.dcp import item_forms
+
+    prefix, slash, _ = name.rpartition("/")
+    for fault in item_forms.faults(folder).values():
+        yield fault.replace(f"{folder}/", f"{prefix}{slash}")
 
 
 def _records_of_pieces(

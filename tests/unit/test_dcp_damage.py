@@ -13,11 +13,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from dcp_checkpoints import sharded
 from oracles import run
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import ckpt
 from ckpt.runs.states import checksums
+from converters.dcp import safetensors_state
 from converters.detect import read
 from converters.errors import CheckpointError
 
@@ -237,3 +239,50 @@ def test_items_in_a_form_without_checksums_are_no_damage(tmp_path: Path) -> None
     )
     plan = checksums.of_files(tmp_path)
     assert plan.bare and not plan.problems
+
+
+def _save_safetensors(folder: Path, tensors: dict[str, torch.Tensor], places: list[int]) -> None:
+    """Each tensor whole, in the file of its number."""
+    dcp_checkpoints.save(
+        folder,
+        lambda rank: tensors,
+        1,
+        HuggingFaceStorageWriter,
+        save_distributed=True,
+        fqn_to_index_mapping=dict(zip(tensors, places, strict=True)),
+    )
+
+
+def test_two_saves_in_safetensors_of_other_numbers_of_files_are_refused(tmp_path: Path) -> None:
+    for value, places in enumerate([[1, 2, 3, 3], [2, 1, 1, 2]]):
+        _save_safetensors(tmp_path, dict.fromkeys("abcd", FULL + value), places)
+    problem = "-of-00002.safetensors and shard-00001-model-00001-of-00003.safetensors, whose names"
+    with pytest.raises(CheckpointError, match=problem):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("sample_bytes", [4096, 1])
+def test_two_saves_in_safetensors_of_as_many_files_are_refused(
+    sample_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the samples, or else by all bytes while they move."""
+    monkeypatch.setattr(safetensors_state, "_SAMPLE_BYTES", sample_bytes)
+    folder = tmp_path / "step-5"
+    newer = FULL.clone()
+    newer[0, 3] = 99.0
+    for tensor, name in ((FULL, "shard-00001-old.safetensors"), (newer, "")):
+        _save_safetensors(folder, {"a": tensor, "b": FULL}, [1, 2])
+        if name:
+            (folder / "shard-00001-model-00001-of-00002.safetensors").rename(tmp_path / name)
+    older = tmp_path / "shard-00001-old.safetensors"
+    (folder / "shard-00002-model-00001-of-00002.safetensors").write_bytes(older.read_bytes())
+    second = folder / "shard-00001-model-00002-of-00002.safetensors"
+    (folder / "shard-00002-model-00002-of-00002.safetensors").write_bytes(second.read_bytes())
+
+    with pytest.raises(CheckpointError) as error:
+        ckpt.to_fp32(folder, tmp_path / "out")
+    assert "shard-00002-model-00001-of-00002.safetensors" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+    _save_safetensors(folder, {"a": FULL, "b": FULL}, [1, 2])
+    assert torch.equal(ckpt.open(folder)["a"], FULL)

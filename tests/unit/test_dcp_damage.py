@@ -255,7 +255,8 @@ def _save_safetensors(folder: Path, tensors: dict[str, torch.Tensor], places: li
 
 def test_two_saves_in_safetensors_of_other_numbers_of_files_are_refused(tmp_path: Path) -> None:
     for value, places in enumerate([[1, 2, 3, 3], [2, 1, 1, 2]]):
-        _save_safetensors(tmp_path, dict.fromkeys("abcd", FULL + value), places)
+        tensors = {name: FULL + value + number for number, name in enumerate("abcd")}
+        _save_safetensors(tmp_path, tensors, places)
     problem = "-of-00002.safetensors and shard-00001-model-00001-of-00003.safetensors, whose names"
     with pytest.raises(CheckpointError, match=problem):
         read(tmp_path)

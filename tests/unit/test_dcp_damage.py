@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -72,16 +73,31 @@ def test_a_file_that_is_cut_short_is_named(name: str, folder: Path) -> None:
     assert problem in refusal(folder, "incomplete", True)
 
 
-def test_weights_that_are_whole_are_read_beside_a_damaged_optimizer(folder: Path) -> None:
+@pytest.mark.parametrize("nbytes", [100, 0])
+def test_weights_that_are_whole_are_read_beside_a_damaged_optimizer(
+    nbytes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 1 has the optimizer's item alone, and so many bytes of it are left."""
+    folder = dcp_checkpoints.save(
+        tmp_path / "step-5",
+        lambda rank: {
+            **({"model": {"w": FULL}} if rank == 0 else {}),
+            **({"optimizer": {"state": {"w": {"exp_avg": FULL}}}} if rank == 1 else {}),
+        },
+    )
+    assert read(folder).notes == ()
     path = folder / "__1_0.distcp"
-    items = sorted((place.offset, place.length) for place in _places(folder, path.name))
-    with path.open("r+b") as stream:
-        stream.truncate(items[-1][0] + 100)  # the last item is the optimizer's or a weight
-    last = max(_places(folder, path.name), key=lambda place: place.offset)
-    if last.is_optimizer:
-        assert read(folder).weights.tensors.keys() == {"w", "v"}
+    os.truncate(path, nbytes)
+    (note,) = read(folder).notes
+    assert note.startswith(f"the optimizer is not whole: {path}")
+    capsys.readouterr()
+    run("to-fp32", folder, "-o", tmp_path / "weights")
+    assert note in "".join(capsys.readouterr())
     with pytest.raises(CheckpointError, match="it is cut short"):
         read(folder, complete=True)
+
+    path.unlink()
+    assert f"{path}: No such file" in refusal(folder, "incomplete")
 
 
 CHANGES: dict[str, tuple[Callable[[Any], Any], str, str]] = {
@@ -165,23 +181,6 @@ def test_a_save_that_did_not_finish_has_no_description(folder: Path) -> None:
 def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
     dcp.save({"optimizer": {"state": {"w": {"step": torch.ones(())}}}}, checkpoint_id=tmp_path)
     assert "holds no tensor of a model" in refusal(tmp_path, "incomplete")
-
-
-class _Item:
-    """An item of a file, and whose it is."""
-
-    def __init__(self, name: str, offset: int, length: int):
-        self.is_optimizer = name.startswith("optimizer")
-        self.offset, self.length = offset, length
-
-
-def _places(folder: Path, file_name: str) -> list[_Item]:
-    metadata = dcp.FileSystemReader(folder).read_metadata()
-    return [
-        _Item(index.fqn, info.offset, info.length)
-        for index, info in metadata.storage_data.items()
-        if info.relative_path == file_name
-    ]
 
 
 def _zeros(data: bytes) -> bytes:

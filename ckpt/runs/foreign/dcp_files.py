@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from converters.dcp.entries.description import ItemPlace
 
 FSDP_STEMS = ("pytorch_model_fsdp", "optimizer")
+_NUMBER_OF_PART = LazyPattern(r"[a-z_]+?(?:_(\d{1,9}))?(?:_rank\d+)?(?:\.bin)?")
 _BYTES_OF_RANK = LazyPattern(r"__(\d+)_\d+\.distcp")
 
 
@@ -71,8 +72,18 @@ def _require_described(folder: Path, rank_count: int) -> None:
             )
 
 
+def _require_one_form(folder: Path, stem: str) -> None:
+    """``CheckpointError`` where one of the models, or its optimizer, is there in several forms."""
+    from converters.dcp import fsdp_folder
+
+    matches = (_NUMBER_OF_PART.fullmatch(path.name) for path in folder.glob(f"{stem}*"))
+    for number in sorted({int(match[1] or 0) for match in matches if match}):
+        fsdp_folder.require_one_form(folder, stem, number)
+
+
 def fsdp_parts(folder: Path, stem: str) -> list[Path]:
     """The parts of FSDP's model or optimizer, each whole: folders of DCP, or files."""
+    _require_one_form(folder, stem)
     part_folders = sorted(part for part in folder.glob(f"{stem}_*") if part.is_dir())
     for part in part_folders:
         require_dcp(part)

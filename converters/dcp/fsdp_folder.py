@@ -117,14 +117,14 @@ def require_one_form(root: Path, stem: str, number: int) -> None:
     with other values; no file tells which is which.
     """
     numbered = f"{stem}_{number}"
-    whole = numbered if number else stem
+    file_stem = numbered if number else stem
     forms = [f"{numbered}/"] if stores.is_folder(root / numbered) else []
     names = stores.names(root)
-    for name in dict.fromkeys((numbered, whole)):
+    for name in dict.fromkeys((numbered, file_stem)):
         if any(map(LazyPattern(name + r"_rank\d{1,9}\.bin").fullmatch, names)):
             forms.append(f"{name}_rank*.bin")
-    if f"{whole}.bin" in names:
-        forms.append(f"{whole}.bin")
+    if f"{file_stem}.bin" in names:
+        forms.append(f"{file_stem}.bin")
 
     if len(forms) > 1:
         way = (

@@ -127,9 +127,8 @@ def require_one_form(root: Path, stem: str, number: int) -> None:
         forms.append(f"{file_stem}.bin")
 
     if len(forms) > 1:
-        way = (
-            f", or give {root / numbered} itself" if stem == _MODEL and forms[0][-1] == "/" else ""
-        )
+        has_folder = stem == _MODEL and forms[0].endswith("/")
+        way = f", or give {root / numbered} itself" if has_folder else ""
         raise CheckpointError(
             f"{root} has {' and '.join(forms)}, the same state in different forms: saves with "
             "different state_dict_type wrote into it; move the files of the older one away"

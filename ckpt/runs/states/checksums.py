@@ -27,7 +27,7 @@ from ckpt.runs import digests
 from ckpt.runs.digests import FileRecord, Progress, quiet
 from ckpt.runs.manifest import Manifest
 from converters.errors import CheckpointError
-from converters.storage import local
+from converters.storage import local, open_files
 from converters.storage.file_part import FilePart
 from converters.storage.local_store import LocalFile
 from converters.torch_files import zip_directory
@@ -115,6 +115,7 @@ def of_manifest(folder: Path, manifest: Manifest, deleted: Collection[str] = ())
     return ChecksumPlan(tuple(checkables), (), tuple(problems), len(checkables))
 
 
+@open_files.once()  # ``.metadata`` may be large
 def of_files(place: Path) -> ChecksumPlan:
     """What has checksums of its own in a checkpoint without a manifest, a folder or a file.
 

@@ -12,6 +12,8 @@ Source: torch 2.13 ``distributed/checkpoint/filesystem.py`` (``_write_item``,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from converters.dcp import items, metadata
@@ -61,31 +63,36 @@ def _form(file: File, place: ItemPlace) -> str | None:
     return "safetensors" if is_safetensors else None
 
 
+@open_files.once()
 def faults(folder: Path) -> dict[Path, str]:
     """A line for each file with an item that is not of the form, type or shape that is described.
 
     Reads both ends of every item. ``CheckpointError`` for a damaged ``.metadata``.
     """
     lines: dict[Path, str] = {}
-    zip_places: set[ItemPlace] = set()
-    for place in metadata.item_places(folder):
-        if place.path in lines:
-            continue
-        try:
-            if require_form(place) == "zip":
-                zip_places.add(place)
-        except CheckpointError as error:
-            lines[place.path] = str(error)
-
     reader = ItemReader()
+    tensor_places: set[ItemPlace] = set()
     for name, tensor in metadata.rank_tensors(folder):
         chunks = tensor.chunks if tensor.dtype in DTYPES else ()
         for chunk in chunks:
-            if chunk.place not in zip_places or chunk.place.path in lines:
-                continue
-            try:
-                items.located(reader, name, tensor.dtype, chunk)
-            except CheckpointError as error:
-                lines[chunk.place.path] = str(error)
+            tensor_places.add(chunk.place)
+            if chunk.place.path not in lines:
+                _note(lines, chunk.place, partial(items.located, reader, name, tensor.dtype, chunk))
+
+    for place in metadata.item_places(folder):
+        if place not in tensor_places and place.path not in lines:
+            _note(lines, place, partial(require_form, place))
 
     return lines
+
+
+def _note(lines: dict[Path, str], place: ItemPlace, read: Callable[[], object]) -> None:
+    """Reads an item; notes the fault of its file, if it has not the form or is no such tensor."""
+    try:
+        read()
+    except CheckpointError as error:
+        try:
+            if require_form(place) == "zip":
+                lines[place.path] = str(error)
+        except CheckpointError as fault:
+            lines[place.path] = str(fault)

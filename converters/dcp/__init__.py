@@ -9,7 +9,7 @@ saved_state       the leaves of a state dict that was saved, whatever the files:
                   (dcp_state), of ``torch.save`` (torch_state), of a file for each rank of FSDP
                   (rank_files), of safetensors (safetensors_state)
 metadata          ``.metadata``, of all ranks or of each;  entries/  what it is made of
-items             the bytes of ``.distcp`` files, located
+items             the bytes of ``.distcp`` files, located;  item_forms  whether they are items
 boxes             tensors put together from chunks
 keys/             which leaves are the model's, which the optimizer's
 optimizer_state   the optimizer's state by the names of parameters

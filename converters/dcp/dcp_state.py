@@ -13,7 +13,9 @@ from converters.dcp.entries.description import Description, ItemPlace
 from converters.dcp.items import ItemReader
 from converters.dcp.keys import layouts
 from converters.dcp.keys.leaves import Leaf
+from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
+from converters.storage import stores
 
 _ITEMS_OF_RANK = LazyPattern(r"__(\d{1,9})_\d+\.distcp")
 
@@ -54,6 +56,27 @@ class DcpState:
     def files(self, names: Iterable[str]) -> Mapping[Path, str | None]:
         """The ``.distcp`` files of leaves; none has a digest of its own."""
         return dict.fromkeys(sorted({place.path for place in self._places(names)}))
+
+    def cut_file(self, names: Iterable[str]) -> str | None:
+        """A line on a file that ends before a leaf of these does; ``None`` where none is cut short.
+
+        ``CheckpointError`` for a file that is not there.
+        """
+        ends: dict[Path, int] = {}
+        for place in self._places(names):
+            ends[place.path] = max(ends.get(place.path, 0), place.offset + place.nbytes)
+
+        for path, end in sorted(ends.items()):
+            try:
+                size = stores.status(path).size
+            except OSError as error:
+                raise CheckpointError(f"{path}: {error.strerror or error}", "incomplete") from error
+            if size < end:
+                return (
+                    f"{path} has {size} bytes, expected {end} or more; it is cut short: copy it "
+                    "again from where it was saved"
+                )
+        return None
 
     def _places(self, names: Iterable[str]) -> Iterable[ItemPlace]:
         for name in names:

@@ -39,6 +39,8 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> ShardedC
     ``CheckpointError`` for what is damaged or incomplete.
     """
     root, number = _place(path)
+    if root == path:  # who names the model's own folder chose one
+        require_one_form(root, _MODEL, number)
     state = _model(root, number)
     layout = layouts.split(state.leaves, state.folder)
     notes: tuple[str, ...] = ()
@@ -98,6 +100,7 @@ def _optimizer(
     root: Path, number: int, model: StateLayout, world_size: int
 ) -> SavedOptimizer | None:
     """The optimizer of a model; ``None`` where none was saved."""
+    require_one_form(root, _OPTIMIZER, number)
     state = _state(root, _OPTIMIZER, number, (_OPTIMIZER,))
     if state is None:
         return None
@@ -105,6 +108,32 @@ def _optimizer(
     names = [Leaf(name, ("model", name), True) for name in model.model]
     leaves = layouts.split([*state.leaves, *names], state.folder).optimizer
     return SavedOptimizer(state, leaves)
+
+
+def require_one_form(root: Path, stem: str, number: int) -> None:
+    """``CheckpointError`` where a model or an optimizer is there in several forms.
+
+    A training that goes on with another state_dict_type saves the new form beside the old one,
+    with other values; no file tells which is which.
+    """
+    numbered = f"{stem}_{number}"
+    file_stem = numbered if number else stem
+    forms = [f"{numbered}/"] if stores.is_folder(root / numbered) else []
+    names = stores.names(root)
+    for name in dict.fromkeys((numbered, file_stem)):
+        if any(map(LazyPattern(name + r"_rank\d{1,9}\.bin").fullmatch, names)):
+            forms.append(f"{name}_rank*.bin")
+    if f"{file_stem}.bin" in names:
+        forms.append(f"{file_stem}.bin")
+
+    if len(forms) > 1:
+        has_folder = stem == _MODEL and forms[0].endswith("/")
+        way = f", or give {root / numbered} itself" if has_folder else ""
+        raise CheckpointError(
+            f"{root} has {' and '.join(forms)}, the same state in different forms: saves with "
+            "different state_dict_type wrote into it; move the files of the older one away"
+            f"{way}"
+        )
 
 
 def _state(root: Path, stem: str, number: int, prefix: KeyPath) -> SavedState | None:

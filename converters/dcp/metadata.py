@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.accessors import is_whole_number
-from converters.dcp.entries import records
+from converters.dcp.entries import one_save, records
 from converters.dcp.entries.description import (
     Description,
     ItemPlace,
@@ -95,26 +95,43 @@ def item_places(folder: Path) -> Iterator[ItemPlace]:
             yield from (chunk.place for chunk in tensor.chunks)
 
 
+def rank_tensors(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors as each rank describes them, replicas too; raises as ``read``."""
+    for rank in _ranks(folder):
+        yield from rank.tensors.items()
+
+
 def _ranks(folder: Path) -> list[_RankDescription]:
-    return [_read_rank(path) for path in _paths(folder)]
-
-
-def _paths(folder: Path) -> list[Path]:
-    """The files that describe a folder; of ranks all, in the order of their numbers."""
     path = folder / METADATA
-    if stores.is_file(path):
-        return [path]
+    if not stores.is_file(path):
+        return [_read_rank(rank_path) for rank_path in _rank_paths(folder)]
 
-    names = [name for name in stores.names(folder) if name.endswith(METADATA)]
-    names_by_rank = {_rank_number(name): name for name in names}
-    names_by_rank.pop(None, None)
+    joint = _read_rank(path)
+    if names_by_rank := _names_by_rank(folder):
+        ranks = (_read_rank(folder / names_by_rank[rank]) for rank in sorted(names_by_rank))
+        described_items = [
+            one_save.described(rank.path, rank.tensors, rank.objects) for rank in (joint, *ranks)
+        ]
+        one_save.require_one_save(described_items[0], described_items[1:])
+    return [joint]
+
+
+def _names_by_rank(folder: Path) -> dict[int, str]:
+    """The names of ``__R.metadata``."""
+    pairs = ((_rank_number(name), name) for name in stores.names(folder))
+    return {rank: name for rank, name in pairs if rank is not None}
+
+
+def _rank_paths(folder: Path) -> list[Path]:
+    """The files of all ranks that describe a folder, in the order of their numbers."""
+    names_by_rank = _names_by_rank(folder)
     if not names_by_rank:
         raise CheckpointError(
             f"{folder} has no {METADATA}, which is written last: its save did not finish",
             "incomplete",
         )
 
-    ranks = sorted(number for number in names_by_rank if number is not None)
+    ranks = sorted(names_by_rank)
     missing = sorted(set(range(ranks[-1] + 1)) - set(ranks)) if ranks[-1] < 1 << 20 else [0]
     if missing:
         raise CheckpointError(
@@ -126,7 +143,9 @@ def _paths(folder: Path) -> list[Path]:
 
 
 def _rank_number(name: str) -> int | None:
-    """The rank of ``__R.metadata``."""
+    """The rank of ``__R.metadata``; ``None`` for another name."""
+    if not name.endswith(METADATA):
+        return None
     number = name.removesuffix(METADATA).removeprefix("__")
     is_one = name.startswith("__") and number.isascii() and number.isdecimal()
     return int(number) if is_one and len(number) < 8 else None

@@ -57,7 +57,12 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> ShardedC
         optimizer = SavedOptimizer(state, layout.optimizer)
 
     kind = "dcp" if stores.is_file(path / filenames.DCP) else "dcp-of-ranks"
-    source = assembled(kind, Place(path, path, path.name), state, layout, optimizer)
+    notes: tuple[str, ...] = ()
+    if optimizer is not None and not complete:
+        cut_file = state.cut_file(optimizer.leaf_names)
+        notes = (f"the optimizer is not whole: {cut_file}",) if cut_file else ()
+
+    source = assembled(kind, Place(path, path, path.name), state, layout, optimizer, notes)
     if complete:
         require_complete(optimizer)
     meta_path = path / filenames.LIGHTNING_META

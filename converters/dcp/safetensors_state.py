@@ -13,6 +13,7 @@ Source: torch 2.13 ``distributed/checkpoint/hf_storage.py`` and ``_hf_utils.py``
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from converters.dcp.keys.leaves import Leaf
 from converters.detect import filenames
 from converters.errors import CheckpointError
 from converters.formats import safetensors
-from converters.storage import bounded_json, stores
-from converters.tensors import Checksum
+from converters.storage import bounded_json, open_files, stores
+from converters.tensors import Checksum, TensorRef
 from converters.walks import described, sums
 from converters.words import counted, numbers, with_article
 
 _SHARDING, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
+_SAMPLES, _SAMPLE_BYTES = 16, 4096  # of a piece that two files have
 
 
 class SafetensorsState:
@@ -49,9 +51,18 @@ class SafetensorsState:
     def _require_all_files(self) -> None:
         """``CheckpointError`` where the numbers in the names of files have a gap."""
         parts_by_rank: dict[int, dict[int, int]] = {}
+        names_by_count: dict[int, str] = {}
         for name in self.file_names:
             _, rank, _, part, _, count = name.removesuffix(".safetensors").split("-")
             parts_by_rank.setdefault(int(rank), {})[int(part)] = int(count)
+            names_by_count.setdefault(int(count), name)
+
+        if len(names_by_count) > 1:  # all ranks have the count of the coordinator's plan
+            raise CheckpointError(
+                f"{self.folder} has {' and '.join(sorted(names_by_count.values()))}, whose names "
+                "give different numbers of files: two saves wrote into it; move the files of the "
+                "older one away"
+            )
 
         lacks_rank = len(parts_by_rank) != max(parts_by_rank, default=0)
         if lacks_rank or any(len(p) != max(p.values()) for p in parts_by_rank.values()):
@@ -86,12 +97,15 @@ class SafetensorsState:
         return len({name.split("-")[1] for name in self.file_names})
 
     def tensor(self, name: str) -> LocatedTensor:
-        """A tensor, put together from its chunks; equal places are replicas."""
-        by_offsets: dict[Shape, Box] = {}
-        for box in self.boxes[name]:
-            by_offsets.setdefault(box.offsets, box)
+        """A tensor, put together from its chunks; those of one place are replicas.
 
-        placed = list(by_offsets.values())
+        ``CheckpointError`` where such differ, or chunks are missing.
+        """
+        boxes_by_offsets: dict[Shape, list[Box]] = {}
+        for box in self.boxes[name]:
+            boxes_by_offsets.setdefault(box.offsets, []).append(box)
+
+        placed = [_joined(name, replicas) for replicas in boxes_by_offsets.values()]
         ends = (sums(box.offsets, box.tensor.shape) for box in placed)
         shape = tuple(map(max, zip(*ends, strict=True)))
         boxes.require_numel(self.folder, name, shape, [box.tensor.shape for box in placed])
@@ -106,6 +120,39 @@ class SafetensorsState:
     def files(self, names: Iterable[str]) -> Mapping[Path, str | None]:
         """The files of some tensors; they have no digests."""
         return dict.fromkeys(path for name in names for path in self.paths[name])
+
+
+def _joined(name: str, boxes_there: Sequence[Box]) -> Box:
+    """The box of a place with its replicas, which are compared whole while the tensor is moved.
+
+    ``CheckpointError`` where one is of another type or shape, or differs in a sample.
+    """
+    first, *replicas = boxes_there
+    for box in replicas:
+        kinds = [(part.tensor.dtype, part.tensor.shape) for part in (first, box)]
+        if kinds[0] == kinds[1] and _samples(first.tensor) == _samples(box.tensor):
+            continue
+        paths = [part.tensor.extents[0].path for part in (first, box)]
+        raise CheckpointError(
+            f"{paths[0]} and {paths[1].name} have different pieces of {name} at "
+            f"{numbers(first.offsets)}: they are of different saves; move the files of the older "
+            "one away"
+        )
+    tensors = tuple(box.tensor for box in replicas)
+    return Box(first.offsets, replace(first.tensor, replicas=tensors))
+
+
+def _samples(tensor: TensorRef) -> list[bytes]:
+    """Bytes of a piece, from its first to its last in even steps; of a small one all."""
+    samples: list[bytes] = []
+    for extent in tensor.extents:
+        last_start = max(0, extent.length - _SAMPLE_BYTES)
+        starts = sorted({last_start * step // _SAMPLES for step in range(_SAMPLES + 1)})
+        ranges = [(extent.offset + start, min(_SAMPLE_BYTES, extent.length)) for start in starts]
+        with open_files.opened(extent.path) as file:
+            samples += file.read(ranges)
+
+    return samples
 
 
 def _offsets(path: Path) -> dict[str, Shape]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from pathlib import Path
 
 import dcp_checkpoints
 import pytest
 import torch
+from oracles import run
 
+import ckpt
 from ckpt.runs.foreign import completeness
+from converters.detect import read
 from converters.errors import CheckpointError
 
 RANKS = 3
@@ -70,3 +75,43 @@ def test_a_model_of_fsdp_without_its_optimizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has FSDP's model, but no opt") as caught:
         completeness.prove(tmp_path)
     assert "trainer_state.json" not in str(caught.value)
+
+
+def _two_saves(folder: Path, collectives: list[bool]) -> Path:
+    """Two saves into one folder, whose tensors are as large and lie in another order."""
+    first, second = torch.ones(4, 6), torch.zeros(4, 6)
+    states = [{"a": first, "b": second}, {"b": second, "a": first}]
+    for has_collectives, tensors in zip(collectives, states, strict=True):
+        save = dcp_checkpoints.save if has_collectives else dcp_checkpoints.save_without_collectives
+        save(folder, lambda rank, tensors=tensors: {"model": tensors}, 1)
+    return folder
+
+
+@pytest.mark.parametrize("collectives", [[True, False], [False, True]])
+def test_descriptions_of_two_saves_are_refused(collectives: list[bool], tmp_path: Path) -> None:
+    folder = _two_saves(tmp_path / "step-2", collectives)
+    by_age = [".metadata" if has_collectives else "__0.metadata" for has_collectives in collectives]
+    for number, name in enumerate(by_age):
+        os.utime(folder / name, (number, number))
+
+    with pytest.raises(CheckpointError) as error:
+        read(folder)
+    way = f"{by_age[1]} is newer by the time of the file: if the save was, too, move away"
+    assert f"{way} {by_age[0]}" in str(error.value)
+    run("verify", folder, "--data", code=1)
+
+    (folder / by_age[0]).unlink()
+    assert torch.equal(ckpt.open(folder)["a"], torch.ones(4, 6))
+
+
+def test_a_description_of_all_ranks_that_says_the_same_is_read(folder: Path) -> None:
+    """As of a tool that joins those of the ranks, and leaves out replicas."""
+    joint, *others = [pickle.loads(path.read_bytes()) for path in sorted(folder.glob("*.metadata"))]
+    for metadata in others:
+        joint.storage_data |= {
+            index: place for index, place in metadata.storage_data.items() if index.fqn == "cut"
+        }
+        chunks = metadata.state_dict_metadata["cut"].chunks
+        joint.state_dict_metadata["cut"].chunks += chunks
+    (folder / ".metadata").write_bytes(pickle.dumps(joint))
+    assert completeness.prove(folder).kind == "torch's distributed checkpoint"

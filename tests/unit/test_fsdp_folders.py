@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.distributed._shard.sharded_tensor.metadata import (
 from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
 
 import ckpt
+from ckpt.runs.foreign import completeness
 from converters.dcp.checkpoint import ShardedCheckpoint
 from converters.detect import read
 from converters.errors import CheckpointError
@@ -177,6 +179,22 @@ def test_of_several_models_the_first_is_read_or_the_one_that_is_named(tmp_path: 
     require_equal(source, EVERY)
     assert source.notes == (f"read model 0 of 2 in {tmp_path}",)
     require_equal(read(tmp_path / "pytorch_model_fsdp_1"), {"w": torch.ones(3)})
+
+
+@pytest.mark.parametrize("stem", ["pytorch_model_fsdp", "optimizer"])
+@pytest.mark.parametrize("older", ["{stem}.bin", "{stem}_0_rank0.bin"])
+def test_a_state_in_two_forms_is_refused(older: str, stem: str, tmp_path: Path) -> None:
+    save_sharded(tmp_path)
+    torch.save({"layer.weight": torch.ones(3)}, tmp_path / older.format(stem=stem))
+    reason = f"has {stem}_0/ and {older.format(stem=stem).replace('rank0', 'rank*')}, the same"
+    with pytest.raises(CheckpointError, match=re.escape(reason)):
+        read(tmp_path, complete=True)
+    with pytest.raises(CheckpointError, match=re.escape(reason)):
+        completeness.prove(tmp_path)
+
+    if stem == "optimizer":
+        assert reason in read(tmp_path).notes[0]
+    require_equal(read(tmp_path / "pytorch_model_fsdp_0"), EVERY)
 
 
 @pytest.mark.parametrize("save", [save_sharded, save_full])

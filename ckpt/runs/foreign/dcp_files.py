@@ -14,6 +14,7 @@ Source of FSDP's parts of a checkpoint: accelerate 1.15 ``utils/fsdp_utils.py``.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpt.runs.foreign import intact_files
 from converters.errors import CheckpointError
@@ -21,26 +22,32 @@ from converters.lazy_pattern import LazyPattern
 from converters.storage import open_files
 from converters.words import counted
 
+if TYPE_CHECKING:
+    from converters.dcp.entries.description import ItemPlace
+
 FSDP_STEMS = ("pytorch_model_fsdp", "optimizer")
+_NUMBER_OF_PART = LazyPattern(r"[a-z_]+?(?:_(\d{1,9}))?(?:_rank\d+)?(?:\.bin)?")
 _BYTES_OF_RANK = LazyPattern(r"__(\d+)_\d+\.distcp")
 
 
 @open_files.once()
 def require_dcp(folder: Path) -> None:
     """``CheckpointError`` unless a folder of torch's distributed checkpoint has all its bytes."""
-    from converters.dcp import boxes, metadata  # which other checkpoints need not
+    from converters.dcp import boxes, item_forms, metadata  # which other checkpoints need not
 
     description = metadata.read(folder)
     _require_described(folder, description.rank_count)
     for name, tensor in description.tensors.items():
         boxes.require_numel(folder, name, tensor.shape, [chunk.sizes for chunk in tensor.chunks])
 
-    needed_ends: dict[Path, int] = {}
+    last_places: dict[Path, ItemPlace] = {}
     for place in metadata.item_places(folder):
-        end = place.offset + place.nbytes
-        needed_ends[place.path] = max(needed_ends.get(place.path, 0), end)
+        last_place = last_places.setdefault(place.path, place)
+        if place.offset + place.nbytes > last_place.offset + last_place.nbytes:
+            last_places[place.path] = place
 
-    for path, needed_end in sorted(needed_ends.items()):
+    for path, place in sorted(last_places.items()):
+        needed_end = place.offset + place.nbytes
         file_size = path.stat().st_size if path.is_file() else None
         if file_size is None:
             raise CheckpointError(f"{path} is not there", "incomplete")
@@ -48,6 +55,7 @@ def require_dcp(folder: Path) -> None:
             raise CheckpointError(
                 f"{path} has {file_size} bytes, expected {needed_end}; it is cut short"
             )
+        item_forms.require_form(place)  # all items are looked at by ``verify --data``
 
 
 def _require_described(folder: Path, rank_count: int) -> None:
@@ -64,8 +72,18 @@ def _require_described(folder: Path, rank_count: int) -> None:
             )
 
 
+def _require_one_form(folder: Path, stem: str) -> None:
+    """``CheckpointError`` where one of the models, or its optimizer, is there in several forms."""
+    from converters.dcp import fsdp_folder
+
+    matches = (_NUMBER_OF_PART.fullmatch(path.name) for path in folder.glob(f"{stem}*"))
+    for number in sorted({int(match[1] or 0) for match in matches if match}):
+        fsdp_folder.require_one_form(folder, stem, number)
+
+
 def fsdp_parts(folder: Path, stem: str) -> list[Path]:
     """The parts of FSDP's model or optimizer, each whole: folders of DCP, or files."""
+    _require_one_form(folder, stem)
     part_folders = sorted(part for part in folder.glob(f"{stem}_*") if part.is_dir())
     for part in part_folders:
         require_dcp(part)

@@ -27,7 +27,7 @@ from ckpt.runs import digests
 from ckpt.runs.digests import FileRecord, Progress, quiet
 from ckpt.runs.manifest import Manifest
 from converters.errors import CheckpointError
-from converters.storage import local
+from converters.storage import local, open_files
 from converters.storage.file_part import FilePart
 from converters.storage.local_store import LocalFile
 from converters.torch_files import zip_directory
@@ -115,6 +115,7 @@ def of_manifest(folder: Path, manifest: Manifest, deleted: Collection[str] = ())
     return ChecksumPlan(tuple(checkables), (), tuple(problems), len(checkables))
 
 
+@open_files.once()  # ``.metadata`` may be large
 def of_files(place: Path) -> ChecksumPlan:
     """What has checksums of its own in a checkpoint without a manifest, a folder or a file.
 
@@ -123,6 +124,7 @@ def of_files(place: Path) -> ChecksumPlan:
     """
     checkables: list[Checkable] = []
     bare: list[FileEntry] = []
+    problems: list[str] = []
     pieces_by_folder: dict[Path, dict[str, list[ItemPlace]]] = {}
     for path, name in files_of(place):
         nbytes = path.stat().st_size
@@ -130,6 +132,7 @@ def of_files(place: Path) -> ChecksumPlan:
             if path.suffix == DCP_SUFFIX:
                 if path.parent not in pieces_by_folder:
                     pieces_by_folder[path.parent] = _pieces_of(path.parent)
+                    problems += _faults_of(path.parent, name)
                 pieces = pieces_by_folder[path.parent].get(path.name, [])
                 covered = [*_records_of_pieces(stream, path, name, pieces)]
             else:
@@ -140,7 +143,7 @@ def of_files(place: Path) -> ChecksumPlan:
         bare_bytes = _bytes_without(covered, nbytes)
         bare += [FileEntry(name, bare_bytes)] if bare_bytes else []
 
-    return ChecksumPlan(tuple(checkables), tuple(bare), (), len(checkables))
+    return ChecksumPlan(tuple(checkables), tuple(bare), tuple(problems), len(checkables))
 
 
 def execute(plan: ChecksumPlan, progress: Progress = quiet) -> list[str]:
@@ -228,6 +231,15 @@ def _pieces_of(folder: Path) -> dict[str, list[ItemPlace]]:
         pieces.setdefault(place.path.name, {})[place.offset] = place
 
     return {name: list(by_offset.values()) for name, by_offset in pieces.items()}
+
+
+def _faults_of(folder: Path, name: str) -> Iterator[str]:
+    """A line for each file of DCP in the folder of ``name`` that has not the items described."""
+    from converters.dcp import item_forms
+
+    prefix, slash, _ = name.rpartition("/")
+    for fault in item_forms.faults(folder).values():
+        yield fault.replace(f"{folder}/", f"{prefix}{slash}")
 
 
 def _records_of_pieces(

@@ -31,7 +31,7 @@ def test_the_sentence_of_a_failure_is_printed_at_most_twice(tmp_path: Path) -> N
         assert 1 <= sum(text.count(words) for text in prints) <= 2, (case, prints)
         for rank, text in enumerate(prints):
             assert text.count("Traceback") == bool(text), (case, rank, text)
-            assert len(text.splitlines()) < 25 and ".Told" not in text, text
+            assert len(text.splitlines()) < 32 and ".Told" not in text, text
             assert "During handling" not in text and "direct cause" not in text
         for text in texts[2:]:
             if words not in text:

@@ -294,8 +294,8 @@ def unlisted_tag(folder: Path, manifest: Manifest) -> str | None:
         try:
             with open(folder / pointer_name, "rb") as stream, local.named(folder / pointer_name):
                 text = stream.read(4096).decode("utf-8", "surrogateescape").strip()
-        except OSError:  # it is missing, which is said elsewhere
-            continue
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            continue  # it is missing, which is said elsewhere
 
         if not text or text == tag_name or not manifests.is_inside(text):
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,8 +22,8 @@ from ckpt.cli.weight_options import TP_RULES
 from converters.words import counted
 
 if TYPE_CHECKING:
+    from ckpt.rewrite.output_folder import PlannedOutput
     from ckpt.rewrite.result import RewriteChecks, RewriteResult
-    from converters.plan import Plan
 
 SHARED = (
     dry_run_option("Print the plan and write nothing."),
@@ -247,24 +247,8 @@ def from_universal(
     run(rewriting, job, **options)
 
 
-class Prepared(Protocol):
-    """What is decided on: a ``Rewriting`` or a ``Crossing``."""
-
-    @property
-    def output(self) -> Path:
-        """The folder that is made."""
-
-    @property
-    def plan(self) -> Plan:
-        """The files that are not copied."""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a user should know."""
-
-
 def run(
-    rewriting: Prepared,
+    rewriting: PlannedOutput,
     job: ModuleType,
     dry_run: bool,
     no_verify: bool,
@@ -277,12 +261,13 @@ def run(
 
     ``job`` is the module that does it: ``ckpt.rewrite.job`` or ``ckpt.rewrite.crossing``.
     """
+    from ckpt.rewrite import output_folder
 
     def preview() -> Output:
-        job.require_output(rewriting, overwrite)
+        output_folder.require_output(rewriting, overwrite)
         result = job.preview(rewriting)
         output = Output(result, _preview_lines(result))
-        return planned.unfitting(output, job.shortage(rewriting))
+        return planned.unfitting(output, output_folder.shortage(rewriting))
 
     def execute(progress: Progress) -> Output:
         result = job.execute(
@@ -303,8 +288,8 @@ def run(
             execute=execute,
             nbytes=rewriting.plan.nbytes,
             title=rewriting.output.name,
-            opening=lambda: planned.opening(job.continuation(rewriting)),
-            interruption=lambda: planned.interruption(job.continuation(rewriting)),
+            opening=lambda: planned.opening(output_folder.continuation(rewriting)),
+            interruption=lambda: planned.interruption(output_folder.continuation(rewriting)),
         ),
         dry_run=dry_run,
         as_json=as_json,

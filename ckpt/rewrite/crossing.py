@@ -18,20 +18,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ckpt.folders import filenames, locks, staging
-from ckpt.results import FileEntry, TrainingState
-from ckpt.rewrite import records
+from ckpt.rewrite import output_folder, records
 from ckpt.rewrite.result import RewriteChecks, RewriteResult
-from ckpt.runs import user_paths
 from ckpt.runs.ancestry import Ancestry
-from ckpt.runs.foreign import replaceable
 from ckpt.weights.arguments import naming_arguments
-from ckpt.weights.companions import replaced_folder
 from converters.execute import replicas, shards
 from converters.execute.logbook import Logbook
 from converters.plan import Plan
 from converters.source import Source
-from converters.storage import local, open_files, stores
-from converters.storage.local_store import LOCAL
+from converters.storage import local, open_files
 from converters.zero.merging import checkpoint as merged
 from converters.zero.native.target import TargetTopology
 
@@ -79,9 +74,19 @@ class Crossing:
         return f"<Crossing {str(self.source.place.folder)!r} to {str(self.output)!r}: {form}>"
 
     @property
+    def folder(self) -> Path:
+        """The folder of the source."""
+        return self.source.place.folder
+
+    @property
+    def written_names(self) -> tuple[str, ...]:
+        """Files of the output beside torch's or DeepSpeed's and the copied ones."""
+        return ("latest",)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the output: torch's or DeepSpeed's files and the copied ones."""
-        return self.plan.nbytes + sum(stores.status(path).size for path, _ in self.companions)
+        return output_folder.nbytes_of(self.plan, self.companions)
 
 
 @naming_arguments(*ARGUMENTS)
@@ -99,12 +104,12 @@ def execute(
     Arguments and errors as ``ckpt.rewrite.job.execute`` has them.
     """
     output, plan = crossing.output, crossing.plan
-    _require_place(crossing, overwrite)
+    output_folder.require_place(crossing, overwrite)
     if verify:
         records.require_one_save(crossing.source)
     with (
         staging.as_output_error(output),
-        locks.reading(crossing.source.place.folder),
+        locks.reading(crossing.folder),
         staging.staged(output, plan, crossing.nbytes) as staged_folder,
     ):
         report = _move(crossing, staged_folder, verify, workers, progress)
@@ -120,35 +125,6 @@ def execute(
         verified=verify,
     )
     return replace(preview(crossing), dry_run=False, checks=checks)
-
-
-def require_output(crossing: Crossing, overwrite: bool = False) -> None:
-    """``CheckpointError`` where ``execute`` would refuse to make the output; makes nothing."""
-    _require_place(crossing, overwrite)
-    staging.require_makeable(crossing.output, crossing.nbytes)
-
-
-def continuation(crossing: Crossing) -> staging.Continuation | None:
-    """What an interrupted ``execute`` left that this one goes on with, if anything."""
-    return staging.continuation(crossing.output, crossing.plan)
-
-
-def shortage(crossing: Crossing) -> str | None:
-    """Why the output does not fit on its disk, as a sentence; ``None`` if it does."""
-    return staging.shortage(staging.folder_for(crossing.output), crossing.nbytes)
-
-
-def _require_place(crossing: Crossing, overwrite: bool) -> None:
-    home, folder = crossing.home.resolve(), crossing.source.place.folder
-    user_paths.require_outside(crossing.output, [crossing.path, folder])
-    staging.require_place(crossing.output, [folder.resolve(), home, *home.parents], overwrite)
-    replaceable.require_replaceable(crossing.output)
-    written_names = {
-        *(shard.filename for shard in crossing.plan.shards),
-        *(name for _, name in crossing.companions),
-        *("latest", filenames.REWRITING),
-    }
-    replaced_folder.require_replaceable_files(crossing.output, written_names)
 
 
 def _move(
@@ -182,12 +158,7 @@ def _read_back(crossing: Crossing, staged_folder: Path) -> int:
 
 def _complete(crossing: Crossing, staged_folder: Path) -> None:
     """Writes all else; last the pointer to DeepSpeed's files."""
-    folders = {staged_folder}
-    for path, name in crossing.companions:
-        stores.copy_file(path, staged_folder / name)
-        folders.add((staged_folder / name).parent)
-    for folder in folders:
-        LOCAL.sync(folder)
+    output_folder.copy_companions(crossing, staged_folder, staged_folder)
 
     source = crossing.source
     origin = Ancestry(
@@ -207,27 +178,6 @@ def _complete(crossing: Crossing, staged_folder: Path) -> None:
 def preview(crossing: Crossing) -> RewriteResult:
     """What the crossing would read and write; reads no tensor."""
     source = merged.original(crossing.source)
-    stage = crossing.target.stage if crossing.target else None
-    return RewriteResult(
-        dry_run=True,
-        output=crossing.output,
-        tag=crossing.tag,
-        stage=stage,
-        world_size=crossing.target.rank_count if crossing.target else None,
-        source=TrainingState(
-            kind=source.kind,
-            path=source.place.folder,
-            tag=source.place.tag,
-            stage=source.stage,
-            world_size=source.world_size if source.topology else None,
-            precision=source.precision,
-            step=source.step,
-            deepspeed=source.version,
-        ),
-        files=tuple(FileEntry(shard.filename, shard.nbytes) for shard in crossing.plan.shards),
-        copied_files=tuple(name for _, name in crossing.companions),
-        read_bytes=crossing.plan.read_bytes,
-        write_bytes=crossing.nbytes,
-        free_bytes=local.free_space(crossing.output),
-        notes=crossing.notes,
+    return output_folder.preview_of(
+        crossing, source, source.stage, source.world_size if source.topology else None
     )

@@ -23,21 +23,17 @@ from typing import Any
 
 from ckpt import results
 from ckpt.folders import filenames, locks, staging
-from ckpt.results import FileEntry, TrainingState
-from ckpt.rewrite import records
+from ckpt.rewrite import output_folder, records
 from ckpt.rewrite.result import RewriteChecks, RewriteResult
-from ckpt.runs import user_paths
 from ckpt.runs.ancestry import Ancestry
-from ckpt.runs.foreign import replaceable
 from ckpt.runs.manifest import Manifest
 from ckpt.weights.arguments import naming_arguments
-from ckpt.weights.companions import model_folder, replaced_folder
+from ckpt.weights.companions import model_folder
 from converters.execute import replicas, shards, small_files
 from converters.execute.logbook import Logbook
 from converters.lazy_pattern import LazyPattern
 from converters.plan import Plan
 from converters.storage import local, open_files, stores
-from converters.storage.local_store import LOCAL
 from converters.storage.url_path import absolute
 from converters.words import counted
 from converters.zero import checkpoint as zero
@@ -108,6 +104,11 @@ class Rewriting:
         return self.source
 
     @property
+    def folder(self) -> Path:
+        """The folder of the source's tag."""
+        return self.checkpoint.place.folder
+
+    @property
     def home(self) -> Path:
         """The folder that the source's tag lies in."""
         return home_of(self.checkpoint)
@@ -118,9 +119,14 @@ class Rewriting:
         return reader.LATEST if self.target is None else "latest"
 
     @property
+    def written_names(self) -> tuple[str, ...]:
+        """Files of the output beside DeepSpeed's and the copied ones."""
+        return self.pointer, filenames.MANIFEST, filenames.PINNED
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the output: DeepSpeed's files and the copied ones."""
-        return self.plan.nbytes + sum(stores.status(path).size for path, _ in self.companions)
+        return output_folder.nbytes_of(self.plan, self.companions)
 
 
 def home_of(checkpoint: zero.Checkpoint) -> Path:
@@ -179,13 +185,12 @@ def execute(
     ``CheckpointError`` if something is wrong; then nothing is left that looks finished.
     """
     output, plan = rewriting.output, rewriting.plan
-    folder = rewriting.checkpoint.place.folder
-    _require_place(rewriting, overwrite)
+    output_folder.require_place(rewriting, overwrite)
     if verify:
         records.require_one_save(rewriting.source)
     with (
         staging.as_output_error(output),
-        locks.reading(folder),
+        locks.reading(rewriting.folder),
         staging.staged(output, plan, rewriting.nbytes) as staged_folder,
     ):
         report = _move(rewriting, staged_folder, verify, workers, progress)
@@ -204,36 +209,6 @@ def execute(
         verified=verify,
     )
     return replace(preview(rewriting), dry_run=False, checks=checks)
-
-
-def require_output(rewriting: Rewriting, overwrite: bool = False) -> None:
-    """``CheckpointError`` where ``execute`` would refuse to make the output; makes nothing."""
-    _require_place(rewriting, overwrite)
-    staging.require_makeable(rewriting.output, rewriting.nbytes)
-
-
-def continuation(rewriting: Rewriting) -> staging.Continuation | None:
-    """What an interrupted ``execute`` left that this one goes on with, if anything."""
-    return staging.continuation(rewriting.output, rewriting.plan)
-
-
-def shortage(rewriting: Rewriting) -> str | None:
-    """Why the output does not fit on its disk, as a sentence; ``None`` if it does."""
-    return staging.shortage(staging.folder_for(rewriting.output), rewriting.nbytes)
-
-
-def _require_place(rewriting: Rewriting, overwrite: bool) -> None:
-    home, folder = rewriting.home.resolve(), rewriting.checkpoint.place.folder
-    user_paths.require_outside(rewriting.output, [rewriting.path, folder])
-    protected_folders = [folder.resolve(), home, *home.parents]
-    staging.require_place(rewriting.output, protected_folders, overwrite)
-    replaceable.require_replaceable(rewriting.output)
-    written_names = {
-        *(shard.filename for shard in rewriting.plan.shards),
-        *(name for _, name in rewriting.companions),
-        *(rewriting.pointer, filenames.MANIFEST, filenames.REWRITING, filenames.PINNED),
-    }
-    replaced_folder.require_replaceable_files(rewriting.output, written_names)
 
 
 def run(rewriting: Rewriting, **options: Any) -> dict[str, Any]:
@@ -287,12 +262,7 @@ def _prove(rewriting: Rewriting, staged_folder: Path) -> dict[str, int]:
 
 def _complete(rewriting: Rewriting, staged_folder: Path) -> None:
     """Writes everything beside DeepSpeed's files; the pointer and the manifest last."""
-    folders = {staged_folder / rewriting.tag}
-    for path, name in rewriting.companions:
-        stores.copy_file(path, staged_folder / name)
-        folders.add((staged_folder / name).parent)
-    for folder in folders:
-        LOCAL.sync(folder)
+    output_folder.copy_companions(rewriting, staged_folder, staged_folder / rewriting.tag)
 
     source_manifest = records.source_manifest(rewriting.home, _source_tag(rewriting))
     origin = _origin(rewriting, source_manifest)
@@ -327,27 +297,5 @@ def _origin(rewriting: Rewriting, source_manifest: Manifest | None) -> Ancestry:
 
 def preview(rewriting: Rewriting) -> RewriteResult:
     """What the rewriting would read and write; reads no tensor."""
-    source, target = merged.original(rewriting.checkpoint), rewriting.target
-    return RewriteResult(
-        dry_run=True,
-        output=rewriting.output,
-        tag=rewriting.tag,
-        stage=target.stage if target else None,
-        world_size=target.rank_count if target else None,
-        source=TrainingState(
-            kind=source.kind,
-            path=source.place.folder,
-            tag=source.place.tag,
-            stage=rewriting.source.stage,
-            world_size=source.world_size,
-            precision=source.precision,
-            step=source.step,
-            deepspeed=source.version,
-        ),
-        files=tuple(FileEntry(shard.filename, shard.nbytes) for shard in rewriting.plan.shards),
-        copied_files=tuple(name for _, name in rewriting.companions),
-        read_bytes=rewriting.plan.read_bytes,
-        write_bytes=rewriting.nbytes,
-        free_bytes=local.free_space(rewriting.output),
-        notes=rewriting.notes,
-    )
+    source = merged.original(rewriting.checkpoint)
+    return output_folder.preview_of(rewriting, source, rewriting.source.stage, source.world_size)

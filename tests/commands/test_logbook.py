@@ -12,7 +12,7 @@ import pytest
 from oracles import FIXTURES
 
 from ckpt.folders import filenames
-from ckpt.rewrite import job, reshard, universal
+from ckpt.rewrite import job, output_folder, reshard, universal
 from ckpt.weights.conversion import convert
 from converters.errors import CheckpointError
 from converters.execute import shards, small_files, workers
@@ -187,7 +187,7 @@ def test_a_rewriting_goes_on_without_reading_what_it_wrote(
 
     with pytest.raises(KeyboardInterrupt):
         job.execute(rewriting, workers=1, progress=stop)
-    continuation = job.continuation(rewriting)
+    continuation = output_folder.continuation(rewriting)
     assert continuation is not None
     left = tmp_path / ".o.partial"
     assert (left / filenames.LOGBOOK).is_file()

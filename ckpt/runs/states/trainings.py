@@ -117,26 +117,11 @@ def order_doubt_of(
 
     ``None`` for what ckpt made, and for copies by hand.
     """
-    originals = copies.origins(present)
-    candidates = [
-        entry
-        for entry in present
-        if entry.why == manifests.ABSENT
-        and entry.source is None
-        and entry.folder not in originals
-        and entry.folder != checkpoint.folder
-    ]
     number = signs.number_in(checkpoint.name) if step is None else step
-    is_saved = checkpoint.source is None and checkpoint.folder not in originals
-    if number is None or not is_saved or not candidates:
+    rivals = [] if number is None else _rivals(checkpoint, present)
+    if number is None or not rivals:  # as in most runs, of which the logs say all
         return None
 
-    history = histories.of_folder(checkpoint.folder)
-    rivals = [
-        entry
-        for entry in sorted(candidates, key=lambda entry: saved_at(entry.folder), reverse=True)
-        if history is None or histories.of_folder(entry.folder) is None
-    ]
     writings = {entry.folder: copied_files.writing_of(entry.folder) for entry in present}
     for rival in rivals:
         is_later = _is_later_save(rival, checkpoint, writings)
@@ -155,6 +140,30 @@ def order_doubt_of(
             )
 
     return None
+
+
+def _rivals(checkpoint: RunCheckpoint, present: Sequence[RunCheckpoint]) -> list[RunCheckpoint]:
+    """The uncommitted checkpoints of which no log says whether they are of one training with
+    this one, the last saved one first."""
+    originals = copies.origins(present)
+    candidates = [
+        entry
+        for entry in present
+        if entry.why == manifests.ABSENT
+        and entry.source is None
+        and entry.folder not in originals
+        and entry.folder != checkpoint.folder
+    ]
+    is_saved = checkpoint.source is None and checkpoint.folder not in originals
+    if not is_saved or not candidates:
+        return []
+
+    history = histories.of_folder(checkpoint.folder)
+    return [
+        entry
+        for entry in sorted(candidates, key=lambda entry: saved_at(entry.folder), reverse=True)
+        if history is None or histories.of_folder(entry.folder) is None
+    ]
 
 
 def _is_later_save(

@@ -12,30 +12,16 @@ batches whatever the ranks, and writes OUT/losses.json.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from ending import leave
+from ending import run_jobs
+from split_worker import SIZE, Expert
 from torch import nn
 
 GLOBAL_BATCH = 12  # sequences
-SIZE, EXPERTS, STEPS = 6, 4, 3
-
-
-class Expert(nn.Module):
-    """An expert."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(SIZE, 3)
-        self.down = nn.Linear(3, SIZE, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down(torch.relu(self.up(x)))
-        return out
+EXPERTS, STEPS = 4, 3
 
 
 class Experts(nn.Module):
@@ -176,15 +162,5 @@ def train(job: dict[str, Any]) -> None:
     engine.destroy()
 
 
-def main() -> None:
-    import deepspeed
-
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    deepspeed.init_distributed(dist_backend="gloo")
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        train(job)
-    leave()
-
-
 if __name__ == "__main__":
-    main()
+    run_jobs(train)

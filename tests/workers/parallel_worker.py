@@ -12,13 +12,11 @@ Trains on the same global batches whatever the ranks, saves to OUT and writes OU
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from ending import leave
+from ending import run_jobs
 from torch import nn
 
 GLOBAL_BATCH = 12  # sequences
@@ -210,15 +208,5 @@ def train(job: dict[str, Any]) -> None:
     engine.destroy()
 
 
-def main() -> None:
-    import deepspeed
-
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    deepspeed.init_distributed(dist_backend="gloo")
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        train(job)
-    leave()
-
-
 if __name__ == "__main__":
-    main()
+    run_jobs(train)

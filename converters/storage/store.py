@@ -140,7 +140,7 @@ def is_url(name: Name) -> bool:
 def local_path(name: Name) -> Path:
     """The path that a name is, where something is read that has to be local: runs, and what
     a user adds by options. "file:///PATH" is the path; ``CheckpointError`` for other URLs."""
-    return _local(name, download(name))
+    return _local(name)
 
 
 def output_path(name: Name) -> Path:
@@ -159,11 +159,13 @@ def default_output(source: Path, name: str) -> Path:
     return source.parent / name
 
 
-def _local(name: Name, remedy: str) -> Path:
+def _local(name: Name, remedy: str = "") -> Path:
+    """The path; ``remedy`` says what to do with a URL, by default to download it."""
     name = canonical(name)
     if is_url(name):
         raise CheckpointError(
-            f"{os.fspath(name)} is a URL, and this has to be a local path: {remedy}",
+            f"{os.fspath(name)} is a URL, and this has to be a local path: "
+            f"{remedy or download(name)}",
             "unsupported",
         )
     return Path(name)

@@ -139,9 +139,14 @@ def is_reader(name: str) -> bool:
 
 
 def _fits(name: str, patterns: tuple[str, ...]) -> bool:
-    if any(fnmatchcase(name.lower(), pattern) for pattern in _NEVER):
-        return False
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    return not _fits_any(name.lower(), _NEVER) and _fits_any(name, patterns)
+
+
+def _fits_any(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a name is one of the patterns, most of which are names, or fits one."""
+    if name in patterns:
+        return True
+    return any(fnmatchcase(name, pattern) for pattern in patterns if "*" in pattern)
 
 
 def _in_folders(root: Path) -> Iterator[str]:

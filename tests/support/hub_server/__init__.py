@@ -49,6 +49,8 @@ class Hub:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
             "NO_PROXY": "127.0.0.1,localhost",
+            # Has no certificates, as http needs none: each client would read all of the system's.
+            "SSL_CERT_DIR": str(self.folder),
             **({} if token is None else {"HF_TOKEN": token}),
         }
 

@@ -7,7 +7,6 @@ its forks are as good as fresh processes: they set up gloo, DeepSpeed and all el
 from __future__ import annotations
 
 import ctypes
-import gc
 import importlib
 import json
 import os
@@ -118,8 +117,6 @@ def run_ranks(
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
-    gc.collect()
-    gc.freeze()  # so that a collection in a fork copies no page of what was imported
     pids: list[int] = []
     for rank in range(RANKS):
         pid = os.fork()

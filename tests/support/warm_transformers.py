@@ -11,7 +11,6 @@ fresh one answers is for the tests of commands (tests/commands/test_wishes.py, t
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import os
 import signal
@@ -84,10 +83,8 @@ def serve() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print is no answer
-    gc.disable()  # imports leave little to collect
     for name in MODULES:
         __import__(name)
-    gc.freeze()  # so that a collection in a fork copies no page of what was imported
     for line in sys.stdin:
         if len(os.listdir("/proc/self/task")) > 1:
             raise RuntimeError("an import has started a thread, which no fork would have")
@@ -113,7 +110,6 @@ def _wait(pid: int, limit: float) -> int | None:
 
 def _be_script(*, code: str, arguments: list[str], folder: str, **_: Any) -> None:
     """A fork: runs the code as the interpreter does, and ends as it does."""
-    gc.enable()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.dup2(os.open(f"{folder}/in", os.O_RDONLY), 0)
     for number, name in ((1, "out"), (2, "err")):

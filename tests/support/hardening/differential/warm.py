@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import gc
 import json
 import logging
 import multiprocessing
@@ -62,8 +61,6 @@ def main() -> None:
     asked = parser.parse_args()
     logging.disable(logging.WARNING)
     build(asked.extensions)
-    gc.collect()
-    gc.freeze()  # so that a collection in a fork copies no page of what was imported
     # DeepSpeed refuses fp16 on a CPU without fp16 instructions; torch computes it all the same.
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     end = time.monotonic() + asked.seconds

@@ -72,21 +72,30 @@ def names(text: str, detection: Detection) -> bool:
     return statement.partition(expected)[0] in text or detection.kind.title in text
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("name", [kind.name for kind in KINDS])
-def test_a_command_names_what_lies_there(
-    name: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_every_command_names_what_lies_there(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And changes nothing there: what it is run on is what the one before has left."""
     path = CASES[name][0](tmp_path)
-    verb, *options = command.split()
-    options += [] if verb in WITHOUT_DRY_RUN else ["--dry-run"]
-    with pytest.raises(SystemExit) as exit:
-        main([verb, str(path), *COMMANDS[command], *options])
+    detection, before = detect(path), contents(tmp_path)
+    for command, arguments in COMMANDS.items():
+        verb, *options = command.split()
+        options += [] if verb in WITHOUT_DRY_RUN else ["--dry-run"]
+        with pytest.raises(SystemExit) as exit:
+            main([verb, str(path), *arguments, *options])
 
-    printed = capsys.readouterr()
-    assert "Traceback" not in printed.err and exit.value.code in (0, 1)
-    if command not in TAKEN.get(name, ()):
-        assert names(printed.out + printed.err, detect(path))
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err and exit.value.code in (0, 1), (command, printed)
+        if command not in TAKEN.get(name, ()):
+            assert names(printed.out + printed.err, detection), (command, printed)
+        assert contents(tmp_path) == before, command
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """The length and the time of change of all that lies in a folder."""
+    facts = {str(path): path.lstat() for path in folder.rglob("*")}
+    return {path: (fact.st_size, fact.st_mtime_ns) for path, fact in facts.items()}
 
 
 @pytest.mark.parametrize("name", [kind.name for kind in KINDS])
@@ -173,9 +182,7 @@ def test_a_function_names_what_lies_there(
         ("https://example.org/a.bin", "curl -LO https://example.org/a.bin"),
     ],
 )
-@pytest.mark.parametrize("command", COMMANDS)
 def test_what_lies_elsewhere_is_answered_with_what_fetches_it(
-    command: str,
     path: str,
     fetch: str,
     tmp_path: Path,
@@ -183,10 +190,11 @@ def test_what_lies_elsewhere_is_answered_with_what_fetches_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    verb, *options = command.split()
-    run(verb, path, *COMMANDS[command], *options, code=1)
-    line = capsys.readouterr().err
-    assert fetch in line and line.count("\n") == 1
+    for command, arguments in COMMANDS.items():
+        verb, *options = command.split()
+        run(verb, path, *arguments, *options, code=1)
+        line = capsys.readouterr().err
+        assert fetch in line and line.count("\n") == 1, (command, line)
 
 
 def test_a_checkpoint_that_is_not_there_is_no_repository(

@@ -77,12 +77,15 @@ def test_reading_and_planning_import_no_numpy() -> None:
     subprocess.run(command, cwd=ROOT, check=True, timeout=60)
 
 
-@pytest.mark.parametrize(
-    "path", [*modules("converters"), *modules("ckpt")], ids=lambda p: str(p.relative_to(ROOT))
-)
-def test_a_module_compiles_no_regular_expression_when_it_is_imported(path: Path) -> None:
+def test_no_module_compiles_a_regular_expression_when_it_is_imported() -> None:
     """Of ours a conversion uses 22; those that it never matched with cost 10 ms."""
-    assert [ast.unparse(node) for node in compiled_at_import(tree(path))] == []
+    paths = [*modules("converters"), *modules("ckpt")]
+    assert len(paths) > 500
+    compiled = {
+        str(path.relative_to(ROOT)): [ast.unparse(node) for node in compiled_at_import(tree(path))]
+        for path in paths
+    }
+    assert {path: calls for path, calls in compiled.items() if calls} == {}
 
 
 def compiled_at_import(parent: ast.AST) -> Iterator[ast.Call]:

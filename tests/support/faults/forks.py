@@ -11,6 +11,7 @@ forks are as good as fresh processes. What only its imports read of the environm
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -104,6 +105,7 @@ class Forks:
 
 def serve() -> None:
     """The life of the warm process."""
+    gc.disable()  # imports leave little to collect
     for name in (*IMPORTED, *sys.argv[1:]):
         importlib.import_module(name)
     said = os.fdopen(os.memfd_create("said"), "w+b")
@@ -111,6 +113,8 @@ def serve() -> None:
     for line in sys.stdin:
         if len(os.listdir("/proc/self/task")) > 1:
             raise RuntimeError("an import has started a thread, which no fork would have")
+        gc.collect()
+        gc.freeze()  # so that a collection in a fork copies no page of what was imported
         pid = os.fork()
         if not pid:
             _be_command(json.loads(line), said.fileno(), printed.fileno())
@@ -140,6 +144,7 @@ def _emptied(file: BinaryIO) -> str:
 def _be_command(asked: dict[str, Any], said: int, printed: int) -> None:
     """A fork: runs the command, and writes how far it counted behind what it said."""
     status, count = 1, 0
+    gc.enable()
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not longer than the parent
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

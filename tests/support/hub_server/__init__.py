@@ -36,7 +36,7 @@ class Hub:
         """The environment of a client process, which reads it when it imports huggingface_hub."""
         home = self.folder.parent / f"{self.folder.name}-client"
         kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(("HF_", "HUGGING"))}
-        for name in ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY"):
+        for name in ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "SSL_CERT_DIR"):
             kept.pop(name, None)
             kept.pop(name.lower(), None)
         return kept | {
@@ -49,6 +49,8 @@ class Hub:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
             "NO_PROXY": "127.0.0.1,localhost",
+            # One certificate, as http needs none: each client would read all of the system's.
+            "SSL_CERT_FILE": str(Path(__file__).with_name("certificate.pem")),
             **({} if token is None else {"HF_TOKEN": token}),
         }
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import fcntl
+import functools
 import gc
 import importlib
 import json
@@ -49,8 +50,17 @@ IMPORTED = (
     "lightning.pytorch",
     "safetensors.torch",
 )
+# What most ranks import on their way, if the installed versions have it. Muon's is by every engine.
+IMPORTED_LATER = (
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "ckpt.live",
+    "ckpt.trainers.accelerate",
+    "ckpt.trainers.hf",
+    "ckpt.trainers.lightning",
+)
 # Read where a function is decorated, so when Muon is imported: its kernels would be compiled in
-# each rank, whatever the environment of a launch says. What a rank itself compiles is compiled.
+# each rank, whatever the environment of a launch says, and the import alone would take torch's
+# compiler with it, 1.8 s. What a rank itself compiles is compiled.
 NOT_COMPILED = {"TORCHDYNAMO_DISABLE": "1"}
 SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 PACKAGES = ("ckpt", "converters")  # of this repository, and the same for every rank
@@ -169,6 +179,8 @@ def serve() -> None:
     gc.disable()  # a quarter of the time of the imports, which leave little to collect
     for name in IMPORTED:
         importlib.import_module(name)
+    _import_too(IMPORTED_LATER)
+    _fill_caches()
     _build()
     for line in sys.stdin:
         gc.collect()
@@ -181,6 +193,22 @@ def serve() -> None:
             print(json.dumps({"code": code, "hung": hung}), file=answers, flush=True)
             modules.seek(0)
             _import_too(modules.read().split())
+
+
+def _fill_caches() -> None:
+    """Computes once what each rank would compute for itself, a fifth of what a training costs.
+
+    Accelerate parses the metadata of packages whenever it asks whether DeepSpeed is installed; and
+    transformers compiles all patterns of all its models at the first save of one.
+    """
+    from importlib import metadata
+
+    metadata.metadata = functools.cache(metadata.metadata)
+    metadata.version = functools.cache(metadata.version)
+    with suppress(ImportError):  # transformers 5
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")
 
 
 def _build() -> None:

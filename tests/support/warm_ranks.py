@@ -180,7 +180,7 @@ def serve() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
     _import_too(IMPORTED_LATER)
-    _fill_caches()
+    _spare_ranks()
     _build()
     for line in sys.stdin:
         gc.collect()
@@ -195,14 +195,18 @@ def serve() -> None:
             _import_too(modules.read().split())
 
 
-def _fill_caches() -> None:
+def _spare_ranks() -> None:
     """Computes once what each rank would compute for itself, a fifth of what a training costs.
 
-    Accelerate parses the metadata of packages whenever it asks whether DeepSpeed is installed; and
-    transformers compiles all patterns of all its models at the first save of one.
+    Accelerate parses the metadata of packages whenever it asks whether DeepSpeed is installed,
+    transformers compiles all patterns of all its models at the first save of one, and DeepSpeed
+    notes ranges for a profiler, which on CPU nobody does, in every hook of every module.
     """
     from importlib import metadata
 
+    from deepspeed.utils import nvtx
+
+    nvtx.enable_nvtx = False
     metadata.metadata = functools.cache(metadata.metadata)
     metadata.version = functools.cache(metadata.version)
     with suppress(ImportError):  # transformers 5

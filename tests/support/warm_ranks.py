@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import errno
 import fcntl
 import functools
 import gc
@@ -26,7 +27,9 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,7 +38,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
+from zlib import crc32
 
 from paths import PATHS, PYTHONPATH, ROOT
 
@@ -67,6 +71,7 @@ PACKAGES = ("ckpt", "converters")  # of this repository, and the same for every 
 THREADED = {"hf_xet", "tensorboard", "wandb"}  # start threads when they are imported
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL for ranks whose fellow has failed, as torchrun's
 NOTICE = 0.5  # seconds until the others get that SIGTERM: torchrun looks at its ranks now and then
+LINGER = 1.0  # seconds that the warm process is there without anybody who asks
 PR_SET_PDEATHSIG = 1
 
 
@@ -97,46 +102,73 @@ class Launch:
 
 
 class _WarmProcess:
+    """A connection to the warm process, which the first one starts; the others wait for it.
+
+    All processes of a test run share it. It ends with the last connection. That it listens at an
+    abstract address shows which is the first: nobody can listen there a second time.
+    """
+
     def __init__(self, preloaded: str) -> None:
-        # By its arguments, ckpt.distributed.launchers takes it for what it stands in for.
-        command = [sys.executable, "-m", "warm_ranks", "torch.distributed.run"]
-        pipe = subprocess.PIPE
-        own = {"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": preloaded}
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | SINGLE_THREAD | NOT_COMPILED | own,
-            stdin=pipe,
-            stdout=pipe,
-            text=True,
-        )
+        run_id = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()} {time.monotonic_ns()}")
+        address = f"\0ckpt-warm-ranks-{crc32(f'{run_id} {preloaded}'.encode()):08x}"
+        with socket.socket(socket.AF_UNIX) as listener:
+            if _can_listen(listener, address):
+                _start(listener, preloaded)
+        self.connection = socket.socket(socket.AF_UNIX)
+        self.connection.connect(address)
+        self.lines = self.connection.makefile("rw")
+        self.has_ended = False
         atexit.register(self.close)
 
     def close(self) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+        self.lines.close()
+        self.connection.close()
 
     def launch(self, launch: Launch) -> Ended:
-        assert self.process.stdin is not None and self.process.stdout is not None
         with tempfile.TemporaryFile("w+", errors="replace") as messages:
-            os.set_inheritable(messages.fileno(), True)
             request = {
                 "messages": f"/proc/{os.getpid()}/fd/{messages.fileno()}",
                 **{name: getattr(launch, name) for name in Launch.__dataclass_fields__},
             }
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            answer = self.process.stdout.readline()
+            self.lines.write(json.dumps(request) + "\n")
+            self.lines.flush()
+            answer = self.lines.readline()
             messages.seek(0)
             text = messages.read()
         if not answer:
-            raise RuntimeError(f"the warm process has ended: {self.process.wait()}; {text[-3000:]}")
+            self.has_ended = True
+            raise RuntimeError(f"the warm process has ended; {text[-3000:]}")
         reply = json.loads(answer)
         if reply["hung"]:
             raise subprocess.TimeoutExpired(launch.script, launch.limit, stderr=text)
         return Ended(reply["code"], text)
+
+
+def _can_listen(listener: socket.socket, address: str) -> bool:
+    """Whether nobody else listened at an address, where this one does now."""
+    try:
+        listener.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        time.sleep(0.1)  # it may have been bound just now, by one that will listen at once
+        return False
+    listener.listen(64)
+    return True
+
+
+def _start(listener: socket.socket, preloaded: str) -> None:
+    # By its arguments, ckpt.distributed.launchers takes it for what it stands in for.
+    command = [sys.executable, "-m", "warm_ranks", "torch.distributed.run"]
+    own = {"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": preloaded}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | SINGLE_THREAD | NOT_COMPILED | own,
+        stdin=listener.fileno(),
+        stdout=subprocess.DEVNULL,
+    )
+    process.returncode = 0  # nobody waits for it: it ends after others than this process
 
 
 _warm: dict[str, _WarmProcess] = {}  # by what they have preloaded
@@ -154,7 +186,7 @@ def run(
 ) -> Ended:
     """Runs a script on forked ranks; ``subprocess.TimeoutExpired`` after ``limit`` seconds."""
     preloaded = environment.get("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
-    if preloaded not in _warm or _warm[preloaded].process.poll() is not None:
+    if preloaded not in _warm or _warm[preloaded].has_ended:
         _warm[preloaded] = _WarmProcess(preloaded)
     launch = Launch(
         script=str(ROOT / script),
@@ -172,27 +204,88 @@ def run(
 
 
 def serve() -> None:
-    """The life of the warm process: a launch for each line that it reads."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what imports print there is no answer
+    """The life of the warm process: a fork for each launch, which forks the ranks."""
+    listener = socket.socket(fileno=os.dup(0))
     gc.disable()  # a quarter of the time of the imports, which leave little to collect
     for name in IMPORTED:
         importlib.import_module(name)
     _import_too(IMPORTED_LATER)
     _spare_ranks()
     _build()
-    for line in sys.stdin:
+    clients: list[_Client] = []
+    while True:
+        sources = [listener, *(source for client in clients for source in client.sources())]
+        ready, _, _ = select.select(sources, [], [], None if clients else LINGER)
+        if not ready:
+            return
+        if listener in ready:
+            clients.append(_Client(listener.accept()[0]))
+        # What a client asks for next is read after the imports of its last launch.
+        left = [client for client in clients if not client.go_on(ready)]
+        for client in left:
+            clients.remove(client)
+            client.close()
+
+
+class _Client:
+    """One that asks for launches, one after the other, and the process of the present one."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self.lines = connection, connection.makefile("rw")
+        self.pid, self.report = 0, -1
+        self.modules: IO[str] | None = None
+
+    def sources(self) -> list[Any]:
+        """What there may be something to read from; of a client in a launch that it has gone."""
+        return [self.connection, self.report] if self.pid else [self.connection]
+
+    def go_on(self, ready: Sequence[Any]) -> bool:
+        """Begins a launch or ends one; ``False`` if the client has gone, or the launch is lost."""
+        if self.pid and self.report in ready:
+            return self._end()
+        if self.connection not in ready:
+            return True
+        line = self.lines.readline()
+        if line:
+            self._begin(json.loads(line))
+        return bool(line)
+
+    def _begin(self, request: dict[str, Any]) -> None:
         gc.collect()
         gc.freeze()  # so that a collection in a fork copies no page of what was imported
-        request = json.loads(line)
-        messages = os.open(request.pop("messages"), os.O_WRONLY | os.O_APPEND)
-        with os.fdopen(os.memfd_create("modules"), "w+") as modules:
-            code, hung = _run_ranks(Launch(**request), messages, modules.fileno())
-            os.close(messages)
-            print(json.dumps({"code": code, "hung": hung}), file=answers, flush=True)
+        self.report, writing = os.pipe()
+        self.modules = os.fdopen(os.memfd_create("modules"), "w+")
+        self.pid = os.fork()
+        if not self.pid:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            messages = os.open(request.pop("messages"), os.O_WRONLY | os.O_APPEND)
+            code, hung = _run_ranks(Launch(**request), messages, self.modules.fileno())
+            os.write(writing, json.dumps({"code": code, "hung": hung}).encode())
+            os._exit(0)
+        os.close(writing)
+
+    def _end(self) -> bool:
+        """Tells the client how a launch ended, and imports what its first rank did."""
+        answer = os.read(self.report, 1000).decode()
+        with suppress(OSError):  # it has gone
+            print(answer, file=self.lines, flush=True)
+        os.close(self.report)
+        os.waitpid(self.pid, 0)
+        self.pid = 0
+        assert self.modules is not None
+        with self.modules as modules:
             modules.seek(0)
             _import_too(modules.read().split())
+        return bool(answer)
+
+    def close(self) -> None:
+        """Ends the launch of a client that has gone: the ranks die with the process of it."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        with suppress(OSError):
+            self.lines.close()
+        self.connection.close()
 
 
 def _spare_ranks() -> None:
@@ -349,7 +442,8 @@ def _tell_modules_at_end(descriptor: int) -> None:
     """Writes what this process has imported when it ends, by ``os._exit`` as well.
 
     Most workers end so (``ending.leave``), and no function of atexit is called then. One is called
-    after ``serve`` has been left by an exception, which closes the file: here it is open once more.
+    after ``serve`` has been left by an exception, which may close the file: here it is open once
+    more.
     """
     own_descriptor = os.dup(descriptor)
     end = os._exit
@@ -399,3 +493,4 @@ def _variables_of_node(node: int, nodes: int) -> dict[str, str]:
 
 if __name__ == "__main__":
     serve()
+    os._exit(0)

@@ -6,10 +6,13 @@ The warm process has a single thread and has computed nothing, so that its forks
 fresh processes: each sets up gloo, DeepSpeed and its trainer itself, and ends as the interpreter
 ends. What a rank imports on its way, of ckpt too, the next ones are forked with: that is two thirds
 of what a short training costs. Workers and helpers of tests each rank imports itself, as another
-launch may see others at the same names. A store process of its own
-listens on the port that the ranks meet at, as the agent of torchrun does; the system chooses the
-port, and nobody else can take it meanwhile. Ranks see the variables that torchrun sets. A library
-that ranks are to have preloaded gets a warm process of its own.
+launch may see others at the same names.
+
+The processes of a test run share the warm process, whichever starts it: each has a connection, and
+a launch is a fork, so that launches run beside each other. A store process of its own listens on
+the port that the ranks meet at, as the agent of torchrun does; the system chooses the port, and
+nobody else can take it meanwhile. Ranks see the variables that torchrun sets. A library that ranks
+are to have preloaded gets a warm process of its own.
 
 What torchrun itself does (signals, restarts, its report of a failure) is not here: those tests
 start it (``oracles.torchrun`` with ``fresh``, tests/training/test_launchers.py).

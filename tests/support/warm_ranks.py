@@ -92,7 +92,8 @@ class Launch:
 
     Without ``elastic`` there is no store, and the environment is only what it says: a process as
     a user starts it, without a launcher. With ``alone`` each rank is a node of its own, as if one
-    torchrun on each of so many machines had started it.
+    torchrun on each of so many machines had started it. Unless it ``shares_imports``, later ones
+    are not forked with what its first rank imports.
     """
 
     script: str
@@ -102,6 +103,7 @@ class Launch:
     environment: dict[str, str]
     elastic: bool = True
     alone: bool = False
+    shares_imports: bool = True
 
 
 class _WarmProcess:
@@ -186,6 +188,7 @@ def run(
     environment: Mapping[str, str],
     elastic: bool = True,
     alone: bool = False,
+    shares_imports: bool = True,
 ) -> Ended:
     """Runs a script on forked ranks; ``subprocess.TimeoutExpired`` after ``limit`` seconds."""
     preloaded = environment.get("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
@@ -199,6 +202,7 @@ def run(
         environment=os.environ | {"PYTHONPATH": PYTHONPATH} | environment,
         elastic=elastic,
         alone=alone,
+        shares_imports=shares_imports,
     )
     return _warm[preloaded].launch(launch)
 
@@ -430,7 +434,7 @@ def _be_rank(launch: Launch, rank: int, port: int, messages: int, modules: int) 
             sys.modules["numpy"].random.seed()
         sys.argv = [launch.script, *launch.arguments]
         sys.path[0] = str(Path(launch.script).parent)
-        if not rank:
+        if not rank and launch.shares_imports:
             _tell_modules_at_end(modules)
         runpy.run_path(launch.script, run_name="__main__")
     except SystemExit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -23,16 +23,7 @@ def remembered(config: Mapping[str, Any], cls: str | None = None) -> dict[str, A
     return dict(_answers[question])
 
 
-@pytest.fixture(scope="session")
-def _warm_transformers() -> Iterator[WarmTransformers]:
-    warm = WarmTransformers()
-    yield warm
-    warm.close()
-
-
 @pytest.fixture(autouse=True)
-def _transformers_is_asked_once(
-    monkeypatch: pytest.MonkeyPatch, _warm_transformers: WarmTransformers
-) -> None:
-    monkeypatch.setattr(installed, "subprocess", _warm_transformers)
+def _transformers_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "subprocess", WarmTransformers())
     monkeypatch.setattr(installed, "ask", remembered)

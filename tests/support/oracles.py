@@ -115,7 +115,7 @@ def _launched(
         capture_output=True,
         text=True,
         timeout=limit,
-        env=surroundings() | environment,
+        env=surroundings() | warm_ranks.NOT_COMPILED | environment,
     )
 
 
@@ -135,7 +135,10 @@ def torchruns(
         command = launcher(script, *args, ranks=1, port=port, options=options)
         started.append(
             subprocess.Popen(
-                command, env=surroundings() | environment, stderr=subprocess.PIPE, text=True
+                command,
+                env=surroundings() | warm_ranks.NOT_COMPILED | environment,
+                stderr=subprocess.PIPE,
+                text=True,
             )
         )
     for process in started:

@@ -6,10 +6,13 @@ The warm process has a single thread and has computed nothing, so that its forks
 fresh processes: each sets up gloo, DeepSpeed and its trainer itself, and ends as the interpreter
 ends. What a rank imports on its way, of ckpt too, the next ones are forked with: that is two thirds
 of what a short training costs. Workers and helpers of tests each rank imports itself, as another
-launch may see others at the same names. A store process of its own
-listens on the port that the ranks meet at, as the agent of torchrun does; the system chooses the
-port, and nobody else can take it meanwhile. Ranks see the variables that torchrun sets. A library
-that ranks are to have preloaded gets a warm process of its own.
+launch may see others at the same names.
+
+The processes of a test run share the warm process, whichever starts it: each has a connection, and
+a launch is a fork, so that launches run beside each other. A store process of its own listens on
+the port that the ranks meet at, as the agent of torchrun does; the system chooses the port, and
+nobody else can take it meanwhile. Ranks see the variables that torchrun sets. A library that ranks
+are to have preloaded gets a warm process of its own.
 
 What torchrun itself does (signals, restarts, its report of a failure) is not here: those tests
 start it (``oracles.torchrun`` with ``fresh``, tests/training/test_launchers.py).
@@ -19,13 +22,17 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import errno
 import fcntl
+import functools
 import gc
 import importlib
 import json
 import os
 import runpy
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,7 +41,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
+from zlib import crc32
 
 from paths import PATHS, PYTHONPATH, ROOT
 
@@ -49,14 +57,24 @@ IMPORTED = (
     "lightning.pytorch",
     "safetensors.torch",
 )
+# What most ranks import on their way, if the installed versions have it. Muon's is by every engine.
+IMPORTED_LATER = (
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "ckpt.live",
+    "ckpt.trainers.accelerate",
+    "ckpt.trainers.hf",
+    "ckpt.trainers.lightning",
+)
 # Read where a function is decorated, so when Muon is imported: its kernels would be compiled in
-# each rank, whatever the environment of a launch says. What a rank itself compiles is compiled.
+# each rank, whatever the environment of a launch says, and the import alone would take torch's
+# compiler with it, 1.8 s. What a rank itself compiles is compiled.
 NOT_COMPILED = {"TORCHDYNAMO_DISABLE": "1"}
 SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 PACKAGES = ("ckpt", "converters")  # of this repository, and the same for every rank
 THREADED = {"hf_xet", "tensorboard", "wandb"}  # start threads when they are imported
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL for ranks whose fellow has failed, as torchrun's
 NOTICE = 0.5  # seconds until the others get that SIGTERM: torchrun looks at its ranks now and then
+LINGER = 1.0  # seconds that the warm process is there without anybody who asks
 PR_SET_PDEATHSIG = 1
 
 
@@ -74,7 +92,8 @@ class Launch:
 
     Without ``elastic`` there is no store, and the environment is only what it says: a process as
     a user starts it, without a launcher. With ``alone`` each rank is a node of its own, as if one
-    torchrun on each of so many machines had started it.
+    torchrun on each of so many machines had started it. Unless it ``shares_imports``, later ones
+    are not forked with what its first rank imports.
     """
 
     script: str
@@ -84,49 +103,77 @@ class Launch:
     environment: dict[str, str]
     elastic: bool = True
     alone: bool = False
+    shares_imports: bool = True
 
 
 class _WarmProcess:
+    """A connection to the warm process, which the first one starts; the others wait for it.
+
+    All processes of a test run share it. It ends with the last connection. That it listens at an
+    abstract address shows which is the first: nobody can listen there a second time.
+    """
+
     def __init__(self, preloaded: str) -> None:
-        # By its arguments, ckpt.distributed.launchers takes it for what it stands in for.
-        command = [sys.executable, "-m", "warm_ranks", "torch.distributed.run"]
-        pipe = subprocess.PIPE
-        own = {"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": preloaded}
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | SINGLE_THREAD | NOT_COMPILED | own,
-            stdin=pipe,
-            stdout=pipe,
-            text=True,
-        )
+        run_id = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"{os.getpid()} {time.monotonic_ns()}")
+        address = f"\0ckpt-warm-ranks-{crc32(f'{run_id} {preloaded}'.encode()):08x}"
+        with socket.socket(socket.AF_UNIX) as listener:
+            if _can_listen(listener, address):
+                _start(listener, preloaded)
+        self.connection = socket.socket(socket.AF_UNIX)
+        self.connection.connect(address)
+        self.lines = self.connection.makefile("rw")
+        self.has_ended = False
         atexit.register(self.close)
 
     def close(self) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+        self.lines.close()
+        self.connection.close()
 
     def launch(self, launch: Launch) -> Ended:
-        assert self.process.stdin is not None and self.process.stdout is not None
         with tempfile.TemporaryFile("w+", errors="replace") as messages:
-            os.set_inheritable(messages.fileno(), True)
             request = {
                 "messages": f"/proc/{os.getpid()}/fd/{messages.fileno()}",
                 **{name: getattr(launch, name) for name in Launch.__dataclass_fields__},
             }
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            answer = self.process.stdout.readline()
+            self.lines.write(json.dumps(request) + "\n")
+            self.lines.flush()
+            answer = self.lines.readline()
             messages.seek(0)
             text = messages.read()
         if not answer:
-            raise RuntimeError(f"the warm process has ended: {self.process.wait()}; {text[-3000:]}")
+            self.has_ended = True
+            raise RuntimeError(f"the warm process has ended; {text[-3000:]}")
         reply = json.loads(answer)
         if reply["hung"]:
             raise subprocess.TimeoutExpired(launch.script, launch.limit, stderr=text)
         return Ended(reply["code"], text)
+
+
+def _can_listen(listener: socket.socket, address: str) -> bool:
+    """Whether nobody else listened at an address, where this one does now."""
+    try:
+        listener.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        time.sleep(0.1)  # it may have been bound just now, by one that will listen at once
+        return False
+    listener.listen(64)
+    return True
+
+
+def _start(listener: socket.socket, preloaded: str) -> None:
+    # By its arguments, ckpt.distributed.launchers takes it for what it stands in for.
+    command = [sys.executable, "-m", "warm_ranks", "torch.distributed.run"]
+    own = {"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": preloaded}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | SINGLE_THREAD | NOT_COMPILED | own,
+        stdin=listener.fileno(),
+        stdout=subprocess.DEVNULL,
+    )
+    process.returncode = 0  # nobody waits for it: it ends after others than this process
 
 
 _warm: dict[str, _WarmProcess] = {}  # by what they have preloaded
@@ -141,10 +188,11 @@ def run(
     environment: Mapping[str, str],
     elastic: bool = True,
     alone: bool = False,
+    shares_imports: bool = True,
 ) -> Ended:
     """Runs a script on forked ranks; ``subprocess.TimeoutExpired`` after ``limit`` seconds."""
     preloaded = environment.get("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
-    if preloaded not in _warm or _warm[preloaded].process.poll() is not None:
+    if preloaded not in _warm or _warm[preloaded].has_ended:
         _warm[preloaded] = _WarmProcess(preloaded)
     launch = Launch(
         script=str(ROOT / script),
@@ -154,6 +202,7 @@ def run(
         environment=os.environ | {"PYTHONPATH": PYTHONPATH} | environment,
         elastic=elastic,
         alone=alone,
+        shares_imports=shares_imports,
     )
     return _warm[preloaded].launch(launch)
 
@@ -162,25 +211,108 @@ def run(
 
 
 def serve() -> None:
-    """The life of the warm process: a launch for each line that it reads."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what imports print there is no answer
+    """The life of the warm process: a fork for each launch, which forks the ranks."""
+    listener = socket.socket(fileno=os.dup(0))
     gc.disable()  # a quarter of the time of the imports, which leave little to collect
     for name in IMPORTED:
         importlib.import_module(name)
+    _import_too(IMPORTED_LATER)
+    _spare_ranks()
     _build()
-    for line in sys.stdin:
+    clients: list[_Client] = []
+    while True:
+        sources = [listener, *(source for client in clients for source in client.sources())]
+        ready, _, _ = select.select(sources, [], [], None if clients else LINGER)
+        if not ready:
+            return
+        if listener in ready:
+            clients.append(_Client(listener.accept()[0]))
+        # What a client asks for next is read after the imports of its last launch.
+        left = [client for client in clients if not client.go_on(ready)]
+        for client in left:
+            clients.remove(client)
+            client.close()
+
+
+class _Client:
+    """One that asks for launches, one after the other, and the process of the present one."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self.lines = connection, connection.makefile("rw")
+        self.pid, self.report = 0, -1
+        self.modules: IO[str] | None = None
+
+    def sources(self) -> list[Any]:
+        """What there may be something to read from; of a client in a launch that it has gone."""
+        return [self.connection, self.report] if self.pid else [self.connection]
+
+    def go_on(self, ready: Sequence[Any]) -> bool:
+        """Begins a launch or ends one; ``False`` if the client has gone, or the launch is lost."""
+        if self.pid and self.report in ready:
+            return self._end()
+        if self.connection not in ready:
+            return True
+        line = self.lines.readline()
+        if line:
+            self._begin(json.loads(line))
+        return bool(line)
+
+    def _begin(self, request: dict[str, Any]) -> None:
         gc.collect()
         gc.freeze()  # so that a collection in a fork copies no page of what was imported
-        request = json.loads(line)
-        messages = os.open(request.pop("messages"), os.O_WRONLY | os.O_APPEND)
-        with os.fdopen(os.memfd_create("modules"), "w+") as modules:
-            code, hung = _run_ranks(Launch(**request), messages, modules.fileno())
-            os.close(messages)
-            print(json.dumps({"code": code, "hung": hung}), file=answers, flush=True)
+        self.report, writing = os.pipe()
+        self.modules = os.fdopen(os.memfd_create("modules"), "w+")
+        self.pid = os.fork()
+        if not self.pid:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            messages = os.open(request.pop("messages"), os.O_WRONLY | os.O_APPEND)
+            code, hung = _run_ranks(Launch(**request), messages, self.modules.fileno())
+            os.write(writing, json.dumps({"code": code, "hung": hung}).encode())
+            os._exit(0)
+        os.close(writing)
+
+    def _end(self) -> bool:
+        """Tells the client how a launch ended, and imports what its first rank did."""
+        answer = os.read(self.report, 1000).decode()
+        with suppress(OSError):  # it has gone
+            print(answer, file=self.lines, flush=True)
+        os.close(self.report)
+        os.waitpid(self.pid, 0)
+        self.pid = 0
+        assert self.modules is not None
+        with self.modules as modules:
             modules.seek(0)
             _import_too(modules.read().split())
+        return bool(answer)
+
+    def close(self) -> None:
+        """Ends the launch of a client that has gone: the ranks die with the process of it."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        with suppress(OSError):
+            self.lines.close()
+        self.connection.close()
+
+
+def _spare_ranks() -> None:
+    """Computes once what each rank would compute for itself, a fifth of what a training costs.
+
+    Accelerate parses the metadata of packages whenever it asks whether DeepSpeed is installed,
+    transformers compiles all patterns of all its models at the first save of one, and DeepSpeed
+    notes ranges for a profiler, which on CPU nobody does, in every hook of every module.
+    """
+    from importlib import metadata
+
+    from deepspeed.utils import nvtx
+
+    nvtx.enable_nvtx = False
+    metadata.metadata = functools.cache(metadata.metadata)
+    metadata.version = functools.cache(metadata.version)
+    with suppress(ImportError):  # transformers 5
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("llama")
 
 
 def _build() -> None:
@@ -302,7 +434,7 @@ def _be_rank(launch: Launch, rank: int, port: int, messages: int, modules: int) 
             sys.modules["numpy"].random.seed()
         sys.argv = [launch.script, *launch.arguments]
         sys.path[0] = str(Path(launch.script).parent)
-        if not rank:
+        if not rank and launch.shares_imports:
             _tell_modules_at_end(modules)
         runpy.run_path(launch.script, run_name="__main__")
     except SystemExit:
@@ -317,7 +449,8 @@ def _tell_modules_at_end(descriptor: int) -> None:
     """Writes what this process has imported when it ends, by ``os._exit`` as well.
 
     Most workers end so (``ending.leave``), and no function of atexit is called then. One is called
-    after ``serve`` has been left by an exception, which closes the file: here it is open once more.
+    after ``serve`` has been left by an exception, which may close the file: here it is open once
+    more.
     """
     own_descriptor = os.dup(descriptor)
     end = os._exit
@@ -367,3 +500,4 @@ def _variables_of_node(node: int, nodes: int) -> dict[str, str]:
 
 if __name__ == "__main__":
     serve()
+    os._exit(0)

@@ -32,10 +32,10 @@ LIMIT = 900  # seconds; a launch takes 10 to 45, and minutes more where an exten
 def test_a_resumed_training_is_the_undisturbed_one_in_every_bit(tmp_path: Path) -> None:
     torchrun(WORKER, tmp_path, "first", limit=LIMIT)
     said = torchrun(WORKER, tmp_path, "second", limit=LIMIT)  # where all is compared
-    assert re.search(r"^    global_steps +5 +5$", said, re.MULTILINE)
+    assert re.search(r"^    global_steps +3 +3$", said, re.MULTILINE)
     said = torchrun(WORKER, tmp_path, "alone", ranks=1, limit=LIMIT)
     (error,) = (text for text, _ in json.loads((tmp_path / "alone-0.json").read_text()))
-    folder = tmp_path / "zero1/fore/checkpoint-5"
+    folder = tmp_path / "zero1/fore/checkpoint-3"
     command = f"ckpt reshard {folder} --world-size 1 --stage 1 -o {folder}-w1"
     assert (
         f"of 2 ranks with ZeRO stage 1, this training has 1 with stage 1; run: {command}" in error

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ending import leave
 from live_worker import SMALL, caught, start, train
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts/fixtures"))
@@ -104,7 +105,6 @@ def main(out: Path) -> None:
     told |= refusals(out, engines)
     (out / f"told{dist.get_rank()}.json").write_text(json.dumps(told))
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def failures(out: Path, engines: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,3 +147,4 @@ def refusals(out: Path, engines: Mapping[str, Any]) -> dict[str, str]:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

@@ -29,6 +29,7 @@ from ckpt.trainers.hf import CheckpointCallback, CommittedCheckpoints
 from converters.errors import CheckpointError
 
 STEPS, EVERY = 6, 2
+BRIEF = {"max_steps": EVERY}  # for what a single save shows
 EVEN, UNEVEN = 24, 16  # hidden sizes: do three ranks have equal parts of each parameter?
 # The first checkpoint is the best.
 FALLING = {"metric_for_best_model": "loss", "greater_is_better": True, "learning_rate": 3e-1}
@@ -108,9 +109,10 @@ def make(
     stage: int,
     peft: bool = False,
     hidden: int = EVEN,
+    rows: int = 32,
     **more: Any,
 ) -> tuple[Any, Heard]:
-    """A Trainer of a tiny Llama with dropout, the same at every call."""
+    """A Trainer of a tiny Llama with dropout, the same at every call; an epoch is of ``rows``."""
     AcceleratorState._reset_state(True)
     zero, callbacks = more.pop("zero", {}), more.pop("callbacks", [])
     deepspeed = more.pop("deepspeed", None) or config(stage, **zero)
@@ -140,8 +142,8 @@ def make(
         from peft import LoraConfig, get_peft_model
 
         model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
-    rows = torch.randint(4, 64, (32, 8), generator=torch.Generator().manual_seed(3)).tolist()
-    data = [{"input_ids": row, "labels": row} for row in rows]
+    ids = torch.randint(4, 64, (rows, 8), generator=torch.Generator().manual_seed(3)).tolist()
+    data = [{"input_ids": row, "labels": row} for row in ids]
     trainer = kind(
         model,
         args,
@@ -226,7 +228,7 @@ def same(out: Path, stage: int, wide: bool = False) -> None:
         assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     if dist.get_world_size() == 3:
         uneven = [
-            trained(kind, Path(name), stage, hidden=UNEVEN)[0]
+            trained(kind, Path(name), stage, hidden=UNEVEN, **BRIEF)[0]
             for name, kind in (("stock-uneven", hf.Trainer), ("mixin-uneven", Committed))
         ]
         assert uneven[0] == uneven[1], uneven
@@ -237,14 +239,14 @@ def wide(out: Path, stage: int) -> None:
     same(out, stage, wide=True)
     loaded, ends = [], {}
     for name, kind in (("stock-best", hf.Trainer), ("mixin-best", Committed)):
-        loads = {"load_best_model_at_end": True, "save_total_limit": 1}
+        loads = {"load_best_model_at_end": True, "save_total_limit": 1, "max_steps": 2 * EVERY}
         trainer, _ = make(kind, Path(name), stage, **FALLING, **loads)
         trainer.train()
         loaded.append(digest(trainer))
         ends[name] = [trainer.state.best_model_checkpoint, trainer.state.best_metric]
     assert loaded[0] == loaded[1]
     (out / f"best{dist.get_rank()}.json").write_text(json.dumps(ends))
-    peft = {"peft": True, "eval_strategy": "no"}
+    peft = {"peft": True, "eval_strategy": "no", **BRIEF}
     adapter = trained(hf.Trainer, Path("stock-peft"), stage, **peft)
     assert trained(Committed, Path("mixin-peft"), stage, **peft) == adapter
     callbacks = [CheckpointCallback()]
@@ -253,7 +255,27 @@ def wide(out: Path, stage: int) -> None:
 
 
 def keeping(out: Path, stage: int) -> None:
-    """Rotation; weights only; weights where the Trainer leaves them out; being asked to stop."""
+    """Rotation; weights only; weights where the Trainer leaves them out; being asked to stop.
+
+    In stage 3 what this has another way for: the weights.
+    """
+    rotates(out, 2)
+    for run, kind, callbacks in (
+        (out / "weights-mixin", Committed, []),
+        (out / "weights-callback", hf.Trainer, [CheckpointCallback()]),
+    ):
+        trained(kind, run, stage, callbacks=callbacks, save_only_model=True, max_steps=2 * EVERY)
+        dist.barrier()
+        found = Run(run).newest(None)
+        assert Run(run).newest() is None and found is not None and found.tier == "weights"
+        assert (run / "latest").read_text() == "checkpoint-4"
+    writes_over(out / "over", 2)
+    stops(out, 2)
+    ungathered(out)
+
+
+def rotates(out: Path, stage: int) -> None:
+    """The Trainer's limit, beside which the best and a pinned checkpoint stay."""
     mine, stock = out / "mine", out / "theirs"
 
     class Pinning(hf.TrainerCallback):
@@ -266,27 +288,21 @@ def keeping(out: Path, stage: int) -> None:
         (stock, hf.Trainer, [CheckpointCallback(), Pinning()]),
     ):
         (run / "checkpoint-final").mkdir(parents=True, exist_ok=True)
-        many = {**FALLING, "max_steps": 10, "save_total_limit": 1}
+        many = {**FALLING, "max_steps": 8, "save_total_limit": 1}
         trainer, _ = make(kind, run, stage, callbacks=callbacks, **many)
         trainer.args.push_to_hub = run == mine
         trainer.train()
         dist.barrier()
         assert trainer.state.best_model_checkpoint == str(run / "checkpoint-2")
-        assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-10"], names(run)
+        assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-8"], names(run)
         assert (run / "checkpoint-final").is_dir()
         if run == mine:
-            assert trainer.pushed == [f"checkpoint-{step}" for step in (2, 4, 6, 8, 10)]
+            assert trainer.pushed == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
         assert (run / "best").read_text() == "checkpoint-2/global_step2"
-    for run, kind, callbacks in (
-        (out / "weights-mixin", Committed, []),
-        (out / "weights-callback", hf.Trainer, [CheckpointCallback()]),
-    ):
-        trained(kind, run, stage, callbacks=callbacks, save_only_model=True)
-        dist.barrier()
-        found = Run(run).newest(None)
-        assert Run(run).newest() is None and found is not None and found.tier == "weights"
-        assert (run / "latest").read_text() == "checkpoint-6"
-    over = out / "over"
+
+
+def writes_over(over: Path, stage: int) -> None:
+    """What lies where a checkpoint is saved counts as committed no longer, in each strategy."""
     for strategy, more in (
         ("steps", {}),
         ("best", FALLING),
@@ -299,6 +315,10 @@ def keeping(out: Path, stage: int) -> None:
         dist.barrier()
         new = ["checkpoint-8"] if strategy == "epoch" else []
         assert names(over) == ["checkpoint-2", "checkpoint-4", "checkpoint-6", *new], strategy
+
+
+def stops(out: Path, stage: int) -> None:
+    """Asked to stop, both forms save the step that all ranks stop at."""
     for name, callbacks, kind in (
         ("stop-mixin", [], type("Stopping", (Committed,), {"preemption": Preemption()})),
         ("stop-callback", [CheckpointCallback(preemption=Preemption())], hf.Trainer),
@@ -314,8 +334,6 @@ def keeping(out: Path, stage: int) -> None:
         dist.barrier()
         assert names(out / name) == ["checkpoint-2", "checkpoint-4"], names(out / name)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if stage == 3:
-        ungathered(out)
 
 
 class Asked(hf.TrainerCallback):
@@ -328,11 +346,11 @@ class Asked(hf.TrainerCallback):
 
 def ungathered(out: Path) -> None:
     """ZeRO-3 without the gather flag: weights are streamed, and nothing is written twice."""
-    trained(hf.Trainer, out / "gathered", 3)
+    trained(hf.Trainer, out / "gathered", 3, max_steps=2 * EVERY)
     zero = {"stage3_gather_16bit_weights_on_model_save": False}
     for name, weights in (("left-out", None), ("streamed", "bf16")):
         kind = type("Streaming", (Committed,), {"weights": weights})
-        trainer, _ = make(kind, out / name, 3, zero=zero)
+        trainer, _ = make(kind, out / name, 3, zero=zero, max_steps=2 * EVERY)
         saves = []
         prepare = trainer._prepare_for_training
 
@@ -350,10 +368,10 @@ def ungathered(out: Path) -> None:
 
         trainer._prepare_for_training = prepared
         trainer.train()
-        assert len(saves) == 3, saves
+        assert len(saves) == 2, saves
         trainer.save_model()  # the last line of a script
         dist.barrier()
-        assert len(saves) == (4 if weights is None else 3), saves
+        assert len(saves) == (3 if weights is None else 2), saves
 
 
 class Failing(Committed):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from ending import leave
 
 from ckpt.runs.lease import lease_file
 from ckpt.runs.lease.lease_file import NAME, Holder
@@ -235,7 +236,7 @@ def main() -> None:
     globals()[sys.argv[2]](out)
     (out / f"done{dist.get_rank()}").touch()
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import hf_worker
 import torch.distributed as dist
 import trainers_worker_accelerate
 import transformers as hf
+from ending import leave
 from places_worker import lack
 
 from ckpt.runs.manifest import check
@@ -128,4 +129,4 @@ if __name__ == "__main__":
     for part in sys.argv[2].split(","):
         globals()[part](Path(sys.argv[1]))
     dist.barrier()
-    dist.destroy_process_group()
+    leave()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ending import leave
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -243,7 +244,7 @@ def main() -> None:
     for part in sys.argv[2].split(","):
         globals()[part](out)
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from ckpt.engine import mapped_loading
 from ckpt.runs.run import open_checkpoint
 from converters.torch_files import reader
 
-RATES = {"warmup_min_lr": 0.0, "warmup_max_lr": 0.02, "warmup_num_steps": 8}
+RATES = {"warmup_min_lr": 0.0, "warmup_max_lr": 0.02, "warmup_num_steps": 4}
 WARM = {"scheduler": {"type": "WarmupLR", "params": RATES}}
 GROWS = {**WARM, "fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2}}
 CASES = {
@@ -44,7 +44,7 @@ CASES = {
     "zero3": Spec(3, zero=SMALL, config=WARM, zero_sized=True),
     "zero3-fp16": Spec(3, "fp32", zero={"sub_group_size": 20, **SMALL}, config=GROWS),
 }
-HALF = 5
+HALF = 3  # steps: in the middle of the warm-up, of a window of the loss scale, of an epoch
 OLD = {"checkpoint": {"checkpoint_serialization": False}}  # torch's stream, which no one can map
 LARGE = Spec(2, zero=OFFLOAD, vocab=2_000_000)
 
@@ -97,7 +97,7 @@ def finals(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def first(out: Path) -> None:
-    """Ten steps straight; and five, saved in the foreground and in the background."""
+    """All steps straight; and half of them, saved in the foreground and in the background."""
     for name in CASES:
         engine, sampler = begin(name), Sampler()
         straight = train(engine, 2 * HALF, sampler)
@@ -114,7 +114,7 @@ def first(out: Path) -> None:
 
 
 def second(out: Path) -> None:
-    """In a new process: five steps more, from either save."""
+    """In a new process: the rest of the steps, from either save."""
     for name in CASES:
         before, straight = told(out, name)
         for kind in ("fore", "back"):
@@ -464,7 +464,7 @@ def spanned(span: list[float], failing: bool = False) -> Iterator[None]:
 
 
 def trainers(out: Path) -> None:
-    """Trainer and Accelerate: ten steps straight, five and a save; in a new process, the rest."""
+    """Trainer and Accelerate: straight; and half and a save; in a new process, the rest."""
     again = (out / "hf-2-0.json").exists()
     hugging_face(out, again)
     accelerate(out, again)
@@ -483,7 +483,7 @@ def hugging_face(out: Path, again: bool) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_training_stop |= state.global_step == HALF
 
-    steps = {"max_steps": 2 * HALF, "save_steps": HALF, "eval_steps": HALF}
+    steps = {"max_steps": 2 * HALF, "save_steps": HALF, "eval_steps": HALF, "rows": 16}
     for stage in (1, 2, 3):
         run = out / f"hf-{stage}"
         if not again:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ending import leave
 from same_run_worker import hearing
 
 from converters.errors import CheckpointError
@@ -272,7 +273,7 @@ def main() -> None:
     for part in sys.argv[2:]:
         globals()[part](Path(sys.argv[1]))
     print(json.dumps({"done": sys.argv[2:]}))
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

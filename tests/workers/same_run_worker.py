@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ending import leave
 from torch import nn
 
 import ckpt
@@ -321,7 +322,7 @@ def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo")
     for part in sys.argv[2:]:
         globals()[part](Path(sys.argv[1]))
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ending import leave
 
 import ckpt
 from converters.errors import CheckpointError
@@ -133,3 +134,4 @@ def lightning(out: Path) -> None:
 
 if __name__ == "__main__":
     globals()[sys.argv[2]](Path(sys.argv[1]))
+    leave()

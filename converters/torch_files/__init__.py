@@ -2,6 +2,7 @@
 
 reader            a file by its first bytes: zip_format or legacy_format
 torch_file        what reading gives
+same_pickles      files with the same pickle: one of them is interpreted
 zip_directory     a zip's directory, read strictly
 zip_headers       the bytes around the records of a zip, as torch writes them
 zip_writer        the zip as a plan

@@ -19,6 +19,8 @@ from typing import Any
 from converters import tensors
 from converters.chains import Chained, Part, parts_of
 from converters.detect.filenames import SWAPPED
+from converters.extents import per_record
+from converters.partitioned import Partitioned
 from converters.plan import Entry, Plan, Shard
 from converters.tensors import Checksum, Extent, Extents, Listed, TensorRef, record_index
 from converters.tiles import Tiled
@@ -28,7 +30,7 @@ from converters.torch_files.pickle_writer import dumps
 from converters.torch_files.zip_writer import Archive
 
 ALIGNMENT = 4096
-MAX_EXTENTS = 256  # of a placement: it is walked from its first extent for each piece of it
+MAX_EXTENTS = 256  # of a placement that lists them: it is walked from the first for each piece
 
 
 def shard(filename: str, tree: Any) -> Shard:
@@ -59,10 +61,9 @@ def _checksums(shards: Sequence[Shard]) -> tuple[Checksum, ...]:
     """The records of torch files that shards take bytes from."""
     offsets_by_path: dict[Path, set[int]] = {}
     ends: dict[Path, int] = {}
-    for placement in (placement for shard in shards for placement in shard.placements):
-        for extent in placement.source.extents.per_record():
-            if not extent.length:
-                continue
+    placements = (placement for shard in shards for placement in shard.placements)
+    for extent in per_record(placement.source.extents for placement in placements):
+        if extent.length:
             offsets_by_path.setdefault(extent.path, set()).add(extent.offset)
             ends[extent.path] = max(ends.get(extent.path, 0), extent.end)
 
@@ -87,8 +88,8 @@ def entries(name: str, storage: Storage) -> Iterator[Entry]:
 
     tensor = storage.ref.view(storage.numel)
     extents = tensor.extents
-    is_listed = not isinstance(extents, (Chained, Tiled))
-    if isinstance(extents, Tiled) or (is_listed and len(extents) <= MAX_EXTENTS):
+    is_listed = not isinstance(extents, (Chained, Partitioned, Tiled))
+    if isinstance(extents, (Partitioned, Tiled)) or (is_listed and len(extents) <= MAX_EXTENTS):
         yield Entry(name, tensor, storage.dtype, None)
         return
 
@@ -100,7 +101,7 @@ def entries(name: str, storage: Storage) -> Iterator[Entry]:
 def _parts(extents: Extents) -> Iterator[Part]:
     """The parts of a vector that a placement each is made of: tiles, or not too many runs."""
     for part in parts_of(extents):
-        if isinstance(part, Tiled):
+        if isinstance(part, (Partitioned, Tiled)):
             yield part
             continue
 

@@ -22,7 +22,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import gcd, prod
 
+from converters.detect.filenames import SWAPPED
 from converters.errors import MalformedError
+from converters.partitioned import Partitioned, RankVectors, few_listed
 from converters.tensors import TensorRef, zeros
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -88,12 +90,29 @@ def stage3(ranks: Sequence[TensorRef], shapes: Shapes) -> Iterator[tuple[str, Te
     if shortest < length:
         raise MalformedError(f"a vector of a sub-group has {shortest} elements of {length}")
 
+    vectors = _rank_vectors(ranks)
     offset = 0
     for name, shape in shapes.items():
-        piece_size = partition_numel(shape, len(ranks))
-        pieces = [rank.narrow(offset, piece_size) for rank in ranks]
-        yield name, joined(pieces).narrow(0, prod(shape)).view(*shape)
+        piece_size, numel = partition_numel(shape, len(ranks)), prod(shape)
+        if vectors is None or not numel:
+            pieces = [rank.narrow(offset, piece_size) for rank in ranks]
+            yield name, joined(pieces).narrow(0, numel).view(*shape)
+        else:
+            itemsize = ranks[0].dtype.itemsize
+            extents = Partitioned(
+                vectors, offset * itemsize, piece_size * itemsize, 0, numel * itemsize
+            )
+            yield name, TensorRef(ranks[0].dtype, shape, few_listed(extents))
+
         offset += piece_size
+
+
+def _rank_vectors(ranks: Sequence[TensorRef]) -> RankVectors | None:
+    """The ranks' vectors, where each is one run of bytes in a file of torch.save of its own."""
+    extents = [rank.extents[0] for rank in ranks if len(rank.extents) == 1]
+    paths = {extent.path for extent in extents if not extent.path.name.endswith(SWAPPED)}
+    same_type = len({rank.dtype for rank in ranks}) == 1
+    return RankVectors(extents) if same_type and len(paths) == len(ranks) else None
 
 
 def partition_numel(shape: Sequence[int], world_size: int) -> int:

@@ -18,11 +18,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from converters.errors import CheckpointError
 from converters.execute.workers import Progress
+from converters.extents import joined_runs
 from converters.plan import Placement, Plan
 from converters.source import Source
 from converters.storage.checksums import Ledger
@@ -226,8 +228,11 @@ def same_place(first: TensorRef | None, second: TensorRef | None) -> bool:
         return first is second
     if first.dtype != second.dtype or first.numel != second.numel:
         return False
-    # the runs of tiles are only gone through where they are of other tiles
-    return first.extents == second.extents or tuple(first.extents) == tuple(second.extents)
+    # the runs are only gone through where they are not the same ones
+    if first.extents == second.extents:
+        return True
+    pairs = zip_longest(joined_runs(first.extents), joined_runs(second.extents))
+    return all(run == counterpart for run, counterpart in pairs)
 
 
 def _equal(provenance: Provenance, source_tree: Any, result_tree: Any) -> bool:

@@ -8,6 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Protocol
 
+ZEROS = Path("/dev/zero")  # where padding is read from
+
 
 @dataclass(frozen=True, slots=True)
 class Extent:

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from converters.chains import chained
+from converters.extents import ZEROS as ZEROS
 from converters.extents import Extent as Extent
 from converters.extents import Extents as Extents
 from converters.extents import Listed as Listed
@@ -25,8 +25,6 @@ from converters.extents import Strided as Strided
 from converters.partitioned import Partitioned
 from converters.tiles import Tile, Tiled, is_run, position, require_cover
 from converters.walks import described
-
-ZEROS = Path("/dev/zero")
 
 METADATA = "__metadata__"  # the key of a safetensors header that is not a tensor
 

@@ -22,6 +22,7 @@ from converters.detect.filenames import SWAPPED
 from converters.extents import per_record
 from converters.partitioned import Partitioned
 from converters.plan import Entry, Plan, Shard
+from converters.rank_cuts import RankPart
 from converters.tensors import Checksum, Extent, Extents, Listed, TensorRef, record_index
 from converters.tiles import Tiled
 from converters.torch_files import reader
@@ -88,8 +89,9 @@ def entries(name: str, storage: Storage) -> Iterator[Entry]:
 
     tensor = storage.ref.view(storage.numel)
     extents = tensor.extents
-    is_listed = not isinstance(extents, (Chained, Partitioned, Tiled))
-    if isinstance(extents, (Partitioned, Tiled)) or (is_listed and len(extents) <= MAX_EXTENTS):
+    is_computed = isinstance(extents, (Partitioned, RankPart, Tiled))
+    is_chain = isinstance(extents, Chained)
+    if is_computed or (not is_chain and len(extents) <= MAX_EXTENTS):
         yield Entry(name, tensor, storage.dtype, None)
         return
 

@@ -4,7 +4,8 @@
     rank 1    data.pkl | data/0 | data/1 ...      the same bytes: the example's object, with each
                                                   tensor moved to where the record lies here
 
-What holds no tensor is one object for all of these files, so nobody may change it.
+What holds no elements of a tensor is one object for all of these files, so nobody may change it.
+That are the names and shapes of all parameters, which are found once and not looked at again.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ _SAME_EVERYWHERE = (str, int, float, bool, bytes, type(None), Global, TypedRecor
 
 
 class Example(NamedTuple):
-    """A file that was interpreted: its pickle, its object, and its storages by their keys."""
+    """A file that was interpreted: its pickle, its object, and its storages by their keys.
+
+    ``fixed`` are what of the object is the same in all files, by identity, once that is known.
+    """
 
     data: bytes
     root: Any
     storages: Mapping[str, Checksum]
+    fixed: set[int]
 
 
 class UnlikeError(Exception):
@@ -63,7 +68,7 @@ def moved(example: Example, path: Path, locate: Callable[[str], Checksum]) -> An
             raise UnlikeError
         places[storage.extent.offset] = counterpart
 
-    return _Move(places, path).value(example.root, 0)
+    return _Move(places, path, example.fixed).value(example.root, 0)
 
 
 def _key(data: bytes, form: str) -> tuple[str, int, int]:
@@ -73,10 +78,11 @@ def _key(data: bytes, form: str) -> tuple[str, int, int]:
 class _Move:
     """Moves an object to another file: ``places`` has the runs there by the offsets here."""
 
-    def __init__(self, places: Mapping[int, Extent], path: Path):
+    def __init__(self, places: Mapping[int, Extent], path: Path, fixed: set[int]):
         self.path = path
         self.offsets = sorted(places)
         self.places = places
+        self.fixed = fixed
         self.moved_values: dict[int, Any] = {}  # by identity: what is shared stays shared
         self.open_values: set[int] = set()
 
@@ -86,6 +92,8 @@ class _Move:
             return value
 
         key = id(value)
+        if key in self.fixed:
+            return value
         if key in self.moved_values:
             return self.moved_values[key]
         if key in self.open_values or depth > MAX_DEPTH:
@@ -94,6 +102,8 @@ class _Move:
         self.open_values.add(key)
         result = self.moved_values[key] = self._branch(value, depth + 1)
         self.open_values.discard(key)
+        if result is value:
+            self.fixed.add(key)
         return result
 
     def _branch(self, value: Any, depth: int) -> Any:
@@ -110,7 +120,8 @@ class _Move:
         if kind is TensorRef:
             return self._tensor(value, depth)
         if kind is Storage:
-            return Storage(value.kind, self.value(value.ref, depth), value.dtype)
+            ref = self.value(value.ref, depth)
+            return value if ref is value.ref else Storage(value.kind, ref, value.dtype)
         raise UnlikeError
 
     def _call(self, call: Call, depth: int) -> Call:
@@ -125,6 +136,8 @@ class _Move:
         attributes = self.value(tensor.attributes, depth)
         if tensor.replicas:
             raise UnlikeError
+        if not tensor.numel and attributes is tensor.attributes:
+            return tensor
         if isinstance(extents, Listed):
             runs = Listed(map(self._run, extents))
             return TensorRef(tensor.dtype, tensor.shape, runs, attributes)

@@ -99,7 +99,7 @@ def _root(
         raise CheckpointError(f"{records.path}: {excess} bytes follow its pickle")
 
     if form:
-        same_pickles.keep(form, same_pickles.Example(data, root, records.storages_by_key))
+        same_pickles.keep(form, same_pickles.Example(data, root, records.storages_by_key, set()))
     return root
 
 

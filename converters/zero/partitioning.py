@@ -25,6 +25,7 @@ from math import gcd, prod
 from converters.detect.filenames import SWAPPED
 from converters.errors import MalformedError
 from converters.partitioned import Partitioned, RankVectors, few_listed
+from converters.rank_cuts import Cuts, RankPart
 from converters.tensors import TensorRef, zeros
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -182,6 +183,30 @@ def partition_parameter(parameter: TensorRef, rank: int, world_size: int) -> Ten
     if piece.numel == piece_size:
         return piece
     return TensorRef.concat([piece, zeros(parameter.dtype, piece_size - piece.numel)])
+
+
+def partition_parameters(parameters: Sequence[TensorRef], world_size: int) -> list[TensorRef]:
+    """The ranks' vectors of a sub-group: their pieces of each parameter, one after another.
+
+    ``MalformedError`` if there are none, or they are of several types.
+    """
+    is_located = all(type(parameter) is TensorRef for parameter in parameters)
+    has_one_type = len({parameter.dtype for parameter in parameters}) == 1
+    if not is_located or not has_one_type or not any(ref.numel for ref in parameters):
+        return [
+            joined(partition_parameter(parameter, rank, world_size) for parameter in parameters)
+            for rank in range(world_size)
+        ]
+
+    dtype = parameters[0].dtype
+    numels = [partition_numel(parameter.shape, world_size) for parameter in parameters]
+    cuts = Cuts(
+        tuple(parameter.extents for parameter in parameters),
+        tuple(numel * dtype.itemsize for numel in numels),
+        world_size,
+    )
+    shape = (sum(numels),)
+    return [TensorRef(dtype, shape, RankPart(cuts, rank)) for rank in range(world_size)]
 
 
 def sub_groups(shapes: Shapes, world_size: int, size: int) -> list[dict[str, tuple[int, ...]]]:

@@ -121,17 +121,17 @@ class Partitioned:
         """The vectors: each is one of a single storage."""
         return self.vectors.of_ranks(self._first, self._end)
 
-    def continues_in(self, following: Partitioned) -> bool:
+    def continues_in(self, sequel: Partitioned) -> bool:
         """Whether another's bytes stand right behind these."""
-        return self.vectors is following.vectors and (self.at, self.run, self.stop) == (
-            following.at,
-            following.run,
-            following.start,
+        return self.vectors is sequel.vectors and (self.at, self.run, self.stop) == (
+            sequel.at,
+            sequel.run,
+            sequel.start,
         )
 
-    def through(self, following: Partitioned) -> Partitioned:
+    def through(self, sequel: Partitioned) -> Partitioned:
         """These and the bytes right behind them."""
-        return Partitioned(self.vectors, self.at, self.run, self.start, following.stop)
+        return Partitioned(self.vectors, self.at, self.run, self.start, sequel.stop)
 
     def __repr__(self) -> str:
         """All that decides the runs, once for each tensor."""

@@ -27,16 +27,19 @@ from converters.tensors import Checksum, Extent, Extents, Listed, TensorRef, rec
 from converters.tiles import Tiled
 from converters.torch_files import reader
 from converters.torch_files.object_graph import Storage
-from converters.torch_files.pickle_writer import dumps
+from converters.torch_files.pickle_writer import Pickles
 from converters.torch_files.zip_writer import Archive
 
 ALIGNMENT = 4096
 MAX_EXTENTS = 256  # of a placement that lists them: it is walked from the first for each piece
 
 
-def shard(filename: str, tree: Any) -> Shard:
-    """The file; its storages are named by their keys."""
-    data, storages = dumps(tree)
+def shard(filename: str, tree: Any, pickles: Pickles | None = None) -> Shard:
+    """The file; its storages are named by their keys.
+
+    ``pickles`` has those of files before, whose trees may be alike.
+    """
+    data, storages = (pickles or Pickles()).dumps(tree)
     archive = Archive(filename.rpartition("/")[2].removesuffix(".pt"), ALIGNMENT)
     archive.data("data.pkl", data)
     archive.data("byteorder", b"little")

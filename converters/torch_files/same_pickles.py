@@ -20,11 +20,11 @@ from zlib import crc32
 from converters.pickles.values import Call, Global, TypedRecord
 from converters.storage import open_files
 from converters.tensors import Checksum, Extent, Listed, Strided, TensorRef
-from converters.torch_files.object_graph import Storage
+from converters.torch_files.torch_file import Storage
 
 MAX_EXAMPLE_BYTES = 32 << 20  # of a pickle that is kept with its object, which is larger
 MAX_DEPTH = 200  # levels of an object that is moved; DeepSpeed's have about ten
-_SAME_EVERYWHERE = (str, int, float, bool, bytes, type(None), Global, TypedRecord)
+_CONSTANTS = (str, int, float, bool, bytes, type(None), Global, TypedRecord)
 
 
 class Example(NamedTuple):
@@ -39,7 +39,7 @@ class Example(NamedTuple):
     fixed: set[int]
 
 
-class UnlikeError(Exception):
+class UnmovableError(Exception):
     """An object that cannot be moved: the file has to be interpreted itself."""
 
 
@@ -58,14 +58,14 @@ def keep(form: str, example: Example) -> None:
 def moved(example: Example, path: Path, locate: Callable[[str], Checksum]) -> Any:
     """The object of the file ``path``; ``locate`` says where a storage lies there, by its key.
 
-    ``UnlikeError`` where a storage has another size there, or the object has values that
+    ``UnmovableError`` where a storage has another size there, or the object has values that
     nothing is known of.
     """
     places = {}
     for key, storage in example.storages.items():
         counterpart = locate(key).extent
         if counterpart.length != storage.extent.length:
-            raise UnlikeError
+            raise UnmovableError
         places[storage.extent.offset] = counterpart
 
     return _Move(places, path, example.fixed).value(example.root, 0)
@@ -88,7 +88,7 @@ class _Move:
 
     def value(self, value: Any, depth: int) -> Any:
         """The same value there; the very same object where nothing in it is a tensor."""
-        if isinstance(value, _SAME_EVERYWHERE):
+        if isinstance(value, _CONSTANTS):
             return value
 
         key = id(value)
@@ -97,7 +97,7 @@ class _Move:
         if key in self.moved_values:
             return self.moved_values[key]
         if key in self.open_values or depth > MAX_DEPTH:
-            raise UnlikeError
+            raise UnmovableError
 
         self.open_values.add(key)
         result = self.moved_values[key] = self._branch(value, depth + 1)
@@ -122,7 +122,7 @@ class _Move:
         if kind is Storage:
             ref = self.value(value.ref, depth)
             return value if ref is value.ref else Storage(value.kind, ref, value.dtype)
-        raise UnlikeError
+        raise UnmovableError
 
     def _call(self, call: Call, depth: int) -> Call:
         parts = (call.of, call.args, call.state, call.items, call.pairs)
@@ -135,7 +135,7 @@ class _Move:
         extents = tensor.extents
         attributes = self.value(tensor.attributes, depth)
         if tensor.replicas:
-            raise UnlikeError
+            raise UnmovableError
         if not tensor.numel and attributes is tensor.attributes:
             return tensor
         if isinstance(extents, Listed):
@@ -145,12 +145,12 @@ class _Move:
             first = self._run(Extent(self.path, extents.offset, 0))
             view = replace(extents, path=first.path, offset=first.offset)
             return TensorRef(tensor.dtype, tensor.shape, view, attributes)
-        raise UnlikeError
+        raise UnmovableError
 
     def _run(self, run: Extent) -> Extent:
         begin = self.offsets[max(bisect_right(self.offsets, run.offset) - 1, 0)]
         place = self.places[begin]
         inside = run.offset - begin
         if inside < 0 or inside + run.length > place.length:
-            raise UnlikeError
+            raise UnmovableError
         return Extent(place.path, place.offset + inside, run.length)

@@ -86,7 +86,7 @@ def _root(
     if example is not None:
         try:
             return same_pickles.moved(example, records.path, records.located)
-        except same_pickles.UnlikeError:
+        except same_pickles.UnmovableError:
             pass
 
     def storage(persistent_id: Any) -> Any:

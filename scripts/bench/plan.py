@@ -1,34 +1,45 @@
 """CPU seconds and memory of planning, over numbers of ranks: what grows, and how.
 
-    python scripts/bench/plan.py                        read and show, reshard 64 -> 64
-    python scripts/bench/plan.py --ranks 1024 --to 1024
+    python scripts/bench/plan.py                        64, 256 and 1,024 ranks; 64 to 128 and 512
+    python scripts/bench/plan.py --ranks 1024 --to 512
 
-The checkpoints are those of a Llama with one value an element of its shapes left out: stage 3,
-the tensors' bytes holes, all ranks hard links of rank 0's files, which are alike but for their
-names. Each measurement is a process of its own: CPU seconds of user and system, and the peak of
-its memory, without those of an empty process.
+The checkpoints are of a Llama in stage 3; the tensors' bytes are holes, and the files of all
+ranks hard links of rank 0's. What is planned is proven, too, against files that have their headers
+only. Each measurement is a process of its own: CPU seconds of user and system, and the peak of its
+memory.
 """
 
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import click
 
 SCRIPTS = Path(__file__).resolve().parents[1]
-MEASURED = {
-    "show": "from ckpt.cli.main import main; main(['show', source, '--json'])",
-    "plan": (
-        "from ckpt.rewrite import reshard\n"
-        "print(reshard.plan(source, int(target), output=output).plan.nbytes)"
-    ),
-    "dry run": (
-        "from ckpt.cli.main import main\n"
-        "main(['reshard', source, '-o', output, '--world-size', target, '--dry-run'])"
-    ),
-}
+PLAN = """
+from pathlib import Path
+from ckpt.rewrite import reshard
+from converters.storage import open_files
+rewriting = reshard.plan(source, int(target), output=output)
+"""
+PROVE = """
+from converters.zero.native import reshard as native
+folder = Path(output)
+for shard in rewriting.plan.shards:
+    path = folder / shard.filename
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.truncate(shard.nbytes)
+        for offset, literal in shard.literals:
+            file.seek(offset)
+            file.write(literal)
+with open_files.once():
+    native.prove(rewriting.source, rewriting.target, rewriting.plan, folder)
+"""
+SHOW = "from ckpt.cli.main import main; main(['show', source, '--json'])"
 
 
 class Cost(NamedTuple):
@@ -85,3 +96,27 @@ def measure(statement: str, source: Path, output: Path, target: int) -> Cost:
         raise click.ClickException(result.stderr)
     cpu, peak = map(float, result.stderr.split()[-2:])
     return Cost(cpu, peak)
+
+
+@click.command()
+@click.option("--ranks", multiple=True, type=int, default=(64, 256, 1024), show_default=True)
+@click.option("--to", "targets", multiple=True, type=int, default=(128, 512), show_default=True)
+@click.option("--tensors", default=741, show_default=True)
+def main(ranks: tuple[int, ...], targets: tuple[int, ...], tensors: int) -> None:
+    """Print the costs of show for each number of ranks, and of reshard from the first one."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        sources = {count: make(folder, count, tensors) for count in ranks}
+        for count, source in sources.items():
+            click.echo(f"show {count:5}            {measure(SHOW, source, folder / 'none', 0)}")
+
+        first, source = next(iter(sources.items()))
+        for target in targets:
+            for name, statement in (("plan", PLAN), ("plan and proof", PLAN + PROVE)):
+                with tempfile.TemporaryDirectory() as place:
+                    cost = measure(statement, source, Path(place) / "output", target)
+                click.echo(f"{name} {first} to {target}  {cost}")
+
+
+if __name__ == "__main__":
+    main()

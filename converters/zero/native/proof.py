@@ -60,9 +60,9 @@ class Provenance:
         ``None`` for a tensor without elements; ``CheckpointError`` for bytes that are
         not one tensor's, of one type.
         """
-        whole = self._cut_tensor(tensor)
-        if whole is not None:
-            return whole
+        cut_tensor = self._cut_tensor(tensor)
+        if cut_tensor is not None:
+            return cut_tensor
 
         parts: list[TensorRef] = []
         for extent in tensor.extents:

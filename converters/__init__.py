@@ -3,6 +3,7 @@
 tensors, extents  tensors located in files, and their bytes;  source  a checkpoint of them
 tiles, walks     boxes of tensors, placed in a tensor, and the runs of bytes that they have;
                  chains  such tensors one after another
+partitioned      tensors that ranks share equally;  rank_cuts  what a rank has of many
 detect/          what lies at a path, and which reader fits it
 zero/            DeepSpeed's state files;  dcp/  those of FSDP and torch's DCP
 formats/         files of weights;  peft/  adapters

@@ -3,7 +3,8 @@
     vector     | - - - listed - - - | - - - - tiled - - - - | listed |
                  a norm, padding      a row-parallel weight    ...
 
-What is listed stays a list; what is tiled (``tiles``) stays its tiles. Parts that go on in each
+What is listed stays a list; what is tiled (``tiles``) stays its tiles, and what is partitioned
+among ranks (``partitioned``) its vectors. Parts that go on in each
 other become one, so that a tensor that was cut up and put together again is what it was.
 """
 
@@ -15,9 +16,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
 
 from converters.extents import Extent, Extents, Listed, Read
+from converters.partitioned import Partitioned
 from converters.tiles import Tiled
 
-Part = Listed | Tiled
+Part = Listed | Partitioned | Tiled
+MAX_RUNS = 256  # of a part that lists them: a longer list becomes several, which are found faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,9 @@ class Chained:
     def narrow(self, start: int, stop: int) -> Extents:
         """The bytes from ``start`` to ``stop``, in the order of the parts."""
         first = bisect_right(self.ends, start)
-        pieces: list[Part] = []
-        for part, end in zip(self.parts[first:], self.ends[first:], strict=True):
+        pieces: list[Extents] = []
+        for index in range(first, len(self.parts)):
+            part, end = self.parts[index], self.ends[index]
             begin = end - part.nbytes
             if begin >= stop:
                 break
@@ -84,7 +88,7 @@ def parts_of(extents: Extents) -> Iterator[Part]:
     """The parts that extents are a chain of; a view's runs are listed."""
     if isinstance(extents, Chained):
         yield from extents.parts
-    elif isinstance(extents, (Listed, Tiled)):
+    elif isinstance(extents, (Listed, Partitioned, Tiled)):
         yield extents
     else:
         yield Listed(extents)
@@ -96,15 +100,14 @@ def chained(all_extents: Iterable[Extents]) -> Extents:
     runs: list[Extent] = []
 
     def close_runs() -> None:
-        if runs:
-            parts.append(Listed(runs))
-            runs.clear()
+        parts.extend(Listed(runs[at : at + MAX_RUNS]) for at in range(0, len(runs), MAX_RUNS))
+        runs.clear()
 
     for part in (part for extents in all_extents for part in parts_of(extents)):
-        if isinstance(part, Tiled):
+        if not isinstance(part, Listed):
             if part.nbytes:
                 close_runs()
-                _add_tiles(parts, part)
+                _add(parts, part)
             continue
 
         for extent in (extent for extent in part if extent.length):
@@ -120,10 +123,14 @@ def chained(all_extents: Iterable[Extents]) -> Extents:
     return Chained(tuple(parts), tuple(accumulate(part.nbytes for part in parts)))
 
 
-def _add_tiles(parts: list[Part], tiled: Tiled) -> None:
-    """Appends tiles, or lets the last ones go on where these do."""
+def _add(parts: list[Part], part: Partitioned | Tiled) -> None:
+    """Appends a part, or lets the last one go on where this one does."""
     last = parts[-1] if parts else None
-    if isinstance(last, Tiled) and last.continues_in(tiled):
-        parts[-1] = replace(last, end=tiled.end)
+    if isinstance(last, Tiled) and isinstance(part, Tiled) and last.continues_in(part):
+        parts[-1] = replace(last, end=part.end)
+    elif (
+        isinstance(last, Partitioned) and isinstance(part, Partitioned) and last.continues_in(part)
+    ):
+        parts[-1] = last.through(part)
     else:
-        parts.append(tiled)
+        parts.append(part)

@@ -8,6 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Protocol
 
+ZEROS = Path("/dev/zero")  # where padding is read from
+
 
 @dataclass(frozen=True, slots=True)
 class Extent:
@@ -57,7 +59,8 @@ class Extents(Protocol):
     """The runs of bytes of a tensor, in the order of its elements.
 
     ``Listed`` has them one by one, ``Strided`` works them out: for views that have too
-    many to keep. ``Tiled`` (``converters.tiles``) has boxes that are placed in the tensor.
+    many to keep. ``Tiled`` (``converters.tiles``) has boxes that are placed in the tensor,
+    ``Partitioned`` (``converters.partitioned``) the equal runs of many ranks.
     """
 
     def __len__(self) -> int:
@@ -94,7 +97,10 @@ class Extents(Protocol):
         """What fills a buffer with all of the bytes, in any order."""
 
     def per_record(self) -> Sequence[Extent]:
-        """Runs of which one or more lie in each record of a file that the bytes lie in."""
+        """Runs of which one or more lie in each record of a file that the bytes lie in.
+
+        Tensors that are cut out of the same vectors return the same sequence.
+        """
 
 
 class Listed(tuple[Extent, ...]):
@@ -128,7 +134,7 @@ class Listed(tuple[Extent, ...]):
 
     def reads(self) -> Iterator[Read]:
         """Each run, one after another."""
-        return _in_sequence(self)
+        return reads_in_sequence(self)
 
     def per_record(self) -> Listed:
         """All runs: nothing says that two of them are in one record."""
@@ -184,7 +190,7 @@ class Strided:
 
     def reads(self) -> Iterator[Read]:
         """Each run, one after another."""
-        return _in_sequence(self)
+        return reads_in_sequence(self)
 
     def narrow(self, start: int, stop: int) -> Listed:
         """The bytes from ``start`` to ``stop``, in the order of the runs."""
@@ -197,7 +203,32 @@ class Strided:
         return (self[0],)
 
 
-def _in_sequence(extents: Iterable[Extent]) -> Iterator[Read]:
+def joined_runs(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """The runs, those that touch as one."""
+    last: Extent | None = None
+    for extent in extents:
+        if last is not None and last.path == extent.path and last.end == extent.offset:
+            last = Extent(last.path, last.offset, last.length + extent.length)
+            continue
+        if last is not None:
+            yield last
+        last = extent
+
+    if last is not None:
+        yield last
+
+
+def per_record(all_extents: Iterable[Extents]) -> Iterator[Extent]:
+    """The ``per_record`` of several tensors; a sequence that they share comes once."""
+    sequences: dict[int, Sequence[Extent]] = {}  # which keeps each, so that its id stays its own
+    for extents in all_extents:
+        sequence = extents.per_record()
+        if id(sequence) not in sequences:
+            sequences[id(sequence)] = sequence
+            yield from sequence
+
+
+def reads_in_sequence(extents: Iterable[Extent]) -> Iterator[Read]:
     """Reads of runs that stand one after another in a buffer."""
     position = 0
     for extent in extents:

@@ -13,19 +13,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from converters.chains import chained
+from converters.extents import ZEROS as ZEROS
 from converters.extents import Extent as Extent
 from converters.extents import Extents as Extents
 from converters.extents import Listed as Listed
 from converters.extents import Read as Read
 from converters.extents import Strided as Strided
+from converters.partitioned import Partitioned
 from converters.tiles import Tile, Tiled, is_run, position, require_cover
 from converters.walks import described
-
-ZEROS = Path("/dev/zero")
 
 METADATA = "__metadata__"  # the key of a safetensors header that is not a tensor
 
@@ -239,7 +238,8 @@ def _extents(shape: tuple[int, ...], itemsize: int, tiles: Sequence[Tile]) -> Ex
     """The bytes of a tensor of tiles: as a list of runs, where each tile is but one."""
     if not prod(shape):
         return Listed()
-    if not all(isinstance(tile.source, Listed) and is_run(tile, shape) for tile in tiles):
+    runs_are_few = (Listed, Partitioned)
+    if not all(isinstance(tile.source, runs_are_few) and is_run(tile, shape) for tile in tiles):
         return Tiled.whole(shape, itemsize, tiles)
 
     runs: list[Extent] = []

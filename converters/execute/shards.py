@@ -19,6 +19,7 @@ from converters.errors import CheckpointError
 from converters.execute.logbook import SMALL_BYTES, Logbook, Passage
 from converters.execute.source_reader import UnlikeError
 from converters.execute.workers import OUTPUT, Mover, Progress, Specials
+from converters.extents import per_record
 from converters.options import ALLOW_OVERFLOW, DTYPE
 from converters.plan import Plan, Shard
 from converters.storage import stores
@@ -228,9 +229,8 @@ def unlike_error(
 
 def _require_undamaged(plan: Plan, ledger: Ledger, tensors: Iterable[TensorRef]) -> None:
     """Raises ``CheckpointError`` for a record that tensors lie in and whose CRC32 is wrong."""
-    runs = {
-        (extent.path, extent.offset) for tensor in tensors for extent in tensor.extents.per_record()
-    }
+    extents = per_record(tensor.extents for tensor in tensors)
+    runs = {(extent.path, extent.offset) for extent in extents}
 
     def has_run(record: Extent) -> bool:
         return any(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from converters.errors import CheckpointError
+from converters.extents import per_record
 from converters.formats import model_files
 from converters.storage import stores
 from converters.tensors import Checksum, TensorRef, Weights
@@ -94,7 +95,7 @@ def read(root: Path) -> tuple[Weights, str] | None:
 
 def _paths(tensors: Mapping[str, TensorRef]) -> set[Path]:
     """The files that the tensors begin in."""
-    return {extent.path for tensor in tensors.values() for extent in tensor.extents.per_record()}
+    return {extent.path for extent in per_record(tensor.extents for tensor in tensors.values())}
 
 
 def _checksums(tensors: Mapping[str, TensorRef]) -> tuple[Checksum, ...] | None:

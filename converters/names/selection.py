@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from converters.errors import CheckpointError
+from converters.extents import per_record
 from converters.options import PART, RENAME, SELECT
 from converters.tensors import METADATA, Checksum, TensorRef, Weights, record_index
 
@@ -247,14 +248,13 @@ def proving(
         candidates.sort(key=lambda checksum: checksum.extent.offset)
 
     used: dict[tuple[Path, int], Checksum] = {}
-    for tensor in refs:
-        for extent in tensor.extents.per_record():
-            candidates = records.get(extent.path, [])
-            first = record_index(candidates, extent.offset)
-            for checksum in candidates[max(first, 0) :]:
-                if checksum.extent.offset >= extent.end:
-                    break
-                if checksum.extent.end > extent.offset:
-                    used[extent.path, checksum.extent.offset] = checksum
+    for extent in per_record(tensor.extents for tensor in refs):
+        candidates = records.get(extent.path, [])
+        first = record_index(candidates, extent.offset)
+        for checksum in candidates[max(first, 0) :]:
+            if checksum.extent.offset >= extent.end:
+                break
+            if checksum.extent.end > extent.offset:
+                used[extent.path, checksum.extent.offset] = checksum
 
     return tuple(used[key] for key in sorted(used))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ from converters.tensors import Extent, Extents, Strided
 
 MAX_OPEN_FILES = 64
 MAX_KEPT_BYTES = 8 << 20  # of pickles whose values are kept: about 6 times as much in memory
+MAX_EXAMPLES = 8  # files that others are like: of the model and the optimizer, of a source
+# and of what is made of it, in two forms
 _Value = TypeVar("_Value")
 
 
@@ -88,6 +90,7 @@ class OpenFiles:
         self.values: dict[Path, WeakValueDictionary[str, Any]] = {}
         self.recent: OrderedDict[tuple[Path, str], Parsed] = OrderedDict()
         self.recent_bytes = 0
+        self.examples: OrderedDict[Hashable, object] = OrderedDict()
 
     def file(self, path: Path) -> File:
         """The file as it is now, open."""
@@ -113,6 +116,13 @@ class OpenFiles:
         self.pool.close()
         self.values.clear()
         self.recent.clear()
+        self.examples.clear()
+
+    def keep_example(self, key: Hashable, example: object) -> None:
+        """Keeps an example, in the place of the one that was kept longest ago."""
+        self.examples[key] = example
+        while len(self.examples) > MAX_EXAMPLES:
+            self.examples.popitem(last=False)
 
     def _keep(self, key: tuple[Path, str], result: Parsed) -> None:
         """Keeps a value in memory, in the place of those that were parsed longest ago."""
@@ -179,6 +189,18 @@ def parsed(path: Path, form: str, parse: Callable[[File], tuple[_Value, int]]) -
 
     with opened(path) as file:
         return parse(file)[0]
+
+
+def example(key: Hashable) -> object | None:
+    """What was kept under this key in the command that runs; ``None`` outside of one."""
+    files = _current.files
+    return files.examples.get(key) if files is not None else None
+
+
+def keep_example(key: Hashable, value: object) -> None:
+    """Keeps a value for as long as the command runs, if there is one; the last few are kept."""
+    if _current.files is not None:
+        _current.files.keep_example(key, value)
 
 
 def read_extent(extent: Extent) -> bytes:

@@ -19,21 +19,27 @@ from typing import Any
 from converters import tensors
 from converters.chains import Chained, Part, parts_of
 from converters.detect.filenames import SWAPPED
+from converters.extents import per_record
+from converters.partitioned import Partitioned
 from converters.plan import Entry, Plan, Shard
+from converters.rank_cuts import RankPart
 from converters.tensors import Checksum, Extent, Extents, Listed, TensorRef, record_index
 from converters.tiles import Tiled
 from converters.torch_files import reader
 from converters.torch_files.object_graph import Storage
-from converters.torch_files.pickle_writer import dumps
+from converters.torch_files.pickle_writer import Pickles
 from converters.torch_files.zip_writer import Archive
 
 ALIGNMENT = 4096
-MAX_EXTENTS = 256  # of a placement: it is walked from its first extent for each piece of it
+MAX_EXTENTS = 256  # of a placement that lists them: it is walked from the first for each piece
 
 
-def shard(filename: str, tree: Any) -> Shard:
-    """The file; its storages are named by their keys."""
-    data, storages = dumps(tree)
+def shard(filename: str, tree: Any, pickles: Pickles | None = None) -> Shard:
+    """The file; its storages are named by their keys.
+
+    ``pickles`` has those of files before, whose trees may be alike.
+    """
+    data, storages = (pickles or Pickles()).dumps(tree)
     archive = Archive(filename.rpartition("/")[2].removesuffix(".pt"), ALIGNMENT)
     archive.data("data.pkl", data)
     archive.data("byteorder", b"little")
@@ -59,10 +65,9 @@ def _checksums(shards: Sequence[Shard]) -> tuple[Checksum, ...]:
     """The records of torch files that shards take bytes from."""
     offsets_by_path: dict[Path, set[int]] = {}
     ends: dict[Path, int] = {}
-    for placement in (placement for shard in shards for placement in shard.placements):
-        for extent in placement.source.extents.per_record():
-            if not extent.length:
-                continue
+    placements = (placement for shard in shards for placement in shard.placements)
+    for extent in per_record(placement.source.extents for placement in placements):
+        if extent.length:
             offsets_by_path.setdefault(extent.path, set()).add(extent.offset)
             ends[extent.path] = max(ends.get(extent.path, 0), extent.end)
 
@@ -87,8 +92,9 @@ def entries(name: str, storage: Storage) -> Iterator[Entry]:
 
     tensor = storage.ref.view(storage.numel)
     extents = tensor.extents
-    is_listed = not isinstance(extents, (Chained, Tiled))
-    if isinstance(extents, Tiled) or (is_listed and len(extents) <= MAX_EXTENTS):
+    is_computed = isinstance(extents, (Partitioned, RankPart, Tiled))
+    is_chain = isinstance(extents, Chained)
+    if is_computed or (not is_chain and len(extents) <= MAX_EXTENTS):
         yield Entry(name, tensor, storage.dtype, None)
         return
 
@@ -100,7 +106,7 @@ def entries(name: str, storage: Storage) -> Iterator[Entry]:
 def _parts(extents: Extents) -> Iterator[Part]:
     """The parts of a vector that a placement each is made of: tiles, or not too many runs."""
     for part in parts_of(extents):
-        if isinstance(part, Tiled):
+        if isinstance(part, (Partitioned, Tiled)):
             yield part
             continue
 

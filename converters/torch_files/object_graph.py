@@ -10,7 +10,6 @@ are the leaves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,29 +20,13 @@ from converters.pickles.values import Call, Global, hashable
 from converters.tensors import DType, TensorRef
 from converters.torch_files import reader
 from converters.torch_files.element_types import STORAGE_NAMES
+from converters.torch_files.torch_file import Storage as Storage
 from converters.torch_files.torch_file import TorchFile
 
 Pairs = Sequence[tuple[Any, Any]]
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 ORDERED = Global("collections", "OrderedDict")
 MAX_DEPTH = 200  # levels of a tree that is copied or compared; DeepSpeed's have about ten
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Storage:
-    """A storage: its class, what fills it, and the type that is written in.
-
-    Two tensors share memory if they have the same ``Storage``, whatever it holds.
-    """
-
-    kind: Global
-    ref: TensorRef
-    dtype: DType
-
-    @property
-    def numel(self) -> int:
-        """Elements, as the persistent id counts them."""
-        return self.ref.numel
 
 
 def read(path: Path) -> TorchFile:

@@ -2,6 +2,9 @@
 
 Protocol 2, as ``torch.save`` writes it. What is one object stays one object; of equal
 strings and globals each is written once.
+
+A pickle names storages by their place in a list. So the files of 512 ranks, whose objects
+differ in nothing but what fills the storages, have the same pickle, which is written once.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from converters.pickles.values import Call, Global
 from converters.torch_files.object_graph import Storage
 
 MAX_DEPTH = 200  # levels; DeepSpeed's files have about ten
+_CONTAINERS = (dict, list, tuple, Call)
 
 
 def dumps(tree: Any) -> tuple[bytes, list[Storage]]:
@@ -144,3 +148,99 @@ def _scalar(value: bool | int | float | bytes | None) -> bytes:
             return b"G" + struct.pack(">d", value)
         case bytes():
             return b"B" + struct.pack("<I", len(value)) + value
+
+
+class Pickles:
+    """The pickles of a plan, of which the last one is used again for what is alike."""
+
+    def __init__(self) -> None:
+        self.tree: Any = None
+        self.data = b""
+        self.storages: list[Storage] = []
+        self.fixed: dict[int, Any] = {}  # values without elements of a storage, by identity
+
+    def dumps(self, tree: Any) -> tuple[bytes, list[Storage]]:
+        """As ``pickle_writer.dumps``: the pickle, and the storages that it names."""
+        comparison = _Comparison(self.fixed)
+        if self.data and comparison.alike(self.tree, tree, 0):
+            counterparts = comparison.counterparts
+            self.storages = [counterparts.get(id(s), (s, s))[1] for s in self.storages]
+        else:
+            self.data, self.storages = dumps(tree)
+
+        self.tree = tree
+        return self.data, self.storages
+
+
+class _Comparison:
+    """Compares two objects, and pairs what is in their places."""
+
+    def __init__(self, fixed: dict[int, Any]):
+        self.fixed = fixed
+        self.counterparts: dict[int, tuple[Any, Any]] = {}  # by the identity of the first
+        self.origins: dict[int, tuple[Any, Any]] = {}  # and by that of the second
+
+    def alike(self, first: Any, second: Any, depth: int) -> bool:
+        """Whether the second has the pickle of the first, with other storages."""
+        if first is second and self._is_fixed(first, depth):
+            return True
+        if type(first) is not type(second) or depth > MAX_DEPTH:
+            return False
+
+        if isinstance(first, Storage):
+            same_kind = (first.kind, first.numel) == (second.kind, second.numel)
+            # an empty one may lie in what is fixed, too, where it is not looked at
+            return (
+                same_kind and (bool(first.numel) or first is second) and self._pair(first, second)
+            )
+        if not isinstance(first, _CONTAINERS):
+            return bool(first == second) and repr(first) == repr(second)
+
+        # what is one object in one of them is one in the other
+        is_known = id(first) in self.counterparts
+        if not self._pair(first, second):
+            return False
+        return is_known or self._alike_members(first, second, depth + 1)
+
+    def _pair(self, first: Any, second: Any) -> bool:
+        counterpart = self.counterparts.setdefault(id(first), (first, second))[1]
+        origin = self.origins.setdefault(id(second), (second, first))[1]
+        return counterpart is second and origin is first
+
+    def _alike_members(self, first: Any, second: Any, depth: int) -> bool:
+        if isinstance(first, Call):
+            parts = zip(_fields(first), _fields(second), strict=True)
+            return all(self.alike(part, counterpart, depth) for part, counterpart in parts)
+        if len(first) != len(second):
+            return False
+        if isinstance(first, dict):
+            return self.alike(tuple(first), tuple(second), depth) and all(
+                self.alike(first[key], second[key], depth) for key in first
+            )
+        return all(self.alike(a, b, depth) for a, b in zip(first, second, strict=True))
+
+    def _is_fixed(self, value: Any, depth: int) -> bool:
+        """Whether a value holds no storage with elements."""
+        if isinstance(value, Storage):
+            return not value.numel
+        if not isinstance(value, _CONTAINERS):
+            return True
+        if id(value) in self.fixed:
+            return True
+        if depth > MAX_DEPTH:
+            return False
+
+        members: Any = value
+        if isinstance(value, Call):
+            members = _fields(value)
+        elif isinstance(value, dict):
+            members = value.values()
+        if not all(self._is_fixed(member, depth + 1) for member in members):
+            return False
+
+        self.fixed[id(value)] = value  # kept, so that its identity stays its own
+        return True
+
+
+def _fields(record: Call) -> tuple[Any, ...]:
+    return record.of, record.new, record.args, record.state, record.items, record.pairs

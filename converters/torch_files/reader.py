@@ -33,7 +33,7 @@ def read_as(path: Path, form: str, builders: Builders, stored: Stored) -> TorchF
     """
 
     def parse(file: File) -> tuple[TorchFile, int]:
-        torch_file = _parse(file, path, builders, stored)
+        torch_file = _parse(file, path, form, builders, stored)
         return torch_file, torch_file.pickle_bytes + MIN_KEPT_BYTES
 
     try:
@@ -45,10 +45,10 @@ def read_as(path: Path, form: str, builders: Builders, stored: Stored) -> TorchF
         raise CheckpointError(f"{path}: {reason}", "incomplete") from error
 
 
-def _parse(file: File, path: Path, builders: Builders, stored: Stored) -> TorchFile:
+def _parse(file: File, path: Path, form: str, builders: Builders, stored: Stored) -> TorchFile:
     head = file.read([(0, 8)])[0]
     if head[:4] == b"PK\x03\x04":
-        return zip_format.read(file, path, builders, stored)
+        return zip_format.read(file, path, builders, stored, form)
     from converters.torch_files import legacy_format
 
     if head == legacy_format.HEAD:

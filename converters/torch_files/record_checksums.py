@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from converters.extents import per_record
 from converters.tensors import Checksum, TensorRef, record_index
 from converters.torch_files import reader
 from converters.torch_files.torch_file import TorchFile
@@ -16,7 +17,7 @@ def located_in_files(refs: Collection[TensorRef]) -> tuple[Checksum, ...]:
 
     ``CheckpointError`` if one cannot be read.
     """
-    paths = {extent.path for tensor in refs for extent in tensor.extents.per_record()}
+    paths = {extent.path for extent in per_record(tensor.extents for tensor in refs)}
     return located(refs, [reader.read(path) for path in paths if path.suffix == ".bin"])
 
 
@@ -28,7 +29,7 @@ def located(
     no CRC32."""
     checksums_by_path = {file.path: file.checksums for file in files}
     used_records: dict[tuple[Path, int], Checksum] = {}
-    places = (extent for tensor in refs for extent in tensor.extents.per_record())
+    places = per_record(tensor.extents for tensor in refs)
     for extent in (extent for extent in places if extent.length):
         records = checksums_by_path.get(extent.path)
         if records:

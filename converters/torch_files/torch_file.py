@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.pickles.values import Call
-from converters.tensors import Checksum, TensorRef, record_index
+from converters.pickles.values import Call, Global
+from converters.tensors import Checksum, DType, TensorRef, record_index
 
 
 @dataclass(frozen=True)  # without slots: ``open_files`` refers to it weakly
@@ -37,6 +37,23 @@ class TorchFile:
             return None
 
         return self.checksums[record_index(self.checksums, tensor.extents[0].offset)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Storage:
+    """A storage: its class, what fills it, and the type that is written in.
+
+    Two tensors share memory if they have the same ``Storage``, whatever it holds.
+    """
+
+    kind: Global
+    ref: TensorRef
+    dtype: DType
+
+    @property
+    def numel(self) -> int:
+        """Elements, as the persistent id counts them."""
+        return self.ref.numel
 
 
 Stored = Callable[[Any, TensorRef | Call], Any]  # a persistent id, and the storage it names

@@ -27,7 +27,7 @@ from converters.pickles.machine import Builders
 from converters.pickles.values import Call
 from converters.storage.store import File, read_exactly
 from converters.tensors import Checksum, Extent, Listed, TensorRef
-from converters.torch_files import zip_directory
+from converters.torch_files import same_pickles, zip_directory
 from converters.torch_files.element_types import UNREAD
 from converters.torch_files.rebuild import raw_storage, storage_id
 from converters.torch_files.torch_file import Stored, TorchFile
@@ -36,9 +36,15 @@ MAX_HEADERS = 512  # local headers that are read in one request
 MAX_PICKLE_BYTES = 1 << 30  # bytes of data.pkl; the largest seen is a few MB
 
 
-def read(file: File, path: Path, builders: Builders, stored: Stored) -> TorchFile:
+def read(
+    file: File, path: Path, builders: Builders, stored: Stored, form: str | None = None
+) -> TorchFile:
     """The file of a zip; ``CheckpointError`` if it is damaged. Arguments: see
-    ``reader.read``."""
+    ``reader.read_as``.
+
+    With ``form`` a file whose pickle another one of this command has, too, is not interpreted
+    again.
+    """
     directory = zip_directory.read(file, path)
     pickles = [name for name in directory.records if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -66,17 +72,35 @@ def read(file: File, path: Path, builders: Builders, stored: Stored) -> TorchFil
     data = records.small("data.pkl")
     assert data is not None
 
-    def storage(persistent_id: Any) -> Any:
-        return stored(persistent_id, records.storage(persistent_id))
-
-    interpreter = Interpreter(data, builders, storage, str(path))
-    root = interpreter.run()
-    if interpreter.position != len(data):
-        raise CheckpointError(f"{path}: {len(data) - interpreter.position} bytes follow its pickle")
-
+    root = _root(records, data, builders, stored, form)
     all_checksummed = all(record.crc32 for record in directory.records.values() if record.size)
     digest = directory.digest if all_checksummed else None
     return TorchFile(path, root, records.checksums(), digest, prefix[:-1], len(data))
+
+
+def _root(
+    records: _Records, data: bytes, builders: Builders, stored: Stored, form: str | None
+) -> Any:
+    """The object of a pickle: that of a file with the same pickle, moved, or interpreted."""
+    example = same_pickles.example_of(data, form) if form else None
+    if example is not None:
+        try:
+            return same_pickles.moved(example, records.path, records.located)
+        except same_pickles.UnmovableError:
+            pass
+
+    def storage(persistent_id: Any) -> Any:
+        return stored(persistent_id, records.storage(persistent_id))
+
+    interpreter = Interpreter(data, builders, storage, str(records.path))
+    root = interpreter.run()
+    if interpreter.position != len(data):
+        excess = len(data) - interpreter.position
+        raise CheckpointError(f"{records.path}: {excess} bytes follow its pickle")
+
+    if form:
+        same_pickles.keep(form, same_pickles.Example(data, root, records.storages_by_key, set()))
+    return root
 
 
 class _Records:
@@ -91,10 +115,7 @@ class _Records:
     def storage(self, persistent_id: Any) -> TensorRef | Call:
         """The storage that a persistent id names, as a vector of its elements."""
         dtype, key, numel = storage_id(persistent_id, self.path)
-        if key not in self.storages_by_key:
-            self.storages_by_key[key] = self.locate(f"data/{key}")
-
-        extent = self.storages_by_key[key].extent
+        extent = self.located(key).extent
         itemsize = dtype.itemsize if dtype else UNREAD[persistent_id[1].name][1]
         if extent.length != numel * itemsize:
             raise CheckpointError(
@@ -105,6 +126,13 @@ class _Records:
             return raw_storage(persistent_id, extent)
 
         return TensorRef(dtype, (numel,), Listed([extent]))
+
+    def located(self, key: str) -> Checksum:
+        """Where the storage with this key lies."""
+        if key not in self.storages_by_key:
+            self.storages_by_key[key] = self.locate(f"data/{key}")
+
+        return self.storages_by_key[key]
 
     def small(self, name: str) -> bytes | None:
         """The bytes of a record that is not a storage; ``None`` if there is none."""

@@ -11,11 +11,12 @@ directory, when its bytes have passed. Fields: PKWARE APPNOTE 4.3; padding:
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from zlib import crc32
 
 from converters.plan import Entry, Placement, Shard
 
+MAX_JOINED_BYTES = 4096  # of a literal that becomes one with those that it touches
 _FULL = 0xFFFFFFFF
 _LEAST = 64  # bytes, torch's own alignment: for records smaller than the one asked for
 
@@ -76,7 +77,7 @@ class Archive:
         return Shard(
             filename,
             self.position + len(ending),
-            tuple(self.literals),
+            tuple(_joined(self.literals)),
             tuple(self.placements),
             tuple(self.slots),
         )
@@ -109,6 +110,26 @@ class Archive:
         central_header += struct.pack("<HHHHHII", *lengths, short_offset)
 
         return local_header, central_header + name + wide_fields
+
+
+def _joined(literals: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """The literals in order, small ones that touch as one: a model file of stage 3 has two
+    headers for each parameter, and nothing between them."""
+    start, pending = 0, bytearray()
+    for offset, literal in literals:
+        is_large = len(literal) > MAX_JOINED_BYTES
+        if pending and (is_large or offset != start + len(pending)):
+            yield start, bytes(pending)
+            pending.clear()
+        if is_large:
+            yield offset, literal  # which other files may share
+            continue
+        if not pending:
+            start = offset
+        pending += literal
+
+    if pending:
+        yield start, bytes(pending)
 
 
 def _end(count: int, start: int, size: int) -> bytes:

@@ -22,7 +22,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import gcd, prod
 
+from converters.detect.filenames import SWAPPED
 from converters.errors import MalformedError
+from converters.partitioned import Partitioned, RankVectors, few_listed
+from converters.rank_cuts import Cuts, RankPart
 from converters.tensors import TensorRef, zeros
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -88,12 +91,29 @@ def stage3(ranks: Sequence[TensorRef], shapes: Shapes) -> Iterator[tuple[str, Te
     if shortest < length:
         raise MalformedError(f"a vector of a sub-group has {shortest} elements of {length}")
 
+    vectors = _rank_vectors(ranks)
     offset = 0
     for name, shape in shapes.items():
-        piece_size = partition_numel(shape, len(ranks))
-        pieces = [rank.narrow(offset, piece_size) for rank in ranks]
-        yield name, joined(pieces).narrow(0, prod(shape)).view(*shape)
+        piece_size, numel = partition_numel(shape, len(ranks)), prod(shape)
+        if vectors is None or not numel:
+            pieces = [rank.narrow(offset, piece_size) for rank in ranks]
+            yield name, joined(pieces).narrow(0, numel).view(*shape)
+        else:
+            itemsize = ranks[0].dtype.itemsize
+            extents = Partitioned(
+                vectors, offset * itemsize, piece_size * itemsize, 0, numel * itemsize
+            )
+            yield name, TensorRef(ranks[0].dtype, shape, few_listed(extents))
+
         offset += piece_size
+
+
+def _rank_vectors(ranks: Sequence[TensorRef]) -> RankVectors | None:
+    """The ranks' vectors, where each is one run of bytes in a file of torch.save of its own."""
+    extents = [rank.extents[0] for rank in ranks if len(rank.extents) == 1]
+    paths = {extent.path for extent in extents if not extent.path.name.endswith(SWAPPED)}
+    same_type = len({rank.dtype for rank in ranks}) == 1
+    return RankVectors(extents) if same_type and len(paths) == len(ranks) else None
 
 
 def partition_numel(shape: Sequence[int], world_size: int) -> int:
@@ -163,6 +183,30 @@ def partition_parameter(parameter: TensorRef, rank: int, world_size: int) -> Ten
     if piece.numel == piece_size:
         return piece
     return TensorRef.concat([piece, zeros(parameter.dtype, piece_size - piece.numel)])
+
+
+def partition_parameters(parameters: Sequence[TensorRef], world_size: int) -> list[TensorRef]:
+    """The ranks' vectors of a sub-group: their pieces of each parameter, one after another.
+
+    ``MalformedError`` if there are none, or they are of several types.
+    """
+    is_located = all(type(parameter) is TensorRef for parameter in parameters)
+    has_one_type = len({parameter.dtype for parameter in parameters}) == 1
+    if not is_located or not has_one_type or not any(ref.numel for ref in parameters):
+        return [
+            joined(partition_parameter(parameter, rank, world_size) for parameter in parameters)
+            for rank in range(world_size)
+        ]
+
+    dtype = parameters[0].dtype
+    numels = [partition_numel(parameter.shape, world_size) for parameter in parameters]
+    cuts = Cuts(
+        tuple(parameter.extents for parameter in parameters),
+        tuple(numel * dtype.itemsize for numel in numels),
+        world_size,
+    )
+    shape = (sum(numels),)
+    return [TensorRef(dtype, shape, RankPart(cuts, rank)) for rank in range(world_size)]
 
 
 def sub_groups(shapes: Shapes, world_size: int, size: int) -> list[dict[str, tuple[int, ...]]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from converters import quantized, words
 from converters.errors import CheckpointError, consistent
+from converters.extents import per_record
 from converters.formats import gathered_16bit
 from converters.names import rules, selection
 from converters.names.rules import Names
@@ -190,8 +191,7 @@ def _checkpoint(place: Place, model: State, weights: Weights, notes: list[str]) 
     model_digest = {model.path: model.file.digest}
     gathered_files = {
         extent.path: None
-        for tensor in weights.tensors.values()
-        for extent in tensor.extents.per_record()
+        for extent in per_record(tensor.extents for tensor in weights.tensors.values())
     }
 
     return Checkpoint(

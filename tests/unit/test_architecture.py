@@ -22,7 +22,9 @@ FLOORS = """
 converters.extents converters.lazy_pattern
 converters.walks
 converters.tiles
+converters.partitioned
 converters.chains
+converters.rank_cuts
 converters.errors converters.options converters.tensors converters.words ckpt.text ckpt.version
 converters.accessors converters.storage.system
 converters.source converters.storage converters.pickles converters.names ckpt.runs.lease

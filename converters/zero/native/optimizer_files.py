@@ -6,7 +6,7 @@ The keys and classes are those of ``state_dict`` in DeepSpeed 0.19.8
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -273,10 +273,28 @@ def _fragments(
     )
 
 
+def _rank_vectors(
+    group: ParamGroup, names: Iterable[str], world_size: int
+) -> dict[str, list[TensorRef]]:
+    """The vectors of all ranks for a sub-group with these parameters: weights and states."""
+    ordered_names = list(names)
+    return {
+        key: partitioning.partition_parameters(
+            [tensors[name] for name in ordered_names], world_size
+        )
+        for key, tensors in group.values.items()
+    }
+
+
 def _stage3(groups: Sequence[ParamGroup], target: TargetTopology) -> Iterator[Tree]:
     world_size = target.world_size
     sub_groups_by_group = [
         partitioning.sub_groups(group.shapes, world_size, target.sub_group_size) for group in groups
+    ]
+
+    vectors_by_group = [
+        [_rank_vectors(group, names, world_size) for names in sub_groups]
+        for group, sub_groups in zip(groups, sub_groups_by_group, strict=True)
     ]
 
     for rank in range(world_size):
@@ -284,19 +302,12 @@ def _stage3(groups: Sequence[ParamGroup], target: TargetTopology) -> Iterator[Tr
         flat_vectors: list[Call] = []
         options = []
 
-        for group, sub_groups in zip(groups, sub_groups_by_group, strict=True):
-            indices = range(len(flat_vectors), len(flat_vectors) + len(sub_groups))
+        for group, vectors_of_ranks in zip(groups, vectors_by_group, strict=True):
+            indices = range(len(flat_vectors), len(flat_vectors) + len(vectors_of_ranks))
             options.append({**(group.options or {}), "params": list(indices)})
 
-            for index, names in zip(indices, sub_groups, strict=True):
-                vectors = {}
-                for key, tensors_by_name in group.values.items():
-                    tensors = [tensors_by_name[name] for name in names]
-                    pieces = [
-                        partitioning.partition_parameter(ref, rank, world_size) for ref in tensors
-                    ]
-                    vectors[key] = partitioning.joined(pieces)
-
+            for index, by_rank in zip(indices, vectors_of_ranks, strict=True):
+                vectors = {key: vectors_by_rank[rank] for key, vectors_by_rank in by_rank.items()}
                 weights = vectors[WEIGHTS]
                 if group_state := _state(group, vectors, weights.numel):
                     state[index] = group_state

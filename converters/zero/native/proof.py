@@ -18,15 +18,19 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from converters.errors import CheckpointError
 from converters.execute.workers import Progress
+from converters.extents import joined_runs
+from converters.partitioned import Partitioned, RankVectors
 from converters.plan import Placement, Plan
+from converters.rank_cuts import Cuts, RankPart
 from converters.source import Source
 from converters.storage.checksums import Ledger
-from converters.tensors import Extent, TensorRef
+from converters.tensors import DType, Extent, TensorRef
 from converters.torch_files import object_graph, reader
 from converters.torch_files.object_graph import Storage
 from converters.zero.checkpoint import Checkpoint
@@ -41,6 +45,7 @@ class Provenance:
 
     def __init__(self, plan: Plan, folder: Path):
         self.places: dict[Path, tuple[list[int], list[Placement]]] = {}
+        self.cuts: dict[int, tuple[RankVectors, Cuts | None]] = {}
         for shard in plan.shards:
             placements = sorted(
                 (placement for placement in shard.placements if placement.nbytes),
@@ -55,11 +60,49 @@ class Provenance:
         ``None`` for a tensor without elements; ``CheckpointError`` for bytes that are
         not one tensor's, of one type.
         """
+        cut_tensor = self._cut_tensor(tensor)
+        if cut_tensor is not None:
+            return cut_tensor
+
         parts: list[TensorRef] = []
         for extent in tensor.extents:
             parts += self._parts(extent, tensor)
 
         return TensorRef.concat(parts) if parts else None
+
+    def _cut_tensor(self, tensor: TensorRef) -> TensorRef | None:
+        """The tensor of the source that one of the result was cut out of, where all ranks have
+        their equal pieces of it: so by arithmetic, without a look at each piece."""
+        extents = tensor.extents
+        if not isinstance(extents, Partitioned) or extents.start:
+            return None
+
+        vectors = extents.vectors
+        if id(vectors) not in self.cuts:
+            self.cuts[id(vectors)] = vectors, self._cuts_of(vectors, tensor.dtype)
+
+        cuts = self.cuts[id(vectors)][1]
+        index = cuts.index(extents.at, extents.run) if cuts is not None else None
+        if cuts is None or index is None or cuts.tensors[index].nbytes != extents.nbytes:
+            return None
+        return TensorRef(tensor.dtype, (tensor.numel,), cuts.tensors[index])
+
+    def _cuts_of(self, vectors: RankVectors, dtype: DType) -> Cuts | None:
+        """What the vectors of all ranks were cut out of; ``None`` if it is not one thing."""
+        cuts: Cuts | None = None
+        for rank, vector in enumerate(vectors):
+            offsets, placements = self.places[vector.path]
+            placement = placements[bisect_right(offsets, vector.offset) - 1]
+            part = placement.source.extents
+            if not isinstance(part, RankPart) or placement.offset != vector.offset:
+                return None
+
+            cuts = cuts or part.cuts
+            types = {placement.dtype, placement.source.dtype, dtype}
+            if part.cuts is not cuts or part.rank != rank or len(types) != 1:
+                return None
+
+        return cuts if cuts is not None and cuts.rank_count == len(vectors) else None
 
     def _parts(self, extent: Extent, tensor: TensorRef) -> Iterator[TensorRef]:
         offsets, placements = self.places[extent.path]
@@ -226,8 +269,11 @@ def same_place(first: TensorRef | None, second: TensorRef | None) -> bool:
         return first is second
     if first.dtype != second.dtype or first.numel != second.numel:
         return False
-    # the runs of tiles are only gone through where they are of other tiles
-    return first.extents == second.extents or tuple(first.extents) == tuple(second.extents)
+    # the runs are only gone through where they are not the same ones
+    if first.extents == second.extents:
+        return True
+    pairs = zip_longest(joined_runs(first.extents), joined_runs(second.extents))
+    return all(run == counterpart for run, counterpart in pairs)
 
 
 def _equal(provenance: Provenance, source_tree: Any, result_tree: Any) -> bool:

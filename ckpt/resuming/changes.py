@@ -33,6 +33,8 @@ BATCH = (
 CYCLED = {"max_momentum", "base_momentum"}
 # Of the topology: how the work is shared.
 FAST = ("sequence_parallel", "world_size", "zero_stage")
+# Of the topology, too: what is another where the files were written for it.
+DEGREES = ("tensor_parallel", "pipeline_parallel", "expert_parallel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +298,8 @@ def _other_settings(
             line = f"{name}: {saved[name]} saved, {current[name]} now"
             yield Change(name, effect, line)
 
-    sections = (("topology", FAST), ("offload", ("optimizer", "parameters")))
+    free_names = (*FAST, *(DEGREES if request.other_ranks else ()))
+    sections = (("topology", free_names), ("offload", ("optimizer", "parameters")))
     for section, free_names in sections:
         if (pair := _both(saved, current, section)) is not None:
             yield from _section(section, *pair, free_names)

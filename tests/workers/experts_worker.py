@@ -1,7 +1,8 @@
 """One rank of trainings with experts by stock DeepSpeed: DeepSpeed-MoE and AutoEP.
 
 experts_worker.py JOBS   each {"model", "out", "stage", "sizes"} and perhaps
-    "source"   the checkpoint that it goes on from
+    "source"   the checkpoint that it goes on from, "universal" one or not
+    "resume"   options of ckpt.resume, which loads it then
     "again"    where it is saved as soon as it is loaded
     "half"     where it is saved after half of its steps
 
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from ending import run_jobs
+from parallel_worker import load
 from split_worker import SIZE, Expert
 from torch import nn
 
@@ -95,6 +97,8 @@ def engine_of(job: dict[str, Any]) -> Any:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+    if job.get("universal"):
+        config["checkpoint"] = {"load_universal": True}
     torch.manual_seed(1234)
     if job["model"] == "stacked":
         config["expert_parallel"] = {
@@ -147,8 +151,7 @@ def losses_of(engine: Any, job: dict[str, Any]) -> list[float]:
 def train(job: dict[str, Any]) -> None:
     engine, out = engine_of(job), Path(job["out"])
     if "source" in job:
-        path, _ = engine.load_checkpoint(job["source"])
-        assert path is not None
+        load(engine, job)
         engine.save_checkpoint(job["again"])
     losses: list[float] = []
     if "half" in job:

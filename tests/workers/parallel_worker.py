@@ -4,6 +4,7 @@ parallel_worker.py JOBS   each {"model", "out", "stage", "steps"} and perhaps
     "tp"         tensor-parallel ranks (AutoTP)
     "pp"         stages; of the model "pipeline" alone. 0: the engine of a plain module
     "source"     the checkpoint that it goes on from, "universal" one or not
+    "resume"     options of ckpt.resume, which loads it then
     "again"      where it is saved as soon as it is loaded
 
 Trains on the same global batches whatever the ranks, saves to OUT and writes OUT/losses.json.
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from ending import run_jobs
 from torch import nn
+
+import ckpt
 
 GLOBAL_BATCH = 12  # sequences
 WORDS, HIDDEN = 32, 16
@@ -184,6 +187,15 @@ def losses_of(engine: Any, job: dict[str, Any]) -> list[float]:
     return losses
 
 
+def load(engine: Any, job: dict[str, Any]) -> None:
+    """Loads the source of a job, by DeepSpeed or by ckpt."""
+    if "resume" in job:
+        assert ckpt.resume(engine, job["source"], **job["resume"]) == engine.global_steps > 0
+        return
+    path, _ = engine.load_checkpoint(job["source"])
+    assert path is not None
+
+
 def train(job: dict[str, Any]) -> None:
     import deepspeed
 
@@ -196,8 +208,7 @@ def train(job: dict[str, Any]) -> None:
         config={**config, "optimizer": optimizer},
     )
     if "source" in job:
-        path, _ = engine.load_checkpoint(job["source"])
-        assert path is not None
+        load(engine, job)
     if "again" in job:
         engine.save_checkpoint(job["again"])
     losses = losses_of(engine, job)

@@ -72,6 +72,20 @@ def test_a_conversion_writes_them_and_compares_them_with_the_16_bit_weights(
     assert source.weights.copies.keys() == (expected["fp32"].keys() if has_16bit else set())
 
 
+@pytest.mark.parametrize(
+    "name", ["moe-zero2-sizes", "autoep-zero2", "pipeline-zero1", "pipeline-zero0-fp32"]
+)
+def test_the_weights_that_the_model_computes_with_are_those_of_the_live_engine(
+    name: str, tmp_path: Path
+) -> None:
+    options = ("--names", "as-stored", "--weights", "16bit", "--dtype", "keep")
+    weights = convert(SPLIT / name, tmp_path / "model", *options)
+    live_weights = truth(SPLIT / name)["live"]
+    assert weights.keys() >= live_weights.keys()
+    for key, weight in live_weights.items():
+        assert same(weights[key], weight), key
+
+
 def test_the_state_of_what_is_not_trained_is_no_other_ones() -> None:
     opened = ckpt.open(SPLIT / "pipeline-zero1")
     with pytest.raises(KeyError, match="is not trained"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from converters.errors import CheckpointError
 from converters.zero.merging.saved_degrees import NONE, Degrees
 from converters.zero.native.target import SUB_GROUP
 
+_CUTS = "universal_checkpoint_info"  # of the model (checkpoint/constants.py)
 _EXPERT_GROUP = "ep_size_"  # then the number of ranks that the experts are dealt out to
 
 
@@ -57,18 +58,22 @@ class Layout:
 
     ``settings`` are what the layout of stage 3 depends on, by the options of
     ``reshard.prepare``: sub_group_size (elements) and, for Muon, zero_init. Muon sorts
-    parameters by shape where it sees their shapes, not under ``zero.Init``.
+    parameters by shape where it sees their shapes, not under ``zero.Init``. ``cuts`` is what
+    an engine of AutoTP says of how it cuts parameters; ``None`` where there is no engine yet.
     """
 
     topology: Topology
     settings: Mapping[str, Any]
+    cuts: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of_engine(cls, engine: EngineView, world: int) -> Layout:
         """The layout of a DeepSpeed engine on ``world`` ranks."""
         stage = int(engine.zero_optimization_stage())
         topology = Topology(stage, world, _degrees_of(engine))
-        return cls(topology, _stage3(engine) if topology.stage == 3 else {})
+        cuts = getattr(engine.module, _CUTS, None)
+        settings = _stage3(engine) if topology.stage == 3 else {}
+        return cls(topology, settings, cuts if isinstance(cuts, dict) else None)
 
     @classmethod
     def of_config(

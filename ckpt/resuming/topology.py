@@ -26,6 +26,7 @@ from converters.errors import CheckpointError
 from converters.options import TP_RULES
 from converters.zero.files.discovery import is_tag_folder
 from converters.zero.native import reshard
+from converters.zero.parallel import engine_cuts
 
 log = logging.getLogger("ckpt")
 
@@ -102,7 +103,9 @@ def _advice_on_degrees(source: ResumePoint, layout: Layout) -> str | None:
 def _needs_rules(source: ResumePoint, layout: Layout) -> bool:
     """Whether it is cut for tensor parallelism first, for which a user has to say how."""
     saved, current = source.topology.degrees, layout.topology.degrees
-    return saved.tensor_ranks == 1 < current.tensor_ranks
+    return saved.tensor_ranks == 1 < current.tensor_ranks and not (layout.cuts or {}).get(
+        "affine_map"
+    )
 
 
 def _command(source: ResumePoint, layout: Layout) -> str:
@@ -306,7 +309,10 @@ def _plan_rewriting(source: ResumePoint, layout: Layout) -> Rewriting:
     current = layout.topology
     settings: dict[str, Any] = {"stage": current.stage, "tag": source.tag}
     settings |= layout.options(source.topology)
-    with options.using(options.of_functions({})):  # a resume has none of these arguments
+    with (
+        options.using(options.of_functions({})),  # a resume has none of these arguments
+        engine_cuts.using(layout.cuts),
+    ):
         return resharding.plan(source.folder, current.world_size, **settings)
 
 

@@ -36,6 +36,7 @@ TENSOR_PARALLEL = (
     *("tp4_fewkv_z1", "tp_fusedb_z3_w4", "tp_qwen3_frozen_z2_w4"),
     "mpu_z1_nested_w4",
 )
+FEW_HEADS = "tp4_fewkv_z1"
 MEGATRON = "mpu_z1_nested_w4"
 FUSED = "tp_fusedb_z3_w4"
 FROZEN = "tp_qwen3_frozen_z2_w4"

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hardening.degrees import values_of
 from oracles import torchrun
-from test_parallel_training import values_of
 from test_reshard_training import REDUCTION_ORDER
 
 from ckpt.rewrite import reshard, universal

@@ -5,6 +5,7 @@ experts_worker.py JOBS   each {"model", "out", "stage", "sizes"} and perhaps
     "resume"   options of ckpt.resume, which loads it then
     "again"    where it is saved as soon as it is loaded
     "half"     where it is saved after half of its steps
+    "seed"     of its first weights
 
 "sizes" are the expert ranks of each layer; of AutoEP one number. Trains in fp32 on the same global
 batches whatever the ranks, and writes OUT/losses.json.
@@ -99,7 +100,8 @@ def engine_of(job: dict[str, Any]) -> Any:
     }
     if job.get("universal"):
         config["checkpoint"] = {"load_universal": True}
-    torch.manual_seed(1234)
+    seed = job.get("seed", 1234)
+    torch.manual_seed(seed)
     if job["model"] == "stacked":
         config["expert_parallel"] = {
             "enabled": True,
@@ -112,7 +114,7 @@ def engine_of(job: dict[str, Any]) -> Any:
 
     model = Experts(job["sizes"])
     for number, size in enumerate(job["sizes"]):
-        torch.manual_seed(50 + rank % size)
+        torch.manual_seed(seed + 50 + rank % size)
         for name, param in model.named_parameters():
             if f"blocks.{number}.deepspeed_moe.experts" in name:
                 nn.init.normal_(param.data, std=0.3)

@@ -6,6 +6,8 @@ parallel_worker.py JOBS   each {"model", "out", "stage", "steps"} and perhaps
     "source"     the checkpoint that it goes on from, "universal" one or not
     "resume"     options of ckpt.resume, which loads it then
     "again"      where it is saved as soon as it is loaded
+    "half"       where it is saved after half of its steps
+    "seed"       of its first weights
 
 Trains on the same global batches whatever the ranks, saves to OUT and writes OUT/losses.json.
 """
@@ -146,7 +148,7 @@ def config_of(job: dict[str, Any]) -> dict[str, Any]:
 def model_of(job: dict[str, Any]) -> nn.Module:
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
-    torch.manual_seed(1234)
+    torch.manual_seed(job.get("seed", 1234))
     if job["model"] == "fused":
         return Fused()
     if not job.get("pp"):
@@ -211,7 +213,12 @@ def train(job: dict[str, Any]) -> None:
         load(engine, job)
     if "again" in job:
         engine.save_checkpoint(job["again"])
-    losses = losses_of(engine, job)
+    losses: list[float] = []
+    if "half" in job:
+        job["steps"] //= 2
+        losses += losses_of(engine, job)
+        engine.save_checkpoint(job["half"])
+    losses += losses_of(engine, job)
     engine.save_checkpoint(str(out))
     if torch.distributed.get_rank() == 0:
         (out / "losses.json").write_text(json.dumps(losses))

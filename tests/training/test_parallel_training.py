@@ -59,6 +59,7 @@ RESUMED = {"source": "half", "resume": {"reshard": "auto"}}
 
 def native_tensor_ranks(trainings: Trainings) -> list[dict[str, Any]]:
     """AutoTP 2 to AutoTP 4, and ZeRO-3 alone to AutoTP 2, where a training resumes."""
+    of_start = {"source": "start-3"}
     jobs: list[dict[str, Any]] = [
         {"model": "fused", "tp": 4, "stage": 2, **RESUMED, "name": "native-tp4"},
         {

@@ -59,18 +59,11 @@ RESUMED = {"source": "half", "resume": {"reshard": "auto"}}
 
 def native_tensor_ranks(trainings: Trainings) -> list[dict[str, Any]]:
     """AutoTP 2 to AutoTP 4, and ZeRO-3 alone to AutoTP 2, where a training resumes."""
-    of_start = {"source": "start-3"}
     jobs: list[dict[str, Any]] = [
         {"model": "fused", "tp": 4, "stage": 2, **RESUMED, "name": "native-tp4"},
-        {
-            "model": "fused",
-            "tp": 2,
-            "stage": 1,
-            **RESUMED,
-            "source": "start-3",
-            "name": "native-tp2",
-        },
+        {"model": "fused", "tp": 2, "stage": 1, **RESUMED, "name": "native-tp2"},
     ]
+    jobs[1]["source"] = "start-3"
     for job in jobs:
         trainings.run(job["tp"], job)
     return jobs

@@ -65,7 +65,7 @@ def test_training_goes_on_with_other_expert_ranks(tmp_path: Path) -> None:
             sizes = [count] * len(WHOLE[model]["sizes"])  # type: ignore[arg-type]
             job: dict[str, Any] = {"model": model, "stage": stage, "sizes": sizes}
             if ranks == 4:
-                job["resume"] = {"reshard": "auto"}
+                job["reshard"] = "auto"
             else:
                 output = name.with_name(f"{name.name}-source")
                 plan = reshard.plan(source, ranks, stage=stage, ep=count, output=output)

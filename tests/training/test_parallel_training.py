@@ -54,7 +54,7 @@ class Trainings:
 
 
 Degrees = dict[str, int]
-RESUMED = {"source": "half", "resume": {"reshard": "auto"}}
+RESUMED = {"source": "half", "reshard": "auto"}
 
 
 def native_tensor_ranks(trainings: Trainings) -> list[dict[str, Any]]:

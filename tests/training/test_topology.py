@@ -22,7 +22,9 @@ import ckpt
 from ckpt.distributed.ranks import RankGroup
 from ckpt.engine import precision
 from ckpt.engine.layout import Layout, Topology
+from ckpt.engine.parameters import Parameter, pack
 from ckpt.resuming import configured, topology
+from ckpt.resuming.changes import LoadOptions, changes
 from ckpt.resuming.request import ResumeRequest
 from ckpt.resuming.resume_point import ResumePoint
 from ckpt.rewrite import reshard
@@ -458,3 +460,20 @@ def test_other_degrees_are_said_with_the_command(
     assert source.topology.loads_as(
         Topology(source.topology.stage, source.topology.world_size, same)
     )
+
+
+@pytest.mark.parametrize("is_rewritten", [True, False])
+def test_degrees_that_it_was_written_for_are_no_difference(is_rewritten: bool) -> None:
+    """Nor are the local experts of the first rank, and the settings that say the degrees."""
+
+    def record(size: int) -> dict[str, Any]:
+        names = [f"experts.deepspeed_experts.{number}.w" for number in range(4 // size)]
+        return {
+            "topology": {"world_size": 4, "zero_stage": 2, "expert_parallel": size},
+            "parameters": pack([Parameter(name, (2, 2)) for name in names]),
+            "config": {"expert_parallel": {"enabled": True, "autoep_size": size}},
+        }
+
+    request = LoadOptions(other_ranks=is_rewritten)
+    found = {change.effect for change in changes(record(2), record(4), request)}
+    assert found == ({"yours"} if is_rewritten else {"wrong", "refused"})

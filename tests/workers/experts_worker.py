@@ -2,7 +2,7 @@
 
 experts_worker.py JOBS   each {"model", "out", "stage", "sizes"} and perhaps
     "source"   the checkpoint that it goes on from, "universal" one or not
-    "resume"   options of ckpt.resume, which loads it then
+    "reshard"  that of ckpt.resume, which loads it then
     "again"    where it is saved as soon as it is loaded
     "half"     where it is saved after half of its steps
     "seed"     of its first weights

@@ -4,7 +4,7 @@ parallel_worker.py JOBS   each {"model", "out", "stage", "steps"} and perhaps
     "tp"         tensor-parallel ranks (AutoTP)
     "pp"         stages; of the model "pipeline" alone. 0: the engine of a plain module
     "source"     the checkpoint that it goes on from, "universal" one or not
-    "resume"     options of ckpt.resume, which loads it then
+    "reshard"    that of ckpt.resume, which loads it then
     "again"      where it is saved as soon as it is loaded
     "half"       where it is saved after half of its steps
     "seed"       of its first weights
@@ -191,8 +191,9 @@ def losses_of(engine: Any, job: dict[str, Any]) -> list[float]:
 
 def load(engine: Any, job: dict[str, Any]) -> None:
     """Loads the source of a job, by DeepSpeed or by ckpt."""
-    if "resume" in job:
-        assert ckpt.resume(engine, job["source"], **job["resume"]) == engine.global_steps > 0
+    if "reshard" in job:
+        step = ckpt.resume(engine, job["source"], reshard=job["reshard"])
+        assert step == engine.global_steps > 0
         return
     path, _ = engine.load_checkpoint(job["source"])
     assert path is not None

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent.parent / "tests"
-PARTS = ("hostile", "corruption", "fuzz", "crash", "faults", "differential", "limits")
+PARTS = ("hostile", "corruption", "fuzz", "crash", "faults", "differential", "limits", "degrees")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,10 +1,16 @@
-"""How a training cuts up its state: what its engine says, or its configuration before."""
+"""How a training cuts up its state: what its engine says, or its configuration before.
+
+Sources of what is more than ZeRO: DeepSpeed 0.19.8 ``runtime/engine.py`` (``mp_world_size``),
+``runtime/pipe/topology.py``, ``moe/experts.py`` and ``module_inject/auto_ep_layer.py``, which give
+the parameters of experts a ``group_name``; ``runtime/tensor_parallel/config.py``,
+``module_inject/auto_ep_config.py``.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +19,37 @@ import torch.distributed as dist
 from ckpt.engine.view import EngineView, internals
 from ckpt.rewrite import reshard_command
 from ckpt.runs.ancestry import Partitioning
+from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
+from converters.zero.merging.saved_degrees import NONE, Degrees
 from converters.zero.native.target import SUB_GROUP
+
+_CUTS = "universal_checkpoint_info"  # of the model (checkpoint/constants.py)
+_EXPERT_GROUP = "ep_size_"  # then the number of ranks that the experts are dealt out to
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """The ZeRO stage of a training, and how many ranks it has."""
+    """The ZeRO stage of a training, and how many ranks it has; ``degrees``: of which kinds."""
 
     stage: int
     world_size: int
+    degrees: Degrees = NONE
+
+    def __str__(self) -> str:
+        """As words, such as "4 ranks (2 tensor-parallel) with ZeRO stage 2"."""
+        return f"{self.world_size} ranks{self.degrees} with ZeRO stage {self.stage}"
 
     def fits(self, partitioning: Partitioning) -> bool:
-        """Whether DeepSpeed can load a checkpoint, by its manifest or record."""
+        """Whether DeepSpeed can load a checkpoint, as far as its manifest or record tells."""
         saved_topology = Topology(partitioning.stage or 0, partitioning.world_size or 0)
-        return saved_topology.loads_as(self)
+        return saved_topology.loads_as(Topology(self.stage, self.world_size))
 
     def loads_as(self, target: Topology) -> bool:
         """Whether what was saved here loads there: without ZeRO, on any number of ranks."""
-        return self == target or self.stage == target.stage == 0
+        is_same_zero = (self.stage, self.world_size) == (target.stage, target.world_size)
+        without_zero = self.stage == target.stage == 0
+        return (is_same_zero or without_zero) and self.degrees.go_with(target.degrees)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +58,22 @@ class Layout:
 
     ``settings`` are what the layout of stage 3 depends on, by the options of
     ``reshard.prepare``: sub_group_size (elements) and, for Muon, zero_init. Muon sorts
-    parameters by shape where it sees their shapes, not under ``zero.Init``.
+    parameters by shape where it sees their shapes, not under ``zero.Init``. ``cuts`` is what
+    an engine of AutoTP says of how it cuts parameters; ``None`` where there is no engine yet.
     """
 
     topology: Topology
     settings: Mapping[str, Any]
+    cuts: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of_engine(cls, engine: EngineView, world: int) -> Layout:
         """The layout of a DeepSpeed engine on ``world`` ranks."""
-        topology = Topology(int(engine.zero_optimization_stage()), world)
-        return cls(topology, _stage3(engine) if topology.stage == 3 else {})
+        stage = int(engine.zero_optimization_stage())
+        topology = Topology(stage, world, _degrees_of(engine))
+        cuts = getattr(engine.module, _CUTS, None)
+        settings = _stage3(engine) if topology.stage == 3 else {}
+        return cls(topology, settings, cuts if isinstance(cuts, dict) else None)
 
     @classmethod
     def of_config(
@@ -66,7 +89,7 @@ class Layout:
         if not isinstance(stage, int):
             return None
 
-        topology = Topology(stage, world)
+        topology = Topology(stage, world, _configured_degrees(config))
         if topology.stage != 3:
             return cls(topology, {})
 
@@ -80,11 +103,53 @@ class Layout:
 
     def options(self, source_topology: Topology) -> dict[str, Any]:
         """The settings that matter to what is resharded from ``source_topology``."""
-        return {
+        settings = {
             name: value
             for name, value in self.settings.items()
             if name != "zero_init" or source_topology.stage != 3
         }
+        current = self.topology.degrees
+        if current.tensor_ranks > 1:
+            settings["tp"] = current.tensor_ranks
+        if source_topology.degrees.expert_ranks and len(current.expert_ranks or ()) == 1:
+            (settings["ep"],) = current.expert_ranks or ()
+        return settings
+
+
+def _degrees_of(engine: EngineView) -> Degrees:
+    """The degrees of DeepSpeed's engine."""
+    grid = getattr(engine, "grid", None)
+    stages = int(grid.get_pipe_parallel_world_size()) if grid is not None else 1
+    names = {
+        str(getattr(parameter, "group_name", ""))
+        for parameter in engine.module.parameters()
+        if getattr(parameter, "allreduce", True) is False
+    }
+    sizes = {
+        int(name.removeprefix(_EXPERT_GROUP)) for name in names if name.startswith(_EXPERT_GROUP)
+    }
+
+    # of a pipeline those of all stages
+    model_ranks = int(getattr(engine, "mp_world_size", 1))
+    return Degrees(max(model_ranks // stages, 1), stages, tuple(sorted(sizes)))
+
+
+def _configured_degrees(config: Mapping[str, Any]) -> Degrees:
+    """The degrees of the engine that DeepSpeed will make of a configuration.
+
+    Only of AutoTP and AutoEP: those of pipelines and of DeepSpeed-MoE are the model's.
+    """
+    tensor_ranks = _size(config.get("tensor_parallel"), "autotp_size")
+    experts = config.get("expert_parallel")
+    if not isinstance(experts, Mapping) or not experts.get("enabled"):
+        return Degrees(tensor_ranks, expert_ranks=None)
+    return Degrees(tensor_ranks, expert_ranks=(_size(experts, "autoep_size"),))
+
+
+def _size(section: Any, key: str) -> int:
+    """A number of ranks in a section, 1 where there is none."""
+    value = section.get(key) if isinstance(section, Mapping) else None
+    return value if is_whole_number(value, 1) else 1
 
 
 def _stage3(engine: EngineView) -> dict[str, Any]:

@@ -33,6 +33,9 @@ BATCH = (
 CYCLED = {"max_momentum", "base_momentum"}
 # Of the topology: how the work is shared.
 FAST = ("sequence_parallel", "world_size", "zero_stage")
+# Of the topology, too: what is another where the files were written for it.
+DEGREE_SETTINGS = ("tensor_parallel", "expert_parallel.autoep_size:")  # how lines of it begin
+DEGREES = ("tensor_parallel", "pipeline_parallel", "expert_parallel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,8 @@ def _parameters(saved: Record, current: Record, request: LoadOptions) -> Iterato
     pair = _both(saved, current, "parameters")
     if pair is None or (pair[0] == pair[1] and not request.renamed):
         return
+    if _has_other_degrees(saved, current, request):
+        return  # each rank has others; the files of this rank are looked at when they load
 
     stage = current.get("topology", {}).get("zero_stage")
     has_no_masters = stage == 0 and current.get("precision") == "fp32"
@@ -104,6 +109,14 @@ def _parameters(saved: Record, current: Record, request: LoadOptions) -> Iterato
     )
     if reason is not None:
         yield Change("parameters", "wrong", reason)
+
+
+def _has_other_degrees(saved: Record, current: Record, request: LoadOptions) -> bool:
+    """Whether it was written for other tensor-parallel ranks, expert ranks or stages."""
+    pair = _both(saved, current, "topology")
+    if pair is None or not request.other_ranks:
+        return False
+    return any(pair[0].get(name) != pair[1].get(name) for name in DEGREES)
 
 
 def _optimizer(saved: Record, current: Record, request: LoadOptions) -> Iterator[Change]:
@@ -296,7 +309,8 @@ def _other_settings(
             line = f"{name}: {saved[name]} saved, {current[name]} now"
             yield Change(name, effect, line)
 
-    sections = (("topology", FAST), ("offload", ("optimizer", "parameters")))
+    free_names = (*FAST, *(DEGREES if request.other_ranks else ()))
+    sections = (("topology", free_names), ("offload", ("optimizer", "parameters")))
     for section, free_names in sections:
         if (pair := _both(saved, current, section)) is not None:
             yield from _section(section, *pair, free_names)
@@ -304,7 +318,10 @@ def _other_settings(
     if (pair := _both(saved, current, "data")) is not None:
         yield from _section("data", *pair, ())
     if (pair := _both(saved, current, "config")) is not None:
+        is_rewritten = _has_other_degrees(saved, current, request)
         for line in config_changes(*precision.unsaid(pair), recorded=True):
+            if is_rewritten and line.startswith(DEGREE_SETTINGS):
+                continue
             yield Change("config", "refused", f"config: {line}")
 
 

@@ -77,8 +77,8 @@ def resume(
       though it cannot prove to be whole
     - ``committed_only``: whether to pass over what has no manifest, also where it proves
       to be whole; by default the newest of both kinds is taken, and a line says so
-    - ``reshard="auto"``: one of another world size or ZeRO stage is resharded beside it
-      first
+    - ``reshard="auto"``: one of another world size or ZeRO stage, or of other
+      tensor-parallel or expert ranks, is resharded beside it first
     - ``memory``: what the ranks of a node may take of its memory for files that cannot
       be mapped, in bytes or as "8GB"; by default what is available. The ranks take
       turns if need be

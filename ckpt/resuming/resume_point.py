@@ -19,10 +19,10 @@ from ckpt.runs.run import RunCheckpoint, bytes_under
 from ckpt.state import plain, rank_files, rng
 from converters import detect
 from converters.detect import sharded
-from converters.detect.deepspeed import PARALLEL
 from converters.detect.kind import DEEPSPEED
-from converters.detect.kinds import BY_NAME
 from converters.errors import CheckpointError
+from converters.source import Place
+from converters.zero.merging import saved_degrees
 
 log = logging.getLogger("ckpt")
 NO_RANDOM_STATES = "it has no random states of this rank"
@@ -91,15 +91,9 @@ class ResumePoint:
             zero_checkpoint = detect.read(run_checkpoint.folder, inner_tag, complete=True)
             if zero_checkpoint.kind in sharded.READ:
                 raise detect.detect(run_checkpoint.folder).unlike(DEEPSPEED)
-            if zero_checkpoint.kind in PARALLEL:
-                raise CheckpointError(
-                    f"{run_checkpoint.folder} {BY_NAME[zero_checkpoint.kind].statement}, which "
-                    "ckpt.resume does not load: load it with engine.load_checkpoint, on as many "
-                    "ranks",
-                    "unsupported",
-                )
 
-            topology = Topology(zero_checkpoint.stage or 0, zero_checkpoint.world_size)
+            degrees = saved_degrees.of_place(zero_checkpoint.place)
+            topology = Topology(zero_checkpoint.stage or 0, zero_checkpoint.world_size, degrees)
             step = zero_checkpoint.step
             if step is None:
                 step = run_checkpoint.step or 0
@@ -115,9 +109,13 @@ class ResumePoint:
             )
 
         data = (run_checkpoint.folder / filenames.MANIFEST).read_bytes()
-        topology = Topology(manifest.stage or 0, manifest.world_size)
         digest = sha256(data).hexdigest()[:12]
         assert manifest.tag is not None
+        tag_folder = Place(
+            run_checkpoint.folder, run_checkpoint.folder / manifest.tag, manifest.tag
+        )
+        degrees = saved_degrees.of_place(tag_folder)
+        topology = Topology(manifest.stage or 0, manifest.world_size, degrees)
         record = (manifest.progress, manifest.metrics, manifest)
 
         place = (run_checkpoint.folder, manifest.tag, manifest.step)

@@ -23,8 +23,10 @@ from ckpt.runs.run import Run, RunCheckpoint, is_numbered, open_checkpoint
 from ckpt.runs.states.status import status_of
 from converters import options
 from converters.errors import CheckpointError
+from converters.options import TP_RULES
 from converters.zero.files.discovery import is_tag_folder
 from converters.zero.native import reshard
+from converters.zero.parallel import engine_cuts
 
 log = logging.getLogger("ckpt")
 
@@ -43,9 +45,8 @@ def difference(source: ResumePoint, layout: Layout) -> str:
     """What the checkpoint is, and what this training is."""
     saved, current = source.topology, layout.topology
     return (
-        f"{source.folder} is of {saved.world_size} ranks with ZeRO stage "
-        f"{saved.stage}, this training has {current.world_size} with stage "
-        f"{current.stage}"
+        f"{source.folder} is of {saved}, this training has "
+        f"{current.world_size}{current.degrees} with stage {current.stage}"
     )
 
 
@@ -64,11 +65,47 @@ def refusal(source: ResumePoint, layout: Layout, alternative: str = "") -> Check
             "unsupported",
         )
 
+    if (advice := _advice_on_degrees(source, layout)) is not None:
+        return CheckpointError(f"{finding}; {advice}", "unsupported")
+
     run = f"run: {_command(source, layout)}"
+    if _needs_rules(source, layout):
+        with options.using(options.of_commands, anew=True):
+            rules = TP_RULES("FILE")
+        return CheckpointError(
+            f"{finding}; nothing in it says how parameters are cut for tensor parallelism; {run} "
+            f"{rules} (without that it prints what to write into the file)",
+            "unsupported",
+        )
     if (output := _foreign_output(source, layout)) is not None:
         run = f"{output} was resharded from it: resume from that by name, or {run}"
     sentence = "; ".join(filter(None, [finding, run, alternative]))
     return CheckpointError(sentence, "unsupported")
+
+
+def _advice_on_degrees(source: ResumePoint, layout: Layout) -> str | None:
+    """What to do where no command makes native files for such an engine; ``None`` elsewhere."""
+    current = layout.topology.degrees
+    if current.stages > 1:
+        return (
+            "native files are not written for several pipeline stages: load a universal folder "
+            f"(ckpt to-universal {source.folder}), which DeepSpeed cuts itself, with "
+            "checkpoint.load_universal in its configuration and engine.load_checkpoint"
+        )
+    if len(current.expert_ranks or ()) > 1:
+        return (
+            "experts are resharded to one number of ranks for all layers; give the layers of this "
+            "training the same ep_size"
+        )
+    return None
+
+
+def _needs_rules(source: ResumePoint, layout: Layout) -> bool:
+    """Whether it is cut for tensor parallelism first, for which a user has to say how."""
+    saved, current = source.topology.degrees, layout.topology.degrees
+    return saved.tensor_ranks == 1 < current.tensor_ranks and not (layout.cuts or {}).get(
+        "affine_map"
+    )
 
 
 def _command(source: ResumePoint, layout: Layout) -> str:
@@ -98,7 +135,12 @@ def _output_of(source: ResumePoint, layout: Layout) -> Path:
     """The folder beside the checkpoint that it is resharded to, as ``reshard`` names it."""
     saved, current = source.topology, layout.topology
     stage = f"-z{current.stage}" if current.stage != saved.stage else ""
-    return source.folder.with_name(f"{source.folder.name}{stage}-w{current.world_size}")
+    settings = layout.options(saved)
+    degree = f"-tp{settings['tp']}" if "tp" in settings else ""
+    if "ep" in settings and saved.degrees.expert_ranks != (settings["ep"],):
+        degree = f"-ep{settings['ep']}"
+    name = f"{source.folder.name}{stage}{degree}-w{current.world_size}"
+    return source.folder.with_name(name)
 
 
 def fitting(
@@ -118,13 +160,20 @@ def fitting(
 
     with ranks.step() as outcome:
         if not ranks.rank:
-            if mode is None or not (source.topology.stage and layout.topology.stage):
+            if mode is None or not _can_be_resharded(source, layout):
                 raise refusal(source, layout, alternative)
             outcome.value = str(_reshard_source(ranks, source, layout))
 
     with ranks.step():
         output = open_checkpoint(Path(outcome.heard[0]))
         return replace(ResumePoint.of(output, Path(source.tag).name), resharded=True)
+
+
+def _can_be_resharded(source: ResumePoint, layout: Layout) -> bool:
+    """Whether native files are written for this training without a word of the user's."""
+    is_staged = bool(source.topology.stage and layout.topology.stage)
+    is_known = _advice_on_degrees(source, layout) is None and not _needs_rules(source, layout)
+    return is_staged and is_known
 
 
 def loadable(
@@ -167,13 +216,13 @@ def _loadable(
     if source.topology.loads_as(layout.topology):
         return folder
 
-    both_staged = bool(source.topology.stage and layout.topology.stage)
-    if both_staged and mode is None:
+    can_be_resharded = _can_be_resharded(source, layout)
+    if can_be_resharded and mode is None:
         output = _earlier_output(source, layout)
         if output is not None:
             return output
 
-    if mode is None or not both_staged:
+    if mode is None or not can_be_resharded:
         raise refusal(source, layout, alternative)
 
     return _reshard_source(ranks, source, layout)
@@ -260,7 +309,10 @@ def _plan_rewriting(source: ResumePoint, layout: Layout) -> Rewriting:
     current = layout.topology
     settings: dict[str, Any] = {"stage": current.stage, "tag": source.tag}
     settings |= layout.options(source.topology)
-    with options.using(options.of_functions({})):  # a resume has none of these arguments
+    with (
+        options.using(options.of_functions({})),  # a resume has none of these arguments
+        engine_cuts.using(layout.cuts),
+    ):
         return resharding.plan(source.folder, current.world_size, **settings)
 
 

@@ -37,7 +37,7 @@ from converters.zero.merging.tensor_ranks import TensorRanks
 from converters.zero.native import expert_files
 from converters.zero.native import reshard as native
 from converters.zero.native.target import SUB_GROUP, TargetTopology, require_arguments
-from converters.zero.parallel import rules
+from converters.zero.parallel import engine_cuts, rules
 from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 
 
@@ -238,7 +238,7 @@ def notes_on(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
 def _notes_on_ranks(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
     """What becomes of ranks that there were, or were not."""
     saved_world_size = merged.original(source).world_size
-    if target.tensor_ranks > 1:
+    if target.tensor_ranks > 1 and not engine_cuts.are_known():
         yield (
             f"made for {target.tensor_ranks} tensor-parallel ranks that cut parameters evenly; an "
             "engine that cuts heads otherwise refuses the shapes"

@@ -29,7 +29,6 @@ from converters.zero import checkpoint as zero
 from converters.zero.files import several_models
 from converters.zero.merging import checkpoint as merged
 from converters.zero.merging import reader as merging
-from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.native import reshard as native
 from converters.zero.native.target import require_arguments
 from converters.zero.parallel import rules
@@ -56,9 +55,8 @@ def plan_to(
     several_models.find(path, tag)  # refuses a choice between models
     with rules.using(tp_rules):
         source = merging.read(path, tag)
-    _refuse_experts(source)
     file_plan = planning.to_universal(source)
-    groups = merged.groups_of(source)
+    groups = planning.groups_of(source)
     world_size = merged.original(source).world_size
     home = job.home_of(source)
 
@@ -71,20 +69,6 @@ def plan_to(
         tag=planning.universal_tag(source),
         companions=tuple(job.companions_for(home, world_size, world_size)),
         notes=(*source.notes, *universal_limits.notes(source, groups)),
-    )
-
-
-def _refuse_experts(source: zero.Checkpoint) -> None:
-    """Raises for experts, whose universal form is DeepSpeed's own alone, or is not there."""
-    if not isinstance(source, ExpertsCheckpoint):
-        return
-    reason = "is of DeepSpeed-MoE, which has no universal form that DeepSpeed loads"
-    if source.layers:
-        reason = "is of AutoEP, whose universal form ds_to_universal.py writes, and ckpt does not"
-    raise CheckpointError(
-        f"{source.place.folder} {reason}; ckpt reshard writes it for other ranks and other expert "
-        "ranks",
-        "unsupported",
     )
 
 

@@ -15,6 +15,7 @@ from converters.zero import checkpoint, muon
 from converters.zero.native.target import SUB_GROUP
 from converters.zero.param_groups import ParamGroup
 
+_OF_EXPERTS = {"moe", "name"}  # which engines know of their own groups
 _ADAM = ("exp_avg", "exp_avg_sq")  # all that stage 3 reads
 
 
@@ -69,7 +70,7 @@ def _notes_on_states(source: checkpoint.Checkpoint, groups: Sequence[ParamGroup]
 def _notes_on_options(groups: Sequence[ParamGroup]) -> Iterator[str]:
     """Which options of the param groups are lost, since all get those of the first."""
     options = [group.options or {} for group in groups]
-    keys = {str(key) for group_options in options for key in group_options}
+    keys = {str(key) for group_options in options for key in group_options} - _OF_EXPERTS
     differing = sorted(
         key
         for key in keys

@@ -36,6 +36,7 @@ TENSOR_PARALLEL = (
     *("tp4_fewkv_z1", "tp_fusedb_z3_w4", "tp_qwen3_frozen_z2_w4"),
     "mpu_z1_nested_w4",
 )
+FEW_HEADS = "tp4_fewkv_z1"
 MEGATRON = "mpu_z1_nested_w4"
 FUSED = "tp_fusedb_z3_w4"
 FROZEN = "tp_qwen3_frozen_z2_w4"
@@ -308,11 +309,15 @@ def test_pipelines_are_refused_by_what_the_model_file_says(tmp_path: Path) -> No
         detect.read(folder)
 
 
-def test_16_bit_weights_are_refused_by_name(
+def test_16_bit_weights_are_those_of_the_model_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("to-fp32", PARALLEL / FROZEN, "--weights", "16bit", "-o", tmp_path / "o", code=1)
-    assert "leave --weights 16bit out (--dtype bf16 rounds them)" in capsys.readouterr().err
+    options = ("--weights", "16bit", "--dtype", "keep", "-o", tmp_path / "o")
+    run("to-fp32", PARALLEL / FROZEN, *options)
+    assert "13 of 14 tensors" in (captured := capsys.readouterr()).out + captured.err
+    run("to-fp32", PARALLEL / "tp_fusedb_z3_w4", "--weights", "16bit", "-o", tmp_path / "n", code=1)
+    assert "of ZeRO-3; convert the fp32 weights: --weights fp32" in capsys.readouterr().err
+    assert not (tmp_path / "n").exists()
 
 
 def refs_of(shards: Mapping[int, torch.Tensor], folder: Path) -> list[TensorRef]:

@@ -36,11 +36,12 @@ from converters.errors import CheckpointError
 from converters.zero import checkpoint
 from converters.zero.merging.universal_entries import entries_of
 from converters.zero.parallel import cuts
-from converters.zero.parallel import reader as parallel_reader
+from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 
 PIPELINES = FIXTURES / "pipelines-and-experts"
+THREE_D = ("p3dm_z1_w4", "p3d_z0bf_w4")
 SOURCES = [
-    *(PARALLEL / name for name in (*TENSOR_PARALLEL, "mics_hier_w4")),
+    *(PARALLEL / name for name in (*TENSOR_PARALLEL, "mics_hier_w4", *THREE_D)),
     *(PIPELINES / name for name in ("pipeline-zero1", "pipeline-zero0-bf16")),
 ]
 TOPOLOGIES = [(3, 2), (2, 3), (1, 1)]  # ranks and stage
@@ -105,14 +106,16 @@ def test_universal_files_say_how_engines_of_other_degrees_cut_them(tmp_path: Pat
     assert (qkv.shape, qkv.partition_dim) == (((16, 8, 8), 16), 0)
 
 
-def test_deepspeeds_loader_cuts_them_as_they_were_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fixture", [FUSED, THREE_D[0]])
+def test_deepspeeds_loader_cuts_them_as_they_were_cut(fixture: str, tmp_path: Path) -> None:
     """For a parameter that knows nothing itself, as an own mpu has it."""
     folder = tmp_path / "universal"
-    universal.execute(universal.plan_to(PARALLEL / FUSED, output=folder))
+    universal.execute(universal.plan_to(PARALLEL / fixture, output=folder))
     (zero,) = folder.glob("*/zero")
-    source = parallel_reader.read(PARALLEL / FUSED, complete=True)
+    source = detect.read(PARALLEL / fixture, complete=True)
+    assert isinstance(source, TensorParallelCheckpoint)
 
-    for name in ("qkv.weight", "qkv.bias", "o.weight", "gate_up.weight", "norm.weight"):
+    for name in source.weights.tensors.keys() - source.weights.buffers:
         for rank, lane in enumerate(source.lanes):
             expected = value(lane.weights.tensors[name])
             assert torch.equal(loaded(zero / name, expected.shape, rank), expected), (name, rank)

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import FIXTURES, convert, live, run, same
+from oracles import FIXTURES, convert, live, same
 from safetensors.torch import load_file
 from test_universal import deepspeeds
 
 import ckpt
+from ckpt.rewrite import universal
 from converters import detect
 from converters.errors import CheckpointError
+from converters.zero.merging.saved_degrees import Degrees
 
 SPLIT = FIXTURES / "pipelines-and-experts"
 # by what their files say; nothing in them says how the tied module is called
@@ -68,6 +70,20 @@ def test_a_conversion_writes_them_and_compares_them_with_the_16_bit_weights(
     source = detect.read(save_dir, complete=True)
     has_16bit = "zero0-fp32" not in save_dir.name and "autoep-zero3" not in save_dir.name
     assert source.weights.copies.keys() == (expected["fp32"].keys() if has_16bit else set())
+
+
+@pytest.mark.parametrize(
+    "name", ["moe-zero2-sizes", "autoep-zero2", "pipeline-zero1", "pipeline-zero0-fp32"]
+)
+def test_the_weights_that_the_model_computes_with_are_those_of_the_live_engine(
+    name: str, tmp_path: Path
+) -> None:
+    options = ("--names", "as-stored", "--weights", "16bit", "--dtype", "keep")
+    weights = convert(SPLIT / name, tmp_path / "model", *options)
+    live_weights = truth(SPLIT / name)["live"]
+    assert weights.keys() >= live_weights.keys()
+    for key, weight in live_weights.items():
+        assert same(weights[key], weight), key
 
 
 def test_the_state_of_what_is_not_trained_is_no_other_ones() -> None:
@@ -133,24 +149,48 @@ def test_a_universal_folder_of_autoep_has_the_same_weights_and_states(
 ) -> None:
     source = tmp_path / "source"
     shutil.copytree(SPLIT / name, source)
-    folder = deepspeeds(source, tmp_path / "universal")
+    theirs = deepspeeds(source, tmp_path / "theirs")
+    ours = universal.execute(universal.plan_to(source, output=tmp_path / "ours")).output
     expected = truth(SPLIT / name)
-    opened = ckpt.open(folder, framework="pt")
-    for weight_name, value in expected["fp32"].items():
-        assert same(opened.get_tensor(weight_name), value), weight_name
-        states = opened.optimizer_state(weight_name)
-        for key in ("exp_avg", "exp_avg_sq"):
-            assert same(torch.as_tensor(states[key]), expected[key][weight_name]), weight_name
-    assert opened.weights.aliases.keys() == ckpt.open(source).weights.aliases.keys()
-    run("from-universal", folder, "--world-size", "2", "-o", tmp_path / "native", code=1)
+    for folder in (theirs, Path(ours)):
+        opened = ckpt.open(folder, framework="pt")
+        for weight_name, value in expected["fp32"].items():
+            assert same(opened.get_tensor(weight_name), value), weight_name
+            states = opened.optimizer_state(weight_name)
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert same(torch.as_tensor(states[key]), expected[key][weight_name]), weight_name
+        assert opened.weights.aliases.keys() == ckpt.open(source).weights.aliases.keys()
+        with pytest.raises(CheckpointError, match="native files are made of the checkpoint"):
+            universal.plan_from(folder, 2)
+    require_same_stacks(theirs, Path(ours))
 
 
-@pytest.mark.parametrize("name", ["pipeline-zero1", "autoep-zero3"])
-def test_a_resume_leaves_them_to_deepspeed(name: str, tmp_path: Path) -> None:
+def require_same_stacks(theirs: Path, ours: Path) -> None:
+    """Each stack of experts is marked as DeepSpeed marks it, and no group has a number of ranks."""
+    paths = sorted(theirs.glob("*/zero/*experts.w*/*.pt"))
+    assert len({path.parent.name for path in paths}) == 3
+    for path in paths:
+        if path.stem == "step":
+            continue
+        pair = [
+            torch.load(root / path.relative_to(theirs), weights_only=False)
+            for root in (theirs, ours)
+        ]
+        tensors = [root.pop("param") for root in pair]
+        assert pair[0] == pair[1] and same(*tensors), path
+    (common,) = ours.glob("*/zero/optimizer_state.pt")
+    groups = torch.load(common, weights_only=False)["param_groups"]
+    assert [group.get("name") for group in groups if group.get("moe")] == [None]
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees"),
+    [("pipeline-zero1", Degrees(1, 2)), ("autoep-zero3", Degrees(expert_ranks=(2,)))],
+)
+def test_a_resume_knows_their_degrees(name: str, degrees: Degrees, tmp_path: Path) -> None:
     from ckpt.resuming.resume_point import ResumePoint
     from ckpt.runs.run import open_checkpoint
 
     shutil.copytree(SPLIT / name, tmp_path / "checkpoint-2")
-    with pytest.raises(CheckpointError, match=r"load it with engine\.load_checkpoint") as error:
-        ResumePoint.of(open_checkpoint(tmp_path / "checkpoint-2"))
-    assert error.value.kind == "unsupported"
+    source = ResumePoint.of(open_checkpoint(tmp_path / "checkpoint-2"))
+    assert (source.topology.degrees, source.topology.world_size) == (degrees, 4)

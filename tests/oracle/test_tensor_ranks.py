@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import FIXTURES, run
-from test_parallel import FROZEN, FUSED, MEGATRON, PARALLEL, affine, assert_true, value
+from test_parallel import FEW_HEADS, FROZEN, FUSED, MEGATRON, PARALLEL, affine, assert_true, value
 from test_reshard import content
 
 from ckpt.rewrite import reshard
@@ -17,7 +17,7 @@ from converters import detect
 from converters.errors import CheckpointError, MalformedError
 from converters.torch_files import object_graph
 from converters.zero import param_groups
-from converters.zero.parallel import affine_map, cuts, degrees, reader
+from converters.zero.parallel import affine_map, cuts, degrees, engine_cuts, reader
 from converters.zero.parallel.degrees import SubParameters
 
 RULES = {
@@ -74,6 +74,37 @@ def test_ranks_are_added_to_a_checkpoint_of_zero_alone_by_rules(stage: int, tmp_
         assert {k: v for k, v in lanes_of(cut).items() if k not in (0, 1)} == {
             k: v for k, v in native.items() if k not in (0, 1)
         }
+
+
+@pytest.mark.parametrize(("name", "source_stage"), [(FEW_HEADS, 3), (FEW_HEADS, 1), (FROZEN, 3)])
+def test_what_is_written_for_an_engine_is_cut_as_it_cuts(
+    name: str, source_stage: int, tmp_path: Path
+) -> None:
+    """Unevenly, and with ranks that have nothing of a parameter: the files are the engine's own."""
+    source = reader.read(PARALLEL / name)
+    info = source.entries["universal_checkpoint_info"]
+    alone = made(PARALLEL / name, tmp_path / "alone", 3, source_stage)
+    with engine_cuts.using(info):
+        options = (source.world_size, source.topology.stage)
+        plan = reshard.plan(alone, options[0], stage=options[1], tp=len(source.lanes))
+        assert not [note for note in plan.notes if "evenly" in note]
+        cut = made(alone, tmp_path / "cut", *options, tp=len(source.lanes))
+    assert lanes_of(cut) == lanes_of(PARALLEL / name)
+    without_entries = {**info, "affine_map": {"params": {}}}
+    reason = "does not say how parameters are cut for"
+    with engine_cuts.using(without_entries), pytest.raises(CheckpointError, match=reason):
+        reshard.plan(alone, options[0], tp=len(source.lanes))
+
+
+def test_an_engine_of_another_shape_is_refused(tmp_path: Path) -> None:
+    alone = made(PARALLEL / FROZEN, tmp_path / "alone", 2, 2)
+    other = reader.read(PARALLEL / FUSED)
+    name = next(iter(reader.read(PARALLEL / FROZEN).weights.tensors))
+    entry = affine_map.entry_of(other.cuts["o.weight"])
+    entries = {rf"^{name}$".replace(".", r"\."): entry}
+    info = {"affine_map": {"version": 1, "params": entries}}
+    with engine_cuts.using(info), pytest.raises(CheckpointError, match="give it the same model"):
+        reshard.plan(alone, 2, tp=2)
 
 
 def test_files_say_the_cuts_as_deepspeed_does(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 Its losses are those of the training that was not interrupted, and what it saves again at once is
 the source, bit for bit. The source of DeepSpeed-MoE has layers of two numbers of expert ranks.
+On four ranks ``ckpt.resume`` has them written.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hardening.degrees import values_of
 from oracles import torchrun
-from test_parallel_training import values_of
 from test_reshard_training import REDUCTION_ORDER
 
-from ckpt.rewrite import reshard
+from ckpt.rewrite import reshard, universal
 
 WORKER = "tests/workers/experts_worker.py"
 STEPS = 3
@@ -26,6 +27,7 @@ TARGETS = [  # model, ranks, stage, expert ranks
     ("single", 2, 2, 1),
     ("stacked", 2, 2, 2),
 ]
+UNIVERSAL = {"model": "stacked", "stage": 2, "sizes": [2], "universal": True}
 
 
 def launch(folder: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
@@ -37,6 +39,14 @@ def launch(folder: Path, ranks: int, jobs: list[dict[str, Any]]) -> None:
 def losses_of(folder: Path) -> list[float]:
     losses: list[float] = json.loads((folder / "losses.json").read_text())
     return losses
+
+
+def universal_job(folder: Path) -> dict[str, Any]:
+    """AutoEP from a universal folder, in an engine of another stage and number of ranks."""
+    source = folder / "stacked-universal"
+    universal.execute(universal.plan_to(folder / "stacked-half", output=source))
+    name = str(folder / "stacked-folder")
+    return {**UNIVERSAL, "out": name, "source": str(source), "again": f"{name}-again"}
 
 
 def test_training_goes_on_with_other_expert_ranks(tmp_path: Path) -> None:
@@ -51,18 +61,22 @@ def test_training_goes_on_with_other_expert_ranks(tmp_path: Path) -> None:
         for model, target_ranks, stage, count in TARGETS:
             if target_ranks != ranks:
                 continue
-            name = tmp_path / f"{model}-{ranks}"
-            source = name.with_name(f"{name.name}-source")
-            plan = reshard.plan(
-                tmp_path / f"{model}-half", ranks, stage=stage, ep=count, output=source
-            )
-            reshard.execute(plan)
+            name, source = tmp_path / f"{model}-{ranks}", tmp_path / f"{model}-half"
             sizes = [count] * len(WHOLE[model]["sizes"])  # type: ignore[arg-type]
+            job: dict[str, Any] = {"model": model, "stage": stage, "sizes": sizes}
+            if ranks == 4:
+                job["reshard"] = "auto"
+            else:
+                output = name.with_name(f"{name.name}-source")
+                plan = reshard.plan(source, ranks, stage=stage, ep=count, output=output)
+                source = reshard.execute(plan).output
             places = {"out": str(name), "source": str(source), "again": f"{name}-again"}
-            jobs.append({"model": model, "stage": stage, "sizes": sizes, **places})
+            jobs.append({**job, **places})
+        if ranks == 2:
+            jobs.append(universal_job(tmp_path))
         launch(tmp_path, ranks, jobs)
 
-    for model, ranks, *_ in TARGETS:
+    for model, ranks in (*((model, ranks) for model, ranks, *_ in TARGETS), ("stacked", "folder")):
         expected = losses_of(tmp_path / model)
         assert expected[-1] < expected[0]
         losses = losses_of(tmp_path / f"{model}-{ranks}")

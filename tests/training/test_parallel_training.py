@@ -11,29 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hardening.degrees import values_of
 from oracles import torchrun
-from test_reshard import content
 from test_reshard_training import REDUCTION_ORDER
 
 from ckpt.rewrite import reshard, universal
-from converters import detect
-from converters.tensors import TensorRef
 
 WORKER = "tests/workers/parallel_worker.py"
-
-
-def values_of(folder: Path) -> dict[tuple[str, str], Any]:
-    """Weights and states by name, whatever they are cut up for."""
-    source = detect.read(folder, complete=True)
-    assert source.optimizer is not None
-    found: dict[tuple[str, str], Any] = {}
-    for name, tensor in source.weights.tensors.items():
-        found["weight", name] = content(tensor)
-        if name in source.weights.buffers:
-            continue
-        for key, state in source.optimizer(name).items():
-            found[key, name] = content(state) if isinstance(state, TensorRef) else state
-    return found
 
 
 class Trainings:
@@ -70,24 +54,16 @@ class Trainings:
 
 
 Degrees = dict[str, int]
-RULES = {
-    r"qkv\..*": {"dim": 0, "parts": [32, 16, 16]},
-    r"gate_up\..*": {"dim": 0, "parts": 2},
-    r"(o|down)\.weight": "dim 1",
-    ".*": "replicated",
-}
+RESUMED = {"source": "half", "reshard": "auto"}
 
 
 def native_tensor_ranks(trainings: Trainings) -> list[dict[str, Any]]:
-    """AutoTP 2 to AutoTP 4, and ZeRO-3 alone to AutoTP 2, as native files."""
-    rules = trainings.folder / "rules.json"
-    rules.write_text(json.dumps(RULES))
-    to_4 = trainings.reshard("half", "start-tp4", 4, 2, tp=4)
-    to_2 = trainings.reshard("start-3", "start-tp2", 2, 1, tp=2, tp_rules=rules)
+    """AutoTP 2 to AutoTP 4, and ZeRO-3 alone to AutoTP 2, where a training resumes."""
     jobs: list[dict[str, Any]] = [
-        {"model": "fused", "tp": 4, "stage": 2, "source": to_4, "name": "native-tp4"},
-        {"model": "fused", "tp": 2, "stage": 1, "source": to_2, "name": "native-tp2"},
+        {"model": "fused", "tp": 4, "stage": 2, **RESUMED, "name": "native-tp4"},
+        {"model": "fused", "tp": 2, "stage": 1, **RESUMED, "name": "native-tp2"},
     ]
+    jobs[1]["source"] = "start-3"
     for job in jobs:
         trainings.run(job["tp"], job)
     return jobs
@@ -116,10 +92,9 @@ def test_training_goes_on_with_zero_alone_and_with_any_degrees(
     trainings.run(2, {**job, "name": "whole", "steps": 6}, {**job, "name": "half"})
     folder = trainings.universal("half", "universal")
     jobs: list[dict[str, Any]] = []
-    for new_stage in (2, 3):
-        source = trainings.reshard("half", f"start-{new_stage}", 2, new_stage)
-        new_job = {"model": model, "stage": new_stage, "source": source}
-        jobs.append({**new_job, "name": f"stage-{new_stage}"})
+    source = trainings.reshard("half", "start-3", 2, 3)
+    jobs.append({"model": model, "stage": 3, "source": source, "name": "stage-3"})
+    jobs.append({"model": model, "stage": 2, **RESUMED, "name": "stage-2"})
 
     of_folder = {"model": model, "source": folder, "universal": True}
     jobs.append({**of_folder, "stage": 2, "name": "universal"})

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,13 +22,16 @@ import ckpt
 from ckpt.distributed.ranks import RankGroup
 from ckpt.engine import precision
 from ckpt.engine.layout import Layout, Topology
+from ckpt.engine.parameters import Parameter, pack
 from ckpt.resuming import configured, topology
+from ckpt.resuming.changes import LoadOptions, changes
 from ckpt.resuming.request import ResumeRequest
 from ckpt.resuming.resume_point import ResumePoint
 from ckpt.rewrite import reshard
 from ckpt.runs.run import open_checkpoint
 from converters.errors import CheckpointError
 from converters.zero import checkpoint
+from converters.zero.merging.saved_degrees import Degrees
 
 WORKER = "tests/workers/topology_worker.py"
 LIGHTNING = "tests/workers/trainers_worker_lightning.py"
@@ -413,3 +417,63 @@ def test_a_watch_is_over_with_the_last_callback() -> None:
     assert load_watch.module.deepspeed_load_checkpoint is not stock
     watches.pop()
     assert load_watch.module.deepspeed_load_checkpoint is stock
+
+
+@pytest.mark.parametrize(
+    ("fixture", "saved", "degrees", "said"),
+    [
+        ("corpus/tp_z2_w4", "4 ranks (2 tensor-parallel)", Degrees(4), "--tp 4 -o {}-tp4-w4"),
+        ("corpus/tp_z2_w4", "4 ranks (2 tensor-parallel)", Degrees(), "--stage 2 -o {}-w4"),
+        (
+            "corpus/moe_s2",
+            "2 ranks (experts on 2)",
+            Degrees(expert_ranks=(1,)),
+            "--ep 1 -o {}-ep1-",
+        ),
+        (
+            "corpus/moe_s2",
+            "2 ranks (experts on 2)",
+            Degrees(expert_ranks=(1, 2)),
+            "the same ep_size",
+        ),
+        ("corpus/pp_z1bf", "2 ranks (2 pipeline stages)", Degrees(), "--stage 2 -o {}-z2-w4"),
+        (
+            "corpus/pp_z1bf",
+            "2 ranks (2 pipeline stages)",
+            Degrees(stages=4),
+            "ckpt to-universal {})",
+        ),
+        ("zero2-fp32-w2", "2 ranks", Degrees(2), "--tp 2 -o {}-tp2-w4 --tp-rules FILE"),
+    ],
+)
+def test_other_degrees_are_said_with_the_command(
+    fixture: str, saved: str, degrees: Degrees, said: str
+) -> None:
+    folder = FIXTURES / fixture
+    source = ResumePoint.of(open_checkpoint(folder))
+    layout = Layout(Topology(2, 4, degrees), {})
+    assert not source.topology.loads_as(layout.topology)
+    sentence = str(topology.refusal(source, layout))
+    assert f"{folder} is of {saved} with ZeRO stage" in sentence
+    assert said.format(folder) in sentence
+    same = replace(source.topology.degrees, expert_ranks=None)
+    assert source.topology.loads_as(
+        Topology(source.topology.stage, source.topology.world_size, same)
+    )
+
+
+@pytest.mark.parametrize("is_rewritten", [True, False])
+def test_degrees_that_it_was_written_for_are_no_difference(is_rewritten: bool) -> None:
+    """Nor are the local experts of the first rank, and the settings that say the degrees."""
+
+    def record(size: int) -> dict[str, Any]:
+        names = [f"experts.deepspeed_experts.{number}.w" for number in range(4 // size)]
+        return {
+            "topology": {"world_size": 4, "zero_stage": 2, "expert_parallel": size},
+            "parameters": pack([Parameter(name, (2, 2)) for name in names]),
+            "config": {"expert_parallel": {"enabled": True, "autoep_size": size}},
+        }
+
+    request = LoadOptions(other_ranks=is_rewritten)
+    found = {change.effect for change in changes(record(2), record(4), request)}
+    assert found == ({"yours"} if is_rewritten else {"wrong", "refused"})

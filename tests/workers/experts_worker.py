@@ -1,9 +1,11 @@
 """One rank of trainings with experts by stock DeepSpeed: DeepSpeed-MoE and AutoEP.
 
 experts_worker.py JOBS   each {"model", "out", "stage", "sizes"} and perhaps
-    "source"   the checkpoint that it goes on from
+    "source"   the checkpoint that it goes on from, "universal" one or not
+    "reshard"  that of ckpt.resume, which loads it then
     "again"    where it is saved as soon as it is loaded
     "half"     where it is saved after half of its steps
+    "seed"     of its first weights
 
 "sizes" are the expert ranks of each layer; of AutoEP one number. Trains in fp32 on the same global
 batches whatever the ranks, and writes OUT/losses.json.
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from ending import run_jobs
+from parallel_worker import load
 from split_worker import SIZE, Expert
 from torch import nn
 
@@ -95,7 +98,10 @@ def engine_of(job: dict[str, Any]) -> Any:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    torch.manual_seed(1234)
+    if job.get("universal"):
+        config["checkpoint"] = {"load_universal": True}
+    seed = job.get("seed", 1234)
+    torch.manual_seed(seed)
     if job["model"] == "stacked":
         config["expert_parallel"] = {
             "enabled": True,
@@ -108,7 +114,7 @@ def engine_of(job: dict[str, Any]) -> Any:
 
     model = Experts(job["sizes"])
     for number, size in enumerate(job["sizes"]):
-        torch.manual_seed(50 + rank % size)
+        torch.manual_seed(seed + 50 + rank % size)
         for name, param in model.named_parameters():
             if f"blocks.{number}.deepspeed_moe.experts" in name:
                 nn.init.normal_(param.data, std=0.3)
@@ -147,8 +153,7 @@ def losses_of(engine: Any, job: dict[str, Any]) -> list[float]:
 def train(job: dict[str, Any]) -> None:
     engine, out = engine_of(job), Path(job["out"])
     if "source" in job:
-        path, _ = engine.load_checkpoint(job["source"])
-        assert path is not None
+        load(engine, job)
         engine.save_checkpoint(job["again"])
     losses: list[float] = []
     if "half" in job:

@@ -4,7 +4,10 @@ parallel_worker.py JOBS   each {"model", "out", "stage", "steps"} and perhaps
     "tp"         tensor-parallel ranks (AutoTP)
     "pp"         stages; of the model "pipeline" alone. 0: the engine of a plain module
     "source"     the checkpoint that it goes on from, "universal" one or not
+    "reshard"    that of ckpt.resume, which loads it then
     "again"      where it is saved as soon as it is loaded
+    "half"       where it is saved after half of its steps
+    "seed"       of its first weights
 
 Trains on the same global batches whatever the ranks, saves to OUT and writes OUT/losses.json.
 """
@@ -18,6 +21,8 @@ from typing import Any
 import torch
 from ending import run_jobs
 from torch import nn
+
+import ckpt
 
 GLOBAL_BATCH = 12  # sequences
 WORDS, HIDDEN = 32, 16
@@ -143,7 +148,7 @@ def config_of(job: dict[str, Any]) -> dict[str, Any]:
 def model_of(job: dict[str, Any]) -> nn.Module:
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
-    torch.manual_seed(1234)
+    torch.manual_seed(job.get("seed", 1234))
     if job["model"] == "fused":
         return Fused()
     if not job.get("pp"):
@@ -184,6 +189,16 @@ def losses_of(engine: Any, job: dict[str, Any]) -> list[float]:
     return losses
 
 
+def load(engine: Any, job: dict[str, Any]) -> None:
+    """Loads the source of a job, by DeepSpeed or by ckpt."""
+    if "reshard" in job:
+        step = ckpt.resume(engine, job["source"], reshard=job["reshard"])
+        assert step == engine.global_steps > 0
+        return
+    path, _ = engine.load_checkpoint(job["source"])
+    assert path is not None
+
+
 def train(job: dict[str, Any]) -> None:
     import deepspeed
 
@@ -196,11 +211,15 @@ def train(job: dict[str, Any]) -> None:
         config={**config, "optimizer": optimizer},
     )
     if "source" in job:
-        path, _ = engine.load_checkpoint(job["source"])
-        assert path is not None
+        load(engine, job)
     if "again" in job:
         engine.save_checkpoint(job["again"])
-    losses = losses_of(engine, job)
+    losses: list[float] = []
+    if "half" in job:
+        job["steps"] //= 2
+        losses += losses_of(engine, job)
+        engine.save_checkpoint(job["half"])
+    losses += losses_of(engine, job)
     engine.save_checkpoint(str(out))
     if torch.distributed.get_rank() == 0:
         (out / "losses.json").write_text(json.dumps(losses))

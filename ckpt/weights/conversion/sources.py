@@ -53,19 +53,31 @@ def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
             "writes them as they are)",
             "refused",
         )
-    if detected.kind.name in (UNIVERSAL, *PARALLEL):
+    if detected.kind.name == UNIVERSAL:
         raise CheckpointError(
             f"{checkpoint} {detected.statement}, which is read for its fp32 weights; "
             f"leave {WEIGHTS('16bit')} out ({DTYPE('bf16')} rounds them)",
             "refused",
         )
 
-    from converters.zero import weights_16bit
-
-    half = weights_16bit.read(checkpoint, tag)
+    half = _computed(checkpoint, tag, request, detected.kind.name in PARALLEL)
     if not request.merge:
         return half
     return replace(half, weights=replace(half.weights, copies={}))
+
+
+def _computed(checkpoint: Path, tag: str | None, request: Request, is_parallel: bool) -> Source:
+    """The weights that the model computes with; ``is_parallel``: of more than ZeRO."""
+    from converters.zero import weights_16bit
+
+    if not is_parallel:
+        return weights_16bit.read(checkpoint, tag)
+
+    from converters.zero.model_ranks import computed_weights
+    from converters.zero.parallel import rules
+
+    with rules.using(request.tp_rules):
+        return computed_weights.of(detection.read(checkpoint, tag))
 
 
 def _without_vocabulary_padding(source: Source, request: Request) -> Source:

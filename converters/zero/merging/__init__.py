@@ -4,11 +4,12 @@ checkpoint       what a checkpoint holds, as trees that can be written again: me
 roots            entries of state files that tell of parallelism, as ZeRO alone would have them
 agreement        what model-parallel ranks keep alike of a param group
 tensor_parallel  the shards of all tensor-parallel ranks, param group by param group
-pipeline         the same of all stages
+pipeline         the same of all stages;  pipeline_lanes  of stages that are tensor parallel
 tensor_ranks     the whole model cut for tensor-parallel ranks again
 mics             the first shard group of MiCS
 experts          the model with the experts of all expert ranks, and without any
 expert_ranks     the param groups as each expert rank has them;  whole_groups  with all experts
+saved_degrees    how many ranks of each kind, without reading more than that takes
 universal_entries  what universal files say of how parameters are cut
 reader           which of these a path is
 """

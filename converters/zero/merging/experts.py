@@ -19,7 +19,7 @@ from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.experts.expert_files import NATIVE
 from converters.zero.files import several_models
 from converters.zero.files.state_files import State
-from converters.zero.merging import expert_ranks, whole_groups
+from converters.zero.merging import expert_ranks, universal_entries, whole_groups
 from converters.zero.merging.checkpoint import MergedCheckpoint, whole_model
 from converters.zero.merging.expert_ranks import ExpertStates
 from converters.zero.model_ranks import folder_files
@@ -68,6 +68,7 @@ def read(path: Path, tag: str | None = None) -> ExpertsCheckpoint:
     dense = _checkpoint(source, states, _selected(weights, dense_names), dense_groups)
     whole_checkpoint = _checkpoint(source, states, weights, joined)
     values = {name: getattr(whole_checkpoint, name) for name in _field_names(MergedCheckpoint)}
+    values["universal_entries"] = universal_entries.of_stacks(states.layers)
 
     return ExpertsCheckpoint(
         **values,

@@ -28,10 +28,6 @@ _NUMBERED = (
     "is of a pipeline without ZeRO, whose optimizer numbers the parameters of each stage: it loads "
     "on as many stages only; ckpt to-fp32 takes its weights"
 )
-_FURTHER = (
-    "is of a pipeline whose stages are cut further; its states are not written for other ranks "
-    "yet, and ckpt to-fp32 takes its weights"
-)
 
 
 def merged(source: PipelineCheckpoint) -> MergedCheckpoint:
@@ -137,5 +133,4 @@ def require_partitions(source: Source) -> PipelineCheckpoint:
     """The source, if its stages have partitions to cut up; else ``CheckpointError``."""
     if isinstance(source, PipelineCheckpoint):
         return source
-    reason = _FURTHER if source.stage else _NUMBERED
-    raise CheckpointError(f"{source.place.folder} {reason}", "unsupported")
+    raise CheckpointError(f"{source.place.folder} {_NUMBERED}", "unsupported")

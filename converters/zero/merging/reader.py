@@ -40,11 +40,10 @@ def read(path: Name, tag: str | None = None) -> Checkpoint:
             return tensor_parallel.merged(source)
 
         if kind == PIPELINE:
-            from converters.zero.merging import pipeline
+            from converters.zero.merging import pipeline_lanes
             from converters.zero.pipeline import reader as pipeline_reader
 
-            stages = pipeline_reader.read(location, tag, complete=True)
-            return pipeline.merged(pipeline.require_partitions(stages))
+            return pipeline_lanes.merged(pipeline_reader.read(location, tag, complete=True))
 
     try:
         checkpoint = zero.read(location, tag)

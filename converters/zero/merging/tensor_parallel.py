@@ -6,7 +6,7 @@ nothing of a parameter does not have its name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from converters.errors import CheckpointError, MalformedError
@@ -54,7 +54,7 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
         names=first.names,
         source=source,
         groups=groups,
-        universal_entries=_universal_entries(source),
+        universal_entries=universal_entries_of(source, first.model.root),
         model_paths=tuple(model_paths(first)),
     )
 
@@ -70,7 +70,6 @@ def lanes_of(source: TensorParallelCheckpoint) -> list[Checkpoint]:
 def _require(source: TensorParallelCheckpoint) -> None:
     """Raises for states that are not written for other ranks."""
     first = lanes_of(source)[0]
-    averages = [name for name, layout in source.cuts.items() if layout.averages]
     if not first.ranks:
         reason = (
             "was saved by tensor-parallel ranks without ZeRO, whose optimizer has no partitions to "
@@ -81,15 +80,22 @@ def _require(source: TensorParallelCheckpoint) -> None:
             "was trained by Muon with tensor parallelism, which orthogonalizes shards: a training "
             "without would not go on in the same way"
         )
-    elif averages:
-        reason = (
-            f"has other values of {averages[0]} on each tensor-parallel rank, and an optimizer for "
-            "each of them; a single one cannot be made of those"
-        )
     else:
+        require_no_averages(source)
         return
 
     raise CheckpointError(f"{source.place.folder} {reason}", "unsupported")
+
+
+def require_no_averages(source: TensorParallelCheckpoint) -> None:
+    """Raises where ranks have values of their own of a parameter."""
+    averages = [name for name, layout in source.cuts.items() if layout.averages]
+    if averages:
+        raise CheckpointError(
+            f"{source.place.folder} has other values of {averages[0]} on each tensor-parallel "
+            "rank, and an optimizer for each of them; a single one cannot be made of those",
+            "unsupported",
+        )
 
 
 def _groups(source: TensorParallelCheckpoint) -> Iterator[ParamGroup]:
@@ -99,14 +105,14 @@ def _groups(source: TensorParallelCheckpoint) -> Iterator[ParamGroup]:
     agreement.require_same_count(paths, groups_by_rank)
     for index, groups in enumerate(zip(*groups_by_rank, strict=True)):
         agreement.require_same_settings(index, paths, groups)
-        yield _group(source, groups)
+        yield group_of(source, groups)
 
 
 def _groups_of(lane: Checkpoint) -> list[ParamGroup]:
     return param_groups.read(lane, object_graph.read_root(lane.ranks[0].path))
 
 
-def _group(source: TensorParallelCheckpoint, groups: Sequence[ParamGroup]) -> ParamGroup:
+def group_of(source: TensorParallelCheckpoint, groups: Sequence[ParamGroup]) -> ParamGroup:
     """One param group, from what each rank has of it."""
     first = groups[0]
     names = _names(source, groups)
@@ -155,9 +161,11 @@ def _tensor(
         ) from error
 
 
-def _universal_entries(source: TensorParallelCheckpoint) -> dict[str, dict[str, Any]]:
-    """What universal files say of the parameters."""
-    info = lanes_of(source)[0].model.root.get(roots.INFO)
+def universal_entries_of(
+    source: TensorParallelCheckpoint, root: Mapping[Any, Any]
+) -> dict[str, dict[str, Any]]:
+    """What universal files say of the parameters; ``root`` is that of a model file."""
+    info = root.get(roots.INFO)
     records = info if isinstance(info, dict) else {}
     return {
         name: universal_entries.entries_of(name, layout, patterns.is_vocabulary(records, name))

@@ -15,7 +15,7 @@ from converters import words
 from converters.detect.deepspeed import PIPELINE
 from converters.errors import CheckpointError, MalformedError
 from converters.options import TP, TP_RULES
-from converters.tensors import TensorRef
+from converters.tensors import Listed, TensorRef
 from converters.zero import muon
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.state_files import State
@@ -28,7 +28,15 @@ from converters.zero.merging.checkpoint import (
     whole_model,
 )
 from converters.zero.merging.tensor_parallel import lanes_of
-from converters.zero.parallel import affine_map, cut_table, cuts, degrees, patterns, rules
+from converters.zero.parallel import (
+    affine_map,
+    cut_table,
+    cuts,
+    degrees,
+    engine_cuts,
+    patterns,
+    rules,
+)
 from converters.zero.parallel.cuts import Cut
 from converters.zero.parallel.merged_source import TensorParallelCheckpoint
 from converters.zero.param_groups import WEIGHTS, ParamGroup
@@ -60,8 +68,13 @@ class TensorRanks:
 
         layouts: dict[str, Cut] = {}
         unknown: dict[str, str] = {}
-        for name in checkpoint.weights.tensors:
-            layout = _layout(checkpoint, name, recorded.get(name), saved_count, rank_count)
+        engine_table = engine_cuts.table_for(checkpoint.model, rank_count)
+        for name, tensor in checkpoint.weights.tensors.items():
+            layout = None
+            if engine_table is not None and name not in checkpoint.weights.buffers:
+                layout = engine_cuts.cut(engine_table, name, tensor.shape)
+            if layout is None:
+                layout = _layout(checkpoint, name, recorded.get(name), saved_count, rank_count)
             if layout is None:
                 unknown[name] = words.shape(checkpoint.weights.tensors[name].shape)
             else:
@@ -82,9 +95,16 @@ class TensorRanks:
         def shard(name: str, tensor: TensorRef) -> TensorRef:
             return degrees.shard(self.layouts[name], rank, tensor)
 
+        tensors = {name: shard(name, ref) for name, ref in checkpoint.weights.tensors.items()}
+        without_elements = {name for name, ref in tensors.items() if not ref.numel}
+        for name in without_elements:  # no optimizer has them: they are of the module's type
+            value = checkpoint.model.module.get(name)
+            if isinstance(value, TensorRef):
+                tensors[name] = TensorRef(value.dtype, tensors[name].shape, Listed())
         weights = replace(
             checkpoint.weights,
-            tensors={name: shard(name, ref) for name, ref in checkpoint.weights.tensors.items()},
+            tensors=tensors,
+            frozen=checkpoint.weights.frozen | without_elements - checkpoint.weights.buffers,
             copies={name: shard(name, ref) for name, ref in checkpoint.weights.copies.items()},
         )
         groups = tuple(_group(group, shard) for group in groups_of(checkpoint))
@@ -172,10 +192,11 @@ def _layout(
 
 
 def _group(group: ParamGroup, shard: Callable[[str, TensorRef], TensorRef]) -> ParamGroup:
-    """What a rank has of a param group."""
+    """What a rank has of a param group: DeepSpeed leaves out what the rank has nothing of."""
+    shards = {name: shard(name, group.values[WEIGHTS][name]) for name in group.shapes}
+    shapes = {name: tensor.shape for name, tensor in shards.items() if tensor.numel}
     values = {
-        key: {name: shard(name, tensor) for name, tensor in tensors.items()}
+        key: {name: shard(name, tensor) for name, tensor in tensors.items() if name in shapes}
         for key, tensors in group.values.items()
     }
-    shapes = {name: values[WEIGHTS][name].shape for name in group.shapes}
     return replace(group, shapes=shapes, values=values)

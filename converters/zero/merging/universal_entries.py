@@ -1,4 +1,4 @@
-"""What a file of the universal format says of how its parameter is cut for tensor parallelism.
+"""What a file of the universal format says of how its parameter is cut up.
 
 Engines of AutoTP know that themselves. Others cut the tensor by these entries, whatever their
 number of ranks:
@@ -8,15 +8,18 @@ number of ranks:
     sub_param_shape      the same of sub-parameters of other sizes
     vocab_tensor         rows of zeros are appended where the engine's vocabulary has more
 
+A stack of AutoEP's experts says that it is one (``is_expert_param``), and of how many.
+
 Source: ``load_hp_checkpoint_state`` of DeepSpeed 0.19.8 ``checkpoint/universal_checkpoint.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from converters.pickles.values import Call, Global
+from converters.zero.experts.auto_ep import AutoEPLayer
 from converters.zero.parallel import degrees
 from converters.zero.parallel.cuts import Cut, Shape
 from converters.zero.parallel.degrees import SubParameters
@@ -49,3 +52,12 @@ def _sub_parameters(name: str, shape: Shape, parts: SubParameters) -> Call:
         "partition_dim": parts.axis,
     }
     return Call(_SUB_PARAMETERS, (), fields, new=True)
+
+
+def of_stacks(layers: Sequence[AutoEPLayer]) -> dict[str, dict[str, Any]]:
+    """The entries of the stacks of experts, by name."""
+    return {
+        name: {"is_expert_param": True, "ep_num_experts": layer.count}
+        for layer in layers
+        for name in layer.names
+    }

@@ -7,6 +7,7 @@ affine_map       cuts out of DeepSpeed's affine map
 patterns         cuts out of its lists of patterns
 rules            cuts out of a file of the user's;  shipped_rules  those of some frameworks
 degrees          the same cuts for another number of ranks
+engine_cuts      the cuts of the engine that will load what is written
 cut_table        which of these says how a parameter is cut
 merged_weights   the shards of all ranks as the weights of the model
 vocabulary       rows that pad a vocabulary

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from converters import words
 from converters.errors import MalformedError
-from converters.tensors import TensorRef
+from converters.tensors import Listed, TensorRef
 from converters.zero.parallel import cuts
 from converters.zero.parallel.cuts import Cut, Shape
 
@@ -97,4 +97,6 @@ def shard(layout: Cut, rank: int, tensor: TensorRef) -> TensorRef:
         for piece in layout.pieces
         if piece.rank == rank
     ]
+    if not boxes:  # as of key heads, of which there are fewer than ranks
+        return TensorRef(tensor.dtype, layout.shard_shapes[rank], Listed())
     return TensorRef.tile(layout.shard_shapes[rank], boxes)

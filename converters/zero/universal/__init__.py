@@ -5,6 +5,7 @@ source             the same as a ``Source``, for ``detect``
 model_files        which lie there;  merged_models  those of several model-parallel ranks as one
 parameter_folders  the files of a parameter
 group_layouts      whose parameters the param groups are, and in what order
+expert_models      what its files say of AutoEP's experts
 plan               to the format and back, as plans of files
 proof              the files read again and compared with the source
 """

@@ -25,12 +25,13 @@ from converters.torch_files import file_plan, object_graph
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.typed import Section
 from converters.zero.merging import checkpoint as merged
+from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.naming import storage_views
 from converters.zero.native import model_files, optimizer_files, reshard
 from converters.zero.native.optimizer_files import SCALING, with_loss_scale
 from converters.zero.native.target import TargetTopology
 from converters.zero.param_groups import WEIGHTS, ParamGroup
-from converters.zero.universal import parameter_folders
+from converters.zero.universal import expert_models, parameter_folders
 from converters.zero.universal.parameter_folders import COMMON, MASTER, STEP
 from converters.zero.universal.reader import INFO, SUFFIX, Universal
 
@@ -105,8 +106,7 @@ def _to_universal(checkpoint: Checkpoint) -> Plan:
         )
 
     tree = merged.optimizer_root(checkpoint, 0)
-    groups = merged.groups_of(checkpoint)
-    groups = optimizer_files.in_optimizer_order(groups, checkpoint, whole_target)
+    groups = groups_of(checkpoint)
     if any(group.options is None for group in groups):
         raise CheckpointError(
             f"{checkpoint.place.folder} was saved with elastic_checkpoint, which keeps "
@@ -120,6 +120,15 @@ def _to_universal(checkpoint: Checkpoint) -> Plan:
     return file_plan.plan([file_plan.shard(f"{tag}/{name}", root) for name, root in files])
 
 
+def groups_of(checkpoint: Checkpoint) -> list[ParamGroup]:
+    """The param groups of the folder, in the optimizer's order."""
+    groups = merged.groups_of(checkpoint)
+    if isinstance(checkpoint, ExpertsCheckpoint):
+        expert_models.require_stacks(checkpoint)
+        groups = expert_models.without_ranks(groups)
+    return optimizer_files.in_optimizer_order(groups, checkpoint, stage12_target(checkpoint))
+
+
 def _universal_files(
     checkpoint: Checkpoint,
     tree: Any,
@@ -131,7 +140,10 @@ def _universal_files(
     models = merged.model_paths(checkpoint)
     targets = {"mp_rank_00": whole_target, "zero_pp_rank_0_mp_rank_00": stage_3_target}
     for name, target in targets.items():
-        root = next(iter(model_files.model_trees(checkpoint, models, groups, target)))
+        if isinstance(checkpoint, ExpertsCheckpoint):
+            root = expert_models.model_root(checkpoint, models, groups, target)
+        else:
+            root = next(iter(model_files.model_trees(checkpoint, models, groups, target)))
         yield f"{name}_model_states.pt", object_graph.replaced(root, {INFO: info(root)})
 
     yield f"zero/{COMMON}", common(checkpoint, tree, groups)

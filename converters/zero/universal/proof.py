@@ -21,6 +21,7 @@ from converters.zero import checkpoint, param_groups
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.typed import Section
 from converters.zero.merging import checkpoint as merged
+from converters.zero.merging.experts import ExpertsCheckpoint
 from converters.zero.native import model_files, optimizer_files, proof
 from converters.zero.native.optimizer_files import SCALING, with_loss_scale
 from converters.zero.native.proof import Provenance
@@ -31,10 +32,10 @@ from converters.zero.universal.plan import (
     LAYOUT,
     SHARDED,
     common,
+    groups_of,
     info,
     native_tag,
     parameter_files,
-    stage12_target,
     universal_tag,
 )
 from converters.zero.universal.reader import INFO, Universal
@@ -45,11 +46,11 @@ def to_universal(source: Checkpoint, plan: Plan, folder: Path) -> dict[str, int]
 
     ``CheckpointError`` names the first thing that is not.
     """
-    result = reader.read(folder / universal_tag(source))
+    has_experts = isinstance(source, ExpertsCheckpoint)
+    result = reader.read(folder / universal_tag(source), parallel=has_experts)
     inner = result.checkpoint.place.folder / "zero"
     tree = merged.optimizer_root(source, 0)
-    groups = merged.groups_of(source)
-    groups = optimizer_files.in_optimizer_order(groups, source, stage12_target(source))
+    groups = groups_of(source)
 
     provenance = Provenance(plan, folder)
     counts = _prove_same(provenance, source, groups, result.checkpoint, result.groups)
@@ -60,7 +61,10 @@ def to_universal(source: Checkpoint, plan: Plan, folder: Path) -> dict[str, int]
         result_root = object_graph.read(path).root
         proof.verify_metadata(provenance, {"it": root}, {"it": result_root}, set(), path)
 
-    source_root = dict(merged.model_root(source, source.model.path))
+    dense = source.dense if isinstance(source, ExpertsCheckpoint) else source
+    source_root = dict(merged.model_root(dense, source.model.path))
+    if has_experts:
+        source_root[INFO] = object_graph.read_root(source.model.path).get(INFO)
     source_root[INFO] = info(source_root)
     stage_12_path = result.models[0]
     stage_3_path = stage_12_path.with_name(f"zero_pp_rank_0_{stage_12_path.name}")

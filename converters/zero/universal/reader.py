@@ -153,6 +153,8 @@ def _read(
     saved_models, merged = model_files.read(place, parallel)
     models = [auto_ep.as_whole(model) for model in saved_models] if parallel else saved_models
     stacks = {name for layer in auto_ep.layers_of(saved_models[0]) for name in layer.names}
+    if stacks and not parallel:
+        raise _of_experts(place)
     zero.refuse_foreign(models)
     inner = place.folder / "zero"
     common, tree = _common(inner)
@@ -171,16 +173,7 @@ def _read(
         groups.append(group)
         files += group_files
 
-    trained = [name for group in groups for name in group.shapes]
-    module = models[0].module  # checked at each access
-    missing_names = [name for name in trained if name not in module and name not in stacks]
-    if missing_names and (module or merged is None):  # which stages of a pipeline leave empty
-        raise models[0].fail(
-            f"its state dict has no {missing_names[0]}, which is trained: it has other "
-            "names than the parameters, and the universal format says nothing of "
-            "these; use ckpt reshard on the checkpoint that this was made from"
-        )
-
+    _require_names(models[0], groups, stacks, merged is not None)
     further_files = merged.files[1:] if merged else ()
     sources = [*models, *further_files, *(State(file, {}) for file in files)]
     checkpoint = _checkpoint(place, models, rank, groups, sources)
@@ -190,6 +183,31 @@ def _read(
     model_paths = tuple(model.path for model in (*models, *further_files))
     model_ranks = 1 + len(further_files)
     return Universal(checkpoint, tuple(groups), tree, model_paths, layouts, model_ranks)
+
+
+def _require_names(
+    model: State, groups: Sequence[ParamGroup], stacks: set[str], may_be_empty: bool
+) -> None:
+    """Raises unless the state dict has what is trained; stages of a pipeline have none."""
+    module = model.module  # checked at each access
+    trained = [name for group in groups for name in group.shapes]
+    missing_names = [name for name in trained if name not in module and name not in stacks]
+    if missing_names and (module or not may_be_empty):
+        raise model.fail(
+            f"its state dict has no {missing_names[0]}, which is trained: it has other "
+            "names than the parameters, and the universal format says nothing of "
+            "these; use ckpt reshard on the checkpoint that this was made from"
+        )
+
+
+def _of_experts(place: discovery.Place) -> CheckpointError:
+    """That native files are not made of AutoEP's folders, and what goes on from them."""
+    return CheckpointError(
+        f"{place.folder} is of AutoEP (expert parallelism): engines of any number of expert ranks "
+        "load it with load_universal; native files are made of the checkpoint that it was made "
+        "from, by ckpt reshard",
+        "unsupported",
+    )
 
 
 def _common(inner: Path) -> tuple[TorchFile, dict[Any, Any]]:

@@ -1,0 +1,73 @@
+"""Pipelines of tensor-parallel stages (3D): each lane a pipeline of shards, all of them as one.
+
+    lane 0   stage 0: embed/0, 1/0   stage 1: 2/0, 3/0      param groups of the shards /0
+    lane 1   stage 0: embed/1, 1/1   stage 1: 2/1, 3/1      and of the shards /1
+    whole    embed, 1, 2, 3                                 shards joined as they were cut
+
+What only a layer file has (buffers) is that of the first lane, as every rank has it whole.
+"""
+
+from __future__ import annotations
+
+from converters.errors import CheckpointError
+from converters.source import Source
+from converters.zero.merging import agreement, pipeline, tensor_parallel
+from converters.zero.merging.checkpoint import MergedCheckpoint, whole_model
+from converters.zero.parallel.merged_source import TensorParallelCheckpoint
+from converters.zero.pipeline.stages import PipelineCheckpoint
+
+
+def merged(source: Source) -> MergedCheckpoint:
+    """The checkpoint of the whole model, of a pipeline with or without tensor parallelism.
+
+    ``CheckpointError`` for one without partitions, or whose ranks do not belong together.
+    """
+    if not isinstance(source, TensorParallelCheckpoint):
+        return pipeline.merged(pipeline.require_partitions(source))
+
+    tensor_parallel.require_no_averages(source)
+    lanes = [_lane(lane) for lane in source.lanes]
+    first = lanes[0]
+    groups_by_lane = [lane.groups for lane in lanes]
+    paths = [lane.ranks[0].path for lane in lanes]
+    agreement.require_same_count(paths, groups_by_lane)
+    groups = []
+    for index, lane_groups in enumerate(zip(*groups_by_lane, strict=True)):
+        agreement.require_same_settings(index, paths, lane_groups)
+        groups.append(tensor_parallel.group_of(source, lane_groups))
+
+    values = {**source.weights.tensors, **first.model.module}
+    model = whole_model(first.model, source.weights, groups, values, first.topology)
+    return MergedCheckpoint(
+        kind=source.kind,
+        place=source.place,
+        topology=first.topology,
+        precision=first.precision,
+        step=source.step,
+        version=source.version,
+        files=source.files,
+        weights=source.weights,
+        entries=source.entries,
+        notes=source.notes,
+        without_frozen=source.without_frozen,
+        model=model,
+        ranks=first.ranks,
+        source=source,
+        groups=tuple(groups),
+        universal_entries=tensor_parallel.universal_entries_of(source, source.entries),
+        model_paths=first.model_paths,
+        layer_nodes=first.layer_nodes,
+        changes=first.changes,
+    )
+
+
+def _lane(lane: Source) -> MergedCheckpoint:
+    """The pipeline of shards of one tensor-parallel rank."""
+    if not isinstance(lane, PipelineCheckpoint):
+        raise CheckpointError(
+            f"{lane.place.folder} is of tensor-parallel stages without ZeRO, whose optimizers "
+            "number the parameters of each stage: it loads on as many stages only; ckpt to-fp32 "
+            "takes its weights",
+            "unsupported",
+        )
+    return pipeline.merged(lane)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import FIXTURES, run
+from stock_checkpoints import with_model_of_another
 
 import ckpt
 from ckpt.runs.foreign import value_samples
@@ -20,16 +21,7 @@ SOURCE = FIXTURES / "trainer-zero2/checkpoint-2"
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """A stock checkpoint with the model file of another training: names and sizes are the same."""
-    folder = tmp_path / "out/checkpoint-2"
-    shutil.copytree(SOURCE, folder)
-    path = folder / "global_step2/mp_rank_00_model_states.pt"
-    content = torch.load(path, weights_only=False)
-    for tensor in content["module"].values():
-        if tensor.is_floating_point():
-            tensor.add_(0.25)
-    torch.save(content, path)
-    return folder
+    return with_model_of_another(tmp_path / "out/checkpoint-2")
 
 
 @pytest.mark.parametrize(

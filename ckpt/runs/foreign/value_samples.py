@@ -19,6 +19,7 @@ from converters.formats import gathered_16bit
 from converters.names.selection import proving
 from converters.source import Source
 from converters.storage.checksums import Ledger
+from converters.storage.store import is_url
 from converters.tensors import DType, TensorRef, Weights
 from converters.zero import weights_16bit
 from converters.zero.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ from converters.zero.files.discovery import is_tag_folder
 
 _PLACES = 64  # in a file, at most
 _MANY_PLACES = 2048  # where all bytes are read anyway: 3 MiB of a file
+_REMOTE_PLACES = 64  # in all files of a remote store together, or one in each
 _NUMBERS = 256  # that are compared in each place
 
 
@@ -88,10 +90,13 @@ def difference_in(checkpoint: Checkpoint) -> str | None:
     """That the model file of DeepSpeed holds other values than the states; ``None`` if not.
 
     Of each file half a million numbers are compared, at both ends and in the middle of every
-    run of bytes, so that no file of another save passes whose values are others.
+    run of bytes, so that no file of another save passes whose values are others. In a remote
+    store, where each look takes as long as a megabyte, a few are compared of each file.
     ``CheckpointError`` for a damaged record.
     """
-    return _difference(checkpoint.weights, _MANY_PLACES)
+    if not is_url(checkpoint.place.root):
+        return _difference(checkpoint.weights, _MANY_PLACES)
+    return _difference(checkpoint.weights, max(1, _REMOTE_PLACES // max(1, len(checkpoint.ranks))))
 
 
 def _difference(weights: Weights, places: int) -> str | None:

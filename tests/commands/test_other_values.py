@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import FIXTURES, run
-from stock_checkpoints import change_weights, trainers, with_model_of_another
+from stock_checkpoints import change_weights, of_engine, trainers, with_model_of_another
 
 import ckpt
 from ckpt.runs.foreign import value_samples
@@ -84,6 +84,14 @@ def test_whoever_changed_the_weights_commits_them_and_the_manifest_says_so(
         run(*command, mixed.parent)
         assert doubt in capsys.readouterr().out, command
     run("reshard", mixed, "--world-size", "1", "-o", tmp_path / "new")
+
+
+def test_a_save_dir_gets_no_manifest_that_could_say_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_engine(tmp_path / "out")
+    run("doctor", tmp_path / "out", "--adopt", "--one-save", code=1)
+    assert "is a save_dir with tags of its own" in capsys.readouterr().out
 
 
 def test_it_is_not_adopted(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,11 +115,12 @@ def _difference(weights: Weights, places: int) -> str | None:
 
 def remedy_of(source: Source, path: Path) -> str:
     """Why the values may differ, and what to do with a checkpoint that nobody committed."""
-    why, way = "these files are of different saves", ""
-    is_adoptable = isinstance(source, Checkpoint)
+    why = "these files are of different saves"
     if isinstance(source, Checkpoint):
         why = weights_16bit.disagreement(source)
-    if is_adoptable and signs.is_name(path.name) and not is_tag_folder(path):
+    way = ""
+    has_own_folder = signs.is_name(path.name) and not is_tag_folder(path)
+    if has_own_folder and isinstance(source, Checkpoint):
         way = (
             f", or, if you changed the weights yourself, ckpt doctor {path} --adopt --one-save "
             "commits it as it is"

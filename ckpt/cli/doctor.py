@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     "--one-save",
     is_flag=True,
     help="Say that all files of this checkpoint are of one save, where only their times speak "
-    "against it.",
+    "against it; with --adopt, where their values do, too.",
 )
 @dry_run_option("With --fix, --adopt or --one-save: say what would be done, and do nothing.")
 @JSON
@@ -64,7 +65,9 @@ def doctor(
 
     A checkpoint that was copied or downloaded in parts can look like a save over an older
     one that was interrupted. Where its values cannot tell, it counts as incomplete until
-    --one-save makes the file that is written last (trainer_state.json) the newest.
+    --one-save makes the file that is written last (trainer_state.json) the newest. Weights
+    that were clipped or averaged in the model are not those of the optimizer's states:
+    --adopt --one-save commits such a checkpoint as it is, and its manifest says so.
 
     \b
     ckpt doctor out
@@ -72,18 +75,20 @@ def doctor(
     ckpt doctor out --adopt
     ckpt doctor out/checkpoint-500 --adopt --now
     ckpt doctor out/checkpoint-500 --one-save
+    ckpt doctor out/checkpoint-500 --adopt --one-save
     """
     from ckpt.runs.states import listing
 
     if fix and adopt:
         raise click.UsageError("--adopt and --fix are two steps; adopt first.")
-    if one_save and (fix or adopt):
-        raise click.UsageError("--one-save is a step of its own; use it before the other one.")
+    if one_save and fix:
+        raise click.UsageError("--one-save is a step of its own; use it before --fix.")
     if is_quiet and not adopt:
         raise click.UsageError("--now is for --adopt, which waits for whoever may be writing.")
 
     if adopt:
-        planned.show(_adoption(path, wait=not is_quiet, dry_run=dry_run), as_json)
+        output = _adoption(path, wait=not is_quiet, dry_run=dry_run, one_save=one_save)
+        planned.show(output, as_json)
         return
 
     if one_save:
@@ -190,17 +195,22 @@ def _idle(path: Path, reasons: Sequence[str], statuses: Sequence[CheckpointStatu
     return absence or [f"ckpt: {path}: {reason}" for reason in reasons]
 
 
-def _adoption(path: Path, *, wait: bool, dry_run: bool) -> Output:
+def _adoption(path: Path, *, wait: bool, dry_run: bool, one_save: bool) -> Output:
     """Adopts the checkpoints at a path under two bars: one of checkpoints, one of bytes."""
     from ckpt.runs.states import listing
     from ckpt.runs.upkeep import adoption
 
-    checkpoints = listing.checkpoints_at(path)
+    if one_save:  # which is said of one checkpoint
+        checkpoints = [listing.checkpoint_at(path, "ckpt doctor --adopt --one-save")]
+    else:
+        checkpoints = listing.checkpoints_at(path)
     with planned.progress(len(checkpoints), path.name, "checkpoint") as advance:
-        surveyed = adoption.survey(checkpoints, wait, advance)
+        surveyed = adoption.survey(checkpoints, wait, advance, one_save)
     statuses = listing.ordered(listing.known(surveyed, path))
     with planned.progress(adoption.nbytes_of(statuses), path.name) as advance:
-        outcomes = adoption.adopt(statuses, dry_run, advance)
+        outcomes = adoption.adopt(statuses, dry_run, advance, one_save)
+    if one_save:  # which is said in vain where nothing can record it
+        outcomes = [replace(outcome, failed=not outcome.adopted) for outcome in outcomes]
 
     return _adopted(path, outcomes, dry_run)
 
@@ -226,6 +236,14 @@ def _unproven(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
     return [line]
 
 
+def _remarks(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
+    """Lines on what was not compared in an adopted checkpoint, and on what speaks against one
+    save."""
+    doubt = f"{outcome.doubt}; the manifest says that --one-save was given"
+    lines = [f"ckpt: {outcome.folder}: {doubt}"] if outcome.doubt is not None else []
+    return [*_unproven(outcome, dry_run), *lines]
+
+
 def _without_latest(path: Path, outcomes: Sequence[AdoptionOutcome]) -> list[str]:
     """A line on what comes next, where a run has committed checkpoints now and no ``latest``."""
     from ckpt.runs.run import Run
@@ -247,14 +265,18 @@ def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> 
     verb = "would adopt" if dry_run else "adopted"
     lines = [f"{verb}\t{outcome.folder}" for outcome in outcomes if outcome.adopted]
     lines += [f"not adopted\t{outcome.reason}" for outcome in outcomes if outcome.failed]
-    foreign = [outcome.status for outcome in outcomes if not outcome.status.adoptable]
+    foreign = [
+        outcome.status
+        for outcome in outcomes
+        if not outcome.failed and not outcome.status.adoptable
+    ]
     notes = [f"ckpt: {path}: {line}" for line in adoption_hint(foreign, path)]
     notes += [
         f"ckpt: {outcome.reason}"
         for outcome in outcomes
         if not (outcome.adopted or outcome.failed or outcome.status.complete)
     ]
-    notes += [line for outcome in outcomes for line in _unproven(outcome, dry_run)]
+    notes += [line for outcome in outcomes for line in _remarks(outcome, dry_run)]
     notes += [] if dry_run else _without_latest(path, outcomes)
     idle = [] if outcomes else ["every checkpoint has its manifest"]
     entries = tuple(
@@ -265,6 +287,7 @@ def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> 
             written_by=outcome.status.writer,
             reason=outcome.reason,
             no_checksum_bytes=sum(entry.nbytes for entry in outcome.bare),
+            doubt=outcome.doubt,
         )
         for outcome in outcomes
     )

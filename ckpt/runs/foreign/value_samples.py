@@ -13,16 +13,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ckpt.runs.foreign import signs
 from converters.errors import CheckpointError
 from converters.formats import gathered_16bit
 from converters.names.selection import proving
 from converters.source import Source
 from converters.storage.checksums import Ledger
+from converters.storage.store import is_url
 from converters.tensors import DType, TensorRef, Weights
+from converters.tiles import Tiled
+from converters.zero import weights_16bit
 from converters.zero.checkpoint import Checkpoint
+from converters.zero.files.discovery import is_tag_folder
 
 _PLACES = 64  # in a file, at most
 _MANY_PLACES = 2048  # where all bytes are read anyway: 3 MiB of a file
+_REMOTE_PLACES = 64  # in all files of a remote store together, or one in each
+_TILED_PLACES = 16  # in a tensor that model-parallel ranks share
 _NUMBERS = 256  # that are compared in each place
 
 
@@ -64,22 +71,61 @@ def compare(source: Source) -> SampleComparison:
 def require_same(source: Source, remedy: str) -> None:
     """``CheckpointError`` where the model file of DeepSpeed holds other values than the states.
 
-    Of each file half a million numbers are compared, at both ends and in the middle of every
-    run of bytes, so that no file of another save passes whose values are others. ``remedy``
-    says what to do; a damaged record is told as that.
+    ``remedy`` says what to do.
     """
-    weights = source.weights
-    contradiction = _compared(weights, _MANY_PLACES).contradiction
+    if (difference := difference_in(source)) is not None:
+        raise CheckpointError(f"{difference}: {remedy}")
+
+
+def require_alike(source: Source, path: Path) -> None:
+    """The same by a few thousand numbers of each file, which a look at a checkpoint can read.
+
+    ``path`` is the checkpoint as it is called, which the remedy names.
+    """
+    if (difference := _difference(source.weights, _PLACES)) is not None:
+        raise CheckpointError(f"{difference}: {remedy_of(source, path)}")
+
+
+def difference_in(source: Source) -> str | None:
+    """That the model file of DeepSpeed holds other values than the states; ``None`` if not.
+
+    Of each file half a million numbers are compared, at both ends and in the middle of every
+    run of bytes, so that no file of another save passes whose values are others. In a remote
+    store, where each look takes as long as a megabyte, a few are compared of each file.
+    ``CheckpointError`` for a damaged record.
+    """
+    is_remote = is_url(source.place.root)
+    remote_places = max(1, _REMOTE_PLACES // source.world_size)
+    return _difference(source.weights, remote_places if is_remote else _MANY_PLACES)
+
+
+def _difference(weights: Weights, places: int) -> str | None:
+    contradiction = _compared(weights, places).contradiction
     if contradiction is None:
-        return
+        return None
 
     name, value_path, copy_path = contradiction
     refs = (weights.tensors[name], weights.copies[name])
     Ledger().check(proving(refs, weights.checksums))
-    raise CheckpointError(
+    return (
         f"{copy_path} holds other values of {name} than {value_path}, whose weights do not round "
-        f"to them: {remedy}"
+        "to them"
     )
+
+
+def remedy_of(source: Source, path: Path) -> str:
+    """Why the values may differ, and what to do with a checkpoint that nobody committed."""
+    why = "these files are of different saves"
+    if isinstance(source, Checkpoint):
+        why = weights_16bit.disagreement(source)
+    way = ""
+    has_own_folder = signs.is_name(path.name) and not is_tag_folder(path)
+    if has_own_folder and isinstance(source, Checkpoint):
+        way = (
+            f", or, if you changed the weights yourself, ckpt doctor {path} --adopt --one-save "
+            "commits it as it is"
+        )
+    return f"{why}; bring back the files of one save{way}"
 
 
 def compare_beside(checkpoint: Checkpoint) -> SampleComparison:
@@ -144,6 +190,9 @@ def _at_each_run(name: str, value: TensorRef, copy: TensorRef) -> Iterator[_Samp
     rank's, as a rule."""
     if value.extents.scattered or copy.extents.scattered or not value.dtype.floating:
         return
+    if isinstance(value.extents, Tiled):
+        yield from _all_over(name, value, copy)
+        return
 
     start = 0
     for extent in value.extents:
@@ -154,3 +203,11 @@ def _at_each_run(name: str, value: TensorRef, copy: TensorRef) -> Iterator[_Samp
             part = (start + offset, count)
             yield _Sample(name, value.narrow(*part), copy.narrow(*part))
         start += length
+
+
+def _all_over(name: str, value: TensorRef, copy: TensorRef) -> Iterator[_Sample]:
+    """Numbers in places all over a tensor of shards, whose rows would be a run each."""
+    count = min(value.numel, _NUMBERS)
+    last = value.numel - count
+    for start in sorted({last * place // _TILED_PLACES for place in range(_TILED_PLACES + 1)}):
+        yield _Sample(name, value.narrow(start, count), copy.narrow(start, count))

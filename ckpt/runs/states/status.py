@@ -21,8 +21,8 @@ from ckpt.folders.filenames import PINNED
 from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import RunCheckpoint, require_read
 from ckpt.runs.digests import Progress, quiet
-from ckpt.runs.foreign import liveness
-from ckpt.runs.foreign.completeness import prove
+from ckpt.runs.foreign import liveness, signs
+from ckpt.runs.foreign.completeness import has_tag, prove
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.foreign.proofs import MODEL, Proof
 from ckpt.runs.states import save_dirs
@@ -179,20 +179,26 @@ def status_of(checkpoint: RunCheckpoint) -> CheckpointStatus:
 
 
 def statuses_of(
-    checkpoints: Sequence[RunCheckpoint], wait: bool = True, progress: Progress = quiet
+    checkpoints: Sequence[RunCheckpoint],
+    wait: bool = True,
+    progress: Progress = quiet,
+    is_one_save: bool = False,
 ) -> list[CheckpointStatus]:
     """The states of checkpoints, in their order.
 
-    Reads the headers of those without a manifest. Where files of one changed within the
-    last minute it waits 1.5 seconds, once for all, and looks again; not without ``wait``,
-    which is for whoever knows that nobody writes there. ``progress`` gets 1 for each
-    checkpoint. ``CheckpointError`` if the disk or network fails.
+    Reads the headers of those without a manifest, and a sample of the values of the newest of
+    these. Where files of one changed within the last minute it waits 1.5 seconds, once for all,
+    and looks again; not without ``wait``, which is for whoever knows that nobody writes there.
+    With ``is_one_save`` somebody has said that all files of each are of one save, whatever
+    values and times say. ``progress`` gets 1 for each checkpoint. ``CheckpointError`` if the
+    disk or network fails.
     """
-    uncommitted = [entry.folder for entry in checkpoints if entry.why == manifests.ABSENT]
-    watch = liveness.Watch(uncommitted if wait else ())
+    uncommitted = [entry for entry in checkpoints if entry.why == manifests.ABSENT]
+    watch = liveness.Watch([entry.folder for entry in uncommitted] if wait else ())
+    newest = _newest(uncommitted)
     statuses = []
     for checkpoint in checkpoints:
-        statuses.append(_status(checkpoint))
+        statuses.append(_status(checkpoint, is_one_save, checkpoint is newest))
         progress(1)
 
     changes = watch.changes()
@@ -205,7 +211,36 @@ def statuses_of(
     ]
 
 
-def _status(checkpoint: RunCheckpoint) -> CheckpointStatus:
+def _newest(checkpoints: Sequence[RunCheckpoint]) -> RunCheckpoint | None:
+    """The newest one with DeepSpeed's files, by the step and time that folders say, if any has.
+
+    Of one step that which a training saved comes before what was made of it.
+    """
+
+    def rank(checkpoint: RunCheckpoint) -> tuple[int, bool, float]:
+        number = signs.number_in(checkpoint.name) if checkpoint.step is None else checkpoint.step
+        is_saved = checkpoint.source is None
+        return -1 if number is None else number, is_saved, _changed_at(checkpoint.folder)
+
+    newest_first = sorted(checkpoints, key=rank, reverse=True)
+    return next((entry for entry in newest_first if _has_states(entry.folder)), None)
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0  # it vanished while we looked
+
+
+def _has_states(path: Path) -> bool:
+    try:
+        return path.is_dir() and has_tag(path)
+    except OSError:
+        return False
+
+
+def _status(checkpoint: RunCheckpoint, is_one_save: bool, is_newest: bool) -> CheckpointStatus:
     """The state of a checkpoint, by what lies there at this moment."""
     if checkpoint.committed:
         return CheckpointStatus(checkpoint, CheckpointState.COMMITTED)
@@ -215,8 +250,9 @@ def _status(checkpoint: RunCheckpoint) -> CheckpointStatus:
     folder = checkpoint.folder
     try:
         liveness.require_not_deleted(folder)
-        proof = prove(folder)
-        require_one_save(folder, proof.tag)
+        proof = prove(folder, compares_values=is_newest and not is_one_save)
+        if not is_one_save:
+            require_one_save(folder, proof.tag)
     except CheckpointError as error:
         require_read(error)
         is_unknown = error.kind == "unsupported"

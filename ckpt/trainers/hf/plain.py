@@ -50,10 +50,7 @@ def write_companions(engine: PlainEngine, processing: Any, folder: Path) -> None
 
     So what is converted from the checkpoint is a model that loads.
     """
-    module = engine.module
-    if type(module).__name__ == "FullyShardedDataParallel":
-        module = module.module
-
+    module = sharding.unwrapped(engine.module)
     if hasattr(module, "peft_config"):
         adapter.save_config(module, folder)
     else:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -32,7 +33,7 @@ from typing import Any, Literal, cast
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ckpt.distributed.ranks import RankGroup
+from ckpt.distributed.ranks import RankGroup, alive
 from ckpt.engine.view import EngineView, TrainingEngine, uses_node_local_storage
 from ckpt.folders import locks
 from ckpt.plain_torch import files as plain_files
@@ -248,7 +249,9 @@ class CommittedCheckpoints(MappedCheckpoints):
             measure = partial(disk_space.state_bytes, engine, self.args)
             run_folder.require_room(ranks, save.folder, measure, self._weight_bytes)
             inner_folder = save.folder / name
-            with ranks.step():
+            # without DeepSpeed rank 0 may write alone, for as long as it takes
+            is_plain = isinstance(engine, PlainEngine)
+            with ranks.step(), alive(ranks) if is_plain else nullcontext():
                 self._save_as_ever(save, inner_folder, model, trial)
                 name_best(self.state, self.args, inner_folder, final)
                 if run_folder.needs_sync:

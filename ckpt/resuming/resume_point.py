@@ -114,10 +114,16 @@ class ResumePoint:
                 "refused",
             )
 
+        if manifest.tag is None:
+            raise CheckpointError(
+                f"{run_checkpoint.folder} was saved without DeepSpeed, which cannot load it; go on "
+                "with the trainer that saved it, or begin a new training from its weights",
+                "unsupported",
+            )
+
         data = (run_checkpoint.folder / filenames.MANIFEST).read_bytes()
         topology = Topology(manifest.stage or 0, manifest.world_size)
         digest = sha256(data).hexdigest()[:12]
-        assert manifest.tag is not None
         record = (manifest.progress, manifest.metrics, manifest)
 
         place = (run_checkpoint.folder, manifest.tag, manifest.step)

@@ -113,7 +113,7 @@ class CommittedCheckpoints(MappedCheckpoints):
         self._run_folders: dict[Path, RunFolder] = {}
         self._weight_bytes = 0  # of the model that lies beside the states
         self._stop = Stop(None, self.timeout)
-        self._plain: PlainEngine | None = None  # of a training without DeepSpeed
+        self._plain_engine: PlainEngine | None = None  # of a training without DeepSpeed
 
     def _begin(self) -> None:
         """Takes the folder before the first step, and checks that saves can succeed."""
@@ -168,9 +168,9 @@ class CommittedCheckpoints(MappedCheckpoints):
         if self.is_deepspeed_enabled:
             return self._deepspeed_engine()
 
-        engine = self._plain
+        engine = self._plain_engine
         if engine is None or engine.module is not self.model:
-            engine = self._plain = plain.engine_of(self.args, self.model, self.optimizer)
+            engine = self._plain_engine = plain.engine_of(self.args, self.model, self.optimizer)
         engine.optimizer, engine.global_steps = self.optimizer, int(self.state.global_step)
         return engine
 

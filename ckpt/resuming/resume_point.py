@@ -111,18 +111,29 @@ class ResumePoint:
                 "refused",
             )
 
-        data = (run_checkpoint.folder / filenames.MANIFEST).read_bytes()
+        folder = run_checkpoint.folder
+        tag = _tag_of(folder, manifest)
+        data = (folder / filenames.MANIFEST).read_bytes()
         digest = sha256(data).hexdigest()[:12]
-        assert manifest.tag is not None
-        tag_folder = Place(
-            run_checkpoint.folder, run_checkpoint.folder / manifest.tag, manifest.tag
+        topology = Topology(
+            manifest.stage or 0,
+            manifest.world_size,
+            saved_degrees.of_place(Place(folder, folder / tag, tag)),
         )
-        degrees = saved_degrees.of_place(tag_folder)
-        topology = Topology(manifest.stage or 0, manifest.world_size, degrees)
         record = (manifest.progress, manifest.metrics, manifest)
 
-        place = (run_checkpoint.folder, manifest.tag, manifest.step)
-        return cls(*place, topology, digest, *record)
+        return cls(folder, tag, manifest.step, topology, digest, *record)
+
+
+def _tag_of(folder: Path, manifest: Manifest) -> str:
+    """The tag that DeepSpeed loads; ``CheckpointError`` for what was saved without DeepSpeed."""
+    if manifest.tag is None:
+        raise CheckpointError(
+            f"{folder} was saved without DeepSpeed, which cannot load it; go on with the trainer "
+            "that saved it, or begin a new training from its weights",
+            "unsupported",
+        )
+    return manifest.tag
 
 
 @dataclass(slots=True)

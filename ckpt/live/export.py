@@ -16,11 +16,18 @@ from ckpt.distributed.chunks import Chunk, Wire
 from ckpt.distributed.ranks import RankGroup
 from ckpt.engine import view
 from ckpt.engine.inventory import TORCH, Inventory, config_of, inventory
-from ckpt.engine.partitions import PartitionPiece, masters, require_rounds, sixteen_bit
+from ckpt.engine.partitions import (
+    PartitionPiece,
+    masters,
+    of_whole_tensors,
+    require_rounds,
+    sixteen_bit,
+)
 from ckpt.engine.view import EngineView
 from ckpt.folders import staging
 from ckpt.folders.filenames import CONVERSION
 from ckpt.live import shards
+from ckpt.parts.placing import placed
 from ckpt.runs.foreign import replaceable
 from ckpt.version import __version__
 from ckpt.weights.arguments import shard_bytes
@@ -63,7 +70,7 @@ class Job:
         ranks = RankGroup(self.what, self.timeout)
         with ExitStack() as stack:
             with ranks.step() as step:
-                model_inventory, plan, tied_mode = self.planned(max_shard_size)
+                model_inventory, plan, tied_mode = self.planned(ranks, max_shard_size)
                 if not ranks.rank:
                     _require_place(output, plan, overwrite)
                 step.value = plan.digest()
@@ -99,9 +106,9 @@ class Job:
                     self.complete(folder, plan, tied_mode, ranks)
                     stack.close()
 
-    def planned(self, max_shard_size: str | int) -> tuple[Inventory, Plan, Tied]:
-        """The tensors, their shards, and whether tied names are written."""
-        model_inventory = inventory(self.engine, self.wishes)
+    def planned(self, ranks: RankGroup, max_shard_size: str | int) -> tuple[Inventory, Plan, Tied]:
+        """The tensors, their shards, and whether tied names are written; every rank calls it."""
+        model_inventory = inventory(self.engine, self.wishes, ranks)
         config = config_of(self.engine.module)
         config_dict = config.to_dict() if config is not None else None
 
@@ -133,7 +140,8 @@ class Job:
             if wire and ranks.rank in senders:
                 wire.send(chunks, 0)
             else:
-                with shards.opened(plan, folder, aliases) as open_shards:
+                placings = model_inventory.written_placings
+                with shards.opened(plan, folder, aliases, placings) as open_shards:
                     if wire and not ranks.rank:
                         wire.receive(senders, open_shards.write)
                     for chunk in chunks:
@@ -150,7 +158,7 @@ class Job:
         """The weights on one rank or on all."""
         ranks = RankGroup(self.what, self.timeout)
         with ranks.step() as step:
-            model_inventory = inventory(self.engine, self.wishes)
+            model_inventory = inventory(self.engine, self.wishes, ranks)
             plan = safetensors.plan(model_inventory.written, self.dtype, 1 << 62, "drop")
             step.value = plan.digest()
 
@@ -171,7 +179,7 @@ class Job:
             tensors = _empty_tensors(weights, dtypes) if returns_weights else {}
             chunks = self.chunks(ranks, model_inventory, dtypes)
             if ranks.rank == receiver:
-                _receive(ranks, wire, chunks, weights, tensors)
+                _receive(ranks, wire, chunks, model_inventory, tensors)
             else:
                 wire.send(chunks, receiver)
 
@@ -209,8 +217,10 @@ class Job:
     def pieces(self, model_inventory: Inventory) -> Iterator[PartitionPiece]:
         """What this rank holds, where it lies."""
         if self.computed:
-            return sixteen_bit(model_inventory)
-        return masters(self.engine, model_inventory)
+            pieces = sixteen_bit(model_inventory)
+        else:
+            pieces = masters(self.engine, model_inventory)
+        return of_whole_tensors(model_inventory, pieces)
 
     def complete(self, folder: Path, plan: Plan, tied_mode: Tied, ranks: RankGroup) -> None:
         """Writes everything beside the shards, the record last."""
@@ -278,17 +288,21 @@ def _receive(
     ranks: RankGroup,
     wire: Wire,
     chunks: Iterable[Chunk],
-    weights: Weights,
+    model_inventory: Inventory,
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
     """Fills ``tensors`` with what all other ranks send and with ``chunks``, this rank's own part.
 
-    ``CheckpointError`` if an element of ``weights`` is missing or comes twice.
+    ``CheckpointError`` if an element is missing or comes twice.
     """
     written_runs: dict[str, list[shards.Run]] = {}
+    placings = model_inventory.written_placings
 
     def put(name: str, start: int, values: torch.Tensor) -> None:
-        tensors[name].view(-1)[start : start + values.numel()] = values
+        flat = tensors[name].view(-1)
+        for run in placed(placings.get(name), start, values.numel()):
+            part = values[run.first : run.first + run.count]
+            flat[run.position : run.position + run.count] = part
         shards.note(written_runs, name, start, values.numel())
 
     senders = [sender for sender in range(ranks.world) if sender != ranks.rank]
@@ -296,7 +310,7 @@ def _receive(
     for chunk in chunks:
         put(*chunk)
 
-    shards.require_all(weights, [written_runs])
+    shards.require_all(model_inventory.written, [written_runs])
 
 
 def _share(ranks: RankGroup, wire: Wire, tensors: Iterable[torch.Tensor], owner: int) -> None:

@@ -28,7 +28,9 @@ from forked_ranks import LIMIT, RANKS, Ended, Fault, import_what_was, preload, r
 from tqdm import tqdm
 
 STOCK = ["deepspeed", "trainer"]
+PARALLEL = ["saver-tensor", "saver-pipeline", "saver-experts"]
 NAMES = [*STOCK, "saver", "saver-background", "hf-mixin", "hf-callback", "accelerate", "lightning"]
+NAMES += PARALLEL
 SAVED, SWEPT, LAST = 2, 4, 6  # the steps of the saves: before, disturbed, after resuming
 VICTIMS = ("rank 0", "rank 1", "both")
 POWER = "power"

@@ -4,6 +4,7 @@ experts_worker.py JOBS   each {"model", "out", "stage", "sizes"} and perhaps
     "source"   the checkpoint that it goes on from
     "again"    where it is saved as soon as it is loaded
     "half"     where it is saved after half of its steps
+    "steps"    how many it trains at a time
 
 "sizes" are the expert ranks of each layer; of AutoEP one number. Trains in fp32 on the same global
 batches whatever the ranks, and writes OUT/losses.json.
@@ -132,7 +133,7 @@ def losses_of(engine: Any, job: dict[str, Any]) -> list[float]:
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     micro, losses = GLOBAL_BATCH // world, []
     first = engine.global_steps
-    for step in range(first, first + STEPS):
+    for step in range(first, first + job.get("steps", STEPS)):
         generator = torch.Generator().manual_seed(step)
         batch = torch.randint(16, (GLOBAL_BATCH, 6), generator=generator)
         loss = loss_of(engine, job, batch[rank * micro : (rank + 1) * micro])

@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 
 from ckpt.distributed.ranks import RankGroup
-from ckpt.engine import split_tensors
+from ckpt.engine.splitting import split_tensors, whole
+from ckpt.engine.splitting.placing import Placing
+from ckpt.engine.splitting.split_tensors import SplitEngine
+from ckpt.engine.splitting.whole import Share
 from ckpt.engine.view import EngineView
-from ckpt.parts import whole
-from ckpt.parts.placing import Placing
-from ckpt.parts.whole import Share
 from ckpt.weights.naming import naming
 from ckpt.weights.request import Naming
 from converters import quantized
@@ -90,7 +90,7 @@ class Inventory:
     def written_placings(self) -> dict[str, Placing]:
         """``placings`` by the names that the tensors get."""
         names = {name: self.written_name(name) for name in self.placings}
-        return {name: self.placings[own] for own, name in names.items() if name is not None}
+        return {new: self.placings[name] for name, new in names.items() if new is not None}
 
     @property
     def written(self) -> Weights:
@@ -128,7 +128,9 @@ def inventory(
     present = (name for name in all_names if name in refs or name in aliases)
     order = tuple(dict.fromkeys(present))
     if ranks is not None and split_tensors.is_split(engine):
-        model_inventory = _agreed(engine, ranks, _Own(parameters, buffers, refs, aliases, order))
+        model_inventory = _agreed(
+            engine, ranks, _RankTensors(parameters, buffers, refs, aliases, order)
+        )
     else:
         tensors = {name: refs[name] for name in order if name in refs}
         frozen = frozenset(name for name, value in parameters.items() if not value.requires_grad)
@@ -149,7 +151,7 @@ def _renamed(model_inventory: Inventory, wishes: Naming) -> Inventory:
     return replace(model_inventory, renamed=renamed, names=names)
 
 
-class _Own(NamedTuple):
+class _RankTensors(NamedTuple):
     """The tensors of this rank, under its own names."""
 
     parameters: Mapping[str, Any]
@@ -159,12 +161,14 @@ class _Own(NamedTuple):
     order: Sequence[str]
 
 
-def _agreed(engine: EngineView, ranks: RankGroup, own: _Own) -> Inventory:
+def _agreed(engine: SplitEngine, ranks: RankGroup, of_rank: _RankTensors) -> Inventory:
     """The inventory of the whole model, of which this rank has its own tensors."""
     split = split_tensors.SplitTensors.of(engine)
-    parts = split_tensors.tensors_of_rank(split, own.parameters, own.buffers, own.refs, own.order)
+    parts = split_tensors.tensors_of_rank(
+        split, of_rank.parameters, of_rank.buffers, of_rank.refs, of_rank.order
+    )
     tied_names = {
-        split.whole_name(name): split.whole_name(owner) for name, owner in own.aliases.items()
+        split.whole_name(name): split.whole_name(owner) for name, owner in of_rank.aliases.items()
     }
     whole_tensors, aliases = whole.agreed(ranks, list(parts.values()), tied_names)
 
@@ -185,7 +189,7 @@ def _agreed(engine: EngineView, ranks: RankGroup, own: _Own) -> Inventory:
         if not tensor.placing.is_row_major
     }
     shares = whole.shares(parts, whole_tensors)
-    parameters, buffers = own.parameters, own.buffers
+    parameters, buffers = of_rank.parameters, of_rank.buffers
     return Inventory(_marked(weights), parameters, buffers, shares=shares, placings=placings)
 
 

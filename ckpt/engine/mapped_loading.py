@@ -24,8 +24,7 @@ import torch
 
 from ckpt.distributed.load_slots import LoadSlot, Need
 from ckpt.engine import optimizers, parameters, precision
-from ckpt.engine.remedies import DEFAULT_WAYS, Ways
-from ckpt.engine.view import EngineView, internals, offloads_optimizer_to_nvme
+from ckpt.engine.view import DEFAULT_WAYS, EngineView, Ways, internals, offloads_optimizer_to_nvme
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
 from converters.storage import local
@@ -178,8 +177,8 @@ def _is_of_rank(engine: EngineView, path: str) -> bool:
     own_name = os.path.basename(internals(engine)._get_ckpt_name("", ""))
     names = (os.path.basename(path), own_name)
     model_ranks = [_MODEL_RANK.search(name) for name in names]
-    first, own = (match[1] if match else None for match in model_ranks)
-    return first is None or own is None or int(first) == int(own)
+    numbers = [None if match is None else int(match[1]) for match in model_ranks]
+    return None in numbers or numbers[0] == numbers[1]
 
 
 def is_mappable(path: str | os.PathLike[str]) -> bool:

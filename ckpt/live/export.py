@@ -23,11 +23,11 @@ from ckpt.engine.partitions import (
     require_rounds,
     sixteen_bit,
 )
+from ckpt.engine.splitting.placing import placed
 from ckpt.engine.view import EngineView
 from ckpt.folders import staging
 from ckpt.folders.filenames import CONVERSION
 from ckpt.live import shards
-from ckpt.parts.placing import placed
 from ckpt.runs.foreign import replaceable
 from ckpt.version import __version__
 from ckpt.weights.arguments import shard_bytes

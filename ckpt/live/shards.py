@@ -19,7 +19,7 @@ from typing import TypedDict
 import torch
 from isal import isal_zlib
 
-from ckpt.parts.placing import Placing, crc32_of_zeros, placed, share_of_crc32
+from ckpt.engine.splitting.placing import Placing, crc32_of_zeros, placed, share_of_crc32
 from converters.errors import CheckpointError
 from converters.plan import Placement, Plan, Shard
 from converters.storage import local

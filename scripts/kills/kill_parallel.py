@@ -28,6 +28,7 @@ def _engine_of(name: str, task: Task) -> Any:
     """The engine of a training; the stage is that of ``STAGES``, as not all go with all."""
     import deepspeed
 
+    deepspeed.init_distributed(dist_backend="gloo")  # which a pipeline's module needs
     job = {**JOBS[name], "stage": STAGES[name]}
     torch.manual_seed(7)
     if name == "experts":

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from ckpt.engine.view import EngineView
-from ckpt.parts.part import Lane, Part, PartBox, Shape, whole_box
+from ckpt.engine.splitting.part import ModelPart, PartBox, RankSet, Shape, whole_box
 from converters import words
 from converters.errors import CheckpointError, MalformedError
 from converters.tensors import TensorRef
@@ -29,6 +28,18 @@ from converters.zero.parallel.cuts import Cut
 
 EXPERTS = ".deepspeed_moe.experts.deepspeed_experts."
 _AUTO_EP = "ds_autoep_uc_meta"  # DeepSpeed's DS_AUTOEP_UC_META, an attribute of a parameter
+
+
+class SplitEngine(Protocol):
+    """What is asked of DeepSpeed's engine here; ``ckpt.engine.attributes`` lists it."""
+
+    module: Any
+    optimizer: Any
+    grid: Any  # of a pipeline alone
+    mpu: Any
+    mp_world_size: int
+    has_moe_layers: bool
+    seq_data_parallel_group: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +52,26 @@ class Degrees:
     has_experts: bool
 
     @staticmethod
-    def of(engine: Any) -> Degrees:
+    def of(engine: SplitEngine) -> Degrees:
         """Those of an engine."""
-        grid, has_experts = getattr(engine, "grid", None), bool(engine.has_moe_layers)
+        has_experts = bool(engine.has_moe_layers)
         if is_pipeline(engine):
+            grid = engine.grid
             slices = grid.get_slice_parallel_world_size()
             stage = grid.get_stage_id()
             return Degrees(slices, grid.get_slice_parallel_rank(), stage, has_experts)
 
-        count = int(getattr(engine, "mp_world_size", 1))
+        count = int(engine.mp_world_size)
         rank = engine.mpu.get_model_parallel_rank() if count > 1 else 0
         return Degrees(count, rank, 0, has_experts)
 
 
-def is_pipeline(engine: EngineView) -> bool:
+def is_pipeline(engine: object) -> bool:
     """Whether the model is cut into stages."""
     return type(engine).__name__ == "PipelineEngine"
 
 
-def is_split(engine: EngineView) -> bool:
+def is_split(engine: object) -> bool:
     """Whether ranks have other tensors, or boxes of them, than ZeRO's partitions."""
     is_parallel = is_pipeline(engine) or getattr(engine, "mp_world_size", 1) > 1
     return is_parallel or bool(getattr(engine, "has_moe_layers", False))
@@ -72,14 +84,14 @@ class SplitTensors:
     ``groups_of_experts`` are the names of process groups by the beginnings of names.
     """
 
-    engine: Any
+    engine: SplitEngine
     degrees: Degrees
     partition_groups: Mapping[int, Any]
     groups_of_experts: Mapping[str, str] = field(default_factory=dict)
-    lanes: dict[int, Lane] = field(default_factory=dict)
+    rank_sets: dict[int, RankSet] = field(default_factory=dict)
 
     @staticmethod
-    def of(engine: Any) -> SplitTensors:
+    def of(engine: SplitEngine) -> SplitTensors:
         """Those of an engine; ``CheckpointError`` for parallelism that is not followed."""
         degrees = Degrees.of(engine)
         groups_of_experts = dict(_expert_groups(engine.module)) if degrees.has_experts else {}
@@ -96,23 +108,23 @@ class SplitTensors:
             )
         return SplitTensors(engine, degrees, _partition_groups(engine), groups_of_experts)
 
-    def part(self, name: str, parameter: Any, ref: TensorRef, position: int) -> Part:
+    def part(self, name: str, parameter: Any, ref: TensorRef, position: int) -> ModelPart:
         """What this rank has under a name; ``position`` is that in its own model.
 
         ``ref`` has the type and shape of its own tensor. ``MalformedError`` for a cut that
         does not fit the shape.
         """
         shape, boxes = self._boxes(name, parameter, ref.shape)
-        copies = self._lane(self._copy_group(name))
+        copies = self._rank_set(self._copy_group(name))
         group = self.partition_groups.get(id(parameter))
-        return Part(
+        return ModelPart(
             name=self.whole_name(name),
             dtype=ref.dtype,
             shape=shape,
             shard_shape=ref.shape,
             boxes=boxes,
             copies=copies,
-            partitions=copies if group is None else self._lane(group),
+            partitions=copies if group is None else self._rank_set(group),
             order=(self.degrees.stage, *self._order(name, position)),
             is_buffer=not isinstance(parameter, _parameter_class()),
             is_frozen=not parameter.requires_grad,
@@ -120,12 +132,12 @@ class SplitTensors:
 
     def whole_name(self, name: str) -> str:
         """The name in the whole model: of an expert, by its number among all."""
-        block, expert, rest = _split_expert(name)
+        block, expert, inner_name = _split_expert(name)
         if expert is None:
             return name
         layer = self.engine.module.get_submodule(block)
         number = expert + layer.num_local_experts * _expert_rank(layer.expert_group_name)
-        return f"{block}{EXPERTS}{number}.{rest}"
+        return f"{block}{EXPERTS}{number}.{inner_name}"
 
     def _order(self, name: str, position: int) -> tuple[int, ...]:
         """What sorts a name among those of its stage: experts of other ranks follow this one's."""
@@ -134,7 +146,7 @@ class SplitTensors:
             return (position,)
         number = int(self.whole_name(name).removeprefix(block + EXPERTS).partition(".")[0])
         first = next(
-            index for index, other in enumerate(self._names()) if other.startswith(block + EXPERTS)
+            index for index, entry in enumerate(self._names()) if entry.startswith(block + EXPERTS)
         )
         return (first, number, position)
 
@@ -147,13 +159,13 @@ class SplitTensors:
         is_expert = EXPERTS in f".{name}"
         is_buffer = not isinstance(parameter, _parameter_class())
         if stack is not None:
-            cut = affine_map.cut(stack["affine_map"], _rank_count(stack))
-            return _of_rank(name, cut, stack["ep_rank"], shape)
+            stack_cut = affine_map.cut(stack["affine_map"], _rank_count(stack))
+            return _of_rank(name, stack_cut, stack["ep_rank"], shape)
         if self.degrees.tensor_ranks == 1 or is_expert or is_buffer:
             return shape, (whole_box(shape),)
 
-        cut = self._tensor_cut(name, shape)
-        return _of_rank(name, cut, self.degrees.tensor_rank, shape)
+        tensor_cut = self._tensor_cut(name, shape)
+        return _of_rank(name, tensor_cut, self.degrees.tensor_rank, shape)
 
     def _tensor_cut(self, name: str, shape: Shape) -> Cut:
         """How the ranks of tensor parallelism have cut a parameter."""
@@ -172,21 +184,21 @@ class SplitTensors:
                 return groups._get_expert_data_parallel_group(group_name)
         return self.engine.seq_data_parallel_group
 
-    def _lane(self, group: Any) -> Lane:
-        if id(group) not in self.lanes:
+    def _rank_set(self, group: Any) -> RankSet:
+        if id(group) not in self.rank_sets:
             members = sorted(dist.get_process_group_ranks(group))
             index = members.index(dist.get_rank())
-            self.lanes[id(group)] = Lane(members[0], index, len(members))
-        return self.lanes[id(group)]
+            self.rank_sets[id(group)] = RankSet(members[0], index, len(members))
+        return self.rank_sets[id(group)]
 
 
 def _split_expert(name: str) -> tuple[str, int | None, str]:
     """The name of a layer of DeepSpeed-MoE, the number of a local expert and what follows."""
-    block, marker, rest = name.rpartition(EXPERTS)
-    number, _, inner = rest.partition(".")
+    block, marker, local_name = name.rpartition(EXPERTS)
+    number, _, inner_name = local_name.partition(".")
     if not marker or not number.isdecimal():
         return name, None, ""
-    return block, int(number), inner
+    return block, int(number), inner_name
 
 
 def _expert_groups(module: Any) -> Iterator[tuple[str, str]]:
@@ -205,7 +217,7 @@ def _expert_rank(group_name: str) -> int:
     return int(groups._get_expert_parallel_rank(group_name))
 
 
-def _partition_groups(engine: Any) -> dict[int, Any]:
+def _partition_groups(engine: SplitEngine) -> dict[int, Any]:
     """The ranks that share the optimizer's state of a parameter, by its ``id``."""
     optimizer, groups = engine.optimizer, dict[int, Any]()
     for parameter in engine.module.parameters():
@@ -221,24 +233,26 @@ def _partition_groups(engine: Any) -> dict[int, Any]:
     return groups
 
 
-def _of_rank(name: str, cut: Cut, rank: int, shape: Shape) -> tuple[Shape, tuple[PartBox, ...]]:
+def _of_rank(
+    name: str, tensor_cut: Cut, rank: int, shape: Shape
+) -> tuple[Shape, tuple[PartBox, ...]]:
     """What a rank has of a cut; ``MalformedError`` if its shard has another shape."""
-    expected = cut.shard_shapes.get(rank, ())
-    if cut.averages or (expected != shape and 0 not in shape):
-        kind = "the mean of the ranks" if cut.averages else words.shape(expected)
+    expected = tensor_cut.shard_shapes.get(rank, ())
+    if tensor_cut.averages or (expected != shape and 0 not in shape):
+        kind = "the mean of the ranks" if tensor_cut.averages else words.shape(expected)
         raise MalformedError(
             f"this rank has {words.shape(shape)} of {name}, and DeepSpeed records {kind}"
         )
-    pieces = [piece for piece in cut.pieces if piece.rank == rank]
+    pieces = [piece for piece in tensor_cut.pieces if piece.rank == rank]
     boxes = (PartBox(piece.shard_offsets, piece.sizes, piece.offsets) for piece in pieces)
-    return cut.shape, tuple(boxes)
+    return tensor_cut.shape, tuple(boxes)
 
 
 def _rank_count(stack: Mapping[str, Any]) -> int:
     return len(stack["affine_map"]["ranks"])
 
 
-def _info(engine: Any) -> Mapping[str, Any]:
+def _info(engine: SplitEngine) -> Mapping[str, Any]:
     """What AutoTP, or the model itself, records of tensor parallelism."""
     info = getattr(engine.module, cut_table.INFO, None)
     return info if isinstance(info, Mapping) and patterns.are_there(info) else {}
@@ -256,7 +270,7 @@ def tensors_of_rank(
     buffers: Mapping[str, Any],
     refs: Mapping[str, TensorRef],
     order: Sequence[str],
-) -> dict[str, Part]:
+) -> dict[str, ModelPart]:
     """This rank's parts by its own names; ``CheckpointError`` where one cannot be told."""
     positions = {name: position for position, name in enumerate(order)}
     parts = {}

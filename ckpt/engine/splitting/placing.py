@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 from isal import isal_zlib
 
-from ckpt.parts.part import Shape
+from ckpt.engine.splitting.part import Shape
 from converters.walks import Walk
 
 
-class Cell(NamedTuple):
+class PlacedBox(NamedTuple):
     """A box of the tensor, and the number of its first element."""
 
     start: int
@@ -43,7 +43,7 @@ class Placing:
     """The cells of a tensor of ``shape``, which cover each element once."""
 
     shape: Shape
-    cells: Sequence[Cell]
+    cells: Sequence[PlacedBox]
 
     def __post_init__(self) -> None:
         walks = [_walk(self.shape, cell) for cell in self.cells]
@@ -88,7 +88,7 @@ def placed(placing: Placing | None, start: int, count: int) -> Iterator[PlacedRu
     return placing.runs(start, count)
 
 
-def _walk(shape: Shape, cell: Cell) -> Walk:
+def _walk(shape: Shape, cell: PlacedBox) -> Walk:
     origin = (0,) * len(shape)
     return Walk.of(shape, cell.offsets, cell.sizes, cell.sizes, origin, 1)
 
@@ -111,6 +111,6 @@ def crc32_of_zeros(count: int) -> int:
         return crc32
     half = crc32_of_zeros(count // 2)
     twice = isal_zlib.crc32_combine(half, half, count // 2)
-    rest = crc32_of_zeros(count % 2)
-    result: int = isal_zlib.crc32_combine(twice, rest, count % 2)
+    odd_byte = crc32_of_zeros(count % 2)
+    result: int = isal_zlib.crc32_combine(twice, odd_byte, count % 2)
     return result

@@ -30,7 +30,7 @@ class PartBox(NamedTuple):
         return self.offsets, self.sizes
 
 
-class Lane(NamedTuple):
+class RankSet(NamedTuple):
     """Ranks that have the same shard: the first of them, this one's number, and how many."""
 
     first: int
@@ -39,7 +39,7 @@ class Lane(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ModelPart:
     """What this rank has of the tensor ``name`` of the whole model, which has ``shape``.
 
     ``shard_shape`` is that of its own tensor. The ranks of ``copies`` all have what this
@@ -52,8 +52,8 @@ class Part:
     shape: Shape
     shard_shape: Shape
     boxes: tuple[PartBox, ...]
-    copies: Lane
-    partitions: Lane
+    copies: RankSet
+    partitions: RankSet
     order: tuple[int, ...] = ()
     is_buffer: bool = False
     is_frozen: bool = False

@@ -13,8 +13,8 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ckpt.distributed.ranks import RankGroup
-from ckpt.parts.part import Part, PartBox, Shape
-from ckpt.parts.placing import Cell, Placing
+from ckpt.engine.splitting.part import ModelPart, PartBox, Shape
+from ckpt.engine.splitting.placing import PlacedBox, Placing
 from converters.errors import CheckpointError
 from converters.extents import Listed
 from converters.tensors import DType
@@ -67,7 +67,7 @@ class Share:
     gifts: tuple[_Gift, ...]
 
     @staticmethod
-    def of(part: Part, tensor: WholeTensor) -> Share:
+    def of(part: ModelPart, tensor: WholeTensor) -> Share:
         """The share of a rank that has ``part`` of ``tensor``."""
         cells = {
             (cell.offsets, cell.sizes): (cell.start, giver)
@@ -96,7 +96,7 @@ class Share:
                     yield GivenRun(first_number, begin - start, end - begin)
 
 
-def _gift(part: Part, box: PartBox, start: int, giver: tuple[int, int]) -> _Gift:
+def _gift(part: ModelPart, box: PartBox, start: int, giver: tuple[int, int]) -> _Gift:
     origin = (0,) * len(box.sizes)
     walk = Walk.of(part.shard_shape, box.shard_offsets, box.sizes, box.sizes, origin, 1)
     size, copies = prod(box.sizes), part.copies
@@ -107,7 +107,7 @@ def _gift(part: Part, box: PartBox, start: int, giver: tuple[int, int]) -> _Gift
 
 
 def agreed(
-    ranks: RankGroup, parts: Sequence[Part], aliases: Mapping[str, str]
+    ranks: RankGroup, parts: Sequence[ModelPart], aliases: Mapping[str, str]
 ) -> tuple[dict[str, WholeTensor], dict[str, str]]:
     """The tensors of the whole model by name, in its order, and the tied names.
 
@@ -182,7 +182,7 @@ def _tensor(record: Sequence[Any]) -> WholeTensor:
     name, dtype, shape, boxes, (is_buffer, is_frozen) = record
     cells, givers, start = [], [], 0
     for offsets, sizes, giver in boxes:
-        cells.append(Cell(start, tuple(offsets), tuple(sizes)))
+        cells.append(PlacedBox(start, tuple(offsets), tuple(sizes)))
         givers.append(tuple(giver))
         start += prod(sizes)
 
@@ -190,6 +190,6 @@ def _tensor(record: Sequence[Any]) -> WholeTensor:
     return WholeTensor(name, DType[dtype], placing, givers, is_buffer, is_frozen)
 
 
-def shares(parts: Mapping[str, Part], tensors: Mapping[str, WholeTensor]) -> dict[str, Share]:
+def shares(parts: Mapping[str, ModelPart], tensors: Mapping[str, WholeTensor]) -> dict[str, Share]:
     """What this rank gives, by the names that it has itself for its tensors."""
     return {name: Share.of(part, tensors[part.name]) for name, part in parts.items()}

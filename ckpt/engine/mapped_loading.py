@@ -24,7 +24,8 @@ import torch
 
 from ckpt.distributed.load_slots import LoadSlot, Need
 from ckpt.engine import optimizers, parameters, precision
-from ckpt.engine.view import DEFAULT_WAYS, EngineView, Ways, internals, offloads_optimizer_to_nvme
+from ckpt.engine.remedies import DEFAULT_WAYS, Ways
+from ckpt.engine.view import EngineView, internals, offloads_optimizer_to_nvme
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
 from converters.storage import local

@@ -135,7 +135,7 @@ def parallel_loop(name: str, background: bool, task: Task) -> Trained:
 
 
 def _resume_newest(task: Task, engine: Any) -> int:
-    return ckpt.resume(engine, task.out, timeout=PATIENCE)
+    return ckpt.resume(engine, task.out)
 
 
 def _load_newest(task: Task, engine: Any) -> int:

@@ -5,6 +5,8 @@ parallel_worker.py JOBS   each {"model", "out", "stage", "steps"} and perhaps
     "pp"         stages; of the model "pipeline" alone. 0: the engine of a plain module
     "source"     the checkpoint that it goes on from, "universal" one or not
     "again"      where it is saved as soon as it is loaded
+    "run"        where ckpt.Saver saves it at the end; live weights go to RUN-fp32
+    "resume"     the run that it goes on from by ckpt.resume
 
 Trains on the same global batches whatever the ranks, saves to OUT and writes OUT/losses.json.
 """
@@ -18,6 +20,9 @@ from typing import Any
 import torch
 from ending import run_jobs
 from torch import nn
+
+import ckpt
+from ckpt import live
 
 GLOBAL_BATCH = 12  # sequences
 WORDS, HIDDEN = 32, 16
@@ -184,6 +189,13 @@ def losses_of(engine: Any, job: dict[str, Any]) -> list[float]:
     return losses
 
 
+def save_all(engine: Any, run: str) -> None:
+    """Saves a checkpoint with weights into a run, and the live weights beside it."""
+    with ckpt.Saver(engine, run, weights="bf16") as saver:
+        saver.save(engine.global_steps)
+    live.save_fp32(engine, f"{run}-fp32", max_shard_size="4kB")
+
+
 def train(job: dict[str, Any]) -> None:
     import deepspeed
 
@@ -200,8 +212,12 @@ def train(job: dict[str, Any]) -> None:
         assert path is not None
     if "again" in job:
         engine.save_checkpoint(job["again"])
+    if "resume" in job:
+        assert ckpt.resume(engine, job["resume"]) > 0
     losses = losses_of(engine, job)
     engine.save_checkpoint(str(out))
+    if "run" in job:
+        save_all(engine, job["run"])
     if torch.distributed.get_rank() == 0:
         (out / "losses.json").write_text(json.dumps(losses))
     torch.distributed.barrier()

@@ -21,7 +21,7 @@ from ckpt.distributed.ranks import RankGroup
 from ckpt.engine.splitting import split_tensors, whole
 from ckpt.engine.splitting.placing import Placing
 from ckpt.engine.splitting.split_tensors import SplitEngine
-from ckpt.engine.splitting.whole import Share
+from ckpt.engine.splitting.whole import Share, TiedName
 from ckpt.engine.view import EngineView
 from ckpt.weights.naming import naming
 from ckpt.weights.request import Naming
@@ -167,28 +167,32 @@ def _agreed(engine: SplitEngine, ranks: RankGroup, of_rank: _RankTensors) -> Inv
     parts = split_tensors.tensors_of_rank(
         split, of_rank.parameters, of_rank.buffers, of_rank.refs, of_rank.order
     )
-    tied_names = {
-        split.whole_name(name): split.whole_name(owner) for name, owner in of_rank.aliases.items()
-    }
-    whole_tensors, aliases = whole.agreed(ranks, list(parts.values()), tied_names)
-
+    ties = [
+        TiedName(
+            split.whole_name(name),
+            split.whole_name(owner),
+            split.order(name, of_rank.order.index(name)),
+        )
+        for name, owner in of_rank.aliases.items()
+    ]
+    model = whole.agreed(ranks, list(parts.values()), ties)
     tensors = {
         name: _tensor_ref(name, TORCH[tensor.dtype], tensor.placing.shape)
-        for name, tensor in whole_tensors.items()
+        for name, tensor in model.tensors.items()
     }
     weights = Weights(
         tensors,
-        aliases,
-        frozenset(name for name, tensor in whole_tensors.items() if tensor.is_buffer),
-        order=(*tensors, *(name for name in aliases if name not in tensors)),
-        frozen=frozenset(name for name, tensor in whole_tensors.items() if tensor.is_frozen),
+        model.aliases,
+        frozenset(name for name, tensor in model.tensors.items() if tensor.is_buffer),
+        order=model.order,
+        frozen=frozenset(name for name, tensor in model.tensors.items() if tensor.is_frozen),
     )
     placings = {
         name: tensor.placing
-        for name, tensor in whole_tensors.items()
+        for name, tensor in model.tensors.items()
         if not tensor.placing.is_row_major
     }
-    shares = whole.shares(parts, whole_tensors)
+    shares = whole.shares(parts, model.tensors)
     parameters, buffers = of_rank.parameters, of_rank.buffers
     return Inventory(_marked(weights), parameters, buffers, shares=shares, placings=placings)
 

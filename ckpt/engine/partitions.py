@@ -238,7 +238,7 @@ def of_whole_tensors(
     for piece in pieces:
         share = inventory.shares[piece.name]
         for run in share.runs(piece.start, piece.values.numel(), piece.is_copy):
-            part = slice(run.first, run.first + run.count)
+            part = slice(run.first, run.first + run.size)
             rounded = None if piece.rounded is None else piece.rounded[part]
             yield PartitionPiece(share.name, run.start, piece.values[part], rounded)
 

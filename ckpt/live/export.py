@@ -24,6 +24,7 @@ from ckpt.engine.partitions import (
     sixteen_bit,
 )
 from ckpt.engine.splitting.placing import placed
+from ckpt.engine.splitting.split_tensors import require_loadable
 from ckpt.engine.view import EngineView
 from ckpt.folders import staging
 from ckpt.folders.filenames import CONVERSION
@@ -110,6 +111,8 @@ class Job:
         """The tensors, their shards, and whether tied names are written; every rank calls it."""
         model_inventory = inventory(self.engine, self.wishes, ranks)
         config = config_of(self.engine.module)
+        if config is not None:
+            require_loadable(self.engine.module)
         config_dict = config.to_dict() if config is not None else None
 
         spared_names = ties.spared(model_inventory.written, None, config_dict)
@@ -301,8 +304,8 @@ def _receive(
     def put(name: str, start: int, values: torch.Tensor) -> None:
         flat = tensors[name].view(-1)
         for run in placed(placings.get(name), start, values.numel()):
-            part = values[run.first : run.first + run.count]
-            flat[run.position : run.position + run.count] = part
+            part = values[run.first : run.first + run.size]
+            flat[run.position : run.position + run.size] = part
         shards.note(written_runs, name, start, values.numel())
 
     senders = [sender for sender in range(ranks.world) if sender != ranks.rank]

@@ -99,7 +99,7 @@ class Shards:
             size = placement.dtype.itemsize
             with local.named(self.folder / shard.filename):
                 for run in placed(placing, start, values.numel()):
-                    piece = content[run.first * size : (run.first + run.count) * size]
+                    piece = content[run.first * size : (run.first + run.size) * size]
                     self._writer(shard).write(piece, placement.offset + run.position * size)
                     self._enter((shard, placement), placing, run.position * size, piece)
 

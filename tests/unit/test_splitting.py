@@ -22,10 +22,11 @@ from ckpt.engine.splitting.whole import GivenRun, Share, WholeTensor
 from converters.errors import CheckpointError
 from converters.tensors import DType
 
-ROWS = ((4, 6), [((0, 0), (4, 3)), ((0, 3), (4, 3))])  # row parallel
-FUSED = ((6, 2), [((0, 0), (1, 2)), ((1, 0), (1, 2)), ((2, 0), (2, 2)), ((4, 0), (2, 2))])
-DEEP = ((2, 3, 4), [((0, 0, 0), (2, 2, 2)), ((0, 0, 2), (2, 2, 2)), ((0, 2, 0), (2, 1, 4))])
 Boxes = list[tuple[tuple[int, ...], tuple[int, ...]]]
+Boxed = tuple[tuple[int, ...], Boxes]
+ROWS: Boxed = ((4, 6), [((0, 0), (4, 3)), ((0, 3), (4, 3))])  # row parallel
+FUSED: Boxed = ((6, 2), [((0, 0), (1, 2)), ((1, 0), (1, 2)), ((2, 0), (2, 2)), ((4, 0), (2, 2))])
+DEEP: Boxed = ((2, 3, 4), [((0, 0, 0), (2, 2, 2)), ((0, 0, 2), (2, 2, 2)), ((0, 2, 0), (2, 1, 4))])
 
 
 def placing_of(shape: tuple[int, ...], boxes: Boxes) -> Placing:
@@ -86,7 +87,7 @@ def test_ranks_with_the_same_shard_give_slices_and_the_others_nothing() -> None:
     for rank, index in itertools.product((0, 1), (0, 1)):
         ranks = RankSet(rank, index, 2)
         for run in Share.of(row_part(rank, ranks, ranks), tensor).runs(0, 12, True):
-            given += range(run.start, run.start + run.count)
+            given += range(run.start, run.start + run.size)
     assert sorted(given) == list(range(24))
 
     replica = Share.of(row_part(0, RankSet(2, 0, 2), RankSet(2, 0, 2)), tensor)
@@ -117,13 +118,13 @@ class OneRank(SimpleNamespace):
 
 
 def report_of(*parts: ModelPart) -> list[Any]:
-    return [[part.record() for part in parts], {}]
+    return [[part.record() for part in parts], []]
 
 
 def test_parts_that_leave_a_hole_are_refused() -> None:
     alone = RankSet(0, 0, 1)
     with pytest.raises(CheckpointError, match=r"^w: the parts .* cover 12 elements of 24"):
-        whole.agreed(OneRank([report_of(row_part(0, alone, alone))]), [], {})  # type: ignore[arg-type]
+        whole.agreed(OneRank([report_of(row_part(0, alone, alone))]), [], [])  # type: ignore[arg-type]
 
 
 def test_ranks_with_other_models_are_refused() -> None:
@@ -134,4 +135,4 @@ def test_ranks_with_other_models_are_refused() -> None:
     ]
     reports = [report_of(part) for part in parts]
     with pytest.raises(CheckpointError, match=r"^rank 1: w is F32 of 2 x 3, expected F32 of 2 x 2"):
-        whole.agreed(OneRank(reports), [], {})  # type: ignore[arg-type]
+        whole.agreed(OneRank(reports), [], [])  # type: ignore[arg-type]

@@ -34,8 +34,8 @@ class RankSet(NamedTuple):
     """Ranks that have the same shard: the first of them, this one's number, and how many."""
 
     first: int
-    index: int
-    count: int
+    position: int
+    size: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,12 +30,12 @@ class PlacedBox(NamedTuple):
 
 
 class PlacedRun(NamedTuple):
-    """``count`` elements that follow each other in the tensor from ``position`` on, the first of
+    """``size`` elements that follow each other in the tensor from ``position`` on, the first of
     which is element ``first`` of those that were to be placed."""
 
     position: int
     first: int
-    count: int
+    size: int
 
 
 @dataclass(frozen=True)

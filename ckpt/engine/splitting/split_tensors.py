@@ -77,6 +77,23 @@ def is_split(engine: object) -> bool:
     return is_parallel or bool(getattr(engine, "has_moe_layers", False))
 
 
+def require_loadable(module: Any) -> None:
+    """``CheckpointError`` if the class of a Hugging Face model would not load its tensors' names.
+
+    AutoEP stacks the experts under names of its own.
+    """
+    stacked_names = (n for n, value in module.named_parameters() if hasattr(value, _AUTO_EP))
+    name = next(stacked_names, None)
+    if name is not None:
+        raise CheckpointError(
+            f"AutoEP has made {name} and others of the model's experts, which "
+            f"{type(module).__name__} would not load; pass weights=None to a saver, and ckpt "
+            "to-fp32 with --names hf makes the model of its checkpoints; live.fp32_state_dict "
+            "gives the tensors under these names",
+            "unsupported",
+        )
+
+
 @dataclass(slots=True)
 class SplitTensors:
     """The tensors of the module of ``engine`` on this rank, as parts of the model's.
@@ -125,7 +142,7 @@ class SplitTensors:
             boxes=boxes,
             copies=copies,
             partitions=copies if group is None else self._rank_set(group),
-            order=(self.degrees.stage, *self._order(name, position)),
+            order=self.order(name, position),
             is_buffer=not isinstance(parameter, _parameter_class()),
             is_frozen=not parameter.requires_grad,
         )
@@ -139,16 +156,20 @@ class SplitTensors:
         number = expert + layer.num_local_experts * _expert_rank(layer.expert_group_name)
         return f"{block}{EXPERTS}{number}.{inner_name}"
 
-    def _order(self, name: str, position: int) -> tuple[int, ...]:
-        """What sorts a name among those of its stage: experts of other ranks follow this one's."""
+    def order(self, name: str, position: int) -> tuple[int, ...]:
+        """What sorts a name among all: experts of other ranks follow this one's.
+
+        ``position`` is that in this rank's own model.
+        """
+        stage = self.degrees.stage
         block, expert, _ = _split_expert(name)
         if expert is None:
-            return (position,)
+            return (stage, position)
         number = int(self.whole_name(name).removeprefix(block + EXPERTS).partition(".")[0])
         first = next(
             index for index, entry in enumerate(self._names()) if entry.startswith(block + EXPERTS)
         )
-        return (first, number, position)
+        return (stage, first, number, position)
 
     def _names(self) -> Iterator[str]:
         yield from self.engine.module.state_dict(keep_vars=True)

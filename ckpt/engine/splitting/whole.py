@@ -7,6 +7,7 @@ of them: a part that is not partitioned in slices, by all ranks that have the sa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -39,15 +40,32 @@ class WholeTensor:
     is_frozen: bool
 
 
+class TiedName(NamedTuple):
+    """A name that shares the values of ``owner``; ``order`` sorts it as a tensor."""
+
+    name: str
+    owner: str
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WholeModel:
+    """The tensors of a model by name, its tied names and the order of all names."""
+
+    tensors: Mapping[str, WholeTensor]
+    aliases: Mapping[str, str]
+    order: tuple[str, ...]
+
+
 class GivenRun(NamedTuple):
-    """Elements of a piece that this rank gives: from element ``first`` on, ``count`` of them.
+    """Elements of a piece that this rank gives: from element ``first`` on, ``size`` of them.
 
     They are numbered from ``start`` on in the tensor (``Placing``).
     """
 
     start: int
     first: int
-    count: int
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,46 +118,36 @@ def _gift(part: ModelPart, box: PartBox, start: int, giver: tuple[int, int]) -> 
     origin = (0,) * len(box.sizes)
     walk = Walk.of(part.shard_shape, box.shard_offsets, box.sizes, box.sizes, origin, 1)
     size, copies = prod(box.sizes), part.copies
-    slice_size = -(-size // copies.count)
-    first = min(copies.index * slice_size, size)
+    slice_size = -(-size // copies.size)
+    first = min(copies.position * slice_size, size)
     copy_slice = (first, min(first + slice_size, size)) if copies.first == giver[0] else (0, 0)
     return _Gift(walk, start, part.partitions.first == giver[1], copy_slice)
 
 
-def agreed(
-    ranks: RankGroup, parts: Sequence[ModelPart], aliases: Mapping[str, str]
-) -> tuple[dict[str, WholeTensor], dict[str, str]]:
-    """The tensors of the whole model by name, in its order, and the tied names.
+def agreed(ranks: RankGroup, parts: Sequence[ModelPart], ties: Sequence[TiedName]) -> WholeModel:
+    """The tensors of the whole model, from the parts and tied names of all ranks.
 
-    Every rank calls it.
-    ``CheckpointError`` on every rank if the parts do not make up the tensors.
+    Every rank calls it. ``CheckpointError`` on every rank if the parts do not make up the
+    tensors.
     """
     with ranks.step() as reports:
         own_records = [part.record() for part in parts if part.copies.first == ranks.rank]
-        reports.value = [own_records, dict(aliases)]
+        reports.value = [own_records, [[*tie[:2], list(tie.order)] for tie in ties]]
 
     with ranks.step() as answer:
         if not ranks.rank:
-            answer.value = (
-                _merged([records for records, _ in reports.heard]),
-                _joined([tied for _, tied in reports.heard]),
-            )
+            records_by_rank, ties_by_rank = zip(*reports.heard, strict=True)
+            answer.value = _merged(records_by_rank, ties_by_rank)
 
-    records, tied_names = answer.heard[0]
+    records, aliases, order = answer.heard[0]
     tensors = [_tensor(record) for record in records]
-    return {tensor.name: tensor for tensor in tensors}, tied_names
+    return WholeModel({tensor.name: tensor for tensor in tensors}, aliases, tuple(order))
 
 
-def _joined(aliases_by_rank: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    joined: dict[str, str] = {}
-    for aliases in aliases_by_rank:
-        for name, owner in aliases.items():
-            joined.setdefault(name, owner)
-    return joined
-
-
-def _merged(records_by_rank: Sequence[Sequence[Any]]) -> list[Any]:
-    """A record of each tensor, with its boxes and their givers, from those of all ranks' parts."""
+def _merged(
+    records_by_rank: Sequence[Sequence[Any]], ties_by_rank: Sequence[Sequence[Any]]
+) -> list[Any]:
+    """A record of each tensor, with its boxes and their givers, the tied names, and the order."""
     merged: dict[str, Any] = {}
     orders: dict[str, list[int]] = {}
     for rank, records in enumerate(records_by_rank):
@@ -156,8 +164,15 @@ def _merged(records_by_rank: Sequence[Sequence[Any]]) -> list[Any]:
             for offsets, sizes in boxes:
                 entry[3].setdefault((tuple(offsets), tuple(sizes)), givers)
 
-    by_order = sorted(merged.values(), key=lambda entry: orders[entry[0]])
-    return [[*entry[:3], _covered(*entry[:4]), entry[4]] for entry in by_order]
+    aliases: dict[str, str] = {}
+    for name, owner, order in itertools.chain.from_iterable(ties_by_rank):
+        aliases.setdefault(name, owner)
+        orders.setdefault(name, order)
+
+    names = sorted(orders, key=lambda name: orders[name])
+    entries = (merged[name] for name in names if name in merged)
+    records = [[*entry[:3], _covered(*entry[:4]), entry[4]] for entry in entries]
+    return [records, aliases, names]
 
 
 def _covered(

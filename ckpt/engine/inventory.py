@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -128,9 +128,8 @@ def inventory(
     present = (name for name in all_names if name in refs or name in aliases)
     order = tuple(dict.fromkeys(present))
     if ranks is not None and split_tensors.is_split(engine):
-        model_inventory = _agreed(
-            engine, ranks, _RankTensors(parameters, buffers, refs, aliases, order)
-        )
+        of_rank = _RankTensors(parameters, buffers, refs, aliases, order)
+        model_inventory = _agreed(cast(SplitEngine, engine), ranks, of_rank)
     else:
         tensors = {name: refs[name] for name in order if name in refs}
         frozen = frozenset(name for name, value in parameters.items() if not value.requires_grad)

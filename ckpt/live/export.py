@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,11 @@ from ckpt.engine.partitions import (
     require_rounds,
     sixteen_bit,
 )
-from ckpt.engine.splitting.placing import placed
 from ckpt.engine.splitting.split_tensors import require_loadable
 from ckpt.engine.view import EngineView
 from ckpt.folders import staging
 from ckpt.folders.filenames import CONVERSION
-from ckpt.live import shards
+from ckpt.live import gathering, shards
 from ckpt.runs.foreign import replaceable
 from ckpt.version import __version__
 from ckpt.weights.arguments import shard_bytes
@@ -41,7 +40,7 @@ from converters.errors import CheckpointError
 from converters.formats import safetensors
 from converters.plan import Plan, Tied
 from converters.storage import bounded_json, local
-from converters.tensors import DType, Weights
+from converters.tensors import DType
 from converters.words import counted
 
 CHUNK = 1 << 20  # elements copied to the host at a time, 4 MiB of fp32
@@ -179,16 +178,16 @@ class Job:
 
         with ranks.step():
             wire = Wire(ranks, dtypes)
-            tensors = _empty_tensors(weights, dtypes) if returns_weights else {}
+            tensors = gathering.empty_tensors(weights, dtypes) if returns_weights else {}
             chunks = self.chunks(ranks, model_inventory, dtypes)
             if ranks.rank == receiver:
-                _receive(ranks, wire, chunks, model_inventory, tensors)
+                gathering.receive(ranks, wire, chunks, model_inventory, tensors)
             else:
                 wire.send(chunks, receiver)
 
         if rank is None:
             with ranks.step():
-                _share(ranks, wire, [tensors[name] for name in dtypes], receiver)
+                gathering.share(ranks, wire, [tensors[name] for name in dtypes], receiver)
 
         wire.close()
         if not returns_weights:
@@ -279,50 +278,6 @@ def save_config(module: Any, folder: Path, dtype: DType | None) -> None:
     generation = getattr(module, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
-
-
-def _empty_tensors(weights: Weights, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
-    """A tensor in CPU memory for each name of ``dtypes``, with the shape of ``weights``."""
-    shapes = {name: weights.tensors[name].shape for name in dtypes}
-    return {name: torch.empty(shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
-
-
-def _receive(
-    ranks: RankGroup,
-    wire: Wire,
-    chunks: Iterable[Chunk],
-    model_inventory: Inventory,
-    tensors: Mapping[str, torch.Tensor],
-) -> None:
-    """Fills ``tensors`` with what all other ranks send and with ``chunks``, this rank's own part.
-
-    ``CheckpointError`` if an element is missing or comes twice.
-    """
-    written_runs: dict[str, list[shards.Run]] = {}
-    placings = model_inventory.written_placings
-
-    def put(name: str, start: int, values: torch.Tensor) -> None:
-        flat = tensors[name].view(-1)
-        for run in placed(placings.get(name), start, values.numel()):
-            part = values[run.first : run.first + run.size]
-            flat[run.position : run.position + run.size] = part
-        shards.note(written_runs, name, start, values.numel())
-
-    senders = [sender for sender in range(ranks.world) if sender != ranks.rank]
-    wire.receive(senders, put)
-    for chunk in chunks:
-        put(*chunk)
-
-    shards.require_all(model_inventory.written, [written_runs])
-
-
-def _share(ranks: RankGroup, wire: Wire, tensors: Iterable[torch.Tensor], owner: int) -> None:
-    """Copies ``tensors`` from the rank ``owner`` to all others, in place."""
-    for tensor in tensors:
-        flat = tensor.view(-1)
-        for start in range(0, flat.numel(), CHUNK):
-            ranks.heartbeat()
-            wire.share(flat[start : start + CHUNK], owner)
 
 
 def _cast(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

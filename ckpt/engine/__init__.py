@@ -5,6 +5,7 @@ attributes         what of DeepSpeed this folder relies on, as a table; what an 
 inventory          the tensors of a running training
 placeholders       parameters of ZeRO-3 in a model, and the model without DeepSpeed
 partitions         what this rank holds of them
+splitting/         what each rank has of a tensor where more than ZeRO cuts it
 layout             how the training cuts up its state
 parameters, optimizers, settings, progress  what a manifest says of a training
 precision          fp32, bf16 and fp16 engines and their files

@@ -33,7 +33,7 @@ runtime/engine.py DeepSpeedEngine
     zero_cpu_offload (zero_nvme_offload_optimizer) zero_gather_16bit_weights_on_model_save
     bfloat16_enabled fp16_enabled use_node_local_storage
     train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps
-    mp_world_size has_moe_layers _config
+    mp_world_size has_moe_layers mpu seq_data_parallel_group _save_moe_checkpoint _config
     (zero_parameter_alignment) (managed_gradient_accumulation)
 runtime/config.py DeepSpeedConfig
     _param_dict zero_config
@@ -71,15 +71,19 @@ runtime/checkpoint_engine/checkpoint_engine.py CheckpointEngine
 runtime/pipe/engine.py PipelineEngine
     grid
 runtime/pipe/topology.py PipelineParallelGrid
-    get_pipe_parallel_world_size
+    get_pipe_parallel_world_size get_stage_id
+    get_slice_parallel_rank get_slice_parallel_world_size
 moe/layer.py MoE
-    ep_size
+    ep_size expert_group_name num_local_experts deepspeed_moe
+module_inject/auto_ep_layer.py AutoEPMoELayer
+    (ep_group_name) (expert_placement_descriptor)
 ops/adam/cpu_adam.py DeepSpeedCPUAdam
     adam_w_mode
 ops/adam/fused_adam.py FusedAdam
     adam_w_mode
 utils/groups.py -
     _get_model_parallel_world_size _get_sequence_parallel_world_size
+    _get_expert_data_parallel_group _get_expert_parallel_rank
 """
 
 

@@ -24,7 +24,7 @@ from ckpt.runs.manifest import FileRecord
 from ckpt.state import torch_file
 
 # What the engine does between barriers, without any in them.
-_STEPS = ("_save_checkpoint", "_save_zero_checkpoint")
+_STEPS = ("_save_checkpoint", "_save_moe_checkpoint", "_save_zero_checkpoint")
 
 
 class CapturingEngine(CheckpointEngine):

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 
+from ckpt.distributed.ranks import RankGroup
+from ckpt.engine.splitting import split_tensors, whole
+from ckpt.engine.splitting.placing import Placing
+from ckpt.engine.splitting.split_tensors import SplitEngine
+from ckpt.engine.splitting.whole import Share, TiedName
 from ckpt.engine.view import EngineView
 from ckpt.weights.naming import naming
 from ckpt.weights.request import Naming
@@ -60,6 +65,11 @@ class Inventory:
     ``weights`` locates nothing: its extents say how long tensors are, not where.
     ``renamed`` are those that are to be written under other names, ``names`` maps the
     model's names to these; what it lacks is left out.
+
+    Where ranks have other tensors or boxes of them (``split_tensors``), ``weights`` are
+    those of the whole model, ``parameters`` and ``buffers`` this rank's own under its
+    own names, and ``shares`` what it gives of each. Of the tensors in ``placings``
+    elements are counted box by box.
     """
 
     weights: Weights
@@ -67,6 +77,20 @@ class Inventory:
     buffers: Mapping[str, torch.Tensor]
     renamed: Weights | None = None
     names: Mapping[str, str] | None = None
+    shares: Mapping[str, Share] | None = None
+    placings: Mapping[str, Placing] = field(default_factory=dict)
+
+    def own_size(self, name: str) -> int:
+        """The elements that a tensor has on this rank, were it not partitioned by ZeRO."""
+        if self.shares is not None:
+            return self.shares[name].size
+        return self.weights.tensors[name].numel
+
+    @property
+    def written_placings(self) -> dict[str, Placing]:
+        """``placings`` by the names that the tensors get."""
+        names = {name: self.written_name(name) for name in self.placings}
+        return {new: self.placings[name] for name, new in names.items() if new is not None}
 
     @property
     def written(self) -> Weights:
@@ -78,15 +102,18 @@ class Inventory:
         return name if self.names is None else self.names.get(name)
 
 
-def inventory(engine: EngineView, wishes: Naming | None = None) -> Inventory:
+def inventory(
+    engine: EngineView, wishes: Naming | None = None, ranks: RankGroup | None = None
+) -> Inventory:
     """What ``engine`` (of ``deepspeed.initialize``) trains, in the model's order, buffers included.
 
-    ``wishes`` choose among the tensors and rename them.
+    ``wishes`` choose among the tensors and rename them. With ``ranks`` every rank calls
+    it, and where ranks have different tensors they agree on those of the whole model.
 
     ``CheckpointError`` for what is not such an engine, and for kinds of parallelism that
-    cut single tensors up in other ways than ZeRO.
+    are not followed.
     """
-    _require_supported(engine)
+    _require_supported(engine, ranks)
     module = engine.module
     entries = module.state_dict(keep_vars=True)
     parameters, aliases = _named_parameters(module, entries)
@@ -96,6 +123,88 @@ def inventory(engine: EngineView, wishes: Naming | None = None) -> Inventory:
         for name, value in entries.items()
         if isinstance(value, torch.Tensor) and name not in parameter_names
     }
+    refs = _refs(engine, parameters, buffers)
+    all_names = (*entries, *refs, *aliases)
+    present = (name for name in all_names if name in refs or name in aliases)
+    order = tuple(dict.fromkeys(present))
+    if ranks is not None and split_tensors.is_split(engine):
+        of_rank = _RankTensors(parameters, buffers, refs, aliases, order)
+        model_inventory = _agreed(cast(SplitEngine, engine), ranks, of_rank)
+    else:
+        tensors = {name: refs[name] for name in order if name in refs}
+        frozen = frozenset(name for name, value in parameters.items() if not value.requires_grad)
+        weights = Weights(tensors, aliases, frozenset(buffers), order=order, frozen=frozen)
+        model_inventory = Inventory(_marked(weights), parameters, buffers)
+
+    if wishes is None or not wishes.changes:
+        return model_inventory
+    return _renamed(model_inventory, wishes)
+
+
+def _renamed(model_inventory: Inventory, wishes: Naming) -> Inventory:
+    """The inventory with the names that ``wishes`` give, of the tensors that they choose."""
+    weights = model_inventory.weights
+    renamed = naming.wished(weights, wishes)
+    model_names = {id(ref): name for name, ref in weights.tensors.items()}
+    names = {model_names[id(ref)]: name for name, ref in renamed.tensors.items()}
+    return replace(model_inventory, renamed=renamed, names=names)
+
+
+class _RankTensors(NamedTuple):
+    """The tensors of this rank, under its own names."""
+
+    parameters: Mapping[str, Any]
+    buffers: Mapping[str, torch.Tensor]
+    refs: Mapping[str, TensorRef]
+    aliases: Mapping[str, str]
+    order: Sequence[str]
+
+
+def _agreed(engine: SplitEngine, ranks: RankGroup, of_rank: _RankTensors) -> Inventory:
+    """The inventory of the whole model, of which this rank has its own tensors."""
+    split = split_tensors.SplitTensors.of(engine)
+    parts = split_tensors.tensors_of_rank(
+        split, of_rank.parameters, of_rank.buffers, of_rank.refs, of_rank.order
+    )
+    ties = [
+        TiedName(
+            split.whole_name(name),
+            split.whole_name(owner),
+            split.order(name, of_rank.order.index(name)),
+        )
+        for name, owner in of_rank.aliases.items()
+    ]
+    model = whole.agreed(ranks, list(parts.values()), ties)
+    tensors = {
+        name: _tensor_ref(name, TORCH[tensor.dtype], tensor.placing.shape)
+        for name, tensor in model.tensors.items()
+    }
+    weights = Weights(
+        tensors,
+        model.aliases,
+        frozenset(name for name, tensor in model.tensors.items() if tensor.is_buffer),
+        order=model.order,
+        frozen=frozenset(name for name, tensor in model.tensors.items() if tensor.is_frozen),
+    )
+    placings = {
+        name: tensor.placing
+        for name, tensor in model.tensors.items()
+        if not tensor.placing.is_row_major
+    }
+    shares = whole.shares(parts, model.tensors)
+    parameters, buffers = of_rank.parameters, of_rank.buffers
+    return Inventory(_marked(weights), parameters, buffers, shares=shares, placings=placings)
+
+
+def _marked(weights: Weights) -> Weights:
+    """The weights, with those marked that are codes of quantized ones."""
+    return replace(weights, packed=quantized.marked(weights).packed)
+
+
+def _refs(
+    engine: EngineView, parameters: Mapping[str, Any], buffers: Mapping[str, torch.Tensor]
+) -> dict[str, TensorRef]:
+    """The type and shape of each tensor of this rank, as it were without ZeRO's partitions."""
     shapes = _shapes(engine)
     refs: dict[str, TensorRef] = {}
     for name, parameter in parameters.items():
@@ -103,25 +212,7 @@ def inventory(engine: EngineView, wishes: Naming | None = None) -> Inventory:
         refs[name] = _tensor_ref(name, parameter.dtype, shape)
     for name, buffer in buffers.items():
         refs[name] = _tensor_ref(name, buffer.dtype, buffer.shape)
-
-    all_names = (*entries, *refs, *aliases)
-    present = (name for name in all_names if name in refs or name in aliases)
-    order = tuple(dict.fromkeys(present))
-    tensors = {name: refs[name] for name in order if name in refs}
-    weights = Weights(tensors, aliases, frozenset(buffers), order=order)
-    frozen = frozenset(
-        name for name, parameter in parameters.items() if not parameter.requires_grad
-    )
-    packed = quantized.marked(replace(weights, frozen=frozen)).packed
-    weights = replace(weights, packed=packed)
-    if wishes is None or not wishes.changes:
-        return Inventory(weights, parameters, buffers)
-
-    renamed = naming.wished(weights, wishes)
-    model_names = {id(ref): name for name, ref in weights.tensors.items()}
-    names = {model_names[id(ref)]: name for name, ref in renamed.tensors.items()}
-
-    return Inventory(weights, parameters, buffers, renamed, names)
+    return refs
 
 
 def _named_parameters(
@@ -155,11 +246,20 @@ def _named_parameters(
     return parameters, aliases
 
 
-def _require_supported(engine: EngineView) -> None:
+def _require_supported(engine: EngineView, ranks: RankGroup | None) -> None:
     if not hasattr(engine, "module") or not hasattr(engine, "zero_optimization_stage"):
         raise CheckpointError(
             f"{type(engine).__name__} is not a DeepSpeed engine; pass what "
             "deepspeed.initialize returned (of a Trainer: trainer.model_wrapped)",
+            "unsupported",
+        )
+
+    if split_tensors.is_split(engine):
+        if ranks is not None:
+            return
+        raise CheckpointError(
+            "this engine has tensor or pipeline parallelism or experts, whose adapters are not "
+            "read live; pass weights=None, and ckpt to-fp32 makes the adapter of the checkpoint",
             "unsupported",
         )
 
@@ -171,22 +271,12 @@ def _require_supported(engine: EngineView) -> None:
         *(getattr(tensor, "ds_process_group", None) for tensor in engine.module.parameters()),
     ]
     worlds = {dist.get_world_size(group) for group in groups if group is not None}
-
-    features = [
-        ("pipeline parallelism", type(engine).__name__ == "PipelineEngine"),
-        ("tensor parallelism", getattr(engine, "mp_world_size", 1) > 1),
-        ("experts (MoE)", bool(getattr(engine, "has_moe_layers", False))),
-        (
-            "parameters partitioned over some of the ranks only (MiCS, experts)",
-            bool(worlds - {world}),
-        ),
-    ]
-    for feature, is_present in features:
-        if is_present:
-            raise CheckpointError(
-                f"this engine has {feature}, which is not read live; use engine.save_checkpoint",
-                "unsupported",
-            )
+    if worlds - {world}:
+        raise CheckpointError(
+            "this engine has parameters partitioned over some of the ranks only (MiCS), which is "
+            "not read live; use engine.save_checkpoint",
+            "unsupported",
+        )
 
 
 def _shapes(engine: EngineView) -> dict[int, Sequence[int]]:

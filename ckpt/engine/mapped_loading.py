@@ -27,9 +27,11 @@ from ckpt.engine import optimizers, parameters, precision
 from ckpt.engine.remedies import DEFAULT_WAYS, Ways
 from ckpt.engine.view import EngineView, internals, offloads_optimizer_to_nvme
 from converters.errors import CheckpointError
+from converters.lazy_pattern import LazyPattern
 from converters.storage import local
 
 log = logging.getLogger("ckpt")
+_MODEL_RANK = LazyPattern(r"mp_rank_(\d+)")
 
 # Attributes of an optimizer that hold the loss scale, or are parts of it.
 SCALING = (
@@ -96,8 +98,9 @@ class Mapped:
 
         if isinstance(state, dict):
             if self.engine is not None:
-                shapes = state.get("param_shapes")
-                parameters.require(self.engine, shapes, path, self.renamed)
+                if _is_of_rank(self.engine, path):
+                    shapes = state.get("param_shapes")
+                    parameters.require(self.engine, shapes, path, self.renamed)
                 parameters.rename_module(self.engine, state, self.renamed)
                 optimizers.require_options(self.engine, state, path, self.ways.optimizer)
                 self._translate(self.engine, state, path)
@@ -164,6 +167,19 @@ class Mapped:
             elif hasattr(value, "__dict__"):
                 attributes = vars(value).values()
                 to_visit.extend(item for item in attributes if not callable(item))
+
+
+def _is_of_rank(engine: EngineView, path: str) -> bool:
+    """Whether a model file is that of this rank's stage and tensor-parallel rank, or of all.
+
+    DeepSpeed looks into the file of the first one on every rank (0.19.8
+    ``runtime/state_dict_factory.py``, ``check_ckpt_list``), and loads its own after that.
+    """
+    own_name = os.path.basename(internals(engine)._get_ckpt_name("", ""))
+    names = (os.path.basename(path), own_name)
+    model_ranks = [_MODEL_RANK.search(name) for name in names]
+    numbers = [None if match is None else int(match[1]) for match in model_ranks]
+    return None in numbers or numbers[0] == numbers[1]
 
 
 def is_mappable(path: str | os.PathLike[str]) -> bool:

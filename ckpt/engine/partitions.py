@@ -31,26 +31,27 @@ class PartitionPiece(NamedTuple):
     """Elements of a tensor from ``start`` on, as a vector on any device.
 
     ``rounded`` are the same elements as the model computes with them, where they are at
-    hand.
+    hand. ``is_copy``: other ranks that have the tensor have these values too.
     """
 
     name: str
     start: int
     values: torch.Tensor
     rounded: torch.Tensor | None = None
+    is_copy: bool = False
 
 
 def masters(engine: EngineView, inventory: Inventory) -> Iterator[PartitionPiece]:
     """This rank's pieces of every tensor at the precision that the optimizer keeps.
 
     What no optimizer trains (frozen parameters, buffers) is given as the model holds
-    it. All ranks' pieces together cover every tensor once.
+    it. All ranks' pieces together cover every tensor once; of tensors that ranks have
+    in boxes or in several copies, ``of_whole_tensors`` says which.
     """
     optimizer = engine.optimizer
     names = {id(parameter): name for name, parameter in inventory.parameters.items()}
     sizes = {
-        id(parameter): inventory.weights.tensors[name].numel
-        for name, parameter in inventory.parameters.items()
+        id(parameter): inventory.own_size(name) for name, parameter in inventory.parameters.items()
     }
     group_attributes = ("round_robin_bit16_groups", "bf16_groups", "fp16_groups")
     groups = next(
@@ -58,10 +59,13 @@ def masters(engine: EngineView, inventory: Inventory) -> Iterator[PartitionPiece
         (),
     )
     trained = {id(parameter) for group in groups for parameter in group}
-    for parameter, start, values in _masters(optimizer, sizes):
+    is_copy = not _is_partitioned(optimizer)
+    for parameter, start, values in (
+        _masters(optimizer, sizes) if _gives(inventory, is_copy) else ()
+    ):
         flat = values.detach().reshape(-1)
         rounded = _rounded(parameter, start, flat.numel())
-        yield PartitionPiece(names[id(parameter)], start, flat, rounded)
+        yield PartitionPiece(names[id(parameter)], start, flat, rounded, is_copy)
 
     untrained = {
         name: parameter
@@ -103,17 +107,35 @@ def _masters(optimizer: Any, sizes: Mapping[int, int]) -> Pieces:
         ):
             first = dist.get_rank(process_group) * flat.numel()
             yield from _cut(group, None, first, flat, sizes)
-    elif dist.get_rank() == 0 and hasattr(optimizer, "fp32_groups_flat"):
+    elif hasattr(optimizer, "fp32_groups_flat"):
         # FP16_Optimizer
         groups, flats = optimizer.fp16_groups, optimizer.fp32_groups_flat
         for group, flat in zip(groups, flats, strict=True):
             yield from _cut(group, None, 0, flat, sizes)
-    elif dist.get_rank() == 0 and hasattr(optimizer, "fp32_groups"):
+    elif hasattr(optimizer, "fp32_groups"):
         # FP16_UnfusedOptimizer: a copy for each parameter
         groups, group_copies = optimizer.fp16_groups, optimizer.fp32_groups
         for group, copies in zip(groups, group_copies, strict=True):
             for parameter, copy in zip(group, copies, strict=True):
                 yield parameter, 0, copy
+
+
+def _is_partitioned(optimizer: Any) -> bool:
+    """Whether each rank has another part of the fp32 weights."""
+    names = (
+        "single_partition_of_fp32_groups",
+        "fp32_partitioned_groups_flat",
+        "fp32_groups_flat_partition",
+    )
+    return any(hasattr(optimizer, name) for name in names)
+
+
+def _gives(inventory: Inventory, is_copy: bool) -> bool:
+    """Whether this rank gives values; of those that all ranks have, rank 0 gives all.
+
+    Where ranks have different tensors, the shares say it.
+    """
+    return not is_copy or inventory.shares is not None or dist.get_rank() == 0
 
 
 def _cut(
@@ -184,9 +206,9 @@ def _available(shard: Any) -> bool:
 
 def _own_copy(inventory: Inventory, parameters: Mapping[str, Any]) -> Iterator[PartitionPiece]:
     """The model's own copy: of a partitioned parameter each rank's piece, of all else rank 0's."""
-    is_rank_0 = dist.get_rank() == 0
+    gives_copies = _gives(inventory, is_copy=True)
     for name, parameter in parameters.items():
-        expected = inventory.weights.tensors[name].numel
+        expected = inventory.own_size(name)
         if hasattr(parameter, "ds_tensor"):
             partition_size = parameter.partition_numel()
             rank = dist.get_rank(parameter.ds_process_group)
@@ -195,14 +217,30 @@ def _own_copy(inventory: Inventory, parameters: Mapping[str, Any]) -> Iterator[P
                 with _shard(name, parameter) as shard:
                     _require(name, shard, count)
                     yield PartitionPiece(name, rank * partition_size, shard[:count])
-        elif is_rank_0 and expected:
+        elif gives_copies and expected:
             flat = parameter.detach().reshape(-1)
             _require(name, flat, expected)
-            yield PartitionPiece(name, 0, flat)
+            yield PartitionPiece(name, 0, flat, is_copy=True)
 
     for name, buffer in inventory.buffers.items():
-        if is_rank_0 and buffer.numel():
-            yield PartitionPiece(name, 0, buffer.detach().reshape(-1))
+        if gives_copies and buffer.numel():
+            yield PartitionPiece(name, 0, buffer.detach().reshape(-1), is_copy=True)
+
+
+def of_whole_tensors(
+    inventory: Inventory, pieces: Iterator[PartitionPiece]
+) -> Iterator[PartitionPiece]:
+    """The pieces as those of the tensors of the whole model: what this rank gives of each."""
+    if inventory.shares is None:
+        yield from pieces
+        return
+
+    for piece in pieces:
+        share = inventory.shares[piece.name]
+        for run in share.runs(piece.start, piece.values.numel(), piece.is_copy):
+            part = slice(run.first, run.first + run.size)
+            rounded = None if piece.rounded is None else piece.rounded[part]
+            yield PartitionPiece(share.name, run.start, piece.values[part], rounded)
 
 
 @contextmanager

@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
+import torch.distributed as dist
+
+from converters.errors import CheckpointError
+
 # What counts the steps of an engine.
 COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 
@@ -82,6 +86,7 @@ class Internals(TrainingEngine, Protocol):
     micro_steps: int
     save_zero_checkpoint: bool
     save_non_zero_checkpoint: bool
+    has_moe_layers: bool
     zero_load_from_fp32_weights: Callable[[], bool]
     bfloat16_enabled: Callable[[], bool]
     fp16_enabled: Callable[[], bool]
@@ -170,6 +175,25 @@ def gathers_16bit_weights(engine: EngineView) -> bool:
 def writes_optimizer_states(engine: EngineView) -> bool:
     """Whether this rank writes states of a ZeRO optimizer."""
     return bool(internals(engine).save_zero_checkpoint)
+
+
+def require_model_files(engine: EngineView) -> None:
+    """``CheckpointError`` if no rank with this one's shards or layers would write their file.
+
+    Where nodes have folders of their own, DeepSpeed 0.19.8 has the first rank of each
+    node write its model file (``runtime/engine.py``, ``_configure_checkpointing``).
+    """
+    ranks = getattr(engine, "seq_data_parallel_group", None)
+    is_cut = getattr(engine, "mp_world_size", 1) > 1 and not internals(engine).has_moe_layers
+    if not is_cut or not uses_node_local_storage(engine) or ranks is None:
+        return
+    if dist.get_rank(ranks) == 0 and not internals(engine).save_non_zero_checkpoint:
+        raise CheckpointError(
+            "with use_node_local_storage DeepSpeed writes the model file of the first rank of "
+            "each node alone, so that of this rank's model-parallel rank would be in no "
+            "checkpoint; unset it and save into a folder that all nodes share",
+            "unsupported",
+        )
 
 
 def scheduler(engine: EngineView) -> Any:

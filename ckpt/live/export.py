@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,18 @@ from ckpt.distributed.chunks import Chunk, Wire
 from ckpt.distributed.ranks import RankGroup
 from ckpt.engine import view
 from ckpt.engine.inventory import TORCH, Inventory, config_of, inventory
-from ckpt.engine.partitions import PartitionPiece, masters, require_rounds, sixteen_bit
+from ckpt.engine.partitions import (
+    PartitionPiece,
+    masters,
+    of_whole_tensors,
+    require_rounds,
+    sixteen_bit,
+)
+from ckpt.engine.splitting.split_tensors import require_loadable
 from ckpt.engine.view import EngineView
 from ckpt.folders import staging
 from ckpt.folders.filenames import CONVERSION
-from ckpt.live import shards
+from ckpt.live import gathering, shards
 from ckpt.runs.foreign import replaceable
 from ckpt.version import __version__
 from ckpt.weights.arguments import shard_bytes
@@ -33,7 +40,7 @@ from converters.errors import CheckpointError
 from converters.formats import safetensors
 from converters.plan import Plan, Tied
 from converters.storage import bounded_json, local
-from converters.tensors import DType, Weights
+from converters.tensors import DType
 from converters.words import counted
 
 CHUNK = 1 << 20  # elements copied to the host at a time, 4 MiB of fp32
@@ -63,7 +70,7 @@ class Job:
         ranks = RankGroup(self.what, self.timeout)
         with ExitStack() as stack:
             with ranks.step() as step:
-                model_inventory, plan, tied_mode = self.planned(max_shard_size)
+                model_inventory, plan, tied_mode = self.planned(ranks, max_shard_size)
                 if not ranks.rank:
                     _require_place(output, plan, overwrite)
                 step.value = plan.digest()
@@ -99,10 +106,12 @@ class Job:
                     self.complete(folder, plan, tied_mode, ranks)
                     stack.close()
 
-    def planned(self, max_shard_size: str | int) -> tuple[Inventory, Plan, Tied]:
-        """The tensors, their shards, and whether tied names are written."""
-        model_inventory = inventory(self.engine, self.wishes)
+    def planned(self, ranks: RankGroup, max_shard_size: str | int) -> tuple[Inventory, Plan, Tied]:
+        """The tensors, their shards, and whether tied names are written; every rank calls it."""
+        model_inventory = inventory(self.engine, self.wishes, ranks)
         config = config_of(self.engine.module)
+        if config is not None:
+            require_loadable(self.engine.module)
         config_dict = config.to_dict() if config is not None else None
 
         spared_names = ties.spared(model_inventory.written, None, config_dict)
@@ -133,7 +142,8 @@ class Job:
             if wire and ranks.rank in senders:
                 wire.send(chunks, 0)
             else:
-                with shards.opened(plan, folder, aliases) as open_shards:
+                placings = model_inventory.written_placings
+                with shards.opened(plan, folder, aliases, placings) as open_shards:
                     if wire and not ranks.rank:
                         wire.receive(senders, open_shards.write)
                     for chunk in chunks:
@@ -150,7 +160,7 @@ class Job:
         """The weights on one rank or on all."""
         ranks = RankGroup(self.what, self.timeout)
         with ranks.step() as step:
-            model_inventory = inventory(self.engine, self.wishes)
+            model_inventory = inventory(self.engine, self.wishes, ranks)
             plan = safetensors.plan(model_inventory.written, self.dtype, 1 << 62, "drop")
             step.value = plan.digest()
 
@@ -168,16 +178,16 @@ class Job:
 
         with ranks.step():
             wire = Wire(ranks, dtypes)
-            tensors = _empty_tensors(weights, dtypes) if returns_weights else {}
+            tensors = gathering.empty_tensors(weights, dtypes) if returns_weights else {}
             chunks = self.chunks(ranks, model_inventory, dtypes)
             if ranks.rank == receiver:
-                _receive(ranks, wire, chunks, weights, tensors)
+                gathering.receive(ranks, wire, chunks, model_inventory, tensors)
             else:
                 wire.send(chunks, receiver)
 
         if rank is None:
             with ranks.step():
-                _share(ranks, wire, [tensors[name] for name in dtypes], receiver)
+                gathering.share(ranks, wire, [tensors[name] for name in dtypes], receiver)
 
         wire.close()
         if not returns_weights:
@@ -209,8 +219,10 @@ class Job:
     def pieces(self, model_inventory: Inventory) -> Iterator[PartitionPiece]:
         """What this rank holds, where it lies."""
         if self.computed:
-            return sixteen_bit(model_inventory)
-        return masters(self.engine, model_inventory)
+            pieces = sixteen_bit(model_inventory)
+        else:
+            pieces = masters(self.engine, model_inventory)
+        return of_whole_tensors(model_inventory, pieces)
 
     def complete(self, folder: Path, plan: Plan, tied_mode: Tied, ranks: RankGroup) -> None:
         """Writes everything beside the shards, the record last."""
@@ -266,46 +278,6 @@ def save_config(module: Any, folder: Path, dtype: DType | None) -> None:
     generation = getattr(module, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
-
-
-def _empty_tensors(weights: Weights, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
-    """A tensor in CPU memory for each name of ``dtypes``, with the shape of ``weights``."""
-    shapes = {name: weights.tensors[name].shape for name in dtypes}
-    return {name: torch.empty(shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
-
-
-def _receive(
-    ranks: RankGroup,
-    wire: Wire,
-    chunks: Iterable[Chunk],
-    weights: Weights,
-    tensors: Mapping[str, torch.Tensor],
-) -> None:
-    """Fills ``tensors`` with what all other ranks send and with ``chunks``, this rank's own part.
-
-    ``CheckpointError`` if an element of ``weights`` is missing or comes twice.
-    """
-    written_runs: dict[str, list[shards.Run]] = {}
-
-    def put(name: str, start: int, values: torch.Tensor) -> None:
-        tensors[name].view(-1)[start : start + values.numel()] = values
-        shards.note(written_runs, name, start, values.numel())
-
-    senders = [sender for sender in range(ranks.world) if sender != ranks.rank]
-    wire.receive(senders, put)
-    for chunk in chunks:
-        put(*chunk)
-
-    shards.require_all(weights, [written_runs])
-
-
-def _share(ranks: RankGroup, wire: Wire, tensors: Iterable[torch.Tensor], owner: int) -> None:
-    """Copies ``tensors`` from the rank ``owner`` to all others, in place."""
-    for tensor in tensors:
-        flat = tensor.view(-1)
-        for start in range(0, flat.numel(), CHUNK):
-            ranks.heartbeat()
-            wire.share(flat[start : start + CHUNK], owner)
 
 
 def _cast(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -9,8 +9,9 @@ every element was written once.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
@@ -18,6 +19,7 @@ from typing import TypedDict
 import torch
 from isal import isal_zlib
 
+from ckpt.engine.splitting.placing import Placing, crc32_of_zeros, placed, share_of_crc32
 from converters.errors import CheckpointError
 from converters.plan import Placement, Plan, Shard
 from converters.storage import local
@@ -30,10 +32,15 @@ Run = tuple[int, int]  # the first element, the element after the last
 
 
 class WrittenRuns(TypedDict):
-    """What one rank wrote: elements by name, and by file the CRC32s of runs of bytes."""
+    """What one rank wrote: elements by name, and by file the CRC32s of runs of bytes.
+
+    ``shares`` are those of tensors that ranks write in rows: by file the first byte of
+    the tensor, how many it has, and what this rank adds to their CRC32.
+    """
 
     written: dict[str, list[Run]]
     crcs: dict[str, list[tuple[int, int, int]]]
+    shares: dict[str, list[tuple[int, int, int]]]
 
 
 def make(plan: Plan, folder: Path) -> None:
@@ -64,7 +71,15 @@ def _path(folder: Path, shard: Shard) -> Path:
 class Shards:
     """The open shards; counts the elements written by name."""
 
-    def __init__(self, plan: Plan, folder: Path, aliases: dict[str, str]):
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        aliases: dict[str, str],
+        placings: Mapping[str, Placing],
+    ):
+        self.placings = placings
+        self.shares: dict[tuple[str, int, int], int] = {}
         self.written: dict[str, list[Run]] = {}
         self.ledger = Ledger()
         self.places: dict[str, list[tuple[Shard, Placement]]] = {}
@@ -79,15 +94,37 @@ class Shards:
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Writes elements, of the plan's type, under each name the tensor has."""
         content = values.contiguous().view(torch.uint8).numpy().data
+        placing = self.placings.get(name)
         for shard, placement in self.places[name]:
-            offset = placement.offset + start * placement.dtype.itemsize
+            size = placement.dtype.itemsize
             with local.named(self.folder / shard.filename):
-                self._writer(shard).write(content, offset)
-
-            crc = isal_zlib.crc32(content)
-            self.ledger.add(Path(shard.filename), offset, content.nbytes, crc)
+                for run in placed(placing, start, values.numel()):
+                    piece = content[run.first * size : (run.first + run.size) * size]
+                    self._writer(shard).write(piece, placement.offset + run.position * size)
+                    self._enter((shard, placement), placing, run.position * size, piece)
 
         note(self.written, name, start, values.numel())
+
+    def _enter(
+        self,
+        place: tuple[Shard, Placement],
+        placing: Placing | None,
+        position: int,
+        content: memoryview,
+    ) -> None:
+        """Notes the CRC32 of bytes that were written at a position of a tensor."""
+        shard, placement = place
+        crc = isal_zlib.crc32(content)
+        if placing is None or not placing.is_scattered:
+            offset = placement.offset + position
+            self.ledger.add(Path(shard.filename), offset, content.nbytes, crc)
+            return
+
+        nbytes = math.prod(placing.shape) * placement.dtype.itemsize
+        bytes_after = nbytes - position - content.nbytes
+        key = (shard.filename, placement.offset, nbytes)
+        share = share_of_crc32(crc, content.nbytes, bytes_after)
+        self.shares[key] = self.shares.get(key, 0) ^ share
 
     def report(self) -> WrittenRuns:
         """What was written so far, as JSON has it."""
@@ -95,7 +132,10 @@ class Shards:
             str(path): [(start, end, crc) for start, (end, crc) in sorted(starts.items())]
             for path, (starts, _) in self.ledger.runs.items()
         }
-        return {"written": self.written, "crcs": crcs}
+        shares: dict[str, list[tuple[int, int, int]]] = {}
+        for (filename, offset, nbytes), share in self.shares.items():
+            shares.setdefault(filename, []).append((offset, nbytes, share))
+        return {"written": self.written, "crcs": crcs, "shares": shares}
 
     def _writer(self, shard: Shard) -> local.LocalWriter:
         if shard.filename not in self.writers:
@@ -105,9 +145,14 @@ class Shards:
 
 
 @contextmanager
-def opened(plan: Plan, folder: Path, aliases: dict[str, str]) -> Iterator[Shards]:
-    """The shards to write into; on disk when the block ends without an error."""
-    shards = Shards(plan, folder, aliases)
+def opened(
+    plan: Plan, folder: Path, aliases: dict[str, str], placings: Mapping[str, Placing]
+) -> Iterator[Shards]:
+    """The shards to write into; on disk when the block ends without an error.
+
+    Of the tensors in ``placings`` elements are counted box by box.
+    """
+    shards = Shards(plan, folder, aliases, placings)
     try:
         yield shards
         for name, writer in shards.writers.items():
@@ -134,10 +179,18 @@ def crc32s(plan: Plan, reports: Sequence[WrittenRuns]) -> dict[str, int]:
             crc = isal_zlib.crc32(literal)
             ledger.add(Path(shard.filename), offset, len(literal), crc)
 
+    shares: dict[tuple[str, int, int], int] = {}
     for report in reports:
         for name, runs in report["crcs"].items():
             for start, end, crc in runs:
                 ledger.add(Path(name), start, end - start, crc)
+        for name, parts in report["shares"].items():
+            for offset, nbytes, share in parts:
+                key = (name, offset, nbytes)
+                shares[key] = shares.get(key, crc32_of_zeros(nbytes)) ^ share
+
+    for (name, offset, nbytes), crc in shares.items():
+        ledger.add(Path(name), offset, nbytes, crc)
 
     crcs_by_file = {}
     for shard in plan.shards:

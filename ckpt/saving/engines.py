@@ -155,6 +155,7 @@ class SeveralWeights:
                         weights.plan,
                         folder / name,
                         dict(weights.inventory.weights.aliases),
+                        weights.inventory.placings,
                     )
                 )
                 for name, weights in self.by_name.items()

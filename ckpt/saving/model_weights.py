@@ -49,7 +49,7 @@ class WeightsWriter:
         if self.peft:
             self.inventory, self.plan = adapter.planned(engine, dtype)
         else:
-            self.inventory, self.plan, _ = self.job.planned(max_shard_size)
+            self.inventory, self.plan, _ = self.job.planned(ranks, max_shard_size)
 
         self.nbytes = self.plan.nbytes
 
@@ -81,7 +81,8 @@ class WeightsWriter:
     def write(self, folder: Path, chunks: Iterable[Chunk]) -> shards.WrittenRuns:
         """Writes this rank's part, on disk when it returns. Communicates with nobody."""
         aliases = dict(self.inventory.weights.aliases)
-        with shards.opened(self.plan, folder, aliases) as writer:
+        placings = self.inventory.placings
+        with shards.opened(self.plan, folder, aliases, placings) as writer:
             for chunk in chunks:
                 writer.write(*chunk)
         return writer.report()

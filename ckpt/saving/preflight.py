@@ -16,7 +16,7 @@ from typing import Any
 
 from ckpt.distributed.ranks import RankGroup
 from ckpt.engine.state_size import predicted, script_bytes
-from ckpt.engine.view import EngineView
+from ckpt.engine.view import EngineView, require_model_files
 from ckpt.runs import pruning
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Retention
@@ -68,6 +68,8 @@ def check(ranks: RankGroup, nodes: Nodes, run: Path, contents: SaveContents) -> 
     """
     with ExitStack() as stack:
         with ranks.step() as reports:
+            for engine in contents.engines if contents.has_states else ():
+                require_model_files(engine)
             rank_bytes = contents.state_bytes()
             trial = stack.enter_context(filesystem_trials.opened(run, ranks.rank))
             parameters = contents.engines[0].module.parameters()

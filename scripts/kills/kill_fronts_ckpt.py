@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -33,7 +33,7 @@ import ckpt
 from ckpt.runs.manifest import check
 from ckpt.runs.run import Run
 from ckpt.state import plain, rng
-from converters.zero import checkpoint as zero
+from converters import detect
 
 PATIENCE = 3.0  # seconds without a sign of life until a rank counts as absent
 KEEP = ckpt.Retention(last=1)
@@ -57,7 +57,7 @@ def require_whole(run: Path, least: int) -> None:
             problems = check(checkpoint.folder, checkpoint.manifest, data=True)
             if problems:
                 raise RuntimeError(f"{checkpoint.name}: {problems}")
-            zero.read(checkpoint.folder)
+            detect.read(checkpoint.folder, complete=True)
 
 
 def newest_in(task: Task) -> Path:
@@ -68,11 +68,22 @@ def newest_in(task: Task) -> Path:
     return newest.folder
 
 
+class Training(NamedTuple):
+    """What a loop trains: how its engine is made, and one step of it."""
+
+    engine_of: Callable[[Task], Any]
+    train_step: Callable[[Any, int], None]
+
+
+TINY_GPT2 = Training(engine_of, train_step)
+
+
 def saver_loop(
     task: Task,
     background: bool,
     resume: Callable[[Task, Any], int],
     before_save: Callable[[int], None],
+    training: Training = TINY_GPT2,
 ) -> Trained:
     """A loop around a DeepSpeed engine and ``ckpt.Saver``, keeping only the newest checkpoint.
 
@@ -80,7 +91,8 @@ def saver_loop(
     """
     if task.resume:
         require_whole(task.out, EVERY)
-    engine, start = engine_of(task), 0
+    engine, start = training.engine_of(task), 0
+    train_step = training.train_step
     saver = ckpt.Saver(
         engine,
         task.out,
@@ -109,9 +121,21 @@ def saver_loop(
     return made
 
 
-def committed_loop(background: bool, task: Task) -> Trained:
+def committed_loop(background: bool, task: Task, training: Training = TINY_GPT2) -> Trained:
     """The loop as DeepSpeed itself resumes it, with the random states from their files."""
-    return saver_loop(task, background, _load_newest, task.before_save)
+    return saver_loop(task, background, _load_newest, task.before_save, training)
+
+
+def parallel_loop(name: str, background: bool, task: Task) -> Trained:
+    """The loop around an engine with tensor or pipeline parallelism or experts, for ckpt.resume."""
+    import kill_parallel
+
+    training = Training(*kill_parallel.TRAININGS[name])
+    return saver_loop(task, background, _resume_newest, task.before_save, training)
+
+
+def _resume_newest(task: Task, engine: Any) -> int:
+    return ckpt.resume(engine, task.out)
 
 
 def _load_newest(task: Task, engine: Any) -> int:
@@ -193,6 +217,9 @@ def hf(task: Task, trainer: transformers.Trainer, source: str | bool | None) -> 
 FRONTS: dict[str, Front] = {
     "saver": partial(committed_loop, False),
     "saver-background": partial(committed_loop, True),
+    "saver-tensor": partial(parallel_loop, "tensor", False),
+    "saver-pipeline": partial(parallel_loop, "pipeline", True),
+    "saver-experts": partial(parallel_loop, "experts", True),
     "accelerate": accelerated,
     "hf-mixin": hf_mixin,
     "hf-callback": hf_callback,

@@ -129,12 +129,15 @@ def test_power_failures_take_what_was_not_synced(tmp_path: Path) -> None:
     assert (out / "c").read_bytes() == bytes(80)
 
 
-def test_killed_saves_leave_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts/kills/kill_sweep.py"), "--front", "saver"]
-    command += ["--points", "3", "--power", "2", "--folder", str(tmp_path)]
+@pytest.mark.parametrize(("front", "points", "power"), [("saver", 3, 2), ("saver-tensor", 2, 0)])
+def test_killed_saves_leave_a_checkpoint_to_resume_from(
+    front: str, points: int, power: int, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(ROOT / "scripts/kills/kill_sweep.py"), "--front", front]
+    command += ["--points", str(points), "--power", str(power), "--folder", str(tmp_path)]
     command += ["--json", str(tmp_path / "points.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    points = json.loads((tmp_path / "points.json").read_text())["saver"]
-    assert [point["verdict"] for point in points] == ["resumed"] * 5
-    assert {point["start"] for point in points} == {2, 4}
+    found = json.loads((tmp_path / "points.json").read_text())[front]
+    assert [point["verdict"] for point in found] == ["resumed"] * (points + power)
+    assert {point["start"] for point in found} == ({2, 4} if power else {2})

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hardening.degrees import values_of
 from oracles import torchrun
+from parallel_runs import require_run
 from test_reshard_training import REDUCTION_ORDER
 
 from ckpt.rewrite import reshard, universal
@@ -54,7 +55,16 @@ def test_training_goes_on_with_other_expert_ranks(tmp_path: Path) -> None:
         {"model": model, **job, "out": f"{tmp_path}/{model}", "half": f"{tmp_path}/{model}-half"}
         for model, job in WHOLE.items()
     ]
-    launch(tmp_path, 4, sources)
+    for job in sources:
+        job["run"] = f"{job['out']}-run"
+    resumed = [
+        {"model": model, **WHOLE[model], "out": f"{tmp_path}/{model}-go", "resume": job["run"]}
+        for model, job in zip(WHOLE, sources, strict=True)
+    ]
+    launch(tmp_path, 4, sources + resumed)
+    for model in WHOLE:
+        require_run(tmp_path / f"{model}-run", tmp_path / f"{model}-half")
+        assert losses_of(tmp_path / f"{model}-go") == losses_of(tmp_path / model)[STEPS:]
 
     for ranks in (4, 2):
         jobs = []

@@ -1,7 +1,7 @@
 """Stock DeepSpeed trains on from what parallel checkpoints were rewritten to.
 
 Its losses are those of the training that was not interrupted, and what it saves again at once is
-the source, bit for bit.
+the source, bit for bit. ``ckpt.Saver`` saves the source too, and ``ckpt.resume`` goes on from that.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hardening.degrees import values_of
 from oracles import torchrun
+from parallel_runs import require_run
 from test_reshard_training import REDUCTION_ORDER
 
 from ckpt.rewrite import reshard, universal
@@ -89,7 +90,15 @@ def test_training_goes_on_with_zero_alone_and_with_any_degrees(
     """
     trainings = Trainings(tmp_path)
     job = {"model": model, **degrees, "stage": stage}
-    trainings.run(2, {**job, "name": "whole", "steps": 6}, {**job, "name": "half"})
+    run = tmp_path / "run"
+    trainings.run(
+        2,
+        {**job, "name": "whole", "steps": 6},
+        {**job, "name": "half", "run": str(run)},
+        {**job, "name": "resumed", "resume": str(run)},
+    )
+    require_run(run, tmp_path / "half")
+    assert trainings.losses("resumed") == trainings.losses("whole")[3:]
     folder = trainings.universal("half", "universal")
     jobs: list[dict[str, Any]] = []
     source = trainings.reshard("half", "start-3", 2, 3)

@@ -47,7 +47,7 @@ converters.dcp.native converters.dcp.writing
 
 ckpt.deprecation ckpt.requirements ckpt.results
 ckpt.cli.results ckpt.cli.usage ckpt.folders ckpt.distributed ckpt.weights
-ckpt.runs
+ckpt.engine.splitting ckpt.runs
 ckpt.runs.foreign ckpt.state ckpt.weights.companions
 ckpt.rewrite ckpt.runs.states ckpt.saving.commit ckpt.weights.output ckpt.weights.reader
 ckpt.weights.naming ckpt.weights.layouts
@@ -70,6 +70,7 @@ FLOOR = {
 INSIDE_A_TRAINING = {
     "ckpt.distributed",
     "ckpt.engine",
+    "ckpt.engine.splitting",
     "ckpt.live",
     "ckpt.plain_torch",
     "ckpt.resuming",

@@ -6,6 +6,9 @@ experts_worker.py JOBS   each {"model", "out", "stage", "sizes"} and perhaps
     "again"    where it is saved as soon as it is loaded
     "half"     where it is saved after half of its steps
     "seed"     of its first weights
+    "steps"    how many it trains at a time
+    "run"      where ckpt.Saver saves it after half of its steps, as parallel_worker does
+    "resume"   the run that it goes on from by ckpt.resume
 
 "sizes" are the expert ranks of each layer; of AutoEP one number. Trains in fp32 on the same global
 batches whatever the ranks, and writes OUT/losses.json.
@@ -19,9 +22,11 @@ from typing import Any
 
 import torch
 from ending import run_jobs
-from parallel_worker import load
+from parallel_worker import load, save_all
 from split_worker import SIZE, Expert
 from torch import nn
+
+import ckpt
 
 GLOBAL_BATCH = 12  # sequences
 EXPERTS, STEPS = 4, 3
@@ -138,7 +143,7 @@ def losses_of(engine: Any, job: dict[str, Any]) -> list[float]:
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     micro, losses = GLOBAL_BATCH // world, []
     first = engine.global_steps
-    for step in range(first, first + STEPS):
+    for step in range(first, first + job.get("steps", STEPS)):
         generator = torch.Generator().manual_seed(step)
         batch = torch.randint(16, (GLOBAL_BATCH, 6), generator=generator)
         loss = loss_of(engine, job, batch[rank * micro : (rank + 1) * micro])
@@ -159,6 +164,10 @@ def train(job: dict[str, Any]) -> None:
     if "half" in job:
         losses += losses_of(engine, job)
         engine.save_checkpoint(job["half"])
+    if "run" in job:
+        save_all(engine, job["run"])
+    if "resume" in job:
+        assert ckpt.resume(engine, job["resume"]) > 0
     losses += losses_of(engine, job)
     if torch.distributed.get_rank() == 0:
         out.mkdir()

@@ -8,6 +8,8 @@ parallel_worker.py JOBS   each {"model", "out", "stage", "steps"} and perhaps
     "again"      where it is saved as soon as it is loaded
     "half"       where it is saved after half of its steps
     "seed"       of its first weights
+    "run"        where ckpt.Saver saves it at the end; live weights go to RUN-fp32
+    "resume"     the run that it goes on from by ckpt.resume
 
 Trains on the same global batches whatever the ranks, saves to OUT and writes OUT/losses.json.
 """
@@ -23,6 +25,7 @@ from ending import run_jobs
 from torch import nn
 
 import ckpt
+from ckpt import live
 
 GLOBAL_BATCH = 12  # sequences
 WORDS, HIDDEN = 32, 16
@@ -199,6 +202,30 @@ def load(engine: Any, job: dict[str, Any]) -> None:
     assert path is not None
 
 
+def save_all(engine: Any, run: str) -> None:
+    """Saves a checkpoint with weights into a run, and the live weights beside it.
+
+    Of AutoEP, whose names no class loads, without weights; beside it, RUN.pt, is the live
+    state dict.
+    """
+    is_stacked = any(name.endswith(".w1") for name, _ in engine.module.named_parameters())
+    with ckpt.Saver(engine, run, weights=None if is_stacked else "bf16") as saver:
+        saver.save(engine.global_steps)
+    if not is_stacked:
+        live.save_fp32(engine, f"{run}-fp32", max_shard_size="4kB")
+        return
+
+    state = live.fp32_state_dict(engine)
+    if state is not None:
+        torch.save(state, f"{run}.pt")
+    try:
+        live.save_fp32(engine, f"{run}-fp32")
+    except ckpt.CheckpointError as error:
+        assert "--names hf" in str(error) or "in full on" in str(error)
+    else:
+        raise AssertionError("a model folder was written that its class does not load")
+
+
 def train(job: dict[str, Any]) -> None:
     import deepspeed
 
@@ -214,6 +241,8 @@ def train(job: dict[str, Any]) -> None:
         load(engine, job)
     if "again" in job:
         engine.save_checkpoint(job["again"])
+    if "resume" in job:
+        assert ckpt.resume(engine, job["resume"]) > 0
     losses: list[float] = []
     if "half" in job:
         job["steps"] //= 2
@@ -221,6 +250,8 @@ def train(job: dict[str, Any]) -> None:
         engine.save_checkpoint(job["half"])
     losses += losses_of(engine, job)
     engine.save_checkpoint(str(out))
+    if "run" in job:
+        save_all(engine, job["run"])
     if torch.distributed.get_rank() == 0:
         (out / "losses.json").write_text(json.dumps(losses))
     torch.distributed.barrier()

@@ -55,6 +55,12 @@ def require(work: str, *libraries: str) -> None:
             )
 
 
+def require_if_installed(work: str, library: str) -> None:
+    """``CheckpointError`` where a library that ``work`` may do without is there, and too old."""
+    if find_spec(library) is not None:
+        require(work, library)
+
+
 def warn_of_old_torch() -> None:
     """Logs, on rank 0, that the Trainer cannot resume with the torch that is installed.
 

@@ -27,6 +27,9 @@ def move_to_rank_0(ranks: RankGroup) -> None:
     Every rank calls it. Where some rank cannot reach rank 0, all stay with the
     launcher's, and a warning says so.
     """
+    if not dist.is_initialized():
+        return  # a process alone holds its own
+
     original = _get_default_store()
     is_replaced = stores.current() is not original
     if is_replaced or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import time
 import traceback
 from collections.abc import Generator, Iterator
@@ -43,18 +44,24 @@ _calls = itertools.count()  # all ranks make the same calls, so they count alike
 
 
 class RankGroup:
-    """All ranks of the default process group, in one call of ``what``."""
+    """All ranks of the default process group, in one call of ``what``.
+
+    A process that no launcher started as one of several is all there is, without a group.
+    """
 
     def __init__(self, what: str, timeout: float):
-        if not dist.is_initialized():
+        is_alone = not dist.is_initialized()
+        if is_alone and os.environ.get("WORLD_SIZE", "1") != "1":
             raise CheckpointError(
-                f"{what}: torch.distributed is not initialised; call this in the training, "
-                "after deepspeed.initialize",
+                f"{what}: torch.distributed is not initialised; call this in the training, after "
+                "deepspeed.initialize, torch.distributed.init_process_group, or when the Trainer's "
+                "arguments or the Accelerator are made",
                 "refused",
             )
 
         self.what, self.timeout = what, timeout
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank = 0 if is_alone else dist.get_rank()
+        self.world = 1 if is_alone else dist.get_world_size()
         self.call, self.steps = next(_calls), itertools.count()
         self.store = PrefixStore("ckpt", stores.current())
         self.last_release: str | None = None

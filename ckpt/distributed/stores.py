@@ -4,7 +4,7 @@ torchrun and ``accelerate launch`` keep the group's store in their own process
 (``TORCHELASTIC_USE_AGENT_STORE``; torch 2.13 ``distributed/rendezvous.py:
 _create_c10d_store``). It is gone when a signal ends them, though the ranks live on and
 could still save. So a training that wants to save when it is asked to stop moves to a
-store in rank 0 (``rank_0_store``).
+store in rank 0 (``rank_0_store``). A process that trains alone has no group, and a store of its own.
 """
 
 from __future__ import annotations
@@ -28,11 +28,19 @@ class Replacement:
 
 
 _replacement: Replacement | None = None
+_store_of_one: Any = None  # of a process that trains alone, made when it is asked for
 
 
 def current() -> Any:
     """The store to use now; the same one on all ranks."""
+    global _store_of_one
+
     launchers.detect()  # while it lives
+    if not dist.is_initialized():
+        if _store_of_one is None:
+            _store_of_one = dist.HashStore()  # type: ignore[attr-defined]
+        return _store_of_one
+
     original = _get_default_store()
     if _replacement is not None and _replacement.original is original:
         return _replacement.store

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
@@ -83,6 +83,9 @@ class CapturingEngine(CheckpointEngine):
             raise failure
 
 
+Writer = TypeVar("Writer", bound=CapturingEngine)
+
+
 class WritingEngine(CapturingEngine):
     """States on disk when ``save`` returns, under their final names; ``files`` has the digests."""
 
@@ -95,7 +98,7 @@ class WritingEngine(CapturingEngine):
 
 
 @contextmanager
-def installed(engine: EngineView, writer_class: type[CapturingEngine]) -> Iterator[CapturingEngine]:
+def installed(engine: EngineView, writer_class: type[Writer]) -> Iterator[Writer]:
     """Puts a writer of ckpt in the place of the engine's own for this block.
 
     What the engine itself does between its barriers is made to fail later too: making

@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ckpt.engine import optimizers, parameters
-from ckpt.engine.view import EngineView
+from ckpt.engine.view import EngineView, as_plain
 from ckpt.state.jsonable import is_plain, jsonable
 from converters.accessors import is_number
 
@@ -76,7 +76,7 @@ ENGINE_ALONE = Loop()
 
 
 def describe(engine: EngineView, loop: Loop = ENGINE_ALONE) -> dict[str, Any]:
-    """The settings of a training with DeepSpeed."""
+    """The settings of a training: with DeepSpeed, or what a plain one says in its words."""
     scheduler, data = loop.scheduler, loop.data
     config = config_of(engine)
     optimizer = optimizers.inner(engine)
@@ -84,6 +84,8 @@ def describe(engine: EngineView, loop: Loop = ENGINE_ALONE) -> dict[str, Any]:
     # Where each rank has other parameters, DeepSpeed's own files have the list of each.
     model_parallel = ("tensor_parallel", "pipeline_parallel")
     has_all_parameters = max(topology.get(name, 1) for name in model_parallel) == 1
+    if topology.get("sharding", "").startswith("FSDP1"):
+        has_all_parameters = False  # whose parameters are parts of a rank's vector
     packed = None
     if has_all_parameters:
         packed = parameters.pack(parameters.of_engine(engine))
@@ -98,17 +100,22 @@ def describe(engine: EngineView, loop: Loop = ENGINE_ALONE) -> dict[str, Any]:
         "topology": topology,
         "offload": _offload(config),
         "adapters": _adapters(engine.module),
-        "config": jsonable(
-            {name: value for name, value in config.items() if name not in NOT_RECORDED}
-        ),
     }
+    if as_plain(engine) is None:
+        recorded = {name: value for name, value in config.items() if name not in NOT_RECORDED}
+        settings["config"] = jsonable(recorded)
     if data is not None and (data_settings := _data(data)):
         settings["data"] = data_settings
     return settings
 
 
 def config_of(engine: EngineView) -> dict[str, Any]:
-    """DeepSpeed's configuration as it was given, or as it was read from a file."""
+    """DeepSpeed's configuration as it was given, or as it was read from a file.
+
+    Of a training without DeepSpeed its own settings, under the same names.
+    """
+    if (plain := as_plain(engine)) is not None:
+        return dict(plain.settings)
     config = getattr(engine, "config", None)
     if not isinstance(config, dict):
         config = getattr(getattr(engine, "_config", None), "_param_dict", None)
@@ -170,8 +177,12 @@ def _engine_value(engine: EngineView, config: Mapping[str, Any], name: str) -> i
 
 
 def _topology(engine: EngineView) -> dict[str, Any]:
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if (plain := as_plain(engine)) is not None:
+        return {"world_size": world_size, "sharding": plain.sharding}
+
     topology = {
-        "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+        "world_size": world_size,
         "zero_stage": int(engine.zero_optimization_stage()),
         "tensor_parallel": _size("_get_model_parallel_world_size"),
         "sequence_parallel": _size("_get_sequence_parallel_world_size"),

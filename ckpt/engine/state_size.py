@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import zero_to_fp32
 
 from ckpt.engine import first_step
-from ckpt.engine.view import EngineView, internals, writes_optimizer_states
+from ckpt.engine.view import EngineView, as_plain, internals, writes_optimizer_states
 from ckpt.runs.run import bytes_under
 from ckpt.state import torch_file
 from converters.torch_files.zip_headers import ALIGNMENT
@@ -31,6 +30,9 @@ def predicted(
     Before the first step, with what the optimizer will keep after it (``first_step``).
     In the files the values begin at multiples of ``alignment``.
     """
+    if (plain := as_plain(engine)) is not None:
+        return plain.state_bytes()
+
     sizes: list[int] = []  # of storages
     total = 0
 
@@ -111,5 +113,10 @@ def _swap_bytes(engine: EngineView) -> int:
 
 def script_bytes(engines: Sequence[EngineView]) -> int:
     """Bytes of DeepSpeed's recovery script, which lies beside the states of each ZeRO engine."""
-    count = sum(writes_optimizer_states(engine) for engine in engines)
+    count = sum(as_plain(engine) is None and writes_optimizer_states(engine) for engine in engines)
+    if not count:
+        return 0
+
+    from deepspeed.utils import zero_to_fp32
+
     return count * os.path.getsize(zero_to_fp32.__file__)

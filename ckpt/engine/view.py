@@ -7,7 +7,7 @@ one folder; ``attributes`` lists what that folder relies on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -38,6 +38,27 @@ class EngineView(Protocol):
 
     def get_lr(self) -> list[Any]:
         """The learning rate of each param group."""
+
+
+class PlainView(EngineView, Protocol):
+    """A training without DeepSpeed (FSDP, DDP, one process), seen as an engine.
+
+    Its states are written by whoever trains, not by an engine (``ckpt.plain_torch``).
+    """
+
+    @property
+    def sharding(self) -> str:
+        """How its states are cut up, such as "FSDP2, SHARDED_STATE_DICT"; "none" if they are not.
+
+        What is saved loads where this is the same, on any number of ranks.
+        """
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What DeepSpeed's configuration would say: batch, clipping, precision."""
+
+    def state_bytes(self) -> int:
+        """Bytes of the state files that this rank will write."""
 
 
 class TrainingEngine(EngineView, Protocol):
@@ -84,6 +105,16 @@ def internals(engine: EngineView) -> Internals:
 def is_engine(value: Any) -> bool:
     """Whether an object is an engine of DeepSpeed that writes and loads checkpoints."""
     return hasattr(value, "checkpoint_engine")
+
+
+def as_plain(engine: EngineView) -> PlainView | None:
+    """A training without DeepSpeed as what it is; ``None`` for an engine."""
+    return cast(PlainView, engine) if hasattr(engine, "sharding") else None
+
+
+def stage_of(engine: EngineView) -> int | None:
+    """The stage of ZeRO that a manifest names; ``None`` without DeepSpeed."""
+    return None if as_plain(engine) is not None else int(engine.zero_optimization_stage())
 
 
 def has_stage(value: Any) -> bool:

@@ -53,7 +53,9 @@ _NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What was committed. ``tag`` is the tag folder's name, which a full checkpoint always has.
+    """What was committed. ``tag`` is the tag folder's name, which a full checkpoint of DeepSpeed
+    always has. One of another training (FSDP, DDP, one process) has neither ``tag`` nor ``stage``:
+    its states lie right in the folder, or in folders of FSDP.
 
     ``save`` is the same on all nodes of one save and on no other; ``created`` is in
     seconds since 1970. With ``nodes`` over 1 the folder holds one node's part.
@@ -115,8 +117,8 @@ class Manifest:
         fields.require(
             fields.is_inside_or_none(self.tag), "tag", self.tag, "a folder inside the checkpoint"
         )
-        has_its_tag = self.tag is not None or self.tier != "full"
-        fields.require(has_its_tag, "tag", None, "one: it is full")
+        has_its_tag = self.tag is not None or self.tier != "full" or self.stage is None
+        fields.require(has_its_tag, "tag", None, "one: it is full, and of a ZeRO stage")
         fields.require(fields.is_id(self.save), "save", self.save, "hex digits")
         fields.require(
             fields.is_inside_or_none(self.name), "name", self.name, "the name of a folder"

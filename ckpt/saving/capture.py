@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt.engine.checkpoint_engine import CapturingEngine, installed
 from ckpt.engine.view import EngineView
 from ckpt.live.export import save_config
 from ckpt.saving import preflight
@@ -75,6 +74,8 @@ def _capture_states(
     Or else other ranks would wait for this one in the ``save_checkpoint`` of the next
     engine.
     """
+    from ckpt.engine.checkpoint_engine import CapturingEngine, installed
+
     writers = []
     for name, engine in engines:
         with installed(engine, CapturingEngine) as writer:

@@ -18,17 +18,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt import text
 from ckpt.distributed.ranks import RankGroup
-from ckpt.engine.checkpoint_engine import WritingEngine, installed
 from ckpt.engine.progress import metrics, record, versions
 from ckpt.engine.settings import ENGINE_ALONE, Loop
-from ckpt.engine.view import EngineView, TrainingEngine, loaded_step
+from ckpt.engine.view import EngineView, TrainingEngine, loaded_step, stage_of
 from ckpt.folders.filenames import MANIFEST
 from ckpt.runs import pruning
 from ckpt.runs.lease import lease
@@ -45,6 +44,9 @@ from ckpt.saving.model_weights import WeightsWriter
 from ckpt.saving.preflight import SaveContents
 from ckpt.state import rank_files
 from converters.storage import local
+
+if TYPE_CHECKING:
+    from ckpt.engine.checkpoint_engine import WritingEngine
 
 log = logging.getLogger("ckpt")
 
@@ -70,14 +72,13 @@ def describe(engine: EngineView, details: SaveDetails, line: Line) -> Facts:
 
     ``CheckpointError`` for a metric that is not a number.
     """
-    stage = int(engine.zero_optimization_stage())
     metric_values = metrics(details.metrics)
     return Facts(
         step=details.step,
         tag=details.tag,
         line=line,
         tier=details.tier,
-        stage=stage,
+        stage=stage_of(engine),
         versions=versions(),
         metrics=metric_values,
         progress=record(engine, details.epoch, details.loop),
@@ -99,7 +100,7 @@ class RunFolder:
     def find(cls, ranks: RankGroup, path: Path, is_local: bool) -> RunFolder:
         """Looks who shares the folder, which is made; every rank calls it.
 
-        ``is_local`` is what DeepSpeed's configuration says. ``CheckpointError`` on every
+        ``is_local`` is what DeepSpeed's configuration or the Trainer's arguments say. ``CheckpointError`` on every
         rank where that is not what is found.
         """
         return cls(path, nodes.find(ranks, path, is_local), Lease())
@@ -268,8 +269,7 @@ class Save:
         Raises what failed, when all ranks are out of the engines' barriers.
         """
         with ExitStack() as stack:
-            seams = [installed(engine, WritingEngine) for engine in engines]
-            writers = [stack.enter_context(seam) for seam in seams]
+            writers = [stack.enter_context(_writing(engine)) for engine in engines]
             recording = Recording()
 
             try:
@@ -281,7 +281,6 @@ class Save:
                     writer.require()
 
         for writer in writers:
-            assert isinstance(writer, WritingEngine)
             for path, file in writer.files.items():
                 self.commit.files[path.relative_to(root).as_posix()] = file
 
@@ -302,6 +301,13 @@ class Save:
     def write_weights(self, weights: WeightsWriter) -> None:
         """This rank's part of a model whose files rank 0 has made; every rank calls it."""
         streamed.write(weights, self.commit)
+
+
+def _writing(engine: TrainingEngine) -> AbstractContextManager[WritingEngine]:
+    """A block in which ckpt writes what the engine saves. Without one DeepSpeed is not needed."""
+    from ckpt.engine.checkpoint_engine import WritingEngine, installed
+
+    return installed(engine, WritingEngine)
 
 
 class Recording:

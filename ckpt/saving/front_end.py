@@ -100,8 +100,8 @@ class RunFolder:
     def find(cls, ranks: RankGroup, path: Path, is_local: bool) -> RunFolder:
         """Looks who shares the folder, which is made; every rank calls it.
 
-        ``is_local`` is what DeepSpeed's configuration or the Trainer's arguments say. ``CheckpointError`` on every
-        rank where that is not what is found.
+        ``is_local`` is what DeepSpeed's configuration or the Trainer's arguments say.
+        ``CheckpointError`` on every rank where that is not what is found.
         """
         return cls(path, nodes.find(ranks, path, is_local), Lease())
 
@@ -131,8 +131,8 @@ class RunFolder:
         """Whether each node has a folder of its own."""
         return self.nodes.local
 
-    def line_of(self, engine: EngineView) -> Line:
-        """The line of the training of ``engine``."""
+    def line_of(self, engine: Any) -> Line:
+        """The line of the training of ``engine``, or of a model without one."""
         return identity.line_of(engine, self.path, loaded_step(engine))
 
     def line_after(self, engine: EngineView | None, loaded: Path | str | None, step: int) -> Line:

@@ -68,7 +68,8 @@ class ResumePoint:
         if self.digest:
             proof = f"manifest {self.digest}, {verified} verified"
         run = f", {lineage.shown(self.manifest.run)}" if self.manifest else ""
-        line = f"{self.folder}: step {self.step}, tag {self.tag}{run}, {proof}"
+        tag = f", tag {self.tag}" if self.tag else ""
+        line = f"{self.folder}: step {self.step}{tag}{run}, {proof}"
         metrics = [f"{name} {value:g}" for name, value in (self.metrics or {}).items()]
         return "; ".join([line, *metrics[:3]])
 
@@ -114,10 +115,17 @@ class ResumePoint:
                 "refused",
             )
 
+        if manifest.tag is None:
+            raise CheckpointError(
+                f"{run_checkpoint.folder} was saved without DeepSpeed, which cannot load it; ckpt "
+                f"from-dcp {run_checkpoint.folder} -o OUTPUT makes files for DeepSpeed of what FSDP "
+                "or DCP saved",
+                "unsupported",
+            )
+
         data = (run_checkpoint.folder / filenames.MANIFEST).read_bytes()
         topology = Topology(manifest.stage or 0, manifest.world_size)
         digest = sha256(data).hexdigest()[:12]
-        assert manifest.tag is not None
         record = (manifest.progress, manifest.metrics, manifest)
 
         place = (run_checkpoint.folder, manifest.tag, manifest.step)

@@ -21,7 +21,9 @@ from weakref import WeakKeyDictionary
 
 from ckpt import requirements
 
-requirements.require("ckpt.trainers.accelerate", "accelerate", "deepspeed")
+requirements.require_torch("ckpt.trainers.accelerate")
+requirements.require("ckpt.trainers.accelerate", "accelerate")
+requirements.require_if_installed("ckpt.trainers.accelerate", "deepspeed")
 
 from accelerate.utils import MODEL_NAME, RNG_STATE_NAME, DistributedType
 

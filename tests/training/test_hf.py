@@ -285,4 +285,5 @@ def test_a_trainer_without_deepspeed_takes_no_half_of_a_checkpoint_of_deepspeed(
         with pytest.raises(CheckpointError, match="was saved with DeepSpeed, this training has no"):
             callback.on_train_begin(SimpleNamespace(output_dir=tmp_path), state, None, **seen)
     (folder / "global_step2").rename(tmp_path / "away")
+    (folder / "manifest.json").unlink()
     hf.ResumeCallback().on_train_begin(SimpleNamespace(output_dir=tmp_path), state, None, **seen)

@@ -50,7 +50,7 @@ ckpt.runs.foreign ckpt.state ckpt.weights.companions
 ckpt.rewrite ckpt.runs.states ckpt.saving.commit ckpt.weights.output ckpt.weights.reader
 ckpt.weights.naming ckpt.weights.layouts
 ckpt.engine ckpt.weights.adapters
-ckpt.runs.upkeep ckpt.weights.merge ckpt.weights.check ckpt.weights.opening
+ckpt.plain_torch ckpt.runs.upkeep ckpt.weights.merge ckpt.weights.check ckpt.weights.opening
 ckpt.weights.conversion ckpt.zero_to_fp32
 ckpt.live ckpt.torch_training ckpt.hub.content
 ckpt.hub.client
@@ -69,6 +69,7 @@ INSIDE_A_TRAINING = {
     "ckpt.distributed",
     "ckpt.engine",
     "ckpt.live",
+    "ckpt.plain_torch",
     "ckpt.resuming",
     "ckpt.saving",
     "ckpt.saving.commit",

@@ -19,16 +19,18 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate.utils import DeepSpeedOptimizerWrapper
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ckpt.distributed.ranks import TIMEOUT, RankGroup
+from ckpt.engine.view import stage_of
+from ckpt.plain_torch import files as plain_files
+from ckpt.plain_torch.engine import PlainEngine
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Retention
 from ckpt.saving.front_end import RunFolder, SaveDetails, describe
 from ckpt.saving.preemption import Preemption
-from ckpt.trainers.hf import disk_space
+from ckpt.trainers.hf import disk_space, plain
 from ckpt.trainers.hf.disk_space import TORCH_ALIGNMENT
 from ckpt.trainers.hf.load_watch import LoadWatch
 from ckpt.trainers.hf.stopping import Stop
@@ -64,8 +66,8 @@ class CheckpointCallback(TrainerCallback):
     What training goes on from is refused by name if it does not load on these ranks
     (``load_watch.Watch``).
 
-    It stays out of trainings without DeepSpeed and of hyperparameter searches, with a
-    warning.
+    With DeepSpeed, FSDP or DDP, or in one process. It stays out of hyperparameter
+    searches, with a warning.
     """
 
     def __init__(
@@ -98,11 +100,6 @@ class CheckpointCallback(TrainerCallback):
     ) -> None:
         """Finds out who shares the folder, and whether saves would succeed."""
         self._end()
-        if not isinstance(objects.get("optimizer"), DeepSpeedOptimizerWrapper):
-            _require_no_deepspeed(args, objects.get("optimizer"))
-            _stay_out(state, "this training runs without DeepSpeed")
-            return
-
         if state.is_hyper_param_search:
             _stay_out(state, "a hyperparameter search")
             return
@@ -112,11 +109,14 @@ class CheckpointCallback(TrainerCallback):
         ranks = RankGroup("CheckpointCallback", self.timeout)
         with ranks.step():
             _require_callbacks_told(args)
-            engine = _shown_engine(state, objects, ranks.rank)
-            config = deepspeed_config()
+            engine = _shown_engine(args, state, objects, ranks.rank)
+            is_local = False
+            if isinstance(engine, PlainEngine):
+                plain.require_supported(engine, args, None)
+            else:
+                checkpoint_config = engine.config.get("checkpoint", {})
+                is_local = bool(checkpoint_config.get("use_node_local_storage", False))
 
-        checkpoint_config = config.get("checkpoint", {})
-        is_local = bool(checkpoint_config.get("use_node_local_storage", False))
         run = Path(args.output_dir).absolute()
         run_folder = RunFolder.find(ranks, run, is_local or args.save_on_each_node)
         self.run_folder = run_folder
@@ -139,13 +139,16 @@ class CheckpointCallback(TrainerCallback):
         self,
         ranks: RankGroup,
         run_folder: RunFolder,
-        engine: CallbackEngine,
+        engine: CallbackEngine | PlainEngine,
         args: Any,
         objects: Any,
     ) -> None:
-        zero_config = deepspeed_config().get("zero_optimization", {})
-        option = "stage3_gather_16bit_weights_on_model_save"
-        gathers = engine.stage < 3 or zero_config.get(option)
+        if isinstance(engine, PlainEngine):
+            gathers = plain.writes_model(engine)
+        else:
+            zero_config = engine.config.get("zero_optimization", {})
+            option = "stage3_gather_16bit_weights_on_model_save"
+            gathers = engine.stage < 3 or zero_config.get(option)
         self.weight_bytes = disk_space.model_bytes(engine.module, bool(gathers))
         contents = disk_space.contents(
             engine,
@@ -233,7 +236,7 @@ class CheckpointCallback(TrainerCallback):
         ranks = RankGroup("save", self.timeout)
 
         def measure() -> int:
-            engine = _shown_engine(state, objects, ranks.rank)
+            engine = _shown_engine(args, state, objects, ranks.rank)
             return disk_space.state_bytes(engine, args, TORCH_ALIGNMENT)
 
         folder = self.run_folder.path / _name(state)
@@ -252,12 +255,13 @@ class CheckpointCallback(TrainerCallback):
         self, ranks: RankGroup, run_folder: RunFolder, args: Any, state: Any, objects: Any
     ) -> None:
         with ranks.step():
-            engine = _shown_engine(state, objects, ranks.rank)
+            engine = _shown_engine(args, state, objects, ranks.rank)
+            is_full = not args.save_only_model
             step = int(state.global_step)
             details = SaveDetails(
                 step=step,
-                tag=None if args.save_only_model else f"global_step{step}",
-                tier="weights" if args.save_only_model else "full",
+                tag=f"global_step{step}" if is_full and stage_of(engine) is not None else None,
+                tier="full" if is_full else "weights",
                 metrics=evaluated(state),
                 epoch=state.epoch,
                 loop=loop_of(args, objects.get("lr_scheduler"), objects.get("train_dataloader")),
@@ -265,8 +269,11 @@ class CheckpointCallback(TrainerCallback):
             facts = describe(engine, details, self.line)
 
         with run_folder.saving(ranks, _name(state), facts, in_place=True) as save:
-            require_states(save.folder, facts.tag)
-            if facts.tag is not None:
+            if run_folder.commits:
+                require_states(save.folder, facts)
+            if isinstance(engine, PlainEngine):
+                save.add(plain_files.sync_own(save.folder, ranks.rank))
+            if is_full:
                 save.write_rank_files()
             if run_folder.needs_sync:
                 sync_files(save.folder)
@@ -296,7 +303,7 @@ def _require_no_deepspeed(args: Any, optimizer: Any) -> None:
         raise CheckpointError(
             "this training is to use DeepSpeed, but the optimizer that the Trainer shows "
             f"to CheckpointCallback is {type(optimizer).__name__}, expected "
-            f"{DeepSpeedOptimizerWrapper.__name__} of Accelerate, so that nothing would be "
+            "DeepSpeedOptimizerWrapper of Accelerate, so that nothing would be "
             "committed; use ckpt.trainers.hf.CommittedCheckpoints, which needs none",
             "unsupported",
         )
@@ -312,7 +319,14 @@ def _require_callbacks_told(args: Any) -> None:
         )
 
 
-def _shown_engine(state: Any, objects: Any, rank: int) -> CallbackEngine:
+def _shown_engine(args: Any, state: Any, objects: Any, rank: int) -> CallbackEngine | PlainEngine:
+    """What a callback is shown of the engine or, without DeepSpeed, of the training."""
+    if not plain.uses_deepspeed(objects.get("optimizer")):
+        _require_no_deepspeed(args, objects.get("optimizer"))
+        plain_engine = plain.engine_of(args, objects["model"], objects["optimizer"])
+        plain_engine.global_steps = int(state.global_step)
+        return plain_engine
+
     config, step = deepspeed_config(), int(state.global_step)
     stage = int(config.get("zero_optimization", {}).get("stage", 0))
     optimizer = objects["optimizer"].optimizer

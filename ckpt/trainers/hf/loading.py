@@ -15,19 +15,23 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 
 from ckpt.distributed.ranks import TIMEOUT, RankGroup
 from ckpt.engine import mapped_loading
 from ckpt.engine.layout import Layout
 from ckpt.engine.placeholders import is_partitioned
 from ckpt.engine.settings import Loop
-from ckpt.engine.view import is_engine
-from ckpt.resuming import configured, select, topology
+from ckpt.engine.view import EngineView, is_engine
+from ckpt.resuming import configured, plain, select, topology
 from ckpt.resuming.continuity import OnMismatch
 from ckpt.resuming.topology import Reshard
 from ckpt.runs.run import is_run
+from ckpt.trainers.hf import comparing, load_watch
 from ckpt.trainers.hf.comparing import TrainerResume
+from ckpt.trainers.hf.plain_resume import PlainResume
 from ckpt.trainers.hf.resuming import ResumeCallback
 from ckpt.trainers.hf.trainer_state import loop_of
 
@@ -63,6 +67,7 @@ class MappedCheckpoints(Trainer):
     _resumed_from: str | None = None  # a checkpoint
     _resume: TrainerResume | None = None  # of transformers 4, until it has loaded
     _resuming: ExitStack | None = None
+    _data: Any = None  # the loader of the training data
 
     def train(
         self,
@@ -71,9 +76,6 @@ class MappedCheckpoints(Trainer):
         **kwargs: Any,
     ) -> Any:
         """Trains as the Trainer does; what it reads of a checkpoint is from the one that fits."""
-        if not self.is_deepspeed_enabled:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-
         # not the highest number, but what ckpt.find takes
         if resume_from_checkpoint is True:
             newest = self._newest(Path(str(self.args.output_dir)))
@@ -90,6 +92,10 @@ class MappedCheckpoints(Trainer):
     def _newest(self, run: Path) -> Path | None:
         """The newest whole checkpoint of a run that fits best; every rank calls it."""
         ranks = RankGroup("train", self.timeout)
+        if not self.is_deepspeed_enabled:
+            newest = plain.newest(ranks, run, committed_only=self._takes_committed_only)
+            return None if newest is None else newest.folder
+
         fits = configured.fits(ranks)
         checkpoint = select.select_checkpoint(
             ranks, run, fits=fits, deepspeed=False, committed_only=self._takes_committed_only
@@ -123,6 +129,11 @@ class MappedCheckpoints(Trainer):
     def _loadable(self, checkpoint: str | os.PathLike[str]) -> str:
         """The checkpoint or, if that does not fit, what it is resharded to; every rank calls it."""
         ranks = RankGroup("train", self.timeout)
+        if not self.is_deepspeed_enabled:
+            with ranks.step():
+                plain.require_plain(Path(checkpoint).absolute())
+            return str(checkpoint)
+
         config = self.accelerator.state.deepspeed_plugin.deepspeed_config
         if (config.get("checkpoint") or {}).get("load_universal"):
             return str(checkpoint)
@@ -172,19 +183,43 @@ class MappedCheckpoints(Trainer):
             self._resume = self._resuming = None
 
     def get_train_dataloader(self) -> Any:
-        """The Trainer's; a resume of transformers 4 compares it."""
-        data = super().get_train_dataloader()
+        """The Trainer's; a resume of transformers 4, or without DeepSpeed, compares it."""
+        self._data = data = super().get_train_dataloader()
         if self._resume is not None:
             self._resume.data = data
         return data
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         stock: Any = super()._load_optimizer_and_scheduler
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            self._load_plain(checkpoint, stock)
+            return
+
         stock(checkpoint)
         resumed, self._resume = self._resume, None
         if resumed is not None and self._resuming is not None:
             self._resuming.close()
             resumed.finish()
+
+    def _load_plain(self, checkpoint: Any, stock: Any) -> None:
+        """Loads optimizer and scheduler without DeepSpeed, when they are compared."""
+        callback = next(iter(self._resume_callbacks), None)
+        ways = comparing.WAYS if callback is None else load_watch.WAYS
+        resumed = PlainResume(self._engine(), callback or self, Path(checkpoint), ways)
+        resumed.compare(self.args, self.lr_scheduler, self._data)
+        if self.load_optimizer_states:
+            stock(checkpoint)
+        else:
+            path = Path(checkpoint, SCHEDULER_NAME)
+            self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
+
+        resumed.finish(int(self.state.global_step))
+        if callback is not None:
+            callback.has_compared = True
+
+    def _engine(self) -> EngineView:
+        """DeepSpeed's engine, or what stands for one in a training without it."""
+        raise NotImplementedError
 
     @contextmanager
     def _comparing(self, resumed: TrainerResume) -> Iterator[None]:

@@ -3,6 +3,8 @@
     class MyTrainer(ckpt.trainers.hf.CommittedCheckpoints, Trainer):      written aside, renamed
         retention = ckpt.Retention(last=3)
 
+    trainer = ckpt.trainers.hf.commit(SFTTrainer(...), retention=...)     the same, of one made
+
     Trainer(..., callbacks=[ckpt.trainers.hf.CheckpointCallback()])       written in place, for any
                                                                           Trainer (``callback``)
 
@@ -31,17 +33,18 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ckpt.distributed.ranks import RankGroup
-from ckpt.engine.view import TrainingEngine, uses_node_local_storage
+from ckpt.engine.view import EngineView, TrainingEngine, uses_node_local_storage
 from ckpt.folders import locks
+from ckpt.plain_torch import files as plain_files
+from ckpt.plain_torch.engine import PlainEngine
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Retention
 from ckpt.saving.front_end import Recording, RunFolder, Save, SaveDetails, describe
 from ckpt.saving.model_weights import WeightsWriter
 from ckpt.saving.preemption import Preemption
-from ckpt.trainers.hf import disk_space
-from ckpt.trainers.hf.callback import CheckpointCallback, require_alone
+from ckpt.trainers.hf import disk_space, plain
+from ckpt.trainers.hf.callback import require_alone
 from ckpt.trainers.hf.loading import MappedCheckpoints
-from ckpt.trainers.hf.resuming import ResumeCallback
 from ckpt.trainers.hf.stopping import Stop
 from ckpt.trainers.hf.trainer_state import (
     evaluated,
@@ -58,7 +61,6 @@ from ckpt.trainers.hf.trainer_state import (
 )
 from converters.errors import CheckpointError
 
-__all__ = ["CheckpointCallback", "CommittedCheckpoints", "ResumeCallback"]
 log = logging.getLogger("ckpt")
 
 
@@ -77,7 +79,7 @@ class CommittedCheckpoints(MappedCheckpoints):
     - ``on_failure``: "raise" ends the training with a ``CheckpointError`` on every
       rank; "warn" goes on without that checkpoint, unless a rank is lost
 
-    Without DeepSpeed the Trainer saves as it always does, after a warning.
+    With DeepSpeed, FSDP or DDP, or in one process.
     """
 
     retention: Retention | None = None
@@ -87,6 +89,16 @@ class CommittedCheckpoints(MappedCheckpoints):
     on_failure: Literal["raise", "warn"] = "raise"
 
     def __init__(self, *args: Any, **kwargs: Any):
+        self._prepare_commits()
+        super().__init__(*args, **kwargs)
+        self._listen()
+
+    def _listen(self) -> None:
+        """Has this Trainer told what its callbacks are told."""
+        self.add_callback(_Around(self))
+
+    def _prepare_commits(self) -> None:
+        """Sets what the methods here need; ``CheckpointError`` for options that are not known."""
         require_known(self.on_failure)
         # where the Trainer writes; None: not in one of our saves
         self._inner_folder: Path | None = None
@@ -100,28 +112,17 @@ class CommittedCheckpoints(MappedCheckpoints):
         self._run_folders: dict[Path, RunFolder] = {}
         self._weight_bytes = 0  # of the model that lies beside the states
         self._stop = Stop(None, self.timeout)
-        super().__init__(*args, **kwargs)
-        self.add_callback(_Around(self))
+        self._plain: PlainEngine | None = None  # of a training without DeepSpeed
 
     def _begin(self) -> None:
         """Takes the folder before the first step, and checks that saves can succeed."""
         self._end()
-        if not self.is_deepspeed_enabled:
-            if self.is_world_process_zero():
-                log.warning(
-                    "this training runs without DeepSpeed: its checkpoints are not committed"
-                )
-            return
-
         self._total_limit = self.args.save_total_limit or self._total_limit
         self.args.save_total_limit = None  # it deletes at the end of a training too
         ranks, engine = RankGroup("train", self.timeout), self._engine()
         with ranks.step():
             require_alone(self.callback_handler.callbacks)
-            gathers = not leaves_out_weights(self._engine())
-            self._weight_bytes = disk_space.model_bytes(engine.module, gathers)
-            if not gathers and self.weights is not None:
-                self._weight_bytes = WeightsWriter(engine, self.weights, "5GB", ranks).nbytes
+            self._weight_bytes = self._count_weight_bytes(ranks, engine)
 
         run = Path(super()._get_output_dir(None)).absolute()
         run_folder = self._run_folder(ranks, run)
@@ -144,27 +145,47 @@ class CommittedCheckpoints(MappedCheckpoints):
 
         self._stop = Stop(self.preemption, self.timeout)
 
+    def _count_weight_bytes(self, ranks: RankGroup, engine: EngineView) -> int:
+        """Bytes of the model that lies beside the states."""
+        if isinstance(engine, PlainEngine):
+            plain.require_supported(engine, self.args, self.weights)
+            return disk_space.model_bytes(engine.module, plain.writes_model(engine))
+
+        gathers = not leaves_out_weights(engine)
+        if not gathers and self.weights is not None:
+            return WeightsWriter(engine, self.weights, "5GB", ranks).nbytes
+        return disk_space.model_bytes(engine.module, gathers)
+
     def _end(self) -> None:
         """Gives the folder up after the last step."""
         self._stop.close()
         for run_folder in self._run_folders.values():
             run_folder.release()
 
-    def _engine(self) -> TrainingEngine:
+    def _engine(self) -> EngineView:
+        """DeepSpeed's engine, or what stands for one in a training without it."""
+        if self.is_deepspeed_enabled:
+            return self._deepspeed_engine()
+
+        engine = self._plain
+        if engine is None or engine.module is not self.model:
+            engine = self._plain = plain.engine_of(self.args, self.model, self.optimizer)
+        engine.optimizer, engine.global_steps = self.optimizer, int(self.state.global_step)
+        return engine
+
+    def _deepspeed_engine(self) -> TrainingEngine:
         return cast(TrainingEngine, self.model_wrapped)
 
     def _run_folder(self, ranks: RankGroup, run: Path) -> RunFolder:
         if run not in self._run_folders:
-            is_local = uses_node_local_storage(self._engine())
+            is_local = bool(self.args.save_on_each_node)
+            if self.is_deepspeed_enabled:
+                is_local = uses_node_local_storage(self._deepspeed_engine())
             self._run_folders[run] = RunFolder.find(ranks, run, is_local)
         return self._run_folders[run]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Saves as the Trainer does, and commits."""
-        if not self.is_deepspeed_enabled:
-            super()._save_checkpoint(model, trial)
-            return
-
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         final = os.path.join(super()._get_output_dir(trial), name)
         run = Path(final).absolute().parent
@@ -203,7 +224,9 @@ class CommittedCheckpoints(MappedCheckpoints):
             self._publish_again()
 
     def _details(self) -> SaveDetails:
-        tag = None if self.args.save_only_model else f"global_step{self._engine().global_steps}"
+        tag = None
+        if self.is_deepspeed_enabled and not self.args.save_only_model:
+            tag = f"global_step{self._engine().global_steps}"
         return SaveDetails(
             step=int(self.state.global_step),
             tag=tag,
@@ -232,10 +255,12 @@ class CommittedCheckpoints(MappedCheckpoints):
                     sync_files(inner_folder)
 
             with ranks.step():
+                if not self.is_deepspeed_enabled:
+                    save.add(plain_files.sync_own(inner_folder, ranks.rank))
                 save.add(write_random_states(inner_folder, ranks.rank, self.args))
             with ranks.step():
                 if run_folder.commits:
-                    require_states(inner_folder, facts.tag)
+                    require_states(inner_folder, facts)
                     lift(inner_folder)
 
             if self.weights is not None and leaves_out_weights(engine):
@@ -245,7 +270,8 @@ class CommittedCheckpoints(MappedCheckpoints):
 
     def _save_as_ever(self, save: Save, inner_folder: Path, model: Any, trial: Any) -> None:
         """The Trainer's own save; raises what failed in it when all ranks are out of barriers."""
-        with save.recording([self._engine()], inner_folder) as recording:
+        engines = [self._deepspeed_engine()] if self.is_deepspeed_enabled else []
+        with save.recording(engines, inner_folder) as recording:
             self._inner_folder, self._recording = inner_folder, recording
             try:
                 super()._save_checkpoint(model, trial)
@@ -292,7 +318,7 @@ class CommittedCheckpoints(MappedCheckpoints):
             ranks = RankGroup("save_model", self.timeout)
             folder = Path(output_dir).absolute()
             run_folder = self._run_folder(ranks, folder)
-            run_folder.save_model(ranks, self._engine(), self.weights)
+            run_folder.save_model(ranks, self._deepspeed_engine(), self.weights)
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub("Model save", revision=self.args.hub_revision)
 

@@ -16,7 +16,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import DeepSpeedOptimizerWrapper
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -25,17 +24,18 @@ from ckpt.distributed.ranks import TIMEOUT, RankGroup
 from ckpt.engine import optimizers, precision
 from ckpt.engine.layout import Layout
 from ckpt.engine.progress import progress
-from ckpt.resuming import configured, continuity, select
+from ckpt.resuming import configured, continuity, plain, select
 from ckpt.resuming.changes import LoadOptions, names_in
 from ckpt.resuming.comparison import Comparison
 from ckpt.resuming.continuity import OnMismatch
 from ckpt.resuming.request import ResumeRequest, committed
 from ckpt.resuming.resume_point import ResumePoint
 from ckpt.resuming.select import VerifyLevel
-from ckpt.runs.foreign.completeness import has_tag
-from ckpt.runs.run import Run, RunCheckpoint, original_of
+from ckpt.runs.run import Run, RunCheckpoint, open_checkpoint, original_of
 from ckpt.state import rng
 from ckpt.trainers.hf.load_watch import WAYS, LoadWatch
+from ckpt.trainers.hf.plain import engine_of, uses_deepspeed
+from ckpt.trainers.hf.plain_resume import PlainResume
 from ckpt.trainers.hf.trainer_state import CallbackEngine, deepspeed_config, loop_of
 from converters.errors import CheckpointError
 
@@ -55,10 +55,9 @@ class ResumeCallback(TrainerCallback):
       to be whole
     - ``timeout``: seconds without a sign of life until a rank counts as absent
 
-    It stays out of trainings that begin. Of those without DeepSpeed it only stops one
-    that goes on from a checkpoint of DeepSpeed, of which the Trainer would load the
-    weights alone. A Trainer with ``CommittedCheckpoints`` takes these options and
-    compares before it loads.
+    It stays out of trainings that begin. One without DeepSpeed that goes on from a
+    checkpoint of DeepSpeed is stopped: the Trainer would load the weights alone. A
+    Trainer with ``CommittedCheckpoints`` takes these options and compares before it loads.
     """
 
     def __init__(
@@ -83,6 +82,7 @@ class ResumeCallback(TrainerCallback):
         self.comparison: Comparison | None = None
         self.new_parts: tuple[str, ...] = ()  # what it begins with new values
         self.loaded_folder: Path | None = None  # what such a Trainer loads
+        self.has_compared = False  # such a Trainer, without DeepSpeed
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Compares what was saved with what there is."""
@@ -90,8 +90,8 @@ class ResumeCallback(TrainerCallback):
         if not current_step:
             return
         path = Path(self.checkpoint or self.loaded_folder or args.output_dir)
-        if not isinstance(wrapper, DeepSpeedOptimizerWrapper):
-            _require_loaded(path, current_step)
+        if not uses_deepspeed(wrapper):
+            self._compare_plain(_folder_of(path, current_step), args, state, objects)
             return
 
         ranks = RankGroup("ResumeCallback", self.timeout)
@@ -124,6 +124,26 @@ class ResumeCallback(TrainerCallback):
         self.comparison = self.loaded_folder = None
         resume_request.tell(source, rows, results.heard)
         committed(ranks, original)  # a training that does not go on leaves nothing behind
+
+    def _compare_plain(self, folder: Path, args: Any, state: Any, objects: Any) -> None:
+        """Compares a training without DeepSpeed, unless the Trainer has done so when it loaded."""
+        has_compared, self.has_compared = self.has_compared, False
+        if has_compared:
+            return
+
+        ranks = RankGroup("ResumeCallback", self.timeout)
+        with ranks.step() as answers:
+            plain.require_plain(folder)
+            answers.value = folder.is_dir() and open_checkpoint(folder).manifest is not None
+        if not answers.heard[0]:
+            return  # nothing is noted, or it was resumed from somewhere else
+
+        engine = engine_of(args, objects["model"], objects["optimizer"])
+        resume = PlainResume(engine, self, folder, WAYS)
+        groups = options_of(args, optimizers.inner(engine))
+        scheduler, data = objects.get("lr_scheduler"), objects.get("train_dataloader")
+        resume.compare(args, scheduler, data, groups)
+        resume.finish(int(state.global_step))
 
     def _request(self, ranks: RankGroup, path: Path, step: int) -> ResumeRequest:
         """What to look for in ``path``: what the user named, or else the checkpoint of ``step``."""
@@ -246,21 +266,11 @@ def _checkpoint_loaded(checkpoint: RunCheckpoint, layout: Layout) -> RunCheckpoi
     return checkpoint
 
 
-def _require_loaded(path: Path, step: int) -> None:
-    """``CheckpointError`` if a Trainer without DeepSpeed goes on from a checkpoint of DeepSpeed.
-
-    It takes the weights that lie in it, and begins with a new optimizer, without a word.
-    """
-    folder = path
-    if not (path / TRAINER_STATE_NAME).exists() or not path.name.endswith(f"-{step}"):
-        folder = path / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-    if folder.is_dir() and has_tag(folder) and not (folder / "optimizer.pt").exists():
-        raise CheckpointError(
-            f"{folder} was saved with DeepSpeed, this training has none: its "
-            "optimizer and random states are not loaded; give it DeepSpeed again, or "
-            "name another checkpoint",
-            "unsupported",
-        )
+def _folder_of(path: Path, step: int) -> Path:
+    """The checkpoint of a step in a run; ``path`` itself if it is one of that step."""
+    if (path / TRAINER_STATE_NAME).exists() and path.name.endswith(f"-{step}"):
+        return path
+    return path / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 def _missing_random_states(folder: Path, args: Any) -> list[str]:

@@ -20,10 +20,12 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from ckpt.engine.settings import Loop
 from ckpt.engine.view import EngineView, gathers_16bit_weights, has_stage
 from ckpt.folders import locks, replacing
+from ckpt.plain_torch import files as plain_files
 from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import FileRecord, digest
 from ckpt.runs.retention import Best, Retention
 from ckpt.runs.states import evaluation
+from ckpt.saving.commit.commit import Facts
 from ckpt.saving.front_end import RunFolder
 from ckpt.state import rank_files
 from converters.errors import CheckpointError
@@ -125,11 +127,16 @@ def write_random_states(inner_folder: Path, rank: int, args: Any) -> dict[str, F
         return {}
 
     files = rank_files.write(inner_folder.parent, rank, None)
-    path = inner_folder / f"rng_state_{args.process_index}.pth"
+    path = inner_folder / random_states_name(args)
     if path.exists():
         local.sync_file(path)
         files[path.name] = digest(path)
     return files
+
+
+def random_states_name(args: Any) -> str:
+    """The file of this rank's random states, as the Trainer writes and reads it."""
+    return "rng_state.pth" if args.world_size <= 1 else f"rng_state_{args.process_index}.pth"
 
 
 def lift(inner_folder: Path) -> None:
@@ -153,8 +160,12 @@ def remove_empty_weights(folder: Path, writes: bool) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def require_states(folder: Path, tag: str | None) -> None:
-    """``CheckpointError`` unless DeepSpeed's files are in what is to be a full checkpoint."""
+def require_states(folder: Path, facts: Facts) -> None:
+    """``CheckpointError`` unless states are in what is to be a full checkpoint: the folder of
+    DeepSpeed's tag or, without DeepSpeed, the optimizer's files."""
+    tag = facts.tag
+    if tag is None and facts.tier == "full":
+        plain_files.require_states(folder)
     if tag is not None and not (folder / tag).is_dir():
         raise CheckpointError(
             f"{folder} has no {tag}, where DeepSpeed's files of this step should be; "

@@ -1,0 +1,102 @@
+"""Resuming a training without DeepSpeed (FSDP, DDP, one process), which loads by itself.
+
+Its trainer reads the files. Here the checkpoint is chosen and looked at, and what does not come
+back is said: the files of FSDP and DDP load on any number of ranks, the random states of ranks do
+not.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+
+from ckpt.distributed.ranks import RankGroup
+from ckpt.engine.layout import Topology
+from ckpt.folders import filenames
+from ckpt.resuming import select
+from ckpt.resuming.resume_point import ResumePoint
+from ckpt.resuming.select import VerifyLevel
+from ckpt.runs.foreign.completeness import has_tag
+from ckpt.runs.run import RunCheckpoint, open_checkpoint
+from converters.errors import CheckpointError
+from converters.words import counted
+
+
+def newest(
+    ranks: RankGroup,
+    path: Path,
+    tag: str | None = None,
+    *,
+    verify: VerifyLevel = "structure",
+    load_foreign: bool = False,
+    committed_only: bool = False,
+) -> RunCheckpoint | None:
+    """The newest whole checkpoint of a run, or the one that is named; every rank calls it.
+
+    ``None`` if the run has none yet. ``CheckpointError`` on every rank for one of
+    DeepSpeed, and as ``select.select_checkpoint``.
+    """
+    checkpoint = select.select_checkpoint(
+        ranks,
+        path,
+        tag,
+        verify,
+        load_foreign,
+        deepspeed=False,
+        committed_only=committed_only,
+    )
+    if checkpoint is not None:
+        with ranks.step():
+            require_plain(checkpoint.folder)
+    return checkpoint
+
+
+def require_plain(folder: Path) -> None:
+    """``CheckpointError`` for a checkpoint of DeepSpeed, of which only the weights would load.
+
+    Trainers begin with a new optimizer then, without a word.
+    """
+    if not folder.is_dir():
+        return
+    manifest = open_checkpoint(folder).manifest
+    is_deepspeeds = has_tag(folder) if manifest is None else manifest.tag is not None
+    if is_deepspeeds and not (folder / "optimizer.pt").exists():
+        raise CheckpointError(
+            f"{folder} was saved with DeepSpeed, this training has none: its optimizer and random "
+            "states are not loaded; give it DeepSpeed again, or name another checkpoint",
+            "unsupported",
+        )
+
+
+def point_of(checkpoint: RunCheckpoint) -> ResumePoint | None:
+    """What a committed checkpoint is; ``None`` without a manifest, which notes nothing."""
+    manifest = checkpoint.manifest
+    if manifest is None:
+        return None
+
+    data = (checkpoint.folder / filenames.MANIFEST).read_bytes()
+    return ResumePoint(
+        folder=checkpoint.folder,
+        tag="",
+        step=manifest.step,
+        topology=Topology(0, manifest.world_size),
+        digest=sha256(data).hexdigest()[:12],
+        progress=manifest.progress,
+        metrics=manifest.metrics,
+        manifest=manifest,
+    )
+
+
+def other_ranks_line(source: ResumePoint | None, world_size: int) -> str | None:
+    """That a checkpoint was saved by another number of ranks, as a line after its name.
+
+    Then random states are not as they were, and that is no fault; else ``None``.
+    """
+    saved_ranks = world_size if source is None else source.topology.world_size
+    if saved_ranks == world_size:
+        return None
+    return (
+        f"it was saved by {counted(saved_ranks, 'rank')}, this training has {world_size}: weights, "
+        "optimizer and scheduler are loaded whole; random states are each rank's own, so that "
+        "dropout and shuffling do not go on as they were"
+    )

@@ -1,0 +1,227 @@
+"""Trainings without DeepSpeed by the Hugging Face Trainer, committed and not: FSDP2, DDP, alone.
+
+plain_worker.py OUT PART KIND     one function each; KIND is fsdp, ddp or alone
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers as hf
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from ending import leave
+from fixture_specs import tiny_llama
+
+import ckpt
+from ckpt.runs.run import Run
+from ckpt.trainers.hf import CheckpointCallback, CommittedCheckpoints, ResumeCallback, commit
+from converters.errors import CheckpointError
+
+STEPS, EVERY = 6, 2
+
+
+class Committed(CommittedCheckpoints, hf.Trainer):
+    """As a user writes it."""
+
+    timeout = 60.0
+
+
+class Tuner(hf.Trainer):
+    """What trl's SFTTrainer overrides: a model card at each save, the loss, the logs."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.seen_tokens = 0
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.is_world_process_zero():
+            Path(str(self.args.output_dir), "README.md").write_text("a card")
+        super()._save_checkpoint(model, trial)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.seen_tokens += inputs["input_ids"].numel()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class Losses(hf.TrainerCallback):
+    """All losses, and the step that the training began with."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.start = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.start = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.losses += [value for key, value in logs.items() if key in ("loss", "eval_loss")]
+
+
+def make(
+    kind: str, trainer_class: type[hf.Trainer], out: Path, **options: Any
+) -> tuple[Any, Losses]:
+    """A Trainer of a tiny Llama with dropout, the same at every call.
+
+    Accelerate wraps a model with FSDP where there are GPUs: here it is told that there are.
+    """
+    AcceleratorState._reset_state(True)
+    callbacks = options.pop("callbacks", [])
+    if kind.startswith("fsdp"):
+        version, form = (1 if kind == "fsdp1" else 2), options.pop("form", "SHARDED_STATE_DICT")
+        options["fsdp"] = "full_shard"
+        options["fsdp_config"] = {"version": version, "state_dict_type": form}
+
+    arguments: dict[str, Any] = {
+        "max_steps": STEPS,
+        "save_steps": EVERY,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 1234,
+        **options,
+    }
+    if kind != "alone":
+        arguments["ddp_backend"] = "gloo"
+    args = hf.TrainingArguments(output_dir=str(out), **arguments)
+    if kind.startswith("fsdp"):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    torch.manual_seed(1234)
+    llama = tiny_llama(max_position_embeddings=32, attention_dropout=0.1)
+    model: Any = hf.AutoModelForCausalLM.from_config(llama)
+    rows = torch.randint(4, 64, (32, 8), generator=torch.Generator().manual_seed(3)).tolist()
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    losses = Losses()
+    trainer = trainer_class(
+        model,
+        args,
+        train_dataset=data,
+        eval_dataset=data[:4],
+        callbacks=[losses, *callbacks],
+    )
+    return trainer, losses
+
+
+def digest(trainer: Any) -> str:
+    """Of this rank's weights, optimizer state and random numbers."""
+    result = hashlib.sha256()
+    optimizer = trainer.optimizer.optimizer
+    for parameter in trainer.model.parameters():
+        values = [parameter, *(optimizer.state[parameter].values())]
+        for value in values:
+            part = value.to_local() if hasattr(value, "to_local") else value
+            result.update(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    result.update(str(torch.rand(1)).encode())
+    return result.hexdigest()
+
+
+def trained(kind: str, trainer_class: type[hf.Trainer], out: Path, **options: Any) -> Any:
+    """What a training came to: losses, digest, and where it began."""
+    source = options.pop("source", None)
+    trainer, losses = make(kind, trainer_class, out, **options)
+    trainer.train(resume_from_checkpoint=source)
+    return losses.losses, digest(trainer), losses.start
+
+
+def names(run: Path) -> list[str]:
+    """The committed checkpoints of a run, by step."""
+    return [checkpoint.name for checkpoint in Run(run).checkpoints() if checkpoint.committed]
+
+
+def meet() -> None:
+    """Waits for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def is_first() -> bool:
+    """Whether this is rank 0."""
+    return not dist.is_initialized() or not dist.get_rank()
+
+
+def same(out: Path, kind: str) -> None:
+    """All forms beside the Trainer alone: the same losses and states, and so when they resume."""
+    stock = trained(kind, hf.Trainer, out / "stock")
+    assert trained(kind, Committed, out / "mixin") == stock
+    callback = CheckpointCallback(timeout=60.0)
+    assert trained(kind, hf.Trainer, out / "callback", callbacks=[callback]) == stock
+    meet()
+    for run in (out / "mixin", out / "callback"):
+        assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"], names(run)
+        assert (run / "latest").read_text() == "checkpoint-6"
+
+    meet()
+    if is_first():
+        (out / "mixin/checkpoint-6/manifest.json").unlink()
+        (out / "mixin/checkpoint-6/trainer_state.json").unlink()
+    meet()
+    losses, end, start = trained(kind, Committed, out / "mixin", source=True)
+    assert start == 4 and end == stock[1] and losses == stock[0][-len(losses) :], (start, losses)
+    callbacks = [CheckpointCallback(timeout=60.0), ResumeCallback()]
+    source = str(out / "callback/checkpoint-4")
+    losses, end, start = trained(
+        kind, hf.Trainer, out / "callback", callbacks=callbacks, source=source
+    )
+    assert start == 4 and end == stock[1] and losses == stock[0][-len(losses) :], (start, losses)
+
+
+class Asked(hf.TrainerCallback):
+    """The last rank is sent a signal in the third step; all stop after the fourth."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        is_last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+        if state.global_step == 2 and is_last:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def keeping(out: Path, kind: str) -> None:
+    """An instance that is wrapped: what is kept, the best at the end, being asked to stop."""
+    best = {"metric_for_best_model": "loss", "greater_is_better": True, "learning_rate": 3e-1}
+    best |= {"eval_strategy": "steps", "eval_steps": EVERY, "load_best_model_at_end": True}
+    trainer, _ = make(kind, Tuner, out / "tuned", save_total_limit=1, max_steps=8, **best)
+    commit(trainer, timeout=60.0)
+    assert type(trainer).__name__ == "Tuner" and isinstance(trainer, Tuner)
+    trainer.train()
+    meet()
+    assert names(out / "tuned") == ["checkpoint-2", "checkpoint-8"], names(out / "tuned")
+    assert trainer.state.best_model_checkpoint == str(out / "tuned/checkpoint-2")
+    assert (out / "tuned/best").read_text() == "checkpoint-2" and trainer.seen_tokens
+    assert (out / "tuned/README.md").exists()
+
+    trainer, _ = make(kind, Tuner, out / "stopped", callbacks=[Asked()])
+    commit(trainer, preemption=ckpt.Preemption(), timeout=60.0)
+    try:
+        trainer.train()
+    except SystemExit as exit:
+        assert exit.code == 75
+    else:
+        raise AssertionError("it went on")
+    meet()
+    assert names(out / "stopped") == ["checkpoint-2", "checkpoint-4"]
+
+    said = {}
+    for name, options in (("twice", {}), ("unknown", {"retain": 3})):
+        try:
+            commit(trainer if name == "twice" else make(kind, Tuner, out / "no")[0], **options)
+        except CheckpointError as error:
+            said[name] = str(error)
+    if is_first():
+        (out / "said.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[2]](Path(sys.argv[1]), sys.argv[3])
+    leave()

@@ -117,9 +117,9 @@ class ResumePoint:
 
         if manifest.tag is None:
             raise CheckpointError(
-                f"{run_checkpoint.folder} was saved without DeepSpeed, which cannot load it; ckpt "
-                f"from-dcp {run_checkpoint.folder} -o OUTPUT makes files for DeepSpeed of what FSDP "
-                "or DCP saved",
+                f"{run_checkpoint.folder} was saved without DeepSpeed, which cannot load it; where "
+                f"FSDP or DCP saved it, ckpt from-dcp {run_checkpoint.folder} -o OUTPUT makes "
+                "files for DeepSpeed",
                 "unsupported",
             )
 

@@ -27,8 +27,10 @@ import click
 from forked_ranks import LIMIT, RANKS, Ended, Fault, import_what_was, preload, run_ranks
 from tqdm import tqdm
 
-STOCK = ["deepspeed", "trainer"]
-NAMES = [*STOCK, "saver", "saver-background", "hf-mixin", "hf-callback", "accelerate", "lightning"]
+OF_DEEPSPEED = ["saver", "saver-background", "hf-mixin", "hf-callback", "accelerate", "lightning"]
+OF_TORCH = ["torch-saver", "torch-background", "dcp", "dcp-metadata"]  # FSDP2, without DeepSpeed
+STOCK = ["deepspeed", "trainer", "dcp", "dcp-metadata"]
+NAMES = ["deepspeed", "trainer", *OF_DEEPSPEED, *OF_TORCH]
 SAVED, SWEPT, LAST = 2, 4, 6  # the steps of the saves: before, disturbed, after resuming
 VICTIMS = ("rank 0", "rank 1", "both")
 POWER = "power"
@@ -194,9 +196,12 @@ front end does, trained to step 6 and saved again.
 - *Silent*: a rank ended as if all were well, and nobody can resume from the step that it saved.
 
 `deepspeed` is a loop around an engine that resumes from what `latest` names; `trainer` is the
-Hugging Face Trainer with `resume_from_checkpoint=True`. All others are front ends of `ckpt`. They
-keep only the newest checkpoint, so the save of step 4 deletes that of step 2 too. Before they
-resume, and after they have saved again, every byte of what is committed is checked.
+Hugging Face Trainer with `resume_from_checkpoint=True`. `dcp` and `dcp-metadata` are loops around
+FSDP2 that save with `dcp.save` and delete the checkpoint before; they resume from the folder of the
+highest number, or from the highest with a `.metadata`. All others are front ends of `ckpt`,
+`torch-saver` and `torch-background` with FSDP2 and without DeepSpeed. They keep only the newest
+checkpoint, so the save of step 4 deletes that of step 2 too. Before they resume, and after they
+have saved again, every byte of what is committed is checked.
 
 {table}
 """
@@ -249,7 +254,11 @@ def swept(
     from kill_fronts import FRONTS, Task
 
     fronts = FRONTS
-    if front not in STOCK:
+    if front in OF_TORCH:
+        import kill_torch
+
+        fronts = kill_torch.FRONTS
+    elif front not in STOCK:
         import kill_fronts_ckpt
 
         fronts = kill_fronts_ckpt.FRONTS

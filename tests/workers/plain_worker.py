@@ -123,7 +123,9 @@ def digest(trainer: Any) -> str:
         values = [parameter, *(optimizer.state[parameter].values())]
         for value in values:
             part = value.to_local() if hasattr(value, "to_local") else value
-            result.update(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            result.update(
+                part.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
     result.update(str(torch.rand(1)).encode())
     return result.hexdigest()
 

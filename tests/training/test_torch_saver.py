@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles import torchrun
+from oracles import ROOT, torchrun
 from safetensors.torch import load_file
 
 import ckpt
@@ -58,8 +59,10 @@ def test_it_goes_on_on_any_ranks_and_in_stock_torch(mode: str, runs: Path, tmp_p
 def _require_refusals(lines: list[str]) -> None:
     expected = (
         "wide.weight is 7 x 9, in this model 8 x 9",
-        "",
-        "",
+        "optimizer: AdamW saved, SGD now",
+        "is in param group 0 of this optimizer, and was saved in another",
+        "scheduler: LambdaLR saved, none now",
+        "extra sampler was saved, but was not passed",
         "weights='bf16' is for trainings with DeepSpeed",
         "no run was given",
         "neither an engine nor a model was given",
@@ -71,7 +74,7 @@ def _require_refusals(lines: list[str]) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_commands_know_such_a_run(mode: str, runs: Path, tmp_path: Path) -> None:
     run = Run(runs / mode)
-    assert ckpt.find(run.folder) == str(run.folder / "checkpoint-4")
+    assert ckpt.find(runs / mode) == str(runs / mode / "checkpoint-4")
     checkpoint = run.newest()
     assert checkpoint is not None
     verification = verify(checkpoint, data=True)
@@ -84,3 +87,14 @@ def test_commands_know_such_a_run(mode: str, runs: Path, tmp_path: Path) -> None
     )
     for name, value in weights.items():
         assert value.equal(held[f"model/{name}"]), name
+
+
+def test_the_script_of_the_docs_runs_and_goes_on(tmp_path: Path) -> None:
+    page = (ROOT / "docs/saving-torch.md").read_text()
+    (script,) = re.findall(r"^```python torchrun\n(.*?)^```$", page, re.M | re.S)
+    (tmp_path / "train.py").write_text(script)
+    for ranks, steps in ((2, 8), (1, 12)):
+        torchrun(str(tmp_path / "train.py"), tmp_path / "out", steps, ranks=ranks, limit=200)
+    checkpoints = Run(tmp_path / "out").checkpoints()
+    assert all(checkpoint.committed for checkpoint in checkpoints)
+    assert [checkpoint.step for checkpoint in checkpoints] == [8, 12]

@@ -226,16 +226,23 @@ def resume_from_torch(mode: str, out: str) -> None:
 
 def refuse(mode: str, source: str, out: str) -> None:
     """What is not as it was saved is said on every rank, and nothing is touched."""
+    where: dict[str, Any] = {"run": source, "extra": {"sampler": Sampler(0)}}
     wide = Training(mode, seed=9, width=8)
     before = wide.state()
-    lines = [_caught(lambda: ckpt.resume(**wide.parts, run=source))]
+    lines = [_caught(lambda: ckpt.resume(**wide.parts, **where))]
     require_same(wide.state(), before)
 
     training = Training(mode)
-    other = torch.optim.SGD(training.model.parameters(), lr=0.1, momentum=0.9)
-    lines.append(_caught(lambda: ckpt.resume(model=training.model, optimizer=other, run=source)))
-    fused = torch.optim.AdamW(training.model.parameters(), lr=0.1)
-    lines.append(_caught(lambda: ckpt.resume(model=training.model, optimizer=fused, run=source)))
+    model, groups = training.model, training.optimizer.param_groups
+    matrices, vectors = ({"params": group["params"]} for group in groups)
+    others = (
+        torch.optim.SGD([matrices, vectors], lr=0.1, momentum=0.9),
+        torch.optim.AdamW([*matrices["params"], *vectors["params"]], lr=0.1),
+    )
+    for other in others:
+        lines.append(_caught(lambda: ckpt.resume(model=model, optimizer=other, **where)))  # noqa: B023
+    lines.append(_caught(lambda: ckpt.resume(model=model, optimizer=training.optimizer, **where)))
+    lines.append(_caught(lambda: ckpt.resume(**training.parts, run=source)))
     lines.append(_caught(lambda: ckpt.Saver(**training.parts, run=out, weights="bf16")))
     lines.append(_caught(lambda: ckpt.Saver(model=training.model)))
     lines.append(_caught(lambda: ckpt.Saver(run=out)))

@@ -19,7 +19,7 @@ from converters.errors import CheckpointError
 from converters.storage import local
 
 # Of rank R, in the folder or in one of FSDP's.
-_OWN_FORMS = ("*/__{}_*.distcp", "*_rank{}.bin")
+_OWN_FORMS = ("*/__{}_*.distcp", "*_rank{}.bin", "random_states_{}.pkl")
 _OPTIMIZER_FORMS = ("optimizer.pt", "optimizer.bin", "optimizer_*")
 
 

@@ -30,6 +30,12 @@ def version_of(module: Any) -> int | None:
     return None
 
 
+def unwrapped(module: Any) -> Any:
+    """The model that DDP, DataParallel or the first FSDP wraps; any other as it is."""
+    wrappers = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+    return module.module if type(module).__name__ in wrappers else module
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor."""
     to_local = getattr(tensor, "to_local", None)

@@ -101,7 +101,7 @@ class RunCheckpoint:
 
     def spares(self, name: str) -> bool:
         """Whether no resume reads this file, so that the checkpoint stays committed without it."""
-        return self.tier == "full" and is_spare(name)
+        return self.manifest is not None and is_spared(name, self.manifest)
 
     @property
     def thinned(self) -> bool:
@@ -145,6 +145,11 @@ class RunCheckpoint:
             return self.name
 
         return f"{self.name}/{self.manifest.tag}"
+
+
+def is_spared(name: str, manifest: Manifest) -> bool:
+    """Whether no resume from a full checkpoint reads this file."""
+    return manifest.tier == "full" and is_spare(name, manifest.tag is not None)
 
 
 def order(checkpoint: RunCheckpoint) -> tuple[int, bool, bool, float, bool, str]:
@@ -213,7 +218,7 @@ def _compared(folder: Path, manifest: Manifest, pinned: bool) -> RunCheckpoint:
     problems = {
         name: f"{name}: {what}"
         for name, what in differences.items()
-        if manifest.tier != "full" or not is_spare(name)
+        if not is_spared(name, manifest)
     }
     is_only_missing = problems.keys() <= set(missing_names)
     reason = f"manifest.json lists {first(list(problems.values()))}" if problems else None

@@ -89,9 +89,11 @@ def is_weights(name: str) -> bool:
     return _WEIGHTS.fullmatch(name) is not None
 
 
-def is_spare(name: str) -> bool:
+def is_spare(name: str, is_deepspeeds: bool = True) -> bool:
     """Whether no resume reads this file of a checkpoint: its loadable weights, and what is of them.
 
-    DeepSpeed, and so every front end here, loads the state files of the tag.
+    DeepSpeed loads the state files of the tag. Without it a Trainer goes on from the weights.
     """
+    if not is_deepspeeds:
+        return bool(_DESCRIPTIVE.fullmatch(name)) and not name.endswith("adapter_config.json")
     return bool(_WEIGHTS.fullmatch(name) or _DESCRIPTIVE.fullmatch(name))

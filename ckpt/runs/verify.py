@@ -85,7 +85,7 @@ def verify(
         if checkpoint.committed and spared_names:
             proven += _spared_lines(checkpoint, spared_names, differences)
         if manifest.tier == "full" and manifest.nodes == 1:
-            for engine, tag_path in engines.tags(manifest).items():
+            for engine, tag_path in _places_of_states(checkpoint.folder, manifest).items():
                 proof, problem = states(checkpoint.folder, tag_path)
                 proven += [f"{engine}: {proof}" if engine else proof] if proof else []
                 problems += [problem] if problem else []
@@ -99,6 +99,19 @@ def verify(
     return Verification(checkpoint, tuple(problems), tuple(proven), spared_lines)
 
 
+def _places_of_states(folder: Path, manifest: Manifest) -> Mapping[str, str | None]:
+    """The tag of each engine; without DeepSpeed the folder itself, where FSDP's parts lie in it.
+
+    Of what others save without DeepSpeed the digests say all.
+    """
+    if manifest.tag is not None:
+        return engines.tags(manifest)
+
+    from converters.detect import detect, sharded
+
+    return {"": None} if detect(folder).kind.name in sharded.READ else {}
+
+
 def changes_since_commit(folder: Path, manifest: Manifest, within: str = "") -> dict[str, str]:
     """How the files differ that were written anew since the manifest was, in a folder ``within``.
 
@@ -108,10 +121,11 @@ def changes_since_commit(folder: Path, manifest: Manifest, within: str = "") -> 
     needs are left out.
     """
     committed_at = _changed_at(folder / MANIFEST) + _SLACK
+    is_deepspeeds = manifest.tag is not None or manifest.tier != "full"
     differences = {}
     for name, record in manifest.files.items():
         path = folder / name
-        if is_spare(name) or not name.startswith(within):
+        if is_spare(name, is_deepspeeds) or not name.startswith(within):
             continue
         try:
             if record.kind != "zip" and _changed_at(path) <= committed_at:

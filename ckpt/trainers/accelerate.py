@@ -4,7 +4,7 @@
     step = ckpt.trainers.accelerate.load_state(accelerator, "out")         0 if there is none yet
     accelerator.load_state(path)                    Accelerate's own, as ever
 
-The files are those that Accelerate and DeepSpeed write, in ``out/checkpoint-STEP``.
+The files are those that Accelerate and DeepSpeed or FSDP write, in ``out/checkpoint-STEP``.
 Accelerate itself has no hook after saving, writes in place and, with ``total_limit``,
 deletes before it saves. Source: Accelerate 1.15 ``accelerator.py: save_state``,
 ``checkpointing.py``.
@@ -30,7 +30,9 @@ from accelerate.utils import MODEL_NAME, RNG_STATE_NAME, DistributedType
 from ckpt.distributed.ranks import TIMEOUT, RankGroup, alive
 from ckpt.engine.remedies import Ways
 from ckpt.engine.settings import Loop
-from ckpt.engine.view import TrainingEngine, uses_node_local_storage
+from ckpt.engine.view import EngineView, TrainingEngine, uses_node_local_storage
+from ckpt.plain_torch import files as plain_files
+from ckpt.plain_torch.engine import PlainEngine
 from ckpt.resuming.changes import LoadOptions, names_in
 from ckpt.resuming.continuity import OnMismatch
 from ckpt.resuming.load import loading
@@ -43,6 +45,7 @@ from ckpt.runs.retention import Retention
 from ckpt.saving.commit import identity
 from ckpt.saving.front_end import RunFolder, SaveDetails, describe
 from ckpt.saving.model_weights import WeightsWriter
+from ckpt.trainers import accelerate_plain
 from converters.errors import CheckpointError
 from converters.storage.store import local_path
 
@@ -68,7 +71,8 @@ def save_state(
 
     Every rank calls it, between two steps.
 
-    - ``step``: the engine's ``global_steps`` by default
+    - ``step``: the engine's ``global_steps`` by default; without DeepSpeed nothing
+      counts them, and it has to be given
     - ``metrics``: numbers by name, for ``retention`` (which keeps everything if
       ``None``)
     - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model folder too
@@ -80,14 +84,17 @@ def save_state(
     not apply, and its counter does not move. ``CheckpointError`` on every rank if one
     fails; then nothing is committed, and what was before is untouched.
     """
-    engines = _engines(accelerator)
-    engine, folder = engines[0], Path(run).absolute()
+    engine, folder = _first_engine(accelerator), Path(run).absolute()
+    plain_engine = engine if isinstance(engine, PlainEngine) else None
     ranks = RankGroup("save_state", timeout)
     run_folder = _run_folder(ranks, folder, accelerator)
 
     with ranks.step():
+        if plain_engine is not None:
+            step = accelerate_plain.require_saveable(plain_engine, step, weights)
         number = int(engine.global_steps if step is None else step)
-        details = SaveDetails(step=number, tag=MODEL_NAME, metrics=metrics, loop=_loop(accelerator))
+        tag = MODEL_NAME if plain_engine is None else None
+        details = SaveDetails(step=number, tag=tag, metrics=metrics, loop=_loop(accelerator))
         line = run_folder.line_of(engine)
         if folder not in _folders_saved_into:
             _folders_saved_into.add(folder)
@@ -99,10 +106,14 @@ def save_state(
             writer = WeightsWriter(engine, weights, max_shard_size, ranks)
 
     name = f"checkpoint-{number}"
-    with run_folder.saving(ranks, name, facts, engines) as save:
-        options = save_model_func_kwargs | {"save_latest": False}  # the commit writes it
+    options = save_model_func_kwargs
+    if plain_engine is None:
+        options |= {"save_latest": False}  # the commit writes it
+    with run_folder.saving(ranks, name, facts, _deepspeed_engines(accelerator)) as save:
         with _without_own_naming(accelerator.project_configuration, run_folder.is_local):
             accelerator.save_state(str(save.folder), **options)
+        if plain_engine is not None:
+            save.add(plain_files.sync_own(save.folder, ranks.rank))
         save.write_rank_files(extra)
         save.write_companions(engine.module, writer)
         if writer is not None:
@@ -118,7 +129,10 @@ def _run_folder(ranks: RankGroup, folder: Path, accelerator: Any) -> RunFolder:
     It is held as long as there is the accelerator: nothing says when an Accelerate
     training ends.
     """
-    is_local = uses_node_local_storage(_engines(accelerator)[0])
+    engine = _first_engine(accelerator)
+    is_local = uses_node_local_storage(engine)
+    if isinstance(engine, PlainEngine) and not engine.is_cut_up:
+        is_local = bool(accelerator.project_configuration.save_on_each_node)
     run_folder = RunFolder.find(ranks, folder, is_local)
     leases = _leases.setdefault(accelerator, {})
     if folder not in leases:
@@ -161,7 +175,6 @@ def load_state(
     random states that are missing, for success. ``CheckpointError`` on every rank if
     one fails.
     """
-    engines = _engines(accelerator)
     ranks = RankGroup("load_state", timeout)
     options = LoadOptions(
         names_in(override),
@@ -184,6 +197,11 @@ def load_state(
     )
     override_names = sorted(options.override)
     request.require_same(load_optimizer_states=load_optimizer_states, override=override_names)
+    engines = _deepspeed_engines(accelerator)
+    if not engines:
+        return accelerate_plain.load(
+            accelerator, request, _loop(accelerator), load_model_func_kwargs
+        )
     return _load(accelerator, engines, request, load_model_func_kwargs)
 
 
@@ -247,12 +265,14 @@ def _loop(accelerator: Any) -> Loop:
     return Loop(scheduler, data, count, micro_batches_done)
 
 
-def _engines(accelerator: Any) -> list[TrainingEngine]:
+def _deepspeed_engines(accelerator: Any) -> list[TrainingEngine]:
+    """DeepSpeed's engines; none in a training without it."""
     models = list(accelerator._models)
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+    is_deepspeeds = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if accelerator.distributed_type in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise CheckpointError(
-            f"this accelerator runs {accelerator.distributed_type.value}; "
-            "ckpt saves trainings with DeepSpeed, call accelerator.save_state itself",
+            f"this accelerator runs {accelerator.distributed_type.value}, of whose files ckpt "
+            "knows nothing; call accelerator.save_state itself",
             "unsupported",
         )
 
@@ -262,7 +282,13 @@ def _engines(accelerator: Any) -> list[TrainingEngine]:
             "unsupported",
         )
 
-    return models
+    return models if is_deepspeeds else []
+
+
+def _first_engine(accelerator: Any) -> EngineView:
+    """The engine of the first model, or what stands for one without DeepSpeed."""
+    engines = _deepspeed_engines(accelerator)
+    return engines[0] if engines else accelerate_plain.engine_of(accelerator)
 
 
 @contextmanager

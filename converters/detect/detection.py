@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from converters import errors
-from converters.detect import deepspeed, kinds
+from converters.detect import deepspeed, kinds, sharded, state_folders
 from converters.detect.kind import CHECKPOINT, Kind, NoKindError, first
 from converters.detect.look import Look
 from converters.errors import CheckpointError
@@ -130,6 +130,9 @@ def read(path: Name, tag: str | None = None, complete: bool = False) -> Source:
 def _among(path: Name, tag: str | None, rows: Sequence[Kind]) -> Detection:
     path = source_path(path)
     look = Look(path, tag)
+    if (pointed_folder := _without_deepspeed(look)) is not None:
+        return _among(pointed_folder, None, rows)
+
     kind, evidence = first(look, rows)
     folder = look.state_folder if kind.of_tag else None
     detail = deepspeed.stage(look) if kind.name == "deepspeed" else ""
@@ -137,6 +140,22 @@ def _among(path: Name, tag: str | None, rows: Sequence[Kind]) -> Detection:
     return Detection(
         path=path, tag=tag, kind=kind, evidence=evidence, folder=folder or path, detail=detail
     )
+
+
+def _without_deepspeed(look: Look) -> Path | None:
+    """The checkpoint of a Trainer or of FSDP that the file ``latest`` of a run names, if any.
+
+    ckpt writes such a file, which in a run of DeepSpeed leads to a tag.
+    """
+    folder = look.state_folder
+    if look.tag is not None or folder is None or folder == look.path:
+        return None
+    if any(state_folders.is_state_file(name) for name in look.state_names):
+        return None
+
+    pointed = Look(folder)
+    is_one = any(kind.sign(pointed) for kind in (*sharded.KINDS, *kinds.WITHOUT_DEEPSPEED))
+    return folder if is_one else None
 
 
 def reader(name: str) -> FormatReader:

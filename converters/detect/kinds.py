@@ -87,5 +87,7 @@ KINDS = (
 OF_TAG = tuple(kind for kind in KINDS if kind.of_tag)
 # of weights alone: what ``ckpt.open`` takes before state files that nothing points to
 WEIGHTS = tuple(kind for kind in weights.KINDS if kind.reader and not kind.of_states)
+# checkpoints that a Trainer or Accelerate goes on from by the weights in them
+WITHOUT_DEEPSPEED = tuple(kind for kind in weights.KINDS if kind.name in ("trainer", "accelerate"))
 BY_NAME = {kind.name: kind for kind in KINDS}
 _INNER = (*OF_TAG, *sharded.KINDS, *weights.KINDS)

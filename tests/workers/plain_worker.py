@@ -24,6 +24,7 @@ from fixture_specs import tiny_llama
 
 import ckpt
 from ckpt.runs.run import Run
+from ckpt.trainers.accelerate import load_state, save_state
 from ckpt.trainers.hf import CheckpointCallback, CommittedCheckpoints, ResumeCallback, commit
 from converters.errors import CheckpointError
 
@@ -222,6 +223,80 @@ def keeping(out: Path, kind: str) -> None:
             said[name] = str(error)
     if is_first():
         (out / "said.json").write_text(json.dumps(said))
+
+
+class Count:
+    """An object of the user's, saved by each rank."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def accelerator_of(kind: str) -> Any:
+    """An Accelerator on CPUs; as in ``make`` it is told that there are GPUs where FSDP is used."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+    AcceleratorState._reset_state(True)
+    options = {} if kind == "alone" else {"backend": "gloo"}
+    PartialState(cpu=True, **options)
+    if kind != "fsdp":
+        return Accelerator(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, state_dict_type="SHARDED_STATE_DICT", cpu_ram_efficient_loading=False
+    )
+    return Accelerator(fsdp_plugin=plugin)
+
+
+def loop(kind: str, run: Path, steps: int, resume: bool = False) -> tuple[list[float], int]:
+    """A loop around Accelerate that saves after each second step: losses and where it began."""
+    accelerator = accelerator_of(kind)
+    torch.manual_seed(5)
+    made: Any = torch.nn.Sequential(
+        torch.nn.Linear(8, 6), torch.nn.Dropout(), torch.nn.Linear(6, 1)
+    )
+    rows = torch.randn(16, 8, generator=torch.Generator().manual_seed(3))
+    model, optimizer = accelerator.prepare(made, torch.optim.AdamW(made.parameters(), lr=0.01))
+    count, start, losses = Count(), 0, []
+    if resume:
+        extra = {"count": count}
+        start = load_state(accelerator, run, extra=extra, timeout=60.0)
+        assert count.count == start
+    for step in range(start + 1, steps + 1):
+        loss = model(rows[2 * step : 2 * step + 2]).square().mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+        count.count = step
+        if step % EVERY == 0:
+            save_state(
+                accelerator,
+                run,
+                step=step,
+                metrics={"loss": losses[-1]},
+                retention=ckpt.Retention(last=2),
+                extra={"count": count},
+                timeout=60.0,
+            )
+    return losses, start
+
+
+def accelerated(out: Path, kind: str) -> None:
+    """A loop around Accelerate: whole, retained, and resumed as if nothing had happened."""
+    whole, _ = loop(kind, out / "whole", 6)
+    assert names(out / "whole") == ["checkpoint-4", "checkpoint-6"]
+    first, _ = loop(kind, out / "parts", 4)
+    meet()
+    second, start = loop(kind, out / "parts", 6, resume=True)
+    assert start == 4 and first + second == whole, (start, first, second, whole)
+    assert names(out / "parts") == ["checkpoint-4", "checkpoint-6"]
 
 
 if __name__ == "__main__":

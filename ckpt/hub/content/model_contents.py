@@ -87,9 +87,13 @@ def of_model(
 
 
 def _holds_weights_alone(checkpoint: RunCheckpoint) -> bool:
-    """Whether there are no states to convert: by the manifest, or by what lies in the folder."""
-    if checkpoint.manifest is not None:
-        return checkpoint.tier == "weights"
+    """Whether there are no states to convert: by the manifest, or by what lies in the folder.
+
+    A Trainer without DeepSpeed goes on from a model.
+    """
+    manifest = checkpoint.manifest
+    if manifest is not None and (manifest.tag is not None or manifest.tier != "full"):
+        return manifest.tier == "weights"
     return detect(checkpoint.folder).kind.holds_weights
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from ckpt.folders import filenames, locks
 from ckpt.runs import digests, engines
 from ckpt.runs import manifest as manifests
+from ckpt.runs.checkpoint_folder import is_spared
 from ckpt.runs.foreign import intact_files
 from ckpt.runs.manifest import FileRecord, Manifest
-from ckpt.runs.recognition import is_spare
 from ckpt.runs.run import RunCheckpoint
 from ckpt.runs.states.status import subjectless
 from ckpt.runs.upkeep import slim
@@ -104,7 +104,7 @@ def amendment(checkpoint: RunCheckpoint) -> Amendment | None:
     if not any(_is_state(file_name, manifest) for file_name in deleted_names):
         description = (
             "its weights were deleted"
-            if any(map(is_spare, deleted_names))
+            if any(is_spared(name, manifest) for name in deleted_names)
             else "files were deleted"
         )
         return Amendment(
@@ -141,10 +141,11 @@ def _weights_only(
         if not _is_state(file_name, manifest)
     }
     weights_left = any(
-        file_name.endswith((".safetensors", ".bin")) and is_spare(file_name)
+        file_name.endswith((".safetensors", ".bin")) and is_spared(file_name, manifest)
         for file_name in weights_files
     )
-    has_all_weights = weights_left and not any(map(is_spare, deleted_names))
+    is_deleted = any(is_spared(name, manifest) for name in deleted_names)
+    has_all_weights = weights_left and not is_deleted
     is_state_gone = not any(
         file_name.startswith(f"{manifest.tag}/") for file_name in remaining_files
     )
@@ -156,7 +157,10 @@ def _weights_only(
 
 
 def _is_state(name: str, manifest: Manifest) -> bool:
-    """Whether a resume needs the file."""
+    """Whether a resume needs the file; without DeepSpeed it needs the weights, too."""
+    if manifest.tier == "full" and manifest.tag is None:
+        return not is_spared(name, manifest)
+
     tags = engines.tags(manifest)
     folder, _, file_name = name.rpartition("/")
     is_state_name = any(fnmatchcase(file_name, form) for form in _STATE)

@@ -11,6 +11,7 @@ from ckpt.runs import manifest as manifests
 from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.foreign import value_samples
 from ckpt.runs.manifest import Manifest
+from ckpt.runs.recognition import is_weights
 from ckpt.runs.upkeep import kept_values
 from ckpt.runs.upkeep.kept_values import Counterpart
 from converters.detect.filenames import ADAPTER
@@ -70,6 +71,31 @@ def require_weights(
     are_verb = verb(len(stored), "is", "are")
     finding = f"{stored_count} {are_verb} all of the {weights_kind}, digests verified"
     line = f"{finding}, values of {number:,} compared with the states"
+
+    return KeptWeights(line, frozenset(ref.dtype.value for ref in stored.values()))
+
+
+def require_whole_weights(
+    folder: Path, manifest: Manifest, progress: Progress = quiet
+) -> KeptWeights:
+    """What the weights of a training without DeepSpeed prove to be: they are its only copy.
+
+    ``CheckpointError`` unless every byte of them has its digest, and for FSDP's parts, of
+    which no model is written beside. ``progress`` gets their bytes.
+    """
+    has_adapter = ADAPTER in manifest.files
+    has_model = any(map(is_weights, manifest.files))
+    if not has_model:
+        raise CheckpointError(
+            f"{folder} has its weights in FSDP's parts alone, so nothing was removed; "
+            f"{DTYPE('fp32')} makes fp32 weights of them first",
+            "incomplete",
+        )
+
+    stored = _stored(folder / ADAPTER if has_adapter else folder)
+    file_names = _verified_names(folder, manifest, stored, progress)
+    stored_count = f"{counted(len(stored), 'tensor')} in {counted(len(file_names), 'file')}"
+    line = f"{stored_count}, digests verified"
 
     return KeptWeights(line, frozenset(ref.dtype.value for ref in stored.values()))
 

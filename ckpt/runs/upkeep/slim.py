@@ -26,7 +26,7 @@ from ckpt.runs.recognition import is_weights
 from ckpt.runs.run import POINTERS, Run, RunCheckpoint, open_checkpoint
 from ckpt.runs.states import listing
 from ckpt.runs.states.status import status_of
-from ckpt.runs.upkeep.kept_weights import require_weights
+from ckpt.runs.upkeep.kept_weights import require_weights, require_whole_weights
 from converters.errors import CheckpointError
 from converters.options import FORCE
 from converters.storage import local
@@ -41,6 +41,11 @@ RESUME_ONLY = (
     "extra_state_*",
     "scheduler.*",
     "random_states_*",
+)
+# Of a training without DeepSpeed, relative to the folder: FSDP has folders of parts.
+_STATES_WITHOUT_DEEPSPEED = (
+    *("optimizer.pt", "optimizer.bin", "optimizer_*", "scaler.pt"),
+    *("pytorch_model_fsdp.bin", "pytorch_model_fsdp_*"),
 )
 
 
@@ -79,10 +84,13 @@ def plan(checkpoint: RunCheckpoint, force: bool = False, progress: Progress = qu
             proven=("slim already",),
         )
 
-    kept_weights = [
-        require_weights(checkpoint.folder, manifest, engine, tag_name, progress)
-        for engine, tag_name in engines.tags(manifest).items()
-    ]
+    if manifest.tag is None:
+        kept_weights = [require_whole_weights(checkpoint.folder, manifest, progress)]
+    else:
+        kept_weights = [
+            require_weights(checkpoint.folder, manifest, engine, tag_name, progress)
+            for engine, tag_name in engines.tags(manifest).items()
+        ]
     dtypes = {dtype for weights in kept_weights for dtype in weights.dtypes}
 
     return replace(
@@ -97,7 +105,8 @@ def proof_bytes(checkpoint: RunCheckpoint) -> int | None:
     manifest = checkpoint.manifest
     if manifest is None or manifest.tier == "weights":
         return None
-    return 2 * sum(file.size for name, file in manifest.files.items() if is_weights(name))
+    reads = 1 if manifest.tag is None else 2  # without states to compare with
+    return reads * sum(file.size for name, file in manifest.files.items() if is_weights(name))
 
 
 def require_slimmable(checkpoint: RunCheckpoint, force: bool) -> Manifest:
@@ -319,8 +328,10 @@ def _resume_only(relative_path: str, tags_by_engine: Mapping[str, str]) -> bool:
     is_beside_tag = folder in ("", *tags_by_engine)
 
     is_resume_name = any(fnmatchcase(file_name, pattern) for pattern in RESUME_ONLY)
+    # the stars match folders, too
+    is_state = any(fnmatchcase(relative_path, form) for form in _STATES_WITHOUT_DEEPSPEED)
 
-    return is_beside_tag and is_resume_name
+    return is_state or (is_beside_tag and is_resume_name)
 
 
 def _bytes_of(folder: Path, file_names: tuple[str, ...]) -> int:

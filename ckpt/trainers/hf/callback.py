@@ -272,6 +272,9 @@ class CheckpointCallback(TrainerCallback):
             if run_folder.commits:
                 require_states(save.folder, facts)
             if isinstance(engine, PlainEngine):
+                if args.should_save and not plain.writes_model(engine):
+                    processing = objects.get("processing_class")
+                    plain.write_companions(engine, processing, save.folder)
                 save.add(plain_files.sync_own(save.folder, ranks.rank))
             if is_full:
                 save.write_rank_files()

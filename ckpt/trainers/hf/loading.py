@@ -210,8 +210,9 @@ class MappedCheckpoints(Trainer):
         if self.load_optimizer_states:
             stock(checkpoint)
         else:
+            scheduler: Any = self.lr_scheduler
             path = Path(checkpoint, SCHEDULER_NAME)
-            self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
+            scheduler.load_state_dict(torch.load(path, weights_only=True))
 
         resumed.finish(int(self.state.global_step))
         if callback is not None:

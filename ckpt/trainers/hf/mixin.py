@@ -255,7 +255,8 @@ class CommittedCheckpoints(MappedCheckpoints):
                     sync_files(inner_folder)
 
             with ranks.step():
-                if not self.is_deepspeed_enabled:
+                if isinstance(engine, PlainEngine):
+                    self._write_beside(engine, inner_folder)
                     save.add(plain_files.sync_own(inner_folder, ranks.rank))
                 save.add(write_random_states(inner_folder, ranks.rank, self.args))
             with ranks.step():
@@ -277,6 +278,11 @@ class CommittedCheckpoints(MappedCheckpoints):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._inner_folder = self._recording = None
+
+    def _write_beside(self, engine: PlainEngine, folder: Path) -> None:
+        """What makes a model of FSDP's parts, which the Trainer leaves out."""
+        if self.args.should_save and not plain.writes_model(engine):
+            plain.write_companions(engine, self.processing_class, folder)
 
     def _stream(self, ranks: RankGroup, save: Save, kind: str) -> None:
         with ranks.step():

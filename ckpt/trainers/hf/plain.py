@@ -7,10 +7,13 @@ They save and commit as those with DeepSpeed do. What DeepSpeed's engine is aske
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from ckpt.live.export import save_config
 from ckpt.plain_torch import accelerated, sharding
 from ckpt.plain_torch.engine import PlainEngine
+from ckpt.saving import adapter
 from converters.errors import CheckpointError
 from converters.options import DTYPE
 
@@ -40,6 +43,20 @@ def _settings_of(args: Any) -> dict[str, Any]:
 def writes_model(engine: PlainEngine) -> bool:
     """Whether the Trainer writes a loadable model beside the states."""
     return not engine.is_cut_up
+
+
+def write_companions(engine: PlainEngine, processing: Any, folder: Path) -> None:
+    """The configuration and the tokenizer, where FSDP saves parts and the Trainer neither.
+
+    So what is converted from the checkpoint is a model that loads.
+    """
+    module = sharding.unwrapped(engine.module)
+    if hasattr(module, "peft_config"):
+        adapter.save_config(module, folder)
+    else:
+        save_config(module, folder, None)
+    if processing is not None:
+        processing.save_pretrained(folder)
 
 
 def require_supported(engine: PlainEngine, args: Any, weights: str | None) -> None:

@@ -94,6 +94,8 @@ class ResumeCallback(TrainerCallback):
             self._compare_plain(_folder_of(path, current_step), args, state, objects)
             return
 
+        assert wrapper is not None
+
         ranks = RankGroup("ResumeCallback", self.timeout)
         resume_request = self._request(ranks, path, current_step)
         resume_request.require_same(step=current_step)

@@ -172,8 +172,7 @@ def resume(
     )
 
     if engine is None:
-        with ranks.step():
-            training = TorchTraining(model, optimizer, scheduler)
+        training = TorchTraining(model, optimizer, scheduler)
         return TorchResume(request, training, load_module_strict)(client_state)
 
     if isinstance(engine, Mapping):

@@ -87,25 +87,7 @@ class ResumePoint:
         """What a checkpoint is, by its manifest or its state files; raises as ``detect.read``."""
         manifest = run_checkpoint.manifest
         if manifest is None:
-            has_tag = tag is not None and (run_checkpoint.folder / tag).is_dir()
-            inner_tag = tag if has_tag else None
-            zero_checkpoint = detect.read(run_checkpoint.folder, inner_tag, complete=True)
-            if zero_checkpoint.kind in sharded.READ:
-                raise detect.detect(run_checkpoint.folder).unlike(DEEPSPEED)
-            if zero_checkpoint.kind in PARALLEL:
-                raise CheckpointError(
-                    f"{run_checkpoint.folder} {BY_NAME[zero_checkpoint.kind].statement}, which "
-                    "ckpt.resume does not load: load it with engine.load_checkpoint, on as many "
-                    "ranks",
-                    "unsupported",
-                )
-
-            topology = Topology(zero_checkpoint.stage or 0, zero_checkpoint.world_size)
-            step = zero_checkpoint.step
-            if step is None:
-                step = run_checkpoint.step or 0
-            folder = zero_checkpoint.place.folder
-            return cls(folder.parent, folder.name, step, topology)
+            return cls._uncommitted(run_checkpoint, tag)
 
         if engine_names := engines.names(manifest):
             raise CheckpointError(
@@ -117,9 +99,8 @@ class ResumePoint:
 
         if manifest.tag is None:
             raise CheckpointError(
-                f"{run_checkpoint.folder} was saved without DeepSpeed, which cannot load it; where "
-                f"FSDP or DCP saved it, ckpt from-dcp {run_checkpoint.folder} -o OUTPUT makes "
-                "files for DeepSpeed",
+                f"{run_checkpoint.folder} was saved without DeepSpeed, which cannot load it; ckpt "
+                "from-dcp makes files for DeepSpeed of what FSDP or DCP saved",
                 "unsupported",
             )
 
@@ -130,6 +111,29 @@ class ResumePoint:
 
         place = (run_checkpoint.folder, manifest.tag, manifest.step)
         return cls(*place, topology, digest, *record)
+
+    @classmethod
+    def _uncommitted(cls, run_checkpoint: RunCheckpoint, tag: str | None) -> ResumePoint:
+        """One without a manifest, by its state files."""
+        has_tag = tag is not None and (run_checkpoint.folder / tag).is_dir()
+        inner_tag = tag if has_tag else None
+        zero_checkpoint = detect.read(run_checkpoint.folder, inner_tag, complete=True)
+        if zero_checkpoint.kind in sharded.READ:
+            raise detect.detect(run_checkpoint.folder).unlike(DEEPSPEED)
+        if zero_checkpoint.kind in PARALLEL:
+            raise CheckpointError(
+                f"{run_checkpoint.folder} {BY_NAME[zero_checkpoint.kind].statement}, which "
+                "ckpt.resume does not load: load it with engine.load_checkpoint, on as many "
+                "ranks",
+                "unsupported",
+            )
+
+        topology = Topology(zero_checkpoint.stage or 0, zero_checkpoint.world_size)
+        step = zero_checkpoint.step
+        if step is None:
+            step = run_checkpoint.step or 0
+        folder = zero_checkpoint.place.folder
+        return cls(folder.parent, folder.name, step, topology)
 
 
 @dataclass(slots=True)

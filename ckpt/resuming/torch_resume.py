@@ -33,7 +33,7 @@ from converters.detect import detect, kinds
 from converters.detect.filenames import DCP
 from converters.errors import CheckpointError
 from converters.storage import open_files
-from converters.words import counted
+from converters.words import counted, with_article
 
 log = logging.getLogger("ckpt")
 
@@ -61,7 +61,7 @@ class TorchResume:
                 shared_state = self._shared_state(source)
                 states = loading.SavedStates.read(source.folder, options.renamed)
                 with_optimizer = options.optimizer_states
-                fit = loading.require_fit(states, self.training, with_optimizer, self.strict)
+                plan = loading.require_fit(states, self.training, with_optimizer, self.strict)
                 comparison = Comparison(source, self.training, options)
                 # names and shapes are compared with the files themselves
                 comparison.changes = [
@@ -70,7 +70,7 @@ class TorchResume:
 
             comparison.require(ranks, request.on_mismatch)
             with ranks.step(), alive(ranks), open_files.once():
-                self._load(states, fit, comparison, shared_state)
+                self._load(states, plan, comparison, shared_state)
 
         with request.finishing(source) as report:
             if not weights_alone:
@@ -126,16 +126,16 @@ class TorchResume:
     def _load(
         self,
         states: loading.SavedStates,
-        fit: loading.Fit,
+        plan: loading.LoadPlan,
         comparison: Comparison,
         shared_state: dict[str, Any],
     ) -> None:
         options, training = self.request.options, self.training
-        loading.load_model(states, fit)
+        loading.load_model(states, plan)
         if options.weights_alone:
             return
         if options.optimizer_states and training.optimizer is not None:
-            loading.load_optimizer(states, fit)
+            loading.load_optimizer(states, plan)
         scheduler_state = shared_state.get("scheduler")
         if options.scheduler_states and training.lr_scheduler is not None and scheduler_state:
             training.lr_scheduler.load_state_dict(scheduler_state)
@@ -149,8 +149,8 @@ def _point(checkpoint: RunCheckpoint, world: int) -> ResumePoint:
     if not (folder / DCP).is_file():
         kind = kinds.BY_NAME[detect(folder).kind.name]
         raise CheckpointError(
-            f"{folder} is a {kind.title}, and ckpt.resume(model=...) loads torch's distributed "
-            f"checkpoints in one folder; ckpt to-dcp {folder} -o OUTPUT makes one of it",
+            f"{folder} holds {with_article(kind.title)}, and ckpt.resume(model=...) loads torch's "
+            "distributed checkpoints in one folder; ckpt to-dcp makes one of it",
             "unsupported",
         )
 

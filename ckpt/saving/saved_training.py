@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from ckpt.distributed.ranks import RankGroup
 from ckpt.engine.view import EngineView, TrainingEngine
@@ -17,6 +17,28 @@ from ckpt.saving.model_weights import WeightsWriter
 from ckpt.saving.rank_work import RankWork
 from ckpt.saving.tiers import Tier
 from converters.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ckpt.hub.background import Push
+    from ckpt.runs.retention import Retention
+    from ckpt.saving.preemption import Preemption
+
+
+class SaverOptions(TypedDict, total=False):
+    """Keyword arguments of ``Saver``, which says what each is."""
+
+    retention: Retention | None
+    weights: str | None
+    every: int | Mapping[str, int] | None
+    background: bool
+    memory: str | int | None
+    max_shard_size: str | int
+    tokenizer: Any
+    exclude_frozen_parameters: bool
+    preemption: Preemption | None
+    push: Push | None
+    preflight: bool
+    timeout: float
 
 
 class SavedTraining(Protocol):
@@ -103,9 +125,9 @@ def of(
         return EngineStates(engine)
 
     from ckpt.saving.torch_states import TorchStates
-    from ckpt.torch_training.training import TorchTraining
+    from ckpt.torch_training.measured import MeasuredTraining
 
-    return TorchStates(TorchTraining(model, optimizer, scheduler))
+    return TorchStates(MeasuredTraining(model, optimizer, scheduler))
 
 
 def require_either(engine: Any, model: Any, optimizer: Any, scheduler: Any) -> None:

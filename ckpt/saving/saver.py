@@ -20,7 +20,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
 from ckpt import text
@@ -33,7 +32,7 @@ from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Retention
 from ckpt.saving import at_exit, saved_training, tiers
 from ckpt.saving.commit.commit import Commit
-from ckpt.saving.commit.pointers import prune_line, update_pointers
+from ckpt.saving.commit.pointers import prune_behind, update_pointers
 from ckpt.saving.front_end import RunFolder
 from ckpt.saving.host_copies import HostCopies
 from ckpt.saving.model_weights import WeightsWriter
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from typing_extensions import Unpack
 
-    from ckpt.saving.saver_options import SaverOptions
+    from ckpt.saving.saved_training import SaverOptions
 
 log = logging.getLogger("ckpt")
 
@@ -229,8 +228,8 @@ class Saver:
         with commit.ranks.step():
             weights = self._weights(commit.ranks)
 
-        options = (self.tokenizer, self.exclude_frozen_parameters)
-        return self.training.capture(commit, weights, client_state, extra, *options)
+        states = (weights, client_state, extra, self.tokenizer)
+        return self.training.capture(commit, *states, self.exclude_frozen_parameters)
 
     def _line(self) -> Line:
         return self.run_folder.line_of(self.training.identity)
@@ -265,7 +264,9 @@ class Saver:
         if self.nodes.commits:
             update_pointers(self.run, self.retention, flight.commit.line)
             self.pushes.offer(facts.tier, facts.step, flight.commit.final)
-            self._prune(flight.commit)
+            pool = self.pool if self.background and not self.closed else None
+            pruning = (self.retention, flight.commit.final, flight.commit.line)
+            prune_behind(pool, self.run, *pruning)
 
         if not flight.commit.ranks.rank:
             seconds = time.monotonic() - self.save_began_at
@@ -276,17 +277,6 @@ class Saver:
                 text.seconds(seconds),
                 text.seconds(self.waited_seconds if self.background else seconds),
             )
-
-    def _prune(self, commit: Commit) -> None:
-        """Deletes old checkpoints, behind the training's back if saves are there too."""
-        pruning = (self.run, self.retention, commit.final, commit.line)
-        if self.background and not self.closed:
-            try:
-                self.pool.submit(prune_line, *pruning)
-            except RuntimeError:  # the process is ending, and starts no threads any more
-                prune_line(*pruning)
-        else:
-            prune_line(*pruning)
 
     def step(
         self,
@@ -368,12 +358,7 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
             self.pushes.leave()
         if error is not None and self.flight is not None:

@@ -27,7 +27,7 @@ from ckpt.saving.rank_work import RankWork
 from ckpt.saving.tiers import Tier
 from ckpt.state import plain, rank_files
 from ckpt.torch_training import capture, description, leaves
-from ckpt.torch_training.training import TorchTraining
+from ckpt.torch_training.measured import MeasuredTraining
 from converters.errors import CheckpointError
 from converters.storage import local
 
@@ -37,7 +37,7 @@ TRAINING_STATE = "training_state.state"
 class TorchStates:
     """One training of plain torch, in the place of ``Engines``; see ``SavedTraining``."""
 
-    def __init__(self, training: TorchTraining):
+    def __init__(self, training: MeasuredTraining):
         self.training = training
 
     @property
@@ -83,8 +83,8 @@ class TorchStates:
     def weights(self, kind: str, max_shard_size: str | int, ranks: RankGroup) -> WeightsWriter:
         """``CheckpointError``: a loadable model is made of the checkpoint, not beside it."""
         raise CheckpointError(
-            f"weights={kind!r} is for trainings with DeepSpeed; make a model of a checkpoint with "
-            "ckpt to-fp32 CHECKPOINT -o MODEL --dtype bf16, or push it with ckpt push",
+            f"weights={kind!r} is for trainings with DeepSpeed; ckpt to-fp32 makes a model of a "
+            "checkpoint of this one, and ckpt push publishes it",
             "unsupported",
         )
 

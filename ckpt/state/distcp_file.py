@@ -102,7 +102,7 @@ def _form(dtype: torch.dtype, shape: tuple[int, ...]) -> _Form:
     return _Form(head, tuple(records), crcs, end)
 
 
-class _Item(NamedTuple):
+class _TensorItem(NamedTuple):
     """A tensor's item in its file; ``number`` is the place of its elements in ``storages``."""
 
     offset: int
@@ -120,7 +120,7 @@ class DistcpFile:
     def __init__(self) -> None:
         self.storages: list[torch.Tensor | memoryview] = []
         self.nbytes = 0
-        self.pieces: list[bytes | _Item | int] = []  # bytes, a tensor, or so many zeros
+        self.pieces: list[bytes | _TensorItem | int] = []  # bytes, a tensor, or so many zeros
         self.spans: dict[bytes, Span] = {}  # of what is small, by its bytes
         self.ready: dict[torch.device, Any] = {}
 
@@ -138,7 +138,7 @@ class DistcpFile:
             gap = -(self.nbytes + start) % ALIGNMENT
             self._append(gap, gap)
         span = Span(self.nbytes, form.nbytes)
-        self._append(_Item(span.offset, form, len(self.storages)), form.nbytes)
+        self._append(_TensorItem(span.offset, form, len(self.storages)), form.nbytes)
         self.storages.append(values.reshape(-1).view(torch.uint8))
         return span
 
@@ -158,7 +158,7 @@ class DistcpFile:
             self._append(data, len(data))
         return self.spans[data]
 
-    def _append(self, piece: bytes | _Item | int, nbytes: int) -> None:
+    def _append(self, piece: bytes | _TensorItem | int, nbytes: int) -> None:
         if nbytes:
             self.pieces.append(piece)
             self.nbytes += nbytes
@@ -177,7 +177,7 @@ class DistcpFile:
 
     def end_of_storage(self, path: Path, index: int) -> int:
         """Where the elements of a tensor end in the file."""
-        items = (piece for piece in self.pieces if isinstance(piece, _Item))
+        items = (piece for piece in self.pieces if isinstance(piece, _TensorItem))
         item = next(item for item in items if item.number == index)
         return item.offset + len(item.form.head) + self.storages[index].nbytes
 

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 
 from converters.errors import CheckpointError
+from converters.words import with_article
 
 Shape = tuple[int, ...]
 MIN_CUT_BYTES = 1 << 20  # of a tensor on all ranks that is cut for them; an item takes 1.2 kB
 
 
-class Box(NamedTuple):
+class LocalBox(NamedTuple):
     """A part of a tensor: its first element on each axis, its shape, and its values here."""
 
     offsets: Shape
@@ -34,10 +35,10 @@ def is_distributed(value: torch.Tensor) -> bool:
     return hasattr(value, "device_mesh") and hasattr(value, "placements")
 
 
-def local_box(name: str, value: torch.Tensor) -> Box:
+def local_box(name: str, value: torch.Tensor) -> LocalBox:
     """All that this rank has of a tensor; ``CheckpointError`` for one of unknown form."""
     if not is_distributed(value):
-        return Box((0,) * value.dim(), tuple(value.shape), _plain(name, value.detach()))
+        return LocalBox((0,) * value.dim(), tuple(value.shape), _plain(name, value.detach()))
 
     tensor: Any = value.detach()
     if any(placement.is_partial() for placement in tensor.placements):
@@ -53,12 +54,13 @@ def local_box(name: str, value: torch.Tensor) -> Box:
             "shard it with fully_shard alone",
             "unsupported",
         )
-    return Box(tuple(chunks[0].offsets), tuple(local_values.shape), local_values)
+    return LocalBox(tuple(chunks[0].offsets), tuple(local_values.shape), local_values)
 
 
 def _plain(name: str, values: torch.Tensor) -> torch.Tensor:
     if type(values) not in (torch.Tensor, torch.nn.Parameter) or values.is_meta:
-        kind = "a tensor without values (meta)" if values.is_meta else f"a {type(values).__name__}"
+        kind = with_article(type(values).__name__)
+        kind = "a tensor without values (meta)" if values.is_meta else kind
         raise CheckpointError(
             f"{name} is {kind} on this rank, which ckpt.Saver does not save", "unsupported"
         )
@@ -72,7 +74,7 @@ class Owners:
         self.rank, self.world = rank, world
         self.replica_bytes: dict[int, list[int]] = {}  # by their number, what each writes so far
 
-    def boxes(self, name: str, value: torch.Tensor, small: int) -> Iterator[Box]:
+    def boxes(self, name: str, value: torch.Tensor, small: int) -> Iterator[LocalBox]:
         """The boxes of a tensor that this rank writes; those of ``small`` bytes rank 0."""
         box = local_box(name, value)
         if is_distributed(value):
@@ -110,7 +112,7 @@ class Owners:
         totals[index] += nbytes
         return index
 
-    def _rows(self, box: Box) -> Iterator[Box]:
+    def _rows(self, box: LocalBox) -> Iterator[LocalBox]:
         """This rank's rows of a tensor that all ranks have."""
         rows = box.sizes[0]
         part = -(-rows // self.world)
@@ -118,4 +120,4 @@ class Owners:
         count = min(part, rows - first)
         if count > 0:
             offsets = (first, *box.offsets[1:])
-            yield Box(offsets, (count, *box.sizes[1:]), box.values[first : first + count])
+            yield LocalBox(offsets, (count, *box.sizes[1:]), box.values[first : first + count])

@@ -28,7 +28,7 @@ class LeafForm(NamedTuple):
     shape: tuple[int, ...] = ()
 
 
-class Part(NamedTuple):
+class RankPart(NamedTuple):
     """The file that a rank writes, not yet written, and its notes on what lies where.
 
     ``forms`` are those of all leaves, the same on all ranks. ``notes``: a digest of these, and of
@@ -41,7 +41,7 @@ class Part(NamedTuple):
     notes: list[Any]
 
 
-def part_of(leaves: Sequence[StateLeaf], rank: int, world: int) -> Part:
+def part_of(leaves: Sequence[StateLeaf], rank: int, world: int) -> RankPart:
     """What ``rank`` of ``world`` writes of the leaves; it copies nothing but small values.
 
     ``CheckpointError`` for a tensor that cannot be saved; raises what the pickler raises.
@@ -64,7 +64,7 @@ def part_of(leaves: Sequence[StateLeaf], rank: int, world: int) -> Part:
         items += ([index, *item] for item in written[key])
 
     forms = tuple(map(_form, leaves))
-    return Part(file, forms, [_digest(forms), items])
+    return RankPart(file, forms, [_digest(forms), items])
 
 
 def _form(leaf: StateLeaf) -> LeafForm:

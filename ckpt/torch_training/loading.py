@@ -1,9 +1,9 @@
 """A distributed checkpoint into a training of plain torch: each rank reads the bytes of its part.
 
     states = SavedStates.read(folder)        what is there; nothing of a tensor is read
-    fit = require_fit(states, training)      names, shapes and types, before anything is touched
-    load_model(states, fit)
-    load_optimizer(states, fit)
+    plan = require_fit(states, training)      names, shapes and types, before anything is touched
+    load_model(states, plan)
+    load_optimizer(states, plan)
 
 Whoever saved it, and on however many ranks: a tensor is boxes in files, and this rank has a box of
 it. What is read goes straight into the training's own memory where that is in one piece.
@@ -21,7 +21,7 @@ import torch
 
 from ckpt.engine.parameters import new_name
 from ckpt.torch_training import leaves
-from ckpt.torch_training.boxes import Box, Shape, local_box
+from ckpt.torch_training.boxes import LocalBox, Shape, local_box
 from ckpt.torch_training.training import TorchTraining
 from converters.dcp import items
 from converters.dcp.dcp_state import DcpState
@@ -75,7 +75,7 @@ class Target(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class LoadPlan:
     """What is loaded into what: ``targets`` by the leaf; groups of the optimizer as saved."""
 
     training: TorchTraining
@@ -86,7 +86,7 @@ class Fit:
 
 def require_fit(
     states: SavedStates, training: TorchTraining, with_optimizer: bool = True, strict: bool = True
-) -> Fit:
+) -> LoadPlan:
     """What goes where; ``CheckpointError`` unless the names, shapes and types are the same.
 
     Without ``strict`` the model may have more, and the checkpoint too.
@@ -108,8 +108,8 @@ def require_fit(
     if strict and (missing or surplus):
         raise _other_names(states.folder, missing, surplus)
     if not with_optimizer or training.optimizer is None:
-        return Fit(training, targets)
-    return _with_optimizer(states, Fit(training, targets), targets_by_name)
+        return LoadPlan(training, targets)
+    return _with_optimizer(states, LoadPlan(training, targets), targets_by_name)
 
 
 def _targets(training: TorchTraining) -> list[Target]:
@@ -151,9 +151,9 @@ def _require_alike(folder: Path, name: str, stored: StoredTensor, value: torch.T
         )
 
 
-def _with_optimizer(states: SavedStates, fit: Fit, targets: Iterable[Target]) -> Fit:
+def _with_optimizer(states: SavedStates, plan: LoadPlan, targets: Iterable[Target]) -> LoadPlan:
     """The same with the optimizer's groups; ``CheckpointError`` where they are others."""
-    training, saved = fit.training, states.optimizer
+    training, saved = plan.training, states.optimizer
     if saved is None or not saved.leaves.are_named:
         raise CheckpointError(
             f"{states.folder} has no state of an optimizer by the names of parameters; "
@@ -185,7 +185,7 @@ def _with_optimizer(states: SavedStates, fit: Fit, targets: Iterable[Target]) ->
     lost = [name for name, (_, saved_name) in group_of.items() if saved_name not in names.values()]
     if lost:
         raise _other_groups(states.folder, None, lost[0])
-    return Fit(training, fit.targets, names, tuple(options))
+    return LoadPlan(training, plan.targets, names, tuple(options))
 
 
 def _other_groups(folder: Path, number: int | None, name: str) -> CheckpointError:
@@ -197,27 +197,27 @@ def _other_groups(folder: Path, number: int | None, name: str) -> CheckpointErro
     )
 
 
-def load_model(states: SavedStates, fit: Fit) -> None:
+def load_model(states: SavedStates, plan: LoadPlan) -> None:
     """Fills the parameters and buffers with this rank's part of each."""
     with torch.no_grad():
-        for leaf, value in fit.targets.items():
+        for leaf, value in plan.targets.items():
             fill(states, leaf, local_box(leaf, value))
 
 
-def load_optimizer(states: SavedStates, fit: Fit) -> None:
+def load_optimizer(states: SavedStates, plan: LoadPlan) -> None:
     """Gives the optimizer its state, and its groups the options that were saved."""
-    optimizer, saved = fit.training.optimizer, states.optimizer
+    optimizer, saved = plan.training.optimizer, states.optimizer
     assert saved is not None
     state: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     parameters: list[torch.Tensor] = []
-    for group, options in zip(optimizer.param_groups, fit.groups, strict=True):
+    for group, options in zip(optimizer.param_groups, plan.groups, strict=True):
         numbers = range(len(parameters), len(parameters) + len(group[leaves.PARAMS]))
         parameters += group[leaves.PARAMS]
         groups.append({**_options(group, options), leaves.PARAMS: [*numbers]})
 
     for number, parameter in enumerate(parameters):
-        values = saved.leaves.states.get(fit.names[id(parameter)], {})
+        values = saved.leaves.states.get(plan.names[id(parameter)], {})
         if values:
             state[number] = {key: _value(states, leaf, parameter) for key, leaf in values.items()}
 
@@ -268,7 +268,7 @@ def _value(states: SavedStates, leaf: str, parameter: torch.Tensor) -> Any:
     return value
 
 
-def fill(states: SavedStates, leaf: str, box: Box) -> None:
+def fill(states: SavedStates, leaf: str, box: LocalBox) -> None:
     """Reads a box of a tensor into its values; ``CheckpointError`` if the chunks lack a part."""
     stored = states.stored(leaf)
     filled = 0

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from ckpt.engine import first_step
 from converters.errors import CheckpointError
 from converters.words import with_article
 
@@ -18,7 +16,7 @@ _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 class TorchTraining:
-    """A ``PlainView`` of a training; ``global_steps`` is what it was told last.
+    """A training as front ends see an engine; ``global_steps`` is what it was told last.
 
     ``module`` is the model without DDP and torch.compile around it, the same object however it
     was given. ``CheckpointError`` for what is not a model, an optimizer or a scheduler, and for
@@ -58,21 +56,6 @@ class TorchTraining:
         """The learning rate of each param group."""
         groups = self.optimizer.param_groups if self.optimizer is not None else ()
         return [group.get("lr") for group in groups]
-
-    def state_bytes(self) -> int:
-        """Bytes of the state files that this rank will write, with what the optimizer will keep."""
-        from ckpt.torch_training import capture, leaves
-
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        found = leaves.of_training(self, 0)
-        nbytes = capture.part_of(found, rank, world).file.nbytes
-        if self.optimizer is None or any(self.optimizer.state.values()):
-            return nbytes
-
-        trained = [leaf for leaf in leaves.of_model(self) if leaf.value.requires_grad]
-        trained_bytes = capture.part_of(trained, rank, world).file.nbytes
-        return nbytes + int(trained_bytes * (first_step.growth(self.optimizer) - 1))
 
     def name_of(self, name: str) -> str:
         """The name of a parameter without what wrappers of inner modules put into it."""

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from save_worker import ROWS, WIDTH, Bench, Cost, Poll, Way, slowest
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as state_dicts
 from torch.distributed.fsdp import fully_shard
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from kill_fronts import EVERY, Front, Task, Trained, model, rows_of
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as state_dicts
 from torch.distributed.fsdp import fully_shard
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from ending import leave
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as state_dicts
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -93,7 +93,8 @@ class Training:
 
     def state(self) -> State:
         """All that is held, whole. Every rank calls it."""
-        of_model, of_optimizer = state_dicts.get_state_dict(self.model, self.optimizer)
+        parts: Any = state_dicts.get_state_dict(self.model, self.optimizer)
+        of_model, of_optimizer = parts
         tensors = {f"model/{name}": value for name, value in of_model.items()}
         for name, values in of_optimizer["state"].items():
             tensors |= {f"{name}/{key}": value for key, value in values.items()}
@@ -191,7 +192,7 @@ def load_with_torch(mode: str, source: str, truth: str) -> None:
     training = Training(mode, seed=9)
     training.train(1, 1)
     of_model, of_optimizer = state_dicts.get_state_dict(training.model, training.optimizer)
-    states = {
+    states: dict[str, Any] = {
         "model": of_model,
         "optimizer": of_optimizer,
         "lr_scheduler": training.scheduler.state_dict(),
@@ -244,8 +245,9 @@ def refuse(mode: str, source: str, out: str) -> None:
     lines.append(_caught(lambda: ckpt.resume(model=model, optimizer=training.optimizer, **where)))
     lines.append(_caught(lambda: ckpt.resume(**training.parts, run=source)))
     lines.append(_caught(lambda: ckpt.Saver(**training.parts, run=out, weights="bf16")))
-    lines.append(_caught(lambda: ckpt.Saver(model=training.model)))
-    lines.append(_caught(lambda: ckpt.Saver(run=out)))
+    saver: Any = ckpt.Saver
+    lines.append(_caught(lambda: saver(model=training.model)))
+    lines.append(_caught(lambda: saver(run=out)))
     if not _rank():
         Path(out).mkdir(exist_ok=True)
         Path(out, "lines.json").write_text(json.dumps(lines))

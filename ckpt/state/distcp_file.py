@@ -165,11 +165,11 @@ class DistcpFile:
 
     def _note_device(self, device: torch.device) -> None:
         """Notes an event after which what a device computes now is there."""
-        if device.type == "cpu" or device in self.ready:
+        if device.type == "cpu":
             return
         module = getattr(torch, device.type)  # torch.cuda and its like
-        self.ready[device] = module.Event()
-        self.ready[device].record(module.current_stream(device))
+        event = self.ready.setdefault(device, module.Event())
+        event.record(module.current_stream(device))
 
     def size(self, path: Path) -> int:
         """The exact size of the file, whatever its ``path``."""

@@ -9,6 +9,7 @@ is looked at on all ranks before anything is touched; then each reads the bytes 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from converters.storage import open_files
 from converters.words import counted, with_article
 
 log = logging.getLogger("ckpt")
+# what only the loop of the user knows
+_UNKNOWN = ("precision", "batch", "gradient_clipping", "topology", "offload")
 
 
 @dataclass(slots=True)
@@ -74,7 +77,8 @@ class TorchResume:
 
         with request.finishing(source) as report:
             if not weights_alone:
-                report.rows = comparison.rows(progress(self.training))
+                rows = comparison.rows(progress(self.training))
+                report.rows = [row for row in rows if row.name not in _UNKNOWN]
             if client_state is not None and not weights_alone:
                 client_state.update(shared_state.get("client_state") or {})
             state.set(request.extra)
@@ -138,9 +142,21 @@ class TorchResume:
             loading.load_optimizer(states, plan)
         scheduler_state = shared_state.get("scheduler")
         if options.scheduler_states and training.lr_scheduler is not None and scheduler_state:
-            training.lr_scheduler.load_state_dict(scheduler_state)
+            own_state = training.lr_scheduler.state_dict()
+            training.lr_scheduler.load_state_dict(_as_here(scheduler_state, own_state))
         training.global_steps = comparison.source.step
         comparison.apply()
+
+
+def _as_here(saved: Any, own: Any) -> Any:
+    """A state with a Counter where the scheduler here has one: it was saved as a dict."""
+    if isinstance(own, Counter) and isinstance(saved, dict):
+        return type(own)(saved)
+    if isinstance(own, dict) and isinstance(saved, dict):
+        return {key: _as_here(value, own.get(key)) for key, value in saved.items()}
+    if isinstance(own, list) and isinstance(saved, list) and len(own) == len(saved):
+        return [_as_here(*pair) for pair in zip(saved, own, strict=True)]
+    return saved
 
 
 def _point(checkpoint: RunCheckpoint, world: int) -> ResumePoint:

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch.nn import Parameter
+
 from ckpt.distributed.ranks import RankGroup
 from ckpt.engine.progress import metrics, record, versions
 from ckpt.engine.view import EngineView
@@ -110,7 +112,7 @@ class TorchStates:
         with ranks.step() as sizes, local.named(folder):
             found = leaves.of_training(self.training, commit.facts.step)
             if exclude_frozen_parameters:
-                found = [leaf for leaf in found if not self._is_frozen(leaf)]
+                found = [leaf for leaf in found if not _is_frozen(leaf)]
             part = capture.part_of(found, ranks.rank, ranks.world)
             commit.files |= rank_files.write(folder, ranks.rank, extra)
             if not ranks.rank:
@@ -131,18 +133,19 @@ class TorchStates:
         commit.join = partial(description.write, folder, part.forms)
         return work
 
-    def _is_frozen(self, leaf: leaves.StateLeaf) -> bool:
-        is_of_model = leaf.path[0] == leaves.MODEL
-        parameter = isinstance(leaf.value, self._parameter_class())
-        return is_of_model and parameter and not leaf.value.requires_grad
-
-    @staticmethod
-    def _parameter_class() -> type:
-        from torch.nn import Parameter
-
-        return Parameter
-
     def _training_state(self, client_state: Mapping[str, Any]) -> dict[str, Any]:
         scheduler = self.training.lr_scheduler
-        scheduler_state = None if scheduler is None else scheduler.state_dict()
+        scheduler_state = None if scheduler is None else _with_plain_dicts(scheduler.state_dict())
         return {"scheduler": scheduler_state, "client_state": dict(client_state)}
+
+
+def _is_frozen(leaf: leaves.StateLeaf) -> bool:
+    is_parameter = leaf.path[0] == leaves.MODEL and isinstance(leaf.value, Parameter)
+    return is_parameter and not leaf.value.requires_grad
+
+
+def _with_plain_dicts(value: Any) -> Any:
+    """The same without classes derived from dict: the milestones of MultiStepLR are a Counter."""
+    if isinstance(value, Mapping):
+        return {key: _with_plain_dicts(entry) for key, entry in value.items()}
+    return [*map(_with_plain_dicts, value)] if type(value) is list else value

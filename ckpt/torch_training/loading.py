@@ -225,8 +225,9 @@ def load_optimizer(states: SavedStates, plan: LoadPlan) -> None:
     for number, values in state.items():  # torch rounds states to the type of their parameter
         own = optimizer.state[parameters[number]]
         for key, value in values.items():
-            if isinstance(value, torch.Tensor) and own[key].dtype != value.dtype:
-                own[key] = value.to(own[key].device)
+            current = own.get(key)
+            if isinstance(current, torch.Tensor) and current.dtype != value.dtype:
+                own[key] = value.to(current.device)
 
 
 def _options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,10 +86,11 @@ class PreemptionWatch:
         self.signals = preemption.signals or self.launcher.handled_signals()
         self.old_handlers: dict[int, Any] = {}
         self._listen()  # what comes while ranks still connect is not lost
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
         try:
-            rank_0_store.move_to_rank_0(RankGroup("Preemption", timeout))
+            ranks = RankGroup("Preemption", timeout)
+            self.rank, self.world = ranks.rank, ranks.world
+            rank_0_store.move_to_rank_0(ranks)
             self.store = PrefixStore(f"ckpt.stop/{next(_watches)}", stores.current())
         except BaseException:
             self.close()

@@ -226,7 +226,9 @@ def load_optimizer(states: SavedStates, plan: LoadPlan) -> None:
         own = optimizer.state[parameters[number]]
         for key, value in values.items():
             current = own.get(key)
-            if isinstance(current, torch.Tensor) and current.dtype != value.dtype:
+            if not isinstance(value, torch.Tensor) or not isinstance(current, torch.Tensor):
+                continue
+            if current.dtype != value.dtype:
                 own[key] = value.to(current.device)
 
 

@@ -29,7 +29,7 @@ import extensions  # noqa: E402
 from faults import faults  # noqa: E402
 
 RANKS = 2
-LIMIT = 40.0  # seconds until ranks count as hung
+LIMIT = float(os.environ.get("CKPT_KILL_LIMIT", "40"))  # seconds until ranks count as hung
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
@@ -107,8 +107,11 @@ def run_ranks(
     logs: Path,
     fault: Fault | None = None,
     count: bool = False,
+    ranks: int = RANKS,
 ) -> list[Ended]:
     """Runs ``front(task)`` on all ranks, waits for them, and kills those that hang.
+
+    A single rank has no process group, as a script that a user starts has none.
 
     ``task.armed`` is called by the front when the operations begin to count: with a ``fault``, or
     with ``count``, which leaves the journals R.journal in ``logs``.
@@ -118,18 +121,19 @@ def run_ranks(
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
     pids: list[int] = []
-    for rank in range(RANKS):
+    for rank in range(ranks):
         pid = os.fork()
         if not pid:
             os.setpgid(0, pids[0] if pids else 0)
-            _be_rank(rank, port, front, task, logs, fault, count)
+            _place(rank, ranks, port)
+            _be_rank(rank, ranks, front, task, logs, fault, count)
         with suppress(PermissionError, ProcessLookupError):  # it has done so itself, or is gone
             os.setpgid(pid, pids[0] if pids else pid)
         pids.append(pid)
     statuses, hung = _wait(pids)
     if fault is not None and fault.power:
         faults.lose_power(task.out, logs.glob("*.journal"), fault.torn)
-    return [_ended(logs, rank, statuses[rank], hung) for rank in range(RANKS)]
+    return [_ended(logs, rank, statuses[rank], hung) for rank in range(ranks)]
 
 
 def _wait(pids: list[int]) -> tuple[dict[int, int], bool]:
@@ -149,9 +153,18 @@ def _wait(pids: list[int]) -> tuple[dict[int, int], bool]:
     return statuses, hung
 
 
+def _place(rank: int, ranks: int, port: str) -> None:
+    """The environment that torchrun gives a rank; none of a single one."""
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
+        return
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        os.environ.pop(name, None)
+
+
 def _be_rank(
     rank: int,
-    port: str,
+    ranks: int,
     front: Callable[[Any], Any],
     task: Any,
     logs: Path,
@@ -165,14 +178,14 @@ def _be_rank(
         log = os.open(logs / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
         import torch.distributed as dist
 
         from ckpt.runs.lease import lease
 
         lease.BEAT = 3600.0  # its writes are no part of a save, and come when they like
 
-        dist.init_process_group("gloo", timeout=timedelta(seconds=10))
+        if ranks > 1:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=10))
 
         def arm() -> None:
             journal = logs / f"{rank}.journal" if count or (fault and fault.power) else None
@@ -187,7 +200,7 @@ def _be_rank(
         (logs / f"{rank}.modules").write_text("\n".join(sys.modules))
         status = 0
         last = time.monotonic() + 3  # the store is rank 0's: the other may still be reading from it
-        while not rank and time.monotonic() < last and not (logs / "1.json").exists():
+        while ranks > 1 and not rank and time.monotonic() < last and not (logs / "1.json").exists():
             time.sleep(0.01)
     except BaseException:
         traceback.print_exc()

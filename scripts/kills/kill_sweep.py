@@ -27,10 +27,12 @@ import click
 from forked_ranks import LIMIT, RANKS, Ended, Fault, import_what_was, preload, run_ranks
 from tqdm import tqdm
 
-OF_DEEPSPEED = ["saver", "saver-background", "hf-mixin", "hf-callback", "accelerate", "lightning"]
-OF_TORCH = ["torch-saver", "torch-background", "dcp", "dcp-metadata"]  # FSDP2, without DeepSpeed
-STOCK = ["deepspeed", "trainer", "dcp", "dcp-metadata"]
-NAMES = ["deepspeed", "trainer", *OF_DEEPSPEED, *OF_TORCH]
+PLAIN_STOCK = ["trainer-alone", "trainer-ddp", "trainer-fsdp"]
+OF_TORCH = ["torch-saver", "torch-background", "dcp", "dcp-metadata"]  # FSDP2 in a plain loop
+STOCK = ["deepspeed", "trainer", *PLAIN_STOCK, "dcp", "dcp-metadata"]
+PLAIN = [*PLAIN_STOCK, "hf-alone", "hf-ddp", "hf-fsdp", "hf-fsdp-callback"]
+NAMES = ["deepspeed", "trainer", "saver", "saver-background"]
+NAMES += ["hf-mixin", "hf-callback", "accelerate", "lightning"]
 SAVED, SWEPT, LAST = 2, 4, 6  # the steps of the saves: before, disturbed, after resuming
 VICTIMS = ("rank 0", "rank 1", "both")
 POWER = "power"
@@ -61,7 +63,16 @@ class Point:
 
 
 def kills(counts: list[int], points: int) -> Iterator[Fault]:
-    """Spread evenly over the operations: rank 0 killed at its own, rank 1 at its own, both."""
+    """Spread evenly over the operations: rank 0 killed at its own, rank 1 at its own, both.
+
+    Of a single process, that one.
+    """
+    if len(counts) == 1:
+        for index in range(points):
+            at = 1 + round(index * (counts[0] - 1) / max(points - 1, 1))
+            yield Fault(0, at, False, bool(index % 2))
+        return
+
     for index in range(points):
         victim, nth = index % len(VICTIMS), index // len(VICTIMS)
         rank, of = victim % RANKS, (points - victim + 2) // len(VICTIMS)
@@ -79,8 +90,10 @@ def power_failures(counts: list[int], points: int) -> Iterator[Fault]:
 class Sweep:
     """The sweep of one front, in a folder of its own."""
 
-    def __init__(self, front: Callable[[Any], Any], task: Callable[..., Any], work: Path):
-        self.front, self.task, self.work = front, task, work
+    def __init__(
+        self, front: Callable[[Any], Any], task: Callable[..., Any], work: Path, ranks: int
+    ):
+        self.front, self.task, self.work, self.ranks = front, task, work, ranks
         self.expected: dict[int, list[str]] = {}  # by step resumed from, the ranks' last states
 
     def undisturbed(self) -> list[int]:
@@ -104,7 +117,7 @@ class Sweep:
     def _whole(self, name: str, out: Path, last: int, resume: bool) -> list[Ended]:
         logs = self.work / "logs" / f"{out.name}-{name}"
         task = self.task(out, last=last, resume=resume)
-        ended = run_ranks(self.front, task, logs, count=not resume)
+        ended = run_ranks(self.front, task, logs, count=not resume, ranks=self.ranks)
         if any(each.status for each in ended):
             raise click.ClickException(f"undisturbed, it failed; see {logs}: {ended}")
         import_what_was(logs)
@@ -115,7 +128,7 @@ class Sweep:
         begun = time.monotonic()
         out, logs = self.work / f"point-{number}", self.work / "logs" / f"point-{number}"
         task = self.task(out, last=SWEPT, resume=False)
-        killed = run_ranks(self.front, task, logs / "train", fault)
+        killed = run_ranks(self.front, task, logs / "train", fault, ranks=self.ranks)
         hung = any(each.hung for each in killed)
         if all(each.status != -signal.SIGKILL for each in killed) and not fault.power:
             verdict, start, why = "unharmed", -1, VERDICTS["unharmed"]
@@ -128,7 +141,8 @@ class Sweep:
         return Point(fault, verdict, start, why, hung, silent, time.monotonic() - begun)
 
     def _judged(self, out: Path, logs: Path) -> tuple[str, int, str]:
-        ended = run_ranks(self.front, self.task(out, last=LAST, resume=True), logs)
+        task = self.task(out, last=LAST, resume=True)
+        ended = run_ranks(self.front, task, logs, ranks=self.ranks)
         if any(each.status for each in ended):
             said = [each.said for each in ended if each.status]
             own = [line for line in said if "onnection" not in line]  # not the other rank's end
@@ -210,7 +224,12 @@ have saved again, every byte of what is committed is checked.
 @click.command()
 @click.option("--points", default=200, show_default=True, help="Kills, of each front.")
 @click.option("--power", default=50, show_default=True, help="Power failures, of each front.")
-@click.option("--front", type=click.Choice(NAMES), multiple=True, help="Default: all.")
+@click.option(
+    "--front",
+    type=click.Choice([*NAMES, *OF_TORCH, *PLAIN]),
+    multiple=True,
+    help="Default: all with DeepSpeed.",
+)
 @click.option("--stage", type=click.IntRange(1, 3), default=2, show_default=True)
 @click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="Where to work.")
 @click.option("--markdown", type=click.Path(dir_okay=False, path_type=Path), help="Write the page.")
@@ -258,6 +277,10 @@ def swept(
         import kill_torch
 
         fronts = kill_torch.FRONTS
+    elif front in PLAIN:
+        import kill_fronts_plain
+
+        fronts = kill_fronts_plain.FRONTS
     elif front not in STOCK:
         import kill_fronts_ckpt
 
@@ -267,7 +290,8 @@ def swept(
     def task(out: Path, last: int, resume: bool) -> Task:
         return Task(out, stage, last, resume)
 
-    sweep, done = Sweep(fronts[front], task, work), list[Point]()
+    ranks = 1 if front.endswith("-alone") else RANKS
+    sweep, done = Sweep(fronts[front], task, work, ranks), list[Point]()
     counts = sweep.undisturbed()
     faults = [*kills(counts, points), *power_failures(counts, power)]
     with suppress(KeyboardInterrupt):  # then the table has those that there are

@@ -182,7 +182,7 @@ def same(out: Path, kind: str) -> None:
 
 
 class Asked(hf.TrainerCallback):
-    """The last rank is sent a signal in the third step; all stop after the fourth."""
+    """The last rank is sent a signal in the third step."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         is_last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
@@ -213,7 +213,8 @@ def keeping(out: Path, kind: str) -> None:
     else:
         raise AssertionError("it went on")
     meet()
-    assert names(out / "stopped") == ["checkpoint-2", "checkpoint-4"]
+    last = 3 if kind == "alone" else 4  # one rank of several stops with the others, a step later
+    assert names(out / "stopped") == ["checkpoint-2", f"checkpoint-{last}"]
 
     said = {}
     for name, options in (("twice", {}), ("unknown", {"retain": 3})):
@@ -288,15 +289,57 @@ def loop(kind: str, run: Path, steps: int, resume: bool = False) -> tuple[list[f
     return losses, start
 
 
+def require_refusals(out: Path, kind: str) -> None:
+    """Fails unless what cannot be saved is refused, on every rank: no model, no step."""
+    accelerator = accelerator_of(kind)
+    model = torch.nn.Linear(2, 2)
+    for expected in ("the accelerator has no model", "step is not given"):
+        try:
+            save_state(accelerator, out / "no", timeout=60.0)
+        except CheckpointError as error:
+            assert expected in str(error), error
+        else:
+            raise AssertionError(f"not refused: {expected}")
+        accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+
+
 def accelerated(out: Path, kind: str) -> None:
     """A loop around Accelerate: whole, retained, and resumed as if nothing had happened."""
+    require_refusals(out, kind)
     whole, _ = loop(kind, out / "whole", 6)
+    meet()
     assert names(out / "whole") == ["checkpoint-4", "checkpoint-6"]
     first, _ = loop(kind, out / "parts", 4)
     meet()
     second, start = loop(kind, out / "parts", 6, resume=True)
     assert start == 4 and first + second == whole, (start, first, second, whole)
+    meet()
     assert names(out / "parts") == ["checkpoint-4", "checkpoint-6"]
+
+
+def everything(out: Path, kind: str) -> None:
+    """All of the above, in folders of its own."""
+    for part in (same, keeping, accelerated):
+        folder = out / part.__name__
+        folder.mkdir(exist_ok=True)
+        part(folder, kind)
+    if (out / "checkpoint-2").is_dir():
+        refused(out, kind)
+
+
+def other_ranks(out: Path, kind: str) -> None:
+    """One rank goes on from what two have saved, with the samples of both."""
+    batch = {"per_device_train_batch_size": 4, "max_steps": 8}
+    losses, _, start = trained(kind, Committed, out / "same/mixin", source=True, **batch)
+    assert start == 6 and len(losses) == 2, (start, losses)
+
+
+def refused(out: Path, kind: str) -> None:
+    """A checkpoint of DeepSpeed, of which the Trainer would load the weights alone."""
+    try:
+        trained(kind, Committed, out / "no", source=str(out / "checkpoint-2"))
+    except CheckpointError as error:
+        (out / "refusal").write_text(str(error))
 
 
 if __name__ == "__main__":

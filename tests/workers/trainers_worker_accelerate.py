@@ -160,14 +160,6 @@ def keeping(run: Path) -> None:
     training.end()
 
 
-def refuses(out: Path) -> None:
-    """A training without DeepSpeed is none of ours."""
-    try:
-        save_state(Accelerator(cpu=True), out / "out")
-    except CheckpointError as error:
-        (out / "told.json").write_text(json.dumps([str(error), error.kind]))
-
-
 def dies(out: Path, stage: int) -> None:
     """Rank 1 is killed in the middle of the second save."""
     training = Training(out, stage)

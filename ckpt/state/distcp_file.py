@@ -122,6 +122,7 @@ class DistcpFile:
         self.nbytes = 0
         self.pieces: list[bytes | _TensorItem | int] = []  # bytes, a tensor, or so many zeros
         self.spans: dict[bytes, Span] = {}  # of what is small, by its bytes
+        self.small_spans: dict[tuple[bytes, bytes], Span] = {}
         self.ready: dict[torch.device, Any] = {}
 
     def add_tensor(self, values: torch.Tensor) -> Span:
@@ -150,7 +151,10 @@ class DistcpFile:
 
     def _add_small(self, values: torch.Tensor, form: _Form) -> Span:
         content = values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return self._add_bytes(form.head + content + form.tail(crc32(content)))
+        key = (form.head, content)
+        if key not in self.small_spans:  # the steps of all parameters, say
+            self.small_spans[key] = self._add_bytes(form.head + content + form.tail(crc32(content)))
+        return self.small_spans[key]
 
     def _add_bytes(self, data: bytes) -> Span:
         if data not in self.spans:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
+import torch
+
 from ckpt.state.distcp_file import SMALL, DistcpFile
 from ckpt.torch_training.boxes import Owners
 from ckpt.torch_training.leaves import StateLeaf
@@ -41,6 +43,7 @@ class RankPart(NamedTuple):
     notes: list[Any]
 
 
+@torch.no_grad()
 def part_of(leaves: Sequence[StateLeaf], rank: int, world: int) -> RankPart:
     """What ``rank`` of ``world`` writes of the leaves; it copies nothing but small values.
 

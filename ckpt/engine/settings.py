@@ -114,8 +114,8 @@ def config_of(engine: EngineView) -> dict[str, Any]:
 
     Of a training without DeepSpeed its own settings, under the same names.
     """
-    if (plain := as_plain(engine)) is not None:
-        return dict(plain.settings)
+    if (plain_training := as_plain(engine)) is not None:
+        return dict(plain_training.settings)
     config = getattr(engine, "config", None)
     if not isinstance(config, dict):
         config = getattr(getattr(engine, "_config", None), "_param_dict", None)
@@ -178,8 +178,8 @@ def _engine_value(engine: EngineView, config: Mapping[str, Any], name: str) -> i
 
 def _topology(engine: EngineView) -> dict[str, Any]:
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if (plain := as_plain(engine)) is not None:
-        return {"world_size": world_size, "sharding": plain.sharding}
+    if (plain_training := as_plain(engine)) is not None:
+        return {"world_size": world_size, "sharding": plain_training.sharding}
 
     topology = {
         "world_size": world_size,

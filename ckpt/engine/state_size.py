@@ -30,8 +30,8 @@ def predicted(
     Before the first step, with what the optimizer will keep after it (``first_step``).
     In the files the values begin at multiples of ``alignment``.
     """
-    if (plain := as_plain(engine)) is not None:
-        return plain.state_bytes()
+    if (plain_training := as_plain(engine)) is not None:
+        return plain_training.state_bytes()
 
     sizes: list[int] = []  # of storages
     total = 0

@@ -73,7 +73,7 @@ class PlainEngine:
         with first_step.stepped(inner_optimizer) as future_values:
             states = inner_optimizer.state.values()
             values = [value for state in states for value in state.values()]
-        known = {id(value) for value in values}
+        present_ids = {id(value) for value in values}
 
         yield from values
-        yield from (value for value in future_values if id(value) not in known)
+        yield from (value for value in future_values if id(value) not in present_ids)

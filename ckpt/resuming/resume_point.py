@@ -97,19 +97,12 @@ class ResumePoint:
                 "refused",
             )
 
-        if manifest.tag is None:
-            raise CheckpointError(
-                f"{run_checkpoint.folder} was saved without DeepSpeed, which cannot load it; ckpt "
-                "from-dcp makes files for DeepSpeed of what FSDP or DCP saved",
-                "unsupported",
-            )
-
+        place = (run_checkpoint.folder, _tag_of(run_checkpoint.folder, manifest), manifest.step)
         data = (run_checkpoint.folder / filenames.MANIFEST).read_bytes()
         topology = Topology(manifest.stage or 0, manifest.world_size)
         digest = sha256(data).hexdigest()[:12]
         record = (manifest.progress, manifest.metrics, manifest)
 
-        place = (run_checkpoint.folder, manifest.tag, manifest.step)
         return cls(*place, topology, digest, *record)
 
     @classmethod
@@ -134,6 +127,18 @@ class ResumePoint:
             step = run_checkpoint.step or 0
         folder = zero_checkpoint.place.folder
         return cls(folder.parent, folder.name, step, topology)
+
+
+def _tag_of(folder: Path, manifest: Manifest) -> str:
+    """The tag that DeepSpeed loads; ``CheckpointError`` for what was saved without DeepSpeed."""
+    if manifest.tag is None:
+        raise CheckpointError(
+            f"{folder} was saved without DeepSpeed, which cannot load it; go on with the trainer "
+            "that saved it (ckpt from-dcp makes files for DeepSpeed of what FSDP or DCP saved), or "
+            "begin a new training from its weights",
+            "unsupported",
+        )
+    return manifest.tag
 
 
 @dataclass(slots=True)

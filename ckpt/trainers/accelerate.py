@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -110,7 +110,8 @@ def save_state(
     if plain_engine is None:
         options |= {"save_latest": False}  # the commit writes it
     with run_folder.saving(ranks, name, facts, _deepspeed_engines(accelerator)) as save:
-        with _without_own_naming(accelerator.project_configuration, run_folder.is_local):
+        naming = _without_own_naming(accelerator.project_configuration, run_folder.is_local)
+        with naming, alive(ranks) if plain_engine is not None else nullcontext():
             accelerator.save_state(str(save.folder), **options)
         if plain_engine is not None:
             save.add(plain_files.sync_own(save.folder, ranks.rank))

@@ -87,17 +87,8 @@ def load(accelerator: Any, request: ResumeRequest, loop: Loop, keywords: Mapping
     ranks, engine = request.ranks, engine_of(accelerator)
     with ranks.step():
         require_loadable(request)
-    checkpoint = plain.newest(
-        ranks,
-        request.path,
-        request.tag,
-        verify=request.verify,
-        load_foreign=request.load_foreign,
-        committed_only=request.committed_only,
-    )
+    checkpoint = _choose(request)
     if checkpoint is None:
-        if not ranks.rank:
-            log.info("%s has no checkpoint to go on from yet", request.path)
         return 0
 
     with ExitStack() as stack:
@@ -125,6 +116,21 @@ def load(accelerator: Any, request: ResumeRequest, loop: Loop, keywords: Mapping
 
     identity.line_after(engine, checkpoint.folder, step)
     return step
+
+
+def _choose(request: ResumeRequest) -> RunCheckpoint | None:
+    """What is loaded; ``None``, and a line, if the run has no checkpoint yet."""
+    checkpoint = plain.newest(
+        request.ranks,
+        request.path,
+        request.tag,
+        verify=request.verify,
+        load_foreign=request.load_foreign,
+        committed_only=request.committed_only,
+    )
+    if checkpoint is None and not request.ranks.rank:
+        log.info("%s has no checkpoint to go on from yet", request.path)
+    return checkpoint
 
 
 def _step_of(checkpoint: RunCheckpoint) -> int:

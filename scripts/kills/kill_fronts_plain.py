@@ -25,7 +25,7 @@ from ckpt.runs.manifest import check
 from ckpt.runs.run import Run
 from ckpt.trainers.hf import CheckpointCallback, CommittedCheckpoints, commit
 
-PATIENCE = 5.0  # seconds without a sign of life until a rank counts as absent
+PATIENCE = 30.0  # seconds without a sign of life until a rank counts as absent
 KEEP = ckpt.Retention(last=1)
 
 

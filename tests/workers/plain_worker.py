@@ -1,6 +1,6 @@
 """Trainings without DeepSpeed by the Hugging Face Trainer, committed and not: FSDP2, DDP, alone.
 
-plain_worker.py OUT PART KIND     one function each; KIND is fsdp, ddp or alone
+plain_worker.py OUT PART KIND     one function each; KIND is fsdp, fsdp-full, fsdp1, ddp, alone
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def make(
     AcceleratorState._reset_state(True)
     callbacks = options.pop("callbacks", [])
     if kind.startswith("fsdp"):
-        version, form = (1 if kind == "fsdp1" else 2), options.pop("form", "SHARDED_STATE_DICT")
+        version = 1 if kind == "fsdp1" else 2
+        form = "FULL_STATE_DICT" if kind == "fsdp-full" else "SHARDED_STATE_DICT"
         options["fsdp"] = "full_shard"
         options["fsdp_config"] = {"version": version, "state_dict_type": form}
 

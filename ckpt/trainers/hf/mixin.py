@@ -25,6 +25,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -32,7 +33,7 @@ from typing import Any, Literal, cast
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ckpt.distributed.ranks import RankGroup
+from ckpt.distributed.ranks import RankGroup, alive
 from ckpt.engine.view import EngineView, TrainingEngine, uses_node_local_storage
 from ckpt.folders import locks
 from ckpt.plain_torch import files as plain_files
@@ -112,7 +113,7 @@ class CommittedCheckpoints(MappedCheckpoints):
         self._run_folders: dict[Path, RunFolder] = {}
         self._weight_bytes = 0  # of the model that lies beside the states
         self._stop = Stop(None, self.timeout)
-        self._plain: PlainEngine | None = None  # of a training without DeepSpeed
+        self._plain_engine: PlainEngine | None = None  # of a training without DeepSpeed
 
     def _begin(self) -> None:
         """Takes the folder before the first step, and checks that saves can succeed."""
@@ -167,9 +168,9 @@ class CommittedCheckpoints(MappedCheckpoints):
         if self.is_deepspeed_enabled:
             return self._deepspeed_engine()
 
-        engine = self._plain
+        engine = self._plain_engine
         if engine is None or engine.module is not self.model:
-            engine = self._plain = plain.engine_of(self.args, self.model, self.optimizer)
+            engine = self._plain_engine = plain.engine_of(self.args, self.model, self.optimizer)
         engine.optimizer, engine.global_steps = self.optimizer, int(self.state.global_step)
         return engine
 
@@ -248,7 +249,9 @@ class CommittedCheckpoints(MappedCheckpoints):
             measure = partial(disk_space.state_bytes, engine, self.args)
             run_folder.require_room(ranks, save.folder, measure, self._weight_bytes)
             inner_folder = save.folder / name
-            with ranks.step():
+            # without DeepSpeed rank 0 may write alone, for as long as it takes
+            is_plain = isinstance(engine, PlainEngine)
+            with ranks.step(), alive(ranks) if is_plain else nullcontext():
                 self._save_as_ever(save, inner_folder, model, trial)
                 name_best(self.state, self.args, inner_folder, final)
                 if run_folder.needs_sync:

@@ -65,7 +65,14 @@ def require_supported(engine: PlainEngine, args: Any, weights: str | None) -> No
         raise CheckpointError(
             f"weights = {weights!r}: ckpt writes a model from the parts of DeepSpeed's engine, and "
             f"this training has {engine.sharding}; unset it, and make a model of a checkpoint by "
-            f"ckpt to-fp32 CHECKPOINT {DTYPE(weights)}, or let FSDP save a {sharding.FULL}",
+            f"ckpt to-fp32 CHECKPOINT {DTYPE(weights)}, or set FSDP's state_dict_type to "
+            f"{sharding.FULL}",
+            "unsupported",
+        )
+    if engine.is_cut_up and args.save_only_model:
+        raise CheckpointError(
+            f"save_only_model: with {engine.sharding} the Trainer writes no model, so that nothing "
+            f"would be saved; unset it, or set FSDP's state_dict_type to {sharding.FULL}",
             "unsupported",
         )
     if engine.is_cut_up and args.save_on_each_node:

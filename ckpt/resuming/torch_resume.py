@@ -142,20 +142,20 @@ class TorchResume:
             loading.load_optimizer(states, plan)
         scheduler_state = shared_state.get("scheduler")
         if options.scheduler_states and training.lr_scheduler is not None and scheduler_state:
-            own_state = training.lr_scheduler.state_dict()
-            training.lr_scheduler.load_state_dict(_as_here(scheduler_state, own_state))
+            current_state = training.lr_scheduler.state_dict()
+            training.lr_scheduler.load_state_dict(_as_here(scheduler_state, current_state))
         training.global_steps = comparison.source.step
         comparison.apply()
 
 
-def _as_here(saved: Any, own: Any) -> Any:
+def _as_here(saved: Any, current: Any) -> Any:
     """A state with a Counter where the scheduler here has one: it was saved as a dict."""
-    if isinstance(own, Counter) and isinstance(saved, dict):
-        return type(own)(saved)
-    if isinstance(own, dict) and isinstance(saved, dict):
-        return {key: _as_here(value, own.get(key)) for key, value in saved.items()}
-    if isinstance(own, list) and isinstance(saved, list) and len(own) == len(saved):
-        return [_as_here(*pair) for pair in zip(saved, own, strict=True)]
+    if isinstance(current, Counter) and isinstance(saved, dict):
+        return type(current)(saved)
+    if isinstance(current, dict) and isinstance(saved, dict):
+        return {key: _as_here(value, current.get(key)) for key, value in saved.items()}
+    if isinstance(current, list) and isinstance(saved, list) and len(current) == len(saved):
+        return [_as_here(*pair) for pair in zip(saved, current, strict=True)]
     return saved
 
 

@@ -110,10 +110,10 @@ class TorchStates:
         """
         ranks, folder = commit.ranks, commit.folder
         with ranks.step() as sizes, local.named(folder):
-            found = leaves.of_training(self.training, commit.facts.step)
+            state_leaves = leaves.of_training(self.training, commit.facts.step)
             if exclude_frozen_parameters:
-                found = [leaf for leaf in found if not _is_frozen(leaf)]
-            part = capture.part_of(found, ranks.rank, ranks.world)
+                state_leaves = [leaf for leaf in state_leaves if not _is_frozen(leaf)]
+            part = capture.part_of(state_leaves, ranks.rank, ranks.world)
             commit.files |= rank_files.write(folder, ranks.rank, extra)
             if not ranks.rank:
                 states = self._training_state(client_state)

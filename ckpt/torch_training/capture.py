@@ -51,7 +51,7 @@ def part_of(leaves: Sequence[StateLeaf], rank: int, world: int) -> RankPart:
     """
     file, owners = DistcpFile(), Owners(rank, world)
     items: list[Any] = []
-    written: dict[int, list[Any]] = {}  # by the id of the tensor, which may have two names
+    items_by_id: dict[int, list[Any]] = {}  # by the id of the tensor, which may have two names
     for index, leaf in enumerate(leaves):
         if not leaf.is_tensor:
             if rank == 0:
@@ -59,12 +59,12 @@ def part_of(leaves: Sequence[StateLeaf], rank: int, world: int) -> RankPart:
             continue
 
         key = id(leaf.value)
-        if key not in written:
+        if key not in items_by_id:
             boxes = owners.boxes(dotted(leaf.path), leaf.value, SMALL)
-            written[key] = [
+            items_by_id[key] = [
                 [[*box.offsets], [*box.sizes], *file.add_tensor(box.values)] for box in boxes
             ]
-        items += ([index, *item] for item in written[key])
+        items += ([index, *item] for item in items_by_id[key])
 
     forms = tuple(map(_form, leaves))
     return RankPart(file, forms, [_digest(forms), items])

@@ -45,13 +45,13 @@ def of_training(training: TorchTraining, step: int) -> list[StateLeaf]:
 
     ``CheckpointError`` for a parameter of the optimizer that is not one of the model.
     """
-    found = [*of_model(training)]
+    state_leaves = [*of_model(training)]
     if training.optimizer is not None:
-        found += _of_optimizer(training)
+        state_leaves += _of_optimizer(training)
     if training.lr_scheduler is not None:
-        found += _flattened((SCHEDULER,), training.lr_scheduler.state_dict())
-    found.append(StateLeaf((STEP,), int(step)))
-    return found
+        state_leaves += _flattened((SCHEDULER,), training.lr_scheduler.state_dict())
+    state_leaves.append(StateLeaf((STEP,), int(step)))
+    return state_leaves
 
 
 def of_model(training: TorchTraining) -> Iterator[StateLeaf]:

@@ -173,11 +173,11 @@ def _with_optimizer(states: SavedStates, plan: LoadPlan, targets: Iterable[Targe
     for number, group in enumerate(training.optimizer.param_groups):
         indices = set()
         for value in group[leaves.PARAMS]:
-            found = [group_of[name] for name in aliases[id(value)] if name in group_of]
-            if not found:
+            matches = [group_of[name] for name in aliases[id(value)] if name in group_of]
+            if not matches:
                 raise _other_groups(states.folder, number, aliases[id(value)][0])
-            indices.add(found[0][0])
-            names[id(value)] = found[0][1]
+            indices.add(matches[0][0])
+            names[id(value)] = matches[0][1]
         if len(indices) > 1:
             raise _other_groups(states.folder, number, aliases[id(group[leaves.PARAMS][0])][0])
         options.append(saved_groups[indices.pop()].options if indices else {})
@@ -223,13 +223,13 @@ def load_optimizer(states: SavedStates, plan: LoadPlan) -> None:
 
     optimizer.load_state_dict({leaves.STATE: state, leaves.GROUPS: groups})
     for number, values in state.items():  # torch rounds states to the type of their parameter
-        own = optimizer.state[parameters[number]]
+        torch_state = optimizer.state[parameters[number]]
         for key, value in values.items():
-            current = own.get(key)
+            current = torch_state.get(key)
             if not isinstance(value, torch.Tensor) or not isinstance(current, torch.Tensor):
                 continue
             if current.dtype != value.dtype:
-                own[key] = value.to(current.device)
+                torch_state[key] = value.to(current.device)
 
 
 def _options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ class MeasuredTraining(TorchTraining):
         """Bytes of the state files that this rank will write, with what the optimizer will keep."""
         rank = dist.get_rank() if dist.is_initialized() else 0
         world = dist.get_world_size() if dist.is_initialized() else 1
-        found = leaves.of_training(self, 0)
-        nbytes = capture.part_of(found, rank, world).file.nbytes
+        state_leaves = leaves.of_training(self, 0)
+        nbytes = capture.part_of(state_leaves, rank, world).file.nbytes
         if self.optimizer is None or any(self.optimizer.state.values()):
             return nbytes
 

@@ -3,6 +3,7 @@
 saving/, resuming/   saves and resumes of a training;  trainers/  the same in other trainers
 engine/, state/      what is known of DeepSpeed's engine, and a rank's state as files
 plain_torch/         a training without DeepSpeed, seen as an engine
+torch_training/      a plain torch training as a distributed checkpoint, and back
 distributed/         steps that all ranks take, or none
 live/, weights/      weights of a running training, and of a checkpoint
 rewrite/             other ranks, another stage, the universal format, torch's DCP

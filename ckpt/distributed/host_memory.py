@@ -19,7 +19,8 @@ _V2 = ("memory.max", "memory.current", "inactive_file")
 def budget(requested_budget: str | int | None) -> int:
     """A budget in bytes; without one, this rank's part of half the memory that is available."""
     if requested_budget is None:
-        node_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or dist.get_world_size()
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        node_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or world_size
         return int(SHARE * available() / node_ranks)
 
     try:

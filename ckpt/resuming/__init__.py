@@ -6,6 +6,6 @@ select         which checkpoint: agreement of all ranks on what runs/states offe
 resume_point   what a checkpoint holds for each rank
 topology, configured  whether it loads on these ranks
 changes, config, comparison, continuity, value_text  what differs, and what comes of it
-load           DeepSpeed's own load
+load           DeepSpeed's own load;  torch_resume  a plain torch training
 plain          trainings without DeepSpeed, which load by themselves
 """

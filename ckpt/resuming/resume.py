@@ -1,9 +1,10 @@
-"""A plain DeepSpeed training goes on from the newest whole checkpoint, provably as the same run.
+"""A plain training goes on from the newest whole checkpoint, provably as the same run.
 
     start = ckpt.resume(engine, "out", extra={"sampler": sampler})
     for step in range(start + 1, steps + 1): ...
 
-Every rank calls it once, after ``deepspeed.initialize``. All ranks load the same
+Every rank calls it once, after ``deepspeed.initialize``; or, without an engine, when model
+and optimizer are made (``torch_resume``). All ranks load the same
 checkpoint, or none: what can be known is looked at on all of them before the engine is
 touched.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, MutableMapping
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 from ckpt.distributed.ranks import TIMEOUT, RankGroup, alive
 from ckpt.engine.view import TrainingEngine
@@ -24,15 +25,67 @@ from ckpt.resuming.request import ResumeRequest
 from ckpt.resuming.select import VerifyLevel
 from ckpt.resuming.several_engines import resume_together
 from ckpt.resuming.topology import Reshard
+from ckpt.resuming.torch_resume import TorchResume
+from ckpt.saving import saved_training
 from ckpt.saving.commit import identity
 from ckpt.saving.engines import Engines
+from ckpt.torch_training.training import TorchTraining
 from converters.storage.store import local_path
 
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+    from typing_extensions import Unpack
 
+
+class ResumeOptions(TypedDict, total=False):
+    """Keyword arguments of ``resume`` of any training, for type checkers."""
+
+    tag: str | None
+    extra: Mapping[str, Any] | None
+    client_state: MutableMapping[str, Any] | None
+    verify: VerifyLevel
+    on_mismatch: OnMismatch
+    override: Collection[str]
+    renamed: Mapping[str, str] | None
+    load_optimizer_states: bool
+    load_lr_scheduler_states: bool
+    load_module_only: bool
+    load_module_strict: bool
+    load_foreign: bool
+    committed_only: bool
+    reshard: Reshard
+    memory: str | int | None
+    timeout: float
+
+
+@overload
 def resume(
     engine: TrainingEngine | Mapping[str, TrainingEngine],
     path: str | os.PathLike[str],
+    **options: Unpack[ResumeOptions],
+) -> int: ...
+
+
+@overload
+def resume(
     *,
+    model: nn.Module,
+    run: str | os.PathLike[str],
+    optimizer: Optimizer | None = None,
+    scheduler: Any = None,
+    **options: Unpack[ResumeOptions],
+) -> int: ...
+
+
+def resume(
+    engine: TrainingEngine | Mapping[str, TrainingEngine] | None = None,
+    path: str | os.PathLike[str] = "",
+    *,
+    model: Any = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    run: str | os.PathLike[str] = "",
     tag: str | None = None,
     extra: Mapping[str, Any] | None = None,
     client_state: MutableMapping[str, Any] | None = None,
@@ -50,12 +103,14 @@ def resume(
     memory: str | int | None = None,
     timeout: float = TIMEOUT,
 ) -> int:
-    """Loads a checkpoint into ``engine`` and returns its step; 0 if the run has none yet.
+    """Loads a checkpoint into a training and returns its step; 0 if the run has none yet.
 
     ``path`` is a run, whose newest whole checkpoint is taken, or a checkpoint, which
     has to be whole.
 
     - ``engine``: DeepSpeed's; or several by name, as they were given to ``Saver``
+    - ``model``, ``optimizer``, ``scheduler`` and ``run`` in place of ``engine`` and ``path``: of
+      a training without DeepSpeed (FSDP2, DDP, one process), on any number of ranks
     - ``tag``: the one of this tag, folder name or step, or ``latest`` or ``best``, in
       the run
     - ``extra``: this rank's objects with ``load_state_dict()``, by the names they were
@@ -86,6 +141,7 @@ def resume(
 
     ``CheckpointError`` on every rank if one fails.
     """
+    saved_training.require_either(engine, model, optimizer, scheduler)
     ranks = RankGroup("resume", timeout)
     options = LoadOptions(
         names_in(override),
@@ -96,7 +152,7 @@ def resume(
     )
     request = ResumeRequest(
         ranks=ranks,
-        path=local_path(path),
+        path=local_path(saved_training.require_run(run or path)),
         tag=tag,
         extra=extra,
         verify=verify,
@@ -114,6 +170,10 @@ def resume(
         override=sorted(options.override),
         engines=list(engine) if isinstance(engine, Mapping) else None,
     )
+
+    if engine is None:
+        training = TorchTraining(model, optimizer, scheduler)
+        return TorchResume(request, training, load_module_strict)(client_state)
 
     if isinstance(engine, Mapping):
         with ranks.step():

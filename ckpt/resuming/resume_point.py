@@ -70,7 +70,8 @@ class ResumePoint:
         if self.digest:
             proof = f"manifest {self.digest}, {verified} verified"
         run = f", {lineage.shown(self.manifest.run)}" if self.manifest else ""
-        line = f"{self.folder}: step {self.step}, tag {self.tag}{run}, {proof}"
+        tag = f", tag {self.tag}" if self.tag else ""
+        line = f"{self.folder}: step {self.step}{tag}{run}, {proof}"
         metrics = [f"{name} {value:g}" for name, value in (self.metrics or {}).items()]
         return "; ".join([line, *metrics[:3]])
 
@@ -88,20 +89,7 @@ class ResumePoint:
         """What a checkpoint is, by its manifest or its state files; raises as ``detect.read``."""
         manifest = run_checkpoint.manifest
         if manifest is None:
-            has_tag = tag is not None and (run_checkpoint.folder / tag).is_dir()
-            inner_tag = tag if has_tag else None
-            zero_checkpoint = detect.read(run_checkpoint.folder, inner_tag, complete=True)
-            if zero_checkpoint.kind in sharded.READ:
-                raise detect.detect(run_checkpoint.folder).unlike(DEEPSPEED)
-
-            degrees = saved_degrees.of_place(zero_checkpoint.place)
-            topology = Topology(zero_checkpoint.stage or 0, zero_checkpoint.world_size, degrees)
-            step = zero_checkpoint.step
-            if step is None:
-                step = run_checkpoint.step or 0
-            folder = zero_checkpoint.place.folder
-            choice = run_checkpoint.folder
-            return cls(folder.parent, folder.name, step, topology, choice=choice)
+            return cls._uncommitted(run_checkpoint, tag)
 
         if engine_names := engines.names(manifest):
             raise CheckpointError(
@@ -124,13 +112,32 @@ class ResumePoint:
 
         return cls(folder, tag, manifest.step, topology, digest, *record)
 
+    @classmethod
+    def _uncommitted(cls, run_checkpoint: RunCheckpoint, tag: str | None) -> ResumePoint:
+        """One without a manifest, by its state files."""
+        has_tag = tag is not None and (run_checkpoint.folder / tag).is_dir()
+        inner_tag = tag if has_tag else None
+        zero_checkpoint = detect.read(run_checkpoint.folder, inner_tag, complete=True)
+        if zero_checkpoint.kind in sharded.READ:
+            raise detect.detect(run_checkpoint.folder).unlike(DEEPSPEED)
+
+        degrees = saved_degrees.of_place(zero_checkpoint.place)
+        topology = Topology(zero_checkpoint.stage or 0, zero_checkpoint.world_size, degrees)
+        step = zero_checkpoint.step
+        if step is None:
+            step = run_checkpoint.step or 0
+        folder = zero_checkpoint.place.folder
+        choice = run_checkpoint.folder
+        return cls(folder.parent, folder.name, step, topology, choice=choice)
+
 
 def _tag_of(folder: Path, manifest: Manifest) -> str:
     """The tag that DeepSpeed loads; ``CheckpointError`` for what was saved without DeepSpeed."""
     if manifest.tag is None:
         raise CheckpointError(
             f"{folder} was saved without DeepSpeed, which cannot load it; go on with the trainer "
-            "that saved it, or begin a new training from its weights",
+            "that saved it (ckpt from-dcp makes files for DeepSpeed of what FSDP or DCP saved), or "
+            "begin a new training from its weights",
             "unsupported",
         )
     return manifest.tag

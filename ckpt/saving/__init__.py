@@ -1,6 +1,7 @@
 """What runs inside a training: a saver whose checkpoints are whole or absent.
 
-saver          the Saver of a plain DeepSpeed loop
+saver          the Saver of a plain loop;  saved_training  what it saves
+torch_states   a training of plain torch as it is saved
 front_end      what every front end does to save
 tiers          what is saved, under which name, and when
 capture        the state of a training, taken down in the middle of it

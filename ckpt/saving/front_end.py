@@ -131,8 +131,8 @@ class RunFolder:
         """Whether each node has a folder of its own."""
         return self.nodes.local
 
-    def line_of(self, engine: EngineView) -> Line:
-        """The line of the training of ``engine``."""
+    def line_of(self, engine: Any) -> Line:
+        """The line of the training of ``engine``, or of a model without one."""
         return identity.line_of(engine, self.path, loaded_step(engine))
 
     def line_after(self, engine: EngineView | None, loaded: Path | str | None, step: int) -> Line:

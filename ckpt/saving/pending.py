@@ -49,7 +49,7 @@ class PendingSave:
             raise CheckpointError("its files were not written", "output")
 
         self.commit.files |= self.work.files
-        self.commit.note = self.work.report
+        self.commit.note = self.work.report if self.work.notes is None else self.work.notes
         yield from self.commit.finishing()
 
     def finish(self, timeout: float | None = None) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,26 +14,28 @@ from ckpt.live import shards
 from ckpt.runs.manifest import FileRecord
 from ckpt.saving.host_copies import HostCopies, rounded
 from ckpt.saving.model_weights import WeightsWriter
-from ckpt.state.torch_file import Captured
+from ckpt.state.state_file import StateFile
 
 
 class RankWork:
-    """States taken down by ``engine.save_checkpoint``, and this rank's part of the weights.
+    """States taken down, and this rank's part of the weights.
 
     ``files`` are those written so far, by posix path relative to ``folder``; ``report``
-    is what was written of the weights, on disk but not under its final name.
+    is what was written of the weights, on disk but not under its final name; ``notes`` are
+    what rank 0 hears of the states.
     """
 
     def __init__(
         self,
         folder: Path,
-        states: list[tuple[Path, Captured]],
+        states: Sequence[tuple[Path, StateFile]],
         weights: WeightsWriter | None,
     ):
-        self.folder, self.states, self.weights = folder, states, weights
+        self.folder, self.states, self.weights = folder, [*states], weights
         self.chunks: Iterable[Chunk] = weights.chunks() if weights else ()
         self.files: dict[str, FileRecord] = {}
         self.report: shards.WrittenRuns | None = None
+        self.notes: Any = None
         self.heartbeat: Callable[[], object] = lambda: None
         # set when all that is not copied is written: the trainer may change its state
         self.state_released = threading.Event()
@@ -76,7 +79,7 @@ class RankWork:
                         earlier_state.size(earlier_path)
                         for earlier_path, earlier_state in earlier_states
                     )
-                    self.uncopied_bytes += _end_offset(state, path, index)
+                    self.uncopied_bytes += state.end_of_storage(path, index)
                     memory.synchronize(devices)
                     return
 
@@ -111,14 +114,9 @@ class RankWork:
             yield chunk
 
 
-def _bytes(storage: torch.UntypedStorage | memoryview) -> torch.Tensor:
+def _bytes(storage: torch.UntypedStorage | torch.Tensor | memoryview) -> torch.Tensor:
+    if isinstance(storage, torch.Tensor):
+        return storage
     if isinstance(storage, memoryview):
         return torch.frombuffer(storage, dtype=torch.uint8)
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _end_offset(state: Captured, path: Path, index: int) -> int:
-    """Where a storage ends in its file."""
-    name = f"/data/{index}".encode()
-    records = state.records(path)
-    return next(record.end for record in records if record.name.endswith(name))

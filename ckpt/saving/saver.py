@@ -1,14 +1,15 @@
-"""Sharded ZeRO checkpoints from a plain DeepSpeed loop, each whole or absent.
+"""Sharded checkpoints from a plain loop of DeepSpeed or torch, each whole or absent.
 
     saver = ckpt.Saver(engine, "out", retention=ckpt.Retention(last=3), weights="bf16")
+    saver = ckpt.Saver(model=model, optimizer=optimizer, run="out", background=True)
     saver.save(step, metrics={"eval_loss": 1.9})       every rank calls it, between two steps
     saver.step(step)                                   or this after every step, with every=500
     saver.close()
 
-A save takes the state down through DeepSpeed's own ``save_checkpoint``, so the files
-are its own, writes them aside and commits them (``commit``). In the background it
-returns when the state is copied; the commit then happens in the next ``save``, ``step``
-or ``wait``, on the main thread.
+A save takes the state down, through DeepSpeed's own ``save_checkpoint`` or as a
+distributed checkpoint of torch (``saved_training``), writes it aside and commits it
+(``commit``). In the background it returns when the state is copied; the commit then
+happens in the next ``save``, ``step`` or ``wait``, on the main thread.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from ckpt import text
 from ckpt.distributed.host_memory import budget
@@ -31,10 +30,9 @@ from ckpt.hub.background import Push, Pushes
 from ckpt.runs.lease import lease
 from ckpt.runs.lineage import Line
 from ckpt.runs.retention import Retention
-from ckpt.saving import at_exit, capture, tiers
+from ckpt.saving import at_exit, saved_training, tiers
 from ckpt.saving.commit.commit import Commit
-from ckpt.saving.commit.pointers import prune_line, update_pointers
-from ckpt.saving.engines import Engines
+from ckpt.saving.commit.pointers import prune_behind, update_pointers
 from ckpt.saving.front_end import RunFolder
 from ckpt.saving.host_copies import HostCopies
 from ckpt.saving.model_weights import WeightsWriter
@@ -45,6 +43,13 @@ from ckpt.saving.rank_work import RankWork
 from ckpt.saving.tiers import Tier
 from converters.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+    from typing_extensions import Unpack
+
+    from ckpt.saving.saved_training import SaverOptions
+
 log = logging.getLogger("ckpt")
 
 
@@ -53,6 +58,8 @@ class Saver:
 
     - ``engine``: DeepSpeed's; or several by name, {"actor": ..., "critic": ...}, which
       are saved as one checkpoint with a folder for each
+    - ``model``, ``optimizer``, ``scheduler``: of a training without an engine (FSDP2, DDP,
+      one process) in place of it; saved as a distributed checkpoint, for ``dcp.load`` too
     - ``retention``: what to keep (``Retention``); ``None`` keeps everything
     - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model folder too; ``None``
       none
@@ -73,11 +80,33 @@ class Saver:
     touched.
     """
 
+    @overload
     def __init__(
         self,
         engine: TrainingEngine | Mapping[str, TrainingEngine],
         run: str | os.PathLike[str],
+        **options: Unpack[SaverOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
         *,
+        model: nn.Module,
+        run: str | os.PathLike[str],
+        optimizer: Optimizer | None = None,
+        scheduler: Any = None,
+        **options: Unpack[SaverOptions],
+    ) -> None: ...
+
+    def __init__(
+        self,
+        engine: TrainingEngine | Mapping[str, TrainingEngine] | None = None,
+        run: str | os.PathLike[str] = "",
+        *,
+        model: Any = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
         retention: Retention | None = None,
         weights: str | None = None,
         every: int | Mapping[str, int] | None = None,
@@ -91,7 +120,7 @@ class Saver:
         preflight: bool = True,
         timeout: float = TIMEOUT,
     ):
-        self.run, self.retention = Path(run).absolute(), retention
+        self.run, self.retention = saved_training.require_run(run), retention
         self.kind, self.max_shard_size = weights, max_shard_size
         self.tokenizer = tokenizer
         self.exclude_frozen_parameters = exclude_frozen_parameters
@@ -101,9 +130,9 @@ class Saver:
         with ranks.step():
             tiers.require_known(weights, self.every)
             self.memory = HostCopies(budget(memory))
-            self.engines = Engines(engine)
+            self.training = saved_training.of(engine, model, optimizer, scheduler)
 
-        is_local = uses_node_local_storage(self.engines.first)
+        is_local = uses_node_local_storage(self.training.first)
         self.run_folder = RunFolder.find(ranks, self.run, is_local)
         self.run_folder.hold(ranks)
         self.nodes = self.run_folder.nodes
@@ -131,10 +160,10 @@ class Saver:
         with lease.given_up_on_failure(self.run_folder.lease), ranks.step():
             weights = self._weights(ranks)
         return SaveContents(
-            engines=[engine for _, engine in self.engines],
+            engines=self.training.views,
             weight_bytes=0 if weights is None else weights.nbytes,
             exclude_frozen_parameters=self.exclude_frozen_parameters,
-            write_companions=partial(capture.write_small_files, self.engines, self.tokenizer),
+            write_companions=partial(self.training.write_companions, self.tokenizer),
             retention=self.retention,
             line=self._line(),
         )
@@ -162,7 +191,7 @@ class Saver:
                 raise CheckpointError("this Saver is closed; make another one", "output")
             tiers.require_tier(tier, self.kind)
             epoch = (client_state or {}).get("epoch")
-            facts = self.engines.facts(step, self._line(), tier, metrics, epoch)
+            facts = self.training.facts(step, self._line(), tier, metrics, epoch)
 
         flight: PendingSave | None = None
         final = self.run / tiers.NAMES[tier].format(step)
@@ -199,16 +228,16 @@ class Saver:
         with commit.ranks.step():
             weights = self._weights(commit.ranks)
 
-        options = (self.tokenizer, self.exclude_frozen_parameters)
-        return capture.capture(self.engines, commit, weights, client_state, extra, *options)
+        states = (weights, client_state, extra, self.tokenizer)
+        return self.training.capture(commit, *states, self.exclude_frozen_parameters)
 
     def _line(self) -> Line:
-        return self.run_folder.line_of(self.engines.first)
+        return self.run_folder.line_of(self.training.identity)
 
     def _weights(self, ranks: RankGroup) -> WeightsWriter | None:
         if self.kind is None:
             return None
-        return self.engines.weights(self.kind, self.max_shard_size, ranks)
+        return self.training.weights(self.kind, self.max_shard_size, ranks)
 
     def wait(self) -> None:
         """Returns when the last save is committed; raises its failure, once."""
@@ -235,7 +264,9 @@ class Saver:
         if self.nodes.commits:
             update_pointers(self.run, self.retention, flight.commit.line)
             self.pushes.offer(facts.tier, facts.step, flight.commit.final)
-            self._prune(flight.commit)
+            pool = self.pool if self.background and not self.closed else None
+            pruning = (self.retention, flight.commit.final, flight.commit.line)
+            prune_behind(pool, self.run, *pruning)
 
         if not flight.commit.ranks.rank:
             seconds = time.monotonic() - self.save_began_at
@@ -246,17 +277,6 @@ class Saver:
                 text.seconds(seconds),
                 text.seconds(self.waited_seconds if self.background else seconds),
             )
-
-    def _prune(self, commit: Commit) -> None:
-        """Deletes old checkpoints, behind the training's back if saves are there too."""
-        pruning = (self.run, self.retention, commit.final, commit.line)
-        if self.background and not self.closed:
-            try:
-                self.pool.submit(prune_line, *pruning)
-            except RuntimeError:  # the process is ending, and starts no threads any more
-                prune_line(*pruning)
-        else:
-            prune_line(*pruning)
 
     def step(
         self,
@@ -285,7 +305,7 @@ class Saver:
                 self._after_commit(flight)
 
         self.pushes.poll()
-        if self.watch is not None and self.watch.due(*self.engines.place()):
+        if self.watch is not None and self.watch.due(*self.training.place(step)):
             self._stop(step, metrics, client_state, extra)
         tier = tiers.due(self.every, step)
         if tier is not None:
@@ -338,12 +358,7 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
             self.pushes.leave()
         if error is not None and self.flight is not None:

@@ -1,6 +1,7 @@
 """A rank's state as files, without pickle where it is ours.
 
 torch_file  what ``torch.save`` would write, captured now and written later
+distcp_file  a rank's file of a distributed checkpoint of torch; state_file: what both are
 blocks      its bytes, hashed by one thread and written by another
 plain       nested state as a safetensors file;  plain_reading: what is in one
 rng         random generators

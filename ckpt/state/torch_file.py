@@ -140,6 +140,11 @@ class Captured:
 
         return records
 
+    def end_of_storage(self, path: Path, index: int) -> int:
+        """Where a storage ends in the file at ``path``."""
+        name = f"/data/{index}".encode()
+        return next(record.end for record in self.records(path) if record.name.endswith(name))
+
     def _sizes(self) -> Iterator[tuple[str, int]]:
         yield "data.pkl", len(self.pickle)
         yield from ((name, len(data)) for name, data in _HEAD.items())

@@ -21,11 +21,15 @@ FULL = 0xFFFFFFFF  # sizes and offsets from here on stand in 64-bit fields
 
 @dataclass(frozen=True, slots=True)
 class EntryHeader:
-    """A stored record of ``size`` bytes whose local header is at byte ``at``."""
+    """A stored record of ``size`` bytes whose local header is at byte ``at``.
+
+    Its payload begins at a multiple of ``alignment`` bytes.
+    """
 
     name: bytes
     size: int
     at: int
+    alignment: int = ALIGNMENT
 
     def __post_init__(self) -> None:
         if len(self.name) > 0xFFFF or self.size < 0 or self.at < 0:
@@ -46,10 +50,9 @@ class EntryHeader:
 
     @property
     def header(self) -> bytes:
-        """The local header; the payload behind it begins at a multiple of
-        ``ALIGNMENT``."""
+        """The local header, up to the payload."""
         wide = self._wide
-        padding_length = -(self.at + 30 + len(self.name) + len(wide) + 4) % ALIGNMENT
+        padding_length = -(self.at + 30 + len(self.name) + len(wide) + 4) % self.alignment
         fixed_fields = struct.pack("<HHHHHIII", 0, self._flags, 0, 0, 0, 0, 0, 0)
         lengths = struct.pack("<HH", len(self.name), len(wide) + 4 + padding_length)
         padding = struct.pack("<2sH", b"FB", padding_length) + b"Z" * padding_length
@@ -60,7 +63,7 @@ class EntryHeader:
     def payload(self) -> int:
         """The byte where the payload begins."""
         start = self.at + 30 + len(self.name) + len(self._wide) + 4
-        return start + -start % ALIGNMENT
+        return start + -start % self.alignment
 
     @property
     def end(self) -> int:

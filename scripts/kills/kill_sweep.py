@@ -28,7 +28,8 @@ from forked_ranks import LIMIT, RANKS, Ended, Fault, import_what_was, preload, r
 from tqdm import tqdm
 
 PLAIN_STOCK = ["trainer-alone", "trainer-ddp", "trainer-fsdp"]
-STOCK = ["deepspeed", "trainer", *PLAIN_STOCK]
+OF_TORCH = ["torch-saver", "torch-background", "dcp", "dcp-metadata"]  # FSDP2 in a plain loop
+STOCK = ["deepspeed", "trainer", *PLAIN_STOCK, "dcp", "dcp-metadata"]
 PLAIN = [*PLAIN_STOCK, "hf-alone", "hf-ddp", "hf-fsdp", "hf-fsdp-callback"]
 NAMES = ["deepspeed", "trainer", "saver", "saver-background"]
 NAMES += ["hf-mixin", "hf-callback", "accelerate", "lightning"]
@@ -211,9 +212,12 @@ front end does, trained to step 6 and saved again.
 - *Silent*: a rank ended as if all were well, and nobody can resume from the step that it saved.
 
 `deepspeed` is a loop around an engine that resumes from what `latest` names; `trainer` is the
-Hugging Face Trainer with `resume_from_checkpoint=True`. All others are front ends of `ckpt`. They
-keep only the newest checkpoint, so the save of step 4 deletes that of step 2 too. Before they
-resume, and after they have saved again, every byte of what is committed is checked.
+Hugging Face Trainer with `resume_from_checkpoint=True`. `dcp` and `dcp-metadata` are loops around
+FSDP2 that save with `dcp.save` and delete the checkpoint before; they resume from the folder of the
+highest number, or from the highest with a `.metadata`. All others are front ends of `ckpt`,
+`torch-saver` and `torch-background` with FSDP2 and without DeepSpeed. They keep only the newest
+checkpoint, so the save of step 4 deletes that of step 2 too. Before they resume, and after they
+have saved again, every byte of what is committed is checked.
 
 {table}
 """
@@ -224,7 +228,7 @@ resume, and after they have saved again, every byte of what is committed is chec
 @click.option("--power", default=50, show_default=True, help="Power failures, of each front.")
 @click.option(
     "--front",
-    type=click.Choice([*NAMES, *PLAIN]),
+    type=click.Choice([*NAMES, *OF_TORCH, *PLAIN]),
     multiple=True,
     help="Default: all with DeepSpeed.",
 )
@@ -271,7 +275,11 @@ def swept(
     from kill_fronts import FRONTS, Task
 
     fronts = FRONTS
-    if front in PLAIN:
+    if front in OF_TORCH:
+        import kill_torch
+
+        fronts = kill_torch.FRONTS
+    elif front in PLAIN:
         import kill_fronts_plain
 
         fronts = kill_fronts_plain.FRONTS

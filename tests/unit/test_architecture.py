@@ -54,7 +54,7 @@ ckpt.weights.naming ckpt.weights.layouts
 ckpt.engine ckpt.weights.adapters
 ckpt.plain_torch ckpt.runs.upkeep ckpt.weights.merge ckpt.weights.check ckpt.weights.opening
 ckpt.weights.conversion ckpt.zero_to_fp32
-ckpt.live ckpt.hub.content
+ckpt.live ckpt.torch_training ckpt.hub.content
 ckpt.hub.client
 ckpt.hub
 ckpt.saving ckpt.cli
@@ -77,6 +77,7 @@ INSIDE_A_TRAINING = {
     "ckpt.saving",
     "ckpt.saving.commit",
     "ckpt.state",
+    "ckpt.torch_training",
     "ckpt.trainers",
     "ckpt.trainers.hf",
     "ckpt.weights.opening.load_into",

@@ -41,6 +41,9 @@ RESUME_ONLY = (
     "extra_state_*",
     "scheduler.*",
     "random_states_*",
+    "training_state.state",
+    ".metadata",
+    "__*_*.distcp",
 )
 # Of a training without DeepSpeed, relative to the folder: FSDP has folders of parts.
 _STATES_WITHOUT_DEEPSPEED = (

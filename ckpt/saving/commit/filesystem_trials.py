@@ -130,7 +130,8 @@ def _try_replacing(folder: Path) -> None:
 
 def _try_writing(folder: Path, parameters: Iterable[torch.Tensor]) -> None:
     """Saves a small part of the model, reads it back and compares."""
-    nonempty = (parameter for parameter in parameters if parameter.numel())
+    local_parts = (getattr(value, "to_local", lambda value=value: value)() for value in parameters)
+    nonempty = (part for part in local_parts if part.numel())
     values = next(nonempty, torch.zeros(1)).detach().reshape(-1)
     values = values[: SIZE // values.element_size()].clone()
 

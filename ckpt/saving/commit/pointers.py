@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 from ckpt.runs.lease import lease
 from ckpt.runs.lineage import Line
@@ -65,6 +67,17 @@ def prune_line(
             prune(Run(folder), retention, just_saved=new_checkpoint.name, line=line)
     except (OSError, CheckpointError) as error:
         log.warning("%s: the pruning is behind: %s", folder, error)
+
+
+def prune_behind(pool: Executor | None, *pruning: Any) -> None:
+    """``prune_line``, by a thread of ``pool`` where there is one that takes it."""
+    if pool is not None:
+        try:
+            pool.submit(prune_line, *pruning)
+            return
+        except RuntimeError:  # the process is ending, and starts no threads any more
+            pass
+    prune_line(*pruning)
 
 
 def _is_taken_over(folder: Path) -> bool:

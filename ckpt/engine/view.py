@@ -112,9 +112,9 @@ def is_engine(value: Any) -> bool:
     return hasattr(value, "checkpoint_engine")
 
 
-def as_plain(engine: EngineView) -> PlainView | None:
+def as_plain(training: EngineView) -> PlainView | None:
     """A training without DeepSpeed as what it is; ``None`` for an engine."""
-    return cast(PlainView, engine) if hasattr(engine, "sharding") else None
+    return cast(PlainView, training) if hasattr(training, "sharding") else None
 
 
 def stage_of(engine: EngineView) -> int | None:

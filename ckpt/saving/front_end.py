@@ -131,9 +131,9 @@ class RunFolder:
         """Whether each node has a folder of its own."""
         return self.nodes.local
 
-    def line_of(self, engine: Any) -> Line:
-        """The line of the training of ``engine``, or of a model without one."""
-        return identity.line_of(engine, self.path, loaded_step(engine))
+    def line_of(self, training: object) -> Line:
+        """The line of a training: of an engine, or of a model without one."""
+        return identity.line_of(training, self.path, loaded_step(training))
 
     def line_after(self, engine: EngineView | None, loaded: Path | str | None, step: int) -> Line:
         """The run of a training at ``step`` that has ``loaded`` a checkpoint, or none."""

@@ -130,7 +130,7 @@ def of(
     return TorchStates(MeasuredTraining(model, optimizer, scheduler))
 
 
-def require_either(engine: Any, model: Any, optimizer: Any, scheduler: Any) -> None:
+def require_either(engine: object, model: Any, optimizer: Any, scheduler: Any) -> None:
     """``CheckpointError`` unless there is an engine alone, or a model."""
     if engine is None and model is None:
         raise CheckpointError(

@@ -30,7 +30,7 @@ class LeafForm(NamedTuple):
     shape: tuple[int, ...] = ()
 
 
-class RankPart(NamedTuple):
+class RankFile(NamedTuple):
     """The file that a rank writes, not yet written, and its notes on what lies where.
 
     ``forms`` are those of all leaves, the same on all ranks. ``notes``: a digest of these, and of
@@ -44,7 +44,7 @@ class RankPart(NamedTuple):
 
 
 @torch.no_grad()
-def part_of(leaves: Sequence[StateLeaf], rank: int, world: int) -> RankPart:
+def part_of(leaves: Sequence[StateLeaf], rank: int, world: int) -> RankFile:
     """What ``rank`` of ``world`` writes of the leaves; it copies nothing but small values.
 
     ``CheckpointError`` for a tensor that cannot be saved; raises what the pickler raises.
@@ -67,7 +67,7 @@ def part_of(leaves: Sequence[StateLeaf], rank: int, world: int) -> RankPart:
         items += ([index, *item] for item in items_by_id[key])
 
     forms = tuple(map(_form, leaves))
-    return RankPart(file, forms, [_digest(forms), items])
+    return RankFile(file, forms, [_digest(forms), items])
 
 
 def _form(leaf: StateLeaf) -> LeafForm:

@@ -29,7 +29,7 @@ OF_THE_VIEW = {
 COMMON = {
     *("config", "device", "save", "load", "commit", "create", "makedirs", "status"),
     *("overflow", "scale_factor", "grid", "optimizer", "zero_config"),
-    *("gradient_accumulation_steps", "lr_scheduler", "_save_checkpoint"),
+    *("gradient_accumulation_steps", "lr_scheduler", "_save_checkpoint", "train_batch_size"),
 }
 ENGINES = {"engine", "first", "deepspeed_engine", "model_wrapped", "optimizer"}
 ASKING = {"getattr", "hasattr", "setattr", "delattr"}

@@ -43,7 +43,7 @@ class SplitEngine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Degrees:
+class ModelRanks:
     """Tensor-parallel ranks and the number of this one among them; the stage of a pipeline."""
 
     tensor_ranks: int
@@ -52,18 +52,18 @@ class Degrees:
     has_experts: bool
 
     @staticmethod
-    def of(engine: SplitEngine) -> Degrees:
+    def of(engine: SplitEngine) -> ModelRanks:
         """Those of an engine."""
         has_experts = bool(engine.has_moe_layers)
         if is_pipeline(engine):
             grid = engine.grid
             slices = grid.get_slice_parallel_world_size()
             stage = grid.get_stage_id()
-            return Degrees(slices, grid.get_slice_parallel_rank(), stage, has_experts)
+            return ModelRanks(slices, grid.get_slice_parallel_rank(), stage, has_experts)
 
         count = int(engine.mp_world_size)
         rank = engine.mpu.get_model_parallel_rank() if count > 1 else 0
-        return Degrees(count, rank, 0, has_experts)
+        return ModelRanks(count, rank, 0, has_experts)
 
 
 def is_pipeline(engine: object) -> bool:
@@ -102,7 +102,7 @@ class SplitTensors:
     """
 
     engine: SplitEngine
-    degrees: Degrees
+    degrees: ModelRanks
     partition_groups: Mapping[int, Any]
     groups_of_experts: Mapping[str, str] = field(default_factory=dict)
     rank_sets: dict[int, RankSet] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class SplitTensors:
     @staticmethod
     def of(engine: SplitEngine) -> SplitTensors:
         """Those of an engine; ``CheckpointError`` for parallelism that is not followed."""
-        degrees = Degrees.of(engine)
+        degrees = ModelRanks.of(engine)
         groups_of_experts = dict(_expert_groups(engine.module)) if degrees.has_experts else {}
         is_unknown = degrees.tensor_ranks > 1 and (
             not _info(engine) or any(EXPERTS in name for name in groups_of_experts)

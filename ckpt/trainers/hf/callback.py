@@ -114,7 +114,7 @@ class CheckpointCallback(TrainerCallback):
             if isinstance(engine, PlainEngine):
                 plain.require_supported(engine, args, None)
             else:
-                checkpoint_config = engine.config.get("checkpoint", {})
+                checkpoint_config = engine.settings("checkpoint")
                 is_local = bool(checkpoint_config.get("use_node_local_storage", False))
 
         run = Path(args.output_dir).absolute()
@@ -146,7 +146,7 @@ class CheckpointCallback(TrainerCallback):
         if isinstance(engine, PlainEngine):
             gathers = plain.writes_model(engine)
         else:
-            zero_config = engine.config.get("zero_optimization", {})
+            zero_config = engine.settings("zero_optimization")
             option = "stage3_gather_16bit_weights_on_model_save"
             gathers = engine.stage < 3 or zero_config.get(option)
         self.weight_bytes = disk_space.model_bytes(engine.module, bool(gathers))

@@ -210,6 +210,11 @@ class CallbackEngine:
     global_steps: int
     config: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's
 
+    def settings(self, section: str) -> dict[str, Any]:
+        """A section of DeepSpeed's configuration; an empty one where it is left out."""
+        settings: dict[str, Any] = self.config.get(section) or {}
+        return settings
+
     @property
     def save_non_zero_checkpoint(self) -> bool:
         """Whether this rank writes model states."""

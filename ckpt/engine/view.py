@@ -132,7 +132,7 @@ def step(engine: EngineView) -> int:
     return int(getattr(engine, "global_steps", 0))
 
 
-def loaded_step(engine: EngineView) -> int | None:
+def loaded_step(engine: object) -> int | None:
     """The step of an engine that has loaded a checkpoint by itself; ``None`` of any other.
 
     Source: DeepSpeed 0.19.8 ``runtime/engine.py``: ``loaded_checkpoint_dp_world_size``
@@ -140,7 +140,7 @@ def loaded_step(engine: EngineView) -> int | None:
     """
     if getattr(engine, "loaded_checkpoint_dp_world_size", None) is None:
         return None
-    return int(engine.global_steps)
+    return int(cast(EngineView, engine).global_steps)
 
 
 def is_between_steps(engine: EngineView) -> bool:

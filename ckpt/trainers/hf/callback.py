@@ -148,7 +148,7 @@ class CheckpointCallback(TrainerCallback):
         else:
             zero_config = engine.settings("zero_optimization")
             option = "stage3_gather_16bit_weights_on_model_save"
-            gathers = engine.stage < 3 or zero_config.get(option)
+            gathers = engine.stage < 3 or bool(zero_config.get(option))
         self.weight_bytes = disk_space.model_bytes(engine.module, bool(gathers))
         contents = disk_space.contents(
             engine,

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     "--one-save",
     is_flag=True,
     help="Say that all files of this checkpoint are of one save, where only their times speak "
-    "against it.",
+    "against it; with --adopt, where their values do, too.",
 )
 @dry_run_option("With --fix, --adopt or --one-save: say what would be done, and do nothing.")
 @JSON
@@ -64,7 +64,9 @@ def doctor(
 
     A checkpoint that was copied or downloaded in parts can look like a save over an older
     one that was interrupted. Where its values cannot tell, it counts as incomplete until
-    --one-save makes the file that is written last (trainer_state.json) the newest.
+    --one-save makes the file that is written last (trainer_state.json) the newest. Weights
+    that were clipped or averaged in the model are not those of the optimizer's states:
+    --adopt --one-save commits such a checkpoint as it is, and its manifest says so.
 
     \b
     ckpt doctor out
@@ -72,18 +74,20 @@ def doctor(
     ckpt doctor out --adopt
     ckpt doctor out/checkpoint-500 --adopt --now
     ckpt doctor out/checkpoint-500 --one-save
+    ckpt doctor out/checkpoint-500 --adopt --one-save
     """
     from ckpt.runs.states import listing
 
     if fix and adopt:
         raise click.UsageError("--adopt and --fix are two steps; adopt first.")
-    if one_save and (fix or adopt):
-        raise click.UsageError("--one-save is a step of its own; use it before the other one.")
+    if one_save and fix:
+        raise click.UsageError("--one-save is a step of its own; use it before --fix.")
     if is_quiet and not adopt:
         raise click.UsageError("--now is for --adopt, which waits for whoever may be writing.")
 
     if adopt:
-        planned.show(_adoption(path, wait=not is_quiet, dry_run=dry_run), as_json)
+        output = _adoption(path, wait=not is_quiet, dry_run=dry_run, one_save=one_save)
+        planned.show(output, as_json)
         return
 
     if one_save:
@@ -190,17 +194,20 @@ def _idle(path: Path, reasons: Sequence[str], statuses: Sequence[CheckpointStatu
     return absence or [f"ckpt: {path}: {reason}" for reason in reasons]
 
 
-def _adoption(path: Path, *, wait: bool, dry_run: bool) -> Output:
+def _adoption(path: Path, *, wait: bool, dry_run: bool, one_save: bool) -> Output:
     """Adopts the checkpoints at a path under two bars: one of checkpoints, one of bytes."""
     from ckpt.runs.states import listing
     from ckpt.runs.upkeep import adoption
 
-    checkpoints = listing.checkpoints_at(path)
+    if one_save:  # which is said of one checkpoint
+        checkpoints = [listing.checkpoint_at(path, "ckpt doctor --adopt --one-save")]
+    else:
+        checkpoints = listing.checkpoints_at(path)
     with planned.progress(len(checkpoints), path.name, "checkpoint") as advance:
-        surveyed = adoption.survey(checkpoints, wait, advance)
+        surveyed = adoption.survey(checkpoints, wait, advance, one_save)
     statuses = listing.ordered(listing.known(surveyed, path))
     with planned.progress(adoption.nbytes_of(statuses), path.name) as advance:
-        outcomes = adoption.adopt(statuses, dry_run, advance)
+        outcomes = adoption.adopt(statuses, dry_run, advance, one_save)
 
     return _adopted(path, outcomes, dry_run)
 
@@ -255,6 +262,11 @@ def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> 
         if not (outcome.adopted or outcome.failed or outcome.status.complete)
     ]
     notes += [line for outcome in outcomes for line in _unproven(outcome, dry_run)]
+    notes += [
+        f"ckpt: {outcome.folder}: {outcome.doubt}; the manifest says that --one-save was given"
+        for outcome in outcomes
+        if outcome.doubt is not None
+    ]
     notes += [] if dry_run else _without_latest(path, outcomes)
     idle = [] if outcomes else ["every checkpoint has its manifest"]
     entries = tuple(
@@ -265,6 +277,7 @@ def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> 
             written_by=outcome.status.writer,
             reason=outcome.reason,
             no_checksum_bytes=sum(entry.nbytes for entry in outcome.bare),
+            doubt=outcome.doubt,
         )
         for outcome in outcomes
     )

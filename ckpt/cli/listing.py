@@ -63,6 +63,7 @@ def _entry(
         reason=reason(status),
         lacks=checkpoint.lacks,
         changes=checkpoint.changes,
+        doubt=checkpoint.doubt,
         origin=origin,
         tier=status.tier,
         nbytes=checkpoint.nbytes,
@@ -149,7 +150,7 @@ def _remark(entry: CheckpointEntry) -> str:
     elif entry.reason is not None:
         parts.append(f"{prefix(entry.kind, entry.reason)}{entry.state}: {entry.reason}")
     else:
-        parts += filter(None, (entry.lacks, entry.changes))
+        parts += filter(None, (entry.lacks, entry.changes, entry.doubt))
 
     return f"  {'; '.join(parts)}" if parts else ""
 

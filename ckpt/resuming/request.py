@@ -128,13 +128,11 @@ class ResumeRequest:
                 log.info("%s has no checkpoint to go on from yet", self.path)
             return None
 
-        # One that is the path itself and has no number may be a save_dir of DeepSpeed.
-        is_path_itself = checkpoint.folder == Path(os.path.abspath(self.path))
-        if not is_path_itself or is_numbered(checkpoint.folder):
-            checkpoint = committed(ranks, checkpoint)
         with ranks.step():
             stack.enter_context(locks.reading(checkpoint.folder))
             source = ResumePoint.of(checkpoint, self.tag)
+        if self.reshard is not None and not source.topology.loads_as(layout.topology):
+            source = self.commit(source)  # what is made of it names it, so that it is made once
 
         if not ranks.rank and not source.foreign:  # of such one the choice has said it
             log.info("going on from %s", source.said(self.verify))
@@ -144,6 +142,23 @@ class ResumeRequest:
                 stack.enter_context(locks.reading(loadable.folder))
 
         return loadable
+
+    def commit(self, source: ResumePoint) -> ResumePoint:
+        """What a training goes on from, committed if it was written without ckpt.
+
+        Every rank calls it once all is as it was saved: a resume that is refused leaves nothing
+        behind.
+        """
+        if source.chosen is None:
+            return source
+
+        # One that is the path itself and has no number may be a save_dir of DeepSpeed.
+        is_path_itself = source.chosen == Path(os.path.abspath(self.path))
+        if is_path_itself and not is_numbered(source.chosen):
+            return source
+
+        checkpoint = committed(self.ranks, open_checkpoint(source.chosen))
+        return source if checkpoint.manifest is None else ResumePoint.of(checkpoint, self.tag)
 
     def prepare(
         self,

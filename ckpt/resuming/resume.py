@@ -150,6 +150,7 @@ def _resume_one(
             client_state.update(loaded_state)
         state.set(request.extra)
 
+    request.commit(source)
     if module_only:
         identity.begin(engine)
     else:

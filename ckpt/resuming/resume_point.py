@@ -32,7 +32,8 @@ NO_RANDOM_STATES = "it has no random states of this rank"
 class ResumePoint:
     """What is loaded. ``foreign``: without a manifest; then ``digest`` is empty.
 
-    ``resharded``: it was made of what was asked for.
+    ``folder`` holds the ``tag``; ``chosen`` is the checkpoint that was chosen, which may be the
+    tag itself. ``resharded``: it was made of what was asked for.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class ResumePoint:
     metrics: Mapping[str, float] | None = None
     manifest: Manifest | None = None
     resharded: bool = False
+    chosen: Path | None = None
 
     @property
     def foreign(self) -> bool:
@@ -104,7 +106,8 @@ class ResumePoint:
             if step is None:
                 step = run_checkpoint.step or 0
             folder = zero_checkpoint.place.folder
-            return cls(folder.parent, folder.name, step, topology)
+            chosen = run_checkpoint.folder
+            return cls(folder.parent, folder.name, step, topology, chosen=chosen)
 
         if engine_names := engines.names(manifest):
             raise CheckpointError(

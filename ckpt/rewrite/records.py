@@ -22,7 +22,7 @@ from ckpt.runs.run import require_read
 from ckpt.runs.verify import changes_since_commit
 from ckpt.version import __version__
 from converters.errors import CheckpointError
-from converters.options import NO_VERIFY
+from converters.options import NO_VERIFY_OF_STATES
 from converters.source import Source
 from converters.storage import local
 from converters.storage.store import is_url
@@ -127,27 +127,27 @@ def require_one_save(source: Source | Universal) -> None:
     """``CheckpointError`` where the files of a source are proven to be of two saves.
 
     By the digests in its manifest, if it has one, and by the values of what is stored twice.
-    Only on a disk: each look at a remote store takes as long as a megabyte.
+    In a remote store, where each look takes as long as a megabyte, the digests are not compared,
+    and fewer values are.
     """
-    if not isinstance(source, zero.Checkpoint) or is_url(source.place.root):
+    if not isinstance(source, zero.Checkpoint):
         return
-    _require_unchanged(source.place.root, source.place.tag)
-    if source.ranks:
+    manifest = source_manifest(source.place.root, source.place.tag)
+    if manifest is not None and not is_url(source.place.root):
+        _require_unchanged(source.place.root, manifest, source.place.tag)
+    has_known_doubt = manifest is not None and manifest.doubt is not None
+    if source.ranks and not has_known_doubt:
         value_samples.require_same(
             source,
             f"{weights_16bit.disagreement(source)}; bring back the files of one save, or write "
-            f"them as they are with {NO_VERIFY}",
+            f"them as they are with {NO_VERIFY_OF_STATES}",
         )
 
 
-def _require_unchanged(home: Path, tag_name: str) -> None:
+def _require_unchanged(home: Path, manifest: Manifest, tag_name: str) -> None:
     """``CheckpointError`` where state files were written anew since they were committed."""
-    manifest = source_manifest(home, tag_name)
-    if manifest is None:
-        return
-
     for name, difference in changes_since_commit(home, manifest, f"{tag_name}/").items():
         raise CheckpointError(
             f"{home / name} was changed since the checkpoint was committed: {difference}; bring "
-            f"back the file, or write what is there with {NO_VERIFY}"
+            f"back the file, or write what is there with {NO_VERIFY_OF_STATES}"
         )

@@ -99,6 +99,14 @@ class RunCheckpoint:
 
         return f"changed since its save: {first(self.changed)}"
 
+    @property
+    def doubt(self) -> str | None:
+        """What speaks against one save in a committed checkpoint, as a line."""
+        if not self.committed or self.manifest is None or self.manifest.doubt is None:
+            return None
+
+        return f"committed by ckpt doctor --adopt --one-save, though {self.manifest.doubt}"
+
     def spares(self, name: str) -> bool:
         """Whether no resume reads this file, so that the checkpoint stays committed without it."""
         return self.tier == "full" and is_spare(name)

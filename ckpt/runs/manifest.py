@@ -63,8 +63,9 @@ class Manifest:
     the same after every resume, and ``line`` the launches of it that led here
     (``lineage``); ``name`` is the folder's name, which a copy has another one than.
     ``made_of`` is the save that a resharded one was made of, and ``source`` what is
-    known of the checkpoint that it, or a slimmed one, was made of. All five are empty
-    in manifests of older versions.
+    known of the checkpoint that it, or a slimmed one, was made of. ``doubt`` is what speaks
+    against its files being of one save, where whoever committed it knew better. All six are
+    empty in manifests of older versions.
     ``ValueError`` for anything that contradicts this.
     """
 
@@ -86,6 +87,7 @@ class Manifest:
     name: str | None = None
     made_of: str | None = None
     source: Ancestry | None = None
+    doubt: str | None = None
 
     def __post_init__(self) -> None:
         self._require_numbers()
@@ -125,6 +127,9 @@ class Manifest:
         for name in ("run", "made_of"):
             value = getattr(self, name)
             fields.require(value is None or fields.is_id(value), name, value, "hex digits or null")
+
+        is_text = self.doubt is None or isinstance(self.doubt, str)
+        fields.require(is_text, "doubt", self.doubt, "a text or null")
 
     def _require_line(self) -> None:
         for launch, step in self.line:
@@ -214,7 +219,7 @@ _FIELDS = tuple(Manifest.__dataclass_fields__)
 
 
 # not in manifests of versions before 0.2
-OPTIONAL = ("run", "line", "name", "made_of", "source")
+OPTIONAL = ("run", "line", "name", "made_of", "source", "doubt")
 
 
 def loads(data: bytes, path: Path) -> Manifest:

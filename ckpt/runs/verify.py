@@ -82,6 +82,7 @@ def verify(
             finding = "every byte has its digest" if data else "every file has its size"
             proven = [f"{counted(len(manifest.files), 'file')}, {finding}"]
 
+        proven += filter(None, [checkpoint.doubt])
         if checkpoint.committed and spared_names:
             proven += _spared_lines(checkpoint, spared_names, differences)
         if manifest.tier == "full" and manifest.nodes == 1:

@@ -218,6 +218,7 @@ def _load(
         report.rows = comparison.rows_after(readers[0])
         state.set(request.extra)
 
+    request.commit(source)
     identity.line_after(engines[0], source.folder, source.step)
     return source.step
 

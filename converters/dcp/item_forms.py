@@ -20,10 +20,9 @@ from converters.dcp import items, metadata
 from converters.dcp.entries.description import ItemPlace
 from converters.dcp.items import ItemReader
 from converters.errors import CheckpointError
-from converters.storage import open_files
+from converters.storage import first_bytes, open_files
 from converters.storage.store import File
 from converters.torch_files.element_types import DTYPES
-from converters.torch_files.legacy_format import HEAD as LEGACY_HEAD
 
 _ZIP_HEAD, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
 _ZIP_END_BYTES = 22  # of the record that ends a zip without a comment, as torch's are
@@ -52,14 +51,16 @@ def require_form(place: ItemPlace) -> str:
 def _form(file: File, place: ItemPlace) -> str | None:
     """The form of an item by its ends: zip, safetensors or legacy; ``None`` for another."""
     end_start = max(0, place.offset + place.nbytes - _ZIP_END_BYTES)
-    head, end = file.read([(place.offset, _LENGTH_BYTES + 1), (end_start, len(_ZIP_END))])
+    head, end = file.read(
+        [(place.offset, first_bytes.LEGACY_HEAD_BYTES), (end_start, len(_ZIP_END))]
+    )
     if head.startswith(_ZIP_HEAD):
         return "zip" if end == _ZIP_END else None
-    if head.startswith(LEGACY_HEAD):
+    if first_bytes.is_legacy_torch(head):
         return "legacy"
 
     json_bytes = int.from_bytes(head[:_LENGTH_BYTES], "little")
-    is_safetensors = head[_LENGTH_BYTES:] == b"{" and 0 < json_bytes < file.size
+    is_safetensors = head[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{" and 0 < json_bytes < file.size
     return "safetensors" if is_safetensors else None
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from converters.detect import state_folders
 from converters.detect.filenames import LATEST
 from converters.lazy_pattern import LazyPattern
-from converters.storage import misplaced_files, stores
+from converters.storage import first_bytes, misplaced_files, stores
 
-_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # the magic number, pickled
 _HEAD_BYTES = 512  # as far as the magic number of a tar archive
 
 
@@ -91,4 +90,4 @@ class Look:
         """Whether the first record of a zip is a pickle, or the file is of before torch 1.6."""
         if self.head.startswith(b"PK\x03\x04"):
             return b"data.pkl" in self.head[30:300]
-        return self.head.startswith(_LEGACY)
+        return first_bytes.is_legacy_torch(self.head)

@@ -11,6 +11,21 @@ _HEADER = LazyPattern(
     rb'\s*\{\s*"(?:__metadata__"\s*:\s*\{|(?:[^"\\]|\\.)*"\s*:\s*\{\s*"(?:dtype|shape|data_offsets)")'
 )
 
+# The magic number of torch's files before zips, pickled: in protocols 2 and 3 right after the
+# protocol, in 4 and 5 in a frame of 13 bytes (torch 2.13 ``serialization.py``: ``_legacy_save``).
+_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_FRAME = b"\x95" + len(_MAGIC).to_bytes(8, "little")
+_LEGACY_HEADS = (
+    *(b"\x80" + bytes([protocol]) + _MAGIC for protocol in (2, 3)),
+    *(b"\x80" + bytes([protocol]) + _FRAME + _MAGIC for protocol in (4, 5)),
+)
+LEGACY_HEAD_BYTES = max(map(len, _LEGACY_HEADS))
+
+
+def is_legacy_torch(head: bytes) -> bool:
+    """Whether a file with these first bytes is of ``torch.save`` before zips."""
+    return head.startswith(_LEGACY_HEADS)
+
 
 def is_safetensors(head: bytes) -> bool:
     """Whether a file with these first bytes is in safetensors."""

@@ -24,7 +24,6 @@ from converters.tensors import Checksum, DType, Extent, Listed, TensorRef
 from converters.torch_files import element_types, rebuild, torch_file
 
 MAGIC = 0x1950A86A20F9469CFC6C
-HEAD = b"\x80\x02\x8a\x0al\xfc\x9cF"  # the first bytes of pickle(MAGIC)
 
 
 def read(

@@ -46,14 +46,14 @@ def read_as(path: Path, form: str, builders: Builders, stored: Stored) -> TorchF
 
 
 def _parse(file: File, path: Path, builders: Builders, stored: Stored) -> TorchFile:
-    head = file.read([(0, 8)])[0]
+    head = file.read([(0, first_bytes.LEGACY_HEAD_BYTES)])[0]
     if head[:4] == b"PK\x03\x04":
         return zip_format.read(file, path, builders, stored)
-    from converters.torch_files import legacy_format
+    if first_bytes.is_legacy_torch(head):
+        from converters.torch_files import legacy_format
 
-    if head == legacy_format.HEAD:
         return legacy_format.read(file, path, builders, stored)
-    raise _not_a_torch_file(file, path, head)
+    raise _not_a_torch_file(file, path, head[:8])
 
 
 def _not_a_torch_file(file: File, path: Path, head: bytes) -> CheckpointError:

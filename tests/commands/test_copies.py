@@ -132,3 +132,22 @@ def test_a_copy_under_the_number_of_a_later_step_is_one(
 
     renamed = original.rename(tmp_path / "checkpoint-7")  # both have another number then
     assert ckpt.find(tmp_path) in (str(renamed), str(tmp_path / "checkpoint-8"))
+
+
+def test_a_copy_of_a_copy_is_one_of_the_original(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = stock(tmp_path, 6)
+    for name in ("checkpoint-8", "checkpoint-9", "checkpoint-6-old"):
+        copied(original, name)
+    copies = dict.fromkeys(("checkpoint-8", "checkpoint-9"), "copy of checkpoint-6")
+    copies["checkpoint-6-old"] = "copy of checkpoint-6"
+    assert origins(tmp_path, capsys) == copies | {original.name: None}
+
+    shutil.rmtree(original)  # of its copies one stands for it
+    assert origins(tmp_path, capsys) == {
+        "checkpoint-8": "copy of checkpoint-9",
+        "checkpoint-6-old": "copy of checkpoint-9",
+        "checkpoint-9": None,
+    }
+    assert ckpt.find(tmp_path) == str(tmp_path / "checkpoint-9")

@@ -8,22 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import FIXTURES, run
+from stock_checkpoints import with_model_of_another
+
+import ckpt
+from ckpt.runs.foreign import value_samples
+from ckpt.runs.states import listing
+from ckpt.runs.states.status import statuses_of
+from converters.errors import CheckpointError
 
 SOURCE = FIXTURES / "trainer-zero2/checkpoint-2"
 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """A stock checkpoint with the model file of another training: names and sizes are the same."""
-    folder = tmp_path / "out/checkpoint-2"
-    shutil.copytree(SOURCE, folder)
-    path = folder / "global_step2/mp_rank_00_model_states.pt"
-    content = torch.load(path, weights_only=False)
-    for tensor in content["module"].values():
-        if tensor.is_floating_point():
-            tensor.add_(0.25)
-    torch.save(content, path)
-    return folder
+    return with_model_of_another(tmp_path / "out/checkpoint-2")
 
 
 @pytest.mark.parametrize(
@@ -39,6 +37,51 @@ def test_no_command_makes_another_checkpoint_of_it(
     assert not (tmp_path / "new").exists()
 
     run(*command, mixed, "-o", tmp_path / "new", "--no-verify")
+
+
+def test_no_look_calls_it_complete(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("ls", mixed.parent)
+    assert "incomplete: global_step2/mp_rank_00_model_states.pt" in capsys.readouterr().out
+    run("show", mixed)
+    assert "incomplete: global_step2/mp_rank_00_model_states.pt" in capsys.readouterr().out
+    for command in (["latest"], ["verify"]):
+        run(*command, mixed.parent, code=1)
+        assert "mp_rank_00_model_states.pt holds other values of " in "".join(capsys.readouterr())
+    for path in (mixed.parent, mixed):
+        with pytest.raises(CheckpointError, match="holds other values of "):
+            ckpt.find(path)
+
+
+def test_a_list_compares_the_values_of_the_newest(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [mixed, *(mixed.with_name(f"checkpoint-{step}") for step in (3, 4))]
+    for folder in folders[1:]:
+        shutil.copytree(SOURCE, folder)
+    compared: list[Path] = []
+    monkeypatch.setattr(
+        value_samples, "require_alike", lambda checkpoint, path: compared.append(path)
+    )
+    statuses_of(listing.checkpoints_in(mixed.parent), wait=False)
+    assert compared == [folders[-1]]
+
+
+def test_whoever_changed_the_weights_commits_them_and_the_manifest_says_so(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("doctor", mixed.parent, "--adopt", "--one-save", code=1)
+    assert "is a run, not a checkpoint" in capsys.readouterr().err
+    run("doctor", mixed, "--adopt", "--one-save", "--dry-run")
+    assert not (mixed / "manifest.json").exists()
+    run("doctor", mixed, "--adopt", "--one-save")
+    assert "the manifest says that --one-save was given" in capsys.readouterr().err
+
+    assert ckpt.find(mixed.parent) == str(mixed)
+    doubt = "--one-save, though global_step2/mp_rank_00_model_states.pt holds other"
+    for command in (["ls"], ["verify"], ["verify", "--data"]):
+        run(*command, mixed.parent)
+        assert doubt in capsys.readouterr().out, command
+    run("reshard", mixed, "--world-size", "1", "-o", tmp_path / "new")
 
 
 def test_it_is_not_adopted(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from kind_cases import CASES
 from made_checkpoints import make_checkpoint
 from memory_store import MemoryStore
 from oracles import FIXTURES, convert, run, same
+from stock_checkpoints import with_model_of_another
 
 import ckpt
 from converters.detect import detect
@@ -193,6 +194,17 @@ def test_a_zero_checkpoint_is_resharded(
     store.put_folder(FIXTURES / name, URL)
     require_same(tmp_path, FIXTURES / name, *command)
     require_apart(events, FIXTURES / name)
+
+
+def test_the_model_file_of_another_training_is_found_by_few_looks(
+    store: MemoryStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.put_folder(with_model_of_another(tmp_path / "checkpoint-2"), URL)
+    run("reshard", URL, "--world-size", "1", "-o", tmp_path / "new", code=1)
+    message = capsys.readouterr().err
+    assert (
+        "mp_rank_00_model_states.pt holds other values of " in message and "--no-verify" in message
+    )
 
 
 @pytest.mark.parametrize("name", ["zero2-bf16-w4", "zero3-bf16-w4"])

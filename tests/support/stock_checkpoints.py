@@ -82,6 +82,18 @@ def stock(run: Path, step: int, log: Any = None) -> Path:
     return folder
 
 
+def with_model_of_another(folder: Path) -> Path:
+    """As ``stock``, with the model file of another training: names and sizes are the same."""
+    shutil.copytree(SOURCE, folder)
+    path = folder / "global_step2/mp_rank_00_model_states.pt"
+    content = torch.load(path, weights_only=False)
+    for tensor in content["module"].values():
+        if tensor.is_floating_point():
+            tensor.add_(0.25)
+    torch.save(content, path)
+    return folder
+
+
 def of_trainer(folder: Path) -> Path:
     """Of the Hugging Face Trainer with DeepSpeed."""
     return Path(shutil.copytree(SOURCE, folder / "checkpoint-1"))

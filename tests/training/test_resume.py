@@ -85,6 +85,7 @@ def test_what_is_amiss_is_told_on_every_rank_and_never_becomes_a_fresh_start(
         "config": "gradient_clipping: 0.0 saved, 0.5 now",
         "order": "of the optimizer is ",
         "parameters": "in this training it is embed.weight (20 x 7), and DeepSpeed would take one",
+        "uncommitted": "in this training it is embed.weight (20 x 7)",
         "stage": "--world-size 2 --stage 3 --sub-group-size 1000000000 -o",
         "stage-named": "ckpt reshard",
     }

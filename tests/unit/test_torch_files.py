@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from converters import cast
+from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.pickles.values import Call, Global
 from converters.tensors import TensorRef
@@ -52,6 +53,18 @@ def test_every_element_type_is_located(tmp_path: Path, dtype: torch.dtype, legac
     tensor = torch.arange(24).reshape(2, 3, 4).to(dtype)
     file = saved(tmp_path, {"a": tensor}, _use_new_zipfile_serialization=not legacy)
     assert equal(file.root["a"], tensor)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_every_protocol_of_pickles_is_read(tmp_path: Path, protocol: int, legacy: bool) -> None:
+    tensor = torch.arange(6.0)
+    content = {"a": tensor, "text": "x" * 70_000, "raw": b"y" * 300, "parts": (1, 2.5, {3})}
+    options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": not legacy}
+    file = saved(tmp_path, content, **options)
+    assert equal(file.root["a"], tensor)
+    assert [file.root[name] for name in ("text", "raw")] == [content["text"], content["raw"]]
+    assert detect(tmp_path / "x.pt").kind.name == "torch-file"
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

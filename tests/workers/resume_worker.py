@@ -287,6 +287,9 @@ def wrong(out: Path) -> None:
     engine.destroy()
     engine = begin(Spec(2, zero=OFFLOAD, config=WARM, vocab=20))
     fails("parameters", out / "run")
+    uncommitted = prepared("uncommitted", drop("manifest.json"))
+    fails("uncommitted", uncommitted)  # which leaves nothing behind
+    assert not any(uncommitted.glob("*/manifest.json"))
     engine.destroy()
     engine = begin("zero3")
     fails("stage", out / "run")

@@ -13,7 +13,9 @@ class CheckpointEntry:
 
     ``state`` is committed, complete, incomplete or unknown; ``reason`` says why it is not
     committed, ``written_by`` who wrote a complete one, ``lacks`` what was deleted by hand,
-    ``changes`` what was changed by hand, ``origin`` what ckpt made it of, or what it is a copy of.
+    ``changes`` what was changed by hand, ``doubt`` what speaks against its files being of one
+    save, where it was committed all the same, ``origin`` what ckpt made it of, or what it is a
+    copy of.
     ``kind`` is the name of its row in ``converters.detect.kinds``. ``marks`` are latest,
     best, pinned, in use. ``current`` is whether it belongs to the
     run that saved last, and to what that run did not go back from.
@@ -29,6 +31,7 @@ class CheckpointEntry:
     reason: str | None
     lacks: str | None
     changes: str | None
+    doubt: str | None
     origin: str | None
     tier: str | None
     nbytes: int

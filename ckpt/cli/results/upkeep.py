@@ -37,7 +37,8 @@ class DoctorResult:
 class AdoptionEntry:
     """A checkpoint that had no manifest, its state then, whether it got one, and if not, why.
 
-    ``no_checksum_bytes`` of it had no checksum before, and were taken as they are.
+    ``no_checksum_bytes`` of it had no checksum before, and were taken as they are; ``doubt`` is
+    what speaks against its files being of one save, where ``--one-save`` says that they are.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class AdoptionEntry:
     written_by: str | None
     reason: str | None
     no_checksum_bytes: int
+    doubt: str | None
 
 
 @dataclass(frozen=True, slots=True)

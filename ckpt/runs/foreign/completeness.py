@@ -73,19 +73,33 @@ def step_of(path: Path) -> int | None:
         return None
 
 
-def prove(path: Path, tag: str | None = None) -> Proof:
+def prove(path: Path, tag: str | None = None, *, compares_values: bool = False) -> Proof:
     """What the checkpoint is, or of several tags in it the one that is named.
 
-    ``CheckpointError`` if it is not whole. Its kind is "unsupported" where nothing here
-    knows such files, so that nothing can be said.
+    With ``compares_values`` the model file of DeepSpeed has to be of the save of its states,
+    by a sample of both. ``CheckpointError`` if it is not whole. Its kind is "unsupported" where
+    nothing here knows such files, so that nothing can be said.
     """
     try:
         proof = _proof(path, tag)
+        if compares_values and proof.checkpoint is not None:
+            _require_own_model(path, proof.checkpoint)
         is_own = path.is_dir() and record_in(path) is not None
     except OSError as error:
         raise unreadable(error, path) from error
 
-    return replace(proof, kind=OWN) if is_own else proof
+    return replace(proof, kind=OWN if is_own else proof.kind, checkpoint=None)
+
+
+def _require_own_model(path: Path, checkpoint: Checkpoint) -> None:
+    """``CheckpointError`` where the weights of the model file are not those of the states."""
+    from ckpt.runs.foreign import overwriting, value_samples
+
+    try:
+        value_samples.require_alike(checkpoint, path)
+    except CheckpointError:
+        overwriting.require_one_save(path, checkpoint.place.tag)  # says more where times speak too
+        raise
 
 
 def _proof(path: Path, tag: str | None) -> Proof:
@@ -106,10 +120,8 @@ def _proof(path: Path, tag: str | None) -> Proof:
         is_lightning = "meta.pt" in entry_names
         if is_lightning:
             intact_files.require_torch_file(path / "meta.pt")
-        return Proof(
-            path,
-            "Lightning with FSDP" if is_lightning else "torch's distributed checkpoint",
-        )
+        kind = "Lightning with FSDP" if is_lightning else "torch's distributed checkpoint"
+        return Proof(path, kind)
 
     return _of_functions(path, entry_names)
 
@@ -233,7 +245,7 @@ def _of_trainer(folder: Path, entry_names: set[str]) -> Proof:
         proof = _of_deepspeed(folder, "the Trainer with DeepSpeed", trainer_files)
         if proof.hindrance is not None:
             return replace(proof, history=history)
-        return Proof(folder, proof.kind, step, proof.tag, True, history, proof.shapes)
+        return replace(proof, step=step, history=history)
 
     return _of_plain_trainer(folder, entry_names, step, history, rng_ranks)
 
@@ -323,7 +335,8 @@ def _of_deepspeed(
 
     refs = source.weights.tensors if source.kind == "deepspeed" else {}  # engines of others: parts
     shapes = {name: tuple(ref.shape) for name, ref in refs.items()}
-    return Proof(folder, kind, source.step, source.place.tag, shapes=shapes or None)
+    proof = Proof(folder, kind, source.step, source.place.tag, shapes=shapes or None)
+    return replace(proof, checkpoint=checkpoint)
 
 
 def _is_lightnings(folder: Path, source: Source | None) -> bool:
@@ -352,11 +365,6 @@ def _lightning_file(path: Path) -> Proof:
         raise CheckpointError(f"{path} is not a checkpoint of Lightning", "unsupported")
 
     global_step = saved_object.get("global_step")
+    step = global_step if isinstance(global_step, int) else None
     resumable = "optimizer_states" in saved_object and "loops" in saved_object
-
-    return Proof(
-        path,
-        "Lightning",
-        global_step if isinstance(global_step, int) else None,
-        resumable=resumable,
-    )
+    return Proof(path, "Lightning", step, resumable=resumable)

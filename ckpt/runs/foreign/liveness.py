@@ -99,7 +99,7 @@ def require_not_deleted(path: Path) -> None:
 
 
 def prove_at_rest(path: Path, tag: str | None = None) -> Proof:
-    """What a checkpoint is that nobody committed: whole, and not being written.
+    """What a checkpoint is that nobody committed: whole, of one save, and not being written.
 
     ``CheckpointError`` as ``prove``, and for one that changes meanwhile or is being deleted.
     """
@@ -108,7 +108,7 @@ def prove_at_rest(path: Path, tag: str | None = None) -> Proof:
     if path.is_dir() and locks.in_use(path):
         raise CheckpointError(f"{path} is in use by another process", "refused")
 
-    proof = prove(path, tag)
+    proof = prove(path, tag, compares_values=True)
     for reason in watch.changes().values():
         raise CheckpointError(f"{path} {reason}", "refused")
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from converters.zero.checkpoint import Checkpoint
 
 MODEL = "model"  # in place of a writer: weights of which nobody says who wrote them
 OWN = "ckpt"  # the writer of what ckpt made of a checkpoint without a manifest
@@ -21,6 +24,7 @@ class Proof:
     ``kind`` says who wrote it, ``tag`` is set for what DeepSpeed can load, ``step`` is
     ``None`` where the files do not say. ``history`` is what the Trainer logged until
     then. ``hindrance`` says why no training goes on from states as they lie there.
+    ``checkpoint`` is what was read of DeepSpeed's files, while it is being proven.
     """
 
     path: Path
@@ -31,3 +35,4 @@ class Proof:
     history: History | None = None
     shapes: Mapping[str, tuple[int, ...]] | None = None
     hindrance: str | None = None
+    checkpoint: Checkpoint | None = None

@@ -13,16 +13,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ckpt.runs.foreign import signs
 from converters.errors import CheckpointError
 from converters.formats import gathered_16bit
 from converters.names.selection import proving
 from converters.source import Source
 from converters.storage.checksums import Ledger
+from converters.storage.store import is_url
 from converters.tensors import DType, TensorRef, Weights
+from converters.zero import weights_16bit
 from converters.zero.checkpoint import Checkpoint
+from converters.zero.files.discovery import is_tag_folder
 
 _PLACES = 64  # in a file, at most
 _MANY_PLACES = 2048  # where all bytes are read anyway: 3 MiB of a file
+_REMOTE_PLACES = 64  # in all files of a remote store together, or one in each
 _NUMBERS = 256  # that are compared in each place
 
 
@@ -61,25 +66,62 @@ def compare(source: Source) -> SampleComparison:
     return _compared(weights)
 
 
-def require_same(source: Source, remedy: str) -> None:
+def require_same(checkpoint: Checkpoint, remedy: str) -> None:
     """``CheckpointError`` where the model file of DeepSpeed holds other values than the states.
 
-    Of each file half a million numbers are compared, at both ends and in the middle of every
-    run of bytes, so that no file of another save passes whose values are others. ``remedy``
-    says what to do; a damaged record is told as that.
+    ``remedy`` says what to do.
     """
-    weights = source.weights
-    contradiction = _compared(weights, _MANY_PLACES).contradiction
-    if contradiction is None:
+    if (difference := difference_in(checkpoint)) is not None:
+        raise CheckpointError(f"{difference}: {remedy}")
+
+
+def require_alike(checkpoint: Checkpoint, path: Path) -> None:
+    """The same by a few thousand numbers of each file, which a look at a checkpoint can read.
+
+    ``path`` is the checkpoint as it is called, which the remedy names.
+    """
+    if not checkpoint.ranks or not checkpoint.weights.copies:
         return
+    if (difference := _difference(checkpoint.weights, _PLACES)) is not None:
+        raise CheckpointError(f"{difference}: {remedy_of(checkpoint, path)}")
+
+
+def difference_in(checkpoint: Checkpoint) -> str | None:
+    """That the model file of DeepSpeed holds other values than the states; ``None`` if not.
+
+    Of each file half a million numbers are compared, at both ends and in the middle of every
+    run of bytes, so that no file of another save passes whose values are others. In a remote
+    store, where each look takes as long as a megabyte, a few are compared of each file.
+    ``CheckpointError`` for a damaged record.
+    """
+    if not is_url(checkpoint.place.root):
+        return _difference(checkpoint.weights, _MANY_PLACES)
+    return _difference(checkpoint.weights, max(1, _REMOTE_PLACES // max(1, len(checkpoint.ranks))))
+
+
+def _difference(weights: Weights, places: int) -> str | None:
+    contradiction = _compared(weights, places).contradiction
+    if contradiction is None:
+        return None
 
     name, value_path, copy_path = contradiction
     refs = (weights.tensors[name], weights.copies[name])
     Ledger().check(proving(refs, weights.checksums))
-    raise CheckpointError(
+    return (
         f"{copy_path} holds other values of {name} than {value_path}, whose weights do not round "
-        f"to them: {remedy}"
+        "to them"
     )
+
+
+def remedy_of(checkpoint: Checkpoint, path: Path) -> str:
+    """Why the values may differ, and what to do with a checkpoint that nobody committed."""
+    way = ""
+    if signs.is_name(path.name) and not is_tag_folder(path):
+        way = (
+            f", or, if you changed the weights yourself, ckpt doctor {path} --adopt --one-save "
+            "commits it as it is"
+        )
+    return f"{weights_16bit.disagreement(checkpoint)}; bring back the files of one save{way}"
 
 
 def compare_beside(checkpoint: Checkpoint) -> SampleComparison:

@@ -76,12 +76,7 @@ def requested(
     checkpoint = candidate(folder)
     if checkpoint.manifest is None and checkpoint.why == manifests.ABSENT:
         if committed_only:
-            remedy = ""
-            if status_of(checkpoint).adoptable:
-                remedy = f"; {adoption_command(folder)} commits it"
-            raise CheckpointError(
-                f"{folder} has no manifest.json, and {COMMITTED_ONLY}{remedy}", "refused"
-            )
+            raise _uncommitted(checkpoint)
 
         return _requested_foreign(checkpoint, tag, load_foreign, deepspeed)
 
@@ -96,6 +91,23 @@ def requested(
         )
 
     return Offer(checkpoint)
+
+
+def _uncommitted(checkpoint: RunCheckpoint) -> CheckpointError:
+    """The error for one without a manifest, where only a committed one will do."""
+    folder, status = checkpoint.folder, status_of(checkpoint)
+    if not status.complete or status.tier != "full":
+        return CheckpointError(
+            f"{folder} has no manifest.json, {COMMITTED_ONLY}, and it is {status.description}",
+            "refused",
+        )
+
+    commit = f"{adoption_command(folder)} commits it, or " if status.adoptable else ""
+    return CheckpointError(
+        f"{folder} has no manifest.json, and {COMMITTED_ONLY}; it is complete: {commit}leave "
+        "committed_only out to go on from it as it is",
+        "refused",
+    )
 
 
 def _requested_foreign(

@@ -26,23 +26,42 @@ Originals = dict[Path, RunCheckpoint]
 
 
 def originals(checkpoints: Sequence[RunCheckpoint]) -> Originals:
-    """Of each copy among these, by its folder, the one that it is a copy of.
+    """Of each copy among these, by its folder, the one that it is a copy of, in any order of these.
 
-    What vanishes meanwhile, or cannot be read, is no copy.
+    That one is no copy itself: a copy of a copy is one of the original. Of copies whose original
+    is gone one stands for it. What vanishes meanwhile, or cannot be read, is no copy.
     """
+    suspects: list[RunCheckpoint] = []
+    candidates: list[RunCheckpoint] = []
+    for checkpoint in checkpoints:  # most are no suspects, and are compared with none
+        (suspects if _is_suspect(checkpoint) else candidates).append(checkpoint)
+
     found_originals: Originals = {}
-    for checkpoint in checkpoints:
-        candidates = (entry for entry in checkpoints if entry.folder != checkpoint.folder)
+    for checkpoint in sorted(suspects, key=_stand_in_rank):
         try:
-            if not _may_be_copy(checkpoint):  # as most are not, which are compared with none
-                continue
             original = next((entry for entry in candidates if _is_copy(checkpoint, entry)), None)
         except OSError:
-            continue
-        if original is not None:
+            original = None
+        if original is None:
+            candidates.append(checkpoint)
+        else:
             found_originals[checkpoint.folder] = original
 
     return found_originals
+
+
+def _is_suspect(checkpoint: RunCheckpoint) -> bool:
+    try:
+        return _may_be_copy(checkpoint)
+    except OSError:
+        return False
+
+
+def _stand_in_rank(checkpoint: RunCheckpoint) -> tuple[bool, int, int, str]:
+    """The order in which copies stand for an original that is gone: those with a name that
+    trainings give, of the highest number, before those that are called after another one."""
+    name = checkpoint.name
+    return not signs.is_usual(name), -(signs.number_in(name) or 0), len(name), name
 
 
 def origins(checkpoints: Sequence[RunCheckpoint]) -> Originals:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ckpt.runs.foreign.completeness import has_tag
 from ckpt.runs.states import save_dirs
 from converters.errors import CheckpointError
 from converters.words import first, more
 
 Sort = Literal["weights", "slimmed", "universal", "lost", "apart"]
-COMMITTED_ONLY = "committed_only=True takes committed checkpoints alone"
+COMMITTED_ONLY = "committed_only=True takes only committed checkpoints"
 ENGINE_ALONE = (
     "it is a state of the engine alone (of trainer.save_model()), without trainer_state.json, from "
     "which the Trainer cannot go on"
@@ -49,8 +50,8 @@ def lost_work(run: Path, skipped: Sequence[SkippedCandidate]) -> CheckpointError
 
     if all(entry.why == UNCOMMITTED for entry in lost):
         way = f"ckpt doctor {run} --adopt commits the complete ones of DeepSpeed, or "
-        if all(save_dirs.is_tag(entry.path) for entry in lost):
-            way = ""  # which are never committed
+        if not any(_may_be_committed(entry.path) for entry in lost):
+            way = ""
         return CheckpointError(
             f"{run} has checkpoints, but none that is committed "
             f"({first([entry.path.name for entry in lost])}), and {COMMITTED_ONLY}; {way}leave "
@@ -80,3 +81,8 @@ def lost_work(run: Path, skipped: Sequence[SkippedCandidate]) -> CheckpointError
         "helps), or move the checkpoints away to begin a new training",
         "incomplete",
     )
+
+
+def _may_be_committed(path: Path) -> bool:
+    """Whether DeepSpeed's files lie in a folder of its own, which may get a manifest."""
+    return path.is_dir() and has_tag(path) and not save_dirs.is_tag(path)

@@ -21,7 +21,7 @@ from ckpt.folders.filenames import PINNED
 from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import RunCheckpoint, require_read
 from ckpt.runs.digests import Progress, quiet
-from ckpt.runs.foreign import liveness
+from ckpt.runs.foreign import liveness, signs
 from ckpt.runs.foreign.completeness import prove
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.foreign.proofs import MODEL, Proof
@@ -179,20 +179,26 @@ def status_of(checkpoint: RunCheckpoint) -> CheckpointStatus:
 
 
 def statuses_of(
-    checkpoints: Sequence[RunCheckpoint], wait: bool = True, progress: Progress = quiet
+    checkpoints: Sequence[RunCheckpoint],
+    wait: bool = True,
+    progress: Progress = quiet,
+    is_one_save: bool = False,
 ) -> list[CheckpointStatus]:
     """The states of checkpoints, in their order.
 
-    Reads the headers of those without a manifest. Where files of one changed within the
-    last minute it waits 1.5 seconds, once for all, and looks again; not without ``wait``,
-    which is for whoever knows that nobody writes there. ``progress`` gets 1 for each
-    checkpoint. ``CheckpointError`` if the disk or network fails.
+    Reads the headers of those without a manifest, and a sample of the values of the newest of
+    these. Where files of one changed within the last minute it waits 1.5 seconds, once for all,
+    and looks again; not without ``wait``, which is for whoever knows that nobody writes there.
+    With ``is_one_save`` somebody has said that all files of each are of one save, whatever
+    values and times say. ``progress`` gets 1 for each checkpoint. ``CheckpointError`` if the
+    disk or network fails.
     """
-    uncommitted = [entry.folder for entry in checkpoints if entry.why == manifests.ABSENT]
-    watch = liveness.Watch(uncommitted if wait else ())
+    uncommitted = [entry for entry in checkpoints if entry.why == manifests.ABSENT]
+    watch = liveness.Watch([entry.folder for entry in uncommitted] if wait else ())
+    newest = max(uncommitted, key=_age_rank, default=None)
     statuses = []
     for checkpoint in checkpoints:
-        statuses.append(_status(checkpoint))
+        statuses.append(_status(checkpoint, is_one_save, checkpoint is newest))
         progress(1)
 
     changes = watch.changes()
@@ -205,7 +211,18 @@ def statuses_of(
     ]
 
 
-def _status(checkpoint: RunCheckpoint) -> CheckpointStatus:
+def _age_rank(checkpoint: RunCheckpoint) -> tuple[int, float]:
+    """The step and time of a checkpoint, as far as its folder says them: the newest has most."""
+    number = signs.number_in(checkpoint.name) if checkpoint.step is None else checkpoint.step
+    try:
+        changed_at = checkpoint.folder.stat().st_mtime
+    except OSError:
+        changed_at = 0.0  # it vanished while we looked
+
+    return -1 if number is None else number, changed_at
+
+
+def _status(checkpoint: RunCheckpoint, is_one_save: bool, is_newest: bool) -> CheckpointStatus:
     """The state of a checkpoint, by what lies there at this moment."""
     if checkpoint.committed:
         return CheckpointStatus(checkpoint, CheckpointState.COMMITTED)
@@ -215,8 +232,9 @@ def _status(checkpoint: RunCheckpoint) -> CheckpointStatus:
     folder = checkpoint.folder
     try:
         liveness.require_not_deleted(folder)
-        proof = prove(folder)
-        require_one_save(folder, proof.tag)
+        proof = prove(folder, compares_values=is_newest and not is_one_save)
+        if not is_one_save:
+            require_one_save(folder, proof.tag)
     except CheckpointError as error:
         require_read(error)
         is_unknown = error.kind == "unsupported"

@@ -23,7 +23,6 @@ from converters import detect
 from converters.errors import CheckpointError, unreadable
 from converters.options import SAMPLE, SEED
 from converters.words import counted, some, verb
-from converters.zero import weights_16bit
 from converters.zero.checkpoint import Checkpoint
 
 
@@ -181,7 +180,7 @@ def _unlike_values(status: CheckpointStatus) -> list[str]:
     try:
         source = detect.read(folder, status.tag) if status.tag is not None else None
         if isinstance(source, Checkpoint) and source.ranks:
-            value_samples.require_same(source, weights_16bit.disagreement(source))
+            value_samples.require_same(source, value_samples.remedy_of(source, folder))
     except CheckpointError as error:
         is_read = error.kind not in ("unsupported", "refused")
         return [str(error).replace(f"{folder}/", "")] if is_read else []

@@ -22,21 +22,20 @@ from ckpt.runs import manifest
 from ckpt.runs.ancestry import record_in
 from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.fields import FieldError
-from ckpt.runs.foreign import intact_files, liveness, succession, value_samples
+from ckpt.runs.foreign import intact_files, liveness, succession
 from ckpt.runs.foreign.proofs import Proof
 from ckpt.runs.lineage import Line
 from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Run, RunCheckpoint, leading, open_checkpoint
 from ckpt.runs.states import checksums, copies, evaluation, listing, save_dirs, trainings
 from ckpt.runs.states.status import CheckpointState, CheckpointStatus, saved_at, statuses_of
+from ckpt.runs.upkeep import one_save
 from ckpt.version import __version__
 from converters import detect
 from converters.errors import CheckpointError
 from converters.source import Source
 from converters.storage import local
 from converters.storage.system import flock
-from converters.zero import weights_16bit
-from converters.zero.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,8 @@ class AdoptionOutcome:
 
     One that is complete and of a kind that gets none, or of which ckpt cannot tell, has
     not ``failed``. ``bare`` is what had no checksum of its own, so that the manifest has it
-    as it was found.
+    as it was found; ``doubt`` is what speaks against one save, where somebody has said that it
+    is one.
     """
 
     status: CheckpointStatus
@@ -61,6 +61,7 @@ class AdoptionOutcome:
     reason: str | None = None
     failed: bool = False
     bare: tuple[FileEntry, ...] = ()
+    doubt: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -68,8 +69,20 @@ class AdoptionOutcome:
         return self.status.checkpoint.folder
 
 
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What is known beside the files: the line that a checkpoint does not go on from, as in
+    ``succession.line_after``, and that all its files are of one save, where somebody said it."""
+
+    excluded_line: Line | None = None
+    is_one_save: bool = False
+
+
 def survey(
-    checkpoints: Iterable[RunCheckpoint], wait: bool = True, progress: Progress = quiet
+    checkpoints: Iterable[RunCheckpoint],
+    wait: bool = True,
+    progress: Progress = quiet,
+    is_one_save: bool = False,
 ) -> list[CheckpointStatus]:
     """The states of those checkpoints that are not committed; as ``statuses_of``.
 
@@ -85,7 +98,7 @@ def survey(
         and (checkpoint.manifest is not None or _may_be_adopted(checkpoint))
     ]
 
-    return statuses_of(candidates, wait, progress)
+    return statuses_of(candidates, wait, progress, is_one_save)
 
 
 def nbytes_of(statuses: Iterable[CheckpointStatus]) -> int:
@@ -99,11 +112,16 @@ def nbytes_of(statuses: Iterable[CheckpointStatus]) -> int:
 
 
 def adopt(
-    statuses: Iterable[CheckpointStatus], dry_run: bool = False, progress: Progress = quiet
+    statuses: Iterable[CheckpointStatus],
+    dry_run: bool = False,
+    progress: Progress = quiet,
+    is_one_save: bool = False,
 ) -> list[AdoptionOutcome]:
     """Commits what is complete and of DeepSpeed; returns what became of each checkpoint.
 
-    ``dry_run`` proves the same and writes nothing. ``progress`` gets the bytes read.
+    ``dry_run`` proves the same and writes nothing. ``progress`` gets the bytes read. With
+    ``is_one_save`` somebody has said that all files of each are of one save: what speaks
+    against it hinders nothing, and its manifest says it.
     """
     if not dry_run:
         flock.require("ckpt doctor --adopt")
@@ -119,11 +137,13 @@ def adopt(
 
         assert status.proof is not None
         try:
-            adoption = _planned(status.proof, True, progress, excluded_line)
+            wish = _Wish(excluded_line, is_one_save)
+            adoption = _planned(status.proof, True, progress, wish)
             if not dry_run:
                 execute(adoption)
             bare = checksums.of_files(adoption.folder).bare
-            outcomes[folder] = AdoptionOutcome(status, True, bare=bare)
+            doubt = adoption.manifest.doubt
+            outcomes[folder] = AdoptionOutcome(status, True, bare=bare, doubt=doubt)
         except CheckpointError as error:
             outcomes[folder] = AdoptionOutcome(status, False, str(error), failed=True)
 
@@ -217,16 +237,11 @@ def plan(folder: Path, data: bool = True) -> Adoption:
             "unsupported",
         )
 
-    return _planned(proof, data, quiet)
+    return _planned(proof, data, quiet, _Wish())
 
 
-def _planned(
-    proof: Proof, data: bool, progress: Progress, excluded_line: Line | None = None
-) -> Adoption:
-    """The manifest that a whole checkpoint gets, after a look at all of its files.
-
-    ``excluded_line`` as in ``succession.line_after``.
-    """
+def _planned(proof: Proof, data: bool, progress: Progress, wish: _Wish) -> Adoption:
+    """The manifest that a whole checkpoint gets, after a look at all of its files."""
     folder, look = proof.path, liveness.look(proof.path)
     source = detect.read(folder, complete=True)
     if source.place.root != folder:
@@ -237,15 +252,15 @@ def _planned(
         )
     if proof.step is None:
         raise CheckpointError(f"{folder} does not say of which step it is", "incomplete")
-    _require_one_save(source)
+    doubt = one_save.doubt(source, wish.is_one_save)
 
     file_names = _file_names(folder)
     for file_name in file_names:
         intact_files.require_file(folder / file_name)
 
     try:
-        line = succession.line_after(folder, proof.step, excluded_line)
-        new_manifest = _manifest(source, proof, file_names, line, progress)
+        line = succession.line_after(folder, proof.step, wish.excluded_line)
+        new_manifest = replace(_manifest(source, proof, file_names, line, progress), doubt=doubt)
     except FieldError as error:
         raise CheckpointError(
             f"{folder} is whole, but a manifest cannot list it: {error}; rename or move away "
@@ -265,13 +280,6 @@ def _planned(
         )
 
     return Adoption(folder, new_manifest)
-
-
-def _require_one_save(source: Source) -> None:
-    """``CheckpointError`` where DeepSpeed's files are of two saves by their values."""
-    if isinstance(source, Checkpoint) and source.ranks:
-        why = weights_16bit.disagreement(source)
-        value_samples.require_same(source, f"{why}; bring back the files of one save")
 
 
 def execute(adoption: Adoption) -> Manifest:

@@ -14,7 +14,7 @@ command goes on from either.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,8 +58,12 @@ class Fp32Slimming:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that ``execute`` reads or writes, for a bar."""
-        return 0 if self.conversion is None else self.conversion.plan.nbytes
+        """Bytes that ``execute`` writes and then reads once more for their digests, for a bar."""
+        return 0 if self.conversion is None else self.conversion.plan.nbytes + _digested(self.files)
+
+
+def _digested(files: Sequence[FileEntry]) -> int:
+    return sum(file.nbytes for file in files)
 
 
 def plan(checkpoint: RunCheckpoint, force: bool = False) -> Fp32Slimming:
@@ -139,7 +143,9 @@ def execute(planned: Fp32Slimming, progress: Callable[[int], None] = lambda _: N
     manifest_path = folder / filenames.MANIFEST
     with slim.lock_of(checkpoint), locks.replaced(manifest_path, interim.dumps()):
         _move(staging_folder, folder, conversion, planned.slimming)
-        new_files = {name: manifests.digest(folder / name) for name in _new_names(conversion)}
+        new_files = {
+            name: manifests.digest(folder / name, progress) for name in _new_names(conversion)
+        }
         slimming = replace(
             planned.slimming,
             manifest=replace(

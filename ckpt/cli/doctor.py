@@ -146,8 +146,8 @@ def _settling(path: Path) -> Planned:
 def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run: bool) -> Output:
     from ckpt.cli import listing
     from ckpt.cli.results.upkeep import DoctorResult, FindingEntry
+    from ckpt.runs.states import listing as listings
     from ckpt.runs.states import trainings
-    from ckpt.runs.states.listing import ordered
     from ckpt.runs.states.status import adoption_hint
 
     lines = [
@@ -166,8 +166,9 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
     native = [status for status in complete if not status.checkpoint.is_universal]
     hints = [f"ckpt: {run.path}: {line}" for line in adoption_hint(native, run.path)]
     native += [status for status in diagnosis.statuses if not status.complete]
-    remarks = trainings.order_remarks(ordered(native), run.path)
+    remarks = trainings.order_remarks(listings.ordered(native), run.path)
     hints += [f"ckpt: {run.path}: {line}" for line in remarks]
+    hints += [f"ckpt: {line}" for line in listings.closed_lines(run.path)]
     pointed = run.pointer("latest")
     if pointed is not None and pointed.committed and pointed.tier == "weights":
         hints.append(

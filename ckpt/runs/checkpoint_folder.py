@@ -34,7 +34,8 @@ class RunCheckpoint:
     weights of a full checkpoint), it is still committed. So it is if such files were
     ``changed``, which are those that have another size. ``record`` says what one
     without a manifest was made of, if ckpt made it, and ``conversion`` the same of weights.
-    One that ``is_overwritten`` has the manifest of an earlier save, which counts as none.
+    One that ``is_overwritten`` has the manifest of an earlier save, which counts as none. Of
+    one that ``is_unread`` nothing is known, because its disk fails or nobody may look into it.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class RunCheckpoint:
     changed: tuple[str, ...] = ()
     conversion: WeightsOrigin | None = None
     is_overwritten: bool = False
+    is_unread: bool = False
 
     @property
     def name(self) -> str:
@@ -204,6 +206,12 @@ def open_checkpoint(folder: Path) -> RunCheckpoint:
         )
 
     return _compared(folder, manifest, pinned)
+
+
+def unread(folder: Path, error: CheckpointError) -> RunCheckpoint:
+    """A checkpoint of which ``require_read`` has raised ``error``: for a list of what is there."""
+    reason = f"cannot be read: {str(error).removeprefix(f'{folder}/')}"
+    return RunCheckpoint(folder, step_in(folder.name), None, reason, False, is_unread=True)
 
 
 def _compared(folder: Path, manifest: Manifest, pinned: bool) -> RunCheckpoint:

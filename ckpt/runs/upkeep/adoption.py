@@ -98,7 +98,7 @@ def survey(
         and (checkpoint.manifest is not None or _may_be_adopted(checkpoint))
     ]
 
-    return statuses_of(candidates, wait, progress, is_one_save)
+    return statuses_of(candidates, wait, progress, is_one_save, keeps_unread=True)
 
 
 def nbytes_of(statuses: Iterable[CheckpointStatus]) -> int:
@@ -332,7 +332,7 @@ def _manifest(
 
 def _original_folder(folder: Path) -> Path:
     """The folder that a checkpoint was saved into: of a copy by hand that of its original."""
-    copied = copies.originals(listing.checkpoints_in(folder.parent))
+    copied = copies.originals(listing.checkpoints_in(folder.parent, keeps_unread=True))
     return copied[folder].folder if folder in copied else folder
 
 

@@ -201,7 +201,7 @@ def _alone_lines(run: Path, has_outcomes: bool, alone: Sequence[CheckpointStatus
     """Lines on what was not touched, or on what lies there instead of checkpoints."""
     from ckpt.runs import user_paths
     from ckpt.runs.states.status import CheckpointState, adoption_hint
-    from converters.words import counted, some, verb
+    from converters.words import counted, shell_word, some, verb
 
     is_known = any(status.state is not CheckpointState.UNKNOWN for status in alone)
     if not is_known and not has_outcomes:
@@ -213,7 +213,7 @@ def _alone_lines(run: Path, has_outcomes: bool, alone: Sequence[CheckpointStatus
         subject = counted(len(incomplete), "checkpoint")
         lines.append(
             f"ckpt: not touched: {subject} {verb(len(incomplete), 'is', 'are')} not complete "
-            f"({some(incomplete)}); ckpt doctor {run} says why"
+            f"({some(incomplete)}); ckpt doctor {shell_word(run)} says why"
         )
 
     return lines

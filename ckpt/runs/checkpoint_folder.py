@@ -18,7 +18,7 @@ from ckpt.runs.recognition import is_numbered, is_spare, step_in
 from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.storage import local
-from converters.words import first
+from converters.words import first, shell_word
 from converters.zero.files.discovery import is_tag_folder
 
 WEIGHTS_ONLY = "weights only; training cannot go on from it"
@@ -235,7 +235,7 @@ def _compared(folder: Path, manifest: Manifest, pinned: bool) -> RunCheckpoint:
     reason = f"manifest.json lists {first(list(problems.values()))}" if problems else None
     if (later_finding := later_save(folder, manifest)) is not None:
         # nothing that retention may delete: it holds more than the manifest lists
-        reason = f"{later_finding} (ckpt doctor {folder.parent} says what helps)"
+        reason = f"{later_finding} (ckpt doctor {shell_word(folder.parent)} says what helps)"
         is_only_missing = False
 
     return RunCheckpoint(

@@ -556,7 +556,7 @@ def test_a_closed_folder_is_passed_over(
     assert not (tmp_path / "checkpoint-2").exists()
 
 
-@pytest.mark.parametrize("name", ["", "rng_state_1.pth", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["", "rng_state_1.pth"])
 def test_a_checkpoint_that_cannot_be_read_is_one_row(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: Callable[..., Any]
 ) -> None:

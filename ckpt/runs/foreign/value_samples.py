@@ -21,6 +21,7 @@ from converters.source import Source
 from converters.storage.checksums import Ledger
 from converters.storage.store import is_url
 from converters.tensors import DType, TensorRef, Weights
+from converters.words import shell_word
 from converters.zero import weights_16bit
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.discovery import is_tag_folder
@@ -118,8 +119,8 @@ def remedy_of(checkpoint: Checkpoint, path: Path) -> str:
     way = ""
     if signs.is_name(path.name) and not is_tag_folder(path):
         way = (
-            f", or, if you changed the weights yourself, ckpt doctor {path} --adopt --one-save "
-            "commits it as it is"
+            f", or, if you changed the weights yourself, ckpt doctor {shell_word(path)} --adopt "
+            "--one-save commits it as it is"
         )
     return f"{weights_16bit.disagreement(checkpoint)}; bring back the files of one save{way}"
 

@@ -22,7 +22,7 @@ from ckpt.runs.run import Run
 from converters.detect import detect
 from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
-from converters.words import some
+from converters.words import shell_word, some
 from converters.zero.files.discovery import is_tag_folder
 
 if TYPE_CHECKING:
@@ -125,7 +125,9 @@ def run_at(path: Path, command: str) -> Run:
     if path.is_dir() and not is_single(path) and signs.candidates(path):
         return Run(path)
     if path.is_dir() and signs.has_signs(path) and not is_run(path):
-        remedy = f"name the folder that it lies in: {f'{command} {path.parent}'.strip()}"
+        remedy = (
+            f"name the folder that it lies in: {f'{command} {shell_word(path.parent)}'.strip()}"
+        )
         raise detect(path).unlike("a run", remedy)
 
     require_named(path)
@@ -198,7 +200,7 @@ def adoption_command(folder: Path) -> str:
     One that a loop saved into a folder of its own looks like a save_dir, unless the run
     is named.
     """
-    return f"ckpt doctor {folder if is_single(folder) else folder.parent} --adopt"
+    return f"ckpt doctor {shell_word(folder if is_single(folder) else folder.parent)} --adopt"
 
 
 def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:

@@ -29,7 +29,7 @@ from ckpt.runs.states import save_dirs
 from converters.detect import detect
 from converters.detect.kinds import BY_NAME
 from converters.errors import CheckpointError
-from converters.words import counted, some, verb
+from converters.words import counted, shell_word, some, verb
 
 MODEL_ONLY = "complete, model only, cannot be resumed"
 OF_EARLIER_SAVE = "its manifest.json is of an earlier save"
@@ -283,7 +283,7 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
     if adoptable:
         lines.append(
             f"{_described(len(adoptable))} complete but not committed; "
-            f"ckpt doctor {run} --adopt commits {verb(len(adoptable), 'it', 'them')}"
+            f"ckpt doctor {shell_word(run)} --adopt commits {verb(len(adoptable), 'it', 'them')}"
         )
 
     foreign = [status for status in complete if not status.adoptable]

@@ -36,6 +36,7 @@ from converters.errors import CheckpointError
 from converters.source import Source
 from converters.storage import local
 from converters.storage.system import flock
+from converters.words import shell_word
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,8 @@ def _hindrance(status: CheckpointStatus) -> str | None:
     if not status.complete:
         return f"{folder}: {status.description}"
     if status.is_save_dir:
-        return f"{folder} is {save_dirs.WHY}, not a checkpoint: ckpt ls {folder} shows them"
+        shown_by = f"ckpt ls {shell_word(folder)} shows them"
+        return f"{folder} is {save_dirs.WHY}, not a checkpoint: {shown_by}"
     if not status.adoptable:
         return (
             f"{folder} is {status.description}; a manifest is for DeepSpeed's checkpoints that "
@@ -247,7 +249,7 @@ def _planned(proof: Proof, data: bool, progress: Progress, wish: _Wish) -> Adopt
     if source.place.root != folder:
         raise CheckpointError(
             f"{folder} is the folder of a tag; commit the one above: ckpt doctor "
-            f"{folder.absolute().parent.parent} --adopt",
+            f"{shell_word(folder.absolute().parent.parent)} --adopt",
             "refused",
         )
     if proof.step is None:

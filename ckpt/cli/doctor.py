@@ -230,7 +230,10 @@ def _unproven(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
         f"({some(entry.name for entry in largest)})"
     )
     if any(is_weights(entry.name) for entry in largest):
-        line += "; the weights are not compared with the states: ckpt verify --data does that"
+        line += (
+            "; of the weights a sample is compared with the states at most: ckpt verify --data "
+            "compares all"
+        )
     return [line]
 
 

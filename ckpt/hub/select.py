@@ -22,7 +22,6 @@ from ckpt.runs.run import (
 )
 from ckpt.runs.states import listing
 from ckpt.runs.states.newest import newest_at
-from ckpt.runs.states.status import CheckpointState
 from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.options import BEST
@@ -59,8 +58,7 @@ def chosen(path: Path, best: Best | None = None, full: bool = False) -> PushSour
     newest = newest_at(path, "ckpt push", full)
     if newest.checkpoint.folder.is_file():
         raise detect(newest.checkpoint.folder).unlike("a folder of a checkpoint or of a model")
-    is_complete = newest.state is CheckpointState.COMPLETE
-    return PushSource(newest.checkpoint, newest.remark if is_complete else None)
+    return PushSource(newest.checkpoint, newest.remark)
 
 
 def _single(path: Path) -> RunCheckpoint | None:

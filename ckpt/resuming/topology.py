@@ -23,7 +23,7 @@ from ckpt.runs.run import Run, RunCheckpoint, is_numbered, open_checkpoint
 from ckpt.runs.states.status import status_of
 from converters import options
 from converters.errors import CheckpointError
-from converters.words import shell_word
+from converters.words import counted, shell_word
 from converters.zero.files.discovery import is_tag_folder
 from converters.zero.native import reshard
 
@@ -44,7 +44,7 @@ def difference(source: ResumePoint, layout: Layout) -> str:
     """What the checkpoint is, and what this training is."""
     saved, current = source.topology, layout.topology
     return (
-        f"{source.folder} is of {saved.world_size} ranks with ZeRO stage "
+        f"{source.folder} is of {counted(saved.world_size, 'rank')} with ZeRO stage "
         f"{saved.stage}, this training has {current.world_size} with stage "
         f"{current.stage}"
     )

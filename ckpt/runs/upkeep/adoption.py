@@ -73,10 +73,12 @@ class AdoptionOutcome:
 @dataclass(frozen=True, slots=True)
 class _Wish:
     """What is known beside the files: the line that a checkpoint does not go on from, as in
-    ``succession.line_after``, and that all its files are of one save, where somebody said it."""
+    ``succession.line_after``, that all its files are of one save, where somebody said it, and
+    whether a user asks, not a resume."""
 
     excluded_line: Line | None = None
     is_one_save: bool = False
+    is_of_user: bool = False
 
 
 def survey(
@@ -138,9 +140,11 @@ def adopt(
 
         assert status.proof is not None
         try:
-            wish = _Wish(excluded_line, is_one_save)
+            wish = _Wish(excluded_line, is_one_save, is_of_user=True)
             adoption = _planned(status.proof, True, progress, wish)
-            if not dry_run:
+            if dry_run:
+                _require_place(adoption)
+            else:
                 execute(adoption)
             bare = checksums.of_files(adoption.folder).bare
             doubt = adoption.manifest.doubt
@@ -254,7 +258,7 @@ def _planned(proof: Proof, data: bool, progress: Progress, wish: _Wish) -> Adopt
         )
     if proof.step is None:
         raise CheckpointError(f"{folder} does not say of which step it is", "incomplete")
-    doubt = one_save.doubt(source, wish.is_one_save)
+    doubt = one_save.doubt(source, wish.is_one_save, wish.is_of_user)
 
     file_names = _file_names(folder)
     for file_name in file_names:
@@ -284,12 +288,31 @@ def _planned(proof: Proof, data: bool, progress: Progress, wish: _Wish) -> Adopt
     return Adoption(folder, new_manifest)
 
 
-def execute(adoption: Adoption) -> Manifest:
-    """Writes the manifest, durably, after the files that it lists."""
+def _require_place(adoption: Adoption) -> None:
+    """``CheckpointError`` where ``execute`` could not write the manifest."""
     folder = adoption.folder
-    _sync(folder, list(adoption.manifest.files))
-    local.write_file(folder / filenames.MANIFEST, adoption.manifest.dumps())
-    local.sync_folder(folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _unwritable(folder, "the folder may not be written to")
+    if local.free_space(folder) < len(adoption.manifest.dumps()):
+        raise _unwritable(folder, "no space is left on its disk")
+
+
+def _unwritable(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{folder} gets no manifest.json: {reason}", "output")
+
+
+def execute(adoption: Adoption) -> Manifest:
+    """Writes the manifest, durably, after the files that it lists.
+
+    ``CheckpointError`` if it cannot be written.
+    """
+    folder = adoption.folder
+    try:
+        _sync(folder, list(adoption.manifest.files))
+        local.write_file(folder / filenames.MANIFEST, adoption.manifest.dumps())
+        local.sync_folder(folder)
+    except OSError as error:
+        raise _unwritable(folder, str(error.strerror)) from error
 
     return adoption.manifest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -209,6 +210,8 @@ def _adoption(path: Path, *, wait: bool, dry_run: bool, one_save: bool) -> Outpu
     statuses = listing.ordered(listing.known(surveyed, path))
     with planned.progress(adoption.nbytes_of(statuses), path.name) as advance:
         outcomes = adoption.adopt(statuses, dry_run, advance, one_save)
+    if one_save:  # which is said in vain where nothing can record it
+        outcomes = [replace(outcome, failed=not outcome.adopted) for outcome in outcomes]
 
     return _adopted(path, outcomes, dry_run)
 
@@ -237,6 +240,14 @@ def _unproven(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
     return [line]
 
 
+def _remarks(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
+    """Lines on what was not compared in an adopted checkpoint, and on what speaks against one
+    save."""
+    doubt = f"{outcome.doubt}; the manifest says that --one-save was given"
+    lines = [f"ckpt: {outcome.folder}: {doubt}"] if outcome.doubt is not None else []
+    return [*_unproven(outcome, dry_run), *lines]
+
+
 def _without_latest(path: Path, outcomes: Sequence[AdoptionOutcome]) -> list[str]:
     """A line on what comes next, where a run has committed checkpoints now and no ``latest``."""
     from ckpt.runs.run import Run
@@ -259,19 +270,18 @@ def _adopted(path: Path, outcomes: Sequence[AdoptionOutcome], dry_run: bool) -> 
     verb = "would adopt" if dry_run else "adopted"
     lines = [f"{verb}\t{outcome.folder}" for outcome in outcomes if outcome.adopted]
     lines += [f"not adopted\t{outcome.reason}" for outcome in outcomes if outcome.failed]
-    foreign = [outcome.status for outcome in outcomes if not outcome.status.adoptable]
+    foreign = [
+        outcome.status
+        for outcome in outcomes
+        if not outcome.failed and not outcome.status.adoptable
+    ]
     notes = [f"ckpt: {path}: {line}" for line in adoption_hint(foreign, path)]
     notes += [
         f"ckpt: {outcome.reason}"
         for outcome in outcomes
         if not (outcome.adopted or outcome.failed or outcome.status.complete)
     ]
-    notes += [line for outcome in outcomes for line in _unproven(outcome, dry_run)]
-    notes += [
-        f"ckpt: {outcome.folder}: {outcome.doubt}; the manifest says that --one-save was given"
-        for outcome in outcomes
-        if outcome.doubt is not None
-    ]
+    notes += [line for outcome in outcomes for line in _remarks(outcome, dry_run)]
     notes += [] if dry_run else _without_latest(path, outcomes)
     idle = [] if outcomes else ["every checkpoint has its manifest"]
     entries = tuple(

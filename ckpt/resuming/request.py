@@ -149,15 +149,15 @@ class ResumeRequest:
         Every rank calls it once all is as it was saved: a resume that is refused leaves nothing
         behind.
         """
-        if source.chosen is None:
+        if source.choice is None:
             return source
 
         # One that is the path itself and has no number may be a save_dir of DeepSpeed.
-        is_path_itself = source.chosen == Path(os.path.abspath(self.path))
-        if is_path_itself and not is_numbered(source.chosen):
+        is_path_itself = source.choice == Path(os.path.abspath(self.path))
+        if is_path_itself and not is_numbered(source.choice):
             return source
 
-        checkpoint = committed(self.ranks, open_checkpoint(source.chosen))
+        checkpoint = committed(self.ranks, open_checkpoint(source.choice))
         return source if checkpoint.manifest is None else ResumePoint.of(checkpoint, self.tag)
 
     def prepare(

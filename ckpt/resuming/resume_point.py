@@ -32,7 +32,7 @@ NO_RANDOM_STATES = "it has no random states of this rank"
 class ResumePoint:
     """What is loaded. ``foreign``: without a manifest; then ``digest`` is empty.
 
-    ``folder`` holds the ``tag``; ``chosen`` is the checkpoint that was chosen, which may be the
+    ``folder`` holds the ``tag``; ``choice`` is the checkpoint that was chosen, which may be the
     tag itself. ``resharded``: it was made of what was asked for.
     """
 
@@ -45,7 +45,7 @@ class ResumePoint:
     metrics: Mapping[str, float] | None = None
     manifest: Manifest | None = None
     resharded: bool = False
-    chosen: Path | None = None
+    choice: Path | None = None
 
     @property
     def foreign(self) -> bool:
@@ -106,8 +106,8 @@ class ResumePoint:
             if step is None:
                 step = run_checkpoint.step or 0
             folder = zero_checkpoint.place.folder
-            chosen = run_checkpoint.folder
-            return cls(folder.parent, folder.name, step, topology, chosen=chosen)
+            choice = run_checkpoint.folder
+            return cls(folder.parent, folder.name, step, topology, choice=choice)
 
         if engine_names := engines.names(manifest):
             raise CheckpointError(

@@ -241,11 +241,11 @@ def _reshard_source(ranks: RankGroup, source: ResumePoint, layout: Layout) -> Pa
             with options.using(options.of_commands, anew=True):  # the command is named below
                 resharding.execute(rewriting, overwrite=overwrite)
         except CheckpointError as error:
-            if error.kind != "output":
+            if error.kind != "output" and " --" not in str(error):
                 raise
-            raise CheckpointError(
+            raise CheckpointError(  # a resume has none of the options that it names
                 f"{error} (an option of: {_command(source, layout)}), and resume from that by name",
-                "output",
+                error.kind,
             ) from error
 
     for note in rewriting.notes:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import FIXTURES, run
-from stock_checkpoints import with_model_of_another
+from stock_checkpoints import change_weights, of_engine, trainers, with_model_of_another
 
 import ckpt
 from ckpt.runs.foreign import value_samples
@@ -62,6 +62,8 @@ def test_a_list_compares_the_values_of_the_newest(
     monkeypatch.setattr(
         value_samples, "require_alike", lambda checkpoint, path: compared.append(path)
     )
+    trainers(mixed.with_name("checkpoint-5"), 5)  # which has no states of DeepSpeed
+    run("to-universal", folders[-1])
     statuses_of(listing.checkpoints_in(mixed.parent), wait=False)
     assert compared == [folders[-1]]
 
@@ -82,6 +84,14 @@ def test_whoever_changed_the_weights_commits_them_and_the_manifest_says_so(
         run(*command, mixed.parent)
         assert doubt in capsys.readouterr().out, command
     run("reshard", mixed, "--world-size", "1", "-o", tmp_path / "new")
+
+
+def test_a_save_dir_gets_no_manifest_that_could_say_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_engine(tmp_path / "out")
+    run("doctor", tmp_path / "out", "--adopt", "--one-save", code=1)
+    assert "is a save_dir with tags of its own" in capsys.readouterr().out
 
 
 def test_it_is_not_adopted(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,3 +123,26 @@ def test_a_damaged_record_is_not_told_as_another_save(
     path.write_bytes(data)
     run("reshard", folder, "--world-size", "1", "-o", tmp_path / "new", code=1)
     assert f"{path} is damaged: its " in capsys.readouterr().err, name
+
+
+@pytest.mark.parametrize(
+    ("fixture", "name"),
+    [
+        ("pipelines-and-experts/pipeline-zero1", "layer_01-model_states.pt"),
+        (
+            "pipelines-and-experts/moe-zero2-blocks",
+            "layer_0_expert_1_mp_rank_00_model_states.pt",
+        ),
+        ("parallel/tp_qwen3_frozen_z2_w4", "mp_rank_01_model_states.pt"),
+    ],
+)
+def test_those_of_model_parallel_ranks_are_found_too(
+    fixture: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(FIXTURES / fixture, tmp_path / "out")
+    run("verify", tmp_path / "out", "--data")
+    change_weights(tmp_path / "out/global_step2" / name)
+    capsys.readouterr()
+    for command in (["ls"], ["verify", "--data"]):
+        run(*command, tmp_path / "out", code=int("verify" in command))
+        assert f"incomplete: {name} holds other values of " in capsys.readouterr().out

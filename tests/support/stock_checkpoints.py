@@ -85,13 +85,17 @@ def stock(run: Path, step: int, log: Any = None) -> Path:
 def with_model_of_another(folder: Path) -> Path:
     """As ``stock``, with the model file of another training: names and sizes are the same."""
     shutil.copytree(SOURCE, folder)
-    path = folder / "global_step2/mp_rank_00_model_states.pt"
-    content = torch.load(path, weights_only=False)
-    for tensor in content["module"].values():
-        if tensor.is_floating_point():
-            tensor.add_(0.25)
-    torch.save(content, path)
+    change_weights(folder / "global_step2/mp_rank_00_model_states.pt")
     return folder
+
+
+def change_weights(path: Path) -> None:
+    """Gives the weights of a model file, or of a layer's, the values of another training."""
+    content = torch.load(path, weights_only=False)
+    for tensor in content.get("module", content).values():
+        if tensor.is_floating_point():
+            tensor.detach().add_(0.25)
+    torch.save(content, path)
 
 
 def of_trainer(folder: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from oracles import FIXTURES, torchrun
 from run_folders import SOURCE, real, small
-from stock_checkpoints import of_accelerate
+from stock_checkpoints import of_accelerate, with_model_of_another
 
 import ckpt
 from ckpt.distributed.ranks import RankGroup
@@ -198,6 +198,15 @@ def test_where_there_is_no_room_the_option_named_is_that_of_the_command(
     said = str(raised.value)
     assert "10 bytes free" in said
     assert f"choose another folder with -o (an option of: ckpt reshard {folder} --world" in said
+
+
+def test_where_values_differ_the_option_named_is_that_of_the_command(
+    tmp_path: Path, alone: Callable[[], RankGroup]
+) -> None:
+    folder = with_model_of_another(tmp_path / "checkpoint-2")
+    with pytest.raises(CheckpointError) as raised:
+        topology.loadable(alone(), folder, ONE, "auto")
+    assert f"with --no-verify (an option of: ckpt reshard {folder} --world" in str(raised.value)
 
 
 def test_all_front_ends_refuse_without_zero_by_name(

@@ -81,23 +81,23 @@ def prove(path: Path, tag: str | None = None, *, compares_values: bool = False) 
     """
     try:
         proof = _proof(path, tag)
-        if compares_values and proof.checkpoint is not None:
-            _require_own_model(path, proof.checkpoint)
+        if compares_values and proof.source is not None:
+            _require_own_model(path, proof.source)
         is_own = path.is_dir() and record_in(path) is not None
     except OSError as error:
         raise unreadable(error, path) from error
 
-    return replace(proof, kind=OWN if is_own else proof.kind, checkpoint=None)
+    return replace(proof, kind=OWN if is_own else proof.kind, source=None)
 
 
-def _require_own_model(path: Path, checkpoint: Checkpoint) -> None:
+def _require_own_model(path: Path, source: Source) -> None:
     """``CheckpointError`` where the weights of the model file are not those of the states."""
     from ckpt.runs.foreign import overwriting, value_samples
 
     try:
-        value_samples.require_alike(checkpoint, path)
+        value_samples.require_alike(source, path)
     except CheckpointError:
-        overwriting.require_one_save(path, checkpoint.place.tag)  # says more where times speak too
+        overwriting.require_one_save(path, source.place.tag)  # says more where times speak too
         raise
 
 
@@ -314,7 +314,7 @@ def _of_deepspeed(
         from ckpt.runs.foreign.parallel import require_parallel
 
         tag = require_parallel(folder, tag)
-        return Proof(folder, f"{kind} (parallel)", step_in(tag), tag)
+        return Proof(folder, f"{kind} (parallel)", step_in(tag), tag, source=source)
     if source.kind == UNIVERSAL:
         return Proof(
             folder, "DeepSpeed (universal)", source.step, None, False, hindrance=_UNIVERSAL
@@ -330,7 +330,7 @@ def _of_deepspeed(
     refs = source.weights.tensors if source.kind == "deepspeed" else {}  # engines of others: parts
     shapes = {name: tuple(ref.shape) for name, ref in refs.items()}
     proof = Proof(folder, kind, source.step, source.place.tag, shapes=shapes or None)
-    return replace(proof, checkpoint=checkpoint)
+    return replace(proof, source=checkpoint)
 
 
 def _is_lightnings(folder: Path, source: Source | None) -> bool:

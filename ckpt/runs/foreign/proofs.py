@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from converters.zero.checkpoint import Checkpoint
+    from converters.source import Source
 
 MODEL = "model"  # in place of a writer: weights of which nobody says who wrote them
 OWN = "ckpt"  # the writer of what ckpt made of a checkpoint without a manifest
@@ -24,7 +24,7 @@ class Proof:
     ``kind`` says who wrote it, ``tag`` is set for what DeepSpeed can load, ``step`` is
     ``None`` where the files do not say. ``history`` is what the Trainer logged until
     then. ``hindrance`` says why no training goes on from states as they lie there.
-    ``checkpoint`` is what was read of DeepSpeed's files, while it is being proven.
+    ``source`` is what was read of DeepSpeed's files, while it is being proven.
     """
 
     path: Path
@@ -35,4 +35,4 @@ class Proof:
     history: History | None = None
     shapes: Mapping[str, tuple[int, ...]] | None = None
     hindrance: str | None = None
-    checkpoint: Checkpoint | None = None
+    source: Source | None = None

@@ -21,6 +21,7 @@ from converters.source import Source
 from converters.storage.checksums import Ledger
 from converters.storage.store import is_url
 from converters.tensors import DType, TensorRef, Weights
+from converters.tiles import Tiled
 from converters.words import shell_word
 from converters.zero import weights_16bit
 from converters.zero.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ from converters.zero.files.discovery import is_tag_folder
 _PLACES = 64  # in a file, at most
 _MANY_PLACES = 2048  # where all bytes are read anyway: 3 MiB of a file
 _REMOTE_PLACES = 64  # in all files of a remote store together, or one in each
+_TILED_PLACES = 16  # in a tensor that model-parallel ranks share
 _NUMBERS = 256  # that are compared in each place
 
 
@@ -67,27 +69,25 @@ def compare(source: Source) -> SampleComparison:
     return _compared(weights)
 
 
-def require_same(checkpoint: Checkpoint, remedy: str) -> None:
+def require_same(source: Source, remedy: str) -> None:
     """``CheckpointError`` where the model file of DeepSpeed holds other values than the states.
 
     ``remedy`` says what to do.
     """
-    if (difference := difference_in(checkpoint)) is not None:
+    if (difference := difference_in(source)) is not None:
         raise CheckpointError(f"{difference}: {remedy}")
 
 
-def require_alike(checkpoint: Checkpoint, path: Path) -> None:
+def require_alike(source: Source, path: Path) -> None:
     """The same by a few thousand numbers of each file, which a look at a checkpoint can read.
 
     ``path`` is the checkpoint as it is called, which the remedy names.
     """
-    if not checkpoint.ranks or not checkpoint.weights.copies:
-        return
-    if (difference := _difference(checkpoint.weights, _PLACES)) is not None:
-        raise CheckpointError(f"{difference}: {remedy_of(checkpoint, path)}")
+    if (difference := _difference(source.weights, _PLACES)) is not None:
+        raise CheckpointError(f"{difference}: {remedy_of(source, path)}")
 
 
-def difference_in(checkpoint: Checkpoint) -> str | None:
+def difference_in(source: Source) -> str | None:
     """That the model file of DeepSpeed holds other values than the states; ``None`` if not.
 
     Of each file half a million numbers are compared, at both ends and in the middle of every
@@ -95,9 +95,9 @@ def difference_in(checkpoint: Checkpoint) -> str | None:
     store, where each look takes as long as a megabyte, a few are compared of each file.
     ``CheckpointError`` for a damaged record.
     """
-    if not is_url(checkpoint.place.root):
-        return _difference(checkpoint.weights, _MANY_PLACES)
-    return _difference(checkpoint.weights, max(1, _REMOTE_PLACES // max(1, len(checkpoint.ranks))))
+    is_remote = is_url(source.place.root)
+    remote_places = max(1, _REMOTE_PLACES // source.world_size)
+    return _difference(source.weights, remote_places if is_remote else _MANY_PLACES)
 
 
 def _difference(weights: Weights, places: int) -> str | None:
@@ -114,15 +114,19 @@ def _difference(weights: Weights, places: int) -> str | None:
     )
 
 
-def remedy_of(checkpoint: Checkpoint, path: Path) -> str:
+def remedy_of(source: Source, path: Path) -> str:
     """Why the values may differ, and what to do with a checkpoint that nobody committed."""
+    why = "these files are of different saves"
+    if isinstance(source, Checkpoint):
+        why = weights_16bit.disagreement(source)
     way = ""
-    if signs.is_name(path.name) and not is_tag_folder(path):
+    has_own_folder = signs.is_name(path.name) and not is_tag_folder(path)
+    if has_own_folder and isinstance(source, Checkpoint):
         way = (
             f", or, if you changed the weights yourself, ckpt doctor {shell_word(path)} --adopt "
             "--one-save commits it as it is"
         )
-    return f"{weights_16bit.disagreement(checkpoint)}; bring back the files of one save{way}"
+    return f"{why}; bring back the files of one save{way}"
 
 
 def compare_beside(checkpoint: Checkpoint) -> SampleComparison:
@@ -187,6 +191,9 @@ def _at_each_run(name: str, value: TensorRef, copy: TensorRef) -> Iterator[_Samp
     rank's, as a rule."""
     if value.extents.scattered or copy.extents.scattered or not value.dtype.floating:
         return
+    if isinstance(value.extents, Tiled):
+        yield from _all_over(name, value, copy)
+        return
 
     start = 0
     for extent in value.extents:
@@ -197,3 +204,11 @@ def _at_each_run(name: str, value: TensorRef, copy: TensorRef) -> Iterator[_Samp
             part = (start + offset, count)
             yield _Sample(name, value.narrow(*part), copy.narrow(*part))
         start += length
+
+
+def _all_over(name: str, value: TensorRef, copy: TensorRef) -> Iterator[_Sample]:
+    """Numbers in places all over a tensor of shards, whose rows would be a run each."""
+    count = min(value.numel, _NUMBERS)
+    last = value.numel - count
+    for start in sorted({last * place // _TILED_PLACES for place in range(_TILED_PLACES + 1)}):
+        yield _Sample(name, value.narrow(start, count), copy.narrow(start, count))

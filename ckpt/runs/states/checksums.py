@@ -87,7 +87,8 @@ class ChecksumPlan:
         ones, which have nearly all bytes, would hardly ever be among them.
         """
         wanted_bytes = math.ceil(self.nbytes * percent / 100)
-        indices, nbytes = [], 0
+        indices: list[int] = []
+        nbytes = 0
         for index in Random(seed).sample(range(len(self.checkables)), len(self.checkables)):
             if indices and nbytes >= wanted_bytes:
                 break

@@ -22,7 +22,7 @@ from ckpt.runs import manifest as manifests
 from ckpt.runs.checkpoint_folder import RunCheckpoint, require_read, unread
 from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.foreign import liveness, signs
-from ckpt.runs.foreign.completeness import prove
+from ckpt.runs.foreign.completeness import has_tag, prove
 from ckpt.runs.foreign.overwriting import require_one_save
 from ckpt.runs.foreign.proofs import MODEL, Proof
 from ckpt.runs.states import save_dirs
@@ -202,7 +202,7 @@ def statuses_of(
     """
     uncommitted = [entry for entry in checkpoints if entry.why == manifests.ABSENT]
     watch = liveness.Watch([entry.folder for entry in uncommitted] if wait else ())
-    newest = max(uncommitted, key=_age_rank, default=None)
+    newest = _newest(uncommitted)
     statuses = []
     for checkpoint in checkpoints:
         try:
@@ -224,15 +224,33 @@ def statuses_of(
     ]
 
 
-def _age_rank(checkpoint: RunCheckpoint) -> tuple[int, float]:
-    """The step and time of a checkpoint, as far as its folder says them: the newest has most."""
-    number = signs.number_in(checkpoint.name) if checkpoint.step is None else checkpoint.step
-    try:
-        changed_at = checkpoint.folder.stat().st_mtime
-    except OSError:
-        changed_at = 0.0  # it vanished while we looked
+def _newest(checkpoints: Sequence[RunCheckpoint]) -> RunCheckpoint | None:
+    """The newest one with DeepSpeed's files, by the step and time that folders say, if any has.
 
-    return -1 if number is None else number, changed_at
+    Of one step that which a training saved comes before what was made of it.
+    """
+
+    def rank(checkpoint: RunCheckpoint) -> tuple[int, bool, float]:
+        number = signs.number_in(checkpoint.name) if checkpoint.step is None else checkpoint.step
+        is_saved = checkpoint.source is None
+        return -1 if number is None else number, is_saved, _changed_at(checkpoint.folder)
+
+    newest_first = sorted(checkpoints, key=rank, reverse=True)
+    return next((entry for entry in newest_first if _has_states(entry.folder)), None)
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0  # it vanished while we looked
+
+
+def _has_states(path: Path) -> bool:
+    try:
+        return path.is_dir() and has_tag(path)
+    except OSError:
+        return False
 
 
 def _status(checkpoint: RunCheckpoint, is_one_save: bool, is_newest: bool) -> CheckpointStatus:

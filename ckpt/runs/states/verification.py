@@ -23,7 +23,6 @@ from converters import detect
 from converters.errors import CheckpointError, unreadable
 from converters.options import SAMPLE, SEED
 from converters.words import counted, some, verb
-from converters.zero.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +178,7 @@ def _unlike_values(status: CheckpointStatus) -> list[str]:
     folder = status.checkpoint.folder
     try:
         source = detect.read(folder, status.tag) if status.tag is not None else None
-        if isinstance(source, Checkpoint) and source.ranks:
+        if source is not None:
             value_samples.require_same(source, value_samples.remedy_of(source, folder))
     except CheckpointError as error:
         is_read = error.kind not in ("unsupported", "refused")

@@ -88,7 +88,7 @@ MANIFEST = "manifest.json"  # the commit record of a checkpoint, written last
 
 ARCHIVE = LazyPattern(r".*\.(tar|tar\.\w+|tgz|tbz2?|txz|zip|7z|rar|gz|bz2|xz|zst)", re.I)
 _TAR = LazyPattern(r".*\.(tar|tar\.\w+|tgz|tbz2?|txz)", re.I)
-_TARGETS = {"tar xf": "-C ", "unzip": "-d ", "7z x": "-o"}  # the others write beside the file
+_TARGETS = {"tar xf": "-C ", "unzip": "-d "}  # the others write beside the file
 _UNPACKERS = {
     "zip": "unzip",
     "7z": "7z x",

@@ -572,3 +572,25 @@ def test_a_checkpoint_that_cannot_be_read_is_one_row(
     assert [verdict["whole"] for verdict in verdicts] == [False, True]
     findings = printed("doctor", tmp_path, "--fix", code=1)["findings"]
     assert [(entry["remedy"], entry["mended"]) for entry in findings] == [(None, False)]
+
+
+def test_a_trainers_rank_0_alone_is_not_all_ranks(
+    tmp_path: Path, printed: Callable[..., Any]
+) -> None:
+    """A training of one rank writes rng_state.pth."""
+    (trainers(tmp_path / "checkpoint-2", 2) / "rng_state_1.pth").unlink()
+    trainers(tmp_path / "checkpoint-4", 4, ranks=1)
+    rows = printed("ls", tmp_path)["checkpoints"]
+    assert "none of rank 1 (rng_state_1.pth)" in rows[0]["reason"]
+    assert rows[1]["state"] == "complete"
+
+
+def test_a_sample_is_a_part_of_the_bytes(tmp_path: Path) -> None:
+    """Among many small records and a few large ones these are drawn, too."""
+    sizes = [1] * 1000 + [1000] * 20
+    checkables = [checksums.Checkable(tmp_path, str(n), size) for n, size in enumerate(sizes)]
+    plan = checksums.ChecksumPlan(tuple(checkables), total=len(checkables))
+    for seed in range(20):
+        sample = plan.sample(5, seed)
+        assert plan.nbytes * 0.05 <= sample.nbytes < plan.nbytes * 0.05 + 1000
+        assert sample == plan.sample(5, seed)

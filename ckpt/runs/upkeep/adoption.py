@@ -10,13 +10,11 @@ whole by what its writer writes (``completeness``) and does not change meanwhile
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt.folders import filenames
 from ckpt.results import FileEntry
 from ckpt.runs import manifest
 from ckpt.runs.ancestry import record_in
@@ -29,12 +27,11 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Run, RunCheckpoint, leading, open_checkpoint
 from ckpt.runs.states import checksums, copies, evaluation, listing, save_dirs, trainings
 from ckpt.runs.states.status import CheckpointState, CheckpointStatus, saved_at, statuses_of
-from ckpt.runs.upkeep import one_save
+from ckpt.runs.upkeep import manifest_writing, one_save
 from ckpt.version import __version__
 from converters import detect
 from converters.errors import CheckpointError
 from converters.source import Source
-from converters.storage import local
 from converters.storage.system import flock
 from converters.words import shell_word
 
@@ -143,7 +140,7 @@ def adopt(
             wish = _Wish(excluded_line, is_one_save, is_of_user=True)
             adoption = _planned(status.proof, True, progress, wish)
             if dry_run:
-                _require_place(adoption)
+                manifest_writing.require_place(adoption.folder, adoption.manifest)
             else:
                 execute(adoption)
             bare = checksums.of_files(adoption.folder).bare
@@ -288,31 +285,9 @@ def _planned(proof: Proof, data: bool, progress: Progress, wish: _Wish) -> Adopt
     return Adoption(folder, new_manifest)
 
 
-def _require_place(adoption: Adoption) -> None:
-    """``CheckpointError`` where ``execute`` could not write the manifest."""
-    folder = adoption.folder
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise _unwritable(folder, "the folder may not be written to")
-    if local.free_space(folder) < len(adoption.manifest.dumps()):
-        raise _unwritable(folder, "no space is left on its disk")
-
-
-def _unwritable(folder: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{folder} gets no manifest.json: {reason}", "output")
-
-
 def execute(adoption: Adoption) -> Manifest:
-    """Writes the manifest, durably, after the files that it lists.
-
-    ``CheckpointError`` if it cannot be written.
-    """
-    folder = adoption.folder
-    try:
-        _sync(folder, list(adoption.manifest.files))
-        local.write_file(folder / filenames.MANIFEST, adoption.manifest.dumps())
-        local.sync_folder(folder)
-    except OSError as error:
-        raise _unwritable(folder, str(error.strerror)) from error
+    """Writes the manifest; as ``manifest_writing.write``."""
+    manifest_writing.write(adoption.folder, adoption.manifest)
 
     return adoption.manifest
 
@@ -374,11 +349,3 @@ def _file_names(folder: Path) -> list[str]:
     return [
         name for path, name in checksums.files_of(folder) if path.name != checksums.DCP_METADATA
     ]
-
-
-def _sync(folder: Path, names: list[str]) -> None:
-    """Makes files durable that were written without an fsync."""
-    for file_name in names:
-        local.sync_file(folder / file_name)
-    for subfolder, _, _ in os.walk(folder):
-        local.sync_folder(Path(subfolder))

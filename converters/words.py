@@ -25,6 +25,13 @@ def first(items: Sequence[str]) -> str:
     return f"{items[0]}{more(len(items) - 1)}"
 
 
+def shell_word(value: object) -> str:
+    """A path or text as an argument of a command to type: ``'my run'``, with its quotes."""
+    from shlex import quote
+
+    return quote(str(value))
+
+
 def counted(number: int, noun: str) -> str:
     """A number of things: ``1 name``, ``2 names``."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")

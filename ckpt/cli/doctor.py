@@ -147,8 +147,8 @@ def _settling(path: Path) -> Planned:
 def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run: bool) -> Output:
     from ckpt.cli import listing
     from ckpt.cli.results.upkeep import DoctorResult, FindingEntry
+    from ckpt.runs.states import listing as listings
     from ckpt.runs.states import trainings
-    from ckpt.runs.states.listing import ordered
     from ckpt.runs.states.status import adoption_hint
 
     lines = [
@@ -167,8 +167,9 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
     native = [status for status in complete if not status.checkpoint.is_universal]
     hints = [f"ckpt: {run.path}: {line}" for line in adoption_hint(native, run.path)]
     native += [status for status in diagnosis.statuses if not status.complete]
-    remarks = trainings.order_remarks(ordered(native), run.path)
+    remarks = trainings.order_remarks(listings.ordered(native), run.path)
     hints += [f"ckpt: {run.path}: {line}" for line in remarks]
+    hints += [f"ckpt: {line}" for line in listings.closed_lines(run.path)]
     pointed = run.pointer("latest")
     if pointed is not None and pointed.committed and pointed.tier == "weights":
         hints.append(
@@ -232,7 +233,10 @@ def _unproven(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
         f"({some(entry.name for entry in largest)})"
     )
     if any(is_weights(entry.name) for entry in largest):
-        line += "; the weights are not compared with the states: ckpt verify --data does that"
+        line += (
+            "; of the weights a sample is compared with the states at most: ckpt verify --data "
+            "compares all"
+        )
     return [line]
 
 
@@ -248,13 +252,14 @@ def _without_latest(path: Path, outcomes: Sequence[AdoptionOutcome]) -> list[str
     """A line on what comes next, where a run has committed checkpoints now and no ``latest``."""
     from ckpt.runs.run import Run
     from ckpt.runs.states import listing
+    from converters.words import shell_word
 
     is_adopted = any(outcome.adopted for outcome in outcomes)
     if not is_adopted or listing.is_single(path) or Run(path).target("latest") is not None:
         return []
     return [
         f"ckpt: {path} has no file latest, by which DeepSpeed finds the newest one; "
-        f"ckpt doctor {path} --fix writes it"
+        f"ckpt doctor {shell_word(path)} --fix writes it"
     ]
 
 

@@ -217,6 +217,7 @@ def _preview_lines(push_plan: PushPlan) -> list[str]:
 def _pushed(pushed: Pushed) -> Output:
     from ckpt.cli.conversion import specials
     from ckpt.cli.results.hub import PushResult, SentFile
+    from converters.words import some
 
     committed = pushed.committed
     for warning in pushed.warnings[len(pushed.push_plan.warnings) :]:
@@ -243,7 +244,9 @@ def _pushed(pushed: Pushed) -> Output:
         seconds=round(pushed.seconds, 3),
         **_push_facts(pushed.push_plan, pushed.warnings),
     )
-    notices = [pushed.summary(), *(specials(pushed.checks) if pushed.checks else ())]
+    left_names = [name for name, _ in pushed.push_plan.contents.left_out]
+    left_out = [f"left out: {some(left_names)}; --dry-run says why"] if left_names else []
+    notices = [*left_out, pushed.summary(), *(specials(pushed.checks) if pushed.checks else ())]
     return Output(
         result,
         [committed.pull_request or committed.url],

@@ -84,6 +84,7 @@ def _choice(run: Run) -> Choice:
     from ckpt.runs import user_paths
     from ckpt.runs.states import choice, listing
     from converters.errors import CheckpointError
+    from converters.words import shell_word
 
     answer = choice.choose(run.path)
     if answer.offer is not None:
@@ -92,7 +93,8 @@ def _choice(run: Run) -> Choice:
         raise user_paths.instead(run.path, user_paths.RUN)
 
     raise CheckpointError(
-        f"{run.path} holds weights only, which no training goes on from; see ckpt ls {run.path}",
+        f"{run.path} holds weights only, which no training goes on from; see "
+        f"ckpt ls {shell_word(run.path)}",
         "incomplete",
     )
 
@@ -169,6 +171,7 @@ def _foreign_line(checkpoint: RunCheckpoint, proof: Proof | None) -> list[str]:
     """A line where the checkpoint is not committed."""
     from ckpt.runs.states import listing, save_dirs
     from ckpt.runs.states.status import CheckpointState, CheckpointStatus
+    from converters.words import shell_word
 
     if proof is None:
         return []
@@ -178,7 +181,8 @@ def _foreign_line(checkpoint: RunCheckpoint, proof: Proof | None) -> list[str]:
     if status.adoptable:
         commit = f"; {listing.adoption_command(checkpoint.folder)} commits it"
     elif status.is_save_dir:
-        commit = f"; it is {save_dirs.WHY}, which get no manifest: ckpt ls {checkpoint.folder}"
+        shown_by = f"ckpt ls {shell_word(checkpoint.folder)}"
+        commit = f"; it is {save_dirs.WHY}, which get no manifest: {shown_by}"
     return [
         f"ckpt: {checkpoint.folder} is complete, not committed: written by {proof.kind}{commit}"
     ]
@@ -186,6 +190,8 @@ def _foreign_line(checkpoint: RunCheckpoint, proof: Proof | None) -> list[str]:
 
 def _mismatch(run: Run, checkpoint: RunCheckpoint, proof: Proof | None) -> list[str]:
     """A line where the file latest names another checkpoint than a resume takes."""
+    from converters.words import shell_word
+
     pointer_target = run.target("latest")
     name = checkpoint.name
     expected = {checkpoint.pointer} if proof is None else {name, f"{name}/{proof.tag}"}
@@ -194,7 +200,7 @@ def _mismatch(run: Run, checkpoint: RunCheckpoint, proof: Proof | None) -> list[
 
     remedy = ""
     if proof is None:
-        remedy = f"; ckpt latest {run.path} --set {name} changes it"
+        remedy = f"; ckpt latest {shell_word(run.path)} --set {name} changes it"
     leads_on = run.pointer("latest") is not None or (run.path / pointer_target).is_dir()
     finding = "which DeepSpeed itself would load" if leads_on else "which is not there"
     return [f"ckpt: {run.path / 'latest'} names {pointer_target}, {finding}{remedy}"]

@@ -17,7 +17,6 @@ from ckpt.runs.states.status import (
     CheckpointStatus,
     prefix,
 )
-from converters.detect import detect
 
 _AGES = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 
@@ -55,7 +54,7 @@ def _entry(
     return CheckpointEntry(
         name=checkpoint.name,
         path=checkpoint.folder,
-        kind=detect(checkpoint.folder).kind.name,
+        kind=status.kind_name,
         step=status.step,
         committed=checkpoint.committed,
         state=status.state.value,

@@ -55,7 +55,8 @@ def ls(run: Path, as_json: bool) -> None:
 
     result = listing.facts(Run(folder), rows)
     notices = [] if statuses else user_paths.absence(run, user_paths.EITHER)
-    notices += [f"ckpt: {line}" for line in trainings.order_remarks(statuses, folder)]
+    remarks = [*trainings.order_remarks(statuses, folder), *listings.closed_lines(run)]
+    notices += [f"ckpt: {line}" for line in remarks]
     planned.show(Output(result, listing.lines(result.checkpoints), notices), as_json)
 
 
@@ -153,12 +154,12 @@ def _left_alone(run: Path, outcomes: Sequence[Outcome]) -> list[CheckpointStatus
     judged_folders = {outcome.checkpoint.folder for outcome in outcomes}
     uncommitted = [
         checkpoint
-        for checkpoint in listing.checkpoints_in(run)
+        for checkpoint in listing.checkpoints_in(run, keeps_unread=True)
         if not checkpoint.committed and checkpoint.folder not in judged_folders
     ]
 
     with planned.progress(len(uncommitted), run.name, "checkpoint") as advance:
-        statuses = status.statuses_of(uncommitted, progress=advance)
+        statuses = status.statuses_of(uncommitted, progress=advance, keeps_unread=True)
 
     return listing.ordered(listing.known(statuses, run))
 
@@ -171,6 +172,7 @@ def _pruned(
 ) -> Output:
     from ckpt.cli import listing
     from ckpt.cli.results.runs import PruneEntry, PruneResult
+    from ckpt.runs.states import listing as listings
     from ckpt.text import size
 
     entries = tuple(
@@ -189,6 +191,7 @@ def _pruned(
         ],
         [
             *_alone_lines(run, bool(outcomes), alone),
+            *(f"ckpt: {line}" for line in listings.closed_lines(run)),
             f"{size(freed_bytes)} {'would be freed' if dry_run else 'freed'}",
         ],
     )
@@ -198,7 +201,7 @@ def _alone_lines(run: Path, has_outcomes: bool, alone: Sequence[CheckpointStatus
     """Lines on what was not touched, or on what lies there instead of checkpoints."""
     from ckpt.runs import user_paths
     from ckpt.runs.states.status import CheckpointState, adoption_hint
-    from converters.words import counted, some, verb
+    from converters.words import counted, shell_word, some, verb
 
     is_known = any(status.state is not CheckpointState.UNKNOWN for status in alone)
     if not is_known and not has_outcomes:
@@ -210,7 +213,7 @@ def _alone_lines(run: Path, has_outcomes: bool, alone: Sequence[CheckpointStatus
         subject = counted(len(incomplete), "checkpoint")
         lines.append(
             f"ckpt: not touched: {subject} {verb(len(incomplete), 'is', 'are')} not complete "
-            f"({some(incomplete)}); ckpt doctor {run} says why"
+            f"({some(incomplete)}); ckpt doctor {shell_word(run)} says why"
         )
 
     return lines

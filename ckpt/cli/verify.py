@@ -126,6 +126,6 @@ def statuses_at(path: Path) -> list[CheckpointStatus]:
 
     checkpoints = listing.checkpoints_at(path)
     with planned.progress(len(checkpoints), path.name, "checkpoint") as advance:
-        statuses = status.statuses_of(checkpoints, progress=advance)
+        statuses = status.statuses_of(checkpoints, progress=advance, keeps_unread=True)
 
     return listing.ordered(listing.known(statuses, path))

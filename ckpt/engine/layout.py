@@ -21,6 +21,7 @@ from ckpt.rewrite import reshard_command
 from ckpt.runs.ancestry import Partitioning
 from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
+from converters.words import counted
 from converters.zero.merging.saved_degrees import NONE, Degrees
 from converters.zero.native.target import SUB_GROUP
 
@@ -38,7 +39,7 @@ class Topology:
 
     def __str__(self) -> str:
         """As words, such as "4 ranks (2 tensor-parallel) with ZeRO stage 2"."""
-        return f"{self.world_size} ranks{self.degrees} with ZeRO stage {self.stage}"
+        return f"{counted(self.world_size, 'rank')}{self.degrees} with ZeRO stage {self.stage}"
 
     def fits(self, partitioning: Partitioning) -> bool:
         """Whether DeepSpeed can load a checkpoint, as far as its manifest or record tells."""

@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -29,10 +30,22 @@ from converters.storage.local_store import LOCAL
 from converters.storage.system import flock
 from converters.words import counted, verb
 
+_ALTERNATIVE: ContextVar[str | None] = ContextVar("alternative", default=None)
+
 
 def another_folder() -> str:
-    """What to do where an output does not fit."""
-    return f"choose another folder with {OUTPUT}"
+    """What to do where an output does not fit: another folder, unless ``without_choice``."""
+    return _ALTERNATIVE.get() or f"choose another folder with {OUTPUT}"
+
+
+@contextmanager
+def without_choice(alternative: str) -> Iterator[None]:
+    """Where the user cannot name another folder: what to do instead, as words after "or"."""
+    token = _ALTERNATIVE.set(alternative)
+    try:
+        yield
+    finally:
+        _ALTERNATIVE.reset(token)
 
 
 class Continuation(NamedTuple):
@@ -178,8 +191,7 @@ def as_output_error(output: Path) -> Iterator[None]:
     except OSError as error:
         advice = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise CheckpointError(
-            f"{error.filename or output}: {error.strerror}; {advice}choose another folder "
-            f"with {OUTPUT}",
+            f"{error.filename or output}: {error.strerror}; {advice}{another_folder()}",
             "output",
         ) from error
 

@@ -22,11 +22,10 @@ from ckpt.runs.run import (
 )
 from ckpt.runs.states import listing
 from ckpt.runs.states.newest import newest_at
-from ckpt.runs.states.status import CheckpointState
 from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.options import BEST
-from converters.words import counted
+from converters.words import counted, shell_word
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +58,7 @@ def chosen(path: Path, best: Best | None = None, full: bool = False) -> PushSour
     newest = newest_at(path, "ckpt push", full)
     if newest.checkpoint.folder.is_file():
         raise detect(newest.checkpoint.folder).unlike("a folder of a checkpoint or of a model")
-    is_complete = newest.state is CheckpointState.COMPLETE
-    return PushSource(newest.checkpoint, newest.remark if is_complete else None)
+    return PushSource(newest.checkpoint, newest.remark)
 
 
 def _single(path: Path) -> RunCheckpoint | None:
@@ -83,7 +81,7 @@ def _require_folder(path: Path) -> None:
     """``CheckpointError`` for a file of weights that lies in the folder of its model."""
     detection = detect(path)
     if detection.kind.holds_weights and detect(path.parent).kind.holds_weights:
-        remedy = f"ckpt push {path.parent} publishes the folder that it lies in"
+        remedy = f"ckpt push {shell_word(path.parent)} publishes the folder that it lies in"
         raise detection.unlike("a folder", remedy)
 
 
@@ -104,7 +102,7 @@ def _best_of(run: Run, best: Best, full: bool) -> RunCheckpoint:
     if len(ranking) < rank:
         raise CheckpointError(
             f"{run.path} holds {counted(len(ranking), 'committed checkpoint')} with the "
-            f"metric {metric}; see ckpt ls {run.path}",
+            f"metric {metric}; see ckpt ls {shell_word(run.path)}",
             "incomplete",
         )
 

@@ -15,6 +15,7 @@ from ckpt.runs.states.status import status_of
 from converters.detect import Detection, detect, filenames, read
 from converters.errors import CheckpointError
 from converters.options import UNCOMMITTED, WEIGHTS
+from converters.words import shell_word
 from converters.zero import weights_16bit
 
 
@@ -41,7 +42,7 @@ def require(checkpoint: RunCheckpoint, uncommitted: bool, needs_no_optimizer: bo
             run = checkpoint.folder.parent
             remedy = (
                 "it was changed or deleted since the save; if you want to push what is there now, "
-                f"ckpt doctor {run} --fix records it first"
+                f"ckpt doctor {shell_word(run)} --fix records it first"
             )
         raise CheckpointError(f"{checkpoint.folder} is not whole: {reason}; {remedy}", "incomplete")
 

@@ -25,6 +25,7 @@ from ckpt.runs.run import RunCheckpoint
 from ckpt.saving.commit import identity
 from ckpt.saving.engines import Engines
 from converters.errors import CheckpointError
+from converters.words import counted
 
 log = logging.getLogger("ckpt")
 
@@ -161,7 +162,7 @@ def _sources(
         folder = checkpoint.folder / name
         if not saved_topology.loads_as(current_topology):
             raise CheckpointError(
-                f"{folder} is of {saved_topology.world_size} ranks with ZeRO stage "
+                f"{folder} is of {counted(saved_topology.world_size, 'rank')} with ZeRO stage "
                 f"{saved_topology.stage}, this training has "
                 f"{current_topology.world_size} with stage {current_topology.stage} "
                 f"for {name}; several engines are not resharded together: use as many "

@@ -24,6 +24,7 @@ from ckpt.runs.states.status import status_of
 from converters import options
 from converters.errors import CheckpointError
 from converters.options import TP_RULES
+from converters.words import shell_word
 from converters.zero.files.discovery import is_tag_folder
 from converters.zero.native import reshard
 from converters.zero.parallel import engine_cuts
@@ -61,7 +62,7 @@ def refusal(source: ResumePoint, layout: Layout, alternative: str = "") -> Check
         return CheckpointError(
             f"{finding}; only stages 1 to 3 can be resharded: set "
             f"zero_optimization.stage to {saved.stage}, or begin a new training from its "
-            f"weights (ckpt to-fp32 {source.folder})",
+            f"weights (ckpt to-fp32 {shell_word(source.folder)})",
             "unsupported",
         )
 

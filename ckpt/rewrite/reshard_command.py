@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.runs.checkpoint_folder import open_checkpoint
+from converters.words import shell_word
 
 
 def command(
@@ -25,8 +26,8 @@ def command(
         output = _free(output)
 
     return (
-        f"ckpt reshard {folder} --world-size {world_size} --stage {stage}{_options(settings)} "
-        f"-o {output}{overwrite}"
+        f"ckpt reshard {shell_word(folder)} --world-size {world_size} --stage {stage}"
+        f"{_options(settings)} -o {shell_word(output)}{overwrite}"
     )
 
 

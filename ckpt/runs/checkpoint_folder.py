@@ -18,7 +18,7 @@ from ckpt.runs.recognition import is_numbered, is_spare, step_in
 from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.storage import local
-from converters.words import first
+from converters.words import first, shell_word
 from converters.zero.files.discovery import is_tag_folder
 
 WEIGHTS_ONLY = "weights only; training cannot go on from it"
@@ -34,7 +34,8 @@ class RunCheckpoint:
     weights of a full checkpoint), it is still committed. So it is if such files were
     ``changed``, which are those that have another size. ``record`` says what one
     without a manifest was made of, if ckpt made it, and ``conversion`` the same of weights.
-    One that ``is_overwritten`` has the manifest of an earlier save, which counts as none.
+    One that ``is_overwritten`` has the manifest of an earlier save, which counts as none. Of
+    one that ``is_unread`` nothing is known, because its disk fails or nobody may look into it.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class RunCheckpoint:
     changed: tuple[str, ...] = ()
     conversion: WeightsOrigin | None = None
     is_overwritten: bool = False
+    is_unread: bool = False
 
     @property
     def name(self) -> str:
@@ -211,6 +213,12 @@ def open_checkpoint(folder: Path) -> RunCheckpoint:
     return _compared(folder, manifest, pinned)
 
 
+def unread(folder: Path, error: CheckpointError) -> RunCheckpoint:
+    """A checkpoint of which ``require_read`` has raised ``error``: for a list of what is there."""
+    reason = f"cannot be read: {str(error).removeprefix(f'{folder}/')}"
+    return RunCheckpoint(folder, step_in(folder.name), None, reason, False, is_unread=True)
+
+
 def _compared(folder: Path, manifest: Manifest, pinned: bool) -> RunCheckpoint:
     """A checkpoint with a manifest, by the sizes of the files that the manifest lists.
 
@@ -232,7 +240,7 @@ def _compared(folder: Path, manifest: Manifest, pinned: bool) -> RunCheckpoint:
     reason = f"manifest.json lists {first(list(problems.values()))}" if problems else None
     if (later_finding := later_save(folder, manifest)) is not None:
         # nothing that retention may delete: it holds more than the manifest lists
-        reason = f"{later_finding} (ckpt doctor {folder.parent} says what helps)"
+        reason = f"{later_finding} (ckpt doctor {shell_word(folder.parent)} says what helps)"
         is_only_missing = False
 
     return RunCheckpoint(

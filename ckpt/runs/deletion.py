@@ -84,7 +84,8 @@ def is_trash(folder: Path) -> bool:
         return folder.name.endswith(".trash")
     has_manifest = os.path.lexists(folder / filenames.MANIFEST)
 
-    return (folder / DELETED).is_file() and not has_manifest
+    # not Path.is_file, which raises for lost+found, that nobody else may look into
+    return os.path.isfile(folder / DELETED) and not has_manifest
 
 
 def remove(folder: Path) -> None:

@@ -27,6 +27,7 @@ from converters.accessors import is_whole_number
 from converters.errors import CheckpointError
 from converters.storage import bounded_json, stores
 from converters.storage.system import errnos
+from converters.words import shell_word
 
 __all__ = [
     "ABSENT",
@@ -241,7 +242,7 @@ def loads(data: bytes, path: Path) -> Manifest:
 
 def _damaged(path: Path, reason: object) -> CheckpointError:
     return CheckpointError(
-        f"{path} is damaged ({reason}); ckpt doctor {path.parent.parent} --adopt "
+        f"{path} is damaged ({reason}); ckpt doctor {shell_word(path.parent.parent)} --adopt "
         "writes a new one if the checkpoint proves to be whole"
     )
 

@@ -37,6 +37,7 @@ from ckpt.runs.run import (
 )
 from converters.errors import CheckpointError
 from converters.storage import local
+from converters.words import shell_word
 
 __all__ = [
     "DELETED",
@@ -247,7 +248,7 @@ def _require_run(run: Run, committed: Sequence[RunCheckpoint], run_prefix: str |
     run_ids = {manifest.run or "" for manifest in manifests}
     if run_prefix is not None and not any(name.startswith(run_prefix) for name in run_ids):
         raise CheckpointError(
-            f"{run.path} has no checkpoint of run {run_prefix}; ckpt ls {run.path} "
+            f"{run.path} has no checkpoint of run {run_prefix}; ckpt ls {shell_word(run.path)} "
             "--json shows the ids",
             "incomplete",
         )

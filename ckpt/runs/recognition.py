@@ -38,6 +38,19 @@ def step_in(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a path in a run is a folder that may be a checkpoint.
+
+    A link to where nobody may look is none, unless it has the name of one: ``OSError`` then.
+    """
+    try:
+        return path.is_dir()
+    except PermissionError:
+        if is_numbered(path):
+            raise
+        return False
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder counts among the checkpoints of a run, whole or not."""
     if folder.name.startswith("."):

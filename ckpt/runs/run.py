@@ -24,7 +24,7 @@ from ckpt.runs.checkpoint_folder import (
     order,
     require_read,
 )
-from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, step_in
+from ckpt.runs.recognition import is_checkpoint, is_folder, is_numbered, is_run, step_in
 from converters.detect import detect
 from converters.errors import CheckpointError
 from converters.storage import local
@@ -73,7 +73,7 @@ class Run:
         """
         try:
             paths = [Path(entry.path) for entry in os.scandir(self.path)]
-            folders = [path for path in paths if path.is_dir()]  # nor a link in a circle
+            folders = [path for path in paths if is_folder(path)]  # nor a link in a circle
         except (FileNotFoundError, NotADirectoryError) as error:
             raise detect(self.path).unlike("a run of DeepSpeed checkpoints") from error
         except OSError as error:

@@ -22,7 +22,7 @@ from converters.detect.kind import DEEPSPEED
 from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
 from converters.storage.store import is_url
-from converters.words import counted, some, verb
+from converters.words import counted, shell_word, some, verb
 from converters.zero.files.discovery import is_tag_folder
 
 RUN = "a run of DeepSpeed checkpoints"
@@ -79,13 +79,13 @@ def run_at(path: Path, command: str) -> Run:
         finding = checkpoint.manifest and later_save(path, checkpoint.manifest)
         if finding:
             raise CheckpointError(
-                f"{path} is not a run, but a checkpoint: {finding}; ckpt doctor {path.parent} says "
-                "what helps",
+                f"{path} is not a run, but a checkpoint: {finding}; "
+                f"ckpt doctor {shell_word(path.parent)} says what helps",
                 "incomplete",
             )
         raise CheckpointError(
             f"{path} is a checkpoint, not a run; name the folder that it lies in: "
-            f"{f'{command} {path.parent}'.strip()}",
+            f"{f'{command} {shell_word(path.parent)}'.strip()}",
             "incomplete",
         )
     if path.is_dir() and is_tag_folder(path):
@@ -93,7 +93,7 @@ def run_at(path: Path, command: str) -> Run:
         is_below_run = is_numbered(above) or (above / MANIFEST).is_file()
         raise CheckpointError(
             f"{path} is the folder of a tag, not a run; name the run that it lies in: "
-            f"{f'{command} {above.parent if is_below_run else above}'.strip()}",
+            f"{f'{command} {shell_word(above.parent if is_below_run else above)}'.strip()}",
             "incomplete",
         )
 
@@ -205,7 +205,7 @@ def run_instead(path: Path, command: str, alternative: str = "") -> CheckpointEr
     if len(names) <= _MAX_NAMES:
         listing = f"{'the checkpoint' if len(names) == 1 else 'the checkpoints'} {recent}"
 
-    example = f"{command} {path / names[-1]}".strip()
+    example = f"{command} {shell_word(path / names[-1])}".strip()
     choice = f"name it: {example}" if len(names) == 1 else f"name one of them, such as {example}"
     ending = f", or {alternative}" if alternative else ""
 

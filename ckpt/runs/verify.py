@@ -23,7 +23,7 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.recognition import is_spare, is_weights
 from ckpt.runs.run import RunCheckpoint
 from converters.errors import CheckpointError
-from converters.words import counted, some, verb
+from converters.words import counted, shell_word, some, verb
 
 _SLACK = 2.0  # seconds that a clock, or a network, may be off
 
@@ -153,7 +153,7 @@ def _spared_lines(
     what it does not."""
     recordable_names = [name for name in names if _is_recordable(checkpoint, name)]
     other_names = [name for name in names if name not in recordable_names]
-    command = f"ckpt doctor {checkpoint.folder.parent} --fix"
+    command = f"ckpt doctor {shell_word(checkpoint.folder.parent)} --fix"
     lines = []
     if recordable_names:
         are_missing = [differences[name] == MISSING for name in recordable_names]

@@ -17,6 +17,7 @@ from ckpt.runs.pruning import delete
 from ckpt.runs.run import POINTERS, Run, open_checkpoint, order, without_derived
 from ckpt.runs.states.skipped import COMMITTED_ONLY
 from converters.errors import CheckpointError
+from converters.words import shell_word
 
 log = logging.getLogger("ckpt")
 
@@ -68,7 +69,7 @@ def require_whole(path: Path, *, load_foreign: bool, committed_only: bool, says:
         )
 
     if committed_only:
-        remedy = f"ckpt doctor {path} --adopt commits it if it is whole"
+        remedy = f"ckpt doctor {shell_word(path)} --adopt commits it if it is whole"
         raise CheckpointError(
             f"{path} has no manifest.json, and {COMMITTED_ONLY}; {_newest_whole(path)}; {remedy}",
             "refused",

@@ -9,8 +9,10 @@ Sources: DeepSpeed 0.3 to 0.19.8 (``runtime/engine.py``: ``_get_*_ckpt_name``), 
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 
 from converters.lazy_pattern import LazyPattern
+from converters.words import shell_word
 
 # DeepSpeed. Up to 0.3.13 no underscore stood before optim_states; the fast writer appends
 # -RANK.COUNT.
@@ -86,6 +88,7 @@ MANIFEST = "manifest.json"  # the commit record of a checkpoint, written last
 
 ARCHIVE = LazyPattern(r".*\.(tar|tar\.\w+|tgz|tbz2?|txz|zip|7z|rar|gz|bz2|xz|zst)", re.I)
 _TAR = LazyPattern(r".*\.(tar|tar\.\w+|tgz|tbz2?|txz)", re.I)
+_TARGETS = {"tar xf": "-C ", "unzip": "-d "}  # the others write beside the file
 _UNPACKERS = {
     "zip": "unzip",
     "7z": "7z x",
@@ -104,8 +107,19 @@ REPOSITORY = LazyPattern(
 )
 
 
-def unpacking(name: str) -> str:
-    """What to do with an archive of this name, with the command: "unpack it first (tar xf X)"."""
-    suffix = name.rpartition(".")[2].lower()
-    unpacker = "tar xf" if _TAR.fullmatch(name) else _UNPACKERS.get(suffix)
-    return f"unpack it first ({unpacker} {name})" if unpacker else "unpack it first"
+def unpacking(path: PurePath) -> str:
+    """What to do with an archive at this path, with the command: "unpack it first (tar xf X)".
+
+    The command works from where the user stands, and unpacks beside the archive.
+    """
+    suffix = path.name.rpartition(".")[2].lower()
+    unpacker = "tar xf" if _TAR.fullmatch(path.name) else _UNPACKERS.get(suffix)
+    return f"unpack it first ({unpacked_by(unpacker, path)})" if unpacker else "unpack it first"
+
+
+def unpacked_by(unpacker: str, path: PurePath) -> str:
+    """The command with which an archive is unpacked beside itself."""
+    command = f"{unpacker} {shell_word(path)}"
+    target = _TARGETS.get(unpacker, "")
+    is_here = not target or path.parent == PurePath()
+    return command if is_here else f"{command} {target}{shell_word(path.parent)}"

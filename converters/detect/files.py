@@ -35,9 +35,9 @@ def compressed(look: Look) -> str | None:
     if not (is_compressed or is_tar or is_rar or is_zip or is_named):
         return None
     if is_named or not (is_tar or is_zip):
-        return f"is an archive: {filenames.unpacking(look.path.name)}"
+        return f"is an archive: {filenames.unpacking(look.path)}"
     command = "tar xf" if is_tar else "unzip"
-    return f"is an archive: unpack it first ({command} {look.path.name})"
+    return f"is an archive: unpack it first ({filenames.unpacked_by(command, look.path)})"
 
 
 def pointer_file(look: Look) -> str | None:

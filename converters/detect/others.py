@@ -41,7 +41,7 @@ def unfinished(look: Look) -> str | None:
 def archives(look: Look) -> str | None:
     """A folder with an archive in it, and nothing known beside it; how it is unpacked."""
     name = look.match(filenames.ARCHIVE)
-    return f"{name} in it is an archive: {filenames.unpacking(name)}" if name else None
+    return f"{name} in it is an archive: {filenames.unpacking(look.path / name)}" if name else None
 
 
 def empty(look: Look) -> str | None:

@@ -91,7 +91,7 @@ def trainer(look: Look) -> str | None:
 
 
 def gathered(look: Look) -> str | None:
-    """16-bit weights that a training gathered, without the states that they are of."""
+    """Weights that a training saved or gathered, without the states that they are of."""
     is_trained = look.has([filenames.TRAINER_STATE, filenames.SCRIPT])
     return _model(look) if is_trained else None
 
@@ -215,7 +215,7 @@ KINDS = (
     ),
     Kind(
         name="gathered-16bit",
-        title="16-bit weights that a training gathered",
+        title="weights that a training saved",
         recognized_by="weights of a model beside `trainer_state.json` or `zero_to_fp32.py`",
         sign=gathered,
         reader=_READER,

@@ -104,6 +104,9 @@ def canonical(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
             "refused",
         )
 
+    if isinstance(name, bytes) or isinstance(os.fspath(name), bytes):
+        return canonical(os.fsdecode(name))  # as os.fsencode and os.listdir(b".") give them
+
     scheme = scheme_of(name)
     if not scheme:
         return name

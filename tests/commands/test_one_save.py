@@ -19,6 +19,7 @@ from ckpt.runs.foreign import liveness
 from ckpt.runs.states import listing
 from ckpt.runs.states.status import CheckpointStatus, statuses_of
 from converters.errors import CheckpointError
+from converters.storage import local
 
 SAVED = 1e9  # seconds since 1970
 LATER = SAVED + 7200
@@ -151,3 +152,17 @@ def test_one_save_is_said_of_one_checkpoint(
     assert "is a run, not a checkpoint" in capsys.readouterr().err
     run("doctor", tmp_path, "--one-save", "--fix", code=2)
     assert "a step of its own" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_where_no_manifest_could_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock(tmp_path, 2)
+    command = ("doctor", tmp_path, "--adopt", "--now", "--dry-run")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_, **__: False)
+        run(*command, code=1)
+    assert "gets no manifest.json: the folder may not be written to" in capsys.readouterr().out
+    monkeypatch.setattr(local, "free_space", lambda _: 0)
+    run(*command, code=1)
+    assert "gets no manifest.json: no space is left on its disk" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from closed_paths import close
 from oracles import FIXTURES, ROOT, run
 from run_folders import real, small
 from safetensors.torch import save_file
@@ -533,3 +534,63 @@ def test_weights_that_no_resume_reads_are_named_with_the_remedy(
     weights.unlink()
     assert ckpt.find(tmp_path) == str(folder)
     run("doctor", tmp_path, "--adopt")
+
+
+def test_a_closed_folder_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As lost+found at the root of a volume: no list, repair or retention stops at it."""
+    for step in (2, 4):
+        small(tmp_path, step)
+    (tmp_path / "lost+found").mkdir()
+    close(monkeypatch, tmp_path / "lost+found")
+
+    for arguments, code in (
+        (("ls", tmp_path), 0),
+        (("doctor", tmp_path, "--fix"), 0),
+        (("prune", tmp_path, "--keep-last", "1"), 0),
+    ):
+        capsys.readouterr()
+        run(*arguments, code=code)
+        assert "passed over what cannot be read: lost+found" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize("name", ["", "rng_state_1.pth"])
+def test_a_checkpoint_that_cannot_be_read_is_one_row(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: Callable[..., Any]
+) -> None:
+    """The others are listed as ever, and nothing is decided that it could change."""
+    trainers(tmp_path / "checkpoint-2", 2)
+    trainers(tmp_path / "checkpoint-4", 4)
+    close(monkeypatch, tmp_path / "checkpoint-2" / name)
+
+    rows = printed("ls", tmp_path)["checkpoints"]
+    assert [row["state"] for row in rows] == ["incomplete", "complete"]
+    assert rows[0]["reason"].startswith("cannot be read: ")
+    verdicts = printed("verify", tmp_path, code=1)["checkpoints"]
+    assert [verdict["whole"] for verdict in verdicts] == [False, True]
+    findings = printed("doctor", tmp_path, "--fix", code=1)["findings"]
+    assert [(entry["remedy"], entry["mended"]) for entry in findings] == [(None, False)]
+
+
+def test_a_trainers_rank_0_alone_is_not_all_ranks(
+    tmp_path: Path, printed: Callable[..., Any]
+) -> None:
+    """A training of one rank writes rng_state.pth."""
+    (trainers(tmp_path / "checkpoint-2", 2) / "rng_state_1.pth").unlink()
+    trainers(tmp_path / "checkpoint-4", 4, ranks=1)
+    rows = printed("ls", tmp_path)["checkpoints"]
+    assert "none of rank 1 (rng_state_1.pth)" in rows[0]["reason"]
+    assert rows[1]["state"] == "complete"
+
+
+def test_a_sample_is_a_part_of_the_bytes(tmp_path: Path) -> None:
+    """Among many small records and a few large ones these are drawn, too."""
+    sizes = [1] * 1000 + [1000] * 20
+    checkables = [checksums.Checkable(tmp_path, str(n), size) for n, size in enumerate(sizes)]
+    plan = checksums.ChecksumPlan(tuple(checkables), total=len(checkables))
+    for seed in range(20):
+        sample = plan.sample(5, seed)
+        assert plan.nbytes * 0.05 <= sample.nbytes < plan.nbytes * 0.05 + 1000
+        assert sample == plan.sample(5, seed)

@@ -98,9 +98,9 @@ def test_nothing_outside_the_allow_list_is_ever_sent(
     for trap in TRAPS:
         (folder / trap).parent.mkdir(exist_ok=True)
         (folder / trap).write_text("{}")
-    (folder.parent / "outside.json").write_text("{}")
-    (folder / "merges.txt").symlink_to("../outside.json")
-    (folder / "vocab.json").symlink_to("/etc/passwd")
+    (folder.parent / "outside.md").write_text("{}")
+    (folder / "LICENSE.md").symlink_to("../outside.md")
+    (folder / "LICENSE").symlink_to("/etc/passwd")
     (folder / "added_tokens.json").symlink_to("nowhere")
     os.mkfifo(folder / "special_tokens_map.json")
     if committed:  # what the manifest lists is no reason to publish it
@@ -108,12 +108,53 @@ def test_nothing_outside_the_allow_list_is_ever_sent(
     found = sent(checkpoint)
     assert names(found) == MODEL | TOKENIZER
     told = dict(found.left_out)
-    assert told["merges.txt"] == told["vocab.json"] == "a link that leaves the folder"
+    assert told["LICENSE.md"] == told["LICENSE"] == "a link that leaves the folder"
     assert told["added_tokens.json"] == "a link that leads nowhere"
     for name in ("training_args.bin", "scheduler.pt", "rng_state_0.pth", "global_step2", "latest"):
         assert told[name]
     there = {path.name for path in folder.iterdir()}
     assert there == set(told) | names(found) - {"README.md"}  # nothing is passed over in silence
+
+
+@pytest.mark.parametrize("committed", [True, False])
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "vocab.json"])
+def test_nothing_is_sent_where_the_reader_needs_what_a_link_out_of_the_folder_leads_to(
+    name: str, committed: bool, checkpoint: RunCheckpoint, tmp_path: Path
+) -> None:
+    path = checkpoint.folder / name
+    path.unlink(missing_ok=True)
+    (tmp_path / "outside").write_text("{}")
+    path.symlink_to(tmp_path / "outside")
+    if not committed:
+        (checkpoint.folder / "manifest.json").unlink()
+        checkpoint = open_checkpoint(checkpoint.folder)
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be sent: a link .* cp -rL .*-copy"):
+        sent(checkpoint)
+
+
+def test_a_snapshot_of_the_hubs_cache_is_sent_by_its_links(
+    checkpoint: RunCheckpoint, tmp_path: Path
+) -> None:
+    """They lead to blobs of their own repository; to those of another one is out of the folder."""
+    repository = tmp_path / "models--org--name"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    names_sent = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    for name in names_sent:
+        (repository / "blobs" / f"hash-{name}").write_bytes((checkpoint.folder / name).read_bytes())
+        (snapshot / name).symlink_to(f"../../blobs/hash-{name}")
+    assert {*names_sent} <= names(sent(open_checkpoint(snapshot), dtype="keep"))
+
+    other = tmp_path / "models--org--other" / "blobs"
+    (repository / "blobs").rename(tmp_path / "blobs")
+    other.parent.mkdir()
+    (tmp_path / "blobs").rename(other)
+    for name in names_sent:
+        (snapshot / name).unlink()
+        (snapshot / name).symlink_to(other / f"hash-{name}")
+    with pytest.raises(CheckpointError, match="a link that leaves the folder"):
+        sent(open_checkpoint(snapshot), dtype="keep")
 
 
 def test_the_weights_are_those_of_the_states_and_the_config_says_their_type(

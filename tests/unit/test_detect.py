@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from oracles import FIXTURES, ROOT, run
 import ckpt
 from ckpt.distributed.ranks import RankGroup
 from converters import options as options_in_messages
-from converters.detect import detect, sharded
+from converters.detect import detect, filenames, sharded
 from converters.detect.detection import reader
 from converters.detect.kinds import BY_NAME, KINDS
 from converters.errors import CheckpointError
@@ -321,3 +321,13 @@ def test_a_program_of_torch_is_called_so(tmp_path: Path) -> None:
     torch.jit.save(program, tmp_path / "program.pt")
     with pytest.raises(CheckpointError, match=r"is a program of TorchScript, .*torch.jit.load"):
         ckpt.open(tmp_path / "program.pt")
+
+
+def test_an_archive_is_unpacked_from_where_the_user_stands() -> None:
+    for path, command in (
+        ("c.tgz", "tar xf c.tgz"),
+        ("my run/c.tgz", "tar xf 'my run/c.tgz' -C 'my run'"),
+        ("run/c.zip", "unzip run/c.zip -d run"),
+        ("run/c.gz", "gunzip -k run/c.gz"),
+    ):
+        assert filenames.unpacking(PurePath(path)) == f"unpack it first ({command})"

@@ -61,7 +61,11 @@ def unknown_command(word: str, short_helps: Mapping[str, str]) -> str:
         return f"{line}. Use {_described(_MEANINGS.get(key, key), short_helps)}"
 
     if "/" in word or os.sep in word or os.path.exists(word):
-        return f"{word} is a path, not a command; name a command first: ckpt show {word}"
+        from converters.words import shell_word
+
+        return (
+            f"{word} is a path, not a command; name a command first: ckpt show {shell_word(word)}"
+        )
 
     matches = difflib.get_close_matches(key, [*short_helps, *_MEANINGS], cutoff=0.7)
     commands = list(dict.fromkeys(_MEANINGS.get(match, match) for match in matches))

@@ -3,13 +3,16 @@
 Beside the weights these are the files of ``model_folder.companion_files``, as ``ckpt
 to-fp32`` copies them (generation config, tokenizer, processor, the code that an
 ``auto_map`` names), the model card and the license. Links out of the folder, pickles
-and names unfit for the Hub stay here.
+and names unfit for the Hub stay here; where a link leads to what the model's reader needs,
+nothing is sent at all. Links of a snapshot in the Hub's cache are followed: they lead to the
+blobs of its own repository (huggingface_hub 1.5 ``file_download.py``: ``snapshots/REVISION/NAME``
+is a link to ``../../blobs/HASH``).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,10 @@ from typing import Any
 from ckpt.hub.content.items import unfit
 from ckpt.weights.companions import model_code, model_folder, run_folder
 from converters.errors import CheckpointError, unreadable
+from converters.words import shell_word
 
 CARD = "README.md"
+LEAVES = "a link that leaves the folder"
 _ALSO = (CARD, "LICENSE", "LICENSE.txt", "LICENSE.md")
 _SUFFIXES = (
     *(".json", ".jinja", ".md", ".model", ".py", ".spm", ".tiktoken", ".txt", ".bpe"),
@@ -109,10 +114,11 @@ def of_conversion(
     ]
 
     for file_name, path in companions.items():
+        companion_home = path.parents[file_name.count("/")]
         if file_name in local_names or file_name in own_names:
+            require_sendable(companion_home, {file_name} - own_names)
             continue
 
-        companion_home = path.parents[file_name.count("/")]
         if (reason := _unsendable(companion_home, file_name)) is not None:
             raise CheckpointError(f"{path} cannot be sent: {reason}", "refused")
 
@@ -126,12 +132,24 @@ def of_conversion(
     )
 
 
+def of_stored(root: Path, own_names: frozenset[str]) -> Allowed:
+    """What goes with weights that are sent as they lie in ``root``; as ``allowed``.
+
+    With the tokenizer of its run, if it has none. ``CheckpointError`` for a link out of the
+    folder to what the model's reader needs.
+    """
+    allowed_files = allowed(root, own_names)
+    require_sendable(root, sorted({*model_folder.companion_files(root).files} - own_names))
+    return with_tokenizer_of_run(allowed_files, root)
+
+
 def with_tokenizer_of_run(allowed_files: Allowed, root: Path) -> Allowed:
     """The same with the tokenizer of the run that ``root`` is a checkpoint of, if it has none."""
     readers = run_folder.readers(root)
     if not readers or model_folder.companion_files(root, _sendable(root)).readers:
         return allowed_files
 
+    require_sendable(root.resolve().parent, readers)
     reasons = {
         name: _unsendable(path.parents[name.count("/")], name) for name, path in readers.items()
     }
@@ -166,14 +184,47 @@ def refusal(root: Path, file_name: str) -> str | None:
         return "it is missing"
 
     try:
-        is_inside = file_path.resolve(strict=True).is_relative_to(root.resolve())
+        target = file_path.resolve(strict=True)
     except (OSError, RuntimeError):
         return "a link that leads nowhere"
 
-    if not is_inside:
-        return "a link that leaves the folder"
+    if not any(map(target.is_relative_to, _homes(root.resolve()))):
+        return LEAVES
 
     return None if file_path.is_file() else "no plain file"
+
+
+def _homes(root: Path) -> Iterator[Path]:
+    """Where files of a folder may lie: in itself and, of a snapshot in the Hub's cache, among
+    the blobs of its own repository."""
+    yield root
+    for place in (root, *root.parents):
+        repository = place.parent.parent
+        if place.parent.name == "snapshots" and repository.name.startswith("models--"):
+            yield repository / "blobs"
+
+
+def require_sendable(root: Path, file_names: Iterable[str]) -> None:
+    """``CheckpointError`` for files that the model's reader needs, and that links out of the
+    folder lead to: a model without its tokenizer is not what anybody meant to publish."""
+    for file_name in file_names:
+        # of code that stays here a warning is given
+        if not file_name.endswith(".py") and refusal(root, file_name) == LEAVES:
+            raise unsendable(root, file_name, LEAVES)
+
+
+def unsendable(root: Path, file_name: str, reason: str) -> CheckpointError:
+    """That a file which has to be sent may not be, and what helps."""
+    remedy = ""
+    if reason == LEAVES:
+        copy = root.with_name(f"{root.name}-copy")
+        remedy = (
+            f"; cp -rL {shell_word(root)} {shell_word(copy)} makes a folder without links to push"
+        )
+    return CheckpointError(
+        f"{root / file_name} cannot be sent: {reason}; nothing is sent without it{remedy}",
+        "refused",
+    )
 
 
 def _reason_left_out(root: Path, name: str) -> str:

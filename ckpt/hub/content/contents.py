@@ -26,6 +26,7 @@ from ckpt.runs.run import RunCheckpoint
 from ckpt.weights.request import Request
 from converters.errors import CheckpointError
 from converters.options import INCLUDE_TRAINING_STATE
+from converters.words import shell_word
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -100,7 +101,7 @@ def _training_state(checkpoint: RunCheckpoint) -> Contents:
         raise CheckpointError(
             f"{checkpoint_folder} {reason}; {INCLUDE_TRAINING_STATE} sends committed "
             "checkpoints that a training can go on from, see ckpt ls "
-            f"{checkpoint_folder.parent} and ckpt doctor {checkpoint_folder.parent} "
+            f"{checkpoint_folder.parent} and ckpt doctor {shell_word(checkpoint_folder.parent)} "
             "--adopt",
             "refused",
         )

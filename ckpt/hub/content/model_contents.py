@@ -13,7 +13,7 @@ from ckpt.hub.content.allow_list import (
     Allowed,
     allowed,
     of_conversion,
-    with_tokenizer_of_run,
+    of_stored,
 )
 from ckpt.hub.content.items import Contents, Item
 from ckpt.hub.content.publishable import (
@@ -44,6 +44,7 @@ from converters.formats import safetensors
 from converters.options import DTYPE
 from converters.storage import bounded_json
 from converters.tensors import DType, TensorRef, Weights
+from converters.words import shell_word
 from converters.zero.files import discovery
 from converters.zero.universal import reader as universal
 
@@ -131,7 +132,7 @@ def _tag_of_one_engine(checkpoint: RunCheckpoint) -> str | None:
     if engine_names:
         raise CheckpointError(
             f"{checkpoint.folder} has the engines {', '.join(engine_names)}: push the "
-            f"folder of one, ckpt push {checkpoint.folder / engine_names[0]} "
+            f"folder of one, ckpt push {shell_word(checkpoint.folder / engine_names[0])} "
             "--uncommitted",
             "unsupported",
         )
@@ -209,7 +210,7 @@ def _stored(checkpoint: RunCheckpoint, dtype: str | None, request: Request | Non
     items += _config_items(checkpoint, is_untied)
     if not is_adapter and not module_names and not os.path.lexists(root / "config.json"):
         warnings.append(f"{root} has no config.json, so from_pretrained will not load it")
-    allowed_files = with_tokenizer_of_run(allowed(root, frozenset(i.name for i in items)), root)
+    allowed_files = of_stored(root, frozenset(item.name for item in items))
     items += _companion_items(checkpoint, allowed_files)
     facts = {"kind": "adapter" if is_adapter else "weights"} | known.of_model(checkpoint, root)
     facts |= {

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ckpt.folders import filenames
-from ckpt.hub.content.allow_list import refusal
+from ckpt.hub.content.allow_list import refusal, unsendable
 from ckpt.hub.content.items import Item
 from ckpt.runs.run import RunCheckpoint
 from ckpt.weights.check import stored
@@ -179,9 +179,6 @@ def listed_item(
         reason = reason or "the manifest does not list it, so it was not committed"
 
     if reason is not None:
-        raise CheckpointError(
-            f"{checkpoint.folder / file_name} cannot be sent: {reason}; nothing is sent without it",
-            "refused",
-        )
+        raise unsendable(checkpoint.folder, file_name, reason)
 
     return Item(file_name, checkpoint.folder / file_name, manifest_files.get(file_name))

@@ -43,7 +43,6 @@ from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.discovery import is_tag_folder
 
 STATE = filenames.TRAINER_STATE
-RNG = r"rng_state_(\d+)\.pth"
 RANDOM = filenames.RANDOM_STATES.pattern
 _LIGHTNING = "pytorch-lightning_version"
 _UNIVERSAL = "it is a universal checkpoint: ckpt from-universal makes native files of it"
@@ -225,12 +224,7 @@ def _of_trainer(folder: Path, entry_names: set[str]) -> Proof:
 
     state = trainer_state(folder)
     step, history = int(state["global_step"]), history_of(folder)
-    rng_ranks = intact_files.require_all_ranks(
-        folder,
-        [folder / name for name in entry_names],
-        RNG,
-    )
-    rng_ranks = rng_ranks or int("rng_state.pth" in entry_names)
+    rng_ranks = intact_files.require_rng_ranks(folder, entry_names)
     intact_files.require_files(folder, filterfalse(_is_tools_own, entry_names), has_tag(folder))
 
     if has_tag(folder):

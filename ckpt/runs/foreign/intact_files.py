@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from converters.storage import bounded_json, open_files
 from converters.torch_files import reader, zip_directory
 from converters.words import counted
 
+RNG = r"rng_state_(\d+)\.pth"
 WEIGHTS = ("model", "pytorch_model", "adapter_model")
 WEIGHTS_NAMES = frozenset(
     f"{stem}{end}{index}"
@@ -165,6 +166,23 @@ def require_all_ranks(folder: Path, paths: Iterable[Path], name_pattern: str) ->
         )
 
     return len(rank_numbers)
+
+
+def require_rng_ranks(folder: Path, entry_names: Collection[str]) -> int:
+    """How many ranks the Trainer's random states are of; 0 without any.
+
+    It numbers the file of a rank only where there are several (transformers 5.23 ``trainer.py``:
+    ``_save_rng_state``), so that one of rank 0 alone lacks the others.
+    """
+    rank_count = require_all_ranks(folder, [folder / name for name in entry_names], RNG)
+    if rank_count == 1:
+        raise CheckpointError(
+            f"{folder} has the random states of rank 0 (rng_state_0.pth), but none of rank 1 "
+            "(rng_state_1.pth): a training of one rank writes rng_state.pth",
+            "incomplete",
+        )
+
+    return rank_count or int("rng_state.pth" in entry_names)
 
 
 def _example(name_pattern: str, rank: int) -> str:

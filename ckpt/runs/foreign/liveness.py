@@ -17,6 +17,7 @@ from ckpt.runs.deletion import is_trash
 from ckpt.runs.foreign.completeness import prove
 from ckpt.runs.foreign.proofs import Proof
 from converters.errors import CheckpointError
+from converters.words import shell_word
 
 RECENT = 60.0  # seconds since the last change, after which no second look is taken
 PAUSE = 1.5  # seconds between the two looks
@@ -93,7 +94,7 @@ def require_not_deleted(path: Path) -> None:
     if is_trash(path):
         raise CheckpointError(
             f"{path} is being deleted, or its deletion was interrupted; ckpt prune or ckpt doctor "
-            f"{path.parent} --fix removes it",
+            f"{shell_word(path.parent)} --fix removes it",
             "incomplete",
         )
 

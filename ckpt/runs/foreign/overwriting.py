@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from converters import detect
 from converters.errors import CheckpointError, unreadable
+from converters.words import shell_word
 from converters.zero.files.discovery import is_tag_folder
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def require_one_save(path: Path, tag: str | None = None) -> None:
         raise CheckpointError(
             f"{path} may be of two saves: {time_doubt.sentence}, which is written last, and there "
             "are no values to compare; if it was only copied or downloaded later, ckpt doctor "
-            f"{path} --one-save says so; or else move {path} away",
+            f"{shell_word(path)} --one-save says so; or else move {path} away",
             "incomplete",
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ckpt.runs.run import is_checkpoint
+from ckpt.runs.recognition import is_checkpoint, is_folder
 from converters import detect
 from converters.detect.filenames import TRAINER_STATE
 from converters.errors import CheckpointError
@@ -42,6 +42,25 @@ def has_signs(path: Path) -> bool:
     )
 
 
+def closed_folders(run_folder: Path) -> list[Path]:
+    """The folders of a run that nobody may look into and that are not called as a checkpoint.
+
+    Such as lost+found at the root of a volume: no command takes one for a checkpoint.
+    """
+    return [
+        path
+        for path in sorted(Path(entry.path) for entry in os.scandir(run_folder))
+        if not path.name.startswith(".") and not is_name(path.name) and _is_closed(path)
+    ]
+
+
+def _is_closed(path: Path) -> bool:
+    try:
+        return path.is_dir() and not os.access(path, os.R_OK | os.X_OK)
+    except OSError:
+        return True
+
+
 def candidates(run_folder: Path) -> list[Path]:
     """All in a run's folder that is a checkpoint, whole or not, or may be one, whoever wrote it."""
     try:
@@ -58,14 +77,16 @@ def candidates(run_folder: Path) -> list[Path]:
         candidate = Path(entry.path)
         if entry.name.startswith("."):
             continue
-        if not candidate.is_dir():
+        if not is_folder(candidate):
             candidate_paths += [candidate] if candidate.suffix == ".ckpt" else []
             continue
 
         try:
             has_state_files = (candidate / TRAINER_STATE).exists() or has_signs(candidate)
         except OSError:  # lost+found, or what was deleted meanwhile
-            continue
+            if not is_usual(entry.name):
+                continue
+            has_state_files = False
 
         if (
             has_state_files

@@ -22,6 +22,7 @@ from converters.storage.checksums import Ledger
 from converters.storage.store import is_url
 from converters.tensors import DType, TensorRef, Weights
 from converters.tiles import Tiled
+from converters.words import shell_word
 from converters.zero import weights_16bit
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.discovery import is_tag_folder
@@ -122,8 +123,8 @@ def remedy_of(source: Source, path: Path) -> str:
     has_own_folder = signs.is_name(path.name) and not is_tag_folder(path)
     if has_own_folder and isinstance(source, Checkpoint):
         way = (
-            f", or, if you changed the weights yourself, ckpt doctor {path} --adopt --one-save "
-            "commits it as it is"
+            f", or, if you changed the weights yourself, ckpt doctor {shell_word(path)} --adopt "
+            "--one-save commits it as it is"
         )
     return f"{why}; bring back the files of one save{way}"
 

@@ -81,9 +81,20 @@ class ChecksumPlan:
         return sum(entry.nbytes for entry in self.bare)
 
     def sample(self, percent: float, seed: int) -> ChecksumPlan:
-        """As many of the records and files, one at least; the same ones for the same seed."""
-        number = math.ceil(len(self.checkables) * percent / 100)
-        indices = sorted(Random(seed).sample(range(len(self.checkables)), number))
+        """Records and files with this part of the bytes, one at least; the same for the same seed.
+
+        They are drawn in any order until they have so many bytes: by their number a few large
+        ones, which have nearly all bytes, would hardly ever be among them.
+        """
+        wanted_bytes = math.ceil(self.nbytes * percent / 100)
+        indices: list[int] = []
+        nbytes = 0
+        for index in Random(seed).sample(range(len(self.checkables)), len(self.checkables)):
+            if indices and nbytes >= wanted_bytes:
+                break
+            indices.append(index)
+            nbytes += self.checkables[index].nbytes
+        indices.sort()
 
         return replace(self, checkables=tuple(self.checkables[index] for index in indices))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt.folders.filenames import MANIFEST
 from ckpt.runs import manifest as manifests
 from ckpt.runs import user_paths
-from ckpt.runs.checkpoint_folder import RunCheckpoint, open_checkpoint
+from ckpt.runs.checkpoint_folder import RunCheckpoint, open_checkpoint, unread
 from ckpt.runs.conversions import conversion_in
 from ckpt.runs.foreign import signs
 from ckpt.runs.recognition import is_checkpoint, is_numbered, is_run, step_in
@@ -22,7 +22,7 @@ from ckpt.runs.run import Run
 from converters.detect import detect
 from converters.detect.deepspeed import UNIVERSAL
 from converters.errors import CheckpointError
-from converters.words import some
+from converters.words import shell_word, some
 from converters.zero.files.discovery import is_tag_folder
 
 if TYPE_CHECKING:
@@ -36,18 +36,22 @@ def candidate(path: Path) -> RunCheckpoint:
     return open_checkpoint(path)
 
 
-def checkpoints_in(run_folder: Path) -> list[RunCheckpoint]:
+def checkpoints_in(run_folder: Path, keeps_unread: bool = False) -> list[RunCheckpoint]:
     """All in a run's folder that is a checkpoint, whole or not, or may be one, in any order.
 
-    ``CheckpointError`` without such a folder.
+    ``CheckpointError`` without such a folder, and where the disk fails. With ``keeps_unread``,
+    which is for lists and not for whoever decides by them, that is said of the one checkpoint.
     """
     checkpoints = []
     for path in signs.candidates(run_folder):
         try:
             checkpoints.append(candidate(path))
-        except CheckpointError:
-            if path.exists():  # or else it was deleted while we looked
+        except CheckpointError as error:
+            if not path.exists():
+                continue  # it was deleted while we looked
+            if not keeps_unread:
                 raise
+            checkpoints.append(unread(path, error))
 
     return checkpoints
 
@@ -61,7 +65,7 @@ def checkpoints_at(path: Path, weights: str = "") -> list[RunCheckpoint]:
     if is_single(path):
         return [candidate(path)]
 
-    checkpoints = checkpoints_in(path) if path.is_dir() else []
+    checkpoints = checkpoints_in(path, keeps_unread=True) if path.is_dir() else []
     if not checkpoints:
         require_named(path)
 
@@ -84,7 +88,21 @@ def models_beside(path: Path, checkpoints: Sequence[RunCheckpoint]) -> list[RunC
         for folder in sorted(path.iterdir())
         if not folder.name.startswith(".") and folder not in known_folders and folder.is_dir()
     ]
-    return [candidate(folder) for folder in folders if conversion_in(folder) is not None]
+    return [candidate(folder) for folder in folders if _has_conversion(folder)]
+
+
+def _has_conversion(folder: Path) -> bool:
+    try:
+        return conversion_in(folder) is not None
+    except CheckpointError:  # lost+found, or a failing disk: nothing that this list needs
+        return False
+
+
+def closed_lines(path: Path) -> list[str]:
+    """A line on what was passed over in a run because nobody may look into it."""
+    folders = signs.closed_folders(path) if path.is_dir() and not is_single(path) else []
+    names = some(folder.name for folder in folders)
+    return [f"{path}: passed over what cannot be read: {names}"] if folders else []
 
 
 def checkpoint_at(path: Path, command: str) -> RunCheckpoint:
@@ -107,7 +125,9 @@ def run_at(path: Path, command: str) -> Run:
     if path.is_dir() and not is_single(path) and signs.candidates(path):
         return Run(path)
     if path.is_dir() and signs.has_signs(path) and not is_run(path):
-        remedy = f"name the folder that it lies in: {f'{command} {path.parent}'.strip()}"
+        remedy = (
+            f"name the folder that it lies in: {f'{command} {shell_word(path.parent)}'.strip()}"
+        )
         raise detect(path).unlike("a run", remedy)
 
     require_named(path)
@@ -180,7 +200,7 @@ def adoption_command(folder: Path) -> str:
     One that a loop saved into a folder of its own looks like a save_dir, unless the run
     is named.
     """
-    return f"ckpt doctor {folder if is_single(folder) else folder.parent} --adopt"
+    return f"ckpt doctor {shell_word(folder if is_single(folder) else folder.parent)} --adopt"
 
 
 def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:

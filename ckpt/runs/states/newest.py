@@ -21,7 +21,7 @@ from converters.errors import CheckpointError
 from converters.options import LAST, TAG
 from converters.storage.store import Name, is_url, local_path
 from converters.storage.stores import source_path
-from converters.words import more
+from converters.words import more, shell_word
 from converters.zero.files import several_models
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def newest_at(path: Path, command: str, full: bool = True, beside: Collection[So
     shown_reasons = "; ".join(reasons[:_MAX_REASONS]) + more(len(reasons) - _MAX_REASONS)
     raise CheckpointError(
         f"{run.path} holds no checkpoint that is committed or complete ({shown_reasons}); see "
-        f"ckpt ls {run.path}",
+        f"ckpt ls {shell_word(run.path)}",
         "incomplete",
     )
 

@@ -16,7 +16,7 @@ from typing import Literal
 from ckpt.runs.foreign.completeness import has_tag
 from ckpt.runs.states import save_dirs
 from converters.errors import CheckpointError
-from converters.words import first, more
+from converters.words import first, more, shell_word
 
 Sort = Literal["weights", "slimmed", "universal", "lost", "apart"]
 COMMITTED_ONLY = "committed_only=True takes only committed checkpoints"
@@ -49,7 +49,7 @@ def lost_work(run: Path, skipped: Sequence[SkippedCandidate]) -> CheckpointError
         return None
 
     if all(entry.why == UNCOMMITTED for entry in lost):
-        way = f"ckpt doctor {run} --adopt commits the complete ones of DeepSpeed, or "
+        way = f"ckpt doctor {shell_word(run)} --adopt commits the complete ones of DeepSpeed, or "
         if not any(_may_be_committed(entry.path) for entry in lost):
             way = ""
         return CheckpointError(
@@ -77,8 +77,9 @@ def lost_work(run: Path, skipped: Sequence[SkippedCandidate]) -> CheckpointError
     summary = "; ".join(f"{entry.path}: {entry.why}" for entry in lost[:_MAX_SHOWN])
     return CheckpointError(
         f"{run} has checkpoints, but none that can be resumed from "
-        f"({summary}{more(len(lost) - _MAX_SHOWN)}); bring back what is missing (ckpt doctor {run} "
-        "helps), or move the checkpoints away to begin a new training",
+        f"({summary}{more(len(lost) - _MAX_SHOWN)}); bring back what is missing "
+        f"(ckpt doctor {shell_word(run)} helps), or move the checkpoints away to begin a new "
+        "training",
         "incomplete",
     )
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ckpt.folders.filenames import PINNED
 from ckpt.runs import manifest as manifests
-from ckpt.runs.checkpoint_folder import RunCheckpoint, require_read
+from ckpt.runs.checkpoint_folder import RunCheckpoint, require_read, unread
 from ckpt.runs.digests import Progress, quiet
 from ckpt.runs.foreign import liveness, signs
 from ckpt.runs.foreign.completeness import has_tag, prove
@@ -29,7 +29,7 @@ from ckpt.runs.states import save_dirs
 from converters.detect import detect
 from converters.detect.kinds import BY_NAME
 from converters.errors import CheckpointError
-from converters.words import counted, some, verb
+from converters.words import counted, shell_word, some, verb
 
 MODEL_ONLY = "complete, model only, cannot be resumed"
 OF_EARLIER_SAVE = "its manifest.json is of an earlier save"
@@ -148,6 +148,12 @@ class CheckpointStatus:
         return MODEL_ONLY if self.tier == "weights" else "complete, not committed"
 
     @property
+    def kind_name(self) -> str:
+        """The kind of what lies there, as ``detect`` has it; of what cannot be read unknown."""
+        folder = self.checkpoint.folder
+        return "unknown" if self.checkpoint.is_unread else detect(folder).kind.name
+
+    @property
     def description(self) -> str:
         """What it is without a manifest, as a line; empty for a committed one.
 
@@ -160,8 +166,7 @@ class CheckpointStatus:
             remark = f"; {OF_EARLIER_SAVE}" if self.checkpoint.is_overwritten else ""
             return f"{self.finding}{writer}{remark}"
 
-        kind_name = detect(self.checkpoint.folder).kind.name
-        return f"{prefix(kind_name, str(self.reason))}{self.state.value}: {self.reason}"
+        return f"{prefix(self.kind_name, str(self.reason))}{self.state.value}: {self.reason}"
 
 
 def prefix(kind_name: str, reason: str) -> str:
@@ -183,6 +188,7 @@ def statuses_of(
     wait: bool = True,
     progress: Progress = quiet,
     is_one_save: bool = False,
+    keeps_unread: bool = False,
 ) -> list[CheckpointStatus]:
     """The states of checkpoints, in their order.
 
@@ -191,14 +197,21 @@ def statuses_of(
     and looks again; not without ``wait``, which is for whoever knows that nobody writes there.
     With ``is_one_save`` somebody has said that all files of each are of one save, whatever
     values and times say. ``progress`` gets 1 for each checkpoint. ``CheckpointError`` if the
-    disk or network fails.
+    disk or network fails; with ``keeps_unread`` that is said of the one checkpoint, as
+    ``listing.checkpoints_in`` has it.
     """
     uncommitted = [entry for entry in checkpoints if entry.why == manifests.ABSENT]
     watch = liveness.Watch([entry.folder for entry in uncommitted] if wait else ())
     newest = _newest(uncommitted)
     statuses = []
     for checkpoint in checkpoints:
-        statuses.append(_status(checkpoint, is_one_save, checkpoint is newest))
+        try:
+            statuses.append(_status(checkpoint, is_one_save, checkpoint is newest))
+        except CheckpointError as error:
+            if not keeps_unread:
+                raise
+            lost = unread(checkpoint.folder, error)
+            statuses.append(CheckpointStatus(lost, CheckpointState.INCOMPLETE, lost.why))
         progress(1)
 
     changes = watch.changes()
@@ -288,7 +301,7 @@ def adoption_hint(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
     if adoptable:
         lines.append(
             f"{_described(len(adoptable))} complete but not committed; "
-            f"ckpt doctor {run} --adopt commits {verb(len(adoptable), 'it', 'them')}"
+            f"ckpt doctor {shell_word(run)} --adopt commits {verb(len(adoptable), 'it', 'them')}"
         )
 
     foreign = [status for status in complete if not status.adoptable]

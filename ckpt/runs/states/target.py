@@ -28,6 +28,7 @@ from ckpt.runs.states.listing import checkpoints_in, runs_in, runs_instead
 from ckpt.runs.states.offer_order import TopologyFilter, is_fitting
 from converters.detect import detect
 from converters.errors import CheckpointError
+from converters.words import shell_word
 
 log = logging.getLogger("ckpt")
 OWN_FOLDER = "checkpoints"  # that Accelerate and Lightning make in a run
@@ -189,7 +190,7 @@ def _resolve_name(path: Path, tag: str, fits: TopologyFilter | None) -> str:
         names = ", ".join(checkpoint.name for checkpoint in matches)
         matches_text = names or "no checkpoint"
         raise CheckpointError(
-            f"{path} has {matches_text} for {tag}; see ckpt ls {path}", "incomplete"
+            f"{path} has {matches_text} for {tag}; see ckpt ls {shell_word(path)}", "incomplete"
         )
 
     return matches[0].name

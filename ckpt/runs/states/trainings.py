@@ -21,7 +21,7 @@ from ckpt.runs.lineage import listed
 from ckpt.runs.run import RunCheckpoint, members
 from ckpt.runs.states import copies
 from ckpt.runs.states.status import CheckpointStatus, saved_at, status_of
-from converters.words import verb
+from converters.words import shell_word, verb
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Supersession:
         way = "name it to go on from it"
         if status_of(self.successor).adoptable:
             run = self.successor.folder.parent
-            way += f", or let it count with ckpt doctor {run} --adopt"
+            way += f", or let it count with ckpt doctor {shell_word(run)} --adopt"
         return (
             f"{self.successor.folder}, which is not committed, was written after "
             f"{self.checkpoint.folder} was committed, and has logged something else "
@@ -245,13 +245,15 @@ def remarks(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
 
     counting_names = listed([status.checkpoint.name for status in groups[0]])
     lines = []
+    remedy = "move those of one training into a folder of their own"
+    if any(status.adoptable for status in complete):
+        remedy = f"ckpt doctor {shell_word(run)} --adopt keeps them apart as two runs"
     for group in groups[1:]:
         names = listed([status.checkpoint.name for status in group])
         lines.append(
             f"{names} {verb(len(group), 'is', 'are')} of another training than {counting_names}, "
             f"or given up by one that went back: what the Trainer logged differs. The training "
-            f"that saved last counts, that of {counting_names}; ckpt doctor {run} --adopt keeps "
-            "them apart as two runs"
+            f"that saved last counts, that of {counting_names}; {remedy}"
         )
 
     return lines

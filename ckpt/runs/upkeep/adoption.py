@@ -10,13 +10,11 @@ whole by what its writer writes (``completeness``) and does not change meanwhile
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt.folders import filenames
 from ckpt.results import FileEntry
 from ckpt.runs import manifest
 from ckpt.runs.ancestry import record_in
@@ -29,13 +27,13 @@ from ckpt.runs.manifest import Manifest
 from ckpt.runs.run import Run, RunCheckpoint, leading, open_checkpoint
 from ckpt.runs.states import checksums, copies, evaluation, listing, save_dirs, trainings
 from ckpt.runs.states.status import CheckpointState, CheckpointStatus, saved_at, statuses_of
-from ckpt.runs.upkeep import one_save
+from ckpt.runs.upkeep import manifest_writing, one_save
 from ckpt.version import __version__
 from converters import detect
 from converters.errors import CheckpointError
 from converters.source import Source
-from converters.storage import local
 from converters.storage.system import flock
+from converters.words import shell_word
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +70,12 @@ class AdoptionOutcome:
 @dataclass(frozen=True, slots=True)
 class _Wish:
     """What is known beside the files: the line that a checkpoint does not go on from, as in
-    ``succession.line_after``, and that all its files are of one save, where somebody said it."""
+    ``succession.line_after``, that all its files are of one save, where somebody said it, and
+    whether a user asks, not a resume."""
 
     excluded_line: Line | None = None
     is_one_save: bool = False
+    is_of_user: bool = False
 
 
 def survey(
@@ -98,7 +98,7 @@ def survey(
         and (checkpoint.manifest is not None or _may_be_adopted(checkpoint))
     ]
 
-    return statuses_of(candidates, wait, progress, is_one_save)
+    return statuses_of(candidates, wait, progress, is_one_save, keeps_unread=True)
 
 
 def nbytes_of(statuses: Iterable[CheckpointStatus]) -> int:
@@ -137,9 +137,11 @@ def adopt(
 
         assert status.proof is not None
         try:
-            wish = _Wish(excluded_line, is_one_save)
+            wish = _Wish(excluded_line, is_one_save, is_of_user=True)
             adoption = _planned(status.proof, True, progress, wish)
-            if not dry_run:
+            if dry_run:
+                manifest_writing.require_place(adoption.folder, adoption.manifest)
+            else:
                 execute(adoption)
             bare = checksums.of_files(adoption.folder).bare
             doubt = adoption.manifest.doubt
@@ -188,7 +190,8 @@ def _hindrance(status: CheckpointStatus) -> str | None:
     if not status.complete:
         return f"{folder}: {status.description}"
     if status.is_save_dir:
-        return f"{folder} is {save_dirs.WHY}, not a checkpoint: ckpt ls {folder} shows them"
+        shown_by = f"ckpt ls {shell_word(folder)} shows them"
+        return f"{folder} is {save_dirs.WHY}, not a checkpoint: {shown_by}"
     if not status.adoptable:
         return (
             f"{folder} is {status.description}; a manifest is for DeepSpeed's checkpoints that "
@@ -247,12 +250,12 @@ def _planned(proof: Proof, data: bool, progress: Progress, wish: _Wish) -> Adopt
     if source.place.root != folder:
         raise CheckpointError(
             f"{folder} is the folder of a tag; commit the one above: ckpt doctor "
-            f"{folder.absolute().parent.parent} --adopt",
+            f"{shell_word(folder.absolute().parent.parent)} --adopt",
             "refused",
         )
     if proof.step is None:
         raise CheckpointError(f"{folder} does not say of which step it is", "incomplete")
-    doubt = one_save.doubt(source, wish.is_one_save)
+    doubt = one_save.doubt(source, wish.is_one_save, wish.is_of_user)
 
     file_names = _file_names(folder)
     for file_name in file_names:
@@ -283,11 +286,8 @@ def _planned(proof: Proof, data: bool, progress: Progress, wish: _Wish) -> Adopt
 
 
 def execute(adoption: Adoption) -> Manifest:
-    """Writes the manifest, durably, after the files that it lists."""
-    folder = adoption.folder
-    _sync(folder, list(adoption.manifest.files))
-    local.write_file(folder / filenames.MANIFEST, adoption.manifest.dumps())
-    local.sync_folder(folder)
+    """Writes the manifest; as ``manifest_writing.write``."""
+    manifest_writing.write(adoption.folder, adoption.manifest)
 
     return adoption.manifest
 
@@ -332,7 +332,7 @@ def _manifest(
 
 def _original_folder(folder: Path) -> Path:
     """The folder that a checkpoint was saved into: of a copy by hand that of its original."""
-    copied = copies.originals(listing.checkpoints_in(folder.parent))
+    copied = copies.originals(listing.checkpoints_in(folder.parent, keeps_unread=True))
     return copied[folder].folder if folder in copied else folder
 
 
@@ -349,11 +349,3 @@ def _file_names(folder: Path) -> list[str]:
     return [
         name for path, name in checksums.files_of(folder) if path.name != checksums.DCP_METADATA
     ]
-
-
-def _sync(folder: Path, names: list[str]) -> None:
-    """Makes files durable that were written without an fsync."""
-    for file_name in names:
-        local.sync_file(folder / file_name)
-    for subfolder, _, _ in os.walk(folder):
-        local.sync_folder(Path(subfolder))

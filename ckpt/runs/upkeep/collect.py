@@ -28,7 +28,7 @@ from converters.errors import CheckpointError
 from converters.lazy_pattern import LazyPattern
 from converters.options import OUTPUT
 from converters.storage import local
-from converters.words import counted
+from converters.words import counted, shell_word
 
 _MODULE = LazyPattern(r".*/mp_rank_\d+_model_states\.pt")
 _COMMON_FIELDS = ("save", "step", "tag", "tier", "nodes", "stage", "world_size")
@@ -158,7 +158,7 @@ def _part(folder: Path) -> RunCheckpoint:
         )
     if node_checkpoint.lacks is not None:
         raise CheckpointError(
-            f"{folder} {node_checkpoint.lacks}; ckpt doctor {folder.parent} --fix "
+            f"{folder} {node_checkpoint.lacks}; ckpt doctor {shell_word(folder.parent)} --fix "
             "takes it off the manifest",
             "incomplete",
         )

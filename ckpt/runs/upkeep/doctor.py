@@ -24,7 +24,9 @@ from ckpt.runs.lease import watch
 from ckpt.runs.run import (
     Run,
     RunCheckpoint,
+    is_checkpoint,
     members,
+    order,
     without_derived,
 )
 from ckpt.runs.states import listing
@@ -54,8 +56,12 @@ def diagnose(run: Run, progress: Progress = quiet) -> Diagnosis:
     A complete checkpoint is as a save leaves it, whoever wrote it. ``progress`` gets 1 for
     each checkpoint.
     """
-    statuses = statuses_of(listing.checkpoints_in(run.path), progress=progress)
-    checkpoints = run.checkpoints()
+    present = listing.checkpoints_in(run.path, keeps_unread=True)
+    statuses = statuses_of(present, progress=progress, keeps_unread=True)
+    checkpoints = sorted(
+        (entry for entry in present if entry.folder.is_dir() and is_checkpoint(entry.folder)),
+        key=order,
+    )
     is_deepspeed_run = any(
         checkpoint.manifest or any(checkpoint.folder.glob("*/*_states.pt*"))
         for checkpoint in checkpoints
@@ -74,7 +80,8 @@ def diagnose(run: Run, progress: Progress = quiet) -> Diagnosis:
         *_lease_findings(run.path),
     ]
 
-    all_findings += pointer_findings(run, checkpoints, statuses)
+    if not any(entry.is_unread for entry in checkpoints):  # which may be the newest
+        all_findings += pointer_findings(run, checkpoints, statuses)
 
     return Diagnosis(tuple(all_findings), tuple(statuses))
 
@@ -161,6 +168,10 @@ def _remove_idle(folder: Path, lock_name: str) -> None:
 
 def _checkpoint_findings(status: CheckpointStatus, is_deepspeed_run: bool) -> Iterator[Finding]:
     checkpoint = status.checkpoint
+    if checkpoint.is_unread:
+        remedy = "make it readable for this user, or look after its disk"
+        yield Finding(checkpoint.folder, f"{checkpoint.why}; {remedy}")
+        return
     if (amendable := _amendable(checkpoint)) is not None:
         yield amendable
     yield from _damaged_findings(checkpoint)

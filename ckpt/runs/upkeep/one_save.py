@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from ckpt.runs.foreign import overwriting, value_samples
+from ckpt.runs.upkeep import stored_weights
+from converters.detect.filenames import ADAPTER
+from converters.errors import CheckpointError
 from converters.source import Source
+from converters.words import shell_word
 from converters.zero.checkpoint import Checkpoint
 
 
-def doubt(source: Source, is_one_save: bool) -> str | None:
-    """What speaks against DeepSpeed's files being of one save, if anything does.
+def doubt(source: Source, is_one_save: bool, is_of_user: bool) -> str | None:
+    """What speaks against the files being of one save, if anything does.
 
-    ``CheckpointError`` if these are their values, unless somebody has said that they are.
+    ``CheckpointError`` if these are the values of DeepSpeed's files, or of the weights beside
+    them, unless somebody has said that they are. Those weights, which no resume reads, are
+    compared where the wish is ``is_of_user``.
     """
     folder = source.place.root
     if isinstance(source, Checkpoint) and source.ranks:
@@ -18,6 +24,37 @@ def doubt(source: Source, is_one_save: bool) -> str | None:
             value_samples.require_same(source, value_samples.remedy_of(source, folder))
         elif (difference := value_samples.difference_in(source)) is not None:
             return difference.replace(f"{folder}/", "")
+        if is_of_user and (difference := _difference_beside(source)) is not None:
+            if not is_one_save:
+                raise CheckpointError(f"{folder}/{difference}{_way(source)}")
+            return difference
 
     time_doubt = overwriting.doubt(folder, source.place.tag) if is_one_save else None
     return None if time_doubt is None else time_doubt.sentence
+
+
+def _difference_beside(checkpoint: Checkpoint) -> str | None:
+    """That weights beside DeepSpeed's files have other values than the states, as words after
+    the folder's name: of a model by a sample, of an adapter, which is small, all."""
+    folder, tag = checkpoint.place.root, checkpoint.place.tag
+    try:
+        comparison = stored_weights.plan(folder, "", tag) if tag is not None else None
+    except CheckpointError:
+        return None  # of a form that is not compared
+    if comparison is None:
+        return None
+
+    try:
+        stored_weights.compare(comparison, in_sample=comparison.name != ADAPTER)
+    except CheckpointError as error:
+        return str(error).replace(f"{folder}/", "")
+    return None
+
+
+def _way(checkpoint: Checkpoint) -> str:
+    """What helps, beside weights of the states."""
+    folder = shell_word(checkpoint.place.root)
+    return (
+        "; no resume reads them: delete them or bring back the right ones; if you changed them "
+        f"yourself, ckpt doctor {folder} --adopt --one-save commits them as they are"
+    )

@@ -18,6 +18,7 @@ from ckpt.runs.run import (
 from ckpt.runs.states.listing import adoption_command
 from ckpt.runs.states.status import CheckpointStatus
 from ckpt.runs.upkeep.findings import Finding
+from converters.words import shell_word
 
 _EMPTY = "is empty, and names no checkpoint"
 
@@ -160,9 +161,10 @@ def _dangling(
 def _way_on(run: Run, statuses: Sequence[CheckpointStatus]) -> str:
     """What helps where ``latest`` leads nowhere, and nothing is committed that it could name."""
     if any(status.adoptable for status in statuses):
+        folder = shell_word(run.path)
         return (
-            f"; ckpt doctor {run.path} --adopt commits what is complete, and ckpt doctor "
-            f"{run.path} --fix makes it name the newest"
+            f"; ckpt doctor {folder} --adopt commits what is complete, and ckpt doctor {folder} "
+            "--fix makes it name the newest"
         )
 
     resumable = [status for status in statuses if status.complete and status.tier == "full"]

@@ -30,6 +30,7 @@ from ckpt.runs.upkeep.kept_weights import require_weights, require_whole_weights
 from converters.errors import CheckpointError
 from converters.options import FORCE
 from converters.storage import local
+from converters.words import shell_word
 from converters.zero.files.discovery import is_tag_folder
 
 # Beside the tag's folder; without DeepSpeed's files nothing of it is of use.
@@ -165,7 +166,7 @@ def _uncommitted(checkpoint: RunCheckpoint) -> str:
         return (
             "is a save_dir of DeepSpeed, and slim is for committed checkpoints; if it is one "
             f"checkpoint of the run {folder.parent}, {command} commits it, else make the weights "
-            f"with ckpt to-fp32 {folder}, then delete the states by hand"
+            f"with ckpt to-fp32 {shell_word(folder)}, then delete the states by hand"
         )
     if status.adoptable:
         return f"is complete, but not committed; commit it first: {command}"

@@ -61,7 +61,7 @@ def plans(verdict: Verdict) -> list[WeightsComparison]:
     comparisons = []
     for engine, tag in tags.items():
         try:
-            comparison = _plan(folder, engine, tag)
+            comparison = plan(folder, engine, tag)
         except CheckpointError:
             continue  # of a form that is not compared
         if comparison is not None:
@@ -70,8 +70,11 @@ def plans(verdict: Verdict) -> list[WeightsComparison]:
     return comparisons
 
 
-def _plan(folder: Path, engine: str, tag: str) -> WeightsComparison | None:
-    """The tensors that the states and the weights in an engine's folder have in common."""
+def plan(folder: Path, engine: str, tag: str) -> WeightsComparison | None:
+    """The tensors that the states and the weights in an engine's folder have in common.
+
+    ``None`` without any; ``CheckpointError`` for what is of a form that is not compared.
+    """
     model_folder = folder / engine
     is_adapter = (model_folder / ADAPTER).is_file()
     if is_adapter:
@@ -104,7 +107,7 @@ def execute(
     folder = verdict.status.checkpoint.folder
     for comparison in comparisons:
         try:
-            line = _compare(comparison, verdict.depth.word == "sample", progress)
+            line = compare(comparison, verdict.depth.word == "sample", progress)
         except CheckpointError as error:
             problems.append(str(error).replace(f"{folder}/", ""))
         else:
@@ -113,7 +116,9 @@ def execute(
     return replace(verdict, problems=tuple(problems), proven=tuple(proven))
 
 
-def _compare(comparison: WeightsComparison, in_sample: bool, progress: Progress) -> str | None:
+def compare(
+    comparison: WeightsComparison, in_sample: bool, progress: Progress = quiet
+) -> str | None:
     """A line on the values that agree, if any were compared; ``CheckpointError`` for others."""
     source, name = comparison.source, comparison.name
     if not in_sample:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt.folders import filenames, locks
+from ckpt.folders import filenames, locks, staging
 from ckpt.results import FileEntry
 from ckpt.runs import engines, pruning
 from ckpt.runs import manifest as manifests
@@ -87,7 +87,8 @@ def plan(checkpoint: RunCheckpoint, force: bool = False) -> Fp32Slimming:
     if not conversion.checkpoint.weights.copies:
         # the 16-bit weights that go are no authority over the states that they are compared with
         conversion = replace(conversion, product=replace(conversion.product, strict=False))
-    convert.require_output(conversion, overwrite=True)
+    with staging.without_choice(_alternative()):
+        convert.require_output(conversion, overwrite=True)
     interim = _without_weights(manifest, conversion)
     old_names = {name for name in manifest.files if name not in interim.files}
     slimming = slim.without_states(replace(checkpoint, manifest=interim), interim)
@@ -136,7 +137,8 @@ def execute(planned: Fp32Slimming, progress: Callable[[int], None] = lambda _: N
         slim.execute(planned.slimming)
         return
 
-    convert.execute(conversion, progress=progress)
+    with staging.without_choice(_alternative()):
+        convert.execute(conversion, progress=progress)
 
     assert checkpoint.manifest is not None
     interim = _without_weights(checkpoint.manifest, conversion)
@@ -161,6 +163,11 @@ def _staging_folder(checkpoint: RunCheckpoint) -> Path:
     """A hidden folder on the disk of the checkpoint, which ``ckpt doctor`` knows as a leftover."""
     folder = checkpoint.folder.resolve()
     return folder.with_name(f".{folder.name}.fp32")
+
+
+def _alternative() -> str:
+    """What to do where the new weights do not fit beside the checkpoint."""
+    return f"slim it without {DTYPE}, which writes nothing"
 
 
 def _new_names(conversion: Conversion) -> list[str]:

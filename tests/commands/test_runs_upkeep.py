@@ -365,7 +365,7 @@ def test_one_that_changes_is_not_adopted(
     shutil.copytree(SOURCE, folder)
     proven, digest = status.prove, manifest.digest
 
-    def prove(path: Path) -> Any:
+    def prove(path: Path, **_: Any) -> Any:
         (folder / "rng_state_2.pth").write_bytes(b"a rank that is late")
         return Proof(path, "x", 2, "global_step2", shapes={})
 

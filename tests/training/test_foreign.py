@@ -234,7 +234,7 @@ def test_one_that_is_being_written_is_not_taken_and_not_passed_over(
 ) -> None:
     folder = trainers(tmp_path / "checkpoint-2", 2)
 
-    def prove(path: Path, tag: Any) -> Any:
+    def prove(path: Path, tag: Any, **_: Any) -> Any:
         (folder / "rng_state_2.pth").write_bytes(b"begun")
         return completeness.prove(path, tag) if path != folder else Proof(path, "x")
 

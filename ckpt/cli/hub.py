@@ -142,14 +142,19 @@ def push(
     with planned.announcements(as_json):
         choice = chosen(path, best, push_options.training_state)
     push_plan = planning.plan(choice.checkpoint, repo, push_options)
-    remarks = () if choice.remark is None else (choice.remark,)
-    for line in (*remarks, *push_plan.warnings):
+    remarks = [] if choice.remark is None else [choice.remark]
+    early_remarks, notices = ([], remarks) if choice.committed else (remarks, [])
+    for line in (*early_remarks, *push_plan.warnings):
         click.echo(f"ckpt: {line}", err=True)
 
     planned.run(
         Planned(
-            preview=lambda: Output(_push_preview(push_plan), _preview_lines(push_plan)),
-            execute=lambda progress: _pushed(pushing.execute(push_plan, progress)),
+            preview=lambda: Output(
+                _push_preview(push_plan),
+                _preview_lines(push_plan),
+                [f"ckpt: {line}" for line in notices],
+            ),
+            execute=lambda progress: _pushed(pushing.execute(push_plan, progress), notices),
             nbytes=push_plan.contents.nbytes,
             title=repo,
             interruption=lambda: "the same command sends what the Hub does not have yet",
@@ -214,10 +219,17 @@ def _preview_lines(push_plan: PushPlan) -> list[str]:
     ]
 
 
-def _pushed(pushed: Pushed) -> Output:
+def _left_out_lines(push_plan: PushPlan) -> list[str]:
+    """A line on what stays here; a dry run says why."""
+    from converters.words import some
+
+    names = [name for name, _ in push_plan.contents.left_out]
+    return [f"left out: {some(names)}; --dry-run says why"] if names else []
+
+
+def _pushed(pushed: Pushed, remarks: Sequence[str] = ()) -> Output:
     from ckpt.cli.conversion import specials
     from ckpt.cli.results.hub import PushResult, SentFile
-    from converters.words import some
 
     committed = pushed.committed
     for warning in pushed.warnings[len(pushed.push_plan.warnings) :]:
@@ -244,9 +256,8 @@ def _pushed(pushed: Pushed) -> Output:
         seconds=round(pushed.seconds, 3),
         **_push_facts(pushed.push_plan, pushed.warnings),
     )
-    left_names = [name for name, _ in pushed.push_plan.contents.left_out]
-    left_out = [f"left out: {some(left_names)}; --dry-run says why"] if left_names else []
-    notices = [*left_out, pushed.summary(), *(specials(pushed.checks) if pushed.checks else ())]
+    notices = [*remarks, *_left_out_lines(pushed.push_plan), pushed.summary()]
+    notices += specials(pushed.checks) if pushed.checks else ()
     return Output(
         result,
         [committed.pull_request or committed.url],

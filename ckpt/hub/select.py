@@ -30,10 +30,14 @@ from converters.words import counted, shell_word
 
 @dataclass(frozen=True, slots=True)
 class PushSource:
-    """The checkpoint to push; ``remark`` says which it is, where a user should know."""
+    """The checkpoint to push; ``remark`` says which it is, where it is the newest of a run.
+
+    Of one that is not ``committed`` a user should know before it is sent.
+    """
 
     checkpoint: RunCheckpoint
     remark: str | None = None
+    committed: bool = True
 
 
 def chosen(path: Path, best: Best | None = None, full: bool = False) -> PushSource:
@@ -58,7 +62,7 @@ def chosen(path: Path, best: Best | None = None, full: bool = False) -> PushSour
     newest = newest_at(path, "ckpt push", full)
     if newest.checkpoint.folder.is_file():
         raise detect(newest.checkpoint.folder).unlike("a folder of a checkpoint or of a model")
-    return PushSource(newest.checkpoint, newest.remark)
+    return PushSource(newest.checkpoint, newest.remark, newest.checkpoint.committed)
 
 
 def _single(path: Path) -> RunCheckpoint | None:

@@ -594,3 +594,20 @@ def test_a_sample_is_a_part_of_the_bytes(tmp_path: Path) -> None:
         sample = plan.sample(5, seed)
         assert plan.nbytes * 0.05 <= sample.nbytes < plan.nbytes * 0.05 + 1000
         assert sample == plan.sample(5, seed)
+
+
+def test_advice_on_two_trainings_is_what_helps_and_is_quoted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No manifest is for DDP's; of DeepSpeed's, the command works as it is typed."""
+    logs = [[{"loss": loss, "step": 2}] for loss in (1.0, 2.0)]
+    run_folder = tmp_path / "my run"
+    for step, log in zip((2, 4), logs, strict=True):
+        trainers(run_folder / f"checkpoint-{step}", step, log=log)
+    run("doctor", run_folder)
+    remark = capsys.readouterr().err
+    assert "move those of one training into a folder of their own" in remark
+    assert f"ckpt doctor '{run_folder}' --adopt" not in remark
+    stock(run_folder, 6, logs[1])
+    run("doctor", run_folder)
+    assert f"ckpt doctor '{run_folder}' --adopt keeps them apart" in capsys.readouterr().err

@@ -126,7 +126,7 @@ def hugging_face(out: Path) -> None:
     bare = out / "bare"  # complete, not committed
     shutil.copytree(run / "checkpoint-4", bare / "checkpoint-4")
     (bare / "checkpoint-4/manifest.json").unlink()
-    text = ("checkpoint-4 has no manifest.json, and committed_only=True takes committed",)
+    text = ("checkpoint-4 has no manifest.json, and committed_only=True takes only committed",)
     fails(bare, *text, committed_only=True)
     fails(bare, *text, callbacks=[ResumeCallback(committed_only=True)])
     same = {"save_steps": 3, "logging_steps": 7, "per_device_train_batch_size": 1}

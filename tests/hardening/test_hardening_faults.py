@@ -65,7 +65,8 @@ def test_a_manifest_or_pointer_that_cannot_be_read_is_not_taken_for_none(
     assert faults
     for fault in random.Random(f"{SEED} {name}").sample(faults, min(len(faults), 6)):
         assert probe.check(fault) == []
-    assert set(probe.ends) == {"failed"}
+    # doctor looks again after what it mended, and may read then what it could not before
+    assert set(probe.ends) - ({"done"} if name == "doctor --fix" else set()) == {"failed"}
 
 
 @pytest.mark.parametrize("name", ["slim", "prune", "doctor --fix"])
@@ -86,7 +87,8 @@ def test_a_file_that_cannot_be_looked_at_is_not_taken_for_missing(
         assert ended.status in (0, 1)
         assert ended.status or "Input/output error" not in ended.said
         if ended.status:
-            assert "Input/output error" in ended.said or after == probe.old, ended.said
+            output = ended.said + ended.printed  # doctor prints it as a finding, and mends the rest
+            assert "Input/output error" in output or after == probe.old, ended.said
         assert list(probe.judge(Fault(op.number, "eio", op.call), ended, after)) == []
 
 

@@ -17,16 +17,6 @@ def test_a_training_with_deepspeed_that_shows_none_is_not_passed_over_in_silence
     """As transformers before 4.50 did: nothing was committed, and the training ended well."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
     state = SimpleNamespace(is_world_process_zero=True, is_hyper_param_search=False)
-    told = SimpleNamespace(deepspeed_plugin=object())
+    told = SimpleNamespace(deepspeed_plugin=object(), save_total_limit=None)
     with pytest.raises(CheckpointError, match=r"is AdamW, expected DeepSpeedOptimizerWrapper"):
         hf.CheckpointCallback().on_train_begin(told, state, None, optimizer=optimizer)
-
-
-def test_a_training_without_deepspeed_is_left_to_the_trainer(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    state = SimpleNamespace(is_world_process_zero=True, is_hyper_param_search=False)
-    plain = SimpleNamespace(deepspeed_plugin=None)
-    hf.CheckpointCallback().on_train_begin(plain, state, None, optimizer=optimizer)
-    assert "runs without DeepSpeed: its checkpoints are not committed" in caplog.text

@@ -278,10 +278,10 @@ def harm(path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
-@pytest.mark.parametrize("is_committed", [False, True])
+@pytest.mark.parametrize("adopts", [False, True])
 @pytest.mark.parametrize("fixture", ["trainer-zero2", "trainer-zero3"])
 def test_weights_of_another_step_are_found_where_data_is_read(
-    fixture: str, is_committed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fixture: str, adopts: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "checkpoint-2"
     shutil.copytree(FIXTURES / fixture / "checkpoint-2", folder)
@@ -293,8 +293,9 @@ def test_weights_of_another_step_are_found_where_data_is_read(
         assert re.search(line, capsys.readouterr().out)
 
     harm(folder / "model.safetensors")
-    if is_committed:
-        run("doctor", tmp_path, "--adopt", "--now")
+    if adopts:
+        run("doctor", tmp_path, "--adopt", "--now", code=1)
+        assert "not adopted" in capsys.readouterr().out
     run("verify", folder)  # which reads headers
     for options in (["--data"], ["--sample", "5%"]):
         capsys.readouterr()

@@ -22,7 +22,7 @@ from converters.tensors import DType
 @pytest.fixture(autouse=True)
 def _without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The inventory of a model in one process, without DeepSpeed's engine."""
-    monkeypatch.setattr(live, "_require_supported", lambda engine: None)
+    monkeypatch.setattr(live, "_require_supported", lambda *_: None)
 
 
 def planned(model: Any) -> tuple[Inventory, dict[str, list[int]]]:

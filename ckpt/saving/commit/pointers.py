@@ -74,9 +74,11 @@ def prune_behind(pool: Executor | None, *pruning: Any) -> None:
     if pool is not None:
         try:
             pool.submit(prune_line, *pruning)
-            return
         except RuntimeError:  # the process is ending, and starts no threads any more
             pass
+        else:
+            return
+
     prune_line(*pruning)
 
 

@@ -298,12 +298,13 @@ def run(
 
 def _preview_lines(result: RewriteResult) -> list[str]:
     from ckpt.text import size
+    from converters.detect import sharded
 
     lines = [f"{result.output}/{file.name}\t{size(file.nbytes)}" for file in result.files]
     lines += [f"{result.output}/{name}\tcopied" for name in sorted(result.copied_files)]
 
     source = result.source
-    origin = "weights alone"
+    origin = "torch's DCP" if source.kind in sharded.READ else "weights alone"
     if source.stage is not None:
         origin = f"stage {source.stage}, {counted(source.world_size or 1, 'rank')}"
     lines += [

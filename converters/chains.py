@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
 
-from converters.extents import Extent, Extents, Listed, Read
+from converters.extents import Extent, Extents, Listed, Read, joined_runs
 from converters.partitioned import Partitioned
 from converters.tiles import Tiled
 
@@ -100,7 +100,8 @@ def chained(all_extents: Iterable[Extents]) -> Extents:
     runs: list[Extent] = []
 
     def close_runs() -> None:
-        parts.extend(Listed(runs[at : at + MAX_RUNS]) for at in range(0, len(runs), MAX_RUNS))
+        joined = list(joined_runs(runs))
+        parts.extend(Listed(joined[at : at + MAX_RUNS]) for at in range(0, len(joined), MAX_RUNS))
         runs.clear()
 
     for part in (part for extents in all_extents for part in parts_of(extents)):
@@ -110,12 +111,7 @@ def chained(all_extents: Iterable[Extents]) -> Extents:
                 _add(parts, part)
             continue
 
-        for extent in (extent for extent in part if extent.length):
-            last = runs[-1] if runs else None
-            if last and last.path == extent.path and last.end == extent.offset:
-                runs[-1] = Extent(last.path, last.offset, last.length + extent.length)
-            else:
-                runs.append(extent)
+        runs += (extent for extent in part if extent.length)
 
     close_runs()
     if len(parts) < 2:

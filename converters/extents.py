@@ -103,7 +103,30 @@ class Extents(Protocol):
         """
 
 
-class Listed(tuple[Extent, ...]):
+class ReadInOrder:
+    """What is read run by run, in the order of the runs, in pieces of any size."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[Extent]:
+        raise NotImplementedError
+
+    @property
+    def scattered(self) -> bool:
+        """The runs are read one by one."""
+        return False
+
+    @property
+    def block(self) -> int:
+        """Any piece will do."""
+        return 1
+
+    def reads(self) -> Iterator[Read]:
+        """Each run, one after another."""
+        return reads_in_sequence(self)
+
+
+class Listed(tuple[Extent, ...], ReadInOrder):
     """Runs that are kept one by one."""
 
     __slots__ = ()
@@ -114,27 +137,13 @@ class Listed(tuple[Extent, ...]):
         return sum(extent.length for extent in self)
 
     @property
-    def scattered(self) -> bool:
-        """Runs that are kept are read one by one."""
-        return False
-
-    @property
     def row(self) -> int:
         """Runs that are kept are few."""
         return self.nbytes
 
-    @property
-    def block(self) -> int:
-        """Any piece will do."""
-        return 1
-
     def narrow(self, start: int, stop: int) -> Listed:
         """The bytes from ``start`` to ``stop``, in the order of the runs."""
         return Listed(_cut(self, 0, start, stop))
-
-    def reads(self) -> Iterator[Read]:
-        """Each run, one after another."""
-        return reads_in_sequence(self)
 
     def per_record(self) -> Listed:
         """All runs: nothing says that two of them are in one record."""
@@ -142,7 +151,7 @@ class Listed(tuple[Extent, ...]):
 
 
 @dataclass(frozen=True, slots=True)
-class Strided:
+class Strided(ReadInOrder):
     """The runs of a strided view, each worked out when it is asked for.
 
     ``length`` bytes each; ``strides`` are (count, bytes from one to the next), the
@@ -182,15 +191,6 @@ class Strided:
     def row(self) -> int:
         """Bytes of each run."""
         return self.length
-
-    @property
-    def block(self) -> int:
-        """Any piece will do."""
-        return 1
-
-    def reads(self) -> Iterator[Read]:
-        """Each run, one after another."""
-        return reads_in_sequence(self)
 
     def narrow(self, start: int, stop: int) -> Listed:
         """The bytes from ``start`` to ``stop``, in the order of the runs."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 
-from converters.extents import Extent, Extents, Listed, Read, reads_in_sequence
+from converters.extents import Extent, Extents, Listed, ReadInOrder
 
 MAX_LISTED = 1  # runs that are kept rather than worked out
 
@@ -46,7 +46,7 @@ class RankVectors(tuple[Extent, ...]):
 
 
 @dataclass(frozen=True, slots=True)
-class Partitioned:
+class Partitioned(ReadInOrder):
     """Of each vector the ``run`` bytes from byte ``at`` on, one rank after another; of all these
     bytes those from ``start`` to ``stop``, at least one."""
 
@@ -91,19 +91,9 @@ class Partitioned:
         return self.stop - self.start
 
     @property
-    def scattered(self) -> bool:
-        """They lie in files of their own."""
-        return False
-
-    @property
     def row(self) -> int:
         """Bytes of a run."""
         return self.run
-
-    @property
-    def block(self) -> int:
-        """Any piece will do."""
-        return 1
 
     def narrow(self, start: int, stop: int) -> Extents:
         """The bytes from ``start`` to ``stop``, in the order of the runs."""
@@ -112,10 +102,6 @@ class Partitioned:
         return few_listed(
             Partitioned(self.vectors, self.at, self.run, self.start + start, self.start + stop)
         )
-
-    def reads(self) -> Iterator[Read]:
-        """Each run, one after another."""
-        return reads_in_sequence(self)
 
     def per_record(self) -> Sequence[Extent]:
         """The vectors: each is one of a single storage."""

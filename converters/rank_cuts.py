@@ -24,10 +24,9 @@ from converters.extents import (
     Extent,
     Extents,
     Listed,
-    Read,
+    ReadInOrder,
     joined_runs,
     per_record,
-    reads_in_sequence,
 )
 
 
@@ -77,7 +76,7 @@ class Cuts:
 
 
 @dataclass(frozen=True, slots=True)
-class RankPart:
+class RankPart(ReadInOrder):
     """The pieces of one rank, one tensor after another; each rank has some bytes."""
 
     cuts: Cuts
@@ -100,19 +99,9 @@ class RankPart:
         return self.cuts.ends[-1]
 
     @property
-    def scattered(self) -> bool:
-        """The runs are read one by one."""
-        return False
-
-    @property
     def row(self) -> int:
         """Any piece will do."""
         return self.nbytes
-
-    @property
-    def block(self) -> int:
-        """Any piece will do."""
-        return 1
 
     def narrow(self, start: int, stop: int) -> Extents:
         """The bytes from ``start`` to ``stop``, in the order of the pieces."""
@@ -126,10 +115,6 @@ class RankPart:
             parts += cuts.piece(index, self.rank, max(start - begin, 0), min(stop, end) - begin)
 
         return chained(parts)
-
-    def reads(self) -> Iterator[Read]:
-        """Each run, one after another."""
-        return reads_in_sequence(self)
 
     def per_record(self) -> Sequence[Extent]:
         """Those of all ranks: each record has pieces of some."""

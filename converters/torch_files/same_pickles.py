@@ -23,7 +23,7 @@ from converters.tensors import Checksum, Extent, Listed, Strided, TensorRef
 from converters.torch_files.torch_file import Storage
 
 MAX_EXAMPLE_BYTES = 32 << 20  # of a pickle that is kept with its object, which is larger
-MAX_DEPTH = 200  # levels of an object that is moved; DeepSpeed's have about ten
+MAX_DEPTH = 100  # levels of an object that is moved, four calls each; DeepSpeed's have about ten
 _CONSTANTS = (str, int, float, bool, bytes, type(None), Global, TypedRecord)
 
 

@@ -10,4 +10,5 @@ logbook        what an interrupted run wrote and proved
 virtual_file   a plan as file objects whose bytes are made when they are read
 prefetch       makes them before they are asked for
 nonfinite      counts NaN and infinities
+plain_rounding compares a small model with its 16-bit copy
 """

@@ -300,15 +300,18 @@ def _spare_ranks() -> None:
 
     Accelerate parses the metadata of packages whenever it asks whether DeepSpeed is installed,
     transformers compiles all patterns of all its models at the first save of one, and DeepSpeed
-    notes ranges for a profiler, which on CPU nobody does, in every hook of every module.
+    notes ranges for a profiler, which on CPU nobody does, in every hook of every module. Before it
+    loads an extension, it starts a Python of its own that looks at the processor.
     """
     from importlib import metadata
 
+    import cpuinfo
     from deepspeed.utils import nvtx
 
     nvtx.enable_nvtx = False
     metadata.metadata = functools.cache(metadata.metadata)
     metadata.version = functools.cache(metadata.version)
+    cpuinfo.get_cpu_info = functools.partial(dict, cpuinfo.get_cpu_info())
     with suppress(ImportError):  # transformers 5
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 

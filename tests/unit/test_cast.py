@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from converters import cast
+from converters.execute import plain_rounding
 from converters.tensors import DType
 
 TYPES = {DType.BF16: torch.bfloat16, DType.F16: torch.float16}
@@ -68,3 +69,31 @@ def test_a_nan_equals_any_nan_and_nothing_else() -> None:
     two = np.array([0xFFFF, 0x3F80, 0x0000], np.uint16).view(cast.numpy_dtype(DType.BF16))
     assert cast.differences(one, two) == 1  # minus zero is not zero
     assert cast.differences(one, one) == 0
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_without_numpy_only_what_surely_rounds_to_its_copy_is_told_to(dtype: DType) -> None:
+    numbers = everything()
+    copy = cast.rounded(numbers, dtype).view(np.uint16)
+    infinity = {DType.BF16: 0x7F80, DType.F16: 0x7C00}[dtype]
+    is_finite = copy & infinity != infinity
+
+    def is_certain(values: np.ndarray, halves: np.ndarray) -> bool:
+        return plain_rounding.is_certain(
+            values.data.cast("B"), DType.F32, halves.data.cast("B"), dtype
+        )
+
+    assert is_certain(numbers[is_finite], copy[is_finite])
+
+    finite = np.flatnonzero(is_finite)
+    samples = np.concatenate([finite[::5000], np.flatnonzero(~is_finite)[::500]])
+    for place in samples:
+        halves = copy[place : place + 1]
+        for other_bits in (halves ^ 1, halves ^ 0x8000, halves + 1, halves ^ 0x4000):
+            assert not is_certain(numbers[place : place + 1], other_bits)
+
+    same = np.arange(64, dtype=np.uint16)
+    half_bytes = same.data.cast("B")
+    assert plain_rounding.is_certain(half_bytes, dtype, half_bytes, dtype)
+    assert not plain_rounding.is_certain(half_bytes, dtype, (same + 1).data.cast("B"), dtype)
+    assert not plain_rounding.is_certain(half_bytes, dtype, numbers[:64].data.cast("B"), DType.F32)

@@ -85,7 +85,8 @@ if not TYPE_CHECKING:  # or else a type checker takes every name, and knows the 
         raise AttributeError(f"module 'ckpt' has no attribute {name!r}")
 
     def _imported(module: str, name: str) -> Any:
-        """The module of a public name; ``CheckpointError`` where it needs torch to be there."""
+        """The module of a public name; ``CheckpointError`` where it needs torch to be
+        there."""
         try:
             return import_module(module)
         except ModuleNotFoundError as error:

@@ -1,11 +1,12 @@
-"""The functions of ``deepspeed.utils.zero_to_fp32`` under the same names, for a script to import.
+"""The functions of ``deepspeed.utils.zero_to_fp32`` under the same names, for a script
+to import.
 
     from ckpt.zero_to_fp32 import load_state_dict_from_zero_checkpoint
 
-Same arguments and meaning as in DeepSpeed 0.19.8, and in 0.14, which wrote one file; what is better
-is listed in docs/recovery.md. The file runs as a script too, with the arguments of the
-``zero_to_fp32.py`` that DeepSpeed leaves in a checkpoint. What cannot be read is a
-``CheckpointError``, one line.
+Same arguments and meaning as in DeepSpeed 0.19.8, and in 0.14, which wrote one file;
+what is better is listed in docs/recovery.md. The file runs as a script too, with the
+arguments of the ``zero_to_fp32.py`` that DeepSpeed leaves in a checkpoint. What cannot
+be read is a ``CheckpointError``, one line.
 """
 
 from __future__ import annotations
@@ -136,14 +137,17 @@ def convert_zero_checkpoint_to_state_dict(
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,
 ) -> None:
-    """Writes ``pytorch_model.bin`` or ``model.safetensors``, in shards with an index if larger.
+    """Writes ``pytorch_model.bin`` or ``model.safetensors``, in shards with an index if
+    larger.
 
-    Only these files are written, each whole or not at all, the index last; whatever else lies in
-    ``output_dir`` stays. For a complete model folder: ``ckpt.convert`` or ``ckpt to-fp32``.
+    Only these files are written, each whole or not at all, the index last; whatever else
+    lies in ``output_dir`` stays. For a complete model folder: ``ckpt.convert`` or
+    ``ckpt to-fp32``.
 
-    An ``output_dir`` that ends as a file of weights does (.bin, .pt, .safetensors) is that file, as
-    before DeepSpeed 0.15.3: all weights are written into it, and one that exists is replaced
-    when the new one is complete. ``CheckpointError`` if a folder cannot be made there.
+    An ``output_dir`` that ends as a file of weights does (.bin, .pt, .safetensors) is
+    that file, as before DeepSpeed 0.15.3: all weights are written into it, and one that
+    exists is replaced when the new one is complete. ``CheckpointError`` if a folder
+    cannot be made there.
     """
     target_dtype = DTYPES.get(arguments.known_dtype(dtype) or "")
     if target_dtype is None:
@@ -227,7 +231,8 @@ def _require_replaceable(path: Path) -> None:
 
 
 def _place(output: Path) -> tuple[Path, str | None]:
-    """The folder to write into, which is made, and the pattern of the one file if that is named."""
+    """The folder to write into, which is made, and the pattern of the one file if that
+    is named."""
     file = None
     if output.suffix in _FILES and not output.is_dir():
         file = output.name.replace("{", "{{").replace("}", "}}")
@@ -279,14 +284,15 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 def load_state_dict_from_zero_checkpoint(
     model: torch.nn.Module, checkpoint_dir: AnyPath, tag: str | None = None
 ) -> torch.nn.Module:
-    """Puts the model on the CPU and the checkpoint's weights into it, parameter by parameter.
+    """Puts the model on the CPU and the checkpoint's weights into it, parameter by
+    parameter.
 
-    Each is read straight into the model's own storage, in the model's own type. What DeepSpeed made
-    of the model (ZeRO-3 placeholders, hooks) is undone, so that it is an ordinary model again; the
-    engine must not be used any more. What the checkpoint does not hold stays as it is where it is
-    frozen in the model (the base model under an adapter) or a buffer, with a warning.
-    ``CheckpointError`` if a trained parameter of the model got no value, or any has another shape;
-    nothing has been changed then.
+    Each is read straight into the model's own storage, in the model's own type. What
+    DeepSpeed made of the model (ZeRO-3 placeholders, hooks) is undone, so that it is an
+    ordinary model again; the engine must not be used any more. What the checkpoint does
+    not hold stays as it is where it is frozen in the model (the base model under an
+    adapter) or a buffer, with a warning. ``CheckpointError`` if a trained parameter of
+    the model got no value, or any has another shape; nothing has been changed then.
     """
     from ckpt.weights.opening import load_into
 

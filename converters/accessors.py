@@ -1,7 +1,7 @@
 """Values of a document that others wrote, looked at before they are used.
 
-For JSON and for states as plain values; what a state file of DeepSpeed has is looked at by
-``converters.zero.files.typed``, whose errors name the file.
+For JSON and for states as plain values; what a state file of DeepSpeed has is looked at
+by ``converters.zero.files.typed``, whose errors name the file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def is_number(content: object) -> TypeGuard[float]:
 
 
 def value(content: Any, kind: type[_Value], label: str) -> _Value:
-    """``content`` if it is of a type (``is_a``); else ``MalformedError`` with its ``label``."""
+    """``content`` if it is of a type (``is_a``); else ``MalformedError`` with its
+    ``label``."""
     if is_a(content, kind):
         return content
     raise MalformedError(f"{label} is {reprlib.repr(content)}, expected {kind.__name__}")

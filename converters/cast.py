@@ -40,8 +40,9 @@ _NUMPY = {
 }
 _INFINITY = {DType.F16: 0x7C00, DType.BF16: 0x7F80}  # bits; one more is a NaN
 
-# isal's CRC32 leaves the upper halves of the vector registers in use. With that the SSE loops of
-# ml_dtypes run at a third of their speed (2.8 instead of 8 GB/s), until an AVX loop clears them.
+# isal's CRC32 leaves the upper halves of the vector registers in use. With that the SSE
+# loops of ml_dtypes run at a third of their speed (2.8 instead of 8 GB/s), until an AVX
+# loop clears them.
 _VECTOR = np.zeros(64, np.float32)
 
 

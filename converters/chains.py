@@ -1,11 +1,12 @@
-"""Bytes of several tensors one after another, some of which have more runs than are written out.
+"""Bytes of several tensors one after another, some of which have more runs than are
+written out.
 
     vector     | - - - listed - - - | - - - - tiled - - - - | listed |
                  a norm, padding      a row-parallel weight    ...
 
-What is listed stays a list; what is tiled (``tiles``) stays its tiles, and what is partitioned
-among ranks (``partitioned``) its vectors. Parts that go on in each
-other become one, so that a tensor that was cut up and put together again is what it was.
+What is listed stays a list; what is tiled (``tiles``) stays its tiles, and what is
+partitioned among ranks (``partitioned``) its vectors. Parts that go on in each other
+become one, so that a tensor that was cut up and put together again is what it was.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ class CheckpointError(Exception):
         if len(line) > MAX_MESSAGE_LENGTH:
             line = f"{line[:MAX_MESSAGE_LENGTH]}... ({len(line)} characters)"
 
-        # names come from files: none may move the cursor of the terminal it is printed on
+        # names come from files: none may move the cursor of the terminal it is printed
+        # on
         super().__init__(
             "".join(
                 character if character.isprintable() else ascii(character)[1:-1]
@@ -44,7 +45,8 @@ class CheckpointError(Exception):
 
 
 def unreadable(error: OSError, path: Path) -> CheckpointError:
-    """The error for what the system does not let be read: the file it names, or ``path``."""
+    """The error for what the system does not let be read: the file it names, or
+    ``path``."""
     return CheckpointError(f"{error.filename or path}: {error.strerror}", "incomplete")
 
 
@@ -70,7 +72,8 @@ def consistent(folder: Path, otherwise: str) -> Iterator[None]:
 
 @contextmanager
 def readable(folder: Path, otherwise: str) -> Iterator[None]:
-    """As ``consistent``; what the system does not let be read is a ``CheckpointError``, too."""
+    """As ``consistent``; what the system does not let be read is a ``CheckpointError``,
+    too."""
     try:
         with consistent(folder, otherwise):
             yield

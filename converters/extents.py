@@ -31,10 +31,11 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A run of bytes in a file, and where they go: ``count`` rows of ``row`` bytes, the first one
-    at ``position`` of a buffer and each ``step`` bytes after the one before.
+    """A run of bytes in a file, and where they go: ``count`` rows of ``row`` bytes, the
+    first one at ``position`` of a buffer and each ``step`` bytes after the one before.
 
-    A shard's rows lie side by side in its file, and apart in the tensor that they are of.
+    A shard's rows lie side by side in its file, and apart in the tensor that they are
+    of.
     """
 
     extent: Extent
@@ -59,8 +60,8 @@ class Extents(Protocol):
     """The runs of bytes of a tensor, in the order of its elements.
 
     ``Listed`` has them one by one, ``Strided`` works them out: for views that have too
-    many to keep. ``Tiled`` (``converters.tiles``) has boxes that are placed in the tensor,
-    ``Partitioned`` (``converters.partitioned``) the equal runs of many ranks.
+    many to keep. ``Tiled`` (``converters.tiles``) has boxes that are placed in the
+    tensor, ``Partitioned`` (``converters.partitioned``) the equal runs of many ranks.
     """
 
     def __len__(self) -> int:
@@ -87,8 +88,8 @@ class Extents(Protocol):
 
     @property
     def block(self) -> int:
-        """Bytes that are best read together: pieces begin at multiples of it where a buffer
-        holds so many."""
+        """Bytes that are best read together: pieces begin at multiples of it where a
+        buffer holds so many."""
 
     def narrow(self, start: int, stop: int) -> Extents:
         """The bytes from ``start`` to ``stop``, counted in the order of the runs."""
@@ -237,8 +238,8 @@ def reads_in_sequence(extents: Iterable[Extent]) -> Iterator[Read]:
 
 
 def _cut(extents: Iterable[Extent], position: int, start: int, stop: int) -> Iterator[Extent]:
-    """What of the bytes from ``start`` to ``stop`` lies in each extent; the first one begins
-    at ``position``."""
+    """What of the bytes from ``start`` to ``stop`` lies in each extent; the first one
+    begins at ``position``."""
     for extent in extents:
         first = max(start - position, 0)
         end = min(stop - position, extent.length)

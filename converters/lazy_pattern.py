@@ -1,7 +1,8 @@
 """Regular expressions that cost nothing until they are used.
 
-``re.compile`` takes 0.1 to 0.5 ms, and a command imports more expressions than it ever matches
-with. So an expression of a module is a ``LazyPattern``, which compiles it at its first use.
+``re.compile`` takes 0.1 to 0.5 ms, and a command imports more expressions than it ever
+matches with. So an expression of a module is a ``LazyPattern``, which compiles it at its
+first use.
 """
 
 from __future__ import annotations

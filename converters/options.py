@@ -1,12 +1,12 @@
 """Options in messages: a command's ``--tag TAG`` is a function's ``tag=TAG``.
 
-A message is written once, with an ``Option`` in it, which becomes text in the words of whoever
-asked: the command line names options, a function its own arguments (``using``). What a function
-lacks, and whatever nobody asked for, is named with the command that has it:
-``ckpt to-fp32 --merge``.
+A message is written once, with an ``Option`` in it, which becomes text in the words of
+whoever asked: the command line names options, a function its own arguments (``using``).
+What a function lacks, and whatever nobody asked for, is named with the command that has
+it: ``ckpt to-fp32 --merge``.
 
-Commands that are named with all of their options (``ckpt doctor RUN --adopt``) are commands to
-everyone, and plain text.
+Commands that are named with all of their options (``ckpt doctor RUN --adopt``) are
+commands to everyone, and plain text.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""The runs of a tensor that is cut up equally among many ranks, worked out when they are needed.
+"""The runs of a tensor that is cut up equally among many ranks, worked out when they are
+needed.
 
     rank 0    |----- at -----|-- run --|                 the ranks' vectors, one after another
     rank 1    |----- at -----|-- run --|
     rank 2    |----- at -----|--|        what stands behind ``stop`` is padding
 
-Stage 3 cuts each parameter so: 741 tensors of 4,096 ranks have three million runs, and all that
-is known of them are the places of the vectors, which the tensors of a sub-group share, and two
-numbers a tensor.
+Stage 3 cuts each parameter so: 741 tensors of 4,096 ranks have three million runs, and
+all that is known of them are the places of the vectors, which the tensors of a sub-group
+share, and two numbers a tensor.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class RankVectors(tuple[Extent, ...]):
         return {(0, len(self)): self}
 
     def of_ranks(self, first: int, end: int) -> Sequence[Extent]:
-        """Those of the ranks from ``first`` on; the same sequence for all who ask for these."""
+        """Those of the ranks from ``first`` on; the same sequence for all who ask for
+        these."""
         part = self.parts.get((first, end))
         if part is None:
             part = self.parts[first, end] = self[first:end]
@@ -47,8 +49,8 @@ class RankVectors(tuple[Extent, ...]):
 
 @dataclass(frozen=True, slots=True)
 class Partitioned(ReadInOrder):
-    """Of each vector the ``run`` bytes from byte ``at`` on, one rank after another; of all these
-    bytes those from ``start`` to ``stop``, at least one."""
+    """Of each vector the ``run`` bytes from byte ``at`` on, one rank after another; of
+    all these bytes those from ``start`` to ``stop``, at least one."""
 
     vectors: RankVectors = field(repr=False)
     at: int

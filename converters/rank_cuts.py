@@ -5,8 +5,8 @@
     rank 1    | a1 |  b1   |c1|              each rank's pieces are as long as all others'
     rank 2    | a2 |  b2   |0 |              the last ones end in zeros
 
-A vector of stage 3 for one of 512 ranks is so a number beside what all of them share: nothing
-is listed for each tensor and rank.
+A vector of stage 3 for one of 512 ranks is so a number beside what all of them share:
+nothing is listed for each tensor and rank.
 """
 
 from __future__ import annotations
@@ -57,14 +57,16 @@ class Cuts:
         return seal.hexdigest()
 
     def index(self, start: int, size: int) -> int | None:
-        """The tensor whose piece is just these bytes of a rank's vector, if there is one."""
+        """The tensor whose piece is just these bytes of a rank's vector, if there is
+        one."""
         index = bisect_right(self.ends, start)
         if index == len(self.ends) or self.pieces[index] != size:
             return None
         return index if self.ends[index] - size == start else None
 
     def piece(self, index: int, rank: int, start: int, stop: int) -> Iterator[Extents]:
-        """The bytes from ``start`` to ``stop`` of a rank's piece of a tensor, padding included."""
+        """The bytes from ``start`` to ``stop`` of a rank's piece of a tensor, padding
+        included."""
         size, extents = self.pieces[index], self.tensors[index]
         first, end = rank * size + start, min(rank * size + stop, extents.nbytes)
         if first < end:

@@ -49,7 +49,8 @@ class OptimizerState(Protocol):
     """What the optimizer keeps for a parameter, located when it is asked for."""
 
     def __call__(self, name: str, /) -> Mapping[str, TensorRef | int | float]:
-        """Tensors of the parameter's shape (``exp_avg``), and numbers (``step``), by key.
+        """Tensors of the parameter's shape (``exp_avg``), and numbers (``step``), by
+        key.
 
         ``KeyError`` if ``name`` is not trained; ``CheckpointError`` if the state of it
         cannot be told from that of others.
@@ -60,19 +61,19 @@ class OptimizerState(Protocol):
 class Source:
     """A checkpoint, or files of weights, with every tensor located and none read.
 
-    ``kind`` is the name of its row in ``converters.detect.kinds``.
-    ``weights`` have the names of the model's state dict. ``files`` maps the files that
-    they and the optimizer's state lie in to their digests (``TorchFile.digest``), where a
-    file has one. ``optimizer`` is ``None`` where the files hold weights alone, or where a
-    reader was asked for weights alone; ``topology`` is ``None`` for files that no
-    training goes on from. ``precision`` is what was trained in, ``version`` that of the
-    library that saved. ``entries`` is what else the trainer stored, inert where it is not
-    plain data. ``notes`` are what a user should know.
+    ``kind`` is the name of its row in ``converters.detect.kinds``. ``weights`` have the
+    names of the model's state dict. ``files`` maps the files that they and the
+    optimizer's state lie in to their digests (``TorchFile.digest``), where a file has
+    one. ``optimizer`` is ``None`` where the files hold weights alone, or where a reader
+    was asked for weights alone; ``topology`` is ``None`` for files that no training goes
+    on from. ``precision`` is what was trained in, ``version`` that of the library that
+    saved. ``entries`` is what else the trainer stored, inert where it is not plain data.
+    ``notes`` are what a user should know.
 
     ``record`` is what holds the copies of the weights; ``of_one_save`` says whether
     copies with other values are an error. ``without_frozen`` says that weights may be
-    missing that the files do not name, ``knows_ties`` that the files tell which names are
-    tied; where they do not, the class of the model does.
+    missing that the files do not name, ``knows_ties`` that the files tell which names
+    are tied; where they do not, the class of the model does.
     """
 
     kind: str
@@ -93,7 +94,8 @@ class Source:
 
     @property
     def stage(self) -> int | None:
-        """The ZeRO stage, 0 without ZeRO; ``None`` for other trainers and for weights alone."""
+        """The ZeRO stage, 0 without ZeRO; ``None`` for other trainers and for weights
+        alone."""
         return self.topology.stage if self.topology else None
 
     @property

@@ -1,15 +1,15 @@
-"""Tensors put together from boxes of others: the pieces of tensor parallelism, sub-parameters,
-experts.
+"""Tensors put together from boxes of others: the pieces of tensor parallelism,
+sub-parameters, experts.
 
     shape (4, 6)      + - - - - - - - - - - - +
                       | tile 0    | tile 1    |      a tile is a box of some source,
                       | (4, 3)    | (4, 3)    |      placed in the tensor
                       + - - - - - - - - - - - +
 
-A row-parallel weight of a large model has millions of runs. They are never written out: a tensor
-keeps its tiles, and ``Tiled.reads`` works out what fills a buffer when bytes are moved. The rows
-of a tile follow each other in its source, so that one read takes all rows that a buffer has room
-for, and scatters them.
+A row-parallel weight of a large model has millions of runs. They are never written out:
+a tensor keeps its tiles, and ``Tiled.reads`` works out what fills a buffer when bytes
+are moved. The rows of a tile follow each other in its source, so that one read takes all
+rows that a buffer has room for, and scatters them.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Tiled:
-    """Tiles that cover a tensor of ``shape``, each element once; bytes ``first`` to ``end``
-    of it.
+    """Tiles that cover a tensor of ``shape``, each element once; bytes ``first`` to
+    ``end`` of it.
 
     ``TensorRef.tile`` proves that they do. ``itemsize`` is the bytes of an element.
     """
@@ -141,7 +141,8 @@ class Tiled:
         return replace(self, first=min(self.first + start, end), end=end)
 
     def reads(self) -> Iterator[Read]:
-        """What fills a buffer, tile by tile: all rows of a tile that lie in one file at once."""
+        """What fills a buffer, tile by tile: all rows of a tile that lie in one file at
+        once."""
         for tile, walk in zip(self.tiles, self._walks(), strict=True):
             for stretch in walk.stretches(self.first, self.end):
                 yield from stretch.reads(tile.source)

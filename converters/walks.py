@@ -1,4 +1,5 @@
-"""The runs of a box in row-major order, worked out: where each lies in a tensor, and in a source.
+"""The runs of a box in row-major order, worked out: where each lies in a tensor, and in
+a source.
 
     tensor   | - - - | run 0 | - - - |      a box of columns: its runs lie a row of the tensor
              | - - - | run 1 | - - - |      apart, and in its source one after another
@@ -34,8 +35,8 @@ class AxisStep:
 class Walk:
     """The runs of a tile in row-major order: bytes, not elements.
 
-    ``run`` bytes each, from ``position`` of the tensor and ``source_position`` of the source
-    on; ``loops`` are the steps between them, the outermost first.
+    ``run`` bytes each, from ``position`` of the tensor and ``source_position`` of the
+    source on; ``loops`` are the steps between them, the outermost first.
     """
 
     run: int
@@ -47,8 +48,8 @@ class Walk:
     def of(
         shape: Shape, offsets: Shape, sizes: Shape, within: Shape, start: Shape, itemsize: int
     ) -> Walk:
-        """The walk over a box of ``sizes``, at ``offsets`` of a tensor of ``shape`` and at
-        ``start`` of a source of shape ``within``.
+        """The walk over a box of ``sizes``, at ``offsets`` of a tensor of ``shape`` and
+        at ``start`` of a source of shape ``within``.
 
         Neighbouring axes that are whole in both become one.
         """
@@ -93,8 +94,8 @@ class Walk:
         return position, source_position
 
     def between(self, first: int, end: int) -> tuple[int, int]:
-        """The runs, from one number to another, with bytes from ``first`` to ``end`` of the
-        tensor."""
+        """The runs, from one number to another, with bytes from ``first`` to ``end`` of
+        the tensor."""
         if first >= end:
             return 0, 0
 
@@ -106,7 +107,8 @@ class Walk:
         return self.places(index)[0]
 
     def stretches(self, first: int, end: int) -> Iterator[Stretch]:
-        """The runs with bytes from ``first`` to ``end`` of the tensor, those in a row at once."""
+        """The runs with bytes from ``first`` to ``end`` of the tensor, those in a row at
+        once."""
         inner = self.loops[-1] if self.loops else AxisStep(1, self.run, self.run)
         index, last = self.between(first, end)
         while index < last:
@@ -130,8 +132,8 @@ class Walk:
 class Stretch:
     """``count`` runs at equal distances, in a buffer and in a source.
 
-    ``skipped`` bytes at the beginning of the first and ``dropped`` at the end of the last one
-    lie outside of the buffer.
+    ``skipped`` bytes at the beginning of the first and ``dropped`` at the end of the
+    last one lie outside of the buffer.
     """
 
     position: int
@@ -144,8 +146,8 @@ class Stretch:
     dropped: int
 
     def parts(self) -> Iterator[tuple[int, int, int]]:
-        """The runs that follow each other in the source, at once: the first byte there, the
-        first one counted in the runs, and how many."""
+        """The runs that follow each other in the source, at once: the first byte there,
+        the first one counted in the runs, and how many."""
         if self.source_step == self.run or self.count == 1:
             length = self.count * self.run - self.skipped - self.dropped
             yield self.source_position + self.skipped, self.skipped, length
@@ -158,7 +160,8 @@ class Stretch:
             yield source + low, index * self.run + low, high - low
 
     def placed(self, extent: Extent, first: int) -> Iterator[Read]:
-        """Where bytes of the runs go, the first of which is byte ``first`` of all of them."""
+        """Where bytes of the runs go, the first of which is byte ``first`` of all of
+        them."""
         offset, remaining = extent.offset, extent.length
         while remaining:
             index, skipped = divmod(first, self.run)

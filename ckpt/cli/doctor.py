@@ -187,7 +187,8 @@ def _findings(run: Run, mended: Sequence[Finding], diagnosis: Diagnosis, dry_run
 
 
 def _idle(path: Path, reasons: Sequence[str], statuses: Sequence[CheckpointStatus]) -> list[str]:
-    """Lines on why there is nothing to do; of a folder without checkpoints what lies there."""
+    """Lines on why there is nothing to do; of a folder without checkpoints what lies
+    there."""
     from ckpt.runs import user_paths
     from ckpt.runs.states.status import CheckpointState
 
@@ -241,15 +242,16 @@ def _unproven(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
 
 
 def _remarks(outcome: AdoptionOutcome, dry_run: bool) -> list[str]:
-    """Lines on what was not compared in an adopted checkpoint, and on what speaks against one
-    save."""
+    """Lines on what was not compared in an adopted checkpoint, and on what speaks
+    against one save."""
     doubt = f"{outcome.doubt}; the manifest says that --one-save was given"
     lines = [f"ckpt: {outcome.folder}: {doubt}"] if outcome.doubt is not None else []
     return [*_unproven(outcome, dry_run), *lines]
 
 
 def _without_latest(path: Path, outcomes: Sequence[AdoptionOutcome]) -> list[str]:
-    """A line on what comes next, where a run has committed checkpoints now and no ``latest``."""
+    """A line on what comes next, where a run has committed checkpoints now and no
+    ``latest``."""
     from ckpt.runs.run import Run
     from ckpt.runs.states import listing
     from converters.words import shell_word

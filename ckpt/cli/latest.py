@@ -1,4 +1,5 @@
-"""The command ``ckpt latest``: which checkpoint a resume takes, and which newer ones not."""
+"""The command ``ckpt latest``: which checkpoint a resume takes, and which newer ones
+not."""
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ def latest(run: Path, best: bool, designation: str | None, dry_run: bool, as_jso
 
 
 def _choice(run: Run) -> Choice:
-    """What a resume takes; ``CheckpointError`` if there is nothing yet, or nothing usable."""
+    """What a resume takes; ``CheckpointError`` if there is nothing yet, or nothing
+    usable."""
     from ckpt.runs import user_paths
     from ckpt.runs.states import choice, listing
     from converters.errors import CheckpointError
@@ -100,7 +102,8 @@ def _choice(run: Run) -> Choice:
 
 
 def _best(run: Run) -> RunCheckpoint:
-    """The checkpoint that the pointer best names; ``CheckpointError`` if it is not committed."""
+    """The checkpoint that the pointer best names; ``CheckpointError`` if it is not
+    committed."""
     checkpoint = run.find("best")
     if checkpoint.why is not None:
         _refuse(
@@ -119,8 +122,8 @@ def _designated(run: Run, designation: str) -> RunCheckpoint:
 
 
 def _require_committed(run: Run, pointer_name: str, checkpoint: RunCheckpoint) -> None:
-    """``CheckpointError`` where a pointer may not name the checkpoint, and what helps, if
-    anything does."""
+    """``CheckpointError`` where a pointer may not name the checkpoint, and what helps,
+    if anything does."""
     from ckpt.runs import manifest as manifests
     from ckpt.runs.states import listing
     from ckpt.runs.states.status import status_of

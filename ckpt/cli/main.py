@@ -120,7 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     from converters.errors import CheckpointError
 
     arguments = sys.argv[1:] if argv is None else argv
-    # Commands make few circles; looking for them so often takes 8 % of the time of a small one.
+    # Commands make few circles; looking for them so often takes 8 % of the time of a
+    # small one.
     gc.set_threshold(20_000)
     try:
         with options.using(options.of_commands, anew=True):
@@ -154,7 +155,8 @@ def _aftermath(error: BaseException) -> str:
 
 
 def _fail(message: str, kind: str, *, as_json: bool) -> NoReturn:
-    """Prints one line on stderr, which is JSON where the command prints JSON, and exits with 1."""
+    """Prints one line on stderr, which is JSON where the command prints JSON, and exits
+    with 1."""
     if as_json:
         from ckpt.results import SCHEMA
 

@@ -90,7 +90,8 @@ def interruption(continuation: Continuation | None) -> str:
 
 
 def unfitting(output: Output, shortage: str | None) -> Output:
-    """The output of a dry run; exit code 1, and a note, where what it plans does not fit."""
+    """The output of a dry run; exit code 1, and a note, where what it plans does not
+    fit."""
     if shortage is None:
         return output
     notes = (*getattr(output.result, "notes", ()), shortage)
@@ -127,8 +128,8 @@ def as_text(result: object) -> str:
 
 @contextmanager
 def progress(total: int | None, title: str, unit: str = "B") -> Iterator[Progress]:
-    """A bar of bytes, or of things that ``unit`` names, on a terminal; nothing elsewhere, or
-    without a total."""
+    """A bar of bytes, or of things that ``unit`` names, on a terminal; nothing
+    elsewhere, or without a total."""
     if total is None or not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -148,7 +149,8 @@ class _Announcer(logging.Handler):
 
 @contextmanager
 def announcements(as_json: bool) -> Iterator[None]:
-    """A block in which warnings of the library are lines on stderr; not so with ``as_json``."""
+    """A block in which warnings of the library are lines on stderr; not so with
+    ``as_json``."""
     logger = logging.getLogger("ckpt")
     handler = logging.NullHandler() if as_json else _Announcer()
     handler.setLevel(logging.WARNING)

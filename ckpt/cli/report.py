@@ -91,7 +91,8 @@ def _quantized(weights: Weights) -> QuantizedFacts | None:
 def _beside_weights(
     source: Source,
 ) -> tuple[Mapping[str, Unusual], dict[str, str] | None]:
-    """Tensors of types that no writer has, and plain values: of a file, or a model alone."""
+    """Tensors of types that no writer has, and plain values: of a file, or a model
+    alone."""
     if source.topology is not None:
         return {}, None
 

@@ -259,7 +259,8 @@ def run(
 ) -> None:
     """Prints what would be done, or does it and prints that.
 
-    ``job`` is the module that does it: ``ckpt.rewrite.job`` or ``ckpt.rewrite.crossing``.
+    ``job`` is the module that does it: ``ckpt.rewrite.job`` or
+    ``ckpt.rewrite.crossing``.
     """
     from ckpt.rewrite import output_folder
 

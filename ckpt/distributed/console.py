@@ -1,4 +1,5 @@
-"""What a training's user sees of ``ckpt`` where the application has configured no logging.
+"""What a training's user sees of ``ckpt`` where the application has configured no
+logging.
 
 Everything that is said goes to ``logging.getLogger("ckpt")``. Python shows warnings of a
 logger that nobody handles and drops the rest; then a user would not see from which
@@ -7,8 +8,8 @@ checkpoint a training goes on. So this handler writes to stderr, one line each:
     ckpt: saved out/checkpoint-500 (98.0 GB) in 42 s; training waited 1.3 s
 
 INFO on rank 0, warnings and errors on every rank. As soon as there is a handler of the
-root logger or of "ckpt" (``logging.basicConfig``, pytest), it is silent, and the level of
-the root logger counts, as for any other library; so does one that is set for "ckpt".
+root logger or of "ckpt" (``logging.basicConfig``, pytest), it is silent, and the level
+of the root logger counts, as for any other library; so does one that is set for "ckpt".
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class Console(logging.Handler):
         try:
             line = f"ckpt: {self.format(record)}\n"
 
-            # One call of write: torchrun starts ranks with "python -u", where print() writes
-            # the text and the end of the line apart, and lines of two ranks become one.
+            # One call of write: torchrun starts ranks with "python -u", where print()
+            # writes the text and the end of the line apart, and lines of two ranks
+            # become one.
             sys.stderr.write(line)
             sys.stderr.flush()
         except Exception:
@@ -69,7 +71,8 @@ def _is_configured() -> bool:
 
 
 def _rank() -> int:
-    """This process among all ranks, before there is a process group by what its launcher says."""
+    """This process among all ranks, before there is a process group by what its launcher
+    says."""
     dist = sys.modules.get("torch.distributed")  # without torch there is one process
     if dist is not None and dist.is_available() and dist.is_initialized():
         return int(dist.get_rank())

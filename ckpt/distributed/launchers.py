@@ -1,7 +1,8 @@
-"""What started the ranks, and what it makes of signals: found in the environment and in /proc.
+"""What started the ranks, and what it makes of signals: found in the environment and in
+/proc.
 
-Measured with the launchers themselves (``tests/training/test_launchers.py``) and read in their
-sources:
+Measured with the launchers themselves (``tests/training/test_launchers.py``) and read in
+their sources:
 
 - torchrun (torch 2.13 ``distributed/run.py``, ``elastic/multiprocessing/api.py``): passes on the
   signals of ``--signals-to-handle``, kills the ranks ``--shutdown-timeout`` seconds after one (30),
@@ -35,7 +36,8 @@ class LauncherProcess:
     began: str = ""
 
     def alive(self) -> bool:
-        """Whether the process still runs; one that has ended and was not waited for does not."""
+        """Whether the process still runs; one that has ended and was not waited for does
+        not."""
         state = _state(self.pid)
         return state is not None and state.began == self.began and state.letter not in "ZX"
 
@@ -84,7 +86,8 @@ class Launcher:
         return is_passed and signal not in HANDLED.split(",")
 
     def ended(self) -> LauncherProcess | None:
-        """A process of the launcher that has ended; then nobody waits for the ranks any more."""
+        """A process of the launcher that has ended; then nobody waits for the ranks any
+        more."""
         return next((process for process in self.processes if not process.alive()), None)
 
     def remedy(self) -> str:
@@ -102,7 +105,8 @@ class Launcher:
         return "; PET_SHUTDOWN_TIMEOUT=300 in the environment gives more time" * self.elastic
 
     def announcement(self, signals: Sequence[str]) -> tuple[str, bool]:
-        """A line on what the launcher will do, and whether something in it needs the user."""
+        """A line on what the launcher will do, and whether something in it needs the
+        user."""
         fatal_signals = [signal for signal in signals if signal not in self.passes]
         if self.elastic:
             grace = f"{self.grace:g} s" if self.grace is not None else "some time"
@@ -244,7 +248,8 @@ def _is_accelerate(process: LauncherProcess) -> bool:
 
 
 def _grace(environment: Mapping[str, str], agent: LauncherProcess | None) -> float:
-    """Seconds between torchrun's signal and SIGKILL: option, its variables, or the default."""
+    """Seconds between torchrun's signal and SIGKILL: option, its variables, or the
+    default."""
     arguments = agent.arguments if agent else ()
     for index, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")

@@ -46,7 +46,8 @@ _calls = itertools.count()  # all ranks make the same calls, so they count alike
 class RankGroup:
     """All ranks of the default process group, in one call of ``what``.
 
-    A process that no launcher started as one of several is all there is, without a group.
+    A process that no launcher started as one of several is all there is, without a
+    group.
     """
 
     def __init__(self, what: str, timeout: float):
@@ -108,7 +109,8 @@ class RankGroup:
         self.store.set(f"{self.call}/{word}/{self.rank}", "")
 
     def wait_for(self, word: str, rank: int) -> None:
-        """Waits until another rank has said a word; raises if a rank failed or it is absent."""
+        """Waits until another rank has said a word; raises if a rank failed or it is
+        absent."""
         self.wait(self._until({rank: f"{self.call}/{word}/{rank}"}))
 
     def grace(self, seconds: float = 2.0) -> None:
@@ -119,7 +121,8 @@ class RankGroup:
             time.sleep(0.02)
 
     def leave(self, wait: bool, seconds: float = 5.0) -> None:
-        """Says that this rank does nothing more here; with ``wait`` until all others have said so.
+        """Says that this rank does nothing more here; with ``wait`` until all others
+        have said so.
 
         For cleaning up after a failure: no longer than ``seconds``, as a rank may be
         gone.
@@ -171,7 +174,8 @@ class RankGroup:
         return ReportedFailure(f"{self.what} failed on {message}", kind)
 
     def meeting(self, value: Json) -> Meeting:
-        """The end of a step, in pieces: yields the keys it waits for as long as it waits.
+        """The end of a step, in pieces: yields the keys it waits for as long as it
+        waits.
 
         Whoever cannot wait takes one ``next`` now and then; ``wait`` goes through to
         the end.
@@ -255,7 +259,8 @@ class RankGroup:
 
 @contextmanager
 def alive(ranks: RankGroup) -> Iterator[None]:
-    """Shows the others that this rank is at work, in a block that may outlast their patience."""
+    """Shows the others that this rank is at work, in a block that may outlast their
+    patience."""
     ended = Event()
 
     def beat() -> None:

@@ -15,7 +15,8 @@ Json = Any
 
 @dataclass(slots=True)
 class Step:
-    """``value`` is what this rank brings, ``heard`` what it got: rank 0 all values, others its."""
+    """``value`` is what this rank brings, ``heard`` what it got: rank 0 all values,
+    others its."""
 
     value: Json = None
     heard: list[Json] = field(default_factory=list)

@@ -1,11 +1,12 @@
-"""The store that the ranks speak through: that of the process group, or one that rank 0 holds.
+"""The store that the ranks speak through: that of the process group, or one that rank 0
+holds.
 
 torchrun and ``accelerate launch`` keep the group's store in their own process
-(``TORCHELASTIC_USE_AGENT_STORE``; torch 2.13 ``distributed/rendezvous.py:
-_create_c10d_store``). It is gone when a signal ends them, though the ranks live on and
-could still save. So a training that wants to save when it is asked to stop moves to a
-store in rank 0 (``rank_0_store``). A process that trains alone has no group, and a store of
-its own.
+(``TORCHELASTIC_USE_AGENT_STORE``; torch 2.13
+``distributed/rendezvous.py: _create_c10d_store``). It is gone when a signal ends them,
+though the ranks live on and could still save. So a training that wants to save when it
+is asked to stop moves to a store in rank 0 (``rank_0_store``). A process that trains
+alone has no group, and a store of its own.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ any more, in a second and without an engine:
     python -c "from ckpt.engine import attributes; attributes.require()"
 
 A line of ``TABLE`` is a source file of DeepSpeed, a class in it ("-": the module), and
-names that are defined there: methods, properties, fields, or what is assigned to ``self``
-or a parameter. The names were read in DeepSpeed 0.19.8. A name in brackets is one that
-older versions lack and that is asked for before it is used.
+names that are defined there: methods, properties, fields, or what is assigned to
+``self`` or a parameter. The names were read in DeepSpeed 0.19.8. A name in brackets is
+one that older versions lack and that is asked for before it is used.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def missing(root: Path | None = None, optional: bool = False) -> list[Attribute]
 
 
 def require() -> None:
-    """``CheckpointError`` unless the installed DeepSpeed has every attribute that is needed."""
+    """``CheckpointError`` unless the installed DeepSpeed has every attribute that is
+    needed."""
     if lacks := missing():
         names = ", ".join(map(str, lacks[:5]))
         and_more = f" and {len(lacks) - 5} more" if len(lacks) > 5 else ""
@@ -173,7 +174,8 @@ def _names_by_class(path: Path) -> dict[str, set[str]]:
 
 
 def _definitions(owner: ast.ClassDef) -> Iterator[str]:
-    """Methods, fields, and whatever the class assigns to an attribute, its own or another's."""
+    """Methods, fields, and whatever the class assigns to an attribute, its own or
+    another's."""
     for node in ast.walk(owner):
         if isinstance(node, ast.FunctionDef):
             yield node.name

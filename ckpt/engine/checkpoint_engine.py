@@ -4,8 +4,8 @@
 ``runtime/checkpoint_engine/checkpoint_engine.py``: create, save, load, commit). Ours
 either takes the states down, to be written when no rank waits in a barrier any more, or
 writes them at once, on disk and digested. Neither raises in the middle: the other ranks
-would wait in a barrier and never leave it. What failed is raised by ``require``, when all are out
-of it.
+would wait in a barrier and never leave it. What failed is raised by ``require``, when
+all are out of it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ Writer = TypeVar("Writer", bound=CapturingEngine)
 
 
 class WritingEngine(CapturingEngine):
-    """States on disk when ``save`` returns, under their final names; ``files`` has the digests."""
+    """States on disk when ``save`` returns, under their final names; ``files`` has the
+    digests."""
 
     def __init__(self, original: Any):
         super().__init__(original)

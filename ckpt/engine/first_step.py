@@ -37,7 +37,8 @@ KEPT = (
 
 @contextmanager
 def stepped(optimizer: Any) -> Iterator[list[torch.Tensor]]:
-    """In this block ``optimizer``, DeepSpeed's or torch's, has the state that it will have.
+    """In this block ``optimizer``, DeepSpeed's or torch's, has the state that it will
+    have.
 
     Yields the tensors of that state which have no bytes yet. An optimizer that has
     state already keeps that; after the block all is as before.
@@ -69,7 +70,8 @@ def stepped(optimizer: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def state_of(inner_optimizer: Any, group: dict[str, Any], param: torch.Tensor) -> State:
-    """The state of a parameter after a step, its tensors on "meta"; empty if that is not known."""
+    """The state of a parameter after a step, its tensors on "meta"; empty if that is not
+    known."""
     kind = type(inner_optimizer)
     module_name = f"{inspect.unwrap(kind.step).__module__}."
 
@@ -83,7 +85,8 @@ def state_of(inner_optimizer: Any, group: dict[str, Any], param: torch.Tensor) -
 
 
 def growth(inner_optimizer: Any) -> float:
-    """Bytes of a large parameter and its state after a step, for each byte of the parameter."""
+    """Bytes of a large parameter and its state after a step, for each byte of the
+    parameter."""
     param = torch.empty(1 << 20, device="meta")
     state = state_of(inner_optimizer, inner_optimizer.param_groups[0], param)
     tensors = (value for value in state.values() if torch.is_tensor(value))
@@ -93,7 +96,8 @@ def growth(inner_optimizer: Any) -> float:
 def _parameters(
     optimizer: Any, inner_optimizer: Any
 ) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
-    """Each parameter that the step will see, with its group. ZeRO-3 hands them over one by one."""
+    """Each parameter that the step will see, with its group. ZeRO-3 hands them over one
+    by one."""
     flat_groups = getattr(optimizer, "fp32_partitioned_groups_flat", None)
     if flat_groups is not None:
         group_indices = optimizer.sub_group_to_group_id
@@ -115,7 +119,8 @@ def _copy_of(
     group: dict[str, Any],
     placeholder: torch.Tensor,
 ) -> Any:
-    """The optimizer with this parameter alone, no state, and nobody who is told of its steps."""
+    """The optimizer with this parameter alone, no state, and nobody who is told of its
+    steps."""
     copy = object.__new__(type(inner_optimizer))
     copy.__dict__.update(inner_optimizer.__dict__)
     for name in [name for name in copy.__dict__ if name.endswith("_hooks")]:
@@ -132,7 +137,8 @@ def _state_after_step(
 ) -> State:
     copy = _copy_of(inner_optimizer, group, placeholder)
     placeholder.grad = torch.empty_like(placeholder)
-    # A step may ask for a value, which a tensor of "meta" has not; the state is there by then.
+    # A step may ask for a value, which a tensor of "meta" has not; the state is there by
+    # then.
     with suppress(Exception):  # of any class that a training may use
         inspect.unwrap(type(inner_optimizer).step)(copy)
     return dict(copy.state.get(placeholder, {}))

@@ -1,8 +1,9 @@
 """How a training cuts up its state: what its engine says, or its configuration before.
 
-Sources of what is more than ZeRO: DeepSpeed 0.19.8 ``runtime/engine.py`` (``mp_world_size``),
-``runtime/pipe/topology.py``, ``moe/experts.py`` and ``module_inject/auto_ep_layer.py``, which give
-the parameters of experts a ``group_name``; ``runtime/tensor_parallel/config.py``,
+Sources of what is more than ZeRO: DeepSpeed 0.19.8 ``runtime/engine.py``
+(``mp_world_size``), ``runtime/pipe/topology.py``, ``moe/experts.py`` and
+``module_inject/auto_ep_layer.py``, which give the parameters of experts a
+``group_name``; ``runtime/tensor_parallel/config.py``,
 ``module_inject/auto_ep_config.py``.
 """
 
@@ -31,7 +32,8 @@ _EXPERT_GROUP = "ep_size_"  # then the number of ranks that the experts are deal
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """The ZeRO stage of a training, and how many ranks it has; ``degrees``: of which kinds."""
+    """The ZeRO stage of a training, and how many ranks it has; ``degrees``: of which
+    kinds."""
 
     stage: int
     world_size: int
@@ -42,7 +44,8 @@ class Topology:
         return f"{counted(self.world_size, 'rank')}{self.degrees} with ZeRO stage {self.stage}"
 
     def fits(self, partitioning: Partitioning) -> bool:
-        """Whether DeepSpeed can load a checkpoint, as far as its manifest or record tells."""
+        """Whether DeepSpeed can load a checkpoint, as far as its manifest or record
+        tells."""
         saved_topology = Topology(partitioning.stage or 0, partitioning.world_size or 0)
         return saved_topology.loads_as(Topology(self.stage, self.world_size))
 
@@ -59,8 +62,9 @@ class Layout:
 
     ``settings`` are what the layout of stage 3 depends on, by the options of
     ``reshard.prepare``: sub_group_size (elements) and, for Muon, zero_init. Muon sorts
-    parameters by shape where it sees their shapes, not under ``zero.Init``. ``cuts`` is what
-    an engine of AutoTP says of how it cuts parameters; ``None`` where there is no engine yet.
+    parameters by shape where it sees their shapes, not under ``zero.Init``. ``cuts`` is
+    what an engine of AutoTP says of how it cuts parameters; ``None`` where there is no
+    engine yet.
     """
 
     topology: Topology

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """What a front end offers for going on nevertheless, as messages say it; ``None``: nothing."""
+    """What a front end offers for going on nevertheless, as messages say it; ``None``:
+    nothing."""
 
     mismatch: str = 'pass on_mismatch="warn"'
     optimizer: str | None = "pass load_optimizer_states=False"

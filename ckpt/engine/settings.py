@@ -1,4 +1,5 @@
-"""What a training is, as JSON for a manifest: all that a resume compares beside its progress.
+"""What a training is, as JSON for a manifest: all that a resume compares beside its
+progress.
 
     parameters   names, shapes, order and groups of those that the optimizer holds
     optimizer    class, algorithm, the options of each param group

@@ -1,4 +1,5 @@
-"""What the start of a training tries in a run's folder, and what a start that failed left of it.
+"""What the start of a training tries in a run's folder, and what a start that failed
+left of it.
 
     .nonce-*       a file by which ranks find out whether they share the folder
     .preflight-*   folders that ranks write into, to see whether saves will succeed

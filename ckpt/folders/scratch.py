@@ -1,4 +1,5 @@
-"""A hidden folder of one process, beside the place of what it makes; several may be at it at once.
+"""A hidden folder of one process, beside the place of what it makes; several may be at
+it at once.
 
     .NAME.x7a_2k.partial/     a folder of a process that lives: its file .lock is locked
     .NAME.q0d81m.partial/     of one that was killed: the next process removes it
@@ -39,7 +40,8 @@ def folder_for(path: Path) -> Iterator[Path]:
 
 
 def _remove_if_abandoned(folder: Path) -> None:
-    """Removes a folder whose process has ended; one without its lock file has just begun."""
+    """Removes a folder whose process has ended; one without its lock file has just
+    begun."""
     lock = locks.exclusive(folder / LOCK)
     if lock is None:
         return

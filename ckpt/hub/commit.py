@@ -36,7 +36,8 @@ PARTIAL = ".ckpt-partial"  # no user calls a branch so
 
 @dataclass(frozen=True, slots=True)
 class CommitChange:
-    """What a commit does: files that come or change, names that go (a folder's ends in "/")."""
+    """What a commit does: files that come or change, names that go (a folder's ends in
+    "/")."""
 
     sent_files: tuple[UploadedFile, ...]
     deleted: tuple[str, ...]
@@ -194,7 +195,8 @@ def _find_own_commit(
     branch: str,
     change: CommitChange,
 ) -> Committed | None:
-    """The commit, if it happened though no answer said so; ``None`` if the head is still there.
+    """The commit, if it happened though no answer said so; ``None`` if the head is still
+    there.
 
     ``CheckpointError`` if another one is there.
     """
@@ -211,7 +213,8 @@ def _find_own_commit(
 
 
 def require(remote: Remote, branch_files: dict[str, RemoteFile], change: CommitChange) -> None:
-    """``CheckpointError`` unless a tree holds all that was sent and nothing that was deleted."""
+    """``CheckpointError`` unless a tree holds all that was sent and nothing that was
+    deleted."""
     for sent_file in change.sent_files:
         branch_file = branch_files.get(sent_file.path)
         if branch_file is None or not branch_file.is_known(

@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 class PushOptions:
     """What is published of a checkpoint, where, and how.
 
-    ``dtype`` is a key of ``request.DTYPES``; by default fp32 of states, and weights alone
-    as they are stored. ``max_shard_size`` is in bytes. ``uncommitted`` publishes what is
-    neither committed nor complete, as far as its weights can be read. ``revision``
-    is a branch (main), made by the push where there is none; ``private`` counts only
-    where the repository is made. ``keep_last`` deletes older steps, after the commit
-    where they are branches. ``blocks`` of 64 MB may be on their way by Xet at once,
-    each of which takes that much memory. ``verify_download`` reads headers back.
+    ``dtype`` is a key of ``request.DTYPES``; by default fp32 of states, and weights
+    alone as they are stored. ``max_shard_size`` is in bytes. ``uncommitted`` publishes
+    what is neither committed nor complete, as far as its weights can be read.
+    ``revision`` is a branch (main), made by the push where there is none; ``private``
+    counts only where the repository is made. ``keep_last`` deletes older steps, after
+    the commit where they are branches. ``blocks`` of 64 MB may be on their way by Xet at
+    once, each of which takes that much memory. ``verify_download`` reads headers back.
     """
 
     dtype: str | None = None

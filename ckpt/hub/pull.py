@@ -1,4 +1,5 @@
-"""A repository, or a folder of it, as a folder here: whole and verified, or not there at all.
+"""A repository, or a folder of it, as a folder here: whole and verified, or not there at
+all.
 
 .DIR.partial/     beside DIR while files come; an interrupted pull goes on with those that it has
 DIR/              the same folder, renamed when every file has its digest
@@ -67,7 +68,8 @@ class PullPlan:
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """What is there now. ``step`` is that of a training state, which was verified as such."""
+    """What is there now. ``step`` is that of a training state, which was verified as
+    such."""
 
     pull_plan: PullPlan
     step: int | None
@@ -153,7 +155,8 @@ def execute(pull_plan: PullPlan, progress: Progress = lambda _: None) -> Pulled:
 
 
 def require_output(pull_plan: PullPlan) -> None:
-    """``CheckpointError`` where ``execute`` would refuse to make the folder; makes nothing."""
+    """``CheckpointError`` where ``execute`` would refuse to make the folder; makes
+    nothing."""
     folder = pull_plan.folder.absolute()
     require_makeable(folder, pull_plan.nbytes, ANOTHER_NAME)
     require_room(folder_for(folder), pull_plan.nbytes, ANOTHER_NAME)
@@ -217,7 +220,8 @@ def _is_gits(name: str) -> bool:
 
 @contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
-    """The folder to download into, locked; it stays behind where the same pull can go on."""
+    """The folder to download into, locked; it stays behind where the same pull can go
+    on."""
     staging = folder_for(folder.absolute())
     staging.mkdir(parents=True, exist_ok=True)
     lock_path = staging / LOCK
@@ -262,7 +266,8 @@ def _is_same(path: Path, repo_file: RemoteFile) -> bool:
 
 
 def _require_same(repo: str, path: Path, repo_file: RemoteFile) -> None:
-    """``CheckpointError`` unless the file is what the Hub's list says; a wrong one is removed."""
+    """``CheckpointError`` unless the file is what the Hub's list says; a wrong one is
+    removed."""
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(
             f"{repo}: {path.name} did not come; pull again",

@@ -150,7 +150,8 @@ def _commit(
 
 
 def _require_card(api: HfApi, push_plan: PushPlan) -> None:
-    """``CheckpointError`` if the Hub would refuse the model card; before anything is sent."""
+    """``CheckpointError`` if the Hub would refuse the model card; before anything is
+    sent."""
     for item in push_plan.items:
         if push_plan.place + item.name == CARD:
             card_text = item.source
@@ -222,7 +223,8 @@ def _prove(
     push_plan: PushPlan,
     shards: tuple[Serving, journal.Journal] | None,
 ) -> WeightChecks | None:
-    """What was proven of the weights; ``CheckpointError`` if a CRC32 of their source is wrong."""
+    """What was proven of the weights; ``CheckpointError`` if a CRC32 of their source is
+    wrong."""
     conversion = push_plan.contents.conversion
     if shards is None or conversion is None:
         return None

@@ -1,7 +1,9 @@
-"""What a path means to a push: a checkpoint, a model folder, or of a run the newest or the best.
+"""What a path means to a push: a checkpoint, a model folder, or of a run the newest or
+the best.
 
-A run's newest is committed or complete (``runs.states.newest``), its best is committed. A
-folder of weights that no training goes on from is taken as a checkpoint without a manifest.
+A run's newest is committed or complete (``runs.states.newest``), its best is committed.
+A folder of weights that no training goes on from is taken as a checkpoint without a
+manifest.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from converters.words import counted, shell_word
 
 @dataclass(frozen=True, slots=True)
 class PushSource:
-    """The checkpoint to push; ``remark`` says which it is, where it is the newest of a run.
+    """The checkpoint to push; ``remark`` says which it is, where it is the newest of a
+    run.
 
     Of one that is not ``committed`` a user should know before it is sent.
     """
@@ -66,7 +69,8 @@ def chosen(path: Path, best: Best | None = None, full: bool = False) -> PushSour
 
 
 def _single(path: Path) -> RunCheckpoint | None:
-    """The checkpoint or model folder that a path is; ``None`` for a run with checkpoints."""
+    """The checkpoint or model folder that a path is; ``None`` for a run with
+    checkpoints."""
     if path.is_dir() and not is_checkpoint(path) and not is_run(path):
         if detect(path).kind.holds_weights:
             return open_checkpoint(path)

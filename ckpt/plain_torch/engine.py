@@ -1,7 +1,8 @@
-"""A training without DeepSpeed as what the front ends take an engine for: ``PlainEngine``.
+"""A training without DeepSpeed as what the front ends take an engine for:
+``PlainEngine``.
 
-It saves and loads nothing: whoever trains does. It is asked what a manifest says of a training,
-what a resume compares, and how many bytes a save will have.
+It saves and loads nothing: whoever trains does. It is asked what a manifest says of a
+training, what a resume compares, and how many bytes a save will have.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class PlainEngine:
     def state_bytes(self) -> int:
         """Bytes of the state files that this rank will write.
 
-        Without FSDP the weights are no state: the model that lies beside is what a resume loads.
+        Without FSDP the weights are no state: the model that lies beside is what a
+        resume loads.
         """
         if not self.is_cut_up and not self.writes:
             return 0
@@ -68,7 +70,8 @@ class PlainEngine:
         return count_bytes(values) + _TENSOR_BYTES * len(values) + 3 * _FILE_BYTES
 
     def _optimizer_values(self) -> Iterator[Any]:
-        """The optimizer's tensors, before the first step those that it will keep after it."""
+        """The optimizer's tensors, before the first step those that it will keep after
+        it."""
         inner_optimizer = optimizers.inner(self)
         with first_step.stepped(inner_optimizer) as future_values:
             states = inner_optimizer.state.values()

@@ -1,4 +1,5 @@
-"""Whether all ranks see the checkpoint that rank 0 offers: the same save, or the same files."""
+"""Whether all ranks see the checkpoint that rank 0 offers: the same save, or the same
+files."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ PATIENCE = 3
 class Sight:
     """What all ranks must see: a save, by its id, or the files of one that has none.
 
-    ``parts``: of how many nodes' folders it is; ``names`` are the files that a resume reads
-    with their sizes, of DeepSpeed's tags those of ``tag``.
+    ``parts``: of how many nodes' folders it is; ``names`` are the files that a resume
+    reads with their sizes, of DeepSpeed's tags those of ``tag``.
     """
 
     name: str
@@ -40,8 +41,8 @@ class Sight:
 
     @classmethod
     def of(cls, checkpoint: RunCheckpoint, tag: str | None = None) -> Sight:
-        """A checkpoint as this rank sees it; without a manifest, of this ``tag``, by default the
-        one that its file ``latest`` names."""
+        """A checkpoint as this rank sees it; without a manifest, of this ``tag``, by
+        default the one that its file ``latest`` names."""
         manifest = checkpoint.manifest
         if manifest is not None:
             return cls(checkpoint.name, manifest.save, manifest.nodes)

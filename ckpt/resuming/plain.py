@@ -1,8 +1,8 @@
 """Resuming a training without DeepSpeed (FSDP, DDP, one process), which loads by itself.
 
-Its trainer reads the files. Here the checkpoint is chosen and looked at, and what does not come
-back is said: the files of FSDP and DDP load on any number of ranks, the random states of ranks do
-not.
+Its trainer reads the files. Here the checkpoint is chosen and looked at, and what does
+not come back is said: the files of FSDP and DDP load on any number of ranks, the random
+states of ranks do not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def newest(
     load_foreign: bool = False,
     committed_only: bool = False,
 ) -> RunCheckpoint | None:
-    """The newest whole checkpoint of a run, or the one that is named; every rank calls it.
+    """The newest whole checkpoint of a run, or the one that is named; every rank calls
+    it.
 
     ``None`` if the run has none yet. ``CheckpointError`` on every rank for one of
     DeepSpeed, and as ``select.select_checkpoint``.
@@ -52,7 +53,8 @@ def newest(
 
 
 def require_plain(folder: Path) -> None:
-    """``CheckpointError`` for a checkpoint of DeepSpeed, of which only the weights would load.
+    """``CheckpointError`` for a checkpoint of DeepSpeed, of which only the weights would
+    load.
 
     Trainers begin with a new optimizer then, without a word.
     """

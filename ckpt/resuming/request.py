@@ -1,4 +1,5 @@
-"""A resume that was asked for: the same on all ranks, and everything looked at before it begins."""
+"""A resume that was asked for: the same on all ranks, and everything looked at before it
+begins."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ log = logging.getLogger("ckpt")
 
 @dataclass(slots=True)
 class ResumeReport:
-    """What is told of a resume: counters and settings as they were saved and as they are."""
+    """What is told of a resume: counters and settings as they were saved and as they
+    are."""
 
     rows: Sequence[continuity.Row] = ()
 
@@ -64,7 +66,8 @@ class ResumeRequest:
     began_at: float = field(default_factory=time.monotonic)
 
     def require_same(self, **options: Any) -> None:
-        """``CheckpointError`` on every rank unless all ask for the same, and it is known.
+        """``CheckpointError`` on every rank unless all ask for the same, and it is
+        known.
 
         ``options`` are arguments beside those here, as JSON.
         """
@@ -90,7 +93,8 @@ class ResumeRequest:
     def compare(
         self, source: ResumePoint, engine: EngineView, loop: Loop = ENGINE_ALONE
     ) -> Comparison:
-        """Compares what was saved with the training of ``engine``, which has not loaded it."""
+        """Compares what was saved with the training of ``engine``, which has not loaded
+        it."""
         return Comparison(source, engine, self.options, loop=loop)
 
     @contextmanager
@@ -116,7 +120,8 @@ class ResumeRequest:
             )
 
     def choose(self, engine: EngineView, stack: ExitStack) -> ResumePoint | None:
-        """What to load, kept from being deleted while ``stack`` is open; ``None``: nothing yet."""
+        """What to load, kept from being deleted while ``stack`` is open; ``None``:
+        nothing yet."""
         ranks = self.ranks
         layout = Layout.of_engine(engine, ranks.world)
         options = (self.tag, self.verify, self.load_foreign, layout.topology.fits)
@@ -146,8 +151,8 @@ class ResumeRequest:
     def commit(self, source: ResumePoint) -> ResumePoint:
         """What a training goes on from, committed if it was written without ckpt.
 
-        Every rank calls it once all is as it was saved: a resume that is refused leaves nothing
-        behind.
+        Every rank calls it once all is as it was saved: a resume that is refused leaves
+        nothing behind.
         """
         if source.choice is None:
             return source
@@ -166,7 +171,8 @@ class ResumeRequest:
         source: ResumePoint,
         with_state: bool = True,
     ) -> tuple[RankState, LoadSlot]:
-        """This rank's own state, of ``with_state`` that was saved, or of nothing; when it may load.
+        """This rank's own state, of ``with_state`` that was saved, or of nothing; when
+        it may load.
 
         ``CheckpointError`` on every rank if something is missing, or memory would not
         suffice.
@@ -198,7 +204,8 @@ class ResumeRequest:
         return state, LoadSlot(self.ranks, source.folder, need.reads, predecessor)
 
     def state(self, source: ResumePoint) -> RankState:
-        """What this rank saved beside the engine; ``CheckpointError`` if not all comes back."""
+        """What this rank saved beside the engine; ``CheckpointError`` if not all comes
+        back."""
         state = RankState.read(source, self.ranks.rank)
         losses = state.lost(self.extra)
         if state.random is None and not source.saved_by_ckpt:
@@ -211,7 +218,8 @@ class ResumeRequest:
         return state
 
     def _without_random_states(self, source: ResumePoint, losses: list[str]) -> list[str]:
-        """What is lost of a checkpoint that another program wrote: no rank has its random states.
+        """What is lost of a checkpoint that another program wrote: no rank has its
+        random states.
 
         Rank 0 says it once, unless the front end has a file of its own that it restores.
         """
@@ -231,7 +239,8 @@ class ResumeRequest:
         source: ResumePoint,
         reports: Sequence[Any],
     ) -> dict[str, int]:
-        """Which rank each one waits for before it loads, where not all of a node can at once."""
+        """Which rank each one waits for before it loads, where not all of a node can at
+        once."""
         predecessors: dict[str, int] = {}
         for node in dict.fromkeys(node for node, *_ in reports):
             loading_ranks = {
@@ -262,7 +271,8 @@ class ResumeRequest:
     def tell(
         self, source: ResumePoint, rows: Sequence[continuity.Row], mismatches: Sequence[Any]
     ) -> None:
-        """Logs the table on rank 0, and raises on all ranks if something is not as it was saved.
+        """Logs the table on rank 0, and raises on all ranks if something is not as it
+        was saved.
 
         ``mismatches`` on rank 0: those of each rank.
         """
@@ -291,7 +301,8 @@ class ResumeRequest:
 
 
 def committed(ranks: RankGroup, checkpoint: RunCheckpoint) -> RunCheckpoint:
-    """The checkpoint with a manifest, given by rank 0 to one that was written without ckpt.
+    """The checkpoint with a manifest, given by rank 0 to one that was written without
+    ckpt.
 
     So it is one of the run that goes on from it: retention counts it, and the next
     resume knows it. Where that cannot be, as on a disk that is only read, it stays as

@@ -3,10 +3,9 @@
     start = ckpt.resume(engine, "out", extra={"sampler": sampler})
     for step in range(start + 1, steps + 1): ...
 
-Every rank calls it once, after ``deepspeed.initialize``; or, without an engine, when model
-and optimizer are made (``torch_resume``). All ranks load the same
-checkpoint, or none: what can be known is looked at on all of them before the engine is
-touched.
+Every rank calls it once, after ``deepspeed.initialize``; or, without an engine, when
+model and optimizer are made (``torch_resume``). All ranks load the same checkpoint, or
+none: what can be known is looked at on all of them before the engine is touched.
 """
 
 from __future__ import annotations
@@ -103,7 +102,8 @@ def resume(
     memory: str | int | None = None,
     timeout: float = TIMEOUT,
 ) -> int:
-    """Loads a checkpoint into a training and returns its step; 0 if the run has none yet.
+    """Loads a checkpoint into a training and returns its step; 0 if the run has none
+    yet.
 
     ``path`` is a run, whose newest whole checkpoint is taken, or a checkpoint, which
     has to be whole.

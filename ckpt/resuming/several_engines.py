@@ -36,7 +36,8 @@ def resume_together(
     strict: bool,
     client_state: MutableMapping[str, Any] | None = None,
 ) -> int:
-    """Resumes several engines by name, as ``ckpt.resume`` does with one; every rank calls it."""
+    """Resumes several engines by name, as ``ckpt.resume`` does with one; every rank
+    calls it."""
     module_only = resume_request.options.weights_alone
     with ExitStack() as stack:
         checkpoint = _choose(resume_request, engines, stack)
@@ -183,7 +184,8 @@ def _sources(
 
 
 def _require_engines(folder: Path, saved_names: Sequence[str], engine_names: Sequence[str]) -> None:
-    """``CheckpointError`` unless the engines have the names that ``folder`` was saved with."""
+    """``CheckpointError`` unless the engines have the names that ``folder`` was saved
+    with."""
     if set(saved_names) == set(engine_names):
         return
 

@@ -1,9 +1,11 @@
-"""A training of plain torch goes on from the newest whole checkpoint, on any number of ranks.
+"""A training of plain torch goes on from the newest whole checkpoint, on any number of
+ranks.
 
     start = ckpt.resume(model=model, optimizer=optimizer, scheduler=scheduler, run="out")
 
-Every rank calls it once, when model and optimizer are made as for the training. What can be known
-is looked at on all ranks before anything is touched; then each reads the bytes of its part.
+Every rank calls it once, when model and optimizer are made as for the training. What can
+be known is looked at on all ranks before anything is touched; then each reads the bytes
+of its part.
 """
 
 from __future__ import annotations
@@ -90,7 +92,8 @@ class TorchResume:
         return source.step
 
     def _choose(self, stack: ExitStack) -> ResumePoint | None:
-        """What to load, kept from being deleted while ``stack`` is open; ``None``: nothing yet."""
+        """What to load, kept from being deleted while ``stack`` is open; ``None``:
+        nothing yet."""
         request, ranks = self.request, self.request.ranks
         checkpoint = select.select_checkpoint(
             ranks,
@@ -116,7 +119,8 @@ class TorchResume:
         return source
 
     def _shared_state(self, source: ResumePoint) -> dict[str, Any]:
-        """What all ranks had alike beside the states: the scheduler's, and the client state."""
+        """What all ranks had alike beside the states: the scheduler's, and the client
+        state."""
         path = source.folder / TRAINING_STATE
         if source.saved_by_ckpt:
             shared_state: dict[str, Any] = plain.loads(path)

@@ -1,4 +1,5 @@
-"""A training state that crosses between DeepSpeed and FSDP: move, prove, and commit last.
+"""A training state that crosses between DeepSpeed and FSDP: move, prove, and commit
+last.
 
 ``ckpt.rewrite.dcp`` decides what is written, here it is done:
 
@@ -51,9 +52,10 @@ class CrossingProof(Protocol):
 class Crossing:
     """A crossing decided on but not begun: what is read, what is written, and where.
 
-    ``path`` is what the caller named the source by, ``home`` the folder with its companions.
-    ``target`` is what DeepSpeed's files are for, with their ``tag``; ``None`` for torch's.
-    ``buffers`` are written down for these, where the source tells them.
+    ``path`` is what the caller named the source by, ``home`` the folder with its
+    companions. ``target`` is what DeepSpeed's files are for, with their ``tag``;
+    ``None`` for torch's. ``buffers`` are written down for these, where the source tells
+    them.
     """
 
     source: Source

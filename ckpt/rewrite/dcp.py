@@ -1,5 +1,5 @@
-"""To a distributed checkpoint of torch (DCP) and back: what is written and where. ``crossing``
-does it.
+"""To a distributed checkpoint of torch (DCP) and back: what is written and where.
+``crossing`` does it.
 
 out/checkpoint-500-dcp/      for any number of ranks of FSDP, with torch's own dcp.load
   .metadata, __R_0.distcp      or pytorch_model_fsdp_0/ and optimizer_0/, as Accelerate has them
@@ -75,13 +75,14 @@ def plan_to(
     tag: str | None = None,
     tp_rules: str | os.PathLike[str] | None = None,
 ) -> Crossing:
-    """Plans a checkpoint of ZeRO or of FSDP, or weights, as a distributed checkpoint of torch.
+    """Plans a checkpoint of ZeRO or of FSDP, or weights, as a distributed checkpoint of
+    torch.
 
-    ``layout`` says who loads it: "plain" a script that calls ``dcp.load``, "accelerate" the
-    Trainer and Accelerate with FSDP, "torchtitan" that. ``files`` is how many hold its bytes;
-    by default as many as the ranks that saved, at most 8. Reads pickles, no tensors but step
-    counts. ``tp_rules`` as ``reshard.plan`` has it. Raises ``CheckpointError`` for what is
-    damaged, or has states that have no names.
+    ``layout`` says who loads it: "plain" a script that calls ``dcp.load``, "accelerate"
+    the Trainer and Accelerate with FSDP, "torchtitan" that. ``files`` is how many hold
+    its bytes; by default as many as the ranks that saved, at most 8. Reads pickles, no
+    tensors but step counts. ``tp_rules`` as ``reshard.plan`` has it. Raises
+    ``CheckpointError`` for what is damaged, or has states that have no names.
     """
     require_choice("layout", layout, layouts.LAYOUTS)
     if files is not None and (not is_whole_number(files, 1) or files > MAX_FILES):
@@ -133,12 +134,14 @@ def plan_from(
     buffer: Collection[str] = (),
     sub_group_size: int | None = None,
 ) -> Crossing:
-    """Plans DeepSpeed's native files of a checkpoint of FSDP or DCP, for ranks and a stage.
+    """Plans DeepSpeed's native files of a checkpoint of FSDP or DCP, for ranks and a
+    stage.
 
-    ``dtype`` is what the engine will compute in, "bf16" or "fp32". ``buffer`` names tensors that
-    are buffers of the model and no parameters, which DCP does not say. ``sub_group_size`` as
-    ``reshard.plan`` has it. Reads headers and step counts. Raises ``CheckpointError``, too for
-    states that ZeRO does not keep: other steps within a group.
+    ``dtype`` is what the engine will compute in, "bf16" or "fp32". ``buffer`` names
+    tensors that are buffers of the model and no parameters, which DCP does not say.
+    ``sub_group_size`` as ``reshard.plan`` has it. Reads headers and step counts. Raises
+    ``CheckpointError``, too for states that ZeRO does not keep: other steps within a
+    group.
     """
     require_arguments(world_size, stage, sub_group_size)
     require_choice("dtype", dtype, _COMPUTED_IN)
@@ -237,7 +240,8 @@ def _plan(source: Source, shards: list[Shard]) -> Plan:
 
 
 def _scheduler(source: Source, companion_names: list[str]) -> Iterator[Shard]:
-    """The scheduler's state as a file of its own, where only DeepSpeed's model file has it.
+    """The scheduler's state as a file of its own, where only DeepSpeed's model file has
+    it.
 
     The Trainer looks for scheduler.pt, Accelerate for scheduler.bin.
     """

@@ -179,9 +179,9 @@ def execute(
 ) -> RewriteResult:
     """Makes the output folder, all at once, and returns what was made and proven.
 
-    ``verify`` compares the CRC32s of what is read, and a sample of the 16-bit weights with
-    the fp32 ones; ``read_back`` reads the finished files and compares theirs. That every
-    element is where it belongs is proven in any case, from the finished files.
+    ``verify`` compares the CRC32s of what is read, and a sample of the 16-bit weights
+    with the fp32 ones; ``read_back`` reads the finished files and compares theirs. That
+    every element is where it belongs is proven in any case, from the finished files.
     ``CheckpointError`` if something is wrong; then nothing is left that looks finished.
     """
     output, plan = rewriting.output, rewriting.plan

@@ -1,7 +1,8 @@
-"""The folder that a rewriting or a crossing makes: its place, its room, and what is copied.
+"""The folder that a rewriting or a crossing makes: its place, its room, and what is
+copied.
 
-``ckpt.rewrite.job`` and ``ckpt.rewrite.crossing`` move and prove, each in its own way; where
-the output may lie, and what is copied into it, is the same for both.
+``ckpt.rewrite.job`` and ``ckpt.rewrite.crossing`` move and prove, each in its own way;
+where the output may lie, and what is copied into it, is the same for both.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ def nbytes_of(plan: Plan, companions: Iterable[tuple[Path, str]]) -> int:
 
 
 def require_place(planned: PlannedOutput, overwrite: bool) -> None:
-    """``CheckpointError`` where the output may not be: in or above what it is made of, or in
-    the place of what is not made again."""
+    """``CheckpointError`` where the output may not be: in or above what it is made of,
+    or in the place of what is not made again."""
     home = planned.home.resolve()
     user_paths.require_outside(planned.output, [planned.path, planned.folder])
     protected_folders = [planned.folder.resolve(), home, *home.parents]
@@ -94,7 +95,8 @@ def require_place(planned: PlannedOutput, overwrite: bool) -> None:
 
 
 def require_output(planned: PlannedOutput, overwrite: bool = False) -> None:
-    """``CheckpointError`` where ``execute`` would refuse to make the output; makes nothing."""
+    """``CheckpointError`` where ``execute`` would refuse to make the output; makes
+    nothing."""
     require_place(planned, overwrite)
     staging.require_makeable(planned.output, planned.nbytes)
 
@@ -110,7 +112,8 @@ def shortage(planned: PlannedOutput) -> str | None:
 
 
 def copy_companions(planned: PlannedOutput, staged_folder: Path, written_folder: Path) -> None:
-    """Copies what is copied, and syncs its folders and the one that the plan was written to."""
+    """Copies what is copied, and syncs its folders and the one that the plan was written
+    to."""
     folders = {written_folder}
     for path, name in planned.companions:
         stores.copy_file(path, staged_folder / name)

@@ -1,4 +1,5 @@
-"""What a rewritten state says of itself: its manifest, or else a record of what it was made of.
+"""What a rewritten state says of itself: its manifest, or else a record of what it was
+made of.
 
 A state that is made of a committed one has a manifest, as that has. The universal format
 has none, and what is made of a checkpoint without a manifest gets none: nobody said that
@@ -44,7 +45,8 @@ def source_manifest(home: Path, tag_name: str) -> Manifest | None:
 
 
 def first_origin(home: Path, manifest: Manifest | None, origin: Ancestry) -> Ancestry:
-    """``origin``, as far as a training saved that; else what that was made of, by way of it.
+    """``origin``, as far as a training saved that; else what that was made of, by way of
+    it.
 
     ``home`` and ``manifest`` are those of the checkpoint that is rewritten.
     """
@@ -67,7 +69,8 @@ def write_record(
     target: TargetTopology | None,
     buffers: Collection[str] | None = None,
 ) -> None:
-    """Writes ``rewriting.json``; ``target`` is ``None`` for the universal format and DCP.
+    """Writes ``rewriting.json``; ``target`` is ``None`` for the universal format and
+    DCP.
 
     ``buffers`` are those of the model, for what does not tell them from parameters.
     """
@@ -126,9 +129,9 @@ def _digest(path: Path) -> manifests.FileRecord:
 def require_one_save(source: Source | Universal) -> None:
     """``CheckpointError`` where the files of a source are proven to be of two saves.
 
-    By the digests in its manifest, if it has one, and by the values of what is stored twice.
-    In a remote store, where each look takes as long as a megabyte, the digests are not compared,
-    and fewer values are.
+    By the digests in its manifest, if it has one, and by the values of what is stored
+    twice. In a remote store, where each look takes as long as a megabyte, the digests
+    are not compared, and fewer values are.
     """
     if not isinstance(source, zero.Checkpoint):
         return

@@ -56,12 +56,14 @@ def plan(
     ep: int | None = None,
     tp_rules: str | os.PathLike[str] | None = None,
 ) -> Rewriting:
-    """Plans the same checkpoint for ``world_size`` ranks and a stage; by default its own.
+    """Plans the same checkpoint for ``world_size`` ranks and a stage; by default its
+    own.
 
-    One of tensor parallelism, a pipeline or MiCS becomes one of ZeRO alone or, with ``tp``,
-    of that many tensor-parallel ranks among the ``world_size``. ``tp_rules`` is a file that
-    says how parameters are cut for them, where the checkpoint does not. ``ep`` are the ranks
-    that the experts of each layer are dealt out to; by default as many as saved.
+    One of tensor parallelism, a pipeline or MiCS becomes one of ZeRO alone or, with
+    ``tp``, of that many tensor-parallel ranks among the ``world_size``. ``tp_rules`` is
+    a file that says how parameters are cut for them, where the checkpoint does not.
+    ``ep`` are the ranks that the experts of each layer are dealt out to; by default as
+    many as saved.
 
     Reads pickles, and what ranks share of Muon's momentum. ``sub_group_size``
     (elements, stage 3) defaults to the run's own. ``zero_init``: whether the engine's
@@ -128,7 +130,8 @@ def _output_name(source: zero.Checkpoint, target: TargetTopology) -> str:
 
 
 def _expert_ranks(source: zero.Checkpoint, ep: int | None, degree: int) -> int:
-    """The ranks to deal the experts out to; ``CheckpointError`` where that cannot be known."""
+    """The ranks to deal the experts out to; ``CheckpointError`` where that cannot be
+    known."""
     folder = source.place.folder
     if not isinstance(source, ExpertsCheckpoint):
         if ep is not None:

@@ -32,9 +32,9 @@ class RewriteChecks:
 class RewriteResult:
     """A training state written for other ranks, another stage, or in another format.
 
-    ``stage`` and ``world_size`` are those of the output, ``None`` in the universal format and in
-    torch's DCP, which have none; DCP has no ``tag`` either. ``checks`` is ``None`` where nothing
-    was written (``dry_run``).
+    ``stage`` and ``world_size`` are those of the output, ``None`` in the universal
+    format and in torch's DCP, which have none; DCP has no ``tag`` either. ``checks`` is
+    ``None`` where nothing was written (``dry_run``).
     """
 
     dry_run: bool

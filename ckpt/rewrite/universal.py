@@ -90,8 +90,8 @@ def plan_from(
     The stage defaults to that of the run that saved. ``like`` is a native checkpoint of
     the same model, for a folder that does not tell the order of the parameters. Reads
     pickles, and the first 65,536 elements of each parameter. ``zero_init`` as
-    ``reshard.plan`` has it. Raises ``CheckpointError``, without ``world_size`` one that says
-    how many ranks saved.
+    ``reshard.plan`` has it. Raises ``CheckpointError``, without ``world_size`` one that
+    says how many ranks saved.
     """
     require_arguments(1 if world_size is None else world_size, stage, sub_group_size)
     path = source_path(folder)

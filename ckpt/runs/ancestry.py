@@ -12,7 +12,8 @@ is made of a checkpoint without one, has it in ``rewriting.json``:
      "source": {"form": "universal", "name": "checkpoint-8", "world_size": 4, "stage": 2, ...}}
 
 Of something that was made in several steps it is the first one, which a training saved;
-its ``parent`` is then the one that was rewritten last, and the parent of that the one before.
+its ``parent`` is then the one that was rewritten last, and the parent of that the one
+before.
 """
 
 from __future__ import annotations
@@ -145,8 +146,9 @@ def parse(value: object, depth: int = 0) -> Ancestry | None:
 class Record:
     """What ``rewriting.json`` says: what was made, and of what.
 
-    ``stage`` and ``world_size`` are ``None`` for the universal format and DCP, which have none.
-    ``buffers`` are the names of the model's buffers, which DCP does not tell from parameters.
+    ``stage`` and ``world_size`` are ``None`` for the universal format and DCP, which
+    have none. ``buffers`` are the names of the model's buffers, which DCP does not tell
+    from parameters.
     """
 
     source: Ancestry
@@ -183,7 +185,8 @@ def document_in(path: Path, max_bytes: int) -> Any:
 
 
 def record_in(folder: Path) -> Record | None:
-    """What ``rewriting.json`` of a folder says; ``None`` if it has none, or not one of ours.
+    """What ``rewriting.json`` of a folder says; ``None`` if it has none, or not one of
+    ours.
 
     ``CheckpointError`` if the disk or network fails.
     """

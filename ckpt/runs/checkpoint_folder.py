@@ -1,4 +1,5 @@
-"""A folder of a run that is taken for a checkpoint: whether it is committed, and what it lacks."""
+"""A folder of a run that is taken for a checkpoint: whether it is committed, and what it
+lacks."""
 
 from __future__ import annotations
 
@@ -32,10 +33,11 @@ class RunCheckpoint:
     ``step`` of one without a manifest is what its name says, if anything. ``deleted``
     are files that the manifest lists and that are gone: if no resume needs them (the
     weights of a full checkpoint), it is still committed. So it is if such files were
-    ``changed``, which are those that have another size. ``record`` says what one
-    without a manifest was made of, if ckpt made it, and ``conversion`` the same of weights.
-    One that ``is_overwritten`` has the manifest of an earlier save, which counts as none. Of
-    one that ``is_unread`` nothing is known, because its disk fails or nobody may look into it.
+    ``changed``, which are those that have another size. ``record`` says what one without
+    a manifest was made of, if ckpt made it, and ``conversion`` the same of weights. One
+    that ``is_overwritten`` has the manifest of an earlier save, which counts as none. Of
+    one that ``is_unread`` nothing is known, because its disk fails or nobody may look
+    into it.
     """
 
     folder: Path
@@ -57,7 +59,8 @@ class RunCheckpoint:
 
     @property
     def committed(self) -> bool:
-        """Whether the manifest is there, is valid, and every file that it lists has its size."""
+        """Whether the manifest is there, is valid, and every file that it lists has its
+        size."""
         return self.why is None
 
     @property
@@ -81,7 +84,8 @@ class RunCheckpoint:
 
     @property
     def original(self) -> bool:
-        """Whether the checkpoint lies where it was saved, not as a copy by hand or a link."""
+        """Whether the checkpoint lies where it was saved, not as a copy by hand or a
+        link."""
         recorded_name = self.manifest.name if self.manifest is not None else None
         return not self.folder.is_symlink() and recorded_name in (None, self.folder.name)
 
@@ -110,7 +114,8 @@ class RunCheckpoint:
         return f"committed by ckpt doctor --adopt --one-save, though {self.manifest.doubt}"
 
     def spares(self, name: str) -> bool:
-        """Whether no resume reads this file, so that the checkpoint stays committed without it."""
+        """Whether no resume reads this file, so that the checkpoint stays committed
+        without it."""
         return self.manifest is not None and is_spared(name, self.manifest)
 
     @property
@@ -123,7 +128,8 @@ class RunCheckpoint:
 
     @property
     def tier(self) -> str | None:
-        """``full`` (training can go on from it) or ``weights``; ``None`` without a manifest."""
+        """``full`` (training can go on from it) or ``weights``; ``None`` without a
+        manifest."""
         return self.manifest.tier if self.manifest else None
 
     @property
@@ -133,7 +139,8 @@ class RunCheckpoint:
 
     @property
     def unusable(self) -> str | None:
-        """Why training cannot go on from this checkpoint, by its manifest; ``None`` if it can."""
+        """Why training cannot go on from this checkpoint, by its manifest; ``None`` if
+        it can."""
         if self.why is None and self.tier != "full":
             return SLIMMED if self.is_slimmed else WEIGHTS_ONLY
         return self.why
@@ -163,7 +170,8 @@ def is_spared(name: str, manifest: Manifest) -> bool:
 
 
 def order(checkpoint: RunCheckpoint) -> tuple[int, bool, bool, float, bool, str]:
-    """The order of checkpoints: by step (unknown ones first), then the time of saving, then name.
+    """The order of checkpoints: by step (unknown ones first), then the time of saving,
+    then name.
 
     Times of change play no part: copying a run must not reorder it. Of one step, a copy
     by hand, a link and what was made of another one come before what they are of, and a
@@ -184,7 +192,8 @@ def order(checkpoint: RunCheckpoint) -> tuple[int, bool, bool, float, bool, str]
 
 
 def open_checkpoint(folder: Path) -> RunCheckpoint:
-    """What a folder is, by its manifest and the sizes of its files; reads no other bytes.
+    """What a folder is, by its manifest and the sizes of its files; reads no other
+    bytes.
 
     ``CheckpointError`` if there is no such folder, or the disk or network fails:
     whether it is committed cannot be told then, and nothing may be decided by it.
@@ -214,7 +223,8 @@ def open_checkpoint(folder: Path) -> RunCheckpoint:
 
 
 def unread(folder: Path, error: CheckpointError) -> RunCheckpoint:
-    """A checkpoint of which ``require_read`` has raised ``error``: for a list of what is there."""
+    """A checkpoint of which ``require_read`` has raised ``error``: for a list of what is
+    there."""
     reason = f"cannot be read: {str(error).removeprefix(f'{folder}/')}"
     return RunCheckpoint(folder, step_in(folder.name), None, reason, False, is_unread=True)
 
@@ -257,12 +267,14 @@ def _compared(folder: Path, manifest: Manifest, pinned: bool) -> RunCheckpoint:
 def is_saved_over(folder: Path, manifest: Manifest, is_different: bool) -> bool:
     """Whether another save has overwritten every state file of a committed checkpoint.
 
-    A stock training that begins anew in the folder of an older run saves over checkpoint-2, and
-    leaves manifest.json, of which it knows nothing. So it says nothing of what lies there.
+    A stock training that begins anew in the folder of an older run saves over
+    checkpoint-2, and leaves manifest.json, of which it knows nothing. So it says nothing
+    of what lies there.
 
-    ``is_different`` is whether any listed file has another size. Where none has, a look at the
-    contents needs a reason: that all state files are newer than the manifest. Files that are
-    damaged or missing, one by one, are no other save. Copying changes times, and no contents.
+    ``is_different`` is whether any listed file has another size. Where none has, a look
+    at the contents needs a reason: that all state files are newer than the manifest.
+    Files that are damaged or missing, one by one, are no other save. Copying changes
+    times, and no contents.
     """
     tags = tuple(f"{tag}/" for tag in engines.tags(manifest).values())
     paths = {
@@ -292,7 +304,8 @@ def _has_other_contents(path: Path, digest: str) -> bool:
 
 
 def later_save(folder: Path, manifest: Manifest) -> str | None:
-    """That something was saved into a committed checkpoint later, as words after its name."""
+    """That something was saved into a committed checkpoint later, as words after its
+    name."""
     tag_name = unlisted_tag(folder, manifest)
     if tag_name is None:
         return None
@@ -303,8 +316,8 @@ def later_save(folder: Path, manifest: Manifest) -> str | None:
 
 
 def unlisted_tag(folder: Path, manifest: Manifest) -> str | None:
-    """The tag that a later save made in a committed checkpoint: ``latest`` names it, and the
-    manifest lists no file of it. ``None`` if there is none.
+    """The tag that a later save made in a committed checkpoint: ``latest`` names it, and
+    the manifest lists no file of it. ``None`` if there is none.
 
     DeepSpeed would load that one, which the manifest says nothing of.
     """
@@ -331,7 +344,8 @@ def unlisted_tag(folder: Path, manifest: Manifest) -> str | None:
 
 
 def require_read(error: CheckpointError) -> None:
-    """Raises ``error`` if it came of a disk or network that fails, not of what lies there."""
+    """Raises ``error`` if it came of a disk or network that fails, not of what lies
+    there."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in manifests.FAILING:
@@ -340,7 +354,8 @@ def require_read(error: CheckpointError) -> None:
 
 
 def bytes_under(folder: Path) -> int:
-    """Bytes of all files below a folder, or of a file; what vanishes meanwhile is not counted."""
+    """Bytes of all files below a folder, or of a file; what vanishes meanwhile is not
+    counted."""
     if folder.is_file():
         return folder.stat().st_size
 

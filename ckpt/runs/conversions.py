@@ -1,6 +1,7 @@
 """What weights were made of, where ckpt made them of a checkpoint: ``conversion.json``.
 
-``ckpt.weights.conversion`` writes it into every folder of weights. Nothing is proven by it.
+``ckpt.weights.conversion`` writes it into every folder of weights. Nothing is proven by
+it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ MAX_BYTES = 64 << 20  # it names every file and what is absent
 
 
 class WeightsOrigin(NamedTuple):
-    """The tag or file that weights were made of, and its step; ``None`` for what is not known."""
+    """The tag or file that weights were made of, and its step; ``None`` for what is not
+    known."""
 
     tag: str | None
     step: int | None
@@ -29,7 +31,8 @@ class WeightsOrigin(NamedTuple):
 
 
 def conversion_in(folder: Path) -> WeightsOrigin | None:
-    """What ``conversion.json`` of a folder says; ``None`` if it has none, or not one of ours.
+    """What ``conversion.json`` of a folder says; ``None`` if it has none, or not one of
+    ours.
 
     ``CheckpointError`` if the disk or network fails.
     """

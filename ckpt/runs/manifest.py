@@ -54,9 +54,9 @@ _NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What was committed. ``tag`` is the tag folder's name, which a full checkpoint of DeepSpeed
-    always has. One of another training (FSDP, DDP, one process) has neither ``tag`` nor ``stage``:
-    its states lie right in the folder, or in folders of FSDP.
+    """What was committed. ``tag`` is the tag folder's name, which a full checkpoint of
+    DeepSpeed always has. One of another training (FSDP, DDP, one process) has neither
+    ``tag`` nor ``stage``: its states lie right in the folder, or in folders of FSDP.
 
     ``save`` is the same on all nodes of one save and on no other; ``created`` is in
     seconds since 1970. With ``nodes`` over 1 the folder holds one node's part.
@@ -66,10 +66,10 @@ class Manifest:
     the same after every resume, and ``line`` the launches of it that led here
     (``lineage``); ``name`` is the folder's name, which a copy has another one than.
     ``made_of`` is the save that a resharded one was made of, and ``source`` what is
-    known of the checkpoint that it, or a slimmed one, was made of. ``doubt`` is what speaks
-    against its files being of one save, where whoever committed it knew better. All six are
-    empty in manifests of older versions.
-    ``ValueError`` for anything that contradicts this.
+    known of the checkpoint that it, or a slimmed one, was made of. ``doubt`` is what
+    speaks against its files being of one save, where whoever committed it knew better.
+    All six are empty in manifests of older versions. ``ValueError`` for anything that
+    contradicts this.
     """
 
     step: int
@@ -169,14 +169,16 @@ class Manifest:
 
     @property
     def origin(self) -> Ancestry | None:
-        """What it was made of; of one that an older ckpt resharded only the save is known."""
+        """What it was made of; of one that an older ckpt resharded only the save is
+        known."""
         if self.source is None and self.made_of is not None:
             return Ancestry("resharded", save=self.made_of, step=self.step)
         return self.source
 
     @property
     def is_derived(self) -> bool:
-        """Whether it was rewritten from another checkpoint, so that no training saved it."""
+        """Whether it was rewritten from another checkpoint, so that no training saved
+        it."""
         return self.origin is not None and self.origin.is_rewriting
 
     @property
@@ -226,7 +228,8 @@ OPTIONAL = ("run", "line", "name", "made_of", "source", "doubt")
 
 
 def loads(data: bytes, path: Path) -> Manifest:
-    """The manifest in ``data``, read from ``path``; ``CheckpointError`` if it is damaged."""
+    """The manifest in ``data``, read from ``path``; ``CheckpointError`` if it is
+    damaged."""
     text = data.decode("utf-8", "surrogateescape")
     try:
         document = bounded_json.loads(data, text)
@@ -248,8 +251,8 @@ def _damaged(path: Path, reason: object) -> CheckpointError:
 
 
 def _require_own(document: Any, path: Path) -> None:
-    """``FieldError`` for what is not a manifest, or was changed; ``CheckpointError`` for one
-    that a newer ckpt wrote. Takes the digest out of the document."""
+    """``FieldError`` for what is not a manifest, or was changed; ``CheckpointError`` for
+    one that a newer ckpt wrote. Takes the digest out of the document."""
     if not isinstance(document, dict) or "format" not in document:
         raise FieldError("it is not a manifest")
     if document["format"] != FORMAT:

@@ -28,12 +28,14 @@ _ASIDE = LazyPattern(r"checkpoint-\d{1,18}\.(?:foreign|run-[0-9a-f]+)(?:-\d+)?")
 
 
 def is_set_aside(folder: Path) -> bool:
-    """Whether the name is one that a checkpoint of another training got (``saving.collision``)."""
+    """Whether the name is one that a checkpoint of another training got
+    (``saving.collision``)."""
     return _ASIDE.fullmatch(folder.name) is not None
 
 
 def step_in(name: str) -> int | None:
-    """The step that a checkpoint's name says, such as 500 of checkpoint-500; ``None`` without."""
+    """The step that a checkpoint's name says, such as 500 of checkpoint-500; ``None``
+    without."""
     match = _STEP.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -41,7 +43,8 @@ def step_in(name: str) -> int | None:
 def is_folder(path: Path) -> bool:
     """Whether a path in a run is a folder that may be a checkpoint.
 
-    A link to where nobody may look is none, unless it has the name of one: ``OSError`` then.
+    A link to where nobody may look is none, unless it has the name of one: ``OSError``
+    then.
     """
     try:
         return path.is_dir()
@@ -86,7 +89,8 @@ def is_run(folder: Path) -> bool:
 
 
 def is_numbered(folder: Path) -> bool:
-    """Whether the name is one that trainers resume from by its number, such as checkpoint-500."""
+    """Whether the name is one that trainers resume from by its number, such as
+    checkpoint-500."""
     return _NUMBERED.fullmatch(folder.name) is not None
 
 
@@ -103,9 +107,11 @@ def is_weights(name: str) -> bool:
 
 
 def is_spare(name: str, is_deepspeeds: bool = True) -> bool:
-    """Whether no resume reads this file of a checkpoint: its loadable weights, and what is of them.
+    """Whether no resume reads this file of a checkpoint: its loadable weights, and what
+    is of them.
 
-    DeepSpeed loads the state files of the tag. Without it a Trainer goes on from the weights.
+    DeepSpeed loads the state files of the tag. Without it a Trainer goes on from the
+    weights.
     """
     if not is_deepspeeds:
         return bool(_DESCRIPTIVE.fullmatch(name)) and not name.endswith("adapter_config.json")

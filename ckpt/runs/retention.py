@@ -1,4 +1,5 @@
-"""Which checkpoints of a run to keep: a value, and one pure function over committed ones.
+"""Which checkpoints of a run to keep: a value, and one pure function over committed
+ones.
 
 Only steps order them. Neither times of change nor spellings of paths play a part: by
 these the Trainer's rotation deleted the best checkpoint, and a folder called
@@ -50,7 +51,8 @@ def _is_rule(best: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Keep the ``last`` newest, every one whose step ``every`` divides, and the best by a metric.
+    """Keep the ``last`` newest, every one whose step ``every`` divides, and the best by
+    a metric.
 
     ``best`` is (metric, "min" or "max", how many). A checkpoint that any rule keeps is
     kept; without rules all are. Whatever the rules, it never lets go of the newest, of
@@ -121,8 +123,8 @@ class Retention:
 
 
 def require_metric(retention: Retention, metric_names: Iterable[str], run: Path) -> None:
-    """``CheckpointError`` where no checkpoint has the metric that a rule is about: with a slip
-    in its name the best one would go."""
+    """``CheckpointError`` where no checkpoint has the metric that a rule is about: with
+    a slip in its name the best one would go."""
     all_names = sorted(set(metric_names))
     if retention.best is None or retention.best[0] in all_names:
         return
@@ -134,7 +136,8 @@ def require_metric(retention: Retention, metric_names: Iterable[str], run: Path)
 
 
 def ranked(candidates: Sequence[Candidate], metric: str, mode: Mode) -> list[Candidate]:
-    """The candidates with the metric, best first, of ties the newer; those with NaN lack it."""
+    """The candidates with the metric, best first, of ties the newer; those with NaN lack
+    it."""
     sign = 1 if mode == "min" else -1
     newest_first = sorted(candidates, key=lambda candidate: candidate.step)[::-1]
     measured = [

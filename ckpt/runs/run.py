@@ -1,4 +1,5 @@
-"""The checkpoints of a run's folder, which of them are committed, and the pointers to them.
+"""The checkpoints of a run's folder, which of them are committed, and the pointers to
+them.
 
 out/
   latest                 "checkpoint-500/global_step500": folder and tag, so that ``out`` is a
@@ -66,7 +67,8 @@ class Run:
         object.__setattr__(self, "path", local_path(path))
 
     def checkpoints(self) -> list[RunCheckpoint]:
-        """All checkpoints, committed or not, in ``order``; ``CheckpointError`` without a folder.
+        """All checkpoints, committed or not, in ``order``; ``CheckpointError`` without a
+        folder.
 
         Every folder that does not begin with a dot and has a manifest, is called
         checkpoint-N, or holds the state files of DeepSpeed.
@@ -93,7 +95,8 @@ class Run:
         return sorted(checkpoints, key=order)
 
     def newest(self, tier: str | None = "full") -> RunCheckpoint | None:
-        """The committed checkpoint of the highest step in the line that saved last (``lineage``).
+        """The committed checkpoint of the highest step in the line that saved last
+        (``lineage``).
 
         ``tier=None`` takes any. What was made of another one that is here does not
         count. Looks at sizes only.
@@ -136,7 +139,8 @@ class Run:
         return open_checkpoint(folder)
 
     def point(self, name: str, checkpoint: RunCheckpoint | None) -> None:
-        """Makes ``latest`` or ``best`` name a committed checkpoint, durably; ``None`` removes it.
+        """Makes ``latest`` or ``best`` name a committed checkpoint, durably; ``None``
+        removes it.
 
         ``CheckpointError`` for one that is not committed.
         """
@@ -171,8 +175,9 @@ class Run:
     def find(self, which: str) -> RunCheckpoint:
         """The checkpoint meant by ``latest``, ``best``, a step or a folder's name.
 
-        Of one step, not what was made of the other, and rather checkpoint-N than a copy under
-        another name. ``CheckpointError`` if there is none, or several of that step.
+        Of one step, not what was made of the other, and rather checkpoint-N than a copy
+        under another name. ``CheckpointError`` if there is none, or several of that
+        step.
         """
         if which in POINTERS:
             if (pointed_checkpoint := self.pointer(which)) is not None:
@@ -218,7 +223,8 @@ def of_line(
     checkpoints: Iterable[RunCheckpoint],
     line: Line | None = None,
 ) -> list[RunCheckpoint]:
-    """The checkpoints with a manifest of ``line``, or of the line that saved last, in ``order``.
+    """The checkpoints with a manifest of ``line``, or of the line that saved last, in
+    ``order``.
 
     Give it all checkpoints of a folder: one that was damaged since still tells who
     saved last.
@@ -244,7 +250,8 @@ def leading(
     checkpoints: Iterable[RunCheckpoint],
     line: Line | None = None,
 ) -> RunCheckpoint | None:
-    """The checkpoint that ``latest`` names: the newest full one of a line, or its newest.
+    """The checkpoint that ``latest`` names: the newest full one of a line, or its
+    newest.
 
     What was made of another one that is here does not count. As ``members``: give it
     all checkpoints of a folder.
@@ -288,8 +295,8 @@ def original_of(
 ) -> RunCheckpoint | None:
     """The checkpoint that another was made of, if it is ``present`` and can be used.
 
-    It may have another name by now. Of several, one of which was made of the other, that is
-    the one that is nearest to what a training saved.
+    It may have another name by now. Of several, one of which was made of the other, that
+    is the one that is nearest to what a training saved.
     """
     source = checkpoint.source
     if source is None or not source.is_rewriting:
@@ -321,8 +328,8 @@ def _is_rewritten(checkpoint: RunCheckpoint) -> bool:
 def _is_original(candidate: RunCheckpoint, checkpoint: RunCheckpoint, source: Ancestry) -> bool:
     """Whether ``checkpoint`` was made of ``candidate``, which has all that it has.
 
-    A save is told by its id, whatever its folder is called; one without a manifest by its name
-    and step.
+    A save is told by its id, whatever its folder is called; one without a manifest by
+    its name and step.
     """
     if source.save is not None:
         is_same = candidate.manifest is not None and candidate.manifest.save == source.save

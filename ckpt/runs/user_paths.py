@@ -1,4 +1,5 @@
-"""What a path that a user gave is to the commands on runs: a run, a checkpoint, or neither.
+"""What a path that a user gave is to the commands on runs: a run, a checkpoint, or
+neither.
 
 What is neither is named by ``converters.detect``, the table of all kinds, with what
 handles it.
@@ -47,8 +48,8 @@ def instead(path: Path, expected: str, weights: str = "") -> CheckpointError:
 
 
 def torn_finding(path: Path) -> str | None:
-    """That a folder holds torn checkpoints, which ``ckpt doctor --fix`` renamed; ``None`` where
-    it holds none."""
+    """That a folder holds torn checkpoints, which ``ckpt doctor --fix`` renamed;
+    ``None`` where it holds none."""
     names = sorted(os.listdir(path)) if path.is_dir() else []
     torn_names = [name for name in names if _TORN.fullmatch(name)]
     if not torn_names:
@@ -105,7 +106,8 @@ def run_at(path: Path, command: str) -> Run:
 
 
 def checkpoint_at(path: Path, command: str) -> RunCheckpoint:
-    """The checkpoint that a path is; ``CheckpointError`` for anything else, also for a run.
+    """The checkpoint that a path is; ``CheckpointError`` for anything else, also for a
+    run.
 
     ``command`` is how the user called it, such as "ckpt pin".
     """
@@ -121,7 +123,8 @@ def checkpoint_at(path: Path, command: str) -> RunCheckpoint:
 
 
 def checkpoints_at(path: Path, weights: str = "") -> list[RunCheckpoint]:
-    """The checkpoint that a path is, or those of the run that it is: none if it has none yet.
+    """The checkpoint that a path is, or those of the run that it is: none if it has none
+    yet.
 
     ``CheckpointError`` for anything else; ``weights`` as in ``instead``.
     """
@@ -137,7 +140,8 @@ def checkpoints_at(path: Path, weights: str = "") -> list[RunCheckpoint]:
 
 
 def require_deepspeed(checkpoint: RunCheckpoint, weights: str = "") -> None:
-    """``CheckpointError`` for what has no manifest and no states of DeepSpeed that ckpt reads.
+    """``CheckpointError`` for what has no manifest and no states of DeepSpeed that ckpt
+    reads.
 
     ``weights`` as in ``instead``.
     """
@@ -229,7 +233,8 @@ def holds_checkpoints(path: Path) -> bool:
 
 
 def _may_begin(path: Path) -> bool:
-    """Whether the folder may be a run's without checkpoints: new, or with what a crash left."""
+    """Whether the folder may be a run's without checkpoints: new, or with what a crash
+    left."""
     if not path.is_dir():
         return False
     from ckpt.runs.lease import lease_file
@@ -240,5 +245,6 @@ def _may_begin(path: Path) -> bool:
 
 
 def spelt(folder: Path) -> Path:
-    """The path, which ends in the folder's name even where that of "." or ".." was given."""
+    """The path, which ends in the folder's name even where that of "." or ".." was
+    given."""
     return Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder

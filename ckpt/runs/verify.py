@@ -1,4 +1,5 @@
-"""Whether a checkpoint is whole: by its manifest, and by what its state files say themselves."""
+"""Whether a checkpoint is whole: by its manifest, and by what its state files say
+themselves."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class Verification:
 
     @property
     def hindrance(self) -> str | None:
-        """The first problem that a resume minds: not weights that were deleted or changed."""
+        """The first problem that a resume minds: not weights that were deleted or
+        changed."""
         return next((line for line in self.problems if line not in self.spared), None)
 
 
@@ -56,7 +58,8 @@ def verify(
     data: bool = False,
     progress: Progress = quiet,
 ) -> Verification:
-    """Checks every file's size, or with ``data`` every byte, and that the state files fit together.
+    """Checks every file's size, or with ``data`` every byte, and that the state files
+    fit together.
 
     Without ``data`` what was written anew since the manifest is found, too.
 
@@ -101,7 +104,8 @@ def verify(
 
 
 def _places_of_states(folder: Path, manifest: Manifest) -> Mapping[str, str | None]:
-    """The tag of each engine; without DeepSpeed the folder itself, where FSDP's parts lie in it.
+    """The tag of each engine; without DeepSpeed the folder itself, where FSDP's parts
+    lie in it.
 
     Of what others save without DeepSpeed the digests say all.
     """
@@ -114,12 +118,13 @@ def _places_of_states(folder: Path, manifest: Manifest) -> Mapping[str, str | No
 
 
 def changes_since_commit(folder: Path, manifest: Manifest, within: str = "") -> dict[str, str]:
-    """How the files differ that were written anew since the manifest was, in a folder ``within``.
+    """How the files differ that were written anew since the manifest was, in a folder
+    ``within``.
 
     Every torch zip is looked at, by its directory; another file only where its times are
-    later than the manifest's, and then by all of its bytes. So times accuse nobody: after a
-    copy, which changes them all, every file still has its digest. Weights that no resume
-    needs are left out.
+    later than the manifest's, and then by all of its bytes. So times accuse nobody:
+    after a copy, which changes them all, every file still has its digest. Weights that
+    no resume needs are left out.
     """
     committed_at = _changed_at(folder / MANIFEST) + _SLACK
     is_deepspeeds = manifest.tag is not None or manifest.tier != "full"
@@ -149,8 +154,8 @@ def _changed_at(path: Path) -> float:
 def _spared_lines(
     checkpoint: RunCheckpoint, names: Sequence[str], differences: Mapping[str, str]
 ) -> list[str]:
-    """That no resume needs these files, and the way on: what ``ckpt doctor --fix`` records, and
-    what it does not."""
+    """That no resume needs these files, and the way on: what ``ckpt doctor --fix``
+    records, and what it does not."""
     recordable_names = [name for name in names if _is_recordable(checkpoint, name)]
     other_names = [name for name in names if name not in recordable_names]
     command = f"ckpt doctor {shell_word(checkpoint.folder.parent)} --fix"
@@ -184,8 +189,9 @@ def _is_recordable(checkpoint: RunCheckpoint, name: str) -> bool:
 
 
 def may_be_edited(folder: Path, name: str, file: FileRecord) -> bool:
-    """Whether somebody may have edited a file without a change of its size: it is small, and newer
-    than the manifest. Weights are not edited, but replaced by those of something else."""
+    """Whether somebody may have edited a file without a change of its size: it is small,
+    and newer than the manifest. Weights are not edited, but replaced by those of
+    something else."""
     if file.size > LARGE or is_weights(name):
         return False
     try:
@@ -195,7 +201,8 @@ def may_be_edited(folder: Path, name: str, file: FileRecord) -> bool:
 
 
 def states(folder: Path, tag: str | None = None) -> tuple[str | None, str | None]:
-    """What the headers of DeepSpeed's files prove, and what is wrong with them, as lines.
+    """What the headers of DeepSpeed's files prove, and what is wrong with them, as
+    lines.
 
     What is not read here, such as pipeline parallelism, is said and counts as no fault.
     """

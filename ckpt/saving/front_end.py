@@ -1,4 +1,5 @@
-"""What every front end does to save: a run's folder, and in it one checkpoint, whole or absent.
+"""What every front end does to save: a run's folder, and in it one checkpoint, whole or
+absent.
 
     run_folder = RunFolder.find(ranks, Path("out"), is_local)      who shares it
     run_folder.hold(ranks)                                         no other job saves there
@@ -147,7 +148,8 @@ class RunFolder:
         return identity.line_in(self.path, step)
 
     def warn_of_others(self, line: Line) -> None:
-        """Logs a warning, on the rank that commits, if checkpoints of other runs are here."""
+        """Logs a warning, on the rank that commits, if checkpoints of other runs are
+        here."""
         if self.nodes.commits:
             identity.warn_of_others(self.path, line)
 
@@ -163,7 +165,8 @@ class RunFolder:
     def require_room(
         self, ranks: RankGroup, folder: Path, measure: Callable[[], int], weight_bytes: int
     ) -> None:
-        """``CheckpointError`` on every rank unless the disk has room for a save into ``folder``.
+        """``CheckpointError`` on every rank unless the disk has room for a save into
+        ``folder``.
 
         ``measure`` gives the bytes of this rank's state files; ``weight_bytes`` are
         those of the model that all write together.
@@ -236,12 +239,14 @@ class RunFolder:
             log.info("%s %s (%s) in %s", verb, commit.final, size, text.seconds(seconds))
 
     def publish(self, retention: Retention | None, new_checkpoint: Path, line: Line) -> None:
-        """Moves the pointers and applies retention after a commit, on the rank that commits."""
+        """Moves the pointers and applies retention after a commit, on the rank that
+        commits."""
         if self.nodes.commits:
             pointers.after_commit(self.path, retention, new_checkpoint, line)
 
     def save_model(self, ranks: RankGroup, engine: TrainingEngine, kind: str) -> None:
-        """Writes a loadable model into this folder, not as a checkpoint; every rank calls it."""
+        """Writes a loadable model into this folder, not as a checkpoint; every rank
+        calls it."""
         streamed.save(engine, kind, self.path, self.nodes, ranks)
 
 
@@ -264,7 +269,8 @@ class Save:
 
     @contextmanager
     def recording(self, engines: Collection[TrainingEngine], root: Path) -> Iterator[Recording]:
-        """What ``engines`` save below ``root`` in this block is on disk and digested after it.
+        """What ``engines`` save below ``root`` in this block is on disk and digested
+        after it.
 
         Raises what failed, when all ranks are out of the engines' barriers.
         """
@@ -304,7 +310,8 @@ class Save:
 
 
 def _writing(engine: TrainingEngine) -> AbstractContextManager[WritingEngine]:
-    """A block in which ckpt writes what the engine saves. Without one DeepSpeed is not needed."""
+    """A block in which ckpt writes what the engine saves. Without one DeepSpeed is not
+    needed."""
     from ckpt.engine.checkpoint_engine import WritingEngine, installed
 
     return installed(engine, WritingEngine)

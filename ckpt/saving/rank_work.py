@@ -1,4 +1,5 @@
-"""What one rank writes in one save, at once or later, from the states or from copies of them."""
+"""What one rank writes in one save, at once or later, from the states or from copies of
+them."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ class RankWork:
     """States taken down, and this rank's part of the weights.
 
     ``files`` are those written so far, by posix path relative to ``folder``; ``report``
-    is what was written of the weights, on disk but not under its final name; ``notes`` are
-    what rank 0 hears of the states.
+    is what was written of the weights, on disk but not under its final name; ``notes``
+    are what rank 0 hears of the states.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class RankWork:
         return sum(state.size(path) for path, state in self.states)
 
     def copy(self, memory: HostCopies) -> None:
-        """Copies what has to be written, the last first, as far as the memory's budget goes.
+        """Copies what has to be written, the last first, as far as the memory's budget
+        goes.
 
         The rest is what ``write`` begins with; ``state_released`` is set when it is
         behind that. Weights that do not fit are written here.
         """
-        # No other list of them: a storage that is copied and replaced can be freed at once.
+        # No other list of them: a storage that is copied and replaced can be freed at
+        # once.
         storages = (storage for _, state in self.states for storage in state.storages)
         tensors = [_bytes(storage) for storage in storages]
         devices = {tensor.device for tensor in tensors}
@@ -89,7 +92,8 @@ class RankWork:
         self.state_released.set()
 
     def write(self) -> None:
-        """Writes everything, on disk when it returns; ``heartbeat`` is called now and then."""
+        """Writes everything, on disk when it returns; ``heartbeat`` is called now and
+        then."""
         try:
             for path, state in self.states:
                 name = path.relative_to(self.folder).as_posix()

@@ -1,4 +1,5 @@
-"""What a ``Saver`` saves, whatever trains: DeepSpeed's engines, or a training of plain torch."""
+"""What a ``Saver`` saves, whatever trains: DeepSpeed's engines, or a training of plain
+torch."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class SaverOptions(TypedDict, total=False):
 
 
 class SavedTraining(Protocol):
-    """All that a ``Saver`` asks of what it saves; every rank calls each in the same order."""
+    """All that a ``Saver`` asks of what it saves; every rank calls each in the same
+    order."""
 
     @property
     def first(self) -> EngineView:
@@ -119,7 +121,8 @@ def of(
     optimizer: Any,
     scheduler: Any,
 ) -> SavedTraining:
-    """What was given, as one; ``CheckpointError`` for an engine and a model, and for neither."""
+    """What was given, as one; ``CheckpointError`` for an engine and a model, and for
+    neither."""
     require_either(engine, model, optimizer, scheduler)
     if engine is not None:
         return EngineStates(engine)

@@ -42,7 +42,8 @@ def steps_between_saves(every: int | Mapping[str, int] | None) -> dict[str, int]
 
 
 def require_known(weights: str | None, every: Mapping[str, int]) -> None:
-    """``CheckpointError`` for kinds of weights and steps between saves that make no sense."""
+    """``CheckpointError`` for kinds of weights and steps between saves that make no
+    sense."""
     if weights is not None and weights not in KINDS:
         raise CheckpointError(
             f"weights={weights!r}, expected bf16, fp16, fp32 or None",

@@ -30,9 +30,9 @@ Payload = bytes | memoryview | torch.Tensor  # a tensor: bytes of a device
 class Blocks:
     """The blocks of a file that has these records, each of ``CHUNK`` bytes at most.
 
-    A block is a piece of a storage, or in one of two buffers that take turns: it holds until
-    the block after the next is asked for. All begin at multiples of ``ALIGNMENT``. One
-    thread takes them.
+    A block is a piece of a storage, or in one of two buffers that take turns: it holds
+    until the block after the next is asked for. All begin at multiples of ``ALIGNMENT``.
+    One thread takes them.
 
     ``payloads`` are those of all records but the last, which is torch's
     serialization id. ``ready`` has an event for each device, after which its

@@ -1,5 +1,5 @@
-"""A rank's file of a distributed checkpoint (DCP): tensors and objects as ``torch.save`` writes
-each, back to back.
+"""A rank's file of a distributed checkpoint (DCP): tensors and objects as ``torch.save``
+writes each, back to back.
 
     file = DistcpFile()
     span = file.add_tensor(values)      where its item will lie; no copy, no byte is written
@@ -8,9 +8,9 @@ each, back to back.
     __0_0.distcp   | zip of a tensor | zip of a tensor | torch.save of a number | ...
                      data.pkl | ... | data/0, at a multiple of 64 | ... | directory
 
-The items are byte for byte what torch writes, but for the serialization id, which torch only
-logs. The payload of a large tensor begins at a multiple of 4096 bytes of the file, for which a gap
-before its item is left: readers go by offset and length.
+The items are byte for byte what torch writes, but for the serialization id, which torch
+only logs. The payload of a large tensor begins at a multiple of 4096 bytes of the file,
+for which a gap before its item is left: readers go by offset and length.
 
 Source: torch 2.13 ``distributed/checkpoint/filesystem.py: _write_item`` and
 ``torch/serialization.py: _save``.
@@ -103,7 +103,8 @@ def _form(dtype: torch.dtype, shape: tuple[int, ...]) -> _Form:
 
 
 class _TensorItem(NamedTuple):
-    """A tensor's item in its file; ``number`` is the place of its elements in ``storages``."""
+    """A tensor's item in its file; ``number`` is the place of its elements in
+    ``storages``."""
 
     offset: int
     form: _Form
@@ -113,8 +114,8 @@ class _TensorItem(NamedTuple):
 class DistcpFile:
     """What one rank writes of a distributed checkpoint; see ``torch_file.Captured``.
 
-    ``storages`` are the elements of large tensors as vectors of bytes: what is done to a tensor
-    before ``write`` is written.
+    ``storages`` are the elements of large tensors as vectors of bytes: what is done to a
+    tensor before ``write`` is written.
     """
 
     def __init__(self) -> None:
@@ -186,7 +187,8 @@ class DistcpFile:
         return item.offset + len(item.form.head) + self.storages[index].nbytes
 
     def replace(self, index: int, copy: memoryview) -> None:
-        """Takes the elements of a tensor from ``copy``; ``ValueError`` unless it has as many."""
+        """Takes the elements of a tensor from ``copy``; ``ValueError`` unless it has as
+        many."""
         if copy.nbytes != self.storages[index].nbytes:
             raise ValueError(f"tensor {index} has another size than its copy, {copy.nbytes}")
         self.storages[index] = copy.cast("B") if copy.nbytes else copy
@@ -194,8 +196,8 @@ class DistcpFile:
     def write(self, path: Path, progress: Progress = quiet) -> FileRecord:
         """Writes the file, whole or not at all, and returns its size and digest.
 
-        Its bytes are on disk then. ``progress`` gets the bytes written, and ends the writing by
-        raising. ``OSError`` if the disk refuses.
+        Its bytes are on disk then. ``progress`` gets the bytes written, and ends the
+        writing by raising. ``OSError`` if the disk refuses.
         """
         blocks = _ItemBlocks(self)
         offset = 0
@@ -213,7 +215,8 @@ class DistcpFile:
 
 
 class _ItemBlocks(Blocks):
-    """The blocks of a ``.distcp`` file; ``file_crc`` is that of all of them when they are taken."""
+    """The blocks of a ``.distcp`` file; ``file_crc`` is that of all of them when they
+    are taken."""
 
     def __init__(self, file: DistcpFile):
         devices = {storage.device for storage in file.storages if isinstance(storage, torch.Tensor)}

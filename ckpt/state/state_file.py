@@ -10,7 +10,8 @@ from ckpt.runs.digests import FileRecord, Progress, quiet
 
 
 class StateFile(Protocol):
-    """What a save asks of one: of ``torch.save`` (``torch_file``), of DCP (``distcp_file``)."""
+    """What a save asks of one: of ``torch.save`` (``torch_file``), of DCP
+    (``distcp_file``)."""
 
     @property
     def storages(self) -> Sequence[Any]:

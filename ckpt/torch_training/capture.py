@@ -1,7 +1,8 @@
-"""This rank's part of a save: what it writes of each tensor, taken down, and where it will lie.
+"""This rank's part of a save: what it writes of each tensor, taken down, and where it
+will lie.
 
-A rank's notes are what rank 0 makes ``.metadata`` of (``description``): JSON, as they go through
-the store of the process group.
+A rank's notes are what rank 0 makes ``.metadata`` of (``description``): JSON, as they go
+through the store of the process group.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ FILENAME = "__{}_0.distcp"  # of a rank
 
 
 class LeafForm(NamedTuple):
-    """A leaf without its values: its path and, of a tensor, its type by torch and its shape."""
+    """A leaf without its values: its path and, of a tensor, its type by torch and its
+    shape."""
 
     path: tuple[str | int, ...]
     dtype: str | None = None
@@ -33,9 +35,9 @@ class LeafForm(NamedTuple):
 class RankFile(NamedTuple):
     """The file that a rank writes, not yet written, and its notes on what lies where.
 
-    ``forms`` are those of all leaves, the same on all ranks. ``notes``: a digest of these, and of
-    each item the index of its leaf, the offsets and sizes of its box (``None`` for what is not a
-    tensor), its first byte and its bytes.
+    ``forms`` are those of all leaves, the same on all ranks. ``notes``: a digest of
+    these, and of each item the index of its leaf, the offsets and sizes of its box
+    (``None`` for what is not a tensor), its first byte and its bytes.
     """
 
     file: DistcpFile
@@ -45,9 +47,11 @@ class RankFile(NamedTuple):
 
 @torch.no_grad()
 def part_of(leaves: Sequence[StateLeaf], rank: int, world: int) -> RankFile:
-    """What ``rank`` of ``world`` writes of the leaves; it copies nothing but small values.
+    """What ``rank`` of ``world`` writes of the leaves; it copies nothing but small
+    values.
 
-    ``CheckpointError`` for a tensor that cannot be saved; raises what the pickler raises.
+    ``CheckpointError`` for a tensor that cannot be saved; raises what the pickler
+    raises.
     """
     file, owners = DistcpFile(), Owners(rank, world)
     items: list[Any] = []
@@ -71,7 +75,8 @@ def part_of(leaves: Sequence[StateLeaf], rank: int, world: int) -> RankFile:
 
 
 def _form(leaf: StateLeaf) -> LeafForm:
-    """``CheckpointError`` for a tensor of a type that ``.metadata`` of ours does not describe."""
+    """``CheckpointError`` for a tensor of a type that ``.metadata`` of ours does not
+    describe."""
     if not leaf.is_tensor:
         return LeafForm(leaf.path)
     name = str(leaf.value.dtype).removeprefix("torch.")

@@ -1,4 +1,5 @@
-"""``.metadata`` of a save, from the notes of all ranks; rank 0 writes it when all have written."""
+"""``.metadata`` of a save, from the notes of all ranks; rank 0 writes it when all have
+written."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from converters.torch_files.element_types import DTYPES
 def write(folder: Path, forms: Sequence[LeafForm], notes: Sequence[Any]) -> dict[str, FileRecord]:
     """Writes ``.metadata`` into the folder, on disk when it returns; ``notes`` by rank.
 
-    ``CheckpointError`` where ranks have different parameters, or not all of a tensor was written.
+    ``CheckpointError`` where ranks have different parameters, or not all of a tensor was
+    written.
     """
     _require_same_names(folder, notes)
     places: dict[int, dict[Any, Any]] = {}

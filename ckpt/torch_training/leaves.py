@@ -1,4 +1,5 @@
-"""The state dict of a training, leaf by leaf, with the keys that torch's own functions give it.
+"""The state dict of a training, leaf by leaf, with the keys that torch's own functions
+give it.
 
     model.NAME                          parameters and persistent buffers
     optimizer.state.NAME.exp_avg        what the optimizer keeps for a parameter
@@ -7,10 +8,10 @@
     lr_scheduler.last_epoch             the scheduler's
     step                                the step of the save
 
-So ``dcp.load`` loads it into ``{"model": ..., "optimizer": ...}`` of ``get_state_dict``. That
-function itself would make a step of an optimizer that has made none, which is no business of a
-save. Source: torch 2.13 ``distributed/checkpoint/state_dict.py`` (``_get_optim_state_dict``),
-``_traverse.py``.
+So ``dcp.load`` loads it into ``{"model": ..., "optimizer": ...}`` of ``get_state_dict``.
+That function itself would make a step of an optimizer that has made none, which is no
+business of a save. Source: torch 2.13 ``distributed/checkpoint/state_dict.py``
+(``_get_optim_state_dict``), ``_traverse.py``.
 """
 
 from __future__ import annotations

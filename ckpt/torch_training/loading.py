@@ -1,12 +1,14 @@
-"""A distributed checkpoint into a training of plain torch: each rank reads the bytes of its part.
+"""A distributed checkpoint into a training of plain torch: each rank reads the bytes of
+its part.
 
     states = SavedStates.read(folder)        what is there; nothing of a tensor is read
     plan = require_fit(states, training)      names, shapes and types, before anything is touched
     load_model(states, plan)
     load_optimizer(states, plan)
 
-Whoever saved it, and on however many ranks: a tensor is boxes in files, and this rank has a box of
-it. What is read goes straight into the training's own memory where that is in one piece.
+Whoever saved it, and on however many ranks: a tensor is boxes in files, and this rank
+has a box of it. What is read goes straight into the training's own memory where that is
+in one piece.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from converters.words import shape as shape_text
 
 @dataclass(frozen=True, slots=True)
 class SavedStates:
-    """What a folder of DCP holds of a training: leaves of its model and of its optimizer, by name.
+    """What a folder of DCP holds of a training: leaves of its model and of its
+    optimizer, by name.
 
     ``renamed`` has been applied to the names.
     """
@@ -76,7 +79,8 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What is loaded into what: ``targets`` by the leaf; groups of the optimizer as saved."""
+    """What is loaded into what: ``targets`` by the leaf; groups of the optimizer as
+    saved."""
 
     training: TorchTraining
     targets: Mapping[str, torch.Tensor]
@@ -87,7 +91,8 @@ class LoadPlan:
 def require_fit(
     states: SavedStates, training: TorchTraining, with_optimizer: bool = True, strict: bool = True
 ) -> LoadPlan:
-    """What goes where; ``CheckpointError`` unless the names, shapes and types are the same.
+    """What goes where; ``CheckpointError`` unless the names, shapes and types are the
+    same.
 
     Without ``strict`` the model may have more, and the checkpoint too.
     """
@@ -233,7 +238,8 @@ def load_optimizer(states: SavedStates, plan: LoadPlan) -> None:
 
 
 def _options(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group as they were saved; what only this optimizer has as it is here."""
+    """The options of a group as they were saved; what only this optimizer has as it is
+    here."""
     options = {key: value for key, value in group.items() if key != leaves.PARAMS}
     for key, value in saved.items():
         current = options.get(key)
@@ -272,7 +278,8 @@ def _value(states: SavedStates, leaf: str, parameter: torch.Tensor) -> Any:
 
 
 def fill(states: SavedStates, leaf: str, box: LocalBox) -> None:
-    """Reads a box of a tensor into its values; ``CheckpointError`` if the chunks lack a part."""
+    """Reads a box of a tensor into its values; ``CheckpointError`` if the chunks lack a
+    part."""
     stored = states.stored(leaf)
     filled = 0
     for chunk in stored.chunks:

@@ -1,4 +1,5 @@
-"""Model, optimizer and scheduler of a plain torch training, seen as front ends see an engine."""
+"""Model, optimizer and scheduler of a plain torch training, seen as front ends see an
+engine."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 class TorchTraining:
     """A training as front ends see an engine; ``global_steps`` is what it was told last.
 
-    ``module`` is the model without DDP and torch.compile around it, the same object however it
-    was given. ``CheckpointError`` for what is not a model, an optimizer or a scheduler, and for
-    FSDP1.
+    ``module`` is the model without DDP and torch.compile around it, the same object
+    however it was given. ``CheckpointError`` for what is not a model, an optimizer or a
+    scheduler, and for FSDP1.
     """
 
     # Pieces of tensors with names: they load into any other sharding.

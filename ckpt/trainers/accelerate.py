@@ -1,13 +1,14 @@
-"""Accelerate's ``save_state``, whole or absent, and its ``load_state`` from the newest whole one.
+"""Accelerate's ``save_state``, whole or absent, and its ``load_state`` from the newest
+whole one.
 
     path = ckpt.trainers.accelerate.save_state(accelerator, "out", metrics={"eval_loss": 1.9})
     step = ckpt.trainers.accelerate.load_state(accelerator, "out")         0 if there is none yet
     accelerator.load_state(path)                    Accelerate's own, as ever
 
-The files are those that Accelerate and DeepSpeed or FSDP write, in ``out/checkpoint-STEP``.
-Accelerate itself has no hook after saving, writes in place and, with ``total_limit``,
-deletes before it saves. Source: Accelerate 1.15 ``accelerator.py: save_state``,
-``checkpointing.py``.
+The files are those that Accelerate and DeepSpeed or FSDP write, in
+``out/checkpoint-STEP``. Accelerate itself has no hook after saving, writes in place and,
+with ``total_limit``, deletes before it saves. Source: Accelerate 1.15
+``accelerator.py: save_state``, ``checkpointing.py``.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def save_state(
     timeout: float = TIMEOUT,
     **save_model_func_kwargs: Any,
 ) -> Path:
-    """Saves as RUN/checkpoint-STEP what ``accelerator.save_state`` saves, and returns that folder.
+    """Saves as RUN/checkpoint-STEP what ``accelerator.save_state`` saves, and returns
+    that folder.
 
     Every rank calls it, between two steps.
 

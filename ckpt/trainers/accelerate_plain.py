@@ -1,7 +1,9 @@
-"""Accelerate without DeepSpeed (FSDP, DDP, one process): what ``trainers.accelerate`` asks of it.
+"""Accelerate without DeepSpeed (FSDP, DDP, one process): what ``trainers.accelerate``
+asks of it.
 
-The files are those that ``accelerator.save_state`` writes (accelerate 1.15 ``accelerator.py``,
-``utils/fsdp_utils.py``): ``optimizer.bin`` and ``model.safetensors``, or FSDP's folders.
+The files are those that ``accelerator.save_state`` writes (accelerate 1.15
+``accelerator.py``, ``utils/fsdp_utils.py``): ``optimizer.bin`` and
+``model.safetensors``, or FSDP's folders.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ def engine_of(accelerator: Any) -> PlainEngine:
 
 
 def require_saveable(engine: PlainEngine, step: int | None, weights: str | None) -> int:
-    """The step to save as. ``CheckpointError`` for arguments that only DeepSpeed's engine needs
-    not, or can serve."""
+    """The step to save as. ``CheckpointError`` for arguments that only DeepSpeed's
+    engine needs not, or can serve."""
     if step is None:
         raise CheckpointError(
             "save_state: step is not given, and without DeepSpeed nothing counts the steps; pass "
@@ -68,7 +70,8 @@ def require_saveable(engine: PlainEngine, step: int | None, weights: str | None)
 
 
 def require_loadable(request: ResumeRequest) -> None:
-    """``CheckpointError`` for what is asked to be otherwise and only DeepSpeed's states can be."""
+    """``CheckpointError`` for what is asked to be otherwise and only DeepSpeed's states
+    can be."""
     options = request.options
     for name, is_asked in (
         ("renamed", bool(options.renamed)),
@@ -134,7 +137,8 @@ def _choose(request: ResumeRequest) -> RunCheckpoint | None:
 
 
 def _step_of(checkpoint: RunCheckpoint) -> int:
-    """The step of a checkpoint; ``CheckpointError`` if neither manifest nor name says it."""
+    """The step of a checkpoint; ``CheckpointError`` if neither manifest nor name says
+    it."""
     if checkpoint.step is None:
         raise CheckpointError(
             f"{checkpoint.folder} was written without ckpt, and nothing in it says of which step "

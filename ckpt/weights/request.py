@@ -44,11 +44,11 @@ FILE_SUFFIXES = (".toml", ".json")
 class Naming:
     """Wishes for the names of tensors.
 
-    ``part`` is the model of several that are saved in one, such as ``policy``.
-    ``strip`` are prefixes to drop, ``rename`` pairs of a regular expression and its
-    replacement, both in order; ``select`` are globs of the names (after renaming) to
-    write. ``as_stored`` keeps every name; ``from_framework`` gives the names of a pipeline,
-    of Megatron or of AutoEP those that the model has in transformers.
+    ``part`` is the model of several that are saved in one, such as ``policy``. ``strip``
+    are prefixes to drop, ``rename`` pairs of a regular expression and its replacement,
+    both in order; ``select`` are globs of the names (after renaming) to write.
+    ``as_stored`` keeps every name; ``from_framework`` gives the names of a pipeline, of
+    Megatron or of AutoEP those that the model has in transformers.
     """
 
     part: str | None = None
@@ -66,8 +66,8 @@ class Naming:
         select: str | Sequence[str] = (),
         part: str | None = None,
     ) -> Naming:
-        """The wishes as functions take them: one string for one, a mapping for pairs, a string
-        that ends with .toml or .json for a file of these.
+        """The wishes as functions take them: one string for one, a mapping for pairs, a
+        string that ends with .toml or .json for a file of these.
 
         ``CheckpointError`` (kind "refused") for anything else.
         """
@@ -92,8 +92,8 @@ class Naming:
 
 
 def _pairs(rename: str | Sequence[str]) -> list[tuple[str, str]]:
-    """A regular expression and its replacement, also from OLD=NEW as in commands; or those of
-    a file."""
+    """A regular expression and its replacement, also from OLD=NEW as in commands; or
+    those of a file."""
     if isinstance(rename, str):
         if rename.endswith(FILE_SUFFIXES):
             return pairs_of_file(Path(rename))

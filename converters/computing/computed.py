@@ -1,6 +1,7 @@
 """Tensors that are computed while they are written: a merged adapter, dequantized codes.
 
-    inputs --Formula.elements--> elements start to start + count, in the type of the tensor
+    inputs --Formula.elements--> elements start to start + count, in the type of the
+    tensor
 
 They go where any ``TensorRef`` goes that is only moved: into plans and movers. They
 cannot be cut up, since they lie nowhere: ``narrow`` and ``view`` refuse, ``narrowed``

@@ -1,9 +1,10 @@
 """The elements of tensors that are cut, joined or transposed, piece by piece.
 
-A piece reads the runs of the source that it needs or, where these are short, what lies between
-them as well. Where a piece needs a little of everything, as of a transposed matrix, a larger band
-of the result is made at once and kept. A band goes through the source in order, a window at a
-time: memory stays the same, and the source is read once a band.
+A piece reads the runs of the source that it needs or, where these are short, what lies
+between them as well. Where a piece needs a little of everything, as of a transposed
+matrix, a larger band of the result is made at once and kept. A band goes through the
+source in order, a window at a time: memory stays the same, and the source is read once a
+band.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class StridedElements:
     def boxes(
         self, dim: int, offset: int, start: int, stop: int
     ) -> Iterator[tuple[int, Sizes, Sizes]]:
-        """Elements ``start`` to ``stop`` as boxes: where each begins, its sizes and steps."""
+        """Elements ``start`` to ``stop`` as boxes: where each begins, its sizes and
+        steps."""
         if dim == len(self.sizes):
             yield offset, (1,), (1,)
             return

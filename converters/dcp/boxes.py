@@ -17,7 +17,8 @@ from converters.words import counted
 
 
 class LocatedTensor(NamedTuple):
-    """A tensor and the records that it lies in; for one that is not read ``reason`` says why."""
+    """A tensor and the records that it lies in; for one that is not read ``reason`` says
+    why."""
 
     tensor: TensorRef | None
     checksums: tuple[Checksum, ...] = ()
@@ -32,8 +33,8 @@ class Box(NamedTuple):
 
 
 def located(reader: ItemReader, folder: Path, name: str, tensor: StoredTensor) -> LocatedTensor:
-    """A tensor of ``.metadata``; ``CheckpointError`` where chunks lack or overlap, or are
-    others than it says."""
+    """A tensor of ``.metadata``; ``CheckpointError`` where chunks lack or overlap, or
+    are others than it says."""
     require_numel(folder, name, tensor.shape, [chunk.sizes for chunk in tensor.chunks])
     if tensor.dtype not in DTYPES:
         return LocatedTensor(

@@ -24,9 +24,10 @@ class ParameterGroup(NamedTuple):
 class ShardedCheckpoint(Source):
     """A checkpoint that FSDP, DDP or a plain training saved in pieces.
 
-    ``groups`` reads the optimizer's groups when it is called; ``None`` where no optimizer was
-    saved, or its states have numbers instead of names. ``located_states`` has every tensor that
-    the optimizer keeps for a parameter, numbers too, and the records that it lies in.
+    ``groups`` reads the optimizer's groups when it is called; ``None`` where no
+    optimizer was saved, or its states have numbers instead of names. ``located_states``
+    has every tensor that the optimizer keeps for a parameter, numbers too, and the
+    records that it lies in.
     """
 
     groups: Callable[[], tuple[ParameterGroup, ...]] | None = field(default=None, compare=False)

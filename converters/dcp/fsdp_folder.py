@@ -7,7 +7,8 @@
 
 Several models have the numbers 0, 1 and so on (of FULL the first has none).
 
-Source: accelerate 1.15 ``utils/fsdp_utils.py`` (``save_fsdp_model``, ``save_fsdp_optimizer``).
+Source: accelerate 1.15 ``utils/fsdp_utils.py`` (``save_fsdp_model``,
+``save_fsdp_optimizer``).
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ _MODEL_PART = LazyPattern(r"pytorch_model_fsdp(?:_(\d{1,9}))?(_rank\d+)?(\.bin)?
 
 @open_files.once()
 def read(path: Path, tag: str | None = None, complete: bool = False) -> ShardedCheckpoint:
-    """A folder with FSDP's model, or that of the model itself; the optimizer lies beside it.
+    """A folder with FSDP's model, or that of the model itself; the optimizer lies beside
+    it.
 
-    Without ``complete`` a missing or damaged optimizer is noted, and the weights are read.
-    ``CheckpointError`` for what is damaged or incomplete.
+    Without ``complete`` a missing or damaged optimizer is noted, and the weights are
+    read. ``CheckpointError`` for what is damaged or incomplete.
     """
     root, number = _place(path)
     if root == path:  # who names the model's own folder chose one
@@ -113,8 +115,8 @@ def _optimizer(
 def require_one_form(root: Path, stem: str, number: int) -> None:
     """``CheckpointError`` where a model or an optimizer is there in several forms.
 
-    A training that goes on with another state_dict_type saves the new form beside the old one,
-    with other values; no file tells which is which.
+    A training that goes on with another state_dict_type saves the new form beside the
+    old one, with other values; no file tells which is which.
     """
     numbered = f"{stem}_{number}"
     file_stem = numbered if number else stem

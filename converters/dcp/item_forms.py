@@ -1,10 +1,12 @@
-"""Whether the items of ``.distcp`` files are what ``.metadata`` says: zips of ``torch.save``.
+"""Whether the items of ``.distcp`` files are what ``.metadata`` says: zips of
+``torch.save``.
 
     PK 03 04 ... PK 05 06 ...    an item, from its first byte to its last
     length, 8 bytes | {          of SerializationFormat.SAFETENSORS: has no checksum
     80 02 8a 0a ...              of torch.save before its zips: has no checksum
 
-What went through a transform, such as a compression, has the form of that, which is not known.
+What went through a transform, such as a compression, has the form of that, which is not
+known.
 
 Source: torch 2.13 ``distributed/checkpoint/filesystem.py`` (``_write_item``,
 ``SerializationFormat``).
@@ -66,7 +68,8 @@ def _form(file: File, place: ItemPlace) -> str | None:
 
 @open_files.once()
 def faults(folder: Path) -> dict[Path, str]:
-    """A line for each file with an item that is not of the form, type or shape that is described.
+    """A line for each file with an item that is not of the form, type or shape that is
+    described.
 
     Reads both ends of every item. ``CheckpointError`` for a damaged ``.metadata``.
     """
@@ -88,7 +91,8 @@ def faults(folder: Path) -> dict[Path, str]:
 
 
 def _note(lines: dict[Path, str], place: ItemPlace, read: Callable[[], object]) -> None:
-    """Reads an item; notes the fault of its file, if it has not the form or is no such tensor."""
+    """Reads an item; notes the fault of its file, if it has not the form or is no such
+    tensor."""
     try:
         read()
     except CheckpointError as error:

@@ -3,8 +3,9 @@
     __0_0.distcp   | zip of a tensor | zip of a tensor | zip of a float | ...
                      data.pkl | data/0 | directory
 
-A tensor is located by its own zip, which names its type, its shape and its storage, with a CRC32.
-Both ends of an item have all but the storage, so that one request reads what is needed of it.
+A tensor is located by its own zip, which names its type, its shape and its storage, with
+a CRC32. Both ends of an item have all but the storage, so that one request reads what is
+needed of it.
 
 Source: torch 2.13 ``distributed/checkpoint/filesystem.py`` (``_write_item``).
 """
@@ -30,7 +31,8 @@ _END_BYTES = 1 << 10  # of an item; torch writes about 700 bytes on either side 
 
 
 class LocatedItem(NamedTuple):
-    """A tensor and the records that its bytes lie in; for an unusual one, why it is not read."""
+    """A tensor and the records that its bytes lie in; for an unusual one, why it is not
+    read."""
 
     tensor: TensorRef | None
     checksums: tuple[Checksum, ...] = ()

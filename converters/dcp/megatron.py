@@ -5,8 +5,9 @@
       decoder.layers.mlp.linear_fc1.weight    [layers, ...]: equal layers are stacked
       optimizer.state.exp_avg.decoder...      the optimizer, cut in ways of its own: not read
 
-Stacked layers become one tensor each, ``decoder.layers.3.mlp.linear_fc1.weight``, where every
-tensor below ``decoder.layers`` has as many: then their first axis is that of the layers.
+Stacked layers become one tensor each, ``decoder.layers.3.mlp.linear_fc1.weight``, where
+every tensor below ``decoder.layers`` has as many: then their first axis is that of the
+layers.
 
 Source: Megatron-Core 0.16 ``dist_checkpointing/strategies/torch.py``,
 ``transformer/transformer_block.py`` (``sharded_state_dict``).
@@ -124,8 +125,8 @@ class UnstackedState:
 def read(path: Path, tag: str | None = None, complete: bool = False) -> ShardedCheckpoint:
     """A folder of Megatron-Core's: the model's weights, in the type that was trained.
 
-    ``tag`` and ``complete`` have no meaning here. ``CheckpointError`` for another backend than
-    torch_dist, and for what is damaged or incomplete.
+    ``tag`` and ``complete`` have no meaning here. ``CheckpointError`` for another
+    backend than torch_dist, and for what is damaged or incomplete.
     """
     _require_backend(path)
     unstacked = UnstackedState(DcpState(path))

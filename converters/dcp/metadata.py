@@ -7,8 +7,9 @@
                                  -> _StorageInfo(relative_path, offset, length)
       planner_data          name -> the keys from the root of the state dict; Megatron-Core: None
 
-Saved without collectives, each rank describes its own chunks in ``__R.metadata``. Everything is
-looked at before it is used: what a file says of other files may be anything.
+Saved without collectives, each rank describes its own chunks in ``__R.metadata``.
+Everything is looked at before it is used: what a file says of other files may be
+anything.
 
 Source: torch 2.1 to 2.13, ``distributed/checkpoint/metadata.py`` (``Metadata``),
 ``filesystem.py`` (``_StorageInfo``, ``_metadata_exists``), ``planner.py``.
@@ -57,7 +58,8 @@ MAX_SHARED_BYTES = 4096
 
 @dataclass(frozen=True)  # without slots: ``open_files`` refers to it weakly
 class _RankDescription:
-    """What one ``.metadata`` says; ``homeless`` are offsets of a chunk that is not stored."""
+    """What one ``.metadata`` says; ``homeless`` are offsets of a chunk that is not
+    stored."""
 
     path: Path
     tensors: Mapping[str, StoredTensor]
@@ -88,7 +90,8 @@ def read(folder: Path) -> Description:
 
 
 def item_places(folder: Path) -> Iterator[ItemPlace]:
-    """Where all items of a folder lie, those too that several ranks have; raises as ``read``."""
+    """Where all items of a folder lie, those too that several ranks have; raises as
+    ``read``."""
     for rank in _ranks(folder):
         yield from rank.objects.values()
         for tensor in rank.tensors.values():
@@ -275,7 +278,8 @@ def _key_text(key: Any) -> str:
 def _joined(
     path: Path, name: str, before: StoredTensor | None, tensor: StoredTensor
 ) -> StoredTensor:
-    """A tensor with the chunks of another rank, too; of replicas the first rank's are read."""
+    """A tensor with the chunks of another rank, too; of replicas the first rank's are
+    read."""
     if before is None:
         return tensor
     if before[:2] != tensor[:2]:
@@ -303,7 +307,8 @@ def _require_homes(rank: _RankDescription, tensors: Mapping[str, StoredTensor]) 
 def _require_apart(
     folder: Path, tensors: Mapping[str, StoredTensor], objects: Mapping[str, ItemPlace]
 ) -> None:
-    """``CheckpointError`` where two items share bytes, but for one item under a few names."""
+    """``CheckpointError`` where two items share bytes, but for one item under a few
+    names."""
     places = [(chunk.place, name) for name, tensor in tensors.items() for chunk in tensor.chunks]
     places += [(place, name) for name, place in objects.items()]
     places.sort(key=lambda item: (str(item[0].path), item[0].offset, item[0].nbytes))

@@ -3,8 +3,8 @@
     FSDP2   DTensor: the local tensor; its placements, and the rank's coordinate in the mesh
     FSDP1   ShardedTensor: shards, each with its offsets and sizes
 
-accelerate saves them since 1.15 with ``use_dcp=False``. Both classes stay inert records. What is
-not cut is in the file of every rank, and read from the first one's.
+accelerate saves them since 1.15 with ``use_dcp=False``. Both classes stay inert records.
+What is not cut is in the file of every rank, and read from the first one's.
 
 Source: accelerate 1.15 ``utils/fsdp_utils.py`` (``save_fsdp_model``), torch 2.13
 ``distributed/tensor/_api.py``, ``placement_types.py`` (``Shard``, ``_StridedShard``),
@@ -143,8 +143,8 @@ def _placed(pieces: Sequence[RankPiece]) -> tuple[Shape, list[tuple[Box, TorchFi
 
     shape = _shape(pieces[0].record.args, 2)
     specs = [_DTensorSpec.of(piece.record) for piece in pieces]
-    # torch before 2.9 does not pickle the mesh's shape in every form: then it is as far as the
-    # coordinates reach
+    # torch before 2.9 does not pickle the mesh's shape in every form: then it is as far
+    # as the coordinates reach
     reach = [max(places) + 1 for places in zip(*(spec.coordinate for spec in specs), strict=True)]
     counts = list(map(max, reach, specs[0].mesh_shape or reach))
     placed = [
@@ -154,7 +154,8 @@ def _placed(pieces: Sequence[RankPiece]) -> tuple[Shape, list[tuple[Box, TorchFi
 
 
 def _shards(record: Call) -> Iterator[Box]:
-    """The shards of a ShardedTensor that a rank has (``__getstate__``: first the local ones)."""
+    """The shards of a ShardedTensor that a rank has (``__getstate__``: first the local
+    ones)."""
     state = record.state
     shards = state[0] if isinstance(state, tuple) and state else None
     if not isinstance(shards, list):
@@ -172,8 +173,8 @@ def _shards(record: Call) -> Iterator[Box]:
 
 
 class _DTensorSpec(NamedTuple):
-    """A rank's part of a DTensor: the local tensor, how it is cut, and the rank's place in the
-    mesh."""
+    """A rank's part of a DTensor: the local tensor, how it is cut, and the rank's place
+    in the mesh."""
 
     tensor: TensorRef
     placements: tuple[_Placement, ...]
@@ -202,10 +203,11 @@ class _DTensorSpec(NamedTuple):
         return _DTensorSpec(tensor, tuple(map(_placement, placements)), coordinate, mesh_shape)
 
     def box(self, shape: Shape, counts: Sequence[int]) -> Box:
-        """The part, placed in the tensor. ``counts`` are the ranks on each axis of the mesh.
+        """The part, placed in the tensor. ``counts`` are the ranks on each axis of the
+        mesh.
 
-        A strided shard is cut after the axes behind it have cut the same dimension: FSDP of what
-        tensor parallelism cut before.
+        A strided shard is cut after the axes behind it have cut the same dimension: FSDP
+        of what tensor parallelism cut before.
         """
         offsets, sizes = [0] * len(shape), list(shape)
         cuts = list(zip(self.placements, self.coordinate, counts, strict=True))
@@ -229,8 +231,8 @@ class _DTensorSpec(NamedTuple):
 
 
 def _mesh_shape(mesh: Mapping[str, Any]) -> Shape | None:
-    """The ranks on each axis of a mesh: torch 2.13 has a layout for each axis, 2.9 one for all,
-    and before there is a tensor of the ranks."""
+    """The ranks on each axis of a mesh: torch 2.13 has a layout for each axis, 2.9 one
+    for all, and before there is a tensor of the ranks."""
     ranks = mesh.get("mesh")
     if isinstance(ranks, TensorRef):
         return ranks.shape

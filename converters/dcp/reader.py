@@ -5,8 +5,8 @@
 
 Accelerate's folders, which have model and optimizer apart, are read in ``fsdp_folder``.
 
-Which leaves are whose is in ``layouts``; here they become weights, with what the optimizer tells
-of them: which are trained, and which are tied.
+Which leaves are whose is in ``layouts``; here they become weights, with what the
+optimizer tells of them: which are trained, and which are tied.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _FLAT = ("_flat_param", "flat_param")  # of LOCAL_STATE_DICT: all parameters of 
 def read(path: Path, tag: str | None = None, complete: bool = False) -> ShardedCheckpoint:
     """A folder of ``torch.distributed.checkpoint``: model, and optimizer if it is there.
 
-    ``tag`` has no meaning here; with ``complete`` every piece of the optimizer has to be there,
-    too. ``CheckpointError`` for what is damaged or incomplete.
+    ``tag`` has no meaning here; with ``complete`` every piece of the optimizer has to be
+    there, too. ``CheckpointError`` for what is damaged or incomplete.
     """
     from converters.dcp.dcp_state import DcpState
 
@@ -145,7 +145,8 @@ def require_complete(optimizer: SavedOptimizer | None) -> None:
 
 
 def _require_names(state: SavedState, layout: StateLayout) -> None:
-    """``CheckpointError`` where there are no weights, or those of layers are flat vectors."""
+    """``CheckpointError`` where there are no weights, or those of layers are flat
+    vectors."""
     if not layout.model:
         states = (
             ", but the states of an optimizer; name the folder that the model was saved in"
@@ -194,7 +195,8 @@ def _weights(located: Mapping[str, LocatedTensor], optimizer: SavedOptimizer | N
     }
     buffers = frozenset(name for name, tensor in tensors.items() if not tensor.dtype.floating)
 
-    # FSDP cuts parameters only: of what is whole nothing tells a buffer from a frozen parameter
+    # FSDP cuts parameters only: of what is whole nothing tells a buffer from a frozen
+    # parameter
     frozen = frozenset(
         name
         for name in tensors

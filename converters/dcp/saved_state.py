@@ -1,7 +1,8 @@
 """The leaves of a state dict that was saved, whatever the files: the seam of this room.
 
-A ``.metadata`` with its ``.distcp``, one file of ``torch.save``, one for each rank, or chunks in
-safetensors: each is a ``SavedState``. What the leaves mean (``layouts``) is the same for all.
+A ``.metadata`` with its ``.distcp``, one file of ``torch.save``, one for each rank, or
+chunks in safetensors: each is a ``SavedState``. What the leaves mean (``layouts``) is
+the same for all.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class SavedState(Protocol):
         """The ranks that wrote it."""
 
     def tensor(self, name: str) -> LocatedTensor:
-        """The tensor of a leaf; ``CheckpointError`` if its pieces are damaged or missing."""
+        """The tensor of a leaf; ``CheckpointError`` if its pieces are damaged or
+        missing."""
 
     def value(self, name: str) -> Any:
         """The value of any other leaf, inert where it is not plain data."""
@@ -43,7 +45,8 @@ class SavedState(Protocol):
 
 
 def number_of(tensor: TensorRef) -> int | float | None:
-    """The number that a tensor of one element holds; ``None`` for types of no plain number."""
+    """The number that a tensor of one element holds; ``None`` for types of no plain
+    number."""
     data = bytearray(tensor.nbytes)
     open_files.read_extents(memoryview(data), tensor.extents)
     code = _FORMATS.get(tensor.dtype)

@@ -1,9 +1,9 @@
 """Tied weights: a state dict names them twice, so that their values are stored twice.
 
-The optimizer has the state of such a parameter under one name. So a tensor without a state that
-has the values of one with a state, to the last bit, is tied to it. Vectors are not: norms that are
-all ones and biases that are all zero have equal values, too. Other ties are left to the class of
-the model (``Source.knows_ties``).
+The optimizer has the state of such a parameter under one name. So a tensor without a
+state that has the values of one with a state, to the last bit, is tied to it. Vectors
+are not: norms that are all ones and biases that are all zero have equal values, too.
+Other ties are left to the class of the model (``Source.knows_ties``).
 
 Source: torch 2.13 ``distributed/checkpoint/state_dict.py`` (``_verify_state_dict``,
 ``_get_fqns``: a parameter's first name alone has a state).

@@ -1,6 +1,7 @@
 """A state dict in one file of ``torch.save``, as FSDP's FULL_STATE_DICT is saved.
 
-``leaves_of`` is what the files of ranks need, too: the leaves of a nested dict, by their keys.
+``leaves_of`` is what the files of ranks need, too: the leaves of a nested dict, by their
+keys.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class NestedValue(NamedTuple):
 
 
 class TorchState:
-    """A file of ``torch.save``; see ``SavedState``. ``prefix`` are keys to stand before all."""
+    """A file of ``torch.save``; see ``SavedState``. ``prefix`` are keys to stand before
+    all."""
 
     world_size = 1
 
@@ -93,7 +95,8 @@ def is_tensor(value: Any) -> bool:
 
 
 def located(value: Any, file: TorchFile) -> LocatedTensor:
-    """A tensor of a file with its records; why it is not read, for one of an unusual type."""
+    """A tensor of a file with its records; why it is not read, for one of an unusual
+    type."""
     if not isinstance(value, TensorRef):
         return LocatedTensor(None, reason=odd_tensors.reason(value))
     return LocatedTensor(value, records(value, file))

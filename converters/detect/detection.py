@@ -24,8 +24,8 @@ class FormatReader(Protocol):
     def __call__(self, path: Path, tag: str | None = None, complete: bool = False) -> Source:
         """The checkpoint; ``CheckpointError`` for what is damaged or incomplete.
 
-        ``complete`` asks for everything that a training goes on from, not for the weights
-        alone.
+        ``complete`` asks for everything that a training goes on from, not for the
+        weights alone.
         """
 
 
@@ -33,9 +33,9 @@ class FormatReader(Protocol):
 class Detection:
     """What lies at ``path``.
 
-    ``evidence`` is the sign that it was recognised by, such as the name of a file, ``folder``
-    what the kind is said of: the path, or the folder of its tag. ``detail`` is what else
-    names tell, such as the ZeRO stages that are possible.
+    ``evidence`` is the sign that it was recognised by, such as the name of a file,
+    ``folder`` what the kind is said of: the path, or the folder of its tag. ``detail``
+    is what else names tell, such as the ZeRO stages that are possible.
     """
 
     path: Path
@@ -57,7 +57,8 @@ class Detection:
 
     @property
     def refusal(self) -> str | None:
-        """Why this cannot be converted, and what to do: one sentence; ``None`` if it can."""
+        """Why this cannot be converted, and what to do: one sentence; ``None`` if it
+        can."""
         reason = self.kind.reason(self.evidence)
         return None if reason is None else f"{self.folder} {reason}"
 
@@ -143,7 +144,8 @@ def _among(path: Name, tag: str | None, rows: Sequence[Kind]) -> Detection:
 
 
 def _without_deepspeed(look: Look) -> Path | None:
-    """The checkpoint of a Trainer or of FSDP that the file ``latest`` of a run names, if any.
+    """The checkpoint of a Trainer or of FSDP that the file ``latest`` of a run names, if
+    any.
 
     ckpt writes such a file, which in a run of DeepSpeed leads to a tag.
     """
@@ -166,7 +168,8 @@ def reader(name: str) -> FormatReader:
 
 
 def require_readable(folder: Path) -> None:
-    """``CheckpointError`` for the folder of a tag whose files are of a kind not read here."""
+    """``CheckpointError`` for the folder of a tag whose files are of a kind not read
+    here."""
     look = Look(folder, folder.resolve().name)
     for kind in kinds.OF_TAG:
         if (evidence := kind.sign(look)) is not None:

@@ -49,8 +49,8 @@ ADAPTER = "adapter_model.safetensors"
 ADAPTERS = (ADAPTER, "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
 TRAINER_STATE = "trainer_state.json"
-# What the Trainer and Accelerate keep beside the weights by torch.save (transformers 5.24
-# ``trainer.py``, accelerate 1.15 ``utils/constants.py``).
+# What the Trainer and Accelerate keep beside the weights by torch.save (transformers
+# 5.24 ``trainer.py``, accelerate 1.15 ``utils/constants.py``).
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
 OF_TRAINER = LazyPattern(
     r"(optimizer|scheduler|scaler|sampler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth"
@@ -108,7 +108,8 @@ REPOSITORY = LazyPattern(
 
 
 def unpacking(path: PurePath) -> str:
-    """What to do with an archive at this path, with the command: "unpack it first (tar xf X)".
+    """What to do with an archive at this path, with the command: "unpack it first (tar
+    xf X)".
 
     The command works from where the user stands, and unpacks beside the archive.
     """

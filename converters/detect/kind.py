@@ -98,7 +98,8 @@ class NoKindError(LookupError):
 
 
 def first(look: Look, rows: Sequence[Kind]) -> tuple[Kind, str]:
-    """The first of some kinds whose sign is seen, and what was seen; else ``NoKindError``."""
+    """The first of some kinds whose sign is seen, and what was seen; else
+    ``NoKindError``."""
     for kind in rows:
         if (evidence := kind.sign(look)) is not None:
             return kind, evidence

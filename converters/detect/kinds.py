@@ -3,8 +3,8 @@
 The first row whose sign is seen is the kind, so the order decides: a sign that is more
 particular stands before one that takes the same paths as well. A new input format is a
 folder with its reader, and a row in one of the modules that this one joins
-(docs/decisions/0011-source-and-detect.md). ``docs/inputs.md`` shows the table to users; a
-test holds the two together.
+(docs/decisions/0011-source-and-detect.md). ``docs/inputs.md`` shows the table to users;
+a test holds the two together.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ def _holds(look: Look) -> str | None:
 
 
 def trouble(kind: Kind, path: Path) -> errors.Kind:
-    """The kind of an error about a path: of a folder of checkpoints, that of what it holds."""
+    """The kind of an error about a path: of a folder of checkpoints, that of what it
+    holds."""
     inner = _first_inner(Look(path)) if kind in _PARENT else None
     return kind.trouble if inner is None else inner[1].trouble
 
 
 def _first_inner(look: Look) -> tuple[str, Kind, str] | None:
-    """The last folder in the path, by numbers, that is of a known kind: its name, the kind, the
-    sign."""
+    """The last folder in the path, by numbers, that is of a known kind: its name, the
+    kind, the sign."""
     for name in sorted(look.names, key=_numbered, reverse=True)[:_MAX_SUBFOLDERS]:
         inner = Look(look.path / name)
         if name.startswith(".") or not inner.is_folder:

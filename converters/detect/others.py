@@ -50,7 +50,8 @@ def empty(look: Look) -> str | None:
 
 
 def unknown(look: Look) -> str | None:
-    """A folder of no known kind: the first names in it, and what the folders among them hold."""
+    """A folder of no known kind: the first names in it, and what the folders among them
+    hold."""
     return ", ".join(map(partial(_shown, look), look.names[:3])) if look.is_folder else None
 
 

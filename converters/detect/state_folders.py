@@ -57,7 +57,8 @@ def checkpoints_below(path: Path) -> list[str]:
 
 
 def tags_below(path: Path) -> list[str]:
-    """The tag folders in ``path``, and in folders right below it, by their relative paths."""
+    """The tag folders in ``path``, and in folders right below it, by their relative
+    paths."""
     outer = _folders(path)
     inner = [f"{name}/{below}" for name in outer for below in _folders(path / name)]
     return sorted(
@@ -68,7 +69,8 @@ def tags_below(path: Path) -> list[str]:
 def _folders(path: Path) -> list[str]:
     """The folders in a folder; none where it may not be looked into.
 
-    Hidden ones are what a save, a deletion or ``ckpt doctor`` put aside, and no checkpoints.
+    Hidden ones are what a save, a deletion or ``ckpt doctor`` put aside, and no
+    checkpoints.
     """
     with contextlib.suppress(PermissionError, FileNotFoundError, NotADirectoryError):
         return [name for name in stores.folders(path) if not name.startswith(".")]
@@ -85,7 +87,8 @@ def _names(path: Path) -> list[str]:
 def offer(path: Path, has_option: bool = False) -> str:
     """What the user can name instead of ``path``, as the second half of a sentence.
 
-    ``has_option`` says that the command has an option ``--tag``, which not every one has.
+    ``has_option`` says that the command has an option ``--tag``, which not every one
+    has.
     """
     if names := checkpoints_below(path):
         choice = "this folder" if len(names) == 1 else "one of these folders"

@@ -1,13 +1,14 @@
-"""What an interrupted run wrote and proved, so that the next one need not do all of it again.
+"""What an interrupted run wrote and proved, so that the next one need not do all of it
+again.
 
 FOLDER/LOGBOOK      a line for a file that is whole and on disk, or for several
 
-A line has what a file is known by (``Status.identity``: its number, size, and when it was
-changed last), and what was seen of the source while it was written: CRC32s of runs of
-bytes, tensors unlike their copies, NaN and infinities. A file that is still the same was
-on disk before the line was written, as is every file that a run without an interruption
-finished an hour ago; it is not read again. Any other is compared, byte for byte, with
-what would be written.
+A line has what a file is known by (``Status.identity``: its number, size, and when it
+was changed last), and what was seen of the source while it was written: CRC32s of runs
+of bytes, tensors unlike their copies, NaN and infinities. A file that is still the same
+was on disk before the line was written, as is every file that a run without an
+interruption finished an hour ago; it is not read again. Any other is compared, byte for
+byte, with what would be written.
 
 A change within one tick of the filesystem's clock could not be told, so a tick passes
 before a line is written. Small files are compared, which costs less.
@@ -38,10 +39,11 @@ MAX_RUNS = 1_000_000  # runs of bytes in a line; with more of them none is writt
 
 @dataclass(slots=True)
 class Passage:
-    """What was seen while files were written: CRC32s of the source, and what was counted.
+    """What was seen while files were written: CRC32s of the source, and what was
+    counted.
 
-    ``unlike_names`` are tensors whose copy has other values, ``specials`` NaN and infinities
-    by tensor and first element, ``overflowed`` numbers by tensor.
+    ``unlike_names`` are tensors whose copy has other values, ``specials`` NaN and
+    infinities by tensor and first element, ``overflowed`` numbers by tensor.
     """
 
     ledger: Ledger = field(default_factory=Ledger)
@@ -51,7 +53,8 @@ class Passage:
 
 
 class LogEntry(NamedTuple):
-    """A line of a logbook: files with their identities, and what was seen as they were written.
+    """A line of a logbook: files with their identities, and what was seen as they were
+    written.
 
     ``verified`` is whether CRC32s and copies were compared, ``counted`` whether NaN and
     infinities were counted.
@@ -70,7 +73,8 @@ class Logbook:
         self.folder, self.path = path.parent, path
 
     def passages(self, verify: bool, count: bool) -> dict[str, Passage]:
-        """What was seen as files were written, by the name of each that is unchanged since.
+        """What was seen as files were written, by the name of each that is unchanged
+        since.
 
         Files of one line have one passage. Only of lines where as much was looked at as
         ``verify`` and ``count`` ask for.
@@ -86,7 +90,8 @@ class Logbook:
         return passages
 
     def enter(self, names: Iterable[str], passage: Passage, verified: bool, counted: bool) -> None:
-        """Writes down files that are whole and on disk. Where that fails, they are compared."""
+        """Writes down files that are whole and on disk. Where that fails, they are
+        compared."""
         runs = _runs(passage.ledger)
         if sum(map(len, runs.values())) > MAX_RUNS:
             return

@@ -1,7 +1,7 @@
 """Whether fp32 numbers round to a copy of 16 bits, without numpy.
 
-A small model has fewer numbers than are worth the 100 ms that numpy and ml_dtypes take to
-import. What cannot be told here is compared with numpy (``Worker.compare``).
+A small model has fewer numbers than are worth the 100 ms that numpy and ml_dtypes take
+to import. What cannot be told here is compared with numpy (``Worker.compare``).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _NOT_FINITE = 0x7F80  # the exponent bits of bf16, all ones
 def is_certain(values: memoryview, dtype: DType, copy: memoryview, copy_dtype: DType) -> bool:
     """Whether a piece certainly rounds to its copy: to nearest, ties to even.
 
-    ``False`` says nothing: the numbers may differ, or be such that numpy is to compare them,
-    as NaN are.
+    ``False`` says nothing: the numbers may differ, or be such that numpy is to compare
+    them, as NaN are.
     """
     if dtype is copy_dtype:
         return bytes(values) == bytes(copy)

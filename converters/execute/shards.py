@@ -3,10 +3,10 @@
     for every chunk of every tensor, on two threads or more, in the order of the output:
       pread its runs -> CRC32 of each -> compare with the 16-bit copy -> cast -> pwrite in place
 
-Memory is ``MOVE_BYTES`` bytes a buffer, four buffers a thread, whatever the model's size. A
-shard is written as ``NAME.partial`` and renamed when it is whole and on disk; one that
-is there already is only checked. Nothing is promised about the order in which bytes of a
-shard arrive.
+Memory is ``MOVE_BYTES`` bytes a buffer, four buffers a thread, whatever the model's
+size. A shard is written as ``NAME.partial`` and renamed when it is whole and on disk;
+one that is there already is only checked. Nothing is promised about the order in which
+bytes of a shard arrive.
 """
 
 from __future__ import annotations
@@ -228,7 +228,8 @@ def unlike_error(
 
 
 def _require_undamaged(plan: Plan, ledger: Ledger, tensors: Iterable[TensorRef]) -> None:
-    """Raises ``CheckpointError`` for a record that tensors lie in and whose CRC32 is wrong."""
+    """Raises ``CheckpointError`` for a record that tensors lie in and whose CRC32 is
+    wrong."""
     extents = per_record(tensor.extents for tensor in tensors)
     runs = {(extent.path, extent.offset) for extent in extents}
 

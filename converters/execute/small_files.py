@@ -1,10 +1,11 @@
 """Moving the bytes of a plan of many small files into a folder that has not got its name
 yet.
 
-``shards`` makes each shard durable before the next, its pieces moved by several threads: right for
-a few large ones, but a universal folder has four files for each parameter. A staging folder counts
-for nothing until it is renamed, so here each thread takes whole files, and they are synced at the
-end, many at a time, which the filesystem's journal commits together.
+``shards`` makes each shard durable before the next, its pieces moved by several threads:
+right for a few large ones, but a universal folder has four files for each parameter. A
+staging folder counts for nothing until it is renamed, so here each thread takes whole
+files, and they are synced at the end, many at a time, which the filesystem's journal
+commits together.
 
 A file that an interrupted run left is compared, piece by piece, before it is kept.
 """
@@ -55,8 +56,8 @@ def execute(
 ) -> MoveReport:
     """Writes the plan's files into ``folder`` and makes them durable before it returns.
 
-    ``verify`` compares the CRC32s of what is read. ``progress`` gets bytes written. Files
-    of which the ``logbook`` tells that they are unchanged are not read again; an
+    ``verify`` compares the CRC32s of what is read. ``progress`` gets bytes written.
+    Files of which the ``logbook`` tells that they are unchanged are not read again; an
     interruption writes down those that are whole. Raises ``CheckpointError`` for damage
     in what is read, and ``OSError`` for trouble in writing.
     """
@@ -97,7 +98,8 @@ def _move(mover: Mover, queue: _Queue, folder: Path, thread_count: int) -> None:
 
 
 def _enter(logbook: Logbook, names: list[str], ledger: Ledger, verify: bool) -> None:
-    """Makes files durable, and writes down that they are whole; without room they are not."""
+    """Makes files durable, and writes down that they are whole; without room they are
+    not."""
     with suppress(OSError):
         sync(logbook.folder / name for name in names)
         logbook.enter(names, Passage(ledger), verified=verify, counted=False)

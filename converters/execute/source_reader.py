@@ -1,4 +1,5 @@
-"""Reading the bytes of a tensor, wherever they lie, and noting the CRC32s of what passes.
+"""Reading the bytes of a tensor, wherever they lie, and noting the CRC32s of what
+passes.
 
     one run after another    pread into the buffer
     rows of a shard          one read, scattered over the rows of the buffer
@@ -38,8 +39,8 @@ class UnlikeError(CheckpointError):
 class SourceReader:
     """One thread's open files; two buffers of ``MOVE_BYTES`` that it reads by.
 
-    ``ledger`` takes the CRC32s; ``None`` where nothing is to be verified. ``name`` is that of
-    the tensor that is read, for errors.
+    ``ledger`` takes the CRC32s; ``None`` where nothing is to be verified. ``name`` is
+    that of the tensor that is read, for errors.
     """
 
     def __init__(self, buffers: Sequence[memoryview], ledger: Ledger | None):
@@ -71,7 +72,8 @@ class SourceReader:
     def require_same(
         self, tensor: TensorRef, replica: TensorRef, start: int, expected: memoryview
     ) -> None:
-        """Raises ``UnlikeError`` unless a replica has the same bytes from element ``start`` on."""
+        """Raises ``UnlikeError`` unless a replica has the same bytes from element
+        ``start`` on."""
         itemsize = tensor.dtype.itemsize
         step = len(self.second) // itemsize * itemsize
         for first in range(0, len(expected), step):
@@ -84,7 +86,8 @@ class SourceReader:
                 raise UnlikeError(self.name, tensor, replica, element)
 
     def read(self, extents: Extents, destination: memoryview) -> None:
-        """Fills ``destination`` with runs that are read in order, and notes their CRC32s."""
+        """Fills ``destination`` with runs that are read in order, and notes their
+        CRC32s."""
         for read in extents.reads():
             extent = read.extent
             if read.count == 1:

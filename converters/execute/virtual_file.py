@@ -32,8 +32,8 @@ MEMORY = prefetch.MEMORY + MOVE_BYTES  # bytes a served shard takes, at most: 26
 class Serving:
     """The shards of a plan as files, and the proof of what was read of them.
 
-    ``exact_copies`` makes a copy with other values an error, as in ``shards.CheckOptions``, and
-    ``remedy`` says what to do then.
+    ``exact_copies`` makes a copy with other values an error, as in
+    ``shards.CheckOptions``, and ``remedy`` says what to do then.
     """
 
     def __init__(

@@ -1,13 +1,14 @@
 """The threads that move a shard: each takes the next piece, and carries it from end to
 end.
 
-    pread its runs -> CRC32 of each -> compare with the 16-bit copy -> cast -> pwrite in place
+    pread its runs -> CRC32 of each -> compare with the 16-bit copy -> cast -> pwrite in
+    place
 
 All but the last step is ``Worker.make``, which ``virtual_file`` uses too.
 
-A thread has four buffers of ``MOVE_BYTES`` bytes (tensor, copy, rounded, output) and nothing
-else that grows with the model. numpy is loaded only where there is something to cast or
-to compare: a plain copy does without its 15 MB and 100 ms.
+A thread has four buffers of ``MOVE_BYTES`` bytes (tensor, copy, rounded, output) and
+nothing else that grows with the model. numpy is loaded only where there is something to
+cast or to compare: a plain copy does without its 15 MB and 100 ms.
 """
 
 from __future__ import annotations
@@ -217,8 +218,8 @@ def pieces_of(shard: Shard) -> Iterator[Piece]:
 def _elements_of_runs(source: TensorRef, max_elements: int) -> int:
     """The elements of a piece where a tensor has many runs; ``max_elements`` of others.
 
-    Whole blocks of runs are read together, as many as a piece may have. Strided views are cut
-    up by their reads.
+    Whole blocks of runs are read together, as many as a piece may have. Strided views
+    are cut up by their reads.
     """
     extents, itemsize = source.extents, source.dtype.itemsize
     if extents.scattered:

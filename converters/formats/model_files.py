@@ -1,4 +1,5 @@
-"""The files that a model's weights lie in, by name, and who reads them: one table for all."""
+"""The files that a model's weights lie in, by name, and who reads them: one table for
+all."""
 
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ _READERS: tuple[tuple[tuple[str, str], Reader], ...] = (
     (filenames.SAFETENSORS, safetensors.read),
     (filenames.TORCH_BIN, _torch_bin),
 )
-# One file counts before an index of shards, which an older save may have left: transformers 5.23
-# looks in this order (``modeling_utils.py: _get_resolved_checkpoint_files``).
+# One file counts before an index of shards, which an older save may have left:
+# transformers 5.23 looks in this order
+# (``modeling_utils.py: _get_resolved_checkpoint_files``).
 READERS: Mapping[str, Reader] = {name: read for names, read in _READERS for name in names}

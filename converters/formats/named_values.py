@@ -1,4 +1,5 @@
-"""The values of a file of ``torch.save`` by name: those of dicts in dicts by dotted names.
+"""The values of a file of ``torch.save`` by name: those of dicts in dicts by dotted
+names.
 
 {"epoch": 3, "model": {"w": ...}, "states": [{"m": ...}]}  ->  epoch, model.w, states.0.m
 {"a": {"b": ...}, "a.b": ...}                              ->  ['a']['b'], a.b
@@ -35,9 +36,10 @@ class _Item(NamedTuple):
 def values_by_name(root: Any, path: Path) -> dict[str, Any]:
     """Every value of a file's root object by its name, in order.
 
-    A list, a tuple or a set is gone into only where it holds more than plain values. Where
-    keys lead to one dotted name, the value with the fewest keys has it, and the others
-    are named by subscripts. ``CheckpointError`` for more values than a training has.
+    A list, a tuple or a set is gone into only where it holds more than plain values.
+    Where keys lead to one dotted name, the value with the fewest keys has it, and the
+    others are named by subscripts. ``CheckpointError`` for more values than a training
+    has.
     """
     if not _is_container(root):
         return {} if isinstance(root, (Mapping, list, tuple, set)) and not root else {ROOT: root}

@@ -1,7 +1,8 @@
 """``pytorch_model.bin``: ``Weights`` as the plan of files that ``torch.load`` reads, and
 back.
 
-    NAME/data.pkl | NAME/byteorder | NAME/data/0 | NAME/data/1 | ... | NAME/version | directory
+    NAME/data.pkl | NAME/byteorder | NAME/data/0 | NAME/data/1 | ... | NAME/version |
+    directory
 
 A zip of stored records, each payload at a multiple of 64 bytes as torch has them, so
 that ``torch.load(mmap=True)`` works. The pickle holds a plain dict of tensors, nothing
@@ -144,9 +145,9 @@ def read(path: Path) -> Weights:
     """The tensors of a ``pytorch_model.bin``, or of a folder's shards named by its
     index.
 
-    Reads pickles only. What is not a tensor of a type that safetensors has is ``absent``,
-    with the reason. ``CheckpointError`` if a file is damaged or holds no tensors by
-    name.
+    Reads pickles only. What is not a tensor of a type that safetensors has is
+    ``absent``, with the reason. ``CheckpointError`` if a file is damaged or holds no
+    tensors by name.
     """
     index = shard_index.index_in(path, WHOLE_NAME) if stores.is_folder(path) else None
     weight_map = shard_index.read(index) if index is not None else {}
@@ -213,7 +214,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def _entries_of(path: Path) -> dict[str, Any]:
-    """The values of a file by name; ``CheckpointError`` if none of them is a tensor, but dicts."""
+    """The values of a file by name; ``CheckpointError`` if none of them is a tensor, but
+    dicts."""
     root = reader.read(path).root
     if not isinstance(root, dict):
         raise CheckpointError(f"{path} does not hold a dict of tensors")

@@ -1,7 +1,8 @@
 """The safetensors format: a file or sharded folder as ``Weights``, and ``Weights`` as a
 plan.
 
-    8 bytes: header length | header: JSON, padded with spaces to 8 bytes | tensors, no gaps
+    8 bytes: header length | header: JSON, padded with spaces to 8 bytes | tensors, no
+    gaps
 
 The header maps names to ``dtype``, ``shape`` and ``data_offsets``. Tensors stand by
 element type, the widest first, then by name, as ``safetensors.torch.save_file`` writes

@@ -1,4 +1,5 @@
-"""The index of a sharded model: ``model.safetensors.index.json``, ``pytorch_model.bin.index.json``.
+"""The index of a sharded model: ``model.safetensors.index.json``,
+``pytorch_model.bin.index.json``.
 
     {"metadata": {...}, "weight_map": {name of a tensor: name of the file that holds it}}
 
@@ -18,15 +19,16 @@ MAX_INDEX_BYTES = 64 << 20
 
 
 def index_in(folder: Path, whole_name: str) -> Path | None:
-    """The index of a folder whose weights lie in shards: the file of all weights comes before
-    it, as in transformers 5.23 (``_get_resolved_checkpoint_files``)."""
+    """The index of a folder whose weights lie in shards: the file of all weights comes
+    before it, as in transformers 5.23 (``_get_resolved_checkpoint_files``)."""
     index = folder / f"{whole_name}.index.json"
     is_whole = stores.is_file(folder / whole_name)
     return index if stores.is_file(index) and not is_whole else None
 
 
 def names_of(shard: Path, names: Iterable[str], weight_map: Mapping[str, str]) -> list[str]:
-    """The names in a shard that are read from it: the index may give a name to another one."""
+    """The names in a shard that are read from it: the index may give a name to another
+    one."""
     return [name for name in names if weight_map.get(name, shard.name) == shard.name]
 
 
@@ -58,7 +60,8 @@ def shard_names(index: Path) -> list[str]:
 
 
 def read(index: Path) -> dict[str, str]:
-    """The file of each name, as an index says; ``CheckpointError`` if it is not an index."""
+    """The file of each name, as an index says; ``CheckpointError`` if it is not an
+    index."""
     try:
         too_long = stores.status(index).size > MAX_INDEX_BYTES
         data = b"" if too_long else stores.content(index)

@@ -1,4 +1,5 @@
-"""Files of weights alone as a ``Source``: safetensors and ``torch.save``, models and adapters."""
+"""Files of weights alone as a ``Source``: safetensors and ``torch.save``, models and
+adapters."""
 
 from __future__ import annotations
 
@@ -19,9 +20,10 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     """The weights in a file, or in a folder's file or shards: safetensors before others.
 
     Names are sorted, as those of ``safe_open`` are (safetensors 0.8). Of a file of
-    ``torch.save`` they are in its order; the tensors in dicts in it have dotted names, and
-    ``entries`` are its other values by name, tensors of unusual types too. ``tag`` and
-    ``complete`` have no meaning here. ``CheckpointError`` for a file that is damaged.
+    ``torch.save`` they are in its order; the tensors in dicts in it have dotted names,
+    and ``entries`` are its other values by name, tensors of unusual types too. ``tag``
+    and ``complete`` have no meaning here. ``CheckpointError`` for a file that is
+    damaged.
     """
     weights_path = _file_of(path)
     entries: dict[str, Any] = {}
@@ -65,7 +67,8 @@ def _require_values(path: Path, entries: Mapping[str, Any]) -> None:
 
 
 def _file_of(path: Path) -> Path:
-    """The path of the weights: of a folder with no more than an adapter the adapter's file."""
+    """The path of the weights: of a folder with no more than an adapter the adapter's
+    file."""
     is_of_model = _has_any(path, (*filenames.SAFETENSORS, *filenames.TORCH_BIN))
     if stores.is_folder(path) and not is_of_model:
         for name in filenames.ADAPTERS:

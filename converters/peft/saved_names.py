@@ -3,8 +3,9 @@
     in the training     ...q_proj.lora_A.default.weight     score.modules_to_save.default.weight
     saved               ...q_proj.lora_A.weight             score.weight
 
-Accelerate saves FSDP's shards of a PEFT model so (``adapter_only``), and the optimizer's state
-under the names of the training. Where no optimizer says it, the adapter is PEFT's "default".
+Accelerate saves FSDP's shards of a PEFT model so (``adapter_only``), and the optimizer's
+state under the names of the training. Where no optimizer says it, the adapter is PEFT's
+"default".
 
 Source: accelerate 1.15 ``utils/fsdp_utils.py`` (``_get_model_state_dict``), PEFT 0.21.2
 ``utils/save_and_load.py`` (``get_peft_model_state_dict``).
@@ -27,7 +28,8 @@ def are_saved(names: Collection[str]) -> bool:
 
 
 def restored(names: Collection[str], trained: Collection[str]) -> Mapping[str, str]:
-    """The names of the training by those that were saved; ``trained`` are the optimizer's."""
+    """The names of the training by those that were saved; ``trained`` are the
+    optimizer's."""
     by_saved_name = {saved: name for name in trained for saved in _saved_names(name)}
     return {name: by_saved_name.get(name) or _with_default(name) for name in names}
 

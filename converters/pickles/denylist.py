@@ -4,8 +4,8 @@ files.
 The interpreter calls nothing, so a name here does no more harm to the reader than any
 other. But ``torch.load`` and ``pickle.load`` of the same file would do what it asks, so
 a file that names one is refused, wherever in it the name stands. The list makes nobody
-safe and cannot be complete: what is not on it stays an inert record. Audience gadgets: the
-lists of picklescan 1.0 and fickling 0.1.
+safe and cannot be complete: what is not on it stays an inert record. Audience gadgets:
+the lists of picklescan 1.0 and fickling 0.1.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
-"""The opcodes that pickles consist of, done without a detour: large ones have millions of them.
+"""The opcodes that pickles consist of, done without a detour: large ones have millions
+of them.
 
-Each function does what the machine's method for that opcode does, with the same checks, and
-returns the position behind its operands. What is rare, damaged or refused is left to the machine.
-Python's pickler writes a few opcodes in the same order for each object; those are done at one go:
+Each function does what the machine's method for that opcode does, with the same checks,
+and returns the position behind its operands. What is rare, damaged or refused is left to
+the machine. Python's pickler writes a few opcodes in the same order for each object;
+those are done at one go:
 
     )  NEWOBJ  MEMOIZE  }  MEMOIZE  MARK                   an object with a state to come
     TUPLE2  MEMOIZE  TUPLE1  MEMOIZE  REDUCE  MEMOIZE      a call with a tuple: torch.Size
     SETITEMS  BUILD                                        the end of that state
 
-Only called while ``TAIL_BYTES`` or more are left, so that operands of fixed size are there.
+Only called while ``TAIL_BYTES`` or more are left, so that operands of fixed size are
+there.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ class Interpreter(Machine):
 
     ``builders`` maps (module, name) to the function that builds what a call of that
     global means, and ``record_types`` to what its new objects without arguments are;
-    ``persistent`` gets what each persistent id names. ``where`` begins every error message.
+    ``persistent`` gets what each persistent id names. ``where`` begins every error
+    message.
     """
 
     def run(self) -> Any:

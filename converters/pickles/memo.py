@@ -19,8 +19,8 @@ def requested_entries(data: bytes) -> bytearray:
     does not.
 
     Pickles put into the memo all that they build. What is not asked for need not stay in
-    memory. There may be more entries than bytes here; of those nothing is known, nor of any
-    where there is too much to search.
+    memory. There may be more entries than bytes here; of those nothing is known, nor of
+    any where there is too much to search.
     """
     if len(data) > MAX_SEARCHED_BYTES:
         return bytearray()

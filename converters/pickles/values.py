@@ -42,9 +42,9 @@ class Call:
 class TypedRecord:
     """An object of a class that a reader knows, of which it takes what it needs.
 
-    A subclass has a slot for each of that: where there are hundreds of thousands of objects, a
-    ``Call`` with a dict each is several times as large. What it keeps holds no other values, so
-    it must be scalars and flat tuples.
+    A subclass has a slot for each of that: where there are hundreds of thousands of
+    objects, a ``Call`` with a dict each is several times as large. What it keeps holds
+    no other values, so it must be scalars and flat tuples.
     """
 
     __slots__ = ()

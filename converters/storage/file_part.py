@@ -1,4 +1,5 @@
-"""A run of bytes of an open file, as a file of its own: an item in a file of torch's DCP."""
+"""A run of bytes of an open file, as a file of its own: an item in a file of torch's
+DCP."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from converters.storage.store import File, Range
 class FilePart:
     """``size`` bytes from ``start`` on of an open file; see ``store.File``.
 
-    With ``end_bytes`` so many bytes at the beginning and the end of the part are read by one
-    request, when the first of them are asked for, and answer what lies in them.
+    With ``end_bytes`` so many bytes at the beginning and the end of the part are read by
+    one request, when the first of them are asked for, and answer what lies in them.
     """
 
     def __init__(self, file: File, start: int, size: int, end_bytes: int = 0):

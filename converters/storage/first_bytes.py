@@ -6,13 +6,15 @@ from converters.lazy_pattern import LazyPattern
 
 HEAD_BYTES = 512  # as far as any sign here reaches
 
-# The header is JSON, and begins with the metadata or with a tensor (safetensors 0.8, README).
+# The header is JSON, and begins with the metadata or with a tensor (safetensors 0.8,
+# README).
 _HEADER = LazyPattern(
     rb'\s*\{\s*"(?:__metadata__"\s*:\s*\{|(?:[^"\\]|\\.)*"\s*:\s*\{\s*"(?:dtype|shape|data_offsets)")'
 )
 
-# The magic number of torch's files before zips, pickled: in protocols 2 and 3 right after the
-# protocol, in 4 and 5 in a frame of 13 bytes (torch 2.13 ``serialization.py``: ``_legacy_save``).
+# The magic number of torch's files before zips, pickled: in protocols 2 and 3 right
+# after the protocol, in 4 and 5 in a frame of 13 bytes (torch 2.13 ``serialization.py``:
+# ``_legacy_save``).
 _MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _FRAME = b"\x95" + len(_MAGIC).to_bytes(8, "little")
 _LEGACY_HEADS = (

@@ -19,7 +19,8 @@ from converters.storage.syncing import sync_file as sync_file
 from converters.storage.syncing import sync_folder as sync_folder
 from converters.storage.system import c_library, offsets, opening
 
-# Large plain writes stalled on ext4 here: 1.4 GB in 2 to 7 s, against 1 s in such pieces.
+# Large plain writes stalled on ext4 here: 1.4 GB in 2 to 7 s, against 1 s in such
+# pieces.
 _CACHED_WRITE_BYTES = 256 << 10
 VISIBLE_AFTER_S = 2.0  # seconds for a file, or its size, to show up on a network filesystem
 
@@ -38,8 +39,8 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> int:
 
 
 def read_scattered(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Fills buffers, one after another, from ``offset`` on; returns the bytes read, fewer
-    only at the file's end."""
+    """Fills buffers, one after another, from ``offset`` on; returns the bytes read,
+    fewer only at the file's end."""
     bytes_read = 0
     remaining = list(buffers)
     while remaining:
@@ -192,8 +193,8 @@ def free_space(folder: Path) -> int:
 
 
 def wait_for_file(path: Path, expected_text: str | None = None) -> bool:
-    """Whether the file is there, now or within ``VISIBLE_AFTER_S`` seconds, and with these words
-    in it.
+    """Whether the file is there, now or within ``VISIBLE_AFTER_S`` seconds, and with
+    these words in it.
 
     Other words are those of another writer, and not waited for.
     """
@@ -214,8 +215,8 @@ def settles(path: Path, expected_size: int) -> int | None:
     ``expected_size``.
 
     A network filesystem may know neither the name nor the size for a moment; opening the
-    file makes it ask again. What it is after ``VISIBLE_AFTER_S`` seconds is returned, ``None`` if
-    there is no such file.
+    file makes it ask again. What it is after ``VISIBLE_AFTER_S`` seconds is returned,
+    ``None`` if there is no such file.
     """
     deadline, current_size = time.monotonic() + VISIBLE_AFTER_S, None
     while True:

@@ -55,7 +55,8 @@ class LocalFile:
             raise
 
     def read_scattered(self, offset: int, buffers: Sequence[memoryview]) -> int:
-        """Fills buffers, one after another, from ``offset`` on; the number of bytes read."""
+        """Fills buffers, one after another, from ``offset`` on; the number of bytes
+        read."""
         with local.named(self.path):
             return local.read_scattered(self.fd, buffers, offset)
 
@@ -82,7 +83,8 @@ class LocalFile:
 
 
 class InPlace(local.LocalWriter):
-    """A file of a staging folder that is written where it lies, and can be read meanwhile.
+    """A file of a staging folder that is written where it lies, and can be read
+    meanwhile.
 
     ``had_size`` says whether it had its size already: then it may have its bytes, too.
     """
@@ -92,7 +94,8 @@ class InPlace(local.LocalWriter):
         self.had_size = had_size
 
     def write_cached(self, data: memoryview | bytes, offset: int) -> None:
-        """Writes small pieces: an uncached one waits for those before it in the same page."""
+        """Writes small pieces: an uncached one waits for those before it in the same
+        page."""
         view = memoryview(data)
         while len(view):
             count = offsets.write(self.fd, view, offset)
@@ -106,8 +109,8 @@ class InPlace(local.LocalWriter):
 class LocalStore:
     """Files under their paths; see ``store.Store``. All of it may raise ``OSError``.
 
-    What follows ``open_writer`` only a filesystem offers. Outputs and the folders of runs are
-    committed by it (``ckpt.folders``, ``converters.execute``).
+    What follows ``open_writer`` only a filesystem offers. Outputs and the folders of
+    runs are committed by it (``ckpt.folders``, ``converters.execute``).
     """
 
     def open(self, name: Name) -> LocalFile:
@@ -141,7 +144,8 @@ class LocalStore:
     def open_writer(self, name: Name, nbytes: int = 0) -> Iterator[local.LocalWriter]:
         """Writes a file that appears complete at the end of the block, or not at all.
 
-        Its name is durable after ``sync`` of its folder, which serves many files at once.
+        Its name is durable after ``sync`` of its folder, which serves many files at
+        once.
         """
         path = local_path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,9 +156,11 @@ class LocalStore:
 
     @contextmanager
     def open_in_place(self, name: Name, nbytes: int) -> Iterator[InPlace]:
-        """Writes a file where it lies, in a folder that counts for nothing yet (``staging``).
+        """Writes a file where it lies, in a folder that counts for nothing yet
+        (``staging``).
 
-        It is made ``nbytes`` long, and keeps what it holds; nothing is durable before ``sync``.
+        It is made ``nbytes`` long, and keeps what it holds; nothing is durable before
+        ``sync``.
         """
         path = local_path(name)
         fd = opening.descriptor(path, os.O_RDWR | os.O_CREAT)

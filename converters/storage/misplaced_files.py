@@ -97,7 +97,8 @@ def _missing_of_local(folder: Path, names: list[str]) -> str:
 
 
 def download_to(path: Path) -> str:
-    """The end of a sentence for a file whose download has not come to its end, or nothing."""
+    """The end of a sentence for a file whose download has not come to its end, or
+    nothing."""
     for suffix in UNFINISHED:
         download = path.with_name(path.name + suffix) if path.name else path
         if stores.is_file(download):

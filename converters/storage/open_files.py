@@ -37,7 +37,8 @@ _Value = TypeVar("_Value")
 class FilePool:
     """Open files, of which the longest unused is closed where they become too many.
 
-    Each comes from the store that keeps it. A file that was got is good until the next one is.
+    Each comes from the store that keeps it. A file that was got is good until the next
+    one is.
     """
 
     def __init__(self) -> None:
@@ -198,7 +199,8 @@ def example(key: Hashable) -> object | None:
 
 
 def keep_example(key: Hashable, value: object) -> None:
-    """Keeps a value for as long as the command runs, if there is one; the last few are kept."""
+    """Keeps a value for as long as the command runs, if there is one; the last few are
+    kept."""
     if _current.files is not None:
         _current.files.keep_example(key, value)
 

@@ -60,7 +60,8 @@ class File(Readable, Protocol):
         """Equal to that of ``Store.status`` for as long as the bytes are the same."""
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
-        """The bytes of each range, in their order: one request where a store can do that."""
+        """The bytes of each range, in their order: one request where a store can do
+        that."""
 
     def contents(self) -> AbstractContextManager[Any]:
         """All bytes, to be sliced and searched; a local file is mapped, not read."""
@@ -79,8 +80,9 @@ class Writer(Protocol):
 class Status(NamedTuple):
     """What lies under a name: a file, a folder, or (both false) a device or a pipe.
 
-    ``size`` is in bytes, ``modified_ns`` the time of the last change, in nanoseconds since
-    1970; of a folder both may be 0. ``identity`` changes when the bytes of a file do.
+    ``size`` is in bytes, ``modified_ns`` the time of the last change, in nanoseconds
+    since 1970; of a folder both may be 0. ``identity`` changes when the bytes of a file
+    do.
     """
 
     is_file: bool
@@ -124,11 +126,11 @@ class Store(Protocol):
         """The files below ``folder``, in the order of their names."""
 
     def open_writer(self, name: Name, nbytes: int = 0) -> AbstractContextManager[Writer]:
-        """A writer of a file that replaces ``name``, whole and with its bytes durable, at the
-        end of the block; nothing appears if the block raises.
+        """A writer of a file that replaces ``name``, whole and with its bytes durable,
+        at the end of the block; nothing appears if the block raises.
 
-        Folders on the way to it are made. ``nbytes`` is the size, where that is known. Pieces
-        may come from several threads.
+        Folders on the way to it are made. ``nbytes`` is the size, where that is known.
+        Pieces may come from several threads.
         """
 
 
@@ -138,18 +140,21 @@ def is_url(name: Name) -> bool:
 
 
 def local_path(name: Name) -> Path:
-    """The path that a name is, where something is read that has to be local: runs, and what
-    a user adds by options. "file:///PATH" is the path; ``CheckpointError`` for other URLs."""
+    """The path that a name is, where something is read that has to be local: runs, and
+    what a user adds by options. "file:///PATH" is the path; ``CheckpointError`` for
+    other URLs."""
     return _local(name)
 
 
 def output_path(name: Name) -> Path:
-    """The path that a name is, where something is written; ``CheckpointError`` for a URL."""
+    """The path that a name is, where something is written; ``CheckpointError`` for a
+    URL."""
     return _local(name, "name a local folder, and upload that")
 
 
 def default_output(source: Path, name: str) -> Path:
-    """A sibling of what is read; ``CheckpointError`` beside a URL, where none can be made."""
+    """A sibling of what is read; ``CheckpointError`` beside a URL, where none can be
+    made."""
     if is_url(source):
         raise CheckpointError(
             f"{source} is a URL, and the output has to be a local folder: name it with "

@@ -2,9 +2,9 @@
 
     STORES    "" -> the local filesystem;  a scheme -> the store of its URLs
 
-A remote store is a module with a ``store.Store``, and one row in ``STORES``: its scheme, and
-the store, which connects when it is first asked for something. Everything that reads a
-checkpoint asks here, so that a checkpoint may lie in any of them.
+A remote store is a module with a ``store.Store``, and one row in ``STORES``: its scheme,
+and the store, which connects when it is first asked for something. Everything that reads
+a checkpoint asks here, so that a checkpoint may lie in any of them.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def opened(path: Name) -> Iterator[File]:
 
 
 def head(path: Name, nbytes: int) -> bytes:
-    """The first bytes of a file, fewer where it is shorter; ``OSError`` if it cannot be read."""
+    """The first bytes of a file, fewer where it is shorter; ``OSError`` if it cannot be
+    read."""
     with opened(path) as file:
         return file.read([(0, nbytes)])[0]
 

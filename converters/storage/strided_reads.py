@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 Fill = Callable[[memoryview, Extent], object]  # reads an extent into a buffer
 
 WINDOW_BYTES = 1 << 20  # of a file that are read at once
-# Bytes read for a byte that is wanted: a read costs as much as copying some thousands of bytes.
+# Bytes read for a byte that is wanted: a read costs as much as copying some thousands of
+# bytes.
 MAX_SURPLUS = 32
 LONG_BYTES = 1 << 12  # of a run that is read for itself
 
@@ -66,7 +67,8 @@ def _part_of_run(runs: Strided, start: int, length: int) -> Extent:
 
 
 def _boxes(offset: int, axes: Axes, first: int, stop: int) -> Iterator[tuple[int, Axes]]:
-    """The runs from ``first`` to ``stop`` as boxes in their order: offset and axes of each."""
+    """The runs from ``first`` to ``stop`` as boxes in their order: offset and axes of
+    each."""
     if first >= stop:
         return
     if not axes:

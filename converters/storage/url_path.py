@@ -1,10 +1,12 @@
-"""A path that is a URL: it is joined, compared and shown as a path is, and never opened as one.
+"""A path that is a URL: it is joined, compared and shown as a path is, and never opened
+as one.
 
     source_path("s3://bucket/run") / "latest"     UrlPath("s3://bucket/run/latest")
 
-So whatever takes a ``Path`` and only works with names takes a URL, too. What a filesystem
-would be asked (``stat``, ``open``, ``iterdir`` ...) is refused here: that goes through
-``stores``, which knows who keeps the file. Empty parts are dropped, as in any path.
+So whatever takes a ``Path`` and only works with names takes a URL, too. What a
+filesystem would be asked (``stat``, ``open``, ``iterdir`` ...) is refused here: that
+goes through ``stores``, which knows who keeps the file. Empty parts are dropped, as in
+any path.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ class UrlPath(PosixPath):
         return self
 
     def is_absolute(self) -> bool:
-        """Whether it begins with a scheme; what is left of one by ``relative_to`` does not."""
+        """Whether it begins with a scheme; what is left of one by ``relative_to`` does
+        not."""
         return bool(scheme_of(self))
 
     def refuse(self, *_: object, **__: object) -> NoReturn:
@@ -92,10 +95,11 @@ def scheme_of(name: str | os.PathLike[str]) -> str:
 
 
 def canonical(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The path that "file:///PATH" stands for, another URL with its scheme in lower case.
+    """The path that "file:///PATH" stands for, another URL with its scheme in lower
+    case.
 
-    ``CheckpointError`` for an empty text, which ``Path`` would take for the current folder:
-    it comes of a variable that is not set.
+    ``CheckpointError`` for an empty text, which ``Path`` would take for the current
+    folder: it comes of a variable that is not set.
     """
     if isinstance(name, str) and not name:
         raise CheckpointError(
@@ -132,5 +136,6 @@ def download(name: str | os.PathLike[str]) -> str:
 
 
 def absolute(path: Path) -> Path:
-    """The path from the root on, without ``.`` and ``..``, links kept; a URL is one already."""
+    """The path from the root on, without ``.`` and ``..``, links kept; a URL is one
+    already."""
     return path if isinstance(path, UrlPath) else Path(os.path.abspath(path))

@@ -85,8 +85,8 @@ def _checksums(shards: Sequence[Shard]) -> tuple[Checksum, ...]:
 
 
 def entries(name: str, storage: Storage) -> Iterator[Entry]:
-    """What a record with the bytes of a storage is made of: one entry, or several where its runs
-    are many. ``name`` is that of the record."""
+    """What a record with the bytes of a storage is made of: one entry, or several where
+    its runs are many. ``name`` is that of the record."""
     if not storage.numel:
         return
 
@@ -104,7 +104,8 @@ def entries(name: str, storage: Storage) -> Iterator[Entry]:
 
 
 def _parts(extents: Extents) -> Iterator[Part]:
-    """The parts of a vector that a placement each is made of: tiles, or not too many runs."""
+    """The parts of a vector that a placement each is made of: tiles, or not too many
+    runs."""
     for part in parts_of(extents):
         if isinstance(part, (Partitioned, Tiled)):
             yield part

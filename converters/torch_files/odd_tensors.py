@@ -14,7 +14,8 @@ from converters.pickles.values import Call, Global
 from converters.tensors import TensorRef
 from converters.words import with_article
 
-# Functions of torch that rebuild other kinds of tensors, by the beginning of their names.
+# Functions of torch that rebuild other kinds of tensors, by the beginning of their
+# names.
 _KINDS_OF_TENSORS = {
     "_rebuild_sparse": "sparse",
     "_rebuild_qtensor": "quantized",
@@ -42,8 +43,8 @@ class Quantized(Call):
 
     ``kind`` is the type under torch's name and ``shape`` counts numbers. ``raw`` are the
     bytes, ``U8``: with an axis more for those of an element, or as a vector where a byte
-    has several numbers. ``parameters`` are those of ``_rebuild_qtensor``: the scheme, then
-    scale and zero point, then the axis where each slice of it has its own.
+    has several numbers. ``parameters`` are those of ``_rebuild_qtensor``: the scheme,
+    then scale and zero point, then the axis where each slice of it has its own.
     """
 
     kind: str = ""
@@ -67,7 +68,8 @@ class LazyView(Call):
 
 @dataclass(slots=True, eq=False, repr=False)
 class Repeated(Call):
-    """A view that repeats the elements of ``base``, a whole storage, as ``expand`` makes it.
+    """A view that repeats the elements of ``base``, a whole storage, as ``expand`` makes
+    it.
 
     ``kind`` is the element type under torch's name; offset and stride count elements.
     """
@@ -95,7 +97,8 @@ def reason(value: Any) -> str:
 
 
 def is_object(value: Any) -> bool:
-    """Whether a value is an object of a class, or the result of a call, and not a tensor."""
+    """Whether a value is an object of a class, or the result of a call, and not a
+    tensor."""
     return isinstance(value, Call) and tensor_kind(value) is None
 
 

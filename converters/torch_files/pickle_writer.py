@@ -3,8 +3,9 @@
 Protocol 2, as ``torch.save`` writes it. What is one object stays one object; of equal
 strings and globals each is written once.
 
-A pickle names storages by their place in a list. So the files of 512 ranks, whose objects
-differ in nothing but what fills the storages, have the same pickle, which is written once.
+A pickle names storages by their place in a list. So the files of 512 ranks, whose
+objects differ in nothing but what fills the storages, have the same pickle, which is
+written once.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ def read(path: Path) -> TorchFile:
     """Reads the pickle of ``path`` and none of its tensors. Runs nothing the file names.
 
     In a command (``open_files.once``) a file that was read already is not read again.
-    ``CheckpointError`` if the file is damaged, is not a file of ``torch.save``, or is too
-    new.
+    ``CheckpointError`` if the file is damaged, is not a file of ``torch.save``, or is
+    too new.
     """
     return read_as(path, "values", BUILDERS, located)
 

@@ -241,7 +241,8 @@ def _set(*arguments: Any) -> set[Any] | Call:
 
 
 def _copied(*arguments: Any) -> TensorRef | Call:
-    """``torch._utils._rebuild_device_tensor_from_cpu_tensor``: of a device without storages.
+    """``torch._utils._rebuild_device_tensor_from_cpu_tensor``: of a device without
+    storages.
 
     The tensor that was saved has the type that is given, as it is a copy.
     """

@@ -32,7 +32,8 @@ def as_bytes(
 
 
 def _require_storage(storage: TensorRef) -> None:
-    """Raises for a view in the place of a storage: its bytes are several runs in the file."""
+    """Raises for a view in the place of a storage: its bytes are several runs in the
+    file."""
     if len(storage.extents) > 1 or len(storage.shape) != 1:
         raise MalformedError("a tensor is made of a view, expected a storage")
 
@@ -90,7 +91,8 @@ def _merged(axes: Axes) -> tuple[int, Axes]:
 
 
 def is_repetition(storage_numel: int, shape: Any, stride: Any) -> bool:
-    """Whether a view repeats the elements of its storage in more runs than are read one by one.
+    """Whether a view repeats the elements of its storage in more runs than are read one
+    by one.
 
     ``torch.Tensor.expand`` makes such views. False for what is not a view at all.
     """

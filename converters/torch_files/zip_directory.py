@@ -60,7 +60,8 @@ class Directory(NamedTuple):
         return self.payload_behind(name, self.headers(file, [name])[name])
 
     def headers(self, file: File, names: Sequence[str]) -> dict[str, bytes]:
-        """The local headers of records with their names behind, as they stand: one request."""
+        """The local headers of records with their names behind, as they stand: one
+        request."""
         ranges = [(self.records[n].header, _LOCAL.size + len(n.encode())) for n in names]
         return dict(zip(names, file.read(ranges), strict=True))
 

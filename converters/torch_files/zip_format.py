@@ -42,8 +42,8 @@ def read(
     """The file of a zip; ``CheckpointError`` if it is damaged. Arguments: see
     ``reader.read_as``.
 
-    With ``form`` a file whose pickle another one of this command has, too, is not interpreted
-    again.
+    With ``form`` a file whose pickle another one of this command has, too, is not
+    interpreted again.
     """
     directory = zip_directory.read(file, path)
     pickles = [name for name in directory.records if name.endswith("/data.pkl")]
@@ -81,7 +81,8 @@ def read(
 def _root(
     records: _Records, data: bytes, builders: Builders, stored: Stored, form: str | None
 ) -> Any:
-    """The object of a pickle: that of a file with the same pickle, moved, or interpreted."""
+    """The object of a pickle: that of a file with the same pickle, moved, or
+    interpreted."""
     example = same_pickles.example_of(data, form) if form else None
     if example is not None:
         try:
@@ -170,7 +171,8 @@ class _Records:
         )
 
     def _header(self, name: str) -> bytes:
-        """The local header of a record, which is asked for once; it comes with those behind it."""
+        """The local header of a record, which is asked for once; it comes with those
+        behind it."""
         while name not in self.headers:
             batch = list(islice(self.unread_names, MAX_HEADERS)) or [name]
             self.headers |= self.directory.headers(self.file, batch)

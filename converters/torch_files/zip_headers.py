@@ -1,6 +1,7 @@
 """The bytes around the records of a zip, as torch's writer has them.
 
-    local header | name | sizes, if 64-bit | padding ("FB", length, "ZZZ...") | payload | descriptor
+    local header | name | sizes, if 64-bit | padding ("FB", length, "ZZZ...") | payload |
+    descriptor
 
 CRC32 and sizes stand in the descriptor, behind the payload, and in the central
 directory; in the local header they are 0. Sources: ``getPadding`` in

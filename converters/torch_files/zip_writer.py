@@ -1,7 +1,8 @@
 """The zip of a torch file as a plan: stored records, large ones at a multiple of an
 alignment.
 
-    NAME/data.pkl | ... | NAME/data/0 | NAME/data/1 | ... | NAME/version | central directory
+    NAME/data.pkl | ... | NAME/data/0 | NAME/data/1 | ... | NAME/version | central
+    directory
 
 Sizes stand in the local headers; the CRC32 of a tensor is filled in, there and in the
 directory, when its bytes have passed. Fields: PKWARE APPNOTE 4.3; padding:
@@ -113,8 +114,8 @@ class Archive:
 
 
 def _joined(literals: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-    """The literals in order, small ones that touch as one: a model file of stage 3 has two
-    headers for each parameter, and nothing between them."""
+    """The literals in order, small ones that touch as one: a model file of stage 3 has
+    two headers for each parameter, and nothing between them."""
     start, pending = 0, bytearray()
     for offset, literal in literals:
         is_large = len(literal) > MAX_JOINED_BYTES

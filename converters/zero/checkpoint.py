@@ -5,9 +5,9 @@ The stages differ in where the fp32 master weights lie and how names find them
 ``parameters``: which files belong together, and that every name of the model's state is
 accounted for, as a tensor, a tied name, or absent and why.
 
-MiCS saves the first of its shard groups, whose ranks hold everything, as plain stage 3; sequence
-parallelism partitions over all of its ranks. Tensor parallelism (``parallel/``), pipelines, experts
-and universal checkpoints have readers of their own.
+MiCS saves the first of its shard groups, whose ranks hold everything, as plain stage 3;
+sequence parallelism partitions over all of its ranks. Tensor parallelism
+(``parallel/``), pipelines, experts and universal checkpoints have readers of their own.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Checkpoint(Source):
 
     ``model`` and ``ranks`` are the module's file and the optimizer files in rank order
     (``optimizer_state`` reads on in them). ``weights`` have the names of the state dict;
-    ``names`` says how parameters are called that it has other names for. ``optimizer`` is
-    set by ``reader.read``.
+    ``names`` says how parameters are called that it has other names for. ``optimizer``
+    is set by ``reader.read``.
     """
 
     kind: str = "deepspeed"
@@ -157,7 +157,8 @@ def _model_files(files: discovery.Files, stage: int) -> list[State]:
 
 
 def _require_one_model_rank(place: Place, states: Sequence[State]) -> None:
-    """``CheckpointError`` where files of further model-parallel ranks should be here, too."""
+    """``CheckpointError`` where files of further model-parallel ranks should be here,
+    too."""
     for state in states:
         count = state.root.get("mp_world_size")
         if isinstance(count, int) and count > 1:
@@ -187,7 +188,8 @@ def _require_ranks(
     require_all: bool,
     model_rank: int | None,
 ) -> list[str]:
-    """Notes on model files of stage 3 that are missing; ``CheckpointError`` if they are needed."""
+    """Notes on model files of stage 3 that are missing; ``CheckpointError`` if they are
+    needed."""
     if not files.partitioned:
         return []
 
@@ -293,7 +295,8 @@ def stage_of(optimizers: Mapping[int, State]) -> int:
 
 
 class ExpertsError(CheckpointError):
-    """The error for experts that are dealt out to ranks, which the files' names did not show."""
+    """The error for experts that are dealt out to ranks, which the files' names did not
+    show."""
 
 
 def refuse_foreign(states: Iterable[State]) -> None:

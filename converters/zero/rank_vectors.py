@@ -63,7 +63,8 @@ class RankFiles:
     def vectors(
         self, index: int, shapes: Mapping[str, Shape], options: Mapping[str, Any] | None
     ) -> dict[str, list[TensorRef]]:
-        """The weights of a group and each state of its elements: the vectors of all ranks."""
+        """The weights of a group and each state of its elements: the vectors of all
+        ranks."""
         masters, padded_sizes = self._partitions(index, shapes)
         states = [by_group[index] for by_group in self.states]
         label = f"group {index}"
@@ -269,7 +270,8 @@ def _require_same_keys(
 def _is_constant(
     checkpoint: Checkpoint, label: str, values: Sequence[Any], padded_sizes: Sequence[int]
 ) -> bool:
-    """Whether the ranks' values are one that is kept once; raises if they are not the same."""
+    """Whether the ranks' values are one that is kept once; raises if they are not the
+    same."""
     by_rank = zip(values, padded_sizes, strict=True)
     if any(_per_element(value, length) for value, length in by_rank):
         return False

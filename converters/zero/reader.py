@@ -14,8 +14,8 @@ from converters.zero.checkpoint import Checkpoint
 def read(path: Path, tag: str | None = None, complete: bool = False) -> Checkpoint:
     """The weights, and the optimizer's state by the names of parameters.
 
-    With ``complete`` as ``checkpoint.read``: everything that a training goes on from has to
-    be there. Without, as ``checkpoint.weights``: its weights have to, and of several
+    With ``complete`` as ``checkpoint.read``: everything that a training goes on from has
+    to be there. Without, as ``checkpoint.weights``: its weights have to, and of several
     models ``tag`` chooses one. ``CheckpointError`` for what is damaged or incomplete.
     """
     source = checkpoint.read(path, tag) if complete else checkpoint.weights(path, tag)

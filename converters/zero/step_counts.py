@@ -11,8 +11,8 @@ from converters.zero.files import state_files
 def contradiction(checkpoint: Checkpoint) -> str | None:
     """What the step counts say, where they are not those of the model file.
 
-    The optimizer takes no more steps than the engine, and no fewer, those aside that were
-    skipped. A training that went on without its optimizer's states has fewer, too.
+    The optimizer takes no more steps than the engine, and no fewer, those aside that
+    were skipped. A training that went on without its optimizer's states has fewer, too.
     """
     steps, skipped = optimizer_steps(checkpoint), checkpoint.model.root.get("skipped_steps")
     if checkpoint.step is None or steps is None:
@@ -26,7 +26,8 @@ def contradiction(checkpoint: Checkpoint) -> str | None:
 
 
 def optimizer_steps(checkpoint: Checkpoint) -> int | None:
-    """The most steps that a group of the optimizer has taken; ``None`` if nothing says it.
+    """The most steps that a group of the optimizer has taken; ``None`` if nothing says
+    it.
 
     Source: DeepSpeed 0.19.8 ``runtime/engine.py: _save_checkpoint`` (``global_steps``,
     ``skipped_steps``), and the state of torch's optimizers (``step``).

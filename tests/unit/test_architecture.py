@@ -14,6 +14,7 @@ from syntax_trees import nodes, tree
 
 PACKAGES = ("converters", "ckpt")
 MAX_BODY_LINES = 40
+LONG_LINE, MAX_LONG_LINES = 90, 0.04  # columns, and the share of lines that may have so many
 MAX_MODULES = 16  # in a folder, its __init__.py aside
 
 # A room is a folder, or a module that lies directly in a package. It imports rooms of the floors
@@ -189,6 +190,12 @@ def long_functions(module: str) -> dict[str, int]:
 
 def test_a_function_is_short() -> None:
     assert offences(long_functions, modules()) == {}
+
+
+def test_few_lines_are_long() -> None:
+    lines = [line for path in modules().values() for line in path.read_text("utf-8").splitlines()]
+    share = sum(len(line) >= LONG_LINE for line in lines) / len(lines)
+    assert share < MAX_LONG_LINES, f"{share:.1%} of all lines have {LONG_LINE} columns and more"
 
 
 def test_every_room_is_on_one_floor() -> None:

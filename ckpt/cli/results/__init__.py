@@ -1,4 +1,5 @@
-"""What the commands print, as frozen dataclasses: their fields are the keys of ``--json``.
+"""What the commands print, as frozen dataclasses: their fields are the keys of
+``--json``.
 
 checkpoints  show: one checkpoint, its adapters, its quantized weights
 conversion   to-fp32, and what was proven of weights

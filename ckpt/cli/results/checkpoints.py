@@ -11,10 +11,11 @@ from ckpt.results import TrainingState
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """A tensor as it is stored: its element type, as safetensors calls it, and its shape.
+    """A tensor as it is stored: its element type, as safetensors calls it, and its
+    shape.
 
-    Of a tensor that no safetensors file could have, the type is torch's word for it, such as
-    sparse, and the shape ``None`` where only reading it tells.
+    Of a tensor that no safetensors file could have, the type is torch's word for it,
+    such as sparse, and the shape ``None`` where only reading it tells.
     """
 
     dtype: str
@@ -23,7 +24,8 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterEntry:
-    """One adapter. ``ranks`` are LoRA's; ``config`` is the adapter_config.json that was found.
+    """One adapter. ``ranks`` are LoRA's; ``config`` is the adapter_config.json that was
+    found.
 
     ``empty_file`` is a file of the adapter whose tensors have no elements.
     """
@@ -59,7 +61,8 @@ class AdapterFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedFacts:
-    """The quantized weights: how many there are by scheme, and what their codes stand for.
+    """The quantized weights: how many there are by scheme, and what their codes stand
+    for.
 
     ``parameters`` counts the numbers that the codes stand for, ``uncounted_weights`` the
     weights of which that is not known, ``missing_weights`` those whose codes are not in
@@ -81,10 +84,10 @@ class ShowResult(TrainingState):
     ``tensors`` counts them; ``tensors_by_name`` is there where ``--tensors`` asks for
     it. ``nbytes`` are those of the ``file_count`` files, ``weight_bytes`` those of the
     weights. ``missing`` has names without values, and why. ``aliases`` lead to the
-    tensors that they share. ``values`` are the plain values beside the tensors of a single
-    file of ``torch.save``, as text; ``None`` for a checkpoint of a training. ``state`` and
-    ``reason`` are as in ``CheckpointEntry``, and null for what is not a checkpoint of a
-    training, or in a store.
+    tensors that they share. ``values`` are the plain values beside the tensors of a
+    single file of ``torch.save``, as text; ``None`` for a checkpoint of a training.
+    ``state`` and ``reason`` are as in ``CheckpointEntry``, and null for what is not a
+    checkpoint of a training, or in a store.
     """
 
     parameters: int

@@ -1,4 +1,5 @@
-"""What the commands on runs print: ls, verify, latest, pin, prune. Times are seconds since 1970."""
+"""What the commands on runs print: ls, verify, latest, pin, prune. Times are seconds
+since 1970."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ from pathlib import Path
 class CheckpointEntry:
     """A checkpoint of a run.
 
-    ``state`` is committed, complete, incomplete or unknown; ``reason`` says why it is not
-    committed, ``written_by`` who wrote a complete one, ``lacks`` what was deleted by hand,
-    ``changes`` what was changed by hand, ``doubt`` what speaks against its files being of one
-    save, where it was committed all the same, ``origin`` what ckpt made it of, or what it is a
-    copy of.
-    ``kind`` is the name of its row in ``converters.detect.kinds``. ``marks`` are latest,
-    best, pinned, in use. ``current`` is whether it belongs to the
-    run that saved last, and to what that run did not go back from.
+    ``state`` is committed, complete, incomplete or unknown; ``reason`` says why it is
+    not committed, ``written_by`` who wrote a complete one, ``lacks`` what was deleted by
+    hand, ``changes`` what was changed by hand, ``doubt`` what speaks against its files
+    being of one save, where it was committed all the same, ``origin`` what ckpt made it
+    of, or what it is a copy of. ``kind`` is the name of its row in
+    ``converters.detect.kinds``. ``marks`` are latest, best, pinned, in use. ``current``
+    is whether it belongs to the run that saved last, and to what that run did not go
+    back from.
     """
 
     name: str
@@ -57,7 +58,8 @@ class ListResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyEntry:
-    """Whether a checkpoint is whole: ``problems`` are lines on what is not, ``proven`` on what is.
+    """Whether a checkpoint is whole: ``problems`` are lines on what is not, ``proven``
+    on what is.
 
     ``checked`` is data where every byte was read that has a checksum, sample where
     ``sample`` percent of the records and files were, chosen by ``seed``, and structure
@@ -96,7 +98,8 @@ class SkippedCheckpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatestResult:
-    """The checkpoint that a resume takes. ``pointer`` is the text of the file latest, or best.
+    """The checkpoint that a resume takes. ``pointer`` is the text of the file latest, or
+    best.
 
     ``state`` and ``written_by`` as in ``CheckpointEntry``.
     """
@@ -131,7 +134,8 @@ class PruneEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UntouchedEntry:
-    """A checkpoint that is not committed, and so was left alone; ``reason`` as in ``ls``."""
+    """A checkpoint that is not committed, and so was left alone; ``reason`` as in
+    ``ls``."""
 
     path: Path
     state: str

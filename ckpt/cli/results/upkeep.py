@@ -25,8 +25,8 @@ class FindingEntry:
 
 @dataclass(frozen=True, slots=True)
 class DoctorResult:
-    """What was found, first what was mended; ``untouched`` are the complete checkpoints that
-    no save committed, which are no findings."""
+    """What was found, first what was mended; ``untouched`` are the complete checkpoints
+    that no save committed, which are no findings."""
 
     dry_run: bool
     findings: tuple[FindingEntry, ...]
@@ -35,10 +35,12 @@ class DoctorResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdoptionEntry:
-    """A checkpoint that had no manifest, its state then, whether it got one, and if not, why.
+    """A checkpoint that had no manifest, its state then, whether it got one, and if not,
+    why.
 
-    ``no_checksum_bytes`` of it had no checksum before, and were taken as they are; ``doubt`` is
-    what speaks against its files being of one save, where ``--one-save`` says that they are.
+    ``no_checksum_bytes`` of it had no checksum before, and were taken as they are;
+    ``doubt`` is what speaks against its files being of one save, where ``--one-save``
+    says that they are.
     """
 
     path: Path
@@ -62,8 +64,8 @@ class AdoptResult:
 class SlimResult:
     """A checkpoint made weights-only: names of the files that went, and their bytes.
 
-    ``proven`` are lines on the weights that stay, ``dtypes`` their element types. ``files``
-    are fp32 weights that are written for it.
+    ``proven`` are lines on the weights that stay, ``dtypes`` their element types.
+    ``files`` are fp32 weights that are written for it.
     """
 
     dry_run: bool
@@ -77,7 +79,8 @@ class SlimResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectResult:
-    """Parts of nodes, joined: where each file comes from, by its name, and the bytes to copy."""
+    """Parts of nodes, joined: where each file comes from, by its name, and the bytes to
+    copy."""
 
     dry_run: bool
     output: Path

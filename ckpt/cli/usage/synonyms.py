@@ -1,5 +1,5 @@
-"""The command that is meant by a word that is not a command: by what other tools call it, or by its
-letters."""
+"""The command that is meant by a word that is not a command: by what other tools call
+it, or by its letters."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ _MEANINGS = {word: command for command, words in SYNONYMS.items() for word in wo
 
 
 def unknown_command(word: str, short_helps: Mapping[str, str]) -> str:
-    """The line for a word that is not a command, with the command that is meant, if that can be
-    told. ``short_helps`` has what each command does by its name."""
+    """The line for a word that is not a command, with the command that is meant, if that
+    can be told. ``short_helps`` has what each command does by its name."""
     line = f"No such command {word!r}"
     key = word.lower().removesuffix(".py").replace("_", "-")
     if key in _IN_PYTHON:
@@ -74,8 +74,8 @@ def unknown_command(word: str, short_helps: Mapping[str, str]) -> str:
 
 
 def unknown_option(message: str, option: str, command: str | None) -> str:
-    """The line for an option that a command does not have, ``message``, and what to do where the
-    option is one of DeepSpeed's script."""
+    """The line for an option that a command does not have, ``message``, and what to do
+    where the option is one of DeepSpeed's script."""
     key = option.lstrip("-").replace("_", "-")
     remedy = _OF_ZERO_TO_FP32.get(key) if command == "to-fp32" else None
     return f"{message.rstrip('.')}; {remedy}." if remedy else message

@@ -17,8 +17,8 @@ Shape = tuple[int, ...]
 
 
 class PartBox(NamedTuple):
-    """A box of ``sizes`` elements: at ``shard_offsets`` of a rank's shard, and at ``offsets``
-    of the tensor."""
+    """A box of ``sizes`` elements: at ``shard_offsets`` of a rank's shard, and at
+    ``offsets`` of the tensor."""
 
     shard_offsets: Shape
     sizes: Shape
@@ -31,7 +31,8 @@ class PartBox(NamedTuple):
 
 
 class RankSet(NamedTuple):
-    """Ranks that have the same shard: the first of them, this one's number, and how many."""
+    """Ranks that have the same shard: the first of them, this one's number, and how
+    many."""
 
     first: int
     position: int

@@ -3,8 +3,8 @@
     tensor (2, 4)   0 1 | 4 5       two boxes of (2, 2): the first has the elements 0 to 3 of this
                     2 3 | 6 7       count, whoever writes it, and the second 4 to 7
 
-So a piece of a shard is a run of numbers, as it is where tensors are not cut; a run is a few rows
-in the file.
+So a piece of a shard is a run of numbers, as it is where tensors are not cut; a run is a
+few rows in the file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class PlacedBox(NamedTuple):
 
 
 class PlacedRun(NamedTuple):
-    """``size`` elements that follow each other in the tensor from ``position`` on, the first of
-    which is element ``first`` of those that were to be placed."""
+    """``size`` elements that follow each other in the tensor from ``position`` on, the
+    first of which is element ``first`` of those that were to be placed."""
 
     position: int
     first: int
@@ -82,7 +82,8 @@ class Placing:
 
 
 def placed(placing: Placing | None, start: int, count: int) -> Iterator[PlacedRun]:
-    """Where elements go; ``None`` is for a tensor whose elements are counted in their own order."""
+    """Where elements go; ``None`` is for a tensor whose elements are counted in their
+    own order."""
     if placing is None:
         return iter([PlacedRun(start, 0, count)])
     return placing.runs(start, count)
@@ -94,10 +95,11 @@ def _walk(shape: Shape, cell: PlacedBox) -> Walk:
 
 
 def share_of_crc32(crc32: int, nbytes: int, bytes_after: int) -> int:
-    """What some bytes of a record add to its CRC32, which has ``bytes_after`` behind them.
+    """What some bytes of a record add to its CRC32, which has ``bytes_after`` behind
+    them.
 
-    CRC32 is linear: the sum (exclusive or) of the shares of all bytes and the CRC32 of as
-    many zeros is that of the record, whoever has computed each and in any order.
+    CRC32 is linear: the sum (exclusive or) of the shares of all bytes and the CRC32 of
+    as many zeros is that of the record, whoever has computed each and in any order.
     """
     share: int = isal_zlib.crc32_combine(crc32 ^ crc32_of_zeros(nbytes), 0, bytes_after)
     return share

@@ -1,4 +1,5 @@
-"""What this rank has of each tensor where more than ZeRO cuts them; nothing communicates here.
+"""What this rank has of each tensor where more than ZeRO cuts them; nothing communicates
+here.
 
     tensor parallelism   a box or several of a tensor, by the affine map that AutoTP leaves in the
                          model (``universal_checkpoint_info``), or by its lists of patterns
@@ -44,7 +45,8 @@ class SplitEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelRanks:
-    """Tensor-parallel ranks and the number of this one among them; the stage of a pipeline."""
+    """Tensor-parallel ranks and the number of this one among them; the stage of a
+    pipeline."""
 
     tensor_ranks: int
     tensor_rank: int
@@ -78,7 +80,8 @@ def is_split(engine: object) -> bool:
 
 
 def require_loadable(module: Any) -> None:
-    """``CheckpointError`` if the class of a Hugging Face model would not load its tensors' names.
+    """``CheckpointError`` if the class of a Hugging Face model would not load its
+    tensors' names.
 
     AutoEP stacks the experts under names of its own.
     """
@@ -128,8 +131,8 @@ class SplitTensors:
     def part(self, name: str, parameter: Any, ref: TensorRef, position: int) -> ModelPart:
         """What this rank has under a name; ``position`` is that in its own model.
 
-        ``ref`` has the type and shape of its own tensor. ``MalformedError`` for a cut that
-        does not fit the shape.
+        ``ref`` has the type and shape of its own tensor. ``MalformedError`` for a cut
+        that does not fit the shape.
         """
         shape, boxes = self._boxes(name, parameter, ref.shape)
         copies = self._rank_set(self._copy_group(name))
@@ -214,7 +217,8 @@ class SplitTensors:
 
 
 def _split_expert(name: str) -> tuple[str, int | None, str]:
-    """The name of a layer of DeepSpeed-MoE, the number of a local expert and what follows."""
+    """The name of a layer of DeepSpeed-MoE, the number of a local expert and what
+    follows."""
     block, marker, local_name = name.rpartition(EXPERTS)
     number, _, inner_name = local_name.partition(".")
     if not marker or not number.isdecimal():

@@ -1,8 +1,9 @@
 """The tensors of a model of which each rank has parts, agreed on by all ranks.
 
-The first rank of those that have the same says what it has; rank 0 puts the parts together, proves
-that they cover every tensor once, and tells all. What several ranks have is given by the first
-of them: a part that is not partitioned in slices, by all ranks that have the same.
+The first rank of those that have the same says what it has; rank 0 puts the parts
+together, proves that they cover every tensor once, and tells all. What several ranks
+have is given by the first of them: a part that is not partitioned in slices, by all
+ranks that have the same.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class WholeModel:
 
 
 class GivenRun(NamedTuple):
-    """Elements of a piece that this rank gives: from element ``first`` on, ``size`` of them.
+    """Elements of a piece that this rank gives: from element ``first`` on, ``size`` of
+    them.
 
     They are numbered from ``start`` on in the tensor (``Placing``).
     """
@@ -78,7 +80,8 @@ class _Gift:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What this rank gives of the tensor ``name``; ``size`` are the elements of its own shard."""
+    """What this rank gives of the tensor ``name``; ``size`` are the elements of its own
+    shard."""
 
     name: str
     size: int
@@ -127,8 +130,8 @@ def _gift(part: ModelPart, box: PartBox, start: int, giver: tuple[int, int]) -> 
 def agreed(ranks: RankGroup, parts: Sequence[ModelPart], ties: Sequence[TiedName]) -> WholeModel:
     """The tensors of the whole model, from the parts and tied names of all ranks.
 
-    Every rank calls it. ``CheckpointError`` on every rank if the parts do not make up the
-    tensors.
+    Every rank calls it. ``CheckpointError`` on every rank if the parts do not make up
+    the tensors.
     """
     with ranks.step() as reports:
         own_records = [part.record() for part in parts if part.copies.first == ranks.rank]
@@ -147,7 +150,8 @@ def agreed(ranks: RankGroup, parts: Sequence[ModelPart], ties: Sequence[TiedName
 def _merged(
     records_by_rank: Sequence[Sequence[Any]], ties_by_rank: Sequence[Sequence[Any]]
 ) -> list[Any]:
-    """A record of each tensor, with its boxes and their givers, the tied names, and the order."""
+    """A record of each tensor, with its boxes and their givers, the tied names, and the
+    order."""
     merged: dict[str, Any] = {}
     orders: dict[str, list[int]] = {}
     for rank, records in enumerate(records_by_rank):

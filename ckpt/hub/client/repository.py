@@ -1,4 +1,5 @@
-"""What a repository holds, seen before and after a push; and which of it a push replaces.
+"""What a repository holds, seen before and after a push; and which of it a push
+replaces.
 
 Names are posix paths from the repository's root. The functions over names are pure.
 """
@@ -31,7 +32,8 @@ _BLOCK = 1 << 20  # bytes of a file read at once
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of the repository: bytes, and the SHA-256 of its content or its git blob's SHA-1."""
+    """A file of the repository: bytes, and the SHA-256 of its content or its git blob's
+    SHA-1."""
 
     size: int
     sha256: str | None
@@ -180,7 +182,8 @@ def is_step(name: str) -> bool:
 
 
 def outdated(names: Iterable[str], pushed: str, kept_count: int) -> list[str]:
-    """Which of ``names`` go when ``pushed`` ("step-500") came and ``kept_count`` are to stay.
+    """Which of ``names`` go when ``pushed`` ("step-500") came and ``kept_count`` are to
+    stay.
 
     Only those spelt like it (the same text before the number) of a lower step; itself
     counts as one of those kept. ``ValueError`` where the name has no step, or for

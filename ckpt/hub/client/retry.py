@@ -45,7 +45,8 @@ def is_transient(error: BaseException) -> bool:
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
-    """The classes of connections that broke, whichever library the client asks the Hub with.
+    """The classes of connections that broke, whichever library the client asks the Hub
+    with.
 
     huggingface_hub 0 has requests, 1 httpx, 2 httpx2; none is imported here.
     """

@@ -1,12 +1,13 @@
-"""The allow-list: which files of a model's folder may be published, and why the others may not.
+"""The allow-list: which files of a model's folder may be published, and why the others
+may not.
 
-Beside the weights these are the files of ``model_folder.companion_files``, as ``ckpt
-to-fp32`` copies them (generation config, tokenizer, processor, the code that an
-``auto_map`` names), the model card and the license. Links out of the folder, pickles
-and names unfit for the Hub stay here; where a link leads to what the model's reader needs,
-nothing is sent at all. Links of a snapshot in the Hub's cache are followed: they lead to the
-blobs of its own repository (huggingface_hub 1.5 ``file_download.py``: ``snapshots/REVISION/NAME``
-is a link to ``../../blobs/HASH``).
+Beside the weights these are the files of ``model_folder.companion_files``, as
+``ckpt to-fp32`` copies them (generation config, tokenizer, processor, the code that an
+``auto_map`` names), the model card and the license. Links out of the folder, pickles and
+names unfit for the Hub stay here; where a link leads to what the model's reader needs,
+nothing is sent at all. Links of a snapshot in the Hub's cache are followed: they lead to
+the blobs of its own repository (huggingface_hub 1.5 ``file_download.py``:
+``snapshots/REVISION/NAME`` is a link to ``../../blobs/HASH``).
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ _REASONS = {  # by the end of the name; what is not here is "not on the list"
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """Files to send, by name; what stays here, each with why; and lines on what may be amiss."""
+    """Files to send, by name; what stays here, each with why; and lines on what may be
+    amiss."""
 
     files: tuple[tuple[str, Path], ...]
     left_out: tuple[tuple[str, str], ...]
@@ -95,7 +97,8 @@ def of_conversion(
     companions: Mapping[str, Path],
     own_names: frozenset[str],
 ) -> Allowed:
-    """The same with the files that a conversion copies from elsewhere (``--tokenizer DIR``).
+    """The same with the files that a conversion copies from elsewhere
+    (``--tokenizer DIR``).
 
     Those take the place of the checkpoint's own. ``CheckpointError`` for one that may
     not be sent.
@@ -135,8 +138,8 @@ def of_conversion(
 def of_stored(root: Path, own_names: frozenset[str]) -> Allowed:
     """What goes with weights that are sent as they lie in ``root``; as ``allowed``.
 
-    With the tokenizer of its run, if it has none. ``CheckpointError`` for a link out of the
-    folder to what the model's reader needs.
+    With the tokenizer of its run, if it has none. ``CheckpointError`` for a link out of
+    the folder to what the model's reader needs.
     """
     allowed_files = allowed(root, own_names)
     require_sendable(root, sorted({*model_folder.companion_files(root).files} - own_names))
@@ -144,7 +147,8 @@ def of_stored(root: Path, own_names: frozenset[str]) -> Allowed:
 
 
 def with_tokenizer_of_run(allowed_files: Allowed, root: Path) -> Allowed:
-    """The same with the tokenizer of the run that ``root`` is a checkpoint of, if it has none."""
+    """The same with the tokenizer of the run that ``root`` is a checkpoint of, if it has
+    none."""
     readers = run_folder.readers(root)
     if not readers or model_folder.companion_files(root, _sendable(root)).readers:
         return allowed_files
@@ -195,8 +199,8 @@ def refusal(root: Path, file_name: str) -> str | None:
 
 
 def _homes(root: Path) -> Iterator[Path]:
-    """Where files of a folder may lie: in itself and, of a snapshot in the Hub's cache, among
-    the blobs of its own repository."""
+    """Where files of a folder may lie: in itself and, of a snapshot in the Hub's cache,
+    among the blobs of its own repository."""
     yield root
     for place in (root, *root.parents):
         repository = place.parent.parent
@@ -205,8 +209,9 @@ def _homes(root: Path) -> Iterator[Path]:
 
 
 def require_sendable(root: Path, file_names: Iterable[str]) -> None:
-    """``CheckpointError`` for files that the model's reader needs, and that links out of the
-    folder lead to: a model without its tokenizer is not what anybody meant to publish."""
+    """``CheckpointError`` for files that the model's reader needs, and that links out of
+    the folder lead to: a model without its tokenizer is not what anybody meant to
+    publish."""
     for file_name in file_names:
         # of code that stays here a warning is given
         if not file_name.endswith(".py") and refusal(root, file_name) == LEAVES:
@@ -244,7 +249,8 @@ def _reason_left_out(root: Path, name: str) -> str:
 
 
 def read_object(root: Path, file_name: str) -> dict[str, Any]:
-    """A JSON object beside the weights; empty where there is none that may be sent, and is JSON.
+    """A JSON object beside the weights; empty where there is none that may be sent, and
+    is JSON.
 
     ``OSError`` if it cannot be read: what it names would be left out.
     """

@@ -1,4 +1,5 @@
-"""What a push publishes of a checkpoint, by an allow-list, decided before the first byte is sent.
+"""What a push publishes of a checkpoint, by an allow-list, decided before the first byte
+is sent.
 
 model            weights, converted while they are sent; index, config, tokenizer, code, card
 adapter          where PEFT is trained: made of the ZeRO states as well, under PEFT's names
@@ -44,10 +45,10 @@ def contents(
 ) -> Contents:
     """Decides what is sent of ``checkpoint``; reads no tensor.
 
-    ``dtype`` is a key of ``request.DTYPES``; by default fp32 of states, and weights alone
-    as they are stored. ``max_shard_size`` is in bytes. ``repo``
-    ("org/name") and ``revision`` are what the card's example loads. ``CheckpointError``
-    for what cannot be published whole, and for what is over the Hub's limits.
+    ``dtype`` is a key of ``request.DTYPES``; by default fp32 of states, and weights
+    alone as they are stored. ``max_shard_size`` is in bytes. ``repo`` ("org/name") and
+    ``revision`` are what the card's example loads. ``CheckpointError`` for what cannot
+    be published whole, and for what is over the Hub's limits.
     """
     manifest = checkpoint.manifest
     if manifest is not None and manifest.nodes > 1:

@@ -14,7 +14,8 @@ MAX_PICTURE_BYTES = 40_000  # bytes of the picture
 def curve(training: Points, evaluation: Points = ()) -> bytes | None:
     """A PNG of the losses by step, the same bytes for the same points.
 
-    ``None`` where there are fewer than ``MIN_POINTS`` points, or matplotlib is not installed.
+    ``None`` where there are fewer than ``MIN_POINTS`` points, or matplotlib is not
+    installed.
     """
     if max(len(training), len(evaluation)) < MIN_POINTS:
         return None
@@ -49,7 +50,8 @@ def curve(training: Points, evaluation: Points = ()) -> bytes | None:
 
 
 def thinned(points: Points, max_points: int) -> list[tuple[float, float]]:
-    """At most ``max_points`` (2 or more) of them, evenly spread, the first and the last too."""
+    """At most ``max_points`` (2 or more) of them, evenly spread, the first and the last
+    too."""
     if len(points) <= max_points:
         return list(points)
     last_index = len(points) - 1

@@ -1,4 +1,5 @@
-"""What a push sends of a checkpoint's model: converted while it is sent, or stored as it is."""
+"""What a push sends of a checkpoint's model: converted while it is sent, or stored as it
+is."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def of_model(
 
 
 def _holds_weights_alone(checkpoint: RunCheckpoint) -> bool:
-    """Whether there are no states to convert: by the manifest, or by what lies in the folder.
+    """Whether there are no states to convert: by the manifest, or by what lies in the
+    folder.
 
     A Trainer without DeepSpeed goes on from a model.
     """
@@ -127,7 +129,8 @@ def _of_pickles(
 
 
 def _tag_of_one_engine(checkpoint: RunCheckpoint) -> str | None:
-    """The tag that the manifest names, if it is there; ``CheckpointError`` for several engines."""
+    """The tag that the manifest names, if it is there; ``CheckpointError`` for several
+    engines."""
     engine_names = engines.names(checkpoint.manifest) if checkpoint.manifest else ()
     if engine_names:
         raise CheckpointError(
@@ -187,7 +190,8 @@ def _conversion_lines(
 
 
 def _stored(checkpoint: RunCheckpoint, dtype: str | None, request: Request | None) -> Contents:
-    """Weights that lie there as they are to be published: an adapter, or a model's files."""
+    """Weights that lie there as they are to be published: an adapter, or a model's
+    files."""
     root, warnings = checkpoint.folder, []
     is_adapter = is_adapter_folder(root)
     if is_adapter:
@@ -260,7 +264,8 @@ def _name_of(stored_type: DType) -> str:
 def _type_note(
     root: Path, weights_path: Path, stored_type: DType, dtype: str, is_adapter: bool
 ) -> str:
-    """A line on an adapter that is sent in its own type; ``CheckpointError`` for a model."""
+    """A line on an adapter that is sent in its own type; ``CheckpointError`` for a
+    model."""
     if not is_adapter:
         raise CheckpointError(
             f"{root} holds {stored_type.value} weights and no states to make {dtype} "

@@ -1,4 +1,5 @@
-"""Whether what was written without ckpt is a whole checkpoint that a training can go on from.
+"""Whether what was written without ckpt is a whole checkpoint that a training can go on
+from.
 
 Nobody said that its save finished. So each kind is judged by what its writer writes,
 and in which order, without torch and without running a pickle:
@@ -53,14 +54,16 @@ _OF_TRAINER = frozenset(("training_args.bin", "rng_state.pth", "rng_state_0.pth"
 
 @dataclass(frozen=True, slots=True)
 class _TrainerFiles:
-    """What a Trainer wrote beside DeepSpeed's files: its step, and RNG states of so many ranks."""
+    """What a Trainer wrote beside DeepSpeed's files: its step, and RNG states of so many
+    ranks."""
 
     step: int
     rng_ranks: int
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a checkpoint without a number in its name holds; ``None`` if it cannot be told.
+    """The step that a checkpoint without a number in its name holds; ``None`` if it
+    cannot be told.
 
     Nothing is proven by it.
     """
@@ -75,9 +78,9 @@ def step_of(path: Path) -> int | None:
 def prove(path: Path, tag: str | None = None, *, compares_values: bool = False) -> Proof:
     """What the checkpoint is, or of several tags in it the one that is named.
 
-    With ``compares_values`` the model file of DeepSpeed has to be of the save of its states,
-    by a sample of both. ``CheckpointError`` if it is not whole. Its kind is "unsupported" where
-    nothing here knows such files, so that nothing can be said.
+    With ``compares_values`` the model file of DeepSpeed has to be of the save of its
+    states, by a sample of both. ``CheckpointError`` if it is not whole. Its kind is
+    "unsupported" where nothing here knows such files, so that nothing can be said.
     """
     try:
         proof = _proof(path, tag)
@@ -91,7 +94,8 @@ def prove(path: Path, tag: str | None = None, *, compares_values: bool = False) 
 
 
 def _require_own_model(path: Path, source: Source) -> None:
-    """``CheckpointError`` where the weights of the model file are not those of the states."""
+    """``CheckpointError`` where the weights of the model file are not those of the
+    states."""
     from ckpt.runs.foreign import overwriting, value_samples
 
     try:
@@ -126,8 +130,8 @@ def _proof(path: Path, tag: str | None) -> Proof:
 
 
 def _of_functions(path: Path, entry_names: set[str]) -> Proof:
-    """What ``save_fsdp_model`` and ``save_fsdp_optimizer`` of a loop of one's own wrote, or
-    ``save_pretrained``.
+    """What ``save_fsdp_model`` and ``save_fsdp_optimizer`` of a loop of one's own wrote,
+    or ``save_pretrained``.
 
     ``CheckpointError`` for anything else: it is empty, cut short, or of no kind known
     here.
@@ -334,8 +338,8 @@ def _of_deepspeed(
 
 
 def _is_lightnings(folder: Path, source: Source | None) -> bool:
-    """Whether Lightning saved with DeepSpeed: by what it stores or, where that is not read, by the
-    name that it gives."""
+    """Whether Lightning saved with DeepSpeed: by what it stores or, where that is not
+    read, by the name that it gives."""
     return folder.name.endswith(".ckpt") or (source is not None and _LIGHTNING in source.entries)
 
 

@@ -1,5 +1,5 @@
-"""Files of a checkpoint that somebody copied, by their times and bytes: single ones from another
-checkpoint of the same run, or all of them.
+"""Files of a checkpoint that somebody copied, by their times and bytes: single ones from
+another checkpoint of the same run, or all of them.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ _BLOCK = 4096  # bytes in each place
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """When the files of a checkpoint were written, in seconds since 1970, and the size in bytes
-    of the first one."""
+    """When the files of a checkpoint were written, in seconds since 1970, and the size
+    in bytes of the first one."""
 
     times: tuple[float, ...]
     first_nbytes: int = 0
 
     def follows_pause(self, other_times: Iterable[float]) -> bool:
-        """Whether nothing else was written right before the first file, as in a copy of a run."""
+        """Whether nothing else was written right before the first file, as in a copy of
+        a run."""
         begin = min(self.times, default=0.0)
         last_before = max((time for time in other_times if time <= begin), default=0.0)
         return begin - last_before > SLACK + self.first_nbytes / SLOWEST
 
 
 def writing_of(place: Path) -> Writing:
-    """The times of all files in a checkpoint, a folder or a file; links are not followed."""
+    """The times of all files in a checkpoint, a folder or a file; links are not
+    followed."""
     paths = [Path(parent, name) for parent, _, names in os.walk(place) for name in names]
     times_and_sizes = []
     for path in paths or [place]:
@@ -55,8 +57,8 @@ def weights_of_another(folder: Path) -> tuple[Path, Path] | None:
     """A file of weights that was not written with the other files, and the same one in a
     checkpoint beside it; ``None`` if there is none.
 
-    Equal bytes alone prove nothing: a training may have changed no weight. Nor do times: a
-    folder may have been copied in parts.
+    Equal bytes alone prove nothing: a training may have changed no weight. Nor do times:
+    a folder may have been copied in parts.
     """
     state_path = folder / TRAINER_STATE
     for path in _apart(folder):
@@ -69,16 +71,16 @@ def weights_of_another(folder: Path) -> tuple[Path, Path] | None:
 
 
 def twins(path: Path) -> Iterator[Path]:
-    """The files of the same name, with the same bytes as far as is looked, in the folders beside
-    that of ``path``."""
+    """The files of the same name, with the same bytes as far as is looked, in the
+    folders beside that of ``path``."""
     for candidate in sorted(path.parent.parent.glob(f"*/{path.name}")):
         if candidate.parent != path.parent and _has_same_bytes(path, candidate):
             yield candidate
 
 
 def _apart(folder: Path) -> list[Path]:
-    """The files of weights that were written at another time than all that the Trainer writes
-    with them."""
+    """The files of weights that were written at another time than all that the Trainer
+    writes with them."""
     files = [path for path in folder.iterdir() if path.is_file()]
     weights = [path for path in files if _fits(path, _WEIGHTS)]
     others = [path for path in files if _fits(path, _OTHERS)]

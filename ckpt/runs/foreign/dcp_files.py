@@ -4,9 +4,9 @@
     __R.metadata       with ``use_collectives=False``: what rank R wrote, by itself
     __R_N.distcp       the bytes of rank R
 
-Each ``.metadata`` (``converters.dcp.metadata``) has the size of every tensor, and the chunks of
-it that were written with where they are. So a missing chunk is known from the sizes of the
-tensors, also where each rank described only its own.
+Each ``.metadata`` (``converters.dcp.metadata``) has the size of every tensor, and the
+chunks of it that were written with where they are. So a missing chunk is known from the
+sizes of the tensors, also where each rank described only its own.
 
 Source of FSDP's parts of a checkpoint: accelerate 1.15 ``utils/fsdp_utils.py``.
 """
@@ -32,7 +32,8 @@ _BYTES_OF_RANK = LazyPattern(r"__(\d+)_\d+\.distcp")
 
 @open_files.once()
 def require_dcp(folder: Path) -> None:
-    """``CheckpointError`` unless a folder of torch's distributed checkpoint has all its bytes."""
+    """``CheckpointError`` unless a folder of torch's distributed checkpoint has all its
+    bytes."""
     from converters.dcp import boxes, item_forms, metadata  # which other checkpoints need not
 
     description = metadata.read(folder)
@@ -73,7 +74,8 @@ def _require_described(folder: Path, rank_count: int) -> None:
 
 
 def _require_one_form(folder: Path, stem: str) -> None:
-    """``CheckpointError`` where one of the models, or its optimizer, is there in several forms."""
+    """``CheckpointError`` where one of the models, or its optimizer, is there in several
+    forms."""
     from converters.dcp import fsdp_folder
 
     matches = (_NUMBER_OF_PART.fullmatch(path.name) for path in folder.glob(f"{stem}*"))

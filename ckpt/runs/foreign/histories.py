@@ -1,8 +1,8 @@
 """Whether two checkpoints are of one training, by what the Trainer had logged at them.
 
 A training that goes on has the log of the checkpoint that it went on from. So of two
-checkpoints of one training, one has all that the other one has logged. Where that is not so,
-they are of two trainings, or one went back to an earlier step.
+checkpoints of one training, one has all that the other one has logged. Where that is not
+so, they are of two trainings, or one went back to an earlier step.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def of_folder(folder: Path) -> History | None:
 
 
 def difference(history: History | None, later_history: History | None) -> str | None:
-    """What the later one lacks of the other one's log, as words ("at step 4"); ``None`` if
-    nothing, or one of them has no log."""
+    """What the later one lacks of the other one's log, as words ("at step 4"); ``None``
+    if nothing, or one of them has no log."""
     if history is None or later_history is None:
         return None
 
@@ -39,7 +39,8 @@ def difference(history: History | None, later_history: History | None) -> str | 
 
 
 def contradiction(history: History | None, other_history: History | None) -> str | None:
-    """Where two logs differ; ``None`` if one has all of the other one, and may go on from it."""
+    """Where two logs differ; ``None`` if one has all of the other one, and may go on
+    from it."""
     if difference(other_history, history) is None:
         return None
     return difference(history, other_history)

@@ -50,11 +50,12 @@ def require_file(path: Path) -> None:
 
 
 def require_files(folder: Path, names: Iterable[str], is_deepspeeds: bool) -> None:
-    """``CheckpointError`` for a file of these that was cut short, with the remedy if it is spare.
+    """``CheckpointError`` for a file of these that was cut short, with the remedy if it
+    is spare.
 
-    Where DeepSpeed saved (``is_deepspeeds``) no resume reads the weights beside its files, and
-    a checkpoint without them is complete: transformers 5.23 (``trainer.py: train``) loads them
-    for other trainings alone.
+    Where DeepSpeed saved (``is_deepspeeds``) no resume reads the weights beside its
+    files, and a checkpoint without them is complete: transformers 5.23
+    (``trainer.py: train``) loads them for other trainings alone.
     """
     for name in sorted(names):
         path = folder / name
@@ -73,7 +74,8 @@ def require_files(folder: Path, names: Iterable[str], is_deepspeeds: bool) -> No
 
 
 def require_torch_file(path: Path) -> Any:
-    """The object that ``torch.save`` wrote, inert; ``None`` if only its zip can be judged.
+    """The object that ``torch.save`` wrote, inert; ``None`` if only its zip can be
+    judged.
 
     ``CheckpointError`` if the file is damaged or cut short.
     """
@@ -132,7 +134,8 @@ def require_shards(index: Path) -> None:
 
 
 def weights(folder: Path) -> list[str]:
-    """The weights in a folder, an index instead of its shards, each whole; empty without any.
+    """The weights in a folder, an index instead of its shards, each whole; empty without
+    any.
 
     Of PEFT with several adapters those in the folders of each (transformers 5.23
     ``trainer.py``: ``_load_from_checkpoint``).
@@ -171,8 +174,8 @@ def require_all_ranks(folder: Path, paths: Iterable[Path], name_pattern: str) ->
 def require_rng_ranks(folder: Path, entry_names: Collection[str]) -> int:
     """How many ranks the Trainer's random states are of; 0 without any.
 
-    It numbers the file of a rank only where there are several (transformers 5.23 ``trainer.py``:
-    ``_save_rng_state``), so that one of rank 0 alone lacks the others.
+    It numbers the file of a rank only where there are several (transformers 5.23
+    ``trainer.py``: ``_save_rng_state``), so that one of rank 0 alone lacks the others.
     """
     rank_count = require_all_ranks(folder, [folder / name for name in entry_names], RNG)
     if rank_count == 1:

@@ -1,7 +1,9 @@
-"""Two saves mixed in one folder: the files of an old one, and some of one that was interrupted.
+"""Two saves mixed in one folder: the files of an old one, and some of one that was
+interrupted.
 
 Who saves in place over a checkpoint of the same step leaves, when it is killed, files
-that are each whole and do not belong together. Three things are asked, one after the other:
+that are each whole and do not belong together. Three things are asked, one after the
+other:
 
     times    a state file is much newer than what its writer writes last: the Trainer
              ``trainer_state.json`` (transformers 5.23 ``trainer.py: _save_checkpoint``),
@@ -11,9 +13,9 @@ that are each whole and do not belong together. Three things are asked, one afte
              writes before it is newer, too. A file that was copied later is alone
     values   the fp32 weights of the newer files round to the 16-bit ones of the others
 
-Only the last can prove anything. Where it has nothing to compare, times are all that speak,
-and they say as little of a folder that was downloaded or copied in parts: that is a doubt,
-which whoever knows better takes away (``settle``, ``ckpt doctor --one-save``).
+Only the last can prove anything. Where it has nothing to compare, times are all that
+speak, and they say as little of a folder that was downloaded or copied in parts: that is
+a doubt, which whoever knows better takes away (``settle``, ``ckpt doctor --one-save``).
 """
 
 from __future__ import annotations
@@ -39,14 +41,16 @@ SLACK = 2.0  # seconds that a clock, or a network, may be off
 # bytes a second; what is written or copied slower than that is taken for another
 SLOWEST = 20e6
 _WEIGHTS = ("model*.safetensors*", "pytorch_model.bin*", "pytorch_model-*", "adapter_model*")
-# after the weights or DeepSpeed's tag, in the order in which the Trainer and Accelerate write them
+# after the weights or DeepSpeed's tag, in the order in which the Trainer and Accelerate
+# write them
 _STATE = (("pytorch_model_fsdp*",), ("optimizer*",), ("scheduler.*",))
 _TRAINERS = MARKS[0]
 
 
 @dataclass(frozen=True, slots=True)
 class _TimedFiles:
-    """The file that is written last, and those before it in groups, in the order of writing.
+    """The file that is written last, and those before it in groups, in the order of
+    writing.
 
     ``weights`` are those that no resume needs, where they are known to come first.
     """
@@ -57,11 +61,11 @@ class _TimedFiles:
 
     @property
     def pause(self) -> tuple[float, Path] | None:
-        """When writing went on after a pause that came after the mark, in seconds since 1970,
-        and the first state file then; ``None`` if none was written after a pause.
+        """When writing went on after a pause that came after the mark, in seconds since
+        1970, and the first state file then; ``None`` if none was written after a pause.
 
-        A copy of file after file, of all that lie there, pauses no longer than the next one
-        takes.
+        A copy of file after file, of all that lie there, pauses no longer than the next
+        one takes.
         """
         last_time = self.mark.stat().st_mtime
         state_files = {file for group in self.states for file in group}
@@ -80,8 +84,8 @@ class _TimedFiles:
 
 @dataclass(frozen=True, slots=True)
 class Doubt:
-    """The file that is written last, and the ``newer`` ones: state files that were written after
-    a pause. ``first`` of these came so many ``seconds`` after the mark."""
+    """The file that is written last, and the ``newer`` ones: state files that were
+    written after a pause. ``first`` of these came so many ``seconds`` after the mark."""
 
     mark: Path
     first: Path
@@ -128,7 +132,8 @@ def require_one_save(path: Path, tag: str | None = None) -> None:
 def doubt(path: Path, tag: str | None = None) -> Doubt | None:
     """What the times of the files speak against one save; ``None`` if nothing.
 
-    ``CheckpointError`` for a file that cannot be looked at, as one that vanishes meanwhile.
+    ``CheckpointError`` for a file that cannot be looked at, as one that vanishes
+    meanwhile.
     """
     try:
         return _doubt(path, tag)
@@ -146,7 +151,8 @@ def _doubt(path: Path, tag: str | None) -> Doubt | None:
     groups = (files.weights, *files.states)
     newer_groups = [[file for file in group if file.stat().st_mtime >= begin] for group in groups]
     last = max(number for number, newer in enumerate(newer_groups) if newer)
-    # an interrupted save has written all of each group before the last one that it came to
+    # an interrupted save has written all of each group before the last one that it came
+    # to
     if any(len(newer_groups[number]) < len(groups[number]) for number in range(last)):
         return None
 
@@ -156,8 +162,8 @@ def _doubt(path: Path, tag: str | None) -> Doubt | None:
 
 
 def settle(time_doubt: Doubt) -> None:
-    """Makes the file that is written last the newest one, for whoever knows that all is of one
-    save."""
+    """Makes the file that is written last the newest one, for whoever knows that all is
+    of one save."""
     newest = max(file.stat().st_mtime_ns for file in time_doubt.newer)
     os.utime(time_doubt.mark, ns=(newest, newest))
 
@@ -196,7 +202,8 @@ def _files_in(folder: Path) -> Iterator[Path]:
 
 
 def _compared(path: Path, tag: str | None) -> value_samples.SampleComparison:
-    """The files whose values show that they are of one save; none where none can be read."""
+    """The files whose values show that they are of one save; none where none can be
+    read."""
     from ckpt.runs.foreign import value_samples
 
     try:
@@ -208,10 +215,11 @@ def _compared(path: Path, tag: str | None) -> value_samples.SampleComparison:
 
 
 def _is_bound(file: Path) -> bool:
-    """Whether a file of DeepSpeed's says nothing that another save of this step said otherwise.
+    """Whether a file of DeepSpeed's says nothing that another save of this step said
+    otherwise.
 
-    A scheduler is a function of the step. Under ZeRO-3 a model file holds no weights that
-    are trained.
+    A scheduler is a function of the step. Under ZeRO-3 a model file holds no weights
+    that are trained.
     """
     is_of_ranks = file.name.startswith(("zero_pp_rank_", "bf16_zero_pp_rank_"))
     return file.name.startswith("scheduler.") or (

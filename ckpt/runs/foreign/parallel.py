@@ -1,13 +1,15 @@
-"""Checkpoints of DeepSpeed of more parallelism than ZeRO: whether all their files are there.
+"""Checkpoints of DeepSpeed of more parallelism than ZeRO: whether all their files are
+there.
 
-What is shown of them here, without reading their states: DeepSpeed named the tag in ``latest``,
-which it does last (0.19.8 ``runtime/engine.py``: ``save_checkpoint``), every file is whole by its
-form, and every file is there that the model files' ``mp_world_size``, ``dp_world_size`` and
-``num_experts`` ask for. Of a pipeline the layers are known by the names of the trained
-parameters (``3.mlp.weight`` is of ``layer_03``, ``tied_modules.embed.weight`` of a layer
-of its own), which the model files have as ``param_shapes`` and the optimizer files as
-``param_slice_mappings``. Without ZeRO in fp32 neither is written, nor is a layer named that
-trains nothing: there a layer's files are asked for of all model ranks, or of none.
+What is shown of them here, without reading their states: DeepSpeed named the tag in
+``latest``, which it does last (0.19.8 ``runtime/engine.py``: ``save_checkpoint``), every
+file is whole by its form, and every file is there that the model files'
+``mp_world_size``, ``dp_world_size`` and ``num_experts`` ask for. Of a pipeline the
+layers are known by the names of the trained parameters (``3.mlp.weight`` is of
+``layer_03``, ``tied_modules.embed.weight`` of a layer of its own), which the model files
+have as ``param_shapes`` and the optimizer files as ``param_slice_mappings``. Without
+ZeRO in fp32 neither is written, nor is a layer named that trains nothing: there a
+layer's files are asked for of all model ranks, or of none.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ class _Files:
 
 
 def require_parallel(folder: Path, tag: str | None = None) -> str:
-    """The tag; ``CheckpointError`` unless all that can be shown of the checkpoint is shown."""
+    """The tag; ``CheckpointError`` unless all that can be shown of the checkpoint is
+    shown."""
     place = folders.find(folder, tag)
     state_paths = sorted(
         state_path for state_path in place.folder.iterdir() if state_path.suffix == ".pt"
@@ -84,8 +87,8 @@ def require_parallel(folder: Path, tag: str | None = None) -> str:
 
 
 def _model(state_paths: Iterable[Path]) -> State | None:
-    """The first model file, which says of how many ranks the training is; ``None`` if none can be
-    read."""
+    """The first model file, which says of how many ranks the training is; ``None`` if
+    none can be read."""
     for path in state_paths:
         if not (_MODEL.fullmatch(path.name) or _PARTITIONED_MODEL.fullmatch(path.name)):
             continue
@@ -99,7 +102,8 @@ def _model(state_paths: Iterable[Path]) -> State | None:
 
 
 def _require_ranks(folder: Path, files: _Files, model: State | None) -> None:
-    """``CheckpointError`` unless every model rank has its model file and all its partitions."""
+    """``CheckpointError`` unless every model rank has its model file and all its
+    partitions."""
     by_rank = {*files.model_ranks, *files.partitions, *files.partitioned_models}
     model_ranks = set(range(_count(model, "mp_world_size"))) | by_rank
     with_model = files.model_ranks or set(files.partitioned_models)
@@ -122,7 +126,8 @@ def _require_ranks(folder: Path, files: _Files, model: State | None) -> None:
 
 
 def _require_layers(folder: Path, files: _Files, model: State | None) -> None:
-    """``CheckpointError`` unless all experts of a layer are there, and a layer's model ranks."""
+    """``CheckpointError`` unless all experts of a layer are there, and a layer's model
+    ranks."""
     counts = model.root.get("num_experts") if model else None
     are_counts = isinstance(counts, list) and len(counts) == len(files.experts)
     for index, (layer, experts) in enumerate(sorted(files.experts.items())):

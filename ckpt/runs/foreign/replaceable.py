@@ -15,8 +15,8 @@ from converters.options import OUTPUT
 def require_replaceable(output: Path) -> None:
     """``CheckpointError`` where an output would replace states that a training saved.
 
-    What ``ckpt`` made of a checkpoint may be made again, and a model folder replaced; not a
-    checkpoint, nor a folder that holds some.
+    What ``ckpt`` made of a checkpoint may be made again, and a model folder replaced;
+    not a checkpoint, nor a folder that holds some.
     """
     if not output.is_dir() or is_arriving(output) or _is_made_of_another(output):
         return

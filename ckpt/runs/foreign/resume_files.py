@@ -1,7 +1,7 @@
 """The files that a resume reads of a checkpoint without a manifest, whoever wrote it.
 
-Beside them lie logs, temporary files, other tags, and what a node alone has: these say nothing
-of whether two ranks see the same checkpoint.
+Beside them lie logs, temporary files, other tags, and what a node alone has: these say
+nothing of whether two ranks see the same checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from ckpt.runs.foreign.dcp_files import FSDP_STEMS
 from converters.zero.files.discovery import is_tag_folder
 
-# of DeepSpeed, the Trainer, Accelerate, Lightning and DCP: states, weights, indices, pointers
+# of DeepSpeed, the Trainer, Accelerate, Lightning and DCP: states, weights, indices,
+# pointers
 _NAMES = (
     *("*.pt", "*.pth", "*.pkl", "*.bin", "*.safetensors", "*.index.json", "*.ckpt", "*.swp"),
     *("*.distcp", ".metadata", "__*.metadata", "trainer_state.json", "extra_state_*"),
@@ -24,7 +25,8 @@ _ADAPTERS = ("adapter_model*",)
 
 
 def fingerprint(path: Path, tag: str | None = None) -> tuple[tuple[str, int], ...]:
-    """Names and sizes of the files: the same for every rank that sees the same checkpoint.
+    """Names and sizes of the files: the same for every rank that sees the same
+    checkpoint.
 
     Of DeepSpeed's tags only ``tag`` counts, where there are several. For a file its own
     name and size.
@@ -43,8 +45,8 @@ def fingerprint(path: Path, tag: str | None = None) -> tuple[tuple[str, int], ..
 
 
 def _read_files(path: Path, tag: str | None) -> Iterator[Path]:
-    """The files right in the folder, and in those folders that are of it: DeepSpeed's tag, or
-    the parts of FSDP and PEFT's adapters."""
+    """The files right in the folder, and in those folders that are of it: DeepSpeed's
+    tag, or the parts of FSDP and PEFT's adapters."""
     tags = {entry.name for entry in path.iterdir() if entry.is_dir() and is_tag_folder(entry)}
     own_tags = {tag} if tag in tags else tags
     outer_tag = (tag or "").partition("/")[0]  # of several engines

@@ -1,4 +1,5 @@
-"""What in a run's folder is taken for a checkpoint, whoever wrote it, whole or not: by names."""
+"""What in a run's folder is taken for a checkpoint, whoever wrote it, whole or not: by
+names."""
 
 from __future__ import annotations
 
@@ -23,13 +24,14 @@ def is_name(name: str) -> bool:
 
 
 def is_usual(name: str) -> bool:
-    """Whether a name is wholly one that trainings give, without anything that a person added."""
+    """Whether a name is wholly one that trainings give, without anything that a person
+    added."""
     return name.endswith(".ckpt") or _NAME.fullmatch(name) is not None
 
 
 def number_in(name: str) -> int | None:
-    """The number at the end of a name that trainings give, whatever it counts, such as 6 of
-    checkpoint_6; ``None`` without."""
+    """The number at the end of a name that trainings give, whatever it counts, such as 6
+    of checkpoint_6; ``None`` without."""
     match = _NUMBER.search(name) if is_usual(name) else None
     return int(match[1]) if match is not None else None
 
@@ -43,7 +45,8 @@ def has_signs(path: Path) -> bool:
 
 
 def closed_folders(run_folder: Path) -> list[Path]:
-    """The folders of a run that nobody may look into and that are not called as a checkpoint.
+    """The folders of a run that nobody may look into and that are not called as a
+    checkpoint.
 
     Such as lost+found at the root of a volume: no command takes one for a checkpoint.
     """
@@ -62,7 +65,8 @@ def _is_closed(path: Path) -> bool:
 
 
 def candidates(run_folder: Path) -> list[Path]:
-    """All in a run's folder that is a checkpoint, whole or not, or may be one, whoever wrote it."""
+    """All in a run's folder that is a checkpoint, whole or not, or may be one, whoever
+    wrote it."""
     try:
         entries = sorted(os.scandir(run_folder), key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -6,19 +6,19 @@
     DeepSpeed's files    ``global_steps`` of the engine, and the steps of its optimizer
     optimizer.pt         ``step`` of a parameter
 
-One count that differs proves nothing. Whole checkpoints differ in one where a folder was renamed,
-a gradient overflowed, several steps of the engine are one of the Trainer (PPO), a training was
-called twice, or went on without the optimizer's states. Six things prove it:
+One count that differs proves nothing. Whole checkpoints differ in one where a folder was
+renamed, a gradient overflowed, several steps of the engine are one of the Trainer (PPO),
+a training was called twice, or went on without the optimizer's states. Six things prove
+it:
 
     the name and another file agree, and ``trainer_state.json`` says something else
     counts differ, and so do the learning rates of scheduler and optimizer, which are set
-    together, or the values of weights that are stored twice
-    the engine counts other steps than the name of its tag and ``trainer_state.json``: the
-    Trainer has DeepSpeed make the tag's name of that count
-    the file ``latest`` names the tag of another step, and that of the Trainer's lies beside it
-    counts differ, and ``trainer_state.json`` is that of another checkpoint, where they do not
-    the weights are those of a checkpoint of another step, and were not written with the rest
-    (``copied_files``)
+    together, or the values of weights that are stored twice the engine counts other
+    steps than the name of its tag and ``trainer_state.json``: the Trainer has DeepSpeed
+    make the tag's name of that count the file ``latest`` names the tag of another step,
+    and that of the Trainer's lies beside it counts differ, and ``trainer_state.json`` is
+    that of another checkpoint, where they do not the weights are those of a checkpoint
+    of another step, and were not written with the rest (``copied_files``)
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ Rates = Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """The step that a part of a checkpoint is of, and the learning rates that it has, if any."""
+    """The step that a part of a checkpoint is of, and the learning rates that it has, if
+    any."""
 
     part: str
     step: int | None
@@ -62,11 +63,12 @@ class StepRecord:
 
 
 def require_one_save(checkpoint: Checkpoint) -> None:
-    """``CheckpointError`` where the model file and the optimizer's files are of different steps.
+    """``CheckpointError`` where the model file and the optimizer's files are of
+    different steps.
 
-    The counts alone prove nothing: a training may have gone on without the optimizer's states,
-    and DeepSpeed before 0.10 counted one step of the optimizer more. The values have to
-    contradict each other as well.
+    The counts alone prove nothing: a training may have gone on without the optimizer's
+    states, and DeepSpeed before 0.10 counted one step of the optimizer more. The values
+    have to contradict each other as well.
     """
     from ckpt.runs.foreign import value_samples
 
@@ -80,9 +82,11 @@ def require_one_save(checkpoint: Checkpoint) -> None:
 
 
 def require_one_step(folder: Path, step: int, checkpoint: Checkpoint | None = None) -> None:
-    """``CheckpointError`` where the files in a Trainer's folder are proven to be of two steps.
+    """``CheckpointError`` where the files in a Trainer's folder are proven to be of two
+    steps.
 
-    ``step`` is that of ``trainer_state.json``; ``checkpoint`` what DeepSpeed saved, if it did.
+    ``step`` is that of ``trainer_state.json``; ``checkpoint`` what DeepSpeed saved, if
+    it did.
     """
     state = StepRecord(filenames.TRAINER_STATE, step)
     scheduler, optimizer = _stored(folder, checkpoint)
@@ -118,7 +122,8 @@ def require_one_step(folder: Path, step: int, checkpoint: Checkpoint | None = No
 def _require_tag(
     folder: Path, state: StepRecord, engine: StepRecord, checkpoint: Checkpoint
 ) -> None:
-    """``CheckpointError`` where the engine's files are not those that the Trainer had saved.
+    """``CheckpointError`` where the engine's files are not those that the Trainer had
+    saved.
 
     ``engine`` counts other steps than ``state``, which proves nothing if its tag has the
     engine's number, and no tag has the Trainer's.
@@ -135,7 +140,8 @@ def _require_tag(
     has_own_tag = own_folder.is_dir() and is_tag_folder(own_folder)
     if not has_own_tag or not is_whole_number(engine.step):
         return
-    # train(), called a second time, leaves its first tag beside a newer one of more steps
+    # train(), called a second time, leaves its first tag beside a newer one of more
+    # steps
     is_newer = _time_of(checkpoint.place.folder) > _time_of(own_folder)
     if engine.step < (state.step or 0) or not is_newer:
         raise CheckpointError(
@@ -147,10 +153,12 @@ def _require_tag(
 
 
 def require_own_weights(folder: Path, step: int) -> None:
-    """``CheckpointError`` where the weights in a Trainer's folder are proven to be of another one.
+    """``CheckpointError`` where the weights in a Trainer's folder are proven to be of
+    another one.
 
-    ``step`` is that of its ``trainer_state.json``. The optimizer's states say nothing of the
-    weights, so that this is seen only where the checkpoint of the other step lies beside it.
+    ``step`` is that of its ``trainer_state.json``. The optimizer's states say nothing of
+    the weights, so that this is seen only where the checkpoint of the other step lies
+    beside it.
     """
     copy = copied_files.weights_of_another(folder)
     if copy is None:
@@ -166,8 +174,8 @@ def require_own_weights(folder: Path, step: int) -> None:
 
 
 def _copied_state(folder: Path, step: int, records: Sequence[StepRecord]) -> str | None:
-    """That ``trainer_state.json`` is a copy of that of another checkpoint, whose files are of
-    ``step``, as those of ``records`` are not; ``None`` where there is none."""
+    """That ``trainer_state.json`` is a copy of that of another checkpoint, whose files
+    are of ``step``, as those of ``records`` are not; ``None`` where there is none."""
     for path in copied_files.twins(folder / filenames.TRAINER_STATE):
         sibling = path.parent
         try:
@@ -190,7 +198,8 @@ def _copied_state(folder: Path, step: int, records: Sequence[StepRecord]) -> str
 
 
 def _stored(folder: Path, checkpoint: Checkpoint | None) -> tuple[StepRecord, StepRecord]:
-    """What scheduler and optimizer say; ``checkpoint`` is what DeepSpeed saved, if it did."""
+    """What scheduler and optimizer say; ``checkpoint`` is what DeepSpeed saved, if it
+    did."""
     scheduler = _of_scheduler(folder / _SCHEDULER)
     return scheduler, _of_optimizer(folder) if checkpoint is None else _of_engine(checkpoint)
 
@@ -201,7 +210,8 @@ def _time_of(folder: Path) -> int:
 
 
 def _of_scheduler(path: Path) -> StepRecord:
-    """What ``scheduler.pt`` says; without a step where it is absent or counts something else."""
+    """What ``scheduler.pt`` says; without a step where it is absent or counts something
+    else."""
     content = intact_files.require_torch_file(path) if path.is_file() else None
     fields: Mapping[Any, Any] = content if isinstance(content, Mapping) else {}
     is_by_metric = "patience" in fields  # ReduceLROnPlateau counts evaluations
@@ -252,7 +262,8 @@ def _numbers(values: object) -> Rates:
 
 
 def _unequal_rates(scheduler: StepRecord, optimizer: StepRecord) -> str | None:
-    """That the scheduler did not set the optimizer's learning rates; ``None`` if it may have."""
+    """That the scheduler did not set the optimizer's learning rates; ``None`` if it may
+    have."""
     pairs = list(zip(scheduler.rates, optimizer.rates, strict=False))
     if not pairs or len(scheduler.rates) != len(optimizer.rates):
         return None

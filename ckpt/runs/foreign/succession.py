@@ -26,14 +26,16 @@ Relation = Literal["follows", "apart", "other"]
 
 @dataclass(frozen=True, slots=True)
 class Succession:
-    """How a checkpoint relates to the newest committed one, and why, as words after its name."""
+    """How a checkpoint relates to the newest committed one, and why, as words after its
+    name."""
 
     relation: Relation
     why: str = ""
 
 
 def relate(committed: RunCheckpoint, proof: Proof) -> Succession:
-    """How a whole checkpoint of a later step, written without ckpt, relates to ``committed``.
+    """How a whole checkpoint of a later step, written without ckpt, relates to
+    ``committed``.
 
     "other": it contradicts it; "apart": it does not, but cannot go on from it, as it
     was written before; else it "follows".
@@ -74,12 +76,12 @@ def relate(committed: RunCheckpoint, proof: Proof) -> Succession:
 def line_after(folder: Path, step: int, excluded_line: Line | None = None) -> Line | None:
     """The line that goes on through a checkpoint of ``step`` written without ckpt.
 
-    That is the line beside it that saved last and that its log does not contradict; a new one
-    where it contradicts all of them. ``excluded_line`` is one that it does not go on from.
-    ``None`` if no committed one is older, by its step and by its time, or that one has no ids:
-    then both are of one line without a name. Where a later step is committed, it joins the
-    line of the older one, and nothing is given up for it: a copy that somebody made of an
-    older checkpoint is no training that went back.
+    That is the line beside it that saved last and that its log does not contradict; a
+    new one where it contradicts all of them. ``excluded_line`` is one that it does not
+    go on from. ``None`` if no committed one is older, by its step and by its time, or
+    that one has no ids: then both are of one line without a name. Where a later step is
+    committed, it joins the line of the older one, and nothing is given up for it: a copy
+    that somebody made of an older checkpoint is no training that went back.
     """
     # DeepSpeed saves into the run itself
     run_of_folder = Run(folder if is_run(folder) else folder.parent)

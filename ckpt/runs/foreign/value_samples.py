@@ -1,9 +1,11 @@
-"""Whether a sample of a checkpoint's fp32 weights rounds to its 16-bit ones, file by file.
+"""Whether a sample of a checkpoint's fp32 weights rounds to its 16-bit ones, file by
+file.
 
-The optimizer files of the ranks hold the fp32 weights, the model file (under ZeRO-3 what was
-gathered beside the states) the same in 16 bits. So files of two saves, which fit together by
-names and shapes, show by their values that they do not belong together. Values that are equal
-in both saves, as those of a LayerNorm may be, show nothing: every file is asked in many places.
+The optimizer files of the ranks hold the fp32 weights, the model file (under ZeRO-3 what
+was gathered beside the states) the same in 16 bits. So files of two saves, which fit
+together by names and shapes, show by their values that they do not belong together.
+Values that are equal in both saves, as those of a LayerNorm may be, show nothing: every
+file is asked in many places.
 """
 
 from __future__ import annotations
@@ -36,10 +38,11 @@ _NUMBERS = 256  # that are compared in each place
 
 @dataclass(frozen=True, slots=True)
 class SampleComparison:
-    """The files whose values were compared, and the first two that contradict each other.
+    """The files whose values were compared, and the first two that contradict each
+    other.
 
-    ``contradiction`` is the name of a tensor, the file of its fp32 values and that of the
-    16-bit ones; ``None`` where all that was compared is equal.
+    ``contradiction`` is the name of a tensor, the file of its fp32 values and that of
+    the 16-bit ones; ``None`` where all that was compared is equal.
     """
 
     paths: frozenset[Path]
@@ -61,7 +64,8 @@ class _Sample:
 
 
 def compare(source: Source) -> SampleComparison:
-    """Compares numbers of each file of a checkpoint of DeepSpeed, a few thousand of each."""
+    """Compares numbers of each file of a checkpoint of DeepSpeed, a few thousand of
+    each."""
     weights = source.weights
     if not weights.copies:
         weights, _ = gathered_16bit.attach(weights, source.place.root)
@@ -70,7 +74,8 @@ def compare(source: Source) -> SampleComparison:
 
 
 def require_same(source: Source, remedy: str) -> None:
-    """``CheckpointError`` where the model file of DeepSpeed holds other values than the states.
+    """``CheckpointError`` where the model file of DeepSpeed holds other values than the
+    states.
 
     ``remedy`` says what to do.
     """
@@ -79,7 +84,8 @@ def require_same(source: Source, remedy: str) -> None:
 
 
 def require_alike(source: Source, path: Path) -> None:
-    """The same by a few thousand numbers of each file, which a look at a checkpoint can read.
+    """The same by a few thousand numbers of each file, which a look at a checkpoint can
+    read.
 
     ``path`` is the checkpoint as it is called, which the remedy names.
     """
@@ -88,12 +94,13 @@ def require_alike(source: Source, path: Path) -> None:
 
 
 def difference_in(source: Source) -> str | None:
-    """That the model file of DeepSpeed holds other values than the states; ``None`` if not.
+    """That the model file of DeepSpeed holds other values than the states; ``None`` if
+    not.
 
-    Of each file half a million numbers are compared, at both ends and in the middle of every
-    run of bytes, so that no file of another save passes whose values are others. In a remote
-    store, where each look takes as long as a megabyte, a few are compared of each file.
-    ``CheckpointError`` for a damaged record.
+    Of each file half a million numbers are compared, at both ends and in the middle of
+    every run of bytes, so that no file of another save passes whose values are others.
+    In a remote store, where each look takes as long as a megabyte, a few are compared of
+    each file. ``CheckpointError`` for a damaged record.
     """
     is_remote = is_url(source.place.root)
     remote_places = max(1, _REMOTE_PLACES // source.world_size)
@@ -145,9 +152,11 @@ def compare_beside(checkpoint: Checkpoint) -> SampleComparison:
 
 
 def other_precisions(precision: str | None) -> frozenset[DType]:
-    """The 16-bit types to which a training's weights are rounded twice, if they are saved so.
+    """The 16-bit types to which a training's weights are rounded twice, if they are
+    saved so.
 
-    ``precision`` is that of the training: one in fp16 may save bf16, which is its fp16 rounded.
+    ``precision`` is that of the training: one in fp16 may save bf16, which is its fp16
+    rounded.
     """
     own_types = {"fp16": DType.F16, "bf16": DType.BF16}
     if precision not in own_types:
@@ -187,8 +196,8 @@ def _samples(weights: Weights, places: int) -> Iterator[_Sample]:
 
 
 def _at_each_run(name: str, value: TensorRef, copy: TensorRef) -> Iterator[_Sample]:
-    """Numbers at both ends and in the middle of each run of bytes of a tensor; a run is a
-    rank's, as a rule."""
+    """Numbers at both ends and in the middle of each run of bytes of a tensor; a run is
+    a rank's, as a rule."""
     if value.extents.scattered or copy.extents.scattered or not value.dtype.floating:
         return
     if isinstance(value.extents, Tiled):

@@ -6,8 +6,8 @@
                 that DCP writes one behind the other into a .distcp. safetensors, JSON and files
                 of older forms have none
 
-What is read is decided first (``of_manifest``, ``of_files``, ``ChecksumPlan.sample``), then it
-is read (``execute``).
+What is read is decided first (``of_manifest``, ``of_files``, ``ChecksumPlan.sample``),
+then it is read (``execute``).
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Checkable:
 
 @dataclass(frozen=True, slots=True)
 class ChecksumPlan:
-    """What is read, by files. ``bare`` is what has no checksum; ``problems`` what is wrong already.
+    """What is read, by files. ``bare`` is what has no checksum; ``problems`` what is
+    wrong already.
 
     ``total`` counts what has checksums, also what is not in the sample.
     """
@@ -81,10 +82,11 @@ class ChecksumPlan:
         return sum(entry.nbytes for entry in self.bare)
 
     def sample(self, percent: float, seed: int) -> ChecksumPlan:
-        """Records and files with this part of the bytes, one at least; the same for the same seed.
+        """Records and files with this part of the bytes, one at least; the same for the
+        same seed.
 
-        They are drawn in any order until they have so many bytes: by their number a few large
-        ones, which have nearly all bytes, would hardly ever be among them.
+        They are drawn in any order until they have so many bytes: by their number a few
+        large ones, which have nearly all bytes, would hardly ever be among them.
         """
         wanted_bytes = math.ceil(self.nbytes * percent / 100)
         indices: list[int] = []
@@ -128,10 +130,11 @@ def of_manifest(folder: Path, manifest: Manifest, deleted: Collection[str] = ())
 
 @open_files.once()  # ``.metadata`` may be large
 def of_files(place: Path) -> ChecksumPlan:
-    """What has checksums of its own in a checkpoint without a manifest, a folder or a file.
+    """What has checksums of its own in a checkpoint without a manifest, a folder or a
+    file.
 
-    ``OSError`` for a file that cannot be read, ``CheckpointError`` for what describes the
-    files of DCP and is damaged.
+    ``OSError`` for a file that cannot be read, ``CheckpointError`` for what describes
+    the files of DCP and is damaged.
     """
     checkables: list[Checkable] = []
     bare: list[FileEntry] = []
@@ -158,8 +161,8 @@ def of_files(place: Path) -> ChecksumPlan:
 
 
 def execute(plan: ChecksumPlan, progress: Progress = quiet) -> list[str]:
-    """Reads what is planned; a line for each file that is not as its checksums say, or that
-    cannot be read."""
+    """Reads what is planned; a line for each file that is not as its checksums say, or
+    that cannot be read."""
     problems = list(plan.problems)
     for path, checkables in groupby(plan.checkables, key=lambda checkable: checkable.path):
         of_file = list(checkables)
@@ -188,7 +191,8 @@ def _fault(stream: BinaryIO, checkable: Checkable, progress: Progress) -> str | 
 
 
 def files_of(place: Path) -> Iterator[tuple[Path, str]]:
-    """The files of a checkpoint by name; without hidden ones, and those of a write cut short."""
+    """The files of a checkpoint by name; without hidden ones, and those of a write cut
+    short."""
     if place.is_file():
         yield place, place.name
         return
@@ -245,7 +249,8 @@ def _pieces_of(folder: Path) -> dict[str, list[ItemPlace]]:
 
 
 def _faults_of(folder: Path, name: str) -> Iterator[str]:
-    """A line for each file of DCP in the folder of ``name`` that has not the items described."""
+    """A line for each file of DCP in the folder of ``name`` that has not the items
+    described."""
     from converters.dcp import item_forms
 
     prefix, slash, _ = name.rpartition("/")

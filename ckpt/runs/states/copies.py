@@ -26,10 +26,12 @@ Originals = dict[Path, RunCheckpoint]
 
 
 def originals(checkpoints: Sequence[RunCheckpoint]) -> Originals:
-    """Of each copy among these, by its folder, the one that it is a copy of, in any order of these.
+    """Of each copy among these, by its folder, the one that it is a copy of, in any
+    order of these.
 
-    That one is no copy itself: a copy of a copy is one of the original. Of copies whose original
-    is gone one stands for it. What vanishes meanwhile, or cannot be read, is no copy.
+    That one is no copy itself: a copy of a copy is one of the original. Of copies whose
+    original is gone one stands for it. What vanishes meanwhile, or cannot be read, is no
+    copy.
     """
     suspects: list[RunCheckpoint] = []
     candidates: list[RunCheckpoint] = []
@@ -58,8 +60,9 @@ def _is_suspect(checkpoint: RunCheckpoint) -> bool:
 
 
 def _stand_in_rank(checkpoint: RunCheckpoint) -> tuple[bool, int, int, str]:
-    """The order in which copies stand for an original that is gone: those with a name that
-    trainings give, of the highest number, before those that are called after another one."""
+    """The order in which copies stand for an original that is gone: those with a name
+    that trainings give, of the highest number, before those that are called after
+    another one."""
     name = checkpoint.name
     return not signs.is_usual(name), -(signs.number_in(name) or 0), len(name), name
 
@@ -94,7 +97,8 @@ def _may_be_copy(checkpoint: RunCheckpoint) -> bool:
 
 
 def _is_of_another_step(folder: Path) -> bool:
-    """Whether the Trainer says another step than the name: ``cp -r checkpoint-6 checkpoint-8``."""
+    """Whether the Trainer says another step than the name:
+    ``cp -r checkpoint-6 checkpoint-8``."""
     if not (folder / TRAINER_STATE).is_file():
         return False
 
@@ -134,7 +138,8 @@ def _is_of_one_save(checkpoint: RunCheckpoint, candidate: RunCheckpoint) -> bool
 
 
 def _is_named_after(folder: Path, candidate: Path) -> bool:
-    """Whether the name of the other folder is a trainer's, or the beginning of this one's."""
+    """Whether the name of the other folder is a trainer's, or the beginning of this
+    one's."""
     if not (folder.is_dir() and candidate.is_dir()):
         return False
     return signs.is_usual(candidate.name) or folder.name.startswith(candidate.name)
@@ -152,7 +157,8 @@ def _is_same(folder: Path, candidate: Path) -> bool:
 
 
 def _has_same_bytes(path: Path, candidate: Path) -> bool:
-    """Whether two files of one size are equal: by the CRC32s that they have, or at both ends."""
+    """Whether two files of one size are equal: by the CRC32s that they have, or at both
+    ends."""
     with open(path, "rb") as stream, open(candidate, "rb") as other_stream, local.named(path):
         directory = digests.directory_of(stream)
         other_directory = digests.directory_of(other_stream)

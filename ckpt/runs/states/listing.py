@@ -1,8 +1,9 @@
 """The checkpoints at a path that a user gave, of all writers, with their states.
 
-A run's folder holds checkpoints under many names: checkpoint-N of a Trainer, epoch=0.ckpt
-of Lightning (a file, or a folder), checkpoint_0 of Accelerate, step-2 of DCP, the tags of
-``engine.save_checkpoint`` right in it. ``foreign.signs.candidates`` knows them.
+A run's folder holds checkpoints under many names: checkpoint-N of a Trainer,
+epoch=0.ckpt of Lightning (a file, or a folder), checkpoint_0 of Accelerate, step-2 of
+DCP, the tags of ``engine.save_checkpoint`` right in it. ``foreign.signs.candidates``
+knows them.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ def candidate(path: Path) -> RunCheckpoint:
 
 
 def checkpoints_in(run_folder: Path, keeps_unread: bool = False) -> list[RunCheckpoint]:
-    """All in a run's folder that is a checkpoint, whole or not, or may be one, in any order.
+    """All in a run's folder that is a checkpoint, whole or not, or may be one, in any
+    order.
 
-    ``CheckpointError`` without such a folder, and where the disk fails. With ``keeps_unread``,
-    which is for lists and not for whoever decides by them, that is said of the one checkpoint.
+    ``CheckpointError`` without such a folder, and where the disk fails. With
+    ``keeps_unread``, which is for lists and not for whoever decides by them, that is
+    said of the one checkpoint.
     """
     checkpoints = []
     for path in signs.candidates(run_folder):
@@ -57,7 +60,8 @@ def checkpoints_in(run_folder: Path, keeps_unread: bool = False) -> list[RunChec
 
 
 def checkpoints_at(path: Path, weights: str = "") -> list[RunCheckpoint]:
-    """The checkpoint that a path is, or those of the run that it is: none if it has none yet.
+    """The checkpoint that a path is, or those of the run that it is: none if it has none
+    yet.
 
     ``CheckpointError`` for anything else; ``weights`` as in ``user_paths.instead``.
     """
@@ -73,10 +77,11 @@ def checkpoints_at(path: Path, weights: str = "") -> list[RunCheckpoint]:
 
 
 def models_beside(path: Path, checkpoints: Sequence[RunCheckpoint]) -> list[RunCheckpoint]:
-    """The folders of weights that ckpt made of checkpoints, and that lie among those of a run.
+    """The folders of weights that ckpt made of checkpoints, and that lie among those of
+    a run.
 
-    None of these ``checkpoints``, and nothing for a path that is one checkpoint. They are for
-    a list alone: no command takes one for a checkpoint.
+    None of these ``checkpoints``, and nothing for a path that is one checkpoint. They
+    are for a list alone: no command takes one for a checkpoint.
     """
     path = user_paths.spelt(path)
     if not checkpoints or is_single(path):
@@ -106,7 +111,8 @@ def closed_lines(path: Path) -> list[str]:
 
 
 def checkpoint_at(path: Path, command: str) -> RunCheckpoint:
-    """The checkpoint that a path is, whoever wrote it; ``CheckpointError`` for anything else.
+    """The checkpoint that a path is, whoever wrote it; ``CheckpointError`` for anything
+    else.
 
     ``command`` is how the user called it, such as "ckpt doctor --one-save".
     """
@@ -135,8 +141,8 @@ def run_at(path: Path, command: str) -> Run:
 
 
 def require_named(path: Path) -> None:
-    """``CheckpointError`` where a folder without checkpoints has runs right in it, one of which
-    has to be named."""
+    """``CheckpointError`` where a folder without checkpoints has runs right in it, one
+    of which has to be named."""
     runs = runs_in(path)
     if runs:
         raise CheckpointError(runs_instead(path, runs), "incomplete")
@@ -171,7 +177,8 @@ def runs_instead(path: Path, runs: Sequence[Path]) -> str:
 
 
 def is_single(path: Path) -> bool:
-    """Whether a path is one checkpoint: a folder or a file, but no folder that others lie in.
+    """Whether a path is one checkpoint: a folder or a file, but no folder that others
+    lie in.
 
     A folder with tags of DeepSpeed and nothing of a trainer is a save_dir, so that each
     tag is a checkpoint; not so one of the universal format.
@@ -204,10 +211,12 @@ def adoption_command(folder: Path) -> str:
 
 
 def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
-    """The newest last: by step (unknown ones first), then by the time of saving, then by name.
+    """The newest last: by step (unknown ones first), then by the time of saving, then by
+    name.
 
-    Of one step, the universal format, a copy by hand, a link and what was made of another one
-    come before what they are of, and a name without a number before a numbered one.
+    Of one step, the universal format, a copy by hand, a link and what was made of
+    another one come before what they are of, and a name without a number before a
+    numbered one.
     """
     from ckpt.runs.states import copies
 
@@ -233,8 +242,8 @@ def ordered(statuses: Sequence[CheckpointStatus]) -> list[CheckpointStatus]:
 def known(statuses: Sequence[CheckpointStatus], path: Path) -> list[CheckpointStatus]:
     """Those at ``path`` that are checkpoints, as far as is known.
 
-    A folder that is only called as a checkpoint is (step_100 of images), and holds nothing that
-    is known here, is none, unless it is the path itself.
+    A folder that is only called as a checkpoint is (step_100 of images), and holds
+    nothing that is known here, is none, unless it is the path itself.
     """
     from ckpt.runs.states.status import CheckpointState
 

@@ -20,12 +20,13 @@ def newest_first(
     checkpoints: Sequence[RunCheckpoint],
     fits: TopologyFilter | None = None,
 ) -> list[RunCheckpoint]:
-    """The order in which they are offered: by step; of one step what fits, then what is committed.
+    """The order in which they are offered: by step; of one step what fits, then what is
+    committed.
 
-    What was made of another one comes after that, committed or not, unless it alone fits; so
-    does a copy, and what has not the name that a trainer gives. One whose step nobody says
-    counts as newer than all if it was written later than all that are committed. Where there
-    is such a one and none is committed, they go by their times.
+    What was made of another one comes after that, committed or not, unless it alone
+    fits; so does a copy, and what has not the name that a trainer gives. One whose step
+    nobody says counts as newer than all if it was written later than all that are
+    committed. Where there is such a one and none is committed, they go by their times.
     """
     committed = (checkpoint.manifest for checkpoint in checkpoints)
     times = (manifest.created for manifest in committed if manifest)
@@ -63,7 +64,8 @@ def newest_first(
 def is_fitting(
     checkpoint: RunCheckpoint, original: RunCheckpoint | None, fits: TopologyFilter | None
 ) -> bool:
-    """Whether one is known to fit and, where ``original`` says nothing of itself, that not to."""
+    """Whether one is known to fit and, where ``original`` says nothing of itself, that
+    not to."""
     if fits is None:
         return True
     partitioning: Partitioning | None = checkpoint.manifest or checkpoint.record
@@ -76,8 +78,8 @@ def is_fitting(
 
 
 def _step(checkpoint: RunCheckpoint) -> int | None:
-    """The step of a checkpoint without a manifest: what its Trainer wrote, its name, or what it
-    holds. A copy under another number is no later for that."""
+    """The step of a checkpoint without a manifest: what its Trainer wrote, its name, or
+    what it holds. A copy under another number is no later for that."""
     is_trainers = (checkpoint.folder / completeness.STATE).is_file()
     if checkpoint.step is None or is_trainers:
         stored_step = completeness.step_of(checkpoint.folder)

@@ -1,8 +1,10 @@
-"""Folders that DeepSpeed's tags were saved right into: runs, not checkpoints of the folder above.
+"""Folders that DeepSpeed's tags were saved right into: runs, not checkpoints of the
+folder above.
 
-``engine.save_checkpoint("out")`` makes out/global_step2, out/global_step4 and the file latest.
-DeepSpeed loads ``out`` as one checkpoint, the one that latest names. A manifest there would be
-wrong with the next save, and whoever deletes the checkpoint deletes all of the run.
+``engine.save_checkpoint("out")`` makes out/global_step2, out/global_step4 and the file
+latest. DeepSpeed loads ``out`` as one checkpoint, the one that latest names. A manifest
+there would be wrong with the next save, and whoever deletes the checkpoint deletes all
+of the run.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ WHY = "a save_dir with tags of its own"
 
 
 def is_save_dir(path: Path) -> bool:
-    """Whether a path is a folder that a training saves its tags into, or a run of any kind.
+    """Whether a path is a folder that a training saves its tags into, or a run of any
+    kind.
 
-    A loop may save each of its checkpoints into a folder of its own: that has one tag, and a name
-    that trainings give to checkpoints, such as epoch1. So does what a trainer saved; and what
-    ckpt made is known by its record.
+    A loop may save each of its checkpoints into a folder of its own: that has one tag,
+    and a name that trainings give to checkpoints, such as epoch1. So does what a trainer
+    saved; and what ckpt made is known by its record.
     """
     if not path.is_dir() or is_numbered(path) or path.name.endswith(".ckpt"):
         return False
@@ -45,5 +48,6 @@ def is_save_dir(path: Path) -> bool:
 
 
 def is_tag(path: Path) -> bool:
-    """Whether a path is the folder of a tag of DeepSpeed, which never gets a manifest itself."""
+    """Whether a path is the folder of a tag of DeepSpeed, which never gets a manifest
+    itself."""
     return path.is_dir() and is_tag_folder(path)

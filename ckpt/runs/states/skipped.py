@@ -1,9 +1,9 @@
 """The checkpoints of a run that were not offered, and whether work is lost with them.
 
-A training that finds nothing to go on from begins at step 0. That is right in a new folder,
-and where no training could ever go on from what lies there. It is wrong where states are
-damaged, in another format, or were removed by ``ckpt slim``: a job that is started once more
-would begin again over what it had made.
+A training that finds nothing to go on from begins at step 0. That is right in a new
+folder, and where no training could ever go on from what lies there. It is wrong where
+states are damaged, in another format, or were removed by ``ckpt slim``: a job that is
+started once more would begin again over what it had made.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ _MAX_SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class SkippedCandidate:
-    """A checkpoint that was not offered. ``sort``: weights alone, whose states were there once
-    (slimmed) or never, states in the universal format, lost work, or of no concern."""
+    """A checkpoint that was not offered. ``sort``: weights alone, whose states were
+    there once (slimmed) or never, states in the universal format, lost work, or of no
+    concern."""
 
     path: Path
     why: str
@@ -43,7 +44,8 @@ class SkippedCandidate:
 
 
 def lost_work(run: Path, skipped: Sequence[SkippedCandidate]) -> CheckpointError | None:
-    """The error where a fresh start would forget work; ``None`` where there are weights alone."""
+    """The error where a fresh start would forget work; ``None`` where there are weights
+    alone."""
     lost = [entry for entry in skipped if entry.sort != "weights"]
     if not lost:
         return None

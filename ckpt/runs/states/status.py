@@ -50,8 +50,8 @@ class CheckpointState(Enum):
 class CheckpointStatus:
     """A checkpoint and its state.
 
-    ``reason`` says why it is incomplete or unknown, as words after its name. ``proof`` is
-    what a complete one was proven to be, and ``None`` for all others.
+    ``reason`` says why it is incomplete or unknown, as words after its name. ``proof``
+    is what a complete one was proven to be, and ``None`` for all others.
     """
 
     checkpoint: RunCheckpoint
@@ -91,13 +91,15 @@ class CheckpointStatus:
 
     @property
     def writer(self) -> str | None:
-        """Who wrote a complete one, such as "the Trainer with DeepSpeed", where that is known."""
+        """Who wrote a complete one, such as "the Trainer with DeepSpeed", where that is
+        known."""
         is_known = self.proof is not None and self.proof.kind != MODEL
         return self.proof.kind if is_known and self.proof is not None else None
 
     @property
     def step(self) -> int | None:
-        """The step that its files say or, if none does, its name; of a derived one its record."""
+        """The step that its files say or, if none does, its name; of a derived one its
+        record."""
         if self.checkpoint.source is not None and self.checkpoint.step is not None:
             return self.checkpoint.step
         if self.proof is not None and self.proof.step is not None:
@@ -125,7 +127,8 @@ class CheckpointStatus:
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Metrics by name: those of the manifest, or what the Trainer evaluated at this step."""
+        """Metrics by name: those of the manifest, or what the Trainer evaluated at this
+        step."""
         if self.proof is not None and self.proof.history is not None:
             from ckpt.runs.states import evaluation
 
@@ -149,7 +152,8 @@ class CheckpointStatus:
 
     @property
     def kind_name(self) -> str:
-        """The kind of what lies there, as ``detect`` has it; of what cannot be read unknown."""
+        """The kind of what lies there, as ``detect`` has it; of what cannot be read
+        unknown."""
         folder = self.checkpoint.folder
         return "unknown" if self.checkpoint.is_unread else detect(folder).kind.name
 
@@ -170,7 +174,8 @@ class CheckpointStatus:
 
 
 def prefix(kind_name: str, reason: str) -> str:
-    """What a line on an incomplete checkpoint begins with: its kind, unless the line says that."""
+    """What a line on an incomplete checkpoint begins with: its kind, unless the line
+    says that."""
     kind = BY_NAME[kind_name]
     statement = kind.statement.partition("{")[0].strip()
     is_said = kind_name in PLAIN_KINDS or (statement and statement in reason)
@@ -192,13 +197,13 @@ def statuses_of(
 ) -> list[CheckpointStatus]:
     """The states of checkpoints, in their order.
 
-    Reads the headers of those without a manifest, and a sample of the values of the newest of
-    these. Where files of one changed within the last minute it waits 1.5 seconds, once for all,
-    and looks again; not without ``wait``, which is for whoever knows that nobody writes there.
-    With ``is_one_save`` somebody has said that all files of each are of one save, whatever
-    values and times say. ``progress`` gets 1 for each checkpoint. ``CheckpointError`` if the
-    disk or network fails; with ``keeps_unread`` that is said of the one checkpoint, as
-    ``listing.checkpoints_in`` has it.
+    Reads the headers of those without a manifest, and a sample of the values of the
+    newest of these. Where files of one changed within the last minute it waits 1.5
+    seconds, once for all, and looks again; not without ``wait``, which is for whoever
+    knows that nobody writes there. With ``is_one_save`` somebody has said that all files
+    of each are of one save, whatever values and times say. ``progress`` gets 1 for each
+    checkpoint. ``CheckpointError`` if the disk or network fails; with ``keeps_unread``
+    that is said of the one checkpoint, as ``listing.checkpoints_in`` has it.
     """
     uncommitted = [entry for entry in checkpoints if entry.why == manifests.ABSENT]
     watch = liveness.Watch([entry.folder for entry in uncommitted] if wait else ())
@@ -225,7 +230,8 @@ def statuses_of(
 
 
 def _newest(checkpoints: Sequence[RunCheckpoint]) -> RunCheckpoint | None:
-    """The newest one with DeepSpeed's files, by the step and time that folders say, if any has.
+    """The newest one with DeepSpeed's files, by the step and time that folders say, if
+    any has.
 
     Of one step that which a training saved comes before what was made of it.
     """
@@ -276,7 +282,8 @@ def _status(checkpoint: RunCheckpoint, is_one_save: bool, is_newest: bool) -> Ch
 
 
 def saved_at(place: Path) -> float:
-    """When the newest file was written; a pin is not of the checkpoint. Seconds since 1970."""
+    """When the newest file was written; a pin is not of the checkpoint. Seconds since
+    1970."""
     times = {
         name: time_ns
         for name, (_, time_ns, _) in liveness.look(place).items()

@@ -1,4 +1,5 @@
-"""What a caller of a resume means by a path and a tag: a run, a checkpoint, or nothing yet."""
+"""What a caller of a resume means by a path and a tag: a run, a checkpoint, or nothing
+yet."""
 
 from __future__ import annotations
 
@@ -93,7 +94,8 @@ def _checkpoint_names(folder: Path) -> list[str]:
 
 
 def _meaning_of_checkpoint(path: Path, tag: str | None) -> str:
-    """What the folder of a checkpoint means; "run" where another tag in it has to be chosen.
+    """What the folder of a checkpoint means; "run" where another tag in it has to be
+    chosen.
 
     ``CheckpointError`` if it was not saved under ``tag``.
     """
@@ -113,7 +115,8 @@ def _meaning_of_checkpoint(path: Path, tag: str | None) -> str:
 
 
 def _meaning_of_run(path: Path) -> str:
-    """What a folder means that is not a checkpoint: "run" if it holds some, else "nothing"."""
+    """What a folder means that is not a checkpoint: "run" if it holds some, else
+    "nothing"."""
     if signs.candidates(path):
         return "run"
 
@@ -122,10 +125,11 @@ def _meaning_of_run(path: Path) -> str:
 
 
 def _require_beginning(path: Path) -> None:
-    """``CheckpointError`` for a checkpoint of another kind, which a new training would pass over.
+    """``CheckpointError`` for a checkpoint of another kind, which a new training would
+    pass over.
 
-    So is the folder that Accelerate and Lightning make for their checkpoints. Other runs, weights
-    and other files that lie in a run's folder are only said.
+    So is the folder that Accelerate and Lightning make for their checkpoints. Other
+    runs, weights and other files that lie in a run's folder are only said.
     """
     runs = runs_in(path)
     if path / OWN_FOLDER in runs:
@@ -147,7 +151,8 @@ def _require_beginning(path: Path) -> None:
 
 
 def _has_other_tags(path: Path) -> bool:
-    """Whether DeepSpeed's ``latest`` names a tag that is not whole, and there are others."""
+    """Whether DeepSpeed's ``latest`` names a tag that is not whole, and there are
+    others."""
     tags = [inner_folder for inner_folder in signs.candidates(path) if is_checkpoint(inner_folder)]
     if is_numbered(path) or len(tags) < 2:
         return False
@@ -163,7 +168,8 @@ def _has_other_tags(path: Path) -> bool:
 
 
 def _tags(checkpoint: RunCheckpoint) -> list[str]:
-    """The tag in its manifest, and of several engines the last part, which they have in common."""
+    """The tag in its manifest, and of several engines the last part, which they have in
+    common."""
     tag = checkpoint.manifest.tag if checkpoint.manifest is not None else None
     return [tag, tag.rpartition("/")[2]] if tag is not None else []
 
@@ -197,8 +203,8 @@ def _resolve_name(path: Path, tag: str, fits: TopologyFilter | None) -> str:
 
 
 def _matches(tag: str, checkpoints: Sequence[RunCheckpoint]) -> list[RunCheckpoint]:
-    """The checkpoints that have a tag, name or step; without a folder of that name, rather those
-    of the line that saved last."""
+    """The checkpoints that have a tag, name or step; without a folder of that name,
+    rather those of the line that saved last."""
     matches = [
         checkpoint
         for checkpoint in checkpoints

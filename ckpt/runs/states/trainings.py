@@ -1,11 +1,11 @@
 """Complete checkpoints of several trainings in one folder, which have no manifests.
 
-Somebody begins a training anew in the folder of an older one. Then ``checkpoint-6`` of the
-older one has the highest step, ``checkpoint-4`` was saved last, and what the Trainer logged
-shows that neither goes on from the other. The training that saved last is the one that counts,
-as it is with committed ones. Times alone show nothing: copying changes them. Where steps
-and times disagree and there is no log, as of Accelerate, it is said which one counts
-(``order_doubt_of``).
+Somebody begins a training anew in the folder of an older one. Then ``checkpoint-6`` of
+the older one has the highest step, ``checkpoint-4`` was saved last, and what the Trainer
+logged shows that neither goes on from the other. The training that saved last is the one
+that counts, as it is with committed ones. Times alone show nothing: copying changes
+them. Where steps and times disagree and there is no log, as of Accelerate, it is said
+which one counts (``order_doubt_of``).
 """
 
 from __future__ import annotations
@@ -61,10 +61,11 @@ class Supersession:
 def supersession_of(
     checkpoint: RunCheckpoint, step: int | None, present: Sequence[RunCheckpoint]
 ) -> Supersession | None:
-    """Whether another training saved a complete one after it, of no later step, among these.
+    """Whether another training saved a complete one after it, of no later step, among
+    these.
 
-    Of a copy by hand, and of what ckpt made of a checkpoint, the times say nothing: it goes by
-    its original. What ckpt made of one that is gone was never saved last.
+    Of a copy by hand, and of what ckpt made of a checkpoint, the times say nothing: it
+    goes by its original. What ckpt made of one that is gone was never saved last.
     """
     candidates = [
         entry
@@ -92,7 +93,8 @@ def supersession_of(
 
 @dataclass(frozen=True, slots=True)
 class OrderDoubt:
-    """A checkpoint that counts as the newest, another one that may be, and why either is."""
+    """A checkpoint that counts as the newest, another one that may be, and why either
+    is."""
 
     checkpoint: RunCheckpoint
     rival: RunCheckpoint
@@ -112,8 +114,8 @@ class OrderDoubt:
 def order_doubt_of(
     checkpoint: RunCheckpoint, step: int | None, present: Sequence[RunCheckpoint]
 ) -> OrderDoubt | None:
-    """Where steps and times disagree on whether a checkpoint is the newest of these, and no log
-    decides; ``step`` is its own.
+    """Where steps and times disagree on whether a checkpoint is the newest of these, and
+    no log decides; ``step`` is its own.
 
     ``None`` for what ckpt made, and for copies by hand.
     """
@@ -143,8 +145,8 @@ def order_doubt_of(
 
 
 def _rivals(checkpoint: RunCheckpoint, present: Sequence[RunCheckpoint]) -> list[RunCheckpoint]:
-    """The uncommitted checkpoints of which no log says whether they are of one training with
-    this one, the last saved one first."""
+    """The uncommitted checkpoints of which no log says whether they are of one training
+    with this one, the last saved one first."""
     originals = copies.origins(present)
     candidates = [
         entry
@@ -183,8 +185,8 @@ def _is_later_save(
 
 
 def _resumable_number(checkpoint: RunCheckpoint) -> int | None:
-    """The step of a complete one that a training can go on from or, where nothing says it, the
-    number in its name."""
+    """The step of a complete one that a training can go on from or, where nothing says
+    it, the number in its name."""
     status = status_of(checkpoint)
     if not status.complete or status.tier != "full":
         return None
@@ -208,7 +210,8 @@ def _is_resumable(checkpoint: RunCheckpoint, step: int | None) -> bool:
 
 
 def by_training(statuses: Sequence[CheckpointStatus]) -> list[list[CheckpointStatus]]:
-    """Complete checkpoints by trainings, the one that saved last first, each in order of steps.
+    """Complete checkpoints by trainings, the one that saved last first, each in order of
+    steps.
 
     What is not the Trainer's contradicts nothing, and is of the first one.
     """
@@ -260,7 +263,8 @@ def remarks(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
 
 
 def order_remarks(statuses: Sequence[CheckpointStatus], run: Path) -> list[str]:
-    """Lines on which checkpoint counts as the newest, where steps, times and logs disagree.
+    """Lines on which checkpoint counts as the newest, where steps, times and logs
+    disagree.
 
     ``statuses`` are those of a run, the newest last, as ``listing.ordered`` has them.
     """

@@ -1,4 +1,5 @@
-"""Whether checkpoints are whole, whoever wrote them: by names and headers, or by their bytes.
+"""Whether checkpoints are whole, whoever wrote them: by names and headers, or by their
+bytes.
 
     plan      the state of each, and which bytes have checksums: all, or a sample of them
     execute   reads these bytes
@@ -27,8 +28,8 @@ from converters.words import counted, some, verb
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """How much is read: headers, with ``data`` every byte, or of these ``percent`` of the records
-    and files, which ``seed`` chooses."""
+    """How much is read: headers, with ``data`` every byte, or of these ``percent`` of
+    the records and files, which ``seed`` chooses."""
 
     data: bool = False
     percent: float | None = None
@@ -66,8 +67,8 @@ class VerificationPlan:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was found: ``problems`` has a line for each thing that is not whole, ``proven`` on
-    what is. ``bare_bytes`` are those that carry no checksum."""
+    """What was found: ``problems`` has a line for each thing that is not whole,
+    ``proven`` on what is. ``bare_bytes`` are those that carry no checksum."""
 
     status: CheckpointStatus
     depth: Depth

@@ -49,9 +49,9 @@ class AdoptionOutcome:
     """What became of a checkpoint without a manifest; ``reason`` says why it got none.
 
     One that is complete and of a kind that gets none, or of which ckpt cannot tell, has
-    not ``failed``. ``bare`` is what had no checksum of its own, so that the manifest has it
-    as it was found; ``doubt`` is what speaks against one save, where somebody has said that it
-    is one.
+    not ``failed``. ``bare`` is what had no checksum of its own, so that the manifest has
+    it as it was found; ``doubt`` is what speaks against one save, where somebody has
+    said that it is one.
     """
 
     status: CheckpointStatus
@@ -69,9 +69,9 @@ class AdoptionOutcome:
 
 @dataclass(frozen=True, slots=True)
 class _Wish:
-    """What is known beside the files: the line that a checkpoint does not go on from, as in
-    ``succession.line_after``, that all its files are of one save, where somebody said it, and
-    whether a user asks, not a resume."""
+    """What is known beside the files: the line that a checkpoint does not go on from, as
+    in ``succession.line_after``, that all its files are of one save, where somebody said
+    it, and whether a user asks, not a resume."""
 
     excluded_line: Line | None = None
     is_one_save: bool = False
@@ -86,8 +86,8 @@ def survey(
 ) -> list[CheckpointStatus]:
     """The states of those checkpoints that are not committed; as ``statuses_of``.
 
-    One whose manifest is damaged is judged as if it had none. One that lacks what its manifest
-    lists is incomplete.
+    One whose manifest is damaged is judged as if it had none. One that lacks what its
+    manifest lists is incomplete.
     """
     candidates = [
         checkpoint
@@ -119,9 +119,9 @@ def adopt(
 ) -> list[AdoptionOutcome]:
     """Commits what is complete and of DeepSpeed; returns what became of each checkpoint.
 
-    ``dry_run`` proves the same and writes nothing. ``progress`` gets the bytes read. With
-    ``is_one_save`` somebody has said that all files of each are of one save: what speaks
-    against it hinders nothing, and its manifest says it.
+    ``dry_run`` proves the same and writes nothing. ``progress`` gets the bytes read.
+    With ``is_one_save`` somebody has said that all files of each are of one save: what
+    speaks against it hinders nothing, and its manifest says it.
     """
     if not dry_run:
         flock.require("ckpt doctor --adopt")
@@ -155,11 +155,12 @@ def adopt(
 def _with_lines(
     statuses: Sequence[CheckpointStatus],
 ) -> list[tuple[CheckpointStatus, Line | None]]:
-    """In the order of adoption, with the line that a checkpoint does not go on from, if any.
+    """In the order of adoption, with the line that a checkpoint does not go on from, if
+    any.
 
-    The training that saved last comes first, so that it is the one that goes on from what
-    several have in common. What a resume passes over as older than the newest committed one,
-    or of another training, is not of that one's line afterwards either.
+    The training that saved last comes first, so that it is the one that goes on from
+    what several have in common. What a resume passes over as older than the newest
+    committed one, or of another training, is not of that one's line afterwards either.
     """
     complete = [status for status in statuses if status.complete]
     incomplete = [(status, None) for status in statuses if not status.complete]
@@ -174,7 +175,8 @@ def _with_lines(
 
 
 def _line_apart(status: CheckpointStatus, newest: RunCheckpoint | None) -> Line | None:
-    """The line of the newest committed one, where a later checkpoint does not go on from it."""
+    """The line of the newest committed one, where a later checkpoint does not go on from
+    it."""
     if newest is None or newest.manifest is None or newest.tier != "full" or status.proof is None:
         return None
     if (status.step or 0) <= newest.manifest.step or status.checkpoint.source is not None:
@@ -220,7 +222,8 @@ def commit(folder: Path, data: bool = True) -> Manifest:
 
 
 def plan(folder: Path, data: bool = True) -> Adoption:
-    """Proves that a checkpoint is whole; ``CheckpointError`` if it is not. Writes nothing.
+    """Proves that a checkpoint is whole; ``CheckpointError`` if it is not. Writes
+    nothing.
 
     Without ``data`` the records of torch zips are not read: a later ``verify --data``
     compares them with the CRC32s that they had when they were saved.
@@ -331,13 +334,15 @@ def _manifest(
 
 
 def _original_folder(folder: Path) -> Path:
-    """The folder that a checkpoint was saved into: of a copy by hand that of its original."""
+    """The folder that a checkpoint was saved into: of a copy by hand that of its
+    original."""
     copied = copies.originals(listing.checkpoints_in(folder.parent, keeps_unread=True))
     return copied[folder].folder if folder in copied else folder
 
 
 def _saved_at(folder: Path, original_folder: Path, file_names: Sequence[str]) -> float:
-    """When a checkpoint was saved, in seconds since 1970: by its newest file, or its original's."""
+    """When a checkpoint was saved, in seconds since 1970: by its newest file, or its
+    original's."""
     if original_folder != folder:
         manifest_of_original = open_checkpoint(original_folder).manifest
         return manifest_of_original.created if manifest_of_original else saved_at(original_folder)

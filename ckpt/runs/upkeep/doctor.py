@@ -51,10 +51,11 @@ class Diagnosis:
 
 
 def diagnose(run: Run, progress: Progress = quiet) -> Diagnosis:
-    """Everything in the folder that is not as a finished save leaves it; changes nothing.
+    """Everything in the folder that is not as a finished save leaves it; changes
+    nothing.
 
-    A complete checkpoint is as a save leaves it, whoever wrote it. ``progress`` gets 1 for
-    each checkpoint.
+    A complete checkpoint is as a save leaves it, whoever wrote it. ``progress`` gets 1
+    for each checkpoint.
     """
     present = listing.checkpoints_in(run.path, keeps_unread=True)
     statuses = statuses_of(present, progress=progress, keeps_unread=True)
@@ -204,7 +205,8 @@ def _amendable(checkpoint: RunCheckpoint) -> Finding | None:
 
 
 def _damaged_findings(checkpoint: RunCheckpoint) -> Iterator[Finding]:
-    """Files of a committed checkpoint that were changed, are damaged, and no resume needs."""
+    """Files of a committed checkpoint that were changed, are damaged, and no resume
+    needs."""
     for name in amending.changed_files(checkpoint) if checkpoint.committed else ():
         if (reason := amending.damage(checkpoint.folder, name)) is not None:
             path = checkpoint.folder / name

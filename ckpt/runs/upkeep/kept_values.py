@@ -2,8 +2,9 @@
 
     masters, fp32  --read, CRC32 checked-->  rounded to the type of the weights  ==  the weights
 
-So weights of another step, or damaged before their digests were made, are never kept in the
-place of the states. Memory is that of the threads that move a shard, whatever the model's size.
+So weights of another step, or damaged before their digests were made, are never kept in
+the place of the states. Memory is that of the threads that move a shard, whatever the
+model's size.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ _LARGE = 64 << 20  # bytes of states from which on several threads are worth the
 class Counterpart:
     """A tensor of the states, and the one among the weights that has its values.
 
-    ``stored`` is ``None`` where the weights have none, ``state`` where no file of the states
-    holds the values. ``in_other_form`` is what a library computes from the state before it
-    stores it, so that shape and values may differ.
+    ``stored`` is ``None`` where the weights have none, ``state`` where no file of the
+    states holds the values. ``in_other_form`` is what a library computes from the state
+    before it stores it, so that shape and values may differ.
     """
 
     name: str
@@ -52,8 +53,8 @@ class Counterpart:
 
     @property
     def copies(self) -> tuple[TensorRef, TensorRef] | None:
-        """The state and what is stored, where values can be compared: one type is the other,
-        rounded, or both are one."""
+        """The state and what is stored, where values can be compared: one type is the
+        other, rounded, or both are one."""
         state, stored = self.state, self.stored
         if state is None or stored is None or self.in_other_form or isinstance(state, Computed):
             return None

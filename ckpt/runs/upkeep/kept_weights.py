@@ -1,5 +1,5 @@
-"""Whether the weights that a slimmed checkpoint keeps are all that its states hold, by names,
-shapes and values."""
+"""Whether the weights that a slimmed checkpoint keeps are all that its states hold, by
+names, shapes and values."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class KeptWeights:
-    """What the weights prove to be, in a line, and their element types as safetensors names
-    them."""
+    """What the weights prove to be, in a line, and their element types as safetensors
+    names them."""
 
     line: str
     dtypes: frozenset[str]
@@ -46,8 +46,8 @@ def require_weights(
     tag_path: str,
     progress: Progress = quiet,
 ) -> KeptWeights:
-    """What the weights prove to be; ``CheckpointError`` unless they are all there, with the
-    values that the states have.
+    """What the weights prove to be; ``CheckpointError`` unless they are all there, with
+    the values that the states have.
 
     Those of one engine, which lie in the folder of its name; of a single one (""), in
     ``folder``. ``progress`` gets the bytes of the weights twice: they are compared with
@@ -78,10 +78,11 @@ def require_weights(
 def require_whole_weights(
     folder: Path, manifest: Manifest, progress: Progress = quiet
 ) -> KeptWeights:
-    """What the weights of a training without DeepSpeed prove to be: they are its only copy.
+    """What the weights of a training without DeepSpeed prove to be: they are its only
+    copy.
 
-    ``CheckpointError`` unless every byte of them has its digest, and for FSDP's parts, of
-    which no model is written beside. ``progress`` gets their bytes.
+    ``CheckpointError`` unless every byte of them has its digest, and for FSDP's parts,
+    of which no model is written beside. ``progress`` gets their bytes.
     """
     has_adapter = ADAPTER in manifest.files
     has_model = any(map(is_weights, manifest.files))
@@ -105,7 +106,8 @@ def counterparts(
 ) -> list[Counterpart]:
     """Each tensor of the states with the one among the weights that has its values.
 
-    ``adapter_folder`` has the configuration of an adapter of PEFT, if the weights are one.
+    ``adapter_folder`` has the configuration of an adapter of PEFT, if the weights are
+    one.
     """
     if adapter_folder is None:
         pairs = _of_model(source.weights, stored)
@@ -148,7 +150,8 @@ def _require_all(pairs: Sequence[Counterpart], subject: str) -> None:
 def _verified_names(
     folder: Path, manifest: Manifest, stored: Mapping[str, TensorRef], progress: Progress
 ) -> list[str]:
-    """The files that hold the tensors; ``CheckpointError`` unless every byte has its digest."""
+    """The files that hold the tensors; ``CheckpointError`` unless every byte has its
+    digest."""
     weights_paths = {extent.path for ref in stored.values() for extent in ref.extents}
     file_names = sorted(path.relative_to(folder).as_posix() for path in weights_paths)
     unlisted_names = [name for name in file_names if name not in manifest.files]
@@ -174,7 +177,8 @@ def _of_model(
 ) -> Iterator[Counterpart]:
     """Each tensor of the states, and the one of its name among the weights.
 
-    Tied names may be absent as long as one of them is there; those that are there all count.
+    Tied names may be absent as long as one of them is there; those that are there all
+    count.
     """
     aliases_by_owner: dict[str, list[str]] = {}
     for alias, owner in source_weights.aliases.items():
@@ -250,7 +254,8 @@ def _of_selection(
 
 
 def _newest_values(pairs: Sequence[Counterpart], source: Source) -> list[Counterpart]:
-    """With ZenFlow, whose fp32 weights lag behind, those of the model file in place of them.
+    """With ZenFlow, whose fp32 weights lag behind, those of the model file in place of
+    them.
 
     There the 16-bit weights are ahead of the optimizer's (DeepSpeed 0.19.8
     ``runtime/zenflow``), so that nothing rounds to them but the module itself.
@@ -266,10 +271,11 @@ def _newest_values(pairs: Sequence[Counterpart], source: Source) -> list[Counter
 
 
 def _as_computed_with(pairs: Sequence[Counterpart], source: Source) -> list[Counterpart]:
-    """Where a training in fp16 saved bf16 weights, the fp16 ones in place of those in fp32.
+    """Where a training in fp16 saved bf16 weights, the fp16 ones in place of those in
+    fp32.
 
-    They were rounded twice: first to what the model computes with. Stage 3 keeps no such copy,
-    and nothing is compared there.
+    They were rounded twice: first to what the model computes with. Stage 3 keeps no such
+    copy, and nothing is compared there.
     """
     others = value_samples.other_precisions(source.precision)
     return [

@@ -1,4 +1,5 @@
-"""What speaks against the files of a checkpoint being of one save, when it is to be committed."""
+"""What speaks against the files of a checkpoint being of one save, when it is to be
+committed."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ from converters.zero.checkpoint import Checkpoint
 def doubt(source: Source, is_one_save: bool, is_of_user: bool) -> str | None:
     """What speaks against the files being of one save, if anything does.
 
-    ``CheckpointError`` if these are the values of DeepSpeed's files, or of the weights beside
-    them, unless somebody has said that they are. Those weights, which no resume reads, are
-    compared where the wish is ``is_of_user``.
+    ``CheckpointError`` if these are the values of DeepSpeed's files, or of the weights
+    beside them, unless somebody has said that they are. Those weights, which no resume
+    reads, are compared where the wish is ``is_of_user``.
     """
     folder = source.place.root
     if isinstance(source, Checkpoint) and source.ranks:
@@ -34,8 +35,8 @@ def doubt(source: Source, is_one_save: bool, is_of_user: bool) -> str | None:
 
 
 def _difference_beside(checkpoint: Checkpoint) -> str | None:
-    """That weights beside DeepSpeed's files have other values than the states, as words after
-    the folder's name: of a model by a sample, of an adapter, which is small, all."""
+    """That weights beside DeepSpeed's files have other values than the states, as words
+    after the folder's name: of a model by a sample, of an adapter, which is small, all."""
     folder, tag = checkpoint.place.root, checkpoint.place.tag
     try:
         comparison = stored_weights.plan(folder, "", tag) if tag is not None else None

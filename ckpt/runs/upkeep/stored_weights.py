@@ -1,8 +1,10 @@
-"""Whether weights beside DeepSpeed's files have the values of its states, for ``verify --data``.
+"""Whether weights beside DeepSpeed's files have the values of its states, for
+``verify --data``.
 
-A trainer saves ``model.safetensors`` or an adapter beside the files that a training goes on from.
-No checksum of either tells that both are of one step. Their values do: the weights are the fp32
-ones of the states, rounded. What the states do not have under its name is not compared.
+A trainer saves ``model.safetensors`` or an adapter beside the files that a training goes
+on from. No checksum of either tells that both are of one step. Their values do: the
+weights are the fp32 ones of the states, rounded. What the states do not have under its
+name is not compared.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class WeightsComparison:
 
 
 def plans(verdict: Verdict) -> list[WeightsComparison]:
-    """What of a whole checkpoint is compared, for each engine; nothing where it cannot be.
+    """What of a whole checkpoint is compared, for each engine; nothing where it cannot
+    be.
 
     Of a sample nothing but where the weights are: ``execute`` draws one.
     """
@@ -119,7 +122,8 @@ def execute(
 def compare(
     comparison: WeightsComparison, in_sample: bool, progress: Progress = quiet
 ) -> str | None:
-    """A line on the values that agree, if any were compared; ``CheckpointError`` for others."""
+    """A line on the values that agree, if any were compared; ``CheckpointError`` for
+    others."""
     source, name = comparison.source, comparison.name
     if not in_sample:
         from ckpt.runs.upkeep import kept_values

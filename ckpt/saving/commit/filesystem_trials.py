@@ -1,4 +1,5 @@
-"""What a save asks of the filesystem, tried where checkpoints will go, before the first step.
+"""What a save asks of the filesystem, tried where checkpoints will go, before the first
+step.
 
 Each trial is a function that does it in the way a save does. What the place cannot do
 and a save can do without is worked around, and said; what it cannot do without is a
@@ -39,7 +40,8 @@ log = logging.getLogger("ckpt")
 
 @dataclass(frozen=True, slots=True)
 class FolderTrial:
-    """What a folder's filesystem does. ``part`` are the bytes of the file that was written."""
+    """What a folder's filesystem does. ``part`` are the bytes of the file that was
+    written."""
 
     renames_folders: bool
     maps: bool
@@ -86,7 +88,8 @@ def examine(folder: Path, parameters: Iterable[torch.Tensor]) -> FolderTrial:
 
 
 def require_seen(run: Path, trials: Iterable[tuple[int, str, int]]) -> None:
-    """``CheckpointError`` unless this rank sees what others wrote, at its size, soon enough.
+    """``CheckpointError`` unless this rank sees what others wrote, at its size, soon
+    enough.
 
     ``trials``: rank, folder and bytes of each. A commit trusts the sizes that it sees.
     """
@@ -107,7 +110,8 @@ def require_seen(run: Path, trials: Iterable[tuple[int, str, int]]) -> None:
 
 @contextmanager
 def tried(run: Path, attempt: str) -> Iterator[None]:
-    """What the system refuses in this block, as a ``CheckpointError`` that says what was tried."""
+    """What the system refuses in this block, as a ``CheckpointError`` that says what was
+    tried."""
     try:
         yield
     except OSError as error:
@@ -150,7 +154,8 @@ def _try_writing(folder: Path, parameters: Iterable[torch.Tensor]) -> None:
 
 
 def _try_looking(folder: Path) -> int:
-    """The size of what was written, which is read to learn it; waits until the place knows it."""
+    """The size of what was written, which is read to learn it; waits until the place
+    knows it."""
     path = folder / PART
     with tried(folder.parent, "looking at a file"):
         size = len(path.read_bytes())

@@ -26,7 +26,8 @@ TORCH_ALIGNMENT = 64  # bytes, of values in a file of torch.save
 
 
 def model_bytes(module: Any, is_gathered: bool) -> int:
-    """Bytes of the model file, or adapter, that the Trainer writes where it can gather one."""
+    """Bytes of the model file, or adapter, that the Trainer writes where it can gather
+    one."""
     peft = hasattr(module, "peft_config")
     if not is_gathered and not peft:
         return 0

@@ -1,9 +1,11 @@
-"""A Trainer that is made already, by trl or another library, made to commit its checkpoints.
+"""A Trainer that is made already, by trl or another library, made to commit its
+checkpoints.
 
     trainer = ckpt.trainers.hf.commit(SFTTrainer(...), retention=ckpt.Retention(last=3))
 
-Its class becomes one of the same name that has ``CommittedCheckpoints`` before all of its own
-methods, so that what it overrides is called as it is in a class that a user writes.
+Its class becomes one of the same name that has ``CommittedCheckpoints`` before all of
+its own methods, so that what it overrides is called as it is in a class that a user
+writes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 
 class CommitOptions(TypedDict, total=False):
-    """The options of ``commit``: the attributes of ``CommittedCheckpoints`` and what it is of."""
+    """The options of ``commit``: the attributes of ``CommittedCheckpoints`` and what it
+    is of."""
 
     retention: Retention | None
     weights: str | None
@@ -44,12 +47,13 @@ class CommitOptions(TypedDict, total=False):
 
 
 def commit(trainer: AnyTrainer, **options: Unpack[CommitOptions]) -> AnyTrainer:
-    """Has a Trainer that is made already save as ``CommittedCheckpoints`` does; returns it.
+    """Has a Trainer that is made already save as ``CommittedCheckpoints`` does; returns
+    it.
 
-    For Trainers that other libraries make, such as trl's: its class becomes one of the same
-    name with ``CommittedCheckpoints`` before its own methods. Call it before ``train``.
-    ``CheckpointError`` for a Trainer that commits already, and for options that are not
-    known or that mean something else to its class.
+    For Trainers that other libraries make, such as trl's: its class becomes one of the
+    same name with ``CommittedCheckpoints`` before its own methods. Call it before
+    ``train``. ``CheckpointError`` for a Trainer that commits already, and for options
+    that are not known or that mean something else to its class.
     """
     if isinstance(trainer, CommittedCheckpoints):
         raise CheckpointError(

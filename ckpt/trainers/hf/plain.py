@@ -1,8 +1,9 @@
 """Trainings of the Hugging Face Trainer without DeepSpeed: FSDP, DDP, and one process.
 
-They save and commit as those with DeepSpeed do. What DeepSpeed's engine is asked there, a
-``PlainEngine`` answers here. Source: transformers 5.23 ``trainer.py: _prepare_for_training``
-(``self.model`` is what FSDP wraps, and the bare model under DDP), ``training_args.py``.
+They save and commit as those with DeepSpeed do. What DeepSpeed's engine is asked there,
+a ``PlainEngine`` answers here. Source: transformers 5.23
+``trainer.py: _prepare_for_training`` (``self.model`` is what FSDP wraps, and the bare
+model under DDP), ``training_args.py``.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def writes_model(engine: PlainEngine) -> bool:
 
 
 def write_companions(engine: PlainEngine, processing: Any, folder: Path) -> None:
-    """The configuration and the tokenizer, where FSDP saves parts and the Trainer neither.
+    """The configuration and the tokenizer, where FSDP saves parts and the Trainer
+    neither.
 
     So what is converted from the checkpoint is a model that loads.
     """

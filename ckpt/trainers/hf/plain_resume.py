@@ -1,8 +1,9 @@
 """A Trainer's resume without DeepSpeed: compared before the optimizer's state is loaded.
 
-Source: transformers 5.23 ``trainer.py``: ``train`` loads the weights (``_load_from_checkpoint``;
-FSDP's in ``_prepare_for_training``), ``_load_optimizer_and_scheduler`` the optimizer's state when
-it is made, ``_load_rng_state`` the random states after ``on_train_begin``.
+Source: transformers 5.23 ``trainer.py``: ``train`` loads the weights
+(``_load_from_checkpoint``; FSDP's in ``_prepare_for_training``),
+``_load_optimizer_and_scheduler`` the optimizer's state when it is made,
+``_load_rng_state`` the random states after ``on_train_begin``.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class PlainResume:
                 self._tell(remark, results.heard)
 
     def _tell(self, remark: str | None, have_random_states: list[Any]) -> None:
-        """Says what differs; ``CheckpointError`` where random states of a rank are missing."""
+        """Says what differs; ``CheckpointError`` where random states of a rank are
+        missing."""
         if remark is not None:
             log.warning("%s: %s", self.path, remark)
         if self.comparison is not None:
@@ -95,7 +97,8 @@ class PlainResume:
         log.warning("%s: random states are not as they were saved", finding)
 
     def finish(self, step: int) -> None:
-        """Applies overridden options when all is loaded, and logs the table; every rank calls it.
+        """Applies overridden options when all is loaded, and logs the table; every rank
+        calls it.
 
         ``step``: where the training stands, 0 if it does not say so yet.
         """

@@ -46,7 +46,8 @@ def retention_of(
     args: Any,
     limit: int | None,
 ) -> Retention | None:
-    """What to keep: ``retention``, or the last ``limit``; and the best where a metric tells it.
+    """What to keep: ``retention``, or the last ``limit``; and the best where a metric
+    tells it.
 
     ``None`` keeps everything and follows no metric.
     """
@@ -95,7 +96,8 @@ def publish_beside(
 
 
 def sync_files(folder: Path) -> None:
-    """Puts on disk what this node has written into the folder; it may have done so unsynced.
+    """Puts on disk what this node has written into the folder; it may have done so
+    unsynced.
 
     A file that gets another name meanwhile is synced by the rank that names it.
     """
@@ -122,7 +124,8 @@ def name_best(state: Any, args: Any, folder: Path, final: str) -> None:
 
 
 def write_random_states(inner_folder: Path, rank: int, args: Any) -> dict[str, FileRecord]:
-    """This rank's random states: the Trainer's, on disk now, and ours, which are not a pickle."""
+    """This rank's random states: the Trainer's, on disk now, and ours, which are not a
+    pickle."""
     if args.save_only_model:
         return {}
 
@@ -147,7 +150,8 @@ def lift(inner_folder: Path) -> None:
 
 
 def leaves_out_weights(engine: EngineView) -> bool:
-    """Whether the Trainer writes no 16-bit model, but the engine's files, and those twice."""
+    """Whether the Trainer writes no 16-bit model, but the engine's files, and those
+    twice."""
     # none before the training begins
     if not has_stage(engine) or engine.zero_optimization_stage() != 3:
         return False
@@ -161,8 +165,8 @@ def remove_empty_weights(folder: Path, writes: bool) -> None:
 
 
 def require_states(folder: Path, facts: Facts) -> None:
-    """``CheckpointError`` unless states are in what is to be a full checkpoint: the folder of
-    DeepSpeed's tag or, without DeepSpeed, the optimizer's files."""
+    """``CheckpointError`` unless states are in what is to be a full checkpoint: the
+    folder of DeepSpeed's tag or, without DeepSpeed, the optimizer's files."""
     tag = facts.tag
     if tag is None and facts.tier == "full":
         plain_files.require_states(folder)

@@ -70,8 +70,8 @@ def unmerged(reader: str, fit: Fit, missing: list[str], audience: Audience) -> C
 
 
 class AbsurdConfigError(CheckpointError):
-    """A number in config.json that no model has, with which nobody should be asked to build
-    one: that would take all time and memory."""
+    """A number in config.json that no model has, with which nobody should be asked to
+    build one: that would take all time and memory."""
 
 
 def absurd(reader: str, values: Mapping[str, object], audience: Audience) -> AbsurdConfigError:

@@ -3,8 +3,8 @@
 The table that comes with ckpt is of one version of transformers, and was made by varying
 the fields of each configuration one by one. So it may be wrong about a model; then the
 library that will read the output knows better. It runs in a process of its own and takes
-some seconds, so it is asked only where something is amiss by the table, or where layers are
-of several kinds: the table does not know which of them a configuration wants where.
+some seconds, so it is asked only where something is amiss by the table, or where layers
+are of several kinds: the table does not know which of them a configuration wants where.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ Judge = Callable[[Check], LoadVerdict]
 
 
 def judged(judge: Judge, audience: Audience) -> LoadVerdict:
-    """The verdict by the table; by the installed transformers where the table has doubts.
+    """The verdict by the table; by the installed transformers where the table has
+    doubts.
 
-    ``judge`` gives the verdict of one of both. ``CheckpointError`` (kind "unloadable") where
-    the output would not load by both, or by the table where transformers does not answer.
+    ``judge`` gives the verdict of one of both. ``CheckpointError`` (kind "unloadable")
+    where the output would not load by both, or by the table where transformers does not
+    answer.
     """
     refusal, verdict = None, None
     try:

@@ -9,13 +9,14 @@ from ckpt.weights.companions import model_folder
 from ckpt.weights.companions.surroundings import Surroundings
 from converters.options import TOKENIZER
 
-# the parts of a configuration that may be a model of text (transformers 5.23: composite models)
+# the parts of a configuration that may be a model of text (transformers 5.23: composite
+# models)
 _SECTIONS = ("text_config", "language_config", "llm_config", "decoder", "text_encoder", "encoder")
 
 
 def notes(surroundings: Surroundings) -> tuple[str, ...]:
-    """The line that says so; none for other models, and where a tokenizer is there, if a broken
-    one, which another line has named."""
+    """The line that says so; none for other models, and where a tokenizer is there, if a
+    broken one, which another line has named."""
     companions = surroundings.companions
     broken_names = (line.partition(" ")[0] for line in surroundings.notes)
     if any(map(model_folder.is_reader, (*companions, *broken_names))):
@@ -26,7 +27,8 @@ def notes(surroundings: Surroundings) -> tuple[str, ...]:
 
 
 def _is_of_text(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration counts the words of a vocabulary, as those of vision do not."""
+    """Whether a configuration counts the words of a vocabulary, as those of vision do
+    not."""
     sections = (config, *(config.get(name) for name in _SECTIONS))
     return any(
         isinstance(section, Mapping) and isinstance(section.get("vocab_size"), int)

@@ -32,8 +32,9 @@ _READERS = (
     *("image_processor*.json", "video_processor*.json", "feature_extractor*.json"),
     *("audio_tokenizer_config.json", "alphabet.json", "speaker_embeddings*.json"),
 )
-# Folders of processors, with the files in them that are taken: chat templates; InstructBLIP's
-# qformer_tokenizer and RAG's question_encoder_tokenizer; Bark's voices; Wav2Vec2's decoder.
+# Folders of processors, with the files in them that are taken: chat templates;
+# InstructBLIP's qformer_tokenizer and RAG's question_encoder_tokenizer; Bark's voices;
+# Wav2Vec2's decoder.
 _READER_FOLDERS = {
     "additional_chat_templates": ("*.jinja",),
     "*_tokenizer": _READERS,
@@ -46,8 +47,8 @@ _MODULAR = (
     *(module_folders.ROUTER, "model_card_data.json"),
 )
 _MODULE = (*_READERS, *_MODEL, "config.json", "*_config.json")
-# Files that are never taken, whatever other pattern they fit: state of the training, pickles of
-# its arguments, and what may be secret.
+# Files that are never taken, whatever other pattern they fit: state of the training,
+# pickles of its arguments, and what may be secret.
 _STATE = (
     *("optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*"),
     *("trainer_state*", "training_args*", "*_states.pt"),
@@ -210,8 +211,8 @@ def set_dtype(content: dict[str, Any], name: str) -> None:
 def architecture(config: Mapping[str, Any]) -> str | None:
     """The class that config.json names.
 
-    Of some models with a vision part transformers 4.57 writes it into ``text_config`` alone
-    (configuration_qwen2_vl.py: Qwen2VLConfig.__setattr__).
+    Of some models with a vision part transformers 4.57 writes it into ``text_config``
+    alone (configuration_qwen2_vl.py: Qwen2VLConfig.__setattr__).
     """
     names = config.get("architectures")
     text = config.get("text_config")

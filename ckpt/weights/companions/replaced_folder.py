@@ -1,4 +1,5 @@
-"""What an output folder may take the place of: its own names, a model's files, and ckpt's own.
+"""What an output folder may take the place of: its own names, a model's files, and
+ckpt's own.
 
 Everything in a folder that is replaced is gone. So each file in it must be one that is
 made again, or one by which a folder is a model (``model_folder``) or an output of ckpt:
@@ -28,15 +29,16 @@ from converters.storage import stores
 from converters.words import some
 
 _MAX_NAMES = 5
-# What lies beside the weights of a model: what save_pretrained and the Trainer's save_model
-# write, and a model card; the records of a download (huggingface_hub 1.x, local_dir=).
+# What lies beside the weights of a model: what save_pretrained and the Trainer's
+# save_model write, and a model card; the records of a download (huggingface_hub 1.x,
+# local_dir=).
 _OF_MODEL = (
     *("config.json", "adapter_config.json", "training_args.bin", CONVERSION),
     *("README.md", "LICENSE*", "USE_POLICY.md", "NOTICE*", ".gitattributes"),
     ".cache/huggingface/*",
 )
-# What rewriting leaves of a training, beside what a model has: the files that are copied, the
-# states of DeepSpeed in the folder of the tag, and those of DCP.
+# What rewriting leaves of a training, beside what a model has: the files that are
+# copied, the states of DeepSpeed in the folder of the tag, and those of DCP.
 _OF_REWRITING = (
     *(REWRITING, MANIFEST, PINNED, "latest", "latest_universal", "trainer_state.json"),
     *("rng_state*.pth", "extra_state_*.state", "random_states_*.pkl"),
@@ -50,7 +52,8 @@ _STATES = ("*_states.pt", "zero/*.pt")  # in the folder of a tag
 
 
 def require_replaceable_files(output: Path, written_names: Collection[str]) -> None:
-    """``CheckpointError`` where a folder holds files that an output would not bring back.
+    """``CheckpointError`` where a folder holds files that an output would not bring
+    back.
 
     ``written_names`` are the files of the output, relative to it. The message lists what
     would be gone.
@@ -90,7 +93,8 @@ def _unknown(output: Path, written_names: Collection[str]) -> Iterator[str]:
 
 
 def _fits(name: str, patterns: Collection[str]) -> bool:
-    """Whether a name fits; a pattern without a slash is of a file directly in the folder."""
+    """Whether a name fits; a pattern without a slash is of a file directly in the
+    folder."""
     return any(
         fnmatchcase(name, pattern) and (pattern.count("/") or "/" not in name)
         for pattern in patterns
@@ -106,7 +110,8 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _recorded(output: Path) -> set[str]:
-    """What the records of ckpt list: the files of weights, or those of a rewritten checkpoint."""
+    """What the records of ckpt list: the files of weights, or those of a rewritten
+    checkpoint."""
     manifest = open_checkpoint(output).manifest
     if manifest is not None:
         return set(manifest.files)
@@ -137,7 +142,8 @@ def _is_rewritten(output: Path) -> bool:
 
 
 def _only_tag(names: Collection[str]) -> str | None:
-    """The folder of states; ``None`` where there are several: a training saved into it since."""
+    """The folder of states; ``None`` where there are several: a training saved into it
+    since."""
     tag_names = {
         folder
         for folder, _, inner_name in (name.partition("/") for name in names)

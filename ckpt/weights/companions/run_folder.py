@@ -1,7 +1,7 @@
 """The tokenizer that lies in the folder of a run, and not in its checkpoints.
 
-Some training scripts save a tokenizer once, beside the checkpoints, where ``trainer.save_model``
-puts it, too:
+Some training scripts save a tokenizer once, beside the checkpoints, where
+``trainer.save_model`` puts it, too:
 
     out/tokenizer.json  out/tokenizer_config.json  out/checkpoint-500/...
 """
@@ -16,7 +16,8 @@ from converters.errors import unreadable
 from converters.storage import stores
 from converters.words import some
 
-# one of these is in every folder that save_pretrained of a tokenizer or a processor wrote
+# one of these is in every folder that save_pretrained of a tokenizer or a processor
+# wrote
 SIGNS = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json")
 
 

@@ -13,7 +13,8 @@ from converters.words import counted, verb
 
 
 def checks(product: Product, plan: Plan, report: MoveReport) -> WeightChecks:
-    """What was proven when the bytes of ``plan`` were moved or served, as ``report`` says.
+    """What was proven when the bytes of ``plan`` were moved or served, as ``report``
+    says.
 
     ``uncompared_tensors`` are parameters without a copy, ``uncompared_buffers`` counts
     other tensors without one; ``without_copy`` counts the parameters that only the

@@ -40,7 +40,8 @@ _ROUNDED = (DType.F16, DType.BF16)  # what fp32 masters are rounded to
 
 @dataclass(frozen=True, slots=True)
 class Fp32Slimming:
-    """What is written, and what goes: ``slimming`` as if the new weights were there already.
+    """What is written, and what goes: ``slimming`` as if the new weights were there
+    already.
 
     Without a ``conversion`` the checkpoint is slim, and only leftovers go.
     """
@@ -58,7 +59,8 @@ class Fp32Slimming:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that ``execute`` writes and then reads once more for their digests, for a bar."""
+        """Bytes that ``execute`` writes and then reads once more for their digests, for
+        a bar."""
         return 0 if self.conversion is None else self.conversion.plan.nbytes + _digested(self.files)
 
 
@@ -85,7 +87,8 @@ def plan(checkpoint: RunCheckpoint, force: bool = False) -> Fp32Slimming:
         checkpoint.folder, _staging_folder(checkpoint), tag=manifest.tag, dtype="fp32"
     )
     if not conversion.checkpoint.weights.copies:
-        # the 16-bit weights that go are no authority over the states that they are compared with
+        # the 16-bit weights that go are no authority over the states that they are
+        # compared with
         conversion = replace(conversion, product=replace(conversion.product, strict=False))
     with staging.without_choice(_alternative()):
         convert.require_output(conversion, overwrite=True)
@@ -128,8 +131,8 @@ def _leftovers(checkpoint: RunCheckpoint, manifest: Manifest, force: bool) -> Sl
 
 
 def execute(planned: Fp32Slimming, progress: Callable[[int], None] = lambda _: None) -> None:
-    """Writes the weights, commits them, and then deletes; ``CheckpointError`` if the checkpoint
-    is in use."""
+    """Writes the weights, commits them, and then deletes; ``CheckpointError`` if the
+    checkpoint is in use."""
     conversion, checkpoint = planned.conversion, planned.slimming.checkpoint
     staging_folder, folder = _staging_folder(checkpoint), checkpoint.folder
     pruning.remove(staging_folder)  # of an earlier try
@@ -160,7 +163,8 @@ def execute(planned: Fp32Slimming, progress: Callable[[int], None] = lambda _: N
 
 
 def _staging_folder(checkpoint: RunCheckpoint) -> Path:
-    """A hidden folder on the disk of the checkpoint, which ``ckpt doctor`` knows as a leftover."""
+    """A hidden folder on the disk of the checkpoint, which ``ckpt doctor`` knows as a
+    leftover."""
     folder = checkpoint.folder.resolve()
     return folder.with_name(f".{folder.name}.fp32")
 
@@ -189,7 +193,8 @@ def _without_weights(manifest: Manifest, conversion: Conversion) -> Manifest:
 
 
 def _move(staging_folder: Path, folder: Path, conversion: Conversion, slimming: Slimming) -> None:
-    """Brings the new files to their places; the old weights, which nothing lists, go first."""
+    """Brings the new files to their places; the old weights, which nothing lists, go
+    first."""
     for name in slimming.removed:
         if is_weights(name):
             (folder / name).unlink(missing_ok=True)

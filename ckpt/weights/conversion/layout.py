@@ -1,8 +1,9 @@
 """The layout that weights are written in, and copies of them that lie in another one.
 
-``--layout hub`` writes names and shapes as ``save_pretrained`` does, ``--layout runtime`` those of
-the running model (``ckpt.weights.layouts``). The 16-bit weights that a trainer gathered beside the
-checkpoint may have either of both, so both are looked for.
+``--layout hub`` writes names and shapes as ``save_pretrained`` does,
+``--layout runtime`` those of the running model (``ckpt.weights.layouts``). The 16-bit
+weights that a trainer gathered beside the checkpoint may have either of both, so both
+are looked for.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def in_layout(output: Product, audience: Audience, request: Request) -> Product:
 
 
 def _prefix_notes(weights: Weights, architecture: str) -> list[str]:
-    """What may be other than in the file of a training that began with ``from_pretrained``."""
+    """What may be other than in the file of a training that began with
+    ``from_pretrained``."""
     from ckpt.weights.reader import renames
 
     return [
@@ -56,7 +58,8 @@ def _prefix_notes(weights: Weights, architecture: str) -> list[str]:
 
 
 def attached(weights: Weights, audience: Audience) -> tuple[Weights, str | None]:
-    """The weights with copies gathered beside the checkpoint, and the name of their file.
+    """The weights with copies gathered beside the checkpoint, and the name of their
+    file.
 
     The weights have the running model's layout, the file this one or that of the Hub.
     """

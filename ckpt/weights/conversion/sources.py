@@ -21,7 +21,8 @@ from converters.zero import checkpoint as zero
 def read(checkpoint: Path, tag: str | None, request: Request) -> Source:
     """The checkpoint with the weights that the user wants.
 
-    ``CheckpointError`` says where the fp32 weights cannot be had and the 16-bit ones can.
+    ``CheckpointError`` says where the fp32 weights cannot be had and the 16-bit ones
+    can.
     """
     source = _without_vocabulary_padding(_read(checkpoint, tag, request), request)
     if request.exclude_frozen:
@@ -81,7 +82,8 @@ def _computed(checkpoint: Path, tag: str | None, request: Request, is_parallel: 
 
 
 def _without_vocabulary_padding(source: Source, request: Request) -> Source:
-    """The same without the rows that pad a vocabulary, where config.json counts none of them."""
+    """The same without the rows that pad a vocabulary, where config.json counts none of
+    them."""
     if source.kind not in PARALLEL:
         return source
 
@@ -124,7 +126,8 @@ def _without_frozen(source: Source, request: Request) -> Source:
 
 
 def as_stored(checkpoint: Path, tag: str | None, option: str) -> Source:
-    """What lies at a path, to be looked at: the states of a training, or what is read as it is.
+    """What lies at a path, to be looked at: the states of a training, or what is read as
+    it is.
 
     A note says what handles weights that need no conversion. ``option`` as in ``fp32``.
     """
@@ -165,7 +168,8 @@ def _has_16bit(checkpoint: Path, tag: str | None) -> bool:
 
 
 def remedy(source: Source, proof: str | None, skips: bool = True) -> str:
-    """Why the weights may be unlike their copies in ``proof``, and what the user can do then.
+    """Why the weights may be unlike their copies in ``proof``, and what the user can do
+    then.
 
     ``skips`` says whether the command has ``--no-verify``.
     """

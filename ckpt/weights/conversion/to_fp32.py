@@ -44,10 +44,11 @@ _ARGUMENTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ConvertedModel:
-    """A model folder that was written, or a file for Lightning; it can be used as a path.
+    """A model folder that was written, or a file for Lightning; it can be used as a
+    path.
 
-    ``path`` is where it lies, ``record`` what conversion.json says of it. ``remark`` says
-    which checkpoint of a run was taken.
+    ``path`` is where it lies, ``record`` what conversion.json says of it. ``remark``
+    says which checkpoint of a run was taken.
     """
 
     path: Path
@@ -125,13 +126,14 @@ def to_fp32(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ConvertedModel:
-    """Converts a checkpoint to a model folder that ``from_pretrained`` loads, and prints nothing.
+    """Converts a checkpoint to a model folder that ``from_pretrained`` loads, and prints
+    nothing.
 
     Everything is as in ``ckpt to-fp32``, whose options the arguments are. ``dtype`` is
     "fp32", "bf16", "fp16" or "keep", torch's type or torch's name of it ("bfloat16").
     ``max_shard_size`` is in bytes, or "5GB". ``output`` defaults to CHECKPOINT-DTYPE.
-    ``last`` takes the newest checkpoint of the run at ``checkpoint`` that is committed or
-    complete. ``progress`` is called with numbers of bytes as they are written.
+    ``last`` takes the newest checkpoint of the run at ``checkpoint`` that is committed
+    or complete. ``progress`` is called with numbers of bytes as they are written.
 
     ``CheckpointError`` if the checkpoint is damaged, not supported or would not load,
     or if the output cannot be made; nothing is left then that looks finished. After an

@@ -37,8 +37,9 @@ def planned(
 ) -> Plan:
     """The files of the weights, and one file for each part, whose readers know no index.
 
-    An adapter is one file with every name, too: PEFT reads no shards. Of other weights those
-    tied names are in the files that ``written_weights`` has; ``tied`` is for the parts.
+    An adapter is one file with every name, too: PEFT reads no shards. Of other weights
+    those tied names are in the files that ``written_weights`` has; ``tied`` is for the
+    parts.
     """
     is_adapter = product.kind == "adapter"
     write, stem = FORMATS[format], _STEMS["adapter" if is_adapter else "model", format]

@@ -1,9 +1,10 @@
 """Whether names are those of a running model or those of a file.
 
 A name that only one of the two has is evidence. So is a name that neither has, if
-``from_pretrained`` would rename it: then it is that of a file, as an older transformers wrote it.
-Names that both have say nothing, unless one of the two has all of them and none besides. Where the
-evidence contradicts itself, or there is none, nothing is assumed.
+``from_pretrained`` would rename it: then it is that of a file, as an older transformers
+wrote it. Names that both have say nothing, unless one of the two has all of them and
+none besides. Where the evidence contradicts itself, or there is none, nothing is
+assumed.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
-"""Weights under the names of the model in transformers, where another framework gave them others.
+"""Weights under the names of the model in transformers, where another framework gave
+them others.
 
     pipeline    3.attention.query_key_value.weight       the number of a layer, functions counted
     Megatron    language_model.encoder.layers.1.self_attention.query_key_value.weight
     AutoEP      model.layers.1.mlp.experts.w1            of all experts, stacked
     model       gpt_neox.layers.1.attention.query_key_value.weight
 
-Which names become which is in tables that are shipped (``framework_tables``). Some tensors are cut
-or joined: Megatron's queries, keys and values of all groups are one tensor, as are the gates and
-inputs of an MLP. No value changes. Sources: Megatron-LM ``tools/checkpoint`` (``loader_llama``),
-GPT-NeoX ``tools/ckpts/convert_neox_to_hf.py``, DeepSpeed 0.19.8 ``module_inject/auto_ep_layer.py``.
+Which names become which is in tables that are shipped (``framework_tables``). Some
+tensors are cut or joined: Megatron's queries, keys and values of all groups are one
+tensor, as are the gates and inputs of an MLP. No value changes. Sources: Megatron-LM
+``tools/checkpoint`` (``loader_llama``), GPT-NeoX ``tools/ckpts/convert_neox_to_hf.py``,
+DeepSpeed 0.19.8 ``module_inject/auto_ep_layer.py``.
 """
 
 from __future__ import annotations
@@ -49,9 +51,11 @@ class _Group:
 
 
 def of(weights: Weights, config: Config | None) -> HubLayout:
-    """The weights under the model's names; as they are, without a rule, where nothing is to do.
+    """The weights under the model's names; as they are, without a rule, where nothing is
+    to do.
 
-    ``CheckpointError`` where the names are another framework's, and no table has all of them.
+    ``CheckpointError`` where the names are another framework's, and no table has all of
+    them.
     """
     names = hub_layout.every_name(weights)
     candidates = _candidates(names, config)
@@ -80,7 +84,8 @@ def of(weights: Weights, config: Config | None) -> HubLayout:
 
 
 def framework_of(names: Collection[str], config: Config | None) -> str | None:
-    """The framework that names which the model does not have are of; ``None`` if none is known."""
+    """The framework that names which the model does not have are of; ``None`` if none is
+    known."""
     candidates = _candidates(names, config)
     fitting_tables = [each[0] for each in candidates if not _unknown(names, *each)]
     return fitting_tables[0].framework if fitting_tables else None
@@ -213,7 +218,8 @@ def _arranged(group: _Group, weights: Weights, config: Config) -> list[Arranged]
 def _operated(
     operation: Operation, tensors: Sequence[TensorRef], config: Config, name: str
 ) -> list[TensorRef]:
-    """What an operation makes of tensors; ``NotArrangedError`` where their shapes do not fit."""
+    """What an operation makes of tensors; ``NotArrangedError`` where their shapes do not
+    fit."""
     try:
         return operation(tensors, config)
     except (ValueError, IndexError) as error:
@@ -241,7 +247,8 @@ def _halve_rows(tensors: Sequence[TensorRef], _: Config) -> list[TensorRef]:
 
 
 def _split_groups(tensors: Sequence[TensorRef], config: Config) -> list[TensorRef]:
-    """Queries, keys and values: each group of heads has its queries, one key and one value."""
+    """Queries, keys and values: each group of heads has its queries, one key and one
+    value."""
     (tensor,) = tensors
     heads = _number(config, "num_attention_heads")
     groups = _number(config, "num_key_value_heads", heads)

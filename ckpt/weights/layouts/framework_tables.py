@@ -1,8 +1,9 @@
 """Tables of the names that other frameworks give to the parts of a model.
 
-``framework_names.jsonl`` has a table a line: the framework, the model types of config.json, whether
-every name has to be in the table, and rules. A rule has templates of names, templates of new names
-(none: the tensor is left out), and perhaps what is done with the tensors. In a template stand
+``framework_names.jsonl`` has a table a line: the framework, the model types of
+config.json, whether every name has to be in the table, and rules. A rule has templates
+of names, templates of new names (none: the tensor is left out), and perhaps what is done
+with the tensors. In a template stand
 
     {layer}              the number of a block; the first block is layer 0 of the model
     {before}             the number of a layer before all blocks
@@ -117,7 +118,8 @@ def _templates(table: NameTable) -> list[str]:
 def _match(
     rule: NameRule, name: str, blocks: Collection[int], behind: list[int]
 ) -> TemplateMatch | None:
-    """How a name fits a rule; ``None`` if it does not, or its number is of another place."""
+    """How a name fits a rule; ``None`` if it does not, or its number is of another
+    place."""
     for template in rule.sources:
         match = _pattern(template).fullmatch(name)
         if match is None:

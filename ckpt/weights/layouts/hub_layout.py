@@ -1,13 +1,14 @@
-"""Weights in the layout of the Hub: the names and shapes that ``save_pretrained`` writes.
+"""Weights in the layout of the Hub: the names and shapes that ``save_pretrained``
+writes.
 
     memory   model.layers.0.mlp.experts.gate_up_proj           8 x 28672 x 4096
     Hub      model.layers.0.block_sparse_moe.experts.0.w1.weight      14336 x 4096
              model.layers.0.block_sparse_moe.experts.0.w3.weight      14336 x 4096
              ...
 
-transformers 4, vLLM and llama.cpp read the layout of the Hub alone. transformers 5 reads both.
-Names that are those of a file already stay as they are, and so do names of which that cannot be
-told (``evidence``).
+transformers 4, vLLM and llama.cpp read the layout of the Hub alone. transformers 5 reads
+both. Names that are those of a file already stay as they are, and so do names of which
+that cannot be told (``evidence``).
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 class HubLayout:
     """Weights in the layout of the Hub, or as they were where that is not known.
 
-    ``sources`` has the names before by each new one: several where tensors were joined. ``rule``
-    says in a line what was changed, ``obstacle`` why nothing was, where the layout may be another
-    one.
+    ``sources`` has the names before by each new one: several where tensors were joined.
+    ``rule`` says in a line what was changed, ``obstacle`` why nothing was, where the
+    layout may be another one.
     """
 
     weights: Weights
@@ -40,7 +41,8 @@ class HubLayout:
 
 
 def of(weights: Weights, config: Mapping[str, Any], architecture: str | None) -> HubLayout:
-    """The weights in the layout of the Hub, for a class of transformers in a configuration."""
+    """The weights in the layout of the Hub, for a class of transformers in a
+    configuration."""
     if architecture is None:
         return HubLayout(weights, obstacle="config.json names no class of transformers")
 
@@ -127,7 +129,8 @@ def changed(weights: Weights, changes: Reverted) -> HubLayout:
 
 
 def _order(weights: Weights, changes: Reverted, by_source: Mapping[str, Arranged]) -> Iterator[str]:
-    """The new names where the old ones were; those of a group where its first tensor was."""
+    """The new names where the old ones were; those of a group where its first tensor
+    was."""
     by_sources: dict[tuple[str, ...], list[str]] = {}
     for each in changes.arranged:
         by_sources.setdefault(each.sources, []).append(each.name)

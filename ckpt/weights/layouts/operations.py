@@ -1,8 +1,10 @@
-"""What ``save_pretrained`` does with tensors: it cuts them, joins them, and changes their order.
+"""What ``save_pretrained`` does with tensors: it cuts them, joins them, and changes
+their order.
 
-Each operation takes tensors by the pattern of their names and returns tensors by other patterns
-(transformers 5.23, core_model_loading.py, the classes of the same names). None of them changes a
-value, so each is an arrangement (``converters.computing.arrangement``).
+Each operation takes tensors by the pattern of their names and returns tensors by other
+patterns (transformers 5.23, core_model_loading.py, the classes of the same names). None
+of them changes a value, so each is an arrangement
+(``converters.computing.arrangement``).
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ class Setting:
     def number(self, field: list[Any]) -> int:
         """The number in a field, or the default of transformers where it left that out.
 
-        Only transformers 5 leaves out what is a default and always writes a number under the
-        same name. A config.json of the Hub may have it under an older one (``heads`` of
-        ``vision_config``, modeling of step3p7), so that its default is not known to hold.
+        Only transformers 5 leaves out what is a default and always writes a number under
+        the same name. A config.json of the Hub may have it under an older one (``heads``
+        of ``vision_config``, modeling of step3p7), so that its default is not known to
+        hold.
         """
         path, default = field
         stated = look_up(self.config, path)
@@ -92,7 +95,8 @@ def _split_list(tensors: Tensors, setting: Setting, dim: int) -> Tensors:
 
 
 def _chunk(tensors: Tensors, setting: Setting, dim: int, field: list[Any] | None = None) -> Tensors:
-    """A tensor in parts of equal size along a dimension, of which the last may be smaller."""
+    """A tensor in parts of equal size along a dimension, of which the last may be
+    smaller."""
     tensor = _only(tensors)
     targets = list(setting.targets)
     if field is not None:
@@ -130,7 +134,8 @@ def _interleave(tensors: Tensors, setting: Setting, dim: int, inverse: bool) -> 
 def _transpose(
     tensors: Tensors, setting: Setting, first: int, second: int, is_checked: bool
 ) -> Tensors:
-    """Two dimensions exchanged; with ``is_checked`` only where the model has another shape.
+    """Two dimensions exchanged; with ``is_checked`` only where the model has another
+    shape.
 
     What is saved has the model's shape, so the latter never changes anything.
     """
@@ -165,7 +170,8 @@ def _permute_for_rope(
 def _split_text_and_vision(
     tensors: Tensors, setting: Setting, stack_dim: int, concat_dim: int
 ) -> Tensors:
-    """The experts of a text and of a vision model, cut and put into one list (Ernie 4.5 VL)."""
+    """The experts of a text and of a vision model, cut and put into one list (Ernie 4.5
+    VL)."""
     members: dict[str, list[TensorRef]] = {target: [] for target in setting.targets}
     for tensor in _all(tensors, setting):
         step = -(-tensor.shape[concat_dim] // len(setting.targets))

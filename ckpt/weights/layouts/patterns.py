@@ -1,7 +1,7 @@
 """Names that are changed by a pattern, as ``save_pretrained`` changes them.
 
-Source: transformers 5.23, core_model_loading.py: WeightTransform.rename_source_key, and those of
-GroupWeightRename and Inkling2IndexOffsetWeightRename.
+Source: transformers 5.23, core_model_loading.py: WeightTransform.rename_source_key, and
+those of GroupWeightRename and Inkling2IndexOffsetWeightRename.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ _GROUP = LazyPattern(r"\\(\d+)")
 class Scope(NamedTuple):
     """The names that a rule is for: those after one of two prefixes, or all (``None``).
 
-    ``base`` is the place of the base model in the model. A model of the base alone has names
-    without it.
+    ``base`` is the place of the base model in the model. A model of the base alone has
+    names without it.
     """
 
     prefix: str | None
     base: str
 
     def of(self, name: str) -> str | None:
-        """The prefix of a name that the rule leaves alone; ``None`` where it is not for it."""
+        """The prefix of a name that the rule leaves alone; ``None`` where it is not for
+        it."""
         if self.prefix is None:
             return ""
 
@@ -54,8 +55,8 @@ class Rule(NamedTuple):
     """What ``pattern`` finds in a name becomes the first of ``targets``.
 
     ``sources`` are the alternatives of the pattern, by the number in their group's name.
-    ``details`` are the operations of a rule that changes tensors (``CONVERT``), or what is added to
-    a number in the name (``OFFSET``).
+    ``details`` are the operations of a rule that changes tensors (``CONVERT``), or what
+    is added to a number in the name (``OFFSET``).
     """
 
     kind: str

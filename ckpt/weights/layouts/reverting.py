@@ -1,9 +1,9 @@
 """Which tensors of a running model become which on the Hub.
 
-Every name is matched with the rules that change tensors. Names that the same rule makes the same
-are one group, whose tensors it cuts or joins. Then all names, also those that no such rule is for,
-are changed by the rules that only rename (transformers 5.23, core_model_loading.py:
-revert_weight_conversion).
+Every name is matched with the rules that change tensors. Names that the same rule makes
+the same are one group, whose tensors it cuts or joins. Then all names, also those that
+no such rule is for, are changed by the rules that only rename (transformers 5.23,
+core_model_loading.py: revert_weight_conversion).
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Arranged:
-    """A tensor under its name on the Hub, the names it is made of, and a copy to compare with."""
+    """A tensor under its name on the Hub, the names it is made of, and a copy to compare
+    with."""
 
     name: str
     tensor: TensorRef
@@ -109,7 +110,8 @@ def _grouped(names: list[str], rules: Sequence[Rule]) -> tuple[list[Group], list
 
 
 def _arranged(group: Group, weights: Weights, config: Mapping[str, Any]) -> list[Arranged]:
-    """The tensors that the rule of a group makes, under names that are still to be changed."""
+    """The tensors that the rule of a group makes, under names that are still to be
+    changed."""
     names = tuple(group.members.values())
     for name in names:
         if name in weights.aliases:

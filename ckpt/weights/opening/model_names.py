@@ -22,8 +22,8 @@ def of_reader(unwrapped: NamedWeights, audience: Audience, request: Request) -> 
     """The weights under the names that the reader knows, and that the user asks for.
 
     Another framework's names are given those of the model where that is asked for.
-    ``CheckpointError`` (kind "refused") where no table has all of them, and where several models
-    are saved as one and none is chosen.
+    ``CheckpointError`` (kind "refused") where no table has all of them, and where
+    several models are saved as one and none is chosen.
     """
     if request.naming.from_framework:
         wishes = request.naming

@@ -62,21 +62,21 @@ def open(
 ) -> Opened:
     """Opens a ZeRO checkpoint, a safetensors or .bin file, or a folder of such files.
 
-    Weights of a ZeRO checkpoint are given in fp32 (buffers in at least fp32, integers
-    as they are), others as stored. Tensors in dicts of a file of ``torch.save`` have
-    dotted names: "state_dict.w". ``framework`` is "pt" or "torch", "np" or "numpy".
-    ``strip``, ``rename``, ``select`` and ``part`` work like the options of ``ckpt
-    to-fp32``: prefixes to drop, regular expressions to replace, globs of the names to
-    have, one model of several. Without them the names are those of the checkpoint, with
-    the ``_orig_mod.`` of a compiled model, which ``to-fp32`` takes off. ``names="reader"``
-    gives those that ``to-fp32`` writes, "hf" also where another framework gave them others:
-    a pipeline, Megatron, AutoEP. ``config`` is the config.json, or its folder, that says of
-    which model they are, where the checkpoint has none.
-    ``adapter_config`` is PEFT's file, or its folder, for a checkpoint without one.
-    ``tp_rules`` is a file that says how parameters were cut for tensor parallelism.
-    ``last`` takes the newest checkpoint of the run at ``path`` that is committed or
-    complete. ``layout="hub"`` gives names and shapes as ``save_pretrained`` writes them,
-    "runtime" those of the running model.
+    Weights of a ZeRO checkpoint are given in fp32 (buffers in at least fp32, integers as
+    they are), others as stored. Tensors in dicts of a file of ``torch.save`` have dotted
+    names: "state_dict.w". ``framework`` is "pt" or "torch", "np" or "numpy". ``strip``,
+    ``rename``, ``select`` and ``part`` work like the options of ``ckpt to-fp32``:
+    prefixes to drop, regular expressions to replace, globs of the names to have, one
+    model of several. Without them the names are those of the checkpoint, with the
+    ``_orig_mod.`` of a compiled model, which ``to-fp32`` takes off. ``names="reader"``
+    gives those that ``to-fp32`` writes, "hf" also where another framework gave them
+    others: a pipeline, Megatron, AutoEP. ``config`` is the config.json, or its folder,
+    that says of which model they are, where the checkpoint has none. ``adapter_config``
+    is PEFT's file, or its folder, for a checkpoint without one. ``tp_rules`` is a file
+    that says how parameters were cut for tensor parallelism. ``last`` takes the newest
+    checkpoint of the run at ``path`` that is committed or complete. ``layout="hub"``
+    gives names and shapes as ``save_pretrained`` writes them, "runtime" those of the
+    running model.
 
     ``CheckpointError`` if nothing can be opened there, or its layout is not known. While
     the checkpoint is open, ``ckpt prune`` does not delete it.
@@ -140,7 +140,8 @@ def _place(path: Path, tag: str | None) -> Path:
 
 
 def _source(path: Path, tag: str | None) -> Source:
-    """What the reader that fits makes of it: weights come before states nothing points to."""
+    """What the reader that fits makes of it: weights come before states nothing points
+    to."""
     pointers = (path / filenames.LATEST, path / filenames.LATEST_UNIVERSAL)
     has_choice = stores.is_folder(path) and tag is None and not any(map(stores.exists, pointers))
     weights = detect_weights(path) if has_choice else None
@@ -157,9 +158,9 @@ class Opened(Mapping[str, "Array"]):
     """The weights of a checkpoint by name, tied names included; a context manager.
 
     ``sources`` maps names to those in the checkpoint, where they differ. ``unusual`` are
-    the tensors that no safetensors file could have, by their names there. ``plain_values``
-    are numbers, texts and lists of these that a file of ``torch.save`` holds beside its
-    tensors, by dotted names.
+    the tensors that no safetensors file could have, by their names there.
+    ``plain_values`` are numbers, texts and lists of these that a file of ``torch.save``
+    holds beside its tensors, by dotted names.
     """
 
     path: Path
@@ -281,7 +282,8 @@ class Opened(Mapping[str, "Array"]):
         """Facts about the checkpoint as text: format, and ZeRO's step, stage, version.
 
         For a safetensors file these are the file's own (``__metadata__``), for one of
-        ``torch.save`` the plain values beside its tensors, long lists as their beginning.
+        ``torch.save`` the plain values beside its tensors, long lists as their
+        beginning.
         """
         if self.checkpoint is None and weight_files.is_safetensors(self.path):
             return safetensors.metadata(self.path)

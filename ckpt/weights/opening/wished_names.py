@@ -23,8 +23,8 @@ _NO_WISHES = Naming()
 
 @dataclass(frozen=True, slots=True)
 class WishedWeights:
-    """Weights under the names wished for; ``sources`` are by these the names in the checkpoint, as
-    far as they may differ, ``notes`` lines for the user."""
+    """Weights under the names wished for; ``sources`` are by these the names in the
+    checkpoint, as far as they may differ, ``notes`` lines for the user."""
 
     weights: Weights
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -41,8 +41,8 @@ def of(
 ) -> WishedWeights:
     """The weights of a checkpoint under the names wished for.
 
-    ``config`` is a config.json, or its folder. ``CheckpointError`` (kind "refused") where these
-    names, or this layout, cannot be had.
+    ``config`` is a config.json, or its folder. ``CheckpointError`` (kind "refused")
+    where these names, or this layout, cannot be had.
     """
     if not wishes.changes and names == "as-stored" and layout == "runtime":
         return WishedWeights(weights)
@@ -94,7 +94,8 @@ def _of_reader(weights: Weights, source: Source, request: Request) -> NamedWeigh
 
 
 def _require_one_file(weights: Weights, source: Source, request: Request) -> None:
-    """``CheckpointError`` where the reader has several files, each with names of its own."""
+    """``CheckpointError`` where the reader has several files, each with names of its
+    own."""
     from ckpt.weights.adapters import adapter_folder
     from ckpt.weights.companions import surroundings
     from ckpt.weights.companions.model_code import MODULES

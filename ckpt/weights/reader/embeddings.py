@@ -69,8 +69,8 @@ def resized(weights: Weights, reader: Reader, config: Mapping[str, Any]) -> Rows
 def _other_vocabularies(config: Mapping[str, Any], field: str, reader: Reader) -> set[int]:
     """The sizes of other vocabularies that the table does not know, beside ``field``.
 
-    Marian's decoder has ``decoder_vocab_size`` rows where that is given, and ``vocab_size``
-    of them otherwise.
+    Marian's decoder has ``decoder_vocab_size`` rows where that is given, and
+    ``vocab_size`` of them otherwise.
     """
     parent, _, name = field.rpartition(".")
     section = look_up(config, parent) if parent else config

@@ -1,7 +1,7 @@
 """Which names a class has, and how large its tensors are, by fields of config.json.
 
-``architecture_fields.jsonl`` is made by ``scripts/tables/make_architecture_fields.py``, which
-says what it holds. Where it does not know a class, nothing is checked.
+``architecture_fields.jsonl`` is made by ``scripts/tables/make_architecture_fields.py``,
+which says what it holds. Where it does not know a class, nothing is checked.
 """
 
 from __future__ import annotations

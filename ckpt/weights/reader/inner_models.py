@@ -1,7 +1,8 @@
 """Models inside of others: prefixes below which a reader's own names stand.
 
-A wrapper of one's own has the model as an attribute (``self.encoder``), maybe beside others
-(``self.student``, ``self.teacher``) or beside layers of its own (``self.projector``).
+A wrapper of one's own has the model as an attribute (``self.encoder``), maybe beside
+others (``self.student``, ``self.teacher``) or beside layers of its own
+(``self.projector``).
 """
 
 from __future__ import annotations

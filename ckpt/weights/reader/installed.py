@@ -35,7 +35,8 @@ _SIGNS_OF_SHORTAGE = (
 )
 
 # Reads config.json on stdin; answers with the class, and the name and shape of each
-# tensor in memory and as save_pretrained names it. Its arguments are the two limits above.
+# tensor in memory and as save_pretrained names it. Its arguments are the two limits
+# above.
 _CHILD = """
 import json, sys, warnings
 warnings.filterwarnings("ignore")
@@ -132,7 +133,8 @@ def ask(config: Mapping[str, Any], cls: str | None = None) -> dict[str, Any]:
 
 
 def _run(config: str) -> subprocess.CompletedProcess[str]:
-    """The process that builds, at its end; ``NoAnswerError`` if it has none or no beginning."""
+    """The process that builds, at its end; ``NoAnswerError`` if it has none or no
+    beginning."""
     try:
         return subprocess.run(
             [sys.executable, "-c", _CHILD, str(MAX_BUILD_BYTES), str(MAX_ANSWER_CHARACTERS)],
@@ -152,11 +154,12 @@ def _run(config: str) -> subprocess.CompletedProcess[str]:
 
 
 def _reason(exit_code: int, errors: str) -> str:
-    """Why the process has no answer: that memory is short, or the last line of what it said.
+    """Why the process has no answer: that memory is short, or the last line of what it
+    said.
 
-    Where memory is short, Python may be at a loss for its own error: an extension returns
-    none ("SystemError: ... returned NULL without setting an exception"), a library is not
-    mapped, or the process dies of a signal.
+    Where memory is short, Python may be at a loss for its own error: an extension
+    returns none ("SystemError: ... returned NULL without setting an exception"), a
+    library is not mapped, or the process dies of a signal.
     """
     line = (errors.strip().splitlines() or ["no answer"])[-1]
     if line.startswith("MemoryError") or "DefaultCPUAllocator: can't allocate" in line:
@@ -242,7 +245,8 @@ def _candidates(
 ) -> list[tuple[StoredShapes, Mapping[str, str]]]:
     """Forms of names, each with the names to look for and what they are in the output.
 
-    The last is of names that ``from_pretrained`` renames, such as those of transformers 4.
+    The last is of names that ``from_pretrained`` renames, such as those of transformers
+    4.
     """
     memory, hub = fits(answer)
     own_names = {name: name for name in names}

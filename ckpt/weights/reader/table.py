@@ -3,8 +3,8 @@
 ``architectures.jsonl`` is made by ``scripts/tables/make_architectures.py`` out of an
 installed transformers, whose version it names. It has two trees of names a class:
 ``memory``, the names that transformers runs the model with, and ``hub``, those that
-``save_pretrained`` writes. Since version 5 they differ for some; ``from_pretrained`` of 5
-reads both, and other names that it renames (``renames``).
+``save_pretrained`` writes. Since version 5 they differ for some; ``from_pretrained`` of
+5 reads both, and other names that it renames (``renames``).
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Reader:
     parts: Mapping[str, str] = field(default_factory=dict)
 
     def fit(self, names: Iterable[str], config: Mapping[str, Any], bridged: bool = False) -> Fit:
-        """How names fit the class: by its names in memory, on the Hub, or as they are renamed.
+        """How names fit the class: by its names in memory, on the Hub, or as they are
+        renamed.
 
         ``bridged`` reads names as ``from_pretrained`` does: it adds the base model's
         prefix, or takes it off, where that makes a name of the model
@@ -102,7 +103,8 @@ class Reader:
     def _fit_renamed(
         self, names: Sequence[str], config: Mapping[str, Any], bridged: bool
     ) -> Fit | None:
-        """The fit of names as ``from_pretrained`` renames them; ``None`` where it does not."""
+        """The fit of names as ``from_pretrained`` renames them; ``None`` where it does
+        not."""
         sources = renames.renamed(self.name, names)
         if sources is None:
             return None
@@ -198,7 +200,8 @@ class Reader:
         return not {TIED, TIED_BY_CONFIG}.isdisjoint(self._kinds(name))
 
     def source(self, name: str, known_names: Collection[str]) -> str | None:
-        """The name among ``known_names`` that a tied vocabulary name has its values from.
+        """The name among ``known_names`` that a tied vocabulary name has its values
+        from.
 
         ``None`` where that is not clear.
         """
@@ -218,7 +221,8 @@ class Reader:
         return None
 
     def tied(self, known_names: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
-        """The vocabulary's names that are not known, by the known names they are tied to."""
+        """The vocabulary's names that are not known, by the known names they are tied
+        to."""
         lacking = sorted(self.vocabulary - set(known_names))
         names = [n for n in lacking if kinds(nodes(), self.memory, n) and self.gives(n, config)]
         return {
@@ -253,8 +257,8 @@ class Reader:
     def foreign_part(self, config: Mapping[str, Any]) -> str | None:
         """The type of a part of the model that the table was not made with.
 
-        transformers 4 gives some parts the type of the whole (4.57 configuration_qwen2_vl.py:
-        Qwen2VLVisionConfig).
+        transformers 4 gives some parts the type of the whole (4.57
+        configuration_qwen2_vl.py: Qwen2VLVisionConfig).
         """
         for part, kind in self.parts.items():
             stated_type = look_up(config, f"{part}.model_type")

@@ -12,8 +12,8 @@ Shape = tuple[int, ...]
 
 
 class ItemPlace(NamedTuple):
-    """Where an item lies: a file, the first byte, and how many. ``transforms`` are those that
-    its bytes went through, such as a compression."""
+    """Where an item lies: a file, the first byte, and how many. ``transforms`` are those
+    that its bytes went through, such as a compression."""
 
     path: Path
     offset: int
@@ -40,9 +40,9 @@ class StoredTensor(NamedTuple):
 class Description(NamedTuple):
     """A folder of DCP: its leaves by their flat names, and the keys that lead to each.
 
-    ``keys`` has a name for which the files say how the state dict was nested, in the order of
-    the state dict. ``rank_count`` are the ranks that described what they wrote: one for all, or
-    each.
+    ``keys`` has a name for which the files say how the state dict was nested, in the
+    order of the state dict. ``rank_count`` are the ranks that described what they wrote:
+    one for all, or each.
     """
 
     folder: Path

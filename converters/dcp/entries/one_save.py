@@ -1,8 +1,8 @@
 """Whether ``.metadata`` and ``__R.metadata`` of one folder describe one save.
 
-``dcp.save`` with collectives leaves the files of a rank that a save without them wrote before,
-and the other way round. The files of bytes have the same names in both, so that the older
-description may fit their sizes and have the tensors in another order.
+``dcp.save`` with collectives leaves the files of a rank that a save without them wrote
+before, and the other way round. The files of bytes have the same names in both, so that
+the older description may fit their sizes and have the tensors in another order.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def described(
 
 
 def require_one_save(joint: DescribedItems, ranks: Iterable[DescribedItems]) -> None:
-    """``CheckpointError`` unless the description of all ranks says what those of ranks say.
+    """``CheckpointError`` unless the description of all ranks says what those of ranks
+    say.
 
     It may leave out replicas: of these it has those of one rank.
     """

@@ -4,8 +4,8 @@
     _StorageInfo(relative_path, offset, length)       ``PlaceRecord``
     ChunkStorageMetadata(offsets, sizes)              ``ChunkRecord``
 
-The interpreter makes these in place of records of any class. A field that is not of its type is
-``INVALID``: where it stands is only known later.
+The interpreter makes these in place of records of any class. A field that is not of its
+type is ``INVALID``: where it stands is only known later.
 
 Source: torch 2.1 to 2.13, ``distributed/checkpoint/metadata.py`` and ``filesystem.py``.
 """
@@ -31,7 +31,8 @@ _MAX_SHARED = 1 << 32  # larger ints can be chosen so that shapes have one hash
 
 
 class IndexRecord(TypedRecord):
-    """The name of an item, and of a chunk of a tensor its offsets; of anything else ``None``."""
+    """The name of an item, and of a chunk of a tensor its offsets; of anything else
+    ``None``."""
 
     __slots__ = ("name", "offsets")
 
@@ -162,7 +163,8 @@ def fields_of(value: Any, names: tuple[str, ...], label: str) -> Mapping[str, An
 
 
 def record_of(value: Any, of: type[_RecordType], name: str, label: str) -> _RecordType:
-    """A record of a class, made where another module of torch's than today's has the class."""
+    """A record of a class, made where another module of torch's than today's has the
+    class."""
     if isinstance(value, of):
         return value
     record = of()

@@ -1,4 +1,5 @@
-"""Which leaves of a state dict are the model's, and which the optimizer's, by their keys.
+"""Which leaves of a state dict are the model's, and which the optimizer's, by their
+keys.
 
     Trainer, Accelerate   model | NAME              optimizer | state | NAME | exp_avg
     torchtitan            NAME                      optimizer | state.NAME.exp_avg
@@ -6,13 +7,14 @@
     composer              state | model | NAME      state | optimizers | CLASS | state | NAME | ...
     torch's tutorials     app | model | NAME        app | optim | state | NAME | exp_avg
 
-So a model's names follow a key such as ``model``, or stand at the root. An optimizer's states
-follow keys such as ``optimizer`` and ``state``, by the names of parameters; flattened
-(``flatten_optimizer_state_dict``), name and key of a state are one text.
+So a model's names follow a key such as ``model``, or stand at the root. An optimizer's
+states follow keys such as ``optimizer`` and ``state``, by the names of parameters;
+flattened (``flatten_optimizer_state_dict``), name and key of a state are one text.
 
-Source: accelerate 1.15 ``utils/fsdp_utils.py``, torchtitan 0.3 ``components/checkpoint.py``,
-Lightning 2.6 ``strategies/fsdp.py`` and ``model_parallel.py``, composer 0.32
-``checkpoint/state_dict.py``, torch 2.13 ``distributed/checkpoint/state_dict.py``.
+Source: accelerate 1.15 ``utils/fsdp_utils.py``, torchtitan 0.3
+``components/checkpoint.py``, Lightning 2.6 ``strategies/fsdp.py`` and
+``model_parallel.py``, composer 0.32 ``checkpoint/state_dict.py``, torch 2.13
+``distributed/checkpoint/state_dict.py``.
 """
 
 from __future__ import annotations
@@ -40,8 +42,9 @@ _TRAINING_KEYS = {
 
 
 class OptimizerLeaves(NamedTuple):
-    """``states`` are leaves by the name of their parameter and their key, such as ``exp_avg``;
-    ``groups`` those of hyperparameters, by the group's number, or flattened by a parameter."""
+    """``states`` are leaves by the name of their parameter and their key, such as
+    ``exp_avg``; ``groups`` those of hyperparameters, by the group's number, or flattened
+    by a parameter."""
 
     states: Mapping[str, Mapping[str, str]]
     groups: Mapping[str, Mapping[str, str]]
@@ -54,8 +57,8 @@ class OptimizerLeaves(NamedTuple):
 
 
 class StateLayout(NamedTuple):
-    """``model`` are leaves by the names of the model's state dict, ``others`` tensors that are
-    neither the model's nor the optimizer's, by their flat names."""
+    """``model`` are leaves by the names of the model's state dict, ``others`` tensors
+    that are neither the model's nor the optimizer's, by their flat names."""
 
     model: Mapping[str, str]
     optimizer: OptimizerLeaves
@@ -84,8 +87,8 @@ def split(leaves: Sequence[Leaf], folder: Path) -> StateLayout:
 
 
 def keys_of_names(names: Iterable[str]) -> dict[str, KeyPath]:
-    """Keys for flat names, where no planner kept any: a first key that is an optimizer's or, of
-    all other names, a model's is taken for one."""
+    """Keys for flat names, where no planner kept any: a first key that is an optimizer's
+    or, of all other names, a model's is taken for one."""
     keys: dict[str, KeyPath] = {}
     for name in names:
         first, _, tail = name.partition(".")
@@ -100,7 +103,8 @@ def keys_of_names(names: Iterable[str]) -> dict[str, KeyPath]:
 
 
 def _is_optimizer_at_root(leaves: Sequence[Leaf]) -> bool:
-    """Whether ``state`` and ``param_groups`` of an optimizer are keys of the root itself."""
+    """Whether ``state`` and ``param_groups`` of an optimizer are keys of the root
+    itself."""
     heads = {leaf.keys[0].partition(".")[0] for leaf in leaves}
     if GROUPS in heads:
         return True
@@ -128,8 +132,8 @@ def _optimizer_place(keys: KeyPath, is_bare: bool) -> OptimizerPlace | None:
 
 
 def _state_path(keys: KeyPath) -> KeyPath | None:
-    """Keys from ``state`` or ``param_groups`` on, the first of them apart; empty where there is
-    but one, ``None`` where they begin with another."""
+    """Keys from ``state`` or ``param_groups`` on, the first of them apart; empty where
+    there is but one, ``None`` where they begin with another."""
     head, _, tail = keys[0].partition(".")
     if head not in (STATE, GROUPS):
         return None
@@ -197,7 +201,8 @@ def _optimizer_leaves(
 
 
 def _group_numbers(places: Iterable[OptimizerPlace]) -> dict[tuple[KeyPath, str], str]:
-    """Numbers for the groups of several optimizers, in their order, by optimizer and number."""
+    """Numbers for the groups of several optimizers, in their order, by optimizer and
+    number."""
     numbers_by_base: dict[KeyPath, set[int]] = {}
     for place in places:
         if place.below[0] == GROUPS and place.below[1].isdecimal():
@@ -208,7 +213,8 @@ def _group_numbers(places: Iterable[OptimizerPlace]) -> dict[tuple[KeyPath, str]
 
 
 def _of_flat_name(text: str, model_names: _ModelNames) -> tuple[str, str]:
-    """Name and key of "NAME.KEY": the longest name that the model has, or all but the last."""
+    """Name and key of "NAME.KEY": the longest name that the model has, or all but the
+    last."""
     name, _, key = text.rpartition(".")
     first_guess = (name, key)
     while name:

@@ -1,4 +1,5 @@
-"""The keys that a model's names follow in a state dict, where there may be several models.
+"""The keys that a model's names follow in a state dict, where there may be several
+models.
 
 A model belongs to the optimizer that stands beside it, under the same keys:
 
@@ -23,9 +24,9 @@ STATE, GROUPS = "state", "param_groups"
 
 
 class OptimizerPlace(NamedTuple):
-    """Where a leaf stands in an optimizer: ``parent`` are the keys of the training, ``base``
-    those of the optimizer in it, ``below`` those from ``state`` or ``param_groups`` on; none for
-    what else an optimizer has."""
+    """Where a leaf stands in an optimizer: ``parent`` are the keys of the training,
+    ``base`` those of the optimizer in it, ``below`` those from ``state`` or
+    ``param_groups`` on; none for what else an optimizer has."""
 
     parent: KeyPath
     base: KeyPath
@@ -35,8 +36,8 @@ class OptimizerPlace(NamedTuple):
 def choose(tensors: Sequence[Leaf], places: Sequence[OptimizerPlace], folder: Path) -> KeyPath:
     """The keys that the model's names follow: none where these stand at the root.
 
-    ``tensors`` are those of no optimizer. ``CheckpointError`` lists the models where several
-    could be meant.
+    ``tensors`` are those of no optimizer. ``CheckpointError`` lists the models where
+    several could be meant.
     """
     parents = dict.fromkeys(place.parent for place in places)
     if len(parents) > 1:
@@ -74,8 +75,8 @@ def _beside_optimizer(
     places: Sequence[OptimizerPlace],
     folder: Path,
 ) -> KeyPath:
-    """The model under the same keys as the optimizer; or one below them, if it is the only one
-    that has the parameters."""
+    """The model under the same keys as the optimizer; or one below them, if it is the
+    only one that has the parameters."""
     neighbors = [root for root in roots if root[:-1] == parent]
     if neighbors:
         return _only(neighbors, tensors, folder)
@@ -117,8 +118,8 @@ def without_wrappers(name: str) -> str:
 
 
 def _only(roots: Sequence[KeyPath], tensors: Sequence[Leaf], folder: Path) -> KeyPath:
-    """The root of the only model; of several under the same keys the first of ``MODEL_KEYS``, if
-    no tensor has the same name in two of them."""
+    """The root of the only model; of several under the same keys the first of
+    ``MODEL_KEYS``, if no tensor has the same name in two of them."""
     names = [leaf.keys[len(root) :] for root in roots for leaf in tensors if _is_below(leaf, root)]
     if len({root[:-1] for root in roots}) > 1 or len(set(names)) < len(names):
         raise CheckpointError(

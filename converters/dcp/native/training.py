@@ -1,8 +1,9 @@
-"""What a training with FSDP left, as ZeRO knows it: param groups, buffers, frozen parameters.
+"""What a training with FSDP left, as ZeRO knows it: param groups, buffers, frozen
+parameters.
 
-FSDP keeps the states of each parameter, ZeRO those of a group's elements, with one count of steps
-for each group. What is not trained is a buffer or a frozen parameter: the files tell them apart
-only where a tensor holds no floating-point numbers, or was cut.
+FSDP keeps the states of each parameter, ZeRO those of a group's elements, with one count
+of steps for each group. What is not trained is a buffer or a frozen parameter: the files
+tell them apart only where a tensor holds no floating-point numbers, or was cut.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ _ADAM_STATES = {"exp_avg", "exp_avg_sq"}
 class FsdpTraining:
     """A training that saved with FSDP, for ZeRO to go on with.
 
-    ``source`` has the buffers decided on. ``step`` is how many steps the optimizer took, and
-    ``checksums`` those of all records that weights and states lie in. ``notes`` are what a user
-    should know.
+    ``source`` has the buffers decided on. ``step`` is how many steps the optimizer took,
+    and ``checksums`` those of all records that weights and states lie in. ``notes`` are
+    what a user should know.
     """
 
     source: ShardedCheckpoint
@@ -56,12 +57,13 @@ def of(
     buffer_names: Collection[str],
     all_buffers: Collection[str] | None = None,
 ) -> FsdpTraining:
-    """The training; ``buffer_names`` are tensors of which the caller knows that they are buffers.
+    """The training; ``buffer_names`` are tensors of which the caller knows that they are
+    buffers.
 
     ``all_buffers`` are those that ``ckpt to-dcp`` wrote down, if it made the checkpoint.
 
-    ``CheckpointError`` where there is no optimizer, its states are not for each element, or
-    the parameters of a group took different numbers of steps.
+    ``CheckpointError`` where there is no optimizer, its states are not for each element,
+    or the parameters of a group took different numbers of steps.
     """
     if source.groups is None or not (saved_groups := source.groups()):
         raise CheckpointError(
@@ -161,7 +163,8 @@ def _group(source: ShardedCheckpoint, group: ParameterGroup, index: int) -> Para
 
 
 def _require_states(source: ShardedCheckpoint, group: ParameterGroup, index: int) -> None:
-    """``CheckpointError`` unless the optimizer keeps something for every parameter of a group."""
+    """``CheckpointError`` unless the optimizer keeps something for every parameter of a
+    group."""
     assert source.located_states is not None
     stateless_names = [name for name in group.names if not source.located_states(name)]
     if stateless_names:
@@ -232,7 +235,8 @@ def _is_foreign(value: Any) -> bool:
 
 
 def _step_of(source: ShardedCheckpoint, groups: Sequence[ParameterGroup]) -> int:
-    """The steps that the optimizer took, or that the trainer counted; 0 if nothing says it."""
+    """The steps that the optimizer took, or that the trainer counted; 0 if nothing says
+    it."""
     assert source.optimizer is not None
     steps = [source.optimizer(group.names[0]).get(STEP) for group in groups if group.names]
     counts = [int(step) for step in steps if isinstance(step, (int, float))]

@@ -1,4 +1,5 @@
-"""What crosses from one format to another: weights, optimizer states and options, by name.
+"""What crosses from one format to another: weights, optimizer states and options, by
+name.
 
 Names are those that torch's FSDP has for parameters (``_get_fqns`` of torch 2.13
 ``torch/distributed/checkpoint/state_dict.py``), which leaves out what wrappers put in.
@@ -36,7 +37,8 @@ _Entry = TypeVar("_Entry")
 class OptimizerGroup:
     """A param group: its parameters in order, the state of each by key, and options.
 
-    A state that the optimizer keeps once for the group is that of each of its parameters.
+    A state that the optimizer keeps once for the group is that of each of its
+    parameters.
     """
 
     names: tuple[str, ...]
@@ -59,7 +61,8 @@ class CrossingState:
 def of_zero(source: Checkpoint | Universal) -> CrossingState:
     """The state of a checkpoint of ZeRO, with its optimizer; reads pickles only.
 
-    ``CheckpointError`` if the optimizer keeps what is neither per element nor a constant.
+    ``CheckpointError`` if the optimizer keeps what is neither per element nor a
+    constant.
     """
     if isinstance(source, Universal):
         return _with_groups(source.checkpoint, source.groups)
@@ -91,7 +94,8 @@ def of_dcp(source: ShardedCheckpoint) -> CrossingState:
 
 
 def _without_data_parallel(state: CrossingState) -> CrossingState:
-    """The same without the ``module.`` that DistributedDataParallel puts before every name.
+    """The same without the ``module.`` that DistributedDataParallel puts before every
+    name.
 
     As ``ckpt to-fp32`` does: torch's functions for state dicts leave it out, too.
     """
@@ -150,7 +154,8 @@ def _with_groups(checkpoint: Checkpoint, groups: Sequence[ParamGroup]) -> Crossi
     omissions = [*_absences(checkpoint.weights)]
     for group in groups:
         for name, tensor in group.values[WEIGHTS].items():
-            # one object for a tensor and its tied names, so that its bytes are written once
+            # one object for a tensor and its tied names, so that its bytes are written
+            # once
             if weights[canonical(name)] != tensor:
                 raise AssertionError(f"{name} is not where the optimizer's files have it")
 

@@ -1,12 +1,13 @@
-"""The files of a folder of DCP, planned: items back to back, and ``.metadata`` behind them all.
+"""The files of a folder of DCP, planned: items back to back, and ``.metadata`` behind
+them all.
 
     __0_0.distcp, __1_0.distcp, ...    the items of each of the files that were asked for
     .metadata                          last: a folder without it is none
 
-A large tensor is cut along its first axis, as ``fully_shard`` cuts it for as many ranks, so that
-each of so many ranks reads one file. Others lie whole in the file that has the fewest bytes. What
-is the same bytes twice (tied names, a step that a group counts once) is stored once, and named
-twice.
+A large tensor is cut along its first axis, as ``fully_shard`` cuts it for as many ranks,
+so that each of so many ranks reads one file. Others lie whole in the file that has the
+fewest bytes. What is the same bytes twice (tied names, a step that a group counts once)
+is stored once, and named twice.
 """
 
 from __future__ import annotations

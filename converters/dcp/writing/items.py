@@ -1,11 +1,12 @@
 """An item of a ``.distcp`` file: what ``torch.save`` makes of one tensor or object.
 
-    archive/data.pkl | archive/byteorder | archive/data/0 | archive/version | central directory
+    archive/data.pkl | archive/byteorder | archive/data/0 | archive/version | central
+    directory
 
-It is a whole zip, at any byte of the file; its own offsets count from its first byte, and
-the tensor's bytes begin at a multiple of 64 of these. Source: torch 2.13
-``torch/distributed/checkpoint/filesystem.py: _write_item``, which calls ``torch.save`` with a
-contiguous tensor whose storage has no other elements.
+It is a whole zip, at any byte of the file; its own offsets count from its first byte,
+and the tensor's bytes begin at a multiple of 64 of these. Source: torch 2.13
+``torch/distributed/checkpoint/filesystem.py: _write_item``, which calls ``torch.save``
+with a contiguous tensor whose storage has no other elements.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ Value = TensorRef | Number | PlainObject
 
 @dataclass(frozen=True, slots=True)
 class TorchItem:
-    """An item from byte 0 on, as a ``Shard`` has it: literals, placements, places of CRC32s."""
+    """An item from byte 0 on, as a ``Shard`` has it: literals, placements, places of
+    CRC32s."""
 
     nbytes: int
     literals: tuple[tuple[int, bytes], ...]

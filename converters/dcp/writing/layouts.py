@@ -5,9 +5,10 @@
     torchtitan   NAME; optimizer.state.NAME.exp_avg, optimizer.param_groups.NAME.lr;
                  train_state.step
 
-Sources: torch 2.13 ``distributed/checkpoint/state_dict.py: get_optimizer_state_dict``, nested and
-with ``flatten_optimizer_state_dict``; accelerate 1.15 ``utils/fsdp_utils.py``, which the Trainer
-calls, too; torchtitan 0.3 ``components/checkpoint.py``.
+Sources: torch 2.13 ``distributed/checkpoint/state_dict.py: get_optimizer_state_dict``,
+nested and with ``flatten_optimizer_state_dict``; accelerate 1.15
+``utils/fsdp_utils.py``, which the Trainer calls, too; torchtitan 0.3
+``components/checkpoint.py``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ MODEL_FOLDER, OPTIMIZER_FOLDER = "pytorch_model_fsdp_0/", "optimizer_0/"
 
 
 def folders(state: CrossingState, layout: LayoutName) -> dict[str, list[StateEntry]]:
-    """The entries of each folder of DCP; its name ends in "/", or is empty for the output."""
+    """The entries of each folder of DCP; its name ends in "/", or is empty for the
+    output."""
     if layout == "torchtitan":
         model = [StateEntry((name,), tensor) for name, tensor in state.weights.items()]
         return {"": [*model, *_flat_optimizer(state)]}

@@ -1,8 +1,9 @@
 """``.metadata``: which tensors and objects there are, and where their bytes lie.
 
-A pickle of ``Metadata`` (torch 2.13 ``torch/distributed/checkpoint/metadata.py``) with the fields
-that torch has since 2.3: ``state_dict_metadata``, ``planner_data`` (the path of each name in the
-nested state dict) and ``storage_data``. It is written here without torch: classes are only named.
+A pickle of ``Metadata`` (torch 2.13 ``torch/distributed/checkpoint/metadata.py``) with
+the fields that torch has since 2.3: ``state_dict_metadata``, ``planner_data`` (the path
+of each name in the nested state dict) and ``storage_data``. It is written here without
+torch: classes are only named.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ class _MetadataFields:
         return self.infos[place]
 
     def properties_of(self, dtype: DType) -> Call:
-        """``TensorProperties``: element type, layout, gradient, memory format, pinned memory."""
+        """``TensorProperties``: element type, layout, gradient, memory format, pinned
+        memory."""
         if dtype not in self.properties:
             layout = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
             contiguous = Call(Global(_MODULE, "_MEM_FORMAT_ENCODING"), (0,))

@@ -1,8 +1,9 @@
 """Options of a param group as torch's own optimizers have them.
 
-``dcp.load`` asks for every option that the optimizer of whoever loads has, and refuses to load
-without one. DeepSpeed's optimizers lack some (``foreach``, ``fused``, ...): these are written as
-torch has them by default. More options than are asked for do no harm.
+``dcp.load`` asks for every option that the optimizer of whoever loads has, and refuses
+to load without one. DeepSpeed's optimizers lack some (``foreach``, ``fused``, ...):
+these are written as torch has them by default. More options than are asked for do no
+harm.
 
 Source: ``defaults`` of the optimizers in ``torch/optim`` of torch 2.3 to 2.13.
 """
@@ -102,7 +103,8 @@ def _missing(checkpoint: Checkpoint, group: ParamGroup, index: int) -> Iterator[
 
 
 def _decouples_weight_decay(checkpoint: Checkpoint) -> bool:
-    """Whether an Adam of DeepSpeed works as AdamW, which it does unless it is told otherwise.
+    """Whether an Adam of DeepSpeed works as AdamW, which it does unless it is told
+    otherwise.
 
     Source: DeepSpeed 0.19.8 ``runtime/engine.py: _configure_basic_optimizer``.
     """

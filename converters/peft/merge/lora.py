@@ -221,7 +221,8 @@ class Dora(Lora):
         return inputs.derived(self, "rows", lambda: self.ratio(inputs, 1))
 
     def ratio(self, inputs: Inputs, axis: int) -> Array:
-        """The ratio m / norm as a vector: of every row (``axis`` 1), or of every column (0).
+        """The ratio m / norm as a vector: of every row (``axis`` 1), or of every column
+        (0).
 
         Reads the weight once more, cell by cell, and sums the squares in fp64.
         """

@@ -62,8 +62,8 @@ def _dora(site: Site, magnitude: TensorRef, outputs: int, lora: Lora) -> WeightC
 def embedding(site: Site, parts: Parts, config: AdapterConfig) -> Changed:
     """The change that LoRA, or DoRA, makes to an embedding (rows, width).
 
-    ``parts`` has A (r, rows) and B (width, r). ``CheckpointError`` if their shapes do not
-    fit the embedding.
+    ``parts`` has A (r, rows) and B (width, r). ``CheckpointError`` if their shapes do
+    not fit the embedding.
     """
     factor_a = part_of(site, parts, "lora_embedding_A")
     factor_b = part_of(site, parts, "lora_embedding_B")
@@ -87,7 +87,8 @@ def ada(site: Site, parts: Parts, config: AdapterConfig) -> Changed:
     """The change that AdaLoRA makes to a layer's weight.
 
     ``parts`` has A (r, in), B (out, r), E (r, 1) and perhaps the number of ranks.
-    ``CheckpointError`` if the shapes do not fit, or the configuration has no ``lora_alpha``.
+    ``CheckpointError`` if the shapes do not fit, or the configuration has no
+    ``lora_alpha``.
     """
     factor_a, factor_b = part_of(site, parts, "lora_A"), part_of(site, parts, "lora_B")
     factor_e, ranknum = part_of(site, parts, "lora_E"), find(parts, "ranknum")
@@ -112,8 +113,8 @@ def ada(site: Site, parts: Parts, config: AdapterConfig) -> Changed:
 def chat(site: Site, parts: Parts, config: AdapterConfig) -> Changed:
     """The change that DeepSpeed-Chat's LoRA makes to a layer's weight (out, in).
 
-    ``parts`` has the left factor (r, out) and the right one (in, r). ``CheckpointError`` if
-    their shapes do not fit the weight.
+    ``parts`` has the left factor (r, out) and the right one (in, r). ``CheckpointError``
+    if their shapes do not fit the weight.
     """
     left, right = (part_of(site, parts, role) for role in CHAT)
     rank, outputs = left.shape if len(left.shape) == 2 else (0, 0)

@@ -304,9 +304,9 @@ def holds_base(
 ) -> bool:
     """Whether there are weights of the model that is adapted, not only what was trained.
 
-    ``plain`` maps names of the model to those in ``weights``, ``adapted`` are names of the model.
-    Tied weights tell nothing: they are saved where frozen ones are excluded, too
-    (``storage_views``).
+    ``plain`` maps names of the model to those in ``weights``, ``adapted`` are names of
+    the model. Tied weights tell nothing: they are saved where frozen ones are excluded,
+    too (``storage_views``).
     """
     tied = {*weights.aliases, *weights.aliases.values()} if weights.frozen else set()
     untied = [name for name in adapted if name in plain and plain[name] not in tied]

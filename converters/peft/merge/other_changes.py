@@ -21,7 +21,8 @@ def otherwise() -> str:
 
 
 def ia3(site: Site, parts: Parts, shared: Parts, config: AdapterConfig) -> Changed:
-    """The changes that IA3 makes to a layer's weight, and to its bias if it scales outputs.
+    """The changes that IA3 makes to a layer's weight, and to its bias if it scales
+    outputs.
 
     ``parts`` has a vector with one number for each input of a feedforward layer, or each
     output of another. ``CheckpointError`` if its length does not fit the layer.
@@ -78,8 +79,9 @@ def _feedforward(config: AdapterConfig, module: str) -> bool:
 def vera(site: Site, parts: Parts, shared: Parts, config: AdapterConfig) -> Changed:
     """The change that VeRA makes to a layer's weight, a matrix.
 
-    ``shared`` has the adapter's matrices A and B, of which a layer uses as many columns and
-    rows as it needs. ``CheckpointError`` if the checkpoint lacks them, or shapes do not fit.
+    ``shared`` has the adapter's matrices A and B, of which a layer uses as many columns
+    and rows as it needs. ``CheckpointError`` if the checkpoint lacks them, or shapes do
+    not fit.
     """
     lambda_b = part_of(site, parts, "vera_lambda_b")
     lambda_d = part_of(site, parts, "vera_lambda_d")
@@ -229,10 +231,11 @@ def _product_shape(factors: tuple[TensorRef, ...]) -> tuple[int, ...] | None:
 
 
 def lokr(site: Site, parts: Parts, config: AdapterConfig) -> Changed:
-    """The change that LoKr makes to a layer's weight: a Kronecker product of two matrices.
+    """The change that LoKr makes to a layer's weight: a Kronecker product of two
+    matrices.
 
-    ``parts`` has each of them whole or as factors. ``CheckpointError`` if the product does
-    not have the weight's shape, or the configuration has no rank.
+    ``parts`` has each of them whole or as factors. ``CheckpointError`` if the product
+    does not have the weight's shape, or the configuration has no rank.
     """
     first = _either(site, parts, "lokr_w1")
     second = _either(site, parts, "lokr_w2")

@@ -1,6 +1,7 @@
 """Locks of files that end with the process: flock(2), which Windows does not have.
 
-Who reads may do without: then nobody sees it. What deletes, or commits for others, may not.
+Who reads may do without: then nobody sees it. What deletes, or commits for others, may
+not.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ else:
 
 
 def take(fd: int, *, shared: bool = False) -> None:
-    """Locks an open file, not waited for; ``OSError`` if it is locked, or there are no locks."""
+    """Locks an open file, not waited for; ``OSError`` if it is locked, or there are no
+    locks."""
     if sys.platform == "win32" or not OFFERED:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

@@ -20,7 +20,8 @@ except ImportError:
 else:
     _FULL_SYNC = getattr(fcntl, "F_FULLFSYNC", None)
 
-# What a filesystem answers that does not offer a call; a failing or full disk says other things.
+# What a filesystem answers that does not offer a call; a failing or full disk says other
+# things.
 UNOFFERED = errnos.numbers(
     *("EINVAL", "ENOSYS", "EOPNOTSUPP", "ENOTSUP", "ENOTTY"),
     *("EBADF", "EISDIR", "EACCES", "EPERM"),
@@ -43,7 +44,8 @@ def descriptor(fd: int) -> None:
 
 
 def filesystem(fd: int) -> None:
-    """Puts all of a file's filesystem on disk; since Linux 5.8 it tells of writes that failed."""
+    """Puts all of a file's filesystem on disk; since Linux 5.8 it tells of writes that
+    failed."""
     syncfs = c_library.function("syncfs")
     if syncfs is None:
         everything()

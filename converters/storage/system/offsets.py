@@ -1,8 +1,8 @@
 """Reading and writing at an offset of an open file, from several threads.
 
 Each call moves as much as one call of the system does, which may be less than asked for.
-Without pread(2) the file's own position is set, and set back for whoever reads on from there,
-by one thread at a time for each descriptor.
+Without pread(2) the file's own position is set, and set back for whoever reads on from
+there, by one thread at a time for each descriptor.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def write(fd: int, data: memoryview | bytes, offset: int, flags: int = 0) -> int
 
 
 def start_writing_back(fd: int, offset: int, length: int) -> None:
-    """Has the system begin to put bytes on the disk that were written, where it can be asked."""
+    """Has the system begin to put bytes on the disk that were written, where it can be
+    asked."""
     if sys.platform == "linux" and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 

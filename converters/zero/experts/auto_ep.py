@@ -4,9 +4,9 @@
     w1 of ep rank 0 (local)     |- expert 0 -|- expert 1 -|
     w1 of ep rank 1 (local)                               |- expert 2 -|- expert 3 -|
 
-Which experts an expert rank has is ``expert_placement`` of ``ds_autoep_layers`` in a model
-file; they need not follow one another. ``param_shapes`` has the local shapes of the rank
-that wrote it. Source: DeepSpeed 0.19.8 ``module_inject/auto_ep.py``,
+Which experts an expert rank has is ``expert_placement`` of ``ds_autoep_layers`` in a
+model file; they need not follow one another. ``param_shapes`` has the local shapes of
+the rank that wrote it. Source: DeepSpeed 0.19.8 ``module_inject/auto_ep.py``,
 ``runtime/engine.py`` (``_save_moe_checkpoint``).
 """
 
@@ -103,7 +103,8 @@ def local_shapes(
     expert_rank: int,
     group: SharedGroup,
 ) -> dict[str, Shape]:
-    """The shapes that an expert rank has, from those of the rank that wrote ``param_shapes``.
+    """The shapes that an expert rank has, from those of the rank that wrote
+    ``param_shapes``.
 
     Those of DeepSpeed-MoE are the same on every rank.
     """
@@ -124,7 +125,8 @@ def local_shapes(
 
 
 def require_stack(model: State, layer: AutoEPLayer, name: str, shape: Shape) -> None:
-    """Raises unless a shape is that of the experts of the rank that wrote the model file."""
+    """Raises unless a shape is that of the experts of the rank that wrote the model
+    file."""
     count = len(layer.experts[layer.expert_rank])
     if shape[:1] != (count,):
         raise model.fail(
@@ -241,7 +243,8 @@ def _whole_stack(parts: Sequence[TensorRef]) -> TensorRef:
 def in_optimizer_order(
     layers: Sequence[AutoEPLayer], parameters: Mapping[str, TensorRef]
 ) -> dict[str, TensorRef]:
-    """Parameters that are no experts, as AutoEP gives them to the optimizer: routers last.
+    """Parameters that are no experts, as AutoEP gives them to the optimizer: routers
+    last.
 
     They are so in every checkpoint seen (``param_shapes`` of 0.19.8, stages 1 to 3).
     """
@@ -251,10 +254,11 @@ def in_optimizer_order(
 
 
 def as_whole(model: State) -> State:
-    """A model file as if one rank had had all experts, for states that were merged already.
+    """A model file as if one rank had had all experts, for states that were merged
+    already.
 
-    ``param_shapes`` has the whole stacks then, and nothing speaks of expert ranks. A model
-    file without AutoEP stays as it is.
+    ``param_shapes`` has the whole stacks then, and nothing speaks of expert ranks. A
+    model file without AutoEP stays as it is.
     """
     layers = layers_of(model)
     shapes = state_files.shapes(model, "param_shapes")

@@ -9,8 +9,9 @@ With ``use_data_before_expert_parallelism`` ep rank 0 has the ranks 0 and 1 inst
 group of experts has a name (``ep_size_2``), and its place among the groups may differ
 between the ranks of one save: DeepSpeed iterates a set of names there, whose order is
 that of a rank's hash seed. So a group is known by its name, never by its place. Sources:
-DeepSpeed 0.19.8 ``moe/utils.py`` (``split_params_into_different_moe_groups_for_optimizer``),
-``utils/groups.py`` (``_get_expert_parallel_ranks``), ``runtime/zero/stage_1_and_2.py``.
+DeepSpeed 0.19.8 ``moe/utils.py``
+(``split_params_into_different_moe_groups_for_optimizer``), ``utils/groups.py``
+(``_get_expert_parallel_ranks``), ``runtime/zero/stage_1_and_2.py``.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     ranks of ep rank 1          experts 2, 3     local 0 is expert 2
 
 The param groups of experts are flat vectors like those of other parameters, but each is
-shared by the ranks of one expert rank alone (``expert_groups``), and has the names of its
-local experts. ``module`` has everything but the experts, cloned; the experts have files
-(``expert_files``). Sources: DeepSpeed 0.19.8 ``runtime/engine.py``
+shared by the ranks of one expert rank alone (``expert_groups``), and has the names of
+its local experts. ``module`` has everything but the experts, cloned; the experts have
+files (``expert_files``). Sources: DeepSpeed 0.19.8 ``runtime/engine.py``
 (``_save_moe_checkpoint``), ``moe/experts.py``.
 """
 
@@ -206,7 +206,8 @@ def _numbered(
 ) -> dict[str, TensorRef]:
     """The fp32 weights of experts under their numbers over all ranks.
 
-    ``copies`` are the 16-bit ones. ``CheckpointError`` unless both have the same experts.
+    ``copies`` are the 16-bit ones. ``CheckpointError`` unless both have the same
+    experts.
     """
     counts: dict[str, int] = {}
     for match in map(NATIVE.fullmatch, copies):

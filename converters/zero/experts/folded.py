@@ -4,12 +4,13 @@
     files of model rank       00         01         00         01      a shard of what is dense
     experts                   0 1        2 3        0 1        2 3     whole, whatever the lane
 
-An expert rank has other experts than its tensor-parallel neighbours, under the same local names,
-and the lists of patterns and the affine map call these replicated, which they are not. So
-experts never go through the rules of tensor parallelism: what says where they belong is
-``folding`` in the optimizer files (``ep_rank``, and the place among the ranks that share them).
-Sources: DeepSpeed 0.19.8 ``module_inject/auto_ep_folding.py``, ``runtime/engine.py``
-(``_save_moe_checkpoint``, ``_autoep_zero_optimizer_param_families``).
+An expert rank has other experts than its tensor-parallel neighbours, under the same
+local names, and the lists of patterns and the affine map call these replicated, which
+they are not. So experts never go through the rules of tensor parallelism: what says
+where they belong is ``folding`` in the optimizer files (``ep_rank``, and the place among
+the ranks that share them). Sources: DeepSpeed 0.19.8
+``module_inject/auto_ep_folding.py``, ``runtime/engine.py`` (``_save_moe_checkpoint``,
+``_autoep_zero_optimizer_param_families``).
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def read(place: Place, files: FolderFiles) -> Source:
 def _flat(
     place: Place, lanes: Sequence[Lane], layers: Sequence[AutoEPLayer], experts: ExpertFiles
 ) -> list[Source]:
-    """The lanes of stages 1 and 2; the first one stands for all in what is no lane's alone."""
+    """The lanes of stages 1 and 2; the first one stands for all in what is no lane's
+    alone."""
     stacks = _stacks(place, lanes, layers)
     sources = []
     for number, lane in enumerate(lanes):
@@ -141,7 +143,8 @@ def _dense_weights(lane: Lane) -> Weights:
 def _with_shapes(
     model: State, groups: Sequence[SharedGroup]
 ) -> list[tuple[SharedGroup, dict[str, Shape]]]:
-    """Each group with its part of ``param_shapes``, which is in the order of the first file."""
+    """Each group with its part of ``param_shapes``, which is in the order of the first
+    file."""
     shapes = state_files.shapes(model, "param_shapes") or []
     if len(shapes) != len(groups):
         raise model.fail(

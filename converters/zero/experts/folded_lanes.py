@@ -1,7 +1,8 @@
-"""The files of AutoEP with AutoTP, by tensor-parallel rank, and what they say of experts.
+"""The files of AutoEP with AutoTP, by tensor-parallel rank, and what they say of
+experts.
 
-Every file has ``folding``: which tensor-parallel rank and which expert rank wrote it. Source:
-DeepSpeed 0.19.8 ``checkpoint/autoep_universal.py`` (``make_folding_metadata``).
+Every file has ``folding``: which tensor-parallel rank and which expert rank wrote it.
+Source: DeepSpeed 0.19.8 ``checkpoint/autoep_universal.py`` (``make_folding_metadata``).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """What a tensor-parallel rank has: its model file, or under stage 3 one for each of its
-    data ranks, and its optimizer files in rank order."""
+    """What a tensor-parallel rank has: its model file, or under stage 3 one for each of
+    its data ranks, and its optimizer files in rank order."""
 
     models: tuple[State, ...]
     ranks: tuple[State, ...]
@@ -101,8 +102,8 @@ def folding(state: State) -> Section:
 
 
 def by_training_rank(members: Sequence[Sequence[State]]) -> list[State]:
-    """The files of all lanes as the ranks of the training were numbered: lane by lane of the
-    first data rank, then of the second."""
+    """The files of all lanes as the ranks of the training were numbered: lane by lane of
+    the first data rank, then of the second."""
     return [state for lane_members in zip(*members, strict=True) for state in lane_members]
 
 

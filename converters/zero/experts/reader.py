@@ -14,7 +14,8 @@ from converters.zero.files import several_models
 
 @open_files.once()
 def read_any(path: Path, tag: str | None = None, complete: bool = False) -> Source:
-    """What files hold whose names tell of ZeRO alone: AutoEP under stage 3 has no others."""
+    """What files hold whose names tell of ZeRO alone: AutoEP under stage 3 has no
+    others."""
     try:
         return reader.read(path, tag, complete)
     except ExpertsError:
@@ -38,8 +39,8 @@ def read_lanes(path: Path, tag: str | None = None, complete: bool = False) -> So
 def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     """The weights of the model with all experts, and the optimizer's state by name.
 
-    All files have to be there, with ``complete`` or without. ``CheckpointError`` for what
-    is damaged or incomplete.
+    All files have to be there, with ``complete`` or without. ``CheckpointError`` for
+    what is damaged or incomplete.
     """
     # which most checkpoints need not
     from converters.zero.experts import flat_groups, folded, sub_groups

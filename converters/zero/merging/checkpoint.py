@@ -1,8 +1,8 @@
 """What a checkpoint holds, as trees that can be written again.
 
-A checkpoint of ZeRO alone has it in its files. One of more parallelism is merged first: its
-parameters, their states and its state dict are those of the whole model then, and everything
-else is what the files of the first model-parallel rank have.
+A checkpoint of ZeRO alone has it in its files. One of more parallelism is merged first:
+its parameters, their states and its state dict are those of the whole model then, and
+everything else is what the files of the first model-parallel rank have.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Node = Any  # a value in a tree (``object_graph``)
 class MergedCheckpoint(Checkpoint):
     """A checkpoint of more parallelism, as if ZeRO alone had saved it.
 
-    ``source`` is what was merged, ``groups`` are the whole param groups. ``model`` and ``ranks``
-    are the files of the first model-parallel rank, ``model_paths`` its model files by data
-    rank. ``layer_nodes`` are values of the state dict that lie in other files, ``changes``
-    entries of model files that the whole model has otherwise, ``universal_entries`` what the
-    files of the universal format say of a parameter.
+    ``source`` is what was merged, ``groups`` are the whole param groups. ``model`` and
+    ``ranks`` are the files of the first model-parallel rank, ``model_paths`` its model
+    files by data rank. ``layer_nodes`` are values of the state dict that lie in other
+    files, ``changes`` entries of model files that the whole model has otherwise,
+    ``universal_entries`` what the files of the universal format say of a parameter.
     """
 
     source: Source
@@ -99,8 +99,8 @@ def whole_model(
 ) -> State:
     """A model file as if it had the state dict of the whole model.
 
-    ``own_values`` are what the files have under a name: buffers, and under stage 3 what stands
-    in the place of parameters.
+    ``own_values`` are what the files have under a name: buffers, and under stage 3 what
+    stands in the place of parameters.
     """
     module: dict[str, Any] = {}
     for name in weights.order:
@@ -133,7 +133,8 @@ def universal_entries(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
 
 
 def optimizer_root(checkpoint: Checkpoint, rank: int) -> dict[Any, Any]:
-    """The root of the optimizer file that rank ``rank`` of any other number is made from."""
+    """The root of the optimizer file that rank ``rank`` of any other number is made
+    from."""
     root = object_graph.read_root(checkpoint.ranks[rank % len(checkpoint.ranks)].path)
     if not isinstance(checkpoint, MergedCheckpoint):
         return root
@@ -169,7 +170,8 @@ def _flattened(module: Node, prefix: str = "", depth: int = 0) -> Iterator[tuple
         is_dict = isinstance(node, dict) or (
             isinstance(node, Call) and node.of == object_graph.ORDERED
         )
-        # as ``State.module`` has it: what a module's get_extra_state returned stays as it is
+        # as ``State.module`` has it: what a module's get_extra_state returned stays as
+        # it is
         if is_dict and depth < MAX_NESTING and not str(key).endswith("_extra_state"):
             yield from _flattened(node, f"{prefix}{key}.", depth + 1)
         else:

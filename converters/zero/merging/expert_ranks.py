@@ -4,9 +4,9 @@
     ranks of expert rank 1    deepspeed_experts.0, 1      numbers 2, 3
     whole group               deepspeed_experts.0 ... 3   w1 (AutoEP): one stack of all
 
-What the ranks of one expert rank have of a group is read as if it were a checkpoint of that one
-group. Groups are matched by name (``experts.expert_groups``); under stage 3 a sub-group says
-which ranks share it (``experts.sub_groups``).
+What the ranks of one expert rank have of a group is read as if it were a checkpoint of
+that one group. Groups are matched by name (``experts.expert_groups``); under stage 3 a
+sub-group says which ranks share it (``experts.sub_groups``).
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class RankGroups:
 class ExpertStates:
     """The state files of a checkpoint of experts, and its layers of AutoEP.
 
-    ``models`` are the model files by rank under stage 3, else the only one; ``ranks`` the
-    optimizer files in rank order.
+    ``models`` are the model files by rank under stage 3, else the only one; ``ranks``
+    the optimizer files in rank order.
     """
 
     place: Place
@@ -125,7 +125,8 @@ def _tree_of_group(state: State, root: Tree, number: int) -> dict[Any, Any]:
 def _group(
     states: ExpertStates, ranks: Sequence[State], shapes: Sequence[Mapping[str, Shape]], tree: Tree
 ) -> ParamGroup:
-    """The only param group of some optimizer files; ``shapes`` are those of its sub-groups."""
+    """The only param group of some optimizer files; ``shapes`` are those of its
+    sub-groups."""
     checkpoint = Checkpoint(
         kind=EXPERTS,
         place=states.place,

@@ -1,7 +1,7 @@
 """Experts: a checkpoint with those of all expert ranks, and what it is made of.
 
-``ExpertsCheckpoint`` has the whole model; its ``dense`` is the same without experts, which is what
-a model file holds.
+``ExpertsCheckpoint`` has the whole model; its ``dense`` is the same without experts,
+which is what a model file holds.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from converters.zero.param_groups import ParamGroup
 class ExpertsCheckpoint(MergedCheckpoint):
     """A checkpoint of experts, as if each rank had them all.
 
-    ``dense`` is what all ranks share. ``expert_sizes`` are the numbers of expert ranks that its
-    groups were dealt out to, ``group_numel`` the most elements of a group of experts on a rank,
-    if there is a limit. ``expert_paths`` are the files of single experts by layer and expert.
+    ``dense`` is what all ranks share. ``expert_sizes`` are the numbers of expert ranks
+    that its groups were dealt out to, ``group_numel`` the most elements of a group of
+    experts on a rank, if there is a limit. ``expert_paths`` are the files of single
+    experts by layer and expert.
     """
 
     dense: MergedCheckpoint
@@ -136,8 +137,8 @@ def _checkpoint(
 
 
 def _own_values(model: State, weights: Weights) -> dict[str, Any]:
-    """What the model file has under the names of its state dict, and the fp32 weights of stage 3
-    under the others."""
+    """What the model file has under the names of its state dict, and the fp32 weights of
+    stage 3 under the others."""
     return {**weights.tensors, **model.module}
 
 

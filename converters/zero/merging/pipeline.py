@@ -1,10 +1,10 @@
 """A pipeline: the param groups of all stages, one after another.
 
-The parameters have the names and the order that a ``PipelineModule`` of one stage gives them, and
-that is loaded by the engine of such a module: tied modules first, then layer by layer. Of a tied
-module only one stage's copy is written, with its states. Source: DeepSpeed 0.19.8
-``runtime/pipe/module.py`` (``__init__``, ``_build``), ``runtime/pipe/engine.py``
-(``load_module_state_dict``).
+The parameters have the names and the order that a ``PipelineModule`` of one stage gives
+them, and that is loaded by the engine of such a module: tied modules first, then layer
+by layer. Of a tied module only one stage's copy is written, with its states. Source:
+DeepSpeed 0.19.8 ``runtime/pipe/module.py`` (``__init__``, ``_build``),
+``runtime/pipe/engine.py`` (``load_module_state_dict``).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from converters.zero.merging import mics
 def read(path: Name, tag: str | None = None) -> Checkpoint:
     """Locates everything that a training goes on from; reads pickles only.
 
-    ``CheckpointError`` for what is damaged, incomplete, or has no form that ZeRO alone would
-    have saved.
+    ``CheckpointError`` for what is damaged, incomplete, or has no form that ZeRO alone
+    would have saved.
     """
     location = source_path(path)
     kind = detect(location, tag).kind.name

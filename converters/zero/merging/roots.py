@@ -1,7 +1,8 @@
-"""Entries of state files that tell of parallelism, as a training with ZeRO alone has them.
+"""Entries of state files that tell of parallelism, as a training with ZeRO alone has
+them.
 
-Sources: ``_common_checkpoint_state`` of DeepSpeed 0.19.8 ``runtime/engine.py``; the settings of
-MiCS are those of 0.16 ``runtime/zero/config.py``.
+Sources: ``_common_checkpoint_state`` of DeepSpeed 0.19.8 ``runtime/engine.py``; the
+settings of MiCS are those of 0.16 ``runtime/zero/config.py``.
 """
 
 from __future__ import annotations

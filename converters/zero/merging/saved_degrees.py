@@ -1,4 +1,5 @@
-"""How a checkpoint is split up beside ZeRO, by the names of its files and the first of them.
+"""How a checkpoint is split up beside ZeRO, by the names of its files and the first of
+them.
 
     mp_rank_00_*, mp_rank_01_*      tensor-parallel ranks, or stages of them
     layer_00-model_01-*             stages, each of two tensor-parallel ranks
@@ -30,8 +31,8 @@ _EXPERT_GROUP = LazyPattern(r"ep_size_(\d{1,9})")
 class Degrees:
     """The ranks that share a model beside ZeRO.
 
-    ``expert_ranks`` are the numbers of ranks that experts are dealt out to, one where all
-    layers have the same, none without experts; ``None`` where that is not known.
+    ``expert_ranks`` are the numbers of ranks that experts are dealt out to, one where
+    all layers have the same, none without experts; ``None`` where that is not known.
     """
 
     tensor_ranks: int = 1
@@ -63,8 +64,8 @@ NONE = Degrees()
 
 
 def of_place(place: Place) -> Degrees:
-    """The degrees of the files of a tag; reads a model file and an optimizer file where their
-    names tell of more than ZeRO, or of stage 3."""
+    """The degrees of the files of a tag; reads a model file and an optimizer file where
+    their names tell of more than ZeRO, or of stage 3."""
     files = folder_files.scan(place)
     count = len(files.model_ranks)
     model = _first_model(files)
@@ -102,7 +103,8 @@ def _first_model(files: FolderFiles) -> State | None:
 
 
 def _stated_sizes(files: FolderFiles) -> Iterator[int]:
-    """The numbers of expert ranks in the names of the param groups of the first optimizer."""
+    """The numbers of expert ranks in the names of the param groups of the first
+    optimizer."""
     paths = [
         path
         for by_model_rank in (files.optimizers, files.expert_optimizers)

@@ -1,8 +1,9 @@
-"""A whole checkpoint cut for tensor-parallel ranks: what the files of each are made from.
+"""A whole checkpoint cut for tensor-parallel ranks: what the files of each are made
+from.
 
-How parameters are cut is what the checkpoint itself was cut by, for another number of ranks, or
-the user's rules. It is written down in every model file as DeepSpeed does it (the affine map), so
-that ``ds_to_universal.py`` and we can read the result.
+How parameters are cut is what the checkpoint itself was cut by, for another number of
+ranks, or the user's rules. It is written down in every model file as DeepSpeed does it
+(the affine map), so that ``ds_to_universal.py`` and we can read the result.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class TensorRanks:
     def of(checkpoint: Checkpoint, rank_count: int) -> TensorRanks:
         """The cuts for ``rank_count`` ranks.
 
-        ``CheckpointError`` where nothing says how a parameter is cut, or it cannot be cut for
-        that many ranks.
+        ``CheckpointError`` where nothing says how a parameter is cut, or it cannot be
+        cut for that many ranks.
         """
         _require(checkpoint)
         source = original(checkpoint)
@@ -89,7 +90,8 @@ class TensorRanks:
         return TensorRanks(checkpoint, rank_count, layouts)
 
     def rank(self, rank: int) -> MergedCheckpoint:
-        """What the files of a tensor-parallel rank are made from: a checkpoint of its shards."""
+        """What the files of a tensor-parallel rank are made from: a checkpoint of its
+        shards."""
         checkpoint = self.checkpoint
 
         def shard(name: str, tensor: TensorRef) -> TensorRef:
@@ -192,7 +194,8 @@ def _layout(
 
 
 def _group(group: ParamGroup, shard: Callable[[str, TensorRef], TensorRef]) -> ParamGroup:
-    """What a rank has of a param group: DeepSpeed leaves out what the rank has nothing of."""
+    """What a rank has of a param group: DeepSpeed leaves out what the rank has nothing
+    of."""
     shards = {name: shard(name, group.values[WEIGHTS][name]) for name in group.shapes}
     shapes = {name: tensor.shape for name, tensor in shards.items() if tensor.numel}
     values = {

@@ -1,7 +1,7 @@
 """What a file of the universal format says of how its parameter is cut up.
 
-Engines of AutoTP know that themselves. Others cut the tensor by these entries, whatever their
-number of ranks:
+Engines of AutoTP know that themselves. Others cut the tensor by these entries, whatever
+their number of ranks:
 
     cat_dim              the axis
     param_n_sub_params   sub-parameters of equal size on it, each cut
@@ -10,7 +10,8 @@ number of ranks:
 
 A stack of AutoEP's experts says that it is one (``is_expert_param``), and of how many.
 
-Source: ``load_hp_checkpoint_state`` of DeepSpeed 0.19.8 ``checkpoint/universal_checkpoint.py``.
+Source: ``load_hp_checkpoint_state`` of DeepSpeed 0.19.8
+``checkpoint/universal_checkpoint.py``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _SUB_PARAMETERS = Global("deepspeed.checkpoint.universal_checkpoint", "SubparamS
 
 
 def entries_of(name: str, layout: Cut, is_vocabulary: bool) -> dict[str, Any]:
-    """The entries of a parameter that is cut so; empty for one that every rank has whole."""
+    """The entries of a parameter that is cut so; empty for one that every rank has
+    whole."""
     parts = degrees.sub_parameters(layout)
     if parts is None:  # each rank has all of it, or boxes that none of these entries describes
         return {}

@@ -1,9 +1,10 @@
 """Param groups with the experts of all expert ranks, in the order of the model.
 
-DeepSpeed makes the groups of experts itself: one for each number of expert ranks and each group
-that the user gave, which ends where it would have more than ``GROUP_NUMEL`` elements on a rank
-(0.19.8 ``moe/utils.py``, ``split_params_into_different_moe_groups_for_optimizer``). Here there is
-one for each group that the user gave.
+DeepSpeed makes the groups of experts itself: one for each number of expert ranks and
+each group that the user gave, which ends where it would have more than ``GROUP_NUMEL``
+elements on a rank (0.19.8 ``moe/utils.py``,
+``split_params_into_different_moe_groups_for_optimizer``). Here there is one for each
+group that the user gave.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def is_expert_group(group: ParamGroup) -> bool:
 
 
 def group_limit(groups: Sequence[RankGroups]) -> int | None:
-    """The most elements of a rank in a group of experts; ``None`` where there was no limit, as
-    a group shows that has more."""
+    """The most elements of a rank in a group of experts; ``None`` where there was no
+    limit, as a group shows that has more."""
     parts = [group.groups[0] for group in groups if group.has_experts]
     is_larger = any(len(part.shapes) > 1 and _numel(part) > GROUP_NUMEL for part in parts)
     return None if is_larger else GROUP_NUMEL
@@ -109,7 +110,8 @@ def _name(group: ParamGroup) -> str:
 
 
 def _is_alike(first: ParamGroup, second: ParamGroup) -> bool:
-    """Whether two groups have the same options, but for their names, and the same states."""
+    """Whether two groups have the same options, but for their names, and the same
+    states."""
     options, counterparts = (
         {key: value for key, value in (group.options or {}).items() if key != "name"}
         for group in (first, second)
@@ -153,8 +155,8 @@ def _whole(states: ExpertStates, group: RankGroups, counts: Mapping[str, int]) -
 def in_model_order(
     names: Sequence[str], local_counts: Mapping[str, int], expert_ranks: int
 ) -> list[str]:
-    """The names of a group for the experts of so many expert ranks, layer by layer and expert by
-    expert; ``names`` are those of some experts of each layer."""
+    """The names of a group for the experts of so many expert ranks, layer by layer and
+    expert by expert; ``names`` are those of some experts of each layer."""
     inner_names: dict[str, dict[str, None]] = {}  # of each layer of single experts, and no others
     for name in names:
         if match := NATIVE.fullmatch(name):

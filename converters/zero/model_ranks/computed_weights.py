@@ -1,7 +1,8 @@
 """The weights that the model computes with, of a checkpoint of more than ZeRO.
 
-Stages 0 to 2 save them in model files, files of layers and files of single experts, which the
-readers of each kind put together as they do with the fp32 ones. Stage 3 saves none.
+Stages 0 to 2 save them in model files, files of layers and files of single experts,
+which the readers of each kind put together as they do with the fp32 ones. Stage 3 saves
+none.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from converters.source import MASTERS, Source
 
 
 def of(source: Source) -> Source:
-    """The same with the weights of the model files, and the fp32 ones as what they are compared
-    with.
+    """The same with the weights of the model files, and the fp32 ones as what they are
+    compared with.
 
     ``CheckpointError`` where the files do not have them.
     """

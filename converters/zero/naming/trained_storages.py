@@ -1,9 +1,10 @@
 """Trained parameters by the storage that they lie in, where ``module`` has other
 names for them.
 
-Under stages 1 and 2 the trained tensors of ``module`` are views into one 16-bit storage a group, at
-the elements where the fp32 partitions have them. So what lies there is trained, whatever the state
-dict calls it (``names.rules``), and its master weights are the same elements of the partitions:
+Under stages 1 and 2 the trained tensors of ``module`` are views into one 16-bit storage
+a group, at the elements where the fp32 partitions have them. So what lies there is
+trained, whatever the state dict calls it (``names.rules``), and its master weights are
+the same elements of the partitions:
 
     parameters   |--- a ---|------ b ------|- c -|pad|    names and places by param_shapes
     storage      |--- x ---|-- y --|-- z --|- c -|pad|    names and places by the views of module

@@ -1,11 +1,13 @@
-"""A checkpoint of experts for other expert ranks, world sizes and stages, as a plan of files.
+"""A checkpoint of experts for other expert ranks, world sizes and stages, as a plan of
+files.
 
     mp_rank_00_model_states.pt                    the model without experts
     layer_L_expert_E_mp_rank_00_model_states.pt   stages 1, 2: expert E of all, in 16 bits
     zero_pp_rank_R_mp_rank_00_optim_states.pt     a part of each param group (``expert_trees``)
 
-Under stage 3 (AutoEP) each rank has a model file, and experts are in the optimizer files alone.
-Source: DeepSpeed 0.19.8 ``runtime/engine.py`` (``_save_moe_checkpoint``, ``load_moe_state_dict``).
+Under stage 3 (AutoEP) each rank has a model file, and experts are in the optimizer files
+alone. Source: DeepSpeed 0.19.8 ``runtime/engine.py`` (``_save_moe_checkpoint``,
+``load_moe_state_dict``).
 """
 
 from __future__ import annotations
@@ -147,7 +149,8 @@ def _local_names(
 def _frozen_experts(
     checkpoint: ExpertsCheckpoint, local_counts: Mapping[str, int]
 ) -> Iterator[str]:
-    """The frozen parameters of the experts of the first expert rank, which have local names."""
+    """The frozen parameters of the experts of the first expert rank, which have local
+    names."""
     for name in checkpoint.weights.frozen:
         match = NATIVE.fullmatch(name)
         if match is not None and int(match["expert"]) < local_counts[match["prefix"]]:
@@ -212,8 +215,8 @@ def prove(
 ) -> dict[str, int]:
     """Reads the plan's files in ``output`` and compares all of them with the source.
 
-    By place, not by value (``proof``); counts what was found equal. ``CheckpointError`` if
-    anything is not.
+    By place, not by value (``proof``); counts what was found equal. ``CheckpointError``
+    if anything is not.
     """
     ranks = ExpertRanks.of(checkpoint, topology)
     try:

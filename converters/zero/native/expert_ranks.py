@@ -4,7 +4,8 @@
     use_data_before... is not set      expert rank 0   1   0   1
     use_data_before_expert_parallelism             0   0   1   1
 
-Source: DeepSpeed 0.19.8 ``utils/groups.py`` (``_get_expert_parallel_ranks``), ``moe/utils.py``.
+Source: DeepSpeed 0.19.8 ``utils/groups.py`` (``_get_expert_parallel_ranks``),
+``moe/utils.py``.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class ExpertRanks:
-    """``count`` expert ranks among ``world_size`` ranks; ``is_block`` if those of one expert
-    rank follow one another."""
+    """``count`` expert ranks among ``world_size`` ranks; ``is_block`` if those of one
+    expert rank follow one another."""
 
     count: int
     world_size: int
@@ -44,7 +45,8 @@ class ExpertRanks:
 
     @staticmethod
     def of(checkpoint: ExpertsCheckpoint, topology: TargetTopology) -> ExpertRanks:
-        """The expert ranks of the target; ``CheckpointError`` for what DeepSpeed does not load."""
+        """The expert ranks of the target; ``CheckpointError`` for what DeepSpeed does
+        not load."""
         require(checkpoint, topology)
         return ExpertRanks(topology.expert_ranks, topology.world_size, checkpoint.is_block)
 
@@ -100,7 +102,8 @@ class ExpertRanks:
     def _local_tensors(
         self, tensors: Mapping[str, TensorRef], local_counts: Mapping[str, int], expert_rank: int
     ) -> Iterator[tuple[str, TensorRef]]:
-        """The experts of an expert rank by their local names: single ones, and parts of stacks."""
+        """The experts of an expert rank by their local names: single ones, and parts of
+        stacks."""
         for name, tensor in tensors.items():
             match = NATIVE.fullmatch(name)
             if match is None:

@@ -1,8 +1,9 @@
-"""What the optimizer files of expert ranks hold: param groups, each cut for those that share it.
+"""What the optimizer files of expert ranks hold: param groups, each cut for those that
+share it.
 
-Every group is cut up by itself (``optimizer_files``), for as many ranks as have its parameters;
-a rank's file has its part of each. Sources: DeepSpeed 0.19.8 ``runtime/zero/stage_1_and_2.py``,
-``stage3.py`` (``_zero3_partition_group_metadata``).
+Every group is cut up by itself (``optimizer_files``), for as many ranks as have its
+parameters; a rank's file has its part of each. Sources: DeepSpeed 0.19.8
+``runtime/zero/stage_1_and_2.py``, ``stage3.py`` (``_zero3_partition_group_metadata``).
 """
 
 from __future__ import annotations

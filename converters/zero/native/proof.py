@@ -71,8 +71,9 @@ class Provenance:
         return TensorRef.concat(parts) if parts else None
 
     def _cut_tensor(self, tensor: TensorRef) -> TensorRef | None:
-        """The tensor of the source that one of the result was cut out of, where all ranks have
-        their equal pieces of it: so by arithmetic, without a look at each piece."""
+        """The tensor of the source that one of the result was cut out of, where all
+        ranks have their equal pieces of it: so by arithmetic, without a look at each
+        piece."""
         extents = tensor.extents
         if not isinstance(extents, Partitioned) or extents.start:
             return None
@@ -88,7 +89,8 @@ class Provenance:
         return TensorRef(tensor.dtype, (tensor.numel,), cuts.tensors[index])
 
     def _cuts_of(self, vectors: RankVectors, dtype: DType) -> Cuts | None:
-        """What the vectors of all ranks were cut out of; ``None`` if it is not one thing."""
+        """What the vectors of all ranks were cut out of; ``None`` if it is not one
+        thing."""
         cuts: Cuts | None = None
         for rank, vector in enumerate(vectors):
             offsets, placements = self.places[vector.path]

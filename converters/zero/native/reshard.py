@@ -134,8 +134,8 @@ def plan(
     """The files of the tag, named relative to the save_dir.
 
     With ``tensor_ranks`` those of tensor-parallel ranks, each on as many ranks as the
-    topology has. Reads pickles; of tensors only Muon's momentum of matrices that ranks share
-    (``muon``). ``CheckpointError`` for what cannot be cut up for other ranks.
+    topology has. Reads pickles; of tensors only Muon's momentum of matrices that ranks
+    share (``muon``). ``CheckpointError`` for what cannot be cut up for other ranks.
     """
     remedy = "a file is damaged or of another save; ckpt verify tells more"
     with consistent(checkpoint.place.folder, remedy):
@@ -152,7 +152,8 @@ def plan(
 def _by_tensor_rank(
     checkpoint: Checkpoint, tensor_ranks: TensorRanks | None
 ) -> Iterator[Checkpoint]:
-    """What the files of each tensor-parallel rank are made from; of one the checkpoint itself."""
+    """What the files of each tensor-parallel rank are made from; of one the checkpoint
+    itself."""
     if tensor_ranks is None:
         yield checkpoint
         return
@@ -203,8 +204,8 @@ def prove(
     if len(result.lanes) != tensor_ranks.rank_count:
         raise CheckpointError(f"{output} reads as {len(result.lanes)} tensor-parallel ranks")
 
-    # the shards are those of these cuts, and the files say the same cuts: so they give the
-    # whole model again
+    # the shards are those of these cuts, and the files say the same cuts: so they give
+    # the whole model again
     proof.verify_cuts(result, tensor_ranks.layouts)
     counts = Counter[str]()
     for rank, lane in enumerate(lanes_of(result)):

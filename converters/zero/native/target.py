@@ -55,8 +55,8 @@ class TargetTopology:
     stages 1 and 2. ``zero_init``, of stage 3: whether the engine's model is made under
     ``zero.Init``, where Muon does not sort; ``None``: it is not known.
 
-    ``world_size`` are the ranks that share a partition: with ``tensor_ranks`` of them, each has
-    so many. ``expert_ranks`` of them share out the experts, if there are any.
+    ``world_size`` are the ranks that share a partition: with ``tensor_ranks`` of them,
+    each has so many. ``expert_ranks`` of them share out the experts, if there are any.
     """
 
     stage: int

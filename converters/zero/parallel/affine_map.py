@@ -1,11 +1,13 @@
-"""Cuts out of DeepSpeed's affine map, which says for every piece of a shard where it belongs.
+"""Cuts out of DeepSpeed's affine map, which says for every piece of a shard where it
+belongs.
 
-    params {pattern: {logical_shape, ranks {r: {shard_shape, pieces [{shape, source, dest}]}}}}
+    params {pattern: {logical_shape, ranks {r: {shard_shape, pieces [{shape, source,
+    dest}]}}}}
 
-``source`` and ``dest`` are an offset and strides, in the parameter and in the shard. Every builder
-of DeepSpeed writes pieces that are boxes of both (0.19.8 ``checkpoint/affine.py``), so only boxes
-are read. A piece may be scaled, which none is today: a scaled moment would have to be scaled
-otherwise than its weight, and is refused.
+``source`` and ``dest`` are an offset and strides, in the parameter and in the shard.
+Every builder of DeepSpeed writes pieces that are boxes of both (0.19.8
+``checkpoint/affine.py``), so only boxes are read. A piece may be scaled, which none is
+today: a scaled moment would have to be scaled otherwise than its weight, and is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ VERSION = 1
 def params(info: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The map's entries by pattern; empty where the checkpoint has no map.
 
-    ``where`` is the file, for errors. ``CheckpointError`` for a version that is not known.
+    ``where`` is the file, for errors. ``CheckpointError`` for a version that is not
+    known.
     """
     if not info.get("affine_map"):
         return {}
@@ -64,7 +67,8 @@ def entry_of(layout: Cut) -> dict[str, Any]:
 
 
 def cut(content: Any, rank_count: int) -> Cut:
-    """The cut that an entry of the map describes; ``MalformedError`` for what is no boxes."""
+    """The cut that an entry of the map describes; ``MalformedError`` for what is no
+    boxes."""
     content = value(content, dict, "an entry of the affine map")
     shape = _shape(content, "logical_shape")
     ranks = entry(content, "ranks", dict)

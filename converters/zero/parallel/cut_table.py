@@ -1,7 +1,8 @@
-"""Which source says how a parameter is cut: the user's rules, the affine map, the patterns.
+"""Which source says how a parameter is cut: the user's rules, the affine map, the
+patterns.
 
-Where none does nothing is guessed. The refusal lists the parameters with the shapes of their
-shards, as a template of the file that ``--tp-rules`` takes.
+Where none does nothing is guessed. The refusal lists the parameters with the shapes of
+their shards, as a template of the file that ``--tp-rules`` takes.
 """
 
 from __future__ import annotations

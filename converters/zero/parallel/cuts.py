@@ -1,12 +1,13 @@
-"""How a parameter is cut for tensor parallelism: boxes of it, each in the shard of a rank.
+"""How a parameter is cut for tensor parallelism: boxes of it, each in the shard of a
+rank.
 
     column parallel   rank 0 | rank 1     along axis 0: a linear layer's outputs
     row parallel      the same on axis 1, its inputs
     replicated        each rank has all of it
     sub-parameters    q0 q1 | k0 k1 | v0 v1, of which rank 0 has q0 k0 v0 in one shard
 
-A cut is made of the shapes that the shards have: ranks may have shards of different sizes, or
-none at all.
+A cut is made of the shapes that the shards have: ranks may have shards of different
+sizes, or none at all.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class ShardBox:
 class Cut:
     """The pieces of a parameter of ``shape``; several ranks may have the same one.
 
-    ``shard_shapes`` are those that the ranks' shards have to have. With ``averages`` each
-    rank has all of it, with values of its own, whose mean it is.
+    ``shard_shapes`` are those that the ranks' shards have to have. With ``averages``
+    each rank has all of it, with values of its own, whose mean it is.
     """
 
     shape: Shape
@@ -115,8 +116,8 @@ def along(axis: int, shapes: Shapes) -> Cut:
 def in_parts(axis: int, widths: Sequence[Sequence[int]], shapes: Shapes) -> Cut:
     """Sub-parameters one after another on an axis, each cut for the ranks.
 
-    ``widths`` are the elements on the axis of each sub-parameter and rank. A rank's shard has
-    its pieces one after another.
+    ``widths`` are the elements on the axis of each sub-parameter and rank. A rank's
+    shard has its pieces one after another.
     """
     shard_shapes = _shards(shapes)
     first = next(iter(shard_shapes.values()))

@@ -1,9 +1,9 @@
 """The cuts that an engine of AutoTP has made, where a training resumes and can be asked.
 
 DeepSpeed keeps its affine map on the model (0.19.8 ``module_inject/layers.py``:
-``collect_autotp_universal_checkpoint_info``), of all ranks and for every parameter. So what is
-written for this engine is cut as it cuts, unevenly where it does, and needs neither rules nor a
-checkpoint of tensor parallelism.
+``collect_autotp_universal_checkpoint_info``), of all ranks and for every parameter. So
+what is written for this engine is cut as it cuts, unevenly where it does, and needs
+neither rules nor a checkpoint of tensor parallelism.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _current: ContextVar[Info | None] = ContextVar("engine_cuts", default=None)
 
 @contextmanager
 def using(info: Info | None) -> Iterator[None]:
-    """What is written for tensor-parallel ranks in this block is cut as this engine cuts."""
+    """What is written for tensor-parallel ranks in this block is cut as this engine
+    cuts."""
     token = _current.set(info)
     try:
         yield
@@ -40,7 +41,8 @@ def are_known() -> bool:
 
 
 def table_for(model: State, rank_count: int) -> CutTable | None:
-    """The cuts of the engine, for a checkpoint of this model file; ``None`` where none is known."""
+    """The cuts of the engine, for a checkpoint of this model file; ``None`` where none
+    is known."""
     info = _current.get()
     if info is None:
         return None

@@ -1,8 +1,9 @@
 """The optimizer's state of a lane by the names of its shards.
 
-Under ZeRO, and in 16 bits without it, the state lies as the fp32 weights do. In fp32 without ZeRO
-torch's own state is saved, by number: in the order in which the optimizer was given the parameters.
-It is given names where there is one param group, and every shape is that of the model's order.
+Under ZeRO, and in 16 bits without it, the state lies as the fp32 weights do. In fp32
+without ZeRO torch's own state is saved, by number: in the order in which the optimizer
+was given the parameters. It is given names where there is one param group, and every
+shape is that of the model's order.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ IN_ORDER = (
 
 
 def with_states(lane: Checkpoint) -> Checkpoint:
-    """The lane with its optimizer's state by name, and a note on what was taken for granted."""
+    """The lane with its optimizer's state by name, and a note on what was taken for
+    granted."""
     optimizer = lane.model.root.get("optimizer")
     if lane.ranks or not isinstance(optimizer, dict) or "param_groups" not in optimizer:
         return replace(lane, optimizer=partial(optimizer_state.read, lane))

@@ -3,8 +3,8 @@
     mp_rank_00_*    the shards of tensor-parallel rank 0, and ZeRO's partitions of them
     mp_rank_01_*    those of rank 1
 
-A lane is what one such rank has. ZeRO partitions it over the data-parallel ranks, so its files are
-those of a training without tensor parallelism, and are read as such.
+A lane is what one such rank has. ZeRO partitions it over the data-parallel ranks, so its
+files are those of a training without tensor parallelism, and are read as such.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def _require_numbered(place: Place, ranks: Sequence[int], count: int) -> None:
 
 
 def _refuse_pipeline(model: State, count: int) -> None:
-    """``CheckpointError`` where model-parallel ranks are stages, or not all tensor parallel.
+    """``CheckpointError`` where model-parallel ranks are stages, or not all tensor
+    parallel.
 
     Source: DeepSpeed 0.19.5 ``runtime/engine.py`` (``_checkpoint_parallel_metadata``).
     """

@@ -1,8 +1,8 @@
 """The shards of all tensor-parallel ranks as the weights of the model.
 
-Names are merged one by one. A tied name shares its storage with another in every shard, and takes
-that one's merged tensor; buffers are replicated. The 16-bit copies are cut as their master weights
-are, and what several ranks have is compared while it is moved.
+Names are merged one by one. A tied name shares its storage with another in every shard,
+and takes that one's merged tensor; buffers are replicated. The 16-bit copies are cut as
+their master weights are, and what several ranks have is compared while it is moved.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def _weights(
         return frozenset[str]().union(*names) & tensors.keys()
 
     trained = of_any(lane.trained for lane in lanes)
-    # a rank that has no elements of a parameter counts it among those that are not trained
+    # a rank that has no elements of a parameter counts it among those that are not
+    # trained
     frozen = of_any(lane.frozen for lane in lanes) - trained
 
     return Weights(

@@ -1,7 +1,7 @@
 """Cuts out of the lists of patterns that DeepSpeed and Megatron-DeepSpeed record.
 
-The lists stand in ``universal_checkpoint_info`` of a model file; the first one with a pattern that
-the name begins with says how the parameter is cut:
+The lists stand in ``universal_checkpoint_info`` of a model file; the first one with a
+pattern that the name begins with says how the parameter is cut:
 
     tp_replicated_parameter_patterns          every rank has all of it
     parameter_to_average_patterns             the mean of the ranks' values
@@ -10,8 +10,8 @@ the name begins with says how the parameter is cut:
     parameter_with_row_parallelism_patterns   along axis 1
     none of these                             along axis 0
 
-Source: DeepSpeed 0.16.4 to 0.19.8, ``checkpoint/ds_to_universal.py`` (``merge_tp_slices``) and
-``checkpoint/constants.py``.
+Source: DeepSpeed 0.16.4 to 0.19.8, ``checkpoint/ds_to_universal.py``
+(``merge_tp_slices``) and ``checkpoint/constants.py``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def cut(info: Mapping[str, Any], name: str, shapes: Shapes) -> Cut:
 
 
 def is_vocabulary(info: Mapping[str, Any], name: str) -> bool:
-    """Whether the rows of a parameter are those of a vocabulary, which may have been padded."""
+    """Whether the rows of a parameter are those of a vocabulary, which may have been
+    padded."""
     return _only(listed(info, VOCABULARY), name) is not None
 
 
@@ -67,7 +68,8 @@ def begins(pattern: str, name: str) -> bool:
 
 
 def _only(patterns: Iterable[str], name: str) -> str | None:
-    """The pattern that fits; ``MalformedError`` for several, of which DeepSpeed takes none."""
+    """The pattern that fits; ``MalformedError`` for several, of which DeepSpeed takes
+    none."""
     fitting = [pattern for pattern in dict.fromkeys(patterns) if begins(pattern, name)]
     if len(fitting) > 1:
         raise MalformedError(f"the patterns {' and '.join(fitting[:3])} both fit it")
@@ -85,7 +87,8 @@ def listed(info: Mapping[str, Any], key: str) -> Sequence[str]:
 
 
 def _parts(info: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], str] | None:
-    """What is recorded of the sub-parameters of a parameter, and the pattern that fits it."""
+    """What is recorded of the sub-parameters of a parameter, and the pattern that fits
+    it."""
     records = info.get(PARTS) or ()
     if not isinstance(records, (list, tuple)):
         raise MalformedError(f"{PARTS} is {state_files.shown(records)}, expected a list")

@@ -1,14 +1,15 @@
-"""Rules for frameworks that cut every model alike, by the name that ``--tp-rules`` takes.
+"""Rules for frameworks that cut every model alike, by the name that ``--tp-rules``
+takes.
 
     megatron-gpt   Megatron's GPT with its MLP in one piece (GELU), also as a pipeline
     gpt-neox       GPT-NeoX, whose layers have ``attention`` for ``self_attention``
     llama          Megatron's Llama, whose gates and inputs are one tensor, each cut (SwiGLU);
                    and AutoTP of a Llama, Mistral or Qwen of transformers
 
-A bias of a row-parallel layer is on every rank, as are norms. Megatron cuts the vocabulary, AutoTP
-leaves the embedding whole. How AutoTP cut the head depends on its version, so no rule says it.
-Sources: Megatron-LM ``core/tensor_parallel/layers.py``, GPT-NeoX ``megatron/mpu/layers.py``,
-DeepSpeed 0.16 ``module_inject/auto_tp.py``.
+A bias of a row-parallel layer is on every rank, as are norms. Megatron cuts the
+vocabulary, AutoTP leaves the embedding whole. How AutoTP cut the head depends on its
+version, so no rule says it. Sources: Megatron-LM ``core/tensor_parallel/layers.py``,
+GPT-NeoX ``megatron/mpu/layers.py``, DeepSpeed 0.16 ``module_inject/auto_tp.py``.
 """
 
 from __future__ import annotations

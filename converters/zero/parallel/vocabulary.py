@@ -1,8 +1,8 @@
 """Rows that pad a vocabulary, so that it can be cut evenly for tensor-parallel ranks.
 
-Megatron pads its embedding and head to a multiple, and records ``original_vocab_size``. A training
-goes on with the padded ones; a model whose configuration counts the original rows has no place for
-more. Source: Megatron-DeepSpeed, ``universal_checkpoint_info``.
+Megatron pads its embedding and head to a multiple, and records ``original_vocab_size``.
+A training goes on with the padded ones; a model whose configuration counts the original
+rows has no place for more. Source: Megatron-DeepSpeed, ``universal_checkpoint_info``.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@
     stage 1                                   mp_rank_02              mp_rank_03
     layer 3                                   layer_03-model_00       layer_03-model_01
 
-A lane is what one tensor-parallel rank has; without tensor parallelism there is one. Source:
-DeepSpeed 0.19.8 ``runtime/pipe/topology.py`` (``PipelineParallelGrid``: model ranks run
-along the tensor axis first), ``runtime/engine.py`` (``checkpoint_parallel_dimensions``).
+A lane is what one tensor-parallel rank has; without tensor parallelism there is one.
+Source: DeepSpeed 0.19.8 ``runtime/pipe/topology.py`` (``PipelineParallelGrid``: model
+ranks run along the tensor axis first), ``runtime/engine.py``
+(``checkpoint_parallel_dimensions``).
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from converters.zero.model_ranks.folder_files import FolderFiles
 class LaneFiles:
     """The files of one tensor-parallel rank.
 
-    ``models`` are those of its stages in order, by their model rank, ``optimizers`` their
-    partitions by model rank and data rank, ``layers`` by their number.
+    ``models`` are those of its stages in order, by their model rank, ``optimizers``
+    their partitions by model rank and data rank, ``layers`` by their number.
     """
 
     models: Mapping[int, State]
@@ -91,7 +92,8 @@ def _tensor_degree(files: FolderFiles, models: Sequence[State]) -> int:
     """The tensor-parallel ranks of a stage.
 
     What the model file says is true only where it goes with the number of files: under
-    sequence parallelism it says that degree. Before 0.19.5 the names of layer files say it.
+    sequence parallelism it says that degree. Before 0.19.5 the names of layer files say
+    it.
     """
     recorded = models[0].root.get("checkpoint_parallel_dimensions")
     degrees = recorded if isinstance(recorded, dict) else {}
@@ -120,7 +122,7 @@ def _require_layers(place: Place, files: FolderFiles, degree: int) -> None:
 
 
 def _has_rank(path: Path) -> bool:
-    """Whether a layer file's name has the tensor-parallel rank; those of one save all have it,
-    or none has."""
+    """Whether a layer file's name has the tensor-parallel rank; those of one save all
+    have it, or none has."""
     match = filenames.LAYER.fullmatch(path.name)
     return match is not None and match["tensor"] is not None

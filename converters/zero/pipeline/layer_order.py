@@ -26,8 +26,8 @@ MAX_WAYS = 64  # that are followed at once
 def ways(
     stages: Sequence[Sequence[Shape]], layers: Mapping[int, Sequence[Shape]]
 ) -> set[Way] | None:
-    """The layers of each stage, in all ways to deal them out, or some of these if there are
-    several; ``None`` if that is too much to try.
+    """The layers of each stage, in all ways to deal them out, or some of these if there
+    are several; ``None`` if that is too much to try.
 
     ``stages`` has the shapes of each stage's parameters in order, ``layers`` those of
     each layer.

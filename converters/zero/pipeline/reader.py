@@ -1,4 +1,5 @@
-"""A pipeline's states as a ``Source``: the row "deepspeed-pipeline" of ``converters.detect``."""
+"""A pipeline's states as a ``Source``: the row "deepspeed-pipeline" of
+``converters.detect``."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from converters.zero.pipeline.lane_files import LaneFiles
 def read(path: Path, tag: str | None = None, complete: bool = False) -> Source:
     """The weights of all stages, and the optimizer's state by the names of parameters.
 
-    All files have to be there, with ``complete`` or without. ``CheckpointError`` for what
-    is damaged or incomplete.
+    All files have to be there, with ``complete`` or without. ``CheckpointError`` for
+    what is damaged or incomplete.
     """
     place = several_models.find(path, tag)
     with readable(place.folder, "a file is damaged or of another save"):
@@ -41,7 +42,8 @@ def _merged(place: Place, lanes: Sequence[LaneFiles]) -> Source:
     first_model = next(iter(lanes[0].models.values()))
     table = CutTable.of(first_model, len(lanes), rules.current())
     if not lanes[0].optimizers:
-        # without ZeRO tied modules go by the number of their layer, as no pattern calls them
+        # without ZeRO tied modules go by the number of their layer, as no pattern calls
+        # them
         table = replace(table, info={}, entries={})
 
     first_states = [

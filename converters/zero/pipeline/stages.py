@@ -53,8 +53,8 @@ class Stage:
 class PipelineCheckpoint(Source):
     """A checkpoint of a pipeline under ZeRO, as one model.
 
-    ``stages`` are the files of each, ``layers`` those of layers by number, ``homes`` the tied
-    modules.
+    ``stages`` are the files of each, ``layers`` those of layers by number, ``homes`` the
+    tied modules.
     """
 
     stages: tuple[Stage, ...]
@@ -136,7 +136,8 @@ def _stages(place: Place, lane: LaneFiles) -> list[Stage]:
 
 
 def shapes_of(stage: Stage) -> list[dict[str, Shape]]:
-    """The shapes of a stage's parameters by group; of vectors where no file records them."""
+    """The shapes of a stage's parameters by group; of vectors where no file records
+    them."""
     shapes = state_files.shapes(stage.model, "param_shapes")
     shapes = shapes or state_files.shapes(stage.ranks[0], "param_shapes")
     if shapes is None:  # BF16_Optimizer of a pipeline, 0.16 to 0.19.8
@@ -222,7 +223,8 @@ def named_by_layer(
 
 
 def _copy(model: State, name: str, master: TensorRef, layers: Layers) -> TensorRef | None:
-    """The 16-bit copy of a parameter in the file of its layer; ``None`` if it has no layer."""
+    """The 16-bit copy of a parameter in the file of its layer; ``None`` if it has no
+    layer."""
     match = _NUMBERED.fullmatch(name)
     if match is None:
         return None
@@ -243,8 +245,8 @@ def _copy(model: State, name: str, master: TensorRef, layers: Layers) -> TensorR
 
 
 def require_shape(layer: State, name: str, shape: Shape, master: TensorRef) -> None:
-    """Raises unless the fp32 weights have the shape that the layer file has, or are a vector
-    of as many elements, where no file records their shape."""
+    """Raises unless the fp32 weights have the shape that the layer file has, or are a
+    vector of as many elements, where no file records their shape."""
     if master.shape not in (shape, (prod(shape),)):
         raise layer.fail(
             f"has {name} as {words.shape(shape)}, the fp32 weights are "
@@ -255,7 +257,8 @@ def require_shape(layer: State, name: str, shape: Shape, master: TensorRef) -> N
 def _add_untrained(
     stages: Sequence[Stage], parameters: Parameters, module: Mapping[str, object]
 ) -> None:
-    """Adds what the layer files alone have: tied names within a stage, frozen parameters."""
+    """Adds what the layer files alone have: tied names within a stage, frozen
+    parameters."""
     shared_names: dict[str, str] = {}
     for stage in stages:
         model = with_module(stage.model, module)

@@ -1,15 +1,16 @@
-"""Tied modules of a pipeline: several stages have a copy, and one of them is the model's.
+"""Tied modules of a pipeline: several stages have a copy, and one of them is the
+model's.
 
     stage 0   tied_modules.embed.weight        layer_00    the model's
     stage 1   tied_modules.embed.weight                    the head
               tied_modules.embed.positions                 trained apart, and not used
 
 Only the tied weight is kept equal between the stages (``tied_weight_attr``); whatever
-else the module has is trained in each stage for itself, and differs after the first step.
-No file says which layer file is of which module, or which copy it has: that is shown by
-the values. The copy whose fp32 weights round to the layer file is the model's, the first
-of several. Source: DeepSpeed 0.19.8 ``runtime/pipe/module.py`` (``TiedLayerSpec``,
-``allreduce_tied_weight_gradients``), ``runtime/pipe/engine.py``.
+else the module has is trained in each stage for itself, and differs after the first
+step. No file says which layer file is of which module, or which copy it has: that is
+shown by the values. The copy whose fp32 weights round to the layer file is the model's,
+the first of several. Source: DeepSpeed 0.19.8 ``runtime/pipe/module.py``
+(``TiedLayerSpec``, ``allreduce_tied_weight_gradients``), ``runtime/pipe/engine.py``.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ Copies = Mapping[int, Mapping[str, TensorRef]]  # of a module, by stage and name
 class Home:
     """A tied module, the layer whose file has it, and the copy that is the model's.
 
-    ``masters`` and ``copies``, in 16 bits, are by the model's names; ``stage`` is that whose
-    copy they are. ``further_layers`` have files with the copy of another stage.
+    ``masters`` and ``copies``, in 16 bits, are by the model's names; ``stage`` is that
+    whose copy they are. ``further_layers`` have files with the copy of another stage.
     """
 
     key: str

@@ -143,8 +143,8 @@ def _require_layers(
     """Raises if the stages have parameters that the layer files lack.
 
     Beyond those in the layer files there may only be further copies of one tied module.
-    ``has_no_way`` says that no dealing out of the layers gives the stages; where nothing is
-    frozen, a layer is missing then.
+    ``has_no_way`` says that no dealing out of the layers gives the stages; where nothing
+    is frozen, a layer is missing then.
     """
     in_layers = Counter(shape for shapes in layers.values() for shape in shapes)
     in_stages = Counter(shape for shapes in shapes_by_stage for shape in shapes)

@@ -4,9 +4,10 @@
     mp_rank_00_model_states.pt       the stacks of the first expert rank in param_shapes, and
                                      ds_autoep_layers, which says that they are its own
 
-An engine cuts its own experts out of the stacks, whatever its number of expert ranks. Sources:
-DeepSpeed 0.19.8 ``checkpoint/ds_to_universal.py`` (``_save_zero3_autoep_universal_tensor``),
-``checkpoint/universal_checkpoint.py`` (``_resolve_autoep_partition``).
+An engine cuts its own experts out of the stacks, whatever its number of expert ranks.
+Sources: DeepSpeed 0.19.8 ``checkpoint/ds_to_universal.py``
+(``_save_zero3_autoep_universal_tensor``), ``checkpoint/universal_checkpoint.py``
+(``_resolve_autoep_partition``).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _NAME = "name"  # of a param group of experts: it has the number of expert ranks
 
 
 def require_stacks(checkpoint: ExpertsCheckpoint) -> None:
-    """``CheckpointError`` for DeepSpeed-MoE, and for what has groups of two numbers of ranks."""
+    """``CheckpointError`` for DeepSpeed-MoE, and for what has groups of two numbers of
+    ranks."""
     if checkpoint.layers:
         return
     raise CheckpointError(
@@ -42,8 +44,8 @@ def require_stacks(checkpoint: ExpertsCheckpoint) -> None:
 
 
 def without_ranks(groups: Sequence[ParamGroup]) -> list[ParamGroup]:
-    """The param groups without names that tell of expert ranks: DeepSpeed would give them to the
-    groups of an engine that has another number."""
+    """The param groups without names that tell of expert ranks: DeepSpeed would give
+    them to the groups of an engine that has another number."""
     return [
         replace(group, options=_without_name(group.options or {}))
         if whole_groups.is_expert_group(group)
@@ -62,8 +64,8 @@ def model_root(
     groups: Sequence[ParamGroup],
     target: TargetTopology,
 ) -> dict[Any, Any]:
-    """The model file of the target: of the dense model, with the experts of the first rank in
-    ``param_shapes``."""
+    """The model file of the target: of the dense model, with the experts of the first
+    rank in ``param_shapes``."""
     dense = checkpoint.dense
     root: dict[Any, Any] = next(iter(model_files.model_trees(dense, models, dense.groups, target)))
     source_root = object_graph.read_root(models[0])

@@ -1,18 +1,19 @@
 """The model files of several model-parallel ranks, as those of a training without them.
 
-``ds_to_universal.py`` merges the parameters that are trained, and copies the model files as
-they are: each has the shards, and the shapes of the shards, of one tensor-parallel rank of
-one stage.
+``ds_to_universal.py`` merges the parameters that are trained, and copies the model files
+as they are: each has the shards, and the shapes of the shards, of one tensor-parallel
+rank of one stage.
 
     zero/NAME/fp32.pt             whole
     mp_rank_00_model_states.pt    tensor-parallel rank 0 of stage 0: module, param_shapes
     mp_rank_01_...                tensor-parallel rank 1
 
-So what is trained is taken from ``zero``, under the shape that the shards make up, and the
-rest (frozen parameters, buffers, tied names) from the model files, put together as in
-``parallel``. Where DeepSpeed has files of frozen parameters and tied names in ``zero``, they
-are those of rank 0 alone, and are not read. Of a pipeline ``module`` is empty, and no layer
-file is copied. Source: DeepSpeed 0.19.8 ``checkpoint/ds_to_universal.py``.
+So what is trained is taken from ``zero``, under the shape that the shards make up, and
+the rest (frozen parameters, buffers, tied names) from the model files, put together as
+in ``parallel``. Where DeepSpeed has files of frozen parameters and tied names in
+``zero``, they are those of rank 0 alone, and are not read. Of a pipeline ``module`` is
+empty, and no layer file is copied. Source: DeepSpeed 0.19.8
+``checkpoint/ds_to_universal.py``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ TIED = "pipeline_replicated_parameter_patterns"
 
 @dataclass(frozen=True, slots=True)
 class MergedModel:
-    """One model file for all; the files that its tensors lie in; what a user should know."""
+    """One model file for all; the files that its tensors lie in; what a user should
+    know."""
 
     model: State
     files: tuple[State, ...]
@@ -151,7 +153,8 @@ def _has_module(lane: State) -> bool:
 
 
 def _module(lanes: Sequence[State], table: CutTable) -> dict[str, object]:
-    """The whole model's state dict; of stage 3 what the first rank has, where that is all."""
+    """The whole model's state dict; of stage 3 what the first rank has, where that is
+    all."""
     if not _has_module(lanes[0]):
         return {}
     if lanes[0].path.name.startswith("zero_pp_rank_"):
@@ -203,7 +206,8 @@ def _note_tied(
     stage_group: Mapping[str, Shape],
     notes: list[str],
 ) -> None:
-    """A line on tied modules whose last copy DeepSpeed kept, which may not be the model's."""
+    """A line on tied modules whose last copy DeepSpeed kept, which may not be the
+    model's."""
     info = model.root.get("universal_checkpoint_info")
     listed = patterns.listed(info if isinstance(info, dict) else {}, TIED)
     repeated = [

@@ -56,7 +56,8 @@ def elsewhere(key: str) -> str:
 
 
 def states_in(inner: Path) -> dict[str, set[str]]:
-    """The files in the folders of parameters, by the name of the folder, without ``.pt``.
+    """The files in the folders of parameters, by the name of the folder, without
+    ``.pt``.
 
     One listing serves all of them: a folder may have one for each of 10,000 parameters.
     """

@@ -138,9 +138,9 @@ def read(
 
     Without ``states`` only the weights, which is a third of the files or less. ``like``
     gives the order of the parameters, and their groups, where the folder does not. With
-    ``parallel`` also folders that more than ZeRO was merged in: tensor-parallel ranks, stages,
-    and experts that AutoEP dealt out to ranks.
-    ``CheckpointError`` for what is damaged, incomplete or of a kind that is not read.
+    ``parallel`` also folders that more than ZeRO was merged in: tensor-parallel ranks,
+    stages, and experts that AutoEP dealt out to ranks. ``CheckpointError`` for what is
+    damaged, incomplete or of a kind that is not read.
     """
     place = find(path, tag)
     with readable(place.folder, "a file is damaged or of another conversion; make it again"):

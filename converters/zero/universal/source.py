@@ -1,9 +1,10 @@
-"""A universal folder as a ``Source``: the row "deepspeed-universal" of ``converters.detect``.
+"""A universal folder as a ``Source``: the row "deepspeed-universal" of
+``converters.detect``.
 
-Each parameter has its files in a folder of its own, so that nothing has to be joined: the
-weights are those of ``fp32.pt``, the optimizer's state that of ``exp_avg.pt`` and so on.
-What is neither trained (frozen parameters, buffers) nor in the folder ``zero`` whole comes
-from the model file, as ``reader`` has it.
+Each parameter has its files in a folder of its own, so that nothing has to be joined:
+the weights are those of ``fp32.pt``, the optimizer's state that of ``exp_avg.pt`` and so
+on. What is neither trained (frozen parameters, buffers) nor in the folder ``zero`` whole
+comes from the model file, as ``reader`` has it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def read(path: Path, tag: str | None = None, complete: bool = False) -> Checkpoi
     """The weights, and the optimizer's state by the names of parameters.
 
     With ``complete`` all states have to be whole; without, they are opened when they are
-    asked for. ``CheckpointError`` for what is damaged or incomplete, and where the folder
-    does not tell the order of the parameters, by which its files are proven to be of one
-    model.
+    asked for. ``CheckpointError`` for what is damaged or incomplete, and where the
+    folder does not tell the order of the parameters, by which its files are proven to be
+    of one model.
     """
     universal = reader.read(path, tag, states=complete, parallel=True)
     checkpoint = universal.checkpoint

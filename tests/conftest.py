@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,17 +65,38 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Iterator[object]:
+def pytest_collection(session: pytest.Session) -> Iterator[object]:
     """Collects without the garbage collector, as modules and items are no garbage.
 
     It would walk over all of them again and again, now and in each test; ``freeze`` spares that.
     """
     gc.disable()
     try:
+        if session.config.option.markexpr != "unit":
+            _import_share(session.config)
         return (yield)  # type: ignore[misc]
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _import_share(config: pytest.Config) -> None:
+    """Imports the share of a process of xdist in all test modules, before it imports the others.
+
+    So each module's assertions are rewritten and compiled by one process, 8 s of a core in all, and
+    not by every process at the same time. What cannot be imported fails when it is collected.
+    """
+    worker = getattr(config, "workerinput", None)
+    if worker is None:
+        return
+
+    paths = sorted(path for room in _ROOMS for path in (_HERE / room).glob("test_*.py"))
+    first = int(worker["workerid"].removeprefix("gw"))
+    for path in paths[first :: worker["workercount"]]:
+        sys.path.insert(0, str(path.parent))
+        with suppress(Exception, pytest.skip.Exception):
+            importlib.import_module(path.stem)
+        sys.path.remove(str(path.parent))
 
 
 @pytest.hookimpl(optionalhook=True)

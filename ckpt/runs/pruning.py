@@ -1,5 +1,4 @@
-"""Deleting what retention lets go of, so that no crash leaves half a checkpoint under a
-name.
+"""Deleting what retention lets go of, so that no crash leaves half a checkpoint under a name.
 
     checkpoint-400/  --rename, fsync-->  .checkpoint-400.trash/  --unlink-->  nothing
 
@@ -63,8 +62,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a checkpoint, or would, and why. ``nbytes`` is what it takes, or
-    took."""
+    """What became of a checkpoint, or would, and why. ``nbytes`` is what it takes, or took."""
 
     checkpoint: RunCheckpoint
     kept: bool
@@ -79,8 +77,7 @@ def prune(
     just_saved: str | None = None,
     line: Line | None = None,
 ) -> list[Outcome]:
-    """Deletes what ``retention`` does not keep: ``plan`` and, but for ``dry_run``,
-    ``execute``."""
+    """Deletes what ``retention`` does not keep: ``plan`` and, but for ``dry_run``, ``execute``."""
     outcomes = plan(run, retention, just_saved, line)
     return outcomes if dry_run else execute(run, outcomes)
 
@@ -91,8 +88,8 @@ def plan(
     just_saved: str | None = None,
     line: Line | None = None,
 ) -> list[Outcome]:
-    """What the rules keep and what goes: of every committed checkpoint, and of those
-    that were committed and from which files were deleted by hand. Deletes nothing.
+    """What the rules keep and what goes: of every committed checkpoint, and of those that were
+    committed and from which files were deleted by hand. Deletes nothing.
 
     ``line``: whose checkpoints the rules count, by default those of the line that saved
     last. ``just_saved`` names one that stays whatever its step.
@@ -131,8 +128,7 @@ def plan(
 
 
 def originals(line_members: Sequence[RunCheckpoint]) -> list[RunCheckpoint]:
-    """The checkpoints that have the names they were saved under; copies made by hand do
-    not count.
+    """The checkpoints that have the names they were saved under; copies made by hand do not count.
 
     Manifests of older versions have no names: of several of one save the numbered one
     counts, or the one with the shortest name.
@@ -158,9 +154,9 @@ def _kept_steps(
 ) -> dict[str, tuple[str, ...]]:
     """What the rules keep; what was made of another one stays and goes with that.
 
-    That may be among those ``present`` alone: one renamed by hand does not count, but
-    stays. So do all of one step and tier, of which manifests of older versions do not
-    tell what was made of what.
+    That may be among those ``present`` alone: one renamed by hand does not count, but stays.
+    So do all of one step and tier, of which manifests of older versions do not tell
+    what was made of what.
     """
     first_of: dict[tuple[int | None, str | None], RunCheckpoint] = {}
     neighbours = [*present, *(entry for entry in checkpoints if entry not in present)]
@@ -237,8 +233,7 @@ def plan_others(run: Run, run_prefix: str | None = None) -> list[Outcome]:
 
 
 def _is_set_aside(checkpoint: RunCheckpoint) -> bool:
-    """Whether ckpt itself gave a checkpoint its name, as another training saved under
-    the old one.
+    """Whether ckpt itself gave a checkpoint its name, as another training saved under the old one.
 
     A person's copies and renamed ones stay.
     """
@@ -306,8 +301,8 @@ def _outcomes(
 
 
 def execute(run: Run, outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Deletes what the plan does not keep, and what earlier deletions left; returns what
-    became of each.
+    """Deletes what the plan does not keep, and what earlier deletions left; returns what became
+    of each.
 
     One that somebody reads is kept for now. ``OSError`` if the folder cannot be written.
     """
@@ -332,8 +327,8 @@ def foreignness(checkpoint: RunCheckpoint, line_members: Sequence[RunCheckpoint]
 
 
 def amid_newer(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The same where a newer checkpoint is there that no rule counts, as it is not
-    committed: the reasons say among which ones a checkpoint is the newest."""
+    """The same where a newer checkpoint is there that no rule counts, as it is not committed:
+    the reasons say among which ones a checkpoint is the newest."""
     words = {reason: f"{reason} committed" for reason in ("newest", "newest full")}
     return [
         replace(

@@ -5,8 +5,8 @@ The stack machine is small and closed. Containers and scalars are built; every g
 only a name (``Global``), and every call of a global is only a record of it (``Call``),
 unless the name stands in the caller's table of builders. So unknown classes are carried
 along, never imported, and nothing is allocated from a number in the file: lengths are
-checked against the bytes that are there, and what is built may take
-``MAX_CHARGED_BYTES`` bytes and more only with the pickle and its storages.
+checked against the bytes that are there, and what is built may take ``MAX_CHARGED_BYTES`` bytes
+and more only with the pickle and its storages.
 
 ``opcodes`` says which of its methods each opcode is.
 """
@@ -45,8 +45,7 @@ class Machine(PickleBytes):
 
     ``builders`` maps (module, name) to the function that builds what a call of that
     global means, and ``record_types`` to what its new objects without arguments are;
-    ``persistent`` gets what each persistent id names. ``where`` begins every error
-    message.
+    ``persistent`` gets what each persistent id names. ``where`` begins every error message.
     """
 
     def __init__(
@@ -105,8 +104,7 @@ class Machine(PickleBytes):
             self.fail(f"{count} values are expected on its stack, {len(self.stack)} are there")
 
     def pop(self) -> Any:
-        """The value on top of the stack, taken off; ``CheckpointError`` if there is
-        none."""
+        """The value on top of the stack, taken off; ``CheckpointError`` if there is none."""
         self.require(1)
         return self.stack.pop()
 
@@ -288,8 +286,7 @@ class Machine(PickleBytes):
             self.refuse_unnatural(f"its pickle holds {len(colliding_keys)} keys of one hash")
 
     def append_all(self, values: list[Any]) -> None:
-        """Adds values to the list, set or record on top; ``CheckpointError`` for
-        another."""
+        """Adds values to the list, set or record on top; ``CheckpointError`` for another."""
         self.require(1)
         target = self.stack[-1]
         if isinstance(target, set):

@@ -300,13 +300,21 @@ def _spare_ranks() -> None:
 
     Accelerate parses the metadata of packages whenever it asks whether DeepSpeed is installed,
     transformers compiles all patterns of all its models at the first save of one, and DeepSpeed
-    notes ranges for a profiler, which on CPU nobody does, in every hook of every module.
+    notes ranges for a profiler, which on CPU nobody does, in every hook of every module. It also
+    tries a compiler in each rank, numactl in every backward pass of stage 3, and, before it loads
+    an extension, starts four Pythons that ask what the processor is.
     """
     from importlib import metadata
 
-    from deepspeed.utils import nvtx
+    import cpuinfo
+    from deepspeed import ops
+    from deepspeed.utils import numa, nvtx
 
     nvtx.enable_nvtx = False
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    cpuinfo.get_cpu_info()
+    numa.get_numa_cores = functools.cache(numa.get_numa_cores)
+    _ = ops.__compatible_ops__  # which the module keeps
     metadata.metadata = functools.cache(metadata.metadata)
     metadata.version = functools.cache(metadata.version)
     with suppress(ImportError):  # transformers 5

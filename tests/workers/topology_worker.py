@@ -65,9 +65,12 @@ def precisions(out: Path, only: str = "") -> None:
             saved[kind] = state_of(engine, spec)
             engine.destroy()
         for now in KINDS:
-            for kind in KINDS:
+            spec = spec_of(name, now)
+            engine = begin(spec)
+            for kind in KINDS:  # the second one in an engine that has trained on
                 if now != kind:
-                    resumed(out / f"{name}-{kind}", spec_of(name, now), saved[kind])
+                    resumed(engine, out / f"{name}-{kind}", spec, saved[kind])
+            engine.destroy()
         if name == "zero3":
             other_sub_groups(out)
 
@@ -89,9 +92,8 @@ def other_sub_groups(out: Path) -> None:
     engine.destroy()
 
 
-def resumed(run: Path, spec: Spec, saved: dict[str, Any]) -> None:
+def resumed(engine: Any, run: Path, spec: Spec, saved: dict[str, Any]) -> None:
     """Masters and moments are those that were saved, weights the masters rounded; it goes on."""
-    engine = begin(spec)
     scale = scale_of(engine)
     assert ckpt.resume(engine, run) == 2 == engine.global_steps
     assert str(run) not in Path("/proc/self/maps").read_text(), "it is still mapped"
@@ -107,15 +109,12 @@ def resumed(run: Path, spec: Spec, saved: dict[str, Any]) -> None:
     assert all(math.isfinite(loss) for loss in train(engine, 2, Sampler()))
     assert engine.global_steps == 4 and engine.skipped_steps == 0
     state_of(engine, spec)
-    engine.destroy()
     alone = ({"load_optimizer_states": False}, {"load_module_only": True})
     for options in alone if "bf16" in run.name else ():
-        engine = begin(spec)
         assert ckpt.resume(engine, run, **options) == (0 if "load_module_only" in options else 2)
         for name, value in finals(engine).items():
             assert torch.equal(value, saved.get(f"fp32/{name}", value)), (run, options, name)
         train(engine, 1, Sampler())
-        engine.destroy()
 
 
 class Auto(CommittedCheckpoints, hf.Trainer):

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from ending import leave
 from live_worker import SMALL, caught, start
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts/fixtures"))
@@ -142,13 +144,22 @@ def second(out: Path) -> None:
 
 
 def require_same_files(run: Path) -> None:
-    """Fails unless the save in the foreground and the one in the background have equal files."""
-    records = []
-    for kind in ("fore", "back"):
-        manifest = open_checkpoint(run / kind / f"checkpoint-{HALF}").manifest
-        assert manifest is not None
-        records.append(manifest.files)
-    assert records[0] == records[1], (run, records)
+    """Fails unless the save in the foreground and the one in the background have equal files.
+
+    But for the order of the metadata of safetensors, which it draws by lot.
+    """
+    fore, back = (run / kind / f"checkpoint-{HALF}" for kind in ("fore", "back"))
+    names = [open_checkpoint(folder).manifest.files.keys() for folder in (fore, back)]
+    assert names[0] == names[1], (run, names)
+    for name in names[0]:
+        one, other = fore / name, back / name
+        if one.read_bytes() == other.read_bytes():
+            continue
+        assert name.endswith(".state"), one
+        with safe_open(one, "pt") as first, safe_open(other, "pt") as second:
+            assert first.metadata() == second.metadata(), one
+        assert one.stat().st_size == other.stat().st_size
+        assert all(map(torch.equal, load_file(one).values(), load_file(other).values())), one
 
 
 def run_of(out: Path, name: str, spec: str, stock: bool = False) -> dict[int, Any]:
@@ -529,8 +540,8 @@ def hugging_face(out: Path, again: bool) -> None:
         assert len(set(loaded)) == 2, loaded
         assert str(run) not in Path("/proc/self/maps").read_text(), "they still are"
         assert heard.start == HALF
-        assert len(heard.losses) == REST
-        assert heard.losses == losses[-REST:], (heard.losses, losses)
+        assert len(heard.losses) >= REST  # and what it evaluates at its end
+        assert heard.losses == losses[-len(heard.losses) :], (heard.losses, losses)
         assert digest(trainer) == ends
         dist.barrier()
         path = run / f"checkpoint-{HALF}" / "rng_state_1.pth"

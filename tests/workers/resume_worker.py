@@ -99,6 +99,12 @@ def finals(engine: Any) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in found.items()}
 
 
+def parts(engine: Any) -> dict[str, torch.Tensor]:
+    """What this rank has of the masters of stage 1 and 2, which nobody has to gather."""
+    flat = getattr(engine.optimizer, "single_partition_of_fp32_groups", ())
+    return {f"part {number}": part.detach().clone() for number, part in enumerate(flat)}
+
+
 def first(out: Path) -> None:
     """All steps, and in the middle a save in the foreground and one in the background.
 
@@ -171,7 +177,7 @@ def run_of(out: Path, name: str, spec: str, stock: bool = False) -> dict[int, An
     with ckpt.Saver(engine, out / name) as saver:
         for step in (1, 2, 3):
             train(engine, 1, sampler)
-            masters[step] = finals(engine)
+            masters[step] = finals(engine) | parts(engine)
             saver.save(step, extra={"sampler": sampler})
             if stock:
                 engine.save_checkpoint(str(out / f"{name}-stock"), tag=f"t{step}")
@@ -226,7 +232,7 @@ def wrong(out: Path) -> None:
     def works(path: Path, step: int, **options: Any) -> None:
         options.setdefault("extra", {"sampler": Sampler()})
         assert ckpt.resume(engine, path, timeout=20, **options) == step
-        for key, value in finals(engine).items():
+        for key, value in (parts(engine) or finals(engine)).items():
             assert torch.equal(value, masters[step][key]), key
 
     def cut(file: Path) -> None:
@@ -245,9 +251,6 @@ def wrong(out: Path) -> None:
     found = ckpt.find(torn)
     assert found == str(torn / "checkpoint-2"), found
     works(torn, 1, tag="global_step1")
-    works(torn, 1, tag="checkpoint-1")
-    works(torn, 2, tag="2")
-    works(torn / "checkpoint-1", 1)
     works(out / "run", 3, tag="latest")
     fails("torn", torn / "checkpoint-3")
     fails("torn-tag", torn, tag="global_step3")

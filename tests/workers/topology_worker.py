@@ -136,13 +136,15 @@ class Begins(hf.TrainerCallback):
     trainer: Any = None
 
 
-STEPS = {"max_steps": 4, "save_steps": 2, "eval_strategy": "no", "eval_steps": None}
+STEPS = {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no", "eval_steps": None}
+SAVES = {"save_strategy": "steps", "save_steps": 1}
 FP32 = {key: value for key, value in config(2).items() if key != "bf16"}
 
 
 def saves(out: Path) -> None:
     """A run of the Trainer and one of Accelerate, on two ranks; one is resharded for one rank."""
-    trainer, _ = make(Plain, out / "hf", 2, **{**STEPS, "max_steps": 2})
+    options = {**STEPS, **SAVES, "max_steps": 2, "save_steps": 2}
+    trainer, _ = make(Plain, out / "hf", 2, **options)
     trainer.train()
     accelerated = Training(out / "acc", 2)
     accelerated.steps(2)
@@ -181,7 +183,7 @@ def goes_on(out: Path) -> None:
 
     def works(*args: Any, **more: Any) -> None:
         begins = begin(*args, **more)
-        assert begins.trainer.state.global_step == 4
+        assert begins.trainer.state.global_step == 3
         for name, value in begins.weights.items():
             assert torch.equal(value, source[name]), (args, name)
         del begins
@@ -195,9 +197,10 @@ def goes_on(out: Path) -> None:
     stock = import_module("transformers.trainer").deepspeed_load_checkpoint
     assert stock.__module__ == "transformers.integrations.deepspeed"  # nobody watches any more
     resumes = {"callbacks": [ResumeCallback(first)]}
-    works(Auto, 3, out / "new", first, **resumes)
+    works(Auto, 3, out / "new", first, **resumes, **SAVES)
+    assert ckpt.find(out / "new") == str(out / "new" / "checkpoint-3")
     works(Auto, 2, out / "new", lambda: ckpt.find(run), **resumes)
-    best = begin(Auto, 2, out / "new", None).trainer  # the best is of before: other ranks
+    best = begin(Auto, 2, out / "best", None, max_steps=1).trainer  # of before: other ranks
     best.state.best_model_checkpoint = str(first)
     best._load_best_model()
     for name, value in (live.fp32_state_dict(best.model_wrapped, None) or {}).items():
@@ -291,7 +294,7 @@ def grows(out: Path) -> None:
         callbacks = [begins, ResumeCallback(fits)]
         begins.trainer, _ = make(Auto, out / "grown", stage, **STEPS, callbacks=callbacks)
         begins.trainer.train(resume_from_checkpoint=str(fits))
-        assert begins.trainer.state.global_step == 4
+        assert begins.trainer.state.global_step == 3
         for name, value in (begins.weights or {}).items():
             assert torch.equal(value, source[name]), name
 

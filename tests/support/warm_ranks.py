@@ -4,13 +4,13 @@
 
 The warm process has a single thread and has computed nothing, so that its forks are as good as
 fresh processes: each sets up gloo, DeepSpeed and its trainer itself, and ends as the interpreter
-ends. What a rank imports on its way, of ckpt too, the next ones are forked with: that is two thirds
-of what a short training costs. Workers and helpers of tests each rank imports itself, as another
-launch may see others at the same names.
+ends, but for freeing all modules. What a rank imports on its way, of ckpt too, the next ones are
+forked with: that is two thirds of what a short training costs. Workers and helpers of tests each
+rank imports itself, as another launch may see others at the same names.
 
 The processes of a test run share the warm process, whichever starts it: each has a connection, and
-a launch is a fork, so that launches run beside each other. A store process of its own listens on
-the port that the ranks meet at, as the agent of torchrun does; the system chooses the port, and
+a launch is a fork, so that launches run beside each other. When it has forked the ranks, it listens
+on the port that they meet at, as the agent of torchrun does; the system chooses the port, and
 nobody else can take it meanwhile. Ranks see the variables that torchrun sets. A library that ranks
 are to have preloaded gets a warm process of its own.
 
@@ -36,6 +36,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -74,6 +75,7 @@ PACKAGES = ("ckpt", "converters")  # of this repository, and the same for every 
 THREADED = {"hf_xet", "tensorboard", "wandb"}  # start threads when they are imported
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL for ranks whose fellow has failed, as torchrun's
 NOTICE = 0.5  # seconds until the others get that SIGTERM: torchrun looks at its ranks now and then
+PORT_DIGITS = 6
 LINGER = 1.0  # seconds that the warm process is there without anybody who asks
 PR_SET_PDEATHSIG = 1
 
@@ -300,18 +302,23 @@ def _spare_ranks() -> None:
 
     Accelerate parses the metadata of packages whenever it asks whether DeepSpeed is installed,
     transformers compiles all patterns of all its models at the first save of one, and DeepSpeed
-    notes ranges for a profiler, which on CPU nobody does, in every hook of every module. Before it
-    loads an extension, it starts a Python of its own that looks at the processor.
+    notes ranges for a profiler, which on CPU nobody does, in every hook of every module. It also
+    tries a compiler in each rank, numactl in every backward pass of stage 3, and, before it loads
+    an extension, starts four Pythons that ask what the processor is.
     """
     from importlib import metadata
 
     import cpuinfo
-    from deepspeed.utils import nvtx
+    from deepspeed import ops
+    from deepspeed.utils import numa, nvtx
 
     nvtx.enable_nvtx = False
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    cpuinfo.get_cpu_info()
+    numa.get_numa_cores = functools.cache(numa.get_numa_cores)
+    _ = ops.__compatible_ops__  # which the module keeps
     metadata.metadata = functools.cache(metadata.metadata)
     metadata.version = functools.cache(metadata.version)
-    cpuinfo.get_cpu_info = functools.partial(dict, cpuinfo.get_cpu_info())
     with suppress(ImportError):  # transformers 5
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
@@ -354,37 +361,27 @@ def _require_one_thread(what: str) -> None:
 def _run_ranks(launch: Launch, messages: int, modules: int) -> tuple[int, bool]:
     """The exit code of a launch, and whether it was killed for taking too long."""
     _require_one_thread("an import")
-    store, port = _start_store() if launch.elastic else (None, 0)
+    reading, writing = os.pipe()
     pids = []
     for rank in range(launch.ranks):
         pid = os.fork()
         if not pid:
-            _be_rank(launch, rank, port, messages, modules)  # does not return
+            os.close(writing)
+            _be_rank(launch, rank, reading, messages, modules)  # does not return
         pids.append(pid)
-    try:
-        return _wait(pids, launch.limit, messages)
-    finally:
-        if store is not None:
-            os.kill(store, signal.SIGKILL)
-            os.waitpid(store, 0)
+    store = _start_store(writing, launch.ranks) if launch.elastic else None
+    code, hung = _wait(pids, launch.limit, messages)
+    del store
+    return code, hung
 
 
-def _start_store() -> tuple[int, int]:
-    """Forks the process that the ranks meet at; returns its id and port."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if not pid:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        from torch.distributed import TCPStore
+def _start_store(writing: int, ranks: int) -> object:
+    """Listens where the ranks meet, by a thread, and tells each of them the port."""
+    from torch.distributed import TCPStore
 
-        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        os.write(writing, str(store.port).encode())
-        os.close(writing)
-        while True:
-            signal.pause()
-    os.close(writing)
-    with os.fdopen(reading) as answer:
-        return pid, int(answer.read())
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    os.write(writing, f"{store.port:{PORT_DIGITS}}".encode() * ranks)
+    return store
 
 
 def _wait(pids: list[int], limit: float, messages: int) -> tuple[int, bool]:
@@ -417,8 +414,8 @@ def _wait(pids: list[int], limit: float, messages: int) -> tuple[int, bool]:
     return code, hung
 
 
-def _be_rank(launch: Launch, rank: int, port: int, messages: int, modules: int) -> None:
-    """The life of a rank: a fresh process as far as it can tell."""
+def _be_rank(launch: Launch, rank: int, reading: int, messages: int, modules: int) -> None:
+    """The life of a rank: a fresh process as far as it can tell; ``reading`` tells the port."""
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         gc.enable()
@@ -430,7 +427,9 @@ def _be_rank(launch: Launch, rank: int, port: int, messages: int, modules: int) 
         os.environ.clear()
         os.environ.update(launch.environment)
         if launch.elastic:
+            port = int(os.read(reading, PORT_DIGITS))
             os.environ.update(_variables(rank, launch.ranks, port))
+        os.close(reading)
         if launch.alone:
             os.environ.update(_variables_of_node(rank, launch.ranks))
         if "numpy" in sys.modules:
@@ -440,12 +439,22 @@ def _be_rank(launch: Launch, rank: int, port: int, messages: int, modules: int) 
         if not rank and launch.shares_imports:
             _tell_modules_at_end(modules)
         runpy.run_path(launch.script, run_name="__main__")
-    except SystemExit:
-        raise
+    except SystemExit as end:
+        if end.code:
+            raise
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         raise SystemExit(1) from None
-    raise SystemExit(0)
+    _end_well()
+
+
+def _end_well() -> NoReturn:
+    """Ends as the interpreter does, but does not free all modules, half a second of a core."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _tell_modules_at_end(descriptor: int) -> None:

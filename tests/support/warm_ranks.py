@@ -4,15 +4,16 @@
 
 The warm process has a single thread and has computed nothing, so that its forks are as good as
 fresh processes: each sets up gloo, DeepSpeed and its trainer itself, and ends as the interpreter
-ends, but for freeing all modules. What a rank imports on its way, of ckpt too, the next ones are
-forked with: that is two thirds of what a short training costs. Workers and helpers of tests each
-rank imports itself, as another launch may see others at the same names.
+ends, but that nobody frees what it was forked with. What a rank imports on its way, of ckpt too,
+the next ones are forked with: that is two thirds of what a short training costs. Workers and
+helpers of tests each rank imports itself, as another launch may see others at the same names.
 
 The processes of a test run share the warm process, whichever starts it: each has a connection, and
 a launch is a fork, so that launches run beside each other. When it has forked the ranks, it listens
 on the port that they meet at, as the agent of torchrun does; the system chooses the port, and
-nobody else can take it meanwhile. Ranks see the variables that torchrun sets. A library that ranks
-are to have preloaded gets a warm process of its own.
+nobody else can take it meanwhile. Ranks see the variables that torchrun sets. All have the library
+of ``faults`` preloaded, which does nothing until a rank sets it; with another one they have a warm
+process of its own.
 
 What torchrun itself does (signals, restarts, its report of a failure) is not here: those tests
 start it (``oracles.torchrun`` with ``fresh``, tests/training/test_launchers.py).
@@ -36,7 +37,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 from zlib import crc32
 
+from faults import faults
 from paths import PATHS, PYTHONPATH, ROOT
 
 IMPORTED = (
@@ -193,7 +194,8 @@ def run(
     shares_imports: bool = True,
 ) -> Ended:
     """Runs a script on forked ranks; ``subprocess.TimeoutExpired`` after ``limit`` seconds."""
-    preloaded = environment.get("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
+    preloaded = environment.get("LD_PRELOAD") or os.environ.get("LD_PRELOAD")
+    preloaded = preloaded or str(faults.library())
     if preloaded not in _warm or _warm[preloaded].has_ended:
         _warm[preloaded] = _WarmProcess(preloaded)
     launch = Launch(
@@ -216,6 +218,7 @@ def serve() -> None:
     """The life of the warm process: a fork for each launch, which forks the ranks."""
     listener = socket.socket(fileno=os.dup(0))
     gc.disable()  # a quarter of the time of the imports, which leave little to collect
+    atexit.register(_hide_imports)  # before others do, and so the last that is called
     for name in IMPORTED:
         importlib.import_module(name)
     _import_too(IMPORTED_LATER)
@@ -341,6 +344,29 @@ def _build() -> None:
         ShareMemCommBuilder().load(verbose=False)
 
 
+_imports: dict[str, Any] = {}  # what a rank was forked with
+
+
+def _spare_end() -> None:
+    """At its end a rank frees its own objects, and nothing that it was forked with.
+
+    Half a second of copying pages else, for each that ends as the interpreter ends: that of the
+    modules, and that of what their libraries have set up.
+    """
+    _imports.update(sys.modules)
+    for name in ("builtins", "sys", "__main__"):
+        del _imports[name]
+    libc = ctypes.CDLL(None)
+    libc.on_exit(libc._exit, None)  # after the functions that libraries register from here on
+
+
+def _hide_imports() -> None:
+    """What is in no list of modules is not taken apart, and with a reference for ever not freed."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_imports))
+    for name in _imports:
+        sys.modules.pop(name, None)
+
+
 def _import_too(names: Sequence[str]) -> None:
     """Imports what a rank has imported on its way, so that the next are forked with it."""
     of_tests = {path.stem for folder in PATHS for path in Path(folder).iterdir()} - {*PACKAGES}
@@ -419,6 +445,7 @@ def _be_rank(launch: Launch, rank: int, reading: int, messages: int, modules: in
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         gc.enable()
+        _spare_end()
         nowhere = os.open(os.devnull, os.O_RDWR)
         os.dup2(nowhere, 0)
         os.dup2(nowhere, 1)
@@ -439,22 +466,12 @@ def _be_rank(launch: Launch, rank: int, reading: int, messages: int, modules: in
         if not rank and launch.shares_imports:
             _tell_modules_at_end(modules)
         runpy.run_path(launch.script, run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise
+    except SystemExit:
+        raise
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         raise SystemExit(1) from None
-    _end_well()
-
-
-def _end_well() -> NoReturn:
-    """Ends as the interpreter does, but does not free all modules, half a second of a core."""
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    raise SystemExit(0)
 
 
 def _tell_modules_at_end(descriptor: int) -> None:
@@ -495,6 +512,7 @@ def _variables(rank: int, ranks: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_MAX_RESTARTS": "0",
         "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     }

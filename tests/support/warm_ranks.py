@@ -11,8 +11,9 @@ launch may see others at the same names.
 The processes of a test run share the warm process, whichever starts it: each has a connection, and
 a launch is a fork, so that launches run beside each other. A store process of its own listens on
 the port that the ranks meet at, as the agent of torchrun does; the system chooses the port, and
-nobody else can take it meanwhile. Ranks see the variables that torchrun sets. A library that ranks
-are to have preloaded gets a warm process of its own.
+nobody else can take it meanwhile. Ranks see the variables that torchrun sets. The libraries of
+tests/support/faults are preloaded, and do nothing until a rank asks for it. Another one gets a warm
+process of its own.
 
 What torchrun itself does (signals, restarts, its report of a failure) is not here: those tests
 start it (``oracles.torchrun`` with ``fresh``, tests/training/test_launchers.py).
@@ -44,6 +45,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 from zlib import crc32
 
+from faults import faults, places
 from paths import PATHS, PYTHONPATH, ROOT
 
 IMPORTED = (
@@ -165,7 +167,7 @@ def _can_listen(listener: socket.socket, address: str) -> bool:
 def _start(listener: socket.socket, preloaded: str) -> None:
     # By its arguments, ckpt.distributed.launchers takes it for what it stands in for.
     command = [sys.executable, "-m", "warm_ranks", "torch.distributed.run"]
-    own = {"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": preloaded}
+    own = {"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": preloaded, "PLACE_ASLEEP": "1"}
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -191,7 +193,9 @@ def run(
     shares_imports: bool = True,
 ) -> Ended:
     """Runs a script on forked ranks; ``subprocess.TimeoutExpired`` after ``limit`` seconds."""
-    preloaded = environment.get("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
+    always = [str(faults.library(source)) for source in (faults.SOURCE, places.SOURCE)]
+    more = environment.get("LD_PRELOAD", os.environ.get("LD_PRELOAD", "")).split(":")
+    preloaded = ":".join([*always, *(path for path in more if path and path not in always)])
     if preloaded not in _warm or _warm[preloaded].has_ended:
         _warm[preloaded] = _WarmProcess(preloaded)
     launch = Launch(

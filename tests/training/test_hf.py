@@ -31,6 +31,7 @@ from converters.errors import CheckpointError
 front_end = LateModule("ckpt.saving.front_end")  # these import DeepSpeed and transformers
 hf = LateModule("ckpt.trainers.hf")
 trainer_state = LateModule("ckpt.trainers.hf.trainer_state")
+trainer_utils = LateModule("transformers.trainer_utils")
 
 WORKER = str((ROOT / "tests/workers/hf_worker.py").relative_to(ROOT))
 FILE = "model.safetensors"
@@ -175,8 +176,6 @@ def test_a_rank_that_fails_is_told_on_all_and_nothing_is_committed(tmp_path: Pat
 
 @pytest.mark.parametrize("end", ["killed", "midway"])
 def test_a_rank_that_is_lost_leaves_the_checkpoint_before(tmp_path: Path, end: str) -> None:
-    from transformers.trainer_utils import get_last_checkpoint
-
     with pytest.raises(AssertionError):
         torchrun(WORKER, tmp_path, end, 3, limit=120)
     if end == "midway":
@@ -185,7 +184,7 @@ def test_a_rank_that_is_lost_leaves_the_checkpoint_before(tmp_path: Path, end: s
     run = Run(tmp_path / "mixin")
     assert [c.name for c in run.checkpoints()] == ["checkpoint-1"]
     newest = run.newest()
-    assert newest is not None and get_last_checkpoint(str(run.path)) == str(newest.folder)
+    assert newest is not None and trainer_utils.get_last_checkpoint(str(run.path)) == str(newest.folder)
     assert run.target() == "checkpoint-1/global_step1"
 
 

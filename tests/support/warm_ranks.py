@@ -38,11 +38,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
+from unittest.mock import patch
 from zlib import crc32
 
 from faults import faults, places
@@ -304,12 +305,17 @@ def _spare_ranks() -> None:
 
     Accelerate parses the metadata of packages whenever it asks whether DeepSpeed is installed,
     transformers compiles all patterns of all its models at the first save of one, and DeepSpeed
-    notes ranges for a profiler, which on CPU nobody does, in every hook of every module.
+    notes ranges for a profiler, which on CPU nobody does, in every hook of every module. For a line
+    that nobody sees, its stage 3 formats the values of all parameters.
     """
     from importlib import metadata
 
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.utils import nvtx
 
+    DeepSpeedZeroOptimizer_Stage3.__init__ = _formatting_no_values(
+        DeepSpeedZeroOptimizer_Stage3.__init__
+    )
     nvtx.enable_nvtx = False
     metadata.metadata = functools.cache(metadata.metadata)
     metadata.version = functools.cache(metadata.version)
@@ -317,6 +323,17 @@ def _spare_ranks() -> None:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         get_checkpoint_conversion_mapping("llama")
+
+
+def _formatting_no_values(function: Callable[..., None]) -> Callable[..., None]:
+    from torch.nn import Parameter
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> None:
+        with patch.object(Parameter, "__repr__", object.__repr__):
+            function(*arguments, **options)
+
+    return call
 
 
 def _build() -> None:

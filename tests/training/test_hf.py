@@ -184,7 +184,9 @@ def test_a_rank_that_is_lost_leaves_the_checkpoint_before(tmp_path: Path, end: s
     run = Run(tmp_path / "mixin")
     assert [c.name for c in run.checkpoints()] == ["checkpoint-1"]
     newest = run.newest()
-    assert newest is not None and trainer_utils.get_last_checkpoint(str(run.path)) == str(newest.folder)
+    assert newest is not None and trainer_utils.get_last_checkpoint(str(run.path)) == str(
+        newest.folder
+    )
     assert run.target() == "checkpoint-1/global_step1"
 
 

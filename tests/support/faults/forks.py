@@ -4,8 +4,9 @@
         whole = forks.run(["to-fp32", folder], folder, reads=1)
         ended = forks.run(["to-fp32", folder], folder, at=17, do="eio", reads=1)
 
-The process runs with the libraries of ``faults`` and ``places`` preloaded and has a single thread, so that its
-forks are as good as fresh processes. What only its imports read of the environment is in ``env``.
+The process runs with the libraries of ``faults`` and ``places`` preloaded and has a single thread,
+so that its forks are as good as fresh processes. What only its imports read of the environment is
+in ``env``.
 """
 
 from __future__ import annotations

@@ -85,8 +85,11 @@ def preload() -> None:
     if not hasattr(ctypes.CDLL(None), "fault_set"):
         library = {"LD_PRELOAD": str(faults.library())}
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | library)
+    from deepspeed import ops
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
+    with suppress(AttributeError):  # tried here and not in each rank, which takes a compiler
+        ops.__compatible_ops__  # noqa: B018
     ShareMemCommBuilder().load(verbose=False)  # built here, if it has to be
 
 

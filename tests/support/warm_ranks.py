@@ -306,12 +306,19 @@ def _spare_ranks() -> None:
     Accelerate parses the metadata of packages whenever it asks whether DeepSpeed is installed,
     transformers compiles all patterns of all its models at the first save of one, and DeepSpeed
     notes ranges for a profiler, which on CPU nobody does, in every hook of every module. For a line
-    that nobody sees, its stage 3 formats the values of all parameters.
+    that nobody sees, its stage 3 formats the values of all parameters. The start of its process
+    group tries with a compiler which extensions could be built, 80 ms, and its backward pass starts
+    a command that counts the sockets of the machine.
     """
     from importlib import metadata
 
+    from deepspeed import ops
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.utils import nvtx
+    from deepspeed.utils import numa, nvtx
+
+    with suppress(AttributeError):  # older versions try when they are imported
+        ops.__compatible_ops__  # noqa: B018
+    numa.get_numa_cores = functools.cache(numa.get_numa_cores)
 
     DeepSpeedZeroOptimizer_Stage3.__init__ = _formatting_no_values(
         DeepSpeedZeroOptimizer_Stage3.__init__

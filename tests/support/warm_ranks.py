@@ -11,8 +11,8 @@ helpers of tests each rank imports itself, as another launch may see others at t
 The processes of a test run share the warm process, whichever starts it: each has a connection, and
 a launch is a fork, so that launches run beside each other. When it has forked the ranks, it listens
 on the port that they meet at, as the agent of torchrun does; the system chooses the port, and
-nobody else can take it meanwhile. Ranks see the variables that torchrun sets. All have the library
-of ``faults`` preloaded, which does nothing until a rank sets it; with another one they have a warm
+nobody else can take it meanwhile. Ranks see the variables that torchrun sets. The libraries of
+tests/support/faults are preloaded, and do nothing until a rank asks for it. Another one gets a warm
 process of its own.
 
 What torchrun itself does (signals, restarts, its report of a failure) is not here: those tests
@@ -38,14 +38,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
+from unittest.mock import patch
 from zlib import crc32
 
-from faults import faults
+from faults import faults, places
 from paths import PATHS, PYTHONPATH, ROOT
 
 IMPORTED = (
@@ -168,7 +169,7 @@ def _can_listen(listener: socket.socket, address: str) -> bool:
 def _start(listener: socket.socket, preloaded: str) -> None:
     # By its arguments, ckpt.distributed.launchers takes it for what it stands in for.
     command = [sys.executable, "-m", "warm_ranks", "torch.distributed.run"]
-    own = {"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": preloaded}
+    own = {"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": preloaded, "PLACE_ASLEEP": "1"}
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -194,8 +195,9 @@ def run(
     shares_imports: bool = True,
 ) -> Ended:
     """Runs a script on forked ranks; ``subprocess.TimeoutExpired`` after ``limit`` seconds."""
-    preloaded = environment.get("LD_PRELOAD") or os.environ.get("LD_PRELOAD")
-    preloaded = preloaded or str(faults.library())
+    always = [str(faults.library(source)) for source in (faults.SOURCE, places.SOURCE)]
+    more = environment.get("LD_PRELOAD", os.environ.get("LD_PRELOAD", "")).split(":")
+    preloaded = ":".join([*always, *(path for path in more if path and path not in always)])
     if preloaded not in _warm or _warm[preloaded].has_ended:
         _warm[preloaded] = _WarmProcess(preloaded)
     launch = Launch(
@@ -305,27 +307,46 @@ def _spare_ranks() -> None:
 
     Accelerate parses the metadata of packages whenever it asks whether DeepSpeed is installed,
     transformers compiles all patterns of all its models at the first save of one, and DeepSpeed
-    notes ranges for a profiler, which on CPU nobody does, in every hook of every module. It also
-    tries a compiler in each rank, numactl in every backward pass of stage 3, and, before it loads
-    an extension, starts four Pythons that ask what the processor is.
+    notes ranges for a profiler, which on CPU nobody does, in every hook of every module. For a line
+    that nobody sees, its stage 3 formats the values of all parameters. The start of its process
+    group tries with a compiler which extensions could be built, 80 ms, its backward pass starts a
+    command that counts the sockets of the machine, and before it loads an extension, four Pythons
+    ask what the processor is.
     """
     from importlib import metadata
 
     import cpuinfo
     from deepspeed import ops
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.utils import numa, nvtx
 
+    with suppress(AttributeError):  # older versions try when they are imported
+        ops.__compatible_ops__  # noqa: B018
+    numa.get_numa_cores = functools.cache(numa.get_numa_cores)
+
+    DeepSpeedZeroOptimizer_Stage3.__init__ = _formatting_no_values(
+        DeepSpeedZeroOptimizer_Stage3.__init__
+    )
     nvtx.enable_nvtx = False
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     cpuinfo.get_cpu_info()
-    numa.get_numa_cores = functools.cache(numa.get_numa_cores)
-    _ = ops.__compatible_ops__  # which the module keeps
     metadata.metadata = functools.cache(metadata.metadata)
     metadata.version = functools.cache(metadata.version)
     with suppress(ImportError):  # transformers 5
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         get_checkpoint_conversion_mapping("llama")
+
+
+def _formatting_no_values(function: Callable[..., None]) -> Callable[..., None]:
+    from torch.nn import Parameter
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> None:
+        with patch.object(Parameter, "__repr__", object.__repr__):
+            function(*arguments, **options)
+
+    return call
 
 
 def _build() -> None:

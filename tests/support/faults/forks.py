@@ -4,8 +4,9 @@
         whole = forks.run(["to-fp32", folder], folder, reads=1)
         ended = forks.run(["to-fp32", folder], folder, at=17, do="eio", reads=1)
 
-The process runs with the library of ``faults`` preloaded and has a single thread, so that its
-forks are as good as fresh processes. What only its imports read of the environment is in ``env``.
+The process runs with the libraries of ``faults`` and ``places`` preloaded and has a single thread,
+so that its forks are as good as fresh processes. What only its imports read of the environment is
+in ``env``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any, BinaryIO
 
 from paths import PYTHONPATH
 
-from faults import faults
+from faults import faults, places
 
 LIMIT = 60.0  # seconds until a command counts as hung
 IMPORTED = (
@@ -68,6 +69,10 @@ class Forks:
     def __enter__(self) -> Forks:
         found = dict(os.environ if self.env is None else self.env)
         found |= faults.environment(Path("/nowhere"))
+        found |= {
+            "LD_PRELOAD": f"{found['LD_PRELOAD']}:{faults.library(places.SOURCE)}",
+            "PLACE_ASLEEP": "1",
+        }
         found |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         found["PYTHONPATH"] = PYTHONPATH
         pipe = subprocess.PIPE
@@ -152,6 +157,8 @@ def _be_command(asked: dict[str, Any], said: int, printed: int) -> None:
         os.dup2(said if asked["stdout"] else printed, 1)
         os.dup2(said, 2)
         os.environ.update(asked["env"])
+        if "PLACE_ROOT" in asked["env"]:
+            places.wake_here()
         os.chdir(asked["folder"])
         from ckpt.cli.main import main
         from ckpt.runs.foreign import liveness

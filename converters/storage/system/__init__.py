@@ -7,6 +7,7 @@ fsync       on disk: files, folders, filesystems
 flock       locks of files that end with the process
 c_library   functions of the C library that Python does not have
 limits      how many files may be open
+memory      memory that takes none until it is used
 names       names that lead out of no folder
 processes   clock, children and priority of processes
 

@@ -11,6 +11,7 @@ forks are as good as fresh processes. What only its imports read of the environm
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import importlib
 import json
@@ -22,6 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from importlib import metadata
 from io import StringIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -107,6 +109,7 @@ class Forks:
 def serve() -> None:
     """The life of the warm process."""
     gc.disable()  # imports leave little to collect
+    metadata.version = functools.cache(metadata.version)
     for name in (*IMPORTED, *sys.argv[1:]):
         importlib.import_module(name)
     _rehearse()
@@ -141,6 +144,9 @@ def _rehearse() -> None:
     """
     from ckpt.cli.main import main
 
+    for name in ("huggingface_hub", "hf_xet"):
+        with suppress(metadata.PackageNotFoundError):
+            metadata.version(name)
     words = ["to-fp32", str(FIXTURES / "trainer-zero2/checkpoint-2"), "--dry-run"]
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()), suppress(SystemExit):
         main(words)

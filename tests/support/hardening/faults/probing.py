@@ -65,9 +65,10 @@ def faults_at(operation: faults.Operation) -> Iterator[Fault]:
     Killed while it reads, a process leaves what it leaves killed at its next change.
     """
     call, at = operation.call, operation.number
+    called = f"{call} {operation.path.rpartition('/')[2]}"
 
     def fault(do: faults.Fault, sticky: bool = False) -> Fault:
-        return Fault(at, do, f"{call} {Path(operation.path).name}", sticky)
+        return Fault(at, do, called, sticky)
 
     yield fault("eio")
     if call not in READS:

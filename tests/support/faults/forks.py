@@ -91,16 +91,18 @@ class Forks:
         stdout: bool = False,
         env: Mapping[str, str] | None = None,
         folder: Path | None = None,
+        code: str = "",
         **fault: Any,
     ) -> Ended:
         """Runs ``ckpt`` with ``args``; ``root`` and ``fault`` as ``faults.set_here`` takes them.
 
         With ``stdout``, what it prints there is part of what it said. ``env`` comes on top.
-        ``folder`` is where it runs.
+        ``folder`` is where it runs. With ``code`` that program runs in the place of ``ckpt``.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         asked = {"args": [str(arg) for arg in args], "root": str(root), "fault": fault}
         asked |= {"stdout": stdout, "env": dict(env or {}), "folder": str(folder or ".")}
+        asked["code"] = code
         self.process.stdin.write(json.dumps(asked, default=str) + "\n")
         self.process.stdin.flush()
         return Ended(**json.loads(self.process.stdout.readline()))
@@ -184,7 +186,12 @@ def _be_command(asked: dict[str, Any], said: int, printed: int) -> None:
             fault[name] = Path(fault[name]) if fault.get(name) else None
         faults.set_here(Path(asked["root"]), **fault)
         try:
-            main(asked["args"])
+            if asked["code"]:
+                sys.argv = ["-c", *asked["args"]]
+                exec(compile(asked["code"], "<string>", "exec"), {"__name__": "__main__"})
+            else:
+                main(asked["args"])
+            status = 0
         except SystemExit as done:
             status = done.code if isinstance(done.code, int) else 0 if done.code is None else 1
         count = faults.count_here()

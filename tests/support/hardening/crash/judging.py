@@ -84,7 +84,7 @@ class Folders:
         return self.known[key]
 
     def hindrances(self, root: Path, tree: Tree, name: str) -> list[str]:
-        """Why DeepSpeed could not load what the file latest of a run names, the checkpoint ``name``."""
+        """Why DeepSpeed could not load the checkpoint that a run's file latest names, ``name``."""
         pointer = {"../latest": tree["latest"]}
         key = f"latest {name}", digest(pointer | below(tree, name))
         if key not in self.known:

@@ -1,8 +1,8 @@
 """Saves of two ranks as recordings: of each ZeRO stage, in the background, and over an older one.
 
-Each rank runs this as a program, ``saves.py FOLDER/CASE``, as a fork of the warm process that has the
-library of ``faults``. A case leaves in FOLDER/CASE the run, what it was before (``before``) and the
-trace of both ranks.
+Each rank runs this as a program, ``saves.py FOLDER/CASE``, as a fork of the warm process that has
+the library of ``faults``. A case leaves in FOLDER/CASE the run, what it was before (``before``) and
+the trace of both ranks.
 """
 
 from __future__ import annotations

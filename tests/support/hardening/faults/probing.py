@@ -103,6 +103,7 @@ class Probe:
         self.journal = [op for op in faults.journal(log) if op.call != "chmod"]
         self.operations = len(self.journal)
         self.ends: Counter[str] = Counter()
+        self.verdicts = judging.Folders({})
 
     def run(self, **fault: object) -> Ended:
         """Runs the command."""
@@ -149,7 +150,7 @@ class Probe:
                 yield f"exit {ended.status}, and there is {judging.difference(now, old)}"
         else:
             root = self.base / "live"
-            yield from judging.of_run(root, now, old, new, False, judging.Folders({}))
+            yield from judging.of_run(root, now, old, new, False, self.verdicts)
 
     def words(self, fault: Fault, ended: Ended) -> Iterator[str]:
         """What is wrong with what it said."""

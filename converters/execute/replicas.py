@@ -16,7 +16,7 @@ def require_same(tensors: Iterable[tuple[str, TensorRef]]) -> int:
 
     ``CheckpointError`` names the first one whose ranks have other values, and two files.
     """
-    buffer, second, window = (memory.buffer(MOVE_BYTES) for _ in range(3))
+    buffer, second, window = (memory.zeros(MOVE_BYTES) for _ in range(3))
     reader = SourceReader((second, window), Ledger())
     total_bytes = 0
     try:

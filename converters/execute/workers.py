@@ -180,22 +180,19 @@ class Mover:
                     if piece is None:
                         break
 
-                    self._pass_on(piece, worker, deliver, sealed)
+                    output = worker.make(piece)
+                    worker.look(piece, output)
+                    if sealed:
+                        crc32 = isal_zlib.crc32(output)
+                        self.output.add(OUTPUT, piece.offset, len(output), crc32)
+
+                    deliver(worker, piece.offset, output)
+                    with self.lock:
+                        self.read += piece.stored
+                        self.progress(piece.nbytes)
         except BaseException as error:
             self.failure = self.failure or error
             self.stopped = True
-
-    def _pass_on(self, piece: Piece, worker: Worker, deliver: Delivery, sealed: bool) -> None:
-        output = worker.make(piece)
-        worker.look(piece, output)
-        if sealed:
-            crc32 = isal_zlib.crc32(output)
-            self.output.add(OUTPUT, piece.offset, len(output), crc32)
-
-        deliver(worker, piece.offset, output)
-        with self.lock:
-            self.read += piece.stored
-            self.progress(piece.nbytes)
 
 
 def pieces_of(shard: Shard) -> Iterator[Piece]:
@@ -237,7 +234,7 @@ class Worker:
 
     def __init__(self, mover: Mover):
         self.mover = mover
-        self.buffers = [memory.buffer(MOVE_BYTES) for _ in range(4)]
+        self.buffers = [memory.zeros(MOVE_BYTES) for _ in range(4)]
         self.reader = SourceReader(self.buffers[2:], mover.ledger if mover.verify else None)
         self.rooms: Rooms = {}
 

@@ -63,6 +63,22 @@ def test_what_is_read_is_what_is_written(dtype: str, size: int, tmp_path: Path) 
     assert report.compared == sum(p.copy is not None for p in plan.placements()) > 0
 
 
+def test_threads_that_get_no_memory_fail_what_waits_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file stayed full of holes, and a served shard was waited for without an end."""
+
+    def refuse(nbytes: int) -> memoryview:
+        raise MemoryError(nbytes)
+
+    monkeypatch.setattr(workers.memory, "zeros", refuse)
+    plan = plan_of(SOURCE)
+    with pytest.raises(MemoryError):
+        shards.execute(plan, tmp_path)
+    with Serving(plan).open(plan.shards[0]) as file, pytest.raises(MemoryError):
+        file.read()
+
+
 @given(places=st.lists(st.tuples(st.integers(0, 26_000), st.integers(0, 3000)), max_size=20))
 @settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 def test_any_place_may_be_read_at_any_time(

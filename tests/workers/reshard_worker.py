@@ -14,7 +14,8 @@ A job may have what takes the place of the spec's ("zero", "config", "dtype", "t
 "universal": whether the engine has load_universal. "init": whether stage 3 has zero.Init. "bare":
 what the engine holds is not recorded, since it has no Adam or another optimizer of DeepSpeed's
 around it; "again" is where it is saved as soon as it is loaded. "half" is where it is saved, and
-what is written of it, after "half_steps".
+what is written of it, after "half_steps". "without_kernel": whether ``DeepSpeedCPUAdam`` is to do
+without its compiled kernel, which only a step needs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from ending import leave
@@ -83,9 +85,29 @@ def record(engine: Any, spec: Spec, job: dict[str, Any], path: Path) -> None:
             save_file(live, path)
 
 
+class NoKernel:
+    """The kernel of ``DeepSpeedCPUAdam`` for an engine that takes no step."""
+
+    @staticmethod
+    def load() -> NoKernel:
+        """In place of the ``load`` of a builder."""
+        return NoKernel()
+
+    def create_adam(self, *settings: object) -> None: ...
+
+    def destroy_adam(self, number: int) -> None: ...
+
+
 def load(job: dict[str, Any]) -> None:
-    spec = spec_of(job)
-    engine = engine_for(spec, 4321, job)
+    from deepspeed.ops.adam import cpu_adam
+
+    spec, builder = spec_of(job), cpu_adam.CPUAdamBuilder
+    load_kernel = staticmethod(NoKernel.load) if job.get("without_kernel") else builder.load
+    with patch.object(builder, "load", load_kernel):
+        engine = engine_for(spec, 4321, job)
+
+    if job.get("without_kernel"):
+        assert isinstance(engine.optimizer.optimizer, cpu_adam.DeepSpeedCPUAdam)
     path, client = engine.load_checkpoint(job["folder"])
     assert path is not None, job
     record(engine, spec, job, Path(job["out"]))

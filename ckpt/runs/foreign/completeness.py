@@ -168,7 +168,7 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
         )
 
     if (detection := detect.detect(path)).kind.name != "unknown":
-        raise CheckpointError(str(detection.error), "unsupported")
+        raise detection.damage or CheckpointError(str(detection.error), "unsupported")
 
     first_names = ", ".join(sorted(entry_names)[:3])
     raise CheckpointError(

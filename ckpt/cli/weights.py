@@ -87,11 +87,12 @@ def to_fp32(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Convert a ZeRO checkpoint to a model folder of fp32 or 16-bit weights.
+    """Convert a checkpoint of ZeRO or FSDP to a model folder of fp32 or 16-bit weights.
 
     CHECKPOINT is a Trainer folder (with the file latest in it), a save_dir of
-    DeepSpeed, a tag folder, or a universal one; with --last a run. The output appears
-    all at once; an interrupted conversion continues where it stopped.
+    DeepSpeed, a tag folder, a universal one, or a folder of FSDP or
+    torch.distributed.checkpoint; with --last a run. The output appears all at once; an
+    interrupted conversion continues where it stopped.
 
     \b
     ckpt to-fp32 out/checkpoint-500

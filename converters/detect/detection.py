@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
-from converters import errors
+from converters import errors, options
 from converters.detect import deepspeed, kinds, sharded, state_folders
 from converters.detect.kind import CHECKPOINT, Kind, NoKindError, first
 from converters.detect.look import Look
@@ -16,6 +16,8 @@ from converters.errors import CheckpointError
 from converters.source import Source
 from converters.storage.store import Name
 from converters.storage.stores import source_path
+
+_ARGUMENTS = options.of_functions({"tag": "tag="})  # of ``read``, as errors name them
 
 
 class FormatReader(Protocol):
@@ -130,10 +132,11 @@ def read(path: Name, tag: str | None = None, complete: bool = False) -> Source:
     ``complete`` asks for everything that a training goes on from, not for the weights
     alone. ``CheckpointError`` says what lies there instead, and what to do about it.
     """
-    detection = detect(path, tag)
-    if detection.refusal is not None:
-        raise detection.error
-    return detection.read(complete)
+    with options.using(_ARGUMENTS):
+        detection = detect(path, tag)
+        if detection.refusal is not None:
+            raise detection.error
+        return detection.read(complete)
 
 
 def _among(path: Name, tag: str | None, rows: Sequence[Kind]) -> Detection:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 )
 @dry_run_option("With --set: say which checkpoint would be named, and write nothing.")
 @JSON
+@planned.opening_once
 def latest(run: Path, best: bool, designation: str | None, dry_run: bool, as_json: bool) -> None:
     """Print the checkpoint that a resume takes: what ckpt.find returns.
 

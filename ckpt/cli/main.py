@@ -95,7 +95,7 @@ class Sections(click.Group):
 @click.group(cls=Sections, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ckpt")
 def cli() -> None:
-    """DeepSpeed ZeRO checkpoints, managed and turned into weights.
+    """Checkpoints of DeepSpeed ZeRO and FSDP, managed and turned into weights.
 
     \b
     ckpt show out/checkpoint-500        what is in there, from headers only

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,6 +58,19 @@ class Planned:
 
 class Interruption(KeyboardInterrupt):
     """An interruption that says what it leaves, as a sentence."""
+
+
+def opening_once(command: Callable[..., None]) -> Callable[..., None]:
+    """A command in which each file of a checkpoint is opened and parsed once."""
+
+    @wraps(command)
+    def opening_files_once(*arguments: Any, **options: Any) -> None:
+        from converters.storage import open_files  # which a help page need not load
+
+        with open_files.once():
+            command(*arguments, **options)
+
+    return opening_files_once
 
 
 def run(planned: Planned, *, dry_run: bool, as_json: bool) -> None:

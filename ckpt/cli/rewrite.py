@@ -111,6 +111,7 @@ def with_options(
 @TP_RULES
 @TAG
 @with_options(SHARED)
+@planned.opening_once
 def reshard(
     checkpoint: Path,
     world_size: int | None,
@@ -171,6 +172,7 @@ def reshard(
 @TP_RULES
 @TAG
 @with_options(SHARED)
+@planned.opening_once
 def to_universal(
     checkpoint: Path,
     output: Path | None,
@@ -212,6 +214,7 @@ def to_universal(
     "parameters.",
 )
 @with_options(SHARED)
+@planned.opening_once
 def from_universal(
     checkpoint: Path,
     world_size: int | None,

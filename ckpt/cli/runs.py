@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.command(cls=Command, short_help="List the checkpoints of a run.")
 @RUN
 @JSON
+@planned.opening_once
 def ls(run: Path, as_json: bool) -> None:
     """List the checkpoints of a run, the newest last.
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", metavar="N", type=click.IntRange(0), help="Choose the sample as before.")
 @JSON
+@planned.opening_once
 def verify(path: Path, data: bool, percent: float | None, seed: int | None, as_json: bool) -> None:
     """Check that a checkpoint, or every one of a run, is whole.
 

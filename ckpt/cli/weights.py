@@ -75,6 +75,7 @@ if TYPE_CHECKING:
 @click.option("--workers", metavar="N", type=click.IntRange(1, 64), help="Threads that move bytes.")
 @weights_options
 @JSON
+@planned.opening_once
 def to_fp32(
     checkpoint: Path,
     output: Path | None,
@@ -86,11 +87,12 @@ def to_fp32(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Convert a ZeRO checkpoint to a model folder of fp32 or 16-bit weights.
+    """Convert a checkpoint of ZeRO or FSDP to a model folder of fp32 or 16-bit weights.
 
     CHECKPOINT is a Trainer folder (with the file latest in it), a save_dir of
-    DeepSpeed, a tag folder, or a universal one; with --last a run. The output appears
-    all at once; an interrupted conversion continues where it stopped.
+    DeepSpeed, a tag folder, a universal one, or a folder of FSDP or
+    torch.distributed.checkpoint; with --last a run. The output appears all at once; an
+    interrupted conversion continues where it stopped.
 
     \b
     ckpt to-fp32 out/checkpoint-500
@@ -167,6 +169,7 @@ def _previewed(conversion: Conversion, preview: ConversionResult | None, overwri
 )
 @TP_RULES
 @JSON
+@planned.opening_once
 def show(
     checkpoint: Path,
     tag: str | None,
@@ -191,10 +194,9 @@ def show(
     from ckpt.cli import report
     from ckpt.weights.conversion import sources
     from ckpt.weights.opening import wished_names
-    from converters.storage import open_files
 
     checkpoint = checkpoint_of(checkpoint, tag, last, "ckpt show")
-    with _rules(tp_rules), open_files.once():
+    with _rules(tp_rules):
         source = sources.as_stored(checkpoint, tag, "ckpt to-fp32 --weights 16bit")
         wished = wished_names.of(source.weights, source, names=names, config=config)
         notes = (*source.notes, *wished.notes)

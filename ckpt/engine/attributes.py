@@ -6,9 +6,10 @@ any more, in a second and without an engine:
     python -c "from ckpt.engine import attributes; attributes.require()"
 
 A line of ``TABLE`` is a source file of DeepSpeed, a class in it ("-": the module), and
-names that are defined there: methods, properties, fields, or what is assigned to
-``self`` or a parameter. The names were read in DeepSpeed 0.19.8. A name in brackets is
-one that older versions lack and that is asked for before it is used.
+names that are defined there: methods, properties, fields, what is assigned to ``self``
+or a parameter, or the text of a constant, by which DeepSpeed sets an attribute. The
+names were read in DeepSpeed 0.19.8. A name in brackets is one that older versions lack
+and that is asked for before it is used.
 """
 
 from __future__ import annotations
@@ -75,8 +76,12 @@ runtime/pipe/topology.py PipelineParallelGrid
     get_slice_parallel_rank get_slice_parallel_world_size
 moe/layer.py MoE
     ep_size expert_group_name num_local_experts deepspeed_moe
+moe/experts.py Experts
+    allreduce group_name
 module_inject/auto_ep_layer.py AutoEPMoELayer
-    (ep_group_name) (expert_placement_descriptor)
+    (ep_group_name) (expert_placement_descriptor) (allreduce) (group_name)
+checkpoint/constants.py -
+    universal_checkpoint_info (ds_autoep_uc_meta)
 ops/adam/cpu_adam.py DeepSpeedCPUAdam
     adam_w_mode
 ops/adam/fused_adam.py FusedAdam
@@ -91,7 +96,8 @@ utils/groups.py -
 class Attribute:
     """A name that ``owner``, a class in the source ``file`` of DeepSpeed, has.
 
-    ``owner`` is "" for a function of the module. ``optional``: older versions lack it.
+    ``owner`` is "" for a function or a constant of the module. ``optional``: older
+    versions lack it.
     """
 
     file: str
@@ -169,6 +175,8 @@ def _names_by_class(path: Path) -> dict[str, set[str]]:
             names[node.name] = set(_definitions(node))
         elif isinstance(node, ast.FunctionDef):
             names[""].add(node.name)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            names[""].add(str(node.value.value))  # the name of an attribute, as a text
 
     return names
 

@@ -23,7 +23,7 @@ from ckpt.engine.splitting import split_tensors, whole
 from ckpt.engine.splitting.placing import Placing
 from ckpt.engine.splitting.split_tensors import SplitEngine
 from ckpt.engine.splitting.whole import Share, TiedName
-from ckpt.engine.view import EngineView
+from ckpt.engine.view import EngineView, require_engine
 from ckpt.weights.naming import naming
 from ckpt.weights.request import Naming
 from converters import quantized
@@ -251,13 +251,7 @@ def _named_parameters(
 
 
 def _require_supported(engine: EngineView, ranks: RankGroup | None) -> None:
-    if not hasattr(engine, "module") or not hasattr(engine, "zero_optimization_stage"):
-        raise CheckpointError(
-            f"{type(engine).__name__} is not a DeepSpeed engine; pass what "
-            "deepspeed.initialize returned (of a Trainer: trainer.model_wrapped)",
-            "unsupported",
-        )
-
+    require_engine(engine)
     if split_tensors.is_split(engine):
         if ranks is not None:
             return

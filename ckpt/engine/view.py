@@ -113,6 +113,19 @@ def is_engine(value: Any) -> bool:
     return hasattr(value, "checkpoint_engine")
 
 
+def require_engine(value: object, alternative: str = "") -> None:
+    """``CheckpointError`` for what is not an engine, such as a bare model.
+
+    ``alternative`` is what else the user can do.
+    """
+    if not hasattr(value, "module") or not has_stage(value):
+        raise CheckpointError(
+            f"{type(value).__name__} is not a DeepSpeed engine; pass what deepspeed.initialize "
+            f"returned (of a Trainer: trainer.model_wrapped){alternative}",
+            "unsupported",
+        )
+
+
 def as_plain(training: EngineView) -> PlainView | None:
     """A training without DeepSpeed as what it is; ``None`` for an engine."""
     return cast(PlainView, training) if hasattr(training, "sharding") else None

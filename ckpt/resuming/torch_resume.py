@@ -32,7 +32,7 @@ from ckpt.saving.torch_states import TRAINING_STATE
 from ckpt.state import plain
 from ckpt.torch_training import loading
 from ckpt.torch_training.training import TorchTraining
-from converters.detect import detect, kinds
+from converters.detect import detect
 from converters.detect.filenames import DCP
 from converters.errors import CheckpointError
 from converters.storage import open_files
@@ -167,10 +167,10 @@ def _point(checkpoint: RunCheckpoint, world: int) -> ResumePoint:
     """What a checkpoint is; ``CheckpointError`` for one that is not DCP in one folder."""
     folder, manifest = checkpoint.folder, checkpoint.manifest
     if not (folder / DCP).is_file():
-        kind = kinds.BY_NAME[detect(folder).kind.name]
-        raise CheckpointError(
-            f"{folder} holds {with_article(kind.title)}, and ckpt.resume(model=...) loads torch's "
-            "distributed checkpoints in one folder; ckpt to-dcp makes one of it",
+        detection = detect(folder)
+        raise detection.damage or CheckpointError(
+            f"{folder} holds {with_article(detection.kind.title)}, and ckpt.resume(model=...) "
+            "loads torch's distributed checkpoints in one folder; ckpt to-dcp makes one of it",
             "unsupported",
         )
 

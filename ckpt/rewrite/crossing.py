@@ -92,6 +92,7 @@ class Crossing:
 
 
 @naming_arguments(*ARGUMENTS)
+@open_files.once()
 def execute(
     crossing: Crossing,
     *,
@@ -113,6 +114,7 @@ def execute(
         staging.as_output_error(output),
         locks.reading(crossing.folder),
         staging.staged(output, plan, crossing.nbytes) as staged_folder,
+        open_files.releasing(staged_folder),  # before it is renamed, or deleted
     ):
         report = _move(crossing, staged_folder, verify, workers, progress)
         checks = _prove(crossing, staged_folder)

@@ -168,6 +168,7 @@ def _is_copied(name: str) -> bool:
 
 
 @naming_arguments(*ARGUMENTS)
+@open_files.once()
 def execute(
     rewriting: Rewriting,
     *,
@@ -192,6 +193,7 @@ def execute(
         staging.as_output_error(output),
         locks.reading(rewriting.folder),
         staging.staged(output, plan, rewriting.nbytes) as staged_folder,
+        open_files.releasing(staged_folder),  # before it is renamed, or deleted
     ):
         report = _move(rewriting, staged_folder, verify, workers, progress)
         counts = _prove(rewriting, staged_folder)

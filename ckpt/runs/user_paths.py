@@ -44,6 +44,10 @@ def instead(path: Path, expected: str, weights: str = "") -> CheckpointError:
     detection = detect(path)
     if detection.kind.name in _BEGINNINGS and (finding := torn_finding(path)) is not None:
         return CheckpointError(finding, "incomplete")
+    if detection.kind.name == "deepspeed" and detection.damage is None:
+        # the commands on runs look for a tag in the folder, and latest leads further down
+        folder = detection.read().place.folder.parent
+        return CheckpointError(f"{path} leads to the checkpoint {folder}; name that", "incomplete")
     return detection.unlike(expected, weights if detection.kind.holds_weights else "")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from ckpt.distributed.ranks import RankGroup
-from ckpt.engine.view import EngineView, TrainingEngine
+from ckpt.engine.view import EngineView, TrainingEngine, require_engine
 from ckpt.runs.lineage import Line
 from ckpt.saving import capture
 from ckpt.saving.commit.commit import Commit, Facts
@@ -134,7 +134,8 @@ def of(
 
 
 def require_either(engine: object, model: Any, optimizer: Any, scheduler: Any) -> None:
-    """``CheckpointError`` unless there is an engine alone, or a model."""
+    """``CheckpointError`` unless there is an engine alone, or a model; or several engines
+    by name."""
     if engine is None and model is None:
         raise CheckpointError(
             "neither an engine nor a model was given; give DeepSpeed's engine, or "
@@ -147,6 +148,11 @@ def require_either(engine: object, model: Any, optimizer: Any, scheduler: Any) -
             "has its own: give the engine alone",
             "output",
         )
+
+    alternative = ", or model=... and optimizer=... of a training without DeepSpeed"
+    engines = engine.values() if isinstance(engine, Mapping) else [engine]
+    for value in engines if engine is not None else ():
+        require_engine(value, alternative)
 
 
 def require_run(run: str | os.PathLike[str]) -> Path:

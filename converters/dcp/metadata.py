@@ -130,7 +130,9 @@ def _rank_paths(folder: Path) -> list[Path]:
     names_by_rank = _names_by_rank(folder)
     if not names_by_rank:
         raise CheckpointError(
-            f"{folder} has no {METADATA}, which is written last: its save did not finish",
+            f"{folder} has no {METADATA}, which is written last in a checkpoint of FSDP or "
+            "torch.distributed.checkpoint: its save did not finish, or it was not copied; copy it "
+            "here from where it was saved, or take another checkpoint",
             "incomplete",
         )
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
-from converters import errors
+from converters import errors, options
 from converters.detect import deepspeed, kinds, sharded, state_folders
 from converters.detect.kind import CHECKPOINT, Kind, NoKindError, first
 from converters.detect.look import Look
@@ -16,6 +16,8 @@ from converters.errors import CheckpointError
 from converters.source import Source
 from converters.storage.store import Name
 from converters.storage.stores import source_path
+
+_ARGUMENTS = options.of_functions({"tag": "tag="})  # of ``read``, as errors name them
 
 
 class FormatReader(Protocol):
@@ -66,23 +68,31 @@ class Detection:
     def error(self) -> CheckpointError:
         """The refusal as an error; of what can be read, that this is not DeepSpeed's.
 
-        Of weights that cannot be read it is the reader's error, which says why.
+        Of what its reader refuses it is the reader's error, which says why.
         """
         sentence = self.kind.objection(self.evidence)
-        return self._damage or CheckpointError(f"{self.folder} {sentence}", self.trouble)
+        return self.damage or CheckpointError(f"{self.folder} {sentence}", self.trouble)
 
     def unlike(self, expected: str, remedy: str = "") -> CheckpointError:
         """That this is not what a command expects, such as "a run", and what handles it.
 
-        ``remedy`` takes the place of the kind's own.
+        ``remedy`` takes the place of the kind's own. Of what its reader refuses it is
+        the reader's error: no command reads that as it is.
         """
+        return self.damage or self.mismatch(expected, remedy)
+
+    def mismatch(self, expected: str, remedy: str) -> CheckpointError:
+        """As ``unlike``, whole or not: ``remedy`` is another path that the user meant."""
         sentence = self.kind.sentence(self.evidence, expected, remedy)
-        return self._damage or CheckpointError(f"{self.folder} {sentence}", self.trouble)
+        return CheckpointError(f"{self.folder} {sentence}", self.trouble)
 
     @property
-    def _damage(self) -> CheckpointError | None:
-        """What the reader says of a file that is not whole: nobody reads it as it is."""
-        if not self.kind.is_opened:
+    def damage(self) -> CheckpointError | None:
+        """What the kind's reader says of what is not whole; ``None`` of what it reads.
+
+        A reader may ask for another kind's error, and never for that of its own kind.
+        """
+        if self.kind.reader is None:
             return None
         try:
             self.read()
@@ -122,10 +132,11 @@ def read(path: Name, tag: str | None = None, complete: bool = False) -> Source:
     ``complete`` asks for everything that a training goes on from, not for the weights
     alone. ``CheckpointError`` says what lies there instead, and what to do about it.
     """
-    detection = detect(path, tag)
-    if detection.refusal is not None:
-        raise detection.error
-    return detection.read(complete)
+    with options.using(_ARGUMENTS):
+        detection = detect(path, tag)
+        if detection.refusal is not None:
+            raise detection.error
+        return detection.read(complete)
 
 
 def _among(path: Name, tag: str | None, rows: Sequence[Kind]) -> Detection:
@@ -170,7 +181,8 @@ def reader(name: str) -> FormatReader:
 def require_readable(folder: Path) -> None:
     """``CheckpointError`` for the folder of a tag whose files are of a kind not read
     here."""
-    look = Look(folder, folder.resolve().name)
+    tag = folder.resolve().name
+    look = Look(folder, tag)
     for kind in kinds.OF_TAG:
         if (evidence := kind.sign(look)) is not None:
-            raise CheckpointError(f"{folder} {kind.objection(evidence)}", kind.trouble)
+            raise Detection(path=folder, tag=tag, kind=kind, evidence=evidence, folder=folder).error

@@ -13,6 +13,9 @@ _FSDP_PART = LazyPattern(r"__.*_.*\.distcp")
 _DCP = "converters.dcp.reader:read"
 _FSDP = "converters.dcp.fsdp_folder:read"
 _READS = "ckpt show, to-fp32 and ckpt.open read it"
+_CROSSES = (
+    _READS + ", and ckpt from-dcp makes DeepSpeed's files of it if the optimizer's states are there"
+)
 
 
 def megatron_dist(look: Look) -> str | None:
@@ -113,7 +116,7 @@ KINDS = (
         sign=lightning_folder,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint that Lightning "
         "saved ({evidence})",
-        remedy=_READS,
+        remedy=_CROSSES,
         reader=_DCP,
         trouble="unsupported",
     ),
@@ -124,7 +127,7 @@ KINDS = (
         sign=fsdp_folder,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint that Accelerate "
         "saved ({evidence})",
-        remedy=_READS,
+        remedy=_CROSSES,
         reader=_FSDP,
         trouble="unsupported",
     ),
@@ -135,7 +138,7 @@ KINDS = (
         sign=dcp_of_ranks,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint, saved without "
         "collectives ({evidence})",
-        remedy=_READS,
+        remedy=_CROSSES,
         reader=_DCP,
         trouble="unsupported",
     ),
@@ -145,7 +148,7 @@ KINDS = (
         recognized_by="`.metadata` and `__*_*.distcp`",
         sign=dcp,
         statement="is a checkpoint of FSDP or torch.distributed.checkpoint ({evidence})",
-        remedy=_READS,
+        remedy=_CROSSES,
         reader=_DCP,
         trouble="unsupported",
     ),
@@ -166,7 +169,7 @@ KINDS = (
         recognized_by="`pytorch_model_fsdp_0_rankR.bin`",
         sign=fsdp_of_ranks,
         statement="is a checkpoint of FSDP with a file a rank ({evidence})",
-        remedy=_READS,
+        remedy=_CROSSES,
         reader=_FSDP,
         trouble="unsupported",
     ),
@@ -177,7 +180,7 @@ KINDS = (
         sign=fsdp_full,
         reader=_FSDP,
         statement="is a checkpoint of FSDP with the weights in one file ({evidence})",
-        remedy=_READS,
+        remedy=_CROSSES,
     ),
     Kind(
         name="dcp-file",

@@ -22,7 +22,7 @@ from converters.execute.workers import OUTPUT, Mover, Progress, Specials
 from converters.extents import per_record
 from converters.options import ALLOW_OVERFLOW, DTYPE
 from converters.plan import Plan, Shard
-from converters.storage import stores
+from converters.storage import open_files, stores
 from converters.storage.checksums import Ledger
 from converters.storage.local_store import LOCAL
 from converters.tensors import Extent, TensorRef
@@ -63,6 +63,7 @@ class MoveReport:
         self.nan = {name: number for name, number in self.nan.items() if number}
         self.inf = {name: number for name, number in self.inf.items() if number}
 
+    @open_files.once()
     def prove(self, plan: Plan, ledger: Ledger, mismatched: Collection[str]) -> None:
         """Enters what the bytes that passed prove; reads what of the records never did.
 

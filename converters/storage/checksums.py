@@ -18,7 +18,7 @@ from typing import Any
 from isal import isal_zlib
 
 from converters.errors import CheckpointError
-from converters.storage import stores
+from converters.storage import open_files
 from converters.tensors import Checksum
 
 
@@ -116,7 +116,7 @@ class Ledger:
 def _read(path: Path, start: int, end: int, crc32: int) -> int:
     """``crc32`` continued over the bytes from ``start`` to ``end`` of the file."""
     buffer = memoryview(bytearray(min(1 << 20, end - start)))
-    with stores.opened(path) as file:
+    with open_files.opened(path) as file:
         while start < end:
             piece = buffer[: min(len(buffer), end - start)]
             if file.read_into(start, piece) != len(piece):

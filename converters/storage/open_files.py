@@ -112,6 +112,11 @@ class OpenFiles:
 
         return value
 
+    def release(self, folder: Path) -> None:
+        """Closes the files below a folder."""
+        for path in [path for path in self.pool.files if folder in path.parents]:
+            self.pool.drop(path)
+
     def close(self) -> None:
         """Closes all files, and forgets what they hold."""
         self.pool.close()
@@ -170,6 +175,17 @@ def once() -> Iterator[None]:
     finally:
         _current.files = None
         files.close()
+
+
+@contextmanager
+def releasing(folder: Path) -> Iterator[None]:
+    """At the end of this block the files below a folder are closed, which is to be
+    renamed or deleted: some systems refuse that of open files."""
+    try:
+        yield
+    finally:
+        if _current.files is not None:
+            _current.files.release(folder)
 
 
 @contextmanager

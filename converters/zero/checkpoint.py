@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from converters import quantized
+from converters import options, quantized
 from converters.detect.deepspeed import READ_HERE
 from converters.errors import CheckpointError, readable
 from converters.names.rules import Names
@@ -61,6 +61,9 @@ class Checkpoint(Source):
         return "single_partition_of_fp32_groups" in optimizer and "zero_stage" not in optimizer
 
 
+_ARGUMENTS = options.of_functions({"tag": "tag="})  # of ``read``, as errors name them
+
+
 @open_files.once()
 def read(path: Name, tag: str | None = None) -> Checkpoint:
     """Locates every tensor of the checkpoint; reads pickles only, no tensor data.
@@ -68,7 +71,8 @@ def read(path: Name, tag: str | None = None) -> Checkpoint:
     ``path`` is a Trainer folder, a save_dir or a tag folder; ``tag`` always wins. Raises
     ``CheckpointError`` for what is damaged, incomplete or of a kind that is not read.
     """
-    return _read_or_explain(discovery.find(source_path(path), tag), require_all=True)
+    with options.using(_ARGUMENTS):
+        return _read_or_explain(discovery.find(source_path(path), tag), require_all=True)
 
 
 @open_files.once()

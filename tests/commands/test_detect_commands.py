@@ -216,13 +216,17 @@ def test_a_checkpoint_of_another_library_in_a_run_is_named(
     assert "complete, not committed: written by torch's distributed checkpoint" in (
         capsys.readouterr().out
     )
+    run("slim", tmp_path / "checkpoint-5", code=1)
+    assert "not a DeepSpeed checkpoint; ckpt show, to-fp32" in capsys.readouterr().err
+
     (tmp_path / "checkpoint-5" / ".metadata").unlink()
     run("ls", tmp_path)
     assert "checkpoint of FSDP or torch.distributed.checkpoint; incomplete: " in (
         capsys.readouterr().out
     )
     run("slim", tmp_path / "checkpoint-5", code=1)
-    assert "not a DeepSpeed checkpoint; ckpt show, to-fp32" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "has no .metadata, which is written last" in line and "ckpt show" not in line
 
 
 @pytest.mark.parametrize("name", ["megatron", "dcp-safetensors", "gguf"])

@@ -121,6 +121,18 @@ def test_the_library_prints_nothing() -> None:
     assert set(printed) == {"ckpt/distributed/console.py"}
 
 
+def test_the_library_warns_by_its_logger() -> None:
+    """``warnings.warn`` is for names that will be removed: its filters are Python's, not ours."""
+    calls = {
+        str(path.relative_to(ROOT))
+        for package in ("ckpt", "converters")
+        for path in (ROOT / package).rglob("*.py")
+        for node in nodes(path)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "warn")
+    }
+    assert calls == {"ckpt/deprecation.py"}
+
+
 def test_a_message_is_one_write() -> None:
     writes: list[str] = []
 

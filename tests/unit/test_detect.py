@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path, PurePath
 
 import pytest
@@ -20,6 +21,7 @@ import ckpt
 from ckpt.distributed.ranks import RankGroup
 from converters import options as options_in_messages
 from converters.detect import detect, filenames, sharded
+from converters.detect import read as read_any
 from converters.detect.detection import reader
 from converters.detect.kinds import BY_NAME, KINDS
 from converters.errors import CheckpointError
@@ -87,7 +89,8 @@ def test_a_command_that_means_deepspeed_says_the_same(name: str, tmp_path: Path)
     tag = "global_step9" if name == "no-tag" else None
     with pytest.raises(CheckpointError) as error:
         zero.read(path, tag)
-    assert str(error.value) == detect(path, tag).refusal
+    with options_in_messages.using(options_in_messages.of_functions({"tag": "tag="})):
+        assert str(error.value) == detect(path, tag).refusal
 
 
 @pytest.mark.parametrize("name", sorted({kind.reader for kind in KINDS if kind.reader}))
@@ -126,6 +129,25 @@ def test_files_of_torch_save_open_as_they_are(name: str, tmp_path: Path) -> None
 )
 def test_names_tell_the_stage_as_far_as_they_can(fixture: str, detail: str) -> None:
     assert detect(FIXTURES / fixture).detail == detail
+
+
+@pytest.mark.parametrize("read", [zero.read, read_any], ids=["zero.read", "detect.read"])
+def test_a_reader_in_python_names_its_argument(read: Callable[..., Source]) -> None:
+    with pytest.raises(CheckpointError) as error:
+        read(FIXTURES / NAME, "nope")
+    assert str(error.value).endswith(
+        "has no tag nope; it holds the tag global_step2: choose it with tag="
+    )
+
+
+@pytest.mark.parametrize("command", ["reshard --world-size 1", "to-universal"])
+@pytest.mark.parametrize("name", ["dcp", "fsdp", "fsdp-full"])
+def test_a_command_on_zero_names_the_one_that_takes_fsdp(
+    name: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb, *options = command.split()
+    run(verb, CASES[name][0](tmp_path), *options, code=1)
+    assert "ckpt from-dcp makes DeepSpeed's files of it" in capsys.readouterr().err
 
 
 def test_of_a_folder_of_checkpoints_the_last_one_is_named(tmp_path: Path) -> None:

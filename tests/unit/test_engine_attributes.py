@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,13 @@ ENGINES = {"engine", "first", "deepspeed_engine", "model_wrapped", "optimizer"}
 ASKING = {"getattr", "hasattr", "setattr", "delattr"}
 # Attributes of optimizers of torch and bitsandbytes.
 OF_TORCH = {"param_groups", "state", "state_dict", "load_state_dict", "defaults", "name2qmap"}
+
+# Of schedulers of torch and Accelerate, models of transformers and PEFT, loaders and scalars.
+OF_OTHERS = {
+    *("_last_lr", "base_lrs", "_schedulers", "_get_closed_form_lr", "scheduler", "split_batches"),
+    *("save_pretrained", "to_dict", "peft_config", "dataset", "get_sampler", "item"),
+    *("name", "sharding"),  # of an enumeration, and of our own PlainView
+}
 
 
 def other_rooms() -> list[Path]:
@@ -75,6 +83,8 @@ def test_what_an_upgrade_drops_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / file, tmp_path / file)
 
+    constants = tmp_path / "checkpoint/constants.py"
+    constants.write_text(constants.read_text().replace("'universal_checkpoint_info'", "'cuts'"))
     stage3 = tmp_path / "runtime/zero/stage3.py"
     text = stage3.read_text()
     for name in ("fp32_partitioned_groups_flat", "use_muon"):
@@ -93,6 +103,7 @@ def test_what_an_upgrade_drops_is_named(tmp_path: Path, monkeypatch: pytest.Monk
                 "get_slice_parallel_world_size",
             )
         ),
+        "universal_checkpoint_info (checkpoint/constants.py)",
     ]
     assert list(map(str, attributes.missing(tmp_path))) == expected
     assert "use_muon" in str(list(map(str, attributes.missing(tmp_path, optional=True))))
@@ -158,6 +169,53 @@ def test_what_the_room_asks_of_an_engine_is_in_the_table() -> None:
         for line, receiver, name in accesses(path)
         if receiver in {"engine", "internals", "optimizer", "inner_optimizer"}
         and name not in NAMES | OF_THE_VIEW | OF_TORCH
+    ]
+    assert unknown == []
+
+
+def names_asked_for(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Line, call and name of what ``getattr`` and the like ask for by a name of the module.
+
+    A name is a text, a constant, or what a loop takes from such: the module itself says what it is.
+    """
+    module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for function in nodes(path):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+
+        names_by_target: dict[str, set[str]] = {}
+        for node in ast.walk(function):
+            if isinstance(node, (ast.For, ast.comprehension)) and isinstance(node.target, ast.Name):
+                names_by_target.setdefault(node.target.id, set()).update(texts(node.iter, module))
+
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ASKING:
+                names = texts(node.args[1], module)
+                if isinstance(node.args[1], ast.Name):
+                    names |= names_by_target.get(node.args[1].id, set())
+                for name in names:
+                    yield node.lineno, ast.unparse(node), name
+
+
+def texts(expression: ast.expr, module: ModuleType) -> set[str]:
+    """The texts that an expression is in a module, one or several; none if it is of a function."""
+    try:
+        value = eval(ast.unparse(expression), dict(vars(module)))  # its own source
+    except Exception:
+        return set()
+    values = [value] if isinstance(value, str) else value
+    is_several = isinstance(values, (list, tuple, set, frozenset, Mapping))
+    return {text for text in values if isinstance(text, str)} if is_several else set()
+
+
+@pytest.mark.oracle  # it imports the rooms
+def test_what_the_room_asks_for_by_name_is_in_the_table() -> None:
+    """Of whatever object: DeepSpeed sets attributes of models and parameters, too."""
+    unknown = [
+        f"{path.name}:{line}: {call} ({name})"
+        for path in sorted((ROOT / "ckpt/engine").rglob("*.py"))
+        for line, call, name in names_asked_for(path)
+        if name not in NAMES | OF_THE_VIEW | OF_TORCH | OF_OTHERS and not name.startswith("__")
     ]
     assert unknown == []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,10 +45,18 @@ LEFT = {
 }
 
 COLLECTIONS = {"dict", "frozenset", "list", "set", "sorted", "tuple"}
+# what an annotation begins with that says the same
+COLLECTION_TYPES = (
+    *("dict", "frozenset", "list", "set", "tuple"),
+    *("Collection", "Iterable", "Mapping", "Sequence", "Shape", "torch.Size"),
+)
+DISPLAYS = (ast.List, ast.Tuple, ast.Set, ast.Dict, ast.ListComp, ast.SetComp, ast.DictComp)
 # How many f-strings that are no messages have a list or a tuple, by module.
 RAW = {
     "ckpt/engine/parameters.py": 1,  # a line of a manifest
     "converters/computing/computed.py": 2,  # what is hashed
+    "ckpt/saving/preemption.py": 2,  # a string in the place of a tuple
+    "converters/quantized/recipe_finder.py": 3,  # a recipe, which is hashed
     "converters/peft/columns.py": 1,  # a recipe, which is hashed
     "converters/peft/merge/vectors.py": 1,  # the same
 }
@@ -102,16 +111,67 @@ def test_a_class_has_its_name_alone_in_both_packages() -> None:
     assert class_names_used_twice() == set()
 
 
+def is_collection(value: ast.expr) -> bool:
+    """Whether an expression makes a list, a tuple, a set or a dict."""
+    makes_one = isinstance(value, ast.Call) and ast.unparse(value.func) in COLLECTIONS
+    return isinstance(value, DISPLAYS) or makes_one
+
+
+def is_collection_type(annotation: ast.expr | None) -> bool:
+    """Whether an annotation is that of a list, a tuple, a set or a dict, or of one or ``None``."""
+    text = ast.unparse(annotation).removesuffix(" | None") if annotation is not None else ""
+    return text.partition("[")[0] in COLLECTION_TYPES and " | " not in text.rpartition("]")[2]
+
+
+@cache
+def collection_attributes() -> frozenset[str]:
+    """The fields and properties of classes that are collections wherever they have the name."""
+    are_collections: dict[str, set[bool]] = defaultdict(set)
+    for package in PACKAGES:
+        for _, tree in modules(package):
+            for node in ast.walk(tree):
+                for member in node.body if isinstance(node, ast.ClassDef) else ():
+                    if isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name):
+                        is_one = is_collection_type(member.annotation)
+                        are_collections[member.target.id].add(is_one)
+                    elif isinstance(member, ast.FunctionDef) and member.decorator_list:
+                        are_collections[member.name].add(is_collection_type(member.returns))
+    return frozenset(name for name, kinds in are_collections.items() if kinds == {True})
+
+
+def collection_names(function: ast.FunctionDef) -> set[str]:
+    """The names in a function that are collections wherever it binds them."""
+    are_collections: dict[str, set[bool]] = defaultdict(set)
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg):
+            are_collections[node.arg].add(is_collection_type(node.annotation))
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            are_collections[node.target.id].add(is_collection_type(node.annotation))
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            are_collections[node.targets[0].id].add(is_collection(node.value))
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            are_collections[node.id]  # of a loop or an unpacking: nothing is known
+    return {name for name, kinds in are_collections.items() if kinds == {True}}
+
+
 def raw_collections(tree: ast.Module) -> Iterator[int]:
-    """The lines where an f-string shows a list, a tuple, a set or a dict as Python does."""
-    displays = (ast.List, ast.Tuple, ast.Set, ast.Dict, ast.ListComp, ast.SetComp, ast.DictComp)
+    """The lines where an f-string shows a list, a tuple, a set or a dict as Python does.
+
+    By what it is made of in place, by the annotation of a field, and by what a function binds.
+    """
+    fields = collection_attributes() | {"shape"}
+    lines: dict[ast.expr, int] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.FormattedValue):
-            value = node.value
-            makes_one = isinstance(value, ast.Call) and ast.unparse(value.func) in COLLECTIONS
-            is_shape = isinstance(value, ast.Attribute) and value.attr == "shape"
-            if isinstance(value, displays) or makes_one or is_shape:
-                yield node.lineno
+        names = collection_names(node) if isinstance(node, ast.FunctionDef) else set()
+        for shown in ast.walk(node) if names else (node,):
+            if not isinstance(shown, ast.FormattedValue):
+                continue
+            value = shown.value
+            is_field = isinstance(value, ast.Attribute) and value.attr in fields
+            is_bound = isinstance(value, ast.Name) and value.id in names
+            if is_collection(value) or is_field or is_bound:
+                lines[value] = shown.lineno
+    yield from lines.values()
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -121,6 +181,21 @@ def test_messages_show_no_raw_list_or_tuple(package: str) -> None:
         path.as_posix() for path, tree in modules(package) for _ in raw_collections(tree)
     )
     assert places == {path: RAW[path] for path in RAW if path.startswith(package)}
+
+
+def test_a_list_or_a_tuple_is_seen_by_its_annotation_and_by_what_it_is_made_of() -> None:
+    source = """
+def message(sizes: tuple[int, ...], noun: str, every: int | Mapping[str, int], ref, entries):
+    names = sorted(sizes)
+    text = [noun]
+    text = ", ".join(text)
+    for name in names:
+        yield f"{names} and {name}"
+    yield f"{sizes}" f"{noun} {every} {text}"
+    yield f"{', '.join(names)} {len(sizes)} {ref.shape}"
+    yield f"{ref.expert_sizes}, {ref.world_size} {list(entries)}"
+"""
+    assert sorted(raw_collections(ast.parse(source))) == [7, 8, 9, 10, 10]
 
 
 def test_the_lists_of_what_is_left_name_rooms_that_exist() -> None:

@@ -9,7 +9,7 @@ import pytest
 from oracles import ROOT, run
 
 from ckpt.cli.main import commands
-from ckpt.cli.usage.synonyms import SYNONYMS
+from ckpt.cli.usage.synonyms import OPTIONS, SYNONYMS
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,41 @@ def test_a_word_that_is_like_no_command_gets_no_guess(capsys: pytest.CaptureFixt
 def test_a_path_in_the_place_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     run("out/checkpoint-1", code=2)
     assert "name a command first: ckpt show out/checkpoint-1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "answer"),
+    [
+        *(("reshard", word, "Use --world-size.") for word in ("--ranks", "--gpus", "--nproc")),
+        ("from-universal", "--num-gpus", "Use --world-size."),
+        ("from-dcp", "--ranks", "Use --world-size."),
+        ("reshard", "--zero-stage", "Use --stage."),
+        ("to-universal", "--gpus", "No such option '--gpus'."),  # it has none like it
+    ],
+)
+def test_an_option_of_other_tools_names_the_one_that_is_meant(
+    command: str, option: str, answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(command, "out", option, "3", code=2)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"Error: No such option '{option}'.") and line.endswith(answer)
+    assert "--workers" not in line and "--tp" not in line
+
+
+def test_every_name_of_an_option_stands_for_one_and_is_none_itself() -> None:
+    spellings = {
+        text for command in commands().values() for param in command.params for text in param.opts
+    }
+    assert spellings >= {f"--{option}" for option in OPTIONS}
+    assert not spellings & {f"--{word}" for words in OPTIONS.values() for word in words}
+
+
+@pytest.mark.parametrize("command", ["to-fp32", "--help"])
+def test_the_first_help_says_that_fsdp_is_read(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(*([command, "--help"] if command != "--help" else [command]))
+    assert "ZeRO" in (text := capsys.readouterr().out) and "FSDP" in text.partition("Options:")[0]
 
 
 def test_every_synonym_stands_for_a_command_and_is_none_itself() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckpt.cli import planned
 from ckpt.cli.options import CHECKPOINT, OUTPUT_PATH, TAG
 from ckpt.cli.rewrite import SHARED, run, with_options, world_size_option
 from ckpt.cli.usage.command import Command
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 @TP_RULES
 @TAG
 @with_options(SHARED)
+@planned.opening_once
 def to_dcp(
     checkpoint: Path,
     output: Path | None,
@@ -100,6 +102,7 @@ def to_dcp(
     help="The sub_group_size of the engine that will resume with stage 3. Default: DeepSpeed's.",
 )
 @with_options(SHARED)
+@planned.opening_once
 def from_dcp(
     checkpoint: Path,
     world_size: int,

@@ -22,8 +22,13 @@ class Command(click.Command):
             from ckpt.cli.usage import synonyms
 
             message = synonyms.unknown_option(error.message, error.option_name, self.name)
+            meant = synonyms.meant_option(error.option_name)
+            if any(meant in param.opts for param in self.params):
+                message = f"{message.rstrip('.')}. Use {meant}."
+            # click asks "Did you mean" of what looks like it
+            possibilities = error.possibilities if meant is None else None
             raise click.NoSuchOption(
-                error.option_name, message, error.possibilities, error.ctx
+                error.option_name, message, possibilities, error.ctx
             ) from error
         if extra_arguments and not ctx.resilient_parsing:
             ctx.fail(_extra(self, ctx, extra_arguments))

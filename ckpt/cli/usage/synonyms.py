@@ -46,6 +46,15 @@ _OF_ZERO_TO_FP32 = {
     "safe-serialization": "leave it out: safetensors is what ckpt to-fp32 writes, and --format bin "
     "the other",
 }
+# What other tools call options, by the option.
+OPTIONS = {
+    "world-size": (
+        *("ranks", "num-ranks", "gpus", "num-gpus", "n-gpus", "ngpus", "nproc", "np", "world"),
+        *("nproc-per-node", "num-processes", "target-world-size"),
+    ),
+    "stage": ("zero-stage", "zero"),
+}
+_OPTION_MEANINGS = {word: f"--{option}" for option, words in OPTIONS.items() for word in words}
 _MEANINGS = {word: command for command, words in SYNONYMS.items() for word in words}
 
 
@@ -73,10 +82,19 @@ def unknown_command(word: str, short_helps: Mapping[str, str]) -> str:
     return f"{line}. Did you mean {choices}?" if commands else f"{line}."
 
 
+def meant_option(option: str) -> str | None:
+    """The option that other tools call so; ``None`` where they call none of ours so."""
+    return _OPTION_MEANINGS.get(_key(option))
+
+
+def _key(option: str) -> str:
+    return option.lstrip("-").replace("_", "-")
+
+
 def unknown_option(message: str, option: str, command: str | None) -> str:
     """The line for an option that a command does not have, ``message``, and what to do
     where the option is one of DeepSpeed's script."""
-    key = option.lstrip("-").replace("_", "-")
+    key = _key(option)
     remedy = _OF_ZERO_TO_FP32.get(key) if command == "to-fp32" else None
     return f"{message.rstrip('.')}; {remedy}." if remedy else message
 

@@ -39,6 +39,7 @@ from converters.detect.deepspeed import PARALLEL, UNIVERSAL
 from converters.errors import CheckpointError, unreadable
 from converters.lazy_pattern import LazyPattern
 from converters.source import Source
+from converters.storage import open_files
 from converters.words import counted
 from converters.zero.checkpoint import Checkpoint
 from converters.zero.files.discovery import is_tag_folder
@@ -75,6 +76,7 @@ def step_of(path: Path) -> int | None:
         return None
 
 
+@open_files.once()
 def prove(path: Path, tag: str | None = None, *, compares_values: bool = False) -> Proof:
     """What the checkpoint is, or of several tags in it the one that is named.
 
@@ -168,7 +170,7 @@ def _of_functions(path: Path, entry_names: set[str]) -> Proof:
         )
 
     if (detection := detect.detect(path)).kind.name != "unknown":
-        raise CheckpointError(str(detection.error), "unsupported")
+        raise detection.damage or CheckpointError(str(detection.error), "unsupported")
 
     first_names = ", ".join(sorted(entry_names)[:3])
     raise CheckpointError(

@@ -20,6 +20,7 @@ from converters.errors import CheckpointError
 from converters.formats import gathered_16bit
 from converters.names.selection import proving
 from converters.source import Source
+from converters.storage import open_files
 from converters.storage.checksums import Ledger
 from converters.storage.store import is_url
 from converters.tensors import DType, TensorRef, Weights
@@ -164,6 +165,7 @@ def other_precisions(precision: str | None) -> frozenset[DType]:
     return frozenset(own_types.values()) - {own_types[precision]}
 
 
+@open_files.once()  # every sample is a look at two files
 def _compared(weights: Weights, places: int = _PLACES) -> SampleComparison:
     """The first contradiction between weights and their copies, in a sample."""
     from converters import cast  # which needs numpy, and most commands compare nothing

@@ -134,7 +134,7 @@ def run_at(path: Path, command: str) -> Run:
         remedy = (
             f"name the folder that it lies in: {f'{command} {shell_word(path.parent)}'.strip()}"
         )
-        raise detect(path).unlike("a run", remedy)
+        raise detect(path).mismatch("a run", remedy)
 
     require_named(path)
     return user_paths.run_at(path, command)

@@ -29,6 +29,7 @@ from ckpt.runs.states import save_dirs
 from converters.detect import detect
 from converters.detect.kinds import BY_NAME
 from converters.errors import CheckpointError
+from converters.storage import open_files
 from converters.words import counted, shell_word, some, verb
 
 MODEL_ONLY = "complete, model only, cannot be resumed"
@@ -188,6 +189,7 @@ def status_of(checkpoint: RunCheckpoint) -> CheckpointStatus:
     return statuses_of([checkpoint])[0]
 
 
+@open_files.once()
 def statuses_of(
     checkpoints: Sequence[RunCheckpoint],
     wait: bool = True,

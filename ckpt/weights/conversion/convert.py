@@ -212,6 +212,7 @@ def _place(checkpoint: Path, output: Path | None, dtype: str) -> Path:
 
 
 @naming_arguments(*_ARGUMENTS, **_NAMES)
+@open_files.once()
 def execute(
     conversion: Conversion,
     *,
@@ -233,6 +234,7 @@ def execute(
         staging.as_output_error(output),
         locks.reading(conversion.checkpoint.place.folder),
         staging.staged(workplace, plan, conversion.nbytes) as folder,
+        open_files.releasing(folder),
     ):
         checks = shards.CheckOptions(
             verify=verify,

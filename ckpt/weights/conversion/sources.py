@@ -48,14 +48,14 @@ def _read(checkpoint: Path, tag: str | None, request: Request) -> Source:
 
     detected = detection.detect(checkpoint, tag)
     if detected.kind.name in sharded.READ:
-        raise CheckpointError(
+        raise detected.damage or CheckpointError(
             f"{checkpoint} {detected.statement}, which has its weights once, in the type that was "
             f"trained; leave {WEIGHTS('16bit')} out ({DTYPE('bf16')} rounds them, {DTYPE('keep')} "
             "writes them as they are)",
             "refused",
         )
     if detected.kind.name == UNIVERSAL:
-        raise CheckpointError(
+        raise detected.damage or CheckpointError(
             f"{checkpoint} {detected.statement}, which is read for its fp32 weights; "
             f"leave {WEIGHTS('16bit')} out ({DTYPE('bf16')} rounds them)",
             "refused",

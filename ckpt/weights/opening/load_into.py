@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
@@ -21,6 +21,7 @@ from converters.storage import open_files
 from converters.tensors import TensorRef, Weights
 from converters.words import counted, some, verb
 
+log = logging.getLogger("ckpt")
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -94,9 +95,9 @@ def _check(
         raise CheckpointError(f"{where}: {problems}", "incomplete")
 
     if unchanged:
-        warnings.warn(f"{where}: {_stays_line(unchanged, targets)}", stacklevel=4)
+        log.warning("%s: %s", where, _stays_line(unchanged, targets))
     if extra:
-        warnings.warn(f"{where}: not in the model: {_some(extra)}", stacklevel=4)
+        log.warning("%s: not in the model: %s", where, _some(extra))
 
 
 def _has_wrapper(names: Iterable[str]) -> bool:

@@ -59,7 +59,7 @@ def find(path: Path, tag: str | None = None) -> Place:
     ``tag`` wins over everything. ``CheckpointError`` says what is there instead.
     """
     if not stores.is_folder(path):
-        raise detection.detect(path).error
+        raise _instead(path)
     if tag is not None:
         return _named(path, tag)
     if is_tag_folder(path):
@@ -69,7 +69,7 @@ def find(path: Path, tag: str | None = None) -> Place:
     if not stores.is_file(latest):
         if link_note := misplaced_files.link(latest):
             raise CheckpointError(f"{path} has no file latest{link_note}", "incomplete")
-        raise detection.detect(path).error
+        raise _instead(path)
 
     return _newest(path, latest)
 
@@ -79,8 +79,19 @@ def _named(path: Path, tag: str) -> Place:
     if is_tag_folder(path) and path.resolve().name == tag:
         return Place(path.parent, path, tag)
     if not stores.is_folder(path / tag):
-        raise detection.detect(path, tag).error
+        raise _instead(path, tag)
     return Place(path, path / tag, tag)
+
+
+def _instead(path: Path, tag: str | None = None) -> CheckpointError:
+    """What lies at a path without state files, and what handles it."""
+    detected = detection.detect(path, tag)
+    if detected.kind.name != "deepspeed":
+        return detected.error
+
+    # its reader is this one: it has the sign of DeepSpeed, but no files
+    offer = state_folders.offer(path)
+    return CheckpointError(f"{path} holds no *_states.pt; {offer}", "incomplete")
 
 
 def _newest(path: Path, latest: Path) -> Place:

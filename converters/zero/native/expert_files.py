@@ -22,6 +22,7 @@ from converters.errors import CheckpointError, consistent
 from converters.plan import Plan, Shard
 from converters.tensors import DType
 from converters.torch_files import file_plan, object_graph
+from converters.words import numbers
 from converters.zero import partitioning
 from converters.zero.experts import auto_ep
 from converters.zero.experts.expert_files import NATIVE
@@ -226,8 +227,8 @@ def prove(
     topology_read = (result.stage, result.world_size, result.expert_sizes)
     if topology_read != (topology.stage, topology.world_size, (ranks.count,)):
         raise CheckpointError(
-            f"{output} reads as stage {result.stage} of {result.world_size} ranks, "
-            f"{result.expert_sizes} of experts; {proof.BUG}"
+            f"{output} reads as stage {result.stage} of {result.world_size} ranks, whose experts "
+            f"are dealt out to {numbers(result.expert_sizes)}; {proof.BUG}"
         )
 
     groups = [ranks.named(group) for group in checkpoint.groups]

@@ -122,6 +122,8 @@ def find(path: Path, tag: str | None = None) -> discovery.Place:
 def _instead(path: Path) -> CheckpointError:
     """What lies at a path instead of a universal checkpoint, and what handles it."""
     detection = detect(path)
+    if detection.kind.name == UNIVERSAL:  # which is read here
+        return CheckpointError(f"{path} has no tag with a folder zero", "incomplete")
     if detection.kind.name == "deepspeed":
         return detection.unlike(f"a universal one (it has no file {LATEST})", _NATIVE)
     return detection.unlike("a universal checkpoint")

@@ -20,7 +20,7 @@ from ckpt.cli.main import commands
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 INNER = [*sorted((ROOT / "docs").glob("*/*.md")), FIXTURES / "README.md"]
 LANGUAGES = {  # sh and python are run here, torchrun and bash by the tests of what they show
-    *("sh", "python", "python torchrun", "bash"),
+    *("sh", "python", "python torchrun", "python front-end", "bash"),
     *("sh no-run", "python no-run", "text", "yaml"),
 }
 FOLDERS = "ckpt|converters|tests|scripts|docs|fixtures"
@@ -108,9 +108,9 @@ def test_lines_are_short_and_blocks_have_a_known_language(page: Path) -> None:
     text = page.read_text()
     fences = re.findall(r"^ *```(.*)$", text, re.M)
     assert {*fences[::2]} <= LANGUAGES and {*fences[1::2]} <= {""}
-    assert re.search(r"(?:\A|\n)\n    \S", text) is None, "an indented block"
 
     prose = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.M | re.S)
+    assert re.search(r"(?:\A|\n)\n    \S", prose) is None, "an indented block"
     lines = [line for line in prose.splitlines() if not line.startswith(("|", "["))]
     assert [line for line in lines if len(line) > 120] == []
 

@@ -44,7 +44,9 @@ SCRIPT = "zero_to_fp32.py"  # which DeepSpeed lays beside every checkpoint
 # Models and adapters.
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 TORCH_BIN = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# Of weights that lie in a zip file, which is no archive: torch's, and those of another
+# such format.
+ZIP_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTER = "adapter_model.safetensors"
 ADAPTERS = (ADAPTER, "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"

@@ -16,6 +16,7 @@ from oracles import FIXTURES, ROOT
 
 import ckpt
 from ckpt.cli.main import commands
+from ckpt.cli.options import SourcePath
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 INNER = [*sorted((ROOT / "docs").glob("*/*.md")), FIXTURES / "README.md"]
@@ -153,6 +154,17 @@ def test_the_guide_names_tests_that_exist() -> None:
     assert len(names) > 50
     for name in names:
         assert any((ROOT / "tests").rglob(f"test_{name}.py")), name
+
+
+def test_the_guide_names_the_commands_that_read_urls() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (listed,) = re.findall(r"([^.]*)and `ckpt\.open` then read from\s+its URLs", text)
+    readers = {
+        name
+        for name, command in commands().items()
+        if any(isinstance(parameter.type, SourcePath) for parameter in command.params)
+    }
+    assert set(re.findall(r"`([\w-]+)`", listed)) == readers
 
 
 @pytest.mark.oracle  # it imports the trainers

@@ -84,9 +84,8 @@ class ResumeRequest:
                 names = [name for name in request if request[name] != expected[name]]
                 if names:
                     raise CheckpointError(
-                        f"rank {rank}: it asks to resume from {_words(request, names)}; "
-                        f"rank 0 asks for {_words(expected, names)}; pass the same "
-                        "arguments on every rank",
+                        f"rank {rank} resumes with {_words(request, names)}, rank 0 with "
+                        f"{_words(expected, names)}; pass the same arguments on every rank",
                         "refused",
                     )
 

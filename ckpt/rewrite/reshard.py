@@ -255,8 +255,8 @@ def _notes_on_ranks(source: zero.Checkpoint, target: TargetTopology) -> Iterator
 
     if target.rank_count > saved_world_size:
         yield (
-            f"the ranks from {saved_world_size} on are new: each has the random and "
-            f"extra state of the rank modulo {saved_world_size}"
+            f"ranks {saved_world_size} and up did not exist; each reuses the random and extra "
+            f"state of (rank mod {saved_world_size})"
         )
 
     if target.rank_count < saved_world_size:

@@ -45,7 +45,7 @@ REFUSED = {
 STAGES = {  # where stage 3 is refused
     "s1el": "elastic_checkpoint, which keeps no param",
     "zero1-elastic": "elastic_checkpoint, which keeps no param",
-    "s2muon": "Muon sorts its parameters by shape",
+    "s2muon": "Muon orders parameters by shape",
 }
 PARTLESS = [
     ("zero0-bf16", "without ZeRO"),

@@ -151,7 +151,8 @@ def _files(place: Place, names: list[str]) -> Files:
 
 
 def _by_rank(place: Place, names: list[str], pattern: LazyPattern[str]) -> dict[int, Path]:
-    """The files of one kind by rank. Of a fast writer's equal copies, the first."""
+    """Files of one kind, keyed by rank. The fast writer leaves identical copies; the
+    first is used."""
     paths_by_rank: dict[int, Path] = {}
     for name in names:
         match = pattern.fullmatch(name)

@@ -55,14 +55,14 @@ def _as_given(group: ParamGroup, checkpoint: Checkpoint, target: TargetTopology)
         return replace(group, shapes={name: group.shapes[name] for name in names})
 
     if names != module_order or names != list(group.shapes):
-        remedy = "keep to stage 3, or to stages 1 and 2"
+        remedy = "stay with stage 3, or with stages 1 and 2"
         if deepspeed_muon:
-            remedy = f"say which it will be with {ZERO_INIT} or {NO_ZERO_INIT}"
+            remedy = f"pass {ZERO_INIT} or {NO_ZERO_INIT}"
 
         raise CheckpointError(
-            f"{checkpoint.place.folder}: Muon sorts its parameters by shape, but under "
-            "stage 3 only if the model is not made under zero.Init: their order in the "
-            f"other stage is not known, and DeepSpeed does not check it; {remedy}",
+            f"{checkpoint.place.folder}: Muon orders parameters by shape, except under stage 3 "
+            "with zero.Init; the order in the target is unknown, and DeepSpeed does not check it; "
+            f"{remedy}",
             "unsupported",
         )
 

@@ -144,7 +144,7 @@ class Listed(tuple[Extent, ...], ReadInOrder):
 
     def narrow(self, start: int, stop: int) -> Listed:
         """The bytes from ``start`` to ``stop``, in the order of the runs."""
-        return Listed(_cut(self, 0, start, stop))
+        return Listed(_extents_between(self, 0, start, stop))
 
     def per_record(self) -> Listed:
         """All runs: nothing says that two of them are in one record."""
@@ -197,7 +197,7 @@ class Strided(ReadInOrder):
         """The bytes from ``start`` to ``stop``, in the order of the runs."""
         first = start // self.length if self.length else 0
         runs = map(self.__getitem__, range(first, len(self)))
-        return Listed(_cut(runs, first * self.length, start, stop))
+        return Listed(_extents_between(runs, first * self.length, start, stop))
 
     def per_record(self) -> Sequence[Extent]:
         """A view is one of a single storage."""
@@ -237,7 +237,9 @@ def reads_in_sequence(extents: Iterable[Extent]) -> Iterator[Read]:
         position += extent.length
 
 
-def _cut(extents: Iterable[Extent], position: int, start: int, stop: int) -> Iterator[Extent]:
+def _extents_between(
+    extents: Iterable[Extent], position: int, start: int, stop: int
+) -> Iterator[Extent]:
     """What of the bytes from ``start`` to ``stop`` lies in each extent; the first one
     begins at ``position``."""
     for extent in extents:

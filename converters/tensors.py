@@ -188,7 +188,7 @@ class TensorRef:
 
         extents = within.extents
         if isinstance(extents, Tiled) and extents.is_whole and extents.shape == self.shape:
-            cut_tiles = (tile.cut(low, lengths) for tile in extents.tiles)
+            cut_tiles = (tile.part_in(low, lengths) for tile in extents.tiles)
             tiles = [tile for tile in cut_tiles if tile is not None]
         else:
             origin = (0,) * len(low)

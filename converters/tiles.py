@@ -39,7 +39,7 @@ class Tile:
     within: Shape
     start: Shape
 
-    def cut(self, offsets: Shape, sizes: Shape) -> Tile | None:
+    def part_in(self, offsets: Shape, sizes: Shape) -> Tile | None:
         """What of the tile lies in a box of the tensor, placed in that box; ``None`` if
         nothing does."""
         low = tuple(map(max, self.offsets, offsets))
@@ -229,7 +229,7 @@ def _overlap(tiles: Sequence[Tile]) -> tuple[Tile, Tile] | None:
         first = tile.offsets[axis]
         active = [tile_before for tile_before in active if _end(tile_before, axis) > first]
         for tile_before in active:
-            if tile.cut(tile_before.offsets, tile_before.sizes) is not None:
+            if tile.part_in(tile_before.offsets, tile_before.sizes) is not None:
                 return tile_before, tile
         active.append(tile)
 

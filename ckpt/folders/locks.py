@@ -217,7 +217,7 @@ def replaced(path: Path, data: bytes) -> Lock:
     try:
         with suppress(OSError):  # no locks here
             flock.take(fd)
-        with local.named(partial_path):
+        with local.naming_path(partial_path):
             local.LocalWriter(fd).write(data, 0)
             local.sync(fd, partial_path)
 

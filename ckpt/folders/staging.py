@@ -249,14 +249,14 @@ def _clear_of_others(folder: Path, plan_file: IO[bytes], plan: Plan) -> None:
     """Removes what is not of this plan, whose digest is in ``plan_file`` then."""
     digest = plan.digest().encode()
     plan_file.seek(0)
-    with local.named(folder / PLAN):
+    with local.naming_path(folder / PLAN):
         is_same_plan = plan_file.read() == digest
     if is_same_plan:
         _clear(folder, {LOGBOOK, *(shard.filename for shard in plan.shards)})
         return
 
     _clear(folder, set())
-    with local.named(folder / PLAN):
+    with local.naming_path(folder / PLAN):
         # a file's own truncate ends at EINTR
         os.ftruncate(plan_file.fileno(), 0)
         plan_file.write(digest)

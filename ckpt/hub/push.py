@@ -31,7 +31,7 @@ from ckpt.weights.conversion import comparison
 from converters.errors import CheckpointError
 from converters.execute.virtual_file import Serving
 from converters.execute.workers import Progress
-from converters.storage.local import named
+from converters.storage.local import naming_path
 from converters.words import counted, verb
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _require_card(api: HfApi, push_plan: PushPlan) -> None:
         if push_plan.place + item.name == CARD:
             card_text = item.source
             if isinstance(card_text, Path):
-                with named(card_text):
+                with naming_path(card_text):
                     card_text = card_text.read_bytes()
 
             assert isinstance(card_text, bytes)

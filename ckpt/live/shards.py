@@ -49,7 +49,7 @@ def make(plan: Plan, folder: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         descriptor = opening.descriptor(_path(folder, shard), flags)
         try:
-            with local.named(folder / shard.filename):
+            with local.naming_path(folder / shard.filename):
                 os.ftruncate(descriptor, shard.nbytes)
                 for offset, literal in shard.literals:
                     local.LocalWriter(descriptor).write(literal, offset)
@@ -97,7 +97,7 @@ class Shards:
         placing = self.placings.get(name)
         for shard, placement in self.places[name]:
             size = placement.dtype.itemsize
-            with local.named(self.folder / shard.filename):
+            with local.naming_path(self.folder / shard.filename):
                 for run in placed(placing, start, values.numel()):
                     piece = content[run.first * size : (run.first + run.size) * size]
                     self._writer(shard).write(piece, placement.offset + run.position * size)

@@ -122,7 +122,7 @@ def write_manifest(folder: Path, manifest: Manifest, name: str) -> None:
 
 
 def _digest(path: Path) -> manifests.FileRecord:
-    with local.named(path):
+    with local.naming_path(path):
         return manifests.digest(path)
 
 

@@ -326,7 +326,10 @@ def unlisted_tag(folder: Path, manifest: Manifest) -> str | None:
 
     for pointer_name, tag_name in engines.pointers(manifest.tag, engines.names(manifest)).items():
         try:
-            with open(folder / pointer_name, "rb") as stream, local.named(folder / pointer_name):
+            with (
+                open(folder / pointer_name, "rb") as stream,
+                local.naming_path(folder / pointer_name),
+            ):
                 text = stream.read(4096).decode("utf-8", "surrogateescape").strip()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             continue  # it is missing, which is said elsewhere

@@ -91,7 +91,7 @@ def unlike(path: Path, expected: FileRecord, data: bool, progress: Progress) -> 
     if difference is not None or not data:
         return difference
 
-    with open(path, "rb") as stream, local.named(path):
+    with open(path, "rb") as stream, local.naming_path(path):
         return _check_content(stream, expected, progress)
 
 
@@ -106,7 +106,7 @@ def unlike_without_records(path: Path, expected: FileRecord) -> str | None:
     if difference is not None:
         return difference
 
-    with open(path, "rb") as stream, local.named(path):
+    with open(path, "rb") as stream, local.naming_path(path):
         if expected.kind != "zip":
             return _check_content(stream, expected, quiet)
         is_same = f"zip:{_directory_digest(stream)}" == expected.digest

@@ -35,7 +35,7 @@ def capture(
     if one fails, or if the disk is too small for what all of them are about to write.
     """
     ranks, folder, tag = commit.ranks, commit.folder, commit.facts.tag
-    with ranks.step() as sizes, local.named(folder):
+    with ranks.step() as sizes, local.naming_path(folder):
         states = []
         if tag is not None:
             options = {}
@@ -50,7 +50,7 @@ def capture(
 
     weight_bytes = 0 if weights is None else weights.nbytes
     preflight.require_room(ranks, commit.nodes, folder, sizes.heard, weight_bytes)
-    with ranks.step(), local.named(folder):
+    with ranks.step(), local.naming_path(folder):
         if not ranks.rank:
             write_all_companions(engines, folder, weights, tokenizer)
 

@@ -187,7 +187,7 @@ class PreemptionWatch:
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
 
-    def left(self) -> float | None:
+    def seconds_left(self) -> float | None:
         """Seconds until the deadline, as this rank knows it; ``None`` without one."""
         if self.asked_at is None:
             return None

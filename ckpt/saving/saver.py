@@ -321,7 +321,7 @@ class Saver:
         self.wait()
         assert self.watch is not None
         ranks = RankGroup("stop", self.timeout)
-        time_left, time_needed = share_deadline(ranks, self.watch.left(), self.took)
+        time_left, time_needed = share_deadline(ranks, self.watch.seconds_left(), self.took)
         if time_left is not None and time_needed is not None and time_needed > time_left:
             self.watch.too_late(step, time_needed, time_left)
         elif self.saved.get("full") != step:

@@ -113,7 +113,7 @@ class TorchStates:
         ``CheckpointError`` on every rank if one fails, or if the disk is too small.
         """
         ranks, folder = commit.ranks, commit.folder
-        with ranks.step() as sizes, local.named(folder):
+        with ranks.step() as sizes, local.naming_path(folder):
             state_leaves = leaves.of_training(self.training, commit.facts.step)
             if exclude_frozen_parameters:
                 state_leaves = [leaf for leaf in state_leaves if not _is_frozen(leaf)]
@@ -131,7 +131,7 @@ class TorchStates:
             sizes.value = [commit.nodes.folder, work.nbytes]
 
         preflight.require_room(ranks, commit.nodes, folder, sizes.heard, 0)
-        with ranks.step(), local.named(folder):
+        with ranks.step(), local.naming_path(folder):
             self.write_companions(tokenizer, folder, ranks.rank)
 
         commit.join = partial(description.write, folder, part.forms)

@@ -156,7 +156,7 @@ def copies(
         offset += numel
 
 
-def cut(
+def rank_buffers(
     momenta: Mapping[str, TensorRef],
     world_size: int,
     partition_size: int,

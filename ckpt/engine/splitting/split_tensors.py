@@ -183,7 +183,7 @@ class SplitTensors:
         is_expert = EXPERTS in f".{name}"
         is_buffer = not isinstance(parameter, _parameter_class())
         if stack is not None:
-            stack_cut = affine_map.cut(stack["affine_map"], _rank_count(stack))
+            stack_cut = affine_map.cut_from(stack["affine_map"], _rank_count(stack))
             return _of_rank(name, stack_cut, stack["ep_rank"], shape)
         if self.degrees.tensor_ranks == 1 or is_expert or is_buffer:
             return shape, (whole_box(shape),)
@@ -196,8 +196,8 @@ class SplitTensors:
         info, count = _info(self.engine), self.degrees.tensor_ranks
         recorded = affine_map.params(info, "the engine").get(cut_table.key_of(name))
         if recorded is not None:
-            return affine_map.cut(recorded, count)
-        return patterns.cut(info, name, [shape] * count)
+            return affine_map.cut_from(recorded, count)
+        return patterns.cut_of(info, name, [shape] * count)
 
     def _copy_group(self, name: str) -> Any:
         """The ranks that have the same shard as this one."""

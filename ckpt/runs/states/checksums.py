@@ -277,5 +277,5 @@ def _records_of_pieces(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    with open(path, "rb") as stream, local.named(path):
+    with open(path, "rb") as stream, local.naming_path(path):
         yield stream

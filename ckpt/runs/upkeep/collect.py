@@ -244,7 +244,7 @@ def _fill(collection: Collection, folder: Path, progress: Progress) -> None:
         with local.replacing(target_path) as fd, open(source_folder / file_name, "rb") as stream:
             offset, writer = 0, local.LocalWriter(fd)
             while True:
-                with local.named(source_folder / file_name):
+                with local.naming_path(source_folder / file_name):
                     block = stream.read(CHUNK)
                 if not block:
                     break

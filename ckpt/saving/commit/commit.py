@@ -285,7 +285,7 @@ def _settle(folder: Path, reported_names: set[str], beat: Callable[[], object]) 
                 continue
             if path.name.endswith(".partial"):  # another rank is still writing it
                 continue
-            with local.named(path):
+            with local.naming_path(path):
                 local.sync_file(path)
                 beat()
                 files[name] = digest(path)

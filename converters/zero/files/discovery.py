@@ -61,7 +61,7 @@ def find(path: Path, tag: str | None = None) -> Place:
     if not stores.is_folder(path):
         raise detection.detect(path).error
     if tag is not None:
-        return _named(path, tag)
+        return _place_of_tag(path, tag)
     if is_tag_folder(path):
         return Place(path.resolve().parent, path, path.resolve().name)
 
@@ -74,7 +74,7 @@ def find(path: Path, tag: str | None = None) -> Place:
     return _newest(path, latest)
 
 
-def _named(path: Path, tag: str) -> Place:
+def _place_of_tag(path: Path, tag: str) -> Place:
     """The place of a tag that the user named."""
     if is_tag_folder(path) and path.resolve().name == tag:
         return Place(path.parent, path, tag)

@@ -77,11 +77,11 @@ class ExpertRanks:
             if not whole_groups.is_expert_group(group):
                 groups.append(group)
                 continue
-            own_group = self._local(self.named(group), local_counts, expert_rank)
+            own_group = self._local(self.with_group_name(group), local_counts, expert_rank)
             groups += _limited(own_group, checkpoint.group_numel)
         return groups
 
-    def named(self, group: ParamGroup) -> ParamGroup:
+    def with_group_name(self, group: ParamGroup) -> ParamGroup:
         """A param group of experts with the name that it has for these expert ranks."""
         if not whole_groups.is_expert_group(group):
             return group

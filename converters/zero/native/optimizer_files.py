@@ -182,7 +182,7 @@ def _vectors12(
     for key, tensors_by_name in group.values.items():
         tensors = {name: tensors_by_name[name] for name in names}
         if key == target.whole(group):
-            vectors = muon.cut(tensors, world_size, partition_size, paddings)
+            vectors = muon.rank_buffers(tensors, world_size, partition_size, paddings)
         else:
             vectors = partitioning.partition_group(list(tensors.values()), world_size, paddings)
         vectors_by_key[key] = vectors

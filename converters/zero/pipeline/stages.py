@@ -94,7 +94,7 @@ def _with_zero(place: Place, stages: Sequence[Stage], layers: Layers) -> Pipelin
     """The weights from the partitions of each stage."""
     masters_by_stage = [_masters(stage) for stage in stages]
     homes = tied_modules.homes(place.folder, masters_by_stage, layers)
-    parameters, module = _named(stages, masters_by_stage, layers, homes)
+    parameters, module = _named_parameters(stages, masters_by_stage, layers, homes)
     ranks = [rank for stage in stages for rank in stage.ranks]
     models = [stage.model for stage in stages]
 
@@ -168,7 +168,7 @@ def _masters(stage: Stage) -> dict[str, TensorRef]:
     return masters
 
 
-def _named(
+def _named_parameters(
     stages: Sequence[Stage],
     masters_by_stage: Sequence[dict[str, TensorRef]],
     layers: Layers,

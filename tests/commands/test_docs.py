@@ -156,6 +156,12 @@ def test_the_guide_names_tests_that_exist() -> None:
         assert any((ROOT / "tests").rglob(f"test_{name}.py")), name
 
 
+def test_every_room_of_the_tests_is_described() -> None:
+    text = (ROOT / "tests/README.md").read_text()
+    rooms = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == rooms
+
+
 def test_the_guide_names_the_commands_that_read_urls() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     (listed,) = re.findall(r"([^.]*)and `ckpt\.open` then read from\s+its URLs", text)

@@ -95,7 +95,7 @@ class Extents(Protocol):
         """The bytes from ``start`` to ``stop``, counted in the order of the runs."""
 
     def reads(self) -> Iterator[Read]:
-        """What fills a buffer with all of the bytes, in any order."""
+        """The reads that fill a buffer with all of the bytes, in any order."""
 
     def per_record(self) -> Sequence[Extent]:
         """Runs of which one or more lie in each record of a file that the bytes lie in.
@@ -105,7 +105,8 @@ class Extents(Protocol):
 
 
 class ReadInOrder:
-    """What is read run by run, in the order of the runs, in pieces of any size."""
+    """Bytes that are read run by run, in the order of the runs, in pieces of any
+    size."""
 
     __slots__ = ()
 

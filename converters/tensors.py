@@ -271,7 +271,7 @@ def record_index(records: Sequence[Checksum], offset: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What every reader returns and every writer takes.
+    """The tensors that every reader returns and every writer takes.
 
     ``tensors`` are in the model's own order. ``aliases`` maps each further name of a
     tied tensor to the name in ``tensors`` whose values it shares. ``buffers`` are the

@@ -25,7 +25,7 @@ Progress = Callable[[int], Any]
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a command prints.
+    """The result and the lines that a command prints.
 
     ``result`` is a dataclass for ``--json``. ``lines`` go to stdout and ``notices`` to
     stderr for a reader. ``exit_code`` is 1 where something is not as it should be.

@@ -1,4 +1,5 @@
-"""What ``ckpt show`` says of a checkpoint, as a result and as lines for a reader."""
+"""The report of ``ckpt show`` on a checkpoint, as a result and as lines for a
+reader."""
 
 from __future__ import annotations
 
@@ -222,7 +223,8 @@ def _quantized_line(facts: QuantizedFacts) -> str:
 
 
 def missing(result: ShowResult) -> list[str]:
-    """What a checkpoint lacks; that it lacks nothing only where that is known.
+    """The parts that a checkpoint lacks; that it lacks nothing only where that is
+    known.
 
     Of an adapter's base nothing is missed.
     """

@@ -78,8 +78,7 @@ class Mapped:
 
     @property
     def new_counters(self) -> tuple[str, ...]:
-        """Counters that do not come back: the loss scale, where the precision is
-        another."""
+        """Counters that do not come back: the loss scale of another precision."""
         return () if self.change is None else ("loss_scale",)
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -202,8 +201,7 @@ def mapped(
     renamed: Mapping[str, str] | None = None,
     ways: Ways = DEFAULT_WAYS,
 ) -> Iterator[Mapped]:
-    """``engine.load_checkpoint`` maps files in this block; after it nothing points into
-    one.
+    """Maps the files of ``engine.load_checkpoint`` in this block, and none after it.
 
     What the block keeps of the loaded states it gives to ``detach`` itself. What cannot
     be mapped is read when it is this rank's ``slot``.
@@ -329,9 +327,9 @@ def files_of(engine: EngineView, folder: Path, tag: str) -> list[Path]:
 
 
 def need(engine: EngineView, paths: list[Path]) -> Need:
-    """What loading these files takes: those that cannot be mapped are read, and of the
-    optimizer's most stays where the engine computes in host memory or keeps its
-    optimizer there."""
+    """The bytes that loading these files takes: those that cannot be mapped are read,
+    and of the optimizer's most stays where the engine computes in host memory or keeps
+    its optimizer there."""
     sizes = [0 if is_mappable(path) else path.stat().st_size for path in paths]
     stays_in_host_memory = internals(engine).device.type == "cpu" or bool(
         internals(engine).zero_cpu_offload()
@@ -340,8 +338,7 @@ def need(engine: EngineView, paths: list[Path]) -> Need:
 
 
 def require_own_order(engine: EngineView, folder: Path) -> None:
-    """``CheckpointError`` if DeepSpeed has an order of its own, in which ranks wait for
-    others."""
+    """``CheckpointError`` if DeepSpeed has an order of its own for ranks to wait in."""
     if internals(engine)._config.zero_config.pipeline_loading_checkpoint:
         raise CheckpointError(
             f"{folder}: there is not the memory for all ranks of a node to load at "

@@ -1,5 +1,5 @@
-"""What the engine of a running DeepSpeed training holds on this rank; nothing here
-communicates.
+"""The partitions that the engine of a running DeepSpeed training holds on this rank;
+nothing here communicates.
 
     masters(engine, ...)   -> Piece ...    this rank's pieces of the fp32 weights
     sixteen_bit(...)       -> Piece ...    this rank's pieces of the weights the model computes with

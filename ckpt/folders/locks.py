@@ -48,7 +48,7 @@ class Lock:
             os.close(fd)
 
     def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
-        """What is sent to another process, or copied, holds nothing."""
+        """Makes a copy, or what is sent to another process, hold nothing."""
         return Lock, ()
 
     def __enter__(self) -> Lock:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushOptions:
-    """What is published of a checkpoint, where, and how.
+    """The options of a push: what is published of a checkpoint, where, and how.
 
     ``dtype`` is a key of ``request.DTYPES``; by default fp32 of states, and weights
     alone as they are stored. ``max_shard_size`` is in bytes. ``uncommitted`` publishes

@@ -42,7 +42,7 @@ __all__ = ["PushOptions", "PushPlan", "Pushed", "execute", "plan"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pushed:
-    """What the Hub has now. ``seconds`` is the time of ``execute``.
+    """The commit that the Hub has now. ``seconds`` is the time of ``execute``.
 
     ``outdated`` are branches that retention deleted; ``checks`` is what was proven of
     the weights, ``None`` if it has none that are converted.

@@ -32,7 +32,8 @@ Run = tuple[int, int]  # the first element, the element after the last
 
 
 class WrittenRuns(TypedDict):
-    """What one rank wrote: elements by name, and by file the CRC32s of runs of bytes.
+    """The runs that one rank wrote: elements by name, and by file the CRC32s of runs of
+    bytes.
 
     ``shares`` are those of tensors that ranks write in rows: by file the first byte of
     the tensor, how many it has, and what this rank adds to their CRC32.
@@ -127,7 +128,7 @@ class Shards:
         self.shares[key] = self.shares.get(key, 0) ^ share
 
     def report(self) -> WrittenRuns:
-        """What was written so far, as JSON has it."""
+        """The runs that were written so far, as JSON has them."""
         crcs = {
             str(path): [(start, end, crc) for start, (end, crc) in sorted(starts.items())]
             for path, (starts, _) in self.ledger.runs.items()

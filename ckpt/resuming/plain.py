@@ -75,7 +75,8 @@ def require_plain(folder: Path) -> None:
 
 
 def point_of(checkpoint: RunCheckpoint) -> ResumePoint | None:
-    """What a committed checkpoint is; ``None`` without a manifest, which notes nothing."""
+    """A committed checkpoint as a ``ResumePoint``; ``None`` without a manifest, which
+    notes nothing."""
     manifest = checkpoint.manifest
     if manifest is None:
         return None

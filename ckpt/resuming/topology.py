@@ -44,7 +44,7 @@ def require_known(mode: Any) -> None:
 
 
 def difference(source: ResumePoint, layout: Layout) -> str:
-    """What the checkpoint is, and what this training is."""
+    """The topology of the checkpoint and that of this training, in words."""
     saved, current = source.topology, layout.topology
     return (
         f"{source.folder} is of {saved}, this training has "
@@ -188,7 +188,7 @@ def loadable(
     mode: Reshard,
     alternative: str = BY_ARGUMENT,
 ) -> Path:
-    """What to load in the place of a checkpoint that was asked for: it, or what it is
+    """The checkpoint to load in the place of one that was asked for: it, or what it is
     resharded to.
 
     For front ends that load by themselves; every rank calls it. ``CheckpointError`` for

@@ -1,4 +1,4 @@
-"""What proves the finished files of a crossing: traced back by readers that know no
+"""The proofs of the finished files of a crossing: traced back by readers that know no
 plan."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What a rewritten state says of itself: its manifest, or else a record of what it was
-made of.
+"""The record of a rewritten state: its manifest, or else a record of what it was made
+of.
 
 A state that is made of a committed one has a manifest, as that has. The universal format
 has none, and what is made of a checkpoint without a manifest gets none: nobody said that

@@ -208,7 +208,7 @@ def _sub_group_size(source: zero.Checkpoint) -> int:
 
 
 def notes_on(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
-    """What whoever resumes from ``target`` should know."""
+    """Notes for whoever resumes from ``target``."""
     setting = source.model.setting
     yield from _notes_on_ranks(source, target)
     if target.stage == 3 and source.stage < 3:

@@ -1,5 +1,5 @@
-"""A folder of a run that is taken for a checkpoint: whether it is committed, and what it
-lacks."""
+"""A folder of a run that is taken for a checkpoint: whether it is committed, or why
+not."""
 
 from __future__ import annotations
 
@@ -59,8 +59,7 @@ class RunCheckpoint:
 
     @property
     def committed(self) -> bool:
-        """Whether the manifest is there, is valid, and every file that it lists has its
-        size."""
+        """Whether the manifest is valid, and every file that it lists has its size."""
         return self.why is None
 
     @property
@@ -84,8 +83,7 @@ class RunCheckpoint:
 
     @property
     def original(self) -> bool:
-        """Whether the checkpoint lies where it was saved, not as a copy by hand or a
-        link."""
+        """Whether the checkpoint lies where it was saved, not as a copy or a link."""
         recorded_name = self.manifest.name if self.manifest is not None else None
         return not self.folder.is_symlink() and recorded_name in (None, self.folder.name)
 
@@ -128,7 +126,7 @@ class RunCheckpoint:
 
     @property
     def tier(self) -> str | None:
-        """``full`` (training can go on from it) or ``weights``; ``None`` without a
+        """``full`` (training can go on from it) or ``weights``; ``None``: no
         manifest."""
         return self.manifest.tier if self.manifest else None
 
@@ -139,8 +137,7 @@ class RunCheckpoint:
 
     @property
     def unusable(self) -> str | None:
-        """Why training cannot go on from this checkpoint, by its manifest; ``None`` if
-        it can."""
+        """Why training cannot go on from it, by its manifest; ``None`` if it can."""
         if self.why is None and self.tier != "full":
             return SLIMMED if self.is_slimmed else WEIGHTS_ONLY
         return self.why
@@ -192,8 +189,7 @@ def order(checkpoint: RunCheckpoint) -> tuple[int, bool, bool, float, bool, str]
 
 
 def open_checkpoint(folder: Path) -> RunCheckpoint:
-    """What a folder is, by its manifest and the sizes of its files; reads no other
-    bytes.
+    """Opens a folder, by its manifest and the sizes of its files; reads no other bytes.
 
     ``CheckpointError`` if there is no such folder, or the disk or network fails:
     whether it is committed cannot be told then, and nothing may be decided by it.
@@ -223,8 +219,7 @@ def open_checkpoint(folder: Path) -> RunCheckpoint:
 
 
 def unread(folder: Path, error: CheckpointError) -> RunCheckpoint:
-    """A checkpoint of which ``require_read`` has raised ``error``: for a list of what is
-    there."""
+    """A checkpoint, for a list, of which ``require_read`` has raised ``error``."""
     reason = f"cannot be read: {str(error).removeprefix(f'{folder}/')}"
     return RunCheckpoint(folder, step_in(folder.name), None, reason, False, is_unread=True)
 

@@ -1,5 +1,4 @@
-"""Deleting what retention lets go of, so that no crash leaves half a checkpoint under a
-name.
+"""Deletes what retention lets go of; no crash leaves half a checkpoint under a name.
 
     checkpoint-400/  --rename, fsync-->  .checkpoint-400.trash/  --unlink-->  nothing
 
@@ -63,8 +62,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a checkpoint, or would, and why. ``nbytes`` is what it takes, or
-    took."""
+    """The outcome for a checkpoint, and why. ``nbytes`` is what it takes, or took."""
 
     checkpoint: RunCheckpoint
     kept: bool
@@ -79,7 +77,7 @@ def prune(
     just_saved: str | None = None,
     line: Line | None = None,
 ) -> list[Outcome]:
-    """Deletes what ``retention`` does not keep: ``plan`` and, but for ``dry_run``,
+    """Deletes what ``retention`` does not keep: ``plan``, and unless ``dry_run``
     ``execute``."""
     outcomes = plan(run, retention, just_saved, line)
     return outcomes if dry_run else execute(run, outcomes)
@@ -91,8 +89,8 @@ def plan(
     just_saved: str | None = None,
     line: Line | None = None,
 ) -> list[Outcome]:
-    """What the rules keep and what goes: of every committed checkpoint, and of those
-    that were committed and from which files were deleted by hand. Deletes nothing.
+    """Decides what the rules keep: of every committed checkpoint, and of those that
+    were committed and from which files were deleted by hand. Deletes nothing.
 
     ``line``: whose checkpoints the rules count, by default those of the line that saved
     last. ``just_saved`` names one that stays whatever its step.
@@ -131,8 +129,7 @@ def plan(
 
 
 def originals(line_members: Sequence[RunCheckpoint]) -> list[RunCheckpoint]:
-    """The checkpoints that have the names they were saved under; copies made by hand do
-    not count.
+    """The checkpoints with the names they were saved under; manual copies do not count.
 
     Manifests of older versions have no names: of several of one save the numbered one
     counts, or the one with the shortest name.
@@ -194,7 +191,7 @@ def prune_others(
     run_prefix: str | None = None,
     dry_run: bool = False,
 ) -> list[Outcome]:
-    """Deletes the checkpoints of other lines: ``plan_others`` and, but for ``dry_run``,
+    """Deletes the checkpoints of other lines: ``plan_others``, and unless ``dry_run``
     ``execute``."""
     outcomes = plan_others(run, run_prefix)
     return outcomes if dry_run else execute(run, outcomes)
@@ -237,8 +234,7 @@ def plan_others(run: Run, run_prefix: str | None = None) -> list[Outcome]:
 
 
 def _is_set_aside(checkpoint: RunCheckpoint) -> bool:
-    """Whether ckpt itself gave a checkpoint its name, as another training saved under
-    the old one.
+    """Whether ckpt renamed a checkpoint, as another training saved under its old name.
 
     A person's copies and renamed ones stay.
     """
@@ -345,7 +341,8 @@ def amid_newer(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def facts(run: Run, committed: Sequence[RunCheckpoint]) -> list[Candidate]:
-    """What retention has to know of the committed checkpoints of a run, in their order."""
+    """The facts that retention needs of the committed checkpoints of a run, in their
+    order."""
     pointer_texts = {name: text for name in POINTERS[::-1] if (text := run.target(name))}
     pointers_by_folder = {pointed(run, text): name for name, text in pointer_texts.items()}
     candidates = []

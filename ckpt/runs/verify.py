@@ -31,7 +31,7 @@ _SLACK = 2.0  # seconds that a clock, or a network, may be off
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was found. ``problems`` has a line for each thing that is not whole.
+    """The findings. ``problems`` has a line for each thing that is not whole.
 
     ``proven`` are lines on what is. ``spared`` are those problems that no resume minds.
     """
@@ -201,8 +201,8 @@ def may_be_edited(folder: Path, name: str, file: FileRecord) -> bool:
 
 
 def states(folder: Path, tag: str | None = None) -> tuple[str | None, str | None]:
-    """What the headers of DeepSpeed's files prove, and what is wrong with them, as
-    lines.
+    """Lines on what the headers of DeepSpeed's files prove, and on what is wrong with
+    them.
 
     What is not read here, such as pipeline parallelism, is said and counts as no fault.
     """

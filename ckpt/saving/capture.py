@@ -124,8 +124,8 @@ def write_companions(
     weights: WeightsWriter | None,
     tokenizer: Any = None,
 ) -> None:
-    """What makes the folder a model's, whether the weights are in it or still to be
-    converted."""
+    """Writes the files that make the folder a model's, whether the weights are in it or
+    still to be converted."""
     if weights is not None:
         weights.make(folder)
     elif not hasattr(module, "peft_config"):
@@ -135,7 +135,7 @@ def write_companions(
 
 
 def write_small_files(engines: Engines, tokenizer: Any, folder: Path, rank: int) -> None:
-    """What rank 0 writes beside states and weights, to see how much that is."""
+    """Writes what rank 0 writes beside states and weights, to see how much that is."""
     if not rank:
         write_all_companions(engines, folder, None, tokenizer)
 

@@ -44,7 +44,7 @@ PATIENCE = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Preemption:
-    """What asks a training to stop, and how long it then has.
+    """The signals that ask a training to stop, and how long it then has.
 
     ``signals`` by name, by default SIGTERM, SIGUSR1 and what else torchrun was told to
     pass on (``--signals-to-handle``); ``file``: one that turns up (``touch out/stop``),

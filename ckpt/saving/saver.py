@@ -54,8 +54,7 @@ log = logging.getLogger("ckpt")
 
 
 class Saver:
-    """Saves of one training into ``run``; every rank makes one, and calls the same of
-    it.
+    """Saves one training into ``run``; every rank makes one, and calls the same of it.
 
     - ``engine``: DeepSpeed's; or several by name, {"actor": ..., "critic": ...}, which
       are saved as one checkpoint with a folder for each
@@ -157,8 +156,8 @@ class Saver:
             self.run_folder.warn_of_others(self._line())
 
     def _contents(self, ranks: RankGroup) -> SaveContents:
-        """What a save will write. ``CheckpointError`` on every rank for weights that
-        cannot be."""
+        """The files of a save. ``CheckpointError`` on every rank for impossible
+        weights."""
         with lease.given_up_on_failure(self.run_folder.lease), ranks.step():
             weights = self._weights(ranks)
         return SaveContents(
@@ -178,8 +177,7 @@ class Saver:
         extra: Mapping[str, Any] | None = None,
         tier: Tier = "full",
     ) -> None:
-        """Saves as checkpoint-STEP (tier "weights": as weights-STEP); every rank calls
-        it.
+        """Saves checkpoint-STEP (or weights-STEP, tier "weights"); every rank calls it.
 
         ``client_state`` is what ``engine.load_checkpoint`` gives back; ``extra`` are
         this rank's objects with ``state_dict()`` by name. An earlier save is waited for
@@ -316,7 +314,7 @@ class Saver:
         return tier is not None
 
     def _stop(self, step: int, *state: Any) -> None:
-        """The last save, unless it is there or cannot be finished; then the end of the
+        """Saves a last time, unless that is done or impossible; then ends the
         process."""
         self.wait()
         assert self.watch is not None
@@ -335,8 +333,8 @@ class Saver:
         raise SystemExit(EXIT_CODE)
 
     def close(self) -> None:
-        """Waits for the last save and its push, and ends the saver; raises what nobody
-        was told."""
+        """Waits for the last save and its push, and ends the saver; raises untold
+        errors."""
         try:
             self.wait()
             self.last_ranks = self.pushes.close(self.timeout) or self.last_ranks
@@ -349,15 +347,15 @@ class Saver:
                 self.watch.close()
 
     def drain(self) -> None:
-        """``close`` at the end of the process: waits no longer than a minute for absent
+        """``close`` at the end of the process: waits at most a minute for absent
         ranks."""
         if self.flight is not None:
             self._land(self.flight, min(self.timeout, EXIT_GRACE_S))
             self._leave_ranks()
 
     def _leave_ranks(self) -> None:
-        """Lets all ranks hear of the last commit before rank 0, which may host the
-        store, ends."""
+        """Lets all ranks hear of the last commit before rank 0, perhaps the store's
+        host, ends."""
         if self.last_ranks is not None:
             self.last_ranks.leave(wait=not self.last_ranks.rank)
             self.last_ranks = None

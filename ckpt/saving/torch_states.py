@@ -50,7 +50,7 @@ class TorchStates:
 
     @property
     def identity(self) -> object:
-        """What a resume knows the training by."""
+        """The object that a resume knows the training by."""
         return self.training.module
 
     @property
@@ -71,7 +71,7 @@ class TorchStates:
         metric_values: Mapping[str, Any] | None,
         epoch: Any,
     ) -> Facts:
-        """What the manifest of a save says."""
+        """The facts for the manifest of a save."""
         self.training.global_steps = int(step)
         return Facts(
             step=int(step),
@@ -93,8 +93,8 @@ class TorchStates:
         )
 
     def write_companions(self, tokenizer: Any, folder: Path, rank: int) -> None:
-        """What makes the folder a model's for ``ckpt to-fp32`` and ``ckpt push``, on
-        rank 0."""
+        """Writes the files that make the folder a model's for ``ckpt to-fp32`` and
+        ``ckpt push``, on rank 0."""
         if not rank:
             write_companions(self.training.module, folder, None, tokenizer)
 

@@ -1,4 +1,4 @@
-"""What ``plain`` wrote, read again: every value is looked at before it is made.
+"""Reads what ``plain`` wrote: every value is looked at before it is made.
 
 ``MalformedError`` says what cannot be interpreted; ``plain.loads`` knows the file.
 """

@@ -110,7 +110,7 @@ REPOSITORY = LazyPattern(
 
 
 def unpacking(path: PurePath) -> str:
-    """What to do with an archive at this path, with the command: "unpack it first (tar
+    """The advice for an archive at this path, with the command: "unpack it first (tar
     xf X)".
 
     The command works from where the user stands, and unpacks beside the archive.

@@ -14,7 +14,7 @@ def pointer(look: Look) -> str | None:
 
 
 def web_page(look: Look) -> str | None:
-    """What a server sent instead of the file: a page, an error."""
+    """An answer of a server in the place of the file: a page, an error."""
     return _content(look, "web page", "XML", "answer of a server")
 
 

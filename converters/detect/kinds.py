@@ -1,4 +1,5 @@
-"""What can lie where a checkpoint is looked for: a table with a row a kind.
+"""The kinds of what can lie where a checkpoint is looked for: a table with a row a
+kind.
 
 The first row whose sign is seen is the kind, so the order decides: a sign that is more
 particular stands before one that takes the same paths as well. A new input format is a

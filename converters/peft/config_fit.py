@@ -1,4 +1,4 @@
-"""What tensors tell of an adapter, and whether a configuration is theirs."""
+"""The facts that tensors show of an adapter, and whether a configuration is theirs."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _DEFAULTS = tuple(
 
 @dataclass(frozen=True, slots=True)
 class TrainedLayers:
-    """What tensors show of an adapter beside kind and ranks.
+    """The facts that tensors show of an adapter beside kind and ranks.
 
     ``modules`` are the adapted ones, ``saved`` those that are trained whole, ``tokens``
     the numbers of trained rows by embedding, ``biased`` whether LoRA's factors have

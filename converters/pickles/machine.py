@@ -1,5 +1,4 @@
-"""The stack machine of pickles: it builds inert data, and calls nothing that a file
-names.
+"""The stack machine of pickles: it builds inert data, and calls no name of a file.
 
 The stack machine is small and closed. Containers and scalars are built; every global is
 only a name (``Global``), and every call of a global is only a record of it (``Call``),
@@ -105,8 +104,7 @@ class Machine(PickleBytes):
             self.fail(f"{count} values are expected on its stack, {len(self.stack)} are there")
 
     def pop(self) -> Any:
-        """The value on top of the stack, taken off; ``CheckpointError`` if there is
-        none."""
+        """Takes the top value off the stack; ``CheckpointError`` if there is none."""
         self.require(1)
         return self.stack.pop()
 
@@ -145,7 +143,7 @@ class Machine(PickleBytes):
         return items
 
     def global_name(self, module: str, name: str) -> Global:
-        """A global; ``CheckpointError``, "refused", if it runs code, or can be no
+        """A global; ``CheckpointError``, "refused", if it runs code, or is not a
         name."""
         if len(module) + len(name) > MAX_NAME_LENGTH or not (module + name).isprintable():
             self.refuse_unnatural("its pickle holds a name that nothing can have")
@@ -164,7 +162,7 @@ class Machine(PickleBytes):
         )
 
     def call(self, function: Any, arguments: Any) -> Any:
-        """What calling ``function`` means: the builder's value, or a record of the
+        """The value of a call of ``function``: the builder's, or a record of the
         call."""
         arguments = arguments if isinstance(arguments, tuple) else (arguments,)
         if isinstance(function, Global):
@@ -288,8 +286,7 @@ class Machine(PickleBytes):
             self.refuse_unnatural(f"its pickle holds {len(colliding_keys)} keys of one hash")
 
     def append_all(self, values: list[Any]) -> None:
-        """Adds values to the list, set or record on top; ``CheckpointError`` for
-        another."""
+        """Adds values to the list, set or record on top, else ``CheckpointError``."""
         self.require(1)
         target = self.stack[-1]
         if isinstance(target, set):

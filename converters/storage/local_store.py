@@ -118,7 +118,7 @@ class LocalStore:
         return LocalFile(local_path(name))
 
     def status(self, name: Name) -> Status:
-        """What lies there; links are followed."""
+        """The status of a path; links are followed."""
         status = os.stat(local_path(name))
         return Status(
             is_file=stat.S_ISREG(status.st_mode),

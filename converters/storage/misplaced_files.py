@@ -1,5 +1,5 @@
-"""What lies where a checkpoint should: a Git LFS pointer, a web page, a download that
-did not end.
+"""Files that lie where a checkpoint should: a Git LFS pointer, a web page, a download
+that did not end.
 
 Told from the first bytes of a file and the names in a folder; nothing is opened that is
 not small. Sources: the Git LFS specification (docs/spec.md), huggingface_hub 1.x

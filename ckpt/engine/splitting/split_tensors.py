@@ -1,5 +1,5 @@
-"""What this rank has of each tensor where more than ZeRO cuts them; nothing communicates
-here.
+"""The part that this rank has of each tensor where more than ZeRO cuts them; nothing
+communicates here.
 
     tensor parallelism   a box or several of a tensor, by the affine map that AutoTP leaves in the
                          model (``universal_checkpoint_info``), or by its lists of patterns
@@ -32,7 +32,8 @@ _AUTO_EP = "ds_autoep_uc_meta"  # DeepSpeed's DS_AUTOEP_UC_META, an attribute of
 
 
 class SplitEngine(Protocol):
-    """What is asked of DeepSpeed's engine here; ``ckpt.engine.attributes`` lists it."""
+    """The attributes that are asked of DeepSpeed's engine here;
+    ``ckpt.engine.attributes`` lists them."""
 
     module: Any
     optimizer: Any
@@ -129,7 +130,8 @@ class SplitTensors:
         return SplitTensors(engine, degrees, _partition_groups(engine), groups_of_experts)
 
     def part(self, name: str, parameter: Any, ref: TensorRef, position: int) -> ModelPart:
-        """What this rank has under a name; ``position`` is that in its own model.
+        """The part that this rank has under a name; ``position`` is that in its own
+        model.
 
         ``ref`` has the type and shape of its own tensor. ``MalformedError`` for a cut
         that does not fit the shape.
@@ -160,7 +162,8 @@ class SplitTensors:
         return f"{block}{EXPERTS}{number}.{inner_name}"
 
     def order(self, name: str, position: int) -> tuple[int, ...]:
-        """What sorts a name among all: experts of other ranks follow this one's.
+        """The key that sorts a name among all: experts of other ranks follow this
+        one's.
 
         ``position`` is that in this rank's own model.
         """

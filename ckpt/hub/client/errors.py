@@ -1,4 +1,4 @@
-"""What the Hub and its client refuse, as one line for whoever pushes.
+"""The refusals of the Hub and its client, as one line for whoever pushes.
 
 Nothing of a request is repeated, so that no token and no signed address gets into a
 message.

@@ -1,4 +1,4 @@
-"""What of the texts of a push should perhaps not be public, said before it is."""
+"""The texts of a push that should perhaps not be public, named before they are."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def step_of(path: Path) -> int | None:
 
 
 def prove(path: Path, tag: str | None = None, *, compares_values: bool = False) -> Proof:
-    """What the checkpoint is, or of several tags in it the one that is named.
+    """Proves the checkpoint, or of several tags in it the one that is named.
 
     With ``compares_values`` the model file of DeepSpeed has to be of the save of its
     states, by a sample of both. ``CheckpointError`` if it is not whole. Its kind is
@@ -206,7 +206,7 @@ def trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def history_of(folder: Path) -> History | None:
-    """What the Trainer had logged at this checkpoint; ``None`` if it is not a Trainer's."""
+    """The log of the Trainer at this checkpoint; ``None`` if it is not a Trainer's."""
     if not (folder / STATE).is_file():
         return None
 

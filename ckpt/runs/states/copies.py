@@ -77,7 +77,7 @@ def origins(checkpoints: Sequence[RunCheckpoint]) -> Originals:
 
 
 def sentence(checkpoint: RunCheckpoint, original: RunCheckpoint) -> str:
-    """What a copy is, as words after its name."""
+    """A description of a copy, as words after its name."""
     form = "link to" if checkpoint.folder.is_symlink() else "copy of"
     return f"{form} {original.name}"
 

@@ -1,5 +1,4 @@
-"""The checkpoints of a run that a training can go on from, the newest first, whoever
-wrote them.
+"""The checkpoints of a run that a training can go on from, newest first, by any writer.
 
 A committed one is known to be whole. One that was written without ckpt has to prove it,
 and, if a committed one is there too, that it goes on from that one; else the resume
@@ -48,8 +47,7 @@ log = logging.getLogger("ckpt")
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A checkpoint that a training can go on from; ``proof`` if it was written without
-    ckpt."""
+    """A checkpoint to go on from; ``proof`` if it was written without ckpt."""
 
     checkpoint: RunCheckpoint
     proof: Proof | None = None
@@ -60,8 +58,8 @@ def _announce(entry: SkippedCandidate) -> None:
 
 
 class Offers:
-    """The checkpoints of a run that can be gone on from; ``skipped`` are the others,
-    each said.
+    """The checkpoints of a run to go on from; ``skipped`` has a line for each of the
+    others.
 
     ``deepspeed`` is whether DeepSpeed is to load it, which is said to be impossible for
     others. With ``committed_only`` what has no manifest is passed over, unproven.
@@ -111,8 +109,7 @@ class Offers:
             )
 
     def _print_other_lines(self) -> None:
-        """Says on stderr whose checkpoints are taken, where there are those of several
-        lines."""
+        """Says on stderr whose checkpoints are taken, if there are several lines."""
         if not self.other_lines:
             return
 
@@ -173,8 +170,8 @@ class Offers:
                 yield Offer(checkpoint, proof)
 
     def _skip_misnumbered(self, offer: Offer) -> None:
-        """Notes those whose names say a later step than that of the first offer, as
-        files do not.
+        """Skips those whose names say a later step than the first offer, unlike their
+        files.
 
         They come after it, and nobody would learn why.
         """
@@ -188,8 +185,7 @@ class Offers:
             self.skip(path, reason, "apart")
 
     def _is_engine_alone(self, checkpoint: RunCheckpoint) -> bool:
-        """Whether it is a tag beside checkpoints of a Trainer, which could not go on
-        from it."""
+        """Whether it is a tag beside checkpoints of a Trainer, which cannot use it."""
         folder = checkpoint.folder
         return folder.is_dir() and is_tag_folder(folder) and self._has_trainers
 
@@ -224,8 +220,8 @@ class Offers:
             log.warning("%s", remark)
 
     def require_none_lost(self) -> None:
-        """``CheckpointError`` if a training has been here whose work a fresh start would
-        forget.
+        """``CheckpointError`` if a fresh start would forget the work of a training
+        here.
 
         Weights alone do not count: no training could go on from them.
         """
@@ -294,7 +290,7 @@ class Offers:
             log.warning("%s", finding.remark)
 
     def _counts(self, checkpoint: RunCheckpoint, proof: Proof) -> bool:
-        """Whether it is of the training that saved last, whoever wrote that; as
+        """Whether it is of the training that saved last, by any writer; as
         ``_succeeds``."""
         if not self._succeeds(proof):
             return False
@@ -305,8 +301,8 @@ class Offers:
         return finding is None
 
     def _succeeds(self, proof: Proof) -> bool:
-        """Whether it is offered before all committed ones; ``CheckpointError`` if nobody
-        knows."""
+        """Whether it comes before all committed ones; ``CheckpointError`` if
+        unknown."""
         path = proof.path
         usable = (
             checkpoint

@@ -36,8 +36,8 @@ _COMMON_FIELDS = ("save", "step", "tag", "tier", "nodes", "stage", "world_size")
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """What is joined: for every name the folder it comes from, and the manifest of the
-    whole.
+    """The parts that are joined: for every name the folder it comes from, and the
+    manifest of the whole.
 
     ``output`` may be one of the nodes' folders; the other files are then added to it.
     """

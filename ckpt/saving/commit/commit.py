@@ -51,7 +51,8 @@ def staging_for(final: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the manifest says beside the files; see ``Manifest``. Rank 0's are used."""
+    """The entries of the manifest beside the files; see ``Manifest``. Rank 0's are
+    used."""
 
     step: int
     tag: str | None

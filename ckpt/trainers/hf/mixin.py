@@ -99,8 +99,7 @@ class CommittedCheckpoints(MappedCheckpoints):
         self.add_callback(_Around(self))
 
     def _prepare_commits(self) -> None:
-        """Sets what the methods here need; ``CheckpointError`` for options that are not
-        known."""
+        """Sets what the methods here need; ``CheckpointError`` for unknown options."""
         require_known(self.on_failure)
         # where the Trainer writes; None: not in one of our saves
         self._inner_folder: Path | None = None
@@ -241,8 +240,7 @@ class CommittedCheckpoints(MappedCheckpoints):
     def _write(
         self, ranks: RankGroup, run_folder: RunFolder, model: Any, trial: Any, final: str
     ) -> Line:
-        """The Trainer's save into the staging folder, and its commit; of which run it
-        is."""
+        """The Trainer's save into the staging folder, its commit, and its run."""
         engine, name = self._engine(), Path(final).name
         with ranks.step():
             facts = describe(engine, self._details(), run_folder.line_of(engine))
@@ -275,7 +273,7 @@ class CommittedCheckpoints(MappedCheckpoints):
         return save.line
 
     def _save_as_ever(self, save: Save, inner_folder: Path, model: Any, trial: Any) -> None:
-        """The Trainer's own save; raises what failed in it when all ranks are out of
+        """The Trainer's own save; raises its failure when all ranks are out of
         barriers."""
         engines = [self._deepspeed_engine()] if self.is_deepspeed_enabled else []
         with save.recording(engines, inner_folder) as recording:

@@ -1,4 +1,5 @@
-"""What IA3, VeRA, trained tokens, LoHa and LoKr change of a layer: shapes checked."""
+"""The changes that IA3, VeRA, trained tokens, LoHa and LoKr make to a layer: shapes
+checked."""
 
 from __future__ import annotations
 

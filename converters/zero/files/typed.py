@@ -32,7 +32,7 @@ _full_repr.maxstring = _full_repr.maxlong = _full_repr.maxother = 4096
 
 
 def shown(value: Any) -> str:
-    """What a file holds, for a message: never long, nor for long at work."""
+    """A value of a file, for a message: never long, nor for long at work."""
     return _short_repr.repr(value)
 
 

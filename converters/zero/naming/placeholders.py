@@ -1,4 +1,4 @@
-"""What the placeholders of stage 3 tell: names, ties, and what is in no file.
+"""The placeholders of stage 3, and what they tell: names, ties, and what is in no file.
 
 ``module`` of stage 3 has an empty tensor for each parameter. Those of tied names are
 views of one storage, though an empty one; which parameter a placeholder stands for only

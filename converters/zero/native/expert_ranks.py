@@ -1,4 +1,5 @@
-"""What each expert rank has of a whole checkpoint, for any number of expert ranks.
+"""The part of a whole checkpoint that each expert rank has, for any number of expert
+ranks.
 
     world size 4, 2 expert ranks       rank 0   1   2   3
     use_data_before... is not set      expert rank 0   1   0   1

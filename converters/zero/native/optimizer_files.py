@@ -1,4 +1,4 @@
-"""What an optimizer file holds of the param groups, for any stage and world size.
+"""The content of an optimizer file on the param groups, for any stage and world size.
 
 The keys and classes are those of ``state_dict`` in DeepSpeed 0.19.8
 ``runtime/zero/stage_1_and_2.py`` and ``stage3.py``; the cuts are in ``layout``.

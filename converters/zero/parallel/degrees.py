@@ -92,7 +92,7 @@ def evenly(shape: Shape, parts: SubParameters, rank_count: int) -> Cut:
 
 
 def shard(layout: Cut, rank: int, tensor: TensorRef) -> TensorRef:
-    """What a rank has of a whole parameter, or of a state of its elements."""
+    """The shard that a rank has of a whole parameter, or of a state of its elements."""
     boxes = [
         (piece.shard_offsets, tensor.box(piece.offsets, piece.sizes))
         for piece in layout.pieces

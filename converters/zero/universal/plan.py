@@ -86,7 +86,7 @@ def native_tag(source: Universal) -> str:
 
 
 def stage12_target(checkpoint: Checkpoint) -> TargetTopology:
-    """What the model file of stages 1 and 2 is made for.
+    """The target that the model file of stages 1 and 2 is made for.
 
     Its order is that of the folder.
     """

@@ -186,7 +186,7 @@ class Strided(ReadInOrder):
 
     @property
     def scattered(self) -> bool:
-        """What lies between the runs is read along with them."""
+        """Reads what lies between the runs along with them."""
         return True
 
     @property
@@ -241,8 +241,8 @@ def reads_in_sequence(extents: Iterable[Extent]) -> Iterator[Read]:
 def _extents_between(
     extents: Iterable[Extent], position: int, start: int, stop: int
 ) -> Iterator[Extent]:
-    """What of the bytes from ``start`` to ``stop`` lies in each extent; the first one
-    begins at ``position``."""
+    """The part of each extent between the bytes ``start`` and ``stop``; the first
+    extent begins at ``position``."""
     for extent in extents:
         first = max(start - position, 0)
         end = min(stop - position, extent.length)

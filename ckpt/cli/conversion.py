@@ -108,7 +108,7 @@ def _source(conversion: Conversion, record: ConversionRecord) -> ConversionSourc
 
 
 def _kind(source: Source) -> str:
-    """What is converted: the kind, and how it is partitioned."""
+    """The kind of the source, and how it is partitioned."""
     text = BY_NAME[source.kind].title
     if source.stage:
         text += f", ZeRO stage {source.stage}"

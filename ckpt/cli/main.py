@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _aftermath(error: BaseException) -> str:
-    """What an interrupted command leaves, as a sentence, if it says that."""
+    """A sentence on what an interrupted command leaves, if it says that."""
     from ckpt.cli.planned import Interruption
 
     # click makes an Abort of the interruption

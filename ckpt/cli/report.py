@@ -155,7 +155,7 @@ def show_text(result: ShowResult) -> str:
 
 
 def _tensor_lines(result: ShowResult) -> list[str]:
-    """What the tensors are, and their bytes; one line for a file of states."""
+    """Lines on the tensors and their bytes; one line for a file of states."""
     bytes_text = f"{size(result.weight_bytes)} in {', '.join(result.dtypes) or 'no tensor'}"
     if BY_NAME[result.kind].of_states:
         return [f"tensors      {f'{result.tensors:,}, {bytes_text}' if result.tensors else 'none'}"]

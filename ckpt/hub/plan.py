@@ -145,7 +145,7 @@ def plan(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> PushPlan
 
 
 def _contents(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> Contents:
-    """What is sent to a repository without a card."""
+    """The files that are sent to a repository without a card."""
     return contents(
         checkpoint,
         dtype=options.dtype,
@@ -158,7 +158,7 @@ def _contents(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> Con
 
 
 def _beside_card(local_contents: Contents, remote: Remote, options: PushOptions) -> Contents:
-    """What is sent to the repository as it is: a card that it has stays."""
+    """The files that are sent to the repository as it is: a card that it has stays."""
     has_card = options.place + CARD in remote.files
     if not has_card or options.training_state:
         return local_contents

@@ -223,8 +223,7 @@ def _prove(
     push_plan: PushPlan,
     shards: tuple[Serving, journal.Journal] | None,
 ) -> WeightChecks | None:
-    """What was proven of the weights; ``CheckpointError`` if a CRC32 of their source is
-    wrong."""
+    """Proves the weights; ``CheckpointError`` if a CRC32 of their source is wrong."""
     conversion = push_plan.contents.conversion
     if shards is None or conversion is None:
         return None

@@ -219,8 +219,8 @@ class ResumeRequest:
         return state
 
     def _without_random_states(self, source: ResumePoint, losses: list[str]) -> list[str]:
-        """What is lost of a checkpoint that another program wrote: no rank has its
-        random states.
+        """The losses of a checkpoint that another program wrote: no rank has its random
+        states.
 
         Rank 0 says it once, unless the front end has a file of its own that it restores.
         """

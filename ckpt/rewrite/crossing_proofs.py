@@ -56,7 +56,7 @@ class NativeProof:
 
 
 def _checks(parameters: int, states: int, others: int, copies: int = 0) -> RewriteChecks:
-    """What was proven, before the bytes are counted."""
+    """The proofs, before the bytes are counted."""
     return RewriteChecks(
         parameter_tensors=parameters,
         optimizer_tensors=states,

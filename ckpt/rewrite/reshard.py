@@ -200,7 +200,8 @@ def _note_on_files_left_out(home: Path, companion_names: set[str]) -> Iterator[s
 
 
 def _sub_group_size(source: zero.Checkpoint) -> int:
-    """What the run of a checkpoint of stage 3 was configured with."""
+    """The sub-group size that the run of a checkpoint of stage 3 was configured
+    with."""
     configured_size = source.model.setting("zero_optimization", "sub_group_size")
     if isinstance(configured_size, (int, float)):
         return int(configured_size)
@@ -239,7 +240,7 @@ def notes_on(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
 
 
 def _notes_on_ranks(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
-    """What becomes of ranks that there were, or were not."""
+    """Notes on ranks that are gone, or are new."""
     saved_world_size = merged.original(source).world_size
     if target.tensor_ranks > 1 and not engine_cuts.are_known():
         yield (

@@ -64,7 +64,7 @@ class RunCheckpoint:
 
     @property
     def source(self) -> Ancestry | None:
-        """What ckpt made it of; ``None`` if a training saved it."""
+        """The checkpoint that ckpt made it of; ``None`` if a training saved it."""
         if self.manifest is not None:
             return self.manifest.origin
         return self.record.source if self.record is not None else None
@@ -89,7 +89,7 @@ class RunCheckpoint:
 
     @property
     def lacks(self) -> str | None:
-        """What was deleted by hand from a committed checkpoint, as a line."""
+        """A line on what was deleted by hand from a committed checkpoint."""
         if not self.committed or not self.deleted:
             return None
 
@@ -97,7 +97,7 @@ class RunCheckpoint:
 
     @property
     def changes(self) -> str | None:
-        """What was changed by hand in a committed checkpoint, as a line."""
+        """A line on what was changed by hand in a committed checkpoint."""
         if not self.committed or not self.changed:
             return None
 
@@ -105,7 +105,7 @@ class RunCheckpoint:
 
     @property
     def doubt(self) -> str | None:
-        """What speaks against one save in a committed checkpoint, as a line."""
+        """A line on what speaks against one save in a committed checkpoint."""
         if not self.committed or self.manifest is None or self.manifest.doubt is None:
             return None
 
@@ -154,7 +154,7 @@ class RunCheckpoint:
 
     @property
     def pointer(self) -> str:
-        """What ``latest`` holds when it names this checkpoint."""
+        """The content of ``latest`` when it names this checkpoint."""
         if self.manifest is None or self.manifest.tier != "full" or not self.manifest.tag:
             return self.name
 

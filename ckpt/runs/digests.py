@@ -199,7 +199,7 @@ def record_fault(
     progress: Progress,
     start: int = 0,
 ) -> str | None:
-    """What is wrong with the bytes of a record, by its CRC32; ``None`` if nothing is.
+    """The fault in the bytes of a record, by its CRC32; ``None`` if there is none.
 
     ``file`` is what the directory was read from: the open file, or a part of it that
     begins at byte ``start``.

@@ -77,8 +77,7 @@ def prune(
     just_saved: str | None = None,
     line: Line | None = None,
 ) -> list[Outcome]:
-    """Deletes what ``retention`` does not keep: ``plan``, and unless ``dry_run``
-    ``execute``."""
+    """Deletes what ``retention`` does not keep: ``plan``, then perhaps ``execute``."""
     outcomes = plan(run, retention, just_saved, line)
     return outcomes if dry_run else execute(run, outcomes)
 
@@ -153,7 +152,8 @@ def _kept_steps(
     checkpoints: Sequence[RunCheckpoint],
     present: Sequence[RunCheckpoint],
 ) -> dict[str, tuple[str, ...]]:
-    """What the rules keep; what was made of another one stays and goes with that.
+    """The steps that the rules keep; a checkpoint made of another one stays and goes
+    with it.
 
     That may be among those ``present`` alone: one renamed by hand does not count, but
     stays. So do all of one step and tier, of which manifests of older versions do not
@@ -191,8 +191,7 @@ def prune_others(
     run_prefix: str | None = None,
     dry_run: bool = False,
 ) -> list[Outcome]:
-    """Deletes the checkpoints of other lines: ``plan_others``, and unless ``dry_run``
-    ``execute``."""
+    """Deletes the checkpoints of other lines: ``plan_others``, perhaps ``execute``."""
     outcomes = plan_others(run, run_prefix)
     return outcomes if dry_run else execute(run, outcomes)
 
@@ -341,8 +340,7 @@ def amid_newer(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def facts(run: Run, committed: Sequence[RunCheckpoint]) -> list[Candidate]:
-    """The facts that retention needs of the committed checkpoints of a run, in their
-    order."""
+    """The facts for retention of a run's committed checkpoints, in their order."""
     pointer_texts = {name: text for name in POINTERS[::-1] if (text := run.target(name))}
     pointers_by_folder = {pointed(run, text): name for name, text in pointer_texts.items()}
     candidates = []

@@ -61,8 +61,7 @@ class Saver:
     - ``model``, ``optimizer``, ``scheduler``: of a training without an engine (FSDP2, DDP,
       one process) in place of it; saved as a distributed checkpoint, for ``dcp.load`` too
     - ``retention``: what to keep (``Retention``); ``None`` keeps everything
-    - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model folder too; ``None``
-      none
+    - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model folder too
     - ``every``: steps between the saves that ``step`` makes: 500, or {"full": 500,
       "weights": 100}
     - ``background``: saves return when the state is copied; at most one is under way
@@ -70,8 +69,7 @@ class Saver:
       the memory that is free; what does not fit is written before the save returns
     - ``tokenizer``: anything with ``save_pretrained``; goes into the folder
     - ``preemption``: what asks the training to stop (``Preemption``), heeded by ``step``
-    - ``push``: sends committed checkpoints to the Hub (``Push``), by a process of its
-      own
+    - ``push``: sends committed checkpoints to the Hub (``Push``), by its own process
     - ``preflight``: tries now what saves will need, and fails in seconds rather than
       days
     - ``timeout``: seconds without a sign of life until a rank counts as absent
@@ -156,8 +154,7 @@ class Saver:
             self.run_folder.warn_of_others(self._line())
 
     def _contents(self, ranks: RankGroup) -> SaveContents:
-        """The files of a save. ``CheckpointError`` on every rank for impossible
-        weights."""
+        """The files of a save; ``CheckpointError`` on every rank if impossible."""
         with lease.given_up_on_failure(self.run_folder.lease), ranks.step():
             weights = self._weights(ranks)
         return SaveContents(
@@ -314,8 +311,7 @@ class Saver:
         return tier is not None
 
     def _stop(self, step: int, *state: Any) -> None:
-        """Saves a last time, unless that is done or impossible; then ends the
-        process."""
+        """Saves a last time, if that is possible; then ends the process."""
         self.wait()
         assert self.watch is not None
         ranks = RankGroup("stop", self.timeout)
@@ -333,7 +329,7 @@ class Saver:
         raise SystemExit(EXIT_CODE)
 
     def close(self) -> None:
-        """Waits for the last save and its push, and ends the saver; raises untold
+        """Waits for the last save and push, and ends the saver; raises untold
         errors."""
         try:
             self.wait()
@@ -347,15 +343,13 @@ class Saver:
                 self.watch.close()
 
     def drain(self) -> None:
-        """``close`` at the end of the process: waits at most a minute for absent
-        ranks."""
+        """``close`` at the process's end: waits at most a minute for absent ranks."""
         if self.flight is not None:
             self._land(self.flight, min(self.timeout, EXIT_GRACE_S))
             self._leave_ranks()
 
     def _leave_ranks(self) -> None:
-        """Lets all ranks hear of the last commit before rank 0, perhaps the store's
-        host, ends."""
+        """Lets all ranks hear of the last commit before rank 0 ends."""
         if self.last_ranks is not None:
             self.last_ranks.leave(wait=not self.last_ranks.rank)
             self.last_ranks = None

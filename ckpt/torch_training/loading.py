@@ -256,7 +256,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _value(states: SavedStates, leaf: str, parameter: torch.Tensor) -> Any:
-    """What the optimizer keeps for a parameter, this rank's part of it."""
+    """The state that the optimizer keeps for a parameter, this rank's part of it."""
     if leaf not in states.state.description.tensors:
         return states.state.value(leaf)
 

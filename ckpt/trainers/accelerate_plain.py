@@ -122,7 +122,7 @@ def load(accelerator: Any, request: ResumeRequest, loop: Loop, keywords: Mapping
 
 
 def _choose(request: ResumeRequest) -> RunCheckpoint | None:
-    """What is loaded; ``None``, and a line, if the run has no checkpoint yet."""
+    """Chooses a checkpoint; ``None``, and a line, if the run has none yet."""
     checkpoint = plain.newest(
         request.ranks,
         request.path,

@@ -143,7 +143,8 @@ def stored(tensor: TensorRef) -> int:
 
 
 def described(tensor: TensorRef) -> Iterator[str]:
-    """What decides the values of a tensor: where it lies, and what is computed of it."""
+    """A text of all that decides the values of a tensor: where it lies, and what is
+    computed of it."""
     if not isinstance(tensor, Computed):
         yield repr(tensor.extents)
         return

@@ -73,8 +73,8 @@ class Logbook:
         self.folder, self.path = path.parent, path
 
     def passages(self, verify: bool, count: bool) -> dict[str, Passage]:
-        """What was seen as files were written, by the name of each that is unchanged
-        since.
+        """The passages of the files that were written, by the name of each that is
+        unchanged since.
 
         Files of one line have one passage. Only of lines where as much was looked at as
         ``verify`` and ``count`` ask for.

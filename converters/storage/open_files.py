@@ -195,7 +195,7 @@ def parsed(path: Path, form: str, parse: Callable[[File], tuple[_Value, int]]) -
 
 
 def example(key: Hashable) -> object | None:
-    """What was kept under this key in the command that runs; ``None`` outside of one."""
+    """The value under this key in the command that runs; ``None`` outside of one."""
     files = _current.files
     return files.examples.get(key) if files is not None else None
 

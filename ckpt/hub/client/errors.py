@@ -154,7 +154,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _advice(repo: str, error: BaseException) -> str:
-    """What to do about an answer of the Hub."""
+    """The advice on an answer of the Hub."""
     from huggingface_hub import errors
 
     http_status = status(error)

@@ -54,7 +54,7 @@ _OF_TRAINER = frozenset(("training_args.bin", "rng_state.pth", "rng_state_0.pth"
 
 @dataclass(frozen=True, slots=True)
 class _TrainerFiles:
-    """What a Trainer wrote beside DeepSpeed's files: its step, and RNG states of so many
+    """The files of a Trainer beside DeepSpeed's: its step, and RNG states of so many
     ranks."""
 
     step: int

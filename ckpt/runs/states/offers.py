@@ -170,8 +170,7 @@ class Offers:
                 yield Offer(checkpoint, proof)
 
     def _skip_misnumbered(self, offer: Offer) -> None:
-        """Skips those whose names say a later step than the first offer, unlike their
-        files.
+        """Skips those whose names, not files, say a later step than the first.
 
         They come after it, and nobody would learn why.
         """
@@ -220,8 +219,7 @@ class Offers:
             log.warning("%s", remark)
 
     def require_none_lost(self) -> None:
-        """``CheckpointError`` if a fresh start would forget the work of a training
-        here.
+        """``CheckpointError`` if a fresh start would forget a training's work.
 
         Weights alone do not count: no training could go on from them.
         """
@@ -244,7 +242,7 @@ class Offers:
         return self.reasons[checkpoint.folder]
 
     def _prove(self, checkpoint: RunCheckpoint) -> Proof | None:
-        """What a checkpoint without a manifest proves to be.
+        """Proves a checkpoint without a manifest.
 
         ``None`` if it is not whole, or weights alone.
         """
@@ -290,8 +288,7 @@ class Offers:
             log.warning("%s", finding.remark)
 
     def _counts(self, checkpoint: RunCheckpoint, proof: Proof) -> bool:
-        """Whether it is of the training that saved last, by any writer; as
-        ``_succeeds``."""
+        """Whether it is of the training that saved last, as ``_succeeds``."""
         if not self._succeeds(proof):
             return False
 
@@ -301,8 +298,7 @@ class Offers:
         return finding is None
 
     def _succeeds(self, proof: Proof) -> bool:
-        """Whether it comes before all committed ones; ``CheckpointError`` if
-        unknown."""
+        """Whether it precedes all committed ones; ``CheckpointError`` if unknown."""
         path = proof.path
         usable = (
             checkpoint

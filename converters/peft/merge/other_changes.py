@@ -17,7 +17,7 @@ from converters.tensors import TensorRef
 
 
 def otherwise() -> str:
-    """What merges an adapter that is not merged here."""
+    """The library that merges an adapter that is not merged here."""
     return f"write the adapter (without {MERGE}) and merge it with PEFT"
 
 

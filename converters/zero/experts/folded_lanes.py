@@ -97,7 +97,8 @@ def _models(place: Place, files: FolderFiles) -> list[list[State]]:
 
 
 def folding(state: State) -> Section:
-    """What a file says of the rank that wrote it; ``CheckpointError`` if nothing."""
+    """The entry of a file on the rank that wrote it; ``CheckpointError`` if there is
+    none."""
     return state.fields.section(KEY)
 
 

@@ -37,8 +37,8 @@ def shown(value: Any) -> str:
 
 
 def text(value: Any) -> str:
-    """What a file holds, to be compared with another value: only what is nested deep, or
-    very long, may be alike and differ."""
+    """A text of a value of a file, to be compared with another's: only what is nested
+    deep, or very long, may be alike and differ."""
     return _full_repr.repr(value)
 
 

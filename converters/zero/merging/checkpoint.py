@@ -126,7 +126,8 @@ def groups_of(checkpoint: Checkpoint) -> list[ParamGroup]:
 
 
 def universal_entries(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
-    """What the files of the universal format say of a parameter, beside its values."""
+    """The entries in files of the universal format on a parameter, beside its
+    values."""
     if isinstance(checkpoint, MergedCheckpoint):
         return checkpoint.universal_entries.get(name, {})
     return {}

@@ -90,8 +90,7 @@ class TensorRanks:
         return TensorRanks(checkpoint, rank_count, layouts)
 
     def rank(self, rank: int) -> MergedCheckpoint:
-        """What the files of a tensor-parallel rank are made from: a checkpoint of its
-        shards."""
+        """The source of a tensor-parallel rank's files: a checkpoint of its shards."""
         checkpoint = self.checkpoint
 
         def shard(name: str, tensor: TensorRef) -> TensorRef:

@@ -22,7 +22,7 @@ UNTRAINED = "without elements, in no param group, or left out by exclude_frozen_
 
 
 def names_of(model: State, known_names: Sequence[str]) -> Names:
-    """What the state dict calls the parameters whose names ``module`` has not.
+    """The names in the state dict of the parameters whose names ``module`` has not.
 
     Its placeholders have neither values nor shapes, so only one rule for all of
     them can tell.

@@ -84,7 +84,7 @@ class CutTable:
         )
 
     def entry_of(self, name: str) -> Any:
-        """What the affine map has of a parameter; ``None`` if it has nothing."""
+        """The entry of the affine map on a parameter; ``None`` if it has none."""
         literal = key_of(name)
         if literal in self.entries:
             return self.entries[literal]
@@ -114,7 +114,7 @@ class CutTable:
 
 
 def template(texts: Mapping[str, str]) -> str:
-    """What to do about parameters without a cut: a file of rules, with its beginning.
+    """The advice for parameters without a cut: a file of rules, with its beginning.
 
     ``texts`` says of each parameter what its shapes are.
     """

@@ -27,8 +27,8 @@ class SubParameters:
 
 
 def sub_parameters(layout: Cut) -> SubParameters | None:
-    """What a cut is made of; ``None`` where each rank has all of it, or its pieces lie
-    otherwise.
+    """The sub-parameters of a cut; ``None`` where each rank has all of it, or its
+    pieces lie otherwise.
 
     They lie so if all ranks have a piece of each sub-parameter, rank by rank.
     """

@@ -26,8 +26,8 @@ _current: ContextVar[Info | None] = ContextVar("engine_cuts", default=None)
 
 @contextmanager
 def using(info: Info | None) -> Iterator[None]:
-    """What is written for tensor-parallel ranks in this block is cut as this engine
-    cuts."""
+    """Cuts as this engine does what is written for tensor-parallel ranks in this
+    block."""
     token = _current.set(info)
     try:
         yield

@@ -210,7 +210,8 @@ def _named_parameters(
 def named_by_layer(
     layers: Mapping[int, Mapping[str, object]], homes: Sequence[tied_modules.Home]
 ) -> dict[str, object]:
-    """What the layer files hold, in the order of the layers, under the model's names."""
+    """The values in the layer files, in the order of the layers, under the model's
+    names."""
     prefixes = {home.layer: home.prefix for home in homes}
     surplus_copies = {layer for home in homes for layer in home.further_layers}
     return {

@@ -152,7 +152,7 @@ def _universal_files(
 
 
 def info(root: Mapping[Any, Any]) -> Any:
-    """What a model file says of the universal format, or ours where it says nothing.
+    """The entry of a model file on the universal format, or ours where it has none.
 
     DeepSpeed's own tests save an empty one; ``load_universal`` wants a version in it.
     """

@@ -170,8 +170,7 @@ class Manifest:
 
     @property
     def origin(self) -> Ancestry | None:
-        """The checkpoint that it was made of; of one that an older ckpt resharded only
-        the save is known."""
+        """The checkpoint that it was made of; of an older resharding only the save."""
         if self.source is None and self.made_of is not None:
             return Ancestry("resharded", save=self.made_of, step=self.step)
         return self.source

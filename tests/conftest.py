@@ -56,6 +56,7 @@ _OF_SYNTAX = {
 _ROOMS = ("training", "hardening", "hub", "oracle", "commands", "unit")
 _SMALL = ("tests/commands/", "tests/unit/")
 _PARTS = 16  # of a module of small tests
+_TOGETHER = {"test_systems.py"}  # but of these: what they share takes long to start
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -113,7 +114,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             module = nodeid.partition("::")[0]
             if Path(module).name in _OF_SYNTAX:
                 return "syntax"
-            if not module.startswith(_SMALL):
+            if not module.startswith(_SMALL) or Path(module).name in _TOGETHER:
                 return module
             return f"{module} {crc32(nodeid.encode()) % _PARTS}"
 

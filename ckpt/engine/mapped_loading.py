@@ -51,8 +51,8 @@ class Mapped:
     It can tell which tensors are parts of such. ``dropped_keys``: keys that are taken
     out of each state. ``config``: DeepSpeed's, as it was saved, from the first state.
     ``slot``: when this rank may read what cannot be mapped. ``engine`` is the one that
-    loads; ``renamed``: the new names of parameters by the saved ones; ``remedies``: what
-    the front end offers for going on nevertheless. ``change`` is that of precision, if
+    loads; ``renamed``: the new names of parameters by the saved ones; ``remedies``:
+    what the front end offers for going on nevertheless. ``change`` is that of precision, if
     the checkpoint is of another.
     """
 
@@ -78,7 +78,7 @@ class Mapped:
 
     @property
     def new_counters(self) -> tuple[str, ...]:
-        """Counters that do not come back: the loss scale of another precision."""
+        """Counters that do not come back: the loss scale, where the precision is another."""
         return () if self.change is None else ("loss_scale",)
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -142,8 +142,7 @@ class Mapped:
         return index >= 0 and address < self.ends[self.starts[index]]
 
     def detach(self, states: Any) -> None:
-        """Gives every mapped tensor in ``states`` memory of its own, without changing
-        its identity.
+        """Gives every mapped tensor in ``states`` memory of its own, without changing its identity.
 
         Looks into dicts, lists, tuples and the attributes of objects that are not
         modules.
@@ -171,12 +170,10 @@ class Mapped:
 
 
 def _is_of_rank(engine: EngineView, path: str) -> bool:
-    """Whether a model file is that of this rank's stage and tensor-parallel rank, or of
-    all.
+    """Whether a model file is that of this rank's stage and tensor-parallel rank, or of all.
 
     DeepSpeed looks into the file of the first one on every rank (0.19.8
-    ``runtime/state_dict_factory.py``, ``check_ckpt_list``), and loads its own after
-    that.
+    ``runtime/state_dict_factory.py``, ``check_ckpt_list``), and loads its own after that.
     """
     own_name = os.path.basename(internals(engine)._get_ckpt_name("", ""))
     names = (os.path.basename(path), own_name)
@@ -201,7 +198,7 @@ def mapped(
     renamed: Mapping[str, str] | None = None,
     ways: Ways = DEFAULT_WAYS,
 ) -> Iterator[Mapped]:
-    """Maps the files of ``engine.load_checkpoint`` in this block, and none after it.
+    """``engine.load_checkpoint`` maps files in this block; after it nothing points into one.
 
     What the block keeps of the loaded states it gives to ``detach`` itself. What cannot
     be mapped is read when it is this rank's ``slot``.
@@ -266,8 +263,7 @@ def _ending_slot(engine: EngineView, slot: LoadSlot | None) -> Iterator[None]:
 
 @contextmanager
 def weights_alone(engine: EngineView) -> Iterator[None]:
-    """The optimizer takes the fp32 masters of what is loaded in this block, and nothing
-    else.
+    """The optimizer takes the fp32 masters of what is loaded in this block, and nothing else.
 
     For the two options of ``load_checkpoint`` that DeepSpeed 0.19.8 gets wrong: without
     optimizer states ZeRO-3 loads the weights of whatever ``latest`` names, stages 0 to
@@ -338,7 +334,7 @@ def need(engine: EngineView, paths: list[Path]) -> Need:
 
 
 def require_own_order(engine: EngineView, folder: Path) -> None:
-    """``CheckpointError`` if DeepSpeed has an order of its own for ranks to wait in."""
+    """``CheckpointError`` if DeepSpeed has an order of its own, in which ranks wait for others."""
     if internals(engine)._config.zero_config.pipeline_loading_checkpoint:
         raise CheckpointError(
             f"{folder}: there is not the memory for all ranks of a node to load at "

@@ -26,6 +26,7 @@ from converters.options import (
     PATH_IN_REPO,
     REVISION,
 )
+from converters.storage import open_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -117,11 +118,13 @@ def plan(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> PushPlan
     published there.
     """
     _require_names(repo, options.path_in_repo)
-    wholeness.require(checkpoint, options.uncommitted, options.needs_no_optimizer)
-    errors.require_client()
-    _require_steps(options)
-    transport, note = upload.choose(options.transport, options.stage_dir)
-    local_contents = _contents(checkpoint, repo, options)  # what is wrong with it needs no network
+    with open_files.once():  # what is checked is parsed for what is sent, too
+        wholeness.require(checkpoint, options.uncommitted, options.needs_no_optimizer)
+        errors.require_client()
+        _require_steps(options)
+        transport, note = upload.choose(options.transport, options.stage_dir)
+        local_contents = _contents(checkpoint, repo, options)  # what is wrong needs no network
+
     with errors.translate_errors(repo):
         remote = repository.look(api_for(), repo, options.branch)
 

@@ -1,4 +1,4 @@
-"""Deletes what retention lets go of; no crash leaves half a checkpoint under a name.
+"""Deleting what retention lets go of, so that no crash leaves half a checkpoint under a name.
 
     checkpoint-400/  --rename, fsync-->  .checkpoint-400.trash/  --unlink-->  nothing
 
@@ -77,7 +77,7 @@ def prune(
     just_saved: str | None = None,
     line: Line | None = None,
 ) -> list[Outcome]:
-    """Deletes what ``retention`` does not keep: ``plan``, then perhaps ``execute``."""
+    """Deletes what ``retention`` does not keep: ``plan`` and, but for ``dry_run``, ``execute``."""
     outcomes = plan(run, retention, just_saved, line)
     return outcomes if dry_run else execute(run, outcomes)
 
@@ -128,7 +128,7 @@ def plan(
 
 
 def originals(line_members: Sequence[RunCheckpoint]) -> list[RunCheckpoint]:
-    """The checkpoints with the names they were saved under; manual copies do not count.
+    """The checkpoints that have the names they were saved under; copies made by hand do not count.
 
     Manifests of older versions have no names: of several of one save the numbered one
     counts, or the one with the shortest name.
@@ -155,9 +155,9 @@ def _kept_steps(
     """The steps that the rules keep; a checkpoint made of another one stays and goes
     with it.
 
-    That may be among those ``present`` alone: one renamed by hand does not count, but
-    stays. So do all of one step and tier, of which manifests of older versions do not
-    tell what was made of what.
+    That may be among those ``present`` alone: one renamed by hand does not count, but stays.
+    So do all of one step and tier, of which manifests of older versions do not tell
+    what was made of what.
     """
     first_of: dict[tuple[int | None, str | None], RunCheckpoint] = {}
     neighbours = [*present, *(entry for entry in checkpoints if entry not in present)]
@@ -191,7 +191,8 @@ def prune_others(
     run_prefix: str | None = None,
     dry_run: bool = False,
 ) -> list[Outcome]:
-    """Deletes the checkpoints of other lines: ``plan_others``, perhaps ``execute``."""
+    """Deletes the checkpoints of other lines: ``plan_others`` and, but for ``dry_run``,
+    ``execute``."""
     outcomes = plan_others(run, run_prefix)
     return outcomes if dry_run else execute(run, outcomes)
 
@@ -233,7 +234,7 @@ def plan_others(run: Run, run_prefix: str | None = None) -> list[Outcome]:
 
 
 def _is_set_aside(checkpoint: RunCheckpoint) -> bool:
-    """Whether ckpt renamed a checkpoint, as another training saved under its old name.
+    """Whether ckpt itself gave a checkpoint its name, as another training saved under the old one.
 
     A person's copies and renamed ones stay.
     """
@@ -301,8 +302,8 @@ def _outcomes(
 
 
 def execute(run: Run, outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Deletes what the plan does not keep, and what earlier deletions left; returns what
-    became of each.
+    """Deletes what the plan does not keep, and what earlier deletions left; returns what became
+    of each.
 
     One that somebody reads is kept for now. ``OSError`` if the folder cannot be written.
     """
@@ -327,8 +328,8 @@ def foreignness(checkpoint: RunCheckpoint, line_members: Sequence[RunCheckpoint]
 
 
 def amid_newer(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The same where a newer checkpoint is there that no rule counts, as it is not
-    committed: the reasons say among which ones a checkpoint is the newest."""
+    """The same where a newer checkpoint is there that no rule counts, as it is not committed:
+    the reasons say among which ones a checkpoint is the newest."""
     words = {reason: f"{reason} committed" for reason in ("newest", "newest full")}
     return [
         replace(

@@ -54,14 +54,15 @@ log = logging.getLogger("ckpt")
 
 
 class Saver:
-    """Saves one training into ``run``; every rank makes one, and calls the same of it.
+    """Saves of one training into ``run``; every rank makes one, and calls the same of it.
 
     - ``engine``: DeepSpeed's; or several by name, {"actor": ..., "critic": ...}, which
       are saved as one checkpoint with a folder for each
     - ``model``, ``optimizer``, ``scheduler``: of a training without an engine (FSDP2, DDP,
       one process) in place of it; saved as a distributed checkpoint, for ``dcp.load`` too
     - ``retention``: what to keep (``Retention``); ``None`` keeps everything
-    - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model folder too
+    - ``weights``: "bf16", "fp16" or "fp32" writes a loadable model folder too; ``None``
+      none
     - ``every``: steps between the saves that ``step`` makes: 500, or {"full": 500,
       "weights": 100}
     - ``background``: saves return when the state is copied; at most one is under way
@@ -69,7 +70,8 @@ class Saver:
       the memory that is free; what does not fit is written before the save returns
     - ``tokenizer``: anything with ``save_pretrained``; goes into the folder
     - ``preemption``: what asks the training to stop (``Preemption``), heeded by ``step``
-    - ``push``: sends committed checkpoints to the Hub (``Push``), by its own process
+    - ``push``: sends committed checkpoints to the Hub (``Push``), by a process of its
+      own
     - ``preflight``: tries now what saves will need, and fails in seconds rather than
       days
     - ``timeout``: seconds without a sign of life until a rank counts as absent
@@ -174,7 +176,7 @@ class Saver:
         extra: Mapping[str, Any] | None = None,
         tier: Tier = "full",
     ) -> None:
-        """Saves checkpoint-STEP (or weights-STEP, tier "weights"); every rank calls it.
+        """Saves as checkpoint-STEP (tier "weights": as weights-STEP); every rank calls it.
 
         ``client_state`` is what ``engine.load_checkpoint`` gives back; ``extra`` are
         this rank's objects with ``state_dict()`` by name. An earlier save is waited for
@@ -311,7 +313,7 @@ class Saver:
         return tier is not None
 
     def _stop(self, step: int, *state: Any) -> None:
-        """Saves a last time, if that is possible; then ends the process."""
+        """The last save, unless it is there or cannot be finished; then the end of the process."""
         self.wait()
         assert self.watch is not None
         ranks = RankGroup("stop", self.timeout)
@@ -329,8 +331,7 @@ class Saver:
         raise SystemExit(EXIT_CODE)
 
     def close(self) -> None:
-        """Waits for the last save and push, and ends the saver; raises untold
-        errors."""
+        """Waits for the last save and its push, and ends the saver; raises what nobody was told."""
         try:
             self.wait()
             self.last_ranks = self.pushes.close(self.timeout) or self.last_ranks
@@ -343,13 +344,13 @@ class Saver:
                 self.watch.close()
 
     def drain(self) -> None:
-        """``close`` at the process's end: waits at most a minute for absent ranks."""
+        """``close`` at the end of the process: waits no longer than a minute for absent ranks."""
         if self.flight is not None:
             self._land(self.flight, min(self.timeout, EXIT_GRACE_S))
             self._leave_ranks()
 
     def _leave_ranks(self) -> None:
-        """Lets all ranks hear of the last commit before rank 0 ends."""
+        """Lets all ranks hear of the last commit before rank 0, which may host the store, ends."""
         if self.last_ranks is not None:
             self.last_ranks.leave(wait=not self.last_ranks.rank)
             self.last_ranks = None

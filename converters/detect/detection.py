@@ -81,7 +81,7 @@ class Detection:
 
     @property
     def _damage(self) -> CheckpointError | None:
-        """The reader's error for a file that is not whole: nobody reads it as it is."""
+        """What the reader says of a file that is not whole: nobody reads it as it is."""
         if not self.kind.is_opened:
             return None
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 
 from isal import isal_zlib
 
@@ -91,19 +92,17 @@ class Ahead:
 
     def work(self) -> None:
         """A thread: makes the next piece wherever there is room for it."""
-        worker = Worker(self.mover)
         try:
-            while (job := self._job()) is not None:
-                turn, number = job
-                output = worker.make(self.pieces[number])
-                worker.look(self.pieces[number], output)
-                self._keep(turn, number, bytes(output))
+            with closing(Worker(self.mover)) as worker:
+                while (job := self._job()) is not None:
+                    turn, number = job
+                    output = worker.make(self.pieces[number])
+                    worker.look(self.pieces[number], output)
+                    self._keep(turn, number, bytes(output))
         except BaseException as error:
             with self.changed:
                 self.failure = self.failure or error
                 self.changed.notify_all()
-        finally:
-            worker.close()
 
     def _job(self) -> tuple[int, int] | None:
         """The next piece to make, and the turn that it belongs to; ``None`` at the

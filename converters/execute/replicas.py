@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from converters.execute.source_reader import MOVE_BYTES, SourceReader
 from converters.storage.checksums import Ledger
+from converters.storage.system import memory
 from converters.tensors import TensorRef
 
 
@@ -15,7 +16,7 @@ def require_same(tensors: Iterable[tuple[str, TensorRef]]) -> int:
 
     ``CheckpointError`` names the first one whose ranks have other values, and two files.
     """
-    buffer, second, window = (memoryview(bytearray(MOVE_BYTES)) for _ in range(3))
+    buffer, second, window = (memory.zeros(MOVE_BYTES) for _ in range(3))
     reader = SourceReader((second, window), Ledger())
     total_bytes = 0
     try:

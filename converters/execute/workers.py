@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ from converters.execute.source_reader import SourceReader
 from converters.plan import Placement, Shard
 from converters.storage.checksums import Ledger
 from converters.storage.store import Readable, Writer
+from converters.storage.system import memory
 from converters.tensors import DType, TensorRef
 
 if TYPE_CHECKING:
@@ -171,29 +172,27 @@ class Mover:
 
     def work(self, pieces: Iterator[Piece], deliver: Delivery, sealed: bool) -> None:
         """Carries pieces, in a thread, until none is left."""
-        worker = Worker(self)
         try:
-            while not self.stopped:
-                with self.lock:
-                    piece = next(pieces, None)
-                if piece is None:
-                    break
+            with closing(Worker(self)) as worker:
+                while not self.stopped:
+                    with self.lock:
+                        piece = next(pieces, None)
+                    if piece is None:
+                        break
 
-                output = worker.make(piece)
-                worker.look(piece, output)
-                if sealed:
-                    crc32 = isal_zlib.crc32(output)
-                    self.output.add(OUTPUT, piece.offset, len(output), crc32)
+                    output = worker.make(piece)
+                    worker.look(piece, output)
+                    if sealed:
+                        crc32 = isal_zlib.crc32(output)
+                        self.output.add(OUTPUT, piece.offset, len(output), crc32)
 
-                deliver(worker, piece.offset, output)
-                with self.lock:
-                    self.read += piece.stored
-                    self.progress(piece.nbytes)
+                    deliver(worker, piece.offset, output)
+                    with self.lock:
+                        self.read += piece.stored
+                        self.progress(piece.nbytes)
         except BaseException as error:
             self.failure = self.failure or error
             self.stopped = True
-        finally:
-            worker.close()
 
 
 def pieces_of(shard: Shard) -> Iterator[Piece]:
@@ -235,7 +234,7 @@ class Worker:
 
     def __init__(self, mover: Mover):
         self.mover = mover
-        self.buffers = [memoryview(bytearray(MOVE_BYTES)) for _ in range(4)]
+        self.buffers = [memory.zeros(MOVE_BYTES) for _ in range(4)]
         self.reader = SourceReader(self.buffers[2:], mover.ledger if mover.verify else None)
         self.rooms: Rooms = {}
 

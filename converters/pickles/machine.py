@@ -1,11 +1,12 @@
-"""The stack machine of pickles: it builds inert data, and calls no name of a file.
+"""The stack machine of pickles: it builds inert data, and calls nothing that a file
+names.
 
 The stack machine is small and closed. Containers and scalars are built; every global is
 only a name (``Global``), and every call of a global is only a record of it (``Call``),
 unless the name stands in the caller's table of builders. So unknown classes are carried
 along, never imported, and nothing is allocated from a number in the file: lengths are
-checked against the bytes that are there, and what is built may take
-``MAX_CHARGED_BYTES`` bytes and more only with the pickle and its storages.
+checked against the bytes that are there, and what is built may take ``MAX_CHARGED_BYTES`` bytes
+and more only with the pickle and its storages.
 
 ``opcodes`` says which of its methods each opcode is.
 """
@@ -44,8 +45,7 @@ class Machine(PickleBytes):
 
     ``builders`` maps (module, name) to the function that builds what a call of that
     global means, and ``record_types`` to what its new objects without arguments are;
-    ``persistent`` gets what each persistent id names. ``where`` begins every error
-    message.
+    ``persistent`` gets what each persistent id names. ``where`` begins every error message.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Machine(PickleBytes):
             self.fail(f"{count} values are expected on its stack, {len(self.stack)} are there")
 
     def pop(self) -> Any:
-        """Takes the top value off the stack; ``CheckpointError`` if there is none."""
+        """The value on top of the stack, taken off; ``CheckpointError`` if there is none."""
         self.require(1)
         return self.stack.pop()
 
@@ -143,7 +143,7 @@ class Machine(PickleBytes):
         return items
 
     def global_name(self, module: str, name: str) -> Global:
-        """A global; ``CheckpointError``, "refused", if it runs code, or is not a
+        """A global; ``CheckpointError``, "refused", if it runs code, or can be no
         name."""
         if len(module) + len(name) > MAX_NAME_LENGTH or not (module + name).isprintable():
             self.refuse_unnatural("its pickle holds a name that nothing can have")
@@ -286,7 +286,7 @@ class Machine(PickleBytes):
             self.refuse_unnatural(f"its pickle holds {len(colliding_keys)} keys of one hash")
 
     def append_all(self, values: list[Any]) -> None:
-        """Adds values to the list, set or record on top, else ``CheckpointError``."""
+        """Adds values to the list, set or record on top; ``CheckpointError`` for another."""
         self.require(1)
         target = self.stack[-1]
         if isinstance(target, set):

@@ -81,12 +81,15 @@ class Ended:
 
 def preload() -> None:
     """Starts this program again if it runs without the library, else builds what ranks load."""
+    os.environ.update(ENVIRONMENT | extensions.environment())
     if not hasattr(ctypes.CDLL(None), "fault_set"):
         library = {"LD_PRELOAD": str(faults.library())}
-        found = os.environ | ENVIRONMENT | extensions.environment() | library
-        os.execve(sys.executable, [sys.executable, *sys.argv], found)
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | library)
+    from deepspeed import ops
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
+    with suppress(AttributeError):  # tried here and not in each rank, which takes a compiler
+        ops.__compatible_ops__  # noqa: B018
     ShareMemCommBuilder().load(verbose=False)  # built here, if it has to be
 
 

@@ -45,14 +45,21 @@ def stock(run: Path) -> None:
     shutil.copytree(SOURCE, run / "checkpoint-2")
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Run:
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a checkpoint, and what was made of it in three ways, by default outputs."""
-    original = saved(tmp_path / "out")
+    folder = tmp_path_factory.mktemp("derived") / "out"
+    original = saved(folder)
     command("reshard", original.folder, "--world-size", "4")
     command("reshard", original.folder, "--world-size", "1", "--stage", "3")
     command("to-universal", original.folder)
-    return Run(tmp_path / "out")
+    return folder
+
+
+@pytest.fixture
+def out(template: Path, tmp_path: Path) -> Run:
+    """The run, to be changed."""
+    return Run(shutil.copytree(template, tmp_path / "out"))
 
 
 def rows(run: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, object]]:

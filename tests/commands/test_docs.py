@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import warm_ranks
@@ -17,6 +19,9 @@ from oracles import FIXTURES, ROOT
 import ckpt
 from ckpt.cli.main import commands
 from ckpt.cli.options import SourcePath
+
+if TYPE_CHECKING:
+    from faults.forks import Forks
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 INNER = [*sorted((ROOT / "docs").glob("*/*.md")), FIXTURES / "README.md"]
@@ -42,14 +47,16 @@ def runs(page: Path) -> bool:
 
 @pytest.mark.oracle  # they import what they show: torch, transformers
 @pytest.mark.parametrize("page", [page for page in PAGES if runs(page)], ids=called)
-def test_every_code_block_of_a_page_runs(page: Path, tmp_path: Path) -> None:
-    """The blocks of Python in a fork of a process that has imported torch and transformers."""
+def test_every_code_block_of_a_page_runs(page: Path, tmp_path: Path, forks: Forks) -> None:
+    """In forks: of ``ckpt`` itself, and of a process that has imported torch and transformers."""
     shutil.copytree(FIXTURES / "trainer-zero2/checkpoint-2", tmp_path / "out/checkpoint-1")
-    commands = [line for line in blocks(page, "sh").splitlines() if line.startswith("ckpt ")]
-    shell = 'ckpt() { "$PYTHON" -m ckpt "$@"; }\nset -eu\n' + "\n".join(commands)
-    environment = {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
-    run = {"cwd": tmp_path, "check": True, "timeout": 300, "env": environment}
-    subprocess.run(["bash", "-c", shell], **run)
+    for line in blocks(page, "sh").splitlines():
+        if line.startswith("ckpt "):
+            assert not set("|&;<>()$`\\*?~") & set(line.partition(" #")[0]), "it needs a shell"
+            words = shlex.split(line, comments=True)
+            done = forks.run(words[1:], tmp_path, folder=tmp_path)
+            assert done.status == 0, done.said
+
     if not blocks(page, "python"):
         return
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from faults.forks import Forks
 from run_folders import real
 
 from ckpt.runs.lease import lease, lease_file, processes
@@ -500,16 +501,14 @@ def test_a_record_of_nobody() -> None:
     assert one.is_of(one) and not one.is_of(two) and one.life() is Life.UNKNOWN
 
 
-def called(*args: object) -> tuple[int, str, str]:
-    """The command line: its exit code, and what it says."""
-    words = [sys.executable, "-m", "ckpt", *map(str, args)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_the_command_line_tells_who_saves_and_removes_what_is_left(
-    tmp_path: Path, jobs: list[Job]
+    tmp_path: Path, jobs: list[Job], forks: Forks
 ) -> None:
+    def called(*args: object) -> tuple[int, str, str]:
+        """A command in a process of its own: its exit code, and what it says."""
+        ended = forks.run(args, tmp_path)
+        return ended.status, ended.printed, ended.said
+
     out = tmp_path / "out"
     run = Run(out)
     real(out, 2)

@@ -7,13 +7,17 @@ in .github runs this module, the same commands run as they are.
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, chdir
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +25,8 @@ from paths import FIXTURES, PYTHONPATH, ROOT
 from safetensors.numpy import load_file
 from syntax_trees import nodes
 
+import ckpt
+from ckpt.cli.main import main
 from ckpt.folders.filenames import MANIFEST
 from ckpt.hub.content import items
 from ckpt.runs import fields
@@ -30,7 +36,9 @@ from converters.formats import shard_index
 from converters.storage.system import names
 
 IMITATED = sys.platform == "linux"
-SYSTEMS = ("macos", "windows") if IMITATED else (sys.platform,)
+IMITATED_SYSTEMS = ("macos", "windows") if IMITATED else ()
+SYSTEMS = IMITATED_SYSTEMS or (sys.platform,)
+Run = Callable[..., subprocess.CompletedProcess[str]]
 NEEDS_LOCKS = (
     "needs locks of files (flock), which this system does not have; use it on Linux, macOS or the "
     "Windows Subsystem for Linux"
@@ -38,16 +46,37 @@ NEEDS_LOCKS = (
 MODULES = sorted(path for name in ("ckpt", "converters") for path in (ROOT / name).rglob("*.py"))
 
 
-def run(
-    system: str, *args: object, folder: Path, fails: int = 0, code: str = ""
-) -> subprocess.CompletedProcess[str]:
-    """``ckpt`` on the system, or Python ``code`` there."""
-    start = ["-m", "other_systems", system] if IMITATED else ["-m", "ckpt"]
-    if code:
-        become = f"import other_systems; other_systems.become({system!r})\n" * IMITATED
-        start = ["-c", become + code]
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """``ckpt`` on the system, or Python ``code`` there, which ends with ``fails``."""
+    with ExitStack() as stack:
+        imitations = {system: stack.enter_context(imitation(system)) for system in IMITATED_SYSTEMS}
+
+        def run_there(
+            system: str, *args: object, folder: Path, fails: int = 0, code: str = ""
+        ) -> subprocess.CompletedProcess[str]:
+            if IMITATED:
+                done = imitations[system].run(args, folder, code)
+            else:
+                done = here(args, folder, code)
+            assert done.returncode == fails, done.stdout + done.stderr
+            assert "Traceback" not in done.stderr, done.stderr
+            return done
+
+        yield run_there
+
+
+def imitation(system: str) -> Any:
+    from imitations import Imitation  # which only Linux has
+
+    return Imitation(system)
+
+
+def here(args: Sequence[object], folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """On macOS and Windows themselves, as processes."""
+    start = ["-c", code] if code else ["-m", "ckpt"]
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, *start, *map(str, args)],
         cwd=folder,
         env=environment,
@@ -56,15 +85,13 @@ def run(
         encoding="utf-8",
         timeout=300,
     )
-    assert done.returncode == fails, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
 
 
 def plainly(*args: object, folder: Path) -> None:
-    command = [sys.executable, "-m", "ckpt", *map(str, args)]
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
-    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=300)
+    """``ckpt`` on this system, in this process."""
+    with chdir(folder), pytest.raises(SystemExit) as end:
+        main([str(arg) for arg in args])
+    assert not end.value.code
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -88,7 +115,9 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("source", ["trainer-zero2/checkpoint-2", "trainer-zero3/checkpoint-2"])
-def test_a_conversion_makes_the_same_bytes(system: str, source: str, tmp_path: Path) -> None:
+def test_a_conversion_makes_the_same_bytes(
+    run: Run, system: str, source: str, tmp_path: Path
+) -> None:
     folder, options = FIXTURES / source, ("--dtype", "bf16", "--max-shard-size", "8KB")
     run(system, "to-fp32", folder, "-o", "model", *options, folder=tmp_path)
     if IMITATED:
@@ -98,7 +127,7 @@ def test_a_conversion_makes_the_same_bytes(system: str, source: str, tmp_path: P
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_the_values_are_those_of_the_live_engine(system: str, tmp_path: Path) -> None:
+def test_the_values_are_those_of_the_live_engine(run: Run, system: str, tmp_path: Path) -> None:
     source = FIXTURES / "zero3-fp32-w2"
     live = {
         name.removeprefix("fp32/"): value
@@ -112,7 +141,7 @@ def test_the_values_are_those_of_the_live_engine(system: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_an_output_is_replaced(system: str, tmp_path: Path) -> None:
+def test_an_output_is_replaced(run: Run, system: str, tmp_path: Path) -> None:
     source = FIXTURES / "trainer-zero2/checkpoint-2"
     for dtype in ("fp32", "bf16", "bf16"):
         options = ("-o", "model", "--dtype", dtype, "--overwrite")
@@ -123,7 +152,7 @@ def test_an_output_is_replaced(system: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_commands_that_read_work(system: str, out: Path) -> None:
+def test_commands_that_read_work(run: Run, system: str, out: Path) -> None:
     checkpoint = out / "checkpoint-2"
     shown = json.loads(run(system, "show", checkpoint, "--json", folder=out).stdout)
     assert shown["stage"] == 3
@@ -138,7 +167,7 @@ def test_commands_that_read_work(system: str, out: Path) -> None:
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_an_opened_checkpoint_reads_its_tensors(system: str, tmp_path: Path) -> None:
+def test_an_opened_checkpoint_reads_its_tensors(run: Run, system: str, tmp_path: Path) -> None:
     code = (
         "import sys, ckpt, hashlib\n"
         "with ckpt.open(sys.argv[1], framework='np') as opened:\n"
@@ -149,14 +178,17 @@ def test_an_opened_checkpoint_reads_its_tensors(system: str, tmp_path: Path) -> 
     lines = run(system, source, folder=tmp_path, code=code).stdout.splitlines()
     assert len(lines) == 21
     if IMITATED:
-        environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
-        command = [sys.executable, "-c", code, str(source)]
-        expected = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert lines == expected.stdout.splitlines()
+        with ckpt.open(source, framework="np") as opened:
+            tensors = {name: np.asarray(opened[name]) for name in sorted(opened)}
+        expected = [
+            f"{name} {hashlib.sha256(tensor.tobytes()).hexdigest()}"
+            for name, tensor in tensors.items()
+        ]
+        assert lines == expected
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_states_are_resharded(system: str, tmp_path: Path) -> None:
+def test_states_are_resharded(run: Run, system: str, tmp_path: Path) -> None:
     source = FIXTURES / "zero2-bf16-w2"
     run(system, "reshard", source, "--world-size", "3", "-o", "three", folder=tmp_path)
     run(system, "to-universal", source, "-o", "universal", folder=tmp_path)
@@ -178,7 +210,7 @@ def test_states_are_resharded(system: str, tmp_path: Path) -> None:
     ],
 )
 def test_what_needs_locks_says_so_on_windows(
-    command: tuple[str, ...], work: str, out: Path
+    run: Run, command: tuple[str, ...], work: str, out: Path
 ) -> None:
     before = contents(out)
     said = run("windows", *command, folder=out.parent, fails=1).stderr
@@ -187,13 +219,13 @@ def test_what_needs_locks_says_so_on_windows(
 
 
 @pytest.mark.skipif(not IMITATED, reason="on the system itself only one of the two is there")
-def test_a_run_is_pruned_on_macos(out: Path) -> None:
+def test_a_run_is_pruned_on_macos(run: Run, out: Path) -> None:
     run("macos", "prune", out, "--keep-last", "1", folder=out)
     assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
 
 
 @pytest.mark.skipif(not IMITATED, reason="it is about the imitation")
-def test_the_imitation_lacks_what_the_system_lacks() -> None:
+def test_the_imitation_lacks_what_the_system_lacks(run: Run) -> None:
     code = (
         "import os, errno, ctypes\n"
         "assert not hasattr(os, 'posix_fadvise') and not hasattr(errno, 'EREMOTEIO')\n"

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_ranks
 from faults import faults
-from oracles import ROOT
 
 WRITER = """
 import os, sys
@@ -132,11 +132,11 @@ def test_power_failures_take_what_was_not_synced(tmp_path: Path) -> None:
 def test_killed_saves_leave_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
     """Of a loop with ``Saver``; the script has all front ends and kinds of parallelism."""
     front, points, power = "saver", 3, 2
-    command = [sys.executable, str(ROOT / "scripts/kills/kill_sweep.py"), "--front", front]
-    command += ["--points", str(points), "--power", str(power), "--folder", str(tmp_path)]
-    command += ["--json", str(tmp_path / "points.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    arguments = ["--front", front, "--points", points, "--power", power]
+    arguments += ["--folder", tmp_path, "--json", tmp_path / "points.json"]
+    script = "scripts/kills/kill_sweep.py"  # which forks its ranks itself
+    ended = warm_ranks.run(script, arguments, ranks=1, limit=300, environment={}, elastic=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
     found = json.loads((tmp_path / "points.json").read_text())[front]
     assert [point["verdict"] for point in found] == ["resumed"] * (points + power)
     assert {point["start"] for point in found} == {2, 4}

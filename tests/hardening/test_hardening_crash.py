@@ -34,9 +34,9 @@ def test_a_command_cut_short_anywhere_leaves_the_old_state_or_the_new_one(
 ) -> None:
     it = recording.of_command(scene, tmp_path / "scene", forks)
     with opening.in_haste():
-        found = crash.sampled(it, SEED, tmp_path / "blobs", states=60, again=3)
+        found = crash.sampled(it, SEED, tmp_path / "blobs", states=60, again=2)
     assert found.findings == []
-    assert found.states >= 15 and found.again >= 3 and found.ends["new"]
+    assert found.states >= 15 and found.again >= 2 and found.ends["new"]
 
 
 @pytest.mark.parametrize("name", ["slim", "slim newest", "collect inside", "latest --set"])
@@ -84,9 +84,9 @@ def test_a_save_of_two_ranks_cut_short_anywhere_leaves_the_old_state_or_the_new_
     it, beside = saves.recordings(tmp_path / "saves", lambda _: None, names)
     assert {event.kind for event in it.disk.events} >= {"write", "sync", "rename", "put", "drop"}
     with opening.in_haste():
-        found = crash.sampled(it, SEED, tmp_path / "blobs", states=60, again=5)
+        found = crash.sampled(it, SEED, tmp_path / "blobs", states=60, again=3)
         assert found.findings == [] and found.states >= 50 and found.ends["new"]
-        found = crash.sampled(beside, SEED, tmp_path / "blobs-2", states=60, again=5)
+        found = crash.sampled(beside, SEED, tmp_path / "blobs-2", states=60, again=3)
         assert found.findings == [] and found.states >= 50 and found.ends["new"]
         for name in ("manifest.json.partial", ".checkpoint-2.saving", "."):
             assert violations(it, name, tmp_path / "blobs"), f"{name} need not be synced"

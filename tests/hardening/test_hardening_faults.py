@@ -27,11 +27,11 @@ SCENES = [*scenes(), *marking(), *looking()]
 
 
 def sampled(faults: list[Fault], scene: Scene) -> Iterator[Fault]:
-    """One fault of every other kind, so that each is tried in every other scene; all reads short
+    """One fault of every third kind, so that each is tried in every third scene; all reads short
     from the first on. ``scripts/harden.py --every`` tries all of them."""
     chance = random.Random(f"{SEED} {scene.name}")
-    first = [each.name for each in SCENES].index(scene.name) % 2
-    for kind in sorted({fault.kind for fault in faults})[first::2]:
+    first = [each.name for each in SCENES].index(scene.name) % 3
+    for kind in sorted({fault.kind for fault in faults})[first::3]:
         fitting = [fault for fault in faults if fault.kind == kind]
         yield fitting[0] if kind == "short for good" else chance.choice(fitting)
 
@@ -47,7 +47,7 @@ def test_a_command_whose_file_operation_fails_says_so_and_spoils_nothing(
         assert kinds >= {"kill", "term", "eio for good", "fsync for good"}
     faults = list(sampled(probe.faults(), scene))
     assert [line for fault in faults for line in probe.check(fault)] == []
-    assert sum(probe.ends.values()) == len(faults) >= 2 and probe.folder.untouched()
+    assert sum(probe.ends.values()) == len(faults) >= 1 and probe.folder.untouched()
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_manifest_or_pointer_that_cannot_be_read_is_not_taken_for_none(
     calls = [f"{call} {name}" for call in ("read", "pread") for name in names]
     faults = [fault for fault in faults if fault.call in calls]
     assert faults
-    for fault in random.Random(f"{SEED} {name}").sample(faults, min(len(faults), 6)):
+    for fault in random.Random(f"{SEED} {name}").sample(faults, min(len(faults), 4)):
         assert probe.check(fault) == []
     # doctor looks again after what it mended, and may read then what it could not before
     assert set(probe.ends) - ({"done"} if name == "doctor --fix" else set()) == {"failed"}
@@ -80,7 +80,7 @@ def test_a_file_that_cannot_be_looked_at_is_not_taken_for_missing(
     probe.run(log=tmp_path / "log", reads=2)
     looks = [op for op in faults.journal(tmp_path / "log") if op.call == "stat"]
     looks = [op for op in looks if op.path.endswith(("model.safetensors", "config.json"))]
-    for op in random.Random(f"{SEED} {name}").sample(looks, 5):
+    for op in random.Random(f"{SEED} {name}").sample(looks, 3):
         probe.folder.make(probe.old)
         ended = probe.run(at=op.number, do="eio", reads=2)
         after = dict(probe.folder.look())
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_torn(forks: Forks, tmp_path
     doctor = ["doctor", run, "--fix"]
     forks.run(doctor, tmp_path, log=tmp_path / "log", reads=1)
     held = (op for op in faults.journal(tmp_path / "log") if "checkpoint-2/global" in op.path)
-    for op in random.Random(SEED).sample(list(held), 8):
+    for op in random.Random(SEED).sample(list(held), 5):
         ended = forks.run(doctor, tmp_path, at=op.number, do="eio", reads=1)
         is_read = "is complete but not committed" in ended.said  # by another of its reads
         assert ended.status == (0 if is_read else 1), ended.said
@@ -163,7 +163,7 @@ def test_behind_the_last_rename_of_a_collection_nothing_can_fail_it(
     """Found by ``harden.py --every``: its manifest was read again, and an EIO there exited 1."""
     (scene,) = (scene for scene in scenes() if scene.name == "collect")
     probe = Probe(scene, tmp_path / "scene", forks)
-    for fault in [fault for fault in probe.faults() if fault.kind == "eio"][-6:]:
+    for fault in [fault for fault in probe.faults() if fault.kind == "eio"][-4:]:
         assert probe.check(fault) == []
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from faults.forks import Forks
 from hardening import hostile
 from hardening.hostile import archives, files, gathered, lies
 from hardening.hostile.files import Hostile
@@ -18,7 +19,6 @@ from hardening.hostile.judging import Target
 from hardening.hostile.opcodes import asked, encoded, pickled
 from hardening.hostile.payloads import PAYLOADS
 from hardening.scenes import called
-from oracles import ROOT
 
 from converters.errors import CheckpointError
 from converters.formats import safetensors
@@ -55,11 +55,12 @@ def test_a_sample_of_all_combinations_is_refused_in_every_place(place: str, tmp_
     require(target, files.codes(real, tmp_path / "canary", 7, 60), tmp_path / "canary")
 
 
-@pytest.mark.parametrize("place", ["model states", "stage 3 optimizer states"])
-def test_zip_tricks_and_tensor_lies_are_refused(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("place", "first"), [("model states", 0), ("stage 3 optimizer states", 1)])
+def test_zip_tricks_and_tensor_lies_are_refused(place: str, first: int, tmp_path: Path) -> None:
+    """Each in one of two places; harden.py has all in all places."""
     target, real = hostile.target(place, tmp_path / "t")
     told = itertools.chain(files.zips(real), files.tensors(real), files.damaged_numbers(real))
-    require(target, told, tmp_path / "canary")
+    require(target, itertools.islice(told, first, None, 2), tmp_path / "canary")
 
 
 def test_bombs_are_refused_in_2_s_and_64_mib(tmp_path: Path) -> None:
@@ -163,21 +164,16 @@ ckpt.cli.main.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("name", ["code", "bomb", "escape codes", "zip", "tensor"])
-def test_the_command_refuses_in_one_line_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+def test_the_command_refuses_in_one_line_and_leaves_nothing(
+    name: str, forks: Forks, tmp_path: Path
+) -> None:
     target, real = hostile.target("model states", tmp_path / "t")
     target.path.write_bytes(hostile_example(name, tmp_path / "canary", real))
     for command in (["show"], ["to-fp32", "-o", str(tmp_path / "out")]):
         args = [command[0], str(target.folder), *command[1:]]
-        done = subprocess.run(
-            [sys.executable, "-c", LIMITED, *args],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 1 and not done.stdout, done.stderr
-        assert done.stderr.startswith("ckpt: ") and done.stderr.count("\n") == 1, done.stderr
-        assert done.stderr[:-1].isprintable()
+        ended = forks.run(args, tmp_path, code=LIMITED)
+        assert ended.status == 1 and not ended.printed, ended
+        assert ended.said.startswith("ckpt: ") and ended.said.isprintable(), ended.said
     assert not list(tmp_path.glob("out*")) and not (tmp_path / "canary").exists()
 
 

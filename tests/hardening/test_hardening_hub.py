@@ -4,7 +4,7 @@ folder that is made are the old or the new, and the same command completes."""
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,22 @@ CASES = {case.name: case for case in faulty.cases()}
 def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Online]:
     with online(tmp_path_factory.mktemp("online")) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def probe_of(
+    there: Online, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], faulty.Pull]:
+    """The probe of a command, made once: each of its checks puts everything back first."""
+    probes: dict[str, faulty.Pull] = {}
+
+    def find(name: str) -> faulty.Pull:
+        if name not in probes:
+            probes[name] = CASES[name].probe(tmp_path_factory.mktemp("probe") / "scene", there)
+        probes[name].ends.clear()
+        return probes[name]
+
+    return find
 
 
 # Which kinds of faults are tried, of all in their order: each in a push of weights, in a push of a
@@ -64,9 +80,9 @@ def test_a_hub_that_is_put_back_has_nothing_of_a_push(
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_push_or_pull_whose_file_operation_fails_says_so_and_spoils_nothing(
-    name: str, there: Online, tmp_path: Path
+    name: str, probe_of: Callable[[str], faulty.Pull]
 ) -> None:
-    probe = CASES[name].probe(tmp_path / "scene", there)
+    probe = probe_of(name)
     kinds = {fault.kind for fault in probe.faults()}
     assert kinds >= {"eio", "eintr", "short", "short for good"}
     if "state" not in name or "pull" in name:  # else nothing is written
@@ -77,54 +93,61 @@ def test_a_push_or_pull_whose_file_operation_fails_says_so_and_spoils_nothing(
 
 
 def test_a_file_that_cannot_be_read_ends_a_push_before_the_commit(
-    there: Online, tmp_path: Path
+    probe_of: Callable[[str], faulty.Pull],
 ) -> None:
     """Found by ``harden.py``: the commit was made, and a file read again behind it; a config.json
     that was not read counted as one that names no code to send."""
-    probe = CASES["push lfs"].probe(tmp_path / "scene", there)
+    probe = probe_of("push lfs")
     small = [fault for fault in probe.faults() if fault.call.endswith(("config.json", "izer.json"))]
     reads = [fault for fault in small if fault.kind == "eio"]
     assert len(reads) > 15
     chance = random.Random(SEED)
-    chosen = [reads[-1], *chance.sample(reads, 4)]
+    chosen = [reads[-1], *chance.sample(reads, 2)]
     assert [line for fault in chosen for line in probe.check(fault)] == []
     assert set(probe.ends) == {"failed"}
 
 
-def test_a_file_that_the_client_cannot_read_is_named(there: Online, tmp_path: Path) -> None:
+def test_a_file_that_the_client_cannot_read_is_named(
+    probe_of: Callable[[str], faulty.Pull],
+) -> None:
     """Found by ``harden.py``: hf_xet says which error it was, not of which file."""
-    probe = CASES["push state xet"].probe(tmp_path / "scene", there)
+    probe = probe_of("push state xet")
     last = [fault for fault in probe.faults() if fault.kind == "eio"][-40:]
     weights = [fault for fault in last if fault.call.endswith(("_states.pt", ".safetensors"))]
-    chosen = random.Random(SEED).sample(weights, 5)
+    chosen = random.Random(SEED).sample(weights, 4)
     assert [line for fault in chosen for line in probe.check(fault)] == []
-    assert probe.ends["failed"] >= 3  # threads take turns: a number may be another's
+    assert probe.ends["failed"] >= 2  # threads take turns: a number may be another's
 
 
-def test_hf_xet_is_asked_again_where_a_signal_interrupts_it(there: Online, tmp_path: Path) -> None:
-    probe = CASES["push stage xet"].probe(tmp_path / "scene", there)
+def test_hf_xet_is_asked_again_where_a_signal_interrupts_it(
+    probe_of: Callable[[str], faulty.Pull],
+) -> None:
+    probe = probe_of("push stage xet")
     reads = [op.number for op in probe.journal if op.call == "read" and "/live/" in op.path]
-    faults = [f for f in probe.faults() if f.at in reads and f.kind in ("eintr", "eio")]
+    chosen = random.Random(SEED).sample(reads, 3)
+    faults = [f for f in probe.faults() if f.at in chosen and f.kind in ("eintr", "eio")]
     assert [line for fault in faults for line in probe.check(fault)] == []
     assert probe.ends["done"] >= 2 and probe.ends["failed"] >= 2
 
 
 @pytest.mark.parametrize("kind", ["eio", "enospc", "fsync for good", "short for good"])
 def test_a_journal_that_cannot_be_written_or_read_never_fails_a_push(
-    kind: str, there: Online, tmp_path: Path
+    kind: str, probe_of: Callable[[str], faulty.Pull]
 ) -> None:
-    probe = CASES["push xet"].probe(tmp_path / "scene", there)
+    probe = probe_of("push xet")
     hints = [op.number for op in probe.journal if "/cache/" in op.path]
     faults = [fault for fault in probe.faults() if fault.at in hints and fault.kind == kind]
-    tried = faults[:3]
+    tried = faults[:2]
     found = [line for fault in tried for line in probe.check(fault)]
     assert found == []  # a probe knows what was hit: threads read the source meanwhile
     assert probe.ends["done"] >= len(tried) / 2
 
 
-def test_a_pull_whose_last_sync_fails_takes_its_folder_back(there: Online, tmp_path: Path) -> None:
+def test_a_pull_whose_last_sync_fails_takes_its_folder_back(
+    probe_of: Callable[[str], faulty.Pull],
+) -> None:
     """Found by ``harden.py``: exit 1, and the folder was there."""
-    probe = CASES["pull lfs"].probe(tmp_path / "scene", there)
+    probe = probe_of("pull lfs")
     last = max(op.number for op in probe.journal if op.call == "fsync")
     for number, fault in enumerate((Fault(0, "eio", "fsync"), Fault(0, "fsync", "fsync", True))):
         # threads take turns, so that numbers move: on a busy machine by more than 16
@@ -135,8 +158,10 @@ def test_a_pull_whose_last_sync_fails_takes_its_folder_back(there: Online, tmp_p
     assert probe.ends["failed"] == 2
 
 
-def test_what_a_killed_push_staged_goes_with_the_next(there: Online, tmp_path: Path) -> None:
-    probe = CASES["push stage lfs"].probe(tmp_path / "scene", there)
+def test_what_a_killed_push_staged_goes_with_the_next(
+    there: Online, probe_of: Callable[[str], faulty.Pull]
+) -> None:
+    probe = probe_of("push stage lfs")
     kills = [fault for fault in probe.faults() if fault.kind in ("kill", "torn")]
     (fault, *_) = [f for f in kills if f.call.startswith("rename model-00002")]
     assert probe.check(fault) == [] and set(probe.ends) == {"killed"}
@@ -167,8 +192,8 @@ def test_whatever_a_crash_leaves_of_a_journal_the_same_push_completes(
     it = recorded[name]
     assert {event.kind for event in it.disk.events} >= {"put", "write", "sync", "rename"}
     with opening.in_haste():
-        found = crash.sampled(it, SEED, tmp_path / "blobs", states=60, again=3)
-    assert found.findings == [] and found.folders > 10 and found.again == 3
+        found = crash.sampled(it, SEED, tmp_path / "blobs", states=60, again=2)
+    assert found.findings == [] and found.folders > 10 and found.again == 2
 
 
 @pytest.mark.parametrize("name", ["pull lfs", "pull xet", "pull state xet"])
@@ -177,8 +202,8 @@ def test_a_pull_cut_short_anywhere_leaves_nothing_or_all_and_goes_on(
 ) -> None:
     it = recorded[name]
     with opening.in_haste():
-        found = crash.sampled(it, SEED, tmp_path / "blobs", states=80, again=4)
-    assert found.findings == [] and found.ends.keys() == {"old", "new"} and found.again == 4
+        found = crash.sampled(it, SEED, tmp_path / "blobs", states=80, again=3)
+    assert found.findings == [] and found.ends.keys() == {"old", "new"} and found.again == 3
 
 
 @pytest.mark.parametrize("name", ["download", ".out.partial", "tokenizer.json", "."])

@@ -101,7 +101,8 @@ def test_a_second_push_makes_no_commit_and_sends_nothing(client: Client, repo: s
     asked = client.hub.journal()[before:]
     assert {one["method"] for one in asked} == {"GET"}
     assert client("push", "out", repo) == first["url"]
-    other = Client(client.hub, client.folder, {"XDG_CACHE_HOME": str(client.folder / "empty")})
+    cache = {"XDG_CACHE_HOME": str(client.folder / "empty")}
+    other = Client(client.hub, client.folder, cache, client.forks)
     # no journal there: read, and found to be there
     assert not other.push("out", repo)["new_commit"]
     assert len(client.hub.commits(repo)) == len(client.hub.commits(repo, first["oid"]))
@@ -247,7 +248,7 @@ def test_a_wrong_login_is_one_line_and_no_token_is_written_anywhere(
         ("hf_wrong_token", "does not accept this login"),
         (READ_TOKEN, "the login needs write access"),
     ):
-        other = Client(server, client.folder, {"HF_TOKEN": token})
+        other = Client(server, client.folder, {"HF_TOKEN": token}, client.forks)
         said = other("push", "out", repo, "--dtype", "fp16", fails=1)
         assert words in said and token not in said
     assert "is not there" in client("pull", f"{repo}-none", "model", fails=1)

@@ -39,11 +39,10 @@ def client(server: Hub, warm: Forks, tmp_path: Path) -> Iterator[Client]:
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Iterator[Client]:
+def alone(client: Client) -> Client:
     """A client of a server that has no content yet, of any repository."""
-    run_of(tmp_path / "out")
-    with hub(tmp_path / "hub", part_size=4000, multipart_over=4000) as running:
-        yield Client(running, tmp_path)
+    client.hub.empty()
+    return client
 
 
 @pytest.fixture

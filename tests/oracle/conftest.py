@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,3 +29,17 @@ def remembered(config: Mapping[str, Any], cls: str | None = None) -> dict[str, A
 def _transformers_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installed, "subprocess", WarmTransformers())
     monkeypatch.setattr(installed, "ask", remembered)
+
+
+@pytest.fixture(scope="session")
+def universal_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """The universal folder of a fixture, which is made once; who changes it takes a copy."""
+    from ckpt.rewrite import universal
+
+    @cache
+    def make(source: Path) -> Path:
+        output = tmp_path_factory.mktemp("universal") / "u"
+        universal.execute(universal.plan_to(source, output=output))
+        return output
+
+    return make

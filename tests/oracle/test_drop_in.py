@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import peft_models
@@ -176,17 +178,20 @@ def test_an_output_that_is_named_as_a_file_is_one_file(name: str, tmp_path: Path
     assert all(same(found[key], expected[key]) for key in expected)
 
 
-def script(*args: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "ckpt.zero_to_fp32", *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=cwd,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-    )
-    assert done.returncode == code, done.stderr
-    return done
+def script(*args: object, cwd: Path, code: int = 0) -> tuple[str, str]:
+    """What the script's ``main`` prints, and says on stderr, in this process.
+
+    As processes it runs in the test above and for several ranks below.
+    """
+    output, errors = StringIO(), StringIO()
+    with chdir(cwd), redirect_stdout(output), redirect_stderr(errors):
+        try:
+            ours.main([str(arg) for arg in args])
+            status: object = 0
+        except SystemExit as end:
+            status = end.code or 0
+    assert status == code, errors.getvalue()
+    return output.getvalue(), errors.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -212,7 +217,7 @@ def test_the_guides_commands_write_the_files_that_the_guide_names(
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"what was there before")
     for _ in range(2):
-        assert script(*args, cwd=folder).stdout.split() == names
+        assert script(*args, cwd=folder)[0].split() == names
     for name in names:
         read = load_file if name.endswith("safetensors") else torch.load
         found = read(folder / name)
@@ -270,9 +275,9 @@ def test_what_a_killed_conversion_left_goes_with_the_next_one(tmp_path: Path) ->
 
 def test_a_name_of_torch_is_not_a_safetensors_file(tmp_path: Path) -> None:
     args = (source("zero2-bf16-w3"), "pytorch_model.bin", "--safe_serialization")
-    said = script(*args, cwd=tmp_path, code=1).stderr
+    _, said = script(*args, cwd=tmp_path, code=1)
     assert said.count("\n") == 1 and "name a folder, or a file that ends in .safetensors" in said
-    debugged = script(*args, "-d", cwd=tmp_path, code=1).stderr
+    _, debugged = script(*args, "-d", cwd=tmp_path, code=1)
     assert "Traceback" in debugged
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,11 +59,27 @@ def replaced(output: Path, **changes: Any) -> Iterator[dict[str, Any]]:
         yield torch.load(path, weights_only=False) | changes
 
 
+Make = Callable[[Path, int, int], Path]
+
+
+@pytest.fixture(scope="module")
+def direct(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """What becomes of a source for so many ranks and a stage; made once, and not to be changed."""
+
+    @cache
+    def make(source: Path, world: int, stage: int) -> Path:
+        return made(source, tmp_path_factory.mktemp("direct") / source.name, world, stage)
+
+    return make
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_it_becomes_a_checkpoint_of_zero_alone_with_every_bit(source: Path, tmp_path: Path) -> None:
+def test_it_becomes_a_checkpoint_of_zero_alone_with_every_bit(
+    source: Path, direct: Make, tmp_path: Path
+) -> None:
     outputs = []
     for world, stage in TOPOLOGIES:
-        outputs.append(made(source, tmp_path / f"{world}-{stage}", world, stage))
+        outputs.append(direct(source, world, stage))
         result = checkpoint.read(outputs[-1])
         assert (result.world_size, result.stage) == (world, stage)
         assert result.weights.absent == {}
@@ -79,14 +96,14 @@ def test_it_becomes_a_checkpoint_of_zero_alone_with_every_bit(source: Path, tmp_
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_its_universal_folder_has_every_bit_and_becomes_native_again(
-    source: Path, tmp_path: Path
+    source: Path, direct: Make, tmp_path: Path
 ) -> None:
     folder, native = tmp_path / "universal", tmp_path / "native"
     universal.execute(universal.plan_to(source, output=folder))
     assert_true(detect.read(folder, complete=True), source)
     universal.execute(universal.plan_from(folder, 3, stage=2, output=native))
     assert_true(detect.read(native, complete=True), source)
-    assert held(native) == held(made(source, tmp_path / "direct", 3, 2))
+    assert held(native) == held(direct(source, 3, 2))
 
 
 def test_universal_files_say_how_engines_of_other_degrees_cut_them(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import argparse
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from oracles import FIXTURES, root_of, run, same
 from safetensors.torch import load_file
 from test_reshard import PARTLESS, REFUSED, STAGES, WHOLE, alike, held, lion, rewritten, spoil
+from test_reshard import go as reshard
 
 from ckpt.rewrite import universal as converting
 from converters import tensors
@@ -27,6 +29,7 @@ from converters.zero import checkpoint
 from converters.zero.universal import reader
 
 SOURCE = FIXTURES / "zero2-bf16-w3"
+Universal = Callable[[Path], Path]  # what conftest.py makes once
 ELASTIC = "elastic_checkpoint, which keeps no param groups"
 
 
@@ -84,27 +87,35 @@ def expected_of(source: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("source", WHOLE, ids=lambda path: path.name)
-def test_there_and_back_gives_the_same_bits(source: Path, tmp_path: Path) -> None:
-    root, folder = root_of(source), tmp_path / "universal"
+def test_there_and_back_gives_the_same_bits(
+    universal_folder: Universal, source: Path, tmp_path: Path
+) -> None:
+    """To another stage and number of ranks, and from there as resharding has it to the first.
+
+    At once to the first ones it goes in the next test, file by file.
+    """
+    root = root_of(source)
     if source.name in REFUSED:
         with pytest.raises(CheckpointError, match=REFUSED[source.name]):
-            converting.plan_to(root, output=folder)
+            converting.plan_to(root, output=tmp_path / "x")
         return
     before = checkpoint.read(root)
     if before.ranks[0].setting("zero_optimization", "elastic_checkpoint"):
         with pytest.raises(CheckpointError, match=ELASTIC):
-            converting.plan_to(root, output=folder)
+            converting.plan_to(root, output=tmp_path / "x")
         return
     expected, number = held(root), WHOLE.index(source)
-    to(root, folder)
-    for stage, world in {(before.stage or 1, before.world_size), (1 + number % 3, 1 + number % 5)}:
-        if stage == 3 and source.name in STAGES:
-            with pytest.raises(CheckpointError, match=STAGES[source.name]):
-                back(folder, tmp_path / "x", world, stage)
-            continue
-        made = back(folder, tmp_path / f"{stage}-{world}", world, stage)
-        assert (checkpoint.read(made).stage, checkpoint.read(made).world_size) == (stage, world)
-        assert held(made) == expected, (stage, world)
+    folder = universal_folder(root)
+    first, (stage, world) = (before.world_size, before.stage or 1), (1 + number % 3, 1 + number % 5)
+    if stage == 3 and source.name in STAGES:
+        with pytest.raises(CheckpointError, match=STAGES[source.name]):
+            back(folder, tmp_path / "x", world, stage)
+        world, stage = first
+    made = back(folder, tmp_path / "made", world, stage)
+    assert (checkpoint.read(made).stage, checkpoint.read(made).world_size) == (stage, world)
+    assert held(made) == expected
+    if (world, stage) != first:
+        assert held(reshard(made, tmp_path / "first", *first)) == expected
 
 
 @pytest.mark.parametrize(
@@ -114,10 +125,12 @@ def test_there_and_back_gives_the_same_bits(source: Path, tmp_path: Path) -> Non
         *("zero2-exclude-frozen", "zero2-offload", "zero3-subgroups", "zero3-zero-sized"),
     ],
 )
-def test_back_again_the_files_are_as_deepspeed_itself_wrote_them(name: str, tmp_path: Path) -> None:
+def test_back_again_the_files_are_as_deepspeed_itself_wrote_them(
+    universal_folder: Universal, name: str, tmp_path: Path
+) -> None:
     source = FIXTURES / name
     world = checkpoint.read(source).world_size
-    made = back(to(source, tmp_path / "u"), tmp_path / "n", world)
+    made = back(universal_folder(source), tmp_path / "n", world)
     for path in sorted((source / "global_step2").iterdir()):
         one = torch.load(path, weights_only=False)
         other = torch.load(made / "global_step2" / path.name, weights_only=False)
@@ -132,10 +145,12 @@ def test_back_again_the_files_are_as_deepspeed_itself_wrote_them(name: str, tmp_
         *("zero2-aligned-round-robin", "zero3-subgroups", "zero3-offload", "zero1-exclude-frozen"),
     ],
 )
-def test_every_file_holds_what_the_engine_held(name: str, tmp_path: Path) -> None:
+def test_every_file_holds_what_the_engine_held(
+    universal_folder: Universal, name: str, tmp_path: Path
+) -> None:
     """Tied names too, each under its own; frozen parameters and buffers in fp32."""
     source = FIXTURES / name
-    found, expected = files(to(source, tmp_path / "u")), expected_of(source)
+    found, expected = files(universal_folder(source)), expected_of(source)
     live = load_file(source / "live.safetensors")
     aliases = checkpoint.read(source).weights.aliases
     for key, value in expected.items():
@@ -152,10 +167,12 @@ def test_every_file_holds_what_the_engine_held(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["zero1-bf16-w2", "zero2-aligned", "zero3-fp16-w3"])
-def test_deepspeeds_own_converter_writes_the_same_tensors(name: str, tmp_path: Path) -> None:
+def test_deepspeeds_own_converter_writes_the_same_tensors(
+    universal_folder: Universal, name: str, tmp_path: Path
+) -> None:
     """Where it is right; where it is not, the engine's values are ours."""
     source = FIXTURES / name
-    ours, theirs = files(to(source, tmp_path / "ours")), files(deepspeeds(source, tmp_path / "ds"))
+    ours, theirs = files(universal_folder(source)), files(deepspeeds(source, tmp_path / "ds"))
     wrong = {"head.weight/fp32", "positions/fp32", "mask/fp32"} & theirs.keys()
     assert len(wrong) == (0 if "zero3" in name else 3)  # rounded: tied names and integers
     assert theirs.keys() <= ours.keys()
@@ -169,13 +186,15 @@ def test_deepspeeds_own_converter_writes_the_same_tensors(name: str, tmp_path: P
         assert not [key for key in theirs if key.endswith("/step")]
 
 
-def test_a_checkpoint_of_the_trainer_needs_no_metadata(tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_trainer_needs_no_metadata(
+    universal_folder: Universal, tmp_path: Path
+) -> None:
     """DeepSpeed's converter stops at it without an option."""
     source = root_of(FIXTURES / "trainer-zero2")
     with pytest.raises(AssertionError, match="universal_checkpoint_info state is missing"):
         deepspeeds(source, tmp_path / "ds", inject=False)
     theirs = files(deepspeeds(source, tmp_path / "injected"))
-    ours = files(to(source, tmp_path / "u"))
+    ours = files(universal_folder(source))
     unlike = {key for key in theirs if not same(ours[key], theirs[key].detach())}
     assert unlike <= {"lm_head.weight/fp32"} and len(theirs) == len(ours)
 
@@ -234,11 +253,13 @@ def test_state_of_any_optimizer_is_kept_under_its_own_names(name: str, tmp_path:
     assert "does not restore count, k, none" in notes
 
 
-def test_what_load_universal_makes_of_muon_is_said(tmp_path: Path) -> None:
+def test_what_load_universal_makes_of_muon_is_said(
+    universal_folder: Universal, tmp_path: Path
+) -> None:
     source = FIXTURES / "corpus/s2muon"
     notes = converting.plan_to(source, output=tmp_path / "u").notes
     assert any("Muon's momentum for the elements of a rank" in note for note in notes)
-    found = files(to(source, tmp_path / "u"))
+    found = files(universal_folder(source))
     assert found["emb.weight/momentum_buffer"].shape == (7, 5)
 
 
@@ -326,9 +347,9 @@ def without(name: str) -> Any:
     ],
 )
 def test_a_universal_folder_that_is_not_whole_is_refused(
-    change: Any, why: str, tmp_path: Path, capsys: Any
+    universal_folder: Universal, change: Any, why: str, tmp_path: Path, capsys: Any
 ) -> None:
-    folder = to(SOURCE, tmp_path / "u")
+    folder = shutil.copytree(universal_folder(SOURCE), tmp_path / "u")
     change(folder / "global_step2_universal")
     with pytest.raises(CheckpointError, match=why):
         converting.plan_from(folder, 2, output=tmp_path / "n")
@@ -338,24 +359,30 @@ def test_a_universal_folder_that_is_not_whole_is_refused(
     assert not (tmp_path / "n").exists()
 
 
-def test_a_folder_without_model_file_names_what_is_missing(tmp_path: Path) -> None:
-    folder = to(SOURCE, tmp_path / "u")
+def test_a_folder_without_model_file_names_what_is_missing(
+    universal_folder: Universal, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(universal_folder(SOURCE), tmp_path / "u")
     for path in folder.glob("*/*_model_states.pt"):
         path.unlink()
     with pytest.raises(CheckpointError, match="has no model file"):
         converting.plan_from(folder, 2)
 
 
-def test_a_native_checkpoint_tells_the_order_where_the_folder_does_not(tmp_path: Path) -> None:
-    folder = to(SOURCE, tmp_path / "u")
+def test_a_native_checkpoint_tells_the_order_where_the_folder_does_not(
+    universal_folder: Universal, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(universal_folder(SOURCE), tmp_path / "u")
     orderless(folder / "global_step2_universal")
     made = back(folder, tmp_path / "n", 2, 3, like=FIXTURES / "zero3-bf16-w2")
     assert held(made) == held(SOURCE)
 
 
-def test_a_checkpoint_of_another_model_cannot_tell_the_order(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_cannot_tell_the_order(
+    universal_folder: Universal, tmp_path: Path
+) -> None:
     """Nothing that has optimizer state is taken for frozen."""
-    folder = to(SOURCE, tmp_path / "u")
+    folder = shutil.copytree(universal_folder(SOURCE), tmp_path / "u")
     other = tmp_path / "other"
     shutil.copytree(FIXTURES / "zero3-bf16-w2", other)
     for path in other.glob("*/*model_states.pt"):
@@ -385,13 +412,15 @@ def test_sub_groups_of_unlike_steps_are_refused(tmp_path: Path) -> None:
         converting.plan_from(folder, 2)
 
 
-def test_damage_in_what_is_read_stops_it_and_leaves_nothing(tmp_path: Path) -> None:
+def test_damage_in_what_is_read_stops_it_and_leaves_nothing(
+    universal_folder: Universal, tmp_path: Path
+) -> None:
     source = tmp_path / "s"
     shutil.copytree(SOURCE, source)
     spoil(checkpoint.read(source).ranks[1].path)
     with pytest.raises(CheckpointError, match="CRC32"):
         to(source, tmp_path / "u")
-    folder = to(SOURCE, tmp_path / "u")
+    folder = shutil.copytree(universal_folder(SOURCE), tmp_path / "u")
     spoil(folder / "global_step2_universal/zero/embed.weight/exp_avg_sq.pt")
     with pytest.raises(CheckpointError, match="CRC32"):
         back(folder, tmp_path / "n", 2)
@@ -465,9 +494,11 @@ def test_what_the_source_says_of_the_format_stays_unless_it_says_nothing(
         assert root["universal_checkpoint_info"] == expected
 
 
-def test_stage_3_is_told_of_options_only_where_all_groups_agree(tmp_path: Path) -> None:
+def test_stage_3_is_told_of_options_only_where_all_groups_agree(
+    universal_folder: Universal, tmp_path: Path
+) -> None:
     """DeepSpeed gives every group those of the first."""
-    (path,) = to(SOURCE, tmp_path / "u").glob("*/zero/optimizer_state.pt")
+    (path,) = universal_folder(SOURCE).glob("*/zero/optimizer_state.pt")
     common = torch.load(path, weights_only=False)
     assert [group["weight_decay"] for group in common["param_groups"]] == [0.1, 0.0]
     for group in common["optimizer_state_dict"]["param_groups"]:

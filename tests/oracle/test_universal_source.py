@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from oracles import FIXTURES, convert, live, root_of, run, same
 from run_folders import real
-from test_universal import deepspeeds, to
+from test_universal import Universal, deepspeeds, to
 
 import ckpt
 from ckpt.hub.content.contents import contents
@@ -44,9 +44,11 @@ def require_live(folder: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_what_ckpt_wrote_opens_with_the_live_engines_values(name: str, tmp_path: Path) -> None:
+def test_what_ckpt_wrote_opens_with_the_live_engines_values(
+    universal_folder: Universal, name: str, tmp_path: Path
+) -> None:
     source = root_of(FIXTURES / name)
-    folder = to(source, tmp_path / "u")
+    folder = universal_folder(source)
     require_live(folder, FIXTURES / name)
     require_live(folder / f"{(source / 'latest').read_text()}_universal", FIXTURES / name)
 
@@ -92,10 +94,10 @@ def test_deepspeeds_tag_beside_the_native_one_is_chosen_by_name(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["trainer-zero2", "trainer-zero3", "zero2-bf16-w3"])
 def test_the_model_is_that_of_the_native_checkpoint(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    universal_folder: Universal, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = root_of(FIXTURES / name)
-    folder = to(source, tmp_path / "checkpoint-2_universal")
+    folder = shutil.copytree(universal_folder(source), tmp_path / "checkpoint-2_universal")
     expected, weights = convert(source, tmp_path / "native"), convert(folder, tmp_path / "ours")
     assert expected.keys() == weights.keys()
     assert all(same(expected[key], value) for key, value in weights.items())
@@ -105,8 +107,10 @@ def test_the_model_is_that_of_the_native_checkpoint(
             assert (tmp_path / "ours" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_show_says_what_it_is_and_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = to(FIXTURES / "zero2-bf16-w2", tmp_path / "u")
+def test_show_says_what_it_is_and_holds(
+    universal_folder: Universal, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = universal_folder(FIXTURES / "zero2-bf16-w2")
     capsys.readouterr()
     run("show", folder)
     text = capsys.readouterr().out
@@ -121,15 +125,16 @@ def test_show_says_what_it_is_and_holds(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_its_16_bit_weights_are_not_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    universal_folder: Universal, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = to(FIXTURES / "zero2-bf16-w2", tmp_path / "u")
+    folder = universal_folder(FIXTURES / "zero2-bf16-w2")
     run("to-fp32", folder, "--weights", "16bit", code=1)
     assert "leave --weights 16bit out (--dtype bf16 rounds them)" in capsys.readouterr().err
 
 
-def test_a_push_sends_the_model_of_it(tmp_path: Path) -> None:
-    folder = to(FIXTURES / "trainer-zero2/checkpoint-2", tmp_path / "checkpoint-2_universal")
+def test_a_push_sends_the_model_of_it(universal_folder: Universal, tmp_path: Path) -> None:
+    source = FIXTURES / "trainer-zero2/checkpoint-2"
+    folder = shutil.copytree(universal_folder(source), tmp_path / "checkpoint-2_universal")
     entry = open_checkpoint(folder)
     assert status_of(entry).complete and status_of(entry).tier is None
     names = {item.name for item in contents(entry, max_shard_size=1 << 40).items}
@@ -138,9 +143,9 @@ def test_a_push_sends_the_model_of_it(tmp_path: Path) -> None:
 
 
 def test_what_means_native_files_says_what_makes_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    universal_folder: Universal, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = to(FIXTURES / "zero2-bf16-w2", tmp_path / "u")
+    folder = universal_folder(FIXTURES / "zero2-bf16-w2")
     capsys.readouterr()
     with pytest.raises(CheckpointError, match="is a universal checkpoint, not one of native files"):
         checkpoint.read(folder)
@@ -162,9 +167,10 @@ def test_a_resume_never_takes_one(tmp_path: Path) -> None:
 
 
 def test_doctor_names_no_universal_tag_in_latest(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    universal_folder: Universal, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    to(FIXTURES / "trainer-zero2/checkpoint-2", tmp_path / "out/checkpoint-2_universal")
+    made = universal_folder(FIXTURES / "trainer-zero2/checkpoint-2")
+    shutil.copytree(made, tmp_path / "out/checkpoint-2_universal")
     real(tmp_path / "out", 2)
     for option in (["--fix"], ["--adopt"]):
         with pytest.raises(SystemExit):

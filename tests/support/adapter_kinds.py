@@ -44,7 +44,7 @@ def base_model(folder: Path | None) -> Any:
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=False,

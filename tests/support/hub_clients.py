@@ -56,7 +56,8 @@ def warm_clients(hub: Hub) -> Iterator[Forks]:
 class Client:
     """Runs programs against the server, with a home and a cache of its own below ``folder``.
 
-    ``more`` are further variables; with ``forks`` its commands are those of ``warm_clients``.
+    ``more`` are further variables; with ``forks`` its commands and programs are those of
+    ``warm_clients``: ``more`` has only what is read when it is asked for then.
     """
 
     hub: Hub
@@ -69,7 +70,9 @@ class Client:
 
     def python(self, code: str, *args: Any, fails: int = 0) -> subprocess.CompletedProcess[str]:
         """A program; fails unless it ends with the exit code ``fails``."""
-        return self._run(["-c", code, *args], fails)
+        if self.forks is None:
+            return self._run(["-c", code, *args], fails)
+        return self._fork(args, fails, code)
 
     def __call__(self, *args: Any, fails: int = 0) -> str:
         """``ckpt`` with arguments; its stdout, or of one that fails its line on stderr."""
@@ -87,11 +90,18 @@ class Client:
     def _command(self, args: Sequence[Any], code: int) -> subprocess.CompletedProcess[str]:
         if self.forks is None:
             return self._run(["-m", "ckpt", *args], code)
+        return self._fork(args, code)
+
+    def _fork(
+        self, args: Sequence[Any], status: int, code: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        assert self.forks is not None
         (self.folder / "home").mkdir(exist_ok=True)
-        ended = self.forks.run(args, self.folder, env=_home(self.folder), folder=self.folder)
+        env = _home(self.folder) | self.more
+        ended = self.forks.run(args, self.folder, env=env, folder=self.folder, code=code)
         said = f"{ended.said}\n" if ended.said else ""
-        assert ended.status == code, ended.printed + said
-        return subprocess.CompletedProcess(["ckpt", *args], code, ended.printed, said)
+        assert ended.status == status, ended.printed + said
+        return subprocess.CompletedProcess([*args], status, ended.printed, said)
 
     def _run(self, args: list[Any], code: int) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(

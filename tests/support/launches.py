@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from oracles import ROOT, free_port, surroundings
+from oracles import ROOT, forking, free_port, surroundings
 
 WORKER = str(ROOT / "tests/workers/launch_worker.py")
 LIMIT = 120.0  # seconds until a launch counts as hung; it takes 3 to 15
@@ -102,9 +102,8 @@ def signalled(
     out.mkdir(parents=True, exist_ok=True)
     said = out / "said"
     with said.open("wb") as file:
-        process = subprocess.Popen(
-            command, env=surroundings() | environment, stdout=file, stderr=file
-        )
+        variables = surroundings() | forking(WORKER) | environment
+        process = subprocess.Popen(command, env=variables, stdout=file, stderr=file)
     tree: list[psutil.Process] = []
     try:
         _wait(lambda: all(_number(out / f"at{rank}") > 1 for rank in (0, 1)), said, process)

@@ -115,7 +115,7 @@ def _launched(
         capture_output=True,
         text=True,
         timeout=limit,
-        env=surroundings() | warm_ranks.NOT_COMPILED | environment,
+        env=surroundings() | warm_ranks.NOT_COMPILED | forking(script) | environment,
     )
 
 
@@ -136,7 +136,7 @@ def torchruns(
         started.append(
             subprocess.Popen(
                 command,
-                env=surroundings() | warm_ranks.NOT_COMPILED | environment,
+                env=surroundings() | warm_ranks.NOT_COMPILED | forking(script) | environment,
                 stderr=subprocess.PIPE,
                 text=True,
             )
@@ -170,6 +170,17 @@ def launcher(
 def surroundings() -> dict[str, str]:
     """The environment of a worker."""
     return os.environ | {"PYTHONPATH": PYTHONPATH}
+
+
+def forking(script: str) -> dict[str, str]:
+    """What makes a launcher fork the ranks of a script, instead of starting a Python for each.
+
+    Not with CKPT_FRESH_RANKS=1.
+    """
+    if os.environ.get("CKPT_FRESH_RANKS") == "1":
+        return {}
+    path = os.pathsep.join([str(ROOT / "tests/support/launched"), PYTHONPATH])
+    return {"PYTHONPATH": path, "FORKED_SCRIPT": str(ROOT / script)}
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:

@@ -4,15 +4,16 @@
 
 The warm process has a single thread and has computed nothing, so that its forks are as good as
 fresh processes: each sets up gloo, DeepSpeed and its trainer itself, and ends as the interpreter
-ends. What a rank imports on its way, of ckpt too, the next ones are forked with: that is two thirds
-of what a short training costs. Workers and helpers of tests each rank imports itself, as another
-launch may see others at the same names.
+ends, but that nobody frees what it was forked with. What a rank imports on its way, of ckpt too,
+the next ones are forked with: that is two thirds of what a short training costs. Workers and
+helpers of tests each rank imports itself, as another launch may see others at the same names.
 
 The processes of a test run share the warm process, whichever starts it: each has a connection, and
-a launch is a fork, so that launches run beside each other. A store process of its own listens on
-the port that the ranks meet at, as the agent of torchrun does; the system chooses the port, and
-nobody else can take it meanwhile. Ranks see the variables that torchrun sets. A library that ranks
-are to have preloaded gets a warm process of its own.
+a launch is a fork, so that launches run beside each other. When it has forked the ranks, it listens
+on the port that they meet at, as the agent of torchrun does; the system chooses the port, and
+nobody else can take it meanwhile. Ranks see the variables that torchrun sets. The libraries of
+tests/support/faults are preloaded, and do nothing until a rank asks for it. Another one gets a warm
+process of its own.
 
 What torchrun itself does (signals, restarts, its report of a failure) is not here: those tests
 start it (``oracles.torchrun`` with ``fresh``, tests/training/test_launchers.py).
@@ -37,13 +38,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
+from unittest.mock import patch
 from zlib import crc32
 
+from faults import faults, places
 from paths import PATHS, PYTHONPATH, ROOT
 
 IMPORTED = (
@@ -74,6 +77,7 @@ PACKAGES = ("ckpt", "converters")  # of this repository, and the same for every 
 THREADED = {"hf_xet", "tensorboard", "wandb"}  # start threads when they are imported
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL for ranks whose fellow has failed, as torchrun's
 NOTICE = 0.5  # seconds until the others get that SIGTERM: torchrun looks at its ranks now and then
+PORT_DIGITS = 6
 LINGER = 1.0  # seconds that the warm process is there without anybody who asks
 PR_SET_PDEATHSIG = 1
 
@@ -165,7 +169,7 @@ def _can_listen(listener: socket.socket, address: str) -> bool:
 def _start(listener: socket.socket, preloaded: str) -> None:
     # By its arguments, ckpt.distributed.launchers takes it for what it stands in for.
     command = [sys.executable, "-m", "warm_ranks", "torch.distributed.run"]
-    own = {"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": preloaded}
+    own = {"PYTHONPATH": PYTHONPATH, "LD_PRELOAD": preloaded, "PLACE_ASLEEP": "1"}
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -191,7 +195,9 @@ def run(
     shares_imports: bool = True,
 ) -> Ended:
     """Runs a script on forked ranks; ``subprocess.TimeoutExpired`` after ``limit`` seconds."""
-    preloaded = environment.get("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
+    always = [str(faults.library(source)) for source in (faults.SOURCE, places.SOURCE)]
+    more = environment.get("LD_PRELOAD", os.environ.get("LD_PRELOAD", "")).split(":")
+    preloaded = ":".join([*always, *(path for path in more if path and path not in always)])
     if preloaded not in _warm or _warm[preloaded].has_ended:
         _warm[preloaded] = _WarmProcess(preloaded)
     launch = Launch(
@@ -214,6 +220,7 @@ def serve() -> None:
     """The life of the warm process: a fork for each launch, which forks the ranks."""
     listener = socket.socket(fileno=os.dup(0))
     gc.disable()  # a quarter of the time of the imports, which leave little to collect
+    atexit.register(_hide_imports)  # before others do, and so the last that is called
     for name in IMPORTED:
         importlib.import_module(name)
     _import_too(IMPORTED_LATER)
@@ -300,22 +307,46 @@ def _spare_ranks() -> None:
 
     Accelerate parses the metadata of packages whenever it asks whether DeepSpeed is installed,
     transformers compiles all patterns of all its models at the first save of one, and DeepSpeed
-    notes ranges for a profiler, which on CPU nobody does, in every hook of every module. Before it
-    loads an extension, it starts a Python of its own that looks at the processor.
+    notes ranges for a profiler, which on CPU nobody does, in every hook of every module. For a line
+    that nobody sees, its stage 3 formats the values of all parameters. The start of its process
+    group tries with a compiler which extensions could be built, 80 ms, its backward pass starts a
+    command that counts the sockets of the machine, and before it loads an extension, four Pythons
+    ask what the processor is.
     """
     from importlib import metadata
 
     import cpuinfo
-    from deepspeed.utils import nvtx
+    from deepspeed import ops
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.utils import numa, nvtx
 
+    with suppress(AttributeError):  # older versions try when they are imported
+        ops.__compatible_ops__  # noqa: B018
+    numa.get_numa_cores = functools.cache(numa.get_numa_cores)
+
+    DeepSpeedZeroOptimizer_Stage3.__init__ = _formatting_no_values(
+        DeepSpeedZeroOptimizer_Stage3.__init__
+    )
     nvtx.enable_nvtx = False
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    cpuinfo.get_cpu_info()
     metadata.metadata = functools.cache(metadata.metadata)
     metadata.version = functools.cache(metadata.version)
-    cpuinfo.get_cpu_info = functools.partial(dict, cpuinfo.get_cpu_info())
     with suppress(ImportError):  # transformers 5
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         get_checkpoint_conversion_mapping("llama")
+
+
+def _formatting_no_values(function: Callable[..., None]) -> Callable[..., None]:
+    from torch.nn import Parameter
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> None:
+        with patch.object(Parameter, "__repr__", object.__repr__):
+            function(*arguments, **options)
+
+    return call
 
 
 def _build() -> None:
@@ -332,6 +363,29 @@ def _build() -> None:
         fcntl.flock(own_lock, fcntl.LOCK_EX)
         (root / ShareMemCommBuilder.NAME / "lock").unlink(missing_ok=True)
         ShareMemCommBuilder().load(verbose=False)
+
+
+_imports: dict[str, Any] = {}  # what a rank was forked with
+
+
+def _spare_end() -> None:
+    """At its end a rank frees its own objects, and nothing that it was forked with.
+
+    Half a second of copying pages else, for each that ends as the interpreter ends: that of the
+    modules, and that of what their libraries have set up.
+    """
+    _imports.update(sys.modules)
+    for name in ("builtins", "sys", "__main__"):
+        del _imports[name]
+    libc = ctypes.CDLL(None)
+    libc.on_exit(libc._exit, None)  # after the functions that libraries register from here on
+
+
+def _hide_imports() -> None:
+    """What is in no list of modules is not taken apart, and with a reference for ever not freed."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_imports))
+    for name in _imports:
+        sys.modules.pop(name, None)
 
 
 def _import_too(names: Sequence[str]) -> None:
@@ -354,37 +408,27 @@ def _require_one_thread(what: str) -> None:
 def _run_ranks(launch: Launch, messages: int, modules: int) -> tuple[int, bool]:
     """The exit code of a launch, and whether it was killed for taking too long."""
     _require_one_thread("an import")
-    store, port = _start_store() if launch.elastic else (None, 0)
+    reading, writing = os.pipe()
     pids = []
     for rank in range(launch.ranks):
         pid = os.fork()
         if not pid:
-            _be_rank(launch, rank, port, messages, modules)  # does not return
+            os.close(writing)
+            _be_rank(launch, rank, reading, messages, modules)  # does not return
         pids.append(pid)
-    try:
-        return _wait(pids, launch.limit, messages)
-    finally:
-        if store is not None:
-            os.kill(store, signal.SIGKILL)
-            os.waitpid(store, 0)
+    store = _start_store(writing, launch.ranks) if launch.elastic else None
+    code, hung = _wait(pids, launch.limit, messages)
+    del store
+    return code, hung
 
 
-def _start_store() -> tuple[int, int]:
-    """Forks the process that the ranks meet at; returns its id and port."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if not pid:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        from torch.distributed import TCPStore
+def _start_store(writing: int, ranks: int) -> object:
+    """Listens where the ranks meet, by a thread, and tells each of them the port."""
+    from torch.distributed import TCPStore
 
-        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        os.write(writing, str(store.port).encode())
-        os.close(writing)
-        while True:
-            signal.pause()
-    os.close(writing)
-    with os.fdopen(reading) as answer:
-        return pid, int(answer.read())
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    os.write(writing, f"{store.port:{PORT_DIGITS}}".encode() * ranks)
+    return store
 
 
 def _wait(pids: list[int], limit: float, messages: int) -> tuple[int, bool]:
@@ -417,11 +461,12 @@ def _wait(pids: list[int], limit: float, messages: int) -> tuple[int, bool]:
     return code, hung
 
 
-def _be_rank(launch: Launch, rank: int, port: int, messages: int, modules: int) -> None:
-    """The life of a rank: a fresh process as far as it can tell."""
+def _be_rank(launch: Launch, rank: int, reading: int, messages: int, modules: int) -> None:
+    """The life of a rank: a fresh process as far as it can tell; ``reading`` tells the port."""
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         gc.enable()
+        _spare_end()
         nowhere = os.open(os.devnull, os.O_RDWR)
         os.dup2(nowhere, 0)
         os.dup2(nowhere, 1)
@@ -430,7 +475,9 @@ def _be_rank(launch: Launch, rank: int, port: int, messages: int, modules: int) 
         os.environ.clear()
         os.environ.update(launch.environment)
         if launch.elastic:
+            port = int(os.read(reading, PORT_DIGITS))
             os.environ.update(_variables(rank, launch.ranks, port))
+        os.close(reading)
         if launch.alone:
             os.environ.update(_variables_of_node(rank, launch.ranks))
         if "numpy" in sys.modules:
@@ -486,6 +533,7 @@ def _variables(rank: int, ranks: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_MAX_RESTARTS": "0",
         "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     }

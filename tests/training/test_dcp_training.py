@@ -49,7 +49,7 @@ def test_a_training_goes_on_from_zero_to_fsdp_and_back_as_if_nothing_had_happene
     """Stage 3 with DeepSpeed, FSDP2 with torch, stage 2 with DeepSpeed, each on two ranks."""
     spec = {"spec": "zero3-fp32-w2", "stage": 3}
     whole = {**spec, "out": str(tmp_path / "whole"), "steps": 7}
-    ranks("train", [whole, {**spec, "out": str(tmp_path / "zero"), "steps": 3}], 2, tmp_path)
+    ranks("train", [{**whole, "half": str(tmp_path / "zero"), "half_steps": 3}], 2, tmp_path)
 
     source = to_dcp(tmp_path / "zero", tmp_path / "dcp", files=2)
     job = {"source": str(source), "spec": spec["spec"], "steps": 2, "out": str(tmp_path / "fsdp")}

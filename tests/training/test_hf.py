@@ -31,6 +31,7 @@ from converters.errors import CheckpointError
 front_end = LateModule("ckpt.saving.front_end")  # these import DeepSpeed and transformers
 hf = LateModule("ckpt.trainers.hf")
 trainer_state = LateModule("ckpt.trainers.hf.trainer_state")
+trainer_utils = LateModule("transformers.trainer_utils")
 
 WORKER = str((ROOT / "tests/workers/hf_worker.py").relative_to(ROOT))
 FILE = "model.safetensors"
@@ -66,7 +67,7 @@ def test_training_sees_no_difference_and_finds_what_the_trainer_alone_would_save
     torchrun(WORKER, tmp_path, part, stage, ranks=ranks, limit=600)
     here = tmp_path / "here"
     for kind in ("", "-peft") if part == "wide" else ("",):
-        step = 2 if kind else 6
+        step = 1 if kind else 4
         for form in ("mixin", "callback"):
             name = f"{form}{kind}/checkpoint-{step}"
             require_same(here / f"stock{kind}/checkpoint-{step}", here / name)
@@ -74,14 +75,14 @@ def test_training_sees_no_difference_and_finds_what_the_trainer_alone_would_save
             assert (found.tier, found.step, found.stage) == ("full", step, stage)
             assert (found.tag, found.world_size) == (f"global_step{step}", ranks)
             assert kind or set(found.metrics) == {"eval_loss"}
-    held = fp32(here / "stock/checkpoint-6")
+    held = fp32(here / "stock/checkpoint-4")
     for form in ("mixin", "callback"):
         require_read(here / form, held, tmp_path / form)  # the run, by its latest
         require_model(tmp_path / form, held)
         low = {name: value.bfloat16() for name, value in held.items()}
-        require_model(here / form / "checkpoint-6", low)
+        require_model(here / form / "checkpoint-4", low)
     if ranks == 3:  # what no two trainings have the same is in none of the tensors
-        held = fp32(here / "stock-uneven/checkpoint-2")
+        held = fp32(here / "stock-uneven/checkpoint-1")
         require_read(here / "mixin-uneven", held, tmp_path / "uneven")
     if part == "wide":
         require_same_best(tmp_path)
@@ -117,10 +118,10 @@ def require_same_best(out: Path) -> None:
         ends = json.loads((out / f"best{rank}.json").read_text())
         theirs, ours = ends["stock-best"], ends["mixin-best"]
         assert ours[1] == theirs[1]
-        assert (theirs[0], ours[0]) == ("stock-best/checkpoint-2", "mixin-best/checkpoint-2")
-    for step in (2, 4):
+        assert (theirs[0], ours[0]) == ("stock-best/checkpoint-1", "mixin-best/checkpoint-1")
+    for step in (1, 2):
         text = (out / f"here/mixin-best/checkpoint-{step}/trainer_state.json").read_text()
-        assert json.loads(text)["best_model_checkpoint"] == "mixin-best/checkpoint-2"
+        assert json.loads(text)["best_model_checkpoint"] == "mixin-best/checkpoint-1"
         assert "saving" not in text
 
 
@@ -128,8 +129,8 @@ def test_what_is_kept_what_is_written_and_when_it_stops(tmp_path: Path) -> None:
     torchrun(WORKER, tmp_path, "keeping", 3, limit=300)
     from transformers import AutoModelForCausalLM
 
-    gathered = tmp_path / "gathered/checkpoint-4"
-    streamed, left_out = tmp_path / "streamed/checkpoint-4", tmp_path / "left-out/checkpoint-4"
+    gathered = tmp_path / "gathered/checkpoint-2"
+    streamed, left_out = tmp_path / "streamed/checkpoint-2", tmp_path / "left-out/checkpoint-2"
     assert FILE not in listed(left_out)
     assert equal(load_file(gathered / FILE), load_file(streamed / FILE))
     assert json.loads((gathered / "config.json").read_text()) == json.loads(
@@ -145,9 +146,9 @@ def test_what_is_kept_what_is_written_and_when_it_stops(tmp_path: Path) -> None:
     assert not list(run.glob("global_step*")) and (run / "tokenizer.json").exists()
     AutoModelForCausalLM.from_pretrained(run)
     assert [c.name for c in checkpoints_at(left_out.parent)] == [
+        "checkpoint-1",
+        "global_step2",
         "checkpoint-2",
-        "global_step4",
-        "checkpoint-4",
     ]
     assert ckpt.find(left_out.parent) == str(left_out)
     assert ckpt.find(run) == str(streamed)
@@ -159,7 +160,7 @@ def test_a_class_that_saves_no_states_is_refused_at_its_first_save(tmp_path: Pat
         told = json.loads((tmp_path / f"told{rank}.json").read_text())
         assert set(told) == {"class", "callback"}
         for said in told.values():
-            assert "has no global_step2" in said and "_save_checkpoint" in said
+            assert "has no global_step1" in said and "_save_checkpoint" in said
 
 
 def test_a_rank_that_fails_is_told_on_all_and_nothing_is_committed(tmp_path: Path) -> None:
@@ -175,18 +176,18 @@ def test_a_rank_that_fails_is_told_on_all_and_nothing_is_committed(tmp_path: Pat
 
 @pytest.mark.parametrize("end", ["killed", "midway"])
 def test_a_rank_that_is_lost_leaves_the_checkpoint_before(tmp_path: Path, end: str) -> None:
-    from transformers.trainer_utils import get_last_checkpoint
-
     with pytest.raises(AssertionError):
         torchrun(WORKER, tmp_path, end, 3, limit=120)
     if end == "midway":
         told = (tmp_path / "told0").read_text()
         assert told == "save failed on rank 0: zero_to_fp32.py: No space left on device"
     run = Run(tmp_path / "mixin")
-    assert [c.name for c in run.checkpoints()] == ["checkpoint-2"]
+    assert [c.name for c in run.checkpoints()] == ["checkpoint-1"]
     newest = run.newest()
-    assert newest is not None and get_last_checkpoint(str(run.path)) == str(newest.folder)
-    assert run.target() == "checkpoint-2/global_step2"
+    assert newest is not None and trainer_utils.get_last_checkpoint(str(run.path)) == str(
+        newest.folder
+    )
+    assert run.target() == "checkpoint-1/global_step1"
 
 
 def arguments(**given: Any) -> Any:

@@ -63,15 +63,15 @@ def test_saves_are_committed_with_all_that_lightning_wrote(
     folder = case(saved, stage, ranks)
     run = Run(folder / "out")
     found = run.checkpoints()
-    assert [c.name for c in found] == [f"step={step}.ckpt" for step in range(2, 13, 2)]
+    assert [c.name for c in found] == [f"step={step}.ckpt" for step in range(1, 7)]
     assert all(checkpoint.committed for checkpoint in found)
-    assert run.target() == "step=12.ckpt/checkpoint"
+    assert run.target() == "step=6.ckpt/checkpoint"
     held = found[2].manifest
     assert held is not None
-    assert (held.step, held.stage, held.world_size, held.tier) == (6, stage, ranks, "full")
+    assert (held.step, held.stage, held.world_size, held.tier) == (3, stage, ranks, "full")
     assert held.metrics == {"score": 1.0}
     assert {"lightning", "deepspeed", "torch"} <= held.versions.keys()
-    stock = folder / "stock" / "step=6.ckpt"
+    stock = folder / "stock" / "step=3.ckpt"
     theirs = {p.relative_to(stock).as_posix() for p in stock.rglob("*") if p.is_file()}
     ours = {rng.NAME.format(rank) for rank in range(ranks)}
     assert held.files.keys() == theirs | ours
@@ -86,7 +86,7 @@ def test_latest_and_best_follow_model_checkpoint(stage: int, ranks: int, saved: 
     assert names(run.path) == {"epoch=1.ckpt", "last.ckpt", "latest", "best"}
     assert run.target("best") == "epoch=1.ckpt/checkpoint"
     newest = run.pointer()
-    assert newest is not None and newest.committed and newest.step == 8
+    assert newest is not None and newest.committed and newest.step == 4
     assert newest.name == "last.ckpt"  # exchanged for a newer one
 
 
@@ -104,22 +104,22 @@ def test_a_save_is_what_the_engine_held_for_all_that_read_it(
     run("to-fp32", folder / "out", "--format", "lightning", "-o", tmp_path / "one.ckpt")
     one = torch.load(tmp_path / "one.ckpt", weights_only=True)  # as load_from_checkpoint does
     values = one["state_dict"]
-    assert live.keys() <= values.keys() and one["global_step"] == 12
+    assert live.keys() <= values.keys() and one["global_step"] == 6
     assert all(torch.equal(values[name], value) for name, value in live.items())
 
 
 def test_a_failure_on_one_rank_is_told_on_both_and_leaves_what_was(turned: Path) -> None:
     assert told(turned)["fails"] == "save_checkpoint failed on rank 1: RuntimeError: no state today"
-    assert names(turned / "fails") == {"step=2.ckpt", "latest"}
+    assert names(turned / "fails") == {"step=1.ckpt", "latest"}
     assert [c.why for c in Run(turned / "fails").checkpoints()] == [None]
 
 
 def test_a_link_to_the_last_is_replaced_by_the_last_itself(turned: Path) -> None:
-    assert told(turned)["link"] == "step=4.ckpt"
+    assert told(turned)["link"] == "step=2.ckpt"
     run = Run(turned / "link")
-    assert names(run.path) == {"last.ckpt", "step=8.ckpt", "latest"}
+    assert names(run.path) == {"last.ckpt", "step=4.ckpt", "latest"}
     assert not (run.path / "last.ckpt").is_symlink()
-    assert [(c.step, c.why) for c in run.checkpoints()] == [(8, None)] * 2
+    assert [(c.step, c.why) for c in run.checkpoints()] == [(4, None)] * 2
 
 
 def test_links_are_exchanged_again_and_again(tmp_path: Path) -> None:
@@ -165,16 +165,16 @@ def replace_folder_by_link(final: Path, link: Path) -> None:
 
 
 def test_what_is_pinned_or_being_read_is_not_removed(turned: Path) -> None:
-    found = {"step=2.ckpt", "step=4.ckpt", "step=8.ckpt", "latest"}  # 6 was removed
+    found = {"step=1.ckpt", "step=2.ckpt", "step=4.ckpt", "latest"}  # 3 was removed
     assert names(turned / "kept") == found
-    assert Run(turned / "kept").target() == "step=8.ckpt/checkpoint"
+    assert Run(turned / "kept").target() == "step=4.ckpt/checkpoint"
 
 
 def test_a_checkpoint_that_is_not_whole_is_refused_by_name(turned: Path) -> None:
     run, said = turned / "out", told(turned)
-    whole = f"the newest committed one is {run}/step=6.ckpt"
+    whole = f"the newest committed one is {run}/step=3.ckpt"
     assert said["torn"].endswith(
-        f"{run}/step=8.ckpt is not whole: manifest.json lists "
+        f"{run}/step=4.ckpt is not whole: manifest.json lists "
         f"checkpoint/mp_rank_00_model_states.pt: {sizes(run)}; {whole}"
     )
     assert f"{run}/foreign.ckpt has no manifest.json, and is not whole: " in said["foreign"]
@@ -205,22 +205,22 @@ def test_one_without_a_manifest_is_loaded_where_it_is_complete_and_that_was_not_
 
 
 def sizes(run: Path) -> str:
-    listed = manifest.read(run / "step=8.ckpt").files["checkpoint/mp_rank_00_model_states.pt"]
+    listed = manifest.read(run / "step=4.ckpt").files["checkpoint/mp_rank_00_model_states.pt"]
     return f"{listed.size} bytes expected, found 1000"
 
 
 def test_ranks_that_would_load_different_checkpoints_are_stopped(turned: Path) -> None:
     run = turned / "out"
     assert told(turned)["different"] == (
-        f"load_checkpoint failed on rank 1: it loads {run}/step=4.ckpt, rank 0 loads "
-        f"{run}/step=2.ckpt; name one checkpoint"
+        f"load_checkpoint failed on rank 1: it loads {run}/step=2.ckpt, rank 0 loads "
+        f"{run}/step=1.ckpt; name one checkpoint"
     )
 
 
 def test_a_killed_rank_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     assert "SIGKILL" in torchrun(WORKER, tmp_path, "dies", 3, limit=LIMIT, code=1)
     run = Run(tmp_path / "out")
-    assert [(c.name, c.why) for c in run.checkpoints()] == [("step=2.ckpt", None)]
-    assert run.target() == "step=2.ckpt/checkpoint"
-    assert names(run.path) <= {"step=2.ckpt", "latest", ".step=4.ckpt.saving"}
+    assert [(c.name, c.why) for c in run.checkpoints()] == [("step=1.ckpt", None)]
+    assert run.target() == "step=1.ckpt/checkpoint"
+    assert names(run.path) <= {"step=1.ckpt", "latest", ".step=2.ckpt.saving"}
     assert convert(run.path, tmp_path / "model")

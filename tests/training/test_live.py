@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 # One worker of the test run at a time: DeepSpeed compiles an extension at its first start.
 WORKER = "tests/workers/live_worker.py"
 LIMIT = 900  # seconds; a launch takes 15 to 60, and minutes more where an extension is compiled
-MOST = 128 << 20  # bytes a rank may take for saving, over those of the training
+MOST = 32 << 20  # bytes a rank may take for saving 100 MB, over those of the training
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_saving_takes_little_memory(tmp_path: Path) -> None:
             assert peak < MOST, (name, rank, peak)
     for stage in (2, 3):
         ours = tmp_path / f"fp32-{stage}" / "model.safetensors"
-        assert ours.stat().st_size > 280e6
+        assert ours.stat().st_size > 96e6
         sent = tmp_path / "of-rank-0" / str(stage) / "model.safetensors"
         assert ours.read_bytes() == sent.read_bytes()
 

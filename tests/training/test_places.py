@@ -7,7 +7,6 @@ import json
 import mmap
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +44,6 @@ LACKS = {
 # What answers otherwise than with EINVAL or EXDEV is decided in one place: an output that is
 # replaced, a deletion and a repair are enough.
 OTHER_ERRORS = ("to-fp32 overwrite", "prune", "doctor --fix")
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LD_PRELOAD", places.preload()["LD_PRELOAD"])
-        with Forks() as made:
-            yield made
 
 
 def lacking(probe: Probe, lacks: str, log: Path, old: bool = True, **fault: object) -> Ended:

@@ -88,11 +88,12 @@ def test_stock_deepspeed_holds_the_bits_of_the_run_that_saved(world: int, tmp_pa
 def test_what_was_on_nvme_is_loaded_by_an_engine_without(tmp_path: Path) -> None:
     with tarfile.open(FIXTURES / "zero3-nvme.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
-    source, jobs = tmp_path / "zero3-nvme", []
+    source, jobs = tmp_path / "zero3-nvme", list[dict[str, Any]]()
     offload = {"offload_optimizer": {"device": "cpu"}}
     for stage, zero_of in ((3, offload), (2, {})):
         folder = reshard(source, tmp_path / f"{stage}", 1, stage)
         job = {"folder": str(folder), "spec": source.name, "stage": stage, "zero": zero_of}
+        job["without_kernel"] = stage == 3  # it takes no step: nothing is compiled
         jobs.append({**job, "out": str(tmp_path / f"{stage}.safetensors")})
     ranks("load", jobs, 1, tmp_path)
     for job in jobs:
@@ -103,7 +104,7 @@ def test_training_goes_on_over_three_topologies_as_if_nothing_had_happened(tmp_p
     """Stage 2 on two ranks, 3 on one, 1 on three, 2 on four; the losses are the unbroken run's."""
     spec = {"spec": "zero2-fp32-w2", "stage": 2}
     whole = {**spec, "out": str(tmp_path / "whole"), "steps": 9}
-    ranks("train", [whole, {**spec, "out": str(tmp_path / "0"), "steps": 3}], 2, tmp_path)
+    ranks("train", [{**whole, "half": str(tmp_path / "0"), "half_steps": 3}], 2, tmp_path)
     losses = json.loads((tmp_path / "0/losses.json").read_text())
     for part, (world, stage) in enumerate([(1, 3), (3, 1), (4, 2)], 1):
         before = tmp_path / f"{part - 1}"
@@ -119,7 +120,6 @@ def test_training_goes_on_over_three_topologies_as_if_nothing_had_happened(tmp_p
     expected = json.loads((tmp_path / "whole/losses.json").read_text())
     assert losses == pytest.approx(expected, rel=REDUCTION_ORDER)
     assert expected[-1] < expected[0] - 0.1
-    assert losses[:3] == expected[:3]
 
 
 @pytest.mark.parametrize(("name", "world"), [("trainer-zero2", 3), ("trainer-zero3", 1)])
@@ -158,7 +158,7 @@ def test_muon_goes_on_as_if_nothing_had_happened(
     On three ranks a matrix lies on two of them, so both keep its whole momentum.
     """
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the kernels of Muon are not what is tested
-    muon = {"spec": "zero2-fp32-w2", "config": MUON, "bare": True, "steps": 3}
+    muon = {"spec": "zero2-fp32-w2", "config": MUON, "bare": True, "steps": 2}
     plain, offload = {"reduce_scatter": False}, {"offload_optimizer": {"device": "cpu"}}
 
     def job(name: str, stage: int, zero: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -172,10 +172,11 @@ def test_muon_goes_on_as_if_nothing_had_happened(
         again = str(tmp_path / f"{name}-again")
         return job(name, stage, zero, source=str(folder), again=again, init=init)
 
-    jobs = [job("whole", 2, plain, steps=9), job("2", 2, plain), job("3", 3, plain)]
-    ranks("train", [*jobs, job("off", 2, plain | offload)], 2, tmp_path)
+    whole = {"steps": 6, "half": str(tmp_path / "2"), "half_steps": 2}
+    jobs = [job("whole", 2, plain, **whole), job("3", 3, plain), job("off", 2, plain | offload)]
+    ranks("train", jobs, 2, tmp_path)
     expected = trained("whole", tmp_path)
-    assert len(set(expected)) == 9
+    assert len(set(expected)) == 6
     jobs = [moved("2-2", "2", 3, 2, plain), moved("3-1", "3", 3, 1, plain)]
     jobs += [moved("2-3", "2", 3, 3, plain), moved("2-3-seen", "2", 3, 3, plain, init=False)]
     ranks("train", [*jobs, moved("off-1", "off", 3, 1, plain | offload)], 3, tmp_path)
@@ -187,7 +188,7 @@ def test_muon_goes_on_as_if_nothing_had_happened(
         ("off-1", "off"),
     ):
         assert tensors(tmp_path / f"{name}-again") == tensors(tmp_path / source)
-        assert trained(name, tmp_path) == pytest.approx(expected[3:6], rel=REDUCTION_ORDER)
+        assert trained(name, tmp_path) == pytest.approx(expected[2:4], rel=REDUCTION_ORDER)
     folder = tmp_path / "3-universal"  # in the order of stages 1 and 2, whatever stage saved
     universal.execute(universal.plan_to(tmp_path / "3", output=folder))
     universal.execute(universal.plan_from(folder, 3, stage=1, output=tmp_path / "3-native"))
@@ -208,21 +209,21 @@ def test_muon_goes_on_as_if_nothing_had_happened(
     ranks("train", jobs, 1, tmp_path)
     assert tensors(tmp_path / "2-2-2-again") == tensors(tmp_path / "2-2")
     assert tensors(tmp_path / "3-3-again") == tensors(tmp_path / "3")
-    assert trained("2-2-2", tmp_path) == pytest.approx(expected[6:], rel=REDUCTION_ORDER)
-    assert trained("3-3", tmp_path) == pytest.approx(expected[3:6], rel=REDUCTION_ORDER)
+    assert trained("2-2-2", tmp_path) == pytest.approx(expected[4:], rel=REDUCTION_ORDER)
+    assert trained("3-3", tmp_path) == pytest.approx(expected[2:4], rel=REDUCTION_ORDER)
 
 
 def test_bf16_optimizer_goes_on_on_other_ranks_and_in_other_stages(tmp_path: Path) -> None:
     """Its files to its own, to those of stages 2 and 3, and back."""
-    bf16 = {"spec": "zero2-bf16-w2", "config": SUMS, "bare": True, "steps": 3}
+    bf16 = {"spec": "zero2-bf16-w2", "config": SUMS, "bare": True, "steps": 2}
 
     def moved(name: str, source: str, world: int, stage: int) -> dict[str, Any]:
         folder = reshard(tmp_path / source, tmp_path / f"{name}-start", world, stage)
         places = {"source": str(folder), "again": str(tmp_path / f"{name}-again")}
         return {**bf16, "stage": stage, "out": str(tmp_path / name), **places}
 
-    whole = {**bf16, "stage": 1, "out": str(tmp_path / "whole"), "steps": 6}
-    ranks("train", [whole, {**bf16, "stage": 1, "out": str(tmp_path / "half")}], 2, tmp_path)
+    whole = {**bf16, "stage": 1, "out": str(tmp_path / "whole"), "steps": 4}
+    ranks("train", [{**whole, "half": str(tmp_path / "half"), "half_steps": 2}], 2, tmp_path)
     assert checkpoint.read(tmp_path / "half").bf16_optimizer
     jobs = [moved("1-1", "half", 3, 1), moved("1-2", "half", 3, 2), moved("1-3", "half", 3, 3)]
     jobs.append({**jobs[0], "config": {}, "out": str(tmp_path / "native")})
@@ -232,6 +233,6 @@ def test_bf16_optimizer_goes_on_on_other_ranks_and_in_other_stages(tmp_path: Pat
     assert checkpoint.read(tmp_path / "2-1-start").bf16_optimizer
     for name in ("1-1", "1-2", "1-3", "native", "2-1"):
         assert held(tmp_path / f"{name}-again") == held(tmp_path / "half"), name
-        expected = trained("whole", tmp_path)[3:]
+        expected = trained("whole", tmp_path)[2:]
         assert trained(name, tmp_path) == pytest.approx(expected, rel=BF16_NOISE)
-    assert trained("2-1", tmp_path) == trained("whole", tmp_path)[3:]
+    assert trained("2-1", tmp_path) == trained("whole", tmp_path)[2:]

@@ -264,7 +264,7 @@ def two_nodes(folders: list[Path], local: bool, fails: bool) -> dict[str, str]:
 def test_nodes_with_folders_of_their_own(tmp_path: Path) -> None:
     folders = [tmp_path / "node0", tmp_path / "node1"]
     nodes = two_nodes(folders, local=True, fails=False)
-    torchruns(WORKER, tmp_path, "nodes", limit=LIMIT, fresh=True, **nodes)
+    torchruns(WORKER, tmp_path, "nodes", limit=LIMIT, **nodes)
     parts = []
     for node, folder in enumerate(folders):
         checkpoints = Run(folder / "run").checkpoints()

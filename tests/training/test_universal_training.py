@@ -76,8 +76,8 @@ def test_training_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     jobs = []
     for name, (stage, adam) in kinds.items():
         job = {**spec, "stage": stage, "torch_adam": adam}
-        jobs.append({**job, "out": str(tmp_path / f"{name}-whole"), "steps": 6})
-        jobs.append({**job, "out": str(tmp_path / f"{name}-half"), "steps": 3})
+        half = {"half": str(tmp_path / f"{name}-half"), "half_steps": 3}
+        jobs.append({**job, **half, "out": str(tmp_path / f"{name}-whole"), "steps": 6})
     ranks("train", jobs, 2, tmp_path)
 
     jobs = []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from oracles import torchrun
+from oracles import torchrun, torchruns
 
 LOOK = """
 import gc, os, sys
@@ -31,3 +32,30 @@ def test_ranks_begin_with_what_earlier_ones_have_imported(
     torchrun(str(script), ranks=2, limit=120)
     script.write_text(look + SECOND)
     torchrun(str(script), ranks=2, limit=120)
+
+
+SURROUNDINGS = """
+import json, os, sys
+import torch.distributed as dist
+dist.init_process_group("gloo")
+everywhere = [None] * dist.get_world_size()
+dist.all_gather_object(everywhere, dict(os.environ))
+if not dist.get_rank():
+    json.dump(everywhere, open(sys.argv[1], "w"))
+dist.barrier()
+"""
+OF_EACH_LAUNCH = {"MASTER_PORT", "TORCHELASTIC_ERROR_FILE"}
+# Of how a test starts torchrun: as forks of it, so that its ranks do not import torch once more.
+OF_FORKING = {"FORKED_SCRIPT", "PYTHONPATH", "TORCHDYNAMO_DISABLE"}
+
+
+def test_ranks_of_two_nodes_see_what_torchrun_shows_them(tmp_path: Path) -> None:
+    script = tmp_path / "look.py"
+    script.write_text(SURROUNDINGS)
+    seen = []
+    for fresh in (True, False):
+        torchruns(str(script), tmp_path / f"{fresh}.json", limit=120, fresh=fresh)
+        seen.append(json.loads((tmp_path / f"{fresh}.json").read_text()))
+    for theirs, ours in zip(*seen, strict=True):
+        differences = {n for n in {*theirs, *ours} if theirs.get(n) != ours.get(n)}
+        assert differences <= OF_EACH_LAUNCH | OF_FORKING

@@ -63,18 +63,15 @@ def test_a_real_checkpoint_gives_the_live_engines_weights(save_dir: Path, tmp_pa
 
 
 @pytest.mark.parametrize("save_dir", [*made(), *TRAINERS], ids=lambda path: path.name)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_sixteen_bits_are_rounded_as_torch_rounds_them(
-    save_dir: Path, dtype: str, tmp_path: Path
-) -> None:
-    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+def test_sixteen_bits_are_rounded_as_torch_rounds_them(save_dir: Path, tmp_path: Path) -> None:
     exact = convert(root_of(save_dir), tmp_path / "exact", "--dtype", "keep")
-    found = convert(root_of(save_dir), tmp_path / "model", "--dtype", dtype)
     buffers = live(save_dir).get("buffer", {})
-    assert found.keys() == exact.keys()
-    for name, value in exact.items():
-        as_is = name in buffers or not value.is_floating_point()
-        assert same(found[name], value if as_is else value.to(wanted)), name
+    for dtype, expected in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        found = convert(root_of(save_dir), tmp_path / dtype, "--dtype", dtype)
+        assert found.keys() == exact.keys()
+        for name, value in exact.items():
+            as_is = name in buffers or not value.is_floating_point()
+            assert same(found[name], value if as_is else value.to(expected)), (dtype, name)
 
 
 @pytest.mark.parametrize("save_dir", made()[::5], ids=lambda path: path.name)

@@ -22,7 +22,7 @@ from ckpt.hub.client import repository
 from ckpt.hub.content.items import Item
 from ckpt.weights.conversion import convert
 from converters.errors import CheckpointError
-from converters.execute import shards, virtual_file, workers
+from converters.execute import prefetch, shards, virtual_file, workers
 from converters.execute.virtual_file import ServedShard, Serving
 from converters.formats import pytorch_bin
 from converters.plan import Plan, Shard
@@ -61,6 +61,22 @@ def test_what_is_read_is_what_is_written(dtype: str, size: int, tmp_path: Path) 
     report = serving.check()
     assert report.checked == sum(checksum.extent.length for checksum in plan.checksums)
     assert report.compared == sum(p.copy is not None for p in plan.placements()) > 0
+
+
+def test_threads_that_get_no_memory_fail_what_waits_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file stayed full of holes, and a served shard was waited for without an end."""
+
+    def refuse(nbytes: int) -> memoryview:
+        raise MemoryError(nbytes)
+
+    monkeypatch.setattr(workers.memory, "zeros", refuse)
+    plan = plan_of(SOURCE)
+    with pytest.raises(MemoryError):
+        shards.execute(plan, tmp_path)
+    with Serving(plan).open(plan.shards[0]) as file, pytest.raises(MemoryError):
+        file.read()
 
 
 @given(places=st.lists(st.tuples(st.integers(0, 26_000), st.integers(0, 3000)), max_size=20))
@@ -269,3 +285,23 @@ def test_the_second_best_may_be_asked_for_and_a_checkpoint_is_itself(tmp_path: P
     assert select.chosen(tmp_path, full=True).checkpoint.step == 4
     with pytest.raises(CheckpointError, match="is one checkpoint"):
         select.chosen(tmp_path / "checkpoint-1", ("loss", "min", 1))
+
+
+class Roomless(workers.Worker):
+    """There is no memory for its buffers."""
+
+    def __init__(self, mover: workers.Mover):
+        raise MemoryError("8 MiB")
+
+
+def test_threads_without_memory_for_their_buffers_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They ended without a word, and the shard had zeros in the place of all tensors."""
+    plan = plan_of(SOURCE)
+    for module in (workers, prefetch):
+        monkeypatch.setattr(module, "Worker", Roomless)
+    with pytest.raises(MemoryError):
+        written(plan, tmp_path / "files")
+    with Serving(plan).open(plan.shards[0]) as file, pytest.raises(MemoryError):
+        file.read()

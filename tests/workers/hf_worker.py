@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from ckpt.runs.run import Run
 from ckpt.trainers.hf import CheckpointCallback, CommittedCheckpoints
 from converters.errors import CheckpointError
 
-STEPS, EVERY = 6, 2
-BRIEF = {"max_steps": EVERY}  # for what a single save shows
+STEPS, EVERY = 4, 2
+EACH = {"save_steps": 1, "eval_steps": 1}  # for what needs no step without a save
+BRIEF = {**EACH, "max_steps": 1}  # for what a single save shows
 EVEN, UNEVEN = 24, 16  # hidden sizes: do three ranks have equal parts of each parameter?
 # The first checkpoint is the best.
-FALLING = {"metric_for_best_model": "loss", "greater_is_better": True, "learning_rate": 3e-1}
+RISING = {"metric_for_best_model": "loss", "greater_is_better": False, "learning_rate": 3e-1}
 
 
 class Committed(CommittedCheckpoints, hf.Trainer):
@@ -135,7 +137,7 @@ def make(
     }
     args = hf.TrainingArguments(output_dir=str(out), deepspeed=deepspeed, **options)
     llama = tiny_llama(max_position_embeddings=32, attention_dropout=0.1, tie_word_embeddings=True)
-    llama.hidden_size = hidden
+    llama.hidden_size, llama.num_hidden_layers = hidden, 1
     torch.manual_seed(1234)
     model: Any = hf.AutoModelForCausalLM.from_config(llama)
     if peft:
@@ -199,8 +201,27 @@ def trained(kind: type[hf.Trainer], out: Path, stage: int, **more: Any) -> Any:
     return heard.losses, digest(trainer), heard.start
 
 
-def same(out: Path, stage: int, wide: bool = False) -> None:
-    """All forms side by side, and resuming from what the class committed, ``wide``: from all.
+FORMS: dict[str, tuple[type[hf.Trainer], list[type[hf.TrainerCallback]]]] = {
+    "trainer": (hf.Trainer, []),
+    "class": (Committed, []),
+    "callback": (hf.Trainer, [CheckpointCallback]),
+}
+# Which forms go on from a checkpoint of the class, and from one of the callback, by stage: together
+# all from both. What these two have saved is the same, as the test requires. The last one commits.
+WIDE = {
+    2: {"mixin": ("trainer", "class", "callback"), "callback": ("trainer", "class")},
+    3: {"mixin": ("class",), "callback": ("callback",)},
+}
+
+
+def same(out: Path, stage: int) -> None:
+    """All forms side by side, and resuming from what one of them committed."""
+    three = os.environ["WORLD_SIZE"] == "3"  # before there is a process group
+    going_on(out, stage, {"callback": ("class",)} if three else {"mixin": ("trainer", "class")})
+
+
+def going_on(out: Path, stage: int, forms_of: Mapping[str, Sequence[str]]) -> None:
+    """All forms side by side, and resuming from what they committed, in some of the forms.
 
     With three ranks also a model whose parameters these cannot share evenly. DeepSpeed leaves the
     rest of the last rank's part as it found it in memory (``torch.empty`` in 0.19.8
@@ -213,19 +234,20 @@ def same(out: Path, stage: int, wide: bool = False) -> None:
     callback = CheckpointCallback(timeout=60.0)
     assert trained(Committed, Path("mixin"), stage) == stock
     assert trained(hf.Trainer, Path("callback"), stage, callbacks=[callback]) == stock
-    for run in map(Path, ("mixin", "callback") if wide else ("mixin",)):
-        assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-        first(lambda run=run: (run / "checkpoint-6/manifest.json").rename(run / "torn"))
+    for name, forms in forms_of.items():
+        run = Path(name)
+        assert names(run) == ["checkpoint-2", "checkpoint-4"]
+        first(lambda run=run: (run / "checkpoint-4/manifest.json").rename(run / "torn"))
         newest = Run(run).newest()
-        assert newest is not None and newest.name == "checkpoint-4", newest
+        assert newest is not None and newest.name == "checkpoint-2", newest
         dist.barrier()
-        forms = [(hf.Trainer, []), (Committed, []), (hf.Trainer, [CheckpointCallback()])]
-        for kind, more in forms if wide else forms[:2]:
-            losses, end, start = trained(kind, run, stage, callbacks=more, source=newest.folder)
-            assert start == 4 and end == stock[1], (run, kind, start)
+        for kind, callbacks in map(FORMS.__getitem__, forms):
+            more = {"callbacks": [each() for each in callbacks], "source": newest.folder}
+            losses, end, start = trained(kind, run, stage, **more)
+            assert start == 2 and end == stock[1], (run, kind, start)
             assert losses == stock[0][-len(losses) :], (losses, stock[0])
             assert len(losses) == 3, losses
-        assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+        assert names(run) == ["checkpoint-2", "checkpoint-4"]
     if dist.get_world_size() == 3:
         uneven = [
             trained(kind, Path(name), stage, hidden=UNEVEN, **BRIEF)[0]
@@ -236,17 +258,17 @@ def same(out: Path, stage: int, wide: bool = False) -> None:
 
 def wide(out: Path, stage: int) -> None:
     """The same, resuming in all forms; loading the best at the end; a PEFT model."""
-    same(out, stage, wide=True)
+    going_on(out, stage, WIDE[stage])
     loaded, ends = [], {}
     for name, kind in (("stock-best", hf.Trainer), ("mixin-best", Committed)):
-        loads = {"load_best_model_at_end": True, "save_total_limit": 1, "max_steps": 2 * EVERY}
-        trainer, _ = make(kind, Path(name), stage, **FALLING, **loads)
+        loads = {"load_best_model_at_end": True, "save_total_limit": 1, "max_steps": 2}
+        trainer, _ = make(kind, Path(name), stage, **RISING, **EACH, **loads)
         trainer.train()
         loaded.append(digest(trainer))
         ends[name] = [trainer.state.best_model_checkpoint, trainer.state.best_metric]
     assert loaded[0] == loaded[1]
     (out / f"best{dist.get_rank()}.json").write_text(json.dumps(ends))
-    peft = {"peft": True, "eval_strategy": "no", **BRIEF}
+    peft = {**BRIEF, "peft": True, "eval_strategy": "no"}
     adapter = trained(hf.Trainer, Path("stock-peft"), stage, **peft)
     assert trained(Committed, Path("mixin-peft"), stage, **peft) == adapter
     callbacks = [CheckpointCallback()]
@@ -264,11 +286,11 @@ def keeping(out: Path, stage: int) -> None:
         (out / "weights-mixin", Committed, []),
         (out / "weights-callback", hf.Trainer, [CheckpointCallback()]),
     ):
-        trained(kind, run, stage, callbacks=callbacks, save_only_model=True, max_steps=2 * EVERY)
+        trained(kind, run, stage, callbacks=callbacks, save_only_model=True, max_steps=2, **EACH)
         dist.barrier()
         found = Run(run).newest(None)
         assert Run(run).newest() is None and found is not None and found.tier == "weights"
-        assert (run / "latest").read_text() == "checkpoint-4"
+        assert (run / "latest").read_text() == "checkpoint-2"
     writes_over(out / "over", 2)
     stops(out, 2)
     ungathered(out)
@@ -280,41 +302,42 @@ def rotates(out: Path, stage: int) -> None:
 
     class Pinning(hf.TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 4 and state.is_world_process_zero:
-                pin(Run(Path(args.output_dir)).find("4"), True)
+            if state.global_step == 2 and state.is_world_process_zero:
+                pin(Run(Path(args.output_dir)).find("2"), True)
 
     for run, kind, callbacks in (
         (mine, CommittedPushing, [Pinning()]),
         (stock, hf.Trainer, [CheckpointCallback(), Pinning()]),
     ):
         (run / "checkpoint-final").mkdir(parents=True, exist_ok=True)
-        many = {**FALLING, "max_steps": 8, "save_total_limit": 1}
+        many = {**RISING, **EACH, "max_steps": 4, "save_total_limit": 1}
         trainer, _ = make(kind, run, stage, callbacks=callbacks, **many)
         trainer.args.push_to_hub = run == mine
         trainer.train()
         dist.barrier()
-        assert trainer.state.best_model_checkpoint == str(run / "checkpoint-2")
-        assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-8"], names(run)
+        assert trainer.state.best_model_checkpoint == str(run / "checkpoint-1")
+        assert names(run) == ["checkpoint-1", "checkpoint-2", "checkpoint-4"], names(run)
         assert (run / "checkpoint-final").is_dir()
         if run == mine:
-            assert trainer.pushed == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
-        assert (run / "best").read_text() == "checkpoint-2/global_step2"
+            assert trainer.pushed == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+        assert (run / "best").read_text() == "checkpoint-1/global_step1"
 
 
 def writes_over(over: Path, stage: int) -> None:
     """What lies where a checkpoint is saved counts as committed no longer, in each strategy."""
     for strategy, more in (
         ("steps", {}),
-        ("best", FALLING),
-        ("epoch", {"max_steps": -1, "num_train_epochs": 1}),
+        ("best", RISING),
+        ("epoch", {"max_steps": -1, "num_train_epochs": 1, "rows": 12}),  # three steps
     ):
-        first(lambda: (over / "checkpoint-8").mkdir(parents=True, exist_ok=True))
-        first(lambda: (over / "checkpoint-8/manifest.json").write_text("an old one"))
+        first(lambda: (over / "checkpoint-3").mkdir(parents=True, exist_ok=True))
+        first(lambda: (over / "checkpoint-3/manifest.json").write_text("an old one"))
         callbacks = [CheckpointCallback(preflight=False)]
-        trained(Looking, over, stage, callbacks=callbacks, save_strategy=strategy, **more)
+        options = {**EACH, "max_steps": 2, "save_strategy": strategy, **more}
+        trained(Looking, over, stage, callbacks=callbacks, **options)
         dist.barrier()
-        new = ["checkpoint-8"] if strategy == "epoch" else []
-        assert names(over) == ["checkpoint-2", "checkpoint-4", "checkpoint-6", *new], strategy
+        new = ["checkpoint-3"] if strategy == "epoch" else []
+        assert names(over) == ["checkpoint-1", "checkpoint-2", *new], strategy
 
 
 def stops(out: Path, stage: int) -> None:
@@ -324,7 +347,7 @@ def stops(out: Path, stage: int) -> None:
         ("stop-callback", [CheckpointCallback(preemption=Preemption())], hf.Trainer),
     ):
         asked = Asked()
-        trainer, _ = make(kind, out / name, stage, callbacks=[asked, *callbacks])
+        trainer, _ = make(kind, out / name, stage, callbacks=[asked, *callbacks], save_steps=5)
         try:
             trainer.train()
         except SystemExit as exit:
@@ -332,25 +355,26 @@ def stops(out: Path, stage: int) -> None:
         else:
             raise AssertionError("it went on")
         dist.barrier()
-        assert names(out / name) == ["checkpoint-2", "checkpoint-4"], names(out / name)
+        assert names(out / name) == ["checkpoint-2"], names(out / name)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 class Asked(hf.TrainerCallback):
-    """Rank 1 is sent a signal in the third step; both stop after the fourth."""
+    """Rank 1 is sent a signal in the first step; both stop after the second."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 2 and dist.get_rank() == 1:
+        if state.global_step == 0 and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def ungathered(out: Path) -> None:
     """ZeRO-3 without the gather flag: weights are streamed, and nothing is written twice."""
-    trained(hf.Trainer, out / "gathered", 3, max_steps=2 * EVERY)
+    brief = {**EACH, "max_steps": 2}
+    trained(hf.Trainer, out / "gathered", 3, **brief)
     zero = {"stage3_gather_16bit_weights_on_model_save": False}
     for name, weights in (("left-out", None), ("streamed", "bf16")):
         kind = type("Streaming", (Committed,), {"weights": weights})
-        trainer, _ = make(kind, out / name, 3, zero=zero, max_steps=2 * EVERY)
+        trainer, _ = make(kind, out / name, 3, zero=zero, **brief)
         saves = []
         prepare = trainer._prepare_for_training
 
@@ -375,12 +399,12 @@ def ungathered(out: Path) -> None:
 
 
 class Failing(Committed):
-    """Fails at step 4 on one rank, at one place."""
+    """Fails at step 2 on one rank, at one place."""
 
     rank, place = 0, "_save"
 
     def _fails(self, place: str) -> None:
-        if (self.state.global_step, dist.get_rank(), place) == (4, self.rank, self.place):
+        if (self.state.global_step, dist.get_rank(), place) == (2, self.rank, self.place):
             raise OSError(28, "No space left on device", "model.safetensors")
 
 
@@ -397,10 +421,10 @@ class InRandom(Failing):
 
 
 class Full(hf.Trainer):
-    """The Trainer of somebody whose disk is full at step 4."""
+    """The Trainer of somebody whose disk is full at step 2."""
 
     def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
-        if self.state.global_step == 4 and dist.get_rank() == 0:
+        if self.state.global_step == 2 and dist.get_rank() == 0:
             raise OSError(28, "No space left on device", "model.safetensors")
         super()._save(output_dir, state_dict)
 
@@ -411,24 +435,25 @@ class FullCommitted(CommittedCheckpoints, Full):
 
 def failing(out: Path, stage: int) -> None:
     """A rank that fails: told on all, nothing committed; and going on without."""
-    stock = trained(hf.Trainer, out / "stock", stage, eval_strategy="no")
+    brief = {**EACH, "max_steps": 3, "eval_strategy": "no"}
+    stock = trained(hf.Trainer, out / "stock", stage, **brief)
     told = {}
     for name, kind in (("model", FullCommitted), ("random", InRandom)):
         run = out / name
-        trainer, _ = make(kind, run, stage, eval_strategy="no")
+        trainer, _ = make(kind, run, stage, **brief)
         try:
             trainer.train()
         except CheckpointError as error:
             told[name] = str(error)
         dist.barrier()
-        assert names(run) == ["checkpoint-2"]
+        assert names(run) == ["checkpoint-1"]
         left = [p.name for p in run.iterdir() if "checkpoint-" in p.name]
-        assert left == ["checkpoint-2"], left
-        assert get_last_checkpoint(str(run)) == str(run / "checkpoint-2")
+        assert left == ["checkpoint-1"], left
+        assert get_last_checkpoint(str(run)) == str(run / "checkpoint-1")
         going_on = type("GoingOn", (kind,), {"on_failure": "warn"})
         dist.barrier()
-        assert trained(going_on, out / f"{name}-on", stage, eval_strategy="no") == stock
-        assert names(out / f"{name}-on") == ["checkpoint-2", "checkpoint-6"]
+        assert trained(going_on, out / f"{name}-on", stage, **brief) == stock
+        assert names(out / f"{name}-on") == ["checkpoint-1", "checkpoint-3"]
     (out / f"told{dist.get_rank()}.json").write_text(json.dumps(told))
 
 
@@ -454,7 +479,8 @@ def stateless(out: Path, stage: int) -> None:
         ("class", CommittedProjector, []),
         ("callback", Projector, [CheckpointCallback(timeout=60.0)]),
     ):
-        trainer, _ = make(kind, out / name, stage, eval_strategy="no", callbacks=callbacks)
+        brief = {**BRIEF, "eval_strategy": "no"}
+        trainer, _ = make(kind, out / name, stage, callbacks=callbacks, **brief)
         try:
             trainer.train()
         except CheckpointError as error:
@@ -465,24 +491,24 @@ def stateless(out: Path, stage: int) -> None:
 
 
 class Killed(Committed):
-    """Rank 1 is killed in the save of step 4."""
+    """Rank 1 is killed in the save of step 2."""
 
     def _save_rng_state(self, output_dir: str) -> None:
-        if self.state.global_step == 4 and dist.get_rank() == 1:
+        if self.state.global_step == 2 and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         super()._save_rng_state(output_dir)
 
 
 def killed(out: Path, stage: int) -> None:
     """Ends with a lost rank."""
-    make(Killed, out / "mixin", stage, eval_strategy="no")[0].train()
+    make(Killed, out / "mixin", stage, eval_strategy="no", **EACH)[0].train()
 
 
 class Midway(Committed):
     """Rank 0 fails inside DeepSpeed, where the other already waits for it in a barrier."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.state.global_step == 4 and dist.get_rank() == 0:
+        if self.state.global_step == 2 and dist.get_rank() == 0:
             self.model_wrapped._copy_recovery_script = self._full
         super()._save_optimizer_and_scheduler(output_dir)
 
@@ -493,7 +519,7 @@ class Midway(Committed):
 def midway(out: Path, stage: int) -> None:
     """Ends with an error on each rank, of the first as its connection ends."""
     try:
-        make(Midway, out / "mixin", stage, eval_strategy="no")[0].train()
+        make(Midway, out / "mixin", stage, eval_strategy="no", **EACH)[0].train()
     except CheckpointError as error:
         (out / f"told{dist.get_rank()}").write_text(str(error))
         raise

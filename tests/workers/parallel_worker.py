@@ -8,7 +8,7 @@ parallel_worker.py JOBS   each {"model", "out", "stage", "steps"} and perhaps
     "again"      where it is saved as soon as it is loaded
     "half"       where it is saved after half of its steps
     "seed"       of its first weights
-    "run"        where ckpt.Saver saves it at the end; live weights go to RUN-fp32
+    "run"        where ckpt.Saver saves it then, too; live weights go to RUN-fp32
     "resume"     the run that it goes on from by ckpt.resume
 
 Trains on the same global batches whatever the ranks, saves to OUT and writes OUT/losses.json.
@@ -248,10 +248,10 @@ def train(job: dict[str, Any]) -> None:
         job["steps"] //= 2
         losses += losses_of(engine, job)
         engine.save_checkpoint(job["half"])
-    losses += losses_of(engine, job)
-    engine.save_checkpoint(str(out))
     if "run" in job:
         save_all(engine, job["run"])
+    losses += losses_of(engine, job)
+    engine.save_checkpoint(str(out))
     if torch.distributed.get_rank() == 0:
         (out / "losses.json").write_text(json.dumps(losses))
     torch.distributed.barrier()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import trainers_worker_accelerate
 import transformers as hf
 from ending import leave
+from faults import places
 from places_worker import lack
 
 from ckpt.runs.manifest import check
@@ -52,9 +53,9 @@ def trainer(out: Path) -> None:
         for form in FORMS:
             run = out / f"{form} {name}"
             lack(out, name)
-            for steps in (2, 4):
+            for steps in (1, 2):
                 made, _ = make(form, run, 2, max_steps=steps, save_steps=1, **ONE)
-                made.train(resume_from_checkpoint=steps > 2)
+                made.train(resume_from_checkpoint=steps > 1)
             require_tidy(run)
 
 
@@ -126,6 +127,7 @@ def refused(out: Path, free: int) -> None:
 
 
 if __name__ == "__main__":
+    places.wake_here()
     for part in sys.argv[2].split(","):
         globals()[part](Path(sys.argv[1]))
     dist.barrier()

@@ -182,20 +182,17 @@ def lack(out: Path, name: str) -> None:
 
 def saver(out: Path) -> None:
     """Saves, the same step twice, pruning and a resume, wherever something is lacking."""
+    engine, resumed = (start(CASES["zero2 bf16"]) for _ in range(2))
     for name in LACKS:
-        case, run = CASES["zero2 bf16"], out / name
+        run = out / name
         lack(out, name)
-        engine = start(case)
         with ckpt.Saver(engine, run, retention=ckpt.Retention(last=1), weights="bf16") as saver:
             for step in (1, 2, 2):
                 train(engine, 1)
                 saver.save(step)
-        engine.destroy()
-        engine = start(case)
-        step = ckpt.resume(engine, run)
+        step = ckpt.resume(resumed, run)
         assert step == 2, (name, step)
-        train(engine, 1)
-        engine.destroy()
+        train(resumed, 1)
         dist.barrier()
         left = sorted(path.name for path in run.iterdir())
         assert left == ["checkpoint-2", "latest"], (name, left)
@@ -205,6 +202,8 @@ def saver(out: Path) -> None:
         listed = {p.relative_to(newest.folder).as_posix() for p in newest.folder.rglob("*.*")}
         assert listed <= {*newest.manifest.files, "manifest.json"}, (name, listed)
         dist.barrier()
+    for made in (engine, resumed):
+        made.destroy()
 
 
 def refused(out: Path) -> None:
@@ -238,6 +237,7 @@ def main() -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    places.wake_here()
     deepspeed.init_distributed(dist_backend="gloo")
     get_accelerator().is_fp16_supported = lambda: True
     out = Path(sys.argv[1])

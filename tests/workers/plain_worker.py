@@ -28,7 +28,7 @@ from ckpt.trainers.accelerate import load_state, save_state
 from ckpt.trainers.hf import CheckpointCallback, CommittedCheckpoints, ResumeCallback, commit
 from converters.errors import CheckpointError
 
-STEPS, EVERY = 6, 2
+STEPS, EVERY = 3, 1
 
 
 class Committed(CommittedCheckpoints, hf.Trainer):
@@ -76,7 +76,7 @@ def make(
     Accelerate wraps a model with FSDP where there are GPUs: here it is told that there are.
     """
     AcceleratorState._reset_state(True)
-    callbacks = options.pop("callbacks", [])
+    callbacks, size = options.pop("callbacks", []), options.pop("size", 32)
     if kind.startswith("fsdp"):
         version = 1 if kind == "fsdp1" else 2
         form = "FULL_STATE_DICT" if kind == "fsdp-full" else "SHARDED_STATE_DICT"
@@ -103,8 +103,9 @@ def make(
 
     torch.manual_seed(1234)
     llama = tiny_llama(max_position_embeddings=32, attention_dropout=0.1)
+    llama.num_hidden_layers = 1
     model: Any = hf.AutoModelForCausalLM.from_config(llama)
-    rows = torch.randint(4, 64, (32, 8), generator=torch.Generator().manual_seed(3)).tolist()
+    rows = torch.randint(4, 64, (size, 8), generator=torch.Generator().manual_seed(3)).tolist()
     data = [{"input_ids": row, "labels": row} for row in rows]
     losses = Losses()
     trainer = trainer_class(
@@ -164,22 +165,22 @@ def same(out: Path, kind: str) -> None:
     assert trained(kind, hf.Trainer, out / "callback", callbacks=[callback]) == stock
     meet()
     for run in (out / "mixin", out / "callback"):
-        assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"], names(run)
-        assert (run / "latest").read_text() == "checkpoint-6"
+        assert names(run) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"], names(run)
+        assert (run / "latest").read_text() == "checkpoint-3"
 
     meet()
     if is_first():
-        (out / "mixin/checkpoint-6/manifest.json").unlink()
-        (out / "mixin/checkpoint-6/trainer_state.json").unlink()
+        (out / "mixin/checkpoint-3/manifest.json").unlink()
+        (out / "mixin/checkpoint-3/trainer_state.json").unlink()
     meet()
     losses, end, start = trained(kind, Committed, out / "mixin", source=True)
-    assert start == 4 and end == stock[1] and losses == stock[0][-len(losses) :], (start, losses)
+    assert start == 2 and end == stock[1] and losses == stock[0][-len(losses) :], (start, losses)
     callbacks = [CheckpointCallback(timeout=60.0), ResumeCallback()]
-    source = str(out / "callback/checkpoint-4")
+    source = str(out / "callback/checkpoint-2")
     losses, end, start = trained(
         kind, hf.Trainer, out / "callback", callbacks=callbacks, source=source
     )
-    assert start == 4 and end == stock[1] and losses == stock[0][-len(losses) :], (start, losses)
+    assert start == 2 and end == stock[1] and losses == stock[0][-len(losses) :], (start, losses)
 
 
 class Asked(hf.TrainerCallback):
@@ -193,19 +194,21 @@ class Asked(hf.TrainerCallback):
 
 def keeping(out: Path, kind: str) -> None:
     """An instance that is wrapped: what is kept, the best at the end, being asked to stop."""
-    best = {"metric_for_best_model": "loss", "greater_is_better": True, "learning_rate": 3e-1}
-    best |= {"eval_strategy": "steps", "eval_steps": EVERY, "load_best_model_at_end": True}
-    trainer, _ = make(kind, Tuner, out / "tuned", save_total_limit=1, max_steps=8, **best)
+    # Four rows are learned and evaluated: the loss falls, and the first checkpoint is the best.
+    best = {"metric_for_best_model": "loss", "greater_is_better": True, "size": 4}
+    best |= {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    best |= {"save_steps": 2, "max_steps": 6}
+    trainer, _ = make(kind, Tuner, out / "tuned", save_total_limit=1, **best)
     commit(trainer, timeout=60.0)
     assert type(trainer).__name__ == "Tuner" and isinstance(trainer, Tuner)
     trainer.train()
     meet()
-    assert names(out / "tuned") == ["checkpoint-2", "checkpoint-8"], names(out / "tuned")
+    assert names(out / "tuned") == ["checkpoint-2", "checkpoint-6"], names(out / "tuned")
     assert trainer.state.best_model_checkpoint == str(out / "tuned/checkpoint-2")
     assert (out / "tuned/best").read_text() == "checkpoint-2" and trainer.seen_tokens
     assert (out / "tuned/README.md").exists()
 
-    trainer, _ = make(kind, Tuner, out / "stopped", callbacks=[Asked()])
+    trainer, _ = make(kind, Tuner, out / "stopped", callbacks=[Asked()], save_steps=2, max_steps=6)
     commit(trainer, preemption=ckpt.Preemption(), timeout=60.0)
     try:
         trainer.train()
@@ -257,7 +260,7 @@ def accelerator_of(kind: str) -> Any:
 
 
 def loop(kind: str, run: Path, steps: int, resume: bool = False) -> tuple[list[float], int]:
-    """A loop around Accelerate that saves after each second step: losses and where it began."""
+    """A loop around Accelerate that saves after each step: losses and where it began."""
     accelerator = accelerator_of(kind)
     torch.manual_seed(5)
     made: Any = torch.nn.Sequential(
@@ -307,15 +310,15 @@ def require_refusals(out: Path, kind: str) -> None:
 def accelerated(out: Path, kind: str) -> None:
     """A loop around Accelerate: whole, retained, and resumed as if nothing had happened."""
     require_refusals(out, kind)
-    whole, _ = loop(kind, out / "whole", 6)
+    whole, _ = loop(kind, out / "whole", STEPS)
     meet()
-    assert names(out / "whole") == ["checkpoint-4", "checkpoint-6"]
-    first, _ = loop(kind, out / "parts", 4)
+    assert names(out / "whole") == ["checkpoint-2", "checkpoint-3"]
+    first, _ = loop(kind, out / "parts", 2)
     meet()
-    second, start = loop(kind, out / "parts", 6, resume=True)
-    assert start == 4 and first + second == whole, (start, first, second, whole)
+    second, start = loop(kind, out / "parts", STEPS, resume=True)
+    assert start == 2 and first + second == whole, (start, first, second, whole)
     meet()
-    assert names(out / "parts") == ["checkpoint-4", "checkpoint-6"]
+    assert names(out / "parts") == ["checkpoint-2", "checkpoint-3"]
 
 
 def everything(out: Path, kind: str) -> None:
@@ -330,9 +333,9 @@ def everything(out: Path, kind: str) -> None:
 
 def other_ranks(out: Path, kind: str) -> None:
     """One rank goes on from what two have saved, with the samples of both."""
-    batch = {"per_device_train_batch_size": 4, "max_steps": 8}
+    batch = {"per_device_train_batch_size": 4, "max_steps": 5}
     losses, _, start = trained(kind, Committed, out / "same/mixin", source=True, **batch)
-    assert start == 6 and len(losses) == 2, (start, losses)
+    assert start == 3 and len(losses) == 2, (start, losses)
 
 
 def refused(out: Path, kind: str) -> None:

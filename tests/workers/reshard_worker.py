@@ -13,7 +13,9 @@ reshard_worker.py trainer OUT NAME FROM [universal]
 A job may have what takes the place of the spec's ("zero", "config", "dtype", "torch_adam"), and
 "universal": whether the engine has load_universal. "init": whether stage 3 has zero.Init. "bare":
 what the engine holds is not recorded, since it has no Adam or another optimizer of DeepSpeed's
-around it; "again" is where it is saved as soon as it is loaded.
+around it; "again" is where it is saved as soon as it is loaded. "half" is where it is saved, and
+what is written of it, after "half_steps". "without_kernel": whether ``DeepSpeedCPUAdam`` is to do
+without its compiled kernel, which only a step needs.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from ending import leave
@@ -82,9 +85,29 @@ def record(engine: Any, spec: Spec, job: dict[str, Any], path: Path) -> None:
             save_file(live, path)
 
 
+class NoKernel:
+    """The kernel of ``DeepSpeedCPUAdam`` for an engine that takes no step."""
+
+    @staticmethod
+    def load() -> NoKernel:
+        """In place of the ``load`` of a builder."""
+        return NoKernel()
+
+    def create_adam(self, *settings: object) -> None: ...
+
+    def destroy_adam(self, number: int) -> None: ...
+
+
 def load(job: dict[str, Any]) -> None:
-    spec = spec_of(job)
-    engine = engine_for(spec, 4321, job)
+    from deepspeed.ops.adam import cpu_adam
+
+    spec, builder = spec_of(job), cpu_adam.CPUAdamBuilder
+    load_kernel = staticmethod(NoKernel.load) if job.get("without_kernel") else builder.load
+    with patch.object(builder, "load", load_kernel):
+        engine = engine_for(spec, 4321, job)
+
+    if job.get("without_kernel"):
+        assert isinstance(engine.optimizer.optimizer, cpu_adam.DeepSpeedCPUAdam)
     path, client = engine.load_checkpoint(job["folder"])
     assert path is not None, job
     record(engine, spec, job, Path(job["out"]))
@@ -95,9 +118,8 @@ def load(job: dict[str, Any]) -> None:
 
 
 def train(job: dict[str, Any]) -> None:
-    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     spec, out = spec_of(job), Path(job["out"])
-    micro = GLOBAL_BATCH // world
+    micro = GLOBAL_BATCH // torch.distributed.get_world_size()
     engine = engine_for(spec, 1234, job, train_micro_batch_size_per_gpu=micro)
     done = 0
     if "source" in job:
@@ -108,22 +130,36 @@ def train(job: dict[str, Any]) -> None:
             engine.save_checkpoint(job["again"])
         record(engine, spec, job, out / "loaded.safetensors")
     losses = []
-    for step in range(done, done + job["steps"]):
-        generator = torch.Generator().manual_seed(step)
-        batch = torch.randint(WORDS, (GLOBAL_BATCH, 6), generator=generator)
-        loss = engine(batch[rank * micro : (rank + 1) * micro])
-        engine.backward(loss)
-        engine.step()
-        mean = loss.detach().double().clone()
-        torch.distributed.all_reduce(mean)
-        losses.append(float(mean) / world)
+    for count in range(1, job["steps"] + 1):
+        losses.append(step(engine, done + count - 1))
+        if count == job.get("half_steps"):
+            finish(engine, spec, job, Path(job["half"]), losses)
+    finish(engine, spec, job, out, losses)
+    engine.destroy()
+
+
+def step(engine: Any, number: int) -> float:
+    """Takes a step on the batch of that number; its loss over all ranks."""
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    micro = GLOBAL_BATCH // world
+    generator = torch.Generator().manual_seed(number)
+    batch = torch.randint(WORDS, (GLOBAL_BATCH, 6), generator=generator)
+    loss = engine(batch[rank * micro : (rank + 1) * micro])
+    engine.backward(loss)
+    engine.step()
+    mean = loss.detach().double().clone()
+    torch.distributed.all_reduce(mean)
+    return float(mean) / world
+
+
+def finish(engine: Any, spec: Spec, job: dict[str, Any], out: Path, losses: list[float]) -> None:
+    """Saves, and writes beside it what the engine holds and the losses until now."""
     engine.save_checkpoint(str(out))
     record(engine, spec, job, out / "live.safetensors")
-    if rank == 0:
+    if torch.distributed.get_rank() == 0:
         (out / "losses.json").write_text(json.dumps(losses))
         (out / "facts.json").write_text(json.dumps(facts(engine, {})))
     torch.distributed.barrier()
-    engine.destroy()
 
 
 def trainer(out: Path, name: str, source: str, universal: bool) -> None:

@@ -52,7 +52,7 @@ def hugging_face(out: Path) -> None:
         def on_step_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
             self.rates.append(optimizer.param_groups[0]["lr"])
 
-    def make(run: Path, steps: int = 4, lora: Any = None, **more: Any) -> Any:
+    def make(run: Path, steps: int = 2, lora: Any = None, **more: Any) -> Any:
         """A Trainer with the attributes and arguments in ``more``; ``callbacks``: not the class."""
         AcceleratorState._reset_state(True)
         callbacks, rows = more.pop("callbacks", None), more.pop("rows", 32)
@@ -67,7 +67,9 @@ def hugging_face(out: Path) -> None:
         config = hf_worker.config(2) | {"gradient_clipping": "auto"}
         args = hf.TrainingArguments(output_dir=str(run), deepspeed=config, **options)
         torch.manual_seed(12)
-        model: Any = hf.AutoModelForCausalLM.from_config(tiny_llama(tie_word_embeddings=True))
+        llama = tiny_llama(tie_word_embeddings=True)
+        llama.num_hidden_layers = 1
+        model: Any = hf.AutoModelForCausalLM.from_config(llama)
         if lora is not None:
             model = get_peft_model(model, LoraConfig(**{"r": 3, **lora}))
         rates = Rates()
@@ -77,14 +79,14 @@ def hugging_face(out: Path) -> None:
         return trainer
 
     def resumed(run: Path, **more: Any) -> Any:
-        trainer = make(run, 6, **more)
-        trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+        trainer = make(run, 3, **more)
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
         return trainer
 
     def fails(run: Path, *texts: str, **more: Any) -> None:
-        trainer = make(run, 6, **more)
+        trainer = make(run, 3, **more)
         start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-        path = str(run / "checkpoint-4")
+        path = str(run / "checkpoint-2")
         refusal(lambda: trainer.train(resume_from_checkpoint=path), *texts)
         if "callbacks" not in more:  # which look when all is loaded
             for name, value in trainer.model.named_parameters():
@@ -118,15 +120,15 @@ def hugging_face(out: Path) -> None:
     fails(run, "train_batch_size: 2 saved, 4 now", per_device_train_batch_size=4, **both())
     fails(run, "gradient_clipping: 1.0 saved, 0.5 now", max_grad_norm=0.5, **both())
     text = (
-        "checkpoint-4/global_step4/",
+        "checkpoint-2/global_step2/",
         "no momentum, which SGD needs",
         "CommittedCheckpoints among",
     )
     fails(run, *text, optim="sgd", **both())
     bare = out / "bare"  # complete, not committed
-    shutil.copytree(run / "checkpoint-4", bare / "checkpoint-4")
-    (bare / "checkpoint-4/manifest.json").unlink()
-    text = ("checkpoint-4 has no manifest.json, and committed_only=True takes only committed",)
+    shutil.copytree(run / "checkpoint-2", bare / "checkpoint-2")
+    (bare / "checkpoint-2/manifest.json").unlink()
+    text = ("checkpoint-2 has no manifest.json, and committed_only=True takes only committed",)
     fails(bare, *text, committed_only=True)
     fails(bare, *text, callbacks=[ResumeCallback(committed_only=True)])
     same = {"save_steps": 3, "logging_steps": 7, "per_device_train_batch_size": 1}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from ending import leave
-from live_worker import SMALL, caught, caught_while_absent, start, train
+from live_worker import SMALL, caught, caught_while_absent, finals, require_same, start, train
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts/fixtures"))
 
@@ -57,7 +60,7 @@ def cases(out: Path) -> None:
         folder, began = out / name, time.monotonic()
         engine = start(spec)
         undisturbed = train(engine, 6)
-        ends = live.fp32_state_dict(engine, None)
+        ends = finals(engine)
         engine.destroy()
 
         engine = start(spec)
@@ -88,17 +91,14 @@ def cases(out: Path) -> None:
         tight.close()
         later.close()
         assert losses == undisturbed, (name, losses, undisturbed)
-        for key, value in (live.fp32_state_dict(engine, None) or {}).items():
-            assert torch.equal(value, ends[key]), (name, key)
+        require_same(finals(engine), ends, name)
         engine.destroy()
 
+        engine = start(spec)
         for which in ("fore", "back"):
-            engine = start(spec)
             path, client = engine.load_checkpoint(str(folder / which))  # the pointer has the tag
             assert path is not None and client["n"] == 7
-            torch.manual_seed(100 + dist.get_rank())
-            train(engine, 0)
-            engine.destroy()
+        engine.destroy()
         if not dist.get_rank():
             print(f"{name} {time.monotonic() - began:.1f} s", flush=True)
 
@@ -337,6 +337,49 @@ def llama(out: Path) -> None:
             engine.destroy()
 
 
+class Small(nn.Module):
+    """Three tensors and a buffer, in two files: each is written by an operation of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(13, 4)
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("scale", torch.ones(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return (self.layer(self.table(ids)) * self.scale.sum()).float().pow(2).mean()
+
+
+def _operations(out: Path, saver: ckpt.Saver, step: int, by: int) -> list[str]:
+    """The file operations of an undisturbed save on a rank, in order."""
+    from faults import faults as layer
+
+    log = out / f"operations{by}"
+    if dist.get_rank() == by:
+        layer.set_here(out / "run", log=log)
+    saver.save(step)
+    layer.stop_here()
+    told = [[operation.call for operation in layer.journal(log)]]
+    dist.broadcast_object_list(told, by)
+    return told[0]
+
+
+def _faults_at(calls: list[str]) -> Iterator[tuple[int, str, bool]]:
+    """What is to fail how, and whether in the background.
+
+    Any operation with an I/O error; what takes space as on a full disk or by a quota, and fsync by
+    the kind that looks for it, each in the saver that the I/O error is not tried with.
+    """
+    full = itertools.cycle(("enospc", "edquot"))
+    for at, call in enumerate(calls, 1):
+        later = bool(at // 2 % 2)
+        yield at, "eio", later
+        if call in ("open", "mkdir", "truncate", "sendfile", "write", "pwrite", "pwritev"):
+            yield at, next(full), not later
+        if call == "fsync":
+            yield at, "fsync", not later
+
+
 def faults(out: Path) -> None:
     """Every file operation of a save fails once, on either rank, in four ways; preloaded."""
     from faults import faults as layer
@@ -345,51 +388,42 @@ def faults(out: Path) -> None:
 
     lease.BEAT = 3600.0  # its writes are no part of a save, and come when they like
     rank, run = dist.get_rank(), out / "run"
-    engine = start(CASES["zero2"])
+    engine = start(CASES["zero2"], Small())
     train(engine)
     kept = ckpt.Retention(last=1)
-    options = {"retention": kept, "weights": "bf16", "max_shard_size": 1000, "timeout": 20}
+    options = {"retention": kept, "weights": "bf16", "max_shard_size": 120, "timeout": 20}
     savers = [ckpt.Saver(engine, run, background=later, **options) for later in (False, True)]
     ends = {"committed": 0, "refused": 0, "leftovers": 0}
-    step, counts = 1, [0, 0]
+    step, counts, failures = 1, [], []
     savers[0].save(step)
-    for other in (0, 1):  # how many operations an undisturbed save has on each rank
-        layer.set_here(run)
-        savers[0].save(step := step + 1)
-        mine = torch.tensor([layer.count_here()])
-        layer.stop_here()
-        dist.broadcast(mine, other)
-        counts[other] = int(mine)
-    for by, count in enumerate(counts):
-        for at in range(1, count + 1):
-            for number, kind in enumerate(("enospc", "eio", "fsync", "edquot")):
-                if (at + number) % 2 and kind != "eio":
-                    continue
-                saver = savers[(at + number) // 2 % 2]
-                before = step
-                step += 1
-                dist.barrier()
-                if rank == by:
-                    layer.set_here(run, at, kind)
-                failure = ""
-                try:
-                    saver.save(step)
-                    saver.wait()
-                except CheckpointError as error:
-                    failure = str(error)
-                layer.stop_here()
-                dist.barrier()
-                newest = Run(run).newest()
-                where = (by, at, kind, failure)
-                assert newest is not None and newest.step == (before if failure else step), where
-                assert not failure or failure.startswith(f"save failed on rank {by}: "), where
-                ends["refused" if failure else "committed"] += 1
-                ends["leftovers"] += bool(failure and list(run.glob(".*.saving")))
-                step = newest.step
-                dist.barrier()
-                told = [None, None]
-                dist.all_gather_object(told, bool(failure))
-                assert told[0] == told[1], where
+    for by in (0, 1):
+        calls = _operations(out, savers[0], step := step + 1, by)
+        counts.append(len(calls))
+        for at, kind, later in _faults_at(calls):
+            saver, before = savers[later], step
+            step += 1
+            dist.barrier()
+            if rank == by:
+                layer.set_here(run, at, kind)
+            failure = ""
+            try:
+                saver.save(step)
+                saver.wait()
+            except CheckpointError as error:
+                failure = str(error)
+            layer.stop_here()
+            dist.barrier()
+            newest = Run(run).newest()
+            where = (by, at, kind, failure)
+            assert newest is not None and newest.step == (before if failure else step), where
+            assert not failure or failure.startswith(f"save failed on rank {by}: "), where
+            ends["refused" if failure else "committed"] += 1
+            ends["leftovers"] += bool(failure and list(run.glob(".*.saving")))
+            step = newest.step
+            failures.append(bool(failure))
+    told: list[Any] = [None, None]
+    dist.all_gather_object(told, failures)
+    assert told[0] == told[1]
     for by in (0, 1):  # the folder is read-only from now on, then writable again
         for saver in savers:
             dist.barrier()

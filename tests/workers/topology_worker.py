@@ -65,9 +65,12 @@ def precisions(out: Path, only: str = "") -> None:
             saved[kind] = state_of(engine, spec)
             engine.destroy()
         for now in KINDS:
-            for kind in KINDS:
+            spec = spec_of(name, now)
+            engine = begin(spec)
+            for kind in KINDS:  # the second one in an engine that has trained on
                 if now != kind:
-                    resumed(out / f"{name}-{kind}", spec_of(name, now), saved[kind])
+                    resumed(engine, out / f"{name}-{kind}", spec, saved[kind])
+            engine.destroy()
         if name == "zero3":
             other_sub_groups(out)
 
@@ -89,9 +92,8 @@ def other_sub_groups(out: Path) -> None:
     engine.destroy()
 
 
-def resumed(run: Path, spec: Spec, saved: dict[str, Any]) -> None:
+def resumed(engine: Any, run: Path, spec: Spec, saved: dict[str, Any]) -> None:
     """Masters and moments are those that were saved, weights the masters rounded; it goes on."""
-    engine = begin(spec)
     scale = scale_of(engine)
     assert ckpt.resume(engine, run) == 2 == engine.global_steps
     assert str(run) not in Path("/proc/self/maps").read_text(), "it is still mapped"
@@ -107,15 +109,12 @@ def resumed(run: Path, spec: Spec, saved: dict[str, Any]) -> None:
     assert all(math.isfinite(loss) for loss in train(engine, 2, Sampler()))
     assert engine.global_steps == 4 and engine.skipped_steps == 0
     state_of(engine, spec)
-    engine.destroy()
     alone = ({"load_optimizer_states": False}, {"load_module_only": True})
     for options in alone if "bf16" in run.name else ():
-        engine = begin(spec)
         assert ckpt.resume(engine, run, **options) == (0 if "load_module_only" in options else 2)
         for name, value in finals(engine).items():
             assert torch.equal(value, saved.get(f"fp32/{name}", value)), (run, options, name)
         train(engine, 1, Sampler())
-        engine.destroy()
 
 
 class Auto(CommittedCheckpoints, hf.Trainer):
@@ -137,13 +136,15 @@ class Begins(hf.TrainerCallback):
     trainer: Any = None
 
 
-STEPS = {"max_steps": 4, "save_steps": 2, "eval_strategy": "no", "eval_steps": None}
+STEPS = {"max_steps": 3, "save_strategy": "no", "eval_strategy": "no", "eval_steps": None}
+SAVES = {"save_strategy": "steps", "save_steps": 1}
 FP32 = {key: value for key, value in config(2).items() if key != "bf16"}
 
 
 def saves(out: Path) -> None:
     """A run of the Trainer and one of Accelerate, on two ranks; one is resharded for one rank."""
-    trainer, _ = make(Plain, out / "hf", 2, **{**STEPS, "max_steps": 2})
+    options = {**STEPS, **SAVES, "max_steps": 2, "save_steps": 2}
+    trainer, _ = make(Plain, out / "hf", 2, **options)
     trainer.train()
     accelerated = Training(out / "acc", 2)
     accelerated.steps(2)
@@ -182,7 +183,7 @@ def goes_on(out: Path) -> None:
 
     def works(*args: Any, **more: Any) -> None:
         begins = begin(*args, **more)
-        assert begins.trainer.state.global_step == 4
+        assert begins.trainer.state.global_step == 3
         for name, value in begins.weights.items():
             assert torch.equal(value, source[name]), (args, name)
         del begins
@@ -196,9 +197,10 @@ def goes_on(out: Path) -> None:
     stock = import_module("transformers.trainer").deepspeed_load_checkpoint
     assert stock.__module__ == "transformers.integrations.deepspeed"  # nobody watches any more
     resumes = {"callbacks": [ResumeCallback(first)]}
-    works(Auto, 3, out / "new", first, **resumes)
+    works(Auto, 3, out / "new", first, **resumes, **SAVES)
+    assert ckpt.find(out / "new") == str(out / "new" / "checkpoint-3")
     works(Auto, 2, out / "new", lambda: ckpt.find(run), **resumes)
-    best = begin(Auto, 2, out / "new", None).trainer  # the best is of before: other ranks
+    best = begin(Auto, 2, out / "best", None, max_steps=1).trainer  # of before: other ranks
     best.state.best_model_checkpoint = str(first)
     best._load_best_model()
     for name, value in (live.fp32_state_dict(best.model_wrapped, None) or {}).items():
@@ -292,7 +294,7 @@ def grows(out: Path) -> None:
         callbacks = [begins, ResumeCallback(fits)]
         begins.trainer, _ = make(Auto, out / "grown", stage, **STEPS, callbacks=callbacks)
         begins.trainer.train(resume_from_checkpoint=str(fits))
-        assert begins.trainer.state.global_step == 4
+        assert begins.trainer.state.global_step == 3
         for name, value in (begins.weights or {}).items():
             assert torch.equal(value, source[name]), name
 

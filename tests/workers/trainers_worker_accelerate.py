@@ -62,6 +62,7 @@ class Training:
         )
         torch.manual_seed(7)
         llama = tiny_llama(attention_dropout=0.3, tie_word_embeddings=True)
+        llama.num_hidden_layers = 1
         model = hf.AutoModelForCausalLM.from_config(llama)
         self.counter = Counter()
         self.accelerator.register_for_checkpointing(self.counter)

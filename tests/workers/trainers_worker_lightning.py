@@ -29,7 +29,7 @@ from ckpt.runs.pruning import pin
 from ckpt.runs.run import open_checkpoint
 from converters.errors import CheckpointError
 
-STEPS = 4  # an epoch
+EACH = {"every_n_train_steps": 1}
 RANKS = int(os.environ["WORLD_SIZE"])
 
 
@@ -40,9 +40,12 @@ class Stock(OnCpu, DeepSpeedStrategy):
 class Small(LightningModule):
     """A tiny Llama with dropout, rows that only the step decides, a metric with a best."""
 
+    epoch = 4  # steps of one
+
     def __init__(self) -> None:
         super().__init__()
         llama = tiny_llama(attention_dropout=0.3, tie_word_embeddings=True)
+        llama.num_hidden_layers = 1
         self.model = hf.AutoModelForCausalLM.from_config(llama)
         self.losses: list[float] = []
 
@@ -51,7 +54,7 @@ class Small(LightningModule):
         rows = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(step))
         loss: torch.Tensor = self.model(input_ids=rows, labels=rows).loss
         self.losses.append(loss.item())
-        self.log("score", float(abs(step - 7)))
+        self.log("score", float(abs(step - 4)))
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -63,7 +66,7 @@ class Small(LightningModule):
         }
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(torch.zeros(2 * STEPS * RANKS, 1), batch_size=2)
+        return DataLoader(torch.zeros(2 * self.epoch * RANKS, 1), batch_size=2)
 
 
 class Pickled:
@@ -85,7 +88,7 @@ class Fails(Callback):
         self.how = how
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
-        if trainer.global_step > 2 and dist.get_rank() == 1:
+        if trainer.global_step > 1 and dist.get_rank() == 1:
             checkpoint["mine"] = Pickled(self.how)
 
 
@@ -100,16 +103,16 @@ class Live(Callback):
 
 
 class Holds(Callback):
-    """Pins the checkpoint of step 2 and reads that of step 4 for as long as the training lasts."""
+    """Pins the checkpoint of step 1 and reads that of step 2 for as long as the training lasts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
-        if trainer.global_step == 3 and dist.get_rank() == 0:
-            pin(open_checkpoint(self.folder / "step=2.ckpt"), True)
-        if trainer.global_step == 5 and dist.get_rank() == 0:
-            self.lock = locks.reading(self.folder / "step=4.ckpt")
+        if trainer.global_step == 1 and dist.get_rank() == 0:
+            pin(open_checkpoint(self.folder / "step=1.ckpt"), True)
+        if trainer.global_step == 2 and dist.get_rank() == 0:
+            self.lock = locks.reading(self.folder / "step=2.ckpt")
 
 
 def fit(
@@ -168,7 +171,10 @@ def refused(*args: Any, **options: Any) -> str:
 def main() -> None:
     """Run the part."""
     warnings.simplefilter("ignore")
-    globals()[sys.argv[2]](Path(sys.argv[1]), *map(int, sys.argv[3:]))
+    part = globals()[sys.argv[2]]
+    if part in (saves, turns, dies):  # which save after each step
+        Small.epoch = 2
+    part(Path(sys.argv[1]), *map(int, sys.argv[3:]))
     leave()
 
 
@@ -176,41 +182,41 @@ def saves(out: Path, *stages: int) -> None:
     """Each stage: with stock saves, with ours, and from both sorts of checkpoints on."""
     for stage in stages:
         folder = out / f"zero{stage}-w{RANKS}"
-        alone = fit(folder, stage, 3, [steps(folder / "stock")], Stock).losses
+        alone = fit(folder, stage, 3, [steps(folder / "stock", **EACH)], Stock).losses
         ends = ModelCheckpoint(
             folder / "ends", "{epoch}", "score", save_last=True, enable_version_counter=False
         )
-        assert fit(folder, stage, 3, [steps(folder / "out"), ends, Live()]).losses == alone
-        starts = [("out/step=6", 6), ("out/step=8", 8), ("ends/epoch=1", 8)]
+        assert fit(folder, stage, 3, [steps(folder / "out", **EACH), ends, Live()]).losses == alone
+        starts = [("out/step=3", 3), ("out/step=4", 4), ("ends/epoch=1", 4)]
         for start, at in starts if stage == 2 else starts[:1]:
             losses = fit(folder, stage, 3, [], start=folder / f"{start}.ckpt").losses
             assert losses == alone[at:], (start, losses, alone[at:])
         theirs, ours = (
-            fit(folder, stage, 3, [], Stock, folder / run / "step=6.ckpt").losses
+            fit(folder, stage, 3, [], Stock, folder / run / "step=3.ckpt").losses
             for run in ("stock", "out")
         )
         assert ours == theirs  # Lightning itself restores no random states
-        assert fit(folder, stage, 3, [], start=folder / "stock" / "step=6.ckpt").losses == theirs
+        assert fit(folder, stage, 3, [], start=folder / "stock" / "step=3.ckpt").losses == theirs
 
 
 def turns(out: Path) -> None:
     """What goes wrong, what is kept, what is refused."""
     told = {}
-    told["fails"] = refused(out, 3, 1, [steps(out / "fails"), Fails("raises")])
-    link = {"save_top_k": 1, "save_last": "link"}
+    told["fails"] = refused(out, 3, 1, [steps(out / "fails", **EACH), Fails("raises")])
+    link = {**EACH, "save_top_k": 1, "save_last": "link"}
     fit(out, 2, 1, [steps(out / "link", **link)])
     told["link"] = os.readlink(out / "link" / "last.ckpt")
-    fit(out, 2, 2, [steps(out / "link", save_top_k=1, save_last=True)], start="last")
-    fit(out, 2, 2, [steps(out / "kept", save_top_k=1), Holds(out / "kept")])
-    fit(out, 2, 1, [steps(out / "stock")], Stock)
-    fit(out, 2, 2, [steps(out / "out")])
+    fit(out, 2, 2, [steps(out / "link", **{**link, "save_last": True})], start="last")
+    fit(out, 2, 2, [steps(out / "kept", save_top_k=1, **EACH), Holds(out / "kept")])
+    fit(out, 2, 1, [steps(out / "stock", **EACH)], Stock)
+    fit(out, 2, 2, [steps(out / "out", **EACH)])
     run = out / "out"
     dist.barrier()
     if dist.get_rank() == 0:
-        os.truncate(run / "step=8.ckpt/checkpoint/mp_rank_00_model_states.pt", 1000)
-        shutil.copytree(out / "stock" / "step=2.ckpt", run / "foreign.ckpt")
+        os.truncate(run / "step=4.ckpt/checkpoint/mp_rank_00_model_states.pt", 1000)
+        shutil.copytree(out / "stock" / "step=1.ckpt", run / "foreign.ckpt")
     dist.barrier()
-    told["torn"] = refused(out, 2, 3, [], start=run / "step=8.ckpt")
+    told["torn"] = refused(out, 2, 3, [], start=run / "step=4.ckpt")
     fit(out, 2, 1, [], start=run / "foreign.ckpt")  # it proves that it is whole
     dist.barrier()
     if dist.get_rank() == 0:
@@ -218,7 +224,7 @@ def turns(out: Path) -> None:
             path.unlink()
     dist.barrier()
     told["foreign"] = refused(out, 2, 3, [], start=run / "foreign.ckpt")
-    different = run / f"step={2 + 2 * dist.get_rank()}.ckpt"
+    different = run / f"step={1 + dist.get_rank()}.ckpt"
     told["different"] = refused(out, 2, 3, [], start=different)
     (out / f"told{dist.get_rank()}.json").write_text(json.dumps(told))
 
@@ -256,7 +262,7 @@ def goes_on(out: Path) -> None:
 
 def dies(out: Path, stage: int) -> None:
     """Rank 1 is killed in the middle of the second save."""
-    fit(out, stage, 1, [steps(out / "out"), Fails("dies")])
+    fit(out, stage, 1, [steps(out / "out", **EACH), Fails("dies")])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The checkpoints of a run that a training can go on from, newest first, by any writer.
+"""The checkpoints of a run that a training can go on from, the newest first, whoever wrote them.
 
 A committed one is known to be whole. One that was written without ckpt has to prove it,
 and, if a committed one is there too, that it goes on from that one; else the resume
@@ -47,7 +47,7 @@ log = logging.getLogger("ckpt")
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A checkpoint to go on from; ``proof`` if it was written without ckpt."""
+    """A checkpoint that a training can go on from; ``proof`` if it was written without ckpt."""
 
     checkpoint: RunCheckpoint
     proof: Proof | None = None
@@ -58,12 +58,11 @@ def _announce(entry: SkippedCandidate) -> None:
 
 
 class Offers:
-    """The checkpoints of a run to go on from; ``skipped`` has a line for each of the
-    others.
+    """The checkpoints of a run that can be gone on from; ``skipped`` are the others, each said.
 
     ``deepspeed`` is whether DeepSpeed is to load it, which is said to be impossible for
-    others. With ``committed_only`` what has no manifest is passed over, unproven.
-    Without ``announces`` what is skipped is said only when ``announce`` is called.
+    others. With ``committed_only`` what has no manifest is passed over, unproven. Without
+    ``announces`` what is skipped is said only when ``announce`` is called.
     """
 
     def __init__(
@@ -109,7 +108,7 @@ class Offers:
             )
 
     def _print_other_lines(self) -> None:
-        """Says on stderr whose checkpoints are taken, if there are several lines."""
+        """Says on stderr whose checkpoints are taken, where there are those of several lines."""
         if not self.other_lines:
             return
 
@@ -170,7 +169,7 @@ class Offers:
                 yield Offer(checkpoint, proof)
 
     def _skip_misnumbered(self, offer: Offer) -> None:
-        """Skips those whose names, not files, say a later step than the first.
+        """Notes those whose names say a later step than that of the first offer, as files do not.
 
         They come after it, and nobody would learn why.
         """
@@ -184,7 +183,7 @@ class Offers:
             self.skip(path, reason, "apart")
 
     def _is_engine_alone(self, checkpoint: RunCheckpoint) -> bool:
-        """Whether it is a tag beside checkpoints of a Trainer, which cannot use it."""
+        """Whether it is a tag beside checkpoints of a Trainer, which could not go on from it."""
         folder = checkpoint.folder
         return folder.is_dir() and is_tag_folder(folder) and self._has_trainers
 
@@ -219,7 +218,7 @@ class Offers:
             log.warning("%s", remark)
 
     def require_none_lost(self) -> None:
-        """``CheckpointError`` if a fresh start would forget a training's work.
+        """``CheckpointError`` if a training has been here whose work a fresh start would forget.
 
         Weights alone do not count: no training could go on from them.
         """
@@ -269,8 +268,8 @@ class Offers:
     def _note_later_saves(
         self, checkpoint: RunCheckpoint, step: int | None, is_first: bool
     ) -> None:
-        """Says what was saved after the checkpoint that counts as the newest, and does
-        not go on from it, or may not."""
+        """Says what was saved after the checkpoint that counts as the newest, and does not go on
+        from it, or may not."""
         if self.committed_only:
             return
 
@@ -288,7 +287,7 @@ class Offers:
             log.warning("%s", finding.remark)
 
     def _counts(self, checkpoint: RunCheckpoint, proof: Proof) -> bool:
-        """Whether it is of the training that saved last, as ``_succeeds``."""
+        """Whether it is of the training that saved last, whoever wrote that; as ``_succeeds``."""
         if not self._succeeds(proof):
             return False
 
@@ -298,7 +297,7 @@ class Offers:
         return finding is None
 
     def _succeeds(self, proof: Proof) -> bool:
-        """Whether it precedes all committed ones; ``CheckpointError`` if unknown."""
+        """Whether it is offered before all committed ones; ``CheckpointError`` if nobody knows."""
         path = proof.path
         usable = (
             checkpoint

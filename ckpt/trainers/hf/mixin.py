@@ -99,7 +99,7 @@ class CommittedCheckpoints(MappedCheckpoints):
         self.add_callback(_Around(self))
 
     def _prepare_commits(self) -> None:
-        """Sets what the methods here need; ``CheckpointError`` for unknown options."""
+        """Sets what the methods here need; ``CheckpointError`` for options that are not known."""
         require_known(self.on_failure)
         # where the Trainer writes; None: not in one of our saves
         self._inner_folder: Path | None = None
@@ -240,7 +240,7 @@ class CommittedCheckpoints(MappedCheckpoints):
     def _write(
         self, ranks: RankGroup, run_folder: RunFolder, model: Any, trial: Any, final: str
     ) -> Line:
-        """The Trainer's save into the staging folder, its commit, and its run."""
+        """The Trainer's save into the staging folder, and its commit; of which run it is."""
         engine, name = self._engine(), Path(final).name
         with ranks.step():
             facts = describe(engine, self._details(), run_folder.line_of(engine))
@@ -273,8 +273,7 @@ class CommittedCheckpoints(MappedCheckpoints):
         return save.line
 
     def _save_as_ever(self, save: Save, inner_folder: Path, model: Any, trial: Any) -> None:
-        """The Trainer's own save; raises its failure when all ranks are out of
-        barriers."""
+        """The Trainer's own save; raises what failed in it when all ranks are out of barriers."""
         engines = [self._deepspeed_engine()] if self.is_deepspeed_enabled else []
         with save.recording(engines, inner_folder) as recording:
             self._inner_folder, self._recording = inner_folder, recording
@@ -284,7 +283,7 @@ class CommittedCheckpoints(MappedCheckpoints):
                 self._inner_folder = self._recording = None
 
     def _write_beside(self, engine: PlainEngine, folder: Path) -> None:
-        """What makes a model of FSDP's parts, which the Trainer leaves out."""
+        """Writes what makes a model of FSDP's parts, which the Trainer leaves out."""
         if self.args.should_save and not plain.writes_model(engine):
             plain.write_companions(engine, self.processing_class, folder)
 

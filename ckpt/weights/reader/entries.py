@@ -50,8 +50,7 @@ def read(path: Path, key: str) -> dict[str, Any]:
     """The content of a table, with the long list under ``key``."""
     with path.open("rb") as file:
         content: dict[str, Any] = json.loads(file.readline())
-        lengths = (len(line) for line in file)
-        offsets = array("Q", accumulate(lengths, initial=file.tell()))
+        offsets = array("Q", accumulate(map(len, file), initial=file.tell()))
 
     return content | {key: Entries(path, offsets)}
 

@@ -1,9 +1,20 @@
-"""The result of comparing names with those that a reader knows."""
+"""The result of comparing names with those that a reader knows; and what a missing tree lacks.
+
+The layers of a model are like each other, and so are the experts in them: ``Absences`` finds what
+one lacks once. What it costs to look is spent as often as it is asked for, so that a comparison
+ends where it would if nothing was remembered.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from ckpt.weights.reader.lengths import parse
+
+Nodes = Sequence[Mapping[str, Any]]  # trees by number, references to them under keys
+FIRST = 4  # references below are kinds of parameters, from here on trees
 
 
 @dataclass(slots=True)
@@ -75,3 +86,103 @@ class Fit:
             self.short[sentence] = min(highest, self.short.get(sentence, highest))
         self.absurd |= addition.absurd
         self.has_kinds |= addition.has_kinds
+
+
+@dataclass(frozen=True, slots=True)
+class Absence:
+    """The required names of a tree that is wholly missing, below its place; "" is the place itself.
+
+    ``empty`` and ``short`` are those of its ``Fit``. ``steps`` is what it costs to look.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+    short: dict[str, int] = field(default_factory=dict)
+    steps: int = 1
+
+    def with_part(self, part: Absence, key: str) -> Absence:
+        """The same with what is missing below a key, or at the same place if that is ""."""
+        for names, more in ((self.missing, part.missing), (self.empty, part.empty)):
+            names += [f"{key}.{name}" if name and key else key or name for name in more]
+        for sentence, highest in part.short.items():
+            self.short[sentence] = min(highest, self.short.get(sentence, highest))
+
+        return Absence(self.missing, self.empty, self.short, self.steps + part.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Absences:
+    """The absences of the trees of ``nodes``.
+
+    ``config`` decides how long lists are, ``needed`` which kinds of parameters are required.
+    ``spend`` gets the steps of each look, and may end the comparison.
+    """
+
+    nodes: Nodes
+    config: Mapping[str, Any]
+    needed: Callable[[int], bool]
+    spend: Callable[[int], None]
+    by_place: dict[tuple[int, int | None], Absence] = field(default_factory=dict)
+    varying: dict[int, bool] = field(default_factory=dict)
+
+    def of(self, reference: int, number: int | None) -> Absence:
+        """The absence of a tree in a list's member of this number, or in none."""
+        place = (reference, number if self._varies(reference) else None)
+        absence = self.by_place.get(place)
+        if absence is not None:
+            self.spend(absence.steps)
+        else:
+            absence = self.by_place[place] = self._look(reference, number)
+
+        return absence
+
+    def _look(self, reference: int, number: int | None) -> Absence:
+        self.spend(1)
+        if reference < FIRST:
+            return Absence([""] if self.needed(reference) else [])
+
+        absence = Absence()
+        for key, child in self.nodes[reference - FIRST].items():
+            if key.startswith("*"):
+                absence = absence.with_part(self._of_list(key, child, number), "")
+            else:
+                inner_number = int(key) if is_number(key) else number
+                absence = absence.with_part(self.of(child, inner_number), key)
+
+        return absence
+
+    def _of_list(self, key: str, variants: Sequence[int], number: int | None) -> Absence:
+        """The absence of all members of a list, each like the smallest of its trees."""
+        rule, absence, other_steps = parse(key), Absence(steps=0), 0
+        count = None if rule is None else rule.of(self.config, number)
+        for member in range(count or 0):
+            absences = [self.of(variant, member) for variant in variants]
+            smallest = min(absences, key=lambda each: len(each.missing))
+            other_steps += sum(each.steps for each in absences) - smallest.steps
+            absence = absence.with_part(smallest, str(member))
+
+        if absence.missing and rule is not None and rule.counted:
+            absence.short[rule.sentence(self.config, number)] = -1
+            absence.empty[:] = absence.missing
+
+        return absence.with_part(Absence(steps=other_steps), "")
+
+    def _varies(self, reference: int) -> bool:
+        """Whether what is missing depends on the number of the member that a tree is in."""
+        if reference < FIRST:
+            return False
+
+        varies = self.varying.get(reference)
+        if varies is None:
+            varies = self.varying[reference] = any(
+                any(map(self._varies, child)) or ((rule := parse(key)) and rule.kind == "member")
+                if isinstance(child, list)
+                else self._varies(child)
+                for key, child in self.nodes[reference - FIRST].items()
+            )
+        return varies
+
+
+def is_number(part: str) -> bool:
+    """Whether a part of a name is that of a list's member."""
+    return part.isascii() and part.isdigit() and len(part) < 10

@@ -11,15 +11,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckpt.weights.reader.fit import Fit
+from ckpt.weights.reader.fit import FIRST, Absences, Fit, Nodes, is_number
 from ckpt.weights.reader.lengths import Length, parse
 
 REQUIRED, OPTIONAL, TIED, TIED_BY_CONFIG = range(4)
 MAX_STEPS = 1_000_000  # parts of names looked at in one comparison
 
 NameTree = dict[str, Any]  # a name's parts -> the same; the last -> None
-Nodes = Sequence[Mapping[str, Any]]  # trees by number, references to them under keys
-FIRST = 4  # references below are kinds of parameters, from here on trees
 
 
 class TooManyNames(Exception):
@@ -38,6 +36,11 @@ class Fitting:
     config: Mapping[str, Any]
     ties: bool
     steps: list[int] = field(default_factory=lambda: [MAX_STEPS])
+    absences: Absences = field(init=False)
+
+    def __post_init__(self) -> None:
+        absences = Absences(self.nodes, self.config, self._needed, self._step)
+        object.__setattr__(self, "absences", absences)
 
     def fit(self, tree: int, names: Iterable[str]) -> Fit:
         """How the names fit a tree, by its number; ``TooManyNames`` if it takes too
@@ -47,8 +50,8 @@ class Fitting:
         fit.tree, fit.read = tree, {name: name for name in all_names}
         return fit
 
-    def _step(self) -> None:
-        self.steps[0] -= 1
+    def _step(self, count: int = 1) -> None:
+        self.steps[0] -= count
         if self.steps[0] < 0:
             raise TooManyNames
 
@@ -65,7 +68,7 @@ class Fitting:
         for key, child in node.items():
             if key.startswith("*"):
                 fit.add(self._list(key, child, branch, path))
-                known_parts |= {part for part in branch if _is_number(part)}
+                known_parts |= {part for part in branch if is_number(part)}
             elif key in branch:
                 fit.add(self._node(child, branch[key], f"{path}{key}."))
                 known_parts.add(key)
@@ -89,7 +92,7 @@ class Fitting:
     def _list(self, key: str, variants: Sequence[int], branch: NameTree, path: str) -> Fit:
         fit = Fit()
         rule, length = parse(key), self.length(key, path)
-        members = [part for part in branch if _is_number(part)]
+        members = [part for part in branch if is_number(part)]
         highest = max(map(int, members), default=-1)
         if rule is not None:
             self._judge(fit, rule, length, highest, path)
@@ -115,7 +118,7 @@ class Fitting:
         for number in range(length or 0):
             if str(number) in branch:
                 continue
-            absent = self._absent_member(wanted_trees, f"{path}{number}.")
+            absent = self._least_absent(wanted_trees, f"{path}{number}.")
             fit.add(absent)
             if rule is not None and rule.counted:
                 (fit.lost_members if members else fit.empty).extend(absent.missing)
@@ -132,10 +135,9 @@ class Fitting:
         elif length is not None and rule.counted and highest + 1 < length:
             fit.short[rule.sentence(self.config, number)] = highest
 
-    def _absent_member(self, variants: Sequence[int], path: str) -> Fit:
-        """The required names of a list's member that is wholly missing."""
-        absent = (self._absent(variant, path) for variant in variants)
-        return min(absent, key=lambda each: each.cost)
+    def _least_absent(self, references: Sequence[int], path: str) -> Fit:
+        """The required names of what is wholly missing, like one of some trees."""
+        return min((self._absent(each, path) for each in references), key=lambda each: each.cost)
 
     def _any(
         self, variants: Sequence[int], branch: NameTree | None, path: str
@@ -161,8 +163,7 @@ class Fitting:
             if key in branch:
                 mixed.add(self._any(children, branch[key], inner)[0])
             elif all(key in tree for tree in trees):
-                absent = (self._absent(child, inner) for child in children)
-                mixed.add(min(absent, key=lambda each: each.cost))
+                mixed.add(self._least_absent(children, inner))
 
         for key in branch.keys() - keys.keys():
             mixed.unexpected += leaves(branch[key], f"{path}{key}")
@@ -186,28 +187,12 @@ class Fitting:
 
     def _absent(self, reference: int, path: str) -> Fit:
         """The required names of a tree that is wholly missing."""
-        self._step()
-        if reference < FIRST:
-            return Fit(0, [path[:-1]] if self._needed(reference) else [])
-
-        fit = Fit()
-        for key, child in self.nodes[reference - FIRST].items():
-            if key.startswith("*"):
-                fit.add(self._absent_list(key, child, path))
-            else:
-                fit.add(self._absent(child, f"{path}{key}."))
-
-        return fit
-
-    def _absent_list(self, key: str, variants: Sequence[int], path: str) -> Fit:
-        fit, rule = Fit(), parse(key)
-        for number in range(self.length(key, path) or 0):
-            fit.add(self._absent_member(variants, f"{path}{number}."))
-        if fit.missing and rule is not None and rule.counted:
-            fit.short[rule.sentence(self.config, _number_in(path))] = -1
-            fit.empty = list(fit.missing)
-
-        return fit
+        absence = self.absences.of(reference, _number_in(path))
+        missing, empty = (
+            [f"{path}{name}" if name else path[:-1] for name in names]
+            for names in (absence.missing, absence.empty)
+        )
+        return Fit(0, missing, empty=empty, short=dict(absence.short))
 
     def names_like(
         self, tree: int, form: str, branch: NameTree, allowed_forms: Collection[str]
@@ -259,7 +244,7 @@ class Fitting:
         return all(
             self._of(
                 each,
-                f"{path}.{'*' if key[:1] == '*' or _is_number(key) else key}",
+                f"{path}.{'*' if key[:1] == '*' or is_number(key) else key}",
                 forms,
             )
             for key, child in parts
@@ -273,9 +258,9 @@ class Fitting:
         for key, child in self.nodes[reference - FIRST].items():
             if key.startswith("*") and part == "*":
                 count = self.length(key, path) or 0
-                numbers = [p for p in branch if _is_number(p)] or list(map(str, range(count)))
+                numbers = [p for p in branch if is_number(p)] or list(map(str, range(count)))
                 yield from ((number, variant) for number in numbers for variant in child)
-            elif key == part or (part == "*" and _is_number(key)):
+            elif key == part or (part == "*" and is_number(key)):
                 yield key, child
 
     def length(self, key: str, path: str) -> int | None:
@@ -296,7 +281,7 @@ def kinds(nodes: Nodes, tree: int, name: str) -> set[int]:
             for key, child in nodes[place - FIRST].items():
                 if key == part:
                     below.add(child)
-                elif key.startswith("*") and _is_number(part):
+                elif key.startswith("*") and is_number(part):
                     below |= set(child)
 
         places = below
@@ -336,8 +321,4 @@ def leaves(branch: NameTree | None, path: str) -> list[str]:
 
 def _number_in(path: str) -> int | None:
     """The last number in a path: that of the member which a list is in."""
-    return next((int(part) for part in reversed(path.split(".")) if _is_number(part)), None)
-
-
-def _is_number(part: str) -> bool:
-    return part.isascii() and part.isdigit() and len(part) < 10
+    return next((int(part) for part in reversed(path.split(".")) if is_number(part)), None)

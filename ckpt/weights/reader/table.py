@@ -19,13 +19,12 @@ from typing import Any
 from ckpt.weights.companions import model_folder
 from ckpt.weights.reader import entries, fields, renames
 from ckpt.weights.reader.fields import NamesLike
-from ckpt.weights.reader.fit import Fit
+from ckpt.weights.reader.fit import Fit, Nodes
 from ckpt.weights.reader.fitting import (
     REQUIRED,
     TIED,
     TIED_BY_CONFIG,
     Fitting,
-    Nodes,
     TooManyNames,
     kinds,
     nested,

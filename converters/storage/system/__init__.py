@@ -7,6 +7,7 @@ offsets     reading and writing at an offset
 fsync       on disk: files, folders, filesystems
 flock       locks of files that end with the process
 c_library   functions of the C library that Python does not have
+memory      memory that is taken when it is written to
 limits      how many files may be open
 names       names that lead out of no folder
 processes   clock, children and priority of processes

@@ -4,13 +4,15 @@
         whole = forks.run(["to-fp32", folder], folder, reads=1)
         ended = forks.run(["to-fp32", folder], folder, at=17, do="eio", reads=1)
 
-The process runs with the library of ``faults`` preloaded and has a single thread, so that its
-forks are as good as fresh processes. What only its imports read of the environment is in ``env``.
+The process runs with the libraries of ``faults`` and ``places`` preloaded and has a single thread,
+so that its forks are as good as fresh processes. What only its imports read of the environment is
+in ``env``.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import importlib
 import json
@@ -20,14 +22,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from importlib import metadata
+from io import StringIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from paths import PYTHONPATH
+from paths import FIXTURES, PYTHONPATH
 
-from faults import faults
+from faults import faults, places
 
 LIMIT = 60.0  # seconds until a command counts as hung
 IMPORTED = (
@@ -68,6 +72,10 @@ class Forks:
     def __enter__(self) -> Forks:
         found = dict(os.environ if self.env is None else self.env)
         found |= faults.environment(Path("/nowhere"))
+        found |= {
+            "LD_PRELOAD": f"{found['LD_PRELOAD']}:{faults.library(places.SOURCE)}",
+            "PLACE_ASLEEP": "1",
+        }
         found |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         found["PYTHONPATH"] = PYTHONPATH
         pipe = subprocess.PIPE
@@ -88,16 +96,18 @@ class Forks:
         stdout: bool = False,
         env: Mapping[str, str] | None = None,
         folder: Path | None = None,
+        code: str = "",
         **fault: Any,
     ) -> Ended:
         """Runs ``ckpt`` with ``args``; ``root`` and ``fault`` as ``faults.set_here`` takes them.
 
         With ``stdout``, what it prints there is part of what it said. ``env`` comes on top.
-        ``folder`` is where it runs.
+        ``folder`` is where it runs. With ``code`` that program runs in the place of ``ckpt``.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         asked = {"args": [str(arg) for arg in args], "root": str(root), "fault": fault}
         asked |= {"stdout": stdout, "env": dict(env or {}), "folder": str(folder or ".")}
+        asked["code"] = code
         self.process.stdin.write(json.dumps(asked, default=str) + "\n")
         self.process.stdin.flush()
         return Ended(**json.loads(self.process.stdout.readline()))
@@ -106,8 +116,10 @@ class Forks:
 def serve() -> None:
     """The life of the warm process."""
     gc.disable()  # imports leave little to collect
+    metadata.version = functools.cache(metadata.version)
     for name in (*IMPORTED, *sys.argv[1:]):
         importlib.import_module(name)
+    _rehearse()
     said = os.fdopen(os.memfd_create("said"), "w+b")
     printed = os.fdopen(os.memfd_create("printed"), "w+b")
     for line in sys.stdin:
@@ -132,6 +144,21 @@ def serve() -> None:
                     importlib.import_module(name)
 
 
+def _rehearse() -> None:
+    """Plans a conversion, as nearly every command does: a fork has the tables and the patterns.
+
+    It would read and compile them itself, which is a quarter of what a command costs.
+    """
+    from ckpt.cli.main import main
+
+    for name in ("huggingface_hub", "hf_xet"):
+        with suppress(metadata.PackageNotFoundError):
+            metadata.version(name)
+    words = ["to-fp32", str(FIXTURES / "trainer-zero2/checkpoint-2"), "--dry-run"]
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()), suppress(SystemExit):
+        main(words)
+
+
 def _emptied(file: BinaryIO) -> str:
     """What a file in memory holds, which it does not hold afterwards."""
     file.seek(0)
@@ -152,6 +179,8 @@ def _be_command(asked: dict[str, Any], said: int, printed: int) -> None:
         os.dup2(said if asked["stdout"] else printed, 1)
         os.dup2(said, 2)
         os.environ.update(asked["env"])
+        if "PLACE_ROOT" in asked["env"]:
+            places.wake_here()
         os.chdir(asked["folder"])
         from ckpt.cli.main import main
         from ckpt.runs.foreign import liveness
@@ -164,7 +193,12 @@ def _be_command(asked: dict[str, Any], said: int, printed: int) -> None:
             fault[name] = Path(fault[name]) if fault.get(name) else None
         faults.set_here(Path(asked["root"]), **fault)
         try:
-            main(asked["args"])
+            if asked["code"]:
+                sys.argv = ["-c", *asked["args"]]
+                exec(compile(asked["code"], "<string>", "exec"), {"__name__": "__main__"})
+            else:
+                main(asked["args"])
+            status = 0
         except SystemExit as done:
             status = done.code if isinstance(done.code, int) else 0 if done.code is None else 1
         count = faults.count_here()

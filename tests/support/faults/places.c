@@ -12,6 +12,9 @@
  *     mode         chmod fails                       (EPERM)
  *     size         fstat, stat: a file is empty until it is PLACE_LATE ms old (default: for ever)
  *
+ * PLACE_ASLEEP, read at the start: nothing of this until place_wake() is called, nor a look at the
+ * environment, which another thread may be changing.
+ *
  * PLACE_MATCH: of files, only those whose path has this in it. PLACE_RANK: only in the process with this $RANK. PLACE_LOG: a file, one line for each refusal, and
  * "syncfs" for each call of it.
  */
@@ -33,8 +36,15 @@
 
 
 
+static int asleep;
+
+__attribute__((constructor)) static void start(void) { asleep = getenv("PLACE_ASLEEP") != NULL; }
+
+void place_wake(void) { asleep = 0; }
+
 /* The folder, read anew at each call, as a test changes it; "" where nothing is lacking. */
 static const char *root(void) {
+    if (asleep) return "";
     const char *given = getenv("PLACE_ROOT"), *rank = getenv("PLACE_RANK"), *mine = getenv("RANK");
     return !given || (rank && (!mine || strcmp(rank, mine))) ? "" : given;
 }

@@ -6,6 +6,7 @@ A process that was started with ``preload()`` in its environment lacks, below ``
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from pathlib import Path
@@ -19,6 +20,11 @@ def preload() -> dict[str, str]:
     """Variables for a process that is to have the library; it lacks nothing yet."""
     loaded = [str(faults.library(SOURCE)), os.environ.get("LD_PRELOAD")]
     return {"LD_PRELOAD": ":".join(filter(None, loaded))}
+
+
+def wake_here() -> None:
+    """In a process that was started with PLACE_ASLEEP: from now on ``lacking`` counts."""
+    ctypes.CDLL(None).place_wake()
 
 
 def lacking(

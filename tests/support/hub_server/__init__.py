@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -118,6 +119,16 @@ class Hub:
 
     def _repo(self, repo: str, kind: str) -> Repo:
         return Repos(self.folder).get(kind, repo)
+
+    def empty(self) -> None:
+        """Forgets all repositories, all contents and all requests."""
+        shutil.rmtree(self.folder / "repos", ignore_errors=True)
+        (self.folder / "journal.jsonl").unlink(missing_ok=True)
+        for name in ("blobs", "cas", "parts"):
+            for path in (self.folder / name).rglob("*"):
+                if not path.is_dir():
+                    path.unlink()
+        self.reread()
 
     def reread(self) -> None:
         """Has the server forget what it has read of the folder, because it was changed."""

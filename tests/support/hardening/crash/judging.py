@@ -70,7 +70,8 @@ def _plain(tree: Tree) -> Mapping[str, object]:
 
 @dataclass(frozen=True, slots=True)
 class Folders:
-    """Verdicts on checkpoints that were looked at before, by name and digest of what is in them."""
+    """Verdicts on checkpoints that were looked at before, by what was asked and the digest of what
+    is in them."""
 
     known: dict[tuple[str, bytes], list[str]]
 
@@ -80,6 +81,18 @@ class Folders:
         if key not in self.known:
             found = verify.verify(open_checkpoint(folder), data=True)
             self.known[key] = list(found.problems)
+        return self.known[key]
+
+    def hindrances(self, root: Path, tree: Tree, name: str) -> list[str]:
+        """Why DeepSpeed could not load the checkpoint that a run's file latest names, ``name``."""
+        pointer = {"../latest": tree["latest"]}
+        key = f"latest {name}", digest(pointer | below(tree, name))
+        if key not in self.known:
+            try:
+                checkpoint.read(root)
+                self.known[key] = []
+            except CheckpointError as error:
+                self.known[key] = [str(error)]
         return self.known[key]
 
 
@@ -123,7 +136,7 @@ def of_run(
     if name not in {_newest(each) for each in fits}:
         yield f"the newest is {name}"
     for pointer in POINTERS:
-        yield from _of_pointer(run, pointer, tree, old, fits)
+        yield from _of_pointer(run, pointer, tree, old, fits, seen)
 
 
 def _of_checkpoint(path: Path, tree: Tree, old: Tree, new: Tree, seen: Folders) -> Iterator[str]:
@@ -173,7 +186,7 @@ def _newest(tree: Tree) -> str | None:
 
 
 def _of_pointer(
-    run: Run, name: str, tree: Tree, old: Tree, fits: tuple[Tree, ...]
+    run: Run, name: str, tree: Tree, old: Tree, fits: tuple[Tree, ...], seen: Folders
 ) -> Iterator[str]:
     if tree.get(name) not in [each.get(name) for each in fits]:
         yield f"{name} holds {tree.get(name)!r}"
@@ -184,10 +197,8 @@ def _of_pointer(
     if found is None or not found.committed:
         yield f"{name} names {tree[name]!r}, which is not committed"
     elif name == "latest" and found.tier == "full":
-        try:
-            checkpoint.read(run.path)
-        except CheckpointError as error:
-            yield f"DeepSpeed could not load by latest: {error}"
+        for line in seen.hindrances(run.path, tree, found.name):
+            yield f"DeepSpeed could not load by latest: {line}"
 
 
 def _leads(tree: Tree, name: str) -> bool:

@@ -1,7 +1,8 @@
 """Saves of two ranks as recordings: of each ZeRO stage, in the background, and over an older one.
 
-``python saves.py FOLDER`` starts the ranks (``scripts/kills/forked_ranks.py``); each case leaves in
-FOLDER/CASE the run, what it was before (``before``) and the trace of both ranks.
+Each rank runs this as a program, ``saves.py FOLDER/CASE``, as a fork of the warm process that has
+the library of ``faults``. A case leaves in FOLDER/CASE the run, what it was before (``before``) and
+the trace of both ranks.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from paths import PATHS
 
 sys.path[:0] = PATHS
-from hardening import two_ranks  # noqa: E402
-from hardening.two_ranks import Done, Task  # noqa: E402
+import ending  # noqa: E402
+import extensions  # noqa: E402
+import warm_ranks  # noqa: E402
+from faults import faults  # noqa: E402
 
 STEP = 2  # of the save that is recorded
-LIMIT = 600.0  # seconds for all saves, where DeepSpeed compiles an extension, too
+LIMIT = 300.0  # seconds for a save, where DeepSpeed compiles an extension, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +59,32 @@ def recordings(
     from hardening.crash.recording import recorded
 
     say(f"saving with two ranks: {', '.join(names)}")
-    two_ranks.run(__file__, work, LIMIT, *names)
     for name in names:
         folder = work / name
+        _save(folder)
         before = pickle.loads((folder / "before").read_bytes())
         run = folder / "run"
         again = Again(run, CASES[name].over)
         made = recorded(name, run, before, folder / "trace", None, again)
         again.new = made.new
         yield made
+
+
+def _save(folder: Path) -> None:
+    """Runs the case that a folder is called by; ``RuntimeError`` if a rank fails."""
+    folder.mkdir(parents=True)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the warm process reads it, too
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    preloaded = {"LD_PRELOAD": faults.environment(folder)["LD_PRELOAD"]}
+    ended = warm_ranks.run(
+        __file__,
+        [folder],
+        ranks=2,
+        limit=LIMIT,
+        environment=extensions.environment() | preloaded,
+    )
+    if ended.returncode:
+        raise RuntimeError(f"{folder.name} failed: {ended.stderr[-3000:]}")
 
 
 class Again:
@@ -115,10 +135,9 @@ def _alone() -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
-def front(task: Task) -> Done:
+def save(folder: Path) -> None:
     """One rank: a save that is there before, and the one that is recorded."""
     import torch.distributed as dist
-    from faults import faults
     from fixture_specs import Spec
     from live_worker import SMALL, start, train
 
@@ -126,7 +145,7 @@ def front(task: Task) -> Done:
     from ckpt.saving.commit import identity
     from hardening.crash.trace import look
 
-    case, run = task.case, task.out / "run"
+    case, run = CASES[folder.name], folder / "run"
     engine = start(Spec(case.stage, zero=SMALL if case.stage == 3 else {}))
     options = {"weights": "bf16", "timeout": 60, "background": case.background}
     saver = ckpt.Saver(engine, run, retention=ckpt.Retention(last=1), **options)
@@ -141,26 +160,16 @@ def front(task: Task) -> Done:
     train(engine, 1)
     dist.barrier()
     if not dist.get_rank():
-        (task.out / "before").write_bytes(pickle.dumps(look(run)))
+        (folder / "before").write_bytes(pickle.dumps(look(run)))
     dist.barrier()
-    faults.set_here(run, trace=task.out / "trace")
+    faults.set_here(run, trace=folder / "trace")
     dist.barrier()
     saver.save(STEP)
     saver.close()
     dist.barrier()
     faults.stop_here()
-    return Done()
-
-
-def main() -> None:
-    """All cases that are named, one after another, each by two forks of this process."""
-    two_ranks.ready(LIMIT / 2)  # the first ranks import much, on machines that do much else
-    work = Path(sys.argv[1])
-    for name in sys.argv[2:]:
-        (work / name).mkdir()
-        two_ranks.forked(front, Task(work / name, CASES[name]), work / "logs" / name)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    main()
+    save(Path(sys.argv[1]))
+    ending.leave()

@@ -11,18 +11,14 @@ alone, its files left in WORK/N:
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Timer
-from typing import Any
+from typing import IO, Any
 
-from oracles import surroundings
+import warm_ranks
 
 from hardening.differential.known import KNOWN
 
@@ -75,36 +71,33 @@ def _told(said: Iterator[dict[str, Any]], findings: list[str]) -> Iterator[dict[
 def verdicts(work: Path, *options: object, limit: float) -> Iterator[dict[str, Any]]:
     """What ``warm`` says of each case, as soon as it says so; ``limit`` in seconds.
 
-    Raises ``RuntimeError`` if it fails.
+    It is a fork of the process that ranks of tests are forks of. Raises ``RuntimeError`` if it
+    fails.
     """
-    command = [sys.executable, str(WARM), str(work), *map(str, options)]
-    said = work / "warm.log"
-    with (
-        said.open("w") as log,
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=surroundings(),
-            start_new_session=True,
-        ) as process,
-    ):
-        assert process.stdout is not None
-        timer = Timer(limit + GRACE, _kill, [process.pid])
-        timer.start()
-        try:
-            yield from (json.loads(line) for line in process.stdout if line.startswith('{"case"'))
-        finally:
-            timer.cancel()
-            if process.poll() is None:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(5)
-                _kill(process.pid)
-    if process.returncode:
-        raise RuntimeError(f"{WARM.name}: {process.returncode}, {said.read_text()[-2000:]}")
+    lines = work / "verdicts"
+    lines.touch()
+    with ThreadPoolExecutor(1) as pool, lines.open() as file:
+        launch = pool.submit(
+            warm_ranks.run,
+            str(WARM),
+            [work, *options, "--out", lines],
+            ranks=1,
+            limit=limit + GRACE,
+            environment=warm_ranks.NOT_COMPILED,
+            elastic=False,
+            shares_imports=False,
+        )
+        yield from map(json.loads, _lines(file, launch))
+        ended = launch.result()
+    if ended.returncode:
+        raise RuntimeError(f"{WARM.name}: {ended.returncode}, {ended.stderr[-2000:]}")
 
 
-def _kill(group: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+def _lines(file: IO[str], launch: Future[Any]) -> Iterator[str]:
+    """The whole lines that are written into a file until a launch has ended."""
+    rest, is_last = "", False
+    while not is_last:
+        is_last = launch.done()
+        *whole, rest = (rest + file.read()).split("\n")
+        yield from whole
+        time.sleep(0.05)

@@ -31,17 +31,19 @@ from paths import PATHS
 
 sys.path[:0] = PATHS
 
-# The engine and the optimizers import torch._dynamo and torch._inductor, 1,400 modules, at their
-# first use: here once, and not in each rank.
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
-import torch._dynamo.repro.after_dynamo  # noqa: E402
-import torch._inductor.compile_fx  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from deepspeed.ops.op_builder import cpu  # noqa: E402
 
 from hardening.differential import cases, judging, known, training  # noqa: E402
 from hardening.differential.cases import Case  # noqa: E402
+
+if os.environ.get("TORCHDYNAMO_DISABLE") != "1":
+    # The engine and the optimizers import these, 1,400 modules, at their first use: here once, and
+    # not in each rank.
+    import torch._dynamo.repro.after_dynamo
+    import torch._inductor.compile_fx
 
 BATCH = 24  # cases that are made before they are judged
 LIMIT = 90.0  # seconds for a case, to be trained or to be judged
@@ -58,7 +60,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--extensions", action="store_true", help="optimizers that are compiled")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
+    parser.add_argument("--out", type=Path, help="a file for the lines, instead of stdout")
     asked = parser.parse_args()
+    lines = asked.out.open("w") if asked.out else sys.stdout
     logging.disable(logging.WARNING)
     build(asked.extensions)
     # DeepSpeed refuses fp16 on a CPU without fp16 instructions; torch computes it all the same.
@@ -76,9 +80,11 @@ def main() -> None:
             failed = trained(these, asked.work, end)
             for case in these:
                 if (asked.work / str(case.index) / "live.pt").exists():
-                    print(json.dumps(verdict(case, asked.work / str(case.index))), flush=True)
+                    found = verdict(case, asked.work / str(case.index))
+                    print(json.dumps(found), file=lines, flush=True)
                 elif case.index in failed:
-                    print(json.dumps(facts(case) | failure(failed[case.index])), flush=True)
+                    found = facts(case) | failure(failed[case.index])
+                    print(json.dumps(found), file=lines, flush=True)
                 if not asked.keep:
                     shutil.rmtree(asked.work / str(case.index), ignore_errors=True)
 

@@ -65,9 +65,10 @@ def faults_at(operation: faults.Operation) -> Iterator[Fault]:
     Killed while it reads, a process leaves what it leaves killed at its next change.
     """
     call, at = operation.call, operation.number
+    called = f"{call} {operation.path.rpartition('/')[2]}"
 
     def fault(do: faults.Fault, sticky: bool = False) -> Fault:
-        return Fault(at, do, f"{call} {Path(operation.path).name}", sticky)
+        return Fault(at, do, called, sticky)
 
     yield fault("eio")
     if call not in READS:
@@ -102,6 +103,7 @@ class Probe:
         self.journal = [op for op in faults.journal(log) if op.call != "chmod"]
         self.operations = len(self.journal)
         self.ends: Counter[str] = Counter()
+        self.verdicts = judging.Folders({})
 
     def run(self, **fault: object) -> Ended:
         """Runs the command."""
@@ -148,7 +150,7 @@ class Probe:
                 yield f"exit {ended.status}, and there is {judging.difference(now, old)}"
         else:
             root = self.base / "live"
-            yield from judging.of_run(root, now, old, new, False, judging.Folders({}))
+            yield from judging.of_run(root, now, old, new, False, self.verdicts)
 
     def words(self, fault: Fault, ended: Ended) -> Iterator[str]:
         """What is wrong with what it said."""

@@ -89,7 +89,7 @@ def plan(
     line: Line | None = None,
 ) -> list[Outcome]:
     """Decides what the rules keep: of every committed checkpoint, and of those that
-    were committed and from which files were deleted by hand. Deletes nothing.
+    were committed until files were deleted by hand. Deletes nothing.
 
     ``line``: whose checkpoints the rules count, by default those of the line that saved
     last. ``just_saved`` names one that stays whatever its step.

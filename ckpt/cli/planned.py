@@ -85,7 +85,7 @@ def opening(continuation: Continuation | None) -> str | None:
 def interruption(continuation: Continuation | None) -> str:
     """Whether the same command goes on after an interruption."""
     if continuation is None:
-        return "nothing is left of the output; the same command begins anew"
+        return "nothing is left of the output; the same command starts over"
     return f"{continuation.sentence}; the same command continues where it stopped"
 
 

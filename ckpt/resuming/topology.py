@@ -73,7 +73,7 @@ def refusal(source: ResumePoint, layout: Layout, alternative: str = "") -> Check
 
     run = f"run: {_command(source, layout)}"
     if _needs_rules(source, layout):
-        with options.using(options.of_commands, anew=True):
+        with options.using(options.of_commands, overrides=True):
             rules = TP_RULES("FILE")
         return CheckpointError(
             f"{finding}; nothing in it says how parameters are cut for tensor parallelism; {run} "
@@ -294,7 +294,7 @@ def _reshard_source(ranks: RankGroup, source: ResumePoint, layout: Layout) -> Pa
         log.info("%s: resharding to %s", finding, rewriting.output)
         overwrite = _may_be_replaced(source, rewriting)
         try:
-            with options.using(options.of_commands, anew=True):  # the command is named below
+            with options.using(options.of_commands, overrides=True):  # the command is named below
                 resharding.execute(rewriting, overwrite=overwrite)
         except CheckpointError as error:
             if error.kind != "output" and " --" not in str(error):

@@ -148,7 +148,7 @@ def require_one_save(source: Source | Universal) -> None:
 
 
 def _require_unchanged(home: Path, manifest: Manifest, tag_name: str) -> None:
-    """``CheckpointError`` where state files were written anew since they were committed."""
+    """``CheckpointError`` where state files were written again after the commit."""
     for name, difference in changes_since_commit(home, manifest, f"{tag_name}/").items():
         raise CheckpointError(
             f"{home / name} was changed since the checkpoint was committed: {difference}; bring "

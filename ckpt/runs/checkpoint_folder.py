@@ -262,7 +262,7 @@ def _compared(folder: Path, manifest: Manifest, pinned: bool) -> RunCheckpoint:
 def is_saved_over(folder: Path, manifest: Manifest, is_different: bool) -> bool:
     """Whether another save has overwritten every state file of a committed checkpoint.
 
-    A stock training that begins anew in the folder of an older run saves over
+    A stock training that starts over in the folder of an older run saves over
     checkpoint-2, and leaves manifest.json, of which it knows nothing. So it says nothing
     of what lies there.
 

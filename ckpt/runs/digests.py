@@ -99,7 +99,7 @@ def unlike_without_records(path: Path, expected: FileRecord) -> str | None:
     """As ``unlike``, but of a torch zip the directory alone, which has every record's
     CRC32.
 
-    So a file that was written anew is told from its forerunner of the same size, and no
+    So a file that was written again is told from its forerunner of the same size, and no
     tensor is read.
     """
     difference = _check_structure(path, expected)

@@ -152,8 +152,7 @@ def _kept_steps(
     checkpoints: Sequence[RunCheckpoint],
     present: Sequence[RunCheckpoint],
 ) -> dict[str, tuple[str, ...]]:
-    """The steps that the rules keep; a checkpoint made of another one stays and goes
-    with it.
+    """The steps that the rules keep; one made of another one stays and goes with it.
 
     That may be among those ``present`` alone: one renamed by hand does not count, but stays.
     So do all of one step and tier, of which manifests of older versions do not tell

@@ -61,7 +61,7 @@ def verify(
     """Checks every file's size, or with ``data`` every byte, and that the state files
     fit together.
 
-    Without ``data`` what was written anew since the manifest is found, too.
+    Without ``data`` what was written after the manifest is found, too.
 
     Of a checkpoint without a manifest only the latter, and it never counts as whole.
     """
@@ -118,7 +118,7 @@ def _places_of_states(folder: Path, manifest: Manifest) -> Mapping[str, str | No
 
 
 def changes_since_commit(folder: Path, manifest: Manifest, within: str = "") -> dict[str, str]:
-    """How the files differ that were written anew since the manifest was, in a folder
+    """How the files differ that were written after the manifest, in a folder
     ``within``.
 
     Every torch zip is looked at, by its directory; another file only where its times are

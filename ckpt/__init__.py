@@ -77,7 +77,8 @@ _MODULES = {  # public modules, under the names that users import them by
 if not TYPE_CHECKING:  # or else a type checker takes every name, and knows the type of none
 
     def __getattr__(name: str) -> Any:
-        """What is loaded when it is first used, so that ``ckpt --help`` stays instant."""
+        """Loads a public name when it is first used, so that ``ckpt --help`` stays
+        instant."""
         if name in _NAMES:
             return getattr(_imported(_NAMES[name], name), name)
         if name in _MODULES:

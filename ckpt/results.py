@@ -48,7 +48,7 @@ class TrainingState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightChecks:
-    """What was proven of weights that were written or sent.
+    """The proofs for weights that were written or sent.
 
     Of a push that found its shards proven by an ``earlier`` one, nothing but that.
 

@@ -74,7 +74,7 @@ class Chained:
         return chained(pieces)
 
     def reads(self) -> Iterator[Read]:
-        """What fills a buffer, part by part."""
+        """The reads that fill a buffer, part by part."""
         for part, end in zip(self.parts, self.ends, strict=True):
             begin = end - part.nbytes
             for read in part.reads():

@@ -51,7 +51,7 @@ def unreadable(error: OSError, path: Path) -> CheckpointError:
 
 
 class MalformedError(Exception):
-    """What a file says cannot be interpreted; the message says what and why.
+    """A value in a file cannot be interpreted; the message says which and why.
 
     For code that looks at a value and does not know the file that it is from. The
     reader, which knows, turns it into a ``CheckpointError``. No builtin exception is
@@ -62,8 +62,8 @@ class MalformedError(Exception):
 
 @contextmanager
 def consistent(folder: Path, otherwise: str) -> Iterator[None]:
-    """What a file says in this block, and cannot be interpreted, is a
-    ``CheckpointError``; ``otherwise`` says what is the case then."""
+    """Turns a ``MalformedError`` of this block into a ``CheckpointError`` about
+    ``folder``; ``otherwise`` is the explanation appended to its message."""
     try:
         yield
     except MalformedError as error:
@@ -72,8 +72,7 @@ def consistent(folder: Path, otherwise: str) -> Iterator[None]:
 
 @contextmanager
 def readable(folder: Path, otherwise: str) -> Iterator[None]:
-    """As ``consistent``; what the system does not let be read is a ``CheckpointError``,
-    too."""
+    """As ``consistent``; an ``OSError`` of this block becomes a ``CheckpointError``, too."""
     try:
         with consistent(folder, otherwise):
             yield

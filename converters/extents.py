@@ -95,7 +95,7 @@ class Extents(Protocol):
         """The bytes from ``start`` to ``stop``, counted in the order of the runs."""
 
     def reads(self) -> Iterator[Read]:
-        """What fills a buffer with all of the bytes, in any order."""
+        """The reads that fill a buffer with all of the bytes, in any order."""
 
     def per_record(self) -> Sequence[Extent]:
         """Runs of which one or more lie in each record of a file that the bytes lie in.
@@ -105,7 +105,8 @@ class Extents(Protocol):
 
 
 class ReadInOrder:
-    """What is read run by run, in the order of the runs, in pieces of any size."""
+    """Bytes that are read run by run, in the order of the runs, in pieces of any
+    size."""
 
     __slots__ = ()
 
@@ -144,7 +145,7 @@ class Listed(tuple[Extent, ...], ReadInOrder):
 
     def narrow(self, start: int, stop: int) -> Listed:
         """The bytes from ``start`` to ``stop``, in the order of the runs."""
-        return Listed(_cut(self, 0, start, stop))
+        return Listed(_extents_between(self, 0, start, stop))
 
     def per_record(self) -> Listed:
         """All runs: nothing says that two of them are in one record."""
@@ -185,7 +186,7 @@ class Strided(ReadInOrder):
 
     @property
     def scattered(self) -> bool:
-        """What lies between the runs is read along with them."""
+        """Reads what lies between the runs along with them."""
         return True
 
     @property
@@ -197,7 +198,7 @@ class Strided(ReadInOrder):
         """The bytes from ``start`` to ``stop``, in the order of the runs."""
         first = start // self.length if self.length else 0
         runs = map(self.__getitem__, range(first, len(self)))
-        return Listed(_cut(runs, first * self.length, start, stop))
+        return Listed(_extents_between(runs, first * self.length, start, stop))
 
     def per_record(self) -> Sequence[Extent]:
         """A view is one of a single storage."""
@@ -237,9 +238,11 @@ def reads_in_sequence(extents: Iterable[Extent]) -> Iterator[Read]:
         position += extent.length
 
 
-def _cut(extents: Iterable[Extent], position: int, start: int, stop: int) -> Iterator[Extent]:
-    """What of the bytes from ``start`` to ``stop`` lies in each extent; the first one
-    begins at ``position``."""
+def _extents_between(
+    extents: Iterable[Extent], position: int, start: int, stop: int
+) -> Iterator[Extent]:
+    """The part of each extent between the bytes ``start`` and ``stop``; the first
+    extent begins at ``position``."""
     for extent in extents:
         first = max(start - position, 0)
         end = min(stop - position, extent.length)

@@ -45,7 +45,7 @@ class LazyPattern(Generic[AnyStr]):
         return self._compiled.findall(text)
 
     def split(self, text: AnyStr) -> list[AnyStr]:
-        """What is between the matches in a text; their groups, too."""
+        """The texts between the matches in a text; their groups, too."""
         return self._compiled.split(text)
 
     def sub(

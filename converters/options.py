@@ -73,13 +73,13 @@ _is_chosen: ContextVar[bool] = ContextVar("is_chosen", default=False)
 
 
 @contextmanager
-def using(spelling: Spelling, *, anew: bool = False) -> Iterator[None]:
+def using(spelling: Spelling, *, overrides: bool = False) -> Iterator[None]:
     """Options in this block are spelled so.
 
     Of functions that call each other the outermost one is the user's, so that an inner
-    block changes nothing, unless it is ``anew``.
+    block changes nothing, unless it ``overrides``.
     """
-    if _is_chosen.get() and not anew:
+    if _is_chosen.get() and not overrides:
         yield
         return
 

@@ -43,7 +43,7 @@ class RankVectors(tuple[Extent, ...]):
 
     @cached_property
     def label(self) -> str:
-        """What identifies them in the text of a plan."""
+        """The label that identifies them in the text of a plan."""
         return sha256(repr(tuple(self)).encode()).hexdigest()
 
 

@@ -57,7 +57,7 @@ class Placement:
 
     @property
     def copies(self) -> tuple[TensorRef, ...]:
-        """What it is compared with: its own copy, or those of what it is computed
+        """The copies that it is compared with: its own, or those of what it is computed
         from."""
         own_copy = () if self.copy is None else (self.copy,)
         return (*own_copy, *copies(self.source))

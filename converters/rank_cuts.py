@@ -1,4 +1,5 @@
-"""What a rank has of many tensors that are cut up equally, worked out when it is moved.
+"""The parts that a rank has of many tensors that are cut up equally, worked out when
+they are moved.
 
     tensors   |---- a ----|------- b -------|- c -|
     rank 0    | a0 |  b0   |c0|
@@ -50,7 +51,7 @@ class Cuts:
 
     @cached_property
     def label(self) -> str:
-        """What identifies them in the text of a plan."""
+        """The label that identifies them in the text of a plan."""
         seal = sha256(repr(self.pieces).encode())
         for extents in self.tensors:
             seal.update(repr(extents).encode())

@@ -1,4 +1,5 @@
-"""What every reader returns, whatever wrote the files: the waist on the way in.
+"""The ``Source`` that every reader returns, whatever wrote the files: the waist on the
+way in.
 
 A reader finds files and locates tensors; whoever converts, opens, shows or publishes
 takes a ``Source`` and knows no format. Which reader fits a path says
@@ -46,7 +47,8 @@ class SourceTopology(NamedTuple):
 
 
 class OptimizerState(Protocol):
-    """What the optimizer keeps for a parameter, located when it is asked for."""
+    """The states that the optimizer keeps for a parameter, located when they are asked
+    for."""
 
     def __call__(self, name: str, /) -> Mapping[str, TensorRef | int | float]:
         """Tensors of the parameter's shape (``exp_avg``), and numbers (``step``), by

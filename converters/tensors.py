@@ -188,7 +188,7 @@ class TensorRef:
 
         extents = within.extents
         if isinstance(extents, Tiled) and extents.is_whole and extents.shape == self.shape:
-            cut_tiles = (tile.cut(low, lengths) for tile in extents.tiles)
+            cut_tiles = (tile.part_in(low, lengths) for tile in extents.tiles)
             tiles = [tile for tile in cut_tiles if tile is not None]
         else:
             origin = (0,) * len(low)
@@ -271,7 +271,7 @@ def record_index(records: Sequence[Checksum], offset: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What every reader returns and every writer takes.
+    """The tensors that every reader returns and every writer takes.
 
     ``tensors`` are in the model's own order. ``aliases`` maps each further name of a
     tied tensor to the name in ``tensors`` whose values it shares. ``buffers`` are the

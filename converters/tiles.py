@@ -39,9 +39,9 @@ class Tile:
     within: Shape
     start: Shape
 
-    def cut(self, offsets: Shape, sizes: Shape) -> Tile | None:
-        """What of the tile lies in a box of the tensor, placed in that box; ``None`` if
-        nothing does."""
+    def part_in(self, offsets: Shape, sizes: Shape) -> Tile | None:
+        """The part of the tile in a box of the tensor, placed in that box; ``None`` if
+        there is none."""
         low = tuple(map(max, self.offsets, offsets))
         high = tuple(map(min, sums(self.offsets, self.sizes), sums(offsets, sizes)))
         if any(first >= end for first, end in zip(low, high, strict=True)):
@@ -141,8 +141,8 @@ class Tiled:
         return replace(self, first=min(self.first + start, end), end=end)
 
     def reads(self) -> Iterator[Read]:
-        """What fills a buffer, tile by tile: all rows of a tile that lie in one file at
-        once."""
+        """The reads that fill a buffer, tile by tile: all rows of a tile that lie in
+        one file at once."""
         for tile, walk in zip(self.tiles, self._walks(), strict=True):
             for stretch in walk.stretches(self.first, self.end):
                 yield from stretch.reads(tile.source)
@@ -229,7 +229,7 @@ def _overlap(tiles: Sequence[Tile]) -> tuple[Tile, Tile] | None:
         first = tile.offsets[axis]
         active = [tile_before for tile_before in active if _end(tile_before, axis) > first]
         for tile_before in active:
-            if tile.cut(tile_before.offsets, tile_before.sizes) is not None:
+            if tile.part_in(tile_before.offsets, tile_before.sizes) is not None:
                 return tile_before, tile
         active.append(tile)
 

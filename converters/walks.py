@@ -173,7 +173,7 @@ class Stretch:
             first, offset, remaining = first + length, offset + length, remaining - length
 
     def reads(self, source: Extents) -> Iterator[Read]:
-        """What fills the stretch from the bytes of its source."""
+        """The reads that fill the stretch from the bytes of its source."""
         for source_first, first, length in self.parts():
             for read in source.narrow(source_first, source_first + length).reads():
                 for row in read.each_row() if read.count > 1 else (read,):

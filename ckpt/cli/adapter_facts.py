@@ -1,4 +1,4 @@
-"""What ``ckpt show`` says of the adapters in a checkpoint."""
+"""The facts on adapters in a checkpoint, as ``ckpt show`` prints them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``ckpt to-fp32`` says of a conversion, as a result and as lines for a reader.
+"""A conversion of ``ckpt to-fp32``, as a result and as lines for a reader.
 
 ``record`` is what ``conversion.json`` says, or would.
 """
@@ -29,7 +29,8 @@ _BASE_BYTES = 40 << 20  # memory that the process takes before it moves anything
 
 
 def preview(conversion: Conversion, verify: bool, workers: int | None) -> ConversionResult:
-    """What would be read, written and needed. Sizes are bytes."""
+    """The result of a dry run: what would be read, written and needed. Sizes are
+    bytes."""
     from ckpt.cli.results.conversion import ConversionResult
     from ckpt.results import FileEntry
 
@@ -71,7 +72,7 @@ def preview(conversion: Conversion, verify: bool, workers: int | None) -> Conver
 def result(
     planned: ConversionResult, conversion: Conversion, record: ConversionRecord
 ) -> ConversionResult:
-    """What was made of a plan: with the digests of what was read, and what was proven."""
+    """The result of an executed plan: digests of what was read, and what was proven."""
     return replace(
         planned,
         dry_run=False,
@@ -107,7 +108,7 @@ def _source(conversion: Conversion, record: ConversionRecord) -> ConversionSourc
 
 
 def _kind(source: Source) -> str:
-    """What is converted: the kind, and how it is partitioned."""
+    """The kind of the source, and how it is partitioned."""
     text = BY_NAME[source.kind].title
     if source.stage:
         text += f", ZeRO stage {source.stage}"

@@ -172,7 +172,7 @@ def _named_dtype(dtype: str) -> str | None:
 
 
 def _push_facts(push_plan: PushPlan, warnings: Sequence[str]) -> dict[str, Any]:
-    """What a push and its preview have in common."""
+    """The facts that a push and its preview have in common."""
     from ckpt.cli.results.hub import LeftOut
 
     remote = push_plan.remote

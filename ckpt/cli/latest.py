@@ -82,8 +82,8 @@ def latest(run: Path, best: bool, designation: str | None, dry_run: bool, as_jso
 
 
 def _choice(run: Run) -> Choice:
-    """What a resume takes; ``CheckpointError`` if there is nothing yet, or nothing
-    usable."""
+    """The checkpoint that a resume takes; ``CheckpointError`` if there is none yet, or
+    none is usable."""
     from ckpt.runs import user_paths
     from ckpt.runs.states import choice, listing
     from converters.errors import CheckpointError

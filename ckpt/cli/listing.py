@@ -1,4 +1,4 @@
-"""What a person reads of a run: its checkpoints as a result and as lines."""
+"""A run for people: its checkpoints as a result and as lines."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def reason(status: CheckpointStatus) -> str | None:
 
 
 def untouched(statuses: Sequence[CheckpointStatus]) -> tuple[UntouchedEntry, ...]:
-    """What is not committed and was left alone, as values."""
+    """The checkpoints that are not committed and were left alone, as values."""
     return tuple(
         UntouchedEntry(
             path=status.checkpoint.folder,

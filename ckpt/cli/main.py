@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     # small one.
     gc.set_threshold(20_000)
     try:
-        with options.using(options.of_commands, anew=True):
+        with options.using(options.of_commands, overrides=True):
             exit_code = cli.main(args=arguments, prog_name="ckpt", standalone_mode=False)
         sys.exit(exit_code if isinstance(exit_code, int) else 0)
     except CheckpointError as error:
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _aftermath(error: BaseException) -> str:
-    """What an interrupted command leaves, as a sentence, if it says that."""
+    """A sentence on what an interrupted command leaves, if it says that."""
     from ckpt.cli.planned import Interruption
 
     # click makes an Abort of the interruption

@@ -26,7 +26,7 @@ Progress = Callable[[int], Any]
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a command prints.
+    """The result and the lines that a command prints.
 
     ``result`` is a dataclass for ``--json``. ``lines`` go to stdout and ``notices`` to
     stderr for a reader. ``exit_code`` is 1 where something is not as it should be.
@@ -99,7 +99,7 @@ def opening(continuation: Continuation | None) -> str | None:
 def interruption(continuation: Continuation | None) -> str:
     """Whether the same command goes on after an interruption."""
     if continuation is None:
-        return "nothing is left of the output; the same command begins anew"
+        return "nothing is left of the output; the same command starts over"
     return f"{continuation.sentence}; the same command continues where it stopped"
 
 

@@ -1,4 +1,5 @@
-"""What ``ckpt show`` says of a checkpoint, as a result and as lines for a reader."""
+"""The report of ``ckpt show`` on a checkpoint, as a result and as lines for a
+reader."""
 
 from __future__ import annotations
 
@@ -154,7 +155,7 @@ def show_text(result: ShowResult) -> str:
 
 
 def _tensor_lines(result: ShowResult) -> list[str]:
-    """What the tensors are, and their bytes; one line for a file of states."""
+    """Lines on the tensors and their bytes; one line for a file of states."""
     bytes_text = f"{size(result.weight_bytes)} in {', '.join(result.dtypes) or 'no tensor'}"
     if BY_NAME[result.kind].of_states:
         return [f"tensors      {f'{result.tensors:,}, {bytes_text}' if result.tensors else 'none'}"]
@@ -222,7 +223,8 @@ def _quantized_line(facts: QuantizedFacts) -> str:
 
 
 def missing(result: ShowResult) -> list[str]:
-    """What a checkpoint lacks; that it lacks nothing only where that is known.
+    """The parts that a checkpoint lacks; that it lacks nothing only where that is
+    known.
 
     Of an adapter's base nothing is missed.
     """

@@ -322,7 +322,7 @@ def _preview_lines(result: RewriteResult) -> list[str]:
 
 
 def _target(result: RewriteResult) -> str:
-    """What is written, in words."""
+    """The target in words."""
     if result.world_size is not None:
         return f"stage {result.stage}, {counted(result.world_size, 'rank')}"
     return "torch's DCP" if result.tag is None else "the universal format"

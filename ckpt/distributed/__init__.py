@@ -1,4 +1,4 @@
-"""What ranks do together, and what they share.
+"""The steps that ranks take together, and the objects that they share.
 
 ranks         steps that all ranks take or none;  step  what a rank brings and gets
 stores        the store that they speak through; rank_0_store moves it

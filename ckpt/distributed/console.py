@@ -1,5 +1,4 @@
-"""What a training's user sees of ``ckpt`` where the application has configured no
-logging.
+"""The messages of ``ckpt`` in a training whose application has configured no logging.
 
 Everything that is said goes to ``logging.getLogger("ckpt")``. Python shows warnings of a
 logger that nobody handles and drops the rest; then a user would not see from which

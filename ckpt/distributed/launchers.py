@@ -1,5 +1,5 @@
-"""What started the ranks, and what it makes of signals: found in the environment and in
-/proc.
+"""The launcher of the ranks, and what it makes of signals: found in the environment and
+in /proc.
 
 Measured with the launchers themselves (``tests/training/test_launchers.py``) and read in
 their sources:
@@ -53,7 +53,8 @@ class LauncherProcess:
 
 @dataclass(frozen=True, slots=True)
 class Launcher:
-    """What starts the ranks of a node. ``name`` is empty where nothing known does.
+    """A launcher of the ranks of a node. ``name`` is empty where nothing known starts
+    them.
 
     ``passes``: the signals that reach the ranks through it. ``grace``: seconds from
     such a signal until it kills the ranks, ``None`` if it does not. ``processes``:

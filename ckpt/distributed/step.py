@@ -1,4 +1,5 @@
-"""What a rank brings to a step and gets of it, and how long a rank may be silent.
+"""The values that a rank brings to a step and gets of it, and how long a rank may be
+silent.
 
 Without torch, so that a call that may be made of one process or of many needs it only
 where there are many.

@@ -127,7 +127,8 @@ def relied_on() -> tuple[Attribute, ...]:
 
 
 def missing(root: Path | None = None, optional: bool = False) -> list[Attribute]:
-    """What the DeepSpeed in ``root`` (its package; the installed one) does not define.
+    """The attributes that the DeepSpeed in ``root`` (its package; the installed one)
+    does not define.
 
     With ``optional`` those too that may be missing.
     """

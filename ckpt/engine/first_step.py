@@ -1,4 +1,5 @@
-"""What an optimizer will keep once it has made a step, worked out before it makes one.
+"""The state that an optimizer will keep once it has made a step, worked out before it
+makes one.
 
 Most optimizers make their state in the first step: Adam two values for each element,
 SGD one if it has momentum, Adafactor a row and a column. Until then ``state_dict()``

@@ -106,8 +106,8 @@ class Inventory:
 def inventory(
     engine: EngineView, wishes: Naming | None = None, ranks: RankGroup | None = None
 ) -> Inventory:
-    """What ``engine`` (of ``deepspeed.initialize``) trains, in the model's order,
-    buffers included.
+    """The tensors that ``engine`` (of ``deepspeed.initialize``) trains, in the model's
+    order, buffers included.
 
     ``wishes`` choose among the tensors and rename them. With ``ranks`` every rank calls
     it, and where ranks have different tensors they agree on those of the whole model.

@@ -323,9 +323,9 @@ def files_of(engine: EngineView, folder: Path, tag: str) -> list[Path]:
 
 
 def need(engine: EngineView, paths: list[Path]) -> Need:
-    """What loading these files takes: those that cannot be mapped are read, and of the
-    optimizer's most stays where the engine computes in host memory or keeps its
-    optimizer there."""
+    """The bytes that loading these files takes: those that cannot be mapped are read,
+    and of the optimizer's most stays where the engine computes in host memory or keeps
+    its optimizer there."""
     sizes = [0 if is_mappable(path) else path.stat().st_size for path in paths]
     stays_in_host_memory = internals(engine).device.type == "cpu" or bool(
         internals(engine).zero_cpu_offload()

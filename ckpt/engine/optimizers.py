@@ -41,7 +41,8 @@ def inner(engine: EngineView) -> Any:
 
 
 def algorithm(optimizer: Any) -> str:
-    """What an optimizer computes, whoever implements it: the class differs with offload.
+    """The algorithm of an optimizer, whoever implements it: the class differs with
+    offload.
 
     Source: DeepSpeed 0.19.8 ``ops/adam/cpu_adam.py``, ``fused_adam.py``
     (``adam_w_mode``), ``ops/lion``; torch 2.13 ``optim/adam.py``
@@ -80,7 +81,7 @@ def options(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def record(optimizer: Any) -> dict[str, Any]:
-    """What a manifest says of an optimizer."""
+    """The entry of a manifest on an optimizer."""
     return {
         "class": type(optimizer).__name__,
         "algorithm": algorithm(optimizer),

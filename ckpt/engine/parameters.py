@@ -105,7 +105,7 @@ def pack(parameters: Sequence[Parameter]) -> dict[str, Any]:
 
 
 def unpack(packed: Any) -> list[Parameter] | None:
-    """What ``pack`` made; ``None`` if it is something else."""
+    """The value that ``pack`` packed; ``None`` if it is something else."""
     try:
         summary = accessors.value(packed, dict, "the list")
         groups = summary.get("groups")
@@ -153,7 +153,7 @@ def plain_name(name: str) -> str:
 
 
 def new_name(name: str, renamed: Mapping[str, str]) -> str:
-    """What a saved parameter is called now; a key that ends with a dot is the front of
+    """The present name of a saved parameter; a key that ends with a dot is the front of
     names."""
     if name in renamed:
         return renamed[name]

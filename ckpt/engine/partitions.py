@@ -1,5 +1,5 @@
-"""What the engine of a running DeepSpeed training holds on this rank; nothing here
-communicates.
+"""The partitions that the engine of a running DeepSpeed training holds on this rank;
+nothing here communicates.
 
     masters(engine, ...)   -> Piece ...    this rank's pieces of the fp32 weights
     sixteen_bit(...)       -> Piece ...    this rank's pieces of the weights the model computes with
@@ -98,7 +98,7 @@ def _masters(optimizer: Any, sizes: Mapping[int, int]) -> Pieces:
             groups, offsets, flats, optimizer.real_dp_process_group, strict=True
         ):
             first = dist.get_rank(process_group) * flat.numel()
-            yield from _cut(group, starts, first, flat, sizes)
+            yield from _pieces_of(group, starts, first, flat, sizes)
     elif hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3
         yield from _stage3(optimizer)
     elif hasattr(optimizer, "fp32_groups_flat_partition"):
@@ -108,12 +108,12 @@ def _masters(optimizer: Any, sizes: Mapping[int, int]) -> Pieces:
             optimizer.bf16_groups, flats, optimizer.real_dp_process_group, strict=True
         ):
             first = dist.get_rank(process_group) * flat.numel()
-            yield from _cut(group, None, first, flat, sizes)
+            yield from _pieces_of(group, None, first, flat, sizes)
     elif hasattr(optimizer, "fp32_groups_flat"):
         # FP16_Optimizer
         groups, flats = optimizer.fp16_groups, optimizer.fp32_groups_flat
         for group, flat in zip(groups, flats, strict=True):
-            yield from _cut(group, None, 0, flat, sizes)
+            yield from _pieces_of(group, None, 0, flat, sizes)
     elif hasattr(optimizer, "fp32_groups"):
         # FP16_UnfusedOptimizer: a copy for each parameter
         groups, group_copies = optimizer.fp16_groups, optimizer.fp32_groups
@@ -140,7 +140,7 @@ def _gives(inventory: Inventory, is_copy: bool) -> bool:
     return not is_copy or inventory.shares is not None or dist.get_rank() == 0
 
 
-def _cut(
+def _pieces_of(
     group: Sequence[Any],
     starts: Sequence[int] | None,
     first: int,

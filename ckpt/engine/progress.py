@@ -27,7 +27,7 @@ log = logging.getLogger("ckpt")
 
 
 def record(engine: EngineView, epoch: Any = None, loop: Loop = ENGINE_ALONE) -> dict[str, Any]:
-    """What a manifest says of a training that is saved now: ``progress``, and its
+    """The entries of a manifest on a training that is saved now: ``progress``, and its
     settings.
 
     A save in the middle of gradient accumulation is warned of: what was accumulated is

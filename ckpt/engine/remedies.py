@@ -1,4 +1,4 @@
-"""What a front end offers where a training is not as it was saved."""
+"""The remedies that a front end offers where a training is not as it was saved."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """What a front end offers for going on nevertheless, as messages say it; ``None``:
-    nothing."""
+    """The ways to go on nevertheless that a front end offers, as messages say them;
+    ``None``: nothing."""
 
     mismatch: str = 'pass on_mismatch="warn"'
     optimizer: str | None = "pass load_optimizer_states=False"

@@ -1,5 +1,5 @@
-"""What a training is, as JSON for a manifest: all that a resume compares beside its
-progress.
+"""The settings of a training, as JSON for a manifest: all that a resume compares beside
+its progress.
 
     parameters   names, shapes, order and groups of those that the optimizer holds
     optimizer    class, algorithm, the options of each param group
@@ -56,7 +56,7 @@ MOVING = {
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """What a training has beside its engine, as far as a front end knows it.
+    """The parts of a training beside its engine, as far as a front end knows them.
 
     - ``scheduler``: the one that sets the learning rate, where the engine does not have
       it

@@ -60,7 +60,8 @@ class PlainView(EngineView, Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What DeepSpeed's configuration would say: batch, clipping, precision."""
+        """The settings that DeepSpeed's configuration would have: batch, clipping,
+        precision."""
 
     def state_bytes(self) -> int:
         """Bytes of the state files that this rank will write."""
@@ -77,7 +78,8 @@ class TrainingEngine(EngineView, Protocol):
 
 
 class Internals(TrainingEngine, Protocol):
-    """What only this folder asks of DeepSpeed's engine; each name is in ``attributes``."""
+    """The attributes that only this folder asks of DeepSpeed's engine; each name is in
+    ``attributes``."""
 
     checkpoint_engine: Any
     load_checkpoint: Callable[..., Any]

@@ -1,5 +1,5 @@
-"""What the start of a training tries in a run's folder, and what a start that failed
-left of it.
+"""The files that the start of a training tries in a run's folder, and those that a
+failed start left.
 
     .nonce-*       a file by which ranks find out whether they share the folder
     .preflight-*   folders that ranks write into, to see whether saves will succeed
@@ -25,7 +25,7 @@ QUIET = 600.0  # seconds after which nobody is taken to be at it
 
 
 def abandoned(run_folder: Path) -> list[Path]:
-    """What nobody is using any more, in the run's folder."""
+    """The leftovers in the run's folder that nobody is using any more."""
     with os.scandir(run_folder) as entries:
         trial_paths = [
             Path(entry.path)

@@ -48,7 +48,7 @@ class Lock:
             os.close(fd)
 
     def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
-        """What is sent to another process, or copied, holds nothing."""
+        """Makes a copy, or what is sent to another process, hold nothing."""
         return Lock, ()
 
     def __enter__(self) -> Lock:
@@ -217,7 +217,7 @@ def replaced(path: Path, data: bytes) -> Lock:
     try:
         with suppress(OSError):  # no locks here
             flock.take(fd)
-        with local.named(partial_path):
+        with local.naming_path(partial_path):
             local.LocalWriter(fd).write(data, 0)
             local.sync(fd, partial_path)
 

@@ -112,7 +112,7 @@ def is_arriving(folder: Path) -> bool:
 
 
 def refusal(parent: Path) -> OSError | None:
-    """What the filesystem answers to the rename of a folder in ``parent``; ``None`` if
+    """The error of the filesystem for the rename of a folder in ``parent``; ``None`` if
     it does it.
 
     Tried with an empty one. Where none can be made, nothing is known, and ``None``

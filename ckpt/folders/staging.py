@@ -34,7 +34,7 @@ _ALTERNATIVE: ContextVar[str | None] = ContextVar("alternative", default=None)
 
 
 def another_folder() -> str:
-    """What to do where an output does not fit: another folder, unless
+    """The remedy where an output does not fit: another folder, unless
     ``without_choice``."""
     return _ALTERNATIVE.get() or f"choose another folder with {OUTPUT}"
 
@@ -51,7 +51,7 @@ def without_choice(alternative: str) -> Iterator[None]:
 
 
 class Continuation(NamedTuple):
-    """What an interrupted run of the same plan left: shards that are whole, of how many."""
+    """The shards that an interrupted run of the same plan left whole, of how many."""
 
     present: int
     total: int
@@ -64,7 +64,8 @@ class Continuation(NamedTuple):
 
 
 def continuation(output: Path, plan: Plan) -> Continuation | None:
-    """What the same plan would go on with at ``output``; ``None`` if it begins anew."""
+    """The shards that the same plan would go on with at ``output``; ``None`` if it
+    starts over."""
     if not output.name:
         return None  # where no folder can be made
 
@@ -189,7 +190,8 @@ def take_file(made_file: Path, output: Path) -> None:
 
 @contextmanager
 def as_output_error(output: Path) -> Iterator[None]:
-    """What the system refuses while ``output`` is made, as ``CheckpointError``."""
+    """Turns an error of the system, while ``output`` is made, into a
+    ``CheckpointError``."""
     try:
         yield
     except OSError as error:
@@ -249,14 +251,14 @@ def _clear_of_others(folder: Path, plan_file: IO[bytes], plan: Plan) -> None:
     """Removes what is not of this plan, whose digest is in ``plan_file`` then."""
     digest = plan.digest().encode()
     plan_file.seek(0)
-    with local.named(folder / PLAN):
+    with local.naming_path(folder / PLAN):
         is_same_plan = plan_file.read() == digest
     if is_same_plan:
         _clear(folder, {LOGBOOK, *(shard.filename for shard in plan.shards)})
         return
 
     _clear(folder, set())
-    with local.named(folder / PLAN):
+    with local.naming_path(folder / PLAN):
         # a file's own truncate ends at EINTR
         os.ftruncate(plan_file.fileno(), 0)
         plan_file.write(digest)

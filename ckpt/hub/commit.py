@@ -36,8 +36,8 @@ PARTIAL = ".ckpt-partial"  # no user calls a branch so
 
 @dataclass(frozen=True, slots=True)
 class CommitChange:
-    """What a commit does: files that come or change, names that go (a folder's ends in
-    "/")."""
+    """The changes of a commit: files that come or change, names that go (a folder's
+    ends in "/")."""
 
     sent_files: tuple[UploadedFile, ...]
     deleted: tuple[str, ...]

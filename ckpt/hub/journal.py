@@ -1,4 +1,4 @@
-"""What an interrupted push already knows: the SHA-256 of each shard that passed, and its
+"""The journal of an interrupted push: the SHA-256 of each shard that passed, and its
 proof.
 
 ~/.cache/ckpt/push/PLAN.json      ($XDG_CACHE_HOME where that is set)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushOptions:
-    """What is published of a checkpoint, where, and how.
+    """The options of a push: what is published of a checkpoint, where, and how.
 
     ``dtype`` is a key of ``request.DTYPES``; by default fp32 of states, and weights
     alone as they are stored. ``max_shard_size`` is in bytes. ``uncommitted`` publishes
@@ -148,7 +148,7 @@ def plan(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> PushPlan
 
 
 def _contents(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> Contents:
-    """What is sent to a repository without a card."""
+    """The files that are sent to a repository without a card."""
     return contents(
         checkpoint,
         dtype=options.dtype,
@@ -161,7 +161,7 @@ def _contents(checkpoint: RunCheckpoint, repo: str, options: PushOptions) -> Con
 
 
 def _beside_card(local_contents: Contents, remote: Remote, options: PushOptions) -> Contents:
-    """What is sent to the repository as it is: a card that it has stays."""
+    """The files that are sent to the repository as it is: a card that it has stays."""
     has_card = options.place + CARD in remote.files
     if not has_card or options.training_state:
         return local_contents

@@ -68,8 +68,8 @@ class PullPlan:
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """What is there now. ``step`` is that of a training state, which was verified as
-    such."""
+    """The files that are there now. ``step`` is that of a training state, which was
+    verified as such."""
 
     pull_plan: PullPlan
     step: int | None

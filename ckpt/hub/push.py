@@ -31,7 +31,7 @@ from ckpt.weights.conversion import comparison
 from converters.errors import CheckpointError
 from converters.execute.virtual_file import Serving
 from converters.execute.workers import Progress
-from converters.storage.local import named
+from converters.storage.local import naming_path
 from converters.words import counted, verb
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ __all__ = ["PushOptions", "PushPlan", "Pushed", "execute", "plan"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pushed:
-    """What the Hub has now. ``seconds`` is the time of ``execute``.
+    """The commit that the Hub has now. ``seconds`` is the time of ``execute``.
 
     ``outdated`` are branches that retention deleted; ``checks`` is what was proven of
     the weights, ``None`` if it has none that are converted.
@@ -156,7 +156,7 @@ def _require_card(api: HfApi, push_plan: PushPlan) -> None:
         if push_plan.place + item.name == CARD:
             card_text = item.source
             if isinstance(card_text, Path):
-                with named(card_text):
+                with naming_path(card_text):
                     card_text = card_text.read_bytes()
 
             assert isinstance(card_text, bytes)
@@ -223,8 +223,7 @@ def _prove(
     push_plan: PushPlan,
     shards: tuple[Serving, journal.Journal] | None,
 ) -> WeightChecks | None:
-    """What was proven of the weights; ``CheckpointError`` if a CRC32 of their source is
-    wrong."""
+    """Proves the weights; ``CheckpointError`` if a CRC32 of their source is wrong."""
     conversion = push_plan.contents.conversion
     if shards is None or conversion is None:
         return None

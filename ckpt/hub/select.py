@@ -1,5 +1,5 @@
-"""What a path means to a push: a checkpoint, a model folder, or of a run the newest or
-the best.
+"""The meaning of a path for a push: a checkpoint, a model folder, or of a run the
+newest or the best.
 
 A run's newest is committed or complete (``runs.states.newest``), its best is committed.
 A folder of weights that no training goes on from is taken as a checkpoint without a

@@ -92,7 +92,7 @@ def _require_complete(
 
 
 def _remedy(folder: Path) -> str:
-    """What pushes an incomplete checkpoint all the same."""
+    """The option that pushes an incomplete checkpoint nevertheless."""
     try:
         read(folder)
     except CheckpointError:

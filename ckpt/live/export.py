@@ -200,7 +200,7 @@ class Job:
     def chunks(
         self, ranks: RankGroup, model_inventory: Inventory, dtypes: dict[str, torch.dtype]
     ) -> Iterator[Chunk]:
-        """What this rank holds, piece by piece.
+        """The elements that this rank holds, piece by piece.
 
         It is in CPU memory then, in the type that it is written in.
         """
@@ -218,7 +218,7 @@ class Job:
                 yield name, piece.start + start, _cast(name, values, dtypes[name])
 
     def pieces(self, model_inventory: Inventory) -> Iterator[PartitionPiece]:
-        """What this rank holds, where it lies."""
+        """The pieces that this rank holds, where they lie."""
         if self.computed:
             pieces = sixteen_bit(model_inventory)
         else:
@@ -235,7 +235,7 @@ class Job:
         local.write_file(folder / CONVERSION, record)
 
     def record(self, plan: Plan, tied_mode: Tied, ranks: RankGroup) -> bytes:
-        """What ``conversion.json`` says of a folder from a running training."""
+        """The entries of ``conversion.json`` on a folder from a running training."""
         facts = {
             "ckpt": __version__,
             "source": {

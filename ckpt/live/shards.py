@@ -32,7 +32,8 @@ Run = tuple[int, int]  # the first element, the element after the last
 
 
 class WrittenRuns(TypedDict):
-    """What one rank wrote: elements by name, and by file the CRC32s of runs of bytes.
+    """The runs that one rank wrote: elements by name, and by file the CRC32s of runs of
+    bytes.
 
     ``shares`` are those of tensors that ranks write in rows: by file the first byte of
     the tensor, how many it has, and what this rank adds to their CRC32.
@@ -49,7 +50,7 @@ def make(plan: Plan, folder: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         descriptor = opening.descriptor(_path(folder, shard), flags)
         try:
-            with local.named(folder / shard.filename):
+            with local.naming_path(folder / shard.filename):
                 os.ftruncate(descriptor, shard.nbytes)
                 for offset, literal in shard.literals:
                     local.LocalWriter(descriptor).write(literal, offset)
@@ -97,7 +98,7 @@ class Shards:
         placing = self.placings.get(name)
         for shard, placement in self.places[name]:
             size = placement.dtype.itemsize
-            with local.named(self.folder / shard.filename):
+            with local.naming_path(self.folder / shard.filename):
                 for run in placed(placing, start, values.numel()):
                     piece = content[run.first * size : (run.first + run.size) * size]
                     self._writer(shard).write(piece, placement.offset + run.position * size)
@@ -127,7 +128,7 @@ class Shards:
         self.shares[key] = self.shares.get(key, 0) ^ share
 
     def report(self) -> WrittenRuns:
-        """What was written so far, as JSON has it."""
+        """The runs that were written so far, as JSON has them."""
         crcs = {
             str(path): [(start, end, crc) for start, (end, crc) in sorted(starts.items())]
             for path, (starts, _) in self.ledger.runs.items()

@@ -1,4 +1,5 @@
-"""What Accelerate says of a training without DeepSpeed; the Trainer trains by it, too.
+"""A training without DeepSpeed, as Accelerate describes it; the Trainer trains by it,
+too.
 
 Source: accelerate 1.15 ``state.py: AcceleratorState``, ``utils/dataclasses.py:
 FullyShardedDataParallelPlugin``.

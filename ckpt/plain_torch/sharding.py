@@ -37,7 +37,7 @@ def unwrapped(module: Any) -> Any:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
+    """The part that this rank holds of a tensor."""
     to_local = getattr(tensor, "to_local", None)
     part: torch.Tensor = tensor if to_local is None else to_local()
     return part

@@ -27,7 +27,7 @@ PATIENCE = 3
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """What all ranks must see: a save, by its id, or the files of one that has none.
+    """The save that all ranks must see, by its id, or the files of one that has none.
 
     ``parts``: of how many nodes' folders it is; ``names`` are the files that a resume
     reads with their sizes, of DeepSpeed's tags those of ``tag``.
@@ -58,7 +58,7 @@ class Sight:
 
     @classmethod
     def parse(cls, value: list[Any]) -> Sight:
-        """What ``plain`` of another rank returned."""
+        """The value that ``plain`` of another rank returned."""
         name, save, parts, names, tag = value
         sizes = names and tuple((path, size) for path, size in names)
         return cls(name, save, parts, sizes, tag)

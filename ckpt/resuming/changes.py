@@ -1,5 +1,4 @@
-"""What differs between the settings at a save and now, and what comes of each
-difference.
+"""The differences between the settings at a save and now, and what comes of each.
 
 A pure function of two records (``settings.describe``) and of what the caller asked for.
 Each difference is one sentence that says what is used from now on:
@@ -41,7 +40,7 @@ DEGREES = ("tensor_parallel", "pipeline_parallel", "expert_parallel")
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """What the caller of a resume wants to be otherwise than it was saved.
+    """The wishes of a resume's caller: what is to be otherwise than it was saved.
 
     ``renamed``: the new name of a parameter, or of the front of names, by the saved one.
     """
@@ -57,7 +56,7 @@ class LoadOptions:
 
 
 def names_in(override: Collection[str]) -> frozenset[str]:
-    """What ``override`` names: a text is one name."""
+    """The names in ``override``: a text is one name."""
     return frozenset([override] if isinstance(override, str) else override)
 
 

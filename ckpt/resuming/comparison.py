@@ -34,7 +34,7 @@ log = logging.getLogger("ckpt")
 
 
 class Comparison:
-    """What was noted in ``source`` against the training of ``engine``, which has not
+    """Compares the notes in ``source`` with the training of ``engine``, which has not
     loaded it.
 
     ``script_groups``: the options of param groups that the script gave, where they are

@@ -1,4 +1,4 @@
-"""What is known of a training before it has an engine: its ranks, and DeepSpeed's
+"""The known facts of a training before it has an engine: its ranks, and DeepSpeed's
 configuration.
 
 The Hugging Face Trainer and Accelerate keep the configuration where it can be asked for

@@ -111,7 +111,7 @@ _SETTING_FORMATS: Mapping[str, Any] = {
 
 
 def table(rows: Sequence[Row]) -> str:
-    """What a person reads of a comparison, as lines."""
+    """A comparison as lines for people."""
     width = max((len(row.name) for row in rows), default=0) + 2
     lines = [f"    {'':{width}}{'saved':{CELL + 2}}now"] if rows else []
 

@@ -103,7 +103,7 @@ class Load:
         return client_state
 
     def rows(self) -> list[Row]:
-        """What was noted at the save, and how it is now."""
+        """The notes of the save, each with what it is now."""
         if self.module_only or self.reader is None:
             return []
         return self.comparison.rows_after(self.reader, self.epoch)

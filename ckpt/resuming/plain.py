@@ -7,6 +7,7 @@ states of ranks do not.
 
 from __future__ import annotations
 
+import logging
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,12 +15,15 @@ from ckpt.distributed.ranks import RankGroup
 from ckpt.engine.layout import Topology
 from ckpt.folders import filenames
 from ckpt.resuming import select
-from ckpt.resuming.resume_point import ResumePoint
+from ckpt.resuming.request import ResumeRequest
+from ckpt.resuming.resume_point import NO_RANDOM_STATES, RankState, ResumePoint
 from ckpt.resuming.select import VerifyLevel
 from ckpt.runs.foreign.completeness import has_tag
 from ckpt.runs.run import RunCheckpoint, open_checkpoint
 from converters.errors import CheckpointError
 from converters.words import counted
+
+log = logging.getLogger("ckpt")
 
 
 def newest(
@@ -71,7 +75,8 @@ def require_plain(folder: Path) -> None:
 
 
 def point_of(checkpoint: RunCheckpoint) -> ResumePoint | None:
-    """What a committed checkpoint is; ``None`` without a manifest, which notes nothing."""
+    """A committed checkpoint as a ``ResumePoint``; ``None`` without a manifest, which
+    notes nothing."""
     manifest = checkpoint.manifest
     if manifest is None:
         return None
@@ -87,6 +92,24 @@ def point_of(checkpoint: RunCheckpoint) -> ResumePoint | None:
         metrics=manifest.metrics,
         manifest=manifest,
     )
+
+
+def own_state(request: ResumeRequest, source: ResumePoint) -> RankState:
+    """This rank's own state; what does not come back is said, or ``CheckpointError``."""
+    ranks = request.ranks
+    remark = other_ranks_line(source, ranks.world)
+    if remark is not None and not ranks.rank:
+        log.warning("%s: %s", source.folder, remark)
+
+    state = RankState.read(source, ranks.rank)
+    losses = state.lost(request.extra)
+    if remark is not None:
+        losses = [line for line in losses if line != NO_RANDOM_STATES]
+    if losses and request.on_mismatch == "error" and remark is None:
+        raise CheckpointError(f"{source.folder}: {losses[0]}", "incomplete")
+    for line in losses:
+        log.warning("%s: %s", source.folder, line)
+    return state
 
 
 def other_ranks_line(source: ResumePoint | None, world_size: int) -> str | None:

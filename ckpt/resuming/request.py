@@ -41,7 +41,7 @@ log = logging.getLogger("ckpt")
 
 @dataclass(slots=True)
 class ResumeReport:
-    """What is told of a resume: counters and settings as they were saved and as they
+    """The report of a resume: counters and settings as they were saved and as they
     are."""
 
     rows: Sequence[continuity.Row] = ()
@@ -49,7 +49,8 @@ class ResumeReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumeRequest:
-    """What the caller of a front end gave; ``ckpt.resuming.resume`` says what each is."""
+    """The arguments of a front end's caller; ``ckpt.resuming.resume`` describes
+    each."""
 
     ranks: RankGroup
     path: Path
@@ -84,9 +85,8 @@ class ResumeRequest:
                 names = [name for name in request if request[name] != expected[name]]
                 if names:
                     raise CheckpointError(
-                        f"rank {rank}: it asks to resume from {_words(request, names)}; "
-                        f"rank 0 asks for {_words(expected, names)}; pass the same "
-                        "arguments on every rank",
+                        f"rank {rank} resumes with {_words(request, names)}, rank 0 with "
+                        f"{_words(expected, names)}; pass the same arguments on every rank",
                         "refused",
                     )
 
@@ -120,8 +120,8 @@ class ResumeRequest:
             )
 
     def choose(self, engine: EngineView, stack: ExitStack) -> ResumePoint | None:
-        """What to load, kept from being deleted while ``stack`` is open; ``None``:
-        nothing yet."""
+        """Chooses the checkpoint to load, which is not deleted while ``stack`` is open;
+        ``None``: there is none yet."""
         ranks = self.ranks
         layout = Layout.of_engine(engine, ranks.world)
         options = (self.tag, self.verify, self.load_foreign, layout.topology.fits)
@@ -149,7 +149,8 @@ class ResumeRequest:
         return loadable
 
     def commit(self, source: ResumePoint) -> ResumePoint:
-        """What a training goes on from, committed if it was written without ckpt.
+        """Commits the checkpoint that a training goes on from, if it was written
+        without ckpt, and returns it.
 
         Every rank calls it once all is as it was saved: a resume that is refused leaves
         nothing behind.
@@ -204,8 +205,8 @@ class ResumeRequest:
         return state, LoadSlot(self.ranks, source.folder, need.reads, predecessor)
 
     def state(self, source: ResumePoint) -> RankState:
-        """What this rank saved beside the engine; ``CheckpointError`` if not all comes
-        back."""
+        """Reads what this rank saved beside the engine; ``CheckpointError`` if not all
+        comes back."""
         state = RankState.read(source, self.ranks.rank)
         losses = state.lost(self.extra)
         if state.random is None and not source.saved_by_ckpt:
@@ -218,8 +219,8 @@ class ResumeRequest:
         return state
 
     def _without_random_states(self, source: ResumePoint, losses: list[str]) -> list[str]:
-        """What is lost of a checkpoint that another program wrote: no rank has its
-        random states.
+        """The losses of a checkpoint that another program wrote: no rank has its random
+        states.
 
         Rank 0 says it once, unless the front end has a file of its own that it restores.
         """

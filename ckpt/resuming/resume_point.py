@@ -1,5 +1,5 @@
-"""What a training goes on from: a checkpoint of a topology, and what each rank saved
-beside it."""
+"""The point that a training goes on from: a checkpoint of a topology, and what each
+rank saved beside it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ NO_RANDOM_STATES = "it has no random states of this rank"
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """What is loaded. ``foreign``: without a manifest; then ``digest`` is empty.
+    """The checkpoint that is loaded. ``foreign``: without a manifest; then ``digest``
+    is empty.
 
     ``folder`` holds the ``tag``; ``choice`` is the checkpoint that was chosen, which may
     be the tag itself. ``resharded``: it was made of what was asked for.
@@ -88,7 +89,7 @@ class ResumePoint:
 
     @classmethod
     def of(cls, run_checkpoint: RunCheckpoint, tag: str | None = None) -> ResumePoint:
-        """What a checkpoint is, by its manifest or its state files; raises as
+        """A checkpoint, by its manifest or its state files; raises as
         ``detect.read``."""
         manifest = run_checkpoint.manifest
         if manifest is None:
@@ -149,8 +150,8 @@ def _tag_of(folder: Path, manifest: Manifest) -> str:
 
 @dataclass(slots=True)
 class RankState:
-    """What this rank saved beside the engine's state; ``random`` is ``None`` if it is
-    not there."""
+    """The state that this rank saved beside the engine's; ``random`` is ``None`` if it
+    is not there."""
 
     random: Any
     extra: dict[str, Any]

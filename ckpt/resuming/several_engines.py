@@ -148,7 +148,8 @@ def _joint_source(checkpoint: RunCheckpoint) -> ResumePoint:
 def _sources(
     checkpoint: RunCheckpoint, joint_source: ResumePoint, engines: Engines, world: int
 ) -> dict[str, ResumePoint]:
-    """What each engine loads; ``CheckpointError`` unless they are those that were saved."""
+    """The source of each engine; ``CheckpointError`` unless they are those that were
+    saved."""
     assert checkpoint.manifest is not None
     _require_engines(checkpoint.folder, recorded.names(checkpoint.manifest), engines.names)
 

@@ -44,7 +44,7 @@ def require_known(mode: Any) -> None:
 
 
 def difference(source: ResumePoint, layout: Layout) -> str:
-    """What the checkpoint is, and what this training is."""
+    """The topology of the checkpoint and that of this training, in words."""
     saved, current = source.topology, layout.topology
     return (
         f"{source.folder} is of {saved}, this training has "
@@ -73,7 +73,7 @@ def refusal(source: ResumePoint, layout: Layout, alternative: str = "") -> Check
 
     run = f"run: {_command(source, layout)}"
     if _needs_rules(source, layout):
-        with options.using(options.of_commands, anew=True):
+        with options.using(options.of_commands, overrides=True):
             rules = TP_RULES("FILE")
         return CheckpointError(
             f"{finding}; nothing in it says how parameters are cut for tensor parallelism; {run} "
@@ -188,7 +188,7 @@ def loadable(
     mode: Reshard,
     alternative: str = BY_ARGUMENT,
 ) -> Path:
-    """What to load in the place of a checkpoint that was asked for: it, or what it is
+    """The checkpoint to load in the place of one that was asked for: it, or what it is
     resharded to.
 
     For front ends that load by themselves; every rank calls it. ``CheckpointError`` for
@@ -294,7 +294,7 @@ def _reshard_source(ranks: RankGroup, source: ResumePoint, layout: Layout) -> Pa
         log.info("%s: resharding to %s", finding, rewriting.output)
         overwrite = _may_be_replaced(source, rewriting)
         try:
-            with options.using(options.of_commands, anew=True):  # the command is named below
+            with options.using(options.of_commands, overrides=True):  # the command is named below
                 resharding.execute(rewriting, overwrite=overwrite)
         except CheckpointError as error:
             if error.kind != "output" and " --" not in str(error):

@@ -92,8 +92,8 @@ class TorchResume:
         return source.step
 
     def _choose(self, stack: ExitStack) -> ResumePoint | None:
-        """What to load, kept from being deleted while ``stack`` is open; ``None``:
-        nothing yet."""
+        """Chooses the checkpoint to load, which is not deleted while ``stack`` is open;
+        ``None``: there is none yet."""
         request, ranks = self.request, self.request.ranks
         checkpoint = select.select_checkpoint(
             ranks,
@@ -119,8 +119,8 @@ class TorchResume:
         return source
 
     def _shared_state(self, source: ResumePoint) -> dict[str, Any]:
-        """What all ranks had alike beside the states: the scheduler's, and the client
-        state."""
+        """The state that all ranks shared beside the states: the scheduler's, and the
+        client state."""
         path = source.folder / TRAINING_STATE
         if source.saved_by_ckpt:
             shared_state: dict[str, Any] = plain.loads(path)
@@ -164,7 +164,8 @@ def _as_here(saved: Any, current: Any) -> Any:
 
 
 def _point(checkpoint: RunCheckpoint, world: int) -> ResumePoint:
-    """What a checkpoint is; ``CheckpointError`` for one that is not DCP in one folder."""
+    """A checkpoint as a ``ResumePoint``; ``CheckpointError`` for one that is not DCP in
+    one folder."""
     folder, manifest = checkpoint.folder, checkpoint.manifest
     if not (folder / DCP).is_file():
         detection = detect(folder)

@@ -39,7 +39,7 @@ ARGUMENTS = (  # of the functions for users, as errors name them
 
 
 class CrossingProof(Protocol):
-    """What proves the finished files of a crossing, which lie in ``folder``."""
+    """Proves the finished files of a crossing, which lie in ``folder``."""
 
     def verify(self, folder: Path) -> RewriteChecks:
         """Traces them back to the source; ``CheckpointError`` for what is not equal."""
@@ -180,7 +180,7 @@ def _complete(crossing: Crossing, staged_folder: Path) -> None:
 
 
 def preview(crossing: Crossing) -> RewriteResult:
-    """What the crossing would read and write; reads no tensor."""
+    """The files that the crossing would read and write; reads no tensor."""
     source = merged.original(crossing.source)
     return output_folder.preview_of(
         crossing, source, source.stage, source.world_size if source.topology else None

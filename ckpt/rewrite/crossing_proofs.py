@@ -1,4 +1,4 @@
-"""What proves the finished files of a crossing: traced back by readers that know no
+"""The proofs of the finished files of a crossing: traced back by readers that know no
 plan."""
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class NativeProof:
 
 
 def _checks(parameters: int, states: int, others: int, copies: int = 0) -> RewriteChecks:
-    """What was proven, before the bytes are counted."""
+    """The proofs, before the bytes are counted."""
     return RewriteChecks(
         parameter_tensors=parameters,
         optimizer_tensors=states,

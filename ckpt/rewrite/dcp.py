@@ -187,7 +187,7 @@ def _buffers(source: Source) -> frozenset[str] | None:
 
 
 def _read(path: Path, tag: str | None) -> tuple[Source, CrossingState]:
-    """What lies at a path, located, and what of it crosses."""
+    """The source at a path, located, and what of it crosses."""
     detected = detect(path, tag)
     if detected.kind.name == UNIVERSAL:
         universal = reader.read(path, tag)
@@ -266,7 +266,7 @@ def _is_inert(tree: Any) -> bool:
 
 
 def _notes(source: Source, state: CrossingState) -> Iterator[str]:
-    """What whoever loads the output should know."""
+    """Notes for whoever loads the output."""
     if source.topology is not None and not state.groups:
         yield (
             "the optimizer's states are not written, because the files do not tell whose they "

@@ -98,7 +98,7 @@ class Rewriting:
 
     @property
     def checkpoint(self) -> zero.Checkpoint:
-        """What the source is, or stands for."""
+        """The checkpoint that the source is, or stands for."""
         if isinstance(self.source, Universal):
             return self.source.checkpoint
         return self.source
@@ -298,6 +298,6 @@ def _origin(rewriting: Rewriting, source_manifest: Manifest | None) -> Ancestry:
 
 
 def preview(rewriting: Rewriting) -> RewriteResult:
-    """What the rewriting would read and write; reads no tensor."""
+    """The files that the rewriting would read and write; reads no tensor."""
     source = merged.original(rewriting.checkpoint)
     return output_folder.preview_of(rewriting, source, rewriting.source.stage, source.world_size)

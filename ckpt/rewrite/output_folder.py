@@ -29,7 +29,7 @@ class PlannedOutput(Protocol):
 
     @property
     def path(self) -> Path:
-        """What the caller named the source by."""
+        """The path that the caller named the source by."""
 
     @property
     def folder(self) -> Path:
@@ -61,7 +61,7 @@ class PlannedOutput(Protocol):
 
     @property
     def target(self) -> TargetTopology | None:
-        """What DeepSpeed's files are for, or ``None``."""
+        """The topology that DeepSpeed's files are for, or ``None``."""
 
     @property
     def tag(self) -> str | None:
@@ -69,7 +69,7 @@ class PlannedOutput(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know."""
+        """Notes that a user should know."""
 
 
 def nbytes_of(plan: Plan, companions: Iterable[tuple[Path, str]]) -> int:
@@ -102,7 +102,7 @@ def require_output(planned: PlannedOutput, overwrite: bool = False) -> None:
 
 
 def continuation(planned: PlannedOutput) -> staging.Continuation | None:
-    """What an interrupted ``execute`` left that this one goes on with, if anything."""
+    """The shards of an interrupted ``execute`` that this one goes on with, if any."""
     return staging.continuation(planned.output, planned.plan)
 
 
@@ -125,8 +125,8 @@ def copy_companions(planned: PlannedOutput, staged_folder: Path, written_folder:
 def preview_of(
     planned: PlannedOutput, source: Source, stage: int | None, world_size: int | None
 ) -> RewriteResult:
-    """What would be read and written; reads no tensor. ``source`` is what was saved, in
-    ``stage`` and by ``world_size`` ranks."""
+    """The files that would be read and written; reads no tensor. ``source`` is what was
+    saved, in ``stage`` and by ``world_size`` ranks."""
     target = planned.target
     return RewriteResult(
         dry_run=True,

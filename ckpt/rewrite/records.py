@@ -1,5 +1,5 @@
-"""What a rewritten state says of itself: its manifest, or else a record of what it was
-made of.
+"""The record of a rewritten state: its manifest, or else a record of what it was made
+of.
 
 A state that is made of a committed one has a manifest, as that has. The universal format
 has none, and what is made of a checkpoint without a manifest gets none: nobody said that
@@ -122,7 +122,7 @@ def write_manifest(folder: Path, manifest: Manifest, name: str) -> None:
 
 
 def _digest(path: Path) -> manifests.FileRecord:
-    with local.named(path):
+    with local.naming_path(path):
         return manifests.digest(path)
 
 
@@ -148,7 +148,7 @@ def require_one_save(source: Source | Universal) -> None:
 
 
 def _require_unchanged(home: Path, manifest: Manifest, tag_name: str) -> None:
-    """``CheckpointError`` where state files were written anew since they were committed."""
+    """``CheckpointError`` where state files were written again after the commit."""
     for name, difference in changes_since_commit(home, manifest, f"{tag_name}/").items():
         raise CheckpointError(
             f"{home / name} was changed since the checkpoint was committed: {difference}; bring "

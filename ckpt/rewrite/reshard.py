@@ -200,7 +200,8 @@ def _note_on_files_left_out(home: Path, companion_names: set[str]) -> Iterator[s
 
 
 def _sub_group_size(source: zero.Checkpoint) -> int:
-    """What the run of a checkpoint of stage 3 was configured with."""
+    """The sub-group size that the run of a checkpoint of stage 3 was configured
+    with."""
     configured_size = source.model.setting("zero_optimization", "sub_group_size")
     if isinstance(configured_size, (int, float)):
         return int(configured_size)
@@ -208,7 +209,7 @@ def _sub_group_size(source: zero.Checkpoint) -> int:
 
 
 def notes_on(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
-    """What whoever resumes from ``target`` should know."""
+    """Notes for whoever resumes from ``target``."""
     setting = source.model.setting
     yield from _notes_on_ranks(source, target)
     if target.stage == 3 and source.stage < 3:
@@ -239,7 +240,7 @@ def notes_on(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
 
 
 def _notes_on_ranks(source: zero.Checkpoint, target: TargetTopology) -> Iterator[str]:
-    """What becomes of ranks that there were, or were not."""
+    """Notes on ranks that are gone, or are new."""
     saved_world_size = merged.original(source).world_size
     if target.tensor_ranks > 1 and not engine_cuts.are_known():
         yield (
@@ -255,8 +256,8 @@ def _notes_on_ranks(source: zero.Checkpoint, target: TargetTopology) -> Iterator
 
     if target.rank_count > saved_world_size:
         yield (
-            f"the ranks from {saved_world_size} on are new: each has the random and "
-            f"extra state of the rank modulo {saved_world_size}"
+            f"ranks {saved_world_size} and up did not exist; each reuses the random and extra "
+            f"state of (rank mod {saved_world_size})"
         )
 
     if target.rank_count < saved_world_size:

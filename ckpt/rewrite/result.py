@@ -1,4 +1,4 @@
-"""What a rewriting of a training state did, or would do."""
+"""The result of rewriting a training state, or of its dry run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ckpt.results import FileEntry, TrainingState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewriteChecks:
-    """What was proven of the output, from its finished files.
+    """The proofs of the output, from its finished files.
 
     The first four count tensors that lie where the source has them
     (``reference_tensors`` are the 16-bit weights); the next are bytes of the source

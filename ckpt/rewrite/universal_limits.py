@@ -1,5 +1,5 @@
-"""What DeepSpeed's load_universal does not restore, or wrongly, whoever wrote the
-folder.
+"""The limits of DeepSpeed's load_universal: what it does not restore, or wrongly,
+whoever wrote the folder.
 
 Seen with DeepSpeed 0.19.8: ``load_hp_checkpoint_state_from_checkpoint_dir`` in
 runtime/base_optimizer.py and ``..._stage3`` in runtime/zero/stage3.py;

@@ -1,4 +1,4 @@
-"""What a checkpoint was made of, where ckpt made it of another one.
+"""The origin of a checkpoint, where ckpt made it of another one.
 
     ckpt reshard, from-universal   "resharded": native files for other ranks or another stage
     ckpt to-universal              "universal"
@@ -39,7 +39,7 @@ Form = Literal["resharded", "universal", "dcp", "slimmed"]
 
 
 class Partitioning(Protocol):
-    """What says for which stage, and how many ranks, the files of a checkpoint are."""
+    """The stage, and the number of ranks, that the files of a checkpoint are for."""
 
     @property
     def stage(self) -> int | None:
@@ -88,7 +88,8 @@ class Ancestry:
 
     @property
     def parents(self) -> Iterator[Ancestry]:
-        """What was made of this one on the way to the checkpoint, the last one first."""
+        """The checkpoints that were made of this one on the way to ``checkpoint``, the
+        last one first."""
         parent = self.parent
         while parent is not None:
             yield parent
@@ -128,7 +129,8 @@ class Ancestry:
 
 
 def parse(value: object, depth: int = 0) -> Ancestry | None:
-    """What ``as_json`` made; ``None`` for null. ``FieldError`` for anything else."""
+    """The value that ``as_json`` made JSON of; ``None`` for null. ``FieldError`` for
+    anything else."""
     if value is None:
         return None
     fields.require(depth <= MAX_PARENTS, "source", "...", f"no more than {MAX_PARENTS} parents")
@@ -144,7 +146,7 @@ def parse(value: object, depth: int = 0) -> Ancestry | None:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What ``rewriting.json`` says: what was made, and of what.
+    """The content of ``rewriting.json``: what was made, and of what.
 
     ``stage`` and ``world_size`` are ``None`` for the universal format and DCP, which
     have none. ``buffers`` are the names of the model's buffers, which DCP does not tell
@@ -165,7 +167,7 @@ class Record:
 
 
 def document_in(path: Path, max_bytes: int) -> Any:
-    """What a file of JSON says; ``None`` where there is none, or it is cut short.
+    """The content of a file of JSON; ``None`` where there is none, or it is cut short.
 
     ``CheckpointError`` if the disk or network fails.
     """
@@ -185,8 +187,8 @@ def document_in(path: Path, max_bytes: int) -> Any:
 
 
 def record_in(folder: Path) -> Record | None:
-    """What ``rewriting.json`` of a folder says; ``None`` if it has none, or not one of
-    ours.
+    """The content of ``rewriting.json`` of a folder; ``None`` if it has none, or not
+    one of ours.
 
     ``CheckpointError`` if the disk or network fails.
     """

@@ -1,5 +1,5 @@
-"""A folder of a run that is taken for a checkpoint: whether it is committed, and what it
-lacks."""
+"""A folder of a run that is taken for a checkpoint: whether it is committed, or why
+not."""
 
 from __future__ import annotations
 
@@ -59,13 +59,12 @@ class RunCheckpoint:
 
     @property
     def committed(self) -> bool:
-        """Whether the manifest is there, is valid, and every file that it lists has its
-        size."""
+        """Whether the manifest is valid, and every file that it lists has its size."""
         return self.why is None
 
     @property
     def source(self) -> Ancestry | None:
-        """What ckpt made it of; ``None`` if a training saved it."""
+        """The checkpoint that ckpt made it of; ``None`` if a training saved it."""
         if self.manifest is not None:
             return self.manifest.origin
         return self.record.source if self.record is not None else None
@@ -84,14 +83,13 @@ class RunCheckpoint:
 
     @property
     def original(self) -> bool:
-        """Whether the checkpoint lies where it was saved, not as a copy by hand or a
-        link."""
+        """Whether the checkpoint lies where it was saved, not as a copy or a link."""
         recorded_name = self.manifest.name if self.manifest is not None else None
         return not self.folder.is_symlink() and recorded_name in (None, self.folder.name)
 
     @property
     def lacks(self) -> str | None:
-        """What was deleted by hand from a committed checkpoint, as a line."""
+        """A line on what was deleted by hand from a committed checkpoint."""
         if not self.committed or not self.deleted:
             return None
 
@@ -99,7 +97,7 @@ class RunCheckpoint:
 
     @property
     def changes(self) -> str | None:
-        """What was changed by hand in a committed checkpoint, as a line."""
+        """A line on what was changed by hand in a committed checkpoint."""
         if not self.committed or not self.changed:
             return None
 
@@ -107,7 +105,7 @@ class RunCheckpoint:
 
     @property
     def doubt(self) -> str | None:
-        """What speaks against one save in a committed checkpoint, as a line."""
+        """A line on what speaks against one save in a committed checkpoint."""
         if not self.committed or self.manifest is None or self.manifest.doubt is None:
             return None
 
@@ -128,7 +126,7 @@ class RunCheckpoint:
 
     @property
     def tier(self) -> str | None:
-        """``full`` (training can go on from it) or ``weights``; ``None`` without a
+        """``full`` (training can go on from it) or ``weights``; ``None``: no
         manifest."""
         return self.manifest.tier if self.manifest else None
 
@@ -139,8 +137,7 @@ class RunCheckpoint:
 
     @property
     def unusable(self) -> str | None:
-        """Why training cannot go on from this checkpoint, by its manifest; ``None`` if
-        it can."""
+        """Why training cannot go on from it, by its manifest; ``None`` if it can."""
         if self.why is None and self.tier != "full":
             return SLIMMED if self.is_slimmed else WEIGHTS_ONLY
         return self.why
@@ -157,7 +154,7 @@ class RunCheckpoint:
 
     @property
     def pointer(self) -> str:
-        """What ``latest`` holds when it names this checkpoint."""
+        """The content of ``latest`` when it names this checkpoint."""
         if self.manifest is None or self.manifest.tier != "full" or not self.manifest.tag:
             return self.name
 
@@ -192,8 +189,7 @@ def order(checkpoint: RunCheckpoint) -> tuple[int, bool, bool, float, bool, str]
 
 
 def open_checkpoint(folder: Path) -> RunCheckpoint:
-    """What a folder is, by its manifest and the sizes of its files; reads no other
-    bytes.
+    """Opens a folder, by its manifest and the sizes of its files; reads no other bytes.
 
     ``CheckpointError`` if there is no such folder, or the disk or network fails:
     whether it is committed cannot be told then, and nothing may be decided by it.
@@ -223,8 +219,7 @@ def open_checkpoint(folder: Path) -> RunCheckpoint:
 
 
 def unread(folder: Path, error: CheckpointError) -> RunCheckpoint:
-    """A checkpoint of which ``require_read`` has raised ``error``: for a list of what is
-    there."""
+    """A checkpoint, for a list, of which ``require_read`` has raised ``error``."""
     reason = f"cannot be read: {str(error).removeprefix(f'{folder}/')}"
     return RunCheckpoint(folder, step_in(folder.name), None, reason, False, is_unread=True)
 
@@ -267,7 +262,7 @@ def _compared(folder: Path, manifest: Manifest, pinned: bool) -> RunCheckpoint:
 def is_saved_over(folder: Path, manifest: Manifest, is_different: bool) -> bool:
     """Whether another save has overwritten every state file of a committed checkpoint.
 
-    A stock training that begins anew in the folder of an older run saves over
+    A stock training that starts over in the folder of an older run saves over
     checkpoint-2, and leaves manifest.json, of which it knows nothing. So it says nothing
     of what lies there.
 
@@ -326,7 +321,10 @@ def unlisted_tag(folder: Path, manifest: Manifest) -> str | None:
 
     for pointer_name, tag_name in engines.pointers(manifest.tag, engines.names(manifest)).items():
         try:
-            with open(folder / pointer_name, "rb") as stream, local.named(folder / pointer_name):
+            with (
+                open(folder / pointer_name, "rb") as stream,
+                local.naming_path(folder / pointer_name),
+            ):
                 text = stream.read(4096).decode("utf-8", "surrogateescape").strip()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             continue  # it is missing, which is said elsewhere

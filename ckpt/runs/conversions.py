@@ -1,4 +1,4 @@
-"""What weights were made of, where ckpt made them of a checkpoint: ``conversion.json``.
+"""The origin of weights that ckpt made of a checkpoint: ``conversion.json``.
 
 ``ckpt.weights.conversion`` writes it into every folder of weights. Nothing is proven by
 it.
@@ -31,8 +31,8 @@ class WeightsOrigin(NamedTuple):
 
 
 def conversion_in(folder: Path) -> WeightsOrigin | None:
-    """What ``conversion.json`` of a folder says; ``None`` if it has none, or not one of
-    ours.
+    """The content of ``conversion.json`` of a folder; ``None`` if it has none, or not
+    one of ours.
 
     ``CheckpointError`` if the disk or network fails.
     """

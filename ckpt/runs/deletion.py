@@ -72,7 +72,7 @@ def pointed(run: Run, text: str) -> str:
 
 
 def trash(run: Run) -> list[Path]:
-    """What deletions that were interrupted left."""
+    """The folders that deletions left when they were interrupted."""
     folders = [
         Path(entry.path) for entry in os.scandir(run.path) if entry.is_dir(follow_symlinks=False)
     ]

@@ -91,7 +91,7 @@ def unlike(path: Path, expected: FileRecord, data: bool, progress: Progress) -> 
     if difference is not None or not data:
         return difference
 
-    with open(path, "rb") as stream, local.named(path):
+    with open(path, "rb") as stream, local.naming_path(path):
         return _check_content(stream, expected, progress)
 
 
@@ -99,14 +99,14 @@ def unlike_without_records(path: Path, expected: FileRecord) -> str | None:
     """As ``unlike``, but of a torch zip the directory alone, which has every record's
     CRC32.
 
-    So a file that was written anew is told from its forerunner of the same size, and no
+    So a file that was written again is told from its forerunner of the same size, and no
     tensor is read.
     """
     difference = _check_structure(path, expected)
     if difference is not None:
         return difference
 
-    with open(path, "rb") as stream, local.named(path):
+    with open(path, "rb") as stream, local.naming_path(path):
         if expected.kind != "zip":
             return _check_content(stream, expected, quiet)
         is_same = f"zip:{_directory_digest(stream)}" == expected.digest
@@ -199,7 +199,7 @@ def record_fault(
     progress: Progress,
     start: int = 0,
 ) -> str | None:
-    """What is wrong with the bytes of a record, by its CRC32; ``None`` if nothing is.
+    """The fault in the bytes of a record, by its CRC32; ``None`` if there is none.
 
     ``file`` is what the directory was read from: the open file, or a part of it that
     begins at byte ``start``.

@@ -54,7 +54,7 @@ def others(folder: Path) -> tuple[str, ...]:
 
 
 def pointers(tag: str, engine_names: Iterable[str]) -> dict[str, str]:
-    """What each file ``latest`` in a checkpoint of this tag holds, by its name in the
-    folder."""
+    """The content of each file ``latest`` in a checkpoint of this tag, by its name in
+    the folder."""
     tag_name = tag.rpartition("/")[2]
     return {f"{engine}/latest": tag_name for engine in engine_names} or {"latest": tag}

@@ -1,4 +1,4 @@
-"""What the fields of a manifest may be."""
+"""The values that fields of a manifest may have."""
 
 from __future__ import annotations
 

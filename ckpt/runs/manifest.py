@@ -54,9 +54,10 @@ _NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What was committed. ``tag`` is the tag folder's name, which a full checkpoint of
-    DeepSpeed always has. One of another training (FSDP, DDP, one process) has neither
-    ``tag`` nor ``stage``: its states lie right in the folder, or in folders of FSDP.
+    """The manifest of a commit. ``tag`` is the tag folder's name, which a full
+    checkpoint of DeepSpeed always has. One of another training (FSDP, DDP, one process)
+    has neither ``tag`` nor ``stage``: its states lie right in the folder, or in folders
+    of FSDP.
 
     ``save`` is the same on all nodes of one save and on no other; ``created`` is in
     seconds since 1970. With ``nodes`` over 1 the folder holds one node's part.
@@ -169,8 +170,7 @@ class Manifest:
 
     @property
     def origin(self) -> Ancestry | None:
-        """What it was made of; of one that an older ckpt resharded only the save is
-        known."""
+        """The checkpoint that it was made of; of an older resharding only the save."""
         if self.source is None and self.made_of is not None:
             return Ancestry("resharded", save=self.made_of, step=self.step)
         return self.source

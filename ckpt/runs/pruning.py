@@ -62,7 +62,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a checkpoint, or would, and why. ``nbytes`` is what it takes, or took."""
+    """The outcome for a checkpoint, and why. ``nbytes`` is what it takes, or took."""
 
     checkpoint: RunCheckpoint
     kept: bool
@@ -88,8 +88,8 @@ def plan(
     just_saved: str | None = None,
     line: Line | None = None,
 ) -> list[Outcome]:
-    """What the rules keep and what goes: of every committed checkpoint, and of those that were
-    committed and from which files were deleted by hand. Deletes nothing.
+    """Decides what the rules keep: of every committed checkpoint, and of those that
+    were committed until files were deleted by hand. Deletes nothing.
 
     ``line``: whose checkpoints the rules count, by default those of the line that saved
     last. ``just_saved`` names one that stays whatever its step.
@@ -152,7 +152,7 @@ def _kept_steps(
     checkpoints: Sequence[RunCheckpoint],
     present: Sequence[RunCheckpoint],
 ) -> dict[str, tuple[str, ...]]:
-    """What the rules keep; what was made of another one stays and goes with that.
+    """The steps that the rules keep; one made of another one stays and goes with it.
 
     That may be among those ``present`` alone: one renamed by hand does not count, but stays.
     So do all of one step and tier, of which manifests of older versions do not tell
@@ -340,7 +340,7 @@ def amid_newer(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def facts(run: Run, committed: Sequence[RunCheckpoint]) -> list[Candidate]:
-    """What retention has to know of the committed checkpoints of a run, in their order."""
+    """The facts for retention of a run's committed checkpoints, in their order."""
     pointer_texts = {name: text for name in POINTERS[::-1] if (text := run.target(name))}
     pointers_by_folder = {pointed(run, text): name for name, text in pointer_texts.items()}
     candidates = []

@@ -1,4 +1,4 @@
-"""What a folder or a file of a run is taken for, by names alone."""
+"""Recognizes folders and files of a run by names alone."""
 
 from __future__ import annotations
 

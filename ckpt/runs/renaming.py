@@ -98,5 +98,5 @@ def _has_same_state(candidate: RunCheckpoint, checkpoint: RunCheckpoint, step: i
 
 
 def _content(path: Path) -> bytes:
-    with open(path, "rb") as stream, local.named(path):
+    with open(path, "rb") as stream, local.naming_path(path):
         return stream.read(_MAX_BYTES)

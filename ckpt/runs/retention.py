@@ -27,7 +27,7 @@ _BEST = LazyPattern(r"(.+?):(min|max)(?::(\d{1,9}))?")
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What retention knows of a committed checkpoint.
+    """The facts that retention knows of a committed checkpoint.
 
     ``marks`` are reasons from outside to keep it, such as "pinned", "latest names it",
     "in use".

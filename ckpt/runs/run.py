@@ -111,7 +111,7 @@ class Run:
     def target(self, name: str = "latest") -> str | None:
         """The text of a pointer; ``None`` if there is no such file."""
         try:
-            with open(self.path / name, "rb") as stream, local.named(self.path / name):
+            with open(self.path / name, "rb") as stream, local.naming_path(self.path / name):
                 return stream.read(4096).decode("utf-8", "surrogateescape").strip()
         except (FileNotFoundError, IsADirectoryError):
             return None

@@ -1,4 +1,4 @@
-"""What a path that a user gave is to the commands on runs: a run, a checkpoint, or
+"""The meaning of a user's path for the commands on runs: a run, a checkpoint, or
 neither.
 
 What is neither is named by ``converters.detect``, the table of all kinds, with what
@@ -37,7 +37,8 @@ _MAX_NAMES = 5
 
 
 def instead(path: Path, expected: str, weights: str = "") -> CheckpointError:
-    """What lies at a path instead of what a command expects, and what handles it.
+    """A sentence on what lies at a path instead of what a command expects, and what
+    handles it.
 
     ``weights`` is the remedy for a folder or file that has weights alone.
     """

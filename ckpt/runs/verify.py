@@ -31,7 +31,7 @@ _SLACK = 2.0  # seconds that a clock, or a network, may be off
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was found. ``problems`` has a line for each thing that is not whole.
+    """The findings. ``problems`` has a line for each thing that is not whole.
 
     ``proven`` are lines on what is. ``spared`` are those problems that no resume minds.
     """
@@ -61,7 +61,7 @@ def verify(
     """Checks every file's size, or with ``data`` every byte, and that the state files
     fit together.
 
-    Without ``data`` what was written anew since the manifest is found, too.
+    Without ``data`` what was written after the manifest is found, too.
 
     Of a checkpoint without a manifest only the latter, and it never counts as whole.
     """
@@ -118,7 +118,7 @@ def _places_of_states(folder: Path, manifest: Manifest) -> Mapping[str, str | No
 
 
 def changes_since_commit(folder: Path, manifest: Manifest, within: str = "") -> dict[str, str]:
-    """How the files differ that were written anew since the manifest was, in a folder
+    """How the files differ that were written after the manifest, in a folder
     ``within``.
 
     Every torch zip is looked at, by its directory; another file only where its times are
@@ -201,8 +201,8 @@ def may_be_edited(folder: Path, name: str, file: FileRecord) -> bool:
 
 
 def states(folder: Path, tag: str | None = None) -> tuple[str | None, str | None]:
-    """What the headers of DeepSpeed's files prove, and what is wrong with them, as
-    lines.
+    """Lines on what the headers of DeepSpeed's files prove, and on what is wrong with
+    them.
 
     What is not read here, such as pipeline parallelism, is said and counts as no fault.
     """

@@ -1,4 +1,4 @@
-"""What runs inside a training: a saver whose checkpoints are whole or absent.
+"""Saving inside a training: a saver whose checkpoints are whole or absent.
 
 saver          the Saver of a plain loop;  saved_training  what it saves
 torch_states   a training of plain torch as it is saved

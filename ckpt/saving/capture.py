@@ -35,7 +35,7 @@ def capture(
     if one fails, or if the disk is too small for what all of them are about to write.
     """
     ranks, folder, tag = commit.ranks, commit.folder, commit.facts.tag
-    with ranks.step() as sizes, local.named(folder):
+    with ranks.step() as sizes, local.naming_path(folder):
         states = []
         if tag is not None:
             options = {}
@@ -50,7 +50,7 @@ def capture(
 
     weight_bytes = 0 if weights is None else weights.nbytes
     preflight.require_room(ranks, commit.nodes, folder, sizes.heard, weight_bytes)
-    with ranks.step(), local.named(folder):
+    with ranks.step(), local.naming_path(folder):
         if not ranks.rank:
             write_all_companions(engines, folder, weights, tokenizer)
 
@@ -124,8 +124,8 @@ def write_companions(
     weights: WeightsWriter | None,
     tokenizer: Any = None,
 ) -> None:
-    """What makes the folder a model's, whether the weights are in it or still to be
-    converted."""
+    """Writes the files that make the folder a model's, whether the weights are in it or
+    still to be converted."""
     if weights is not None:
         weights.make(folder)
     elif not hasattr(module, "peft_config"):
@@ -135,7 +135,7 @@ def write_companions(
 
 
 def write_small_files(engines: Engines, tokenizer: Any, folder: Path, rank: int) -> None:
-    """What rank 0 writes beside states and weights, to see how much that is."""
+    """Writes what rank 0 writes beside states and weights, to see how much that is."""
     if not rank:
         write_all_companions(engines, folder, None, tokenizer)
 

@@ -81,8 +81,8 @@ class Engines:
         return int(self.first.global_steps), all(between_steps)
 
     def progress(self, epoch: Any) -> dict[str, Any]:
-        """What the manifest notes: ``progress``, of several by name and with the stage
-        of each."""
+        """The notes of the manifest: ``progress``, of several by name and with the
+        stage of each."""
         if not self.several:
             return record(self.first, epoch)
         by_engine = {}
@@ -99,8 +99,8 @@ class Engines:
         metric_values: Mapping[str, Any] | None,
         epoch: Any,
     ) -> Facts:
-        """What the manifest of a save of this ``tier`` says; ``metric_values`` are its
-        metrics."""
+        """The facts for the manifest of a save of this ``tier``; ``metric_values`` are
+        its metrics."""
         tag = self.tag(step) if tier == "full" else None
         stage = int(self.first.zero_optimization_stage())
         progress = self.progress(epoch)

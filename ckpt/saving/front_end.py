@@ -1,5 +1,5 @@
-"""What every front end does to save: a run's folder, and in it one checkpoint, whole or
-absent.
+"""The steps of every front end to save: a run's folder, and in it one checkpoint, whole
+or absent.
 
     run_folder = RunFolder.find(ranks, Path("out"), is_local)      who shares it
     run_folder.hold(ranks)                                         no other job saves there
@@ -54,7 +54,7 @@ log = logging.getLogger("ckpt")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveDetails:
-    """What a front end knows of a save beside its engine.
+    """The facts of a save that a front end knows beside its engine.
 
     ``tag``: the folder of the states, ``None`` without states; ``metrics`` are numbers
     by name, ``epoch`` and ``loop`` are the trainer's own.
@@ -69,7 +69,7 @@ class SaveDetails:
 
 
 def describe(engine: EngineView, details: SaveDetails, line: Line) -> Facts:
-    """What the manifest of a save says beside its files.
+    """The entries of the manifest of a save beside its files.
 
     ``CheckpointError`` for a metric that is not a number.
     """
@@ -269,8 +269,8 @@ class Save:
 
     @contextmanager
     def recording(self, engines: Collection[TrainingEngine], root: Path) -> Iterator[Recording]:
-        """What ``engines`` save below ``root`` in this block is on disk and digested
-        after it.
+        """Records the files that ``engines`` save below ``root`` in this block: after
+        it they are on disk and digested.
 
         Raises what failed, when all ranks are out of the engines' barriers.
         """
@@ -299,7 +299,8 @@ class Save:
         self.add(rank_files.write(self.folder, self.commit.ranks.rank, extra))
 
     def write_companions(self, module: Any, weights: WeightsWriter | None) -> None:
-        """What makes the folder a model's, written by rank 0; every rank calls it."""
+        """Writes the files that make the folder a model's, by rank 0; every rank calls
+        it."""
         with self.commit.ranks.step():
             if not self.commit.ranks.rank:
                 write_companions(module, self.folder, weights)

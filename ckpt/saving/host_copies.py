@@ -74,7 +74,7 @@ class HostCopies:
 
 
 def rounded(nbytes: int) -> int:
-    """What a copy of ``nbytes`` takes."""
+    """The bytes that a copy of ``nbytes`` takes."""
     return -(-nbytes // ALIGNED) * ALIGNED
 
 

@@ -44,7 +44,7 @@ PATIENCE = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Preemption:
-    """What asks a training to stop, and how long it then has.
+    """The signals that ask a training to stop, and how long it then has.
 
     ``signals`` by name, by default SIGTERM, SIGUSR1 and what else torchrun was told to
     pass on (``--signals-to-handle``); ``file``: one that turns up (``touch out/stop``),
@@ -187,7 +187,7 @@ class PreemptionWatch:
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
 
-    def left(self) -> float | None:
+    def seconds_left(self) -> float | None:
         """Seconds until the deadline, as this rank knows it; ``None`` without one."""
         if self.asked_at is None:
             return None

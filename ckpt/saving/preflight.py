@@ -37,7 +37,7 @@ log = logging.getLogger("ckpt")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveContents:
-    """What one save will write, and what stays beside it.
+    """The bytes that one save will write, and those that stay beside it.
 
     - ``engines``: those whose states are saved together, unless ``has_states`` is false;
       their files have this ``alignment``

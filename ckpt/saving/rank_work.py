@@ -1,4 +1,4 @@
-"""What one rank writes in one save, at once or later, from the states or from copies of
+"""The work of one rank in one save, at once or later, from the states or from copies of
 them."""
 
 from __future__ import annotations

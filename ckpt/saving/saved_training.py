@@ -1,4 +1,4 @@
-"""What a ``Saver`` saves, whatever trains: DeepSpeed's engines, or a training of plain
+"""The training that a ``Saver`` saves, whatever trains: DeepSpeed's engines, or plain
 torch."""
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class SavedTraining(Protocol):
 
     @property
     def first(self) -> EngineView:
-        """What says at which step the training is."""
+        """The object that says at which step the training is."""
 
     @property
     def identity(self) -> object:
-        """What a resume knows the training by."""
+        """The object that a resume knows the training by."""
 
     @property
     def views(self) -> Sequence[EngineView]:
@@ -69,7 +69,7 @@ class SavedTraining(Protocol):
         metric_values: Mapping[str, Any] | None,
         epoch: Any,
     ) -> Facts:
-        """What the manifest of a save says."""
+        """The facts for the manifest of a save."""
 
     def weights(self, kind: str, max_shard_size: str | int, ranks: RankGroup) -> WeightsWriter:
         """A writer for a loadable model beside the states."""
@@ -107,7 +107,7 @@ class EngineStates(Engines):
         return super().place()
 
     def write_companions(self, tokenizer: Any, folder: Path, rank: int) -> None:
-        """What rank 0 writes beside states and weights."""
+        """Writes what rank 0 writes beside states and weights."""
         capture.write_small_files(self, tokenizer, folder, rank)
 
     def capture(self, *arguments: Any) -> RankWork:
@@ -121,8 +121,8 @@ def of(
     optimizer: Any,
     scheduler: Any,
 ) -> SavedTraining:
-    """What was given, as one; ``CheckpointError`` for an engine and a model, and for
-    neither."""
+    """The arguments as one training; ``CheckpointError`` for an engine and a model, and
+    for neither."""
     require_either(engine, model, optimizer, scheduler)
     if engine is not None:
         return EngineStates(engine)

@@ -156,7 +156,7 @@ class Saver:
             self.run_folder.warn_of_others(self._line())
 
     def _contents(self, ranks: RankGroup) -> SaveContents:
-        """What a save will write. ``CheckpointError`` on every rank for weights that cannot be."""
+        """The files of a save; ``CheckpointError`` on every rank if impossible."""
         with lease.given_up_on_failure(self.run_folder.lease), ranks.step():
             weights = self._weights(ranks)
         return SaveContents(
@@ -317,7 +317,7 @@ class Saver:
         self.wait()
         assert self.watch is not None
         ranks = RankGroup("stop", self.timeout)
-        time_left, time_needed = share_deadline(ranks, self.watch.left(), self.took)
+        time_left, time_needed = share_deadline(ranks, self.watch.seconds_left(), self.took)
         if time_left is not None and time_needed is not None and time_needed > time_left:
             self.watch.too_late(step, time_needed, time_left)
         elif self.saved.get("full") != step:

@@ -1,4 +1,5 @@
-"""What is saved, under which name, and when: all that resuming takes, or weights alone."""
+"""The tiers of a save, their names, and when each is due: all that resuming takes, or
+weights alone."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ NAMES: dict[Tier, str] = {"full": "checkpoint-{}", "weights": "weights-{}"}
 
 
 def due(every: Mapping[str, int], step: int) -> Tier | None:
-    """What to save at a step; ``full`` where both are due, as it holds the weights too."""
+    """The tier to save at a step; ``full`` where both are due, as it holds the weights
+    too."""
     tiers = (tier for tier in NAMES if tier in every and step % every[tier] == 0)
     return next(tiers, None)
 

@@ -50,7 +50,7 @@ class TorchStates:
 
     @property
     def identity(self) -> object:
-        """What a resume knows the training by."""
+        """The object that a resume knows the training by."""
         return self.training.module
 
     @property
@@ -71,7 +71,7 @@ class TorchStates:
         metric_values: Mapping[str, Any] | None,
         epoch: Any,
     ) -> Facts:
-        """What the manifest of a save says."""
+        """The facts for the manifest of a save."""
         self.training.global_steps = int(step)
         return Facts(
             step=int(step),
@@ -93,8 +93,8 @@ class TorchStates:
         )
 
     def write_companions(self, tokenizer: Any, folder: Path, rank: int) -> None:
-        """What makes the folder a model's for ``ckpt to-fp32`` and ``ckpt push``, on
-        rank 0."""
+        """Writes the files that make the folder a model's for ``ckpt to-fp32`` and
+        ``ckpt push``, on rank 0."""
         if not rank:
             write_companions(self.training.module, folder, None, tokenizer)
 
@@ -113,7 +113,7 @@ class TorchStates:
         ``CheckpointError`` on every rank if one fails, or if the disk is too small.
         """
         ranks, folder = commit.ranks, commit.folder
-        with ranks.step() as sizes, local.named(folder):
+        with ranks.step() as sizes, local.naming_path(folder):
             state_leaves = leaves.of_training(self.training, commit.facts.step)
             if exclude_frozen_parameters:
                 state_leaves = [leaf for leaf in state_leaves if not _is_frozen(leaf)]
@@ -131,7 +131,7 @@ class TorchStates:
             sizes.value = [commit.nodes.folder, work.nbytes]
 
         preflight.require_room(ranks, commit.nodes, folder, sizes.heard, 0)
-        with ranks.step(), local.named(folder):
+        with ranks.step(), local.naming_path(folder):
             self.write_companions(tokenizer, folder, ranks.rank)
 
         commit.join = partial(description.write, folder, part.forms)

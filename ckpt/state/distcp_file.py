@@ -58,7 +58,7 @@ class _Form(NamedTuple):
     nbytes: int
 
     def tail(self, checksum: int) -> bytes:
-        """What follows the elements, of which this is the CRC32."""
+        """The bytes that follow the elements, of which this is the CRC32."""
         number = len(self.crcs)
         elements, version, serialization_id = self.records[number:]
         id_text = b"%0*d" % (_ID_BYTES, checksum)
@@ -112,7 +112,8 @@ class _TensorItem(NamedTuple):
 
 
 class DistcpFile:
-    """What one rank writes of a distributed checkpoint; see ``torch_file.Captured``.
+    """The file that one rank writes of a distributed checkpoint; see
+    ``torch_file.Captured``.
 
     ``storages`` are the elements of large tensors as vectors of bytes: what is done to a
     tensor before ``write`` is written.

@@ -1,4 +1,4 @@
-"""What ``plain`` wrote, read again: every value is looked at before it is made.
+"""Reads what ``plain`` wrote: every value is looked at before it is made.
 
 ``MalformedError`` says what cannot be interpreted; ``plain.loads`` knows the file.
 """
@@ -75,13 +75,13 @@ def _value(structure: Any, tensors: Mapping[str, torch.Tensor], depth: int) -> A
         case [str(kind), *items] if kind in _BUILDERS:
             return _container(kind, [_value(item, tensors, depth + 1) for item in items])
         case ["bytes", str(name)]:
-            return _bytes(_named(tensors, name))
+            return _bytes(_tensor_of(tensors, name))
         case ["tensor", str(name)]:
-            return _named(tensors, name).clone()
+            return _tensor_of(tensors, name).clone()
         case ["tensor", str(name), str(dtype), *shape]:
-            return _of_bytes(_named(tensors, name), _dtype(dtype), shape)
+            return _of_bytes(_tensor_of(tensors, name), _dtype(dtype), shape)
         case ["array", str(dtype), str(name), *shape]:
-            return _array(dtype, _bytes(_named(tensors, name)), shape)
+            return _array(dtype, _bytes(_tensor_of(tensors, name)), shape)
 
     return _simple_value(structure)
 
@@ -173,7 +173,7 @@ def _device(name: str) -> torch.device:
         raise MalformedError(f"there is no device {name[:60]!r}") from error
 
 
-def _named(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+def _tensor_of(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     if name not in tensors:
         raise MalformedError(f"its structure names a tensor {name[:60]!r}, which is not there")
     return tensors[name]

@@ -1,5 +1,5 @@
-"""What resuming needs beside DeepSpeed's files: random states and the user's own, one
-file a rank.
+"""The files of a rank that resuming needs beside DeepSpeed's: random states and the
+user's own, one a rank.
 
     rng_state_R.state      python, numpy, torch and the devices of rank R
     extra_state_R.state    state_dict() of each object given as extra, by name

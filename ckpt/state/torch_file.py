@@ -1,4 +1,4 @@
-"""What ``torch.save`` would write, captured now and written later.
+"""A file of ``torch.save``, captured now and written later.
 
     capture(state)     the pickle, byte for byte torch's, and the storages that it names; no copy
     replace(i, copy)   a storage's bytes from elsewhere, so that the trainer may change its own
@@ -182,7 +182,8 @@ class _Pickler(pickle.Pickler):
         self.types: dict[int, torch.dtype] = {}  # by address
 
     def persistent_id(self, value: Any) -> tuple[str, Any, str, str, int] | None:
-        """What names a storage in the pickle; strings are shared as torch shares them."""
+        """The name of a storage in the pickle; strings are shared as torch shares
+        them."""
         if isinstance(value, torch.storage.TypedStorage):
             storage, dtype = value._untyped_storage, value.dtype
             numel = value._size()  # type: ignore[no-untyped-call]

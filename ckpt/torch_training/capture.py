@@ -47,8 +47,8 @@ class RankFile(NamedTuple):
 
 @torch.no_grad()
 def part_of(leaves: Sequence[StateLeaf], rank: int, world: int) -> RankFile:
-    """What ``rank`` of ``world`` writes of the leaves; it copies nothing but small
-    values.
+    """The part of the leaves that ``rank`` of ``world`` writes; it copies nothing but
+    small values.
 
     ``CheckpointError`` for a tensor that cannot be saved; raises what the pickler
     raises.

@@ -39,7 +39,7 @@ from converters.words import shape as shape_text
 
 @dataclass(frozen=True, slots=True)
 class SavedStates:
-    """What a folder of DCP holds of a training: leaves of its model and of its
+    """The states of a training in a folder of DCP: leaves of its model and of its
     optimizer, by name.
 
     ``renamed`` has been applied to the names.
@@ -79,8 +79,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What is loaded into what: ``targets`` by the leaf; groups of the optimizer as
-    saved."""
+    """The targets of a load, by the leaf; groups of the optimizer as saved."""
 
     training: TorchTraining
     targets: Mapping[str, torch.Tensor]
@@ -91,8 +90,8 @@ class LoadPlan:
 def require_fit(
     states: SavedStates, training: TorchTraining, with_optimizer: bool = True, strict: bool = True
 ) -> LoadPlan:
-    """What goes where; ``CheckpointError`` unless the names, shapes and types are the
-    same.
+    """Decides what goes where; ``CheckpointError`` unless the names, shapes and types
+    are the same.
 
     Without ``strict`` the model may have more, and the checkpoint too.
     """
@@ -257,7 +256,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _value(states: SavedStates, leaf: str, parameter: torch.Tensor) -> Any:
-    """What the optimizer keeps for a parameter, this rank's part of it."""
+    """The state that the optimizer keeps for a parameter, this rank's part of it."""
     if leaf not in states.state.description.tensors:
         return states.state.value(leaf)
 

@@ -22,7 +22,7 @@ from ckpt.plain_torch import accelerated, sharding
 from ckpt.plain_torch.engine import PlainEngine
 from ckpt.resuming import plain
 from ckpt.resuming.request import ResumeRequest
-from ckpt.resuming.resume_point import NO_RANDOM_STATES, RankState, ResumePoint
+from ckpt.resuming.resume_point import RankState
 from ckpt.runs.run import RunCheckpoint
 from ckpt.saving.commit import identity
 from converters.errors import CheckpointError
@@ -99,7 +99,7 @@ def load(accelerator: Any, request: ResumeRequest, loop: Loop, keywords: Mapping
             stack.enter_context(locks.reading(checkpoint.folder))
             source = plain.point_of(checkpoint)
             step = _step_of(checkpoint)
-            state = _own_state(request, source)
+            state = RankState.none() if source is None else plain.own_state(request, source)
 
         comparison = None
         if source is not None:
@@ -122,7 +122,7 @@ def load(accelerator: Any, request: ResumeRequest, loop: Loop, keywords: Mapping
 
 
 def _choose(request: ResumeRequest) -> RunCheckpoint | None:
-    """What is loaded; ``None``, and a line, if the run has no checkpoint yet."""
+    """Chooses a checkpoint; ``None``, and a line, if the run has none yet."""
     checkpoint = plain.newest(
         request.ranks,
         request.path,
@@ -146,24 +146,3 @@ def _step_of(checkpoint: RunCheckpoint) -> int:
             "unsupported",
         )
     return checkpoint.step
-
-
-def _own_state(request: ResumeRequest, source: ResumePoint | None) -> RankState:
-    """This rank's own state; what does not come back is said, or ``CheckpointError``."""
-    if source is None:
-        return RankState.none()
-
-    ranks = request.ranks
-    remark = plain.other_ranks_line(source, ranks.world)
-    if remark is not None and not ranks.rank:
-        log.warning("%s: %s", source.folder, remark)
-
-    state = RankState.read(source, ranks.rank)
-    losses = state.lost(request.extra)
-    if remark is not None:
-        losses = [line for line in losses if line != NO_RANDOM_STATES]
-    if losses and request.on_mismatch == "error" and remark is None:
-        raise CheckpointError(f"{source.folder}: {losses[0]}", "incomplete")
-    for line in losses:
-        log.warning("%s: %s", source.folder, line)
-    return state

@@ -41,7 +41,8 @@ def request_of(
     renamed: Mapping[str, str] | None,
     optimizer_states: bool,
 ) -> LoadOptions:
-    """What the strategy was given; ``CheckpointError`` if ``on_mismatch`` is not known."""
+    """The options that the strategy was given; ``CheckpointError`` if ``on_mismatch``
+    is not known."""
     continuity.require_known(on_mismatch)
     return LoadOptions(names_in(override), dict(renamed or {}), optimizer_states, ways=WAYS)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Inputs(Protocol):
-    """What a formula reads its inputs by (``inputs.InputReader``)."""
+    """The object that a formula reads its inputs by (``inputs.InputReader``)."""
 
     def __call__(self, tensor: TensorRef, start: int, count: int) -> Array:
         """``count`` elements of an input from element ``start`` on, as a vector of its
@@ -129,7 +129,7 @@ def narrowed(tensor: TensorRef, start: int, shape: tuple[int, ...]) -> TensorRef
 
 
 def copies(tensor: TensorRef) -> tuple[TensorRef, ...]:
-    """What the inputs of a computed tensor are compared with."""
+    """The copies that the inputs of a computed tensor are compared with."""
     if not isinstance(tensor, Computed):
         return ()
     return tuple(copy for _, copy in tensor.proofs)
@@ -143,7 +143,8 @@ def stored(tensor: TensorRef) -> int:
 
 
 def described(tensor: TensorRef) -> Iterator[str]:
-    """What decides the values of a tensor: where it lies, and what is computed of it."""
+    """A text of all that decides the values of a tensor: where it lies, and what is
+    computed of it."""
     if not isinstance(tensor, Computed):
         yield repr(tensor.extents)
         return

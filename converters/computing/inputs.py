@@ -1,5 +1,5 @@
-"""What formulas read: pieces of large inputs, and small ones whole, read once and kept a
-while."""
+"""The inputs of formulas: pieces of large ones, and small ones whole, read once and
+cached a while."""
 
 from __future__ import annotations
 

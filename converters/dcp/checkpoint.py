@@ -1,4 +1,4 @@
-"""What a checkpoint of FSDP or DCP has beside the weights."""
+"""The parts of a checkpoint of FSDP or DCP beside the weights."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _ITEMS_OF_RANK = LazyPattern(r"__(\d{1,9})_\d+\.distcp")
 
 
 class DcpState:
-    """What ``.metadata`` describes; see ``SavedState``."""
+    """The state that ``.metadata`` describes; see ``SavedState``."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -58,7 +58,7 @@ MAX_SHARED_BYTES = 4096
 
 @dataclass(frozen=True)  # without slots: ``open_files`` refers to it weakly
 class _RankDescription:
-    """What one ``.metadata`` says; ``homeless`` are offsets of a chunk that is not
+    """The content of one ``.metadata``; ``homeless`` are offsets of a chunk that is not
     stored."""
 
     path: Path

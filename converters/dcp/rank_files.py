@@ -183,7 +183,7 @@ class _DTensorSpec(NamedTuple):
 
     @staticmethod
     def of(record: Call) -> _DTensorSpec:
-        """What the record of a DTensor says."""
+        """The layout in the record of a DTensor."""
         state = record.state
         attributes = state[1] if isinstance(state, tuple) and len(state) == 2 else None
         fields = attributes if isinstance(attributes, dict) else {}

@@ -1,4 +1,4 @@
-"""What lies at a path, from names and headers alone, and which reader fits it.
+"""Detects what lies at a path, from names and headers alone, and which reader fits it.
 
 detection      ``detect(path)``: the kind, why it is not converted, its reader;  ``read(path)``
 kinds          the table, joined of the rows that follow;  kind  what a row has

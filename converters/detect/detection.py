@@ -33,7 +33,7 @@ class FormatReader(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detection:
-    """What lies at ``path``.
+    """A description of what lies at ``path``.
 
     ``evidence`` is the sign that it was recognised by, such as the name of a file,
     ``folder`` what the kind is said of: the path, or the folder of its tag. ``detail``
@@ -49,7 +49,7 @@ class Detection:
 
     @property
     def statement(self) -> str:
-        """What lies there, to stand after the path: "is a model in safetensors"."""
+        """A description to stand after the path: "is a model in safetensors"."""
         return self.kind.description(self.evidence)
 
     @property
@@ -101,7 +101,8 @@ class Detection:
         return None
 
     def read(self, complete: bool = False) -> Source:
-        """What the kind's reader makes of it; ``CheckpointError`` where no reader fits."""
+        """The source that the kind's reader returns; ``CheckpointError`` where no
+        reader fits."""
         if self.kind.name == "other-file":
             raise self.unlike(f"{CHECKPOINT}, or a file of weights (.safetensors, .bin, .pt)")
         if self.kind.reader is None:
@@ -110,7 +111,7 @@ class Detection:
 
 
 def detect(path: Name, tag: str | None = None) -> Detection:
-    """What lies at ``path``, from names and first bytes alone.
+    """Detects what lies at ``path``, from names and first bytes alone.
 
     ``tag`` chooses one of several tags of DeepSpeed. Nothing is executed, and neither a
     tensor nor a pickle is read. ``OSError`` where the folder may not be looked into.

@@ -44,7 +44,9 @@ SCRIPT = "zero_to_fp32.py"  # which DeepSpeed lays beside every checkpoint
 # Models and adapters.
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 TORCH_BIN = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# Of weights that lie in a zip file, which is no archive: torch's, and those of another
+# such format.
+ZIP_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTER = "adapter_model.safetensors"
 ADAPTERS = (ADAPTER, "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -108,7 +110,7 @@ REPOSITORY = LazyPattern(
 
 
 def unpacking(path: PurePath) -> str:
-    """What to do with an archive at this path, with the command: "unpack it first (tar
+    """The advice for an archive at this path, with the command: "unpack it first (tar
     xf X)".
 
     The command works from where the user stands, and unpacks beside the archive.

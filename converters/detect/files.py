@@ -14,7 +14,7 @@ def pointer(look: Look) -> str | None:
 
 
 def web_page(look: Look) -> str | None:
-    """What a server sent instead of the file: a page, an error."""
+    """An answer of a server in the place of the file: a page, an error."""
     return _content(look, "web page", "XML", "answer of a server")
 
 
@@ -24,12 +24,11 @@ def compressed(look: Look) -> str | None:
         return None
     is_tar = look.head[257:262] == b"ustar"
     is_rar = look.head.startswith(b"Rar!")
-    # a file that is named as torch names its own is left to the reader of these
-    is_named_torch = look.path.suffix in filenames.TORCH_SUFFIXES
-    is_named_otherwise = any(each.has_name(look.path.name) for each in foreign.FORMATS[1:])
-    is_zip = look.head.startswith(b"PK") and not (look.begins_as_torch_save or is_named_torch)
-    if is_named_otherwise:
+    if foreign.is_named_as_foreign(look.path.name):
         return None
+    # a file that is named as weights are is left to their reader
+    is_named_weights = look.path.suffix in filenames.ZIP_SUFFIXES
+    is_zip = look.head.startswith(b"PK") and not (look.begins_as_torch_save or is_named_weights)
     is_named = look.is_file and filenames.ARCHIVE.fullmatch(look.path.name)
     is_compressed = _content(look, "compressed") is not None
     if not (is_compressed or is_tar or is_rar or is_zip or is_named):

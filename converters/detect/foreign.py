@@ -28,6 +28,7 @@ class _Format(NamedTuple):
     remedy: str
     suffixes: tuple[str, ...]
     heads: tuple[bytes, ...] = ()
+    is_known_by_head: bool = False  # whatever a file is named
 
     def has_name(self, file_name: str) -> bool:
         """Whether a file is named so."""
@@ -64,6 +65,7 @@ FORMATS = (
         "gguf_file=...)",
         suffixes=(".gguf",),
         heads=(b"GGUF",),
+        is_known_by_head=True,
     ),
     _Format(
         name="hdf5",
@@ -127,6 +129,16 @@ FORMATS = (
 )
 
 
+def is_named_as_foreign(file_name: str) -> bool:
+    """Whether a file is named as one of a format that its name alone tells, such as
+    ``.npz``, which is a zip file and no archive."""
+    return any(
+        file_format.has_name(file_name)
+        for file_format in FORMATS
+        if not file_format.is_known_by_head
+    )
+
+
 def folder_of_another(look: Look) -> str | None:
     """A folder with a file of such a format: its name, and what it is."""
     for file_name in look.names:
@@ -166,8 +178,8 @@ def _folder(name: str, title: str, by: str, sign: Callable[[Look], str | None], 
     )
 
 
-_GGUF, *_REST = (file_format.kind() for file_format in FORMATS)  # GGUF, whatever it is named
-FIRST, FILES = (_GGUF,), tuple(_REST)
+FIRST = tuple(file_format.kind() for file_format in FORMATS if file_format.is_known_by_head)
+FILES = tuple(file_format.kind() for file_format in FORMATS if not file_format.is_known_by_head)
 FOLDERS = (
     _folder(
         "shards-alone",

@@ -58,11 +58,12 @@ class Kind:
         return self.is_opened and not self.of_states
 
     def description(self, evidence: str, expected: str = CHECKPOINT) -> str:
-        """What lies there, to stand after the path: "is a model in safetensors"."""
+        """A description to stand after the path: "is a model in safetensors"."""
         return self.statement.format(evidence=evidence, expected=expected)
 
     def sentence(self, evidence: str, expected: str, remedy: str = "") -> str:
-        """What lies there instead of what a command expects, and what handles it.
+        """The sentence on what lies there instead of what a command expects, and what
+        handles it.
 
         ``expected`` is a noun with its article, such as "a run"; ``remedy`` takes the
         place of the kind's own.
@@ -88,7 +89,7 @@ class Kind:
         )
 
     def objection(self, evidence: str) -> str:
-        """What a command says that reads checkpoints of DeepSpeed alone."""
+        """The objection of a command that reads checkpoints of DeepSpeed alone."""
         reason = self.reason(evidence)
         return self.sentence(evidence, DEEPSPEED) if reason is None else reason
 

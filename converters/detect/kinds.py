@@ -1,4 +1,5 @@
-"""What can lie where a checkpoint is looked for: a table with a row a kind.
+"""The kinds of what can lie where a checkpoint is looked for: a table with a row a
+kind.
 
 The first row whose sign is seen is the kind, so the order decides: a sign that is more
 particular stands before one that takes the same paths as well. A new input format is a
@@ -42,17 +43,34 @@ def trouble(kind: Kind, path: Path) -> errors.Kind:
 def _first_inner(look: Look) -> tuple[str, Kind, str] | None:
     """The last folder in the path, by numbers, that is of a known kind: its name, the
     kind, the sign."""
+    inner_kinds = _inner_kinds()
     for name in sorted(look.names, key=_numbered, reverse=True)[:_MAX_SUBFOLDERS]:
         inner = Look(look.path / name)
         if name.startswith(".") or not inner.is_folder:
             continue
         try:
-            kind, evidence = first(inner, _INNER)
+            kind, evidence = first(inner, inner_kinds)
         except (NoKindError, OSError):
             continue
         return name, kind, evidence
 
     return None
+
+
+def _inner_kinds() -> list[Kind]:
+    """The kinds of folders by which a folder of checkpoints is known: what is read, and
+    what is refused of the same sort.
+
+    A folder of DeepSpeed's checkpoints has a row of its own, ``deepspeed-several``.
+    """
+    names = {kind.name for kind in (*OF_TAG, *sharded.KINDS, *weights.KINDS)}
+    names_of_deepspeed = {kind.name for kind in deepspeed.KINDS}
+
+    return [
+        kind
+        for kind in KINDS
+        if kind.name in names or (kind.reader and kind.name not in names_of_deepspeed)
+    ]
 
 
 def _numbered(name: str) -> list[tuple[int, str]]:
@@ -91,4 +109,3 @@ WEIGHTS = tuple(kind for kind in weights.KINDS if kind.reader and not kind.of_st
 # checkpoints that a Trainer or Accelerate goes on from by the weights in them
 WITHOUT_DEEPSPEED = tuple(kind for kind in weights.KINDS if kind.name in ("trainer", "accelerate"))
 BY_NAME = {kind.name: kind for kind in KINDS}
-_INNER = (*OF_TAG, *sharded.KINDS, *weights.KINDS)

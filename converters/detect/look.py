@@ -1,4 +1,4 @@
-"""What can be seen of a path from names and first bytes: no tensor, no pickle, no torch."""
+"""A look at a path, at names and first bytes: no tensor, no pickle, no torch."""
 
 from __future__ import annotations
 

@@ -85,7 +85,8 @@ def _names(path: Path) -> list[str]:
 
 
 def offer(path: Path, has_option: bool = False) -> str:
-    """What the user can name instead of ``path``, as the second half of a sentence.
+    """The paths that the user can name instead of ``path``, as the second half of a
+    sentence.
 
     ``has_option`` says that the command has an option ``--tag``, which not every one
     has.

@@ -71,7 +71,7 @@ def adapter(look: Look) -> str | None:
 
 
 def trainer_record(look: Look) -> str | None:
-    """What the Trainer writes down of its progress; it is JSON."""
+    """The Trainer's record of its progress; it is JSON."""
     is_one = look.is_file and look.path.name == filenames.TRAINER_STATE
     return str(look.path.parent) if is_one else None
 

@@ -1,5 +1,5 @@
-"""What an interrupted run wrote and proved, so that the next one need not do all of it
-again.
+"""The log of what an interrupted run wrote and proved, so that the next one need not do
+all of it again.
 
 FOLDER/LOGBOOK      a line for a file that is whole and on disk, or for several
 
@@ -39,8 +39,8 @@ MAX_RUNS = 1_000_000  # runs of bytes in a line; with more of them none is writt
 
 @dataclass(slots=True)
 class Passage:
-    """What was seen while files were written: CRC32s of the source, and what was
-    counted.
+    """The bytes that were seen while files were written: CRC32s of the source, and what
+    was counted.
 
     ``unlike_names`` are tensors whose copy has other values, ``specials`` NaN and
     infinities by tensor and first element, ``overflowed`` numbers by tensor.
@@ -73,8 +73,8 @@ class Logbook:
         self.folder, self.path = path.parent, path
 
     def passages(self, verify: bool, count: bool) -> dict[str, Passage]:
-        """What was seen as files were written, by the name of each that is unchanged
-        since.
+        """The passages of the files that were written, by the name of each that is
+        unchanged since.
 
         Files of one line have one passage. Only of lines where as much was looked at as
         ``verify`` and ``count`` ask for.

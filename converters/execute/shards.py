@@ -31,8 +31,8 @@ from converters.words import counted, verb
 
 @dataclass(slots=True)
 class MoveReport:
-    """What was moved and what was proven. Sizes are bytes, ``compared`` and ``unlike``
-    tensors.
+    """The report on what was moved and proven. Sizes are bytes, ``compared`` and
+    ``unlike`` tensors.
 
     ``unlike`` are tensors whose copy has other values; ``overflowed`` counts numbers by
     tensor, as do ``nan`` and ``inf``, those of written numbers that did not become
@@ -81,7 +81,7 @@ OTHER_SAVES = "these files are of different saves; copy those of one save here"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckOptions:
-    """What ``execute`` checks and counts while it moves bytes.
+    """The checks and counts of ``execute`` while it moves bytes.
 
     ``verify`` compares CRC32s and copies. ``exact_copies`` makes a copy with other
     values an error, and ``remedy`` says in the error how that may have come about and

@@ -61,8 +61,7 @@ class Serving:
         return ServedShard(self, shard, progress)
 
     def check(self) -> shards.MoveReport:
-        """What was proven once every shard was read; reads what of the records never
-        passed.
+        """The proofs once every shard was read; reads what of the records never passed.
 
         ``CheckpointError`` if a CRC32 of the source is wrong.
         """

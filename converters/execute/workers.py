@@ -83,8 +83,8 @@ def default_workers() -> int:
 
 
 def computing(shard: Shard) -> AbstractContextManager[None]:
-    """What computed tensors of the shard are made within: products give the same bits
-    then."""
+    """A block in which computed tensors of the shard are made: products give the same
+    bits then."""
     sources = (placement.source for placement in shard.placements)
     if not any(isinstance(source, Computed) for source in sources):
         return nullcontext()

@@ -1,4 +1,5 @@
-"""What a file of ``torch.save`` holds beside its tensors, as plain values of Python."""
+"""The contents of a file of ``torch.save`` beside its tensors, as plain values of
+Python."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def _no_header(path: Path, length: int, file_size: int) -> CheckpointError:
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """What a header says in this block, and cannot be interpreted, is a
+    """Turns a ``MalformedError`` about a header, in this block, into a
     ``CheckpointError``."""
     try:
         yield

@@ -73,7 +73,7 @@ class AdapterConfig:
         return _by_pattern(self.rank_pattern, module, self.r)
 
     def scaling(self, module: str, rank: int) -> float:
-        """What B @ A of a LoRA module of ``rank`` is multiplied by.
+        """The factor that B @ A of a LoRA module of ``rank`` is multiplied by.
 
         ``CheckpointError`` where the configuration has no ``lora_alpha``.
         """

@@ -1,4 +1,4 @@
-"""What tensors tell of an adapter, and whether a configuration is theirs."""
+"""The facts that tensors show of an adapter, and whether a configuration is theirs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_MODULES = 2000  # that are compared with a pattern
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What the tensors of one adapter show without a configuration.
+    """The facts that the tensors of one adapter show without a configuration.
 
     ``peft_type`` is ``None`` where names do not tell (a prompt may be of several kinds).
     ``ranks`` maps LoRA's modules, named as in the base model, to the rank of their
@@ -67,7 +67,8 @@ def shown(
     tensors: Mapping[str, TensorRef],
     unadapted: frozenset[str] = frozenset(),
 ) -> Shown:
-    """What the parameters of one adapter show; ``tensors`` are by their whole names.
+    """The facts that the parameters of one adapter show; ``tensors`` are by their whole
+    names.
 
     ``unadapted`` are the modules that no adapter touches.
     """

@@ -31,7 +31,7 @@ _DEFAULTS = tuple(
 
 @dataclass(frozen=True, slots=True)
 class TrainedLayers:
-    """What tensors show of an adapter beside kind and ranks.
+    """The facts that tensors show of an adapter beside kind and ranks.
 
     ``modules`` are the adapted ones, ``saved`` those that are trained whole, ``tokens``
     the numbers of trained rows by embedding, ``biased`` whether LoRA's factors have
@@ -46,7 +46,8 @@ class TrainedLayers:
 
 
 def left_out(config: AdapterConfig, module: str) -> str | None:
-    """What in the configuration keeps PEFT from adapting a module that is a target."""
+    """The entry of the configuration that keeps PEFT from adapting a module that is a
+    target."""
     if _excluded(config.values.get("exclude_modules"), module):
         return "its exclude_modules leave out"
 
@@ -106,7 +107,8 @@ def unchosen(config: AdapterConfig, trained: TrainedLayers) -> str | None:
 
 
 def without_tensors(config: AdapterConfig, trained: TrainedLayers) -> str | None:
-    """What the configuration demands and the tensors lack, or the other way round."""
+    """The layers that the configuration demands and the tensors lack, or the other way
+    round."""
     reasons = (_saved(config, trained), _tokens(config, trained), _biases(config, trained))
     return next((reason for reason in reasons if reason is not None), None)
 

@@ -53,8 +53,8 @@ def selection(
     tied: Collection[str] = (),
     resized: bool = False,
 ) -> Selection:
-    """What PEFT saves of ``adapter``; ``all_names`` are the names of a PEFT model's
-    state dict.
+    """The tensors that PEFT saves of ``adapter``; ``all_names`` are the names of a PEFT
+    model's state dict.
 
     ``tied`` are those of them that share the values of an earlier one. ``resized`` says
     that the vocabulary is not the base model's any more: then the embeddings are saved

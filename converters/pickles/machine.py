@@ -162,7 +162,7 @@ class Machine(PickleBytes):
         )
 
     def call(self, function: Any, arguments: Any) -> Any:
-        """What calling ``function`` means: the builder's value, or a record of the
+        """The value of a call of ``function``: the builder's, or a record of the
         call."""
         arguments = arguments if isinstance(arguments, tuple) else (arguments,)
         if isinstance(function, Global):

@@ -25,8 +25,8 @@ _OPEN = 0  # in place of the size of what is being looked at
 
 
 def wrong(root: Any) -> str | None:
-    """What makes ``root`` no value of a training; ``None`` if it is a value like any
-    other.
+    """The reason why ``root`` is no value of a training; ``None`` if it is a value like
+    any other.
 
     What an object is given after its making (``state``, ``items``, ``pairs``, a tensor's
     attributes) may lead back to it, as in many programs: each is looked at for itself.

@@ -1,4 +1,4 @@
-"""What a pickle names and asks for, as inert values: classes, functions, and calls of
+"""The names and calls in a pickle, as inert values: classes, functions, and calls of
 them."""
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ def _is_frozen_column(modules: Modules, name: str) -> bool:
 
 
 def quantization(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """What config.json says of the quantization; of a model of several parts, of its
-    text part."""
+    """The quantization in config.json; of a model of several parts, of its text
+    part."""
     for part in (config, (config or {}).get("text_config")):
         stated = part.get("quantization_config") if isinstance(part, Mapping) else None
         if isinstance(stated, Mapping):

@@ -1,5 +1,5 @@
-"""What belongs together: the codes of a quantized weight, and the constants that explain
-them."""
+"""The groups of tensors that belong together: the codes of a quantized weight, and its
+constants."""
 
 from __future__ import annotations
 

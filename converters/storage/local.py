@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from converters.storage.syncing import UNOFFERED as UNOFFERED
-from converters.storage.syncing import named as named
+from converters.storage.syncing import naming_path as naming_path
 from converters.storage.syncing import sync as sync
 from converters.storage.syncing import sync_file as sync_file
 from converters.storage.syncing import sync_folder as sync_folder
@@ -108,7 +108,7 @@ class LocalWriter:
 
 def append(path: Path, data: bytes) -> None:
     """Writes ``data`` after what a file holds, which is made if need be; ``OSError``."""
-    with open(path, "ab") as stream, named(path):
+    with open(path, "ab") as stream, naming_path(path):
         stream.write(data)
 
 
@@ -168,7 +168,7 @@ def replacing(path: Path) -> Iterator[int]:
     try:
         fd = opening.descriptor(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
-            with named(path):
+            with naming_path(path):
                 yield fd
                 sync(fd, path)
         finally:

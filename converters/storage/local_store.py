@@ -40,7 +40,7 @@ class LocalFile:
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         """The bytes of each range; see ``store.File``."""
-        with local.named(self.path):
+        with local.naming_path(self.path):
             return [
                 local.read_at(self.fd, length, _start(offset, self.size))
                 for offset, length in ranges
@@ -57,14 +57,14 @@ class LocalFile:
     def read_scattered(self, offset: int, buffers: Sequence[memoryview]) -> int:
         """Fills buffers, one after another, from ``offset`` on; the number of bytes
         read."""
-        with local.named(self.path):
+        with local.naming_path(self.path):
             return local.read_scattered(self.fd, buffers, offset)
 
     @contextmanager
     def contents(self) -> Iterator[Any]:
         """The whole file, mapped where the filesystem can, else read."""
         try:
-            with local.named(self.path):
+            with local.naming_path(self.path):
                 mapping = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ)
         except OSError as error:
             if error.errno != errno.ENODEV:
@@ -118,7 +118,7 @@ class LocalStore:
         return LocalFile(local_path(name))
 
     def status(self, name: Name) -> Status:
-        """What lies there; links are followed."""
+        """The status of a path; links are followed."""
         status = os.stat(local_path(name))
         return Status(
             is_file=stat.S_ISREG(status.st_mode),
@@ -165,7 +165,7 @@ class LocalStore:
         path = local_path(name)
         fd = opening.descriptor(path, os.O_RDWR | os.O_CREAT)
         try:
-            with local.named(path):
+            with local.naming_path(path):
                 had_size = os.fstat(fd).st_size == nbytes
                 os.ftruncate(fd, nbytes)
                 yield InPlace(fd, had_size)

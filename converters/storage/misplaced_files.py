@@ -1,5 +1,5 @@
-"""What lies where a checkpoint should: a Git LFS pointer, a web page, a download that
-did not end.
+"""Files that lie where a checkpoint should: a Git LFS pointer, a web page, a download
+that did not end.
 
 Told from the first bytes of a file and the names in a folder; nothing is opened that is
 not small. Sources: the Git LFS specification (docs/spec.md), huggingface_hub 1.x
@@ -27,8 +27,8 @@ UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".
 
 
 def content(head: bytes) -> str | None:
-    """What a file is by its first bytes, and what to do; ``None`` if it is nothing known
-    here."""
+    """A description of a file by its first bytes, and the advice; ``None`` if it is
+    nothing known here."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith(LFS):
         return "is a Git LFS pointer, not the file itself: run git lfs pull in its repository"
@@ -63,8 +63,8 @@ def file(path: Path) -> str | None:
 
 
 def missing(folder: Path) -> str:
-    """What of a folder is why files are missing from it, as the end of a sentence, or
-    nothing."""
+    """The reason in a folder why files are missing from it, as the end of a sentence,
+    or nothing."""
     try:
         names = stores.names(folder)
     except OSError:

@@ -76,7 +76,8 @@ def max_open_files() -> int:
 
 @dataclass(frozen=True, eq=False)
 class Parsed:
-    """What a file was parsed to, and the bytes of the text that it was parsed from."""
+    """The value that a file was parsed to, and the bytes of the text that it was parsed
+    from."""
 
     value: Any
     nbytes: int
@@ -101,7 +102,8 @@ class OpenFiles:
         return file
 
     def parsed(self, path: Path, form: str, parse: Callable[[File], Parsed]) -> Any:
-        """What ``parse`` makes of the file; ``form`` says which of its parsers that is."""
+        """The value that ``parse`` makes of the file; ``form`` says which of its
+        parsers that is."""
         self._forget_if_replaced(path)
         values = self.values.setdefault(path, WeakValueDictionary())
         value = values.get(form)
@@ -209,7 +211,7 @@ def parsed(path: Path, form: str, parse: Callable[[File], tuple[_Value, int]]) -
 
 
 def example(key: Hashable) -> object | None:
-    """What was kept under this key in the command that runs; ``None`` outside of one."""
+    """The value under this key in the command that runs; ``None`` outside of one."""
     files = _current.files
     return files.examples.get(key) if files is not None else None
 

@@ -12,7 +12,7 @@ MAX_BYTES = 1 << 20
 
 
 def read(path: Path, content: str) -> dict[str, Any]:
-    """What a file says; ``content`` is what it should have, for errors.
+    """The content of a file; ``content`` is what it should have, for errors.
 
     ``CheckpointError`` (kind "refused") for a file that cannot be read, or is no table.
     """

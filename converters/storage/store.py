@@ -26,7 +26,7 @@ Range = tuple[int, int]  # offset and length in bytes; a negative offset counts 
 
 
 class Readable(Protocol):
-    """What bytes can be read from: a file that is open."""
+    """An object that bytes can be read from: a file that is open."""
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """Fills ``buffer`` from ``offset`` on; returns the bytes read."""
@@ -78,7 +78,7 @@ class Writer(Protocol):
 
 
 class Status(NamedTuple):
-    """What lies under a name: a file, a folder, or (both false) a device or a pipe.
+    """The status of a name: a file, a folder, or (both false) a device or a pipe.
 
     ``size`` is in bytes, ``modified_ns`` the time of the last change, in nanoseconds
     since 1970; of a folder both may be 0. ``identity`` changes when the bytes of a file
@@ -117,10 +117,11 @@ class Store(Protocol):
         """The file, open; ``OSError`` if it is not there."""
 
     def status(self, name: Name) -> Status:
-        """What lies there; ``OSError`` if nothing does."""
+        """The status of a path; ``OSError`` if nothing is there."""
 
     def entries(self, folder: Name) -> Sequence[FolderEntry]:
-        """What lies right in ``folder``, by name; ``OSError`` if it is not a folder."""
+        """The entries right in ``folder``, by name; ``OSError`` if it is not a
+        folder."""
 
     def list(self, folder: Name) -> Iterator[StoredFile]:
         """The files below ``folder``, in the order of their names."""

@@ -54,7 +54,7 @@ def source_path(name: Name) -> Path:
 
 
 def status(path: Name) -> Status:
-    """What lies at a path; ``OSError`` if nothing does."""
+    """The status of a path; ``OSError`` if nothing is there."""
     return store_of(path).status(path)
 
 
@@ -115,7 +115,7 @@ def is_dead_link(path: Path) -> bool:
 
 
 def entries(folder: Name) -> Sequence[FolderEntry]:
-    """What lies right in a folder, by name; ``OSError`` if it is not a folder."""
+    """The entries right in a folder, by name; ``OSError`` if it is not a folder."""
     return store_of(folder).entries(folder)
 
 

@@ -50,7 +50,7 @@ def sync(fd: int, path: Path) -> None:
     there the whole filesystem is synced by ``syncfs(2)``, which promises the same; a
     warning says so once.
     """
-    with named(path):
+    with naming_path(path):
         try:
             fsync.descriptor(fd)
             return
@@ -90,7 +90,7 @@ def sync_file(path: Path) -> None:
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
+def naming_path(path: Path) -> Iterator[None]:
     """Has an ``OSError`` of a descriptor say which file it was, one of shutil's which
     copy."""
     try:

@@ -124,7 +124,8 @@ def canonical(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
 
 
 def download(name: str | os.PathLike[str]) -> str:
-    """What to do with a URL that is not read here, with the command where one is known."""
+    """The advice for a URL that is not read here, with the command where one is
+    known."""
     url = os.fspath(name)
     if match := _REPOSITORY.fullmatch(url):
         revision = match["at"] or match["of"]

@@ -85,8 +85,8 @@ def _checksums(shards: Sequence[Shard]) -> tuple[Checksum, ...]:
 
 
 def entries(name: str, storage: Storage) -> Iterator[Entry]:
-    """What a record with the bytes of a storage is made of: one entry, or several where
-    its runs are many. ``name`` is that of the record."""
+    """The entries of a record with the bytes of a storage: one, or several where its
+    runs are many. ``name`` is that of the record."""
     if not storage.numel:
         return
 

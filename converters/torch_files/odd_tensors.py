@@ -109,8 +109,8 @@ def object_text(call: Call) -> str:
 
 
 def tensor_kind(call: Call) -> str | None:
-    """What sort of tensor torch makes of a call: its element type, or a word such as
-    sparse; ``None`` for what is not known as a tensor."""
+    """The sort of tensor that torch makes of a call: its element type, or a word such
+    as sparse; ``None`` for what is not known as a tensor."""
     if isinstance(call, (Odd, Repeated)):
         return call.kind
     if isinstance(call, LazyView):

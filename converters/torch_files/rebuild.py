@@ -1,5 +1,5 @@
-"""What the pickles of ``torch.save`` name, and what it means here: tensors located, not
-built.
+"""The names in the pickles of ``torch.save``, and what they mean here: tensors located,
+not built.
 
 The table ``BUILDERS`` is the whole policy: what stands in it is built by the functions
 of this module, everything else a pickle names stays an inert record. Sources:

@@ -1,4 +1,4 @@
-"""What reading a file of ``torch.save`` gives: its root object, and where its storages
+"""A file of ``torch.save`` as it is read: its root object, and where its storages
 lie."""
 
 from __future__ import annotations

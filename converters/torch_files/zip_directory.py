@@ -81,7 +81,7 @@ class Directory(NamedTuple):
         sizes_agree = all(n in (0, record.size, _FULL) for n in (packed_size, size))
         agrees = sizes_agree and local_crc32 in (0, record.crc32)
         if flags & ~_FLAGS or method or not agrees:
-            self._fail(f"record {name} is another one by its own header than by the directory")
+            self._fail(f"record {name}: local header and central directory disagree")
 
         payload_start: int = record.header + _LOCAL.size + name_length + extra_length
         if payload_start + record.size > self.start:

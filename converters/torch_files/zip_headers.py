@@ -72,7 +72,7 @@ class EntryHeader:
         return self.payload + self.size + len(self.descriptor(0))
 
     def descriptor(self, crc32: int) -> bytes:
-        """What follows the payload; an empty one has nothing behind it."""
+        """The bytes that follow the payload; an empty one has nothing behind it."""
         size_format = "QQ" if self._wide else "II"
         fields = struct.pack(f"<I{size_format}", crc32, self.size, self.size)
         return b"PK\x07\x08" + fields if self.size else b""

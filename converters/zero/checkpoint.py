@@ -98,8 +98,8 @@ def _read(place: Place, require_all: bool) -> Checkpoint:
 def read_files(
     place: Place, files: discovery.Files, require_all: bool, model_rank: int | None = None
 ) -> Checkpoint:
-    """What some files of a tag hold: all, or those of one model-parallel rank, where the
-    parameters are shards.
+    """The contents of some files of a tag: all, or those of one model-parallel rank,
+    where the parameters are shards.
 
     ``CheckpointError`` for what is damaged, incomplete or of a kind that is not read.
     """

@@ -80,7 +80,7 @@ def ordered(shapes: Shapes) -> list[str]:
 def overlaps(
     shapes: Shapes, start: int, partition_size: int, paddings: Sequence[int] = ()
 ) -> list[Part]:
-    """What a rank has of a group.
+    """The parts of a group that a rank has.
 
     Its partition is the ``partition_size`` elements from ``start`` on.
     """
@@ -156,7 +156,7 @@ def copies(
         offset += numel
 
 
-def cut(
+def rank_buffers(
     momenta: Mapping[str, TensorRef],
     world_size: int,
     partition_size: int,

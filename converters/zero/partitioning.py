@@ -49,7 +49,7 @@ def stage12(
 
 
 def joined(parts: Iterable[TensorRef]) -> TensorRef:
-    """What the ranks have of a vector, one part after another.
+    """The vector that the ranks' parts make, one part after another.
 
     ``MalformedError`` for no parts, or parts of several types.
     """

@@ -29,7 +29,7 @@ _REMEDY = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFiles:
-    """What the optimizer files of stages 1 and 2 have, by rank and group.
+    """The vectors in the optimizer files of stages 1 and 2, by rank and group.
 
     ``paddings`` are the elements left empty behind each parameter, by group.
     """
@@ -132,7 +132,8 @@ def _unpadded(masters: Sequence[TensorRef], numel: int) -> list[TensorRef]:
 
 @dataclass(frozen=True, slots=True)
 class SubGroupFiles:
-    """What the optimizer files of stage 3 have, by rank: states and flat weights."""
+    """The vectors in the optimizer files of stage 3, by rank: states and flat
+    weights."""
 
     checkpoint: Checkpoint
     states: list[Section]

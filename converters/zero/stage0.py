@@ -92,12 +92,12 @@ def _match_masters(
         return masters_by_name, []
 
     if not _shows_order(candidates, indices_by_group):
-        reason = "several tensors of module alike, whose order nothing shows"
+        reason = "matches several 16-bit tensors equally well, and nothing shows their order"
         raise _no_name_error(model, masters, name_matching.NoPlaceError(ambiguous[0]), reason)
 
     note = (
-        f"{len(ambiguous)} fp32 tensors have no names and are alike in 16 bits; they "
-        "are told apart by their order, that of the module, in which all others are"
+        f"{len(ambiguous)} fp32 tensors are stored without names and are equal in 16 bits; "
+        "their order in the file names them: all other tensors are in the order of the module"
     )
     return masters_by_name, [note]
 
@@ -122,12 +122,12 @@ def _assign(
         if positions_by_value is None:
             Ledger().check(model.file.checksums)  # damage is the better explanation
             raise _no_name_error(
-                model, masters, error, "no tensor of module in the order of a group"
+                model, masters, error, "matches no 16-bit tensor in the order of its group"
             ) from error
 
         return positions_by_value, True
     except name_matching.AmbiguousError as error:
-        reason = "several tensors of module alike"
+        reason = "matches several 16-bit tensors equally well"
         raise _no_name_error(model, masters, error, reason) from error
 
 
@@ -221,8 +221,8 @@ def _no_name_error(
 ) -> CheckpointError:
     shape = words.shape(masters[error.args[0]].shape)
     return CheckpointError(
-        f"{model.path}: fp32 tensor {error.args[0]} ({shape}) has no name in the file "
-        f"and rounds to {reason}, so none can be given to it; load the checkpoint with "
-        "DeepSpeed and save it under ZeRO, which records names",
+        f"{model.path}: fp32 tensor {error.args[0]} ({shape}) is stored without a name and "
+        f"{reason}, so it cannot be identified; load the checkpoint with DeepSpeed and save it "
+        "under ZeRO, which records names",
         "unsupported",
     )

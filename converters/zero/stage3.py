@@ -193,7 +193,7 @@ def kept(
     values: Mapping[str, Any],
     length: int,
 ) -> Mapping[str, Any]:
-    """What the optimizer keeps of a sub-group.
+    """The states that the optimizer keeps of a sub-group.
 
     Where ``flat`` is on NVMe, its tensors are, too.
     """

@@ -9,7 +9,7 @@ from converters.zero.files import state_files
 
 
 def contradiction(checkpoint: Checkpoint) -> str | None:
-    """What the step counts say, where they are not those of the model file.
+    """A sentence on the step counts, where they are not those of the model file.
 
     The optimizer takes no more steps than the engine, and no fewer, those aside that
     were skipped. A training that went on without its optimizer's states has fewer, too.

@@ -80,7 +80,7 @@ def test_where_nothing_is_left_it_does_not_promise_to_go_on(
     with monkeypatch.context() as patch:
         interrupt_after(3, patch)
         said = interrupted(words, capsys)
-    assert "nothing is left of the output; the same command begins anew" in said
+    assert "nothing is left of the output; the same command starts over" in said
     assert list(tmp_path.iterdir()) == []
     run(*words)
     assert "continuing" not in capsys.readouterr().err

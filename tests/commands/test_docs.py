@@ -18,6 +18,7 @@ from oracles import FIXTURES, ROOT
 
 import ckpt
 from ckpt.cli.main import commands
+from ckpt.cli.options import SourcePath
 
 if TYPE_CHECKING:
     from faults.forks import Forks
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 INNER = [*sorted((ROOT / "docs").glob("*/*.md")), FIXTURES / "README.md"]
 LANGUAGES = {  # sh and python are run here, torchrun and bash by the tests of what they show
-    *("sh", "python", "python torchrun", "bash"),
+    *("sh", "python", "python torchrun", "python front-end", "bash"),
     *("sh no-run", "python no-run", "text", "yaml"),
 }
 FOLDERS = "ckpt|converters|tests|scripts|docs|fixtures"
@@ -115,9 +116,9 @@ def test_lines_are_short_and_blocks_have_a_known_language(page: Path) -> None:
     text = page.read_text()
     fences = re.findall(r"^ *```(.*)$", text, re.M)
     assert {*fences[::2]} <= LANGUAGES and {*fences[1::2]} <= {""}
-    assert re.search(r"(?:\A|\n)\n    \S", text) is None, "an indented block"
 
     prose = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.M | re.S)
+    assert re.search(r"(?:\A|\n)\n    \S", prose) is None, "an indented block"
     lines = [line for line in prose.splitlines() if not line.startswith(("|", "["))]
     assert [line for line in lines if len(line) > 120] == []
 
@@ -160,6 +161,23 @@ def test_the_guide_names_tests_that_exist() -> None:
     assert len(names) > 50
     for name in names:
         assert any((ROOT / "tests").rglob(f"test_{name}.py")), name
+
+
+def test_every_room_of_the_tests_is_described() -> None:
+    text = (ROOT / "tests/README.md").read_text()
+    rooms = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == rooms
+
+
+def test_the_guide_names_the_commands_that_read_urls() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (listed,) = re.findall(r"([^.]*)and `ckpt\.open` then read from\s+its URLs", text)
+    readers = {
+        name
+        for name, command in commands().items()
+        if any(isinstance(parameter.type, SourcePath) for parameter in command.params)
+    }
+    assert set(re.findall(r"`([\w-]+)`", listed)) == readers
 
 
 @pytest.mark.oracle  # it imports the trainers

@@ -226,6 +226,22 @@ def test_the_universal_format_is_made_and_read(
     assert listings < 30  # not one for each parameter
 
 
+def test_a_checkpoint_of_torch_is_made_and_read(
+    store: MemoryStore, events: list[str], tmp_path: Path
+) -> None:
+    source = FIXTURES / "zero2-bf16-w2"
+    store.put_folder(source, URL)
+    require_same(tmp_path, source, "to-dcp")
+    require_apart(events, source)
+
+    store.files.clear()
+    store.put_folder(tmp_path / "remote", URL)
+    (tmp_path / "again").mkdir()
+    options = ("--world-size", "2", "--stage", "2")
+    require_same(tmp_path / "again", tmp_path / "local", "from-dcp", *options)
+    require_apart(events, tmp_path / "local")
+
+
 def test_an_adapter_is_taken_from_a_training(
     store: MemoryStore, events: list[str], tmp_path: Path
 ) -> None:

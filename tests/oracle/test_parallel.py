@@ -351,7 +351,7 @@ def test_a_map_of_deepspeed_rebuilds_what_deepspeed_rebuilds(
     expected = deepspeed_map.rebuild(shards, 1)
 
     with open_files.once():
-        merged = affine_map.cut(content, len(shards)).merged(refs_of(shards, tmp_path))
+        merged = affine_map.cut_from(content, len(shards)).merged(refs_of(shards, tmp_path))
         assert torch.equal(value(merged), expected)
         assert torch.equal(expected, whole)
 
@@ -375,7 +375,7 @@ def entry_of(**changes: Any) -> dict[str, Any]:
 )
 def test_a_piece_that_is_no_plain_box_is_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(MalformedError, match=reason):
-        affine_map.cut(entry_of(**changes), 1)
+        affine_map.cut_from(entry_of(**changes), 1)
 
 
 def test_a_map_of_a_later_version_is_refused() -> None:
@@ -385,7 +385,7 @@ def test_a_map_of_a_later_version_is_refused() -> None:
 
 
 def cut_by(info: dict[str, Any], name: str, shapes: list[tuple[int, ...] | None]) -> Cut:
-    return patterns.cut(info, name, shapes)
+    return patterns.cut_of(info, name, shapes)
 
 
 @pytest.mark.parametrize(

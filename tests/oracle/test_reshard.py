@@ -45,7 +45,7 @@ REFUSED = {
 STAGES = {  # where stage 3 is refused
     "s1el": "elastic_checkpoint, which keeps no param",
     "zero1-elastic": "elastic_checkpoint, which keeps no param",
-    "s2muon": "Muon sorts its parameters by shape",
+    "s2muon": "Muon orders parameters by shape",
 }
 PARTLESS = [
     ("zero0-bf16", "without ZeRO"),
@@ -315,7 +315,7 @@ def test_muons_momentum_is_whole_on_every_rank_and_each_element_its_owners(
     total = sum(numels) + sum(paddings)
     run, lean = partitioning.rank_size(total, world), partitioning.unpadded_sizes(total, world)
     own = []
-    for rank, buffer in enumerate(muon.cut(refs, world, run, paddings)):
+    for rank, buffer in enumerate(muon.rank_buffers(refs, world, run, paddings)):
         parts = muon.overlaps(named, rank * run, run, paddings)
         inside = [name for name, *_ in parts]
         assert buffer.numel == sum(refs[name].numel for name in inside)

@@ -79,7 +79,7 @@ def test_what_is_amiss_is_told_on_every_rank_and_never_becomes_a_fresh_start(
         "unknown": "rank 1: ",
         "extra": "extra other was not saved",
         "extra-less": "extra sampler was saved, but was not passed",
-        "asks": "rank 1: it asks to resume from",
+        "asks": "rank 1 resumes with",
         "option": "on_mismatch='shrug'",
         "rate": "rank 0: lr: ",
         "config": "gradient_clipping: 0.0 saved, 0.5 now",

@@ -17,8 +17,8 @@ MAX_BODY_LINES = 40
 LONG_LINE, MAX_LONG_LINES = 90, 0.04  # columns, and the share of lines that may have so many
 MAX_MODULES = 16  # in a folder, its __init__.py aside
 
-# A room is a folder, or a module that lies directly in a package. It imports rooms of the floors
-# above its own line here, and itself.
+# A room is a folder, or a module that lies directly in a package. The first line is the lowest
+# floor: a room imports itself, and rooms of lower floors, which are the lines before its own.
 FLOORS = """
 converters.extents converters.lazy_pattern
 converters.walks

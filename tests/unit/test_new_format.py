@@ -9,7 +9,7 @@ import pytest
 from oracles import run
 from safetensors.numpy import save_file
 
-from converters.detect import kinds
+from converters.detect import detect, filenames, foreign, kinds, weights
 from converters.detect.kind import Kind
 from converters.detect.look import Look
 from converters.errors import CheckpointError
@@ -40,8 +40,8 @@ def toy(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
         statement=STATEMENT,
         remedy=request.param,
     )
-    monkeypatch.setattr(kinds, "KINDS", (row, *kinds.KINDS))
-    monkeypatch.setattr(kinds, "_INNER", (row, *kinds._INNER))
+    place = kinds.KINDS.index(weights.KINDS[0])  # where the guide has it
+    monkeypatch.setattr(kinds, "KINDS", (*kinds.KINDS[:place], row, *kinds.KINDS[place:]))
     monkeypatch.setattr(kinds, "BY_NAME", {**kinds.BY_NAME, "toy": row})
     monkeypatch.setattr("ckpt.cli.conversion.BY_NAME", kinds.BY_NAME)
     monkeypatch.setattr("converters.detect.detection.import_module", lambda _: _Reader)
@@ -91,3 +91,23 @@ def test_a_conversion_claims_nothing_that_was_not_checked(
     out = capsys.readouterr().out
     assert "0 B by CRC32" not in out and "padding" not in out
     assert "\nnot verified: " in out
+
+
+def test_a_file_of_a_zip_format_is_no_archive(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(toy / "w.npz", a=np.ones(3, "f4"))
+    (toy / "w.npz").replace(toy / NAME)
+    assert detect(toy / NAME).kind.name == "archive"
+    monkeypatch.setattr(filenames, "ZIP_SUFFIXES", (*filenames.ZIP_SUFFIXES, ".toy"))
+    assert detect(toy / NAME).kind.name == detect(toy).kind.name == "toy"
+    assert detect(toy.parent).evidence.startswith("toys, which is a file of weights in the toy")
+
+
+def test_a_format_that_is_taken_out_of_the_foreign_ones_is_left_to_its_own_row(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the guide says of GGUF, numpy and the others that nothing here reads."""
+    formats = [each for each in foreign.FORMATS if each.name != "numpy"]
+    (toy / NAME).rename(toy / "w.npy")
+    assert detect(toy).kind.name == "foreign-folder"
+    monkeypatch.setattr(foreign, "FORMATS", formats)
+    assert detect(toy).kind.name == "unknown"

@@ -56,7 +56,7 @@ def test_one_message_is_told_to_everyone_in_their_words() -> None:
             'choose one with tag=, output=DIR, merge=True, weights="16bit" or verify=False'
         )
         assert TAG("a/b") == 'tag="a/b"'
-        with options.using(options.of_commands, anew=True):
+        with options.using(options.of_commands, overrides=True):
             assert str(TAG) == "--tag"
 
 

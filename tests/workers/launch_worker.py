@@ -41,7 +41,7 @@ def trains(out: Path) -> None:
         (out / f"at{rank}").write_text(str(step))
         if not watch.due(step):
             continue
-        left, _ = share_deadline(RankGroup("stop", PATIENCE), watch.left(), None)
+        left, _ = share_deadline(RankGroup("stop", PATIENCE), watch.seconds_left(), None)
         with RankGroup("save", PATIENCE).step():
             told = {"step": step, "left": left, "by": watch.asked_by}
             (out / f"saved{rank}").write_text(json.dumps(told))

@@ -1,4 +1,4 @@
-"""What the commands print, as frozen dataclasses: their fields are the keys of
+"""The results that commands print, as frozen dataclasses: their fields are the keys of
 ``--json``.
 
 checkpoints  show: one checkpoint, its adapters, its quantized weights

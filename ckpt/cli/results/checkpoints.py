@@ -1,4 +1,4 @@
-"""What ``ckpt show`` prints: sizes are bytes, parameters elements."""
+"""The results of ``ckpt show``: sizes are bytes, parameters elements."""
 
 from __future__ import annotations
 

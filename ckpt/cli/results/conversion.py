@@ -1,4 +1,4 @@
-"""What ``ckpt to-fp32`` prints."""
+"""The results of ``ckpt to-fp32``."""
 
 from __future__ import annotations
 

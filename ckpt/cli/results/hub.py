@@ -1,4 +1,4 @@
-"""What ``ckpt push`` and ``ckpt pull`` print."""
+"""The results of ``ckpt push`` and ``ckpt pull``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SentFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushFacts:
-    """What is true of a push before and after it.
+    """The facts that are true of a push before and after it.
 
     ``path`` is the checkpoint. ``deleted`` are names in the repository that the commit
     removes; a folder's ends in "/". ``exists`` and ``new_revision`` are about the

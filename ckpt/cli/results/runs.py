@@ -1,5 +1,5 @@
-"""What the commands on runs print: ls, verify, latest, pin, prune. Times are seconds
-since 1970."""
+"""The results of the commands on runs: ls, verify, latest, pin, prune. Times are
+seconds since 1970."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class PinResult:
 
 @dataclass(frozen=True, slots=True)
 class PruneEntry:
-    """What became of a checkpoint, and why."""
+    """The outcome for a checkpoint, and why."""
 
     path: Path
     kept: bool
@@ -146,7 +146,8 @@ class UntouchedEntry:
 
 @dataclass(frozen=True, slots=True)
 class PruneResult:
-    """What was deleted, or would be. ``freed_bytes`` is what that takes."""
+    """The checkpoints that were deleted, or would be. ``freed_bytes`` is what they
+    take."""
 
     dry_run: bool
     checkpoints: tuple[PruneEntry, ...]

@@ -1,4 +1,4 @@
-"""What the commands print that mend, slim and join checkpoints."""
+"""The results of the commands that mend, slim and join checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FindingEntry:
 
 @dataclass(frozen=True, slots=True)
 class DoctorResult:
-    """What was found, first what was mended; ``untouched`` are the complete checkpoints
+    """The findings, first what was mended; ``untouched`` are the complete checkpoints
     that no save committed, which are no findings."""
 
     dry_run: bool

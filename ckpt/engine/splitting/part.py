@@ -1,4 +1,4 @@
-"""What a rank of a running training has of one tensor of the whole model.
+"""The part that a rank of a running training has of one tensor of the whole model.
 
 tensor (4, 6)   + - - - - - + - - - - - +      a row-parallel weight: rank 1's shard (4, 3) is
                 | rank 0    | rank 1    |      the box of that size at (0, 3) of the tensor
@@ -41,7 +41,8 @@ class RankSet(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModelPart:
-    """What this rank has of the tensor ``name`` of the whole model, which has ``shape``.
+    """The part that this rank has of the tensor ``name`` of the whole model, which has
+    ``shape``.
 
     ``shard_shape`` is that of its own tensor. The ranks of ``copies`` all have what this
     one has; those of ``partitions`` have its optimizer's state (of ZeRO-3, its values)

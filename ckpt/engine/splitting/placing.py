@@ -95,8 +95,8 @@ def _walk(shape: Shape, cell: PlacedBox) -> Walk:
 
 
 def share_of_crc32(crc32: int, nbytes: int, bytes_after: int) -> int:
-    """What some bytes of a record add to its CRC32, which has ``bytes_after`` behind
-    them.
+    """The share of some bytes in the CRC32 of their record, which has ``bytes_after``
+    behind them.
 
     CRC32 is linear: the sum (exclusive or) of the shares of all bytes and the CRC32 of
     as many zeros is that of the record, whoever has computed each and in any order.

@@ -1,5 +1,5 @@
-"""What this rank has of each tensor where more than ZeRO cuts them; nothing communicates
-here.
+"""The part that this rank has of each tensor where more than ZeRO cuts them; nothing
+communicates here.
 
     tensor parallelism   a box or several of a tensor, by the affine map that AutoTP leaves in the
                          model (``universal_checkpoint_info``), or by its lists of patterns
@@ -32,7 +32,8 @@ _AUTO_EP = "ds_autoep_uc_meta"  # DeepSpeed's DS_AUTOEP_UC_META, an attribute of
 
 
 class SplitEngine(Protocol):
-    """What is asked of DeepSpeed's engine here; ``ckpt.engine.attributes`` lists it."""
+    """The attributes that are asked of DeepSpeed's engine here;
+    ``ckpt.engine.attributes`` lists them."""
 
     module: Any
     optimizer: Any
@@ -129,7 +130,8 @@ class SplitTensors:
         return SplitTensors(engine, degrees, _partition_groups(engine), groups_of_experts)
 
     def part(self, name: str, parameter: Any, ref: TensorRef, position: int) -> ModelPart:
-        """What this rank has under a name; ``position`` is that in its own model.
+        """The part that this rank has under a name; ``position`` is that in its own
+        model.
 
         ``ref`` has the type and shape of its own tensor. ``MalformedError`` for a cut
         that does not fit the shape.
@@ -160,7 +162,8 @@ class SplitTensors:
         return f"{block}{EXPERTS}{number}.{inner_name}"
 
     def order(self, name: str, position: int) -> tuple[int, ...]:
-        """What sorts a name among all: experts of other ranks follow this one's.
+        """The key that sorts a name among all: experts of other ranks follow this
+        one's.
 
         ``position`` is that in this rank's own model.
         """
@@ -183,7 +186,7 @@ class SplitTensors:
         is_expert = EXPERTS in f".{name}"
         is_buffer = not isinstance(parameter, _parameter_class())
         if stack is not None:
-            stack_cut = affine_map.cut(stack["affine_map"], _rank_count(stack))
+            stack_cut = affine_map.cut_from(stack["affine_map"], _rank_count(stack))
             return _of_rank(name, stack_cut, stack["ep_rank"], shape)
         if self.degrees.tensor_ranks == 1 or is_expert or is_buffer:
             return shape, (whole_box(shape),)
@@ -196,8 +199,8 @@ class SplitTensors:
         info, count = _info(self.engine), self.degrees.tensor_ranks
         recorded = affine_map.params(info, "the engine").get(cut_table.key_of(name))
         if recorded is not None:
-            return affine_map.cut(recorded, count)
-        return patterns.cut(info, name, [shape] * count)
+            return affine_map.cut_from(recorded, count)
+        return patterns.cut_of(info, name, [shape] * count)
 
     def _copy_group(self, name: str) -> Any:
         """The ranks that have the same shard as this one."""

@@ -80,8 +80,8 @@ class _Gift:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What this rank gives of the tensor ``name``; ``size`` are the elements of its own
-    shard."""
+    """The share that this rank gives of the tensor ``name``; ``size`` are the elements
+    of its own shard."""
 
     name: str
     size: int
@@ -99,7 +99,7 @@ class Share:
         return Share(part.name, prod(part.shard_shape), tuple(gifts))
 
     def runs(self, start: int, count: int, is_copy: bool) -> Iterator[GivenRun]:
-        """What is given of ``count`` elements of the shard from ``start`` on.
+        """The runs that are given of ``count`` elements of the shard from ``start`` on.
 
         ``is_copy``: the other ranks that have the shard have these values too.
         """
@@ -210,5 +210,6 @@ def _tensor(record: Sequence[Any]) -> WholeTensor:
 
 
 def shares(parts: Mapping[str, ModelPart], tensors: Mapping[str, WholeTensor]) -> dict[str, Share]:
-    """What this rank gives, by the names that it has itself for its tensors."""
+    """The shares that this rank gives, by the names that it has itself for its
+    tensors."""
     return {name: Share.of(part, tensors[part.name]) for name, part in parts.items()}

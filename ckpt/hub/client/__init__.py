@@ -1,4 +1,4 @@
-"""What is asked of the Hub, and what it answers.
+"""The requests to the Hub, and its answers.
 
 repository  what a repository holds
 retry       requests made again after a bad moment

@@ -1,4 +1,4 @@
-"""What the Hub and its client refuse, as one line for whoever pushes.
+"""The refusals of the Hub and its client, as one line for whoever pushes.
 
 Nothing of a request is repeated, so that no token and no signed address gets into a
 message.
@@ -154,7 +154,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _advice(repo: str, error: BaseException) -> str:
-    """What to do about an answer of the Hub."""
+    """The advice on an answer of the Hub."""
     from huggingface_hub import errors
 
     http_status = status(error)

@@ -1,4 +1,4 @@
-"""What a repository holds, seen before and after a push; and which of it a push
+"""The contents of a repository, seen before and after a push; and which of them a push
 replaces.
 
 Names are posix paths from the repository's root. The functions over names are pure.
@@ -76,7 +76,8 @@ class Remote:
 
 
 def look(api: HfApi, repo: str, branch: str) -> Remote:
-    """What is there now. A repository that this login may not see counts as not there."""
+    """Returns what is there now. A repository that this login may not see counts as not
+    there."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -23,7 +23,8 @@ MAX_WAIT_SECONDS = 300.0  # seconds that an answer may ask to wait
 
 
 def retry(request: Callable[[], T], pauses: Sequence[float] = WAITS) -> T:
-    """What ``request`` returns, in the end; its last error if it never does."""
+    """Returns what ``request`` returns, in the end; raises its last error if it never
+    does."""
     for pause in pauses:
         try:
             return request()

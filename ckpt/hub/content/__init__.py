@@ -1,4 +1,4 @@
-"""What a push publishes.
+"""The contents that a push publishes.
 
 contents     the files, chosen by allow_list; model_contents those of a model or an adapter
 allow_list   which files may be published

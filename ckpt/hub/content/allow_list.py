@@ -56,7 +56,7 @@ class Allowed:
 
 
 def allowed(root: Path, own_names: frozenset[str] = frozenset()) -> Allowed:
-    """What of ``root`` is published beside the weights and config.json.
+    """The files of ``root`` that are published beside the weights and config.json.
 
     ``own_names`` are names that the push makes or sends itself, so that neither the
     list of what is sent nor that of what stays here has them. ``CheckpointError`` if
@@ -136,7 +136,8 @@ def of_conversion(
 
 
 def of_stored(root: Path, own_names: frozenset[str]) -> Allowed:
-    """What goes with weights that are sent as they lie in ``root``; as ``allowed``.
+    """The files that go with weights that are sent as they lie in ``root``; as
+    ``allowed``.
 
     With the tokenizer of its run, if it has none. ``CheckpointError`` for a link out of
     the folder to what the model's reader needs.

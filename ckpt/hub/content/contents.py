@@ -1,5 +1,5 @@
-"""What a push publishes of a checkpoint, by an allow-list, decided before the first byte
-is sent.
+"""The contents that a push publishes of a checkpoint, by an allow-list, decided before
+the first byte is sent.
 
 model            weights, converted while they are sent; index, config, tokenizer, code, card
 adapter          where PEFT is trained: made of the ZeRO states as well, under PEFT's names

@@ -21,7 +21,7 @@ from ckpt.hub.content.items import Item
 from converters.lazy_pattern import LazyPattern
 from converters.plan import Shard
 from converters.storage import bounded_json
-from converters.storage.local import named
+from converters.storage.local import naming_path
 
 _KEYS = {  # by file, where the base model is named; and whether the name may be missing
     "adapter_config.json": ("base_model_name_or_path", False),
@@ -85,7 +85,7 @@ def _text_of(item: Item) -> str | None:
 
     content = item.source
     if not isinstance(content, bytes):
-        with named(content):
+        with naming_path(content):
             content = content.read_bytes()
 
     try:

@@ -1,5 +1,5 @@
-"""What a push sends of a checkpoint's model: converted while it is sent, or stored as it
-is."""
+"""The contents that a push sends of a checkpoint's model: converted while it is sent,
+or stored as it is."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 def of_model(
     checkpoint: RunCheckpoint, dtype: str | None, max_shard_size: int, request: Request | None
 ) -> tuple[Contents, Path]:
-    """What ``from_pretrained`` wants, and the folder that its configuration is in."""
+    """The files that ``from_pretrained`` wants, and the folder that its configuration
+    is in."""
     if _holds_weights_alone(checkpoint):
         if has_safetensors(checkpoint.folder):
             return _stored(checkpoint, dtype, request), checkpoint.folder

@@ -1,4 +1,4 @@
-"""What is known of the model in a checkpoint: for ``--json``, and for its card.
+"""The known facts of the model in a checkpoint: for ``--json``, and for its card.
 
 All values are JSON. Names and numbers come from files that others wrote, so whoever
 prints them has to escape them.

@@ -75,7 +75,7 @@ def require_loadable(
     is_adapter: bool,
     request: Request | None,
 ) -> list[str]:
-    """What a user must know of weights that are sent as they are.
+    """Returns what a user must know of weights that are sent as they are.
 
     ``CheckpointError`` (kind "unloadable") if nobody would load them.
     """

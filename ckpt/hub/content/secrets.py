@@ -1,4 +1,4 @@
-"""What looks like a secret in a text that is about to be published. Never prints the
+"""Looks for secrets in a text that is about to be published. Never prints the
 secret."""
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def is_readable_text(path_in_repo: str) -> bool:
 
 
 def secrets(text: bytes) -> Iterator[Secret]:
-    """What looks like one, in the order of the kinds; one a line and kind."""
+    """The places that look like one, in the order of the kinds; one a line and kind."""
     for kind, pattern in _FORMS:
         last_line = 0
         for match in pattern.finditer(text):

@@ -1,4 +1,4 @@
-"""What of the texts of a push should perhaps not be public, said before it is."""
+"""The texts of a push that should perhaps not be public, named before they are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ckpt.hub.content import secrets
 from ckpt.hub.content.allow_list import CARD
 from ckpt.hub.content.items import Item
 from converters.plan import Shard
-from converters.storage.local import named
+from converters.storage.local import naming_path
 
 # by file, where PEFT and transformers name the base model as it was given to them
 _BASES = {
@@ -39,7 +39,7 @@ def suspicions(
         if isinstance(source, bytes):
             source_name, source_bytes = item.name, source
         elif source.stat().st_size <= secrets.MAX_TEXT_BYTES:
-            with named(source):
+            with naming_path(source):
                 source_name, source_bytes = str(source), source.read_bytes()
         else:
             yield f"{source} is too large to be looked through for secrets"

@@ -55,7 +55,7 @@ _OF_TRAINER = frozenset(("training_args.bin", "rng_state.pth", "rng_state_0.pth"
 
 @dataclass(frozen=True, slots=True)
 class _TrainerFiles:
-    """What a Trainer wrote beside DeepSpeed's files: its step, and RNG states of so many
+    """The files of a Trainer beside DeepSpeed's: its step, and RNG states of so many
     ranks."""
 
     step: int
@@ -78,7 +78,7 @@ def step_of(path: Path) -> int | None:
 
 @open_files.once()
 def prove(path: Path, tag: str | None = None, *, compares_values: bool = False) -> Proof:
-    """What the checkpoint is, or of several tags in it the one that is named.
+    """Proves the checkpoint, or of several tags in it the one that is named.
 
     With ``compares_values`` the model file of DeepSpeed has to be of the save of its
     states, by a sample of both. ``CheckpointError`` if it is not whole. Its kind is
@@ -208,7 +208,7 @@ def trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def history_of(folder: Path) -> History | None:
-    """What the Trainer had logged at this checkpoint; ``None`` if it is not a Trainer's."""
+    """The log of the Trainer at this checkpoint; ``None`` if it is not a Trainer's."""
     if not (folder / STATE).is_file():
         return None
 

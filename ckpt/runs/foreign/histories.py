@@ -21,7 +21,7 @@ Entry = Mapping[str, Any]
 
 
 def of_folder(folder: Path) -> History | None:
-    """What the Trainer had logged; ``None`` if it is not a Trainer's, or cannot be read."""
+    """The log of the Trainer; ``None`` if it is not a Trainer's, or cannot be read."""
     try:
         return completeness.history_of(folder)
     except CheckpointError:
@@ -29,8 +29,8 @@ def of_folder(folder: Path) -> History | None:
 
 
 def difference(history: History | None, later_history: History | None) -> str | None:
-    """What the later one lacks of the other one's log, as words ("at step 4"); ``None``
-    if nothing, or one of them has no log."""
+    """The first entry that the later log lacks of the other one, as words ("at step
+    4"); ``None`` if nothing, or one of them has no log."""
     if history is None or later_history is None:
         return None
 

@@ -93,7 +93,8 @@ def require_torch_file(path: Path) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """What the file holds; ``CheckpointError`` if it is not there, cut short or damaged."""
+    """The content of the file; ``CheckpointError`` if it is not there, cut short or
+    damaged."""
     try:
         if not path.exists():
             raise CheckpointError(f"{path.parent} has no {path.name}", "incomplete")

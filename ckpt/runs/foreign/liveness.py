@@ -101,7 +101,7 @@ def require_not_deleted(path: Path) -> None:
 
 
 def prove_at_rest(path: Path, tag: str | None = None) -> Proof:
-    """What a checkpoint is that nobody committed: whole, of one save, and not being
+    """Proves a checkpoint that nobody committed: whole, of one save, and not being
     written.
 
     ``CheckpointError`` as ``prove``, and for one that changes meanwhile or is being

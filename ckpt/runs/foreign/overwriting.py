@@ -130,7 +130,8 @@ def require_one_save(path: Path, tag: str | None = None) -> None:
 
 
 def doubt(path: Path, tag: str | None = None) -> Doubt | None:
-    """What the times of the files speak against one save; ``None`` if nothing.
+    """The doubt that the times of the files cast on one save; ``None`` if there is
+    none.
 
     ``CheckpointError`` for a file that cannot be looked at, as one that vanishes
     meanwhile.

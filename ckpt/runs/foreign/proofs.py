@@ -1,4 +1,4 @@
-"""What a checkpoint without a manifest was proven to be."""
+"""The proof of a checkpoint without a manifest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ History = tuple[Mapping[str, Any], ...]
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What a whole checkpoint is. ``resumable``: whether it is more than weights.
+    """The proof of a whole checkpoint. ``resumable``: whether it is more than weights.
 
     ``kind`` says who wrote it, ``tag`` is set for what DeepSpeed can load, ``step`` is
     ``None`` where the files do not say. ``history`` is what the Trainer logged until

@@ -1,4 +1,5 @@
-"""What an output may replace: what ckpt made, and models; nothing that a training saved."""
+"""The folders that an output may replace: what ckpt made, and models; nothing that a
+training saved."""
 
 from __future__ import annotations
 

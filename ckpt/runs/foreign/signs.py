@@ -1,5 +1,5 @@
-"""What in a run's folder is taken for a checkpoint, whoever wrote it, whole or not: by
-names."""
+"""The paths in a run's folder that are taken for checkpoints, whoever wrote them, whole
+or not: by names."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Lease:
             grant.give_back()
 
     def __reduce__(self) -> tuple[type[Lease], tuple[()]]:
-        """What is sent to another process, or copied, holds nothing."""
+        """Makes a copy, or what is sent to another process, hold nothing."""
         return Lease, ()
 
     def __del__(self) -> None:

@@ -89,7 +89,8 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRecord:
-    """What the file held: ``holder`` is ``None`` if nobody could have written that.
+    """The content of the file: ``holder`` is ``None`` if nobody could have written
+    that.
 
     ``inode`` and ``changed`` (seconds, by the filesystem's clock) are those of the file.
     """
@@ -273,8 +274,8 @@ def clock(folder: Path) -> float:
 
 
 def drafts(folder: Path) -> Iterator[tuple[Path, LeaseRecord]]:
-    """What was on its way to or from the name, and may be a leftover of a process that
-    is gone."""
+    """The files on their way to or from the name, which may be leftovers of a process
+    that is gone."""
     for draft_path in sorted(folder.glob(f"{NAME}-*")):
         with suppress(OSError):
             if (record := read(draft_path)) is not None:

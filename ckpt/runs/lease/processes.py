@@ -23,7 +23,7 @@ _EXITING = 0x4  # PF_EXITING of the kernel's include/linux/sched.h
 
 
 class Life(Enum):
-    """What is known of a process."""
+    """The known facts of a process."""
 
     ALIVE = "alive"
     EXITING = "exiting"  # killed, say, and giving back its memory, which takes seconds

@@ -1,4 +1,5 @@
-"""What has a checksum in a checkpoint, all of it or a sample, and what has none.
+"""The checksums in a checkpoint: what has one, all of it or a sample, and what has
+none.
 
     committed   by the manifest: every file has its digest; of a torch zip the digest binds the
                 directory, and that has the CRC32 of each record
@@ -60,8 +61,8 @@ class Checkable:
 
 @dataclass(frozen=True, slots=True)
 class ChecksumPlan:
-    """What is read, by files. ``bare`` is what has no checksum; ``problems`` what is
-    wrong already.
+    """The bytes that are read, by files. ``bare`` is what has no checksum; ``problems``
+    what is wrong already.
 
     ``total`` counts what has checksums, also what is not in the sample.
     """
@@ -102,7 +103,8 @@ class ChecksumPlan:
 
 
 def of_manifest(folder: Path, manifest: Manifest, deleted: Collection[str] = ()) -> ChecksumPlan:
-    """What the digests of a manifest cover, but for files that were deleted by hand.
+    """The bytes that the digests of a manifest cover, but for files that were deleted
+    by hand.
 
     The files have their sizes already. ``OSError`` for one that cannot be read.
     """
@@ -130,8 +132,8 @@ def of_manifest(folder: Path, manifest: Manifest, deleted: Collection[str] = ())
 
 @open_files.once()  # ``.metadata`` may be large
 def of_files(place: Path) -> ChecksumPlan:
-    """What has checksums of its own in a checkpoint without a manifest, a folder or a
-    file.
+    """The bytes with checksums of their own in a checkpoint without a manifest, a
+    folder or a file.
 
     ``OSError`` for a file that cannot be read, ``CheckpointError`` for what describes
     the files of DCP and is damaged.
@@ -277,5 +279,5 @@ def _records_of_pieces(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    with open(path, "rb") as stream, local.named(path):
+    with open(path, "rb") as stream, local.naming_path(path):
         yield stream

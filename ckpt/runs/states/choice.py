@@ -31,7 +31,8 @@ log = logging.getLogger("ckpt")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What is taken, if anything, and what was passed over before it, the newest first.
+    """The checkpoint that is taken, if any, and those that were passed over before it,
+    the newest first.
 
     ``other_lines`` are committed checkpoints of other runs, which are taken only by
     name.
@@ -43,7 +44,7 @@ class Choice:
 
 
 def choose(path: Path) -> Choice:
-    """What ``ckpt.find(path)`` takes where one process asks.
+    """The checkpoint that ``ckpt.find(path)`` takes where one process asks.
 
     ``CheckpointError`` where it is one: there are checkpoints, and none can be used.
     """

@@ -77,7 +77,7 @@ def origins(checkpoints: Sequence[RunCheckpoint]) -> Originals:
 
 
 def sentence(checkpoint: RunCheckpoint, original: RunCheckpoint) -> str:
-    """What a copy is, as words after its name."""
+    """A description of a copy, as words after its name."""
     form = "link to" if checkpoint.folder.is_symlink() else "copy of"
     return f"{form} {original.name}"
 
@@ -159,7 +159,7 @@ def _is_same(folder: Path, candidate: Path) -> bool:
 def _has_same_bytes(path: Path, candidate: Path) -> bool:
     """Whether two files of one size are equal: by the CRC32s that they have, or at both
     ends."""
-    with open(path, "rb") as stream, open(candidate, "rb") as other_stream, local.named(path):
+    with open(path, "rb") as stream, open(candidate, "rb") as other_stream, local.naming_path(path):
         directory = digests.directory_of(stream)
         other_directory = digests.directory_of(other_stream)
         if directory is not None and other_directory is not None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def candidate(path: Path) -> RunCheckpoint:
-    """What a path in a run is: a folder, or a file of Lightning."""
+    """A path in a run as a candidate: a folder, or a file of Lightning."""
     if path.is_file():
         return RunCheckpoint(path, step_in(path.name), None, manifests.ABSENT, False)
     return open_checkpoint(path)

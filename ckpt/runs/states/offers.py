@@ -241,7 +241,7 @@ class Offers:
         return self.reasons[checkpoint.folder]
 
     def _prove(self, checkpoint: RunCheckpoint) -> Proof | None:
-        """What a checkpoint without a manifest proves to be.
+        """Proves a checkpoint without a manifest.
 
         ``None`` if it is not whole, or weights alone.
         """

@@ -144,7 +144,7 @@ class CheckpointStatus:
 
     @property
     def finding(self) -> str | None:
-        """What a complete one is, in few words; ``None`` for all others."""
+        """A complete one in few words; ``None`` for all others."""
         if not self.complete:
             return None
         if self.tier is None:
@@ -160,7 +160,7 @@ class CheckpointStatus:
 
     @property
     def description(self) -> str:
-        """What it is without a manifest, as a line; empty for a committed one.
+        """A line on one without a manifest; empty for a committed one.
 
         One that is not DeepSpeed's is called by its kind, unless its writer is known.
         """
@@ -175,8 +175,8 @@ class CheckpointStatus:
 
 
 def prefix(kind_name: str, reason: str) -> str:
-    """What a line on an incomplete checkpoint begins with: its kind, unless the line
-    says that."""
+    """The words that a line on an incomplete checkpoint begins with: its kind, unless
+    the line says that."""
     kind = BY_NAME[kind_name]
     statement = kind.statement.partition("{")[0].strip()
     is_said = kind_name in PLAIN_KINDS or (statement and statement in reason)

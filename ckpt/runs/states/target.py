@@ -1,5 +1,4 @@
-"""What a caller of a resume means by a path and a tag: a run, a checkpoint, or nothing
-yet."""
+"""The meaning of a path and a tag for a resume: a run, a checkpoint, or nothing yet."""
 
 from __future__ import annotations
 
@@ -38,7 +37,8 @@ _SIMILARITY = 0.75  # names over this, of 1, differ by a slip: chkpt-500 and che
 
 
 def interpret(path: Path, tag: str | None, fits: TopologyFilter | None) -> tuple[str, str | None]:
-    """What the caller means: "run", "nothing" or "checkpoint" and its name in ``path``."""
+    """The meaning for the caller: "run", "nothing" or "checkpoint" and its name in
+    ``path``."""
     if not path.is_dir():
         return _meaning_without_folder(path, tag), None
     if not is_run(path) and (is_checkpoint(path) or signs.has_signs(path)):

@@ -1,6 +1,6 @@
 """Complete checkpoints of several trainings in one folder, which have no manifests.
 
-Somebody begins a training anew in the folder of an older one. Then ``checkpoint-6`` of
+Somebody starts a new training in the folder of an older one. Then ``checkpoint-6`` of
 the older one has the highest step, ``checkpoint-4`` was saved last, and what the Trainer
 logged shows that neither goes on from the other. The training that saved last is the one
 that counts, as it is with committed ones. Times alone show nothing: copying changes

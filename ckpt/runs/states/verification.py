@@ -67,7 +67,7 @@ class VerificationPlan:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was found: ``problems`` has a line for each thing that is not whole,
+    """The findings: ``problems`` has a line for each thing that is not whole,
     ``proven`` on what is. ``bare_bytes`` are those that carry no checksum."""
 
     status: CheckpointStatus
@@ -96,7 +96,8 @@ def plans(
 
 
 def plan(status: CheckpointStatus, depth: Depth) -> VerificationPlan:
-    """What of a checkpoint is read; ``CheckpointError`` where the disk fails."""
+    """Decides which bytes of a checkpoint are read; ``CheckpointError`` where the disk
+    fails."""
     folder, manifest = status.checkpoint.folder, status.checkpoint.manifest
     is_read = status.whole and depth.word != "structure"
     is_by_manifest = manifest is not None and depth.percent is None

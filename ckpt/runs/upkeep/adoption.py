@@ -46,7 +46,7 @@ class Adoption:
 
 @dataclass(frozen=True, slots=True)
 class AdoptionOutcome:
-    """What became of a checkpoint without a manifest; ``reason`` says why it got none.
+    """The outcome for a checkpoint without a manifest; ``reason`` says why it got none.
 
     One that is complete and of a kind that gets none, or of which ckpt cannot tell, has
     not ``failed``. ``bare`` is what had no checksum of its own, so that the manifest has

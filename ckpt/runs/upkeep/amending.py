@@ -84,7 +84,7 @@ def damage(folder: Path, name: str) -> str | None:
 
 
 def amendment(checkpoint: RunCheckpoint) -> Amendment | None:
-    """What a checkpoint is without its deleted files, or with its changed ones.
+    """The manifest of a checkpoint without its deleted files, or with its changed ones.
 
     ``None`` if it is nothing then, or nothing was deleted or changed.
     """

@@ -36,8 +36,8 @@ _COMMON_FIELDS = ("save", "step", "tag", "tier", "nodes", "stage", "world_size")
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """What is joined: for every name the folder it comes from, and the manifest of the
-    whole.
+    """The parts that are joined: for every name the folder it comes from, and the
+    manifest of the whole.
 
     ``output`` may be one of the nodes' folders; the other files are then added to it.
     """
@@ -244,7 +244,7 @@ def _fill(collection: Collection, folder: Path, progress: Progress) -> None:
         with local.replacing(target_path) as fd, open(source_folder / file_name, "rb") as stream:
             offset, writer = 0, local.LocalWriter(fd)
             while True:
-                with local.named(source_folder / file_name):
+                with local.naming_path(source_folder / file_name):
                     block = stream.read(CHUNK)
                 if not block:
                     break

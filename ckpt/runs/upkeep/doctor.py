@@ -1,4 +1,4 @@
-"""What a crash left of a run, found and put right.
+"""Finds the traces of a crash in a run, and puts them right.
 
 Nothing that anybody may still be writing is touched: a save holds a lock on ``.lock``
 in its staging folder, a conversion one on ``plan.json`` in its own, and where no lock
@@ -44,7 +44,8 @@ _STAGING_LOCKS = {".saving": filenames.LOCK, ".partial": PLAN, ".fp32": filename
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What is not as a finished save leaves it, and the states of all checkpoints."""
+    """The traces that a finished save does not leave, and the states of all
+    checkpoints."""
 
     findings: tuple[Finding, ...]
     statuses: tuple[CheckpointStatus, ...]

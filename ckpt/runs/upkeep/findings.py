@@ -1,4 +1,5 @@
-"""What is to be put right in a run, as values, and whether anybody may be at it still."""
+"""The findings to be put right in a run, as values, and whether anybody may be at it
+still."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ _REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class KeptWeights:
-    """What the weights prove to be, in a line, and their element types as safetensors
-    names them."""
+    """The proof of the weights, in a line, and their element types as safetensors names
+    them."""
 
     line: str
     dtypes: frozenset[str]
@@ -46,8 +46,8 @@ def require_weights(
     tag_path: str,
     progress: Progress = quiet,
 ) -> KeptWeights:
-    """What the weights prove to be; ``CheckpointError`` unless they are all there, with
-    the values that the states have.
+    """Returns what the weights prove to be; ``CheckpointError`` unless they are all
+    there, with the values that the states have.
 
     Those of one engine, which lie in the folder of its name; of a single one (""), in
     ``folder``. ``progress`` gets the bytes of the weights twice: they are compared with
@@ -78,8 +78,8 @@ def require_weights(
 def require_whole_weights(
     folder: Path, manifest: Manifest, progress: Progress = quiet
 ) -> KeptWeights:
-    """What the weights of a training without DeepSpeed prove to be: they are its only
-    copy.
+    """Returns what the weights of a training without DeepSpeed prove to be: they are
+    its only copy.
 
     ``CheckpointError`` unless every byte of them has its digest, and for FSDP's parts,
     of which no model is written beside. ``progress`` gets their bytes.

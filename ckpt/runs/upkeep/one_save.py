@@ -1,4 +1,4 @@
-"""What speaks against the files of a checkpoint being of one save, when it is to be
+"""The doubts whether the files of a checkpoint are of one save, when it is to be
 committed."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from converters.zero.checkpoint import Checkpoint
 
 
 def doubt(source: Source, is_one_save: bool, is_of_user: bool) -> str | None:
-    """What speaks against the files being of one save, if anything does.
+    """The doubt whether the files are of one save, if there is one.
 
     ``CheckpointError`` if these are the values of DeepSpeed's files, or of the weights
     beside them, unless somebody has said that they are. Those weights, which no resume

@@ -55,8 +55,8 @@ _STATES_WITHOUT_DEEPSPEED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slimming:
-    """What goes and what stays: names relative to the folder, and the bytes of what
-    goes.
+    """The files that go and those that stay: names relative to the folder, and the
+    bytes of what goes.
 
     ``manifest`` is the new one. ``proven`` has a line for each model whose weights stay,
     ``dtypes`` their element types, as safetensors names them.

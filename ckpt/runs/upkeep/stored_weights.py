@@ -49,8 +49,8 @@ class WeightsComparison:
 
 
 def plans(verdict: Verdict) -> list[WeightsComparison]:
-    """What of a whole checkpoint is compared, for each engine; nothing where it cannot
-    be.
+    """The tensors of a whole checkpoint that are compared, for each engine; none where
+    that cannot be.
 
     Of a sample nothing but where the weights are: ``execute`` draws one.
     """

@@ -23,8 +23,7 @@ from converters.zero.files.discovery import is_tag_folder
 
 
 def uncommitted_findings(status: CheckpointStatus, is_deepspeed_run: bool) -> Iterator[Finding]:
-    """What is wrong with a checkpoint without a valid manifest; nothing if it is
-    complete.
+    """The faults of a checkpoint without a valid manifest; none if it is complete.
 
     ``is_deepspeed_run`` is whether anything in the run is DeepSpeed's; else nothing is
     renamed.

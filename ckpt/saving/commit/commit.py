@@ -51,7 +51,8 @@ def staging_for(final: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the manifest says beside the files; see ``Manifest``. Rank 0's are used."""
+    """The entries of the manifest beside the files; see ``Manifest``. Rank 0's are
+    used."""
 
     step: int
     tag: str | None
@@ -285,7 +286,7 @@ def _settle(folder: Path, reported_names: set[str], beat: Callable[[], object]) 
                 continue
             if path.name.endswith(".partial"):  # another rank is still writing it
                 continue
-            with local.named(path):
+            with local.naming_path(path):
                 local.sync_file(path)
                 beat()
                 files[name] = digest(path)

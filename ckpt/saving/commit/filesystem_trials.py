@@ -1,5 +1,5 @@
-"""What a save asks of the filesystem, tried where checkpoints will go, before the first
-step.
+"""The operations that a save needs of the filesystem, tried where checkpoints will go,
+before the first step.
 
 Each trial is a function that does it in the way a save does. What the place cannot do
 and a save can do without is worked around, and said; what it cannot do without is a
@@ -40,8 +40,8 @@ log = logging.getLogger("ckpt")
 
 @dataclass(frozen=True, slots=True)
 class FolderTrial:
-    """What a folder's filesystem does. ``part`` are the bytes of the file that was
-    written."""
+    """The abilities of a folder's filesystem. ``part`` are the bytes of the file that
+    was written."""
 
     renames_folders: bool
     maps: bool
@@ -110,7 +110,7 @@ def require_seen(run: Path, trials: Iterable[tuple[int, str, int]]) -> None:
 
 @contextmanager
 def tried(run: Path, attempt: str) -> Iterator[None]:
-    """What the system refuses in this block, as a ``CheckpointError`` that says what was
+    """Turns an ``OSError`` of this block into a ``CheckpointError`` that says what was
     tried."""
     try:
         yield

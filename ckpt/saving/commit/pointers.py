@@ -1,4 +1,4 @@
-"""What follows a commit: ``latest`` and ``best`` move, then retention deletes. Never
+"""The steps after a commit: ``latest`` and ``best`` move, then retention deletes. Never
 before."""
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ def contents(
     retention: Retention | None = None,
     line: Line | None = None,
 ) -> SaveContents:
-    """What the Trainer saves; of PEFT's models DeepSpeed leaves out what is frozen."""
+    """The contents of a Trainer's save; of PEFT's models DeepSpeed leaves out what is
+    frozen."""
     return SaveContents(
         engines=[engine],
         weight_bytes=weight_bytes,

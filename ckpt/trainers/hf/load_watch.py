@@ -1,4 +1,4 @@
-"""What any Trainer loads, looked at before DeepSpeed sees it, for callbacks.
+"""Looks at what any Trainer loads before DeepSpeed sees it, for callbacks.
 
 Source: transformers 5.23 ``trainer.py``: ``_prepare_for_training`` makes the engine and
 calls ``deepspeed_load_checkpoint``, which the module has by name.

@@ -283,7 +283,7 @@ class CommittedCheckpoints(MappedCheckpoints):
                 self._inner_folder = self._recording = None
 
     def _write_beside(self, engine: PlainEngine, folder: Path) -> None:
-        """What makes a model of FSDP's parts, which the Trainer leaves out."""
+        """Writes what makes a model of FSDP's parts, which the Trainer leaves out."""
         if self.args.should_save and not plain.writes_model(engine):
             plain.write_companions(engine, self.processing_class, folder)
 

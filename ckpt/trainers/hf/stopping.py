@@ -40,7 +40,7 @@ class Stop:
             return
 
         time_left, time_needed = share_deadline(
-            RankGroup("stop", self.timeout), self.watch.left(), self.save_seconds
+            RankGroup("stop", self.timeout), self.watch.seconds_left(), self.save_seconds
         )
         if time_left is not None and time_needed is not None and time_needed > time_left:
             self.watch.too_late(state.global_step, time_needed, time_left)

@@ -1,4 +1,4 @@
-"""What the Hugging Face Trainer's arguments, state and optimizer say to whoever saves.
+"""The facts for a save in the Hugging Face Trainer's arguments, state and optimizer.
 
 Source: transformers 5.23 ``trainer.py`` (``_determine_best_metric``,
 ``_finalize_training``), ``training_args.py``, ``trainer_callback.py``.
@@ -46,8 +46,8 @@ def retention_of(
     args: Any,
     limit: int | None,
 ) -> Retention | None:
-    """What to keep: ``retention``, or the last ``limit``; and the best where a metric
-    tells it.
+    """The retention of a run: ``retention``, or the last ``limit``; and the best where
+    a metric tells it.
 
     ``None`` keeps everything and follows no metric.
     """
@@ -196,13 +196,14 @@ def deepspeed_config() -> dict[str, Any]:
 
 
 def loop_of(args: Any, scheduler: Any, data: Any) -> Loop:
-    """What the Trainer has beside the engine; it counts micro batches itself."""
+    """The loop of a Trainer beside the engine; it counts micro batches itself."""
     return Loop(scheduler, data, int(args.gradient_accumulation_steps))
 
 
 @dataclass(frozen=True, slots=True)
 class CallbackEngine:
-    """What a callback is shown of DeepSpeed's engine: the model and the ZeRO optimizer.
+    """The part of DeepSpeed's engine that a callback is shown: the model and the ZeRO
+    optimizer.
 
     All else has the names that it has there, for ``check`` and ``progress``.
     """

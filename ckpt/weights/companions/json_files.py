@@ -12,7 +12,7 @@ MAX_JSON_BYTES = 64 << 20  # bytes of a configuration; larger ones are not looke
 
 
 def read(path: Path, purpose: str, *, infinite: bool = False) -> Any:
-    """What a JSON file holds; with ``infinite`` it may have NaN and Infinity in it.
+    """The content of a JSON file; with ``infinite`` it may have NaN and Infinity in it.
 
     ``purpose`` says what the file is for, as in "too large for a configuration".
     ``CheckpointError`` for what cannot be read, or is not JSON.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckpt.weights.companions import json_files
 from converters.storage import stores
-from converters.storage.local import named
+from converters.storage.local import naming_path
 
 if TYPE_CHECKING:
     import ast
@@ -112,7 +112,7 @@ def read_json(path: Path, is_readable: Callable[[Path], bool] = is_file) -> Any:
     ):
         return None
 
-    with named(path):
+    with naming_path(path):
         data = stores.content(path)
     try:
         return json.loads(data)  # the Trainer writes NaN
@@ -140,7 +140,7 @@ def _parsed(path: Path) -> ast.Module | None:
     """The syntax of a Python file; ``None`` if it is not Python, or too large for it."""
     import ast  # takes 10 ms, and few checkpoints have code
 
-    with named(path):
+    with naming_path(path):
         if stores.status(path).size > MAX_CODE_BYTES:
             return None
         content = stores.content(path)

@@ -1,5 +1,5 @@
-"""What an output folder may take the place of: its own names, a model's files, and
-ckpt's own.
+"""The files that an output folder may take the place of: its own names, a model's
+files, and ckpt's own.
 
 Everything in a folder that is replaced is gone. So each file in it must be one that is
 made again, or one by which a folder is a model (``model_folder``) or an output of ckpt:

@@ -1,4 +1,4 @@
-"""What was proven of the tensors of an output by CRC32s and copies, and words for it."""
+"""The proofs for the tensors of an output, by CRC32s and copies, and words for them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from converters.words import counted, verb
 
 
 def checks(product: Product, plan: Plan, report: MoveReport) -> WeightChecks:
-    """What was proven when the bytes of ``plan`` were moved or served, as ``report``
-    says.
+    """The proofs that were made when the bytes of ``plan`` were moved or served, as
+    ``report`` has them.
 
     ``uncompared_tensors`` are parameters without a copy, ``uncompared_buffers`` counts
     other tensors without one; ``without_copy`` counts the parameters that only the
@@ -55,7 +55,7 @@ def checks(product: Product, plan: Plan, report: MoveReport) -> WeightChecks:
 
 
 def words(checks: WeightChecks) -> tuple[str | None, list[str]]:
-    """What copies have proven, and what they have not, in words for a user."""
+    """The proofs by copies, and what they leave open, in words for a user."""
     against, equal = checks.compared_with, checks.compared_tensors or 0
     if not against:
         return None, ["no 16-bit copy to compare with"]

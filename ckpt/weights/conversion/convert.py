@@ -271,7 +271,7 @@ def require_output(conversion: Conversion, overwrite: bool = False) -> None:
 
 
 def continuation(conversion: Conversion) -> staging.Continuation | None:
-    """What an interrupted ``execute`` left that this one goes on with, if anything."""
+    """The shards of an interrupted ``execute`` that this one goes on with, if any."""
     return staging.continuation(_staging_output(conversion), conversion.plan)
 
 

@@ -1,4 +1,4 @@
-"""What ``conversion.json`` says of a conversion: what was read, written and proven."""
+"""The content of ``conversion.json``: what was read, written and proven."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _name_from(root: Path, path: Path) -> str:
 
 
 def checks(conversion: Conversion, report: MoveReport, verify: bool) -> WeightChecks:
-    """What was proven of the weights, where ``verify`` says that anything was."""
+    """The proofs for the weights, where ``verify`` says that there are any."""
     proven = replace(
         comparison.checks(conversion.product, conversion.plan, report),
         verified=verify,

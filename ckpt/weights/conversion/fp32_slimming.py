@@ -40,8 +40,8 @@ _ROUNDED = (DType.F16, DType.BF16)  # what fp32 masters are rounded to
 
 @dataclass(frozen=True, slots=True)
 class Fp32Slimming:
-    """What is written, and what goes: ``slimming`` as if the new weights were there
-    already.
+    """The files that are written, and those that go: ``slimming`` as if the new weights
+    were there already.
 
     Without a ``conversion`` the checkpoint is slim, and only leftovers go.
     """

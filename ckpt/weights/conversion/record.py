@@ -1,5 +1,4 @@
-"""What ``conversion.json`` says of a conversion, as a value that is a mapping of it as
-well."""
+"""The content of ``conversion.json``, as a value that is a mapping of it as well."""
 
 from __future__ import annotations
 

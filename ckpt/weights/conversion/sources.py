@@ -126,8 +126,8 @@ def _without_frozen(source: Source, request: Request) -> Source:
 
 
 def as_stored(checkpoint: Path, tag: str | None, option: str) -> Source:
-    """What lies at a path, to be looked at: the states of a training, or what is read as
-    it is.
+    """The source at a path, to be looked at: the states of a training, or what is read
+    as it is.
 
     A note says what handles weights that need no conversion. ``option`` as in ``fp32``.
     """

@@ -57,7 +57,7 @@ class ConvertedModel:
 
     @property
     def checks(self) -> WeightChecks:
-        """What was proven of the weights."""
+        """The proofs for the weights."""
         assert self.record.checks is not None
         return self.record.checks
 
@@ -70,7 +70,7 @@ class ConvertedModel:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know, one line each."""
+        """Notes that a user should know, one line each."""
         return self.record.notes if self.remark is None else (self.remark, *self.record.notes)
 
     @property

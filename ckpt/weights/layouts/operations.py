@@ -1,5 +1,5 @@
-"""What ``save_pretrained`` does with tensors: it cuts them, joins them, and changes
-their order.
+"""The operations of ``save_pretrained`` on tensors: it cuts them, joins them, and
+changes their order.
 
 Each operation takes tensors by the pattern of their names and returns tensors by other
 patterns (transformers 5.23, core_model_loading.py, the classes of the same names). None
@@ -26,7 +26,7 @@ class NotArrangedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What an operation is told: the patterns of its rule, and config.json."""
+    """The setting of an operation: the patterns of its rule, and config.json."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]

@@ -52,7 +52,8 @@ class NameMatch:
 
 
 class Rule(NamedTuple):
-    """What ``pattern`` finds in a name becomes the first of ``targets``.
+    """A rule of renaming: what ``pattern`` finds in a name becomes the first of
+    ``targets``.
 
     ``sources`` are the alternatives of the pattern, by the number in their group's name.
     ``details`` are the operations of a rule that changes tensors (``CONVERT``), or what

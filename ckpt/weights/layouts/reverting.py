@@ -63,7 +63,7 @@ class Reverted:
 def reverted(
     weights: Weights, names: Iterable[str], rules: Sequence[Rule], config: Mapping[str, Any]
 ) -> Reverted:
-    """What ``save_pretrained`` makes of tensors and of other names.
+    """The tensors and other names as ``save_pretrained`` would write them.
 
     ``NotArrangedError`` where a rule does not fit the tensors that it is for.
     """

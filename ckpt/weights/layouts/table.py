@@ -95,5 +95,5 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def _table() -> dict[str, Any]:
-    """The table, parsed anew: kept, it would take a megabyte while bytes are moved."""
+    """The table, parsed again: kept, it would take a megabyte while bytes are moved."""
     return entries.read(TABLE, "rules")

@@ -140,7 +140,7 @@ def _place(path: Path, tag: str | None) -> Path:
 
 
 def _source(path: Path, tag: str | None) -> Source:
-    """What the reader that fits makes of it: weights come before states nothing points
+    """The source, by the reader that fits: weights come before states nothing points
     to."""
     pointers = (path / filenames.LATEST, path / filenames.LATEST_UNIVERSAL)
     has_choice = stores.is_folder(path) and tag is None and not any(map(stores.exists, pointers))

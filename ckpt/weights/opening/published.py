@@ -1,4 +1,4 @@
-"""What is opened in the layout of the Hub, by the config.json beside it."""
+"""Opens weights in the layout of the Hub, by the config.json beside them."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Audience:
 
     @property
     def origin(self) -> str:
-        """What a class of transformers has to do with config.json, in words."""
+        """The relation of a class of transformers to config.json, in words."""
         if self.architecture is not None:
             return "the class of config.json"
         return "a class of the model_type of config.json, which names no architecture"

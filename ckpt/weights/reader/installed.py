@@ -168,12 +168,14 @@ def _reason(exit_code: int, errors: str) -> str:
         name = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else "a signal"
         return f"its process was ended by {name}, which happens where memory is short"
     if any(sign in line for sign in _SIGNS_OF_SHORTAGE):
-        return f"memory is short, or it takes more than {size(MAX_BUILD_BYTES)}: {_cut(line)}"
+        return (
+            f"memory is short, or it takes more than {size(MAX_BUILD_BYTES)}: {_short_line(line)}"
+        )
 
-    return _cut(line)
+    return _short_line(line)
 
 
-def _cut(line: str) -> str:
+def _short_line(line: str) -> str:
     """A line with a length that a message may have."""
     return line if len(line) <= MAX_MESSAGE_CHARACTERS else f"{line[:MAX_MESSAGE_CHARACTERS]}..."
 

@@ -1,4 +1,4 @@
-"""What ``.metadata`` is made of.
+"""The entries that ``.metadata`` is made of.
 
 description  what a folder holds, in the end
 records      what the file has most of, as the interpreter makes it

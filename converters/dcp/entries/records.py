@@ -1,4 +1,5 @@
-"""What ``.metadata`` has hundreds of thousands of, in as little memory as they take.
+"""The records that ``.metadata`` has hundreds of thousands of, in as little memory as
+they take.
 
     MetadataIndex(fqn, offset)                        ``IndexRecord``
     _StorageInfo(relative_path, offset, length)       ``PlaceRecord``
@@ -108,7 +109,7 @@ class SharedShapes:
         self.shapes: dict[Shape, Shape] = {}
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the call of ``torch.Size`` with these arguments means."""
+        """The value of a call of ``torch.Size`` with these arguments."""
         is_tuple = len(arguments) == 1 and type(arguments[0]) is tuple
         shape: Shape = arguments[0] if is_tuple else self.build(*arguments)
         if len(shape) > MAX_AXES:

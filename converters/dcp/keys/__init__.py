@@ -1,4 +1,4 @@
-"""What the keys of a state dict say of its leaves.
+"""The meaning of the keys of a state dict for its leaves.
 
 leaves        a leaf, and the keys that lead to it
 layouts       which leaves are the model's, which the optimizer's

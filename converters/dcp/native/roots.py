@@ -1,4 +1,4 @@
-"""What DeepSpeed's files hold of a training that FSDP saved, as trees.
+"""The contents of DeepSpeed's files for a training that FSDP saved, as trees.
 
 Keys and classes are those of DeepSpeed 0.19.8: ``_common_checkpoint_state`` of
 ``runtime/engine.py``, ``state_dict`` of ``runtime/zero/stage_1_and_2.py`` and

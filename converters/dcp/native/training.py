@@ -1,5 +1,4 @@
-"""What a training with FSDP left, as ZeRO knows it: param groups, buffers, frozen
-parameters.
+"""A training with FSDP, as ZeRO knows it: param groups, buffers, frozen parameters.
 
 FSDP keeps the states of each parameter, ZeRO those of a group's elements, with one count
 of steps for each group. What is not trained is a buffer or a frozen parameter: the files

@@ -1,5 +1,5 @@
-"""What crosses from one format to another: weights, optimizer states and options, by
-name.
+"""The state that crosses from one format to another: weights, optimizer states and
+options, by name.
 
 Names are those that torch's FSDP has for parameters (``_get_fqns`` of torch 2.13
 ``torch/distributed/checkpoint/state_dict.py``), which leaves out what wrappers put in.

@@ -51,7 +51,7 @@ class TensorRecord(NamedTuple):
 
 
 class ObjectRecord(NamedTuple):
-    """What is no tensor, under its path in the state dict."""
+    """A value that is no tensor, under its path in the state dict."""
 
     path: Path
     place: ItemSpan

@@ -1,4 +1,4 @@
-"""What an adapter does to the tensors of a layer: the change, chosen by kind."""
+"""The changes that an adapter makes to the tensors of a layer, chosen by kind."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def require_fitting_base(config: AdapterConfig, place: str, has_own_base: bool) 
 
 
 def of_layer(site: Site, parts: Parts, shared: Parts, config: AdapterConfig) -> Changed:
-    """What an adapter changes of a layer. ``CheckpointError`` for parts that do not
-    fit."""
+    """The changes that an adapter makes to a layer. ``CheckpointError`` for parts that
+    do not fit."""
     roles = {role for role, _ in parts}
     changes = _changes(site, parts, shared, config)
     unknown = sorted(roles - _known(config))

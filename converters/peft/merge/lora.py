@@ -61,7 +61,7 @@ class Lora(WeightChange):
             cast.convert(cast.rounded(delta.reshape(-1), self.dtype), delta.reshape(-1))
         return delta
 
-    def left(self, inputs: Inputs) -> Array:
+    def left_factor(self, inputs: Inputs) -> Array:
         """B as a matrix (out, r); with the scale in it where that is exact."""
         left_matrix = factor(inputs, self.b).reshape(self.b.shape[0], -1)
         if not self.exact:
@@ -74,13 +74,13 @@ class Lora(WeightChange):
         """Whether the scale is a power of two: multiplying by it rounds nothing."""
         return abs(frexp(self.scale)[0]) == 0.5
 
-    def right(self, inputs: Inputs) -> Array:
+    def right_factor(self, inputs: Inputs) -> Array:
         """A as a matrix (r, in)."""
         return factor(inputs, self.a).reshape(self.a.shape[0], -1)
 
     def product(self, cell: Cell, inputs: Inputs, room: str) -> Array:
         """A cell of B A, or of its transposed."""
-        left_matrix, right_matrix = self.left(inputs), self.right(inputs)
+        left_matrix, right_matrix = self.left_factor(inputs), self.right_factor(inputs)
         kind = np.result_type(left_matrix, right_matrix)
         product = inputs.room(room, kind, prod(cell.shape)).reshape(cell.shape)
         if self.transposed:
@@ -124,7 +124,7 @@ class AdaLora(Lora):
         """The change in words, with the rank."""
         return f"{Lora.recipe(self)}, over {self.rank}"
 
-    def right(self, inputs: Inputs) -> Array:
+    def right_factor(self, inputs: Inputs) -> Array:
         """A * E."""
         factor_e = self.e
         assert factor_e is not None
@@ -272,7 +272,7 @@ class ChatLora(Lora):
 
     title: ClassVar[str] = "DeepSpeed-Chat's LoRA"
 
-    def left(self, inputs: Inputs) -> Array:
+    def left_factor(self, inputs: Inputs) -> Array:
         """left^T: (out, r)."""
         left_matrix = factor(inputs, self.b).T
         if not self.exact:
@@ -280,6 +280,6 @@ class ChatLora(Lora):
         scaled: Array = left_matrix * left_matrix.dtype.type(self.scale)
         return scaled
 
-    def right(self, inputs: Inputs) -> Array:
+    def right_factor(self, inputs: Inputs) -> Array:
         """right^T: (r, in)."""
         return factor(inputs, self.a).T

@@ -1,4 +1,5 @@
-"""What LoRA and its kin change of a layer: shapes checked, the scale worked out."""
+"""The changes that LoRA and its kin make to a layer: shapes checked, the scale worked
+out."""
 
 from __future__ import annotations
 

@@ -267,7 +267,8 @@ class Origins:
         return {id(weights.tensors[name]): copy for name, copy in weights.copies.items()}
 
     def copy_of(self, tensor: TensorRef) -> TensorRef | None:
-        """What holds the same values as a tensor that is read, rounded perhaps."""
+        """The tensor that holds the same values as one that is read, rounded
+        perhaps."""
         return self._copies.get(id(tensor)) or self._checkpoint_copies.get(id(tensor))
 
     def main_dtype(self, tensors: Mapping[str, TensorRef]) -> DType:
@@ -279,7 +280,7 @@ class Origins:
         return max(sizes, key=lambda dtype: sizes[dtype], default=DType.F32)
 
     def base_checksums(self, tensors: Mapping[str, TensorRef]) -> tuple[Checksum, ...]:
-        """What proves the files of the base, as far as they are read."""
+        """The checksums that prove the files of the base, as far as they are read."""
         if self.base is None:
             return ()
 

@@ -1,4 +1,5 @@
-"""What IA3, VeRA, trained tokens, LoHa and LoKr change of a layer: shapes checked."""
+"""The changes that IA3, VeRA, trained tokens, LoHa and LoKr make to a layer: shapes
+checked."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from converters.tensors import TensorRef
 
 
 def otherwise() -> str:
-    """What merges an adapter that is not merged here."""
+    """The library that merges an adapter that is not merged here."""
     return f"write the adapter (without {MERGE}) and merge it with PEFT"
 
 

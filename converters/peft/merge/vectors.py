@@ -99,20 +99,20 @@ class Vera(WeightChange):
 
     def cell(self, cell: Cell, weight: Array, inputs: Inputs) -> Array:
         """W + D."""
-        left_matrix = inputs.derived(self, "left", lambda: self.left(inputs))
-        right_matrix = inputs.derived(self, "right", lambda: self.right(inputs))
+        left_matrix = inputs.derived(self, "left", lambda: self.left_factor(inputs))
+        right_matrix = inputs.derived(self, "right", lambda: self.right_factor(inputs))
         if self.transposed:
             weight += np.matmul(left_matrix[cell.columns], right_matrix[:, cell.rows]).T
         else:
             weight += np.matmul(left_matrix[cell.rows], right_matrix[:, cell.columns])
         return weight
 
-    def left(self, inputs: Inputs) -> Array:
+    def left_factor(self, inputs: Inputs) -> Array:
         """lambda_b * B, as many rows as the layer has outputs."""
         scales = factor(inputs, self.lambda_b)
         return np.multiply(scales[:, None], factor(inputs, self.b)[: len(scales)])
 
-    def right(self, inputs: Inputs) -> Array:
+    def right_factor(self, inputs: Inputs) -> Array:
         """lambda_d * A, as many columns as the layer has inputs."""
         input_count = self.shape[0] if self.transposed else self.shape[1]
         scales = factor(inputs, self.lambda_d)

@@ -1,4 +1,4 @@
-"""What operating systems offer: each need in one module, and no question about it
+"""The services of operating systems: each need in one module, and no question about it
 elsewhere.
 
 errnos      numbers of errors, those that this system has

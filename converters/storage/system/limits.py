@@ -1,4 +1,4 @@
-"""What a process may use."""
+"""The limits of a process."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ FUSED = LazyPattern(r"(?P<name>.*\.w[123])\.(?P<expert>\d{1,9})", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class ExpertFiles:
-    """What the files of experts hold, by name, and the files."""
+    """The contents of the files of experts, by name, and the files."""
 
     tensors: Mapping[str, TensorRef]
     states: tuple[State, ...]

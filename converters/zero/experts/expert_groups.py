@@ -37,7 +37,7 @@ _EXPERT_NAME = LazyPattern(r"ep_size_(\d{1,9})")
 
 @dataclass(frozen=True, slots=True)
 class GroupName:
-    """What tells a param group from the others of its rank.
+    """The name that tells a param group from the others of its rank.
 
     ``name`` is empty for groups that are not of experts, ``partition_count`` the ranks
     that share it, ``repetition`` how many groups of that name come before it.

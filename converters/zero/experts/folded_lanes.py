@@ -27,8 +27,8 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """What a tensor-parallel rank has: its model file, or under stage 3 one for each of
-    its data ranks, and its optimizer files in rank order."""
+    """The files of a tensor-parallel rank: its model file, or under stage 3 one for
+    each of its data ranks, and its optimizer files in rank order."""
 
     models: tuple[State, ...]
     ranks: tuple[State, ...]
@@ -97,7 +97,8 @@ def _models(place: Place, files: FolderFiles) -> list[list[State]]:
 
 
 def folding(state: State) -> Section:
-    """What a file says of the rank that wrote it; ``CheckpointError`` if nothing."""
+    """The entry of a file on the rank that wrote it; ``CheckpointError`` if there is
+    none."""
     return state.fields.section(KEY)
 
 

@@ -14,7 +14,7 @@ from converters.zero.files import several_models
 
 @open_files.once()
 def read_any(path: Path, tag: str | None = None, complete: bool = False) -> Source:
-    """What files hold whose names tell of ZeRO alone: AutoEP under stage 3 has no
+    """Reads files whose names tell of ZeRO alone: AutoEP under stage 3 has no
     others."""
     try:
         return reader.read(path, tag, complete)

@@ -100,7 +100,7 @@ def by_name(
     experts: Parameters,
     layers: Sequence[AutoEPLayer],
 ) -> NamedOptimizers:
-    """What all optimizers keep by name.
+    """The states that all optimizers keep, by name.
 
     ``dense`` are the weights that all ranks share, ``experts`` the others by the names
     that they have in the whole model, both in its order. ``layers`` are those of AutoEP.

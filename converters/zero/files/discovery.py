@@ -61,7 +61,7 @@ def find(path: Path, tag: str | None = None) -> Place:
     if not stores.is_folder(path):
         raise _instead(path)
     if tag is not None:
-        return _named(path, tag)
+        return _place_of_tag(path, tag)
     if is_tag_folder(path):
         return Place(path.resolve().parent, path, path.resolve().name)
 
@@ -74,7 +74,7 @@ def find(path: Path, tag: str | None = None) -> Place:
     return _newest(path, latest)
 
 
-def _named(path: Path, tag: str) -> Place:
+def _place_of_tag(path: Path, tag: str) -> Place:
     """The place of a tag that the user named."""
     if is_tag_folder(path) and path.resolve().name == tag:
         return Place(path.parent, path, tag)
@@ -162,7 +162,8 @@ def _files(place: Place, names: list[str]) -> Files:
 
 
 def _by_rank(place: Place, names: list[str], pattern: LazyPattern[str]) -> dict[int, Path]:
-    """The files of one kind by rank. Of a fast writer's equal copies, the first."""
+    """Files of one kind, keyed by rank. The fast writer leaves identical copies; the
+    first is used."""
     paths_by_rank: dict[int, Path] = {}
     for name in names:
         match = pattern.fullmatch(name)

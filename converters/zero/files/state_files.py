@@ -304,7 +304,7 @@ def no_name(state: State, name: str) -> CheckpointError:
 
 
 def kind(value: Any) -> str:
-    """What a value is, under the name that its pickle gives it."""
+    """The kind of a value, under the name that its pickle gives it."""
     if not isinstance(value, Call):
         return type(value).__name__
     name = str(value.of) if isinstance(value.of, Global) else "the result of a call"

@@ -32,13 +32,13 @@ _full_repr.maxstring = _full_repr.maxlong = _full_repr.maxother = 4096
 
 
 def shown(value: Any) -> str:
-    """What a file holds, for a message: never long, nor for long at work."""
+    """A value of a file, for a message: never long, nor for long at work."""
     return _short_repr.repr(value)
 
 
 def text(value: Any) -> str:
-    """What a file holds, to be compared with another value: only what is nested deep, or
-    very long, may be alike and differ."""
+    """A text of a value of a file, to be compared with another's: only what is nested
+    deep, or very long, may be alike and differ."""
     return _full_repr.repr(value)
 
 

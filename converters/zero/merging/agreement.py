@@ -1,5 +1,5 @@
-"""What model-parallel ranks keep alike of a param group: its options, its steps, its
-states."""
+"""The parts of a param group that model-parallel ranks have in common: its options, its
+steps, its states."""
 
 from __future__ import annotations
 

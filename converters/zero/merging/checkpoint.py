@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as trees that can be written again.
+"""The contents of a checkpoint, as trees that can be written again.
 
 A checkpoint of ZeRO alone has it in its files. One of more parallelism is merged first:
 its parameters, their states and its state dict are those of the whole model then, and
@@ -86,7 +86,7 @@ class MergedCheckpoint(Checkpoint):
 
 
 def original(checkpoint: Source) -> Source:
-    """What was saved: the checkpoint itself, or what it was merged from."""
+    """The checkpoint that was saved: this one, or what it was merged from."""
     return checkpoint.source if isinstance(checkpoint, MergedCheckpoint) else checkpoint
 
 
@@ -126,7 +126,8 @@ def groups_of(checkpoint: Checkpoint) -> list[ParamGroup]:
 
 
 def universal_entries(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
-    """What the files of the universal format say of a parameter, beside its values."""
+    """The entries in files of the universal format on a parameter, beside its
+    values."""
     if isinstance(checkpoint, MergedCheckpoint):
         return checkpoint.universal_entries.get(name, {})
     return {}

@@ -49,7 +49,7 @@ class Degrees:
         )
 
     def __str__(self) -> str:
-        """What is more than ZeRO, in brackets after a space; empty without."""
+        """The degrees beyond ZeRO, in brackets after a space; empty without."""
         facts = []
         if self.tensor_ranks > 1:
             facts.append(f"{self.tensor_ranks} tensor-parallel")

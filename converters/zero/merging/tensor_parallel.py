@@ -61,7 +61,7 @@ def merged(source: TensorParallelCheckpoint) -> MergedCheckpoint:
 
 
 def lanes_of(source: TensorParallelCheckpoint) -> list[Checkpoint]:
-    """What each tensor-parallel rank has; its lanes are no stages of a pipeline here."""
+    """The lanes of each tensor-parallel rank; they are no stages of a pipeline here."""
     lanes = [lane for lane in source.lanes if isinstance(lane, Checkpoint)]
     if len(lanes) < len(source.lanes):
         raise TypeError(f"{source.kind} has lanes that are not of ZeRO alone")
@@ -166,7 +166,8 @@ def _tensor(
 def universal_entries_of(
     source: TensorParallelCheckpoint, root: Mapping[Any, Any]
 ) -> dict[str, dict[str, Any]]:
-    """What universal files say of the parameters; ``root`` is that of a model file."""
+    """The entries of universal files on the parameters; ``root`` is that of a model
+    file."""
     info = root.get(roots.INFO)
     records = info if isinstance(info, dict) else {}
     return {

@@ -73,7 +73,7 @@ class TensorRanks:
         for name, tensor in checkpoint.weights.tensors.items():
             layout = None
             if engine_table is not None and name not in checkpoint.weights.buffers:
-                layout = engine_cuts.cut(engine_table, name, tensor.shape)
+                layout = engine_cuts.cut_of(engine_table, name, tensor.shape)
             if layout is None:
                 layout = _layout(checkpoint, name, recorded.get(name), saved_count, rank_count)
             if layout is None:
@@ -90,8 +90,7 @@ class TensorRanks:
         return TensorRanks(checkpoint, rank_count, layouts)
 
     def rank(self, rank: int) -> MergedCheckpoint:
-        """What the files of a tensor-parallel rank are made from: a checkpoint of its
-        shards."""
+        """The source of a tensor-parallel rank's files: a checkpoint of its shards."""
         checkpoint = self.checkpoint
 
         def shard(name: str, tensor: TensorRef) -> TensorRef:

@@ -1,4 +1,4 @@
-"""What a file of the universal format says of how its parameter is cut up.
+"""The entries of a file of the universal format on how its parameter is cut up.
 
 Engines of AutoTP know that themselves. Others cut the tensor by these entries, whatever
 their number of ranks:

@@ -1,4 +1,4 @@
-"""What is the same of states that more than ZeRO split up: files of several kinds and
+"""The common ground of states that more than ZeRO split up: files of several kinds and
 ranks.
 
 folder_files     the files of a tag, by every number in their names

@@ -88,7 +88,7 @@ def _add(files: FolderFiles, place: Place, pattern: LazyPattern[str], match: re.
         }[pattern]
         previous = by_rank.setdefault(numbers["mp"], {}).setdefault(numbers["rank"], path)
 
-    # of a fast writer's equal copies the first
+    # the fast writer leaves identical copies; the first is used
     if previous != path and match["writer"] is None:
         raise CheckpointError(
             f"{place.folder} has two files of one rank, {previous.name} and {path.name}: two "

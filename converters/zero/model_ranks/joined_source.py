@@ -17,7 +17,7 @@ Partitions = Callable[[], Iterable[optimizer_state.Partition]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joined:
-    """What the files of all ranks stand for.
+    """The checkpoint that the files of all ranks stand for.
 
     ``model`` is the first model file, ``module`` what the whole model's state dict would
     be. ``states`` are all files that tensors lie in. ``kind`` is the row of

@@ -1,4 +1,4 @@
-"""What an optimizer without ZeRO keeps, by the numbers that torch gives parameters.
+"""The states of an optimizer without ZeRO, by the numbers that torch gives parameters.
 
 torch's ``state_dict`` has ``state`` by number and ``param_groups`` with the numbers of
 each group's parameters, in the order in which the optimizer was given them. Names are in
@@ -28,7 +28,7 @@ UNKNOWN = (
 
 @dataclass(frozen=True, slots=True)
 class NumberedStates:
-    """What optimizers keep, by the names of parameters where these are known.
+    """The states of optimizers, by the names of parameters where these are known.
 
     ``by_name`` is ``None`` where they are not. ``aliases`` maps tied names to these.
     ``folder`` is what messages begin with.

@@ -1,4 +1,4 @@
-"""What the placeholders of stage 3 tell: names, ties, and what is in no file.
+"""The placeholders of stage 3, and what they tell: names, ties, and what is in no file.
 
 ``module`` of stage 3 has an empty tensor for each parameter. Those of tied names are
 views of one storage, though an empty one; which parameter a placeholder stands for only
@@ -22,7 +22,7 @@ UNTRAINED = "without elements, in no param group, or left out by exclude_frozen_
 
 
 def names_of(model: State, known_names: Sequence[str]) -> Names:
-    """What the state dict calls the parameters whose names ``module`` has not.
+    """The names in the state dict of the parameters whose names ``module`` has not.
 
     Its placeholders have neither values nor shapes, so only one rule for all of
     them can tell.

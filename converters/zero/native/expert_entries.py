@@ -1,4 +1,4 @@
-"""What model files say of AutoEP: how many experts a rank has, and which.
+"""The entries of model files on AutoEP: how many experts a rank has, and which.
 
 Source: DeepSpeed 0.19.8 ``runtime/engine.py`` (``_save_moe_checkpoint``),
 ``checkpoint/autoep_affine.py``.

@@ -231,7 +231,7 @@ def prove(
             f"are dealt out to {numbers(result.expert_sizes)}; {proof.BUG}"
         )
 
-    groups = [ranks.named(group) for group in checkpoint.groups]
+    groups = [ranks.with_group_name(group) for group in checkpoint.groups]
     counts = proof.verify_tensors(checkpoint, groups, result, native_plan, output)
     provenance = proof.Provenance(native_plan, output)
     for rank, state in enumerate(result.ranks):

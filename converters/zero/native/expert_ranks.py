@@ -1,4 +1,5 @@
-"""What each expert rank has of a whole checkpoint, for any number of expert ranks.
+"""The part of a whole checkpoint that each expert rank has, for any number of expert
+ranks.
 
     world size 4, 2 expert ranks       rank 0   1   2   3
     use_data_before... is not set      expert rank 0   1   0   1
@@ -77,11 +78,11 @@ class ExpertRanks:
             if not whole_groups.is_expert_group(group):
                 groups.append(group)
                 continue
-            own_group = self._local(self.named(group), local_counts, expert_rank)
+            own_group = self._local(self.with_group_name(group), local_counts, expert_rank)
             groups += _limited(own_group, checkpoint.group_numel)
         return groups
 
-    def named(self, group: ParamGroup) -> ParamGroup:
+    def with_group_name(self, group: ParamGroup) -> ParamGroup:
         """A param group of experts with the name that it has for these expert ranks."""
         if not whole_groups.is_expert_group(group):
             return group

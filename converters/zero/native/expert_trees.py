@@ -1,5 +1,5 @@
-"""What the optimizer files of expert ranks hold: param groups, each cut for those that
-share it.
+"""The contents of the optimizer files of expert ranks: param groups, each cut for those
+that share it.
 
 Every group is cut up by itself (``optimizer_files``), for as many ranks as have its
 parameters; a rank's file has its part of each. Sources: DeepSpeed 0.19.8

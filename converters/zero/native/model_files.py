@@ -1,4 +1,4 @@
-"""What a model file holds of the parameters, for any stage and world size.
+"""The content of a model file on the parameters, for any stage and world size.
 
     stages 1, 2   mp_rank_00: the module in the type that is computed in, the trained parameters as
                   views into one storage a group, at the elements where the optimizer has them

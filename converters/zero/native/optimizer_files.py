@@ -1,4 +1,4 @@
-"""What an optimizer file holds of the param groups, for any stage and world size.
+"""The content of an optimizer file on the param groups, for any stage and world size.
 
 The keys and classes are those of ``state_dict`` in DeepSpeed 0.19.8
 ``runtime/zero/stage_1_and_2.py`` and ``stage3.py``; the cuts are in ``layout``.
@@ -55,14 +55,14 @@ def _as_given(group: ParamGroup, checkpoint: Checkpoint, target: TargetTopology)
         return replace(group, shapes={name: group.shapes[name] for name in names})
 
     if names != module_order or names != list(group.shapes):
-        remedy = "keep to stage 3, or to stages 1 and 2"
+        remedy = "stay with stage 3, or with stages 1 and 2"
         if deepspeed_muon:
-            remedy = f"say which it will be with {ZERO_INIT} or {NO_ZERO_INIT}"
+            remedy = f"pass {ZERO_INIT} or {NO_ZERO_INIT}"
 
         raise CheckpointError(
-            f"{checkpoint.place.folder}: Muon sorts its parameters by shape, but under "
-            "stage 3 only if the model is not made under zero.Init: their order in the "
-            f"other stage is not known, and DeepSpeed does not check it; {remedy}",
+            f"{checkpoint.place.folder}: Muon orders parameters by shape, except under stage 3 "
+            "with zero.Init; the order in the target is unknown, and DeepSpeed does not check it; "
+            f"{remedy}",
             "unsupported",
         )
 
@@ -182,7 +182,7 @@ def _vectors12(
     for key, tensors_by_name in group.values.items():
         tensors = {name: tensors_by_name[name] for name in names}
         if key == target.whole(group):
-            vectors = muon.cut(tensors, world_size, partition_size, paddings)
+            vectors = muon.rank_buffers(tensors, world_size, partition_size, paddings)
         else:
             vectors = partitioning.partition_group(list(tensors.values()), world_size, paddings)
         vectors_by_key[key] = vectors

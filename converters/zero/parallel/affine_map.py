@@ -66,7 +66,7 @@ def entry_of(layout: Cut) -> dict[str, Any]:
     return {"logical_shape": list(layout.shape), "ranks": ranks}
 
 
-def cut(content: Any, rank_count: int) -> Cut:
+def cut_from(content: Any, rank_count: int) -> Cut:
     """The cut that an entry of the map describes; ``MalformedError`` for what is no
     boxes."""
     content = value(content, dict, "an entry of the affine map")

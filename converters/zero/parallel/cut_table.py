@@ -50,14 +50,14 @@ class CutTable:
         entries = affine_map.params(fields, str(model.path))
         return CutTable(model, rank_count, fields, entries, rules)
 
-    def cut(self, name: str, shapes: Shapes) -> Cut | None:
+    def cut_of(self, name: str, shapes: Shapes) -> Cut | None:
         """The cut of a parameter or buffer with shards of these shapes.
 
         ``None``, and noted for ``require_known``, where nothing says how it is cut.
         ``CheckpointError`` if what is recorded does not fit the shards.
         """
         is_whole = name in self.whole_names
-        by_rule = self.rules.cut(name, shapes) if self.rules and not is_whole else None
+        by_rule = self.rules.cut_of(name, shapes) if self.rules and not is_whole else None
         if by_rule is not None:
             return by_rule
 
@@ -66,9 +66,9 @@ class CutTable:
                 return cuts.replicated(shapes)
             recorded = self.entry_of(name)
             if recorded is not None:
-                return affine_map.cut(recorded, self.rank_count)
+                return affine_map.cut_from(recorded, self.rank_count)
             if patterns.are_there(self.info):
-                return patterns.cut(self.info, name, shapes)
+                return patterns.cut_of(self.info, name, shapes)
         except MalformedError as error:
             raise self.fail(name, error) from error
 
@@ -84,7 +84,7 @@ class CutTable:
         )
 
     def entry_of(self, name: str) -> Any:
-        """What the affine map has of a parameter; ``None`` if it has nothing."""
+        """The entry of the affine map on a parameter; ``None`` if it has none."""
         literal = key_of(name)
         if literal in self.entries:
             return self.entries[literal]
@@ -114,7 +114,7 @@ class CutTable:
 
 
 def template(texts: Mapping[str, str]) -> str:
-    """What to do about parameters without a cut: a file of rules, with its beginning.
+    """The advice for parameters without a cut: a file of rules, with its beginning.
 
     ``texts`` says of each parameter what its shapes are.
     """

@@ -27,8 +27,8 @@ class SubParameters:
 
 
 def sub_parameters(layout: Cut) -> SubParameters | None:
-    """What a cut is made of; ``None`` where each rank has all of it, or its pieces lie
-    otherwise.
+    """The sub-parameters of a cut; ``None`` where each rank has all of it, or its
+    pieces lie otherwise.
 
     They lie so if all ranks have a piece of each sub-parameter, rank by rank.
     """
@@ -92,7 +92,7 @@ def evenly(shape: Shape, parts: SubParameters, rank_count: int) -> Cut:
 
 
 def shard(layout: Cut, rank: int, tensor: TensorRef) -> TensorRef:
-    """What a rank has of a whole parameter, or of a state of its elements."""
+    """The shard that a rank has of a whole parameter, or of a state of its elements."""
     boxes = [
         (piece.shard_offsets, tensor.box(piece.offsets, piece.sizes))
         for piece in layout.pieces

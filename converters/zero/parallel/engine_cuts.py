@@ -26,8 +26,8 @@ _current: ContextVar[Info | None] = ContextVar("engine_cuts", default=None)
 
 @contextmanager
 def using(info: Info | None) -> Iterator[None]:
-    """What is written for tensor-parallel ranks in this block is cut as this engine
-    cuts."""
+    """Cuts as this engine does what is written for tensor-parallel ranks in this
+    block."""
     token = _current.set(info)
     try:
         yield
@@ -50,7 +50,7 @@ def table_for(model: State, rank_count: int) -> CutTable | None:
     return CutTable(model, rank_count, info, entries, None)
 
 
-def cut(table: CutTable, name: str, shape: Shape) -> Cut | None:
+def cut_of(table: CutTable, name: str, shape: Shape) -> Cut | None:
     """How the engine cuts a parameter of this shape; ``None`` where it does not say.
 
     ``CheckpointError`` where it has another shape there, or says what is not read.
@@ -59,7 +59,7 @@ def cut(table: CutTable, name: str, shape: Shape) -> Cut | None:
         recorded = table.entry_of(name)
         if recorded is None:
             return None
-        layout = affine_map.cut(recorded, table.rank_count)
+        layout = affine_map.cut_from(recorded, table.rank_count)
     except MalformedError as error:
         raise table.fail(name, error) from error
 

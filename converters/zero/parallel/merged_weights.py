@@ -32,7 +32,7 @@ def merged(lanes: Sequence[Weights], table: CutTable) -> tuple[Weights, dict[str
         if name in aliases:
             continue
         shards = [_shard(lane, name) for lane in lanes]
-        layout = table.cut(name, [None if ref is None else ref.shape for ref in shards])
+        layout = table.cut_of(name, [None if ref is None else ref.shape for ref in shards])
         if layout is None:
             continue
 

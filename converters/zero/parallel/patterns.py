@@ -41,7 +41,7 @@ def are_there(info: Mapping[str, Any]) -> bool:
     return any(info.get(key) for key in _LISTS)
 
 
-def cut(info: Mapping[str, Any], name: str, shapes: Shapes) -> Cut:
+def cut_of(info: Mapping[str, Any], name: str, shapes: Shapes) -> Cut:
     """The cut of a parameter whose shards have these shapes."""
     if _only(listed(info, REPLICATED), name):
         return cuts.replicated(shapes)

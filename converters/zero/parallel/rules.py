@@ -46,12 +46,12 @@ class Rules:
     path: Path
     values: Mapping[str, Any]
 
-    def cut(self, name: str, shapes: Shapes) -> Cut | None:
+    def cut_of(self, name: str, shapes: Shapes) -> Cut | None:
         """The cut of a parameter; ``None`` if no pattern fits its name."""
         for pattern, rule in self.values.items():
             if expressions.matches(pattern, name):
                 try:
-                    return _cut(rule, shapes)
+                    return _cut_by(rule, shapes)
                 except MalformedError as error:
                     raise CheckpointError(
                         f"{self.path}: the rule {pattern!r} does not fit {name}: {error}",
@@ -122,7 +122,7 @@ def _require_rule(path: Path, pattern: str, rule: Any) -> None:
     )
 
 
-def _cut(rule: Any, shapes: Shapes) -> Cut:
+def _cut_by(rule: Any, shapes: Shapes) -> Cut:
     """The cut that a rule makes of shards of these shapes."""
     if rule == "replicated":
         return cuts.replicated(shapes)

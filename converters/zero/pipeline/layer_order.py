@@ -56,7 +56,7 @@ def _ways(
         longer: list[tuple[int, Way]] = []
         for start, way in partial:
             for prefix in ((), (tied,)) if tied is not None else ((),):
-                end, stage_layers = _dealt(shapes, layers, order, start, prefix)
+                end, stage_layers = _stage_from(shapes, layers, order, start, prefix)
                 if end is not None:
                     longer.append((end, (*way, stage_layers)))
         partial = longer[:MAX_WAYS]
@@ -67,7 +67,7 @@ def _ways(
             yield way
 
 
-def _dealt(
+def _stage_from(
     shapes: Sequence[Shape],
     layers: Mapping[int, Sequence[Shape]],
     order: Sequence[int],

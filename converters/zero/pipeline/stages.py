@@ -94,7 +94,7 @@ def _with_zero(place: Place, stages: Sequence[Stage], layers: Layers) -> Pipelin
     """The weights from the partitions of each stage."""
     masters_by_stage = [_masters(stage) for stage in stages]
     homes = tied_modules.homes(place.folder, masters_by_stage, layers)
-    parameters, module = _named(stages, masters_by_stage, layers, homes)
+    parameters, module = _named_parameters(stages, masters_by_stage, layers, homes)
     ranks = [rank for stage in stages for rank in stage.ranks]
     models = [stage.model for stage in stages]
 
@@ -168,7 +168,7 @@ def _masters(stage: Stage) -> dict[str, TensorRef]:
     return masters
 
 
-def _named(
+def _named_parameters(
     stages: Sequence[Stage],
     masters_by_stage: Sequence[dict[str, TensorRef]],
     layers: Layers,
@@ -210,7 +210,8 @@ def _named(
 def named_by_layer(
     layers: Mapping[int, Mapping[str, object]], homes: Sequence[tied_modules.Home]
 ) -> dict[str, object]:
-    """What the layer files hold, in the order of the layers, under the model's names."""
+    """The values in the layer files, in the order of the layers, under the model's
+    names."""
     prefixes = {home.layer: home.prefix for home in homes}
     surplus_copies = {layer for home in homes for layer in home.further_layers}
     return {

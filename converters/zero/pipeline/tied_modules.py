@@ -48,7 +48,7 @@ class Home:
 
     @property
     def prefix(self) -> str:
-        """What the names of its parameters begin with."""
+        """The beginning of the names of its parameters."""
         return f"{_PREFIX}.{self.key}"
 
 

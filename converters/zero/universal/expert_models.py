@@ -1,4 +1,5 @@
-"""What universal files say of AutoEP's experts, as ``ds_to_universal.py`` has it.
+"""The entries of universal files on AutoEP's experts, as ``ds_to_universal.py`` has
+them.
 
     zero/NAME.experts.w1/fp32.pt     the stack of all experts, marked as one of experts
     mp_rank_00_model_states.pt       the stacks of the first expert rank in param_shapes, and

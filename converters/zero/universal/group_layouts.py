@@ -109,7 +109,7 @@ def _optimizer_order(model: State, shapes: Sequence[dict[str, Shape]]) -> list[d
 
 
 def stage_of(models: Sequence[State], rank: State) -> int:
-    """What the model file is of: 3 for placeholders, else 1 or 2."""
+    """The stage that the model file is of: 3 for placeholders, else 1 or 2."""
     if models[0].path.name.startswith("zero_pp_rank_"):
         return 3
 

@@ -126,7 +126,9 @@ def _merged(
     whole_groups: list[dict[str, Shape]] = []
     for groups in zip(*shapes_by_lane, strict=True):
         names = dict.fromkeys(name for group in groups for name in group)
-        layouts = {name: table.cut(name, [group.get(name) for group in groups]) for name in names}
+        layouts = {
+            name: table.cut_of(name, [group.get(name) for group in groups]) for name in names
+        }
         whole_groups.append(
             {name: layout.shape for name, layout in layouts.items() if layout is not None}
         )

@@ -51,7 +51,8 @@ def folder_name(name: str) -> str:
 
 
 def elsewhere(key: str) -> str:
-    """What ``ckpt`` writes into ``optimizer_state.pt`` for a state with its own files."""
+    """The value that ``ckpt`` writes into ``optimizer_state.pt`` for a state with its
+    own files."""
     return f"zero/*/{key}.pt"
 
 

@@ -86,7 +86,7 @@ def native_tag(source: Universal) -> str:
 
 
 def stage12_target(checkpoint: Checkpoint) -> TargetTopology:
-    """What the model file of stages 1 and 2 is made for.
+    """The target that the model file of stages 1 and 2 is made for.
 
     Its order is that of the folder.
     """
@@ -152,7 +152,7 @@ def _universal_files(
 
 
 def info(root: Mapping[Any, Any]) -> Any:
-    """What a model file says of the universal format, or ours where it says nothing.
+    """The entry of a model file on the universal format, or ours where it has none.
 
     DeepSpeed's own tests save an empty one; ``load_universal`` wants a version in it.
     """

@@ -120,7 +120,8 @@ def find(path: Path, tag: str | None = None) -> discovery.Place:
 
 
 def _instead(path: Path) -> CheckpointError:
-    """What lies at a path instead of a universal checkpoint, and what handles it."""
+    """A sentence on what lies at a path instead of a universal checkpoint, and what
+    handles it."""
     detection = detect(path)
     if detection.kind.name == UNIVERSAL:  # which is read here
         return CheckpointError(f"{path} has no tag with a folder zero", "incomplete")
@@ -213,7 +214,7 @@ def _of_experts(place: discovery.Place) -> CheckpointError:
 
 
 def _common(inner: Path) -> tuple[TorchFile, dict[Any, Any]]:
-    """What the ranks' files have alike: the file, and its root as a tree."""
+    """The common contents of the ranks' files: the file, and its root as a tree."""
     if not stores.is_file(inner / COMMON):
         raise CheckpointError(
             f"{inner} has no {COMMON}, which has the param groups; the conversion did "
@@ -237,7 +238,8 @@ def _checkpoint(
     groups: Sequence[ParamGroup],
     sources: Sequence[State],
 ) -> Checkpoint:
-    """What the folder stands for; ``sources`` are the files that its tensors lie in.
+    """The checkpoint that the folder stands for; ``sources`` are the files that its
+    tensors lie in.
 
     Names, ties and what is frozen are as the model files tell them.
     """

@@ -112,7 +112,7 @@ KNOWN = (
             it.side == "ours"
             and it.kind == "fails"
             and case.stage == 0
-            and "several tensors of module alike" in it.detail
+            and "matches several 16-bit tensors equally well" in it.detail
         ),
     ),
     Known(
@@ -122,7 +122,7 @@ KNOWN = (
             and it.kind == "fails"
             and case.stage == 0
             and case.order != "model"
-            and "no tensor of module in the order of a group" in it.detail
+            and "matches no 16-bit tensor in the order of its group" in it.detail
         ),
     ),
 )

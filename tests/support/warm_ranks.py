@@ -4,7 +4,7 @@
 
 The warm process has a single thread and has computed nothing, so that its forks are as good as
 fresh processes: each sets up gloo, DeepSpeed and its trainer itself, and ends as the interpreter
-ends, but that nobody frees what it was forked with. What a rank imports on its way, of ckpt too,
+ends, but that one which ends well frees no modules. What a rank imports on its way, of ckpt too,
 the next ones are forked with: that is two thirds of what a short training costs. Workers and
 helpers of tests each rank imports itself, as another launch may see others at the same names.
 
@@ -37,6 +37,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -220,7 +221,6 @@ def serve() -> None:
     """The life of the warm process: a fork for each launch, which forks the ranks."""
     listener = socket.socket(fileno=os.dup(0))
     gc.disable()  # a quarter of the time of the imports, which leave little to collect
-    atexit.register(_hide_imports)  # before others do, and so the last that is called
     for name in IMPORTED:
         importlib.import_module(name)
     _import_too(IMPORTED_LATER)
@@ -365,29 +365,6 @@ def _build() -> None:
         ShareMemCommBuilder().load(verbose=False)
 
 
-_imports: dict[str, Any] = {}  # what a rank was forked with
-
-
-def _spare_end() -> None:
-    """At its end a rank frees its own objects, and nothing that it was forked with.
-
-    Half a second of copying pages else, for each that ends as the interpreter ends: that of the
-    modules, and that of what their libraries have set up.
-    """
-    _imports.update(sys.modules)
-    for name in ("builtins", "sys", "__main__"):
-        del _imports[name]
-    libc = ctypes.CDLL(None)
-    libc.on_exit(libc._exit, None)  # after the functions that libraries register from here on
-
-
-def _hide_imports() -> None:
-    """What is in no list of modules is not taken apart, and with a reference for ever not freed."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_imports))
-    for name in _imports:
-        sys.modules.pop(name, None)
-
-
 def _import_too(names: Sequence[str]) -> None:
     """Imports what a rank has imported on its way, so that the next are forked with it."""
     of_tests = {path.stem for folder in PATHS for path in Path(folder).iterdir()} - {*PACKAGES}
@@ -466,7 +443,6 @@ def _be_rank(launch: Launch, rank: int, reading: int, messages: int, modules: in
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         gc.enable()
-        _spare_end()
         nowhere = os.open(os.devnull, os.O_RDWR)
         os.dup2(nowhere, 0)
         os.dup2(nowhere, 1)
@@ -487,12 +463,22 @@ def _be_rank(launch: Launch, rank: int, reading: int, messages: int, modules: in
         if not rank and launch.shares_imports:
             _tell_modules_at_end(modules)
         runpy.run_path(launch.script, run_name="__main__")
-    except SystemExit:
-        raise
+    except SystemExit as end:
+        if end.code:
+            raise
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         raise SystemExit(1) from None
-    raise SystemExit(0)
+    _end_well()
+
+
+def _end_well() -> NoReturn:
+    """Ends as the interpreter does, but does not free all modules, half a second of a core."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _tell_modules_at_end(descriptor: int) -> None:
